@@ -1,0 +1,39 @@
+"""Differentially private training for any LightningModule.
+
+    trainer = L.Trainer(strategy=DPStrategy(target_epsilon=3.0), callbacks=[EpsilonMonitor()])
+    trainer.fit(model, datamodule)
+
+Read ``strategies/private_step.py`` first: it is the step, in the order of the data.
+"""
+
+from lightning_dp import schedules
+from lightning_dp.accounting import Ledger, PrivacyEvent
+from lightning_dp.callbacks import EpsilonMonitor, PrivacyBudget
+from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, NoClipping, PerLayerClipping
+from lightning_dp.errors import PrivacyError
+from lightning_dp.fix import Fixed, fix
+from lightning_dp.metrics import Epsilon
+from lightning_dp.plan import DPPlan
+from lightning_dp.strategies import DPDDPStrategy, DPStrategy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutomaticClipping",
+    "Clipping",
+    "DPDDPStrategy",
+    "DPPlan",
+    "DPStrategy",
+    "Epsilon",
+    "EpsilonMonitor",
+    "Fixed",
+    "FlatClipping",
+    "Ledger",
+    "NoClipping",
+    "PerLayerClipping",
+    "PrivacyBudget",
+    "PrivacyError",
+    "PrivacyEvent",
+    "fix",
+    "schedules",
+]

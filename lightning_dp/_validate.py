@@ -1,0 +1,66 @@
+"""Checks of arguments: each names what was expected, what was given and what to do. NaN fails every one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+
+def _given(name: str, value: Any) -> str:
+    return f"got {name}={value!r}."
+
+
+def check_number(name: str, value: Any) -> float:
+    """Refuses what is not a real number (a bool is not one), and returns it as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Expected {name} to be a number, {_given(name, value)} Pass an int or a float.")
+    return float(value)
+
+
+def check_positive(name: str, value: Any, hint: str = "Pass a finite number above 0.") -> float:
+    """``0 < value < inf``."""
+    number = check_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"Expected 0 < {name} < inf, {_given(name, value)} {hint}")
+    return number
+
+
+def check_nonnegative(name: str, value: Any, hint: str = "Pass a finite number, 0 or above.") -> float:
+    """``0 <= value < inf``."""
+    number = check_number(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"Expected 0 <= {name} < inf, {_given(name, value)} {hint}")
+    return number
+
+
+def check_probability(name: str, value: Any, hint: str = "Pass a number strictly between 0 and 1.") -> float:
+    """``0 < value < 1``."""
+    number = check_number(name, value)
+    if not 0 < number < 1:
+        raise ValueError(f"Expected 0 < {name} < 1, {_given(name, value)} {hint}")
+    return number
+
+
+def check_count(name: str, value: Any, hint: str = "Pass a whole number, 1 or above.") -> int:
+    """A whole number of at least one."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected {name} to be a whole number, {_given(name, value)} {hint}")
+    if value < 1:
+        raise ValueError(f"Expected {name} >= 1, {_given(name, value)} {hint}")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """One of the named choices."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"Expected {name} to be one of {listed}, {_given(name, value)} Pick one of these.")
+    return str(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected {name} to be True or False, {_given(name, value)} Pass one of these.")
+    return value

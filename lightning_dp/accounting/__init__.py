@@ -1,0 +1,28 @@
+"""Everything about epsilon: what was released, what it costs, and how much noise a budget needs."""
+
+from lightning_dp.accounting.accountants import ACCOUNTANTS, make_accountant
+from lightning_dp.accounting.base import Accountant
+from lightning_dp.accounting.calibration import calibrate_noise_multiplier, max_steps_within
+from lightning_dp.accounting.events import LedgerEntry, PrivacyEvent
+from lightning_dp.accounting.gaussian import GDPAccountant, gaussian_epsilon
+from lightning_dp.accounting.ledger import NEIGHBORING_RELATIONS, Ledger
+from lightning_dp.accounting.pld import PLDAccountant
+from lightning_dp.accounting.prv import PRVAccountant
+from lightning_dp.accounting.rdp import RDPAccountant
+
+__all__ = [
+    "ACCOUNTANTS",
+    "NEIGHBORING_RELATIONS",
+    "Accountant",
+    "GDPAccountant",
+    "Ledger",
+    "LedgerEntry",
+    "PLDAccountant",
+    "PRVAccountant",
+    "PrivacyEvent",
+    "RDPAccountant",
+    "calibrate_noise_multiplier",
+    "gaussian_epsilon",
+    "make_accountant",
+    "max_steps_within",
+]

@@ -1,0 +1,35 @@
+"""The accountants by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_dp.accounting.base import Accountant
+from lightning_dp.accounting.gaussian import GDPAccountant
+from lightning_dp.accounting.pld import PLDAccountant
+from lightning_dp.accounting.prv import PRVAccountant
+from lightning_dp.accounting.rdp import RDPAccountant
+
+ACCOUNTANTS: dict[str, Callable[[], Accountant]] = {
+    accountant.name: accountant for accountant in (PLDAccountant, RDPAccountant, PRVAccountant, GDPAccountant)
+}
+
+
+def make_accountant(name: str) -> Accountant:
+    """Return a new accountant.
+
+    Guarantee: a new instance shares no cache with another.
+
+    Args:
+        name: "pld" (tight), "rdp" (cheap), "prv" (opacus' numerical bound) or "gdp" (exact, nothing subsampled).
+
+    Raises:
+        ValueError: If the name is unknown.
+
+    Example:
+        >>> make_accountant("pld").name
+        'pld'
+    """
+    if name not in ACCOUNTANTS:
+        raise ValueError(f"Expected accountant in {tuple(ACCOUNTANTS)}, got accountant={name!r}.")
+    return ACCOUNTANTS[name]()

@@ -1,0 +1,82 @@
+"""What every accountant has in common: ledger in, epsilon out."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from lightning_dp.accounting.ledger import Ledger
+
+Mechanisms = dict[tuple[float, float], int]  # (sample rate, noise multiplier) -> number of releases
+
+
+class Accountant(ABC):
+    """An upper bound on epsilon for what a ledger holds.
+
+    epsilon >= inf{e : the composition of the ledger's releases is (e, delta)-DP}
+
+    Guarantee: never below the truth, for every ledger the accountant accepts; a ledger it cannot bound is refused.
+    0 for a ledger that holds nothing (whoever prints it says "no steps recorded"), inf for one with a release that
+    nothing protects. Results depend on ledger and delta only, not on earlier queries, which merely make them faster.
+    """
+
+    name: ClassVar[str]
+
+    def epsilon(self, ledger: Ledger, delta: float) -> float:
+        """Return the epsilon spent at `delta`.
+
+        Args:
+            ledger: What was released.
+            delta: In (0, 1).
+
+        Returns:
+            Epsilon in [0, inf]. Public.
+
+        Raises:
+            ValueError: If delta is out of range or this accountant has no sound bound for what the ledger holds.
+        """
+        check_delta(delta)
+        mechanisms = ledger.mechanisms()
+        if not mechanisms:
+            return 0.0
+        if any(noise_multiplier == 0 for _, noise_multiplier in mechanisms):
+            return math.inf
+        return self._epsilon(mechanisms, ledger.neighboring_relation, float(delta))
+
+    def coarse(self) -> Accountant:
+        """Return a cheaper accountant of much the same epsilon, to search with before this one decides."""
+        return self
+
+    @abstractmethod
+    def _epsilon(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
+        """Return epsilon for at least one mechanism, every noise multiplier positive."""
+
+
+def split_unsampled(mechanisms: Mechanisms) -> tuple[float, Mechanisms]:
+    """Separate what every sample takes part in, which composes in closed form, from what is subsampled.
+
+    mu^2 = sum over unsampled releases of 1 / noise_multiplier^2
+
+    Args:
+        mechanisms: Counts of releases with positive noise multipliers.
+
+    Returns:
+        mu (0 if every release is subsampled) and the subsampled mechanisms.
+    """
+    mu_squared = math.fsum(count / sigma**2 for (rate, sigma), count in mechanisms.items() if rate == 1)
+    return math.sqrt(mu_squared), {key: count for key, count in mechanisms.items() if key[0] < 1}
+
+
+def refuse_replace_one(name: str) -> ValueError:
+    """Return the error of an accountant that has no sound bound for Poisson sampling under "replace_one"."""
+    return ValueError(
+        f'Expected an accountant with a bound for Poisson sampling under neighboring_relation="replace_one", '
+        f'got accountant={name!r}. Use accountant="pld", or neighboring_relation="add_or_remove_one".'
+    )
+
+
+def check_delta(delta: float) -> None:
+    """Raise ValueError unless 0 < delta < 1."""
+    if not 0 < delta < 1:
+        raise ValueError(f"Expected 0 < delta < 1, got delta={delta}. Choose it well below 1 / (size of the data set).")

@@ -1,0 +1,149 @@
+"""Releases of private data: one event a logical batch, and runs of equal events."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
+
+EventKind = Literal["poisson", "gaussian", "shuffle", "non_private"]
+PlannedRun = Sequence[Any]  # (event, steps) or (event, steps, passes)
+
+
+@dataclass(frozen=True)
+class PrivacyEvent:
+    """One release of one logical batch.
+
+    release = sum of clipped contributions + N(0, (noise_multiplier x sensitivity)^2 I)
+
+    Guarantee: describes the mechanism, not the data; every field is public. A noise multiplier of 0 is legal and
+    means that nothing is protected: epsilon is infinite.
+
+    Args:
+        kind: "poisson" (each sample joins with probability `sample_rate`), "gaussian" (every sample is in the
+            batch), "shuffle" (every sample is in one batch of a pass; no amplification), "non_private".
+        noise_multiplier: Standard deviation of the noise over the sensitivity, in [0, inf); 0 for "non_private".
+        sample_rate: Probability that a sample joins, in [0, 1]; 1 for every kind but "poisson".
+        reason: Why nothing is protected; for "non_private" only.
+
+    Raises:
+        ValueError: If a field is out of its range or does not belong to the kind.
+        TypeError: If a number is not a number.
+
+    Example:
+        >>> PrivacyEvent.poisson(noise_multiplier=1.1, sample_rate=0.01)
+        PrivacyEvent(kind='poisson', noise_multiplier=1.1, sample_rate=0.01, reason='')
+    """
+
+    kind: EventKind
+    noise_multiplier: float
+    sample_rate: float = 1.0
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(EventKind):
+            raise ValueError(f"Expected kind in {get_args(EventKind)}, got kind={self.kind!r}.")
+        for name in ("noise_multiplier", "sample_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"Expected a real number, got {name}={value!r}. Pass a Python float.")
+            object.__setattr__(self, name, float(value))
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(
+                f"Expected 0 <= noise_multiplier < inf, got noise_multiplier={self.noise_multiplier}. "
+                "Use 0 for a release without noise."
+            )
+        if not 0 <= self.sample_rate <= 1:
+            raise ValueError(
+                f"Expected 0 <= sample_rate <= 1, got sample_rate={self.sample_rate}. "
+                "It is the expected batch size over the size of the data set."
+            )
+        if self.kind != "poisson" and self.sample_rate != 1:
+            raise ValueError(
+                f"Expected sample_rate=1 for kind={self.kind!r}, got sample_rate={self.sample_rate}. "
+                'Only kind="poisson" is amplified by sampling.'
+            )
+        if self.kind == "non_private" and self.noise_multiplier != 0:
+            raise ValueError(
+                f'Expected noise_multiplier=0 for kind="non_private", got noise_multiplier={self.noise_multiplier}. '
+                "A release with accountable noise has another kind."
+            )
+        if not isinstance(self.reason, str):
+            raise TypeError(f"Expected a string, got reason={self.reason!r}.")
+        if self.reason and self.kind != "non_private":
+            raise ValueError(f'Expected a reason for kind="non_private" only, got reason={self.reason!r}.')
+
+    @classmethod
+    def poisson(cls, *, noise_multiplier: float, sample_rate: float) -> PrivacyEvent:
+        """Return the release of a Poisson-sampled batch."""
+        return cls("poisson", noise_multiplier, sample_rate)
+
+    @classmethod
+    def gaussian(cls, *, noise_multiplier: float) -> PrivacyEvent:
+        """Return a release that every sample takes part in."""
+        return cls("gaussian", noise_multiplier)
+
+    @classmethod
+    def shuffle(cls, *, noise_multiplier: float) -> PrivacyEvent:
+        """Return the release of one batch of a pass over shuffled data."""
+        return cls("shuffle", noise_multiplier)
+
+    @classmethod
+    def non_private(cls, reason: str) -> PrivacyEvent:
+        """Return a release that nothing protects."""
+        return cls("non_private", 0.0, reason=reason)
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """A run of equal events.
+
+    Args:
+        event: What was released in each step; for "shuffle" with the smallest noise multiplier of its passes.
+        num_steps: Number of logical steps, at least 1.
+        num_passes: Number of passes over the data that the steps belong to, at least 1 for "shuffle", else 0.
+    """
+
+    event: PrivacyEvent
+    num_steps: int
+    num_passes: int = 0
+
+
+def parse_run(run: PlannedRun) -> tuple[PrivacyEvent, int, int]:
+    """Return (event, steps, passes) of a planned run given as two or three items.
+
+    Args:
+        run: `(event, steps)` or `(event, steps, passes)`; see `Ledger.extended`.
+
+    Raises:
+        ValueError: If the length is another, a count is no integer in range, or passes do not belong to the kind.
+        TypeError: If the first item is not a `PrivacyEvent`.
+    """
+    if len(run) not in (2, 3):
+        raise ValueError(f"Expected (event, steps) or (event, steps, passes), got {len(run)} items.")
+    event: PrivacyEvent = run[0]
+    check_event(event)
+    num_steps = check_count(run[1], name="steps", minimum=1)
+    if event.kind != "shuffle":
+        if len(run) == 3 and run[2] != 0:
+            raise ValueError(f'Expected passes for kind="shuffle" only, got passes={run[2]} for {event.kind!r}.')
+        return event, num_steps, 0
+    num_passes = check_count(run[2], name="passes", minimum=0) if len(run) == 3 else 1
+    if num_passes > num_steps:
+        raise ValueError(f"Expected passes <= steps, got passes={num_passes} and steps={num_steps}.")
+    return event, num_steps, num_passes
+
+
+def check_count(value: Any, *, name: str, minimum: int) -> int:
+    """Return `value` as an int, or raise ValueError unless it is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ValueError(f"Expected an integer >= {minimum}, got {name}={value!r}.")
+    return int(value)
+
+
+def check_event(event: Any) -> None:
+    """Raise TypeError unless `event` is a `PrivacyEvent`."""
+    if not isinstance(event, PrivacyEvent):
+        raise TypeError(f"Expected a PrivacyEvent, got {type(event).__name__}.")

@@ -1,0 +1,69 @@
+"""Epsilon in the logger, in ``callback_metrics`` and on the progress bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_dp import _validate as check
+from lightning_dp.callbacks._strategy import ledger_holder
+
+
+class EpsilonMonitor(Callback):
+    """Logs ``epsilon``, ``privacy/delta`` and ``privacy/noise_multiplier`` while training.
+
+    ``epsilon`` is the epsilon spent so far at ``delta``, over every step the ledger holds (resumed runs and learning-rate
+    searches included). It is logged every ``every_n_steps`` logical steps and at the last step of each epoch, before
+    validation, so that ``ModelCheckpoint(filename="{epoch}-{epsilon:.2f}")`` and ``EarlyStopping(monitor="epsilon")`` see it.
+
+    **Guarantee**: what is logged depends on public settings only, never on the data. Before the first step nothing is
+    logged: "no steps recorded" is not epsilon 0.
+
+    Args:
+        every_n_steps: logical steps between two values, >= 1.
+        delta: delta in (0, 1) to state epsilon at; default: the strategy's.
+        prog_bar: show epsilon on the progress bar.
+
+    Raises:
+        ValueError: for arguments out of range.
+        TypeError: when the Trainer's strategy is not a private one.
+
+    Example:
+        >>> monitor = EpsilonMonitor(every_n_steps=100)
+    """
+
+    def __init__(self, *, every_n_steps: int = 50, delta: float | None = None, prog_bar: bool = True) -> None:
+        self.every_n_steps = check.check_count("every_n_steps", every_n_steps)
+        self.delta = None if delta is None else check.check_probability("delta", delta)
+        self.prog_bar = check.check_flag("prog_bar", prog_bar)
+        self._last_logged = -1
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Finds the private strategy, or says that there is none."""
+        if stage == "fit":
+            ledger_holder(trainer, self)
+            self._last_logged = -1
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends. Logs epsilon when it is due."""
+        strategy = ledger_holder(trainer, self)
+        steps = strategy.ledger.num_steps
+        due = steps - self._last_logged >= self.every_n_steps or self._last_logged < 0
+        if steps == 0 or not (due or trainer.fit_loop.epoch_loop._num_ready_batches_reached()):
+            return
+        self._last_logged = steps
+        delta = strategy.plan.delta if self.delta is None else self.delta
+        sigma = strategy.plan.sigma(max(0, strategy.steps_taken - 1))
+        values = {"epsilon": strategy.epsilon(delta), "privacy/delta": delta, "privacy/noise_multiplier": sigma}
+        for name, value in values.items():
+            pl_module.log(name, value, prog_bar=self.prog_bar and name == "epsilon", logger=False, batch_size=1)
+        # straight to the loggers: what `self.log` holds would be written again, out of date, at every step in between
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -1,0 +1,122 @@
+"""A hard limit on epsilon: training stops before the step that would exceed it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_dp import _validate as check
+from lightning_dp.accounting import max_steps_within
+from lightning_dp.callbacks._strategy import LedgerHolder, ledger_holder
+from lightning_dp.errors import PrivacyError
+from lightning_dp.strategies.private_run import PrivateRun
+
+#: How many steps ahead an unbounded run is looked at, at most.
+HORIZON = 10_000_000
+
+
+class PrivacyBudget(Callback):
+    """Stops training before the step with which epsilon would exceed a budget.
+
+    How many steps fit is computed once from the public plan and the ledger: the largest N with
+    ``epsilon(ledger + N planned steps, delta) <= epsilon``. After step N the Trainer is asked to stop; should anything
+    (``min_epochs``, ``min_steps``) keep it going, the next step raises before its noise is drawn.
+
+    **Guarantee**: no step is released with which ``strategy.epsilon(delta)`` exceeds ``epsilon``, under the strategy's
+    accountant. The number of steps is public; nothing depends on the data.
+
+    Args:
+        epsilon: the budget, > 0.
+        delta: delta in (0, 1); default: the strategy's.
+
+    Raises:
+        ValueError: for arguments out of range.
+        PrivacyError: at the start of a run whose first step would already exceed the budget.
+
+    Example:
+        >>> budget = PrivacyBudget(epsilon=3.0, delta=1e-5)
+    """
+
+    def __init__(self, epsilon: float, delta: float | None = None) -> None:
+        self.epsilon = check.check_positive("epsilon", epsilon)
+        self.delta = None if delta is None else check.check_probability("delta", delta)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Gives a strategy the limit, which then holds in a learning-rate search too."""
+        if stage == "fit" and isinstance(trainer.strategy, PrivateRun):
+            trainer.strategy.budget = self._last_allowed_step
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training begins. Computes how many steps fit, and refuses a run with none."""
+        strategy = ledger_holder(trainer, self)
+        allowed = self._allowed_steps(strategy)
+        stop = strategy.plan.steps
+        if allowed == 0 and (stop is None or strategy.steps_taken < stop):
+            raise PrivacyError(
+                f"Expected a budget that allows at least one step, got PrivacyBudget(epsilon={self.epsilon:g}) with "
+                f"{self._spent(strategy)}. Raise the budget or the noise, or keep the model as it is."
+            )
+        strategy.last_allowed_step = strategy.steps_taken + allowed
+
+    def _last_allowed_step(self, strategy: PrivateRun) -> int:
+        return strategy.steps_taken + self._allowed_steps(strategy)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends. Stops the Trainer when the next step would not fit."""
+        strategy = ledger_holder(trainer, self)
+        assert strategy.last_allowed_step is not None
+        remaining = strategy.plan.steps is None or strategy.steps_taken < strategy.plan.steps
+        if strategy.steps_taken >= strategy.last_allowed_step and remaining and not trainer.should_stop:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"PrivacyBudget: stopped after {strategy.steps_taken} steps; the next would exceed epsilon={self.epsilon:g}."
+            )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage ends. Lifts the limit."""
+        self._lift(trainer)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called when a run is interrupted. Lifts the limit."""
+        self._lift(trainer)
+
+    def _lift(self, trainer: pl.Trainer) -> None:
+        ledger_holder(trainer, self).last_allowed_step = None
+        if isinstance(trainer.strategy, PrivateRun):
+            trainer.strategy.budget = None
+
+    def _allowed_steps(self, strategy: LedgerHolder) -> int:
+        plan, start = strategy.plan, strategy.steps_taken
+        delta = plan.delta if self.delta is None else self.delta
+        stop = start + HORIZON if plan.steps is None else plan.steps
+        horizon, allowed = 1000, 0
+        while True:
+            ahead = min(stop, start + horizon)
+            if ahead <= start:
+                return 0
+            allowed = max_steps_within(
+                epsilon=self.epsilon,
+                delta=delta,
+                accountant=strategy.accountant,
+                history=strategy.ledger,
+                runs=plan.runs(start, ahead),
+            )
+            if allowed < ahead - start or ahead == stop:
+                return allowed
+            horizon *= 10
+
+    def _spent(self, strategy: LedgerHolder) -> str:
+        if strategy.ledger.num_steps == 0:
+            return "no steps recorded, so one step alone exceeds it"
+        return f"epsilon={strategy.epsilon(self.delta):.4g} already spent"

@@ -1,0 +1,30 @@
+"""DataLens: a private generator, taught by the votes of discriminators that each see their own shard of the data.
+
+Read in this order: ``votes.py`` (one teacher's vote), ``release.py`` (ledger and noise), ``plan.py`` (what is public),
+``teachers.py`` (all teachers as one stacked model), ``module.py`` (the LightningModule).
+"""
+
+from lightning_dp.datalens.module import DataLens
+from lightning_dp.datalens.networks import ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
+from lightning_dp.datalens.plan import DataLensPlan, epsilon_after
+from lightning_dp.datalens.samples import write_csv, write_tensors
+from lightning_dp.datalens.settings import DataLensSettings
+from lightning_dp.datalens.shards import StepsOver, partition
+from lightning_dp.datalens.votes import threshold_votes, top_k_votes
+
+__all__ = [
+    "ConvDiscriminator",
+    "ConvGenerator",
+    "DataLens",
+    "DataLensPlan",
+    "DataLensSettings",
+    "MLPDiscriminator",
+    "MLPGenerator",
+    "StepsOver",
+    "epsilon_after",
+    "partition",
+    "threshold_votes",
+    "top_k_votes",
+    "write_csv",
+    "write_tensors",
+]

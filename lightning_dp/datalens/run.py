@@ -1,0 +1,169 @@
+"""One DataLens run: plan, ledger, what it costs, checkpoints; ``module.py`` holds the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_dp.accounting import Ledger, make_accountant
+from lightning_dp.datalens import statement, trainer_checks
+from lightning_dp.datalens.plan import DataLensPlan
+from lightning_dp.datalens.release import VoteRelease
+from lightning_dp.datalens.settings import DataLensSettings
+from lightning_dp.datalens.teachers import Teachers
+from lightning_dp.errors import PrivacyError
+from lightning_dp.plan import default_delta
+from lightning_dp.strategies import checkpoint as saved
+from lightning_dp.strategies.planning import remaining_steps
+
+
+class DataLensRun(pl.LightningModule):
+    """What ``EpsilonMonitor``, ``PrivacyBudget`` and checkpoints work with; see ``DataLens``.
+
+    Args:
+        settings: what the user asked for.
+    """
+
+    def __init__(self, settings: DataLensSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.accountant = make_accountant(settings.accountant)
+        self.ledger = Ledger("replace_one")
+        self.budget: Callable[[Any], int] | None = None
+        self.last_allowed_step: int | None = None
+        self._dataset_size: int | None = None
+        self._step = 0
+        self._plan: DataLensPlan | None = None
+        self._restored_plan: dict[str, Any] | None = None
+        self._teachers: Teachers | None = None
+        self._release: VoteRelease | None = None
+
+    # ---------------------------------------------------------------- what the user reads
+
+    @property
+    def plan(self) -> DataLensPlan:
+        """The public settings of the run; built, and its noise chosen, when it is first asked for after data setup.
+
+        Raises:
+            ValueError: no run has been set up yet, or the run cannot be planned.
+        """
+        if self._plan is None:
+            if self._trainer is None or self._trainer.train_dataloader is None:
+                raise ValueError(
+                    "Expected a run with its training data set up, got none yet. Ask for the plan during or after fit."
+                )
+            self._plan = self._build_plan(self._trainer)
+            if self.budget is not None:
+                self.last_allowed_step = self.budget(self)
+        return self._plan
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps of this run that have released votes."""
+        return self._step
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Epsilon spent so far, from the ledger; public.
+
+        Args:
+            delta: in (0, 1); default: the plan's.
+
+        Raises:
+            ValueError: no steps recorded, which is not the same as epsilon 0.
+        """
+        if self.ledger.num_steps == 0:
+            raise ValueError(
+                "Expected at least one private step, got no steps recorded. Ask for epsilon once training has begun."
+            )
+        if delta is None:
+            delta = self._restored_plan["delta"] if self._plan is None and self._restored_plan else self.plan.delta
+        return self.accountant.epsilon(self.ledger, delta)
+
+    def privacy_statement(self) -> str:
+        """What holds for whom, in a few lines."""
+        return statement.privacy_statement(
+            self.plan, self.ledger, self.accountant, seeded=self.settings.seed is not None
+        )
+
+    # ---------------------------------------------------------------- set up
+
+    def _build_plan(self, trainer: pl.Trainer) -> DataLensPlan:
+        settings = self.settings
+        size = len(trainer_checks.dataset_of(trainer))
+        if self._dataset_size not in (None, size):
+            raise PrivacyError(
+                f"Expected the {self._dataset_size} records that the ledger speaks of, got {size}. Go on with the same training "
+                "set, or make a new DataLens."
+            )
+        self._dataset_size = size
+        remaining = remaining_steps(trainer)
+        delta = default_delta(size) if settings.target_delta is None else settings.target_delta
+        plan = DataLensPlan(
+            dataset_size=size,
+            num_teachers=settings.num_teachers,
+            top_k=settings.top_k,
+            batch_size=settings.batch_size,
+            noise_std=0.0 if settings.sigma is None else float(settings.sigma),
+            threshold=settings.threshold,
+            steps=None if remaining is None else self._step + remaining,
+            delta=delta,
+            target_epsilon=settings.target_epsilon,
+            accountant=settings.accountant,
+        ).calibrated(start=self._step, ledger=self.ledger, accountant=self.accountant, restored=self._restored_plan)
+        self._preview(plan)
+        return plan
+
+    def _preview(self, plan: DataLensPlan) -> None:
+        """Says what the run will cost before any noise is drawn."""
+        if plan.steps is None or plan.steps <= self._step:
+            return
+        ledger = self.ledger.extended(plan.runs(self._step, plan.steps))
+        rank_zero_info(
+            f"DataLens: {plan.num_teachers} teachers with {plan.shard_size} records each, noise {plan.noise_std:.5g} on each sum "
+            f"of votes; epsilon={self.accountant.epsilon(ledger, plan.delta):.4g} at delta={plan.delta:g} after "
+            f"{ledger.num_steps} steps."
+        )
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Checks the Trainer before any data is touched."""
+        if stage != "fit":
+            return
+        trainer_checks.check_trainer(self.trainer, self.settings)
+        self._plan, self._restored_plan, self._teachers = None, None, None
+        if self.trainer.global_step == 0:
+            self._step = 0
+        if self._release is None or self._release.world_size != self.trainer.world_size:
+            seed = self.settings.seed
+            self._release = VoteRelease(
+                world_size=self.trainer.world_size,
+                seed=None if seed is None else seed * 1_000_003 + self.global_rank,
+                secure=self.settings.secure_rng,
+            )
+
+    # ---------------------------------------------------------------- checkpoints: the generator and the ledger
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds ledger, plan and step. Teachers and shards are nowhere in a checkpoint."""
+        checkpoint[saved.KEY] = saved.dump(self.ledger, self._plan, self._step)  # type: ignore[arg-type]
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Reads them back; refuses a checkpoint without a ledger."""
+        if saved.KEY not in checkpoint:
+            raise PrivacyError(
+                "Expected a checkpoint with a privacy ledger, got one without: what its weights have seen is unknown. Weights "
+                "trained on public data can be loaded into the generator itself, before DataLens is made."
+            )
+        self.ledger, self._restored_plan, self._step = saved.load(checkpoint, current=self.ledger, allow_public=False)
+        if self._restored_plan is not None:
+            self._dataset_size = self._restored_plan["dataset_size"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a copy holds: everything but the teachers."""
+        return {**super().__getstate__(), "_teachers": None}

@@ -1,0 +1,45 @@
+"""What a DataLens run may say about its privacy, and what it must not leave out."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_dp.accounting import Accountant, Ledger
+from lightning_dp.datalens.plan import DataLensPlan
+from lightning_dp.report import RELATIONS, describe_epsilon
+
+_COVERED = "the generator's weights and every sample it makes, at any time of training; what DataLens logs"
+_NOT_COVERED = (
+    "the teachers and their votes, which never leave the process",
+    "validation and test data, and hyper-parameters or stops chosen by looking at the private data",
+    "bounds or scalings that were computed from the private data",
+)
+
+
+def summary_line(plan: DataLensPlan, ledger: Ledger, accountant: Accountant) -> str:
+    """Epsilon, delta, relation, sampling, accountant and number of steps in one line."""
+    if ledger.num_steps == 0:
+        return "Privacy: no steps recorded."
+    epsilon = accountant.epsilon(ledger, plan.delta)
+    return (
+        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {RELATIONS[plan.neighboring_relation]}, "
+        f"no sampling, accountant {accountant.name}, {ledger.num_steps} steps."
+    )
+
+
+def privacy_statement(plan: DataLensPlan, ledger: Ledger, accountant: Accountant, *, seeded: bool = False) -> str:
+    """The privacy statement of a run: what is promised, how it was computed, what is not covered."""
+    lines = [summary_line(plan, ledger, accountant)]
+    if ledger.num_steps:
+        lines += [
+            f"  unit: one record of the training set ({plan.dataset_size} records, {plan.num_teachers} teachers with "
+            f"{plan.shard_size} each)",
+            f"  noise on each sum of votes: {plan.noise_std:.5g}, for {plan.num_teachers} teachers with {plan.top_k} votes on "
+            f"each of {plan.batch_size} samples a step",
+        ]
+        if math.isinf(accountant.epsilon(ledger, plan.delta)):
+            lines.append("  epsilon is infinite: some step had no noise. This run is not private.")
+    if seeded:
+        lines.append("  a seed was set: nothing here holds against someone who knows it. Train without a seed.")
+    lines += [f"  covered: {_COVERED}", "  not covered:", *(f"    - {item}" for item in _NOT_COVERED)]
+    return "\n".join(lines)

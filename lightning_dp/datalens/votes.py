@@ -1,0 +1,89 @@
+"""TopAgg: a gradient becomes k votes of +1 or -1, and a noisy sum of votes becomes a direction.
+
+Shape suffixes: ``N`` teachers, ``B`` generated samples, ``D`` coordinates of one sample, ``K`` coordinates voted on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dp import _validate as check
+
+SIGNS = ("sign", "stochastic")
+
+
+@torch.no_grad()
+def top_k_votes(
+    gradients: Tensor, top_k: int, *, signs: str = "sign", generator: torch.Generator | None = None
+) -> Tensor:
+    """Votes for the direction in which each gradient is largest.
+
+        v[j] = sign(g[j]) for the k largest |g[j]|, 0 elsewhere
+        signs="stochastic": v[j] = +1 with probability 1/2 + g[j] / (2 b), else -1, with b = max |g|
+
+    **Guarantee**: ``||v|| <= sqrt(k)`` for every input, zero, huge, infinite and NaN ones included; equality for a finite
+    gradient with at least k coordinates that are not zero. A gradient that is not finite, or zero, casts no vote. The votes
+    are NOT private: which coordinates they stand on, and their signs, come from the data.
+
+    Args:
+        gradients: shape (..., D), any floating type; each row is voted on alone.
+        top_k: k, from 1 to D.
+        signs: "sign" or "stochastic".
+        generator: draws the coins of "stochastic", on the CPU. They need not be secret.
+
+    Returns:
+        Votes in {-1, 0, +1}, shape (..., D), float32. Not private.
+
+    Raises:
+        ValueError: k beyond D, or an unknown rule for the signs.
+
+    Example:
+        >>> top_k_votes(torch.tensor([0.1, -3.0, 2.0]), 2)
+        tensor([ 0., -1.,  1.])
+
+    References:
+        Wang et al. 2021, DataLens, Algorithms 2 and 3.
+    """
+    check.check_choice("signs", signs, SIGNS)
+    check.check_count("top_k", top_k)
+    dimension = gradients.shape[-1]
+    if top_k > dimension:
+        raise ValueError(
+            f"Expected top_k <= {dimension}, the coordinates of one sample, got top_k={top_k}. Lower top_k; more votes also "
+            "need more noise."
+        )
+    grads = gradients.float()
+    grads = torch.where(grads.isfinite().all(-1, keepdim=True), grads, torch.zeros_like(grads))
+    chosen = grads.abs().topk(top_k, dim=-1, sorted=False).indices
+    values_K = grads.gather(-1, chosen)
+    if signs == "sign":
+        votes_K = values_K.sign()
+    else:
+        largest = grads.abs().amax(-1, keepdim=True)
+        coins = torch.rand(values_K.shape, generator=generator).to(values_K.device)
+        up = coins < 0.5 + 0.5 * (values_K / largest)
+        votes_K = torch.where(up, 1.0, -1.0) * (largest > 0)
+    return torch.zeros_like(grads).scatter_(-1, chosen, votes_K)
+
+
+def threshold_votes(noisy_sums: Tensor, threshold: float) -> Tensor:
+    """The direction that the noisy sums of votes agree on.
+
+        u[j] = sign(s[j]) where |s[j]| > threshold, else 0
+
+    **Guarantee**: post-processing: as private as ``noisy_sums``.
+
+    Args:
+        noisy_sums: sums of votes after noise, any shape.
+        threshold: >= 0, in votes: the fraction beta times the number of teachers.
+
+    Returns:
+        Directions in {-1, 0, +1}, of the same shape.
+
+    Example:
+        >>> threshold_votes(torch.tensor([5.0, -9.0, 2.0]), 4.0)
+        tensor([ 1., -1.,  0.])
+    """
+    check.check_nonnegative("threshold", threshold)
+    return torch.where(noisy_sums.abs() > threshold, noisy_sums.sign(), torch.zeros_like(noisy_sums))

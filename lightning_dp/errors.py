@@ -1,0 +1,12 @@
+"""The one exception of this package's own."""
+
+from __future__ import annotations
+
+
+class PrivacyError(RuntimeError):
+    """Raised where continuing would void the privacy guarantee.
+
+    Wrong arguments raise ``ValueError`` or ``TypeError``; this error is for what is only seen while training runs:
+    a parameter used where its per-sample gradient cannot be known, a loss that mixes samples, a checkpoint without a
+    ledger, a spent budget. It is never repaired silently and never only a warning.
+    """

@@ -1,0 +1,26 @@
+"""Per-sample gradients in one backward: norms and weighted sums without autograd's weight gradients."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_dp.per_sample.engine import GradSample, Memory, PerSampleEngine
+from lightning_dp.per_sample.single import SingleSampleEngine
+
+__all__ = ["PerSampleEngine", "SingleSampleEngine", "make_engine"]
+
+
+def make_engine(
+    module: nn.Module, *, grad_sample: GradSample, memory: Memory, microbatch_size: int | None
+) -> PerSampleEngine | SingleSampleEngine:
+    """Return the engine for microbatches of that size: plain autograd for single samples, hooks for more.
+
+    Args:
+        module: the user's module.
+        grad_sample: ``"auto"`` or ``"materialize"``.
+        memory: ``"fast"`` or ``"lean"``.
+        microbatch_size: most samples of a microbatch; None for no limit.
+    """
+    if microbatch_size == 1:
+        return SingleSampleEngine(module)
+    return PerSampleEngine(module, grad_sample=grad_sample, memory=memory)

@@ -1,0 +1,104 @@
+"""Randomness held still, so that a sample run alone and the same sample in a batch compute the same thing."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every random draw becomes a fixed value, so that two runs differ in their samples only.
+
+    Dropout is off. Permutations become a cyclic shift, which mixes whatever can be mixed. Other draws of values:
+
+    - by default the same value at every place (normal: ``mean + std / 2``; uniform: the middle of its range; Bernoulli: its
+      probability; integers: the lowest), so that a sample sees the same draw alone and in any row of a batch;
+    - with ``by_place`` a fixed value for each place of the drawn tensor, whatever was drawn before, so that a further row
+      changes what a mean over rows is.
+
+    Draws of places with replacement (multinomial) stay random.
+
+    Args:
+        by_place: see above.
+    """
+
+    def __init__(self, *, by_place: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_place = by_place
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operation, replacing what it draws."""
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        arguments = func._schema.arguments
+        # arguments that equal their default are not passed on
+        named = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+        named |= {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if "dropout_p" in named:
+            position = [argument.name for argument in arguments].index("dropout_p")
+            if position < len(args):
+                args = (*args[:position], 0.0, *args[position + 1 :])
+            else:
+                kwargs["dropout_p"] = 0.0
+            return func(*args, **kwargs)
+        if name == "bernoulli" and "p" not in named:
+            named["p"] = named["self"].clone()
+        result = func(*args, **kwargs)
+        if not isinstance(result, torch.Tensor):
+            return result
+        if name == "randperm":
+            return result.copy_(torch.arange(result.numel(), device=result.device).roll(-1))
+        uniform = _by_place(result) if self.by_place else None
+        value = _value(name, named, uniform)
+        if value is None:
+            return result
+        return result.copy_(value) if isinstance(value, torch.Tensor) else result.fill_(value)
+
+
+def _by_place(like: torch.Tensor) -> torch.Tensor:
+    """Fixed numbers in (0, 1) that look drawn, one for each place in row-major order."""
+    places = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
+    return ((torch.sin(places * 12.9898 + 1.0) * 43758.5453).frac().abs() * 0.98 + 0.01).view(like.shape)
+
+
+def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None) -> Any:
+    """What takes the place of a draw, or None where it must stay random."""
+    if name in ("randn", "randn_like") or name.startswith("normal"):
+        mean, std = named.get("mean", 0.0), named.get("std", 1.0)
+        standard = 0.5 if uniform is None else math.sqrt(2.0) * torch.erfinv(2.0 * uniform - 1.0)
+        return mean + standard * std
+    if name in ("rand", "rand_like", "uniform"):
+        low, high = named.get("from", 0.0), named.get("to", 1.0)
+        return low + (high - low) * (0.5 if uniform is None else uniform)
+    if name in ("randint", "randint_like"):
+        return named.get("low", 0)
+    if name.startswith("bernoulli"):
+        return named["p"]
+    return None
+
+
+@contextmanager
+def restored_randomness(seed: int | None = None) -> Iterator[None]:
+    """Restores torch's, numpy's and Python's global generators afterwards; seeds all three within, if asked."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            if seed is not None:
+                torch.manual_seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
+                random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)

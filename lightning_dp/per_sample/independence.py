@@ -1,0 +1,248 @@
+"""Is the gradient of a sample its own? The comparison with samples run alone, and layers known not to be private.
+
+Differential privacy bounds what one sample contributes. That needs per-sample gradients which depend on one sample
+only, and which are on the scale that the clipping norm is meant for. Both fail silently for a wrong loss or layer; the
+comparison sees it whatever the reason is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from lightning_dp.errors import PrivacyError
+
+# Allowed difference relative to the largest per-sample norm, by the type the forward ran in.
+RTOL = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+_FIX = "lightning_dp.fix(module) replaces it"
+_SINGLE = "use microbatch_size=1, which takes every sample by itself"
+
+
+def compare_with_singles(
+    batched: Mapping[str, Tensor],
+    singles: Sequence[Mapping[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    rtol: float | None = None,
+    module: nn.Module | None = None,
+) -> None:
+    r"""Compare per-sample gradients of a batch with the gradients of its samples run alone.
+
+        max_{p, i} ||batched_p[i] - single_i[p]||  <=  rtol * max_i ||gradient_i over all parameters||
+
+    **Guarantee**: returns only if the inequality holds for every parameter and sample. A NaN on one side only is a
+    difference; a sample that is not finite on both sides says nothing and is left out. What it does NOT show: that
+    samples other than these, or other branches of the model, are independent too; couplings weaker than ``rtol``.
+    The message of the error holds numbers computed from the data: it is not private.
+
+    Args:
+        batched: parameter name to per-sample gradients, shape ``(B, *shape)``, of the sum over samples of the loss (a
+            mean loss times ``B``), randomness off. Private.
+        singles: for each of the ``B`` samples parameter name to gradient, shape ``(*shape)``, of its own loss. Private.
+            A name that one side lacks counts as zero there.
+        dtype: type the forward ran in, ``torch.bfloat16`` under "bf16-mixed"; by default the coarsest of the gradients.
+        rtol: allowed difference, in (0, inf); by default chosen by ``dtype``.
+        module: searched for layers that explain a difference.
+
+    Raises:
+        PrivacyError: where the gradients differ, with the parameters, the size and the likely cause, or where no
+            sample has a finite gradient.
+        ValueError: for arguments that do not fit together.
+
+    Example:
+        >>> grads = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> compare_with_singles({"w": grads}, [{"w": grads[0]}, {"w": grads[1]}])
+    """
+    pairs = _paired(batched, singles)
+    if dtype is None:
+        seen = {tensor.dtype for pair in pairs.values() for tensor in pair}
+        dtype = max(seen, key=lambda kind: RTOL.get(kind, 0.0), default=torch.float32)
+    rtol = RTOL.get(dtype, RTOL[torch.float32]) if rtol is None else rtol
+    if not 0 < rtol < math.inf:
+        raise ValueError(f"Expected rtol in (0, inf), got rtol={rtol}.")
+
+    samples = len(singles)
+    sums = {name: _row_sums(left, right) for name, (left, right) in pairs.items()}
+    totals_b, totals_s, totals_bs, _ = sum(sums.values(), torch.zeros(4, samples, dtype=torch.float64))
+    comparable = totals_b.isfinite() | totals_s.isfinite()
+    if samples and not bool(comparable.any()):
+        raise PrivacyError(
+            "Expected at least one sample with a finite gradient, got none: whether samples are independent cannot be "
+            "seen. Look for NaN or infinite values in the data, the loss or the initial weights."
+        )
+    both_finite = totals_b.isfinite() & totals_s.isfinite()
+    largest = torch.maximum(totals_b, totals_s)[both_finite].sqrt().max().item() if bool(both_finite.any()) else 0.0
+    worst: dict[str, tuple[float, int]] = {}
+    for name, (_, _, _, squares) in sums.items():
+        # NaN and inf, on one side only, are the largest possible difference
+        values = torch.where(comparable, squares.sqrt().nan_to_num(nan=math.inf, posinf=math.inf), 0.0)
+        if samples and not values.max().item() <= rtol * largest:
+            index = int(values.argmax())
+            worst[name] = (values[index].item() / largest if largest else math.inf, index)
+    if worst:
+        cause = _cause(totals_b[both_finite], totals_s[both_finite], totals_bs[both_finite], samples, max(rtol, 1e-3))
+        raise PrivacyError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")
+
+
+def find_unsupported(module: nn.Module, *, runs_samples_alone: bool = False) -> list[tuple[str, nn.Module, str]]:
+    """Return the submodules that cannot be trained privately as they are: (qualified name, module, why).
+
+    **Guarantee**: an empty list does not mean that samples are independent: functions inside ``forward`` are not seen.
+
+    Args:
+        module: the module to search, itself included.
+        runs_samples_alone: with ``microbatch_size=1`` only layers that change their state without noise are left.
+
+    Returns:
+        One entry a submodule, in the order of ``named_modules()``; the name of the module itself is "".
+
+    Example:
+        >>> [(name, why[:9]) for name, _, why in find_unsupported(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))]
+        [('1', 'BatchNorm')]
+    """
+    found = []
+    for name, child in module.named_modules():
+        why = _why_never_private(child)
+        if not why and not runs_samples_alone:
+            why = _why_not_together(child)
+        if why:
+            found.append((name, child, why))
+    return found
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _why_never_private(module: nn.Module) -> str:
+    """Say which state the layer changes from samples without noise; "" for none."""
+    kind = type(module).__name__
+    if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
+        return f"{kind} normalises with statistics of the batch and stores them without noise; {_FIX} by GroupNorm."
+    if isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
+        return f"{kind} with track_running_stats=True stores statistics of samples without noise; {_FIX}."
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None and _trains(module):
+        return f"{kind} with max_norm changes the weights of this batch's tokens without noise; leave max_norm out."
+    return ""
+
+
+def _why_not_together(module: nn.Module) -> str:
+    """Say why samples of one forward cannot be told apart; "" where they can."""
+    kind = type(module).__name__
+    if isinstance(module, _BatchNorm) and (_trains(module) or module.running_mean is None):
+        return f"{kind} normalises with statistics of the batch when it trains; {_FIX} by GroupNorm."
+    if not _trains(module):
+        return ""
+    if isinstance(module, _InstanceNorm) and module.track_running_stats:
+        return f"{kind} with track_running_stats=True stores statistics of samples when it trains; {_FIX}."
+    if isinstance(module, nn.RNNBase):
+        way_out = _SINGLE if module.proj_size else f"{_FIX} by an equal layer made of Linear layers"
+        return f"{kind} computes all time steps in one kernel, without per-sample gradients; {way_out}."
+    if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+        return f"{kind} draws its dropout inside one function, where it cannot be repeated per sample; {_FIX}."
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
+        return f"{kind} with scale_grad_by_freq=True divides by counts over the batch; leave it out."
+    return _why_reparametrized(module)
+
+
+def _why_reparametrized(module: nn.Module) -> str:
+    kind = type(module).__name__
+    hooks = [*module._forward_pre_hooks.values()]
+    if parametrize.is_parametrized(module) or any(isinstance(hook, (WeightNorm, SpectralNorm)) for hook in hooks):
+        return (
+            f"{kind} computes its weight from other parameters (weight or spectral norm, parametrization); {_SINGLE}."
+        )
+    if any(isinstance(hook, prune.BasePruningMethod) for hook in hooks):
+        return f"{kind} is pruned by torch.nn.utils.prune; use this package's pruning callback, or {_SINGLE}."
+    return ""
+
+
+def _paired(batched: Mapping[str, Tensor], singles: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return name to (batched, stacked singles), both ``(B, *shape)``; zeros where a side lacks the name."""
+    pairs = {}
+    names = dict.fromkeys([*batched, *(name for single in singles for name in single)])
+    for name in names:
+        like = next((single[name] for single in singles if name in single), None)
+        if like is None:
+            like = batched[name].new_zeros(batched[name].shape[1:])
+        right = (
+            torch.stack([single.get(name, torch.zeros_like(like)) for single in singles]) if singles else like[None][:0]
+        )
+        left = batched.get(name, torch.zeros_like(right))
+        if left.shape != right.shape:
+            raise ValueError(
+                f"Expected batched[{name!r}] of shape {tuple(right.shape)} for {len(singles)} singles, "
+                f"got shape={tuple(left.shape)}."
+            )
+        pairs[name] = (left.detach(), right.detach().to(left.device))
+    return pairs
+
+
+def _row_sums(batched: Tensor, alone: Tensor) -> Tensor:
+    """Return per sample both squared norms, the product and the squared distance: ``(4, B)``, float64, on the CPU."""
+    if batched.shape[0] == 0:
+        return torch.zeros(4, 0, dtype=torch.float64)
+    if batched.device.type == "mps":  # has no float64
+        batched, alone = batched.cpu(), alone.cpu()
+    left, right = (side.reshape(side.shape[0], -1).to(torch.float64) for side in (batched, alone))
+    distance = (left - right).square().sum(1)
+    return torch.stack([left.square().sum(1), right.square().sum(1), (left * right).sum(1), distance]).cpu()
+
+
+def _difference(worst: Mapping[str, tuple[float, int]], rtol: float) -> str:
+    ranked = sorted(worst.items(), key=lambda item: -item[1][0])
+    listed = ", ".join(f"{name} ({size:.2g}, sample {index})" for name, (size, index) in ranked[:4])
+    more = f" and {len(ranked) - 4} more" if len(ranked) > 4 else ""
+    return (
+        "Expected the gradient of every sample in a batch to be its gradient when run alone, got a difference of "
+        f"{ranked[0][1][0]:.2g} of the largest gradient norm (allowed {rtol:.2g}) in {listed}{more}."
+    )
+
+
+def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, tolerance: float) -> str:
+    """Say what a factor between the two gradients, the same or not for all samples, or none, points to."""
+    used = (totals_s > 0) & (totals_b > 0)
+    batched, alone, product = totals_b[used], totals_s[used], totals_bs[used]
+    ratios = product / alone
+    # the part of a batched gradient that is not along the single one
+    rest = (batched - product.square() / alone).clamp_min(0).sqrt() / batched.sqrt()
+    if len(ratios) == 0 or not bool((rest <= 10 * tolerance).all()):
+        return (
+            "No factor a sample explains it: samples influence each other. Likely causes: BatchNorm or another layer "
+            "with statistics over the batch; a contrastive loss or another term over pairs of samples; a layout whose "
+            "first axis is not the batch; randomness that is drawn in forward. Change the layer or the loss, or "
+            f"{_SINGLE}."
+        )
+    low, high = ratios.min().item(), ratios.max().item()
+    middle = ratios.mean().item()
+    if high - low <= 10 * tolerance * abs(middle):
+        if abs(middle - samples) <= 10 * tolerance * samples:
+            return (
+                f"All gradients are {middle:.4g} times as large, and the batch has {samples} samples: the loss is a "
+                "sum over the batch, not a mean. Return a mean over the batch, or a loss of shape (B,)."
+            )
+        return (
+            f"All gradients are {middle:.4g} times as large (batch of {samples}): the loss is divided by something "
+            "that depends on the batch's size. Return a mean over the batch, or a loss of shape (B,)."
+        )
+    return (
+        f"Every gradient has the right direction but a factor of its own, from {low:.4g} to {high:.4g}: samples share "
+        "a denominator. Likely causes: a mean over all tokens or pixels of the batch instead of each sample's own; "
+        "ignore_index, sample or class weights in a mean. Reduce each sample by itself and return a loss of shape "
+        f"(B,), or {_SINGLE}."
+    )
+
+
+def _suspects(module: nn.Module | None) -> str:
+    found = find_unsupported(module) if module is not None else []
+    listed = " ".join(f"{name or 'the module itself'}: {why}" for name, _, why in found[:3])
+    return f" Found in the module: {listed}" if found else ""

@@ -1,0 +1,251 @@
+"""Where a call carries the samples: batch axis and rows of one sample, learned from two batch sizes.
+
+Legend: ``B`` samples, ``K`` rows of one sample, "sample-major": the ``K`` rows of a sample lie next to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_dp.errors import PrivacyError
+
+WAY_OUT = "microbatch_size=1 works for any module"
+
+
+@dataclass(frozen=True)
+class BatchAxis:
+    """The axis of a tensor that runs over the samples.
+
+    Args:
+        axis: position of the axis.
+        multiplicity: ``K``, its length a sample when it was learned. More than one for folded time steps or views.
+        sample_major: whether the ``K`` rows of a sample are neighbours; ``None`` if ``K = 1``.
+    """
+
+    axis: int
+    multiplicity: int = 1
+    sample_major: bool | None = None
+
+    def rows_of_one(self, tensor: Tensor, batch_size: int, where: str) -> int:
+        """Return ``K`` of this tensor at this batch size; ``PrivacyError`` if the samples cannot be told apart."""
+        if tensor.dim() <= self.axis:
+            raise PrivacyError(
+                f"Expected a tensor with the batch in axis {self.axis}, got shape={tuple(tensor.shape)} in {where}. "
+                f"The layer is used in a way that was not seen when its layout was learned; {WAY_OUT}."
+            )
+        length = tensor.shape[self.axis]
+        if batch_size == 0:
+            return self.multiplicity
+        rows, rest = divmod(length, batch_size)
+        folded_anew = rows != 1 and self.multiplicity == 1 and batch_size != 1
+        if rest or rows == 0 or folded_anew:
+            raise PrivacyError(
+                f"Expected axis {self.axis} to hold {self.multiplicity} row(s) for each of {batch_size} samples, "
+                f"got length={length} in {where}. Each sample must own the same number of rows; {WAY_OUT}."
+            )
+        return rows
+
+    def to_front(self, tensor: Tensor, batch_size: int, where: str) -> tuple[Tensor, int]:
+        """Return the tensor with the batch axis moved to the front, rows sample-major, and ``K``."""
+        rows = self.rows_of_one(tensor, batch_size, where)
+        if self.axis:
+            tensor = tensor.movedim(self.axis, 0)
+        if rows > 1 and batch_size > 1 and not self.sample_major:
+            shape = tensor.shape
+            tensor = tensor.reshape(rows, batch_size, *shape[1:]).transpose(0, 1).reshape(shape)
+        return tensor, rows
+
+
+@dataclass(frozen=True)
+class Unclear:
+    """A tensor or call whose batch axis could not be learned, and why."""
+
+    reason: str
+
+
+Axis = BatchAxis | Unclear | None
+"""``None``: the tensor carries no batch axis."""
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """The axes of one call: one entry a tensor of its arguments and of its output."""
+
+    inputs: tuple[Axis, ...]
+    outputs: tuple[Axis, ...]
+
+    def agrees(self, other: CallLayout) -> bool:
+        """Tell whether both read every tensor the same way; the multiplicity may differ."""
+
+        def same(a: Axis, b: Axis) -> bool:
+            if isinstance(a, BatchAxis) and isinstance(b, BatchAxis):
+                order = None in (a.sample_major, b.sample_major) or a.sample_major == b.sample_major
+                return a.axis == b.axis and order and (a.multiplicity == 1) == (b.multiplicity == 1)
+            return a == b
+
+        mine, theirs = self.inputs + self.outputs, other.inputs + other.outputs
+        return len(self.inputs) == len(other.inputs) and len(mine) == len(theirs) and all(map(same, mine, theirs))
+
+    def fits(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], batch_size: int) -> bool:
+        """Tell whether these tensors can have this layout."""
+        if len(inputs) != len(self.inputs) or len(outputs) != len(self.outputs):
+            return False
+        for axis, tensor in zip((*self.inputs, *self.outputs), (*inputs, *outputs), strict=True):
+            if isinstance(axis, Unclear):
+                return False
+            if axis is not None and tensor is not None:
+                try:
+                    axis.rows_of_one(tensor, batch_size, "")
+                except PrivacyError:
+                    return False
+        return True
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors of nested arguments or outputs in a fixed order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@dataclass
+class Observation:
+    """One call seen while the layout is learned."""
+
+    inputs: list[Tensor]
+    input_shapes: list[torch.Size]
+    output_shapes: list[torch.Size]
+    with_grad: bool
+    parent: tuple[str, int] | None
+
+
+Observations = dict[str, list[Observation]]
+
+
+def solve(first: Observations, second: Observations, sizes: tuple[int, int]) -> dict[str, list[CallLayout] | Unclear]:
+    """Return the layout of every call of every module from its shapes at two batch sizes.
+
+    Args:
+        first: calls seen at ``sizes[0]``.
+        second: calls seen at ``sizes[1]``; the first ``sizes[0]`` samples are the same as in ``first``.
+        sizes: two different numbers of samples.
+
+    Returns:
+        Module name to the layouts of its calls in order, or why they are unclear.
+    """
+    layouts: dict[str, list[CallLayout] | Unclear] = {}
+    for name in first.keys() | second.keys():
+        calls, others = first.get(name, []), second.get(name, [])
+        if len(calls) != len(others):
+            layouts[name] = Unclear(
+                f"it was called {len(calls)} times with {sizes[0]} samples and {len(others)} times with {sizes[1]}"
+            )
+            continue
+        layouts[name] = [_solve_call(a, b, sizes) for a, b in zip(calls, others, strict=True)]
+    return _settle_order(layouts)
+
+
+def _solve_call(first: Observation, second: Observation, sizes: tuple[int, int]) -> CallLayout:
+    shapes = (first.input_shapes, second.input_shapes), (first.output_shapes, second.output_shapes)
+    if any(len(a) != len(b) for a, b in shapes):
+        unclear = Unclear("the number of its tensors changes with the batch size")
+        return CallLayout((unclear,), (unclear,))
+    inputs = [_solve_axis(a, b, sizes) for a, b in zip(*shapes[0], strict=True)]
+    outputs = [_solve_axis(a, b, sizes) for a, b in zip(*shapes[1], strict=True)]
+    for i, axis in enumerate(inputs):
+        if isinstance(axis, BatchAxis) and axis.multiplicity > 1:
+            order = _row_order(first.inputs[i], second.inputs[i], axis, sizes)
+            inputs[i] = BatchAxis(axis.axis, axis.multiplicity, order)
+    known = {a.sample_major for a in inputs if isinstance(a, BatchAxis) and a.sample_major is not None}
+    if len(known) == 1:
+        # the rows of an output lie as those of the input they were made from
+        order = known.pop()
+        inputs = [_with_order(axis, order) for axis in inputs]
+        outputs = [_with_order(axis, order) for axis in outputs]
+    return CallLayout(tuple(inputs), tuple(outputs))
+
+
+def _solve_axis(a: torch.Size, b: torch.Size, sizes: tuple[int, int]) -> Axis:
+    if len(a) != len(b):
+        return Unclear(f"its shape goes from {tuple(a)} to {tuple(b)} with the batch size")
+    changed = [i for i in range(len(a)) if a[i] != b[i]]
+    if not changed:
+        return None
+    if len(changed) > 1:
+        return Unclear(f"two axes change with the batch size: {tuple(a)} to {tuple(b)}")
+    axis = changed[0]
+    rows, rest = divmod(a[axis], sizes[0])
+    if rest or rows * sizes[1] != b[axis] or rows == 0:
+        return Unclear(
+            f"its axis {axis} is no multiple of the batch size: {a[axis]} of {sizes[0]}, {b[axis]} of {sizes[1]}"
+        )
+    return BatchAxis(axis, rows)
+
+
+def _with_order(axis: Axis, order: bool | None) -> Axis:
+    if isinstance(axis, BatchAxis) and axis.multiplicity > 1 and axis.sample_major is None:
+        return BatchAxis(axis.axis, axis.multiplicity, order)
+    return axis
+
+
+def _row_order(first: Tensor, second: Tensor, axis: BatchAxis, sizes: tuple[int, int]) -> bool | None:
+    """Read from the values whether the rows are sample-major: the shared samples must hold the same rows."""
+    shared, rows = min(sizes), axis.multiplicity
+    a, b = (
+        (t.detach().movedim(axis.axis, 0) if not t.is_floating_point() else t.detach().float().movedim(axis.axis, 0))
+        for t in (first, second)
+    )
+
+    def difference(sample_major: bool) -> float:
+        views = []
+        for tensor, size in ((a, sizes[0]), (b, sizes[1])):
+            if sample_major:
+                views.append(tensor.reshape(size, rows, *tensor.shape[1:])[:shared])
+            else:
+                views.append(tensor.reshape(rows, size, *tensor.shape[1:])[:, :shared].transpose(0, 1))
+        return float((views[0].double() - views[1].double()).abs().mean()) if views[0].numel() else 0.0
+
+    scale = float(a.double().abs().mean()) if a.numel() else 0.0
+    close = [difference(major) <= 1e-2 * scale for major in (True, False)]
+    if close[0] == close[1]:
+        return None
+    return close[0]
+
+
+def _settle_order(layouts: dict[str, list[CallLayout] | Unclear]) -> dict[str, list[CallLayout] | Unclear]:
+    """Give folded calls whose order the values do not show the order of the calls that do; else call them unclear."""
+    orders = {
+        axis.sample_major
+        for axis in _axes(layouts)
+        if isinstance(axis, BatchAxis) and axis.multiplicity > 1 and axis.sample_major is not None
+    }
+    order = orders.pop() if len(orders) == 1 else None
+
+    def settle(axis: Axis) -> Axis:
+        axis = _with_order(axis, order)
+        if isinstance(axis, BatchAxis) and axis.multiplicity > 1 and axis.sample_major is None:
+            return Unclear(
+                f"it gets {axis.multiplicity} rows a sample and the values do not show which rows belong to which "
+                "sample (random layers must be off while the layout is learned)"
+            )
+        return axis
+
+    return {
+        name: calls
+        if isinstance(calls, Unclear)
+        else [CallLayout(tuple(map(settle, c.inputs)), tuple(map(settle, c.outputs))) for c in calls]
+        for name, calls in layouts.items()
+    }
+
+
+def _axes(layouts: dict[str, list[CallLayout] | Unclear]) -> Iterator[Axis]:
+    for calls in layouts.values():
+        if not isinstance(calls, Unclear):
+            for call in calls:
+                yield from (*call.inputs, *call.outputs)

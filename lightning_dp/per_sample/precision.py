@@ -1,0 +1,41 @@
+"""The arithmetic of the engine: no autograd, no autocast, no shortened float32 products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def exact_arithmetic(device_type: str) -> Iterator[None]:
+    """Compute in full precision inside; the user's settings hold again outside.
+
+    A norm from Gram matrices and a weighted sum from another product speak of the same gradient only up to their
+    rounding. With TF32 or bfloat16 products that is 1e-3 of terms which may cancel: enough to void a sensitivity.
+
+    Args:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+    """
+    switches = _switches(device_type)
+    saved = [getattr(where, name) for where, name, _ in switches]
+    try:
+        for where, name, value in switches:
+            setattr(where, name, value)
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for (where, name, _), value in zip(switches, saved, strict=True):
+            setattr(where, name, value)
+
+
+def _switches(device_type: str) -> list[tuple[Any, str, Any]]:
+    """Return (object, attribute, value for full precision) for what the device's products obey."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
+        return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    if device_type == "cuda":
+        return [(backends.cuda.matmul, "fp32_precision", "ieee"), (backends.cudnn.conv, "fp32_precision", "ieee")]
+    return [(backends.mkldnn.matmul, "fp32_precision", "ieee"), (backends.mkldnn.conv, "fp32_precision", "ieee")]

@@ -1,0 +1,189 @@
+"""What a rule for a layer family is: from one activation and one backprop to per-sample gradients.
+
+Shape legend: ``B`` samples of a microbatch, ``K`` rows of one sample, ``R = B * K`` rows (sample-major).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BLOCK = 2**20
+"""Elements of a temporary that stays in a processor's cache."""
+
+
+@dataclass
+class Call:
+    """One use of one module in a microbatch, in canonical form.
+
+    Args:
+        inputs: positional arguments as ``forward`` saw them; the main one is replaced by ``activation``.
+        kwargs: keyword arguments as ``forward`` saw them.
+        activation: main input, shape ``(B * K, ...)``, detached.
+        backprop: gradient of the loss with respect to the output, shape ``(B * K, ...)``, same row order.
+        multiplicity: ``K >= 1``: rows of one sample, which lie next to each other. More than one when time steps or
+            augmented views were folded into the batch axis.
+
+    Example:
+        >>> call = Call(inputs=(), kwargs={}, activation=torch.ones(4, 3), backprop=torch.ones(4, 2), multiplicity=2)
+        >>> sum_rows(call.backprop, call.multiplicity).shape
+        torch.Size([2, 2])
+    """
+
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    activation: Tensor
+    backprop: Tensor
+    multiplicity: int = field(default=1)
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float64 for float64 tensors and float32 for everything else: the type norms and sums are kept in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return the tensor in its accumulation type; no copy where it already has it."""
+    return tensor.to(accumulation_dtype(tensor))
+
+
+def sum_rows(tensor: Tensor, multiplicity: int) -> Tensor:
+    """Add the ``K`` rows of each sample: ``(B * K, ...) -> (B, ...)``; no copy for ``K = 1``."""
+    if multiplicity == 1:
+        return tensor
+    return tensor.reshape(tensor.shape[0] // multiplicity, multiplicity, *tensor.shape[1:]).sum(1)
+
+
+def squared_norm(grads: Tensor) -> Tensor:
+    """Return the squared norm of every sample: ``(B, ...) -> (B,)``; a non-finite row stays non-finite."""
+    flat = grads.reshape(grads.shape[0], -1) if grads.shape[0] else grads.new_zeros(0, 1)
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return norms.square()
+
+
+def masked_squared_norm(grads: Tensor, mask: Tensor) -> Tensor:
+    """Return the squared norm of ``mask * grads[i]`` for every i, a block of samples at a time."""
+    step = max(1, _BLOCK // max(1, mask.numel()))
+    if grads.shape[0] <= step:
+        return squared_norm(grads * mask)
+    return torch.cat([squared_norm(part * mask) for part in torch.split(grads, step)])
+
+
+def weighted_rows(grads: Tensor, factors: Tensor) -> Tensor:
+    """Return ``sum_i factors[i] * grads[i]``: ``(B, ...), (B,) -> (...)``; a factor of 0 drops even a NaN row."""
+    kept = factors != 0
+    if grads.device.type != "cpu" or not bool(kept.all()):
+        grads = torch.where(kept.reshape(-1, *[1] * (grads.dim() - 1)), grads, grads.new_zeros(()))
+    total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, dims=1)
+    return total
+
+
+class Rule(ABC):
+    """Per-sample gradients of the parameters of one layer family.
+
+    A rule is stateless; one instance serves every layer of its family. It runs without autograd and without autocast.
+    All calls of one module in a microbatch are ONE use of its parameters: their gradients are added before any norm.
+
+    **Guarantee**: for every sample the three methods speak of the same gradient: ``squared_norms`` is the squared norm
+    of the rows of ``per_sample`` and ``weighted_sum`` is their sum with the given factors, in float32 accumulation
+    (float64 for float64 tensors). The result for a sample depends on that sample's rows only.
+    """
+
+    parameters: tuple[str, ...] = ("weight", "bias")
+    """Local names of the parameters the rule knows."""
+
+    @abstractmethod
+    def per_sample(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        """Return the gradient of every sample for the named parameters.
+
+        Args:
+            module: the layer; its parameters hold their true values.
+            calls: at least one call.
+            batch_size: ``B``, 0 allowed.
+            names: local parameter names to return, such as ``{"weight", "bias"}``.
+
+        Returns:
+            Local name to tensor of shape ``(B, *parameter.shape)`` in the accumulation type. Private.
+        """
+
+    def squared_norms(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        """Return the squared norm of every sample's gradient, one tensor of shape ``(B,)`` a name. Private."""
+        return {name: squared_norm(grads) for name, grads in self.per_sample(module, calls, batch_size, names).items()}
+
+    def masked_squared_norms(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the squared norm of ``mask * gradient_i`` for every name in ``masks``, shape ``(B,)``.
+
+        Args:
+            module: the layer.
+            calls: at least one call.
+            batch_size: ``B``, 0 allowed.
+            masks: local name to a boolean mask of the parameter's shape; public.
+
+        Returns:
+            Local name to squared norms. A gradient that is not finite under the mask makes its norm not finite.
+        """
+        grads = self.per_sample(module, calls, batch_size, set(masks))
+        return {name: masked_squared_norm(grad, masks[name]) for name, grad in grads.items()}
+
+    def weighted_sum(
+        self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        """Return ``sum_i factors[i] * gradient_i`` for every name, shape of the parameter.
+
+        Args:
+            module: the layer.
+            calls: at least one call. Rows of a sample whose factor is 0 have been set to zero by the engine where
+                they could be non-finite.
+            factors: shape ``(B,)``, finite.
+            batch_size: ``B``, 0 allowed.
+            names: local parameter names to return.
+
+        Returns:
+            Local name to tensor of the parameter's shape in the accumulation type. Private until noise is added.
+        """
+        return {
+            name: weighted_rows(grads, factors)
+            for name, grads in self.per_sample(module, calls, batch_size, names).items()
+        }
+
+    def add_weighted_sum(
+        self,
+        module: nn.Module,
+        calls: Sequence[Call],
+        factors: Tensor,
+        batch_size: int,
+        out: Mapping[str, Tensor],
+    ) -> None:
+        """Add :meth:`weighted_sum` to ``out[name]`` for every name in ``out``, shape of the parameter.
+
+        A rule overrides it where it can do without a tensor of the parameter's size in between.
+        """
+        for name, total in self.weighted_sum(module, calls, factors, batch_size, set(out)).items():
+            out[name].add_(total)
+
+    def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:
+        """Write the gradients of every sample into ``out``, shape ``(B, *parameter.shape)``, whatever it holds."""
+        out.copy_(self.per_sample(module, calls, batch_size, {name})[name])
+
+    def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
+        """Tell whether it is fastest to take norms and weighted sum of a parameter from its per-sample gradients.
+
+        The engine then keeps them from the one to the other where memory allows; those that take less memory than the
+        backprops are always kept.
+        """
+        return type(self).squared_norms is Rule.squared_norms
+
+    def check(self, module: nn.Module, name: str) -> None:
+        """Raise ``PrivacyError`` if the layer has a setting under which its gradient cannot be private."""
+        return

@@ -1,0 +1,330 @@
+"""The rule for ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
+
+With the unfolded input ``U_i`` (one column a position) and the backprop ``g_i`` the gradient of sample i is a product,
+
+    grad_i = g_i U_i^T,    |grad_i|^2 = sum_pq (g_i^T g_i)_pq (U_i^T U_i)_pq,    sum_i f_i grad_i = conv_weight(x, f g)
+
+so there are several ways to the same numbers. :func:`choose_route` alone decides between them:
+
+- ``"grouped"``: samples become the groups of one convolution and its weight gradient is per-sample. No unfolding.
+- ``"unfold"``: unfold the input and multiply. Larger, faster where grouped convolutions are slow.
+- ``"gram"``: the norm from two Gram matrices over positions; no per-sample gradient. For small maps and wide layers.
+
+The weighted sum never needs a per-sample gradient: it is one native weight gradient of the scaled backprop.
+
+Shape legend: ``B`` samples, ``K`` rows of a sample, ``R = B * K``, ``G`` groups, ``W`` = in_channels / G x kernel
+positions (the width of ``U``), ``O`` = out_channels / G, ``P`` output positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import grad as nn_grad
+from typing_extensions import override
+
+from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_rows, widen
+from lightning_dp.per_sample.rules.linear import gram_squared_norm
+
+Route: TypeAlias = Literal["grouped", "unfold", "gram"]
+Conv: TypeAlias = "nn.Conv1d | nn.Conv2d | nn.Conv3d"
+
+# Largest temporary, in elements, before a batch of samples is worked on in blocks (512 MiB in float32).
+BLOCK_ELEMENTS = 2**27
+
+# Weight entries of one group above which grouped convolutions lose to unfolding on a CPU (measured).
+LARGE_WEIGHT = 2**17
+
+_WEIGHT_GRADIENTS = {1: nn_grad.conv1d_weight, 2: nn_grad.conv2d_weight, 3: nn_grad.conv3d_weight}
+
+
+class ConvShape(NamedTuple):
+    """What the choice of a route may depend on: public sizes only.
+
+    Args:
+        device: device type, such as ``"cpu"``.
+        groups: ``G``.
+        in_width: ``W``, width of the unfolded input of one group.
+        out_width: ``O``, output channels of one group.
+        positions: ``P``, output positions of one sample, over its ``K`` rows and all calls.
+        kernel: number of kernel positions.
+        rows: ``K``, rows of one sample.
+    """
+
+    device: str
+    groups: int
+    in_width: int
+    out_width: int
+    positions: int
+    kernel: int
+    rows: int = 1
+
+
+def choose_route(shape: ConvShape, *, norms_only: bool) -> Route:
+    """Return the cheapest way to per-sample gradients or, if ``norms_only``, to their norms.
+
+    Example:
+        >>> choose_route(ConvShape("cpu", 1, 2304, 256, 16, 9), norms_only=True)
+        'gram'
+    """
+    weights = shape.in_width * shape.out_width
+    if norms_only and shape.positions * (shape.in_width + shape.out_width) < weights:
+        return "gram"
+    if shape.kernel == 1 and shape.groups == 1:
+        return "unfold"  # a view: nothing is unfolded
+    if shape.device == "cpu":
+        return "unfold" if weights > LARGE_WEIGHT else "grouped"
+    return "grouped" if shape.groups > 1 else "unfold"
+
+
+class ConvRule(Rule):
+    """Per-sample gradients of convolutions: any stride, dilation, groups, padding and padding mode.
+
+    **Guarantee**: every route gives the same numbers up to rounding; a sample's numbers come from its rows only.
+
+    Example:
+        >>> layer, x = nn.Conv2d(3, 4, 3, padding="same"), torch.randn(2, 3, 8, 8)
+        >>> call = Call(inputs=(), kwargs={}, activation=x, backprop=torch.ones(2, 4, 8, 8))
+        >>> ConvRule().per_sample(layer, [call], 2, {"weight"})["weight"].shape
+        torch.Size([2, 4, 3, 3, 3])
+    """
+
+    @override
+    def per_sample(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        conv = _checked(module)
+        grads = {}
+        if "weight" in names:
+            grads["weight"] = _product(calls[0]).new_empty(batch_size, *conv.weight.shape)
+            self.fill(module, calls, batch_size, "weight", grads["weight"])
+        if "bias" in names:
+            grads["bias"] = _bias_gradients(calls)
+        return grads
+
+    @override
+    def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:
+        conv = _checked(module)
+        if name == "bias":
+            out.copy_(_bias_gradients(calls))
+            return
+        shape = _shape_of(conv, calls, batch_size)
+        route = choose_route(shape, norms_only=False)
+        for low, high in _blocks(batch_size, shape, route):
+            part = [_rows_of(call, low, high) for call in calls]
+            out[low:high] = _weight_gradients(conv, part, high - low, route)
+
+    @override
+    def squared_norms(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        conv = _checked(module)
+        norms = {}
+        if "weight" in names:
+            norms["weight"] = _weight_norms(conv, calls, batch_size, mask=None)
+        if "bias" in names:
+            norms["bias"] = squared_norm(_bias_gradients(calls))
+        return norms
+
+    @override
+    def masked_squared_norms(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        conv = _checked(module)
+        norms = {}
+        if "weight" in masks:
+            norms["weight"] = _weight_norms(conv, calls, batch_size, mask=masks["weight"])
+        if "bias" in masks:
+            norms["bias"] = squared_norm(_bias_gradients(calls) * masks["bias"])
+        return norms
+
+    @override
+    def weighted_sum(
+        self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        conv = _checked(module)
+        sums = {name: _product(calls[0]).new_zeros(conv.get_parameter(name).shape) for name in sorted(names)}
+        for call in calls:
+            row_factors = factors.repeat_interleave(call.multiplicity)
+            x, backprop, padding = _prepared(conv, call)
+            scaled = _scaled_rows(backprop, row_factors)
+            if "weight" in names:
+                x = _kept_rows(x, row_factors)
+                sums["weight"] += _native_gradient(conv, x, tuple(conv.weight.shape), scaled, padding, conv.groups)
+            if "bias" in names:
+                sums["bias"] += scaled.flatten(2).sum((0, 2))
+        return sums
+
+    @override
+    def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
+        return (
+            name == "weight" and choose_route(_shape_of(_checked(module), calls, batch_size), norms_only=True) != "gram"
+        )
+
+
+def _checked(module: nn.Module) -> Conv:
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return module
+
+
+def _product(call: Call) -> Tensor:
+    """Return a tensor with the type and device of this layer's gradients."""
+    return widen(call.backprop)[:0]
+
+
+def _rows_of(call: Call, low: int, high: int) -> Call:
+    """Return the call restricted to samples ``low`` to ``high - 1``."""
+    rows = slice(low * call.multiplicity, high * call.multiplicity)
+    return replace(call, activation=call.activation[rows], backprop=call.backprop[rows])
+
+
+def _scaled_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
+    factors = row_factors.to(rows.dtype).reshape(-1, *[1] * (rows.dim() - 1))
+    if rows.device.type == "cpu" and bool((row_factors != 0).all()):
+        return rows * factors
+    return torch.where(factors != 0, rows * factors, rows.new_zeros(()))
+
+
+def _kept_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
+    """Set the rows of factor 0 to zero: 0 times a non-finite row would not be zero."""
+    kept = row_factors != 0
+    if rows.device.type == "cpu" and bool(kept.all()):
+        return rows
+    return torch.where(kept.reshape(-1, *[1] * (rows.dim() - 1)), rows, rows.new_zeros(()))
+
+
+def _prepared(conv: Conv, call: Call) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Return input, backprop and what zero padding is left to do; other padding is done here."""
+    x, backprop = widen(call.activation), widen(call.backprop)
+    x = x.to(backprop.dtype)
+    zeros_left = tuple(0 for _ in conv.kernel_size)
+    if conv.padding_mode != "zeros":
+        return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), backprop, zeros_left
+    if not isinstance(conv.padding, str):
+        return x, backprop, tuple(conv.padding)
+    # "same" and "valid": both sides of every axis, last axis first; "same" may need one more on the right
+    sides = conv._reversed_padding_repeated_twice
+    left, right = tuple(sides[-2::-2]), tuple(sides[::-2])
+    if left == right:
+        return x, backprop, left
+    return F.pad(x, sides), backprop, zeros_left
+
+
+def _native_gradient(
+    conv: Conv, x: Tensor, weight_shape: tuple[int, ...], backprop: Tensor, padding: tuple[int, ...], groups: int
+) -> Tensor:
+    weight_gradient: Callable[..., Tensor] = _WEIGHT_GRADIENTS[len(conv.kernel_size)]
+    return weight_gradient(
+        x, weight_shape, backprop, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=groups
+    )
+
+
+def _unfolded(conv: Conv, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """Return ``U``, shape ``(R, G, W, P)``: a copy W / in_channels times as large as the input."""
+    if any(padding):
+        x = F.pad(x, [side for size in reversed(padding) for side in (size, size)])
+    axes = len(conv.kernel_size)
+    for axis in range(axes):
+        span = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+        x = x.unfold(2 + axis, span, conv.stride[axis])[..., :: conv.dilation[axis]]
+    # (R, in_channels, *positions, *kernel) -> (R, in_channels, *kernel, *positions)
+    x = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+    width = x.shape[1] // conv.groups * conv.weight[0, 0].numel()
+    return x.reshape(x.shape[0], conv.groups, width, -1)
+
+
+def _factors_of(conv: Conv, call: Call, samples: int) -> tuple[Tensor, Tensor]:
+    """Return ``U`` and the backprop as ``(B, K, G, W, P)`` and ``(B, K, G, O, P)``."""
+    x, backprop, padding = _prepared(conv, call)
+    unfolded = _unfolded(conv, x, padding)
+    rows = (samples, call.multiplicity, conv.groups)
+    positions = unfolded.shape[-1]
+    return unfolded.reshape(*rows, -1, positions), backprop.reshape(*rows, -1, positions)
+
+
+def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Route) -> Tensor:
+    """Return per-sample gradients ``(B, *weight.shape)``, ``B >= 1``, added over calls."""
+    total: Tensor | None = None
+    for call in calls:
+        if route == "grouped":
+            x, backprop, padding = _prepared(conv, call)
+            rows = x.shape[0]
+            grads = _native_gradient(
+                conv,
+                x.reshape(1, -1, *x.shape[2:]),
+                (rows * conv.out_channels, *conv.weight.shape[1:]),
+                backprop.reshape(1, -1, *backprop.shape[2:]),
+                padding,
+                rows * conv.groups,
+            )
+            grads = sum_rows(grads.reshape(rows, *conv.weight.shape), call.multiplicity)
+        else:
+            unfolded, backprop = _factors_of(conv, call, samples)
+            grads = torch.matmul(backprop, unfolded.transpose(-1, -2)).sum(1)
+            grads = grads.reshape(samples, *conv.weight.shape)
+        total = grads if total is None else total + grads
+    assert total is not None
+    return total
+
+
+def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Tensor | None) -> Tensor:
+    """Return squared norms ``(B,)`` of the (masked) weight gradients, in blocks of samples."""
+    shape = _shape_of(conv, calls, batch_size)
+    route = choose_route(shape, norms_only=mask is None)
+    norms = _product(calls[0]).new_empty(batch_size)
+    for low, high in _blocks(batch_size, shape, route):
+        part = [_rows_of(call, low, high) for call in calls]
+        if route == "gram":
+            norms[low:high] = _gram_norms(conv, part, high - low)
+        else:
+            grads = _weight_gradients(conv, part, high - low, route)
+            norms[low:high] = squared_norm(grads if mask is None else grads * mask)
+    return norms
+
+
+def _gram_norms(conv: Conv, calls: Sequence[Call], samples: int) -> Tensor:
+    """Return squared norms ``(B,)``, ``B >= 1``, from Gram matrices over all positions of all rows and calls."""
+    pairs = [_factors_of(conv, call, samples) for call in calls]
+    # (B, K, G, ., P) -> (B * G, K * P, .), calls one after the other
+    sides = [[pair[side].permute(0, 2, 1, 4, 3).flatten(2, 3).flatten(0, 1) for pair in pairs] for side in (0, 1)]
+    unfolded, backprop = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in sides)
+    return gram_squared_norm(unfolded, backprop).reshape(samples, conv.groups).sum(1)
+
+
+def _bias_gradients(calls: Sequence[Call]) -> Tensor:
+    parts = [sum_rows(widen(call.backprop).flatten(2).sum(2), call.multiplicity) for call in calls]
+    return torch.stack(parts).sum(0)
+
+
+def _shape_of(conv: Conv, calls: Sequence[Call], batch_size: int) -> ConvShape:
+    kernel = conv.weight[0, 0].numel()
+    elements = sum(call.backprop.numel() for call in calls)
+    return ConvShape(
+        device=conv.weight.device.type,
+        groups=conv.groups,
+        in_width=conv.in_channels // conv.groups * kernel,
+        out_width=conv.out_channels // conv.groups,
+        positions=elements // max(1, batch_size * conv.out_channels),
+        kernel=kernel,
+        rows=max(call.multiplicity for call in calls),
+    )
+
+
+def _blocks(batch_size: int, shape: ConvShape, route: Route) -> Iterator[tuple[int, int]]:
+    """Yield ranges of samples whose temporaries stay below ``BLOCK_ELEMENTS``; nothing for an empty batch."""
+    per_sample = (
+        shape.groups
+        * {
+            "grouped": shape.rows * shape.in_width * shape.out_width,
+            "unfold": shape.in_width * (shape.positions + shape.rows * shape.out_width),
+            "gram": shape.positions * (shape.in_width + 2 * shape.positions),
+        }[route]
+    )
+    step = max(1, BLOCK_ELEMENTS // max(1, per_sample))
+    for low in range(0, batch_size, step):
+        yield low, min(low + step, batch_size)

@@ -1,0 +1,109 @@
+"""``nn.Embedding``: sums of the backprops of equal tokens, never a dense (B, V, d) where only norms are asked.
+
+Legend: ``B`` samples, ``T`` tokens of a sample (positions, calls and rows together), ``V`` entries, ``d`` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype, squared_norm, widen
+
+
+class EmbeddingRule(Rule):
+    """``nn.Embedding``; the entry at ``padding_idx`` gets no gradient."""
+
+    @override
+    def check(self, module: nn.Module, name: str) -> None:
+        assert isinstance(module, nn.Embedding)
+        for option in ("scale_grad_by_freq", "sparse", "max_norm"):
+            value = getattr(module, option)
+            if value is not None and value is not False:
+                raise PrivacyError(
+                    f"Expected an embedding without {option}, got {option}={value} in module {name!r}. "
+                    "It would change the gradient or the weight in a way that is not private; leave it out."
+                )
+
+    @override
+    def per_sample(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        if "weight" not in names:
+            return {}
+        assert isinstance(module, nn.Embedding)
+        tokens, backprops = _tokens(module, calls, batch_size)
+        grads = backprops.new_zeros(batch_size * module.num_embeddings, module.embedding_dim)
+        offsets = torch.arange(batch_size, device=tokens.device).unsqueeze(1) * module.num_embeddings
+        grads.index_add_(0, (tokens + offsets).flatten(), backprops.flatten(0, 1))
+        return {"weight": grads.view(batch_size, module.num_embeddings, module.embedding_dim)}
+
+    @override
+    def squared_norms(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        if "weight" not in names:
+            return {}
+        assert isinstance(module, nn.Embedding)
+        tokens, backprops = _tokens(module, calls, batch_size)
+        num_tokens = tokens.shape[1]
+        if num_tokens <= 1:
+            return {"weight": squared_norm(backprops)}
+        # tokens sorted in each sample; a run of equal ones is one row of the gradient
+        ordered, order = tokens.sort(dim=1)
+        starts = torch.zeros_like(ordered)
+        starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        runs = starts.cumsum(1)
+        rows = torch.empty_like(runs).scatter_(1, order, runs)
+        rows += torch.arange(batch_size, device=rows.device).unsqueeze(1) * num_tokens
+        sums = torch.zeros_like(backprops).flatten(0, 1)
+        sums.index_add_(0, rows.flatten(), backprops.flatten(0, 1))
+        return {"weight": squared_norm(sums.view(batch_size, -1))}
+
+    @override
+    def weighted_sum(
+        self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        dtype = accumulation_dtype(calls[0].backprop)
+        sums = {name: torch.zeros_like(module.get_parameter(name), dtype=dtype) for name in names}
+        self.add_weighted_sum(module, calls, factors, batch_size, sums)
+        return sums
+
+    @override
+    def add_weighted_sum(
+        self,
+        module: nn.Module,
+        calls: Sequence[Call],
+        factors: Tensor,
+        batch_size: int,
+        out: Mapping[str, Tensor],
+    ) -> None:
+        if "weight" not in out:
+            return
+        assert isinstance(module, nn.Embedding)
+        tokens, backprops = _tokens(module, calls, batch_size)
+        scaled = (backprops * factors.to(backprops.dtype).reshape(-1, 1, 1)).flatten(0, 1)
+        # one row of the sum for every row met: no tensor of the size of the vocabulary
+        out["weight"].index_add_(0, tokens.flatten(), scaled.to(out["weight"].dtype))
+
+    @override
+    def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
+        return False
+
+
+def _tokens(module: nn.Embedding, calls: Sequence[Call], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Return tokens ``(B, T)`` and backprops ``(B, T, d)``, those of the padding token set to zero."""
+    size = module.embedding_dim
+    if batch_size == 0:
+        backprop = widen(calls[0].backprop)
+        return torch.zeros(0, 1, dtype=torch.long, device=backprop.device), backprop.new_zeros(0, 1, size)
+    tokens = torch.cat([call.activation.reshape(batch_size, -1) for call in calls], dim=1).long()
+    backprops = [call.backprop.reshape(batch_size, -1, size) for call in calls]
+    joined = widen(backprops[0] if len(backprops) == 1 else torch.cat(backprops, dim=1))
+    if module.padding_idx is not None:
+        joined = torch.where((tokens == module.padding_idx).unsqueeze(2), joined.new_zeros(()), joined)
+    return tokens, joined

@@ -1,0 +1,215 @@
+"""Linear layers: ``weight`` of shape (p, d), ``bias`` of shape (p,); and GPT-2's layer with the weight transposed.
+
+Legend: ``B`` samples, ``T`` positions of a sample (axes between batch and features, calls, rows), ``d`` in, ``p`` out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, widen
+
+_HUGE = 1e20
+"""Squared norms above this make squares that have vanished in the other factor count."""
+
+_COST_OF_KEEPING = 20
+"""Multiplications in the time that one number of a kept gradient costs (measured on a CPU)."""
+
+_BLOCK = 2**23
+"""Numbers of a temporary per-sample gradient (32 MiB in float32)."""
+
+
+def prefer_gram(num_positions: int, num_in: int, num_out: int) -> bool:
+    """Tell whether the Gram matrices of the positions cost less than the per-sample gradients.
+
+    Multiplications a sample: ``T^2 (d + p)`` against ``T d p``.
+    """
+    return num_positions * (num_in + num_out) <= num_in * num_out
+
+
+def prefer_kept(num_positions: int, num_in: int, num_out: int) -> bool:
+    """Tell whether making the per-sample gradients once costs less than Gram matrices and a weighted product.
+
+    Multiplications a sample: ``T^2 (d + p)`` are saved; what has to be written and read twice, ``d p`` numbers, costs
+    as much time as ``_COST_OF_KEEPING d p`` multiplications.
+    """
+    return num_positions**2 * (num_in + num_out) > _COST_OF_KEEPING * num_in * num_out
+
+
+def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
+    """Return ``|sum_t g_t a_t^T|^2 = sum_{s,t} (a_s . a_t)(g_s . g_t)`` for every sample, shape ``(B,)``.
+
+    **Guarantee**: where the terms cancel below the rounding of their sum, the result is that rounding and not less:
+    a norm is never reported far below the true one.
+    """
+    gram_a = torch.bmm(inputs_BTd, inputs_BTd.mT)
+    gram_g = torch.bmm(backprops_BTp, backprops_BTp.mT)
+    total = torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1))
+    trace_a, trace_g = (gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (gram_a, gram_g))
+    trace_a, trace_g = _no_underflow(trace_a, trace_g, inputs_BTd.shape[2], backprops_BTp.shape[2])
+    return torch.maximum(total, 8 * torch.finfo(total.dtype).eps * trace_a * trace_g)
+
+
+def outer_squared_norm(inputs_Bd: Tensor, backprops_Bp: Tensor) -> Tensor:
+    """Return ``|g a^T|^2 = |a|^2 |g|^2`` for every sample, shape ``(B,)``."""
+    norm_a = torch.linalg.vector_norm(inputs_Bd, dim=1).square()
+    norm_g = torch.linalg.vector_norm(backprops_Bp, dim=1).square()
+    norm_a, norm_g = _no_underflow(norm_a, norm_g, inputs_Bd.shape[1], backprops_Bp.shape[1])
+    return norm_a * norm_g
+
+
+def _no_underflow(norm_a: Tensor, norm_g: Tensor, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
+    """Count squares too small for the type as the smallest where the other factor is huge: the product may matter."""
+    tiny = torch.finfo(norm_a.dtype).tiny
+    return (
+        torch.where(norm_g > _HUGE, norm_a.clamp_min(tiny * num_in), norm_a),
+        torch.where(norm_a > _HUGE, norm_g.clamp_min(tiny * num_out), norm_g),
+    )
+
+
+class LinearRule(Rule):
+    """``nn.Linear``, at any number of positions, calls and rows of a sample."""
+
+    transposed = False
+
+    @override
+    def per_sample(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        inputs, backprops = _positions(calls, batch_size, "weight" in names)
+        grads: dict[str, Tensor] = {}
+        if "weight" in names:
+            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
+            grads["weight"] = torch.bmm(pair[0].mT, pair[1])
+        if "bias" in names:
+            grads["bias"] = backprops.sum(1) if backprops.shape[1] != 1 else backprops[:, 0]
+        return grads
+
+    @override
+    def squared_norms(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        inputs, backprops = _positions(calls, batch_size, "weight" in names)
+        norms: dict[str, Tensor] = {}
+        if "weight" in names:
+            if inputs.shape[1] == 1:
+                norms["weight"] = outer_squared_norm(inputs[:, 0], backprops[:, 0])
+            elif prefer_gram(inputs.shape[1], inputs.shape[2], backprops.shape[2]):
+                norms["weight"] = gram_squared_norm(inputs, backprops)
+            else:
+                norms["weight"] = _product_squared_norm(backprops, inputs)
+        if "bias" in names:
+            norms["bias"] = squared_norm(backprops.sum(1))
+        return norms
+
+    @override
+    def masked_squared_norms(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        inputs, backprops = _positions(calls, batch_size, "weight" in masks)
+        if inputs.shape[1] != 1:
+            return super().masked_squared_norms(module, calls, batch_size, masks)
+        norms: dict[str, Tensor] = {}
+        if "weight" in masks:
+            mask = masks["weight"].to(inputs.dtype)
+            squares_a, squares_g = inputs[:, 0].square(), backprops[:, 0].square()
+            mixed = squares_g @ (mask.mT if self.transposed else mask)
+            norm = torch.linalg.vecdot(mixed, squares_a)
+            # next to a huge factor vanished squares would count: such a sample counts as not finite
+            huge = torch.maximum(squares_a.sum(1), squares_g.sum(1)) > _HUGE**1.5
+            norms["weight"] = torch.where(huge, torch.full_like(norm, torch.inf), norm)
+        if "bias" in masks:
+            norms["bias"] = squared_norm(backprops[:, 0] * masks["bias"])
+        return norms
+
+    @override
+    def weighted_sum(
+        self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
+    ) -> dict[str, Tensor]:
+        inputs, backprops = _positions(calls, batch_size, "weight" in names)
+        scaled = (backprops * factors.to(backprops.dtype).reshape(-1, 1, 1)).flatten(0, 1)
+        sums: dict[str, Tensor] = {}
+        if "weight" in names:
+            flat = inputs.flatten(0, 1)
+            sums["weight"] = flat.mT @ scaled if self.transposed else scaled.mT @ flat
+        if "bias" in names:
+            sums["bias"] = scaled.sum(0)
+        return sums
+
+    @override
+    def add_weighted_sum(
+        self,
+        module: nn.Module,
+        calls: Sequence[Call],
+        factors: Tensor,
+        batch_size: int,
+        out: Mapping[str, Tensor],
+    ) -> None:
+        inputs, backprops = _positions(calls, batch_size, "weight" in out)
+        scaled = (backprops * factors.to(backprops.dtype).reshape(-1, 1, 1)).flatten(0, 1)
+        if "weight" in out:
+            pair = (inputs.flatten(0, 1), scaled) if self.transposed else (scaled, inputs.flatten(0, 1))
+            if out["weight"].dtype == scaled.dtype:
+                out["weight"].addmm_(pair[0].mT, pair[1])
+            else:
+                out["weight"].add_(pair[0].mT @ pair[1])
+        if "bias" in out:
+            out["bias"].add_(scaled.sum(0))
+
+    @override
+    def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:
+        if name != "weight":
+            super().fill(module, calls, batch_size, name, out)
+            return
+        inputs, backprops = _positions(calls, batch_size, True)
+        pair = (inputs, backprops) if self.transposed else (backprops, inputs)
+        torch.bmm(pair[0].mT, pair[1], out=out)
+
+    @override
+    def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
+        if not batch_size or name != "weight":
+            return False
+        num_positions = sum(call.activation[..., 0].numel() for call in calls) // batch_size
+        if num_positions <= 1:
+            return False
+        return prefer_kept(num_positions, calls[0].activation.shape[-1], calls[0].backprop.shape[-1])
+
+
+class TransposedLinearRule(LinearRule):
+    """The ``Conv1D`` of transformers' GPT-2: a linear layer whose weight has shape (d, p)."""
+
+    transposed = True
+
+
+def _product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor) -> Tensor:
+    """Return ``|sum_t left_t right_t^T|^2`` for every sample from products in one small buffer, used again."""
+    size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
+    step = min(size, max(1, _BLOCK // (num_left * num_right)))
+    product = lefts_BTp.new_empty(step, num_left, num_right)
+    norms = lefts_BTp.new_empty(size)
+    for low in range(0, size, step):
+        rows = slice(low, min(low + step, size))
+        part = product[: rows.stop - low]
+        torch.bmm(lefts_BTp[rows].mT, rights_BTd[rows], out=part)
+        norms[rows] = squared_norm(part)
+    return norms
+
+
+def _positions(calls: Sequence[Call], batch_size: int, with_inputs: bool) -> tuple[Tensor, Tensor]:
+    """Return inputs ``(B, T, d)`` and backprops ``(B, T, p)`` of all calls together, in the accumulation type."""
+    inputs = [_split(call.activation, batch_size) for call in calls] if with_inputs else []
+    backprops = [_split(call.backprop, batch_size) for call in calls]
+    if len(calls) == 1:
+        return widen(inputs[0] if inputs else backprops[0]), widen(backprops[0])
+    g = widen(torch.cat(backprops, dim=1))
+    return widen(torch.cat(inputs, dim=1)) if inputs else g, g
+
+
+def _split(tensor: Tensor, batch_size: int) -> Tensor:
+    if batch_size == 0:
+        return tensor.new_zeros(0, 1, tensor.shape[-1])
+    return tensor.reshape(batch_size, -1, tensor.shape[-1])

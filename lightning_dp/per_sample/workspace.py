@@ -1,0 +1,69 @@
+"""Memory for per-sample gradients that is used again in every step.
+
+A fresh large buffer costs a page fault for every 4 KiB; writing into the one of the last step costs nothing extra.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+SHARE = 0.4
+"""Largest size of all kept buffers together, as a share of what a step without privacy holds anyway (see ``limit``)."""
+
+_SPARE = 1.125
+"""Room for larger Poisson batches to come, so that buffers are seldom made anew."""
+
+
+class Workspace:
+    """Buffers by key, whose total size stays within a limit.
+
+    **Guarantee**: a buffer is handed out with whatever was in it: private values of an earlier microbatch. It must be
+    written in full before it is read, and never leave the engine.
+
+    Args:
+        limit: returns the largest total size now, in bytes; asked only where a buffer is to be made.
+
+    Example:
+        >>> workspace = Workspace(lambda: 64.0)
+        >>> workspace.take("a", (2, 3), torch.float32, torch.device("cpu")).shape
+        torch.Size([2, 3])
+        >>> workspace.take("b", (100,), torch.float32, torch.device("cpu")) is None
+        True
+    """
+
+    def __init__(self, limit: Callable[[], float]) -> None:
+        self._limit = limit
+        self._buffers: dict[Hashable, Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Total size of the buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def take(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return the buffer of that key, of that shape and with arbitrary values; None where there is no room for it.
+
+        Args:
+            key: one owner a key: what it was given before is overwritten.
+            shape: of the result, which is contiguous.
+            dtype: of the result.
+            device: of the result.
+        """
+        size = math.prod(shape)
+        held = self._buffers.get(key)
+        if held is None or held.dtype != dtype or held.device != device or held.numel() < size:
+            self._buffers.pop(key, None)
+            room = (self._limit() - self.num_bytes) // dtype.itemsize
+            if size > room:
+                return None
+            held = torch.empty(int(min(room, size * _SPARE)), dtype=dtype, device=device)
+            self._buffers[key] = held
+        return held[:size].view(*shape)
+
+    def clear(self) -> None:
+        """Free every buffer."""
+        self._buffers = {}

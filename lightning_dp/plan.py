@@ -1,0 +1,145 @@
+"""The public settings of a run, frozen: the sampler, the clipping, the noise and the ledger's events come from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_dp import schedules
+from lightning_dp.accounting import PrivacyEvent
+from lightning_dp.clipping import Clipping
+
+Schedule = Callable[[int], float]
+Run = tuple[PrivacyEvent, int] | tuple[PrivacyEvent, int, int]
+
+#: Sensitivity of the clipped sum in units of what one sample can add, for each relation between neighbouring datasets.
+SENSITIVITY_FACTOR = {"add_or_remove_one": 1.0, "zero_out": 1.0, "replace_one": 2.0}
+
+
+def default_delta(dataset_size: int) -> float:
+    """``1 / (10 n)``, rounded down to a power of ten.
+
+    Example:
+        >>> default_delta(60_000)
+        1e-06
+    """
+    exponent = math.floor(-math.log10(10 * dataset_size) + 1e-9)
+    return float(f"1e{exponent}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPlan:
+    """Everything public that one private training run is made of.
+
+    A logical step ``t`` releases ``sum_i factor_i g_i + N(0, (sigma_t S)^2)`` with
+    ``sigma_t = noise_multiplier * schedule(t)`` and ``S`` the sensitivity of the clipped sum.
+
+    **Guarantee**: every field is public knowledge; no value here depends on a batch, a norm or a generator's state.
+
+    Args:
+        sampling: "poisson" or "shuffle".
+        dataset_size: number of records n, or None for a stream of unknown length (under "shuffle").
+        expected_batch_size: B, the divisor of the noisy sum.
+        sample_rate: q = B / n under "poisson"; None under "shuffle", where no amplification is claimed.
+        steps: logical steps of the whole run, counted from its start; None when nothing bounds it.
+        steps_per_epoch: logical steps of one epoch; None when unknown.
+        noise_multiplier: sigma_0, noise std over sensitivity before the schedule; 0 means epsilon is infinite.
+        schedule: logical step -> factor on sigma.
+        clipping: how one sample's gradient is bounded.
+        delta: the delta at which epsilon is stated.
+        target_epsilon: what ``noise_multiplier`` was calibrated to, or None.
+        accountant: name of the accountant.
+        neighboring_relation: "add_or_remove_one", "replace_one" or "zero_out".
+
+    Example:
+        >>> from lightning_dp.clipping import FlatClipping
+        >>> plan = DPPlan(sampling="poisson", dataset_size=1000, expected_batch_size=100, sample_rate=0.1, steps=20,
+        ...               steps_per_epoch=10, noise_multiplier=2.0, clipping=FlatClipping(1.0), delta=1e-5)
+        >>> plan.event(0).noise_multiplier, plan.sensitivity(num_groups=1)
+        (2.0, 1.0)
+    """
+
+    sampling: str
+    dataset_size: int | None
+    expected_batch_size: int
+    sample_rate: float | None
+    steps: int | None
+    steps_per_epoch: int | None
+    noise_multiplier: float
+    clipping: Clipping
+    delta: float
+    schedule: Schedule = field(default_factory=schedules.constant)
+    target_epsilon: float | None = None
+    accountant: str = "pld"
+    neighboring_relation: str = "add_or_remove_one"
+
+    def sigma(self, step: int) -> float:
+        """Noise multiplier of a logical step: public, a pure function of the step."""
+        return self.noise_multiplier * self.schedule(step)
+
+    def sensitivity(self, num_groups: int) -> float:
+        """L2 sensitivity of the clipped sum under the plan's neighbouring relation (replacing a record counts twice)."""
+        return SENSITIVITY_FACTOR[self.neighboring_relation] * self.clipping.sensitivity(num_groups)
+
+    def event(self, step: int) -> PrivacyEvent:
+        """What the ledger is told of logical step ``step``."""
+        return self.event_of(self.sigma(step))
+
+    def event_of(self, sigma: float) -> PrivacyEvent:
+        """The event of a release with noise multiplier ``sigma``."""
+        if not self.clipping.bounded:
+            return PrivacyEvent(kind="non_private", noise_multiplier=0.0, reason="no clipping: one sample is unbounded")
+        if self.sampling == "shuffle":
+            return PrivacyEvent(kind="shuffle", noise_multiplier=sigma)
+        assert self.sample_rate is not None
+        return PrivacyEvent(kind="poisson", noise_multiplier=sigma, sample_rate=self.sample_rate)
+
+    def runs(self, start: int, stop: int, noise_multiplier: float | None = None) -> list[Run]:
+        """Events of the logical steps ``start <= t < stop`` as runs of equal ones, for calibration and look-ahead.
+
+        Under "shuffle" each run lies within one pass over the data and says that it begins one; a pass whose sigma changes
+        within counts in each of its runs (an upper bound).
+
+        Args:
+            start: first logical step.
+            stop: one past the last.
+            noise_multiplier: sigma_0 to assume instead of the plan's own.
+        """
+        sigma = self.noise_multiplier if noise_multiplier is None else noise_multiplier
+        grouped = schedules.runs(self.schedule, start, stop)
+        if self.sampling != "shuffle":
+            return [(self.event_of(sigma * factor), count) for factor, count in grouped]
+        steps_per_pass = self.steps_per_epoch or 1
+        planned: list[Run] = []
+        for factor, count in grouped:
+            end = start + count
+            while start < end:
+                steps = min(end, (start // steps_per_pass + 1) * steps_per_pass) - start
+                planned.append((self.event_of(sigma * factor), steps, 1))
+                start += steps
+        return planned
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for a checkpoint and for comparison on resume."""
+        return {
+            "sampling": self.sampling,
+            "dataset_size": self.dataset_size,
+            "expected_batch_size": self.expected_batch_size,
+            "sample_rate": self.sample_rate,
+            "steps": self.steps,
+            "noise_multiplier": self.noise_multiplier,
+            "clipping": repr(self.clipping),
+            "delta": self.delta,
+            "target_epsilon": self.target_epsilon,
+            "accountant": self.accountant,
+            "neighboring_relation": self.neighboring_relation,
+            "schedule": self._schedule_fingerprint(),
+        }
+
+    def _schedule_fingerprint(self) -> list[list[float]]:
+        if self.steps is None:
+            return []
+        grouped: Sequence[tuple[float, int]] = schedules.runs(self.schedule, 0, self.steps)
+        return [[factor, float(count)] for factor, count in grouped[:1000]]

@@ -1,0 +1,156 @@
+"""Which loaders cannot be made private: what was found, why, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+SAMPLINGS = ("poisson", "shuffle")
+_HOW = "Leave `sampler` and `batch_sampler` out (`shuffle=True` is fine): the private loader draws the samples itself."
+
+
+def check_count(name: str, value: object, smallest: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``smallest``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected an integer, got {name}={value!r}.")
+    if value < smallest:
+        raise ValueError(f"Expected {name} >= {smallest}, got {name}={value}.")
+
+
+def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
+    """Return the loader if its way of drawing samples can be replaced by a private one.
+
+    Args:
+        loader: what the user gave.
+        sampling: "poisson" or "shuffle".
+
+    Returns:
+        The same loader.
+
+    Raises:
+        TypeError: not a plain ``DataLoader``, or a dataset without the access or the length the sampling needs.
+        ValueError: a sampler, batch sampler or option that has a meaning of its own.
+    """
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"Expected sampling to be one of {SAMPLINGS}, got sampling={sampling!r}.")
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"Expected a torch.utils.data.DataLoader for training, got {type(loader).__name__}. Private sampling needs "
+            "to know dataset, batch size and collate function: return one DataLoader."
+        )
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise TypeError(
+            f"Expected a loader that iterates as DataLoader does, got {type(loader).__name__} with an `__iter__` of "
+            "its own, which private sampling would bypass. Move that code into the dataset or `collate_fn`."
+        )
+    if not getattr(loader, "in_order", True):
+        raise ValueError(
+            "Expected in_order=True, got in_order=False. Batches would then arrive in an order that depends on how "
+            "long their samples take to load, which no accountant covers. Remove the option."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        _check_iterable(loader, sampling)
+    else:
+        _check_sampler(loader, num_samples=dataset_length(loader.dataset))
+    return loader
+
+
+def dataset_length(dataset: object) -> int:
+    """Return the number of records; it must be known and positive."""
+    try:
+        size = len(dataset)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError) as error:
+        raise TypeError(
+            f"Expected a dataset with a length, got {type(dataset).__name__} without `__len__`. The sampling "
+            "probability is batch size / number of records: define `__len__`."
+        ) from error
+    if size < 1:
+        raise ValueError(f"Expected a dataset with at least one record, got len(dataset)={size}.")
+    return size
+
+
+def _check_iterable(loader: DataLoader[Any], sampling: str) -> None:
+    name = type(loader.dataset).__name__
+    if sampling == "poisson":
+        raise TypeError(
+            f"Expected a map-style dataset for Poisson sampling, got the IterableDataset {name}. Records that can only "
+            "be read in order cannot join each step independently, and an epsilon that assumes it would be too small. "
+            'Use sampling="shuffle" (accounted without amplification) or a map-style dataset.'
+        )
+    if loader.batch_size is None:
+        raise ValueError(_no_batch_size(name))
+
+
+def _no_batch_size(name: str) -> str:
+    return (
+        f"Expected a DataLoader with a batch size, got batch_size=None over {name}. What one item holds is then up to "
+        "the dataset, and the share of one record in it is unknown. Let the dataset return single samples and state "
+        "`batch_size`."
+    )
+
+
+def _check_sampler(loader: DataLoader[Any], num_samples: int) -> None:
+    if loader.batch_sampler is None:
+        raise ValueError(_no_batch_size(type(loader.dataset).__name__))
+    if type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(
+            f"Expected the default batch sampler, got batch_sampler={type(loader.batch_sampler).__name__}. Which "
+            f"records meet in a batch must be drawn independently. {_HOW}"
+        )
+    sampler = _unwrap(loader.batch_sampler.sampler)
+    kind = type(sampler)
+    if isinstance(sampler, WeightedRandomSampler):
+        raise ValueError(
+            "Expected every record to be drawn with the same probability, got sampler=WeightedRandomSampler. A record "
+            "with a large weight joins more steps than batch size / dataset size says, so its epsilon would be larger "
+            f"than the one reported. Weight the loss instead. {_HOW}"
+        )
+    if isinstance(sampler, SubsetRandomSampler):
+        raise ValueError(
+            f"Expected a sampler over the whole dataset, got sampler=SubsetRandomSampler over {len(sampler)} of "
+            f"{num_samples} records: the sampling probability would be taken from the wrong number of records. Use "
+            "torch.utils.data.Subset(dataset, indices) as the dataset."
+        )
+    if kind not in (SequentialSampler, RandomSampler, DistributedSampler):
+        raise ValueError(
+            f"Expected one of torch's SequentialSampler, RandomSampler or DistributedSampler, got "
+            f"sampler={kind.__name__}. Its probabilities are unknown, and private sampling would not use them. {_HOW}"
+        )
+    if isinstance(sampler, RandomSampler) and sampler.replacement:
+        raise ValueError(
+            "Expected sampling without replacement, got RandomSampler(replacement=True). A record could count several "
+            f"times in one batch, so that clipping does not bound it. {_HOW}"
+        )
+    drawn = _num_drawn(sampler)
+    if drawn != num_samples:
+        raise ValueError(
+            f"Expected a sampler over the whole dataset, got {kind.__name__} over {drawn} of {num_samples} records: "
+            f"the sampling probability would be taken from the wrong number of records. Use torch.utils.data.Subset to "
+            f"select records. {_HOW}"
+        )
+
+
+def _num_drawn(sampler: Any) -> int:
+    sized: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler
+    return len(sized)
+
+
+def _unwrap(sampler: Sampler[Any] | Any) -> Any:
+    """Look through the wrappers by which Lightning splits a user's own sampler over processes."""
+    if isinstance(sampler, DistributedSampler) and type(sampler).__name__ in (
+        "DistributedSamplerWrapper",
+        "UnrepeatedDistributedSamplerWrapper",
+    ):
+        return getattr(sampler.dataset, "_sampler", sampler)
+    return sampler

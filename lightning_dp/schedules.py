@@ -1,0 +1,298 @@
+"""Schedules of the noise multiplier: pure functions from the logical step to a factor on sigma.
+
+    sigma_t = sigma_0 * schedule(t),   t = 0, 1, ... the logical step of the whole run
+
+A schedule is any ``Callable[[int], float]`` with finite values > 0; "no schedule" is ``constant()``. Those made here
+are frozen and picklable. All change at intervals: with e = t // every, the value depends on e alone, so that a ledger
+stays short; ``every`` counts steps (an epoch is ``steps_per_epoch`` of them).
+
+**Guarantee**: a factor depends on the step and on public numbers only, never on data, so sigma_t is public. A schedule
+changes what accounting must add up: never report the epsilon of an "equivalent constant sigma", which is too small.
+
+Two conventions, never mixed: ``factor`` and ``final`` act on SIGMA, ``rate`` acts on the VARIANCE sigma^2 as in the
+paper, e.g. ``rate=0.81`` is ``factor=0.9``.
+
+References:
+    Chilukoti et al. 2023, Auto DP-SGD, arXiv 2312.02400v1 (the forms with ``rate``; its "linear" decay is geometric).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """The same value at every step."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Geometric:
+    """factor^e."""
+
+    factor: float
+    every: int
+
+    def __call__(self, step: int) -> float:
+        return float(self.factor ** (step // self.every))
+
+
+@dataclass(frozen=True)
+class _Exponential:
+    """exp(-rate e / 2)."""
+
+    rate: float
+    every: int
+
+    def __call__(self, step: int) -> float:
+        return math.exp(-self.rate * (step // self.every) / 2)
+
+
+@dataclass(frozen=True)
+class _InverseTime:
+    """(1 + rate e)^(-1/2)."""
+
+    rate: float
+    every: int
+
+    def __call__(self, step: int) -> float:
+        return 1 / math.sqrt(1 + self.rate * (step // self.every))
+
+
+@dataclass(frozen=True)
+class _Ramp:
+    """1 + (final - 1) w(p) with p = min(e every / over, 1), w(p) = p or (1 - cos(pi p)) / 2."""
+
+    final: float
+    over: int
+    every: int
+    cosine: bool
+
+    def __call__(self, step: int) -> float:
+        done = min(step // self.every * self.every / self.over, 1.0)
+        weight = (1 - math.cos(math.pi * done)) / 2 if self.cosine else done
+        return (1 - weight) + self.final * weight
+
+
+def constant(value: float = 1.0) -> Schedule:
+    """Return ``value`` at every step: the schedule that is "off".
+
+    Args:
+        value: factor on sigma, finite and > 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: a value out of range.
+
+    Example:
+        >>> constant()(1000)
+        1.0
+    """
+    return _Constant(_positive("value", value))
+
+
+def step(factor: float | None = None, every: int = 1, *, rate: float | None = None) -> Schedule:
+    """Multiply sigma by ``factor``, or its variance by ``rate``, after every ``every`` steps.
+
+        factor^e,   or   rate^(e/2)
+
+    Four plateaus with a factor of 0.8 to 0.9 are a good default.
+
+    Args:
+        factor: on sigma, finite and > 0; below 1 the noise falls.
+        every: steps between changes, >= 1.
+        rate: on the variance, finite and > 0. Exactly one of ``factor`` and ``rate``.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: numbers out of range, or not exactly one of the two.
+
+    Example:
+        >>> [step(0.5, every=2)(t) for t in range(5)]
+        [1.0, 1.0, 0.5, 0.5, 0.25]
+    """
+    _exactly_one(factor=factor, rate=rate)
+    on_sigma = _positive("factor", factor) if factor is not None else math.sqrt(_positive("rate", rate))
+    return _Geometric(on_sigma, _interval("every", every))
+
+
+def exponential(factor: float | None = None, every: int = 1, *, rate: float | None = None) -> Schedule:
+    """Let sigma decay exponentially.
+
+        factor^e,   or   exp(-rate e / 2)
+
+    Args:
+        factor: on sigma, finite and > 0.
+        every: steps between changes, >= 1.
+        rate: decay rate of the variance, finite and >= 0. Exactly one of ``factor`` and ``rate``.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: numbers out of range, or not exactly one of the two.
+
+    Example:
+        >>> round(exponential(rate=0.02)(100) ** 2, 6)  # exp(-2)
+        0.135335
+    """
+    _exactly_one(factor=factor, rate=rate)
+    if factor is not None:
+        return _Geometric(_positive("factor", factor), _interval("every", every))
+    return _Exponential(_not_negative("rate", rate), _interval("every", every))
+
+
+def linear(
+    final: float | None = None, over: int | None = None, every: int = 1, *, rate: float | None = None
+) -> Schedule:
+    """Move sigma in a straight line to ``final``, or decay it as the paper's "linear" form does.
+
+        1 + (final - 1) min(e every / over, 1),   or   rate^(e/2) (geometric, as published)
+
+    Args:
+        final: factor on sigma from step ``over`` on, finite and > 0.
+        over: steps until ``final`` is reached, >= 1; goes with ``final``.
+        every: steps between changes, >= 1.
+        rate: on the variance, finite and > 0. Exactly one of ``final`` and ``rate``.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: numbers out of range, or arguments that do not belong together.
+
+    Example:
+        >>> [linear(final=0.5, over=4)(t) for t in (0, 2, 4, 9)]
+        [1.0, 0.75, 0.5, 0.5]
+    """
+    _exactly_one(final=final, rate=rate)
+    if rate is not None:
+        if over is not None:
+            raise ValueError(f"Expected over=None with rate, got over={over}. `over` belongs to `final`.")
+        return _Geometric(math.sqrt(_positive("rate", rate)), _interval("every", every))
+    return _Ramp(_positive("final", final), _interval("over", over), _interval("every", every), cosine=False)
+
+
+def time(rate: float, every: int = 1) -> Schedule:
+    """Let sigma decay with the inverse root of time.
+
+        (1 + rate e)^(-1/2)
+
+    Args:
+        rate: on the variance, finite and >= 0.
+        every: steps between changes, >= 1.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> time(rate=3.0)(1)
+        0.5
+    """
+    return _InverseTime(_not_negative("rate", rate), _interval("every", every))
+
+
+def cosine(final: float, over: int, every: int = 1) -> Schedule:
+    """Move sigma to ``final`` along half a cosine, then keep it.
+
+        1 + (final - 1) (1 - cos(pi p)) / 2,   p = min(e every / over, 1)
+
+    Args:
+        final: factor on sigma from step ``over`` on, finite and > 0.
+        over: steps until ``final`` is reached, >= 1.
+        every: steps between changes, >= 1.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> [round(cosine(final=0.5, over=4)(t), 6) for t in (0, 2, 4, 9)]
+        [1.0, 0.75, 0.5, 0.5]
+    """
+    return _Ramp(_positive("final", final), _interval("over", over), _interval("every", every), cosine=True)
+
+
+def runs(schedule: Schedule, start: int, stop: int) -> list[tuple[float, int]]:
+    """Return the schedule's values at steps start, ..., stop - 1, equal neighbours grouped.
+
+    Args:
+        schedule: any function from a step to a factor.
+        start: first step, >= 0.
+        stop: step after the last, >= start.
+
+    Returns:
+        Pairs (value, number of consecutive steps with exactly this value); the numbers add up to stop - start.
+
+    Raises:
+        ValueError: a value that is not finite and > 0, or a range that is none.
+
+    Example:
+        >>> runs(step(0.5, every=3), 1, 7)
+        [(1.0, 2), (0.5, 3), (0.25, 1)]
+    """
+    if not 0 <= start <= stop:
+        raise ValueError(f"Expected 0 <= start <= stop, got start={start}, stop={stop}.")
+    groups: list[tuple[float, int]] = []
+    current, count = math.nan, 0
+    for number in range(start, stop):
+        try:
+            value = float(schedule(number))
+        except OverflowError:
+            value = math.inf
+        if value == current:
+            count += 1
+            continue
+        if not 0 < value < math.inf:
+            raise ValueError(
+                f"Expected a schedule with finite values > 0, got value={value} at step={number}. Noise that vanishes "
+                "or overflows has no epsilon: let the schedule change more slowly."
+            )
+        if count:
+            groups.append((current, count))
+        current, count = value, 1
+    if count:
+        groups.append((current, count))
+    return groups
+
+
+def _positive(name: str, value: float | None) -> float:
+    if value is None or not 0 < value < math.inf:
+        raise ValueError(f"Expected 0 < {name} < inf, got {name}={value}.")
+    return float(value)
+
+
+def _not_negative(name: str, value: float | None) -> float:
+    if value is None or not 0 <= value < math.inf:
+        raise ValueError(f"Expected 0 <= {name} < inf, got {name}={value}.")
+    return float(value)
+
+
+def _interval(name: str, value: int | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Expected an integer number of steps {name} >= 1, got {name}={value}.")
+    return value
+
+
+def _exactly_one(**given: float | None) -> None:
+    if sum(value is not None for value in given.values()) != 1:
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"Expected exactly one of {' and '.join(given)}, got {shown}.")

@@ -1,0 +1,180 @@
+"""From the Trainer's limits and the user's settings to the frozen plan: how many steps, which delta, how much noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
+from lightning_dp.errors import PrivacyError
+from lightning_dp.plan import DPPlan, Schedule, default_delta
+from lightning_dp.sampling import SamplingFacts
+from lightning_dp.strategies.settings import Settings
+
+#: What two plans must share for the noise of the first to be kept when the second resumes it.
+_SAME_RUN = (
+    "sampling",
+    "dataset_size",
+    "expected_batch_size",
+    "sample_rate",
+    "steps",
+    "clipping",
+    "delta",
+    "target_epsilon",
+    "accountant",
+    "neighboring_relation",
+    "schedule",
+)
+
+
+def remaining_steps(trainer: pl.Trainer) -> int | None:
+    """Upper bound on the logical steps that are still to come; None when nothing bounds it."""
+    fit_loop: Any = trainer.fit_loop
+    bounds: list[int] = []
+    if fit_loop.max_epochs is not None and fit_loop.max_epochs >= 0 and math.isfinite(fit_loop.max_batches):
+        parts = trainer.accumulate_grad_batches
+        epochs, batches = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress.current
+        done = batches.ready // parts if epochs.ready > epochs.processed else 0
+        per_epoch = math.ceil(fit_loop.max_batches / parts)
+        bounds.append(max(0, fit_loop.max_epochs - epochs.processed) * per_epoch - min(done, per_epoch))
+    if fit_loop.max_steps >= 0:
+        bounds.append(fit_loop.max_steps - trainer.global_step)
+    if not bounds:
+        return None
+    if _is_searching_learning_rate(trainer):
+        # the search runs first and the run it prepares follows: both must fit under one target
+        return max(0, bounds[-1]) + (max(0, bounds[0]) if len(bounds) > 1 else 0)
+    return max(0, min(bounds))
+
+
+def _is_searching_learning_rate(trainer: pl.Trainer) -> bool:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(type(callback).__name__ == "_LRCallback" for callback in callbacks)
+
+
+def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
+    """The delta of the run; a warning where it promises nothing."""
+    size = facts.dataset_size
+    if settings.target_delta is None:
+        if size is None:
+            raise ValueError(
+                "Expected target_delta for a dataset without a length, got target_delta=None. Pass a delta well below one over "
+                "the number of records."
+            )
+        delta = default_delta(size)
+        rank_zero_info(f"target_delta={delta:g}, from 1 / (10 x {size} records) rounded down to a power of ten.")
+        return delta
+    if size is not None and settings.target_delta >= 1 / size:
+        rank_zero_warn(
+            f"target_delta={settings.target_delta:g} is meaningless for {size} records: publishing one record at random would "
+            f"meet it. Use well below 1/{size} = {1 / size:.1e}, for example {default_delta(size):g}."
+        )
+    return settings.target_delta
+
+
+def build_plan(
+    trainer: pl.Trainer,
+    settings: Settings,
+    facts: SamplingFacts,
+    schedule: Schedule,
+    *,
+    start: int,
+    ledger: Ledger,
+    accountant: Accountant,
+    restored: dict[str, Any] | None,
+) -> DPPlan:
+    """Builds the plan, calibrating the noise when a target is given.
+
+    Args:
+        trainer: its limits bound the run.
+        settings: what the user asked for.
+        facts: what the private loader does.
+        schedule: logical step -> factor on sigma.
+        start: logical step at which this fit begins (above 0 after a resume).
+        ledger: what has been spent already; it counts towards the target.
+        accountant: computes epsilon.
+        restored: the plan of the checkpoint being resumed, if any.
+
+    Raises:
+        PrivacyError: the dataset's size differs from the resumed run's.
+        ValueError: a target with an unbounded run, or one that cannot be met.
+    """
+    if restored is not None and restored["dataset_size"] != facts.dataset_size:
+        raise PrivacyError(
+            f"Expected the {restored['dataset_size']} records of the run being resumed, got {facts.dataset_size}. Its ledger "
+            "speaks of that dataset only: resume on the same training set, or start a new run."
+        )
+    if not facts.add_remove_changes_one_batch and settings.neighboring_relation == "add_or_remove_one":
+        raise ValueError(
+            "Expected neighboring_relation='replace_one' or 'zero_out' for a stream under sampling='shuffle', got "
+            "'add_or_remove_one'. One record more in a stream shifts all later batches, so only a record exchanged in its place "
+            "changes a single batch: pass one of these, or give the dataset random access."
+        )
+    remaining = remaining_steps(trainer)
+    plan = DPPlan(
+        sampling=facts.sampling,
+        dataset_size=facts.dataset_size,
+        expected_batch_size=facts.expected_batch_size,
+        sample_rate=facts.sample_rate,
+        steps=None if remaining is None else start + remaining,
+        steps_per_epoch=_steps_per_pass(trainer, facts),
+        noise_multiplier=0.0 if settings.noise_multiplier is None else float(settings.noise_multiplier),
+        clipping=settings.make_clipping(),
+        delta=resolve_delta(settings, facts),
+        schedule=schedule,
+        target_epsilon=settings.target_epsilon,
+        accountant=settings.accountant,
+        neighboring_relation=settings.neighboring_relation,
+    )
+    if settings.target_epsilon is None:
+        return plan
+    return _with_noise(plan, _calibrated(plan, start, ledger, accountant, restored))
+
+
+def _steps_per_pass(trainer: pl.Trainer, facts: SamplingFacts) -> int | None:
+    """Logical steps until the loader begins anew: fewer than a whole pass under ``limit_train_batches``."""
+    batches = trainer.fit_loop.max_batches
+    limit = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
+    known = [steps for steps in (facts.steps_per_epoch, limit) if steps is not None]
+    return min(known) if known else None
+
+
+def _with_noise(plan: DPPlan, noise_multiplier: float) -> DPPlan:
+    fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
+    return DPPlan(**{**fields, "noise_multiplier": noise_multiplier})
+
+
+def _calibrated(
+    plan: DPPlan, start: int, ledger: Ledger, accountant: Accountant, restored: dict[str, Any] | None
+) -> float:
+    stop = plan.steps
+    if stop is None:
+        raise ValueError(
+            "Expected a known number of steps with target_epsilon, got a stream without a length and no max_steps. The noise is "
+            "calibrated over all planned steps: set `Trainer(max_steps=...)`, give the dataset a length, or pass noise_multiplier."
+        )
+    now = plan.state_dict()
+    if (
+        restored is not None
+        and restored["spent"] == ledger.num_steps
+        and all(restored.get(k) == now[k] for k in _SAME_RUN)
+    ):
+        return float(restored["noise_multiplier"])
+    assert plan.target_epsilon is not None
+    if start >= stop:
+        return 1.0  # nothing is left to run: the strategy refuses any further step
+    noise_multiplier = calibrate_noise_multiplier(
+        target_epsilon=plan.target_epsilon,
+        delta=plan.delta,
+        accountant=accountant,
+        runs=lambda sigma: plan.runs(start, stop, sigma),
+        history=ledger,
+    )
+    rank_zero_info(
+        f"noise_multiplier={noise_multiplier:.4g}, calibrated to epsilon <= {plan.target_epsilon:g} at delta={plan.delta:g} over "
+        f"{stop - start} steps ({plan.accountant})."
+    )
+    return noise_multiplier

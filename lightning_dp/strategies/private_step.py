@@ -1,0 +1,392 @@
+"""The private step: the only place that draws noise and writes ``p.grad``.
+
+Read it as the data goes: ``batch_to_device`` (what was sampled) -> ``training_step`` (one forward and one backward a
+microbatch) -> ``_collect`` (norms, clipping, sum) -> ``_release`` (ledger, noise, sum over ranks, ``p.grad``) -> optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.sampling import LogicalBatch, private_dataloader
+from lightning_dp.strategies import first_batch, trainer_checks
+from lightning_dp.strategies.private_run import PrivateRun
+
+
+class PrivateStep(PrivateRun):
+    """The step of a private run, as a mixin over a Lightning strategy; see ``PrivateRun`` for the arguments."""
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Replaces the training loader by one that draws logical batches; every other loader passes as it is."""
+        trainer = self._trainer
+        if not (trainer.state.fn == TrainerFn.FITTING and trainer.state.stage == RunningStage.TRAINING):
+            return dataloader
+        trainer_checks.check_single_loader(trainer)
+        loader = private_dataloader(
+            dataloader,  # type: ignore[arg-type]
+            sampling=self.settings.sampling,
+            microbatch_size=self.settings.microbatch_size,
+            accumulate=trainer.accumulate_grad_batches,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            seed=self.settings.seed,
+            num_batches_kept=trainer_checks.batches_kept(trainer),
+        )
+        trainer_checks.check_same_dataset(self._loader, loader)
+        if self._loader is not None and self._loader.facts != loader.facts:
+            self._plan = None  # another batch size: another sample rate from here on
+        self._loader = loader
+        return loader
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Moves a batch; of a logical batch the last microbatch now, the others when they are used."""
+        if not isinstance(batch, LogicalBatch):
+            trainer_checks.check_not_nested(batch)
+            return super().batch_to_device(batch, device, dataloader_idx)
+        self._batch = batch
+        self._on_device = self._to_device(batch.microbatches[-1][1] if batch else first_batch.empty_batch(self))
+        return self._on_device
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward, backward and clipping of every microbatch; of the last one only the forward, the rest is Lightning's."""
+        batch, self._batch = self._batch, None
+        if batch is None:
+            raise PrivacyError(
+                "Expected one training_step for each logical batch, got a batch that the private loader did not draw, or the same "
+                "one again. Optimizers that call their closure several times cannot be used: take SGD, Adam or AdamW."
+            )
+        try:
+            return self._run_batch(batch, args[1:], kwargs)
+        except StopIteration as error:  # Lightning would take it for the end of the data and go on without this step
+            raise RuntimeError(
+                "Expected training_step to return, got a StopIteration out of it. Catch it where it is raised."
+            ) from error
+
+    def _run_batch(self, batch: LogicalBatch, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._begins_logical_batch():
+            self._begin_logical_batch(rest, kwargs)
+        if not batch:
+            return self._run_empty(rest, kwargs)
+        *others, (count, _) = batch.microbatches
+        for other_count, part in others:
+            self._run_whole(self._to_device(part), other_count, rest, kwargs)
+        return self._run_forward(self._on_device, count, rest, kwargs, divisor=self._trainer.accumulate_grad_batches)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """One backward of one microbatch; under automatic optimization its clipped sum is taken at once."""
+        if closure_loss.dim() > 0:
+            closure_loss = self._reduced(closure_loss)
+        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        if self._recording:
+            self._engine.check_tracked()
+            if self._module.automatic_optimization:
+                self._collect(0)
+                self._end_microbatch()
+        return loss
+
+    @torch.no_grad()
+    def _collect(self, index: int) -> None:
+        """Clips each sample of this microbatch and adds it to the sum of optimizer ``index``."""
+        sums, engine, scale = self._sums[index], self._engine, self._scale
+        sums.used = True
+        norms = engine.squared_norms(sums.groups).sqrt() * scale
+        factors = self._clipping.factors(norms) * scale
+        engine.accumulate(factors, sums.groups, sums.views)
+        engine.discard(sums.names)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Steps an optimizer on a gradient that is private before any ``on_before_optimizer_step`` hook sees it."""
+        index = self.optimizers.index(optimizer)
+
+        def private_closure() -> Any:
+            output = closure()
+            if index in self.settings.public_optimizers:
+                self._refuse_unchecked(index)
+                self._average_over_ranks(self._parameters_of(index))
+                return output
+            self._refuse_raw_gradients(index)
+            if index in self._sums:
+                self._collect_if_manual(index)
+                self._release(index)
+            return output
+
+        if self._probe is not None:
+            closure()
+            return self._probe.collect(index)
+        if self._deferring:
+            closure()
+            if index in self._sums:
+                self._collect_if_manual(index)
+            for parameter in self._parameters_of(index).values():
+                parameter.grad = (
+                    None  # how many microbatches there are is private: a public optimizer sees the last one's only
+                )
+            return None
+        return super().optimizer_step(optimizer, private_closure, model, **kwargs)
+
+    @torch.no_grad()
+    def _release(self, index: int) -> None:
+        """Ledger, noise, sum over ranks, ``p.grad``: after this line everything is post-processing."""
+        sums, plan = self._sums[index], self.plan
+        self._refuse_over_budget()
+        sums.used = True
+        sigma = plan.sigma(self._step) * math.sqrt(len(self._sums))
+        self._add_noise(sums.flat, sigma, plan.sensitivity(len(sums.groups)))
+        self._sum_over_ranks(sums.flat)
+        sums.write_grads(plan.expected_batch_size)
+        self._engine.accept_grads(sums.names)
+
+    def _add_noise(self, flat: Tensor, sigma: float, sensitivity: float) -> None:
+        """Writes the release into the ledger and draws its noise; each of W ranks adds a 1/W share of the variance."""
+        assert self._noise is not None
+        self._record(sigma)
+        self._noise.add_(flat, sigma * sensitivity / math.sqrt(self.world_size))
+
+    def _record(self, sigma: float) -> None:
+        """One ledger entry a logical batch: further releases on the same batch add their precision to it."""
+        first, planned = self._batch_precision == 0.0, self.plan.sigma(self._step)
+        precision = self._batch_precision + (sigma**-2 if sigma > 0 else math.inf)
+        combined = precision**-0.5
+        if combined < planned * (1 - 1e-9):
+            self._refuse_unplanned_release()
+        self._batch_precision = precision
+        event = self.plan.event_of(planned if math.isclose(combined, planned, rel_tol=1e-9) else combined)
+        if first:
+            self.ledger.record(event)
+        else:
+            self.ledger.amend_last(event)
+
+    # ---------------------------------------------------------------- pieces of the step
+
+    def _begins_logical_batch(self) -> bool:
+        """Whether the sums start afresh: where the loader begins to hand out a logical batch, and where Lightning has stepped.
+
+        The two agree, but not after a resume from within an accumulation: the loader begins anew there. Parts of two logical
+        batches must never be summed, since one sample may be in both.
+        """
+        index, parts = self._trainer.fit_loop.batch_idx, self._trainer.accumulate_grad_batches
+        if index == 0 or not self._prepared:
+            self._part = 0
+        begins = self._part == 0 or index % parts == 0
+        self._part = (self._part + 1) % parts
+        return begins
+
+    def _reduced(self, losses: Tensor) -> Tensor:
+        """Losses a sample, combined as ``loss_reduction`` says that a scalar loss combines them."""
+        return losses.mean() if self.settings.loss_reduction == "mean" else losses.sum()
+
+    def _begin_logical_batch(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._step = self.steps_taken
+        self._batch_precision = 0.0
+        self._refresh_parameters()
+        for sums in self._sums.values():
+            sums.reset()
+            if self._module.automatic_optimization:
+                sums.drop_grads()
+        if self.settings.sampling == "shuffle" and (self._trainer.fit_loop.batch_idx == 0 or not self._prepared):
+            self.ledger.start_pass()
+        if not (self._prepared and self._engine.has_layout):
+            first_batch.prepare(self, rest, kwargs)
+            self._prepared = True
+        if self._unchecked_public:
+            first_batch.check_public(self, rest, kwargs)
+
+    def _run_forward(
+        self,
+        batch: Any,
+        count: int,
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        divisor: int = 1,
+        weight: float = 1.0,
+    ) -> Any:
+        """The user's ``training_step`` on one microbatch of ``count`` samples.
+
+        Args:
+            divisor: what Lightning will divide the loss by before its backward.
+            weight: 0 makes the samples contribute exactly nothing.
+        """
+        automatic = self._module.automatic_optimization
+        mean = self.settings.loss_reduction == "mean"
+        self._scale = weight * (count if mean else 1) * (divisor if automatic else 1)
+        self._begin_microbatch(batch, count, weight)
+        with self._quiet(weight == 0.0 and self.world_size == 1):
+            output = self._call_training_step(batch, rest, kwargs)
+        if automatic:
+            if output is None and count > 1:
+                self._end_microbatch()
+                first_batch.check_skip(self, rest, kwargs)
+            return self._with_scalar_loss(output, count)
+        self._unfinished |= {index for index, sums in self._sums.items() if self._engine.has_backprops(sums.names)}
+        self._end_microbatch()
+        return output
+
+    def _run_empty(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """No sample was drawn. Where the user's code steps by itself, or talks to other ranks, one that counts as nothing stands in."""
+        if self._module.automatic_optimization and self.world_size == 1:
+            return self._zero_loss()
+        return self._run_forward(first_batch.stand_in(self), 1, rest, kwargs, weight=0.0)
+
+    def _run_whole(self, batch: Any, count: int, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward, backward and clipping of a microbatch that is not the last: no optimizer steps on it."""
+        with ExitStack() as stack:
+            self._partial = True
+            stack.callback(setattr, self, "_partial", False)
+            if self._module.automatic_optimization:
+                output = self._run_forward(batch, count, rest, kwargs)
+                self.backward(output["loss"] if isinstance(output, dict) else output, None)
+                return
+            self._deferring = True
+            stack.callback(setattr, self, "_deferring", False)
+            for optimizer in self._lightning_optimizers:
+                stack.enter_context(first_batch.without_progress(optimizer))
+            self._run_forward(batch, count, rest, kwargs)
+
+    def _call_training_step(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().training_step(batch, *rest, **kwargs)
+
+    def _to_device(self, batch: Any) -> Any:
+        """What Lightning's loop does to a batch before the step, for one microbatch."""
+        module = self._module
+        batch = self.precision_plugin.convert_input(batch)
+        batch = type(module)._on_before_batch_transfer(module, batch, dataloader_idx=0)
+        return super().batch_to_device(batch, self.root_device, 0)
+
+    def _begin_microbatch(self, batch: Any, count: int, weight: float) -> None:
+        results: Any = self._trainer._results
+        results.batch, results.batch_size = (
+            batch,
+            (None if weight else 0),
+        )  # where `self.log` reads the weight of a mean
+        self._collected.clear()
+        self._engine.begin(count)
+        self._recording = True
+
+    def _end_microbatch(self) -> None:
+        self._engine.end()
+        self._recording = False
+
+    def _collect_if_manual(self, index: int) -> None:
+        """Under manual optimization a microbatch is clipped when its optimizer steps."""
+        if self._module.automatic_optimization:
+            return
+        if index in self._unfinished:
+            raise PrivacyError(
+                f"Expected each batch's gradients to be stepped or zeroed within its own training_step, got gradients of an earlier "
+                f"batch in optimizer {index}. A sample could count twice in one step: use a larger batch_size (microbatch_size "
+                "bounds the memory), or call zero_grad before manual_backward."
+            )
+        if self._deferring and index in self._collected:
+            raise PrivacyError(
+                f"Expected one step of optimizer {index} a batch under microbatch_size={self.settings.microbatch_size}, got a second "
+                "one on the same microbatch. Each sample would enter the sum twice: step once, or leave microbatch_size out."
+            )
+        self._collected.add(index)
+        self._collect(index)
+
+    def _with_scalar_loss(self, output: Any, count: int) -> Any:
+        """The step's output with a loss that Lightning can back-propagate: None becomes a zero contribution."""
+        loss = self._scalar_loss(output, count)
+        if loss is None:
+            self._end_microbatch()
+            loss = self._zero_loss()
+        return {**output, "loss": loss} if isinstance(output, dict) else loss
+
+    def _scalar_loss(self, output: Any, count: int) -> Tensor | None:
+        """What ``training_step`` returned as a scalar: a scalar as it is, a loss of shape (B,) reduced over the samples."""
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if loss is None and not isinstance(output, dict):
+            return None
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"Expected training_step to return a loss tensor, a dictionary with 'loss', or None, got {type(loss).__name__}. "
+                "Return the loss of shape () or (B,)."
+            )
+        if loss.dim() == 0:
+            return loss
+        if loss.dim() == 1 and loss.shape[0] % count == 0:
+            return self._reduced(loss)
+        raise ValueError(
+            f"Expected a loss of shape () or (B,) with B={count} samples, got shape {tuple(loss.shape)}. Reduce it over everything "
+            "but the samples."
+        )
+
+    def _zero_loss(self) -> Tensor:
+        return torch.zeros((), device=self.root_device, requires_grad=True)
+
+    def _refuse_raw_gradients(self, index: int) -> None:
+        """What a private optimizer is about to step on must come out of ``_release``, all of it."""
+        known = {id(p) for p in self._sums[index].parameters.values()} if index in self._sums else set()
+        for group in self.optimizers[index].param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) not in known:
+                    parameter.grad = None
+                    names = [name for name, p in self._module.named_parameters() if p is parameter]
+                    raise PrivacyError(
+                        f"Expected every gradient that optimizer {index} steps on to be private, got a raw one of "
+                        f"{names[0] if names else 'a parameter that is not in the module'!r}. It became trainable within the step: "
+                        "change requires_grad in on_train_epoch_start or on_train_batch_start, and register layers in the module."
+                    )
+
+    def _refuse_unchecked(self, index: int) -> None:
+        if index in self._unchecked_public:
+            raise PrivacyError(
+                f"Expected public optimizer {index} to step where it was tried, got its first step on a batch whose trial did not "
+                "step it. Whether it sees the data is unknown: let batch_idx alone decide when it steps."
+            )
+
+    def _refuse_unplanned_release(self) -> None:
+        """More releases on one batch than planned are paid; where a target or a budget was promised they are refused."""
+        if self.plan.target_epsilon is not None or self.last_allowed_step is not None:
+            raise PrivacyError(
+                "Expected each private optimizer to step once a batch under target_epsilon or PrivacyBudget, got a further step on "
+                "the same batch. It costs privacy that was not planned for: step once, or pass noise_multiplier and no budget."
+            )
+
+    def _refuse_over_budget(self) -> None:
+        steps = self.plan.steps
+        if self.plan.target_epsilon is not None and steps is not None and self._step >= steps:
+            raise PrivacyError(
+                f"Expected at most the {steps} planned steps under target_epsilon={self.plan.target_epsilon:g}, got one more. The "
+                "noise was calibrated to these: set max_epochs or max_steps before fit, not during it."
+            )
+        if self.last_allowed_step is not None and self._batch_precision == 0.0 and self._step >= self.last_allowed_step:
+            raise PrivacyError(
+                f"Expected to stop after {self.last_allowed_step} steps, where the privacy budget ends, got one more. Something kept "
+                "the Trainer going (min_epochs or min_steps?): lower it, or raise the budget."
+            )
+
+    def _sum_over_ranks(self, flat: Tensor) -> None:
+        """Adds the buffers of all ranks; on one device there is one."""
+
+    def _average_over_ranks(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Averages public gradients over ranks; on one device there is one."""
+
+    @contextmanager
+    def _quiet(self, active: bool) -> Iterator[None]:
+        """Keeps a sample that counts as nothing out of the logs."""
+        with first_batch.silent(self._module) if active else ExitStack():
+            yield

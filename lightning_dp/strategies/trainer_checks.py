@@ -1,0 +1,163 @@
+"""What a Trainer may not ask for together with a private step, each refused by the name the user wrote."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.independence import find_unsupported
+from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
+from lightning_dp.strategies.settings import Settings
+
+
+def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
+    """Refuses Trainer flags under which the step would not be private, or its noise could not be calibrated."""
+    fit_loop = trainer.fit_loop
+    if settings.target_epsilon is not None and fit_loop.max_epochs == -1 and fit_loop.max_steps == -1:
+        raise ValueError(
+            "Expected a bounded run with target_epsilon, got `Trainer(max_epochs=-1)` without max_steps. The noise is calibrated "
+            "over all planned steps: set max_epochs or max_steps, or pass noise_multiplier."
+        )
+    if trainer.gradient_clip_val:
+        raise ValueError(
+            f"Expected no `Trainer(gradient_clip_val=...)`, got gradient_clip_val={trainer.gradient_clip_val!r}. It would clip "
+            "the already private gradient: use DPStrategy(max_grad_norm=...), which bounds each sample."
+        )
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "Expected no GradientAccumulationScheduler, got one in `Trainer(callbacks=...)`. It changes the batch size, and with "
+            "it the sample rate, during the run: use `Trainer(accumulate_grad_batches=k)`, microbatch_size or a larger batch."
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if settings.target_epsilon is not None and any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
+        raise ValueError(
+            "Expected a known batch size with target_epsilon, got a search for it (BatchSizeFinder, scale_batch_size). Its trials "
+            "train on the data and would spend the target: search under noise_multiplier, or on public data."
+        )
+    check_precision(str(trainer.precision))
+    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+    if isinstance(overfit, float) and overfit > 0:
+        raise ValueError(
+            f"Expected `Trainer(overfit_batches=...)` to be a whole number, got overfit_batches={overfit!r}. A fraction does not "
+            "say which records are sampled from: pass a number of batches."
+        )
+
+
+def check_precision(precision: str) -> None:
+    """Refuses float16: scaled or overflowing gradients, skipped steps."""
+    if precision in ("16-mixed", "16-true"):
+        raise ValueError(
+            f"Expected a precision with float32's range, got `Trainer(precision={precision!r})`. Its gradient scaler scales "
+            "what is clipped and skips steps: use precision='bf16-mixed'."
+        )
+
+
+def check_module(module: pl.LightningModule, *, runs_samples_alone: bool) -> None:
+    """Refuses modules that cannot be private as they are, before any data is touched."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            f"Expected {type(module).__name__} to have trainable parameters, got none with requires_grad=True. Unfreeze at least "
+            "one, or train without a private strategy."
+        )
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise ValueError(
+            f"Expected an eager module, got {type(module).__name__} through torch.compile. The hooks that record per-sample "
+            "gradients do not reach into a compiled graph: pass the module itself."
+        )
+    found = find_unsupported(module, runs_samples_alone=runs_samples_alone)
+    if found:
+        listed = "; ".join(
+            f"{name or type(layer).__name__} ({type(layer).__name__}): {why}" for name, layer, why in found[:5]
+        )
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise PrivacyError(
+            f"Expected layers that treat each sample alone, got {listed.rstrip('.')}{more}. "
+            "`module, changes = lightning_dp.fix(module)` replaces them and says what it changed."
+        )
+    if is_overridden("training_step", module) and "dataloader_iter" in module.training_step.__code__.co_varnames[:2]:
+        raise ValueError(
+            "Expected training_step(self, batch, batch_idx), got training_step(self, dataloader_iter). A step that draws its own "
+            "batches cannot be sampled privately: take the batch as an argument."
+        )
+
+
+def check_optimizers(optimizers: list[Optimizer], module: pl.LightningModule, public: tuple[int, ...]) -> None:
+    """Refuses optimizers whose parameters are not the module's, or that call their closure many times."""
+    for index in public:
+        if index >= len(optimizers):
+            raise ValueError(
+                f"Expected public_optimizers below {len(optimizers)}, got public_optimizers={public!r}. configure_optimizers "
+                f"returned {len(optimizers)} optimizer(s), counted from 0."
+            )
+    if optimizers and len(set(public)) == len(optimizers):
+        raise ValueError(
+            f"Expected at least one private optimizer, got public_optimizers={public!r} of {len(optimizers)}. With every "
+            "optimizer public nothing is private: leave out the one that sees the data."
+        )
+    known = {id(parameter) for parameter in module.parameters()}
+    owner: dict[int, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "Expected an optimizer that takes one gradient a step, got LBFGS. It runs its closure many times on one batch, "
+                "each a release of its own: use SGD, Adam or AdamW."
+            )
+        for group in optimizer.param_groups:
+            for position, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise ValueError(
+                        f"Expected every parameter of {type(optimizer).__name__} to be one of the module's, got one of shape "
+                        f"{tuple(parameter.shape)} at position {position} that is not. It would never get a private gradient "
+                        "(was the module moved, wrapped or replaced after the optimizer was made?): pass self.parameters()."
+                    )
+                if owner.setdefault(id(parameter), index) != index:
+                    raise ValueError(
+                        f"Expected each parameter in one optimizer, got one of shape {tuple(parameter.shape)} in optimizers "
+                        f"{owner[id(parameter)]} and {index}. Give it to one of them."
+                    )
+
+
+def check_single_loader(trainer: pl.Trainer) -> None:
+    """Refuses several training loaders: which records form one sample of the data would be unclear."""
+    combined: Any = trainer.fit_loop._combined_loader
+    source: Any = trainer.fit_loop._data_source.instance
+    loaders = combined.flattened if combined is not None else [source]
+    if isinstance(source, (list, tuple, dict)) and len(source) > 1:
+        loaders = list(source)
+    if len(loaders) > 1:
+        raise ValueError(
+            f"Expected one training DataLoader, got {len(loaders)}. A logical batch is one Poisson sample of one dataset: join the "
+            "datasets (torch.utils.data.StackDataset or ConcatDataset) and return one loader."
+        )
+
+
+def check_not_nested(batch: Any) -> None:
+    """Refuses a list or dictionary of loaders, which comes as a list or dictionary of logical batches."""
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    if any(isinstance(part, LogicalBatch) for part in parts):
+        raise ValueError(
+            f"Expected one training DataLoader, got it inside a {type(batch).__name__}. Return the loader itself from "
+            "train_dataloader, or pass it itself to fit."
+        )
+
+
+def check_same_dataset(previous: PrivateDataLoader | None, loader: PrivateDataLoader) -> None:
+    """Refuses a training set whose size changed within a run."""
+    if previous is not None and previous.facts.dataset_size != loader.facts.dataset_size:
+        raise PrivacyError(
+            f"Expected the training set to keep its {previous.facts.dataset_size} records during the run, got "
+            f"{loader.facts.dataset_size}. The sample rate that the ledger holds would be wrong: keep the dataset fixed."
+        )
+
+
+def batches_kept(trainer: pl.Trainer) -> int | None:
+    """How many logical batches ``overfit_batches`` keeps, or None for the whole training set."""
+    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+    return math.ceil(overfit / trainer.accumulate_grad_batches) if overfit else None

@@ -1,0 +1,319 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_dp.accounting import Ledger, LedgerEntry, PrivacyEvent, make_accountant
+from lightning_dp.errors import PrivacyError
+
+A = PrivacyEvent.poisson(noise_multiplier=1.1, sample_rate=0.01)
+B = PrivacyEvent.poisson(noise_multiplier=1.0, sample_rate=0.01)
+LOUD = PrivacyEvent.shuffle(noise_multiplier=2.0)
+QUIET = PrivacyEvent.shuffle(noise_multiplier=1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"noise_multiplier": math.nan}, "noise_multiplier=nan"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier=-1"),
+        ({"noise_multiplier": math.inf}, "noise_multiplier=inf"),
+        ({"sample_rate": math.nan}, "sample_rate=nan"),
+        ({"sample_rate": 1.1}, "sample_rate=1.1"),
+        ({"sample_rate": -0.1}, "sample_rate=-0.1"),
+        ({"kind": "uniform"}, "Expected kind"),
+        ({"kind": "gaussian", "sample_rate": 0.5}, "sample_rate=1"),
+        ({"kind": "shuffle", "sample_rate": 0.5}, "sample_rate=1"),
+        ({"kind": "non_private", "sample_rate": 1.0}, "noise_multiplier=0"),
+        ({"reason": "because"}, "non_private"),
+    ],
+)
+def test_event_refuses_fields_out_of_range(arguments, message):
+    fields = {"kind": "poisson", "noise_multiplier": 1.0, "sample_rate": 0.5} | arguments
+    with pytest.raises(ValueError, match=message):
+        PrivacyEvent(**fields)
+
+
+def test_event_refuses_what_is_not_a_number():
+    with pytest.raises(TypeError, match="noise_multiplier='1'"):
+        PrivacyEvent("gaussian", "1")
+    with pytest.raises(TypeError, match="noise_multiplier=True"):
+        PrivacyEvent("gaussian", True)
+    assert type(PrivacyEvent("gaussian", np.float32(2)).noise_multiplier) is float
+
+
+def test_record_merges_equal_steps_only():
+    ledger = Ledger()
+    for _ in range(3):
+        ledger.record(A)
+    ledger.record(B, 2)
+    ledger.record(A)
+    assert ledger.entries == (LedgerEntry(A, 3), LedgerEntry(B, 2), LedgerEntry(A, 1))
+    assert ledger.num_steps == 6
+    assert ledger.mechanisms() == {(0.01, 1.1): 4, (0.01, 1.0): 2}
+
+
+def test_many_steps_stay_one_entry():
+    ledger = Ledger()
+    for _ in range(100_000):
+        ledger.record(A)
+    assert (len(ledger.entries), ledger.num_steps) == (1, 100_000)
+    assert len(json.dumps(ledger.state_dict())) < 500
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, True, None])
+def test_record_refuses_counts_that_are_no_positive_integer(count):
+    with pytest.raises(ValueError, match="integer >= 1, got count"):
+        Ledger().record(A, count)
+
+
+def test_record_refuses_what_is_no_event():
+    with pytest.raises(TypeError, match="PrivacyEvent, got str"):
+        Ledger().record("poisson")
+
+
+def test_amend_last_exchanges_exactly_one_step():
+    ledger = Ledger()
+    ledger.record(A, 5)
+    ledger.amend_last(B)
+    assert ledger.entries == (LedgerEntry(A, 4), LedgerEntry(B, 1))
+    ledger.amend_last(A)
+    assert ledger.entries == (LedgerEntry(A, 5),)
+
+
+def test_amend_last_refuses_an_empty_ledger():
+    with pytest.raises(PrivacyError, match="empty ledger"):
+        Ledger().amend_last(A)
+
+
+def test_amend_last_in_a_pass_never_becomes_cheaper():
+    ledger = Ledger()
+    ledger.record(LOUD, 3)
+    ledger.amend_last(QUIET)
+    assert ledger.entries == (LedgerEntry(QUIET, 3, 1),)
+    ledger.amend_last(LOUD)  # whether the smallest multiplier was the exchanged step's is not kept
+    assert ledger.entries == (LedgerEntry(QUIET, 3, 1),)
+
+
+def test_pass_costs_one_gaussian_with_its_smallest_multiplier():
+    ledger = Ledger()
+    ledger.record(LOUD, 5)
+    ledger.record(QUIET)
+    ledger.record(LOUD, 4)
+    assert ledger.mechanisms() == {(1.0, 1.0): 1}
+    assert ledger.num_steps == 10
+    ledger.start_pass()
+    ledger.record(LOUD, 10)
+    assert ledger.mechanisms() == {(1.0, 1.0): 1, (1.0, 2.0): 1}
+
+
+def test_passes_of_one_multiplier_are_one_run():
+    ledger = Ledger()
+    for _ in range(1000):
+        ledger.start_pass()
+        ledger.record(LOUD, 7)
+        ledger.record(LOUD, 3)
+    assert len(ledger.entries) == 2  # the finished passes and the open one
+    assert ledger.mechanisms() == {(1.0, 2.0): 1000}
+    assert ledger.num_steps == 10_000
+    ledger.start_pass()
+    assert ledger.entries == (LedgerEntry(LOUD, 10_000, 1000),)
+
+
+def test_step_of_another_kind_ends_the_pass():
+    ledger = Ledger()
+    ledger.record(LOUD)
+    ledger.record(A)
+    ledger.record(LOUD)
+    assert ledger.mechanisms() == {(1.0, 2.0): 2, (0.01, 1.1): 1}
+
+
+def test_extended_leaves_the_ledger_alone_and_keeps_its_lineage():
+    ledger = Ledger()
+    ledger.record(A, 2)
+    longer = ledger.extended([(A, 3), (B, 1)])
+    assert ledger.entries == (LedgerEntry(A, 2),)
+    assert longer.entries == (LedgerEntry(A, 5), LedgerEntry(B, 1))
+    assert longer.lineage == ledger.lineage
+    assert Ledger().lineage != ledger.lineage
+
+
+@pytest.mark.parametrize(
+    ("runs", "paid"),
+    [
+        ([(LOUD, 10)], 2),
+        ([(LOUD, 10, 0)], 1),
+        ([(LOUD, 10, 1)], 2),
+        ([(LOUD, 10, 5)], 6),
+        ([(LOUD, 10), (LOUD, 10)], 3),
+        ([(LOUD, 10, 5), (LOUD, 3, 0)], 6),
+    ],
+)
+def test_extended_counts_planned_passes(runs, paid):
+    ledger = Ledger()
+    ledger.record(LOUD, 4)
+    longer = ledger.extended(runs)
+    assert longer.mechanisms() == {(1.0, 2.0): paid}
+    assert longer.num_steps == 4 + sum(run[1] for run in runs)
+
+
+def test_extended_pass_that_turns_quiet_costs_its_smallest_multiplier():
+    assert Ledger().extended([(LOUD, 10, 5), (QUIET, 3, 0)]).mechanisms() == {(1.0, 2.0): 4, (1.0, 1.0): 1}
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ((A,), "got 1 items"),
+        ((A, 1, 1), "shuffle"),
+        ((LOUD, 1, 2), "passes <= steps"),
+        ((LOUD, 1, -1), "passes=-1"),
+        ((A, 0), "steps=0"),
+    ],
+)
+def test_extended_refuses_malformed_runs(run, message):
+    with pytest.raises(ValueError, match=message):
+        Ledger().extended([run])
+
+
+def test_prefix_knows_continuations_from_other_histories():
+    ledger = Ledger()
+    ledger.record(A, 3)
+    assert ledger.is_prefix_of(ledger)
+    assert ledger.is_prefix_of(ledger.extended([(A, 2), (B, 1)]))
+    assert not ledger.extended([(A, 1)]).is_prefix_of(ledger)
+    assert not ledger.extended([(B, 1)]).is_prefix_of(ledger.extended([(A, 1)]))
+    stranger = Ledger()
+    stranger.record(A, 3)
+    assert not ledger.is_prefix_of(stranger)
+
+
+def test_prefix_with_passes():
+    ledger = Ledger()
+    ledger.record(LOUD, 3)
+    assert ledger.is_prefix_of(ledger.extended([(LOUD, 2, 0), (LOUD, 5)]))
+    assert ledger.is_prefix_of(ledger.extended([(QUIET, 2, 0)]))
+    finished = ledger.copy()
+    finished.start_pass()
+    assert not finished.is_prefix_of(ledger.extended([(QUIET, 2, 0)]))
+    assert finished.is_prefix_of(finished.extended([(LOUD, 5), (LOUD, 5), (A, 1)]))
+    assert not finished.extended([(LOUD, 5)]).is_prefix_of(finished)
+
+
+def test_unknown_relation_is_refused():
+    with pytest.raises(ValueError, match="neighboring_relation='add'"):
+        Ledger("add")
+
+
+EVENTS = st.one_of(
+    st.builds(
+        lambda s, q: PrivacyEvent("poisson", s, q), st.sampled_from([0.0, 0.7, 1.0]), st.sampled_from([0.0, 0.1])
+    ),
+    st.builds(lambda s: PrivacyEvent("gaussian", s), st.sampled_from([0.5, 2.0])),
+    st.builds(lambda s: PrivacyEvent("shuffle", s), st.sampled_from([1.0, 2.0])),
+    st.just(PrivacyEvent.non_private("no clipping")),
+)
+OPERATIONS = st.lists(st.one_of(st.tuples(EVENTS, st.integers(1, 5)), st.just("pass"), EVENTS), max_size=12)
+
+
+def build(operations):
+    ledger = Ledger()
+    for operation in operations:
+        if operation == "pass":
+            ledger.start_pass()
+        elif isinstance(operation, tuple):
+            ledger.record(*operation)
+        elif ledger.num_steps:
+            ledger.amend_last(operation)
+    return ledger
+
+
+@given(OPERATIONS, EVENTS)
+@settings(deadline=None, max_examples=200)
+def test_state_survives_json_and_goes_on_as_before(operations, event):
+    ledger = build(operations)
+    restored = Ledger.from_state_dict(json.loads(json.dumps(ledger.state_dict(), allow_nan=False)))
+    assert restored.state_dict() == ledger.state_dict()
+    assert ledger.is_prefix_of(restored)
+    assert restored.is_prefix_of(ledger)
+    for one in (ledger, restored):
+        one.record(event, 2)
+    assert restored.state_dict() == ledger.state_dict()
+
+
+@given(OPERATIONS)
+@settings(deadline=None, max_examples=200)
+def test_epsilon_never_falls_when_steps_are_added(operations):
+    """With unsampled events, where epsilon is exact."""
+    ledger, accountant, spent = Ledger(), make_accountant("gdp"), 0.0
+    for operation in operations:
+        if isinstance(operation, tuple) and operation[0].kind in ("gaussian", "shuffle"):
+            ledger.record(*operation)
+        elif operation == "pass":
+            ledger.start_pass()
+        epsilon = accountant.epsilon(ledger, 1e-5)
+        assert epsilon >= spent
+        spent = epsilon
+
+
+def state():
+    ledger = Ledger("replace_one")
+    ledger.record(A, 3)
+    ledger.record(LOUD, 4)
+    return json.loads(json.dumps(ledger.state_dict()))
+
+
+WRONG = [None, -1, 1.5, math.nan, "x", [], {}, True]
+WRONG_BY_FIELD = {
+    ("version",): [*WRONG, 0, 2],
+    ("neighboring_relation",): WRONG,
+    ("lineage",): [*WRONG, "0" * 31, "g" * 32],
+    ("pass_open",): [None, -1, 2, 0.5, "x", True],
+    ("num_steps",): [*WRONG, 6, 8],
+    ("entries",): [None, -1, "x", {}, True, [None], [{}]],
+    ("entries", 0, "kind"): [*WRONG, "gaussian", "shuffle", "non_private"],
+    ("entries", 0, "noise_multiplier"): [None, -1, math.nan, math.inf, "x", [], True],
+    ("entries", 0, "sample_rate"): [None, -1, 1.5, math.nan, "x", [], True],
+    ("entries", 0, "reason"): [None, 1, "x", []],
+    ("entries", 0, "num_steps"): [*WRONG, 0, 2],
+    ("entries", 0, "num_passes"): [*WRONG, 1],
+    ("entries", 1, "num_steps"): [*WRONG, 0],
+    ("entries", 1, "num_passes"): [*WRONG, 0, 2, 5],
+}
+
+
+def parent(tree, path):
+    for key in path[:-1]:
+        tree = tree[key]
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [(path, value) for path, values in WRONG_BY_FIELD.items() for value in values], ids=repr
+)
+def test_state_edited_by_hand_is_refused(path, value):
+    edited = state()
+    parent(edited, path)[path[-1]] = value
+    with pytest.raises(PrivacyError, match="Expected an intact ledger"):
+        Ledger.from_state_dict(edited)
+
+
+@pytest.mark.parametrize("path", [*WRONG_BY_FIELD, ("entries", 0, "extra"), ("extra",)], ids=repr)
+def test_state_with_missing_or_unknown_keys_is_refused(path):
+    edited = state()
+    keys = parent(edited, path)
+    if path[-1] == "extra":
+        keys["extra"] = 0
+    else:
+        del keys[path[-1]]
+    with pytest.raises(PrivacyError, match=r"Expected an intact ledger.* keys"):
+        Ledger.from_state_dict(edited)
+
+
+@pytest.mark.parametrize("value", [None, [], "state", 3])
+def test_state_that_is_no_dictionary_is_refused(value):
+    with pytest.raises(PrivacyError, match="dictionary"):
+        Ledger.from_state_dict(value)

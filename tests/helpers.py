@@ -1,0 +1,96 @@
+"""Small modules, data and Trainers that the tests share; plain Lightning, nothing of them knows of privacy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+NUM_RECORDS, NUM_FEATURES, NUM_CLASSES = 64, 6, 3
+
+
+def make_dataset(num_records: int = NUM_RECORDS, *, dtype: torch.dtype = torch.float32) -> TensorDataset:
+    """Features, and labels that depend on them."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(num_records, NUM_FEATURES, generator=generator, dtype=dtype)
+    return TensorDataset(features, features[:, :NUM_CLASSES].argmax(1))
+
+
+def make_loader(num_records: int = NUM_RECORDS, batch_size: int = 16, **options: Any) -> DataLoader:
+    """The loader a user would write."""
+    return DataLoader(make_dataset(num_records), batch_size=batch_size, shuffle=True, **options)
+
+
+class Classifier(L.LightningModule):
+    """Two layers and cross-entropy; ``optimizer`` and ``network`` can be swapped."""
+
+    def __init__(
+        self,
+        network: nn.Module | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        lr: float = 0.1,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.network = network or nn.Sequential(nn.Linear(NUM_FEATURES, 5), nn.Tanh(), nn.Linear(5, NUM_CLASSES))
+        self.optimizer, self.lr = optimizer, lr
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.network(features)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        features, labels = batch
+        return nn.functional.cross_entropy(self(features), labels)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        features, labels = batch
+        self.log("val_loss", nn.functional.cross_entropy(self(features), labels))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(1)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters(), lr=self.lr)
+
+
+def make_trainer(strategy: Any, tmp_path: Any, **options: Any) -> L.Trainer:
+    """A quiet Trainer on one CPU."""
+    defaults: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+    }
+    return L.Trainer(strategy=strategy, **{**defaults, **options})
+
+
+class Recorder(L.Callback):
+    """Keeps what a user's hooks could see: gradients after each backward, and before each optimizer step."""
+
+    def __init__(self) -> None:
+        self.after_backward: list[dict[str, Tensor | None]] = []
+        self.before_step: list[dict[str, Tensor]] = []
+        self.batches: list[Any] = []
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.after_backward.append(
+            {n: None if p.grad is None else p.grad.clone() for n, p in pl_module.named_parameters()}
+        )
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.before_step.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.batches.append(batch)

@@ -1,0 +1,158 @@
+"""Linear layers at any number of positions, and the equalities their cheap norms rest on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_dp.per_sample.rules import rule_for
+from lightning_dp.per_sample.rules.base import Call
+from lightning_dp.per_sample.rules.linear import (
+    LinearRule,
+    gram_squared_norm,
+    outer_squared_norm,
+    prefer_gram,
+)
+from tests.per_sample.checks import assert_engine_agrees
+
+
+def _loss(module: nn.Module):
+    return lambda x: module(x).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (4, 3), (2, 3, 3), (40, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", [{}, {"grad_sample": "materialize"}, {"memory": "lean"}])
+def test_linear_agrees_with_batches_of_one(shape: tuple[int, ...], bias: bool, options: dict) -> None:
+    module = nn.Sequential(nn.Linear(3, 4, bias=bias), nn.Tanh(), nn.Linear(4, 2, bias=bias)).double()
+    data = torch.randn(6, *shape, dtype=torch.float64)
+    for size in (0, 1, 6):
+        assert_engine_agrees(module, _loss(module), data, size=size, **options)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_linear_rule_speaks_of_one_gradient(
+    batch: int, rows: int, positions: int, num_in: int, num_out: int, two_calls: bool
+) -> None:
+    """Norms, masked norms and sums are those of the materialised gradients, with folded rows and several calls."""
+    layer = nn.Linear(num_in, num_out).double()
+    calls = [
+        Call(
+            (),
+            {},
+            torch.randn(batch * rows, positions, num_in, dtype=torch.float64),
+            torch.randn(batch * rows, positions, num_out, dtype=torch.float64),
+            rows,
+        )
+        for _ in range(1 + two_calls)
+    ]
+    rule = LinearRule()
+    names = {"weight", "bias"}
+    grads = rule.per_sample(layer, calls, batch, names)
+    expected = sum(
+        torch.einsum("btp,btd->bpd", c.backprop.reshape(batch, -1, num_out), c.activation.reshape(batch, -1, num_in))
+        for c in calls
+    )
+    torch.testing.assert_close(grads["weight"], expected)
+    norms = rule.squared_norms(layer, calls, batch, names)
+    factors = torch.rand(batch, dtype=torch.float64)
+    sums = rule.weighted_sum(layer, calls, factors, batch, names)
+    masks = {"weight": torch.rand(num_out, num_in) < 0.5, "bias": torch.rand(num_out) < 0.5}
+    masked = rule.masked_squared_norms(layer, calls, batch, masks)
+    for name, grad in grads.items():
+        torch.testing.assert_close(norms[name], grad.square().flatten(1).sum(1))
+        torch.testing.assert_close(masked[name], (grad * masks[name]).square().flatten(1).sum(1))
+        torch.testing.assert_close(sums[name], torch.tensordot(factors, grad, 1))
+
+
+def test_prefer_gram_follows_the_multiplications() -> None:
+    assert prefer_gram(4, 100, 100)
+    assert not prefer_gram(60, 100, 100)
+
+
+def test_gram_norm_is_not_reported_far_below_the_true_one_when_terms_cancel() -> None:
+    """In float32 a sum that cancels to its rounding may come out 0 or negative; the bound keeps it sound."""
+    torch.manual_seed(0)
+    a = torch.randn(1, 1, 50).repeat(200, 2, 1)
+    g = torch.randn(200, 1, 20) * 100
+    g = torch.cat([g, -g * (1 + 3e-4 * torch.rand(200, 1, 1))], dim=1)
+    true = torch.bmm(g.double().mT, a.double()).square().sum((1, 2))
+    got = gram_squared_norm(a, g).double()
+    assert (got >= 0.5 * true).all()
+
+
+def test_norm_counts_squares_that_vanish_next_to_huge_ones() -> None:
+    a = torch.full((1, 4), 1e-24)
+    g = torch.full((1, 4), 1e19)
+    true = float((a.double().square().sum() * g.double().square().sum()).item())
+    assert float(outer_squared_norm(a, g)) >= true
+    assert float(outer_squared_norm(a, torch.zeros(1, 4))) == 0.0
+
+
+def test_weighted_sum_of_zero_factor_is_zero_for_rows_that_are_not_finite() -> None:
+    module = nn.Linear(3, 2)
+    data = torch.randn(4, 3)
+    data[1] = torch.inf
+    data[2] = torch.nan
+    from tests.per_sample.checks import make_engine, run_batch, stack
+
+    engine = make_engine(module, _loss(module), torch.randn(4, 3))
+    run_batch(engine, _loss(module), data, 4)
+    norms = engine.squared_norms([["weight", "bias"]])
+    assert norms.isfinite().tolist() == [[True, False, False, True]]
+    out = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    engine.accumulate(torch.tensor([[1.0, 0.0, 0.0, 0.5]]), [["weight", "bias"]], out)
+    engine.end()
+    run_batch(engine, _loss(module), stack(data, [0, 3]), 2)
+    clean = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    engine.accumulate(torch.tensor([[1.0, 0.5]]), [["weight", "bias"]], clean)
+    for name in out:
+        torch.testing.assert_close(out[name], clean[name])
+
+
+class Conv1D(nn.Module):
+    """As in transformers: a linear layer with the weight transposed."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+@pytest.mark.parametrize("shape", [(3,), (7, 3)])
+def test_transposed_linear_of_gpt2(shape: tuple[int, ...]) -> None:
+    module = nn.Sequential(Conv1D(5, 3), nn.ReLU(inplace=True), Conv1D(2, 5)).double()
+    assert rule_for(module[0]) is not None
+    assert_engine_agrees(module, _loss(module), torch.randn(5, *shape, dtype=torch.float64))
+
+
+def test_rule_goes_by_the_forward_that_runs() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Named(nn.Linear):
+        pass
+
+    assert rule_for(Scaled(2, 2)) is None
+    assert rule_for(Named(2, 2)) is rule_for(nn.Linear(1, 1)) is not None
+
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(x, weight - weight.mean(), bias)
+
+    assert rule_for(Standardised(2, 2, 2)) is None
+    assert rule_for(nn.InstanceNorm3d(2)) is rule_for(nn.InstanceNorm1d(2)) is not None
+    patched = nn.Linear(2, 2)
+    patched.forward = lambda x: x @ patched.weight
+    assert rule_for(patched) is None
+    module = nn.Sequential(Scaled(3, 4), nn.Tanh(), Named(4, 2)).double()
+    assert_engine_agrees(module, _loss(module), torch.randn(5, 2, 3, dtype=torch.float64))

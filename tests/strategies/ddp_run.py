@@ -1,0 +1,133 @@
+"""Run by test_ddp.py in two processes: each case trains, and each rank writes down what it saw."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_dp import DPDDPStrategy, EpsilonMonitor
+from tests.helpers import NUM_FEATURES, Classifier, Recorder, make_dataset
+from tests.strategies.test_manual import GAN
+
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+OUT = Path(sys.argv[1])
+
+
+def fit(
+    module: L.LightningModule,
+    loader: Any,
+    callbacks: Any = (),
+    resume: Any = None,
+    strategy: Any = None,
+    **options: Any,
+) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy or DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp"),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        default_root_dir=OUT,
+        **options,
+    )
+    trainer.fit(module, loader, ckpt_path=resume, weights_only=True if resume else None)
+    return trainer
+
+
+class Nothing(Classifier):
+    """No gradient at all: what its optimizer sees is noise."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(torch.zeros_like(batch[0])).sum(1).mean() * 0.0
+
+
+class Indexed(Dataset):
+    """Its records are their own positions."""
+
+    def __len__(self) -> int:
+        return 41
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(NUM_FEATURES), index
+
+
+class Writing(Nothing):
+    """Keeps the positions that reached it, a list a step; logs with a collective, as users do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[list[int]] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.drawn.append(batch[1].tolist())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("size", float(len(batch[1])), sync_dist=True, on_step=True)
+        return super().training_step(batch, batch_idx)
+
+
+def main() -> None:
+    seen: dict[str, Any] = {}
+
+    # noise: the reduced gradient, at q = 1 over 120 steps
+    recorder = Recorder()
+    fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=32), [recorder], max_epochs=120)
+    seen["noise"] = torch.stack([torch.cat([g.flatten() for g in s.values()]) for s in recorder.before_step])
+
+    # training: 20 steps with momentum of Adam; replicas start apart on purpose
+    module = Classifier(optimizer=torch.optim.Adam, lr=0.05)
+    with torch.no_grad():
+        module.network[0].bias += RANK
+    trainer = fit(module, DataLoader(make_dataset(), batch_size=8), [EpsilonMonitor()], max_epochs=5)
+    seen["weights"] = torch.cat([p.detach().flatten() for p in module.parameters()])
+    seen["ledger"] = trainer.strategy.ledger.state_dict()["entries"]
+    seen["epsilon"] = trainer.strategy.epsilon()
+    trainer.save_checkpoint(OUT / "five.ckpt")
+    trainer = fit(
+        Classifier(optimizer=torch.optim.Adam),
+        DataLoader(make_dataset(), batch_size=8),
+        resume=OUT / "five.ckpt",
+        max_epochs=6,
+    )
+    seen["resumed"] = trainer.strategy.ledger.num_steps
+
+    # the sum over ranks, without noise, in microbatches: every record once
+    recorder, module = Recorder(), Classifier(lr=0.0)
+    strategy = DPDDPStrategy(noise_multiplier=0.0, max_grad_norm=1.4, microbatch_size=5)
+    fit(module, DataLoader(make_dataset(), batch_size=32), [recorder], strategy=strategy, max_epochs=1)
+    seen["sum"] = recorder.before_step[0]
+
+    # who is drawn: positions by rank; a batch of one record is often empty on one rank and not on the other
+    module = Writing()
+    fit(module, DataLoader(Indexed(), batch_size=1), max_epochs=30)
+    seen["drawn"] = module.drawn
+
+    # collectives in the user's logging, while ranks hold different numbers of microbatches
+    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, microbatch_size=2)
+    trainer = fit(Writing(), DataLoader(Indexed(), batch_size=6), strategy=strategy, max_epochs=4)
+    seen["synced"] = (trainer.strategy.ledger.num_steps, float(trainer.callback_metrics["size"]))
+
+    # a public generator beside a private discriminator: replicas stay equal
+    module = GAN()
+    strategy = DPDDPStrategy(noise_multiplier=1.0, public_optimizers=[0])
+    fit(module, DataLoader(make_dataset(), batch_size=2), strategy=strategy, max_epochs=1)
+    seen["gan"] = torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    torch.save(seen, OUT / f"rank{RANK}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

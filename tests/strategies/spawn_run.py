@@ -1,0 +1,38 @@
+"""Run by test_ddp.py: trains in spawned processes and prints what the main process knows afterwards."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from lightning_dp import DPDDPStrategy
+from tests.helpers import Classifier, make_dataset
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", start_method="spawn")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+    )
+    trainer.fit(Classifier(), DataLoader(make_dataset(), batch_size=8))
+    trainer.save_checkpoint(out / "after.ckpt")
+    assert strategy.epsilon() > 0
+    print(strategy.ledger.num_steps, strategy.steps_taken, strategy.plan.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Two gloo processes: noise once, one Poisson sample over both ranks, equal replicas, no deadlock on empty batches."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
+from tests.helpers import Classifier, make_dataset
+from tests.strategies.test_private_step import clipped_sum
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks wrote down."""
+    out: Path = tmp_path_factory.mktemp("ddp")
+    script = Path(__file__).with_name("ddp_run.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(out)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
+def test_noise_of_the_reduced_gradient_is_there_exactly_once(ranks: list[dict[str, Any]], wrong: float) -> None:
+    """120 steps x 53 coordinates; z under 5 (false alarm < 1e-6); noise drawn by both ranks or by half would be sqrt(2) off."""
+    noise = ranks[0]["noise"].double() * 64 / wrong
+    assert noise.shape == (120, 53)
+    z = (noise.square().sum() - noise.numel()) / math.sqrt(2 * noise.numel())
+    assert (abs(z) < 5) == (wrong == 1.0)
+    assert torch.equal(ranks[0]["noise"], ranks[1]["noise"])
+
+
+def test_replicas_are_bit_equal_after_20_steps(ranks: list[dict[str, Any]]) -> None:
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    assert not torch.equal(ranks[0]["weights"], torch.cat([p.detach().flatten() for p in Classifier().parameters()]))
+    assert torch.equal(ranks[0]["gan"], ranks[1]["gan"])
+
+
+def test_ledger_and_epsilon_speak_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
+    ledger = Ledger()
+    ledger.record(PrivacyEvent(kind="poisson", noise_multiplier=1.0, sample_rate=16 / 64), 20)
+    for seen in ranks:
+        assert seen["ledger"] == ledger.state_dict()["entries"]
+        assert seen["epsilon"] == pytest.approx(make_accountant("rdp").epsilon(ledger, 1e-3))
+        assert seen["resumed"] == 24
+
+
+def test_sum_over_ranks_and_microbatches_is_the_clipped_sum_of_all(ranks: list[dict[str, Any]]) -> None:
+    expected = clipped_sum(Classifier(), *make_dataset().tensors, max_grad_norm=1.4)
+    for name, gradient in ranks[0]["sum"].items():
+        torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_with_different_numbers_of_microbatches_log_together(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["synced"] == ranks[1]["synced"]
+    steps, size = ranks[0]["synced"]
+    assert steps == 4 * 3
+    assert 0 < size <= 2
+
+
+def test_spawned_processes_bring_their_ledger_home(tmp_path: Path) -> None:
+    """What the main process saves afterwards must hold the steps that made the weights."""
+    script = Path(__file__).with_name("spawn_run.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-3:] == ["4", "4", "4"]
+    checkpoint = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert checkpoint["lightning_dp"]["ledger"]["num_steps"] == 4
+
+
+def test_union_over_ranks_is_one_poisson_sample(ranks: list[dict[str, Any]]) -> None:
+    """Q = 2/41 on each of 41 records over 600 steps (round(1/q) = 20 a pass, 30 passes): frequencies, sizes, independence."""
+    drawn = torch.zeros(600, 41, dtype=torch.float64)
+    for rank, seen in enumerate(ranks):
+        assert len(seen["drawn"]) == 600
+        for step, positions in enumerate(seen["drawn"]):
+            assert all(position % 2 == rank for position in positions)
+            drawn[step, positions] += 1
+    assert drawn.max() == 1
+    q = 2 / 41
+    frequency_z = (drawn.sum(0) - 600 * q) / math.sqrt(600 * q * (1 - q))
+    assert float(frequency_z.abs().max()) < 5  # false alarm 41 x 6e-7
+    sizes = drawn.sum(1)
+    variance = 41 * q * (1 - q)
+    error = variance * math.sqrt(2 / 600 + 1 / (600 * variance))
+    assert abs(float(sizes.var()) - variance) < 5 * error
+    for wrong in (2 / 3, 3 / 2):
+        assert abs(float(sizes.var()) / wrong - variance) > 3 * error
+    by_rank = torch.stack([drawn[:, 0::2].sum(1), drawn[:, 1::2].sum(1)])
+    assert abs(float(torch.corrcoef(by_rank)[0, 1])) < 5 / math.sqrt(600)

@@ -1,0 +1,167 @@
+"""What happens once before the first step: nothing of it may leave a trace, and what mixes samples is found."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_dp import DPStrategy, PrivacyError
+from lightning_dp.per_sample.frozen_randomness import FrozenRandomness, restored_randomness
+from tests.helpers import NUM_CLASSES, Classifier, make_loader, make_trainer
+
+
+class Traced(Classifier):
+    """Counts, collects, logs, draws and keeps buffers, as training steps do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.outputs, self.seen = 0, [], {}
+        self.accuracy = MulticlassAccuracy(NUM_CLASSES)
+        self.register_buffer("average", torch.zeros(()))
+        self.dropout = nn.Dropout(0.5)
+        self.state_at_first_step: dict[str, Any] = {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        features, labels = batch
+        if self.trainer.strategy._probe is None and not self.state_at_first_step:
+            self.state_at_first_step = {
+                "calls": self.calls,
+                "outputs": len(self.outputs),
+                "seen": dict(self.seen),
+                "average": float(self.average),
+                "metric": int(self.accuracy.tp.sum()),
+                "logged": dict(self.trainer.callback_metrics),
+                "draw": float(torch.rand(())),
+            }
+        self.calls += 1
+        self.outputs.append(features)
+        self.seen[self.calls] = True
+        self.average += 1
+        logits = self(self.dropout(features))
+        self.accuracy(logits, labels)
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        random.random()
+        np.random.random()  # noqa: NPY002
+        return loss
+
+
+def test_checks_leave_no_trace(tmp_path: Any) -> None:
+    module = Traced()
+    strategy = DPStrategy(noise_multiplier=1.0)
+    trainer = make_trainer(strategy, tmp_path, limit_train_batches=1)
+    torch.manual_seed(9)
+    random.seed(9)
+    np.random.seed(9)  # noqa: NPY002
+    trainer.fit(module, make_loader(batch_size=32))
+    torch.manual_seed(9)
+    before = {"calls": 0, "outputs": 0, "seen": {}, "average": 0.0, "metric": 0, "logged": {}}
+    assert {name: module.state_at_first_step[name] for name in before} == before
+    assert (module.calls, len(module.outputs)) == (1, 1)
+    random.seed(9)
+    after_one = random.random()
+    assert after_one != random.random()
+
+
+def test_a_step_that_draws_sees_the_generators_as_they_were() -> None:
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    with restored_randomness(seed=1):
+        torch.rand(5)
+        random.random()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Centred(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        features, labels = batch
+        return nn.functional.cross_entropy(self(features - features.mean(0)), labels)
+
+
+class Contrastive(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        codes = self(batch[0])
+        return nn.functional.cross_entropy(codes @ codes.T, torch.arange(len(codes)))
+
+
+class Mixup(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        features, labels = batch
+        torch.manual_seed(0)
+        mixed = 0.5 * features + 0.5 * features[torch.randperm(len(features))]
+        return nn.functional.cross_entropy(self(mixed), labels)
+
+
+class Summed(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="sum")
+
+
+class Weighted(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weight = torch.tensor([1.0, 2.0, 5.0])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1], weight=weight)
+
+
+@pytest.mark.parametrize("module", [Centred, Contrastive, Mixup, Summed, Weighted])
+def test_losses_that_mix_samples_are_refused_before_the_first_step(tmp_path: Any, module: type) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0)
+    with pytest.raises(PrivacyError, match="network"):
+        make_trainer(strategy, tmp_path).fit(module(), make_loader())
+    assert strategy.ledger.num_steps == 0
+
+
+def test_a_sum_is_named_and_can_be_declared(tmp_path: Any) -> None:
+    with pytest.raises(PrivacyError, match="sum"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Summed(), make_loader())
+    strategy = DPStrategy(noise_multiplier=1.0, loss_reduction="sum")
+    make_trainer(strategy, tmp_path).fit(Summed(), make_loader())
+    assert strategy.ledger.num_steps == 4
+
+
+@pytest.mark.parametrize("draw", [torch.randn_like, torch.rand_like, lambda x: nn.functional.dropout(x, 0.5)])
+def test_steps_that_draw_are_not_mistaken_for_steps_that_mix(tmp_path: Any, draw: Any) -> None:
+    class Drawing(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            hidden = self.network[1](self.network[0](batch[0]))
+            return nn.functional.cross_entropy(self.network[2](hidden + draw(hidden)), batch[1])
+
+    strategy = DPStrategy(noise_multiplier=1.0)
+    make_trainer(strategy, tmp_path).fit(Drawing(), make_loader())
+    assert strategy.ledger.num_steps == 4
+
+
+def test_frozen_draws_are_constant_and_permutations_mix() -> None:
+    torch.manual_seed(0)
+    with FrozenRandomness():
+        assert torch.equal(torch.randn(4), torch.full((4,), 0.5))
+        assert torch.equal(torch.empty(3).uniform_(2.0, 4.0), torch.full((3,), 3.0))
+        assert torch.equal(torch.normal(torch.ones(3), 2.0), torch.full((3,), 2.0))
+        assert torch.equal(torch.randint(3, 9, (5,)), torch.full((5,), 3))
+        assert torch.equal(nn.functional.dropout(torch.ones(50), 0.5), torch.ones(50))
+        assert torch.equal(torch.bernoulli(torch.full((3,), 0.25)), torch.full((3,), 0.25))
+        assert torch.randperm(4).tolist() == [1, 2, 3, 0]
+    assert torch.randn(4).std() > 0
+
+
+def test_draws_frozen_by_place_show_how_many_rows_were_drawn() -> None:
+    with FrozenRandomness(by_place=True):
+        two, three = torch.randn(2, 1000), torch.randn(3, 1000)
+        assert torch.equal(two, three[:2])
+        assert abs(float(two.mean() - three.mean())) > 1e-3
+        assert abs(float(three.mean())) < 0.1
+        assert abs(float(three.std()) - 1) < 0.1
+        assert 0 < float(torch.rand(1000).min()) < float(torch.rand(1000).max()) < 1
+
+
+def test_tiny_datasets_are_checked_as_far_as_they_go(tmp_path: Any) -> None:
+    for size in (1, 2):
+        strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+        make_trainer(strategy, tmp_path).fit(Classifier(), make_loader(size, batch_size=1))
+        assert strategy.ledger.num_steps == size

@@ -1,0 +1,309 @@
+"""Every kind of module trains as it is: the fit runs, and its step is that of a loop over single samples."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, default_collate
+
+from lightning_dp import DPStrategy, PrivacyError
+from tests.helpers import Recorder, make_trainer
+from tests.strategies.model_cases import CASES, Case, classifier, fixed, tokens, vectors
+from tests.strategies.models import (
+    NUM_CLASSES,
+    NUM_FEATURES,
+    NUM_SAMPLES,
+    NUM_TOKENS,
+    VOCABULARY,
+    WIDTH,
+    Apply,
+    Task,
+    mlp,
+    over_tokens,
+    records,
+    recurrent,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small modules are faster on one thread; their weights are the same in every run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_draws(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Random draws become a function of the row they are made for: a sample has the same alone and in any batch.
+
+    Covers ``torch.randn_like`` and dropout; dropout inside fused attention is off. Returns the names of what was drawn.
+    """
+    drawn: list[str] = []
+    attention = F.scaled_dot_product_attention
+
+    def draw(like: Tensor, name: str) -> Tensor:
+        drawn.append(name)
+        return torch.sin(1e3 * like.detach())
+
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not (training and p):
+            return x
+        scale = (draw(x, "dropout") > -math.cos(math.pi * p)) / (1 - p)
+        return x.mul_(scale) if inplace else x * scale
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        without = [*args[:4], *(0.0 for _ in args[4:5]), *args[5:]]
+        return attention(*without, **{name: 0.0 if name == "dropout_p" else value for name, value in kwargs.items()})
+
+    monkeypatch.setattr(torch, "randn_like", lambda like: draw(like, "normal"))
+    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    return drawn
+
+
+def single_gradients(module: L.LightningModule, samples: list[Any]) -> dict[str, Tensor]:
+    """Each sample's gradient, by plain autograd on a batch that holds nothing else: (n, *shape) a parameter."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    found: dict[str, list[Tensor]] = {name: [] for name in named}
+    for sample in samples:
+        batch = default_collate([sample])
+        batch = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
+        module.zero_grad(set_to_none=True)
+        output = module.training_step(batch, 0)
+        (output["loss"] if isinstance(output, dict) else output).sum().backward()
+        for name, p in named.items():
+            found[name].append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
+    module.zero_grad(set_to_none=True)
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def check_step(case: Case, tmp_path: Any, **settings: Any) -> None:
+    """Every record is in the batch (q = 1), no noise, float64: p.grad is the clipped sum of single samples over n.
+
+    The tolerance is above the 2e-7 by which clipping stays below C.
+    """
+    module, dataset = case.module().double(), case.dataset()
+    gradients = single_gradients(module, [dataset[i] for i in range(NUM_SAMPLES)])
+    norms = sum(rows.reshape(NUM_SAMPLES, -1).square().sum(1) for rows in gradients.values()).sqrt()
+    max_grad_norm = float(norms.sort().values[3:5].mean())
+    assert norms.min() < max_grad_norm < norms.max() / 1.02
+
+    module.lr = 0.0
+    recorder = Recorder()
+    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=max_grad_norm, **{**case.options, **settings})
+    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], precision="64-true")
+    trainer.fit(module, DataLoader(dataset, batch_size=NUM_SAMPLES))
+
+    (seen,) = recorder.before_step
+    assert seen.keys() == gradients.keys()
+    factors = (max_grad_norm / norms).clamp(max=1.0)
+    for name, rows in gradients.items():
+        expected = sum(factor * row for factor, row in zip(factors, rows, strict=True)) / NUM_SAMPLES
+        torch.testing.assert_close(
+            seen[name], expected, rtol=1e-6, atol=1e-6 * max_grad_norm, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: list[str], name: str) -> None:
+    check_step(CASES[name], tmp_path)
+    assert bool(own_draws) == ("dropout" in name or "variational" in name)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"grad_sample": "materialize"}, {"microbatch_size": 1}, {"microbatch_size": 3}], ids=str
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "in-place activation after the first layer",
+        "convolution {'groups': 2, 'stride': 2}",
+        "embedded positions (1, T)",
+        "vision transformer",
+        "tied language model",
+        "recurrent cell",
+        "LSTM {'batch_first': True}",
+        "views, view-major",
+        "sum of losses",
+    ],
+)
+def test_other_ways_to_the_gradients_agree(tmp_path: Any, name: str, settings: dict[str, Any]) -> None:
+    check_step(CASES[name], tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_module_trains_as_it_is(tmp_path: Any, name: str) -> None:
+    """Three steps: each is in the ledger, moves what is trainable and nothing else, and leaves no trace in the module."""
+    module, recorder = CASES[name].module(), Recorder()
+    before, attributes = copy.deepcopy(module.state_dict()), traces(module)
+    strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=5, **CASES[name].options)
+    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=2, max_steps=3)
+    trainer.fit(module, DataLoader(CASES[name].dataset(), batch_size=NUM_SAMPLES // 2))
+    assert trainer.global_step == strategy.ledger.num_steps == len(recorder.before_step) == 3
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert traces(module) == attributes
+    for key, p in module.named_parameters():
+        assert torch.isfinite(p).all()
+        assert bool((p.detach() != before[key]).any()) == p.requires_grad
+
+
+def traces(module: nn.Module) -> list[tuple[str, type, list[str], int]]:
+    """What is hung onto each submodule: its class, its attributes, and how many hooks it has."""
+    return [
+        (
+            name,
+            type(part),
+            sorted(part._parameters),
+            sum(len(hooks) for key, hooks in vars(part).items() if key.endswith("_hooks")),
+        )
+        for name, part in module.named_modules()
+    ]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+class Contrastive(Task):
+    """Each record against the others of the batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        z = F.normalize(self(batch[0]), dim=1)
+        return F.cross_entropy(z @ self(batch[0] + 0.1).T, torch.arange(len(z)))
+
+
+class TokenMean(Task):
+    """The mean over all tokens of the batch, of which some records have more than others."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        ids = batch[0]
+        return F.cross_entropy(self(ids)[:, :-1].mT, ids[:, 1:], ignore_index=0)
+
+
+class ClassWeights(Task):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1], weight=torch.arange(1.0, NUM_CLASSES + 1))
+
+
+class Mixup(Task):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, targets = batch
+        return F.cross_entropy(self(0.7 * x + 0.3 * x[torch.randperm(len(x))]), targets)
+
+
+class MeanOfSquares(Task):
+    """Divides by the root of the batch size."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1], reduction="sum") / len(batch[0]) ** 0.5
+
+
+class Functional(nn.Module):
+    """Reads a weight without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(NUM_FEATURES, WIDTH), nn.Linear(WIDTH, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x, self.inner.weight).tanh())
+
+
+class Packed(nn.Module):
+    """A recurrent layer over sequences of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH, padding_idx=0)
+        self.lstm, self.head = nn.LSTM(WIDTH, WIDTH, batch_first=True), nn.Linear(WIDTH, NUM_CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        lengths = (ids > 0).sum(1).clamp_min(1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(self.embed(ids), lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.lstm(packed)[1][0][-1])
+
+
+def weight_norm() -> nn.Module:
+    return mlp(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh())
+
+
+TOGETHER, SCALED = "samples influence each other", "samples share a denominator"
+REFUSED: dict[str, tuple[Case, str]] = {
+    "batch norm": (
+        classifier(lambda: mlp(nn.BatchNorm1d(WIDTH)), vectors),
+        r"BatchNorm1d normalises .*lightning_dp.fix",
+    ),
+    "statistics of the batch": (classifier(lambda: mlp(Apply(lambda x: x - x.mean(0))), vectors), TOGETHER),
+    "softmax over the batch": (classifier(lambda: mlp(Apply(lambda x: x.softmax(0))), vectors), TOGETHER),
+    "neighbours in the batch": (classifier(lambda: mlp(Apply(lambda x: x.roll(1, 0) + x)), vectors), TOGETHER),
+    "contrastive loss": (Case(lambda: Contrastive(mlp()), vectors), TOGETHER),
+    "mixup": (Case(lambda: Mixup(mlp()), vectors), TOGETHER),
+    "mean over tokens": (Case(lambda: TokenMean(CASES["tied language model"].module().network), tokens), SCALED),
+    "class weights": (Case(lambda: ClassWeights(mlp()), vectors), SCALED),
+    "sum taken for a mean": (CASES["sum of losses"]._replace(options={}), "is a sum over the batch, not a mean"),
+    "root of the batch size": (
+        Case(lambda: MeanOfSquares(mlp()), vectors),
+        "something that depends on the batch's size",
+    ),
+    "mean taken for a sum": (
+        CASES["linear"]._replace(options={"loss_reduction": "sum"}),
+        "something that depends on the batch's size",
+    ),
+    **{
+        f"unfixed {kind.__name__}": (
+            classifier(lambda k=kind: recurrent(k), lambda: records(NUM_TOKENS, 4)),
+            f"{kind.__name__}.*lightning_dp.fix",
+        )
+        for kind in (nn.LSTM, nn.GRU, nn.RNN)
+    },
+    "attention with dropout": (
+        classifier(lambda: over_tokens(nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)), tokens),
+        "MultiheadAttention draws its dropout .*lightning_dp.fix",
+    ),
+    "packed sequences": (classifier(Packed, tokens), r"network\.lstm \(LSTM\).*lightning_dp.fix"),
+    "packed sequences, fixed": (
+        fixed(Packed, tokens),
+        "its axis 0 is no multiple of the batch size.*microbatch_size=1",
+    ),
+    "weight read": (classifier(Functional, vectors), r"used in calls of their modules only.*network\.inner\.weight"),
+    "weight norm": (classifier(weight_norm, vectors), "parametrization.*microbatch_size=1"),
+    "embedding with max_norm": (
+        classifier(
+            lambda: nn.Sequential(nn.Embedding(VOCABULARY, NUM_CLASSES, max_norm=1.0), Apply(lambda x: x.mean(1))),
+            tokens,
+        ),
+        "max_norm changes the weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_private_is_refused_before_anything_is_released(tmp_path: Any, name: str) -> None:
+    case, message = REFUSED[name]
+    module = case.module()
+    before = copy.deepcopy(module.state_dict())
+    strategy = DPStrategy(noise_multiplier=1.0, **case.options)
+    trainer = make_trainer(strategy, tmp_path)
+    with pytest.raises(PrivacyError, match=message):
+        trainer.fit(module, DataLoader(case.dataset(), batch_size=NUM_SAMPLES))
+    assert strategy.ledger.num_steps == 0
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["unfixed LSTM", "weight read", "weight norm", "packed sequences"])
+def test_samples_run_alone_need_no_support(tmp_path: Any, name: str) -> None:
+    """What is refused above for want of per-sample gradients trains with microbatch_size=1."""
+    check_step(REFUSED[name][0], tmp_path, microbatch_size=1)

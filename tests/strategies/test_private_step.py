@@ -1,0 +1,215 @@
+"""The step itself: clipping, noise, divisor, ledger, and what a user's hooks can see (guarantees I1 to I5)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp import DPStrategy, PrivacyError
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
+
+MICROBATCHES = (None, 3, 1)
+
+
+def clipped_sum(module: Classifier, features: Tensor, labels: Tensor, max_grad_norm: float) -> dict[str, Tensor]:
+    """The clipped sum by a loop over single samples with plain autograd."""
+    total = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    for x, y in zip(features, labels, strict=True):
+        loss = nn.functional.cross_entropy(module(x[None]), y[None])
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+        norm = torch.sqrt(sum((g**2).sum() for g in gradients))
+        for name, gradient in zip(total, gradients, strict=True):
+            total[name] += gradient * min(1.0, max_grad_norm / float(norm))
+    return total
+
+
+@pytest.mark.parametrize("microbatch_size", MICROBATCHES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_step_without_noise_is_the_clipped_sum_over_the_expected_batch_size(
+    tmp_path: Any, microbatch_size: int | None, accumulate: int
+) -> None:
+    """Every record is in the batch (q = 1), so the sum is known; C = 1.4 clips some samples and not others."""
+    module, dataset = Classifier(lr=0.0), make_dataset()
+    norms = [
+        math.sqrt(
+            sum(
+                float((g**2).sum())
+                for g in torch.autograd.grad(
+                    nn.functional.cross_entropy(module(x[None]), y[None]), list(module.parameters())
+                )
+            )
+        )
+        for x, y in dataset
+    ]
+    assert min(norms) < 1.4 < max(norms)
+    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1.4, microbatch_size=microbatch_size)
+    recorder = Recorder()
+    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], accumulate_grad_batches=accumulate)
+    trainer.fit(module, make_loader(batch_size=64 // accumulate))
+    assert len(recorder.before_step) == 1
+    expected = clipped_sum(module, *dataset.tensors, max_grad_norm=1.4)
+    for name, gradient in recorder.before_step[0].items():
+        torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("microbatch_size", MICROBATCHES)
+def test_raw_gradients_never_reach_a_hook(tmp_path: Any, microbatch_size: int | None) -> None:
+    recorder = Recorder()
+    strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=microbatch_size)
+    make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(Classifier(), make_loader())
+    assert recorder.after_backward
+    for seen in recorder.after_backward:
+        assert all(gradient is None for gradient in seen.values())
+
+
+def test_divisor_is_the_expected_batch_size_whatever_was_drawn(tmp_path: Any) -> None:
+    """All gradients are equal and unclipped, so the private gradient is proportional to the number drawn."""
+
+    class Constant(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return (self(torch.ones_like(batch[0])) * 1e-3).sum(1).mean()
+
+    recorder = Recorder()
+    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1.0)
+    module = Constant(network=nn.Linear(NUM_FEATURES, NUM_CLASSES), lr=0.0)
+    make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=5).fit(module, make_loader(batch_size=16))
+    for batch, seen in zip(recorder.batches, recorder.before_step, strict=True):
+        drawn = len(batch[0])
+        torch.testing.assert_close(seen["network.bias"], torch.full((NUM_CLASSES,), 1e-3 * drawn / 16))
+    assert len({len(batch[0]) for batch in recorder.batches}) > 1
+
+
+class Silent(Classifier):
+    """Its loss never uses the second layer, and the first sees zeros."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.network[0](torch.zeros_like(batch[0])).sum(1).mean() * 0.0
+
+
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
+def test_every_coordinate_carries_noise_of_exactly_the_stated_std(tmp_path: Any, sigma: float, wrong: float) -> None:
+    """53 coordinates x 100 steps; the variance's z-score must stay under 5 (false alarm < 1e-6) and reject 2/3 and 3/2."""
+    recorder = Recorder()
+    strategy = DPStrategy(noise_multiplier=sigma, max_grad_norm=0.7)
+    make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=25).fit(Silent(), make_loader())
+    draws = torch.stack([torch.cat([g.reshape(-1) for g in seen.values()]) for seen in recorder.before_step])
+    assert draws.shape == (100, 53)
+    standard = draws.double() * 16 / (sigma * 0.7 * wrong)
+    z = (standard.square().sum() - standard.numel()) / math.sqrt(2 * standard.numel())
+    assert (abs(z) < 5) == (wrong == 1.0)
+    assert (standard.std(0) > 0.5).all()
+    assert abs(standard[1:].flatten() @ standard[:-1].flatten()) / standard.numel() < 0.08
+
+
+def test_extreme_samples_contribute_at_most_the_clipping_norm(tmp_path: Any) -> None:
+    """Zero, huge, infinite and NaN samples beside one ordinary one: each adds at most C, the bad ones nothing."""
+    features = torch.tensor([0.0, 1e30, math.inf, math.nan, 1.0])[:, None].repeat(1, NUM_FEATURES)
+    dataset = torch.utils.data.TensorDataset(features, torch.tensor([0, 1, 2, 0, 1]))
+
+    class Linear(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).sum(1)
+
+    recorder = Recorder()
+    module = Linear(network=nn.Linear(NUM_FEATURES, NUM_CLASSES), lr=0.0)
+    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=0.5, check_per_sample=False)
+    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder])
+    trainer.fit(module, torch.utils.data.DataLoader(dataset, batch_size=5))
+    total = {name: gradient * 5 for name, gradient in recorder.before_step[0].items()}
+    assert all(torch.isfinite(gradient).all() for gradient in total.values())
+    zero, one = torch.zeros(1, NUM_FEATURES), torch.ones(1, NUM_FEATURES)
+    expected = torch.zeros(NUM_CLASSES)
+    for x in (zero, one):
+        norm = math.sqrt(NUM_CLASSES * (float((x**2).sum()) + 1))
+        expected += min(1.0, 0.5 / norm)
+    torch.testing.assert_close(total["network.bias"], expected)
+
+
+def test_an_empty_batch_skips_user_code_but_is_noised_and_counted(tmp_path: Any) -> None:
+    """Q = 1/64 at batch size 1: about 37 % of the batches are empty."""
+    calls: list[int] = []
+
+    class Counting(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            calls.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    recorder = Recorder()
+    strategy = DPStrategy(noise_multiplier=1.0, check_per_sample=False)
+    make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(Counting(), make_loader(batch_size=1))
+    empty = sum(len(batch[0]) == 0 for batch in recorder.batches)
+    assert empty > 5
+    assert len(recorder.before_step) == strategy.ledger.num_steps == strategy.steps_taken == 64
+    assert all(float(seen["network.0.bias"].abs().min()) > 0 for seen in recorder.before_step)
+    assert len([c for c in calls if c is not None]) - 2 == 64 - empty  # two more calls learned the layout
+
+
+@pytest.mark.parametrize("returned", [None, "shape (B,)", "dict"])
+def test_what_training_step_may_return(tmp_path: Any, returned: str | None) -> None:
+    class Returning(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            losses = nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="none")
+            return {None: None, "shape (B,)": losses, "dict": {"loss": losses.mean(), "more": 1}}[returned]
+
+    recorder, module = Recorder(), Returning(lr=0.0)
+    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1.4)
+    make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(module, make_loader(batch_size=64))
+    assert strategy.ledger.num_steps == 1
+    expected = clipped_sum(module, *make_dataset().tensors, max_grad_norm=1.4)
+    for name, gradient in recorder.before_step[0].items():
+        target = torch.zeros_like(gradient) if returned is None else expected[name] / 64
+        torch.testing.assert_close(gradient, target, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_of_another_shape_is_refused(tmp_path: Any) -> None:
+    class Matrix(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0])
+
+    with pytest.raises(ValueError, match=r"Expected a loss of shape \(\) or \(B,\)"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Matrix(), make_loader())
+
+
+def test_one_nan_sample_leaves_the_others_in_place(tmp_path: Any) -> None:
+    features, labels = make_dataset().tensors
+    features = features.clone()
+    features[5] = math.nan
+    dataset = torch.utils.data.TensorDataset(features, labels)
+    keep = torch.arange(len(labels)) != 5
+    recorder, module = Recorder(), Classifier(lr=0.0)
+    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1.4)
+    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder])
+    trainer.fit(module, torch.utils.data.DataLoader(dataset, batch_size=64))
+    expected = clipped_sum(module, features[keep], labels[keep], max_grad_norm=1.4)
+    for name, gradient in recorder.before_step[0].items():
+        torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_penalty_in_the_loss_is_refused(tmp_path: Any) -> None:
+    class Penalised(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + 1e-3 * self.network[0].weight.square().sum()
+
+    with pytest.raises(PrivacyError, match="weight"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Penalised(), make_loader())
+
+
+def test_the_noise_is_written_where_it_is_drawn(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger already holds the step when the noise is drawn: nothing is released that it does not know of."""
+    strategy = DPStrategy(noise_multiplier=1.5)
+    seen: list[int] = []
+    from lightning_dp.noise import GaussianNoise
+
+    original = GaussianNoise.add_
+    monkeypatch.setattr(
+        GaussianNoise, "add_", lambda self, t, std: (seen.append(strategy.ledger.num_steps), original(self, t, std))[1]
+    )
+    make_trainer(strategy, tmp_path).fit(Classifier(), make_loader())
+    assert seen == [1, 2, 3, 4]
+    (entry,) = strategy.ledger.entries
+    assert (entry.event.noise_multiplier, entry.event.sample_rate) == (1.5, 0.25)

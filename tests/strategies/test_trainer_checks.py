@@ -1,0 +1,166 @@
+"""Bad input: each is refused before any data is touched, by the name the user wrote."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+
+from lightning_dp import DPDDPStrategy, DPStrategy, PrivacyError
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, make_dataset, make_loader, make_trainer
+
+
+class Untouchable(torch.utils.data.Dataset):
+    """Fails when a record is read."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("a record was read")
+
+
+@pytest.mark.parametrize("strategy", [DPStrategy, DPDDPStrategy])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of noise_multiplier and target_epsilon"),
+        ({"noise_multiplier": 1.0, "target_epsilon": 1.0}, ValueError, "exactly one of"),
+        ({"noise_multiplier": math.nan}, ValueError, "0 <= noise_multiplier < inf, got noise_multiplier=nan"),
+        ({"noise_multiplier": -1.0}, ValueError, "0 <= noise_multiplier < inf"),
+        ({"noise_multiplier": math.inf}, ValueError, "0 <= noise_multiplier < inf"),
+        ({"noise_multiplier": "1"}, TypeError, "noise_multiplier to be a number"),
+        ({"noise_multiplier": True}, TypeError, "noise_multiplier to be a number"),
+        ({"target_epsilon": 0.0}, ValueError, "0 < target_epsilon < inf"),
+        ({"target_epsilon": math.nan}, ValueError, "0 < target_epsilon < inf"),
+        ({"target_epsilon": math.inf}, ValueError, "0 < target_epsilon < inf"),
+        ({"noise_multiplier": 1.0, "target_delta": 1.0}, ValueError, "0 < target_delta < 1"),
+        ({"noise_multiplier": 1.0, "target_delta": 0.0}, ValueError, "0 < target_delta < 1"),
+        ({"noise_multiplier": 1.0, "max_grad_norm": 0.0}, ValueError, "0 < max_grad_norm < inf"),
+        ({"noise_multiplier": 1.0, "max_grad_norm": math.nan}, ValueError, "0 < max_grad_norm < inf"),
+        ({"noise_multiplier": 1.0, "clipping": "soft"}, ValueError, "flat"),
+        ({"noise_multiplier": 1.0, "accountant": "moments"}, ValueError, "pld"),
+        ({"noise_multiplier": 1.0, "sampling": "uniform"}, ValueError, "'poisson', 'shuffle'"),
+        ({"noise_multiplier": 1.0, "microbatch_size": 0}, ValueError, "microbatch_size >= 1"),
+        ({"noise_multiplier": 1.0, "microbatch_size": 2.0}, TypeError, "microbatch_size to be a whole number"),
+        ({"noise_multiplier": 1.0, "grad_sample": "ghost"}, ValueError, "'auto', 'materialize'"),
+        ({"noise_multiplier": 1.0, "memory": "tiny"}, ValueError, "'fast', 'lean'"),
+        ({"noise_multiplier": 1.0, "neighboring_relation": "swap"}, ValueError, "neighboring_relation"),
+        ({"noise_multiplier": 1.0, "check_per_sample": 1}, TypeError, "check_per_sample to be True or False"),
+        ({"noise_multiplier": 1.0, "seed": -1}, ValueError, "seed to be a whole number"),
+        ({"noise_multiplier": 1.0, "seed": 1, "secure_rng": True}, ValueError, "secure_rng=True without a seed"),
+        ({"noise_multiplier": 1.0, "public_optimizers": [-1]}, ValueError, "public_optimizers"),
+        ({"target_epsilon": 1.0, "clipping": "none"}, ValueError, "epsilon is infinite"),
+    ],
+)
+def test_constructor_arguments(strategy: type, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        strategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": 0.5}, r"no `Trainer\(gradient_clip_val=...\)`, got gradient_clip_val=0.5"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "no GradientAccumulationScheduler"),
+        ({"plugins": [MixedPrecision("16-mixed", "cpu")]}, r"precision='16-mixed'.*bf16-mixed"),
+        ({"precision": "16-true"}, r"precision='16-true'"),
+        ({"overfit_batches": 0.5}, r"overfit_batches=...\)` to be a whole number"),
+    ],
+)
+def test_trainer_flags(tmp_path: Any, options: dict[str, Any], message: str) -> None:
+    trainer = make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Classifier(), DataLoader(Untouchable(), batch_size=16))
+
+
+def test_several_devices_name_the_other_strategy(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="use DPDDPStrategy"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, devices=2)
+    with pytest.raises(ValueError, match="use DPDDPStrategy"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, num_nodes=2)
+
+
+def test_batch_norm_is_named_and_fix_is_offered(tmp_path: Any) -> None:
+    network = nn.Sequential(nn.Linear(NUM_FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, NUM_CLASSES))
+    trainer = make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path)
+    with pytest.raises(PrivacyError, match=r"network\.1 \(BatchNorm1d\).*lightning_dp\.fix"):
+        trainer.fit(Classifier(network), DataLoader(Untouchable(), batch_size=16))
+
+
+def test_no_trainable_parameters(tmp_path: Any) -> None:
+    module = Classifier()
+    module.network.requires_grad_(False)
+    with pytest.raises(ValueError, match="to have trainable parameters"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(module, DataLoader(Untouchable(), batch_size=16))
+
+
+def test_optimizer_parameters_that_are_not_the_modules(tmp_path: Any) -> None:
+    class Moved(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([*self.parameters(), nn.Parameter(torch.ones(7))], lr=0.1)
+
+    with pytest.raises(ValueError, match=r"one of shape \(7,\) at position 4"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Moved(), DataLoader(Untouchable(), batch_size=16))
+
+
+def test_lbfgs_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="got LBFGS"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(
+            Classifier(optimizer=torch.optim.LBFGS), DataLoader(Untouchable(), batch_size=16)
+        )
+
+
+def test_batch_larger_than_the_dataset(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"65.*64|64.*65"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(
+            Classifier(), DataLoader(Untouchable(), batch_size=65)
+        )
+
+
+def test_weighted_sampling_is_refused(tmp_path: Any) -> None:
+    loader = DataLoader(Untouchable(), batch_size=16, sampler=WeightedRandomSampler(torch.ones(64), 64))
+    with pytest.raises((ValueError, TypeError), match="WeightedRandomSampler"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Classifier(), loader)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(make_dataset())
+
+
+def test_a_stream_is_refused_under_poisson_and_trains_when_shuffled(tmp_path: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match='sampling="shuffle"'):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Classifier(), DataLoader(Stream(), batch_size=16))
+    adding = DPStrategy(noise_multiplier=3.0, sampling="shuffle", target_delta=1e-3)
+    with pytest.raises(ValueError, match="shifts all later batches"):
+        make_trainer(adding, tmp_path).fit(Classifier(), DataLoader(Stream(), batch_size=16))
+    strategy = DPStrategy(noise_multiplier=3.0, sampling="shuffle", target_delta=1e-3, neighboring_relation="zero_out")
+    make_trainer(strategy, tmp_path, max_epochs=2).fit(Classifier(), DataLoader(Stream(), batch_size=16))
+    assert strategy.ledger.num_steps == 8
+    assert sum(run.num_passes for run in strategy.ledger.entries) == 2
+
+
+def test_several_loaders_are_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="one training DataLoader, got 2"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(
+            Classifier(), {"a": make_loader(), "b": make_loader()}
+        )
+
+
+def test_unbounded_run_with_a_target(tmp_path: Any) -> None:
+    trainer = make_trainer(DPStrategy(target_epsilon=1.0), tmp_path, max_epochs=-1)
+    with pytest.raises(ValueError, match=r"max_epochs=-1"):
+        trainer.fit(Classifier(), DataLoader(Untouchable(), batch_size=16))
+
+
+def test_a_meaningless_delta_warns(tmp_path: Any) -> None:
+    trainer = make_trainer(DPStrategy(noise_multiplier=1.0, target_delta=0.02), tmp_path)
+    with pytest.warns(UserWarning, match="meaningless for 64 records"):
+        trainer.fit(Classifier(), make_loader())

@@ -1,0 +1,78 @@
+"""The shape of the package: the core never imports lightning, and nothing speaks of the machine it was written on."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_dp
+
+PACKAGE = Path(lightning_dp.__file__).parent
+SHELL = {"strategies", "callbacks", "__init__.py"}
+SHELL_FILES = {
+    "datalens/module.py",
+    "datalens/run.py",
+    "datalens/trainer_checks.py",
+}  # the core of DataLens is beside them
+CORE = sorted(
+    path
+    for path in PACKAGE.rglob("*.py")
+    if path.relative_to(PACKAGE).parts[0] not in SHELL and path.relative_to(PACKAGE).as_posix() not in SHELL_FILES
+)
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def writes_gradient(node: ast.AST) -> bool:
+    """Whether a node assigns anything but None to some ``.grad``."""
+    if not isinstance(node, ast.Assign) or (isinstance(node.value, ast.Constant) and node.value.value is None):
+        return False
+    return any(isinstance(target, ast.Attribute) and target.attr == "grad" for target in node.targets)
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_core_never_imports_lightning(path: Path) -> None:
+    names = imported(path)
+    assert not {name for name in names if name.split(".")[0] in ("lightning", "pytorch_lightning")}
+    assert not {name for name in names if name.startswith(("lightning_dp.strategies", "lightning_dp.callbacks"))}
+
+
+def test_core_loads_without_lightning() -> None:
+    """Also not through a third party."""
+    modules = ["accounting", "plan", "sampling", "clipping", "noise", "schedules", "per_sample"]
+    code = (
+        "import sys, types; package = types.ModuleType('lightning_dp'); "
+        f"package.__path__ = [{str(PACKAGE)!r}]; sys.modules['lightning_dp'] = package; "
+        f"import importlib; [importlib.import_module('lightning_dp.' + m) for m in {modules!r}]; "
+        "found = [m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning')]; assert not found, found[:3]"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_only_the_private_step_draws_noise_and_writes_gradients() -> None:
+    drawing = [path.name for path in PACKAGE.rglob("*.py") if re.search(r"_noise\.add_\(", path.read_text())]
+    writing = [
+        path.name for path in PACKAGE.rglob("*.py") if any(map(writes_gradient, ast.walk(ast.parse(path.read_text()))))
+    ]
+    # release.py: DataLens releases sums of votes, not gradients; it writes the ledger in the same function
+    assert sorted(drawing) == ["private_step.py", "release.py"]
+    # sums.py: the noised sum; ddp.py: public gradients; the engines put back what was there before they borrowed the module
+    assert sorted(writing) == ["ddp.py", "engine.py", "single.py", "sums.py"]
+
+
+def test_public_names() -> None:
+    for name in lightning_dp.__all__:
+        assert getattr(lightning_dp, name).__doc__

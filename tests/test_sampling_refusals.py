@@ -1,0 +1,206 @@
+"""Private sampling: which loaders and options are accepted, and which are refused with a reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_dp.sampling import private_dataloader
+
+SAMPLINGS = ("poisson", "shuffle")
+FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+class Records(Dataset[Any]):
+    """Record i is {"x": tensor(i), "name": str(i)}."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": torch.tensor(index), "name": str(index)}
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.size))
+
+
+class DistributedSamplerWrapper(DistributedSampler[Any]):
+    """Stands for Lightning's wrapper: the user's sampler sits inside its ``dataset``."""
+
+    def __init__(self, sampler: Any, size: int) -> None:
+        inner = Stand(sampler, size)
+        super().__init__(inner, num_replicas=2, rank=0)
+
+
+class Stand(Dataset[Any]):
+    def __init__(self, sampler: Any, size: int) -> None:
+        self._sampler = sampler
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class OwnSampler(SequentialSampler):
+    pass
+
+
+DATA = Records(20)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(DATA, batch_size=5),
+        DataLoader(DATA, batch_size=5, shuffle=True),
+        DataLoader(DATA, batch_size=5, sampler=DistributedSampler(DATA, num_replicas=2, rank=1)),
+        DataLoader(DATA, batch_size=5, sampler=DistributedSamplerWrapper(RandomSampler(DATA), 20)),
+        DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 5, drop_last=True)),
+    ],
+    ids=["sequential", "random", "distributed", "wrapped", "batch-sampler"],
+)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_ordinary_loaders_are_accepted(loader: DataLoader[Any], sampling: str) -> None:
+    assert private_dataloader(loader, sampling=sampling).facts.expected_batch_size == 5
+
+
+class OwnIteration(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return iter([1])
+
+
+class NoLength(Dataset[Any]):
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "no-loader": ([1, 2, 3], TypeError, r"DataLoader for training, got list"),
+    "own-iteration": (OwnIteration(DATA, batch_size=5), TypeError, r"got OwnIteration with an `__iter__`"),
+    "no-batch-size": (DataLoader(DATA, batch_size=None), ValueError, r"batch_size=None over Records"),
+    "batch-sampler": (
+        DataLoader(DATA, batch_sampler=[[0, 1], [2]]),
+        ValueError,
+        r"default batch sampler, got batch_sampler=list",
+    ),
+    "weighted": (
+        DataLoader(DATA, batch_size=5, sampler=WeightedRandomSampler([1.0] * 20, 20)),
+        ValueError,
+        r"WeightedRandomSampler.*larger than the one reported",
+    ),
+    "subset": (
+        DataLoader(DATA, batch_size=5, sampler=SubsetRandomSampler(range(10))),
+        ValueError,
+        r"SubsetRandomSampler over 10 of 20 records.*torch\.utils\.data\.Subset",
+    ),
+    "replacement": (
+        DataLoader(DATA, batch_size=5, sampler=RandomSampler(DATA, replacement=True)),
+        ValueError,
+        r"replacement=True",
+    ),
+    "num-samples": (
+        DataLoader(DATA, batch_size=5, sampler=RandomSampler(DATA, num_samples=7)),
+        ValueError,
+        r"RandomSampler over 7 of 20 records",
+    ),
+    "other-dataset": (
+        DataLoader(DATA, batch_size=5, sampler=SequentialSampler(range(9))),
+        ValueError,
+        r"SequentialSampler over 9 of 20 records",
+    ),
+    "distributed-other": (
+        DataLoader(DATA, batch_size=5, sampler=DistributedSampler(Records(9), num_replicas=2, rank=0)),
+        ValueError,
+        r"DistributedSampler over 9 of 20 records",
+    ),
+    "own-sampler": (DataLoader(DATA, batch_size=5, sampler=OwnSampler(DATA)), ValueError, r"sampler=OwnSampler"),
+    "list-sampler": (DataLoader(DATA, batch_size=5, sampler=[1, 2]), ValueError, r"sampler=list"),
+    "wrapped-weighted": (
+        DataLoader(DATA, batch_size=5, sampler=DistributedSamplerWrapper(WeightedRandomSampler([1.0] * 20, 20), 20)),
+        ValueError,
+        r"WeightedRandomSampler",
+    ),
+    "batched-weighted": (
+        DataLoader(DATA, batch_sampler=BatchSampler(WeightedRandomSampler([1.0] * 20, 20), 5, False)),
+        ValueError,
+        r"WeightedRandomSampler",
+    ),
+    "empty": (DataLoader([], batch_size=5), ValueError, r"at least one record, got len\(dataset\)=0"),
+    "no-length": (DataLoader(NoLength(), batch_size=5), TypeError, r"NoLength without `__len__`"),
+    "too-large": (DataLoader(DATA, batch_size=21), ValueError, r"got 21 \(batch_size=21 x .*\) for 20 records"),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("case", REFUSED)
+def test_loaders_that_cannot_be_private_are_refused(case: str, sampling: str) -> None:
+    loader, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        private_dataloader(loader, sampling=sampling)
+
+
+def test_expected_batch_counts_ranks_and_parts_against_the_dataset() -> None:
+    with pytest.raises(ValueError, match=r"got 24 \(batch_size=4 x world_size=3 x accumulate=2\) for 20 records"):
+        private_dataloader(DataLoader(DATA, batch_size=4), accumulate=2, world_size=3)
+
+
+def test_streams_are_refused_under_poisson() -> None:
+    with pytest.raises(TypeError, match=r'IterableDataset Stream\..*sampling="shuffle"'):
+        private_dataloader(DataLoader(Stream(10), batch_size=2))
+    with pytest.raises(ValueError, match=r"batch_size=None over Stream"):
+        private_dataloader(DataLoader(Stream(10), batch_size=None), sampling="shuffle")
+    with pytest.raises(ValueError, match=r"num_batches_kept=1"):
+        private_dataloader(DataLoader(Stream(10), batch_size=2), sampling="shuffle", num_batches_kept=1)
+
+
+@FEW_CORES
+def test_out_of_order_loading_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"in_order=True, got in_order=False"):
+        private_dataloader(DataLoader(DATA, batch_size=5, num_workers=2, in_order=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling": "ghost"}, r"one of \('poisson', 'shuffle'\), got sampling='ghost'"),
+        ({"accumulate": 0}, r"accumulate >= 1, got accumulate=0"),
+        ({"world_size": 0}, r"world_size >= 1"),
+        ({"rank": -1}, r"rank >= 0"),
+        ({"rank": 2, "world_size": 2}, r"rank < world_size"),
+        ({"microbatch_size": 0}, r"microbatch_size >= 1"),
+        ({"num_batches_kept": 0}, r"num_batches_kept >= 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        private_dataloader(DataLoader(DATA, batch_size=5), **options)
+
+
+@pytest.mark.parametrize("name", ["accumulate", "world_size", "rank", "microbatch_size", "num_batches_kept"])
+@pytest.mark.parametrize("value", [1.0, True, math.nan])
+def test_options_that_are_no_integers_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"Expected an integer, got {name}="):
+        private_dataloader(DataLoader(DATA, batch_size=5), **{name: value})
