@@ -8,8 +8,28 @@ Read ``strategies/private_step.py`` first: it is the step, in the order of the d
 
 from lightning_dp import schedules
 from lightning_dp.accounting import Ledger, PrivacyEvent
-from lightning_dp.callbacks import EpsilonMonitor, PrivacyBudget
-from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, NoClipping, PerLayerClipping
+from lightning_dp.callbacks import (
+    AdaptiveClipping,
+    AutoThreshold,
+    ClippingScheduler,
+    EpsilonMonitor,
+    GradientDiagnostics,
+    MagnitudePruning,
+    NoiseScheduler,
+    PrivacyBudget,
+    PublishedAutoThreshold,
+    RandomSparsification,
+    SwitchToDP,
+)
+from lightning_dp.clipping import (
+    AutomaticClipping,
+    Clipping,
+    FlatClipping,
+    NoClipping,
+    PerLayerClipping,
+    PSACClipping,
+    TopAgg,
+)
 from lightning_dp.errors import PrivacyError
 from lightning_dp.fix import Fixed, fix
 from lightning_dp.metrics import Epsilon
@@ -19,8 +39,11 @@ from lightning_dp.strategies import DPDDPStrategy, DPStrategy
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveClipping",
+    "AutoThreshold",
     "AutomaticClipping",
     "Clipping",
+    "ClippingScheduler",
     "DPDDPStrategy",
     "DPPlan",
     "DPStrategy",
@@ -28,12 +51,20 @@ __all__ = [
     "EpsilonMonitor",
     "Fixed",
     "FlatClipping",
+    "GradientDiagnostics",
     "Ledger",
+    "MagnitudePruning",
     "NoClipping",
+    "NoiseScheduler",
+    "PSACClipping",
     "PerLayerClipping",
     "PrivacyBudget",
     "PrivacyError",
     "PrivacyEvent",
+    "PublishedAutoThreshold",
+    "RandomSparsification",
+    "SwitchToDP",
+    "TopAgg",
     "fix",
     "schedules",
 ]

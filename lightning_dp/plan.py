@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,11 @@ Run = tuple[PrivacyEvent, int] | tuple[PrivacyEvent, int, int]
 
 #: Sensitivity of the clipped sum in units of what one sample can add, for each relation between neighbouring datasets.
 SENSITIVITY_FACTOR = {"add_or_remove_one": 1.0, "zero_out": 1.0, "replace_one": 2.0}
+
+
+def every_step(step: int) -> bool:
+    """All steps are private: what "never plain SGD" is."""
+    return True
 
 
 def default_delta(dataset_size: int) -> float:
@@ -52,6 +58,8 @@ class DPPlan:
         target_epsilon: what ``noise_multiplier`` was calibrated to, or None.
         accountant: name of the accountant.
         neighboring_relation: "add_or_remove_one", "replace_one" or "zero_out".
+        is_private: logical step -> whether it is private; plain SGD, without bound and noise, where it is not.
+        unsound: why no step of the run has a finite epsilon, whatever its noise; empty where they have.
 
     Example:
         >>> from lightning_dp.clipping import FlatClipping
@@ -74,23 +82,34 @@ class DPPlan:
     target_epsilon: float | None = None
     accountant: str = "pld"
     neighboring_relation: str = "add_or_remove_one"
+    is_private: Callable[[int], bool] = every_step
+    unsound: str = ""
 
     def sigma(self, step: int) -> float:
         """Noise multiplier of a logical step: public, a pure function of the step."""
-        return self.noise_multiplier * self.schedule(step)
+        return self.noise_multiplier * self.schedule(step) if self.is_private(step) else 0.0
+
+    @property
+    def relation_factor(self) -> float:
+        """Sensitivity of the sum in units of what one sample can add: replacing a record counts twice."""
+        return SENSITIVITY_FACTOR[self.neighboring_relation]
 
     def sensitivity(self, num_groups: int) -> float:
-        """L2 sensitivity of the clipped sum under the plan's neighbouring relation (replacing a record counts twice)."""
-        return SENSITIVITY_FACTOR[self.neighboring_relation] * self.clipping.sensitivity(num_groups)
+        """L2 sensitivity of the clipped sum under the plan's neighbouring relation, at the bound the run starts with."""
+        return self.relation_factor * self.clipping.sensitivity(num_groups)
 
     def event(self, step: int) -> PrivacyEvent:
         """What the ledger is told of logical step ``step``."""
-        return self.event_of(self.sigma(step))
+        return self.event_of(self.sigma(step), step)
 
-    def event_of(self, sigma: float) -> PrivacyEvent:
-        """The event of a release with noise multiplier ``sigma``."""
+    def event_of(self, sigma: float, step: int) -> PrivacyEvent:
+        """The event of a release with noise multiplier ``sigma`` in logical step ``step``."""
+        if not self.is_private(step):
+            return PrivacyEvent.non_private("a step of plain SGD: neither bound nor noise")
+        if self.unsound:
+            return PrivacyEvent.non_private(self.unsound)
         if not self.clipping.bounded:
-            return PrivacyEvent(kind="non_private", noise_multiplier=0.0, reason="no clipping: one sample is unbounded")
+            return PrivacyEvent.non_private("no clipping: one sample is unbounded")
         if self.sampling == "shuffle":
             return PrivacyEvent(kind="shuffle", noise_multiplier=sigma)
         assert self.sample_rate is not None
@@ -108,18 +127,28 @@ class DPPlan:
             noise_multiplier: sigma_0 to assume instead of the plan's own.
         """
         sigma = self.noise_multiplier if noise_multiplier is None else noise_multiplier
-        grouped = schedules.runs(self.schedule, start, stop)
-        if self.sampling != "shuffle":
-            return [(self.event_of(sigma * factor), count) for factor, count in grouped]
-        steps_per_pass = self.steps_per_epoch or 1
         planned: list[Run] = []
-        for factor, count in grouped:
-            end = start + count
-            while start < end:
-                steps = min(end, (start // steps_per_pass + 1) * steps_per_pass) - start
-                planned.append((self.event_of(sigma * factor), steps, 1))
-                start += steps
+        steps_per_pass = self.steps_per_epoch or 1
+        for factor, count in schedules.runs(self.schedule, start, stop):
+            for first, steps in self._phases(start, count):
+                event, end = self.event_of(sigma * factor, first), first + steps
+                if event.kind != "shuffle":
+                    planned.append((event, steps))
+                    continue
+                while first < end:
+                    part = min(end, (first // steps_per_pass + 1) * steps_per_pass) - first
+                    planned.append((event, part, 1))
+                    first += part
+            start += count
         return planned
+
+    def _phases(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Cut ``count`` steps from ``start`` on where private steps become plain ones, or the other way round."""
+        if self.is_private is every_step:
+            return [(start, count)]
+        private = [self.is_private(step) for step in range(start, start + count)]
+        cuts = [0, *(i for i in range(1, count) if private[i] != private[i - 1]), count]
+        return [(start + low, high - low) for low, high in itertools.pairwise(cuts)]
 
     def state_dict(self) -> dict[str, Any]:
         """The plan as plain values, for a checkpoint and for comparison on resume."""

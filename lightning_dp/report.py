@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from lightning_dp.accounting import Accountant, Ledger
 from lightning_dp.plan import DPPlan
@@ -44,7 +45,14 @@ def summary_line(plan: DPPlan, ledger: Ledger, accountant: Accountant) -> str:
     )
 
 
-def privacy_statement(plan: DPPlan, ledger: Ledger, accountant: Accountant, *, seeded: bool = False) -> str:
+def privacy_statement(
+    plan: DPPlan,
+    ledger: Ledger,
+    accountant: Accountant,
+    *,
+    seeded: bool = False,
+    nonprivate_logs: Collection[str] = (),
+) -> str:
     """The privacy statement of a run: what is promised, how it was computed, what is not covered.
 
     Args:
@@ -52,6 +60,7 @@ def privacy_statement(plan: DPPlan, ledger: Ledger, accountant: Accountant, *, s
         ledger: what was released.
         accountant: computes epsilon from it.
         seeded: whether sampling and noise came from a known seed, which voids the promise against those who know it.
+        nonprivate_logs: names of figures of the training data that were logged without noise.
     """
     lines = [summary_line(plan, ledger, accountant)]
     if ledger.num_steps:
@@ -63,12 +72,13 @@ def privacy_statement(plan: DPPlan, ledger: Ledger, accountant: Accountant, *, s
             f"  expected batch size: {plan.expected_batch_size}",
         ]
         if math.isinf(accountant.epsilon(ledger, plan.delta)):
-            lines.append(
-                "  epsilon is infinite: some step had no noise, or no bound on one sample. This run is not private."
-            )
+            reasons = sorted({run.event.reason for run in ledger.entries} - {""}) or ["some step had no noise"]
+            lines.append(f"  epsilon is infinite: {'; '.join(reasons)}. This run is not private.")
     if seeded:
         lines.append("  a seed was set: nothing here holds against someone who knows it. Train without a seed.")
     lines.append("  not covered:")
+    if nonprivate_logs:
+        lines.append(f"    - logged without noise: {', '.join(sorted(nonprivate_logs))}")
     lines += [f"    - {item}" for item in NOT_COVERED]
     return "\n".join(lines)
 

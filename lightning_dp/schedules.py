@@ -231,6 +231,64 @@ def cosine(final: float, over: int, every: int = 1) -> Schedule:
     return _Ramp(_positive("final", final), _interval("over", over), _interval("every", every), cosine=True)
 
 
+@dataclass(frozen=True)
+class _Intervals:
+    """A function of the number of the interval."""
+
+    function: Callable[[int], float]
+    every: int
+
+    def __call__(self, step: int) -> float:
+        return float(self.function(step // self.every))
+
+
+def make_schedule(
+    kind: str | Callable[[int], float], *, factor: float | None, rate: float | None, every: int, over: int
+) -> Schedule:
+    """Return the schedule that a name stands for.
+
+    Args:
+        kind: "constant", "linear", "time", "step", "exponential", "cosine", or a function from the number of the interval
+            ``e = t // every`` to a factor on sigma.
+        factor: on sigma: of one interval ("step", "exponential"), or at the end of the run ("linear", "cosine").
+        rate: on the variance, as in the paper ("linear", "time", "step", "exponential").
+        every: steps of one interval, >= 1.
+        over: the last step of the run, >= 1, where "linear" and "cosine" reach their factor.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: an unknown kind, numbers out of range, or numbers that do not belong to the kind.
+
+    Example:
+        >>> [make_schedule("step", factor=0.5, rate=None, every=2, over=4)(t) for t in range(4)]
+        [1.0, 1.0, 0.5, 0.5]
+    """
+    if callable(kind) or kind == "constant":
+        if factor is not None or rate is not None:
+            raise ValueError(f"Expected neither factor nor rate with kind={kind!r}, got factor={factor}, rate={rate}.")
+        return _Intervals(kind, _interval("every", every)) if callable(kind) else constant()
+    if kind == "time":
+        if rate is None or factor is not None:
+            raise ValueError(f"Expected rate alone with kind='time', got factor={factor}, rate={rate}.")
+        return time(rate, every)
+    _exactly_one(factor=factor, rate=rate)
+    if kind == "step":
+        return step(factor, every, rate=rate)
+    if kind == "exponential":
+        return exponential(factor, every, rate=rate)
+    if kind == "linear":
+        return linear(rate=rate, every=every) if factor is None else linear(factor, over, every)
+    if kind == "cosine":
+        if factor is None:
+            raise ValueError(f"Expected factor alone with kind='cosine', got factor=None, rate={rate}.")
+        return cosine(factor, over, every)
+    raise ValueError(
+        f"Expected kind to be 'constant', 'linear', 'time', 'step', 'exponential', 'cosine' or a function, got kind={kind!r}."
+    )
+
+
 def runs(schedule: Schedule, start: int, stop: int) -> list[tuple[float, int]]:
     """Return the schedule's values at steps start, ..., stop - 1, equal neighbours grouped.
 

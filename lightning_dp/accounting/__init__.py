@@ -9,6 +9,7 @@ from lightning_dp.accounting.ledger import NEIGHBORING_RELATIONS, Ledger
 from lightning_dp.accounting.pld import PLDAccountant
 from lightning_dp.accounting.prv import PRVAccountant
 from lightning_dp.accounting.rdp import RDPAccountant
+from lightning_dp.accounting.tcdp import TCDPAccountant, tcdp_epsilon
 
 __all__ = [
     "ACCOUNTANTS",
@@ -21,8 +22,10 @@ __all__ = [
     "PRVAccountant",
     "PrivacyEvent",
     "RDPAccountant",
+    "TCDPAccountant",
     "calibrate_noise_multiplier",
     "gaussian_epsilon",
     "make_accountant",
     "max_steps_within",
+    "tcdp_epsilon",
 ]

@@ -9,9 +9,11 @@ from lightning_dp.accounting.gaussian import GDPAccountant
 from lightning_dp.accounting.pld import PLDAccountant
 from lightning_dp.accounting.prv import PRVAccountant
 from lightning_dp.accounting.rdp import RDPAccountant
+from lightning_dp.accounting.tcdp import TCDPAccountant
 
 ACCOUNTANTS: dict[str, Callable[[], Accountant]] = {
-    accountant.name: accountant for accountant in (PLDAccountant, RDPAccountant, PRVAccountant, GDPAccountant)
+    accountant.name: accountant
+    for accountant in (PLDAccountant, RDPAccountant, PRVAccountant, GDPAccountant, TCDPAccountant)
 }
 
 
@@ -21,7 +23,8 @@ def make_accountant(name: str) -> Accountant:
     Guarantee: a new instance shares no cache with another.
 
     Args:
-        name: "pld" (tight), "rdp" (cheap), "prv" (opacus' numerical bound) or "gdp" (exact, nothing subsampled).
+        name: "pld" (tight), "rdp" (cheap), "prv" (opacus' numerical bound), "gdp" (exact, nothing subsampled) or
+            "tcdp" (a loose closed form, to cross-check with).
 
     Raises:
         ValueError: If the name is unknown.

@@ -44,6 +44,24 @@ class Accountant(ABC):
             return math.inf
         return self._epsilon(mechanisms, ledger.neighboring_relation, float(delta))
 
+    def epsilon_or_inf(self, ledger: Ledger, delta: float) -> float:
+        """Return `epsilon`, or inf where there is too little noise for this accountant to have a bound.
+
+        Searches over noise multipliers ask this: it does not grow with the noise, and a finite answer is what `epsilon`
+        returns.
+
+        Args:
+            ledger: What was released.
+            delta: In (0, 1).
+
+        Returns:
+            Epsilon in [0, inf]. Public.
+
+        Raises:
+            ValueError: If delta is out of range or more noise would not give this accountant a bound.
+        """
+        return self.epsilon(ledger, delta)
+
     def coarse(self) -> Accountant:
         """Return a cheaper accountant of much the same epsilon, to search with before this one decides."""
         return self

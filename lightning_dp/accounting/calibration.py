@@ -68,12 +68,12 @@ def calibrate_noise_multiplier(
         )
 
     def epsilon_of(sigma: float) -> float:
-        return accountant.epsilon(history.extended(runs(sigma)), delta)
+        return accountant.epsilon_or_inf(history.extended(runs(sigma)), delta)
 
     search = accountant.coarse()
 
     def coarse_of(sigma: float) -> float:
-        return search.epsilon(history.extended(runs(sigma)), delta)
+        return search.epsilon_or_inf(history.extended(runs(sigma)), delta)
 
     bracket = _Bracket()
     start, aim = 1.0, target_epsilon

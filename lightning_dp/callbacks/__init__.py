@@ -1,6 +1,25 @@
 """Callbacks for private runs: they set public settings or read the ledger, and never touch ``p.grad``."""
 
+from lightning_dp.callbacks.adaptive_threshold import AdaptiveClipping, AutoThreshold, PublishedAutoThreshold
+from lightning_dp.callbacks.clipping_scheduler import ClippingScheduler
 from lightning_dp.callbacks.epsilon_monitor import EpsilonMonitor
+from lightning_dp.callbacks.gradient_diagnostics import GradientDiagnostics
+from lightning_dp.callbacks.magnitude_pruning import MagnitudePruning
+from lightning_dp.callbacks.noise_scheduler import NoiseScheduler
 from lightning_dp.callbacks.privacy_budget import PrivacyBudget
+from lightning_dp.callbacks.random_sparsification import RandomSparsification
+from lightning_dp.callbacks.switch_to_dp import SwitchToDP
 
-__all__ = ["EpsilonMonitor", "PrivacyBudget"]
+__all__ = [
+    "AdaptiveClipping",
+    "AutoThreshold",
+    "ClippingScheduler",
+    "EpsilonMonitor",
+    "GradientDiagnostics",
+    "MagnitudePruning",
+    "NoiseScheduler",
+    "PrivacyBudget",
+    "PublishedAutoThreshold",
+    "RandomSparsification",
+    "SwitchToDP",
+]

@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
+from lightning_dp.composition import Mechanisms, RunLength
 from lightning_dp.errors import PrivacyError
-from lightning_dp.plan import DPPlan, Schedule, default_delta
+from lightning_dp.plan import DPPlan, default_delta
 from lightning_dp.sampling import SamplingFacts
 from lightning_dp.strategies.settings import Settings
 
@@ -79,7 +80,7 @@ def build_plan(
     trainer: pl.Trainer,
     settings: Settings,
     facts: SamplingFacts,
-    schedule: Schedule,
+    mechanisms: Mechanisms,
     *,
     start: int,
     ledger: Ledger,
@@ -92,7 +93,7 @@ def build_plan(
         trainer: its limits bound the run.
         settings: what the user asked for.
         facts: what the private loader does.
-        schedule: logical step -> factor on sigma.
+        mechanisms: what callbacks have set: the schedule of the noise, plain phases.
         start: logical step at which this fit begins (above 0 after a resume).
         ledger: what has been spent already; it counts towards the target.
         accountant: computes epsilon.
@@ -114,17 +115,22 @@ def build_plan(
             "changes a single batch: pass one of these, or give the dataset random access."
         )
     remaining = remaining_steps(trainer)
+    length = RunLength(
+        steps=None if remaining is None else start + remaining, steps_per_epoch=_steps_per_pass(trainer, facts)
+    )
     plan = DPPlan(
         sampling=facts.sampling,
         dataset_size=facts.dataset_size,
         expected_batch_size=facts.expected_batch_size,
         sample_rate=facts.sample_rate,
-        steps=None if remaining is None else start + remaining,
-        steps_per_epoch=_steps_per_pass(trainer, facts),
+        steps=length.steps,
+        steps_per_epoch=length.steps_per_epoch,
         noise_multiplier=0.0 if settings.noise_multiplier is None else float(settings.noise_multiplier),
         clipping=settings.make_clipping(),
         delta=resolve_delta(settings, facts),
-        schedule=schedule,
+        schedule=mechanisms.noise_schedule(length),
+        is_private=mechanisms.is_private(length),
+        unsound=mechanisms.never_private,
         target_epsilon=settings.target_epsilon,
         accountant=settings.accountant,
         neighboring_relation=settings.neighboring_relation,

@@ -15,12 +15,13 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dp import report, schedules
+from lightning_dp import report
 from lightning_dp.accounting import Ledger, make_accountant
 from lightning_dp.clipping import Clipping
+from lightning_dp.composition import Mechanisms
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import make_engine
-from lightning_dp.plan import DPPlan, Schedule
+from lightning_dp.plan import DPPlan
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
 from lightning_dp.strategies import checkpoint as saved
 from lightning_dp.strategies import planning, trainer_checks
@@ -122,7 +123,8 @@ class PrivateRun(Strategy):
         super().__init__(**strategy_options)
         self.ledger = Ledger(neighboring_relation)
         self.accountant = make_accountant(accountant)
-        self.noise_schedule: Schedule = schedules.constant()
+        self.mechanisms = Mechanisms()
+        self.nonprivate_logs: set[str] = set()
         self.budget: Callable[[PrivateRun], int] | None = None
         self.last_allowed_step: int | None = None
         self._step = 0
@@ -171,7 +173,7 @@ class PrivateRun(Strategy):
                 self._trainer,
                 self.settings,
                 self._loader.facts,
-                self.noise_schedule,
+                self.mechanisms,
                 start=self.steps_taken,
                 ledger=self.ledger,
                 accountant=self.accountant,
@@ -185,6 +187,11 @@ class PrivateRun(Strategy):
     def steps_taken(self) -> int:
         """Logical steps of this run that have released noise; schedules are functions of it."""
         return self._step + (self._batch_precision > 0)
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Size of what one rank hands to the all-reduce of a logical step: live coordinates only."""
+        return sum(sums.payload_bytes for sums in self._sums.values())
 
     def epsilon(self, delta: float | None = None) -> float:
         """Epsilon spent so far, from the ledger. It is not private itself: it depends on public settings only.
@@ -203,7 +210,13 @@ class PrivateRun(Strategy):
 
     def privacy_statement(self) -> str:
         """What holds for whom, in a few lines: epsilon and delta, relation, sampling, accountant, and what is not covered."""
-        return report.privacy_statement(self.plan, self.ledger, self.accountant, seeded=self.settings.seed is not None)
+        return report.privacy_statement(
+            self.plan,
+            self.ledger,
+            self.accountant,
+            seeded=self.settings.seed is not None,
+            nonprivate_logs=self.nonprivate_logs,
+        )
 
     # ---------------------------------------------------------------- set up and tear down
 
@@ -249,6 +262,9 @@ class PrivateRun(Strategy):
         )
         self._engine.attach()
         self._refresh_parameters()
+        self.mechanisms.check(
+            self._clipping, target_epsilon=self.settings.target_epsilon, num_private_optimizers=len(self._sums)
+        )
         self._watch_hooks()
 
     @override
@@ -266,6 +282,7 @@ class PrivateRun(Strategy):
         self._sums = {}
         self._stand_in = self._on_device = self._batch = None
         self.budget = self.last_allowed_step = None
+        self.mechanisms = Mechanisms()
         super().teardown()
 
     def _watch_hooks(self) -> None:
@@ -315,7 +332,7 @@ class PrivateRun(Strategy):
             elif not parameters:
                 self._sums.pop(index, None)
             elif index not in self._sums or not self._sums[index].holds(parameters):
-                self._sums[index] = ClippedSum(parameters, self._clipping)
+                self._sums[index] = ClippedSum(parameters, self._clipping, self.mechanisms.threshold.num_statistics)
         private = {name for sums in self._sums.values() for name in sums.names}
         recorded = {
             name: p

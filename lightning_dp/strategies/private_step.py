@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dp.clipping import NoClipping
+from lightning_dp.diagnostics import Diagnostics
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import LogicalBatch, private_dataloader
 from lightning_dp.strategies import first_batch, trainer_checks
 from lightning_dp.strategies.private_run import PrivateRun
+from lightning_dp.strategies.sums import ClippedSum
+from lightning_dp.thresholds import NoisyRelease
 
 
 class PrivateStep(PrivateRun):
@@ -104,10 +108,36 @@ class PrivateStep(PrivateRun):
         """Clips each sample of this microbatch and adds it to the sum of optimizer ``index``."""
         sums, engine, scale = self._sums[index], self._engine, self._scale
         sums.used = True
-        norms = engine.squared_norms(sums.groups).sqrt() * scale
-        factors = self._clipping.factors(norms) * scale
-        engine.accumulate(factors, sums.groups, sums.views)
+        if scale == 0.0:  # a stand-in for an empty batch: it must not even count
+            engine.discard(sums.names)
+            return
+        threshold, diagnostics = self.mechanisms.threshold, self.mechanisms.diagnostics
+        needs_norms = threshold.num_statistics > 0 or diagnostics is not None
+        if needs_norms or not sums.clipping.needs_gradients:
+            norms = engine.squared_norms(sums.groups, sums.mask).sqrt() * scale
+        if sums.clipping.needs_gradients:
+            grads = engine.per_sample_gradients(sums.names)
+            kept = sums.clipping.contributions(torch.cat([g.flatten(1) for g in grads.values()], 1) * scale, sums.live)
+            sums.add(kept.sum(0))
+        else:
+            factors = sums.clipping.factors(norms)
+            engine.accumulate(factors * scale, sums.groups, sums.views)  # what is masked is never read from the sum
+        if threshold.num_statistics:
+            sums.statistics.add_(threshold.statistics(torch.linalg.vector_norm(norms, dim=0)))
+        if diagnostics is not None:
+            kept_norms = (
+                torch.linalg.vector_norm(kept, dim=1)[None] if sums.clipping.needs_gradients else factors * norms
+            )
+            self._diagnose(diagnostics, sums, norms, kept_norms)
         engine.discard(sums.names)
+
+    def _diagnose(self, diagnostics: Diagnostics, sums: ClippedSum, norms_GB: Tensor, kept_norms_GB: Tensor) -> None:
+        """Un-noised figures, on request: the raw sum beside the clipped one."""
+        raw = torch.zeros_like(sums.gradient)
+        ones = norms_GB.isfinite().all(0).to(norms_GB.dtype).repeat(len(sums.groups), 1)
+        self._engine.accumulate(ones * self._scale, sums.groups, sums.views_of(raw))
+        norms_B, kept_norms_B = (torch.linalg.vector_norm(norms, dim=0) for norms in (norms_GB, kept_norms_GB))
+        diagnostics.add(raw if sums.live is None else raw[sums.live], norms_B, kept_norms_B)
 
     @override
     def optimizer_step(
@@ -152,17 +182,49 @@ class PrivateStep(PrivateRun):
         sums, plan = self._sums[index], self.plan
         self._refuse_over_budget()
         sums.used = True
+        payload, gradient, statistics = sums.payload()
         sigma = plan.sigma(self._step) * math.sqrt(len(self._sums))
-        self._add_noise(sums.flat, sigma, plan.sensitivity(len(sums.groups)))
-        self._sum_over_ranks(sums.flat)
-        sums.write_grads(plan.expected_batch_size)
+        noise_std = self._add_noise(sums, gradient, statistics, sigma)
+        self._sum_over_ranks(payload)
+        rescale = self._learn(sums, gradient, statistics, noise_std)
+        sums.write_grads(gradient, plan.expected_batch_size, rescale)
         self._engine.accept_grads(sums.names)
 
-    def _add_noise(self, flat: Tensor, sigma: float, sensitivity: float) -> None:
-        """Writes the release into the ledger and draws its noise; each of W ranks adds a 1/W share of the variance."""
+    def _add_noise(self, sums: ClippedSum, gradient: Tensor, statistics: Tensor, sigma: float) -> float:
+        """Writes the release into the ledger and draws its noise; each of W ranks adds a 1/W share of the variance.
+
+        Returns:
+            The std of the noise on a coordinate of the gradient, over all ranks.
+        """
         assert self._noise is not None
+        plan, share = self.plan, 1 / math.sqrt(self.world_size)
+        if self.mechanisms.diagnostics is not None:
+            self.mechanisms.diagnostics.summarise(gradient, sigma * plan.relation_factor * sums.sensitivity)
+            self.mechanisms.diagnostics.reset()
+        gradient_sigma, statistics_std = self.mechanisms.threshold.share_noise(sigma, plan.expected_batch_size)
+        noise_std = gradient_sigma * plan.relation_factor * sums.sensitivity
         self._record(sigma)
-        self._noise.add_(flat, sigma * sensitivity / math.sqrt(self.world_size))
+        self._noise.add_(gradient, noise_std * share)
+        if statistics.numel():
+            self._noise.add_(statistics, statistics_std * plan.relation_factor * share)
+        return noise_std
+
+    def _learn(self, sums: ClippedSum, gradient: Tensor, statistics: Tensor, noise_std: float) -> float:
+        """Shows the release to a bound that learns from it; returns what the gradient is multiplied by."""
+        threshold = self.mechanisms.threshold
+        if not (threshold.learns or threshold.num_statistics):
+            return 1.0
+        released = tuple(statistics.tolist())
+        threshold.observe(
+            NoisyRelease(
+                squared_norm=float(torch.linalg.vector_norm(gradient.double())) ** 2,
+                num_live=gradient.numel(),
+                noise_std=noise_std,
+                expected_batch_size=self.plan.expected_batch_size,
+                statistics=released,
+            )
+        )
+        return threshold.rescale(released)
 
     def _record(self, sigma: float) -> None:
         """One ledger entry a logical batch: further releases on the same batch add their precision to it."""
@@ -172,7 +234,8 @@ class PrivateStep(PrivateRun):
         if combined < planned * (1 - 1e-9):
             self._refuse_unplanned_release()
         self._batch_precision = precision
-        event = self.plan.event_of(planned if math.isclose(combined, planned, rel_tol=1e-9) else combined)
+        sigma = planned if math.isclose(combined, planned, rel_tol=1e-9) else combined
+        event = self.plan.event_of(sigma, self._step)
         if first:
             self.ledger.record(event)
         else:
@@ -201,6 +264,7 @@ class PrivateStep(PrivateRun):
         self._step = self.steps_taken
         self._batch_precision = 0.0
         self._refresh_parameters()
+        self._settle()
         for sums in self._sums.values():
             sums.reset()
             if self._module.automatic_optimization:
@@ -212,6 +276,20 @@ class PrivateStep(PrivateRun):
             self._prepared = True
         if self._unchecked_public:
             first_batch.check_public(self, rest, kwargs)
+
+    def _settle(self) -> None:
+        """Bounds and masks of this logical step, from public state: they hold until the next one begins."""
+        mechanisms, step, plain = self.mechanisms, self._step, not self.plan.is_private(self._step)
+        for sums in self._sums.values():
+            rule = NoClipping() if plain else mechanisms.threshold.clipping(sums.base, step, len(sums.groups))
+            sums.clipping = rule
+        version = tuple(mask.version(step) for mask in mechanisms.masks.values())
+        if all(sums.mask_version == version for sums in self._sums.values()):
+            return
+        parameters = {name: p for sums in self._sums.values() for name, p in sums.parameters.items()}
+        masks = [mask.live(step, parameters) for mask in mechanisms.masks.values()]
+        for sums in self._sums.values():
+            sums.set_masks(masks, version)
 
     def _run_forward(
         self,

@@ -1,4 +1,4 @@
-"""One teacher's vote: its norm for every input, where it stands, the coins of the stochastic sign."""
+"""Votes: their norm for every input, where they stand, the coins of the stochastic sign."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_dp.datalens import threshold_votes, top_k_votes
+from lightning_dp.clipping.votes import threshold_votes, top_k_votes
 
 SIGNS = ["sign", "stochastic"]
 AWKWARD = {

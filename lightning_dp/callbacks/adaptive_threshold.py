@@ -1,0 +1,143 @@
+"""Clipping bounds that follow the run: from noisy gradients, from a noisy quantile, and as published."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.thresholds import NoisyGradientThreshold, PublishedThreshold, QuantileThreshold, Threshold
+
+
+class _ThresholdCallback(Callback):
+    """Hands a rule for the bound to the strategy, and keeps its state in the checkpoint."""
+
+    threshold: Threshold
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Hands the rule to the strategy."""
+        if stage == "fit":
+            mechanisms = private_strategy(trainer, self).mechanisms
+            mechanisms.claim("the clipping bound", self)
+            mechanisms.threshold = self.threshold
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends. Logs the bound, which is public."""
+        value = getattr(self.threshold, "value", None)
+        if value is not None:
+            pl_module.log("privacy/max_grad_norm", value, batch_size=1)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The bound so far."""
+        return self.threshold.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it back when a run resumes."""
+        self.threshold.load_state_dict(state_dict)
+
+
+class AutoThreshold(_ThresholdCallback):
+    """Sets the clipping bound of a step from the noisy gradient of the step before: free of cost.
+
+        C_{t+1} = clip(W sqrt(max(||g~_t||^2 - d sigma_t^2 C_t^2 / B^2, 0)), C_min, C_max)
+
+    with g~ the noisy mean gradient, d its live coordinates, B the expected batch size. C_0 is the strategy's bound.
+
+    **Guarantee**: post-processing of noisy releases: sensitivity and noise follow C_t, the ledger is unchanged. The value
+    is logged as ``privacy/max_grad_norm`` and is public. At much noise the estimate is often 0, and C_t then C_min.
+
+    Args:
+        weight: W > 0. A mean of clipped gradients is shorter than their bound, so W <= 1 can only shrink it.
+        minimum: C_min; default C_0 / 10.
+        maximum: C_max; default 10 C_0.
+
+    Raises:
+        ValueError: numbers out of range; several private optimizers; a clipping without a bound.
+        TypeError: the Trainer's strategy is not a private one.
+
+    Example:
+        >>> callback = AutoThreshold(weight=3.0, minimum=0.1, maximum=10.0)
+
+    References:
+        The sound variant of Chilukoti et al. 2023, Auto DP-SGD, arXiv 2312.02400v1, whose own threshold is not private.
+    """
+
+    def __init__(self, weight: float = 3.0, *, minimum: float | None = None, maximum: float | None = None) -> None:
+        self.threshold = NoisyGradientThreshold(weight, minimum, maximum)
+
+
+class AdaptiveClipping(_ThresholdCallback):
+    """Moves the clipping bound to a quantile of the per-sample gradient norms, and pays for the count.
+
+        b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
+        z_gradient = (z^-2 - (2 s_b)^-2)^(-1/2)
+
+    **Guarantee**: the count is centred, so one sample moves it by 1/2, and it is released with the gradient: together
+    they have the noise multiplier z of the plan, and the ledger is unchanged. Under per-layer clipping the norm is that of
+    the whole gradient and all bounds move together. The bound is logged as ``privacy/max_grad_norm`` and is public.
+
+    Args:
+        quantile: wanted share of gradients below the bound, in (0, 1).
+        rate: step size on log C, > 0.
+        count_noise: s_b, std of the noise on the count; default max(B / 20, z), so that the gradient's noise grows by
+            15 % at most.
+        minimum: smallest bound; default C_0 / 10.
+        maximum: largest bound; default 10 C_0.
+
+    Raises:
+        ValueError: numbers out of range; too little noise on the count; several private optimizers.
+        TypeError: the Trainer's strategy is not a private one.
+
+    Example:
+        >>> callback = AdaptiveClipping(quantile=0.5)
+
+    References:
+        Andrew et al. 2021, Differentially Private Learning with Adaptive Clipping, section 2.
+    """
+
+    def __init__(
+        self,
+        quantile: float = 0.5,
+        *,
+        rate: float = 0.2,
+        count_noise: float | None = None,
+        minimum: float | None = None,
+        maximum: float | None = None,
+    ) -> None:
+        self.threshold = QuantileThreshold(quantile, rate, count_noise, minimum, maximum)
+
+
+class PublishedAutoThreshold(_ThresholdCallback):
+    """The automatic threshold of Auto DP-SGD as published, for study: epsilon is infinite.
+
+        G~ = C (sum_i g_i / (||g_i|| + gamma) + N(0, sigma^2)),     C = W mean_i ||g_i|| over this batch
+
+    No guarantee: C is an un-noised function of the batch and scales the noise, so one record moves the scale of what is
+    released and no epsilon bounds it. The ledger says so at every step. ``AutoThreshold`` is the sound variant.
+
+    Args:
+        weight: W > 0.
+        gamma: stability constant of the scaling, >= 0.
+
+    Raises:
+        ValueError: numbers out of range; ``target_epsilon`` with it.
+        TypeError: the Trainer's strategy is not a private one.
+
+    Example:
+        >>> callback = PublishedAutoThreshold()
+
+    References:
+        Chilukoti et al. 2023, Auto DP-SGD, arXiv 2312.02400v1.
+    """
+
+    def __init__(self, weight: float = 1.0, *, gamma: float = 0.01) -> None:
+        self.threshold = PublishedThreshold(weight, gamma)

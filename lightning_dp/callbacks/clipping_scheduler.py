@@ -1,0 +1,68 @@
+"""A clipping bound that changes over the run, by a public schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.callbacks.noise_scheduler import PublicSchedule
+from lightning_dp.composition import RunLength
+from lightning_dp.thresholds import ScheduledThreshold
+
+
+class ClippingScheduler(Callback):
+    """Changes the clipping bound over the run.
+
+        C_e = C_0 f(e),   e = epoch // every_n_epochs
+
+    The kinds are those of ``NoiseScheduler``, with ``factor`` on C and ``rate`` on C^2: the paper's C_0 R^floor(e/K) is
+    ``ClippingScheduler("step", factor=R, every_n_epochs=K)``.
+
+    **Guarantee**: the schedule is public. The noise keeps its multiple of the bound, so the ledger is unchanged.
+
+    Args:
+        kind: "constant", "linear", "time", "step", "exponential", "cosine", or a function from e to the factor on C.
+        factor: finite and > 0. Exactly one of ``factor`` and ``rate`` for a named kind other than "constant".
+        rate: finite and > 0.
+        every_n_epochs: epochs between two changes, >= 1.
+        interval: "epoch", or "step" to count logical steps instead.
+
+    Raises:
+        ValueError: numbers out of range; a second callback that decides over the bound; a clipping without a bound.
+        TypeError: the Trainer's strategy is not a private one.
+
+    Example:
+        >>> scheduler = ClippingScheduler("step", factor=0.5, every_n_epochs=10)
+
+    References:
+        Chilukoti et al. 2023, Auto DP-SGD, arXiv 2312.02400v1.
+    """
+
+    def __init__(
+        self,
+        kind: str | Callable[[int], float],
+        *,
+        factor: float | None = None,
+        rate: float | None = None,
+        every_n_epochs: int = 1,
+        interval: str = "epoch",
+    ) -> None:
+        self.schedule = PublicSchedule(kind, factor=factor, rate=rate, every_n_epochs=every_n_epochs, interval=interval)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Hands the schedule to the strategy."""
+        if stage != "fit":
+            return
+        strategy = private_strategy(trainer, self)
+        strategy.mechanisms.claim("the clipping bound", self)
+
+        def factor(step: int) -> float:
+            plan = strategy.plan
+            return self.schedule(RunLength(plan.steps, plan.steps_per_epoch))(step)
+
+        strategy.mechanisms.threshold = ScheduledThreshold(factor)

@@ -1,0 +1,62 @@
+"""What clipping and noise do to the gradient, logged without noise: for study."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_dp import _validate as check
+from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.diagnostics import FIGURES, Diagnostics
+
+
+class GradientDiagnostics(Callback):
+    """Logs un-noised figures of every logical batch: not private, and named so.
+
+        nonprivate/clip_fraction    share of samples that clipping shortened
+        nonprivate/clipping_bias    cosine between the clipped and the raw sum
+        nonprivate/noise_to_signal  expected norm of the noise over the norm of the clipped sum
+
+    No guarantee for what it logs: the figures are functions of the training data without noise, which epsilon does not
+    cover; the privacy statement lists them. The training itself is unchanged. In N processes they are rank 0's share.
+
+    Args:
+        every_n_steps: logical steps between two values, >= 1.
+
+    Raises:
+        TypeError: the Trainer's strategy is not a private one.
+
+    Example:
+        >>> callback = GradientDiagnostics(every_n_steps=10)
+
+    References:
+        Watson et al. 2023, Inference and Interference, arXiv 2311.06839.
+    """
+
+    def __init__(self, *, every_n_steps: int = 1) -> None:
+        self.every_n_steps = check.check_count("every_n_steps", every_n_steps)
+        self._diagnostics = Diagnostics()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Asks the strategy for the figures."""
+        if stage == "fit":
+            self._diagnostics = Diagnostics()
+            strategy = private_strategy(trainer, self)
+            strategy.mechanisms.claim("the diagnostics", self)
+            strategy.mechanisms.diagnostics = self._diagnostics
+            strategy.nonprivate_logs |= {f"nonprivate/{name}" for name in FIGURES}
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends. Logs the figures of the last logical batch."""
+        steps = private_strategy(trainer, self).steps_taken
+        if self._diagnostics.figures and steps % self.every_n_steps == 0:
+            values = {f"nonprivate/{name}": value for name, value in self._diagnostics.figures.items()}
+            pl_module.log_dict(values, batch_size=1)
+            self._diagnostics.figures = {}

@@ -1,0 +1,213 @@
+"""Pruning: only the largest weights train, chosen by public ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_dp import _validate as check
+from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.compression import MagnitudeMask, magnitude_masks, prunable_names, public_weights
+from lightning_dp.compression.magnitude import NOT_PUBLIC
+from lightning_dp.compression.random import check_seed
+
+
+class MagnitudePruning(Callback):
+    """Trains the largest weights only; the others are set to 0 or keep their value.
+
+        m = 1 on the largest |w|;   "prune": theta_0 = m theta;   g_i <- m g_i before clipping, noise only where m = 1
+
+    The masks are drawn from public weights, the same for all samples and ranks, and are part of checkpoints. Prunable are
+    trainable weights of two dimensions or more that a private optimizer holds: matrices, kernels, embeddings; not biases and
+    norm layers. After every optimizer step the removed weights are put back to where they were, so that neither
+    momentum nor weight decay moves them.
+
+    **Guarantee**: the accountant is unchanged, since the masks are public (initial or publicly trained weights) or
+    post-processing of noisy weights of this run. NOT private: weights that were trained on the private data without
+    differential privacy, whether the module begins with them or ``reference`` holds them. That cannot be detected; weights
+    of another private run add its epsilon.
+
+    Args:
+        amount: fraction of the prunable weights to remove, in (0, 1): ``int(amount P)`` of them.
+        source: "initial" (the weights at the start of the run), "public" (``reference``), or "noisy" (the weights of this run
+            after every ``every_n_epochs`` epochs; dense until the first).
+        scope: "global" ranks all prunable weights together, "layer" each tensor by itself.
+        mode: "prune" sets removed weights to 0, "freeze" keeps their values.
+        scores: "magnitude", or "random" for the control.
+        every_n_epochs: epochs between two masks, >= 1; needed for "noisy", and for nothing else.
+        reference: parameter's name -> weights trained on public data; needed for "public", and for nothing else.
+        seed: of the random scores, >= 0; public.
+
+    Raises:
+        ValueError: for arguments out of range or that do not belong together, or a reference that does not fit the module.
+        TypeError: for data, modules or callables as scores, or when the Trainer's strategy is not a private one.
+
+    Example:
+        >>> pruning = MagnitudePruning(0.5, mode="freeze")
+
+    References:
+        Watson et al. 2023, Inference and Interference, arXiv 2311.06839.
+    """
+
+    def __init__(
+        self,
+        amount: float,
+        *,
+        source: str = "initial",
+        scope: str = "global",
+        mode: str = "prune",
+        scores: str = "magnitude",
+        every_n_epochs: int | None = None,
+        reference: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.amount = check.check_probability("amount", amount)
+        if not isinstance(source, str):
+            raise TypeError(f"Expected source to be a name, got source={type(source).__name__}. {NOT_PUBLIC}")
+        self.source = check.check_choice("source", source, ("initial", "public", "noisy"))
+        self.scope = check.check_choice("scope", scope, ("global", "layer"))
+        self.mode = check.check_choice("mode", mode, ("prune", "freeze"))
+        if not isinstance(scores, str):
+            raise TypeError(f"Expected scores to be a name, got scores={type(scores).__name__}. {NOT_PUBLIC}")
+        self.scores = check.check_choice("scores", scores, ("magnitude", "random"))
+        if (source == "noisy") != (every_n_epochs is not None):
+            raise ValueError(
+                f"Expected every_n_epochs with source='noisy' and with no other, got every_n_epochs={every_n_epochs!r} with "
+                f"source={source!r}. Only noisy weights are looked at again."
+            )
+        self.every_n_epochs = None if every_n_epochs is None else check.check_count("every_n_epochs", every_n_epochs)
+        if reference is not None and not isinstance(reference, Mapping):
+            raise TypeError(
+                f"Expected reference to be a state dict, got reference={type(reference).__name__}. {NOT_PUBLIC}"
+            )
+        if (source == "public") != (reference is not None):
+            raise ValueError(
+                f"Expected reference with source='public' and with no other, got reference={reference and 'a state dict'!r} with "
+                f"source={source!r}. Pass both or neither."
+            )
+        self.reference = reference
+        self.seed = check_seed(seed)
+        self._mask, self._draws = MagnitudeMask(), 0
+        self._held: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
+        self._hooks: list[RemovableHandle] = []
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Finds the private strategy; a new run begins without masks."""
+        if stage == "fit":
+            private_strategy(trainer, self)
+            if trainer.global_step == 0:
+                self._mask, self._draws = MagnitudeMask(), 0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training begins. Draws the masks unless a checkpoint brought them, and hands them to the strategy."""
+        strategy = private_strategy(trainer, self)
+        if self._draws == 0 and self.source != "noisy":
+            self._draw(trainer, pl_module, draws=1)
+        self._hold(pl_module)
+        strategy.mechanisms.masks[self] = self._mask
+        for optimizer in strategy.optimizers:
+            self._hooks.append(optimizer.register_step_post_hook(self._restore))
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when an epoch begins. Draws what a run interrupted at the end of the last epoch has not."""
+        self._draw_if_due(trainer, pl_module, trainer.current_epoch)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when an epoch ends. Draws masks from the noisy weights when they are due."""
+        self._draw_if_due(trainer, pl_module, trainer.current_epoch + 1)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage ends. Lets go of weights and optimizers."""
+        self._let_go()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called when a run is interrupted. Lets go of weights and optimizers."""
+        self._let_go()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Differs between callbacks that prune differently."""
+        names = ("amount", "source", "scope", "mode", "scores", "every_n_epochs", "seed")
+        return self._generate_state_key(**{name: getattr(self, name) for name in names})
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, eight coordinates a byte."""
+        return {"mask": self._mask.state_dict(), "draws": self._draws}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The masks of the run that goes on."""
+        self._mask, self._draws = MagnitudeMask.from_state_dict(state_dict["mask"]), state_dict["draws"]
+
+    def _draw_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs_done: int) -> None:
+        due = 0 if self.every_n_epochs is None else epochs_done // self.every_n_epochs
+        if due > self._draws:
+            self._draw(trainer, pl_module, draws=due)
+            self._hold(pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draws: int) -> None:
+        strategy, parameters = private_strategy(trainer, self), dict(pl_module.named_parameters())
+        private = {
+            id(parameter)
+            for index, optimizer in enumerate(strategy.optimizers)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if index not in strategy.settings.public_optimizers
+        }
+        prunable = [name for name in prunable_names(pl_module) if id(parameters[name]) in private]
+        if not prunable:
+            raise ValueError(
+                "Expected trainable weights of two dimensions or more with MagnitudePruning, got a module without any that a private "
+                "optimizer holds. Unfreeze some, or leave the callback out."
+            )
+        weights: Mapping[str, Tensor] = parameters
+        if self.reference is not None:
+            weights = public_weights(self.reference, {name: parameters[name] for name in prunable})
+        masks = magnitude_masks(weights, self.amount, self.scope, prunable, self.scores, self.seed)
+        self._mask.replace({name: mask.to(parameters[name].device) for name, mask in masks.items()})
+        self._draws = draws
+
+    @torch.no_grad()
+    def _hold(self, pl_module: pl.LightningModule) -> None:
+        """Takes note of what removed weights are to be, and makes them so."""
+        parameters = dict(pl_module.named_parameters())
+        self._held = []
+        for name, mask in self._mask.masks.items():
+            if name not in parameters or parameters[name].shape != mask.shape:
+                raise ValueError(
+                    f"Expected the module that the masks in the checkpoint were drawn for, got none or another shape for {name!r}. "
+                    "Resume with the same module."
+                )
+            parameter = parameters[name]
+            value = parameter.detach().clone() if self.mode == "freeze" else None
+            self._held.append((parameter, mask.logical_not().to(parameter.device), value))
+        self._restore()
+
+    @torch.no_grad()
+    def _restore(self, *_: object) -> None:
+        """Puts removed weights back, after each step of an optimizer."""
+        for parameter, removed, value in self._held:
+            if value is None:
+                parameter.masked_fill_(removed, 0)
+            else:
+                parameter.copy_(torch.where(removed, value, parameter))
+
+    def _let_go(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._held = [], []

@@ -1,0 +1,126 @@
+"""Noise that changes over the run, by a public schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_dp import _validate as check
+from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.composition import RunLength
+from lightning_dp.schedules import Schedule, make_schedule
+
+KINDS = ("constant", "linear", "time", "step", "exponential", "cosine")
+
+
+class PublicSchedule:
+    """A kind of schedule and its numbers, made into a function of the step once the length of the run is known.
+
+    Args:
+        kind: one of ``KINDS``, or a function from the number of the interval (0, 1, ...) to a factor.
+        factor: on the value itself; see ``lightning_dp.schedules.make_schedule``.
+        rate: on its square.
+        every_n_epochs: epochs of one interval, >= 1; with ``interval="step"`` it counts steps.
+        interval: "epoch" or "step".
+    """
+
+    def __init__(
+        self,
+        kind: str | Callable[[int], float],
+        *,
+        factor: float | None,
+        rate: float | None,
+        every_n_epochs: int,
+        interval: str,
+    ) -> None:
+        if not callable(kind):
+            check.check_choice("kind", kind, KINDS)
+        self.kind = kind
+        self.factor, self.rate = factor, rate
+        self.every = check.check_count("every_n_epochs", every_n_epochs)
+        self.interval = check.check_choice("interval", interval, ("epoch", "step"))
+        make_schedule(kind, factor=factor, rate=rate, every=1, over=1)
+
+    def __call__(self, run: RunLength) -> Schedule:
+        """The schedule of a run.
+
+        Raises:
+            ValueError: it counts epochs, or runs to the end, of a run whose length is unknown.
+        """
+        every = self.every
+        if self.interval == "epoch":
+            if run.steps_per_epoch is None:
+                raise ValueError(
+                    "Expected a known number of steps an epoch with interval='epoch', got a stream without a length. Pass "
+                    "interval='step'."
+                )
+            every *= run.steps_per_epoch
+        if run.steps is None and self.kind in ("linear", "cosine") and self.factor is not None:
+            raise ValueError(
+                f"Expected a known end of the run with kind={self.kind!r} and factor, got no limit. Set `Trainer(max_epochs=...)` "
+                "or `Trainer(max_steps=...)`."
+            )
+        over = max(1, ((run.steps or 1) - 1) // every * every)  # where the last interval begins
+        return make_schedule(self.kind, factor=self.factor, rate=self.rate, every=every, over=over)
+
+
+class NoiseScheduler(Callback):
+    """Changes the noise multiplier over the run.
+
+        sigma_e = sigma_0 f(e),   e = epoch // every_n_epochs  (or step // every_n_epochs with ``interval="step"``)
+
+    | kind | with ``factor`` (on SIGMA) | with ``rate`` R (on the VARIANCE, as in the paper) |
+    |---|---|---|
+    | "constant" | - | - |
+    | "step" | factor^e | R^(e/2) |
+    | "exponential" | factor^e | exp(-R e / 2) |
+    | "linear" | straight line from 1 to factor at the end of the run | R^(e/2): geometric, as published |
+    | "time" | - | (1 + R e)^(-1/2) |
+    | "cosine" | half a cosine from 1 to factor at the end of the run | - |
+    | a function | called with e, returns the factor on sigma | - |
+
+    Four plateaus of "step" with a factor of 0.8 to 0.9 are a good default. Under ``target_epsilon`` sigma_0 is calibrated
+    over the whole schedule.
+
+    **Guarantee**: the schedule is public; each step is written into the ledger with its own sigma. No epsilon of an
+    "equivalent constant sigma" is ever reported: it would be too small.
+
+    Args:
+        kind: see the table.
+        factor: finite and > 0. Exactly one of ``factor`` and ``rate`` for a named kind other than "constant".
+        rate: finite and > 0.
+        every_n_epochs: epochs between two changes, >= 1.
+        interval: "epoch", or "step" to count logical steps instead.
+
+    Raises:
+        ValueError: numbers out of range or that do not belong to the kind; a second scheduler in the same Trainer.
+        TypeError: the Trainer's strategy is not a private one.
+
+    Example:
+        >>> scheduler = NoiseScheduler("step", factor=0.9, every_n_epochs=5)
+
+    References:
+        Chilukoti et al. 2023, Auto DP-SGD, arXiv 2312.02400v1 (the forms with ``rate``).
+    """
+
+    def __init__(
+        self,
+        kind: str | Callable[[int], float],
+        *,
+        factor: float | None = None,
+        rate: float | None = None,
+        every_n_epochs: int = 1,
+        interval: str = "epoch",
+    ) -> None:
+        self.schedule = PublicSchedule(kind, factor=factor, rate=rate, every_n_epochs=every_n_epochs, interval=interval)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Hands the schedule to the strategy, before its plan is built."""
+        if stage == "fit":
+            mechanisms = private_strategy(trainer, self).mechanisms
+            mechanisms.claim("the schedule of the noise", self)
+            mechanisms.noise_schedule = self.schedule

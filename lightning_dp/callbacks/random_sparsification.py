@@ -1,0 +1,140 @@
+"""Random sparsification of the gradient, while training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_dp import _validate as check
+from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.compression import RandomMask
+from lightning_dp.compression.random import COOLINGS, Cooling, check_cooling, check_rate, check_seed
+from lightning_dp.plan import DPPlan
+
+
+class RandomSparsification(Callback):
+    """Leaves a random set of gradient coordinates out, more and more of them as training goes on.
+
+        g_i[Z] = 0 before clipping,   noise[Z] = 0,   |Z| = int(r P),   r = final_rate * schedule(progress)
+
+    Clipping then keeps more of what is live, the noise has (1 - r) of its energy, and the all-reduce of several processes
+    carries live coordinates only. The set is the same for all samples and ranks, and drawn anew at every ``refresh``: between
+    optimizer steps only, never between the microbatches or accumulated batches of one step. Logged whenever the mask
+    changes: ``privacy/sparsification_rate``, the fraction this callback masks, and ``communication/bytes_per_step``, what
+    one rank sends a step.
+
+    **Guarantee**: the mask depends on ``seed`` and the step only. It is public randomness, so the ledger is what it is without
+    it: no privacy cost, and no amplification by sparsification either. A resumed run has the same masks if its planned
+    length is the same.
+
+    Use it with SGD, the pairing that is tested: Adam's second moment decays on coordinates that are left out, and their
+    first updates afterwards explode. Less noise and less progress a step are partly what a learning-rate decay gives: the
+    fair control is dense training with one.
+
+    Args:
+        final_rate: fraction r* of coordinates left out in the end, in [0, 1); 0 is the dense control.
+        schedule: "linear" (gradual cooling: dense at first), "cosine", "constant", or a callable from the progress of the
+            run in [0, 1] to a fraction of ``final_rate`` in [0, 1].
+        refresh: "epoch", or the number of logical steps that share a mask.
+        scope: "global" draws from all coordinates at once, "layer" the same fraction in each parameter tensor.
+        seed: of the masks, >= 0; public.
+
+    Raises:
+        ValueError: for arguments out of range, or a run whose length the schedule needs and nothing bounds.
+        TypeError: for arguments of the wrong kind, or when the Trainer's strategy is not a private one.
+
+    Example:
+        >>> sparsification = RandomSparsification(final_rate=0.9)
+
+    References:
+        Zhu & Blaschko 2023, Improving Differentially Private SGD via Randomly Sparsified Gradients, TMLR, arXiv 2112.00845.
+    """
+
+    def __init__(
+        self,
+        final_rate: float,
+        *,
+        schedule: str | Cooling = "linear",
+        refresh: str | int = "epoch",
+        scope: str = "global",
+        seed: int = 0,
+    ) -> None:
+        self.final_rate = check_rate(final_rate)
+        self.schedule = check_cooling(schedule)
+        self.refresh: str | int = (
+            check.check_choice("refresh", refresh, ("epoch",))
+            if isinstance(refresh, str)
+            else check.check_count("refresh", refresh, "Pass 'epoch' or a number of steps, 1 or above.")
+        )
+        self.scope = check.check_choice("scope", scope, ("global", "layer"))
+        self.seed = check_seed(seed)
+        self._mask: RandomMask | None = None
+        self._seen: tuple[int, Hashable] = (0, None)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Finds the private strategy, or says that there is none."""
+        if stage == "fit":
+            private_strategy(trainer, self)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training begins. Hands the mask to the strategy, which asks it at the start of each logical batch."""
+        strategy = private_strategy(trainer, self)
+        refresh_steps, num_refreshes = self._refreshes(strategy.plan)
+        self._mask = RandomMask(
+            self.final_rate,
+            schedule=self.schedule,
+            refresh_steps=refresh_steps,
+            num_refreshes=num_refreshes,
+            scope=self.scope,
+            seed=self.seed,
+        )
+        self._seen = (strategy.steps_taken, None)
+        strategy.mechanisms.masks[self] = self._mask
+
+    def _refreshes(self, plan: DPPlan) -> tuple[int, int]:
+        """How many steps share a mask, and how many masks the run has."""
+        refresh_steps = plan.steps_per_epoch if self.refresh == "epoch" else self.refresh
+        if not isinstance(refresh_steps, int):
+            raise ValueError(
+                "Expected a known number of steps an epoch with RandomSparsification(refresh='epoch'), got a stream without a "
+                "length. Pass the number of steps that share a mask: refresh=100."
+            )
+        if plan.steps is not None:
+            return refresh_steps, max(1, math.ceil(plan.steps / refresh_steps))
+        if self.schedule is not COOLINGS["constant"]:
+            raise ValueError(
+                "Expected a bounded run with RandomSparsification, got steps=None: its rate rises over the whole run. Set "
+                "`Trainer(max_epochs=...)` or `Trainer(max_steps=...)`, or pass schedule='constant'."
+            )
+        return refresh_steps, 1
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends. Logs what the mask leaves out, when it has changed."""
+        strategy, mask = private_strategy(trainer, self), self._mask
+        assert mask is not None
+        steps, (last, known) = strategy.steps_taken, self._seen
+        if steps <= last:
+            return  # within an accumulation: no step was taken under the mask yet
+        version = mask.version(steps - 1)
+        self._seen = (steps, version)
+        if version == known:
+            return
+        values = {
+            "privacy/sparsification_rate": mask.realized_rate,
+            "communication/bytes_per_step": float(strategy.bytes_per_step),
+        }
+        for name, value in values.items():
+            pl_module.log(name, value, logger=False, batch_size=1)
+        # straight to the loggers: what `self.log` holds would be written again, out of date, at every step in between
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

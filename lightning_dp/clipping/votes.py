@@ -1,0 +1,127 @@
+"""Votes: a gradient becomes k times +1 or -1, and a noisy sum of votes becomes a direction.
+
+Shape suffixes: ``D`` coordinates of one gradient, ``K`` coordinates voted on.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import torch
+from torch import Tensor
+
+from lightning_dp import _validate as check
+
+SIGNS = ("sign", "stochastic")
+
+_coins: dict[tuple[int, torch.device], torch.Generator] = {}
+
+
+@torch.no_grad()
+def top_k_votes(
+    gradients: Tensor, top_k: int, *, signs: str = "sign", generator: torch.Generator | None = None
+) -> Tensor:
+    """Votes for the direction in which each gradient is largest.
+
+        v[j] = sign(g[j]) for the k largest |g[j]|, 0 elsewhere
+        signs="stochastic": v[j] = +1 with probability 1/2 + g[j] / (2 b), else -1, with b = max |g|
+
+    **Guarantee**: ``||v|| <= sqrt(k)`` for every input, zero, huge, infinite and NaN ones included; equality for a finite
+    gradient with at least k coordinates that are not zero. A gradient that is not finite, or zero, casts no vote. The votes
+    are NOT private: which coordinates they stand on, and their signs, come from the data.
+
+    Args:
+        gradients: shape (..., D), any floating type; each row is voted on alone.
+        top_k: k, from 1 to D.
+        signs: "sign" or "stochastic".
+        generator: draws the coins of "stochastic", on its own device; ``None``: torch's on the CPU. They need not be secret.
+
+    Returns:
+        Votes in {-1, 0, +1}, shape (..., D), float32, or float64 for gradients of that type. Not private.
+
+    Raises:
+        ValueError: k beyond D, or an unknown rule for the signs.
+
+    Example:
+        >>> top_k_votes(torch.tensor([0.1, -3.0, 2.0]), 2)
+        tensor([ 0., -1.,  1.])
+
+    References:
+        Wang et al. 2021, DataLens, Algorithms 2 and 3.
+    """
+    check.check_choice("signs", signs, SIGNS)
+    grads, chosen = largest_coordinates(gradients, top_k)
+    values_K = grads.gather(-1, chosen)
+    if signs == "sign":
+        votes_K = values_K.sign()
+    else:
+        largest = values_K.abs().amax(-1, keepdim=True)
+        device = "cpu" if generator is None else generator.device
+        coins = torch.rand(values_K.shape, generator=generator, dtype=grads.dtype, device=device).to(values_K.device)
+        up = coins < 0.5 + 0.5 * (values_K / largest)
+        votes_K = torch.where(up, 1.0, -1.0) * (largest > 0)
+    return torch.zeros_like(grads).scatter_(-1, chosen, votes_K.to(grads.dtype))
+
+
+def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients, rows that are not finite replaced by zeros, and where their k largest magnitudes are.
+
+    Args:
+        gradients: shape (..., D), any floating type.
+        top_k: k, from 1 to D.
+
+    Returns:
+        Shapes (..., D), float32 or float64, and (..., K), no index twice in a row. Private both.
+
+    Raises:
+        ValueError: k beyond D.
+    """
+    check.check_count("top_k", top_k)
+    dimension = gradients.shape[-1]
+    if top_k > dimension:
+        raise ValueError(
+            f"Expected top_k <= {dimension}, the coordinates of one sample, got top_k={top_k}. Lower top_k; more votes also "
+            "need more noise."
+        )
+    grads = gradients if gradients.dtype == torch.float64 else gradients.float()
+    grads = torch.where(grads.isfinite().all(-1, keepdim=True), grads, torch.zeros_like(grads))
+    return grads, grads.abs().topk(top_k, dim=-1, sorted=False).indices
+
+
+def threshold_votes(noisy_sums: Tensor, threshold: float) -> Tensor:
+    """The direction that the noisy sums of votes agree on.
+
+        u[j] = sign(s[j]) where |s[j]| > threshold, else 0
+
+    **Guarantee**: post-processing: as private as ``noisy_sums``.
+
+    Args:
+        noisy_sums: sums of votes after noise, any shape.
+        threshold: >= 0, in votes: the fraction beta times the number of voters.
+
+    Returns:
+        Directions in {-1, 0, +1}, of the same shape.
+
+    Example:
+        >>> threshold_votes(torch.tensor([5.0, -9.0, 2.0]), 4.0)
+        tensor([ 1., -1.,  0.])
+    """
+    check.check_nonnegative("threshold", threshold)
+    return torch.where(noisy_sums.abs() > threshold, noisy_sums.sign(), torch.zeros_like(noisy_sums))
+
+
+def coin_generator(device: torch.device) -> torch.Generator:
+    """Return this process's generator of coins on a device, seeded from the operating system's entropy when first asked for.
+
+    **Guarantee**: apart from torch's own generators, which it neither reads nor moves, and from that of a parent or child
+    process. No privacy rests on it: any coins whatever keep ``||v|| <= sqrt(k)``.
+
+    Args:
+        device: where the coins are needed.
+    """
+    key = (os.getpid(), device)
+    if key not in _coins:
+        _coins[key] = torch.Generator(device=device)
+        _coins[key].manual_seed(secrets.randbits(63))
+    return _coins[key]

@@ -1,0 +1,163 @@
+"""One contract for every clipping."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping, PSACClipping, TopAgg
+from tests.clipping.table import CONTRACT, IDS, contribution_norms
+
+FACTORS = [(clipping, groups) for clipping, groups in CONTRACT if not clipping.needs_gradients]
+FACTOR_IDS = [f"{clipping}-{groups}" for clipping, groups in FACTORS]
+SPECIAL = [0.0, 1e-45, 1e-38, 1e-20, 1e-15, 0.1, 1.0, 1.0000001, 1e19, 1e38, 3.4e38, math.inf, math.nan]
+NORMS = st.one_of(st.sampled_from(SPECIAL), st.floats(min_value=0.0, width=32, allow_nan=False))
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_contract_contribution_is_bounded(clipping: Clipping, num_groups: int, data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.lists(NORMS, min_size=num_groups, max_size=num_groups), min_size=1, max_size=5))
+    norms = torch.tensor(rows, dtype=torch.float32).T.contiguous()
+    added = contribution_norms(clipping, norms)
+    assert added.shape == norms.shape[1:]
+    assert bool(torch.isfinite(added).all())
+    broken = ~torch.isfinite(norms).all(dim=0)
+    assert bool((added[broken] == 0).all())
+    if clipping.bounded:
+        # signs: the root of k ones, rounded; all others keep to their bound exactly
+        signs = isinstance(clipping, TopAgg) and not clipping.keep_values
+        assert bool((added <= clipping.sensitivity(num_groups) * (1 + 1e-15 * signs)).all())
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_contract_factors_are_finite_and_zero_for_broken_samples(
+    clipping: Clipping, num_groups: int, data: st.DataObject
+) -> None:
+    rows = data.draw(st.lists(st.lists(NORMS, min_size=num_groups, max_size=num_groups), min_size=1, max_size=5))
+    norms = torch.tensor(rows, dtype=torch.float32).T.contiguous()
+    factors = clipping.factors(norms)
+    assert factors.shape == norms.shape
+    assert factors.dtype == norms.dtype
+    assert bool(torch.isfinite(factors).all())
+    assert bool((factors >= 0).all())
+    assert bool((factors[:, ~torch.isfinite(norms).all(dim=0)] == 0).all())
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+def test_contract_copies_and_keeps_its_input(clipping: Clipping, num_groups: int) -> None:
+    norms = torch.full((num_groups, 4), 2.0)
+    before = norms.clone()
+    factors = clipping.factors(norms)
+    assert torch.equal(norms, before)
+    for twin in (pickle.loads(pickle.dumps(clipping)), copy.deepcopy(clipping)):
+        assert twin == clipping
+        assert torch.equal(twin.factors(norms), factors)
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+def test_contract_empty_microbatch(clipping: Clipping, num_groups: int) -> None:
+    assert clipping.factors(torch.zeros(num_groups, 0)).shape == (num_groups, 0)
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+def test_contract_bound_is_used(clipping: Clipping, num_groups: int) -> None:
+    """A bound that is never reached would be safe and useless."""
+    norms = torch.full((num_groups, 1), 1e10)
+    reached = contribution_norms(clipping, norms).item() / clipping.sensitivity(num_groups)
+    assert reached > 1 - 1e-6
+    assert reached <= 1 + 1e-15 or not clipping.bounded
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_contract_scaled_moves_the_sensitivity_and_what_is_added(
+    clipping: Clipping, num_groups: int, factor: float
+) -> None:
+    bound = clipping.sensitivity(num_groups)
+    if (isinstance(clipping, TopAgg) and not clipping.keep_values) or not 1e-30 <= factor * bound <= 1e30:
+        with pytest.raises(ValueError, match=r"factor=1 for votes|<= max_grad_norm <="):
+            clipping.scaled(factor)
+        return
+    scaled = clipping.scaled(factor)
+    assert type(scaled) is type(clipping)
+    assert scaled.sensitivity(num_groups) == pytest.approx(factor * bound, rel=1e-15)
+    assert clipping.sensitivity(num_groups) == bound
+    if clipping.bounded:
+        norms = torch.full((num_groups, 1), 1e10)
+        torch.testing.assert_close(
+            contribution_norms(scaled, norms), factor * contribution_norms(clipping, norms), rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+def test_contract_scaled_by_one_changes_nothing_and_bad_factors_are_refused(
+    clipping: Clipping, num_groups: int
+) -> None:
+    assert clipping.scaled(1.0) == clipping
+    for factor in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"0 < factor < inf, got factor={factor}"):
+            clipping.scaled(factor)
+    with pytest.raises(TypeError, match="factor to be a number"):
+        clipping.scaled("2")  # type: ignore[arg-type]
+
+
+def test_scaled_moves_every_bound_and_keeps_the_rest() -> None:
+    assert FlatClipping(0.5).scaled(4.0) == FlatClipping(2.0)
+    assert PerLayerClipping(max_grad_norms={"a": 0.5, "b": 2.0}).scaled(2.0).max_grad_norms == {"a": 1.0, "b": 4.0}
+    assert PerLayerClipping(max_grad_norms=(0.5, 2.0)).scaled(2.0).max_grad_norms == (1.0, 4.0)
+    assert AutomaticClipping(0.3, 1.0, True).scaled(2.0) == AutomaticClipping(0.3, 2.0, True)
+    assert PSACClipping(0.3, 1.0, True).scaled(2.0) == PSACClipping(0.3, 2.0, True)
+    assert TopAgg(3, keep_values=True).scaled(2.0) == TopAgg(3, keep_values=True, max_grad_norm=2.0)
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+def test_contract_finish_is_one_product_with_the_expected_batch_size(clipping: Clipping, num_groups: int) -> None:
+    noisy = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    expected = noisy * (1 / 7)
+    out = torch.full_like(noisy, math.nan)
+    clipping.finish(noisy, 7, out)
+    assert torch.equal(out, expected)
+    clipping.finish(noisy, 7, noisy)
+    assert torch.equal(noisy, expected)
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+def test_contract_factors_or_contributions(clipping: Clipping, num_groups: int) -> None:
+    assert clipping.for_coordinates(5) is clipping
+    with pytest.raises(TypeError, match=f"needs gradients, got {type(clipping).__name__}.*factors"):
+        clipping.contributions(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 2e-24, 1e-23, 1e-22, 1e-18, 1e-3, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize(
+    "clipping",
+    [
+        FlatClipping(0.3),
+        AutomaticClipping(),
+        AutomaticClipping(gamma=0.0),
+        PSACClipping(),
+        PSACClipping(gamma=0.0, max_grad_norm=0.3),
+        TopAgg(100),
+        TopAgg(100, keep_values=True, max_grad_norm=0.3),
+    ],
+    ids=str,
+)
+def test_contribution_of_real_gradients_is_bounded(clipping: Clipping, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grads_BP = torch.randn(16, 1000, generator=generator) * scale
+    if clipping.needs_gradients:
+        added = clipping.contributions(grads_BP)
+    else:
+        factors = clipping.factors(torch.linalg.vector_norm(grads_BP, dim=1)[None])[0]
+        added = torch.where(factors[:, None] == 0, 0.0, factors[:, None] * grads_BP)
+    assert bool((added.double().norm(dim=1) <= clipping.sensitivity(1) * (1 + 1e-6)).all())
