@@ -178,7 +178,13 @@ def _solve_axis(a: torch.Size, b: torch.Size, sizes: tuple[int, int]) -> Axis:
     if not changed:
         return None
     if len(changed) > 1:
-        return Unclear(f"two axes change with the batch size: {tuple(a)} to {tuple(b)}")
+        reason = f"two axes change with the batch size: {tuple(a)} to {tuple(b)}"
+        if all((a[i], b[i]) == sizes for i in changed):
+            reason += (
+                ", so each sample meets all others, as in a contrastive loss; no bound for one sample exists there (give "
+                "each record negatives of its own)"
+            )
+        return Unclear(reason)
     axis = changed[0]
     rows, rest = divmod(a[axis], sizes[0])
     if rest or rows * sizes[1] != b[axis] or rows == 0:

@@ -61,7 +61,7 @@ def own_draws(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not (training and p):
             return x
-        scale = (draw(x, "dropout") > -math.cos(math.pi * p)) / (1 - p)
+        scale = (draw(x, "dropout") > -math.cos(math.pi * p)).to(x.dtype) / (1 - p)
         return x.mul_(scale) if inplace else x * scale
 
     def attend(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,79 @@
+"""``CASES`` and ``REFUSED``: other people's networks as they are, with records for them."""
+
+from __future__ import annotations
+
+import transformers as hf
+
+from tests.models.modules import (
+    Captions,
+    Denoising,
+    FineTuning,
+    Forecast,
+    ImageAutoencoder,
+    NextToken,
+    OwnCaptions,
+    TwoTowers,
+    bert,
+    choices,
+    clip,
+    continuations,
+    convnext,
+    fixed,
+    gpt2,
+    images,
+    llama,
+    minilm,
+    pairs,
+    resnet,
+    series,
+    swin,
+    t5,
+    text,
+    vision,
+    visits,
+    with_lora,
+)
+from tests.strategies.model_cases import Case
+
+
+def small_images() -> list[dict]:
+    return images(16)
+
+
+CASES: dict[str, Case] = {
+    "BERT": Case(lambda: FineTuning(bert()), text),
+    "BERT, LoRA": Case(
+        lambda: FineTuning(with_lora(bert(), "query", "value", train_also=("classifier",), lora_dropout=0.1)), text
+    ),
+    "MiniLM, LoRA": Case(lambda: FineTuning(with_lora(minilm(), "query", "value", train_also=("classifier",))), text),
+    "GPT-2": Case(lambda: NextToken(gpt2()), text),
+    "GPT-2, LoRA": Case(lambda: NextToken(with_lora(gpt2(), "c_attn", "c_proj", fan_in_fan_out=True)), text),
+    "Llama": Case(lambda: NextToken(llama()), text),
+    "ResNet, fixed": Case(lambda: fixed(FineTuning(resnet())), lambda: images(32)),
+    "ViT": Case(vision(hf.ViTForImageClassification, hf.ViTConfig), small_images),
+    "DINOv2": Case(vision(hf.Dinov2ForImageClassification, hf.Dinov2Config), small_images),
+    "ConvNeXt": Case(lambda: FineTuning(convnext()), small_images),
+    "Swin": Case(lambda: FineTuning(swin()), small_images),
+    "GRU, fixed": Case(lambda: fixed(Forecast()), series),
+    "image autoencoder": Case(ImageAutoencoder, lambda: images(8)),
+    "two towers, tied tables": Case(TwoTowers, visits),
+    "CLIP, each image with captions of its own": Case(lambda: OwnCaptions(clip()), choices),
+}
+
+ALONE = "microbatch_size=1"
+REFUSED: dict[str, tuple[Case, str]] = {
+    "ResNet": (Case(lambda: FineTuning(resnet()), lambda: images(32)), r"BatchNorm2d normalises .*lightning_dp\.fix"),
+    "GPT-2's own loss": (
+        Case(lambda: FineTuning(gpt2()), continuations),
+        r"samples share a denominator.*loss of shape \(B,\)",
+    ),
+    "CLIP's loss": (Case(lambda: Captions(clip()), pairs), "two axes .*contrastive loss.*negatives of its own"),
+    "T5, whose first block hands its position bias on": (
+        Case(lambda: Denoising(t5()), text),
+        f"SelfAttention.*{ALONE}",
+    ),
+    "DoRA, which lends its weights out": (
+        Case(lambda: FineTuning(with_lora(bert(), "query", use_dora=True)), text),
+        f"lora_magnitude_vector.*{ALONE}",
+    ),
+}
