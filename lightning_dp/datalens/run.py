@@ -150,7 +150,9 @@ class DataLensRun(pl.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds ledger, plan and step. Teachers and shards are nowhere in a checkpoint."""
-        checkpoint[saved.KEY] = saved.dump(self.ledger, self._plan, self._step)  # type: ignore[arg-type]
+        plan: Any = self._plan
+        global_step = checkpoint.get("global_step", 0)
+        checkpoint[saved.KEY] = saved.dump(self.ledger, plan, self._step, global_step=global_step, unledgered=0)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -160,7 +162,9 @@ class DataLensRun(pl.LightningModule):
                 "Expected a checkpoint with a privacy ledger, got one without: what its weights have seen is unknown. Weights "
                 "trained on public data can be loaded into the generator itself, before DataLens is made."
             )
-        self.ledger, self._restored_plan, self._step = saved.load(checkpoint, current=self.ledger, allow_public=False)
+        self.ledger, self._restored_plan, self._step, _ = saved.load(
+            checkpoint, current=self.ledger, allow_public=False, one_step_a_batch=False
+        )
         if self._restored_plan is not None:
             self._dataset_size = self._restored_plan["dataset_size"]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
@@ -12,19 +15,38 @@ KEY = "lightning_dp"
 VERSION = 1
 
 
-def dump(ledger: Ledger, plan: DPPlan | None, step: int) -> dict[str, Any]:
+_KEYS = {"version", "ledger", "plan", "step", "global_step", "unledgered"}
+
+
+class Restored(NamedTuple):
+    """What a checkpoint says about the privacy spent.
+
+    Args:
+        ledger: the one to go on with.
+        plan: the saved plan, or None.
+        step: the logical step to go on from.
+        unledgered: optimizer steps that were not private and not ours to record: those of a public checkpoint.
+    """
+
+    ledger: Ledger
+    plan: dict[str, Any] | None
+    step: int
+    unledgered: int
+
+
+def dump(ledger: Ledger, plan: DPPlan | None, step: int, *, global_step: int, unledgered: int) -> dict[str, Any]:
     """The privacy state as plain values. The noise generator's state is never part of it: noise used twice cancels out."""
     return {
         "version": VERSION,
         "ledger": ledger.state_dict(),
         "plan": None if plan is None else plan.state_dict(),
         "step": step,
+        "global_step": global_step,
+        "unledgered": unledgered,
     }
 
 
-def load(
-    checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool
-) -> tuple[Ledger, dict[str, Any] | None, int]:
+def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one_step_a_batch: bool) -> Restored:
     """Reads ledger, plan and logical step from a checkpoint.
 
     Args:
@@ -32,32 +54,43 @@ def load(
         current: the strategy's ledger; steps it holds beyond the checkpoint's are kept (a learning-rate search restores the
             weights, not the data).
         allow_public: accept a checkpoint without a ledger as public.
-
-    Returns:
-        The ledger to go on with, the saved plan, and the logical step to go on from.
+        one_step_a_batch: whether every optimizer step is a logical batch of its own (automatic optimization), so that the
+            ledger must hold at least as many.
 
     Raises:
-        PrivacyError: no ledger, a damaged one, one of another run, or another relation between neighbouring datasets.
+        PrivacyError: no ledger, a damaged one, one that holds fewer steps than the checkpoint was trained for, one of another
+            run, or another relation between neighbouring datasets.
     """
     state = checkpoint.get(KEY)
     if state is None:
         if allow_public:
-            return current, None, 0
+            return Restored(current, None, 0, max(0, optimizer_steps(checkpoint) - current.num_steps))
         raise PrivacyError(
             "Expected a checkpoint with a privacy ledger, got one without: it was not written under a private strategy. If it never "
             "saw the private data, pass DPStrategy(allow_public_checkpoint=True); else its privacy loss is unknown."
         )
-    if not isinstance(state, dict) or state.get("version") != VERSION or not {"ledger", "plan", "step"} <= state.keys():
+    if not isinstance(state, dict) or state.get("version") != VERSION or set(state) != _KEYS:
         raise PrivacyError(
             f"Expected the privacy state of a checkpoint in version {VERSION}, got {_describe(state)}. The checkpoint is damaged or "
             "of another version of lightning_dp: use an intact one."
         )
     saved = Ledger.from_state_dict(state["ledger"])
-    step = state["step"]
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= saved.num_steps:
+    step, unledgered = state["step"], state["unledgered"]
+    if not _is_count(step) or step > saved.num_steps:
         raise PrivacyError(
             f"Expected a logical step between 0 and the ledger's {saved.num_steps}, got step={step!r}. The checkpoint is damaged: "
             "use an intact one."
+        )
+    if not _is_count(unledgered) or state["global_step"] != checkpoint.get("global_step"):
+        raise PrivacyError(
+            f"Expected the privacy state of global_step={checkpoint.get('global_step')!r}, got one of {state['global_step']!r} with "
+            f"unledgered={unledgered!r}. State and weights are not of one moment: use an intact checkpoint."
+        )
+    taken = optimizer_steps(checkpoint) - unledgered
+    if one_step_a_batch and taken > saved.num_steps:
+        raise PrivacyError(
+            f"Expected a ledger of at least the {taken} steps that the optimizer has taken, got {saved.num_steps}. Epsilon would be "
+            "understated: use an intact checkpoint."
         )
     if saved.neighboring_relation != current.neighboring_relation:
         raise PrivacyError(
@@ -71,13 +104,29 @@ def load(
         )
     plan = plan and {**plan, "spent": saved.num_steps}
     if current.num_steps == 0 or current.is_prefix_of(saved):
-        return saved, plan, step
+        return Restored(saved, plan, step, unledgered)
     if saved.is_prefix_of(current):
-        return current, plan, step
+        return Restored(current, plan, step, unledgered)
     raise PrivacyError(
         f"Expected a checkpoint of this strategy's own run, got one of another ({saved.num_steps} steps), while the strategy already "
         f"holds {current.num_steps} steps. Pass a fresh DPStrategy to the Trainer that resumes."
     )
+
+
+def optimizer_steps(checkpoint: Mapping[str, Any]) -> int:
+    """The most steps that a checkpoint shows any optimizer to have taken: Lightning's count, and the optimizers' own."""
+    states = [state.get("state", {}).values() for state in checkpoint.get("optimizer_states", ())]
+    return max([int(checkpoint.get("global_step", 0)), *(most_steps(state) for state in states)])
+
+
+def most_steps(states: Iterable[Any]) -> int:
+    """The largest ``step`` that an optimizer's per-parameter states hold; 0 where they count none."""
+    counts = [state["step"] for state in states if isinstance(state, Mapping) and "step" in state]
+    return max((int(count) for count in counts if isinstance(count, (int, float, Tensor))), default=0)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _describe(value: Any) -> str:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -23,13 +22,13 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import make_engine
 from lightning_dp.plan import DPPlan
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
-from lightning_dp.strategies import checkpoint as saved
 from lightning_dp.strategies import planning, trainer_checks
+from lightning_dp.strategies.saving import SavedRun
 from lightning_dp.strategies.settings import Settings
 from lightning_dp.strategies.sums import ClippedSum
 
 
-class PrivateRun(Strategy):
+class PrivateRun(SavedRun):
     """Differentially private training for any LightningModule, as a mixin over a Lightning strategy.
 
     A logical step ``t`` is one optimizer step over one Poisson sample ``S_t`` of the data (each record joins with
@@ -129,6 +128,7 @@ class PrivateRun(Strategy):
         self.last_allowed_step: int | None = None
         self._step = 0
         self._restored_plan: dict[str, Any] | None = None
+        self._unledgered = 0
         self._noise: GaussianNoise | None = None
         self._reset_fit()
 
@@ -182,11 +182,6 @@ class PrivateRun(Strategy):
             if self.budget is not None:
                 self.last_allowed_step = self.budget(self)
         return self._plan
-
-    @property
-    def steps_taken(self) -> int:
-        """Logical steps of this run that have released noise; schedules are functions of it."""
-        return self._step + (self._batch_precision > 0)
 
     @property
     def bytes_per_step(self) -> int:
@@ -247,6 +242,7 @@ class PrivateRun(Strategy):
         self._loader = loader
         super().setup(trainer)
         trainer_checks.check_optimizers(self.optimizers, self._module, self.settings.public_optimizers)
+        self._note_unledgered(trainer.global_step)
         if self._restored_plan is None and trainer.global_step == 0:
             self._step = 0
         if self._noise is None:
@@ -356,25 +352,6 @@ class PrivateRun(Strategy):
         """One line at the end of fit."""
         super().on_train_end()
         rank_zero_info(report.summary_line(self.plan, self.ledger, self.accountant))
-
-    # ---------------------------------------------------------------- checkpoints
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Adds ledger, plan and logical step to the checkpoint; the weights keep the plain module's keys."""
-        checkpoint[saved.KEY] = saved.dump(self.ledger, self._plan, self.steps_taken)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads them back when training resumes; refuses a checkpoint without a ledger."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        if self._module.trainer.state.fn == TrainerFn.FITTING:
-            self.ledger, self._restored_plan, self._step = saved.load(
-                checkpoint, current=self.ledger, allow_public=self.settings.allow_public_checkpoint
-            )
-            self._batch_precision = 0.0
-        return checkpoint
 
 
 def _sparing_logical_batches(module: pl.LightningModule) -> Callable[..., Any]:
