@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ class Case:
         num_classes: of the labels.
         time_goal: largest accepted ratio of step times to the same step without privacy.
         memory_goal: largest accepted ratio of peak memory.
+        lean_goals: the same two under ``memory="lean"``, where they differ.
+        precision: of the Trainer.
+        needs_gpu: whether the model is too large for a table made on a CPU.
     """
 
     name: str
@@ -33,6 +37,9 @@ class Case:
     num_classes: int
     time_goal: float
     memory_goal: float
+    lean_goals: tuple[float, float] | None = None
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    needs_gpu: bool = False
 
     def make_dataset(self, num_batches: int = 8) -> TensorDataset:
         """Random inputs and labels for so many batches."""
@@ -94,6 +101,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Encoder classifier; with a rank only the adapters (and nothing else) train."""
 
+    expand_positions = False  # Opacus needs a batch axis in every input
+
     def __init__(
         self, *, length: int, vocabulary: int = 8000, width: int = 256, depth: int = 4, heads: int = 4, rank: int = 0
     ) -> None:
@@ -106,8 +115,30 @@ class Transformer(nn.Module):
                 parameter.requires_grad_("adapters" in name)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        positions = self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = self.positions(places.expand_as(tokens) if self.expand_positions else places)
         return self.head(self.norm(self.blocks(self.tokens(tokens) + positions)).mean(1))
+
+
+class VisionTransformer(nn.Module):
+    """ViT-B/16 in size: 224x224 images, 12 blocks of width 768, 1000 classes."""
+
+    def __init__(self, *, patch: int = 16, width: int = 768, depth: int = 12, heads: int = 12) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.positions = nn.Embedding((224 // patch) ** 2, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, 0) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        positions = self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.head(self.norm(self.blocks(tokens + positions)).mean(1))
+
+
+def bert() -> nn.Module:
+    """BERT-base in size."""
+    return Transformer(length=128, vocabulary=30522, width=768, depth=12, heads=12)
 
 
 class Recurrent(nn.Module):
@@ -137,15 +168,22 @@ def words(vocabulary: int, length: int) -> Callable[[int], Tensor]:
     return lambda size: torch.randint(vocabulary, (size, length))
 
 
+def images(side: int) -> Callable[[int], Tensor]:
+    """Random images."""
+    return lambda size: torch.randn(size, 3, side, side)
+
+
 CASES = {
     case.name: case
     for case in (
         Case("mlp", 256, mlp, lambda size: torch.randn(size, 784), 10, 1.4, 1.3),
-        Case("cnn", 64, cnn, lambda size: torch.randn(size, 3, 32, 32), 10, 1.4, 1.5),
-        Case("transformer", 32, lambda: Transformer(length=128), words(8000, 128), 2, 1.2, 1.6),
+        Case("cnn", 64, cnn, images(32), 10, 1.4, 1.5),
+        Case("transformer", 32, lambda: Transformer(length=128), words(8000, 128), 2, 1.2, 1.6, (1.35, 1.3)),
         Case("lora", 32, lambda: Transformer(length=128, rank=8), words(8000, 128), 2, 1.15, 1.2),
         Case("lstm", 64, Recurrent, lambda size: torch.randn(size, 64, 64), 10, 2.0, 1.5),
         Case("long", 4, lambda: Transformer(length=1024), words(8000, 1024), 2, 1.25, 1.3),
         Case("embedding", 256, Bag, words(100_000, 32), 2, 1.6, 1.5),
+        Case("vit", 64, VisionTransformer, images(224), 1000, 1.25, 1.3, precision="bf16-mixed", needs_gpu=True),
+        Case("bert", 64, bert, words(30522, 128), 2, 1.25, 1.3, precision="bf16-mixed", needs_gpu=True),
     )
 }

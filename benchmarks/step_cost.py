@@ -1,22 +1,24 @@
 """What does a private step cost against the same step without privacy, and against Opacus?
 
-    python benchmarks/step_cost.py                       # the whole table: benchmarks/step_cost.json and README.md
+    python benchmarks/step_cost.py                       # the whole table: step_cost.json, and its section of README.md
     python benchmarks/step_cost.py --cases mlp --pairs 7 --modes ours
 
 Step against step, both in a Lightning Trainer with automatic optimization, noise and optimizer included. A and B run in
 turn; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best case. Batches have a fixed size on
-all sides, so that all do the same work. Peak memory comes from a process of its own a case: highest resident size
-while stepping, less what was resident before the model was made.
+all sides, so that all do the same work. Peak memory comes from a process of its own a case: highest resident size (on a
+GPU: highest allocated memory) from the first batch to the last, less what was resident before the model was made, in a
+process that has loaded everything the mode needs. What a call measures is merged into the JSON file, mode by mode.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import json
 import logging
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,13 +35,21 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.cases import CASES, Case
-from lightning_dp import DPStrategy
+from benchmarks.readme import write_section
+from benchmarks.step_table import OPACUS, step_section
+from lightning_dp import DPStrategy, RandomSparsification
 from lightning_dp.sampling import indices
 
 HERE = Path(__file__).parent
-OURS = {"ours": {}, "lean": {"memory": "lean"}, "materialize": {"grad_sample": "materialize"}}
-OPACUS = ("hooks", "functorch", "ew", "ghost")
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "sparse": {},
+    "lean": {"memory": "lean"},
+    "materialize": {"grad_sample": "materialize"},
+}
 MODES = ("plain", *OURS, *OPACUS)
+WARMUP = 3
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Classifier(L.LightningModule):
@@ -59,15 +69,25 @@ class Classifier(L.LightningModule):
 
 
 class Clock(L.Callback):
-    """When each step began."""
+    """When each step began, and the peak of memory up to the beginning of the last."""
 
     def __init__(self) -> None:
         self.began: list[float] = []
+        self.peak = 0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        if torch.cuda.is_available():
+        if not self.began:
+            forget_peak()
+        self.tick()
+
+    def tick(self) -> None:
+        if DEVICE.type == "cuda":
             torch.cuda.synchronize()
+        self.peak = peak_bytes()
         self.began.append(time.perf_counter())
+
+    def seconds_a_step(self, warmup: int) -> float:
+        return (self.began[-1] - self.began[warmup]) / (len(self.began) - 1 - warmup)
 
 
 def same_size_batches() -> None:
@@ -80,17 +100,18 @@ def same_size_batches() -> None:
     indices.PoissonBatchSampler.__iter__ = draw  # type: ignore[method-assign]
 
 
-def lightning_steps(case: Case, mode: str, steps: int, warmup: int, precision: str) -> float:
-    """Seconds a step inside ``Trainer.fit``, after the warm-up."""
-    clock = Clock()
-    strategy: Any = "auto" if mode == "plain" else DPStrategy(noise_multiplier=1.0, target_delta=1e-6, **OURS[mode])
+def lightning_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
+    """So many steps inside ``Trainer.fit``."""
+    callbacks: list[L.Callback] = [clock]
+    if mode == "sparse":
+        callbacks.append(RandomSparsification(0.9, schedule="constant", refresh=10**6))
     trainer = L.Trainer(
         max_epochs=-1,
-        max_steps=warmup + steps + 1,
-        strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]
+        max_steps=steps,
+        strategy="auto" if mode == "plain" else DPStrategy(noise_multiplier=1.0, target_delta=1e-6, **OURS[mode]),
+        precision=case.precision,
         devices=1,
-        callbacks=[clock],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -98,51 +119,47 @@ def lightning_steps(case: Case, mode: str, steps: int, warmup: int, precision: s
         log_every_n_steps=10**9,
     )
     trainer.fit(Classifier(case), DataLoader(case.make_dataset(), batch_size=case.batch_size, shuffle=True))
-    return (clock.began[-1] - clock.began[warmup]) / (len(clock.began) - 1 - warmup)
 
 
-def opacus_steps(case: Case, mode: str, steps: int, warmup: int) -> float:
-    """Seconds a step of Opacus in a plain loop."""
-    from opacus import GradSampleModule
+def opacus_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
+    """So many steps of Opacus in a plain loop."""
     from opacus.grad_sample.utils import wrap_model
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
     torch.manual_seed(0)
     dataset = case.make_dataset()
-    module = case.make_network()
-    module.train()
+    module = case.make_network().to(DEVICE)
+    for layer in module.modules():
+        if hasattr(layer, "expand_positions"):
+            layer.expand_positions = True
     options: dict[str, Any] = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": case.batch_size}
-    if mode == "ghost":
-        wrapped = wrap_model(module, grad_sample_mode="ghost", max_grad_norm=1.0)
-    else:
-        wrapped = wrap_model(module, grad_sample_mode=mode)
+    ghost = mode == "ghost"
+    wrapped = wrap_model(module, grad_sample_mode=mode, **({"max_grad_norm": 1.0} if ghost else {}))
     plain = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
-    optimizer: Any = (
-        DPOptimizerFastGradientClipping(plain, **options) if mode == "ghost" else DPOptimizer(plain, **options)
-    )
+    optimizer: Any = (DPOptimizerFastGradientClipping if ghost else DPOptimizer)(plain, **options)
     criterion: Any = nn.CrossEntropyLoss()
-    if mode == "ghost":
+    if ghost:
         criterion = DPLossFastGradientClipping(wrapped, optimizer, criterion)
-    assert isinstance(wrapped, GradSampleModule)
-    began = []
-    for step in range(warmup + steps + 1):
+    half = torch.autocast(DEVICE.type, torch.bfloat16) if case.precision == "bf16-mixed" else contextlib.nullcontext()
+    forget_peak()
+    for _ in range(steps):
+        clock.tick()
         chosen = torch.randint(len(dataset), (case.batch_size,))
-        inputs, labels = (tensor[chosen] for tensor in dataset.tensors)
-        began.append(time.perf_counter())
+        inputs, labels = (tensor[chosen].to(DEVICE) for tensor in dataset.tensors)
         optimizer.zero_grad()
-        criterion(wrapped(inputs), labels).backward()
+        with half:
+            loss = criterion(wrapped(inputs), labels)
+        loss.backward()
         optimizer.step()
-        assert step >= 0
-    return (began[-1] - began[warmup]) / steps
 
 
-def seconds(case: Case, mode: str, steps: int, warmup: int, precision: str = "32-true") -> float:
-    """Seconds a step in one mode."""
+def run(case: Case, mode: str, steps: int, warmup: int = WARMUP) -> Clock:
+    """Warm-up, so many steps and one more, whose beginning ends the last."""
     gc.collect()
-    if mode in OPACUS:
-        return opacus_steps(case, mode, steps, warmup)
-    return lightning_steps(case, mode, steps, warmup, precision)
+    clock = Clock()
+    (opacus_steps if mode in OPACUS else lightning_steps)(case, mode, clock, warmup + steps + 1)
+    return clock
 
 
 def resident(field: str) -> int:
@@ -150,68 +167,86 @@ def resident(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    raise RuntimeError(f"Expected {field} in /proc/self/status, got none. Memory is measured on Linux only.")
+
+
+def forget_peak() -> None:
+    """Begins a new peak."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Highest memory since the peak was forgotten."""
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident("VmHWM")
 
 
 def measure_memory(case: Case, mode: str) -> int:
     """Peak bytes of a few steps, less what was resident before."""
     same_size_batches()
+    small = Case("small", 2, lambda: nn.Linear(2, 2), lambda size: torch.randn(size, 2), 2, 0.0, 0.0)
+    run(small, mode, 1)  # loads every library that the mode needs
     gc.collect()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    seconds(case, mode, 4, 1)
-    return resident("VmHWM") - before
+    if DEVICE.type == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)
+    before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else resident("VmRSS")
+    return run(case, mode, 4, 1).peak - before
 
 
-def memory_in_own_process(case: Case, mode: str) -> int | None:
-    """The same in a fresh process; None if the mode does not run."""
+def memory_in_own_process(case: Case, mode: str) -> int:
+    """The same in a fresh process; the median of three."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__)), "--memory", case.name, mode]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+    peaks = []
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]))
+    return statistics.median_low(peaks)
 
 
-def run_case(case: Case, modes: list[str], pairs: int, target_seconds: float, with_memory: bool) -> dict[str, Any]:
-    """All modes of a case against the step without privacy, pair by pair."""
-    base = seconds(case, "plain", 3, 2)
-    steps = max(3, min(60, round(target_seconds / base)))
-    ratios: dict[str, list[float]] = {mode: [] for mode in modes}
-    plain: list[float] = []
-    failed: dict[str, str] = {}
-    for _ in range(pairs):
-        for mode in modes:
-            if mode in failed:
-                continue
-            first = seconds(case, "plain", steps, 3)
-            try:
-                second = seconds(case, mode, steps, 3)
-            except Exception as error:  # a peer that cannot run a model is a result
-                failed[mode] = f"{type(error).__name__}: {str(error)[:120]}"
-                continue
-            plain.append(first)
-            ratios[mode].append(second / first)
-    result: dict[str, Any] = {
-        "plain_ms": 1e3 * statistics.median(plain),
-        "steps": steps,
-        "failed": failed,
-        "time": {},
-        "memory": {},
-    }
-    for mode, values in ratios.items():
-        if values:
-            result["time"][mode] = {
-                "median": statistics.median(values),
-                "min": min(values),
-                "max": max(values),
-                "pairs": len(values),
-            }
-    if with_memory:
-        base_bytes = memory_in_own_process(case, "plain")
-        result["plain_bytes"] = base_bytes
-        for mode in modes:
-            peak = memory_in_own_process(case, mode)
-            if peak and base_bytes:
-                result["memory"][mode] = peak / base_bytes
-    return result
+def trial(case: Case, mode: str, target_seconds: float) -> tuple[int, int]:
+    """Steps and warm-up of one side of a pair, from a first run that also shows whether the mode works at all."""
+    clock = run(case, mode, 2, 1)
+    steps = round(target_seconds / clock.seconds_a_step(1))
+    return (max(3, min(60, steps)), WARMUP) if steps >= 3 else (2, 1)
+
+
+def time_modes(case: Case, modes: list[str], pairs: int, target_seconds: float) -> dict[str, Any]:
+    """Every mode against the step without privacy, pair by pair; what goes first changes from pair to pair."""
+    run(case, "plain", 2)
+    sizes, failed = {"plain": trial(case, "plain", target_seconds)}, {}
+    for mode in modes:
+        try:
+            sizes[mode] = trial(case, mode, target_seconds)
+        except Exception as error:  # a peer that cannot run a model is a result
+            failed[mode] = f"{type(error).__name__}: {str(error)[:120]}"
+    seconds: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes if mode not in failed}
+    for number in range(pairs):
+        for mode, measured in seconds.items():
+            both = {}
+            for side in ("plain", mode) if number % 2 == 0 else (mode, "plain"):
+                steps, warmup = sizes[side]
+                both[side] = run(case, side, steps, warmup).seconds_a_step(warmup)
+            measured.append((both["plain"], both[mode]))
+    found: dict[str, Any] = {}
+    for mode, measured in seconds.items():
+        ratios = [private / plain for plain, private in measured]
+        found[mode] = {
+            "median": statistics.median(ratios),
+            "min": min(ratios),
+            "max": max(ratios),
+            "pairs": pairs,
+            "plain_ms": 1e3 * statistics.median(plain for plain, _ in measured),
+        }
+    return {"time": found, "failed": failed}
+
+
+def memory_of_modes(case: Case, modes: list[str]) -> dict[str, Any]:
+    """Peak memory of every mode that runs, in bytes and against the step without privacy."""
+    plain = memory_in_own_process(case, "plain")
+    peaks = {mode: memory_in_own_process(case, mode) for mode in modes}
+    return {mode: {"bytes": peak, "ratio": peak / plain, "plain_bytes": plain} for mode, peak in peaks.items()}
 
 
 def environment() -> dict[str, str]:
@@ -219,25 +254,39 @@ def environment() -> dict[str, str]:
     import lightning
     import opacus
 
+    processor = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":")[1].strip() if names else processor
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "opacus": opacus.__version__,
-        "processor": platform.machine(),
+        "processor": processor,
         "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
     }
+
+
+def merge(results: dict[str, Any], name: str, found: dict[str, dict[str, Any]]) -> None:
+    """Puts the figures of one case where those of the same modes were."""
+    held = results["cases"].setdefault(name, {"time": {}, "memory": {}, "failed": {}})
+    for mode in {**found.get("time", {}), **found.get("failed", {})}:
+        held["failed"].pop(mode, None)
+    for kind, figures in found.items():
+        held[kind].update(figures)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--modes", nargs="+", default=list(MODES[1:]), choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=list(MODES[1:]), choices=MODES[1:])
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of stepping on each side of a pair, about")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "step_cost.json")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -249,16 +298,26 @@ def main() -> None:
         print(measure_memory(CASES[options.memory[0]], options.memory[1]))
         return
     same_size_batches()
-    results: dict[str, Any] = {"environment": environment(), "cases": {}}
+    results: dict[str, Any] = {"environment": {}, "cases": {}}
     if options.out.exists():
-        results["cases"] = json.loads(options.out.read_text())["cases"]
+        results = json.loads(options.out.read_text())
+    results["environment"] = environment()
     for name in options.cases:
-        result = run_case(CASES[name], options.modes, options.pairs, options.seconds, not options.no_memory)
-        results["cases"][name] = result
+        case = CASES[name]
+        if case.needs_gpu and DEVICE.type != "cuda":
+            print(f"{name}: left out, it needs a GPU")
+            continue
+        found = {} if options.no_time else time_modes(case, options.modes, options.pairs, options.seconds)
+        if not options.no_memory:
+            modes = [mode for mode in options.modes if mode not in found.get("failed", {})]
+            found["memory"] = memory_of_modes(case, modes)
+        merge(results, name, found)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
-        row = ", ".join(f"{mode} {figures['median']:.2f}" for mode, figures in result["time"].items())
-        memory = ", ".join(f"{mode} {ratio:.2f}" for mode, ratio in result["memory"].items())
-        print(f"{name}: {result['plain_ms']:.1f} ms; time {row}; memory {memory}; {result['failed'] or ''}", flush=True)
+        times = ", ".join(f"{mode} {figures['median']:.2f}" for mode, figures in found.get("time", {}).items())
+        memory = ", ".join(f"{mode} {figures['ratio']:.2f}" for mode, figures in found.get("memory", {}).items())
+        print(f"{name}: time {times or '-'}; memory {memory or '-'}; {found.get('failed') or ''}", flush=True)
+    if options.out == HERE / "step_cost.json":
+        write_section("step_cost", step_section(results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""The table of the step-cost benchmark, from its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cases import CASES, Case
+
+OPACUS = ("hooks", "functorch", "ew", "ghost")
+SPEEDUP_GOAL = 1.5
+"""How many times faster than the best Opacus mode a step should be."""
+SPARSE_GOAL = 1.15
+"""How much slower than the dense step a step at sparsification rate 0.9 may be."""
+
+
+def step_section(results: dict[str, Any]) -> str:
+    """Time, memory and peers of every case that was measured, with goals."""
+    named = results["environment"]
+    lines = [
+        f"Measured on {named['device']} ({named['processor']}), {named['threads']} threads: "
+        + ", ".join(f"{name} {named[name]}" for name in ("python", "torch", "lightning", "opacus"))
+        + ". Medians of pairs, against the same step without privacy; a goal in brackets, with a cross where it is missed.",
+        "",
+        "| case | plain, ms | time | time, lean | memory | memory, lean | sparse to dense | best Opacus to ours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    measured = {name: held for name, held in results["cases"].items() if name in CASES}
+    lines += [_row(CASES[name], held) for name, held in measured.items()]
+    lines += ["", "All modes, time (and memory):", "", *_modes(measured)]
+    failed = [(name, mode, why) for name, held in measured.items() for mode, why in held["failed"].items()]
+    lines += [f"- {name}, {mode}: does not run ({why})" for name, mode, why in failed]
+    return "\n".join(lines)
+
+
+def time_of(held: dict[str, Any], mode: str) -> float | None:
+    """Median ratio to the step without privacy."""
+    figures = held["time"].get(mode)
+    return None if figures is None else float(figures["median"])
+
+
+def memory_of(held: dict[str, Any], mode: str) -> float | None:
+    """Peak memory to that of the step without privacy."""
+    figures = held["memory"].get(mode)
+    return None if figures is None else float(figures["ratio"])
+
+
+def best_peer(held: dict[str, Any]) -> tuple[str, float] | None:
+    """Fastest mode of Opacus, and its ratio."""
+    ratios = [(time_of(held, mode), mode) for mode in OPACUS]
+    known = [(ratio, mode) for ratio, mode in ratios if ratio is not None]
+    return None if not known else (min(known)[1], min(known)[0])
+
+
+def _row(case: Case, held: dict[str, Any]) -> str:
+    lean_time, lean_memory = case.lean_goals or (None, None)
+    ours, sparse, peer = time_of(held, "ours"), time_of(held, "sparse"), best_peer(held)
+    plain = held["time"]["ours"]["plain_ms"] if ours is not None else 0.0
+    cells = [
+        case.name,
+        f"{plain:.1f}" if plain else "-",
+        _judged(ours, case.time_goal),
+        _judged(time_of(held, "lean"), lean_time),
+        _judged(memory_of(held, "ours"), case.memory_goal),
+        _judged(memory_of(held, "lean"), lean_memory),
+        _judged(sparse / ours if sparse and ours else None, SPARSE_GOAL),
+        f"{_judged(peer[1] / ours, SPEEDUP_GOAL, at_least=True)} ({peer[0]})" if peer and ours else "-",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _judged(value: float | None, goal: float | None, *, at_least: bool = False) -> str:
+    if value is None:
+        return "-"
+    if goal is None:
+        return f"{value:.2f}"
+    met = value >= goal if at_least else value <= goal
+    return f"{value:.2f} {'✓' if met else '✗'} [{'≥' if at_least else '≤'} {goal:g}]"
+
+
+def _modes(measured: dict[str, Any]) -> list[str]:
+    modes = ("ours", "sparse", "lean", "materialize", *OPACUS)
+    lines = ["| case | " + " | ".join(modes) + " |", "|---" * (len(modes) + 1) + "|"]
+    for name, held in measured.items():
+        cells = []
+        for mode in modes:
+            time, memory = time_of(held, mode), memory_of(held, mode)
+            cells.append("-" if time is None else f"{time:.2f}" + ("" if memory is None else f" ({memory:.2f})"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
