@@ -26,6 +26,7 @@ from lightning_dp.strategies import planning, trainer_checks
 from lightning_dp.strategies.saving import SavedRun
 from lightning_dp.strategies.settings import Settings
 from lightning_dp.strategies.sums import ClippedSum
+from lightning_dp.thresholds import Threshold
 
 
 class PrivateRun(SavedRun):
@@ -148,6 +149,7 @@ class PrivateRun(SavedRun):
         self._deferring = False
         self._part = 0
         self._scale = 0.0
+        self._threshold = Threshold()
         self._batch_precision = 0.0
         self._unfinished: set[int] = set()
         self._collected: set[int] = set()

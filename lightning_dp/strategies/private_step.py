@@ -25,7 +25,7 @@ from lightning_dp.sampling import LogicalBatch, private_dataloader
 from lightning_dp.strategies import first_batch, trainer_checks
 from lightning_dp.strategies.private_run import PrivateRun
 from lightning_dp.strategies.sums import ClippedSum
-from lightning_dp.thresholds import NoisyRelease
+from lightning_dp.thresholds import NoisyRelease, Threshold
 
 
 class PrivateStep(PrivateRun):
@@ -111,7 +111,7 @@ class PrivateStep(PrivateRun):
         if scale == 0.0:  # a stand-in for an empty batch: it must not even count
             engine.discard(sums.names)
             return
-        threshold, diagnostics = self.mechanisms.threshold, self.mechanisms.diagnostics
+        threshold, diagnostics = self._threshold, self.mechanisms.diagnostics
         needs_norms = threshold.num_statistics > 0 or diagnostics is not None
         if needs_norms or not sums.clipping.needs_gradients:
             norms = engine.squared_norms(sums.groups, sums.mask).sqrt() * scale
@@ -201,7 +201,7 @@ class PrivateStep(PrivateRun):
         if self.mechanisms.diagnostics is not None:
             self.mechanisms.diagnostics.summarise(gradient, sigma * plan.relation_factor * sums.sensitivity)
             self.mechanisms.diagnostics.reset()
-        gradient_sigma, statistics_std = self.mechanisms.threshold.share_noise(sigma, plan.expected_batch_size)
+        gradient_sigma, statistics_std = self._threshold.share_noise(sigma, plan.expected_batch_size)
         noise_std = gradient_sigma * plan.relation_factor * sums.sensitivity
         self._record(sigma)
         self._noise.add_(gradient, noise_std * share)
@@ -211,7 +211,7 @@ class PrivateStep(PrivateRun):
 
     def _learn(self, sums: ClippedSum, gradient: Tensor, statistics: Tensor, noise_std: float) -> float:
         """Shows the release to a bound that learns from it; returns what the gradient is multiplied by."""
-        threshold = self.mechanisms.threshold
+        threshold = self._threshold
         if not (threshold.learns or threshold.num_statistics):
             return 1.0
         released = tuple(statistics.tolist())
@@ -280,9 +280,10 @@ class PrivateStep(PrivateRun):
     def _settle(self) -> None:
         """Bounds and masks of this logical step, from public state: they hold until the next one begins."""
         mechanisms, step, plain = self.mechanisms, self._step, not self.plan.is_private(self._step)
+        self._threshold = Threshold() if plain else mechanisms.threshold
         for sums in self._sums.values():
-            rule = NoClipping() if plain else mechanisms.threshold.clipping(sums.base, step, len(sums.groups))
-            sums.clipping = rule
+            base = NoClipping() if plain else sums.base
+            sums.clipping = self._threshold.clipping(base, step, len(sums.groups))
         version = tuple(mask.version(step) for mask in mechanisms.masks.values())
         if all(sums.mask_version == version for sums in self._sums.values()):
             return

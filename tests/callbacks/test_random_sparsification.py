@@ -129,12 +129,12 @@ def test_noise_on_live_coordinates_has_its_full_scale(tmp_path: Path) -> None:
 
 def test_resumed_run_has_the_masks_of_the_whole_run(tmp_path: Path) -> None:
     def run(**options: Any) -> list[Tensor]:
-        saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
         callback = RandomSparsification(0.9, refresh=2, seed=3)
-        steps, *_ = fit(tmp_path, callback, more=[saving], max_epochs=4, enable_checkpointing=True, **options)
+        steps, *_ = fit(tmp_path, callback, max_epochs=4, **options)
         return [flat(gradients) != 0 for gradients in steps.before_step]
 
-    whole = run()
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    whole = run(more=[saving], enable_checkpointing=True)
     resumed = run(ckpt_path=tmp_path / "step=9.ckpt")
     assert len(resumed) == 7
     assert all(torch.equal(one, other) for one, other in zip(resumed, whole[9:], strict=True))
