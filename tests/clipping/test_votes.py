@@ -50,6 +50,21 @@ def test_an_awkward_row_leaves_the_others_as_they_are() -> None:
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("top_k", [1, 8, 9, 30, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_and_many_votes_stand_where_sorting_says(top_k: int, dtype: torch.dtype) -> None:
+    """Few are found by torch, many by numpy; a row that is not finite casts none either way."""
+    gradients = torch.randn(6, 64, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    gradients[2, 5], gradients[4, 0] = math.nan, -math.inf
+    votes = top_k_votes(gradients, top_k)
+    assert votes.dtype == dtype
+    for row, (gradient, vote) in enumerate(zip(gradients, votes, strict=True)):
+        places = gradient.abs().argsort(descending=True)[:top_k] if row not in (2, 4) else []
+        expected = torch.zeros_like(gradient)
+        expected[places] = gradient[places].sign()
+        assert torch.equal(vote, expected)
+
+
 def test_votes_stand_on_the_largest_coordinates_with_their_signs() -> None:
     gradients = torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
     for gradient, vote in zip(gradients, top_k_votes(gradients, 4), strict=True):
