@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,15 @@ from lightning_dp.clipping import Clipping
 class ClippedSum:
     """One flat buffer with a view a parameter: noise, scaling and the all-reduce are one call each.
 
+    The buffer of a step becomes that step's gradients once it is noised; the next step gets a fresh one, so that no
+    more memory is held than without privacy.
+
     Behind the P coordinates of the gradient lie S statistics. Under a mask only live coordinates and statistics are
     handed out by ``payload``: what is masked is never noised, never sent and zero in every gradient.
 
-    **Guarantee**: ``flat`` holds private, un-noised sums until ``lightning_dp.noise`` has been added; it never aliases a
-    ``p.grad``, so neither a user's hook nor ``zero_grad`` can reach it.
+    **Guarantee**: ``flat`` holds private, un-noised sums until ``lightning_dp.noise`` has been added; no ``p.grad``
+    aliases it before, and it is never written again after it was handed out, so a gradient that a user kept never shows
+    a later sum, and neither a hook nor ``zero_grad`` can reach one.
 
     Args:
         parameters: qualified name -> parameter, all on one device.
@@ -34,19 +39,41 @@ class ClippedSum:
         self._sizes = [parameter.numel() for parameter in self.parameters.values()]
         self.num_coordinates = sum(self._sizes)
         dtype = torch.float64 if double else torch.float32
-        self.flat = torch.zeros(self.num_coordinates + num_statistics, dtype=dtype, device=first.device)
-        self.gradient, self.statistics = torch.split(self.flat, [self.num_coordinates, num_statistics])
-        self.views = self.views_of(self.gradient)
+        self.num_statistics = num_statistics
+        self._new = partial(torch.zeros, self.num_coordinates + num_statistics, dtype=dtype, device=first.device)
+        self._device = first.device
+        self._dtype = dtype
+        self._flat: Tensor | None = None
         self.used = False  # set it before anything is added
         self.base = clipping.for_coordinates(self.num_coordinates)
         self.clipping = self.base
         self.mask_version: tuple[Hashable, ...] = ()
         self.mask: dict[str, Tensor] | None = None
         self.live: Tensor | None = None
-        self._packed = self.flat
+        self._packed: Tensor | None = None
         self._places: Tensor | None = None
-        self._released = torch.zeros_like(self.gradient)
-        self._gradients = self.views_of(self._released)
+
+    @property
+    def flat(self) -> Tensor:
+        """The buffer of this step, shape (P + S,); zeros where nothing was added yet."""
+        if self._flat is None:
+            self._flat = self._new()
+        return self._flat
+
+    @property
+    def gradient(self) -> Tensor:
+        """The first P numbers of the buffer."""
+        return self.flat[: self.num_coordinates]
+
+    @property
+    def statistics(self) -> Tensor:
+        """The last S numbers of the buffer."""
+        return self.flat[self.num_coordinates :]
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """A view a parameter on the buffer."""
+        return self.views_of(self.gradient)
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns a view a parameter on a buffer of shape (P,)."""
@@ -58,7 +85,7 @@ class ClippedSum:
         return (
             len(parameters) == len(self.parameters)
             and all(self.parameters.get(name) is parameter for name, parameter in parameters.items())
-            and next(iter(parameters.values())).device == self.flat.device
+            and next(iter(parameters.values())).device == self._device
         )
 
     def set_masks(self, masks: Sequence[Mapping[str, Tensor]], version: tuple[Hashable, ...]) -> None:
@@ -69,19 +96,17 @@ class ClippedSum:
             version: of these masks.
         """
         self.mask_version = version
-        self._released.zero_()
-        whole = torch.ones_like(self.flat, dtype=torch.bool)
+        whole = torch.ones(self.num_coordinates + self.num_statistics, dtype=torch.bool, device=self._device)
         views = self.views_of(whole[: self.num_coordinates])
         for mask in masks:
             for name in mask.keys() & views.keys():
                 views[name].logical_and_(mask[name].to(whole.device))
         if bool(whole.all()):
-            self.mask = self.live = self._places = None
-            self._packed = self.flat
+            self.mask = self.live = self._places = self._packed = None
             return
         self.mask, self.live = views, whole[: self.num_coordinates]
         self._places = whole.nonzero().squeeze(1)
-        self._packed = self.flat.new_empty(len(self._places))
+        self._packed = torch.empty(len(self._places), dtype=self._dtype, device=self._device)
 
     @property
     def sensitivity(self) -> float:
@@ -91,22 +116,23 @@ class ClippedSum:
     @property
     def num_live(self) -> int:
         """Coordinates of the gradient that carry signal and noise."""
-        return self._packed.numel() - self.statistics.numel()
+        held = self.num_coordinates + self.num_statistics if self._places is None else self._places.numel()
+        return held - self.num_statistics
 
     @property
     def payload_bytes(self) -> int:
         """Size of what one rank hands to the all-reduce of a logical step."""
-        return self._packed.numel() * self._packed.element_size()
+        return (self.num_live + self.num_statistics) * self._dtype.itemsize
 
     def add(self, contribution: Tensor) -> None:
         """Adds the sum of what the samples of a microbatch contribute: shape (P,)."""
-        self.gradient += contribution
+        self.gradient.add_(contribution)
 
     def reset(self) -> None:
         """Forgets whatever has been added; costs nothing where nothing has."""
-        if self.used:
-            self.flat.zero_()
-            self.used = False
+        if self.used and self._flat is not None:
+            self._flat.zero_()
+        self.used = False
 
     def drop_grads(self) -> None:
         """Frees the last step's gradients, as the optimizer's ``zero_grad`` would."""
@@ -115,29 +141,31 @@ class ClippedSum:
 
     def payload(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns what is released, in one buffer: all of it, the live coordinates, and the statistics (two views)."""
-        if self._places is not None:
-            torch.index_select(self.flat, 0, self._places, out=self._packed)
-        gradient, statistics = torch.split(self._packed, [self.num_live, self.statistics.numel()])
-        return self._packed, gradient, statistics
+        if self._places is None:
+            packed = self.flat
+        else:
+            assert self._packed is not None
+            packed = torch.index_select(self.flat, 0, self._places, out=self._packed)
+        gradient, statistics = torch.split(packed, [self.num_live, self.num_statistics])
+        return packed, gradient, statistics
 
     def write_grads(self, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
-        """``p.grad = finish(noisy) rescale``, 0 where masked; the buffer is empty afterwards. Call it on noised sums only.
+        """``p.grad = finish(noisy) rescale``, 0 where masked. Call it on noised sums only.
 
-        The gradients are views of one buffer, written anew at every step: clone what must outlive the step.
+        The gradients are views of the buffer, which is theirs from here on.
 
         Args:
             noisy: the live coordinates of the payload.
             expected_batch_size: what the mean is taken over.
             rescale: a further factor.
         """
-        if self._places is None:
-            self.clipping.finish(noisy, expected_batch_size, out=self._released)
-        else:
-            self.clipping.finish(noisy, expected_batch_size, out=noisy)
-            self._released.index_copy_(0, self._places[: self.num_live], noisy)
+        self.clipping.finish(noisy, expected_batch_size, out=noisy)
         if rescale != 1.0:
-            self._released.mul_(rescale)
-        for name, gradient in self._gradients.items():
+            noisy.mul_(rescale)
+        if self._places is not None:
+            self.flat.zero_()  # what is masked was summed up without noise
+            self.flat.index_copy_(0, self._places[: self.num_live], noisy)
+        for name, gradient in self.views.items():
             parameter = self.parameters[name]
             parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None
-        self.reset()
+        self._flat, self.used = None, False

@@ -1,0 +1,68 @@
+"""The buffer of sums: what a kept gradient may show, and how much memory it holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_dp.clipping import FlatClipping
+from lightning_dp.strategies.sums import ClippedSum
+
+
+def make_sums(num_statistics: int = 0) -> ClippedSum:
+    layer = nn.Linear(3, 2)
+    return ClippedSum(dict(layer.named_parameters()), FlatClipping(1.0), num_statistics)
+
+
+def release(sums: ClippedSum, value: float) -> None:
+    sums.used = True
+    sums.add(torch.full((sums.num_coordinates,), value))
+    _, gradient, _ = sums.payload()
+    sums.write_grads(gradient, expected_batch_size=2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_kept_gradient_never_shows_a_later_sum(masked: bool) -> None:
+    sums = make_sums()
+    if masked:
+        sums.set_masks([{"weight": torch.eye(2, 3, dtype=torch.bool)}], (1,))
+    release(sums, 4.0)
+    kept = {name: parameter.grad for name, parameter in sums.parameters.items()}
+    before = {name: grad.clone() for name, grad in kept.items() if grad is not None}
+    sums.used = True
+    sums.add(torch.full((sums.num_coordinates,), 100.0))
+    assert all(torch.equal(kept[name], grad) for name, grad in before.items())
+    sums.reset()
+    assert all(torch.equal(kept[name], grad) for name, grad in before.items())
+    release(sums, 8.0)
+    assert all(torch.equal(kept[name], grad) for name, grad in before.items())
+    assert torch.equal(sums.parameters["bias"].grad, torch.full((2,), 4.0))
+
+
+def test_what_is_masked_is_zero_in_every_gradient() -> None:
+    sums, live = make_sums(num_statistics=1), torch.eye(2, 3, dtype=torch.bool)
+    sums.set_masks([{"weight": live}], (1,))
+    for value in (2.0, 6.0):
+        release(sums, value)
+        assert torch.equal(sums.parameters["weight"].grad, live * value / 2)
+    assert sums.num_live == 4
+    assert sums.payload_bytes == 4 * (4 + 1)
+
+
+def test_no_buffer_is_held_beside_the_gradients() -> None:
+    sums = make_sums()
+    release(sums, 1.0)
+    storages = {parameter.grad.untyped_storage().data_ptr() for parameter in sums.parameters.values()}
+    held = [value for value in vars(sums).values() if isinstance(value, torch.Tensor)]
+    assert len(storages) == 1
+    assert not held
+
+
+def test_a_reset_forgets_what_was_added() -> None:
+    sums = make_sums()
+    sums.used = True
+    sums.add(torch.ones(sums.num_coordinates))
+    sums.reset()
+    assert not sums.flat.any()
+    assert not sums.used
