@@ -23,6 +23,7 @@ from lightning_dp.per_sample import make_engine
 from lightning_dp.plan import DPPlan
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
 from lightning_dp.strategies import planning, trainer_checks
+from lightning_dp.strategies.logs import TrainingLogs
 from lightning_dp.strategies.saving import SavedRun
 from lightning_dp.strategies.settings import Settings
 from lightning_dp.strategies.sums import ClippedSum
@@ -66,6 +67,9 @@ class PrivateRun(SavedRun):
         loss_reduction: "mean" or "sum": how a scalar loss combines the samples. A loss of shape (B,) needs neither.
         public_optimizers: positions, in what ``configure_optimizers`` returns, of optimizers whose parameters never receive a
             gradient from the data (a GAN's generator). Checked at the first batch.
+        strict_logging: drop what hooks of the training loop log (``self.log``, ``self.log_dict``, and ``log_metrics`` of a
+            logger within ``training_step``) unless it is named ``nonprivate/...``; validation logs and epsilon stay. What was
+            logged without noise is named in ``privacy_statement()`` either way.
         **strategy_options: what the Lightning strategy takes.
 
     Raises:
@@ -99,6 +103,7 @@ class PrivateRun(SavedRun):
         seed: int | None = None,
         loss_reduction: str = "mean",
         public_optimizers: Sequence[int] = (),
+        strict_logging: bool = False,
         **strategy_options: Any,
     ) -> None:
         self.settings = Settings(
@@ -119,12 +124,14 @@ class PrivateRun(SavedRun):
             seed=seed,
             loss_reduction=loss_reduction,
             public_optimizers=tuple(public_optimizers),
+            strict_logging=strict_logging,
         )
         super().__init__(**strategy_options)
         self.ledger = Ledger(neighboring_relation)
         self.accountant = make_accountant(accountant)
         self.mechanisms = Mechanisms()
         self.nonprivate_logs: set[str] = set()
+        self._logs: TrainingLogs | None = None
         self.budget: Callable[[PrivateRun], int] | None = None
         self.last_allowed_step: int | None = None
         self._step = 0
@@ -264,6 +271,7 @@ class PrivateRun(SavedRun):
             self._clipping, target_epsilon=self.settings.target_epsilon, num_private_optimizers=len(self._sums)
         )
         self._watch_hooks()
+        self._logs = TrainingLogs(trainer, self.nonprivate_logs, strict=self.settings.strict_logging)
 
     @override
     def teardown(self) -> None:
@@ -277,6 +285,9 @@ class PrivateRun(SavedRun):
                 optimizer.__dict__.pop("zero_grad", None)
         if self.lightning_module is not None:
             self.lightning_module.__dict__.pop("_on_before_batch_transfer", None)
+        if self._logs is not None:
+            self._logs.detach()
+            self._logs = None
         self._sums = {}
         self._stand_in = self._on_device = self._batch = None
         self.budget = self.last_allowed_step = None

@@ -345,7 +345,8 @@ class PrivateStep(PrivateRun):
             self._run_forward(batch, count, rest, kwargs)
 
     def _call_training_step(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return super().training_step(batch, *rest, **kwargs)
+        with self._logs.in_training_step() if self._logs is not None else ExitStack():
+            return super().training_step(batch, *rest, **kwargs)
 
     def _to_device(self, batch: Any) -> Any:
         """What Lightning's loop does to a batch before the step, for one microbatch."""

@@ -32,6 +32,7 @@ class Settings:
     seed: int | None
     loss_reduction: str
     public_optimizers: tuple[int, ...]
+    strict_logging: bool
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant."""
@@ -57,7 +58,7 @@ class Settings:
         check.check_choice("neighboring_relation", self.neighboring_relation, RELATIONS)
         check.check_choice("memory", self.memory, ("fast", "lean"))
         check.check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
-        for name in ("check_per_sample", "allow_public_checkpoint", "secure_rng"):
+        for name in ("check_per_sample", "allow_public_checkpoint", "secure_rng", "strict_logging"):
             check.check_flag(name, getattr(self, name))
         for index in self.public_optimizers:
             if isinstance(index, bool) or not isinstance(index, int) or index < 0:

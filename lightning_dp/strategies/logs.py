@@ -1,0 +1,86 @@
+"""What is logged while training: listed in the privacy statement, and dropped under ``strict_logging``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+
+from lightning_dp.metrics import Epsilon
+
+#: Begins the names under which this package logs functions of public settings, and audits.
+PUBLIC = ("privacy/", "audit/", "communication/")
+NON_PRIVATE = "nonprivate/"
+
+
+class TrainingLogs:
+    """Stands between the hooks of the training loop and everything that shows what they log.
+
+    Under way from ``self.log`` and ``self.log_dict``, in any hook of a module or a callback that runs while training, a
+    figure passes one collection, out of which Lightning fills loggers, progress bar and ``callback_metrics``; this object
+    watches that collection. Calls of ``logger.log_metrics`` are watched within ``training_step``.
+
+    **Guarantee**: with ``strict=True`` no such figure gets further, unless its name begins with ``nonprivate/``. Left alone:
+    validation and test figures, the ``Epsilon`` metric, and what this package logs by itself: ``epsilon`` and names under
+    ``privacy/``, ``audit/`` and ``communication/``. NOT seen: ``print``, files, ``logger.experiment``, and values that user
+    code keeps in its own objects.
+
+    Args:
+        trainer: the Trainer that fits.
+        found: receives the names of what is logged without noise.
+        strict: whether to drop it.
+    """
+
+    def __init__(self, trainer: pl.Trainer, found: set[str], *, strict: bool) -> None:
+        self.found, self.strict = found, strict
+        self.dropped: set[str] = set()
+        self._in_step = False
+        self._results: Any = trainer.fit_loop.epoch_loop._results
+        self._loggers = list(trainer.loggers)
+        self._results.__dict__["log"] = self._watched_log(type(self._results).log.__get__(self._results))
+        for logger in self._loggers:
+            logger.__dict__["log_metrics"] = self._watched_metrics(type(logger).log_metrics.__get__(logger))
+
+    def detach(self) -> None:
+        """Leaves the Trainer and its loggers as they were."""
+        for watched, name in ((self._results, "log"), *((logger, "log_metrics") for logger in self._loggers)):
+            watched.__dict__.pop(name, None)
+
+    @contextmanager
+    def in_training_step(self) -> Iterator[None]:
+        """The user's ``training_step`` runs inside: what it hands to a logger itself is seen, too."""
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+
+    def _passes(self, name: str, value: Any) -> bool:
+        if name == "epsilon" or name.startswith(PUBLIC) or isinstance(value, Epsilon):
+            return True
+        if not self.strict or name.startswith(NON_PRIVATE):
+            self.found.add(name)
+            return True
+        if name not in self.dropped:
+            rank_zero_info(f"strict_logging=True: {name!r} is a figure of the training data and is not logged.")
+        self.dropped.add(name)
+        return False
+
+    def _watched_log(self, log: Callable[..., None]) -> Callable[..., None]:
+        def watched(fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            if self._passes(name, value):
+                log(fx, name, value, *args, **kwargs)
+
+        return watched
+
+    def _watched_metrics(self, log_metrics: Callable[..., None]) -> Callable[..., None]:
+        def watched(metrics: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+            if self._in_step:
+                metrics = {name: value for name, value in metrics.items() if self._passes(name, value)}
+            if metrics:
+                log_metrics(metrics, *args, **kwargs)
+
+        return watched
