@@ -17,8 +17,8 @@ Every mechanism is public or is paid for; what each does to the release of a log
 
 Masks combine by "and". A mask and a bound are settled before the first sample of a logical batch and hold until it is
 released: microbatches and accumulated batches all see the same. Two rules for one thing (two bounds, two schedules of
-the noise) cannot be combined, nor can a bound that is learned with several private optimizers, nor any with a clipping
-that has no bound.
+the noise) cannot be combined, nor can a bound that is learned, or diagnostics, with several private optimizers, nor any
+bound with a clipping that has none. A plain step knows neither bound nor noise, so no bound learns from it.
 """
 
 from __future__ import annotations
@@ -111,6 +111,11 @@ class Mechanisms:
             raise ValueError(
                 f"Expected private steps only with target_epsilon={target_epsilon:g}, got {what}. Epsilon is infinite, so there is "
                 "nothing to calibrate to: pass noise_multiplier."
+            )
+        if self.diagnostics is not None and num_private_optimizers > 1:
+            raise ValueError(
+                f"Expected one private optimizer with GradientDiagnostics, got {num_private_optimizers}. Its figures speak of one "
+                "sum of gradients: leave the callback out, or use one optimizer."
             )
         rule = type(self.threshold).__name__
         if type(self.threshold) is Threshold:

@@ -77,6 +77,9 @@ class Threshold:
     def observe(self, release: NoisyRelease) -> None:
         """Learn from a release: post-processing."""
 
+    def reset(self) -> None:
+        """Forget what other runs have released: their ledgers are not this one's."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs: public values."""
         return {}
@@ -137,6 +140,10 @@ class _LearnedThreshold(Threshold):
 
     def _move(self, value: float) -> None:
         self.value = min(max(value, self._limits[0]), self._limits[1])
+
+    @override
+    def reset(self) -> None:
+        self.value = None
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -19,8 +19,10 @@ class _ThresholdCallback(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Hands the rule to the strategy."""
+        """Called when a stage begins. Hands the rule to the strategy; a new run begins with the strategy's bound."""
         if stage == "fit":
+            if trainer.global_step == 0:
+                self.threshold.reset()  # a checkpoint, if there is one, is read after this
             mechanisms = private_strategy(trainer, self).mechanisms
             mechanisms.claim("the clipping bound", self)
             mechanisms.threshold = self.threshold

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_dp import schedules
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
 from lightning_dp.composition import Mechanisms, RunLength
 from lightning_dp.errors import PrivacyError
@@ -135,9 +136,18 @@ def build_plan(
         accountant=settings.accountant,
         neighboring_relation=settings.neighboring_relation,
     )
-    if settings.target_epsilon is None:
-        return plan
-    return _with_noise(plan, _calibrated(plan, start, ledger, accountant, restored))
+    if settings.target_epsilon is not None:
+        plan = _with_noise(plan, _calibrated(plan, start, ledger, accountant, restored))
+    _check_noise_is_enough(plan, mechanisms, start)
+    return plan
+
+
+def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> None:
+    """A statistic with too little noise of its own is refused before the first step, not in the middle of the schedule."""
+    stop = start + 1 if plan.steps is None else plan.steps
+    factors = [factor for factor, _ in schedules.runs(plan.schedule, start, max(start, stop))]
+    if factors:
+        mechanisms.threshold.share_noise(plan.noise_multiplier * max(factors), plan.expected_batch_size)
 
 
 def _steps_per_pass(trainer: pl.Trainer, facts: SamplingFacts) -> int | None:
