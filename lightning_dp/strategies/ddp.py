@@ -62,7 +62,13 @@ class DPDDPStrategy(PrivateStep, DDPStrategy):
     @override
     def _sum_over_ranks(self, flat: Tensor) -> None:
         """The one all-reduce of a logical step: clipped sums, each with its rank's share of the noise."""
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Expected every rank to take part in the sum of a logical step, got {error}. Another process died, hung or fell "
+                "behind: end what is left of the run and resume all of them from the newest checkpoint, whose ledger is whole."
+            ) from error
 
     @override
     def _average_over_ranks(self, parameters: dict[str, nn.Parameter]) -> None:

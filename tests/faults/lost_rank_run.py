@@ -1,0 +1,62 @@
+"""Run by test_lost_rank.py in two processes; one of them dies within a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_dp import DPDDPStrategy
+from tests.helpers import Classifier, make_dataset
+
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+OUT, VICTIM, HOW = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+
+class Dying(Classifier):
+    """Its third step is the last of one rank."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if RANK == VICTIM and self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL if HOW == "killed" else signal.SIGSTOP)
+
+
+def main() -> None:
+    (OUT / f"pid{RANK}").write_text(str(os.getpid()))
+    strategy = DPDDPStrategy(
+        noise_multiplier=1.0,
+        target_delta=1e-3,
+        accountant="rdp",
+        process_group_backend="gloo",
+        timeout=timedelta(seconds=30),
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=OUT,
+        max_epochs=50,
+    )
+    try:
+        trainer.fit(Dying(), DataLoader(make_dataset(), batch_size=8))
+    except RuntimeError as error:
+        (OUT / f"error{RANK}").write_text(f"{error}\n{strategy.ledger.num_steps} {trainer.global_step}")
+        raise
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,52 @@
+"""One of two processes dies or hangs within a step: the other ends by itself, and says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("lost_rank_run.py")
+
+
+def run(folder: Path, victim: int, how: str) -> tuple[str, float]:
+    """Returns what the survivor said, and how many seconds after the start it was gone."""
+    start = time.monotonic()
+    launched = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), str(victim), how],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    said = folder / f"error{1 - victim}"
+    try:
+        while time.monotonic() < start + 120 and not said.exists():
+            time.sleep(0.1)
+        assert said.exists(), "the survivor still waits for the other rank"
+        return said.read_text(), time.monotonic() - start
+    finally:
+        os.killpg(launched.pid, signal.SIGKILL)  # the session that this test began: what was stopped, and its launcher
+        launched.wait()
+
+
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [
+        pytest.param(1, "killed", id="killed"),
+        pytest.param(0, "killed", id="launcher_killed", marks=pytest.mark.slow),
+        pytest.param(1, "stopped", id="stopped", marks=pytest.mark.slow),
+    ],
+)
+def test_the_other_rank_ends_and_says_why(tmp_path: Path, victim: int, how: str) -> None:
+    """The group's timeout is 30 seconds; the ledger holds the release whose sum never came, which is never too few."""
+    said, seconds = run(tmp_path, victim, how)
+    assert "Expected every rank to take part in the sum of a logical step, got" in said
+    assert "resume all of them from the newest checkpoint" in said
+    releases, steps = map(int, said.split()[-2:])
+    assert releases == steps + 1 == 3
+    assert seconds < 100
