@@ -90,6 +90,13 @@ class Mechanisms:
                 "or join their rules in one callable."
             )
 
+    def described(self) -> tuple[str, ...]:
+        """What callbacks decide over, with their public settings; for the privacy card."""
+        owners = dict.fromkeys(id(owner) for owner in self._owners.values())
+        parts = [f"{what}: {_describe(owner)}" for what, owner in self._owners.items()]
+        parts += [f"the gradient mask: {_describe(owner)}" for owner in self.masks if id(owner) not in owners]
+        return tuple(sorted(parts))
+
     @property
     def never_private(self) -> str:
         """Why no step of the run has a finite epsilon; empty where they have."""
@@ -135,3 +142,17 @@ class Mechanisms:
                 f"Expected one private optimizer with {rule}, got {num_private_optimizers}. Each release would move the bound of the "
                 "others: use ClippingScheduler, or one optimizer."
             )
+
+
+def _describe(owner: object) -> str:
+    """A callback by name and plain public attributes, those of what it holds included."""
+    plain: dict[str, object] = {}
+    for name, value in vars(owner).items():
+        held = type(value).__module__.startswith("lightning_dp.") and hasattr(value, "__dict__")
+        plain |= vars(value) if held and not name.startswith("_") else {name: value}
+    shown = (
+        f"{name}={value!r}"
+        for name, value in plain.items()
+        if not name.startswith("_") and isinstance(value, (bool, int, float, str))
+    )
+    return f"{type(owner).__name__}({', '.join(shown)})"

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from typing_extensions import override
 
 from lightning_dp.accounting import Accountant, Ledger
+from lightning_dp.clipping import Clipping
 from lightning_dp.plan import DPPlan
 
 RELATIONS = {
@@ -34,6 +39,49 @@ def describe_epsilon(epsilon: float) -> str:
     return f"{math.ceil(epsilon * 10**digits) / 10**digits:.5g}" if epsilon > 0 else "0"
 
 
+@dataclass(frozen=True)
+class _Described:
+    """A clipping of which only the description was kept."""
+
+    text: str
+
+    @override
+    def __repr__(self) -> str:
+        return self.text
+
+
+def stated_plan(state: Mapping[str, Any]) -> DPPlan:
+    """The plan that a checkpoint holds, as far as a statement needs it: its schedule and clipping cannot be run again.
+
+    Args:
+        state: what ``DPPlan.state_dict`` returned.
+
+    Raises:
+        ValueError: a field is missing or of another kind.
+    """
+    kinds: dict[str, tuple[type, ...]] = {
+        "sampling": (str,),
+        "dataset_size": (int, type(None)),
+        "expected_batch_size": (int,),
+        "sample_rate": (float, type(None)),
+        "steps": (int, type(None)),
+        "noise_multiplier": (float,),
+        "delta": (float,),
+        "target_epsilon": (float, int, type(None)),
+        "accountant": (str,),
+        "neighboring_relation": (str,),
+        "clipping": (str,),
+    }
+    for name, kind in kinds.items():
+        if name not in state or not isinstance(state[name], kind):
+            raise ValueError(
+                f"Expected an intact plan, got {name}={state.get(name)!r}. The checkpoint is damaged or of another version of "
+                "lightning_dp: use an intact one."
+            )
+    fields = {name: state[name] for name in kinds if name != "clipping"}
+    return DPPlan(**fields, clipping=cast(Clipping, _Described(state["clipping"])), steps_per_epoch=None)
+
+
 def summary_line(plan: DPPlan, ledger: Ledger, accountant: Accountant) -> str:
     """Epsilon, delta, relation, sampling, accountant and number of steps in one line."""
     if ledger.num_steps == 0:
@@ -41,7 +89,7 @@ def summary_line(plan: DPPlan, ledger: Ledger, accountant: Accountant) -> str:
     epsilon = accountant.epsilon(ledger, plan.delta)
     return (
         f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {RELATIONS[plan.neighboring_relation]}, "
-        f"{_sampling(plan)}, accountant {plan.accountant}, {ledger.num_steps} steps."
+        f"{describe_sampling(plan)}, accountant {plan.accountant}, {ledger.num_steps} steps."
     )
 
 
@@ -72,8 +120,7 @@ def privacy_statement(
             f"  expected batch size: {plan.expected_batch_size}",
         ]
         if math.isinf(accountant.epsilon(ledger, plan.delta)):
-            reasons = sorted({run.event.reason for run in ledger.entries} - {""}) or ["some step had no noise"]
-            lines.append(f"  epsilon is infinite: {'; '.join(reasons)}. This run is not private.")
+            lines.append(f"  epsilon is infinite: {why_infinite(ledger)}. This run is not private.")
     if seeded:
         lines.append("  a seed was set: nothing here holds against someone who knows it. Train without a seed.")
     lines.append("  not covered:")
@@ -83,7 +130,13 @@ def privacy_statement(
     return "\n".join(lines)
 
 
-def _sampling(plan: DPPlan) -> str:
+def describe_sampling(plan: DPPlan) -> str:
+    """How batches are drawn, in words."""
     if plan.sampling == "shuffle":
         return "shuffled batches without amplification"
     return f"Poisson sampling at rate {plan.sample_rate:.4g}"
+
+
+def why_infinite(ledger: Ledger) -> str:
+    """Why no epsilon bounds what a ledger holds."""
+    return "; ".join(sorted({run.event.reason for run in ledger.entries} - {""}) or ["some step had no noise"])

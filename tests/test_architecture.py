@@ -13,7 +13,7 @@ import pytest
 import lightning_dp
 
 PACKAGE = Path(lightning_dp.__file__).parent
-SHELL = {"strategies", "callbacks", "__init__.py"}
+SHELL = {"strategies", "callbacks", "cli", "__init__.py"}
 SHELL_FILES = {
     "datalens/module.py",
     "datalens/run.py",

@@ -2,7 +2,7 @@
 
 from lightning_dp.accounting.accountants import ACCOUNTANTS, make_accountant
 from lightning_dp.accounting.base import Accountant
-from lightning_dp.accounting.calibration import calibrate_noise_multiplier, max_steps_within
+from lightning_dp.accounting.calibration import calibrate_noise_multiplier, first_steps, max_steps_within
 from lightning_dp.accounting.events import LedgerEntry, PrivacyEvent
 from lightning_dp.accounting.gaussian import GDPAccountant, gaussian_epsilon
 from lightning_dp.accounting.ledger import NEIGHBORING_RELATIONS, Ledger
@@ -24,6 +24,7 @@ __all__ = [
     "RDPAccountant",
     "TCDPAccountant",
     "calibrate_noise_multiplier",
+    "first_steps",
     "gaussian_epsilon",
     "make_accountant",
     "max_steps_within",

@@ -128,7 +128,7 @@ def max_steps_within(
     _check_budget("epsilon", epsilon)
 
     def fits(num_steps: int) -> bool:
-        return accountant.epsilon(history.extended(_first_steps(runs, num_steps)), delta) <= epsilon
+        return accountant.epsilon(history.extended(first_steps(runs, num_steps)), delta) <= epsilon
 
     num_planned = sum(parse_run(run)[1] for run in runs)
     if fits(num_planned):
@@ -202,8 +202,13 @@ def _next_guess(too_small: float, above: float, enough: float, below: float, aim
     return math.exp((1 - share) * math.log(too_small) + share * math.log(enough))
 
 
-def _first_steps(runs: Sequence[PlannedRun], num_steps: int) -> list[PlannedRun]:
-    """Return the first steps of a plan; a cut run keeps the passes that its steps have started."""
+def first_steps(runs: Sequence[PlannedRun], num_steps: int) -> list[PlannedRun]:
+    """Return the first steps of a plan; a cut run keeps the passes that its steps have started.
+
+    Args:
+        runs: The plan, as items that `Ledger.extended` takes.
+        num_steps: How many steps to keep, at least 0.
+    """
     first: list[PlannedRun] = []
     for run in runs:
         event, steps, passes = parse_run(run)

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.callbacks.noise_scheduler import PublicSchedule
+from lightning_dp.callbacks.noise_scheduler import Interval, Kind, PublicSchedule
 from lightning_dp.composition import RunLength
 from lightning_dp.thresholds import ScheduledThreshold
 
@@ -44,12 +44,12 @@ class ClippingScheduler(Callback):
 
     def __init__(
         self,
-        kind: str | Callable[[int], float],
+        kind: Kind | Callable[[int], float],
         *,
         factor: float | None = None,
         rate: float | None = None,
         every_n_epochs: int = 1,
-        interval: str = "epoch",
+        interval: Interval = "epoch",
     ) -> None:
         self.schedule = PublicSchedule(kind, factor=factor, rate=rate, every_n_epochs=every_n_epochs, interval=interval)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -60,10 +60,10 @@ class MagnitudePruning(Callback):
         self,
         amount: float,
         *,
-        source: str = "initial",
-        scope: str = "global",
-        mode: str = "prune",
-        scores: str = "magnitude",
+        source: Literal["initial", "public", "noisy"] = "initial",
+        scope: Literal["global", "layer"] = "global",
+        mode: Literal["prune", "freeze"] = "prune",
+        scores: Literal["magnitude", "random"] = "magnitude",
         every_n_epochs: int | None = None,
         reference: Mapping[str, Tensor] | None = None,
         seed: int = 0,

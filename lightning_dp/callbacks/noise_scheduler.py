@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -13,7 +14,9 @@ from lightning_dp.callbacks._strategy import private_strategy
 from lightning_dp.composition import RunLength
 from lightning_dp.schedules import Schedule, make_schedule
 
-KINDS = ("constant", "linear", "time", "step", "exponential", "cosine")
+Kind = Literal["constant", "linear", "time", "step", "exponential", "cosine"]
+KINDS: tuple[str, ...] = get_args(Kind)
+Interval = Literal["epoch", "step"]
 
 
 class PublicSchedule:
@@ -108,12 +111,12 @@ class NoiseScheduler(Callback):
 
     def __init__(
         self,
-        kind: str | Callable[[int], float],
+        kind: Kind | Callable[[int], float],
         *,
         factor: float | None = None,
         rate: float | None = None,
         every_n_epochs: int = 1,
-        interval: str = "epoch",
+        interval: Interval = "epoch",
     ) -> None:
         self.schedule = PublicSchedule(kind, factor=factor, rate=rate, every_n_epochs=every_n_epochs, interval=interval)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -59,9 +59,9 @@ class RandomSparsification(Callback):
         self,
         final_rate: float,
         *,
-        schedule: str | Cooling = "linear",
-        refresh: str | int = "epoch",
-        scope: str = "global",
+        schedule: Literal["linear", "cosine", "constant"] | Cooling = "linear",
+        refresh: Literal["epoch"] | int = "epoch",
+        scope: Literal["global", "layer"] = "global",
         seed: int = 0,
     ) -> None:
         self.final_rate = check_rate(final_rate)

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger, make_accountant
+from lightning_dp.card import RunNotes
 from lightning_dp.datalens import statement, trainer_checks
 from lightning_dp.datalens.plan import DataLensPlan
 from lightning_dp.datalens.release import VoteRelease
@@ -151,8 +152,14 @@ class DataLensRun(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds ledger, plan and step. Teachers and shards are nowhere in a checkpoint."""
         plan: Any = self._plan
-        global_step = checkpoint.get("global_step", 0)
-        checkpoint[saved.KEY] = saved.dump(self.ledger, plan, self._step, global_step=global_step, unledgered=0)
+        checkpoint[saved.KEY] = saved.dump(
+            self.ledger,
+            plan,
+            self._step,
+            global_step=checkpoint.get("global_step", 0),
+            unledgered=0,
+            notes=RunNotes(seeded=self.settings.seed is not None, secure_rng=self.settings.secure_rng),
+        )
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.card import RunNotes
 from lightning_dp.errors import PrivacyError
 from lightning_dp.plan import DPPlan
 
@@ -15,7 +16,7 @@ KEY = "lightning_dp"
 VERSION = 1
 
 
-_KEYS = {"version", "ledger", "plan", "step", "global_step", "unledgered"}
+_KEYS = {"version", "ledger", "plan", "step", "global_step", "unledgered", "notes"}
 
 
 class Restored(NamedTuple):
@@ -34,7 +35,9 @@ class Restored(NamedTuple):
     unledgered: int
 
 
-def dump(ledger: Ledger, plan: DPPlan | None, step: int, *, global_step: int, unledgered: int) -> dict[str, Any]:
+def dump(
+    ledger: Ledger, plan: DPPlan | None, step: int, *, global_step: int, unledgered: int, notes: RunNotes
+) -> dict[str, Any]:
     """The privacy state as plain values. The noise generator's state is never part of it: noise used twice cancels out."""
     return {
         "version": VERSION,
@@ -43,6 +46,7 @@ def dump(ledger: Ledger, plan: DPPlan | None, step: int, *, global_step: int, un
         "step": step,
         "global_step": global_step,
         "unledgered": unledgered,
+        "notes": notes.state_dict(),
     }
 
 
@@ -127,6 +131,20 @@ def most_steps(states: Iterable[Any]) -> int:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def load_notes(checkpoint: dict[str, Any]) -> RunNotes:
+    """What else the run of a checkpoint with a ledger has to say of itself.
+
+    Raises:
+        PrivacyError: the notes cannot be read.
+    """
+    try:
+        return RunNotes.from_state_dict(checkpoint[KEY].get("notes", {}))
+    except (ValueError, AttributeError) as error:
+        raise PrivacyError(
+            f"Expected intact notes of the run in the checkpoint, got some that cannot be read: {error}"
+        ) from error
 
 
 def _describe(value: Any) -> str:

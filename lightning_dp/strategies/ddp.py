@@ -26,16 +26,23 @@ class _LedgerLauncher(_MultiProcessingLauncher):
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
         strategy: Any = trainer.strategy
-        state = (strategy.ledger.state_dict(), strategy._plan, strategy.steps_taken, strategy._unledgered)
+        state = (
+            strategy.ledger.state_dict(),
+            strategy._plan,
+            strategy.steps_taken,
+            strategy._unledgered,
+            strategy.notes,
+        )
         return {**super().get_extra_results(trainer), "lightning_dp": pickle.dumps(state)}
 
     @override
     def update_main_process_results(self, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
-        ledger, plan, step, unledgered = pickle.loads(extra.pop("lightning_dp"))  # from a process of our own
+        ledger, plan, step, unledgered, notes = pickle.loads(extra.pop("lightning_dp"))  # from a process of our own
         super().update_main_process_results(trainer, extra)
         strategy: Any = trainer.strategy
         strategy.ledger, strategy._plan, strategy._step = Ledger.from_state_dict(ledger), plan, step
         strategy._unledgered = unledgered
+        strategy.take_notes(notes)
 
 
 class DPDDPStrategy(PrivateStep, DDPStrategy):

@@ -22,10 +22,10 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import make_engine
 from lightning_dp.plan import DPPlan
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
-from lightning_dp.strategies import planning, trainer_checks
+from lightning_dp.strategies import card_files, planning, trainer_checks
 from lightning_dp.strategies.logs import TrainingLogs
 from lightning_dp.strategies.saving import SavedRun
-from lightning_dp.strategies.settings import Settings
+from lightning_dp.strategies.settings import AccountantName, ClippingName, LossReduction, Relation, Sampling, Settings
 from lightning_dp.strategies.sums import ClippedSum
 from lightning_dp.thresholds import Threshold
 
@@ -52,8 +52,8 @@ class PrivateRun(SavedRun):
         target_epsilon: calibrate the noise so that the whole planned run ends at this epsilon or just below.
         target_delta: delta, in (0, 1). Default: 1 / (10 x dataset size) rounded down to a power of ten; printed.
         max_grad_norm: clipping norm C > 0 of one sample's gradient.
-        clipping: "flat", "per_layer", "automatic", "none" or a ``Clipping``.
-        accountant: "pld", "rdp", "prv" or "gdp".
+        clipping: "flat", "per_layer", "automatic", "psac", "none" or a ``Clipping``.
+        accountant: "pld" (tight), "rdp", "prv", "gdp" (nothing sampled) or "tcdp" (a loose cross-check).
         sampling: "poisson", or "shuffle" for data without random access, accounted without amplification.
         microbatch_size: at most so many samples on the device at once; results do not depend on it. 1 runs each sample alone
             and supports every module. Default: the whole logical batch at once.
@@ -90,18 +90,18 @@ class PrivateRun(SavedRun):
         target_epsilon: float | None = None,
         target_delta: float | None = None,
         max_grad_norm: float = 1.0,
-        clipping: str | Clipping = "flat",
-        accountant: str = "pld",
-        sampling: str = "poisson",
+        clipping: ClippingName | Clipping = "flat",
+        accountant: AccountantName = "pld",
+        sampling: Sampling = "poisson",
         microbatch_size: int | None = None,
         grad_sample: Literal["auto", "materialize"] = "auto",
-        neighboring_relation: str = "add_or_remove_one",
+        neighboring_relation: Relation = "add_or_remove_one",
         memory: Literal["fast", "lean"] = "fast",
         check_per_sample: bool = True,
         allow_public_checkpoint: bool = False,
         secure_rng: bool = False,
         seed: int | None = None,
-        loss_reduction: str = "mean",
+        loss_reduction: LossReduction = "mean",
         public_optimizers: Sequence[int] = (),
         strict_logging: bool = False,
         **strategy_options: Any,
@@ -132,6 +132,8 @@ class PrivateRun(SavedRun):
         self.mechanisms = Mechanisms()
         self.nonprivate_logs: set[str] = set()
         self._logs: TrainingLogs | None = None
+        self.writes_card = True  # a PrivacyCard in the Trainer's callbacks does it instead
+        self._seeded, self._secure = seed is not None, secure_rng
         self.budget: Callable[[PrivateRun], int] | None = None
         self.last_allowed_step: int | None = None
         self._step = 0
@@ -151,17 +153,13 @@ class PrivateRun(SavedRun):
         self._on_device: Any = None
         self._stand_in: Any = None
         self._probe: Any = None
-        self._prepared = False
-        self._recording = False
-        self._deferring = False
+        self._prepared = self._recording = self._deferring = self._partial = False
         self._part = 0
-        self._scale = 0.0
         self._threshold = Threshold()
-        self._batch_precision = 0.0
+        self._scale = self._batch_precision = 0.0
         self._unfinished: set[int] = set()
         self._collected: set[int] = set()
         self._unchecked_public: set[int] = set()
-        self._partial = False
         self._training_flags: list[bool] = []
 
     # ---------------------------------------------------------------- what the user reads
@@ -218,7 +216,7 @@ class PrivateRun(SavedRun):
             self.plan,
             self.ledger,
             self.accountant,
-            seeded=self.settings.seed is not None,
+            seeded=self._seeded,
             nonprivate_logs=self.nonprivate_logs,
         )
 
@@ -289,9 +287,9 @@ class PrivateRun(SavedRun):
             self._logs.detach()
             self._logs = None
         self._sums = {}
-        self._stand_in = self._on_device = self._batch = None
-        self.budget = self.last_allowed_step = None
+        self._stand_in = self._on_device = self._batch = self.budget = self.last_allowed_step = None
         self.mechanisms = Mechanisms()
+        self.writes_card = True
         super().teardown()
 
     def _watch_hooks(self) -> None:
@@ -358,12 +356,15 @@ class PrivateRun(SavedRun):
     def on_train_start(self) -> None:
         """Builds the plan before the first step, so that a target that cannot be met is an error and not a surprise."""
         _ = self.plan
+        self._decided = self.mechanisms.described()
         super().on_train_start()
 
     @override
     def on_train_end(self) -> None:
-        """One line at the end of fit."""
+        """One line at the end of fit, and the privacy card beside the logger's files."""
         super().on_train_end()
+        if self.writes_card:
+            card_files.write(self._trainer, self)
         rank_zero_info(report.summary_line(self.plan, self.ledger, self.accountant))
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.card import RunNotes
 from lightning_dp.errors import PrivacyError
 from lightning_dp.plan import DPPlan
 from lightning_dp.strategies import checkpoint as saved
@@ -77,6 +78,10 @@ class SavedRun(Strategy):
     _step: int
     _batch_precision: float
     _unledgered = 0
+    _seeded: bool
+    _secure: bool
+    nonprivate_logs: set[str]
+    _decided: tuple[str, ...] = ()
 
     @property
     def steps_taken(self) -> int:
@@ -106,6 +111,7 @@ class SavedRun(Strategy):
             self.steps_taken,
             global_step=checkpoint.get("global_step", 0),
             unledgered=self._unledgered,
+            notes=self.notes,
         )
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -130,7 +136,26 @@ class SavedRun(Strategy):
                 one_step_a_batch=module.automatic_optimization,
             )
             self._batch_precision = 0.0
+            if saved.KEY in checkpoint:
+                self.take_notes(saved.load_notes(checkpoint))
         return checkpoint
+
+    @property
+    def notes(self) -> RunNotes:
+        """What the privacy card says beyond plan and ledger; kept in checkpoints."""
+        return RunNotes(
+            seeded=self._seeded,
+            secure_rng=self._secure,
+            nonprivate_logs=tuple(sorted(self.nonprivate_logs)),
+            mechanisms=self._decided,
+        )
+
+    def take_notes(self, notes: RunNotes) -> None:
+        """Goes on with what steps in the ledger have to say of themselves: of a resumed run, or of another process."""
+        self._seeded |= notes.seeded
+        self._secure &= notes.secure_rng
+        self.nonprivate_logs |= set(notes.nonprivate_logs)
+        self._decided = notes.mechanisms
 
     def _note_unledgered(self, global_step: int) -> None:
         """Optimizer steps from before this run: a later checkpoint shows them, and no ledger has to."""

@@ -8,6 +8,12 @@ from typing import Literal
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping, make_clipping
 
+#: What the strings among the arguments may be; command lines and editors read it.
+ClippingName = Literal["flat", "per_layer", "automatic", "psac", "none"]
+AccountantName = Literal["pld", "rdp", "prv", "gdp", "tcdp"]
+Sampling = Literal["poisson", "shuffle"]
+Relation = Literal["add_or_remove_one", "replace_one", "zero_out"]
+LossReduction = Literal["mean", "sum"]
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 

@@ -1,0 +1,61 @@
+"""The privacy card of a run, where you want it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_dp import _validate as check
+from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.strategies import card_files
+
+
+class PrivacyCard(Callback):
+    """Writes what a run may say about its privacy at the end of ``fit``: ``privacy_card.json``, ``.md`` and ``.svg``.
+
+    A private strategy writes the card by itself into the logger's directory. Use this callback to say where, to have one
+    without a logger (it then goes to ``default_root_dir``), or to switch it off. Nothing is written under ``fast_dev_run``
+    or before the first private step. The plot of epsilon over steps needs matplotlib (the extra "examples"); without it
+    the numbers are a table. Rank 0 writes; a directory that cannot be written to is a warning.
+
+    **Guarantee**: the card holds public values only, computed from settings and ledger. It speaks of the whole ledger:
+    of resumed runs and of learning-rate searches too.
+
+    Args:
+        dirpath: directory for the files, made if missing; default: the logger's, else ``default_root_dir``.
+        enabled: False writes no card at all.
+
+    Raises:
+        TypeError: the Trainer's strategy is not a private one, or arguments of the wrong kind.
+
+    Example:
+        >>> card = PrivacyCard(dirpath="out")
+
+    References:
+        Ponomareva et al. 2023, How to DP-fy ML, section 5.3.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, *, enabled: bool = True) -> None:
+        if dirpath is not None and not isinstance(dirpath, (str, Path)):
+            raise TypeError(
+                f"Expected dirpath to be a path, got dirpath={dirpath!r}. Pass a directory, or leave it out."
+            )
+        self.dirpath = None if dirpath is None else os.fspath(dirpath)
+        self.enabled = check.check_flag("enabled", enabled)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Tells the strategy to leave the card to this callback."""
+        if stage == "fit":
+            private_strategy(trainer, self).writes_card = False
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training ends. Writes the card."""
+        if self.enabled:
+            directory = self.dirpath or card_files.logger_directory(trainer) or trainer.default_root_dir
+            card_files.write(trainer, private_strategy(trainer, self), directory)

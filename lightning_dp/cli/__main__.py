@@ -1,0 +1,7 @@
+"""``python -m lightning_dp.cli``: the command where no script is installed."""
+
+import sys
+
+from lightning_dp.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,187 @@
+"""``lightning-dp epsilon`` and ``lightning-dp calibrate``: every accountant's answer, or why it has none."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from lightning_dp import _validate as check
+from lightning_dp.accounting import ACCOUNTANTS, Accountant, Ledger, calibrate_noise_multiplier, make_accountant
+from lightning_dp.callbacks.noise_scheduler import PublicSchedule
+from lightning_dp.cli import output
+from lightning_dp.clipping import FlatClipping
+from lightning_dp.composition import RunLength
+from lightning_dp.plan import DPPlan, default_delta
+from lightning_dp.report import describe_epsilon, describe_sampling
+from lightning_dp.schedules import Schedule, constant
+
+#: What a reader should know of an accountant that has an answer.
+NOTES = {
+    "pld": "tight; DPStrategy's default",
+    "rdp": "looser, very cheap",
+    "prv": "opacus' upper bound; includes an absolute 0.01",
+    "gdp": "exact",
+    "tcdp": "closed form, loose",
+}
+
+
+def epsilon(options: argparse.Namespace) -> int:
+    """Prints the epsilon of a planned run."""
+    plan = _plan(options, check.check_nonnegative("noise_multiplier", options.noise_multiplier))
+    assert plan.steps is not None
+    ledger = Ledger(plan.neighboring_relation).extended(plan.runs(0, plan.steps))
+    answers: list[dict[str, Any]] = []
+    for name in options.accountant or ACCOUNTANTS:
+        try:
+            value, reason = make_accountant(name).epsilon(ledger, plan.delta), None
+        except ValueError as error:
+            value, reason = None, str(error)
+        answers.append({"accountant": name, "epsilon": _plain(value), "reason": reason})
+    if options.json:
+        output.write_json({**_described(plan), "noise_multiplier": plan.noise_multiplier, "answers": answers})
+        return 0
+    output.write(f"{_title(plan)}, noise multiplier {plan.noise_multiplier:g}{_schedule_note(options)}\n")
+    rows = [(a["accountant"], _shown(a["epsilon"]), a["reason"] or NOTES[a["accountant"]]) for a in answers]
+    output.write_table(("accountant", "epsilon", "note"), rows)
+    return 0
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Prints the noise that a budget needs."""
+    target = check.check_positive("target_epsilon", options.target_epsilon)
+    plan = _plan(options, 1.0)
+    answers: list[dict[str, Any]] = []
+    for name in options.accountant or ACCOUNTANTS:
+        accountant = make_accountant(name)
+        answer: dict[str, Any] = {"accountant": name, "noise_multiplier": None, "epsilon": None, "reason": None}
+        try:
+            sigma = _calibrated(plan, target, accountant)
+            answer |= {"noise_multiplier": sigma, "epsilon": accountant.epsilon(_spent(plan, sigma), plan.delta)}
+        except ValueError as error:
+            answer["reason"] = str(error)
+        answers.append(answer)
+    if options.json:
+        output.write_json({**_described(plan), "target_epsilon": target, "answers": answers})
+        return 0
+    output.write(f"{_title(plan)}, epsilon <= {target:g}{_schedule_note(options)}\n")
+    rows = [
+        (
+            answer["accountant"],
+            "-" if answer["noise_multiplier"] is None else f"{_rounded_up(answer['noise_multiplier']):.5g}",
+            _shown(answer["epsilon"]),
+            answer["reason"] or NOTES[answer["accountant"]],
+        )
+        for answer in answers
+    ]
+    output.write_table(("accountant", "noise multiplier", "epsilon", "note"), rows)
+    return 0
+
+
+def parse_schedule(text: str, run: RunLength) -> Schedule:
+    """The schedule that ``KIND[:FACTOR or rate=RATE[:EVERY_N_EPOCHS]]`` stands for.
+
+    Args:
+        text: as typed.
+        run: its length.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_schedule("step:0.5:2", RunLength(steps=40, steps_per_epoch=10))(25)
+        0.5
+    """
+    kind, *rest = text.split(":")
+    numbers: dict[str, Any] = {"factor": None, "rate": None, "every_n_epochs": 1}
+    try:
+        if rest:
+            name, _, number = rest[0].rpartition("=")
+            if name not in ("", "factor", "rate") or len(rest) > 2:
+                raise ValueError(text)
+            numbers[name or "factor"] = float(number)
+        if len(rest) == 2:
+            numbers["every_n_epochs"] = int(rest[1])
+    except ValueError:
+        raise ValueError(
+            f"Expected a schedule KIND[:FACTOR[:EVERY_N_EPOCHS]], got schedule={text!r}. Write step:0.9:15, or step:rate=0.81:15 "
+            "for a rate on the variance."
+        ) from None
+    return PublicSchedule(kind, interval="epoch", **numbers)(run)
+
+
+def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
+    size = check.check_count("dataset_size", options.dataset_size)
+    batch = check.check_count("batch_size", options.batch_size)
+    if batch > size:
+        raise ValueError(
+            f"Expected batch_size <= dataset_size, got batch_size={batch} and dataset_size={size}. A batch holds each record once."
+        )
+    steps_per_epoch = round(size / batch)  # as the strategy's loader
+    if options.steps is None:
+        steps = check.check_count("epochs", options.epochs) * steps_per_epoch
+    else:
+        steps = check.check_count("steps", options.steps)
+    poisson = options.sampling == "poisson"
+    return DPPlan(
+        sampling=options.sampling,
+        dataset_size=size,
+        expected_batch_size=batch,
+        sample_rate=batch / size if poisson else None,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        noise_multiplier=noise_multiplier,
+        clipping=FlatClipping(),
+        delta=default_delta(size) if options.delta is None else check.check_probability("delta", options.delta),
+        schedule=parse_schedule(options.schedule, RunLength(steps, steps_per_epoch))
+        if options.schedule
+        else constant(),
+        neighboring_relation=options.neighboring_relation,
+    )
+
+
+def _spent(plan: DPPlan, noise_multiplier: float) -> Ledger:
+    assert plan.steps is not None
+    return Ledger(plan.neighboring_relation).extended(plan.runs(0, plan.steps, noise_multiplier))
+
+
+def _calibrated(plan: DPPlan, target: float, accountant: Accountant) -> float:
+    stop = plan.steps
+    assert stop is not None
+    return calibrate_noise_multiplier(
+        target_epsilon=target,
+        delta=plan.delta,
+        accountant=accountant,
+        runs=lambda sigma: plan.runs(0, stop, sigma),
+        history=Ledger(plan.neighboring_relation),
+    )
+
+
+def _described(plan: DPPlan) -> dict[str, Any]:
+    names = ("dataset_size", "expected_batch_size", "sampling", "sample_rate", "steps", "delta", "neighboring_relation")
+    return {name: getattr(plan, name) for name in names}
+
+
+def _title(plan: DPPlan) -> str:
+    return (
+        f"{plan.steps} steps on {plan.dataset_size} records, expected batch size {plan.expected_batch_size}, "
+        f"{describe_sampling(plan)}, {plan.neighboring_relation}, delta {plan.delta:g}"
+    )
+
+
+def _schedule_note(options: argparse.Namespace) -> str:
+    return f" under the schedule {options.schedule}" if options.schedule else ""
+
+
+def _rounded_up(noise_multiplier: float) -> float:
+    """Five digits, never less noise than the target needs."""
+    digits = 4 - math.floor(math.log10(noise_multiplier))
+    return float(math.ceil(noise_multiplier * 10**digits) / 10**digits)
+
+
+def _plain(value: float | None) -> float | str | None:
+    return "inf" if value == math.inf else value
+
+
+def _shown(value: float | str | None) -> str:
+    return "-" if value is None else describe_epsilon(float(value))

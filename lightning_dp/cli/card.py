@@ -1,0 +1,88 @@
+"""``lightning-dp card``: what a checkpoint may say about its privacy, from the ledger and plan that it holds."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_dp.accounting import Ledger, make_accountant
+from lightning_dp.card import RunNotes, privacy_card
+from lightning_dp.card_markdown import to_markdown
+from lightning_dp.cli import output
+from lightning_dp.datalens import statement as datalens_statement
+from lightning_dp.datalens.plan import DataLensPlan
+from lightning_dp.report import privacy_statement, stated_plan
+from lightning_dp.strategies import checkpoint as saved
+
+
+def card(options: argparse.Namespace) -> int:
+    """Prints the statement, or the whole card."""
+    checkpoint = load(options.checkpoint)
+    state = checkpoint[saved.KEY]
+    ledger, notes = Ledger.from_state_dict(state["ledger"]), saved.load_notes(checkpoint)
+    if ledger.num_steps == 0:
+        raise ValueError(
+            "Expected a checkpoint of a private run that has begun, got no steps recorded. Take a later one."
+        )
+    plan = state["plan"]
+    if not isinstance(plan, dict):
+        raise ValueError(
+            "Expected the plan of the run in the checkpoint, got none. Take one that was saved during or after fit."
+        )
+    if "num_teachers" in plan:
+        return _datalens(plan, ledger, notes, options)
+    stated = stated_plan(plan)
+    accountant = make_accountant(stated.accountant)
+    if options.json or options.markdown:
+        whole = privacy_card(stated, ledger, accountant, notes=notes)
+        write: Callable[[Any], None] = output.write_json if options.json else output.write
+        write(whole if options.json else to_markdown(whole).rstrip())
+        return 0
+    output.write(
+        privacy_statement(stated, ledger, accountant, seeded=notes.seeded, nonprivate_logs=notes.nonprivate_logs)
+    )
+    return 0
+
+
+def load(path: str) -> dict[str, Any]:
+    """A checkpoint of a private run, read without executing anything in it.
+
+    Raises:
+        ValueError: it cannot be read, or holds no ledger.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"Expected a checkpoint file, got {path!r}, which does not exist. Check the path.")
+    try:
+        # weights are mapped, not read: only the ledger and the plan are looked at
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"Expected a checkpoint of plain values (torch.load with weights_only=True), got {path!r}: {first} Save it without "
+            "objects among its hyper-parameters and callback states."
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(saved.KEY), dict):
+        raise ValueError(
+            f"Expected a checkpoint with a privacy ledger, got {path!r} without. It was not written under a private strategy."
+        )
+    if not {"ledger", "plan"} <= checkpoint[saved.KEY].keys():
+        raise ValueError(f"Expected ledger and plan in the checkpoint, got {path!r} with less. Use an intact one.")
+    return checkpoint
+
+
+def _datalens(plan: dict[str, Any], ledger: Ledger, notes: RunNotes, options: argparse.Namespace) -> int:
+    if options.json or options.markdown:
+        raise ValueError(
+            "Expected a checkpoint of DPStrategy for --json and --markdown, got one of DataLens. Leave them out."
+        )
+    names = DataLensPlan.__dataclass_fields__.keys()
+    known = DataLensPlan(**{name: value for name, value in plan.items() if name in names})
+    accountant = make_accountant(known.accountant)
+    output.write(datalens_statement.privacy_statement(known, ledger, accountant, seeded=notes.seeded))
+    return 0

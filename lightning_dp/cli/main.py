@@ -1,0 +1,102 @@
+"""The command line: one parser, four commands, one line an error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from typing_extensions import override
+
+from lightning_dp.accounting import ACCOUNTANTS, NEIGHBORING_RELATIONS
+from lightning_dp.cli import accounting, card, check
+from lightning_dp.errors import PrivacyError
+
+EXIT_CODES = "Exit codes: 0 done, 1 `check` found a layer that must change, 2 an error."
+
+
+class _Parser(argparse.ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage."""
+        self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help.\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of ``lightning-dp``."""
+    parser = _Parser(prog="lightning-dp", description="Differential privacy on the command line.", epilog=EXIT_CODES)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    epsilon = commands.add_parser("epsilon", help="epsilon of a planned run, by every accountant")
+    epsilon.add_argument("--noise-multiplier", type=float, required=True, help="noise std over sensitivity, >= 0")
+    _add_run(epsilon)
+    epsilon.set_defaults(run=accounting.epsilon)
+
+    calibrate = commands.add_parser("calibrate", help="the noise multiplier that a target epsilon needs")
+    calibrate.add_argument("--target-epsilon", type=float, required=True, help="budget of the whole run, > 0")
+    _add_run(calibrate)
+    calibrate.set_defaults(run=accounting.calibrate)
+
+    checking = commands.add_parser("check", help="how each layer of a module is handled, and what must change")
+    checking.add_argument("target", metavar="FILE.py:NAME", help="a class, a function that makes a module, or a module")
+    checking.add_argument("--init", metavar="JSON", help="arguments of the class or function, e.g. '{\"hidden\": 64}'")
+    checking.set_defaults(run=check.check)
+
+    stating = commands.add_parser("card", help="the privacy statement of a checkpoint")
+    stating.add_argument("checkpoint", metavar="CHECKPOINT", help="file written under a private strategy")
+    stating.add_argument("--markdown", action="store_true", help="the whole privacy card as Markdown")
+    stating.set_defaults(run=card.card)
+
+    for command in (epsilon, calibrate, checking, stating):
+        command.add_argument("--json", action="store_true", help="JSON for machines")
+        command.epilog = EXIT_CODES
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: without the program's name; default: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    options = make_parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ValueError, TypeError, OSError, PrivacyError) as error:
+        sys.stderr.write(f"lightning-dp {options.command}: error: {' '.join(str(error).split())}\n")
+        return 2
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """The arguments that describe a planned run."""
+    parser.add_argument("--dataset-size", type=int, required=True, metavar="N", help="number of records")
+    parser.add_argument(
+        "--batch-size", type=int, required=True, metavar="B", help="expected batch size, over all devices"
+    )
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--epochs", type=int, help="passes of round(N / B) steps each")
+    length.add_argument("--steps", type=int, help="logical steps, instead of epochs")
+    parser.add_argument("--delta", type=float, help="in (0, 1); default: 1 / (10 N) rounded down to a power of ten")
+    parser.add_argument(
+        "--schedule",
+        metavar="KIND[:FACTOR[:EVERY]]",
+        help="of the noise, as NoiseScheduler: step:0.9:15 multiplies sigma by 0.9 after every 15 epochs; step:rate=0.81:15 "
+        "multiplies its variance",
+    )
+    parser.add_argument(
+        "--accountant",
+        action="append",
+        choices=list(ACCOUNTANTS),
+        help="only this one; may be given several times (default: all)",
+    )
+    parser.add_argument("--sampling", choices=["poisson", "shuffle"], default="poisson", help="default: poisson")
+    parser.add_argument(
+        "--neighboring-relation",
+        choices=list(NEIGHBORING_RELATIONS),
+        default="add_or_remove_one",
+        help="default: add_or_remove_one",
+    )

@@ -1,0 +1,118 @@
+"""How each layer of a module would be trained privately, seen without data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_dp.fix import fix
+from lightning_dp.per_sample.independence import find_unsupported
+from lightning_dp.per_sample.rules import rule_for
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Args:
+        name: qualified name; "" is the module itself.
+        kind: name of its class.
+        num_trainable: trainable parameters that hang on the layer itself.
+        handling: how its per-sample gradients come about, or why there is nothing to do.
+        problem: why it cannot be trained privately as it is; "" where it can.
+        fix: what ``lightning_dp.fix`` would do; "" for nothing.
+    """
+
+    name: str
+    kind: str
+    num_trainable: int
+    handling: str
+    problem: str
+    fix: str
+
+
+def inspect(module: nn.Module) -> list[LayerReport]:
+    """List the layers of a module: those with parameters, those without submodules, and those that must change.
+
+    The module stays as it is; what ``fix`` would do is tried on a copy.
+
+    **Guarantee**: none about privacy: functions inside ``forward`` and the loss are not seen. The independence check at
+    the first batch of a run sees them.
+
+    Args:
+        module: in the mode in which training begins, parameters initialised.
+
+    Returns:
+        One entry a layer, in the order of ``named_modules()``.
+
+    Raises:
+        ValueError: a lazy layer has not seen its first batch.
+
+    Example:
+        >>> [(layer.name, layer.problem[:9]) for layer in inspect(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))]
+        [('0', ''), ('1', 'BatchNorm')]
+    """
+    problems = {name: why for name, _, why in find_unsupported(module)}
+    changes = dict(_split(change) for change in fix(copy.deepcopy(module)).changes)
+    shared = _shared(module)
+    # an attention uses the parameters of the projection inside it by itself
+    inside = {id(m.out_proj): name for name, m in module.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    layers = []
+    for name, layer in module.named_modules():
+        own = list(layer.parameters(recurse=False))
+        if not own and name not in problems and next(layer.children(), None) is not None:
+            continue
+        trainable = [parameter for parameter in own if parameter.requires_grad]
+        handling = _handling(layer, own, trainable)
+        if trainable and id(layer) in inside:
+            handling = f"together with {inside[id(layer)] or 'the module itself'}"
+        layers.append(
+            LayerReport(
+                name=name,
+                kind=type(layer).__name__,
+                num_trainable=sum(parameter.numel() for parameter in trainable),
+                handling=handling + shared.get(name, ""),
+                problem=problems.get(name, ""),
+                fix=changes.get(name or "the module itself", ""),
+            )
+        )
+    return layers
+
+
+def _split(change: str) -> tuple[str, str]:
+    """The layer's name and the rest of a sentence of ``fix``."""
+    name, _, rest = change.partition(": ")
+    return name, rest
+
+
+def _handling(layer: nn.Module, own: list[nn.Parameter], trainable: list[nn.Parameter]) -> str:
+    if not own:
+        return "no parameters"
+    if not trainable:
+        return "frozen"
+    rule = rule_for(layer)
+    names = {name for name, parameter in layer.named_parameters(recurse=False) if parameter.requires_grad}
+    if rule is not None and names <= set(rule.parameters):
+        return "norms from one backward"
+    if next(layer.children(), None) is not None and not isinstance(layer, nn.MultiheadAttention):
+        return f"bare {', '.join(sorted(names))}: one copy a sample, or this module run again per sample"
+    return "run again, one sample at a time"
+
+
+def _shared(module: nn.Module) -> dict[str, str]:
+    """What to add for layers that share a trainable parameter with another one."""
+    places: dict[int, list[str]] = {}
+    for name, layer in module.named_modules():
+        for parameter in layer.parameters(recurse=False):
+            if parameter.requires_grad:
+                places.setdefault(id(parameter), []).append(name)
+    return dict(_other_places(places))
+
+
+def _other_places(places: dict[int, list[str]]) -> Iterator[tuple[str, str]]:
+    for names in places.values():
+        for name in names if len(names) > 1 else ():
+            yield name, f"; weights shared with {', '.join(other for other in names if other != name)}"

@@ -1,0 +1,80 @@
+"""Where the privacy card of a run goes, and how it gets there."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_dp.card import privacy_card
+from lightning_dp.card_markdown import to_markdown
+from lightning_dp.card_plot import can_plot, plot_epsilon
+
+if TYPE_CHECKING:
+    from lightning_dp.strategies.private_run import PrivateRun
+
+JSON, MARKDOWN, PLOT = "privacy_card.json", "privacy_card.md", "privacy_card.svg"
+
+
+def logger_directory(trainer: pl.Trainer) -> str | None:
+    """The directory of the first logger's run, on every rank; None where there is no logger that has one."""
+    directory: str | None = None
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        if isinstance(logger, (CSVLogger, TensorBoardLogger)):
+            directory = logger.log_dir
+        elif logger.save_dir is not None:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            directory = os.path.join(logger.save_dir, str(logger.name), version)
+    return trainer.strategy.broadcast(directory)
+
+
+def write(trainer: pl.Trainer, strategy: PrivateRun, directory: str | None = None) -> str | None:
+    """Writes the card as JSON, Markdown and, with matplotlib, a plot; rank 0 only. Call it on every rank.
+
+    A file that cannot be written is a warning: the training that it describes is done.
+
+    Args:
+        trainer: nothing is written under ``fast_dev_run``.
+        strategy: of the run.
+        directory: default: that of the logger; nothing is written without one.
+
+    Returns:
+        The directory, on every rank; None where nothing was to be written.
+    """
+    if trainer.fast_dev_run or strategy.ledger.num_steps == 0:  # type: ignore[attr-defined]
+        return None
+    target = logger_directory(trainer) if directory is None else directory
+    if target is None:
+        return None
+    if trainer.is_global_zero:
+        try:
+            _write(strategy, target)
+        except OSError as error:
+            rank_zero_warn(f"The privacy card could not be written to {target}: {error}")
+    return target
+
+
+def _write(strategy: PrivateRun, directory: str) -> None:
+    card = privacy_card(strategy.plan, strategy.ledger, strategy.accountant, notes=strategy.notes)
+    accounting, picture = card["accounting"], None
+    if can_plot():
+        picture = plot_epsilon(
+            accounting["epsilon_over_steps"], delta=card["delta"], target=accounting["target_epsilon"]
+        )
+    files: dict[str, bytes] = {
+        JSON: json.dumps(card, indent=2).encode(),
+        MARKDOWN: to_markdown(card, plot=PLOT if picture else None).encode(),
+    }
+    if picture:
+        files[PLOT] = picture
+    system = get_filesystem(directory)
+    system.makedirs(directory, exist_ok=True)
+    for name, content in files.items():
+        with system.open(os.path.join(directory, name), "wb") as file:
+            file.write(content)
