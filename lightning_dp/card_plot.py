@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from lightning_dp.report import describe_epsilon
+
 
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
@@ -41,14 +43,7 @@ def plot_epsilon(points: Sequence[Sequence[Any]], *, delta: float, target: float
     axis = figure.add_subplot()
     steps, epsilons = zip((0, 0.0), *finite, strict=True)
     axis.plot(steps, epsilons, marker="o", markersize=3, color="tab:blue")
-    axis.annotate(
-        f"{math.ceil(epsilons[-1] * 1000) / 1000:.3f}",
-        (steps[-1], epsilons[-1]),
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="right",
-        color="tab:blue",
-    )
+    axis.set_title(f"epsilon = {describe_epsilon(epsilons[-1])} after {steps[-1]} steps", fontsize="medium")
     if target is not None:
         axis.axhline(target, linestyle="--", linewidth=1, color="tab:red")
         axis.annotate(f"target {target:g}", (0, target), xytext=(2, 3), textcoords="offset points", color="tab:red")

@@ -36,6 +36,17 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def imported_at_once(path: Path) -> set[str]:
+    """Packages that a file imports when it is itself imported, not later inside a function or for a type checker."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
 def writes_gradient(node: ast.AST) -> bool:
     """Whether a node assigns anything but None to some ``.grad``."""
     if not isinstance(node, ast.Assign) or (isinstance(node.value, ast.Constant) and node.value.value is None):
@@ -48,6 +59,21 @@ def test_core_never_imports_lightning(path: Path) -> None:
     names = imported(path)
     assert not {name for name in names if name.split(".")[0] in ("lightning", "pytorch_lightning")}
     assert not {name for name in names if name.startswith(("lightning_dp.strategies", "lightning_dp.callbacks"))}
+
+
+def test_optional_and_slow_packages_are_imported_where_they_are_used() -> None:
+    """So that ``import lightning_dp`` costs little beside lightning's own import."""
+    optional = {"matplotlib", "rich", "jsonargparse", "sklearn", "pandas", "transformers", "peft", "cryptography"}
+    loggers = {"tensorboard", "wandb", "mlflow"}
+    assert {
+        path.name: found for path in PACKAGE.rglob("*.py") if (found := imported_at_once(path) & (optional | loggers))
+    } == {}
+    eager = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if "opacus" in imported_at_once(path)}
+    assert eager <= {
+        "fix.py",
+        "accounting",
+        "per_sample",
+    }  # its layers and its accountant, a few hundredths of a second
 
 
 def test_core_loads_without_lightning() -> None:
