@@ -196,13 +196,10 @@ def measure_memory(case: Case, mode: str) -> int:
 
 
 def memory_in_own_process(case: Case, mode: str) -> int:
-    """The same in a fresh process; the median of three."""
+    """The same in a fresh process."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__)), "--memory", case.name, mode]
-    peaks = []
-    for _ in range(3):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]))
-    return statistics.median_low(peaks)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
 
 
 def trial(case: Case, mode: str, target_seconds: float) -> tuple[int, int]:
@@ -212,41 +209,37 @@ def trial(case: Case, mode: str, target_seconds: float) -> tuple[int, int]:
     return (max(3, min(60, steps)), WARMUP) if steps >= 3 else (2, 1)
 
 
-def time_modes(case: Case, modes: list[str], pairs: int, target_seconds: float) -> dict[str, Any]:
-    """Every mode against the step without privacy, pair by pair; what goes first changes from pair to pair."""
-    run(case, "plain", 2)
-    sizes, failed = {"plain": trial(case, "plain", target_seconds)}, {}
-    for mode in modes:
-        try:
-            sizes[mode] = trial(case, mode, target_seconds)
-        except Exception as error:  # a peer that cannot run a model is a result
-            failed[mode] = f"{type(error).__name__}: {str(error)[:120]}"
-    seconds: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes if mode not in failed}
+def time_mode(case: Case, mode: str, pairs: int, target_seconds: float) -> dict[str, Any]:
+    """One mode against the step without privacy, pair by pair; what goes first changes from pair to pair."""
+    sizes = {"plain": trial(case, "plain", target_seconds)}
+    try:
+        sizes[mode] = trial(case, mode, target_seconds)
+    except Exception as error:  # a peer that cannot run a model is a result
+        return {"failed": {mode: f"{type(error).__name__}: {str(error)[:120]}"}}
+    measured = []
     for number in range(pairs):
-        for mode, measured in seconds.items():
-            both = {}
-            for side in ("plain", mode) if number % 2 == 0 else (mode, "plain"):
-                steps, warmup = sizes[side]
-                both[side] = run(case, side, steps, warmup).seconds_a_step(warmup)
-            measured.append((both["plain"], both[mode]))
-    found: dict[str, Any] = {}
-    for mode, measured in seconds.items():
-        ratios = [private / plain for plain, private in measured]
-        found[mode] = {
-            "median": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-            "pairs": pairs,
-            "plain_ms": 1e3 * statistics.median(plain for plain, _ in measured),
-        }
-    return {"time": found, "failed": failed}
+        both = {}
+        for side in ("plain", mode) if number % 2 == 0 else (mode, "plain"):
+            steps, warmup = sizes[side]
+            both[side] = run(case, side, steps, warmup).seconds_a_step(warmup)
+        measured.append((both["plain"], both[mode]))
+    ratios = [private / plain for plain, private in measured]
+    figures = {
+        "median": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "pairs": pairs,
+        "plain_ms": 1e3 * statistics.median(plain for plain, _ in measured),
+    }
+    return {"time": {mode: figures}}
 
 
-def memory_of_modes(case: Case, modes: list[str]) -> dict[str, Any]:
-    """Peak memory of every mode that runs, in bytes and against the step without privacy."""
-    plain = memory_in_own_process(case, "plain")
-    peaks = {mode: memory_in_own_process(case, mode) for mode in modes}
-    return {mode: {"bytes": peak, "ratio": peak / plain, "plain_bytes": plain} for mode, peak in peaks.items()}
+def memory_of_mode(case: Case, mode: str, known: dict[str, int]) -> dict[str, Any]:
+    """Peak memory of a mode, in bytes and against the step without privacy."""
+    if case.name not in known:
+        known[case.name] = memory_in_own_process(case, "plain")
+    peak, plain = memory_in_own_process(case, mode), known[case.name]
+    return {"memory": {mode: {"bytes": peak, "ratio": peak / plain, "plain_bytes": plain}}}
 
 
 def environment() -> dict[str, str]:
@@ -272,7 +265,7 @@ def environment() -> dict[str, str]:
 def merge(results: dict[str, Any], name: str, found: dict[str, dict[str, Any]]) -> None:
     """Puts the figures of one case where those of the same modes were."""
     held = results["cases"].setdefault(name, {"time": {}, "memory": {}, "failed": {}})
-    for mode in {**found.get("time", {}), **found.get("failed", {})}:
+    for mode in found.get("time", {}):
         held["failed"].pop(mode, None)
     for kind, figures in found.items():
         held[kind].update(figures)
@@ -302,20 +295,19 @@ def main() -> None:
     if options.out.exists():
         results = json.loads(options.out.read_text())
     results["environment"] = environment()
+    plain_bytes: dict[str, int] = {}
     for name in options.cases:
         case = CASES[name]
         if case.needs_gpu and DEVICE.type != "cuda":
             print(f"{name}: left out, it needs a GPU")
             continue
-        found = {} if options.no_time else time_modes(case, options.modes, options.pairs, options.seconds)
-        if not options.no_memory:
-            modes = [mode for mode in options.modes if mode not in found.get("failed", {})]
-            found["memory"] = memory_of_modes(case, modes)
-        merge(results, name, found)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-        times = ", ".join(f"{mode} {figures['median']:.2f}" for mode, figures in found.get("time", {}).items())
-        memory = ", ".join(f"{mode} {figures['ratio']:.2f}" for mode, figures in found.get("memory", {}).items())
-        print(f"{name}: time {times or '-'}; memory {memory or '-'}; {found.get('failed') or ''}", flush=True)
+        for mode in options.modes:
+            found = {} if options.no_time else time_mode(case, mode, options.pairs, options.seconds)
+            if not options.no_memory and "failed" not in found:
+                found |= memory_of_mode(case, mode, plain_bytes)
+            merge(results, name, found)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            print(name, mode, json.dumps(found), flush=True)
     if options.out == HERE / "step_cost.json":
         write_section("step_cost", step_section(results))
 

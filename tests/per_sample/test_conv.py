@@ -143,6 +143,7 @@ def test_conv_adds_calls_and_rows_before_the_norm(route: Route) -> None:
 
 def test_conv_blocks_do_not_change_the_numbers(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_rules, "BLOCK_ELEMENTS", {"grouped": 300, "unfold": 1000, "gram": 2000}[route])
+    monkeypatch.setattr(conv_rules, "CACHED_ELEMENTS", 1000)
     layer = nn.Conv2d(2, 4, 3, dtype=torch.float64)
     calls = made_calls(layer, [torch.randn(7 * 2, 2, 5, 5, dtype=torch.float64)], multiplicity=2)
     seen = list(conv_rules._blocks(7, conv_rules._shape_of(layer, calls, 7), route))
@@ -223,6 +224,10 @@ def test_route_is_gram_only_for_norms_of_small_maps_in_wide_layers() -> None:
     layer = nn.Conv2d(64, 64, 3, padding=1)
     for size, keeps in ((2, False), (16, True)):
         assert ConvRule().materialises(layer, made_calls(layer, [torch.randn(1, 64, size, size)]), 1, "weight") is keeps
+    # a wide layer on a small map: slow as a grouped convolution
+    small_map = wide._replace(in_width=576, out_width=128, positions=64)
+    assert choose_route(small_map, norms_only=False) == "unfold"
+    assert choose_route(small_map._replace(positions=256), norms_only=False) == "grouped"
     large_map = wide._replace(in_width=144, out_width=16, positions=1024)
     assert choose_route(large_map, norms_only=True) == "grouped"
     assert choose_route(large_map._replace(device="cuda"), norms_only=True) == "unfold"

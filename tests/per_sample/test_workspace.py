@@ -77,7 +77,7 @@ def test_kept_and_other_gradients_agree_with_the_loop(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("block", [1, 5000, 2**20])
 def test_product_in_blocks_agrees_with_the_loop(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(linear, "_BLOCK", block)
+    monkeypatch.setitem(base.BLOCK_ELEMENTS, "cpu", block)
     monkeypatch.setattr(linear, "prefer_gram", lambda *sizes: False)
     module = network()
     checks.assert_engine_agrees(module, loss_of(module), data_of(6), memory="lean")
@@ -85,7 +85,7 @@ def test_product_in_blocks_agrees_with_the_loop(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("block", [1, 3000])
 def test_masked_norms_in_blocks_agree_with_the_loop(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(base, "_BLOCK", block)
+    monkeypatch.setitem(base.BLOCK_ELEMENTS, "cpu", block)
     module = network()
     made = checks.assert_engine_agrees(module, loss_of(module), data_of(6))
     assert kept_names(made)
@@ -223,3 +223,30 @@ def test_no_tensor_of_the_parameters_size_is_made(module: nn.Module, data: Tenso
         made.squared_norms([names])
         made.accumulate(torch.ones(1, 6), [names], out)
     assert 0 < seen.elements < next(module.parameters()).numel()
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_wide_embedding_never_makes_a_gradient_of_its_size_a_sample(memory: str, masked: bool) -> None:
+    """Also not under a mask, where the norms of other layers are taken from per-sample gradients."""
+    entries, size = 20_000, 6
+    module = nn.Embedding(entries, 4)
+    data = torch.randint(entries, (size, LENGTH))
+    made = checks.make_engine(module, loss_of(module), data, memory=memory)
+    mask = {"weight": torch.rand(entries, 4) < 0.5} if masked else None
+    out = {"weight": torch.zeros(entries, 4)}
+    checks.run_batch(made, loss_of(module), data, size)
+    with _Largest() as seen:
+        made.squared_norms([["weight"]], mask)
+        made.accumulate(torch.ones(1, size), [["weight"]], out)
+    assert 0 < seen.elements < entries
+
+
+@pytest.mark.parametrize("positions", [1, 63, 64, 65, 130, 200])
+def test_gram_matrices_in_blocks_agree_with_the_product(positions: int) -> None:
+    torch.manual_seed(0)
+    inputs, backprops = torch.randn(3, positions, 5).double(), torch.randn(3, positions, 7).double()
+    expected = torch.bmm(backprops.mT, inputs).square().sum((1, 2))
+    torch.testing.assert_close(linear.gram_squared_norm(inputs, backprops), expected, rtol=1e-10, atol=0)
+    backprops[1, positions // 2, 3] = torch.nan
+    assert linear.gram_squared_norm(inputs, backprops).isfinite().tolist() == [True, False, True]

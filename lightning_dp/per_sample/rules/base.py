@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BLOCK = 2**20
-"""Elements of a temporary that stays in a processor's cache."""
+BLOCK_ELEMENTS = {"cpu": 2**18}
+"""Elements of a temporary that stays in a processor's cache; other devices are better off with few large ones."""
 
 
 @dataclass
@@ -59,6 +59,11 @@ def sum_rows(tensor: Tensor, multiplicity: int) -> Tensor:
     return tensor.reshape(tensor.shape[0] // multiplicity, multiplicity, *tensor.shape[1:]).sum(1)
 
 
+def samples_a_block(size: int, elements: int, device: torch.device) -> int:
+    """Return how many of so many samples to work on at once, if each takes so many elements: at least one."""
+    return max(1, min(size, BLOCK_ELEMENTS.get(device.type, 2**25) // max(1, elements)))
+
+
 def squared_norm(grads: Tensor) -> Tensor:
     """Return the squared norm of every sample: ``(B, ...) -> (B,)``; a non-finite row stays non-finite."""
     flat = grads.reshape(grads.shape[0], -1) if grads.shape[0] else grads.new_zeros(0, 1)
@@ -67,11 +72,17 @@ def squared_norm(grads: Tensor) -> Tensor:
 
 
 def masked_squared_norm(grads: Tensor, mask: Tensor) -> Tensor:
-    """Return the squared norm of ``mask * grads[i]`` for every i, a block of samples at a time."""
-    step = max(1, _BLOCK // max(1, mask.numel()))
-    if grads.shape[0] <= step:
-        return squared_norm(grads * mask)
-    return torch.cat([squared_norm(part * mask) for part in torch.split(grads, step)])
+    """Return the squared norm of ``mask * grads[i]`` for every i, a block of samples at a time in one small buffer.
+
+    A coordinate that is masked counts only where it is not finite: then the norm is not finite either.
+    """
+    size, weights = grads.shape[0], mask.to(grads.dtype)
+    step = samples_a_block(size, mask.numel(), grads.device)
+    product, norms = grads.new_empty(step, *mask.shape), grads.new_empty(size)
+    for low in range(0, size, step):
+        part = grads[low : low + step]
+        norms[low : low + step] = squared_norm(torch.mul(part, weights, out=product[: part.shape[0]]))
+    return norms
 
 
 def weighted_rows(grads: Tensor, factors: Tensor) -> Tensor:

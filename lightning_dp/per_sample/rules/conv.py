@@ -37,8 +37,12 @@ Conv: TypeAlias = "nn.Conv1d | nn.Conv2d | nn.Conv3d"
 # Largest temporary, in elements, before a batch of samples is worked on in blocks (512 MiB in float32).
 BLOCK_ELEMENTS = 2**27
 
-# Weight entries of one group above which grouped convolutions lose to unfolding on a CPU (measured).
+# The same for what is unfolded on a CPU, where a block should stay in the cache.
+CACHED_ELEMENTS = 2**19
+
+# Weight entries of one group above which grouped convolutions lose to unfolding on a CPU (measured): at all, and a position.
 LARGE_WEIGHT = 2**17
+WEIGHTS_A_POSITION = 2**10
 
 _WEIGHT_GRADIENTS = {1: nn_grad.conv1d_weight, 2: nn_grad.conv2d_weight, 3: nn_grad.conv3d_weight}
 
@@ -78,7 +82,8 @@ def choose_route(shape: ConvShape, *, norms_only: bool) -> Route:
     if shape.kernel == 1 and shape.groups == 1:
         return "unfold"  # a view: nothing is unfolded
     if shape.device == "cpu":
-        return "unfold" if weights > LARGE_WEIGHT else "grouped"
+        large = weights > min(LARGE_WEIGHT, WEIGHTS_A_POSITION * shape.positions)
+        return "unfold" if large else "grouped"
     return "grouped" if shape.groups > 1 else "unfold"
 
 
@@ -277,13 +282,14 @@ def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Tens
     shape = _shape_of(conv, calls, batch_size)
     route = choose_route(shape, norms_only=mask is None)
     norms = _product(calls[0]).new_empty(batch_size)
+    weights = None if mask is None else mask.to(norms.dtype)
     for low, high in _blocks(batch_size, shape, route):
         part = [_rows_of(call, low, high) for call in calls]
         if route == "gram":
             norms[low:high] = _gram_norms(conv, part, high - low)
         else:
             grads = _weight_gradients(conv, part, high - low, route)
-            norms[low:high] = squared_norm(grads if mask is None else grads * mask)
+            norms[low:high] = squared_norm(grads if weights is None else grads.mul_(weights))
     return norms
 
 
@@ -325,6 +331,7 @@ def _blocks(batch_size: int, shape: ConvShape, route: Route) -> Iterator[tuple[i
             "gram": shape.positions * (shape.in_width + 2 * shape.positions),
         }[route]
     )
-    step = max(1, BLOCK_ELEMENTS // max(1, per_sample))
+    cached = shape.device == "cpu" and route == "unfold"
+    step = max(1, min(BLOCK_ELEMENTS, CACHED_ELEMENTS if cached else BLOCK_ELEMENTS) // max(1, per_sample))
     for low in range(0, batch_size, step):
         yield low, min(low + step, batch_size)

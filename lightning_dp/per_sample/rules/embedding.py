@@ -50,19 +50,20 @@ class EmbeddingRule(Rule):
             return {}
         assert isinstance(module, nn.Embedding)
         tokens, backprops = _tokens(module, calls, batch_size)
-        num_tokens = tokens.shape[1]
-        if num_tokens <= 1:
+        if tokens.shape[1] <= 1:
             return {"weight": squared_norm(backprops)}
-        # tokens sorted in each sample; a run of equal ones is one row of the gradient
-        ordered, order = tokens.sort(dim=1)
-        starts = torch.zeros_like(ordered)
-        starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        runs = starts.cumsum(1)
-        rows = torch.empty_like(runs).scatter_(1, order, runs)
-        rows += torch.arange(batch_size, device=rows.device).unsqueeze(1) * num_tokens
-        sums = torch.zeros_like(backprops).flatten(0, 1)
-        sums.index_add_(0, rows.flatten(), backprops.flatten(0, 1))
-        return {"weight": squared_norm(sums.view(batch_size, -1))}
+        return {"weight": squared_norm(_equal_token_sums(tokens, backprops)[1])}
+
+    @override
+    def masked_squared_norms(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if "weight" not in masks:
+            return {}
+        assert isinstance(module, nn.Embedding)
+        entries, sums = _equal_token_sums(*_tokens(module, calls, batch_size))
+        live = torch.index_select(masks["weight"], 0, entries.flatten()).view_as(sums)
+        return {"weight": squared_norm(sums.mul_(live))}
 
     @override
     def weighted_sum(
@@ -93,6 +94,25 @@ class EmbeddingRule(Rule):
     @override
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
         return False
+
+
+def _equal_token_sums(tokens: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of every sample's gradient that may be nonzero: their entries ``(B, T)`` and values ``(B, T, d)``.
+
+    A sample that repeats tokens has fewer rows than ``T``: those left over are zero, whatever their entry.
+    """
+    size, num_tokens = tokens.shape
+    # tokens sorted in each sample; a run of equal ones is one row of the gradient
+    ordered, order = tokens.sort(dim=1)
+    starts = torch.zeros_like(ordered)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    runs = starts.cumsum(1)
+    entries = torch.zeros_like(runs).scatter_(1, runs, ordered)
+    rows = torch.empty_like(runs).scatter_(1, order, runs)
+    rows += torch.arange(size, device=rows.device).unsqueeze(1) * num_tokens
+    sums = torch.zeros_like(backprops).flatten(0, 1)
+    sums.index_add_(0, rows.flatten(), backprops.flatten(0, 1))
+    return entries, sums.view_as(backprops)
 
 
 def _tokens(module: nn.Embedding, calls: Sequence[Call], batch_size: int) -> tuple[Tensor, Tensor]:

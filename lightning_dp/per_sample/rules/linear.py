@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, widen
+from lightning_dp.per_sample.rules.base import Call, Rule, samples_a_block, squared_norm, widen
 
 _HUGE = 1e20
 """Squared norms above this make squares that have vanished in the other factor count."""
@@ -19,8 +19,8 @@ _HUGE = 1e20
 _COST_OF_KEEPING = 20
 """Multiplications in the time that one number of a kept gradient costs (measured on a CPU)."""
 
-_BLOCK = 2**23
-"""Numbers of a temporary per-sample gradient (32 MiB in float32)."""
+_GRAM_BLOCK = 64
+"""Positions of a block of Gram matrices, of which those above the diagonal are left out: they are symmetric."""
 
 
 def prefer_gram(num_positions: int, num_in: int, num_out: int) -> bool:
@@ -46,10 +46,16 @@ def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
     **Guarantee**: where the terms cancel below the rounding of their sum, the result is that rounding and not less:
     a norm is never reported far below the true one.
     """
-    gram_a = torch.bmm(inputs_BTd, inputs_BTd.mT)
-    gram_g = torch.bmm(backprops_BTp, backprops_BTp.mT)
-    total = torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1))
-    trace_a, trace_g = (gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (gram_a, gram_g))
+    size, positions = inputs_BTd.shape[:2]
+    total, trace_a, trace_g = (inputs_BTd.new_zeros(size) for _ in range(3))
+    for low in range(0, positions, _GRAM_BLOCK):
+        high = min(low + _GRAM_BLOCK, positions)
+        gram_a = torch.bmm(inputs_BTd[:, low:high], inputs_BTd[:, low:].mT)
+        gram_g = torch.bmm(backprops_BTp[:, low:high], backprops_BTp[:, low:].mT)
+        for gram, trace in ((gram_a, trace_a), (gram_g, trace_g)):
+            trace += gram.diagonal(dim1=1, dim2=2).sum(1)
+        gram_a[:, :, : high - low].mul_(0.5)  # what stands beside the block on the diagonal stands below it as well
+        total += 2 * torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1))
     trace_a, trace_g = _no_underflow(trace_a, trace_g, inputs_BTd.shape[2], backprops_BTp.shape[2])
     return torch.maximum(total, 8 * torch.finfo(total.dtype).eps * trace_a * trace_g)
 
@@ -111,10 +117,11 @@ class LinearRule(Rule):
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         inputs, backprops = _positions(calls, batch_size, "weight" in masks)
-        if inputs.shape[1] != 1:
-            return super().masked_squared_norms(module, calls, batch_size, masks)
         norms: dict[str, Tensor] = {}
-        if "weight" in masks:
+        if "weight" in masks and inputs.shape[1] != 1:
+            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
+            norms["weight"] = _product_squared_norm(*pair, masks["weight"])
+        elif "weight" in masks:
             mask = masks["weight"].to(inputs.dtype)
             squares_a, squares_g = inputs[:, 0].square(), backprops[:, 0].square()
             mixed = squares_g @ (mask.mT if self.transposed else mask)
@@ -123,7 +130,7 @@ class LinearRule(Rule):
             huge = torch.maximum(squares_a.sum(1), squares_g.sum(1)) > _HUGE**1.5
             norms["weight"] = torch.where(huge, torch.full_like(norm, torch.inf), norm)
         if "bias" in masks:
-            norms["bias"] = squared_norm(backprops[:, 0] * masks["bias"])
+            norms["bias"] = squared_norm(backprops.sum(1) * masks["bias"])
         return norms
 
     @override
@@ -185,16 +192,19 @@ class TransposedLinearRule(LinearRule):
     transposed = True
 
 
-def _product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor) -> Tensor:
-    """Return ``|sum_t left_t right_t^T|^2`` for every sample from products in one small buffer, used again."""
+def _product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return ``|mask * sum_t left_t right_t^T|^2`` for every sample from products in one small buffer, used again."""
     size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
-    step = min(size, max(1, _BLOCK // (num_left * num_right)))
+    step = samples_a_block(size, num_left * num_right, lefts_BTp.device)
+    weights = None if mask is None else mask.to(lefts_BTp.dtype)
     product = lefts_BTp.new_empty(step, num_left, num_right)
     norms = lefts_BTp.new_empty(size)
     for low in range(0, size, step):
         rows = slice(low, min(low + step, size))
         part = product[: rows.stop - low]
         torch.bmm(lefts_BTp[rows].mT, rights_BTd[rows], out=part)
+        if weights is not None:
+            part.mul_(weights)
         norms[rows] = squared_norm(part)
     return norms
 
