@@ -17,9 +17,10 @@ def step_section(results: dict[str, Any]) -> str:
     """Time, memory and peers of every case that was measured, with goals."""
     named = results["environment"]
     lines = [
-        f"Measured on {named['device']} ({named['processor']}), {named['threads']} threads: "
+        f"Measured on {named['device']} ({named['processor']}): "
         + ", ".join(f"{name} {named[name]}" for name in ("python", "torch", "lightning", "opacus"))
-        + ". Medians of pairs, against the same step without privacy; a goal in brackets, with a cross where it is missed.",
+        + ". Medians of pairs, against the same step without privacy; a goal in brackets, with a cross where it is missed. "
+        + _clocks(results),
         "",
         "| case | plain, ms | time | time, lean | memory | memory, lean | sparse to dense | best Opacus to ours |",
         "|---|---|---|---|---|---|---|---|",
@@ -75,6 +76,22 @@ def _judged(value: float | None, goal: float | None, *, at_least: bool = False) 
         return f"{value:.2f}"
     met = value >= goal if at_least else value <= goal
     return f"{value:.2f} {'✓' if met else '✗'} [{'≥' if at_least else '≤'} {goal:g}]"
+
+
+def _clocks(results: dict[str, Any]) -> str:
+    """How time was taken: one sentence a way."""
+    figures = [figures for held in results["cases"].values() for figures in held["time"].values()]
+    ways = sorted({(one["clock"], one["threads"], min(o["pairs"] for o in figures)) for one in figures})
+    texts = {
+        "wall": "time that went by",
+        "processor": "processor time of the process, the machine being shared with other work",
+    }
+    return (
+        "; ".join(
+            f"Time is {texts[clock]}, {threads} thread(s), {pairs} pairs or more" for clock, threads, pairs in ways
+        )
+        + "."
+    )
 
 
 def _modes(measured: dict[str, Any]) -> list[str]:
