@@ -46,7 +46,8 @@ class Epsilon(Metric):
     full_state_update = False
 
     def __init__(self, source: Any, delta: float, accountant: str | Accountant | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        # the ledger grows without `update`: a value once computed must not be handed out again
+        super().__init__(**{**kwargs, "compute_with_cache": False})
         self.delta = check.check_probability("delta", delta)
         if not isinstance(source, Ledger) and not isinstance(getattr(source, "ledger", None), Ledger):
             raise TypeError(
@@ -73,6 +74,6 @@ class Epsilon(Metric):
         return torch.tensor(value, dtype=torch.float64)
 
     def reset(self) -> None:
-        """Forgets the cached value; the ledger stays."""
+        """Forgets nothing: the ledger stays."""
         super().reset()
         self._update_count = 1

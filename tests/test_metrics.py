@@ -47,6 +47,16 @@ def test_epsilon_logged_as_a_metric_object_survives_the_epochs(tmp_path: Any) ->
     assert ends[2] == pytest.approx(strategy.epsilon())
 
 
+def test_epsilon_computed_twice_is_that_of_now() -> None:
+    """A Metric keeps what it has computed until its next update, which this one never gets."""
+    ledger = Ledger()
+    metric = Epsilon(ledger, delta=1e-5, accountant="gdp", compute_with_cache=True)
+    ledger.record(PrivacyEvent(kind="gaussian", noise_multiplier=1.0))
+    before = float(metric.compute())
+    ledger.record(PrivacyEvent(kind="gaussian", noise_multiplier=1.0))
+    assert float(metric.compute()) > before + 1.0
+
+
 def test_epsilon_refuses_what_is_no_ledger() -> None:
     with pytest.raises(TypeError, match="private strategy or a Ledger, got Tensor"):
         Epsilon(torch.ones(1), delta=1e-5)

@@ -6,18 +6,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.callbacks._strategy import ledger_holder
+from lightning_dp.callbacks._strategy import LedgerHolder, ledger_holder
 
 
 class EpsilonMonitor(Callback):
     """Logs ``epsilon``, ``privacy/delta`` and ``privacy/noise_multiplier`` while training.
 
     ``epsilon`` is the epsilon spent so far at ``delta``, over every step the ledger holds (resumed runs and learning-rate
-    searches included). It is logged every ``every_n_steps`` logical steps and at the last step of each epoch, before
-    validation, so that ``ModelCheckpoint(filename="{epoch}-{epsilon:.2f}")`` and ``EarlyStopping(monitor="epsilon")`` see it.
+    searches included). It is logged every ``every_n_steps`` logical steps, at the end of each epoch, also one that is cut short, and
+    before each validation and each checkpoint by ``every_n_train_steps``: the epsilon in
+    ``ModelCheckpoint(filename="{epoch}-{epsilon:.2f}")`` is that of the saved weights, and
+    ``EarlyStopping(monitor="epsilon")`` sees it. (Checkpoints by ``train_time_interval`` bear the last value logged.)
 
     **Guarantee**: what is logged depends on public settings only, never on the data. Before the first step nothing is
     logged: "no steps recorded" is not epsilon 0.
@@ -52,11 +55,26 @@ class EpsilonMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called when a training batch ends. Logs epsilon when it is due."""
+        """Called when a training batch ends. Logs epsilon when it is due, or about to be read."""
         strategy = ledger_holder(trainer, self)
+        due = self._last_logged < 0 or strategy.ledger.num_steps - self._last_logged >= self.every_n_steps
+        if due or trainer.fit_loop.epoch_loop._num_ready_batches_reached() or _is_saved_by_steps(trainer):
+            self._log(trainer, pl_module, strategy)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when validation begins. Checkpoints that it leads to are named by the epsilon of their own weights."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._log(trainer, pl_module, ledger_holder(trainer, self))
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when an epoch ends, also one that was cut short. Logs what has been spent since the last value."""
+        self._log(trainer, pl_module, ledger_holder(trainer, self))
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, strategy: LedgerHolder) -> None:
         steps = strategy.ledger.num_steps
-        due = steps - self._last_logged >= self.every_n_steps or self._last_logged < 0
-        if steps == 0 or not (due or trainer.fit_loop.epoch_loop._num_ready_batches_reached()):
+        if steps in (0, self._last_logged):
             return
         self._last_logged = steps
         delta = strategy.plan.delta if self.delta is None else self.delta
@@ -67,3 +85,9 @@ class EpsilonMonitor(Callback):
         # straight to the loggers: what `self.log` holds would be written again, out of date, at every step in between
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _is_saved_by_steps(trainer: pl.Trainer) -> bool:
+    """Whether a checkpoint may be written after this step, before anything else is logged."""
+    intervals = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
+    return any(interval and trainer.global_step % interval == 0 for interval in intervals)

@@ -58,6 +58,31 @@ def test_epsilon_names_checkpoints(tmp_path: Path) -> None:
     assert names == [f"epoch={epoch}-epsilon={spent(4 * epoch + 4):.2f}.ckpt" for epoch in (0, 1)]
 
 
+@pytest.mark.parametrize(
+    ("options", "saving", "steps"),
+    [
+        ({"max_epochs": -1, "max_steps": 7}, {}, [7]),
+        ({"max_epochs": 5, "callbacks": [PrivacyBudget((spent(6) + spent(7)) / 2)]}, {}, [4, 6]),
+        ({"max_epochs": 2, "val_check_interval": 3}, {}, [3, 7]),
+        ({"max_epochs": 2}, {"every_n_train_steps": 3}, [3, 6]),
+        ({"max_epochs": -1, "max_steps": 7, "limit_val_batches": 0}, {"save_on_train_epoch_end": True}, [4, 7]),
+    ],
+    ids=["max_steps", "budget", "within an epoch", "every_n_train_steps", "no validation"],
+)
+def test_epsilon_in_a_file_name_is_that_of_the_weights_in_the_file(
+    tmp_path: Path, options: dict[str, Any], saving: dict[str, Any], steps: list[int]
+) -> None:
+    """Also where steps between two logged values lie before the end: a name must not promise less than was spent."""
+    saved = ModelCheckpoint(dirpath=tmp_path, filename="{step}-{epsilon:.3f}", save_top_k=-1, **saving)
+    callbacks = [EpsilonMonitor(every_n_steps=50), *options.pop("callbacks", []), saved]
+    trainer = make_trainer(rdp(), tmp_path, enable_checkpointing=True, callbacks=callbacks, **options)
+    trainer.fit(Classifier(), make_loader(), make_loader(batch_size=32))
+    names = {path.name for path in tmp_path.glob("*.ckpt")}
+    assert names >= {f"step={step}-epsilon={spent(step):.3f}.ckpt" for step in steps}
+    assert all(name == f"step={(step := int(name.split('-')[0][5:]))}-epsilon={spent(step):.3f}.ckpt" for name in names)
+    assert float(trainer.callback_metrics["epsilon"]) == pytest.approx(spent(trainer.global_step), rel=1e-5)
+
+
 def test_epsilon_can_stop_a_run_early(tmp_path: Path) -> None:
     stopping = EarlyStopping(
         monitor="epsilon", mode="min", divergence_threshold=spent(10), patience=100, check_on_train_epoch_end=True
