@@ -20,6 +20,8 @@ from lightning_dp.per_sample.workspace import Workspace
 _WHOLE = (nn.MultiheadAttention,)
 """Modules that use the parameters of the modules inside them functionally."""
 
+_NEVER_CALLED = (nn.ParameterList, nn.ParameterDict)
+"""Modules that hold parameters for the module around them."""
 
 _FIX = "lightning_dp.fix replaces it by a layer that works"
 
@@ -112,6 +114,8 @@ class Places:
         """Return the smallest module around a parameter that is called on samples and returns samples."""
         whole = self._whole(place.owner_name)
         name = place.owner_name if whole is None else whole
+        while name and isinstance(self.modules[name], _NEVER_CALLED):
+            name = name.rpartition(".")[0]
         while not _carries_samples(learned.layouts.get(name, [])):
             parents = learned.parents.get(name, set())
             if not parents:

@@ -252,6 +252,18 @@ class RootMeanSquare(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
+class Listed(nn.Module):
+    """Weights in a list and a dictionary, used by the module around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(NUM_FEATURES, WIDTH), torch.randn(WIDTH, NUM_CLASSES)])
+        self.more = nn.ParameterDict({"bias": torch.zeros(1, NUM_CLASSES)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weights[0]).tanh() @ self.weights[1] + self.more["bias"]
+
+
 class Scaled(nn.Module):
     """A residual branch with a LayerScale, of shape (D,), and a scalar gain."""
 
