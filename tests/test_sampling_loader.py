@@ -227,7 +227,9 @@ def test_peek_at_a_stream_and_collate_nothing() -> None:
 
 def test_facts_of_poisson() -> None:
     loader = private_dataloader(DataLoader(range(1000), batch_size=10), accumulate=4, rank=1, world_size=2)
-    assert loader.facts == SamplingFacts("poisson", 1000, 80, 0.08, 12)  # 1000 / 80 = 12.5, rounded to even
+    assert loader.facts == SamplingFacts(
+        "poisson", 1000, 80, 0.08, 12, accumulate=4
+    )  # 1000 / 80 = 12.5, rounded to even
     assert len(loader) == 48
     assert loader.facts.add_remove_changes_one_batch
 
@@ -271,7 +273,8 @@ def test_stream_keeps_its_order_and_batches(stream: Stream, size: int | None, st
     )
     items = [[(count, batch.tolist()) for count, batch in item.microbatches] for item in loader]
     assert items == [[(1, [0]), (2, [1, 2])], [(1, [3]), (2, [4, 5])], [(1, [6]), (2, [7, 8])], [(1, [9])]]
-    assert loader.facts == SamplingFacts("shuffle", size, 6, None, steps, add_remove_changes_one_batch=False)
+    expected = SamplingFacts("shuffle", size, 6, None, steps, add_remove_changes_one_batch=False, accumulate=2)
+    assert loader.facts == expected
 
 
 def test_state_is_empty() -> None:

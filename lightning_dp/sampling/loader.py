@@ -40,6 +40,7 @@ class SamplingFacts:
         add_remove_changes_one_batch: whether one record more or less changes one batch of a pass by one record. False
             for iterable datasets, whose batches are cut in order: a record added moves all that follow. Then only the
             relation that replaces one record by another changes a single batch.
+        accumulate: items that one logical batch is handed out in.
     """
 
     sampling: str
@@ -48,6 +49,7 @@ class SamplingFacts:
     sample_rate: float | None
     steps_per_epoch: int | None
     add_remove_changes_one_batch: bool = True
+    accumulate: int = 1
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -242,6 +244,7 @@ def _map_facts(
         expected_batch_size=expected,
         sample_rate=expected / size if sampling == "poisson" else None,
         steps_per_epoch=max(1, round(size / expected)),
+        accumulate=accumulate,
     )
 
 
@@ -256,4 +259,5 @@ def _iterable_facts(loader: DataLoader[Any], accumulate: int, world_size: int) -
         sample_rate=None,
         steps_per_epoch=None if items is None else -(-items // accumulate),
         add_remove_changes_one_batch=False,
+        accumulate=accumulate,
     )

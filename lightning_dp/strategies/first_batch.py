@@ -162,6 +162,46 @@ def check_skip(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str, A
                 )
 
 
+def check_steps(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str, Any], global_step: int) -> None:
+    """Under manual optimization some private optimizer did not step on a batch: nor may it on single samples.
+
+    Args:
+        strategy: the running strategy.
+        rest: further arguments of ``training_step``.
+        kwargs: the same, by name.
+        global_step: the trainer's before this batch.
+
+    Raises:
+        PrivacyError: others step there, so whether noise is released hangs on the samples.
+    """
+    loader = strategy._loader
+    assert loader is not None
+    real, private = set(strategy._collected), strategy._sums.keys()
+    for sample in spread_samples(loader, 3):
+        with _held_still(strategy, seed=0), _rewound(strategy, global_step):
+            stepped = _try(strategy, [sample], rest, kwargs, engine_on=False).stepped & private
+        if stepped != real:
+            raise PrivacyError(
+                f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a batch and of "
+                f"{sorted(stepped)} on one sample alone. One sample could switch off all others: let batch_idx decide when to step "
+                "(a sample that is not finite contributes zero anyway)."
+            )
+
+
+@contextmanager
+def _rewound(strategy: PrivateStep, global_step: int) -> Iterator[None]:
+    """The batch's own ``global_step``, and the gradients that it has left."""
+    progress = strategy._trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    gradients = [(parameter, parameter.grad) for parameter in strategy._module.parameters()]
+    completed, progress.completed = progress.completed, global_step
+    try:
+        yield
+    finally:
+        progress.completed = completed
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
 def spread_samples(loader: PrivateDataLoader, num: int) -> list[Any]:
     """Records from all over a dataset with random access, the first ones of a stream; fewer where there are fewer.
 

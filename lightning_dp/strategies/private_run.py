@@ -106,6 +106,11 @@ class PrivateRun(SavedRun):
         strict_logging: bool = False,
         **strategy_options: Any,
     ) -> None:
+        if not isinstance(public_optimizers, Sequence):
+            raise TypeError(
+                f"Expected public_optimizers to be a list of positions, got public_optimizers={public_optimizers!r}. Pass [0] for the "
+                "first optimizer that configure_optimizers returns."
+            )
         self.settings = Settings(
             noise_multiplier=noise_multiplier,
             target_epsilon=target_epsilon,

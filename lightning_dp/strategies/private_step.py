@@ -250,6 +250,12 @@ class PrivateStep(PrivateRun):
         batches must never be summed, since one sample may be in both.
         """
         index, parts = self._trainer.fit_loop.batch_idx, self._trainer.accumulate_grad_batches
+        assert self._loader is not None
+        if parts != self._loader.facts.accumulate:
+            raise PrivacyError(
+                f"Expected accumulate_grad_batches={self._loader.facts.accumulate} as when the data was set up, got {parts}. Parts of "
+                "several logical batches would be summed, and one sample may be in each of them: set it before fit."
+            )
         if index == 0 or not self._prepared:
             self._part = 0
         begins = self._part == 0 or index % parts == 0
@@ -308,7 +314,7 @@ class PrivateStep(PrivateRun):
             divisor: what Lightning will divide the loss by before its backward.
             weight: 0 makes the samples contribute exactly nothing.
         """
-        automatic = self._module.automatic_optimization
+        automatic, global_step = self._module.automatic_optimization, self._trainer.global_step
         mean = self.settings.loss_reduction == "mean"
         self._scale = weight * (count if mean else 1) * (divisor if automatic else 1)
         self._begin_microbatch(batch, count, weight)
@@ -321,6 +327,8 @@ class PrivateStep(PrivateRun):
             return self._with_scalar_loss(output, count)
         self._unfinished |= {index for index, sums in self._sums.items() if self._engine.has_backprops(sums.names)}
         self._end_microbatch()
+        if self.settings.check_per_sample and self._collected < self._sums.keys():
+            first_batch.check_steps(self, rest, kwargs, global_step)
         return output
 
     def _run_empty(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

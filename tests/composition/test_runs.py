@@ -243,6 +243,28 @@ def test_plain_phase_is_sgd_and_the_statement_says_so(tmp_path: Any, monkeypatch
     assert "a step of plain SGD" in strategy.privacy_statement()
 
 
+@pytest.mark.parametrize("bound", [AutoThreshold, AdaptiveClipping])
+def test_a_learned_bound_may_follow_a_plain_phase(tmp_path: Any, bound: Any) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+    make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[SwitchToDP(1), bound()]).fit(Classifier(), make_loader())
+    assert [run.event.kind for run in strategy.ledger.entries] == ["non_private", "poisson"]
+
+
+def test_what_a_hook_writes_to_masked_gradients_is_gone_at_the_next_step(tmp_path: Any) -> None:
+    """SGD with Nesterov momentum and ``foreach`` adds to ``p.grad`` in place too."""
+    zeros: list[int] = []
+
+    class Writing(L.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            zeros.append(sum(int((p.grad == 0).sum()) for p in pl_module.parameters()))
+            for p in pl_module.parameters():
+                p.grad.add_(1.0)
+
+    callbacks = [RandomSparsification(final_rate=0.5, schedule="constant"), Writing()]
+    make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, callbacks=callbacks).fit(Classifier(), make_loader())
+    assert zeros == [53 // 2] * 4
+
+
 def test_budget_refuses_a_run_with_plain_steps(tmp_path: Any) -> None:
     trainer = make_trainer(
         DPStrategy(noise_multiplier=1.0, target_delta=1e-3), tmp_path, callbacks=[SwitchToDP(1), PrivacyBudget(3.0)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dp import DPDDPStrategy, EpsilonMonitor
+from lightning_dp import AdaptiveClipping, DPDDPStrategy, EpsilonMonitor, RandomSparsification
 from tests.helpers import NUM_FEATURES, Classifier, Recorder, make_dataset
 from tests.strategies.test_manual import GAN
 
@@ -78,6 +78,29 @@ class Writing(Nothing):
         return super().training_step(batch, batch_idx)
 
 
+class Watch(L.Callback):
+    """Keeps the released gradient and count of every step, and what the noise of the gradient should be."""
+
+    def __init__(self) -> None:
+        self.noise: list[Tensor] = []
+        self.std: list[float] = []
+        self.counts: list[float] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        threshold = trainer.strategy.mechanisms.threshold
+        observe = threshold.observe
+
+        def watched(release: Any) -> None:
+            self.counts += release.statistics
+            self.std.append(release.noise_std)
+            observe(release)
+
+        threshold.observe = watched
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.noise.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone())
+
+
 def main() -> None:
     seen: dict[str, Any] = {}
 
@@ -118,6 +141,13 @@ def main() -> None:
     strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, microbatch_size=2)
     trainer = fit(Writing(), DataLoader(Indexed(), batch_size=6), strategy=strategy, max_epochs=4)
     seen["synced"] = (trainer.strategy.ledger.num_steps, float(trainer.callback_metrics["size"]))
+
+    # under a mask and with a counted bound: what the gradient and the count carry, and what they should
+    watch, module = Watch(), Writing()
+    callbacks = [RandomSparsification(final_rate=0.5, schedule="constant"), AdaptiveClipping(), watch]
+    fit(module, DataLoader(Indexed(), batch_size=2), callbacks, max_epochs=30)
+    seen["mixed"] = {"noise": torch.stack(watch.noise), "std": watch.std, "counts": watch.counts}
+    seen["mixed"]["sizes"] = [len(positions) for positions in module.drawn]
 
     # a public generator beside a private discriminator: replicas stay equal
     module = GAN()

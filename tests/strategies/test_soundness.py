@@ -112,6 +112,66 @@ def test_a_step_that_skips_bad_batches_is_refused(tmp_path: Path) -> None:
     assert strategy.ledger.num_steps == 1
 
 
+class SkippingByHand(Manual):
+    """Steps when its loss is finite, as code written for mixed precision does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = Classifier.training_step(self, batch, batch_idx)
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        if torch.isfinite(loss):
+            self.optimizers().step()
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 16, 1])
+def test_a_manual_step_that_hangs_on_the_loss_is_refused(tmp_path: Path, microbatch_size: int | None) -> None:
+    """Otherwise one sample decides whether all others, or those of its microbatch, are released at all."""
+    features, labels = make_dataset().tensors
+    features = features.clone()
+    features[5] = float("nan")
+    loader = DataLoader(TensorDataset(features, labels), batch_size=64)
+    strategy = rdp(microbatch_size=microbatch_size)
+    with pytest.raises(PrivacyError, match=r"got steps of \[\] on a batch and of \[0\] on one sample"):
+        make_trainer(strategy, tmp_path).fit(SkippingByHand(), loader)
+    assert strategy.ledger.num_steps == 0
+
+
+@pytest.mark.parametrize("count", ["batch_idx", "global_step"])
+def test_a_manual_step_that_hangs_on_public_counts_is_free(tmp_path: Path, count: str) -> None:
+    """Two private optimizers in turn: the trial on single samples must see the counts, and leave the gradients, of its batch."""
+    left: list[int] = []
+
+    class InTurn(TwoOptimizers):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            chosen = self.optimizers()[(batch_idx if count == "batch_idx" else self.global_step) % 2]
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            chosen.step()
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            left.append(sum(p.grad is not None for p in self.parameters()))
+
+    strategy = rdp()
+    trainer = make_trainer(strategy, tmp_path, max_epochs=2)
+    trainer.fit(InTurn(), make_loader())
+    assert (strategy.ledger.num_steps, trainer.global_step, left) == (8, 8, [2] * 8)
+
+
+def test_accumulation_may_not_change_during_the_run(tmp_path: Path) -> None:
+    """Parts of several logical batches would be summed: one sample may be in each."""
+
+    class Growing(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.accumulate_grad_batches = 1 + trainer.current_epoch
+
+    strategy = rdp()
+    with pytest.raises(PrivacyError, match="accumulate_grad_batches=1 as when the data was set up, got 2"):
+        make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[Growing()]).fit(Classifier(), make_loader())
+    assert strategy.ledger.num_steps == 4
+
+
 @pytest.mark.parametrize("weight", [0.5, 0.7])
 @pytest.mark.parametrize("repeat", range(4))
 def test_mixing_after_the_transfer_is_always_found(tmp_path: Path, weight: float, repeat: int) -> None:
