@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,8 +168,9 @@ class DPPlan:
             "schedule": self._schedule_fingerprint(),
         }
 
-    def _schedule_fingerprint(self) -> list[list[float]]:
+    def _schedule_fingerprint(self) -> str:
+        """Tells two schedules apart that differ in any step of the run; empty where nothing bounds the run."""
         if self.steps is None:
-            return []
-        grouped: Sequence[tuple[float, int]] = schedules.runs(self.schedule, 0, self.steps)
-        return [[factor, float(count)] for factor, count in grouped[:1000]]
+            return ""
+        grouped = schedules.runs(self.schedule, 0, self.steps)
+        return hashlib.sha256(repr(grouped).encode()).hexdigest()

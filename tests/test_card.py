@@ -230,7 +230,7 @@ def _state() -> dict[str, Any]:
         "target_epsilon": None,
         "accountant": "rdp",
         "neighboring_relation": "add_or_remove_one",
-        "schedule": [],
+        "schedule": "",
     }
 
 

@@ -63,6 +63,16 @@ def test_runs_of_shuffled_batches_say_their_passes() -> None:
     ]
 
 
+def test_saved_plans_differ_where_schedules_differ_in_any_step() -> None:
+    def saved(factor: float) -> object:
+        # a new value in every step, and the last one in question
+        return make_plan(steps=3000, schedule=lambda t: factor if t == 2999 else 1 + t / 3000).state_dict()["schedule"]
+
+    assert saved(0.5) == saved(0.5)
+    assert saved(0.5) != saved(0.25)
+    assert make_plan(steps=None).state_dict()["schedule"] == ""
+
+
 def test_without_clipping_nothing_is_private() -> None:
     plan = make_plan(clipping=NoClipping())
     ledger = Ledger().extended(plan.runs(0, 20))
