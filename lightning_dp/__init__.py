@@ -6,8 +6,9 @@
 Read ``strategies/private_step.py`` first: it is the step, in the order of the data.
 """
 
-from lightning_dp import schedules
+from lightning_dp import auditing, schedules
 from lightning_dp.accounting import Ledger, PrivacyEvent
+from lightning_dp.auditing import AuditResult
 from lightning_dp.callbacks import (
     AdaptiveClipping,
     AutoThreshold,
@@ -16,6 +17,7 @@ from lightning_dp.callbacks import (
     GradientDiagnostics,
     MagnitudePruning,
     NoiseScheduler,
+    PrivacyAudit,
     PrivacyBudget,
     PrivacyCard,
     PublishedAutoThreshold,
@@ -41,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveClipping",
+    "AuditResult",
     "AutoThreshold",
     "AutomaticClipping",
     "Clipping",
@@ -59,6 +62,7 @@ __all__ = [
     "NoiseScheduler",
     "PSACClipping",
     "PerLayerClipping",
+    "PrivacyAudit",
     "PrivacyBudget",
     "PrivacyCard",
     "PrivacyError",
@@ -67,6 +71,7 @@ __all__ = [
     "RandomSparsification",
     "SwitchToDP",
     "TopAgg",
+    "auditing",
     "fix",
     "schedules",
 ]

@@ -13,6 +13,7 @@ Every mechanism is public or is paid for; what each does to the release of a log
 | sparsification, pruning | S, norms under the mask | where all masks are true | 0 on masked ones: 0 for every sample | - |
 | "replace_one" | 2 S | - | follows S | unchanged |
 | several private optimizers (m) | S each | - | sqrt(m) sigma_t S each | one event of sigma_t |
+| gradient canaries of ``PrivacyAudit`` | S: public records, clipped and added as real ones | - | - | unchanged |
 | ``PublishedAutoThreshold``, plain steps of ``SwitchToDP``, no clipping, sigma 0 | none | - | - | non-private: epsilon is infinite |
 
 Masks combine by "and". A mask and a bound are settled before the first sample of a logical batch and hold until it is
@@ -23,10 +24,12 @@ bound with a clipping that has none. A plain step knows neither bound nor noise,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_dp import schedules
+from lightning_dp.auditing import Canaries
 from lightning_dp.clipping import Clipping
 from lightning_dp.compression import GradientMask
 from lightning_dp.diagnostics import Diagnostics
@@ -68,6 +71,8 @@ class Mechanisms:
         threshold: the bound of clipping from step to step.
         masks: owner -> which coordinates are live.
         diagnostics: un-noised figures on request.
+        canaries: public additional records in gradient space.
+        extra_records: public additional records of the training set.
     """
 
     noise_schedule: Callable[[RunLength], Schedule] = _constant
@@ -75,6 +80,8 @@ class Mechanisms:
     threshold: Threshold = field(default_factory=Threshold)
     masks: dict[Hashable, GradientMask] = field(default_factory=dict)
     diagnostics: Diagnostics | None = None
+    canaries: Canaries = field(default_factory=Canaries)
+    extra_records: Sequence[Any] = ()
     _owners: dict[str, object] = field(default_factory=dict)
 
     def claim(self, what: str, owner: object) -> None:
@@ -123,6 +130,11 @@ class Mechanisms:
             raise ValueError(
                 f"Expected one private optimizer with GradientDiagnostics, got {num_private_optimizers}. Its figures speak of one "
                 "sum of gradients: leave the callback out, or use one optimizer."
+            )
+        if clipping.needs_gradients and self.canaries.needs_factors:
+            raise ValueError(
+                f"Expected a clipping by a factor with canaries in gradient space, got {clipping.name!r}. It would have to see each "
+                "canary's whole gradient: pass PrivacyAudit(canaries=...), records that pass through the model."
             )
         rule = type(self.threshold).__name__
         if type(self.threshold) is Threshold:

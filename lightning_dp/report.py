@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -100,6 +100,7 @@ def privacy_statement(
     *,
     seeded: bool = False,
     nonprivate_logs: Collection[str] = (),
+    audits: Sequence[str] = (),
 ) -> str:
     """The privacy statement of a run: what is promised, how it was computed, what is not covered.
 
@@ -109,6 +110,7 @@ def privacy_statement(
         accountant: computes epsilon from it.
         seeded: whether sampling and noise came from a known seed, which voids the promise against those who know it.
         nonprivate_logs: names of figures of the training data that were logged without noise.
+        audits: what audits of this run found, a line each.
     """
     lines = [summary_line(plan, ledger, accountant)]
     if ledger.num_steps:
@@ -123,6 +125,7 @@ def privacy_statement(
             lines.append(f"  epsilon is infinite: {why_infinite(ledger)}. This run is not private.")
     if seeded:
         lines.append("  a seed was set: nothing here holds against someone who knows it. Train without a seed.")
+    lines += [f"  {audit}" for audit in audits]
     lines.append("  not covered:")
     if nonprivate_logs:
         lines.append(f"    - logged without noise: {', '.join(sorted(nonprivate_logs))}")

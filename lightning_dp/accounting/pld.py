@@ -245,5 +245,8 @@ def _epsilon_at(masses: Array, offset: int, interval: float, infinite: float, de
     # divergence at l_i: the difference between both, summed without cancellation
     divergence = np.append(np.cumsum(-math.expm1(-interval) * damped[:0:-1])[::-1], 0.0) + infinite
     index = int(np.searchsorted(-divergence, -delta))  # first grid point at which delta is met
-    epsilon = (first + index) * interval + math.log((infinite + tail[index] - delta) / damped[index])
+    excess = infinite + tail[index] - delta
+    if excess <= 0:  # delta alone is more than all that may be lost
+        return 0.0
+    epsilon = (first + index) * interval + math.log(excess / damped[index])
     return float(min(max(epsilon, 0.0), (first + index) * interval))

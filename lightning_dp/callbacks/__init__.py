@@ -6,6 +6,7 @@ from lightning_dp.callbacks.epsilon_monitor import EpsilonMonitor
 from lightning_dp.callbacks.gradient_diagnostics import GradientDiagnostics
 from lightning_dp.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_dp.callbacks.noise_scheduler import NoiseScheduler
+from lightning_dp.callbacks.privacy_audit import PrivacyAudit
 from lightning_dp.callbacks.privacy_budget import PrivacyBudget
 from lightning_dp.callbacks.privacy_card import PrivacyCard
 from lightning_dp.callbacks.random_sparsification import RandomSparsification
@@ -19,6 +20,7 @@ __all__ = [
     "GradientDiagnostics",
     "MagnitudePruning",
     "NoiseScheduler",
+    "PrivacyAudit",
     "PrivacyBudget",
     "PrivacyCard",
     "PublishedAutoThreshold",

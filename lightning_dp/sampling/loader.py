@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lightning_dp.sampling.batches import MicrobatchCollate, NonEmptyGetitems, reads_many
 from lightning_dp.sampling.checks import check_count, check_loader, dataset_length
@@ -98,6 +98,7 @@ def private_dataloader(
     world_size: int = 1,
     seed: int | None = None,
     num_batches_kept: int | None = None,
+    extra_records: Sequence[Any] = (),
 ) -> PrivateDataLoader:
     """Return a loader over the same dataset whose batches are drawn as the privacy accounting assumes.
 
@@ -121,13 +122,15 @@ def private_dataloader(
         world_size: number of processes, >= 1.
         seed: for tests only: whoever knows it knows the batches. ``None``: the operating system's entropy.
         num_batches_kept: use only the first ``num_batches_kept * B`` records (for overfitting checks); ``None``: all.
+        extra_records: public records that follow those of the dataset, sampled and collated as they are: n counts them.
 
     Returns:
         The loader, with its public ``facts``.
 
     Raises:
         TypeError: not a plain ``DataLoader``, or a dataset that cannot be sampled this way.
-        ValueError: a sampler with a meaning of its own, no batch size, or fewer records than a batch expects.
+        ValueError: a sampler with a meaning of its own, no batch size, or fewer records than a batch expects; extra records
+            for a dataset without random access, or together with ``num_batches_kept``.
 
     Example:
         >>> private = private_dataloader(DataLoader(range(100), batch_size=20), accumulate=2)
@@ -149,7 +152,15 @@ def private_dataloader(
 
     kept = {name: getattr(loader, name) for name in _KEPT if name in inspect.signature(DataLoader).parameters}
     kept["collate_fn"] = MicrobatchCollate(_user_collate(loader), microbatch_size)
-    if isinstance(loader.dataset, IterableDataset):
+    dataset = loader.dataset
+    if extra_records:
+        if isinstance(dataset, IterableDataset) or num_batches_kept is not None:
+            raise ValueError(
+                "Expected a whole dataset with random access for extra_records, got a stream or a part of one. Canaries need their "
+                "place among the records: audit with gradient canaries, and without overfit_batches."
+            )
+        dataset = ConcatDataset([dataset, _Records(extra_records)])
+    if isinstance(dataset, IterableDataset):
         if num_batches_kept is not None:
             raise ValueError(
                 f"Expected num_batches_kept=None for an iterable dataset, got num_batches_kept={num_batches_kept}. "
@@ -159,7 +170,7 @@ def private_dataloader(
         return PrivateDataLoader(
             loader.dataset, facts=facts, batch_size=loader.batch_size, drop_last=loader.drop_last, **kept
         )
-    facts = _map_facts(loader, sampling, accumulate, world_size, num_batches_kept)
+    facts = _map_facts(loader, dataset, sampling, accumulate, world_size, num_batches_kept)
     assert facts.dataset_size is not None
     assert facts.steps_per_epoch is not None
     sampler_class = PoissonBatchSampler if sampling == "poisson" else ShuffleBatchSampler
@@ -172,7 +183,7 @@ def private_dataloader(
         world_size=world_size,
         seed=seed,
     )
-    return PrivateDataLoader(loader.dataset, facts=facts, batch_sampler=sampler, **kept)
+    return PrivateDataLoader(dataset, facts=facts, batch_sampler=sampler, **kept)
 
 
 def peek_samples(loader: DataLoader[Any], num: int) -> list[Any]:
@@ -223,13 +234,26 @@ def _user_collate(loader: DataLoader[Any]) -> Any:
     return collate_fn.collate_fn if isinstance(collate_fn, MicrobatchCollate) else collate_fn
 
 
+class _Records(Dataset[Any]):
+    """A sequence of records as a dataset."""
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.records[index]
+
+
 def _map_facts(
-    loader: DataLoader[Any], sampling: str, accumulate: int, world_size: int, num_batches_kept: int | None
+    loader: DataLoader[Any], dataset: Any, sampling: str, accumulate: int, world_size: int, num_batches_kept: int | None
 ) -> SamplingFacts:
     assert isinstance(loader.batch_sampler, BatchSampler)
     batch_size = loader.batch_sampler.batch_size
     expected = batch_size * world_size * accumulate
-    size = dataset_length(loader.dataset)
+    size = dataset_length(dataset)
     if expected > size:
         raise ValueError(
             f"Expected an expected batch size of at most the dataset size, got {expected} (batch_size={batch_size} x "

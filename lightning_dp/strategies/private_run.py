@@ -139,6 +139,7 @@ class PrivateRun(SavedRun):
         self._logs: TrainingLogs | None = None
         self.writes_card = True  # a PrivacyCard in the Trainer's callbacks does it instead
         self._seeded, self._secure = seed is not None, secure_rng
+        self.audits: list[str] = []
         self.budget: Callable[[PrivateRun], int] | None = None
         self.last_allowed_step: int | None = None
         self._step = 0
@@ -223,6 +224,7 @@ class PrivateRun(SavedRun):
             self.accountant,
             seeded=self._seeded,
             nonprivate_logs=self.nonprivate_logs,
+            audits=self.audits,
         )
 
     # ---------------------------------------------------------------- set up and tear down

@@ -47,6 +47,7 @@ class PrivateStep(PrivateRun):
             world_size=self.world_size,
             seed=self.settings.seed,
             num_batches_kept=trainer_checks.batches_kept(trainer),
+            extra_records=self.mechanisms.extra_records,
         )
         trainer_checks.check_same_dataset(self._loader, loader)
         if self._loader is not None and self._loader.facts != loader.facts:
@@ -182,10 +183,12 @@ class PrivateStep(PrivateRun):
         sums, plan = self._sums[index], self.plan
         self._refuse_over_budget()
         sums.used = True
+        self.mechanisms.canaries.join(index, sums, self._threshold, adds=self.global_rank == 0)
         payload, gradient, statistics = sums.payload()
         sigma = plan.sigma(self._step) * math.sqrt(len(self._sums))
         noise_std = self._add_noise(sums, gradient, statistics, sigma)
         self._sum_over_ranks(payload)
+        self.mechanisms.canaries.observe(index, sums, gradient, noise_std)
         rescale = self._learn(sums, gradient, statistics, noise_std)
         sums.write_grads(gradient, plan.expected_batch_size, rescale)
         self._engine.accept_grads(sums.names)
@@ -271,6 +274,7 @@ class PrivateStep(PrivateRun):
         self._batch_precision = 0.0
         self._refresh_parameters()
         self._settle()
+        self.mechanisms.canaries.begin(self.plan.sample_rate)
         for sums in self._sums.values():
             sums.reset()
             if self._module.automatic_optimization:

@@ -149,6 +149,19 @@ class ClippedSum:
         gradient, statistics = torch.split(packed, [self.num_live, self.num_statistics])
         return packed, gradient, statistics
 
+    def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
+        """Returns what the live coordinates of a payload hold at positions of the gradient, 0 where masked.
+
+        Args:
+            noisy: the live coordinates of the payload.
+            positions: indices below P.
+        """
+        if self._places is None:
+            return noisy[positions]
+        places = self._places[: self.num_live]
+        found = torch.searchsorted(places, positions).clamp(max=len(places) - 1)
+        return torch.where(places[found] == positions, noisy[found], 0.0)
+
     def write_grads(self, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
         """``p.grad = finish(noisy) rescale``, 0 where masked. Call it on noised sums only.
 

@@ -181,3 +181,11 @@ def test_extreme_releases_stay_bounds(sample_rate, noise_multiplier, relation):
 def test_delta_below_the_rounding_is_bounded_by_renyi_divergences():
     ledger = Ledger().extended([(poisson(1.0, 0.01), 100_000)])
     assert make_accountant("pld").epsilon(ledger, 1e-30) == make_accountant("rdp").epsilon(ledger, 1e-30) < math.inf
+
+
+@pytest.mark.parametrize("delta", [0.2, 0.45, 0.6829, 0.9])
+def test_a_delta_above_the_total_variation_costs_nothing(delta: float) -> None:
+    """At sigma 1/2 a release with and without a record differs by TV = 2 Phi(1) - 1 = 0.6827 in total variation."""
+    ledger = Ledger()
+    ledger.record(PrivacyEvent.poisson(noise_multiplier=0.5, sample_rate=1 - 1e-9))
+    assert (make_accountant("pld").epsilon(ledger, delta) == 0.0) == (delta > 0.6828)

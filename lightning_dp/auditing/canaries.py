@@ -1,0 +1,260 @@
+"""Canaries in gradient space: public records that the real ones do not notice, and what their traces say.
+
+Legend: ``m`` canaries, ``G`` groups of parameters, ``P`` private coordinates, ``S`` sensitivity of the clipped sum.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_dp import _validate as check
+from lightning_dp.clipping import Clipping
+from lightning_dp.errors import PrivacyError
+from lightning_dp.thresholds import Threshold
+
+_NOISELESS = 1e-3  # noise in units of S below which a likelihood ratio says no more
+
+
+class Sum(Protocol):
+    """The buffer in which the clipped gradients of a logical batch add up."""
+
+    groups: list[list[str]]
+    names: list[str]
+    clipping: Clipping
+    live: Tensor | None
+
+    @property
+    def gradient(self) -> Tensor:
+        """What was added so far, shape (P,)."""
+
+    @property
+    def statistics(self) -> Tensor:
+        """What was counted so far."""
+
+    @property
+    def sensitivity(self) -> float:
+        """S."""
+
+    def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
+        """What a release of the live coordinates holds at positions of the gradient, 0 where masked."""
+
+    def views_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """A view a parameter on a buffer of shape (P,)."""
+
+
+class Canaries:
+    """Additional public records in every logical batch; this one has none, and is what "off" means.
+
+    **Guarantee**: they are chosen without the data, and are sampled, clipped and added as records are. So adding or
+    removing a real record moves the sum as it did without them, by S at most, and the noise, the divisor and the ledger
+    are unchanged: epsilon holds for every real record, whatever is known of the canaries.
+    """
+
+    needs_factors: bool = False
+    """Whether the clipping must work by factors."""
+
+    def begin(self, sample_rate: float | None) -> None:
+        """Draw which canaries are in the logical batch that begins."""
+
+    def join(self, key: Hashable, sums: Sum, threshold: Threshold, *, adds: bool) -> None:
+        """Add the canaries of this batch to a sum that is about to be noised."""
+
+    def observe(self, key: Hashable, sums: Sum, noisy: Tensor, noise_std: float) -> None:
+        """Read from a release what it says of each canary."""
+
+
+class GradientCanaries(Canaries):
+    """m canaries, each in the data by a fair coin, whose gradients are long and lie in coordinates of their own.
+
+        g_j = +-norm S e_{k(j, 1)} ... +-norm S e_{k(j, G)}      one coordinate a group, no two canaries share one
+        score_j = sum_t ln(1 - q_t + q_t exp(L_tj)),     L_tj = (<G~_t, u_tj> - |u_tj|^2 / 2) / std_t^2
+
+    with u_tj the canary's clipped gradient and G~_t the noisy sum: the likelihood ratio of "in" against "out" for an
+    adversary who sees every noisy gradient, and a canary's gradient is the worst that clipping lets through.
+
+    **Guarantee**: see ``Canaries``. Coins, coordinates and scores are public: they and the releases are all that scores
+    are made of, so publishing them costs no privacy.
+
+    Args:
+        num_canaries: m >= 2.
+        norm: length of a canary's gradient before clipping, in units of S, > 1 so that clipping is put to work.
+        root: hexadecimal digits that coins and coordinates follow from; fresh from the operating system by default.
+
+    Raises:
+        ValueError: numbers out of range.
+
+    Example:
+        >>> canaries = GradientCanaries(100)
+        >>> canaries.included.dtype, canaries.scores.shape
+        (dtype('bool'), (100,))
+
+    References:
+        Steinke, Nasr and Jagielski 2023, Privacy Auditing with One (1) Training Run, section 6 (Dirac canaries).
+        Nasr et al. 2023, Tight Auditing of Differentially Private Machine Learning, section 5.
+    """
+
+    needs_factors = True
+
+    def __init__(self, num_canaries: int, *, norm: float = 10.0, root: str | None = None) -> None:
+        self.num_canaries = check.check_count("num_canaries", num_canaries)
+        self.norm = check.check_positive("norm", norm)
+        self.root = secrets.token_hex(32) if root is None else root
+        self._rng = np.random.default_rng([int(self.root, 16), 1])
+        self._members_rng = np.random.Generator(np.random.PCG64DXSM(secrets.randbits(256)))
+        self.included = coins(num_canaries, self.root)
+        self.signs = torch.from_numpy(np.where(self._rng.random(num_canaries) < 0.5, -1.0, 1.0))
+        self._places: dict[Hashable, _Places] = {}
+        self._members = torch.zeros(num_canaries, dtype=torch.bool)
+        self._contributions: dict[Hashable, Tensor] = {}
+        self._folded = np.zeros(num_canaries)
+        self._pending = np.zeros(num_canaries)
+        self._sample_rate = 1.0
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """Log likelihood ratio of "in" against "out", shape (m,), over all releases so far. Public."""
+        self._fold()
+        return self._folded.copy()
+
+    def place(self, key: Hashable, sums: Sum) -> None:
+        """Choose coordinates in one sum: in every group that has enough of them.
+
+        Raises:
+            ValueError: no group has a live coordinate for each canary.
+        """
+        known = self._places.get(key)
+        if known is None or not known.fits(sums):
+            self._places[key] = _Places(sums, self.num_canaries, self._rng)
+
+    def begin(self, sample_rate: float | None) -> None:
+        """Draw which canaries are in the logical batch that begins: of those that are in, each with probability q.
+
+        Args:
+            sample_rate: q, that of a real record.
+
+        Raises:
+            PrivacyError: batches are not Poisson samples.
+        """
+        if sample_rate is None:
+            raise PrivacyError(
+                "Expected sampling='poisson' with canaries in gradient space, got batches of another kind. They must be sampled as "
+                "records are: pass sampling='poisson', or audit with input canaries."
+            )
+        self._fold()
+        self._sample_rate = sample_rate
+        drawn = self._members_rng.random(self.num_canaries) < sample_rate
+        self._members = torch.from_numpy(self.included & drawn)
+
+    def join(self, key: Hashable, sums: Sum, threshold: Threshold, *, adds: bool) -> None:
+        """Clip the canaries' gradients as samples' and add those of this batch's members.
+
+        Args:
+            key: name of the sum.
+            sums: where they are added.
+            threshold: counts norms, if it does.
+            adds: whether this process adds them; one of several does.
+        """
+        self.place(key, sums)
+        places, gradient = self._places[key], sums.gradient
+        raw_GM = (self.norm * sums.sensitivity * self.signs).to(gradient).expand(len(sums.groups), -1)
+        live_GM = places.present(sums.live)
+        norms_GM = raw_GM.abs() * live_GM
+        kept_GM = raw_GM * live_GM * sums.clipping.factors(norms_GM)
+        self._contributions[key] = kept_GM
+        members = self._members.to(gradient.device)
+        if not adds or not bool(members.any()):
+            return
+        for group, positions in places.of.items():
+            gradient.index_add_(0, positions[members], kept_GM[group, members])
+        if threshold.num_statistics:
+            sums.statistics.add_(threshold.statistics(torch.linalg.vector_norm(norms_GM[:, members], dim=0)))
+
+    def observe(self, key: Hashable, sums: Sum, noisy: Tensor, noise_std: float) -> None:
+        """Add what a release says of each canary: L of this batch.
+
+        Args:
+            key: name of the sum.
+            sums: the sum that was released.
+            noisy: its live coordinates after noise, over all ranks.
+            noise_std: of each of them, as claimed.
+        """
+        kept_GM = self._contributions.pop(key)
+        seen_M = torch.zeros(self.num_canaries, dtype=torch.float64, device=kept_GM.device)
+        for group, positions in self._places[key].of.items():
+            seen_M += sums.read(noisy, positions).double() * kept_GM[group]
+        variance = max(noise_std, _NOISELESS * sums.sensitivity) ** 2
+        self._pending += ((seen_M - kept_GM.double().square().sum(0) / 2) / variance).cpu().numpy()
+
+    def _fold(self) -> None:
+        """Finish a logical batch: its releases have one membership in common."""
+        q = self._sample_rate
+        with np.errstate(divide="ignore"):
+            absent = math.log1p(-q) if q < 1 else -math.inf
+            self._folded += np.logaddexp(absent, math.log(q) + self._pending)
+        self._pending = np.zeros(self.num_canaries)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs. Who is in the next batch follows from fresh entropy, not from here."""
+        return {"root": self.root, "num_canaries": self.num_canaries, "norm": self.norm, "scores": self.scores.tolist()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> GradientCanaries:
+        """Return canaries with the coins and the scores of before."""
+        canaries = cls(state["num_canaries"], norm=state["norm"], root=state["root"])
+        canaries._folded = np.array(state["scores"], dtype=np.float64)
+        return canaries
+
+
+class _Places:
+    """Coordinates of the canaries in one sum: group -> positions of shape (m,), disjoint."""
+
+    def __init__(self, sums: Sum, num_canaries: int, rng: np.random.Generator) -> None:
+        self._names, self._device, self._size = list(sums.names), sums.gradient.device, sums.gradient.numel()
+        self._num_groups, self._num_canaries = len(sums.groups), num_canaries
+        index = sums.views_of(torch.arange(self._size, device=self._device))
+        self.of: dict[int, Tensor] = {}
+        largest = 0
+        for group, names in enumerate(sums.groups):
+            usable = torch.cat([index[name].reshape(-1) for name in names])
+            if sums.live is not None:
+                usable = usable[sums.live[usable]]
+            largest = max(largest, usable.numel())
+            if usable.numel() >= num_canaries:
+                chosen = torch.from_numpy(rng.choice(usable.numel(), size=num_canaries, replace=False))
+                self.of[group] = usable[chosen.to(self._device)]
+        if not self.of:
+            raise ValueError(
+                f"Expected num_canaries of at most {largest}, the coordinates of the largest group of parameters, got "
+                f"num_canaries={num_canaries}. Canaries must not share a coordinate: audit with fewer."
+            )
+
+    def fits(self, sums: Sum) -> bool:
+        """Whether the sum still has the coordinates that were chosen from."""
+        same: bool = self._names == sums.names and self._size == sums.gradient.numel()
+        return same and self._device == sums.gradient.device
+
+    def present(self, live: Tensor | None) -> Tensor:
+        """Return 1 where a canary has a live coordinate in a group, else 0: shape (G, m)."""
+        present_GM = torch.zeros(self._num_groups, self._num_canaries, device=self._device)
+        for group, positions in self.of.items():
+            present_GM[group] = 1.0 if live is None else live[positions].float()
+        return present_GM
+
+
+def coins(num: int, root: str) -> NDArray[np.bool_]:
+    """Return fair coins that follow from hexadecimal digits: shape (num,).
+
+    Example:
+        >>> coins(1000, "0a").sum() == coins(1000, "0a").sum()
+        np.True_
+    """
+    flips: NDArray[np.bool_] = np.random.default_rng(int(root, 16)).random(num) < 0.5
+    return flips

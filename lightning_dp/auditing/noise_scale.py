@@ -1,0 +1,115 @@
+"""How much noise a run can have had at most, from one run whose canaries do not disturb each other."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import ndtri
+
+from lightning_dp import _validate as check
+from lightning_dp.accounting import Ledger, PLDAccountant, PrivacyEvent, gaussian_epsilon
+from lightning_dp.auditing.estimates import check_scores, clopper_pearson_upper
+
+_SEARCHED = 2.0**10
+_PRECISION = 1e-3
+
+
+def scaled_ledger(ledger: Ledger, factor: float) -> Ledger:
+    """Return what a ledger would hold had every release had ``factor`` times its noise.
+
+    Args:
+        ledger: what was released.
+        factor: > 0.
+
+    Example:
+        >>> ledger = Ledger()
+        >>> ledger.record(PrivacyEvent.gaussian(noise_multiplier=2.0), count=3)
+        >>> scaled_ledger(ledger, 0.5).mechanisms()
+        {(1.0, 1.0): 3}
+    """
+    scaled = Ledger(ledger.neighboring_relation)
+    for (rate, sigma), count in ledger.mechanisms().items():
+        if rate == 1:
+            scaled.record(PrivacyEvent.gaussian(noise_multiplier=sigma * factor), count)
+        else:
+            scaled.record(PrivacyEvent.poisson(noise_multiplier=sigma * factor, sample_rate=rate), count)
+    return scaled
+
+
+def epsilon_noise_scale(
+    scores: ArrayLike, included: ArrayLike, *, ledger: Ledger, delta: float, confidence: float = 0.95
+) -> float:
+    """Return a lower confidence bound on epsilon from one run, for canaries that do not disturb each other.
+
+    Scores above 0 are guessed "in", or else the higher half: the better of both rules counts, each at half of
+    1 - confidence. Were the noise c times what the ledger says, a guess would be right with probability at most
+    a(c) = (1 + TV(c)) / 2, TV the total variation of the composed release with and without a record, and right guesses
+    at most Bin(m, a(c)). The smallest refuted c gives
+
+        epsilon >= epsilon of the ledger with c times the noise, at delta
+
+    Where nothing is subsampled this is the bound of Gaussian differential privacy: a(c) = Phi(mu / 2c).
+
+    **Guarantee**: above the epsilon of the ledger at ``delta`` with probability at most ``1 - confidence`` if the ledger is
+    true, provided that each canary was in by a fair coin, was sampled on its own, and that canaries add to coordinates of
+    their own (what real records add there does not matter, nor does it whether it depends on earlier releases: given
+    the data it is a function of the releases before, which anyone could subtract).
+
+    Args:
+        scores: log likelihood ratios of "in" against "out", shape (m,).
+        included: shape (m,), True where the coin said "in".
+        ledger: what the run claims to have released.
+        delta: in (0, 1).
+        confidence: in (0, 1).
+
+    Returns:
+        A bound in [0, inf); 0 where the ledger holds a release that nothing protects, of which there is nothing to refute.
+
+    Raises:
+        ValueError: numbers or shapes out of range.
+
+    Example:
+        >>> ledger = Ledger()
+        >>> ledger.record(PrivacyEvent.gaussian(noise_multiplier=0.5))
+        >>> coins = np.arange(1000) % 2 == 0
+        >>> scores = coins - 0.5  # as without noise
+        >>> round(epsilon_noise_scale(scores, coins, ledger=ledger, delta=1e-5), 1), round(gaussian_epsilon(2.0, 1e-5), 1)
+        (36.5, 10.0)
+
+    References:
+        Steinke, Nasr and Jagielski 2023, Privacy Auditing with One (1) Training Run, section 3 (one run).
+        Nasr et al. 2023, Tight Auditing of Differentially Private Machine Learning, section 4 (from one rate to the curve).
+    """
+    values, coins = check_scores("scores", scores), np.asarray(included)
+    order = np.argsort(-values, kind="stable")
+    correct = max(
+        int(coins[order[:guessed_in]].sum() + (~coins[order[guessed_in:]]).sum())
+        for guessed_in in (int((values > 0).sum()), values.size // 2)
+    )
+    significance = (1 - check.check_probability("confidence", confidence)) / 2  # two rules
+    advantage = 1 - 2 * clopper_pearson_upper(values.size - correct, values.size, significance)
+    mechanisms = ledger.mechanisms()
+    if advantage <= 0 or not mechanisms or any(sigma == 0 for _, sigma in mechanisms):
+        return 0.0
+    if all(rate == 1 for rate, _ in mechanisms):
+        return gaussian_epsilon(float(2 * ndtri((1 + advantage) / 2)), delta)
+    scale = _smallest_refuted(ledger, advantage)
+    return 0.0 if scale is None else PLDAccountant().epsilon(scaled_ledger(ledger, scale), delta)
+
+
+def _smallest_refuted(ledger: Ledger, advantage: float) -> float | None:
+    """Return the smallest c whose total variation is certainly below ``advantage``: epsilon 0 at that delta."""
+    accountant = PLDAccountant()
+
+    def refuted(log_scale: float) -> bool:
+        return accountant.epsilon(scaled_ledger(ledger, math.exp(log_scale)), advantage) == 0
+
+    low, high = -math.log(_SEARCHED), math.log(_SEARCHED)
+    if not refuted(high):
+        return None
+    while high - low > _PRECISION:
+        middle = (low + high) / 2
+        low, high = (low, middle) if refuted(middle) else (middle, high)
+    return math.exp(high)

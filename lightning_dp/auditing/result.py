@@ -1,0 +1,126 @@
+"""What an audit found, beside what was claimed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lightning_dp import _validate as check
+from lightning_dp.accounting import Ledger
+from lightning_dp.auditing.noise_scale import epsilon_noise_scale
+from lightning_dp.auditing.one_run import epsilon_one_run, epsilon_one_run_gdp
+from lightning_dp.report import describe_epsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditResult:
+    """Lower confidence bounds on epsilon from one run, and the epsilon that was claimed.
+
+    A bound above the claim refutes it, at the confidence given; one below it proves nothing but that this attack found
+    no leak.
+
+    Args:
+        kind: "gradient" or "input": where the canaries were.
+        num_canaries: m.
+        num_included: how many coins said "in".
+        confidence: with which ``epsilon_lower`` is below the true epsilon.
+        delta: at which all epsilons are stated.
+        claimed_epsilon: what the accountant says.
+        epsilon_one_run: bound that holds for any mechanism.
+        epsilon_gdp: bound that uses that the noise is Gaussian; None where no such bound holds.
+    """
+
+    kind: str
+    num_canaries: int
+    num_included: int
+    confidence: float
+    delta: float
+    claimed_epsilon: float
+    epsilon_one_run: float
+    epsilon_gdp: float | None
+
+    @property
+    def epsilon_lower(self) -> float:
+        """The best of the bounds."""
+        return max(self.epsilon_one_run, self.epsilon_gdp or 0.0)
+
+    @property
+    def refutes_claim(self) -> bool:
+        """Whether the claimed epsilon is too small, at the confidence given."""
+        return self.epsilon_lower > self.claimed_epsilon
+
+    def describe(self) -> str:
+        """The result in one line.
+
+        Example:
+            >>> AuditResult(kind="gradient", num_canaries=1000, num_included=512, confidence=0.95, delta=1e-5,
+            ...             claimed_epsilon=4.38, epsilon_one_run=0.9, epsilon_gdp=3.2).describe()
+            'audited with 1000 gradient canaries: epsilon >= 3.2 at delta 1e-05 with confidence 0.95 (claimed: 4.38)'
+        """
+        lower = math.floor(self.epsilon_lower * 1e4) / 1e4
+        verdict = "; THE CLAIM IS REFUTED" if self.refutes_claim else ""
+        return (
+            f"audited with {self.num_canaries} {self.kind} canaries: epsilon >= {lower:.5g} at delta {self.delta:g} with confidence "
+            f"{self.confidence:g} (claimed: {describe_epsilon(self.claimed_epsilon)}){verdict}"
+        )
+
+
+def audit(
+    scores: ArrayLike,
+    included: ArrayLike,
+    *,
+    ledger: Ledger,
+    claimed_epsilon: float,
+    delta: float,
+    kind: str,
+    confidence: float = 0.95,
+) -> AuditResult:
+    """Turn scores and coins of one run into lower bounds on epsilon.
+
+    The one-run bound gets half of the significance. The other half goes to the bound for Gaussian noise: for
+    "gradient" canaries that of ``epsilon_noise_scale``; for "input" canaries, which disturb each other,
+    ``epsilon_one_run_gdp``, and only where nothing was subsampled.
+
+    **Guarantee**: ``epsilon_lower`` exceeds a true claim with probability at most ``1 - confidence``.
+
+    Args:
+        scores: shape (m,); high speaks for "in".
+        included: shape (m,), True where the coin said "in".
+        ledger: what the run claims to have released.
+        claimed_epsilon: the accountant's epsilon at ``delta``.
+        delta: in (0, 1).
+        kind: "gradient" or "input".
+        confidence: in (0, 1).
+
+    Raises:
+        ValueError: numbers or shapes out of range.
+
+    Example:
+        >>> from lightning_dp.accounting import Ledger, PrivacyEvent
+        >>> ledger = Ledger()
+        >>> ledger.record(PrivacyEvent.gaussian(noise_multiplier=1.0))
+        >>> flips = np.arange(1000) % 2 == 0
+        >>> audit(flips - 0.5, flips, ledger=ledger, claimed_epsilon=4.38, delta=1e-5, kind="gradient").refutes_claim
+        True
+    """
+    kind = check.check_choice("kind", kind, ("gradient", "input"))
+    gaussian = all(rate == 1 and sigma > 0 for rate, sigma in ledger.mechanisms())
+    split = 1 - (1 - check.check_probability("confidence", confidence)) / 2
+    gdp: float | None = None
+    if kind == "gradient":
+        gdp = epsilon_noise_scale(scores, included, ledger=ledger, delta=delta, confidence=split)
+    elif gaussian:
+        gdp = epsilon_one_run_gdp(scores, included, delta=delta, confidence=split)
+    return AuditResult(
+        kind=kind,
+        num_canaries=int(np.size(np.asarray(scores))),
+        num_included=int(np.asarray(included).sum()),
+        confidence=confidence,
+        delta=delta,
+        claimed_epsilon=claimed_epsilon,
+        epsilon_one_run=epsilon_one_run(scores, included, delta=delta, confidence=confidence if gdp is None else split),
+        epsilon_gdp=gdp,
+    )

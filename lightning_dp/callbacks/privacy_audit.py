@@ -1,0 +1,228 @@
+"""A lower confidence bound on epsilon from the run itself, beside the epsilon that is claimed."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dp import _validate as check
+from lightning_dp.auditing import AuditResult, GradientCanaries, audit
+from lightning_dp.auditing.canaries import coins
+from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.errors import PrivacyError
+from lightning_dp.sampling import collate_samples
+from lightning_dp.strategies.first_batch import silent
+from lightning_dp.strategies.private_run import PrivateRun
+from lightning_dp.strategies.private_step import PrivateStep
+
+Loss = Callable[[pl.LightningModule, Any], Tensor]
+
+
+class PrivacyAudit(Callback):
+    """Audits a private run while it trains: canaries are put in by fair coins, and what their traces say bounds epsilon.
+
+        canary j is in iff its coin says so;  score_j from what the run releases;  guess the coins from the scores
+
+    Many right guesses refute small epsilons. In gradient space (the default) canaries are gradients, long and in coordinates
+    of their own, clipped and added as samples' are; the score is the likelihood ratio of inner products with every noisy
+    gradient: the worst case. In input space (``canaries``) they are records of the training set; the score is how far
+    the loss on them fell. At the end of fit ``audit/epsilon_lower``, ``audit/epsilon`` (the claim), ``audit/delta`` and
+    ``audit/confidence`` go to the loggers and to ``trainer.callback_metrics``, ``result`` holds all of it, and the privacy
+    statement says so.
+
+    **Guarantee**: ``epsilon_lower`` exceeds a true claim with probability at most ``1 - confidence``. A bound below the
+    claim proves nothing: it is what this attack found. The claim itself holds for every real record as it does without
+    canaries: they are public additional records, the sums move by as much with a real record as before, and what is
+    logged is computed from releases and coins alone. They do cost accuracy: audit a run of its own, or with few canaries.
+
+    Args:
+        num_canaries: m >= 2 canaries in gradient space; 1000 unless ``canaries`` are given.
+        canaries: records as the training set holds them, that are NOT in it (see ``lightning_dp.auditing.random_records`` and
+            ``mislabelled``): an audit in input space. About half of them join the training set, whose size counts them.
+        confidence: in (0, 1).
+        norm: length of a gradient canary before clipping, in units of the sensitivity.
+        loss: (module, batch) -> loss of a batch of one canary, for input space; default: what ``training_step`` returns.
+
+    Raises:
+        ValueError: arguments out of range; ``sampling="shuffle"`` or ``TopAgg`` with gradient canaries.
+        TypeError: the Trainer's strategy is not a private one.
+
+    Example:
+        >>> callback = PrivacyAudit(num_canaries=500, confidence=0.99)
+
+    References:
+        Steinke, Nasr and Jagielski 2023, Privacy Auditing with One (1) Training Run.
+        Nasr et al. 2023, Tight Auditing of Differentially Private Machine Learning.
+    """
+
+    def __init__(
+        self,
+        num_canaries: int | None = None,
+        *,
+        canaries: Sequence[Any] | None = None,
+        confidence: float = 0.95,
+        norm: float = 10.0,
+        loss: Loss | None = None,
+    ) -> None:
+        if num_canaries is not None and canaries is not None:
+            raise ValueError(
+                f"Expected num_canaries or canaries, got num_canaries={num_canaries} and {len(canaries)} canaries. Pass one of them."
+            )
+        wanted = len(canaries) if canaries is not None else 1000 if num_canaries is None else num_canaries
+        if check.check_count("num_canaries", wanted) < 2:
+            raise ValueError(f"Expected num_canaries >= 2, got num_canaries={wanted}. One coin says nothing.")
+        self.num_canaries = wanted
+        self.confidence = check.check_probability("confidence", confidence)
+        self.norm = check.check_positive("norm", norm)
+        self.result: AuditResult | None = None
+        self._records = canaries
+        self._loss = loss or _training_loss
+        self._gradients: GradientCanaries | None = None
+        self._root = ""
+        self._losses_before: list[float] = []
+
+    # ---------------------------------------------------------------- before the run
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins. Flips the coins, the same on every rank, and hands the canaries to the strategy."""
+        if stage != "fit":
+            return
+        strategy = private_strategy(trainer, self)
+        if self._records is None and strategy.settings.sampling != "poisson":
+            raise ValueError(
+                f"Expected sampling='poisson' with canaries in gradient space, got sampling={strategy.settings.sampling!r}. They are "
+                "sampled as records are: pass sampling='poisson', or records as PrivacyAudit(canaries=...)."
+            )
+        if self._records is not None and self._loss is _training_loss and not pl_module.automatic_optimization:
+            raise ValueError(
+                "Expected a loss for canaries in input space under manual optimization, got loss=None. training_step would step the "
+                "optimizers: pass PrivacyAudit(loss=lambda module, batch: ...)."
+            )
+        self.result, self._losses_before = None, []
+        self._root = strategy.broadcast(secrets.token_hex(32))
+        if self._records is None:
+            self._gradients = GradientCanaries(self.num_canaries, norm=self.norm, root=self._root)
+        self._hand_over(strategy)
+
+    def _hand_over(self, strategy: PrivateRun) -> None:
+        if self._gradients is not None:
+            strategy.mechanisms.canaries = self._gradients
+        else:
+            assert self._records is not None
+            included = self.included
+            strategy.mechanisms.extra_records = [r for r, joins in zip(self._records, included, strict=True) if joins]
+
+    @property
+    def included(self) -> NDArray[np.bool_]:
+        """Which canaries are in, shape (m,). Public."""
+        if self._gradients is not None:
+            return self._gradients.included
+        return coins(self.num_canaries, self._root)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training begins. Chooses coordinates, or reads the loss of every canary for the first time."""
+        strategy = private_strategy(trainer, self)
+        if self._gradients is not None:
+            self._hand_over(strategy)  # a resumed run has taken its own back since
+            for index, sums in strategy._sums.items():
+                self._gradients.place(index, sums)
+        elif not self._losses_before:
+            self._losses_before = self._losses(strategy, pl_module)
+
+    # ---------------------------------------------------------------- after the run
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training ends. Guesses the coins, logs the bounds and tells the privacy statement."""
+        strategy = private_strategy(trainer, self)
+        if strategy.ledger.num_steps == 0:
+            return
+        delta, claimed = strategy.plan.delta, strategy.epsilon()
+        self.result = audit(
+            self._scores(strategy, pl_module),
+            self.included,
+            ledger=strategy.ledger,
+            claimed_epsilon=claimed,
+            delta=delta,
+            kind="input" if self._gradients is None else "gradient",
+            confidence=self.confidence,
+        )
+        strategy.audits.append(self.result.describe())
+        rank_zero_info(f"Privacy: {self.result.describe()}.")
+        values = {
+            "audit/epsilon_lower": self.result.epsilon_lower,
+            "audit/epsilon": claimed,
+            "audit/delta": delta,
+            "audit/confidence": self.confidence,
+        }
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _scores(self, strategy: PrivateRun, module: pl.LightningModule) -> NDArray[np.float64]:
+        if self._gradients is not None:
+            return self._gradients.scores
+        after = self._losses(strategy, module)
+        fallen = np.array(self._losses_before) - np.array(after)
+        return np.where(np.isfinite(fallen), fallen, -np.inf)
+
+    @torch.no_grad()
+    def _losses(self, strategy: PrivateRun, module: pl.LightningModule) -> list[float]:
+        """The loss of every canary alone, in evaluation mode; nothing is logged."""
+        assert self._records is not None
+        step, loader = cast(PrivateStep, strategy), strategy._loader
+        assert loader is not None
+        flags = [(part, part.training) for part in module.modules()]
+        module.eval()
+        try:
+            with silent(module):
+                batches = (step._to_device(collate_samples(loader, [record])) for record in self._records)
+                return [float(self._loss(module, batch)) for batch in batches]
+        finally:
+            for part, flag in flags:
+                part.training = flag
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Coins and scores so far: public. Who is in the next batch follows from fresh entropy."""
+        gradients = None if self._gradients is None else self._gradients.state_dict()
+        return {"root": self._root, "gradients": gradients, "losses_before": self._losses_before}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them back when a run resumes: a canary that was in stays in."""
+        gradients = state_dict["gradients"]
+        same = len(gradients["scores"]) == self.num_canaries if gradients is not None else True
+        if (gradients is None) != (self._gradients is None) or not same:
+            raise PrivacyError(
+                f"Expected the canaries of the run being resumed, got {self.num_canaries} others. Coins are flipped once a run: pass "
+                "the same PrivacyAudit, or leave it out."
+            )
+        self._root, self._losses_before = state_dict["root"], list(state_dict["losses_before"])
+        if gradients is not None:
+            self._gradients = GradientCanaries.from_state_dict(gradients)
+
+
+def _training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
+    """What ``training_step`` says of a batch of one."""
+    output = module.training_step(batch, 0)
+    loss = output["loss"] if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"Expected training_step to return a loss for a canary, got {type(loss).__name__}. Pass PrivacyAudit(loss=...)."
+        )
+    return loss.mean()

@@ -1,0 +1,197 @@
+"""Checks of a build: each raises AssertionError, and says what it saw, where a guarantee does not hold.
+
+They look at runs from outside (what enters the noise, what leaves it, what the optimizer gets), so that they hold whatever
+the build is made of. ``broken.py`` lists builds that each must catch; false-alarm rates are per call on a sound build.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp import DPStrategy, RandomSparsification
+from lightning_dp.sampling import private_dataloader
+from tests.auditing.models import DELTA, Idle, audited
+from tests.helpers import Recorder, make_loader, make_trainer
+
+
+class Watching(DPStrategy):
+    """Writes down, for every release: what entered the noise, what left it, and under which masks samples were collected."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"target_delta": DELTA, "check_per_sample": False, **options})
+        self.clean: list[Tensor] = []
+        self.noisy: list[Tensor] = []
+        self.masks: list[list[Tensor | None]] = [[]]
+
+    def _collect(self, index: int) -> None:
+        live = self._sums[index].live
+        self.masks[-1].append(None if live is None else live.clone())
+        super()._collect(index)
+
+    def _add_noise(self, sums: Any, gradient: Tensor, statistics: Tensor, sigma: float) -> float:
+        self.clean.append(gradient.clone())
+        return super()._add_noise(sums, gradient, statistics, sigma)
+
+    def _sum_over_ranks(self, flat: Tensor) -> None:
+        super()._sum_over_ranks(flat)
+        self.noisy.append(flat.clone())
+
+    def _release(self, index: int) -> None:
+        super()._release(index)
+        self.masks.append([])
+
+
+class TwoRanks(Watching):
+    """Plays both of two processes: the other one drew no sample, so that it adds its share of the noise and nothing else."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.world_size = 2
+        self._peer: Tensor | None = None
+
+    def _add_noise(self, sums: Any, gradient: Tensor, statistics: Tensor, sigma: float) -> float:
+        ledger, precision = self.ledger.copy(), self._batch_precision
+        self._peer = torch.zeros_like(gradient)
+        DPStrategy._add_noise(self, sums, self._peer, statistics, sigma)
+        self.ledger, self._batch_precision = ledger, precision  # the peer writes a ledger of its own
+        return super()._add_noise(sums, gradient, statistics, sigma)
+
+    def _sum_over_ranks(self, flat: Tensor) -> None:
+        flat += self._peer
+        super()._sum_over_ranks(flat)
+
+
+class LossIsLinear(L.LightningModule):
+    """The gradient of a record is the record."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(num_features, 1, bias=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.layer(batch[0]).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def fit(strategy: Any, tmp_path: Path, module: Any = None, loader: Any = None, epochs: int = 1, **options: Any) -> Any:
+    trainer = make_trainer(strategy, tmp_path, max_epochs=epochs, **options)
+    trainer.fit(module or Idle(2000), loader or make_loader(batch_size=16))
+    return trainer
+
+
+def check_the_audit_stays_below_the_claim(tmp_path: Path) -> None:
+    """1,000 gradient canaries at q = 1 and mu = 2 (epsilon 10.0 at 1e-5): the bound is in [0.3, 1] of the claim.
+
+    False alarm below 1.1e-5: confidence 1 - 1e-5 above; below, see ``test_privacy_audit``. Two thirds of the noise (mu = 3)
+    give a bound above 10.0 but with probability 9e-7.
+    """
+    audit, _ = audited(tmp_path, strategy=Watching(noise_multiplier=2.0))
+    assert audit.result is not None
+    bound, claim = audit.result.epsilon_lower, audit.result.claimed_epsilon
+    assert bound <= claim, f"the audit's bound {bound:.3g} is above the claim {claim:.3g}"
+    assert bound >= 0.3 * claim, f"the audit's bound {bound:.3g} is below 0.3 of the claim {claim:.3g}: it has no power"
+
+
+def check_one_record_moves_the_sum_by_at_most_the_bound(tmp_path: Path) -> None:
+    """Eight records that pull one way and a ninth, huge, that pulls the other way: with it the sum moves by C at most. Exact."""
+    for ninth in (-1e3, -5.0, -0.5, 1e30, math.inf, math.nan):
+        sums = []
+        for records in ([5.0] * 8, [5.0] * 8 + [ninth]):
+            features = torch.zeros(len(records), 3)
+            features[:, 0] = torch.tensor(records)
+            strategy = Watching(noise_multiplier=1.0, max_grad_norm=1.5)
+            loader = DataLoader(TensorDataset(features), batch_size=len(records))
+            fit(strategy, tmp_path, LossIsLinear(3), loader)
+            sums.append(strategy.clean[0])
+        moved = float((sums[1] - sums[0]).norm())
+        assert moved <= 1.5 * (1 + 1e-5), f"one record moves the sum by {moved:.3g}, the bound is 1.5"
+
+
+def check_the_divisor_is_the_expected_batch_size(tmp_path: Path) -> None:
+    """p.grad is the noisy sum over 16 in each of 12 Poisson batches of 64 records, whatever their size. Exact."""
+    strategy, recorder = Watching(noise_multiplier=1.0), Recorder()
+    fit(strategy, tmp_path, epochs=3, callbacks=[recorder])
+    for noisy, seen in zip(strategy.noisy, recorder.before_step, strict=True):
+        ratio = float(noisy.norm() / torch.cat([g.flatten() for g in seen.values()]).norm())
+        assert abs(ratio - 16) < 1e-3, f"the noisy sum was divided by {ratio:.4g}, the expected batch size is 16"
+
+
+def check_one_mask_holds_for_a_logical_batch(tmp_path: Path) -> None:
+    """Microbatches of 4, half of the coordinates masked anew at every step: all of a batch see one mask, batches differ.
+
+    Exact, but for two masks of 1,000 of 2,053 coordinates being equal by chance: below 1e-300.
+    """
+    strategy = Watching(noise_multiplier=1.0, microbatch_size=4)
+    mask = RandomSparsification(final_rate=0.5, schedule="constant", refresh=1)
+    fit(strategy, tmp_path, epochs=2, callbacks=[mask])
+    batches = [masks for masks in strategy.masks if masks]
+    assert any(len(masks) > 1 for masks in batches)
+    for masks in batches:
+        same = all(live is not None and masks[0] is not None and torch.equal(live, masks[0]) for live in masks)
+        assert same, "the mask changed within a logical batch"
+    first = [masks[0] for masks in batches]
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(first)), "the mask never changes"
+
+
+def check_every_coordinate_carries_its_noise(tmp_path: Path) -> None:
+    """2,053 coordinates, 4 steps: the noise has std sigma C, z < 5 (false alarm 6e-7), and is on every one of them."""
+    strategy = Watching(noise_multiplier=0.8, max_grad_norm=1.5)
+    fit(strategy, tmp_path)
+    _check_std(torch.stack(strategy.noisy) - torch.stack(strategy.clean), 0.8 * 1.5)
+
+
+def check_noise_shares_of_ranks_add_up(tmp_path: Path) -> None:
+    """Two processes: together they add noise of std sigma C, z < 5 (false alarm 6e-7); twice or half of it is sqrt(2) off."""
+    strategy = TwoRanks(noise_multiplier=0.8, max_grad_norm=1.5)
+    fit(strategy, tmp_path)
+    _check_std(torch.stack(strategy.noisy) - torch.stack(strategy.clean), 0.8 * 1.5)
+
+
+def _check_std(noise: Tensor, std: float) -> None:
+    standard = noise.double() / std
+    assert bool((noise != 0).all()), f"{int((noise == 0).sum())} coordinates carry no noise"
+    z = float((standard.square().sum() - standard.numel()) / math.sqrt(2 * standard.numel()))
+    assert abs(z) < 5, f"the noise has {float(standard.std()):.3g} times its std (z = {z:.3g})"
+
+
+def check_noise_is_new_at_every_step(tmp_path: Path) -> None:
+    """Correlation of the noise between any two of 8 steps over 2,053 coordinates: below 6 / sqrt(n), false alarm 28 x 2e-9."""
+    strategy = Watching(noise_multiplier=1.0)
+    fit(strategy, tmp_path, epochs=2)
+    noise = torch.stack(strategy.noisy) - torch.stack(strategy.clean)
+    correlation = torch.corrcoef(noise.double())
+    largest = float((correlation - torch.eye(len(noise))).abs().max())
+    assert largest < 6 / math.sqrt(noise.shape[1]), f"noise of two steps has correlation {largest:.3g}"
+
+
+def check_ranks_draw_independently(tmp_path: Path) -> None:
+    """Positions drawn by both of two ranks at once, 50 batches of 1,000 records a rank at q = .2: z < 6, false alarm 2e-9."""
+    loaders = [private_dataloader(DataLoader(range(2000), batch_size=200), rank=rank, world_size=2) for rank in (0, 1)]
+    drawn = torch.zeros(2, 50, 1000, dtype=torch.float64)
+    for rank, loader in enumerate(loaders):
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        for step, batch in enumerate(itertools.islice(batches, 50)):
+            drawn[rank, step, batch.microbatches[0][1] // 2] = 1.0
+    both, expected = float((drawn[0] * drawn[1]).sum()), 50 * 1000 * 0.04
+    z = (both - expected) / math.sqrt(expected * (1 - 0.04))
+    assert abs(z) < 6, f"two ranks drew the same positions {both:.0f} times, {expected:.0f} expected (z = {z:.3g})"
+
+
+def check_every_release_is_in_the_ledger(tmp_path: Path) -> None:
+    """As many entries as optimizer steps, with the sample rate and the noise multiplier of the run. Exact."""
+    strategy = Watching(noise_multiplier=1.3)
+    trainer = fit(strategy, tmp_path, epochs=2)
+    assert len(strategy.noisy) == trainer.global_step == 8
+    recorded = strategy.ledger.num_steps
+    assert recorded == 8, f"the ledger holds {recorded} of 8 releases"
+    assert strategy.ledger.mechanisms() == {(0.25, 1.3): 8}, f"the ledger holds {strategy.ledger.mechanisms()}"
