@@ -15,7 +15,10 @@ def check_number(name: str, value: Any) -> float:
     """Refuses what is not a real number (a bool is not one), and returns it as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"Expected {name} to be a number, {_given(name, value)} Pass an int or a float.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return math.inf if value > 0 else -math.inf
 
 
 def check_positive(name: str, value: Any, hint: str = "Pass a finite number above 0.") -> float:
@@ -53,10 +56,18 @@ def check_count(name: str, value: Any, hint: str = "Pass a whole number, 1 or ab
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     """One of the named choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"Expected {name} to be one of {listed}, {_given(name, value)} Pick one of these.")
     return str(value)
+
+
+def check_positions(name: str, values: Any, hint: str) -> tuple[int, ...]:
+    """A sequence of positions 0, 1, ..."""
+    positions = tuple(values) if isinstance(values, (list, tuple, set, frozenset, range)) else (None,)
+    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in positions):
+        raise ValueError(f"Expected {name} to hold positions 0, 1, ..., {_given(name, values)} {hint}")
+    return positions
 
 
 def check_flag(name: str, value: Any) -> bool:

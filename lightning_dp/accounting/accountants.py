@@ -33,6 +33,6 @@ def make_accountant(name: str) -> Accountant:
         >>> make_accountant("pld").name
         'pld'
     """
-    if name not in ACCOUNTANTS:
+    if not isinstance(name, str) or name not in ACCOUNTANTS:
         raise ValueError(f"Expected accountant in {tuple(ACCOUNTANTS)}, got accountant={name!r}.")
     return ACCOUNTANTS[name]()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dp import _validate as check
 from lightning_dp import report
 from lightning_dp.accounting import Ledger, make_accountant
 from lightning_dp.clipping import Clipping
@@ -128,7 +129,11 @@ class PrivateRun(SavedRun):
             secure_rng=secure_rng,
             seed=seed,
             loss_reduction=loss_reduction,
-            public_optimizers=tuple(public_optimizers),
+            public_optimizers=check.check_positions(
+                "public_optimizers",
+                public_optimizers,
+                "Pass the place of each public optimizer in what configure_optimizers returns.",
+            ),
             strict_logging=strict_logging,
         )
         super().__init__(**strategy_options)

@@ -66,12 +66,6 @@ class Settings:
         check.check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
         for name in ("check_per_sample", "allow_public_checkpoint", "secure_rng", "strict_logging"):
             check.check_flag(name, getattr(self, name))
-        for index in self.public_optimizers:
-            if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-                raise ValueError(
-                    f"Expected public_optimizers to hold positions 0, 1, ..., got {self.public_optimizers!r}. Pass the place of "
-                    "each public optimizer in what configure_optimizers returns."
-                )
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise ValueError(
                 f"Expected seed to be a whole number >= 0 or None, got seed={self.seed!r}. Leave it out to train."

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from lightning_dp.errors import PrivacyError
@@ -65,6 +66,12 @@ def check_module(module: pl.LightningModule, *, runs_samples_alone: bool) -> Non
         raise ValueError(
             f"Expected {type(module).__name__} to have trainable parameters, got none with requires_grad=True. Unfreeze at least "
             "one, or train without a private strategy."
+        )
+    lazy = [name for name, parameter in module.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"Expected parameters with a shape, got {lazy[0]!r} of a lazy layer that has not run yet. Give the layer its sizes, or run "
+            "the module once on data that is public before fit."
         )
     if getattr(module, "_compiler_ctx", None) is not None:
         raise ValueError(
