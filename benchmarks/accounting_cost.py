@@ -36,6 +36,7 @@ def main() -> None:
     histories = {
         "100,000 steps of one sigma": [(PrivacyEvent.poisson(noise_multiplier=4.0, sample_rate=0.01), 100_000)],
         "10,000 steps of 100 sigmas": schedule(3.0),
+        "100,000 steps of 100 sigmas": schedule(6.0, steps=1_000),
     }
     for label, runs in histories.items():
         for name in ("rdp", "pld"):

@@ -40,9 +40,9 @@ class TrainingLogs:
         self._in_step = False
         self._results: Any = trainer.fit_loop.epoch_loop._results
         self._loggers = list(trainer.loggers)
-        self._results.__dict__["log"] = self._watched_log(type(self._results).log.__get__(self._results))
+        self._results.__dict__["log"] = self._watched_log(self._results.log)
         for logger in self._loggers:
-            logger.__dict__["log_metrics"] = self._watched_metrics(type(logger).log_metrics.__get__(logger))
+            logger.__dict__["log_metrics"] = self._watched_metrics(logger.log_metrics)
 
     def detach(self) -> None:
         """Leaves the Trainer and its loggers as they were."""

@@ -11,12 +11,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_dp import DPDDPStrategy
-from tests.helpers import Classifier, make_dataset
+from tests.helpers import Classifier, make_dataset, make_trainer
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 OUT, VICTIM, HOW = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -39,17 +38,7 @@ def main() -> None:
         process_group_backend="gloo",
         timeout=timedelta(seconds=30),
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=OUT,
-        max_epochs=50,
-    )
+    trainer = make_trainer(strategy, OUT, devices=2, max_epochs=50)
     try:
         trainer.fit(Dying(), DataLoader(make_dataset(), batch_size=8))
     except RuntimeError as error:
