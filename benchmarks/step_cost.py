@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,17 @@ def same_size_batches() -> None:
 
 def lightning_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
     """So many steps inside ``Trainer.fit``."""
-    callbacks: list[L.Callback] = [clock]
-    if mode == "sparse":
-        callbacks.append(RandomSparsification(0.9, schedule="constant", refresh=10**6))
+    sparse = RandomSparsification(0.9, schedule="constant", refresh=10**6)
+    strategy = "auto" if mode == "plain" else DPStrategy(noise_multiplier=1.0, target_delta=1e-6, **OURS[mode])
+    trainer_steps(case, strategy, [clock, sparse] if mode == "sparse" else [clock], steps)
+
+
+def trainer_steps(case: Case, strategy: Any, callbacks: list[L.Callback], steps: int) -> None:
+    """So many steps of a case under any strategy and callbacks."""
     trainer = L.Trainer(
         max_epochs=-1,
         max_steps=steps,
-        strategy="auto" if mode == "plain" else DPStrategy(noise_multiplier=1.0, target_delta=1e-6, **OURS[mode]),
+        strategy=strategy,
         precision=case.precision,
         devices=1,
         callbacks=callbacks,
@@ -168,6 +173,10 @@ def run(case: Case, mode: str, steps: int, warmup: int = WARMUP) -> Clock:
     return clock
 
 
+#: case, mode, steps, warm-up -> when each step began
+Runner = Callable[..., Clock]
+
+
 def resident(field: str) -> int:
     """A field of the kernel's account of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -208,34 +217,36 @@ def memory_in_own_process(case: Case, mode: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def trial(case: Case, mode: str, target_seconds: float) -> tuple[int, int]:
+def trial(case: Case, mode: str, target_seconds: float, runner: Runner) -> tuple[int, int]:
     """Steps and warm-up of one side of a pair, from a first run that also shows whether the mode works at all."""
-    clock = run(case, mode, 2, 1)
+    clock = runner(case, mode, 2, 1)
     steps = round(target_seconds / clock.seconds_a_step(1))
     return (max(3, min(60, steps)), WARMUP) if steps >= 3 else (2, 1)
 
 
-def time_mode(case: Case, mode: str, pairs: int, target_seconds: float) -> dict[str, Any]:
-    """One mode against the step without privacy, pair by pair; what goes first changes from pair to pair."""
-    sizes = {"plain": trial(case, "plain", target_seconds)}
+def time_mode(
+    case: Case, mode: str, pairs: int, target_seconds: float, base: str = "plain", runner: Runner = run
+) -> dict[str, Any]:
+    """One mode against the base, pair by pair; what goes first changes from pair to pair."""
+    sizes = {base: trial(case, base, target_seconds, runner)}
     try:
-        sizes[mode] = trial(case, mode, target_seconds)
+        sizes[mode] = trial(case, mode, target_seconds, runner)
     except Exception as error:  # a peer that cannot run a model is a result
         return {"failed": {mode: f"{type(error).__name__}: {str(error)[:120]}"}}
     measured = []
     for number in range(pairs):
         both = {}
-        for side in ("plain", mode) if number % 2 == 0 else (mode, "plain"):
+        for side in (base, mode) if number % 2 == 0 else (mode, base):
             steps, warmup = sizes[side]
-            both[side] = run(case, side, steps, warmup).seconds_a_step(warmup)
-        measured.append((both["plain"], both[mode]))
+            both[side] = runner(case, side, steps, warmup).seconds_a_step(warmup)
+        measured.append((both[base], both[mode]))
     ratios = [private / plain for plain, private in measured]
     figures = {
         "median": statistics.median(ratios),
         "min": min(ratios),
         "max": max(ratios),
         "pairs": pairs,
-        "plain_ms": 1e3 * statistics.median(plain for plain, _ in measured),
+        f"{base}_ms": 1e3 * statistics.median(plain for plain, _ in measured),
     }
     return {"time": {mode: figures}}
 

@@ -172,6 +172,7 @@ def test_ledger_is_what_it_is_without_pruning_and_noise_is_on_live_weights_only(
 def test_hooks_are_gone_after_the_run(tmp_path: Path) -> None:
     _, module, _, trainer = fit(tmp_path, MagnitudePruning(0.5))
     (optimizer,) = trainer.optimizers
+    assert not optimizer._optimizer_step_post_hooks
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(1.0)

@@ -72,7 +72,7 @@ def test_noise_and_ledger_follow_the_schedule(
     assert [draw.std for draw in spy.draws] == pytest.approx([2.0 * factor * 0.5 for factor in factors])
 
 
-@pytest.mark.parametrize(("kind", "interval"), zip(KINDS, [*INTERVALS] * len(KINDS), strict=False))
+@pytest.mark.parametrize(("kind", "interval"), [*zip(KINDS, [*INTERVALS] * len(KINDS), strict=False)])
 def test_bound_follows_the_schedule_and_the_ledger_does_not_change(
     kind: str, interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
