@@ -57,8 +57,19 @@ def test_vote_has_norm_sqrt_k(sign: str, k: int, dtype: torch.dtype) -> None:
     clipping = TopAgg(k, sign=sign)
     added = clipping.contributions(gradients(20, 50).to(dtype))
     assert added.dtype == dtype
-    torch.testing.assert_close(added.norm(dim=1), torch.full((20,), math.sqrt(k), dtype=dtype), rtol=1e-6, atol=0)
+    assert bool((added.square().sum(1) == k).all())  # exactly: squares of signs
     assert clipping.sensitivity(1) == math.sqrt(k)
+
+
+@pytest.mark.parametrize("clipping", [kind for kind in KINDS if kind.sign == "plain" or kind.keep_values], ids=str)
+def test_what_a_sample_chooses_does_not_depend_on_the_others(clipping: TopAgg) -> None:
+    """So nothing is ever chosen by the un-noised sum of a batch."""
+    grads_BP = gradients(12, 9)
+    for live in (None, torch.arange(9) % 2 == 0):
+        together = clipping.contributions(grads_BP, live)
+        for i in range(12):
+            among_others = torch.cat([grads_BP[i : i + 1], 1e3 * gradients(5, 9, seed=1)])
+            assert torch.equal(clipping.contributions(among_others, live)[0], together[i])
 
 
 def test_stochastic_vote_has_norm_sqrt_k_where_fewer_coordinates_are_not_zero() -> None:

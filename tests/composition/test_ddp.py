@@ -1,0 +1,67 @@
+"""Mechanisms in two gloo processes: live coordinates only are sent, masks and bounds agree, the count's noise is there once."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+P, PRUNABLE = 53, 45  # coordinates of the classifier, and its weights
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks wrote down."""
+    out: Path = tmp_path_factory.mktemp("ddp")
+    script = Path(__file__).with_name("ddp_run.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(out)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
+def test_noise_of_the_adaptive_count_is_there_exactly_once(ranks: list[dict[str, Any]], wrong: float) -> None:
+    """400 counts with std 2; z under 5 (false alarm below 1e-5); noise of both ranks, or of half, would be sqrt(2) off."""
+    counts = torch.tensor(ranks[0]["count"]["counts"], dtype=torch.float64)
+    assert counts.shape == (400,)
+    noise = (counts - 32) / (2.0 * wrong)
+    z = (noise.square().sum() - 400) / math.sqrt(2 * 400)
+    assert (abs(float(z)) < 5) == (wrong == 1.0)
+    assert abs(float((counts - 32).mean())) < 5 * 2.0 / 20
+
+
+def test_the_count_rides_in_the_one_all_reduce_of_a_step(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["count"]["sent"].count(P + 1) == 400
+        assert P not in seen["count"]["sent"]
+
+
+def test_live_coordinates_only_are_sent(ranks: list[dict[str, Any]]) -> None:
+    """Both masks together: 0.8 of all are left out, and 0.4 of the weights."""
+    for seen in ranks:
+        masked = seen["masked"]
+        live = [int(mask.sum()) for mask in masked["live"]]
+        assert len(live) == 12
+        assert all(0 < count <= P - int(0.8 * P) for count in live)
+        assert any(count < P - int(0.8 * P) for count in live)
+        steps = [size for size in masked["sent"] if 1 < size < P]
+        assert steps == live
+
+
+def test_masks_bounds_and_weights_are_those_of_the_other_rank(ranks: list[dict[str, Any]]) -> None:
+    one, other = (seen["masked"] for seen in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(one["live"], other["live"], strict=True))
+    assert torch.equal(one["live"][0], one["live"][1])
+    assert not torch.equal(one["live"][1], one["live"][2])
+    assert one["bounds"] == other["bounds"]
+    assert len(set(one["bounds"])) > 1
+    assert torch.equal(one["weights"], other["weights"])
+    assert ranks[0]["count"]["bounds"] == ranks[1]["count"]["bounds"]
+    assert torch.equal(ranks[0]["votes"], ranks[1]["votes"])
