@@ -19,7 +19,6 @@ project, author = "lightning_dp", "The lightning_dp authors"
 release = lightning_dp.__version__
 copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "README.md"]
 html_theme = "furo"
@@ -27,7 +26,6 @@ html_title = "lightning_dp"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
-templates_path: list[str] = []
 
 SECTION = re.compile(r"(Args|Returns|Raises|Example|References|Yields|Attributes):$")
 
