@@ -1,4 +1,4 @@
-"""Run by test_ddp.py: trains in spawned processes and prints what the main process knows afterwards."""
+"""Run by test_ddp.py: trains in spawned or forked processes and prints what the main process knows afterwards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import lightning as L
+from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch.utils.data import DataLoader
 
 from lightning_dp import DPDDPStrategy
@@ -15,8 +16,9 @@ from tests.helpers import Classifier, make_dataset
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
-    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", start_method="spawn")
+    out, start_method = Path(sys.argv[1]), sys.argv[2]
+    accelerator_connector._IS_INTERACTIVE = start_method == "fork"  # as in a notebook, where nothing else is allowed
+    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", start_method=start_method)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,

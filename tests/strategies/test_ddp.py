@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,11 +88,18 @@ def test_ranks_with_different_numbers_of_microbatches_log_together(ranks: list[d
     assert 0 < size <= 2
 
 
-def test_spawned_processes_bring_their_ledger_home(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "start_method",
+    ["spawn", pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"))],
+)
+def test_started_processes_bring_their_ledger_home(tmp_path: Path, start_method: str) -> None:
     """What the main process saves afterwards must hold the steps that made the weights."""
     script = Path(__file__).with_name("spawn_run.py")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path)], capture_output=True, text=True, timeout=280
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path), start_method],
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-3:] == ["4", "4", "4"]
