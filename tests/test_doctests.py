@@ -57,4 +57,9 @@ def test_code_of_page_runs(
 @pytest.mark.parametrize("name", PAGES)
 def test_pictures_of_page_exist(name: str) -> None:
     for target in re.findall(r"!\[[^]]+\]\(([^)]+)\)", (DOCS / name).read_text()):
-        assert (DOCS / target).read_bytes().startswith(b"\x89PNG"), target
+        assert (DOCS / target).read_bytes().startswith((b"\x89PNG", b"<?xml")), target
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    named = set(re.findall(r"\.\. auto\w+:: (?:lightning_dp\.)?(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    assert set(lightning_dp.__all__) <= named
