@@ -36,12 +36,14 @@ class RunNotes:
         secure_rng: the noise came from the generator that withstands floating-point attacks.
         nonprivate_logs: names of figures of the training data that were logged without noise.
         mechanisms: what callbacks decided over, one sentence each.
+        audits: what audits of the run found, one line each.
     """
 
     seeded: bool = False
     secure_rng: bool = False
     nonprivate_logs: tuple[str, ...] = ()
     mechanisms: tuple[str, ...] = ()
+    audits: tuple[str, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """The notes as plain values, for a checkpoint."""
@@ -55,14 +57,15 @@ class RunNotes:
             ValueError: a field of another kind.
         """
         flags = [state.get(name, False) for name in ("seeded", "secure_rng")]
-        lists = [state.get(name, []) for name in ("nonprivate_logs", "mechanisms")]
+        lists = [state.get(name, []) for name in ("nonprivate_logs", "mechanisms", "audits")]
         if not all(isinstance(flag, bool) for flag in flags) or not all(
             isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists
         ):
             raise ValueError(
                 f"Expected flags and lists of names as notes of a run, got {dict(state)!r}. Use an intact checkpoint."
             )
-        return cls(seeded=flags[0], secure_rng=flags[1], nonprivate_logs=tuple(lists[0]), mechanisms=tuple(lists[1]))
+        logs, mechanisms, audits = map(tuple, lists)
+        return cls(seeded=flags[0], secure_rng=flags[1], nonprivate_logs=logs, mechanisms=mechanisms, audits=audits)
 
 
 def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[tuple[int, float]]:
@@ -157,6 +160,7 @@ def privacy_card(
             "noise_generator": _generator(notes),
             "callbacks": list(notes.mechanisms),
         },
+        "audits": list(notes.audits),
         "not_covered": [
             *(f"logged without noise: {name}" for name in sorted(notes.nonprivate_logs)),
             *report.NOT_COVERED,

@@ -45,7 +45,14 @@ def card(options: argparse.Namespace) -> int:
         write(whole if options.json else to_markdown(whole).rstrip())
         return 0
     output.write(
-        privacy_statement(stated, ledger, accountant, seeded=notes.seeded, nonprivate_logs=notes.nonprivate_logs)
+        privacy_statement(
+            stated,
+            ledger,
+            accountant,
+            seeded=notes.seeded,
+            nonprivate_logs=notes.nonprivate_logs,
+            audits=notes.audits,
+        )
     )
     return 0
 

@@ -81,6 +81,7 @@ class SavedRun(Strategy):
     _seeded: bool
     _secure: bool
     nonprivate_logs: set[str]
+    audits: list[str]
     _decided: tuple[str, ...] = ()
 
     @property
@@ -148,6 +149,7 @@ class SavedRun(Strategy):
             secure_rng=self._secure,
             nonprivate_logs=tuple(sorted(self.nonprivate_logs)),
             mechanisms=self._decided,
+            audits=tuple(self.audits),
         )
 
     def take_notes(self, notes: RunNotes) -> None:
@@ -155,6 +157,7 @@ class SavedRun(Strategy):
         self._seeded |= notes.seeded
         self._secure &= notes.secure_rng
         self.nonprivate_logs |= set(notes.nonprivate_logs)
+        self.audits = list(dict.fromkeys([*notes.audits, *self.audits]))
         self._decided = notes.mechanisms
 
     def _note_unledgered(self, global_step: int) -> None:

@@ -17,6 +17,7 @@ from scipy.stats import binom
 from lightning_dp import DPStrategy, PrivacyAudit, PrivacyError, RandomSparsification, TopAgg
 from lightning_dp.accounting import gaussian_epsilon
 from lightning_dp.auditing.estimates import clopper_pearson_upper
+from lightning_dp.card import RunNotes
 from tests.auditing.models import ALMOST_SURE, DELTA, Idle, Overfitting, audited, zeros_loader
 from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 from tests.strategies.test_manual import Manual, TwoOptimizers
@@ -70,6 +71,7 @@ def test_what_is_logged_and_stated(tmp_path: Path) -> None:
     statement = strategy.privacy_statement()
     assert "audited with 100 gradient canaries: epsilon >= " in statement
     assert f"at delta 1e-05 with confidence {ALMOST_SURE:g} (claimed: " in statement
+    assert RunNotes.from_state_dict(strategy.notes.state_dict()).audits == (audit.result.describe(),)
 
 
 def test_real_records_enter_the_sum_as_they_do_without_canaries(tmp_path: Path) -> None:
