@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -136,6 +137,24 @@ def main() -> None:
     module = Writing()
     fit(module, DataLoader(Indexed(), batch_size=1), max_epochs=30)
     seen["drawn"] = module.drawn
+
+    # how often a logical step talks to the other rank: accumulated parts and microbatches do not
+    sizes: list[int] = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **kwargs: (
+        sizes.append(tensor.numel()),
+        all_reduce(tensor, *args, **kwargs),
+    )[1]
+    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, microbatch_size=3)
+    trainer = fit(
+        Classifier(),
+        DataLoader(make_dataset(), batch_size=4),
+        strategy=strategy,
+        max_epochs=2,
+        accumulate_grad_batches=2,
+    )
+    dist.all_reduce = all_reduce
+    seen["reduced"] = (trainer.strategy.ledger.num_steps, sizes.count(53), max(sizes))
 
     # collectives in the user's logging, while ranks hold different numbers of microbatches
     strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, microbatch_size=2)

@@ -252,6 +252,17 @@ class RootMeanSquare(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
+class SelfTaught(Task):
+    """Forwards that no backward follows: a detached branch, and a target of its own computed without gradients."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, targets = batch
+        with torch.no_grad():
+            wanted = self(x.flip(1))
+        self(x).detach_()
+        return F.cross_entropy(self(x), targets) + (self(x) - wanted).square().mean()
+
+
 class Listed(nn.Module):
     """Weights in a list and a dictionary, used by the module around them."""
 

@@ -81,6 +81,11 @@ def test_sum_over_ranks_and_microbatches_is_the_clipped_sum_of_all(ranks: list[d
         torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
 
 
+def test_one_all_reduce_a_logical_step(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["reduced"] == (8, 8, 53)
+
+
 def test_ranks_with_different_numbers_of_microbatches_log_together(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["synced"] == ranks[1]["synced"]
     steps, size = ranks[0]["synced"]
