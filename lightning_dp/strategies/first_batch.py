@@ -65,7 +65,7 @@ def prepare(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str, Any]
     """Learns the layout and checks, on records from all over the training set, that samples are independent.
 
     Raises:
-        PrivacyError: a sample's gradient depends on another sample.
+        PrivacyError: a sample's gradient depends on another sample, or a saved buffer on the samples.
     """
     loader = strategy._loader
     assert loader is not None
@@ -104,15 +104,42 @@ def _check_independence(
     scale = len(samples) if strategy.settings.loss_reduction == "mean" else 1
     with _held_still(strategy, seed=seed), FrozenRandomness():
         batched = _try(strategy, samples, rest, kwargs, engine_on=True)
-    singles = []
+    singles, buffers = [], []
     for sample in samples:
         with _held_still(strategy, seed=seed), FrozenRandomness():
             singles.append(_try(strategy, [sample], rest, kwargs, engine_on=False).private)
+            buffers.append({name: value.detach().clone() for name, value in _saved_buffers(module)})
+    _check_buffers(buffers)
     together = {name: gradient * scale for name, gradient in batched.private.items()}
     dtypes = {gradient.dtype for gradient in batched.private.values()}
     narrow = torch.bfloat16 if "bf16" in str(strategy._trainer.precision) else torch.float32
     tolerance = TOLERANCE[torch.float64 if dtypes == {torch.float64} else narrow]
     compare_with_singles(together, singles, rtol=tolerance, module=module)
+
+
+def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, part in module.named_modules():
+        for name, value in part._buffers.items():
+            if value is not None and name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, value
+
+
+def _check_buffers(after: list[dict[str, Tensor]]) -> None:
+    """What checkpoints hold beside parameters must not come to depend on the samples: nothing noises it."""
+    for other in after[1:]:
+        for name, value in after[0].items():
+            if name not in other or value.shape != other[name].shape or not _same(value, other[name]):
+                raise PrivacyError(
+                    f"Expected buffers to be free of the training data, got {name!r} with another value after another sample. It is "
+                    "saved and read by later steps without noise: compute it on public data before fit, or leave it out "
+                    "(check_per_sample=False accepts it, outside the guarantee)."
+                )
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    if not left.is_floating_point():
+        return torch.equal(left, right)
+    return torch.allclose(left.cpu().double(), right.cpu().double(), rtol=1e-6, atol=0.0, equal_nan=True)
 
 
 def check_public(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.per_sample.frozen_randomness import FrozenRandomness, restored_randomness
-from tests.helpers import NUM_CLASSES, Classifier, make_loader, make_trainer
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, make_loader, make_trainer
 
 
 class Traced(Classifier):
@@ -165,3 +165,29 @@ def test_tiny_datasets_are_checked_as_far_as_they_go(tmp_path: Any) -> None:
         strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
         make_trainer(strategy, tmp_path).fit(Classifier(), make_loader(size, batch_size=1))
         assert strategy.ledger.num_steps == size
+
+
+class Remembering(Classifier):
+    """Centres its features by a running mean of what it has seen."""
+
+    def __init__(self, *, persistent: bool = True, public: bool = False) -> None:
+        super().__init__()
+        self.public = public
+        self.register_buffer("mean", torch.zeros(NUM_FEATURES), persistent=persistent)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        features, labels = batch
+        loss = nn.functional.cross_entropy(self(features - self.mean), labels)
+        self.mean.mul_(0.9).add_(0.1 if self.public else 0.1 * features.mean(0))
+        return loss
+
+
+def test_a_running_mean_of_the_data_is_refused(tmp_path: Any) -> None:
+    """It would be in every checkpoint, un-noised, as the statistics of BatchNorm would."""
+    strategy, module = DPStrategy(noise_multiplier=1.0), Remembering()
+    with pytest.raises(PrivacyError, match="buffers to be free of the training data, got 'mean'"):
+        make_trainer(strategy, tmp_path).fit(module, make_loader())
+    assert strategy.ledger.num_steps == 0
+    assert torch.equal(module.mean, torch.zeros(NUM_FEATURES))
+    for accepted in (Remembering(public=True), Remembering(persistent=False)):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(accepted, make_loader())
