@@ -73,9 +73,9 @@ def prepare(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str, Any]
     strategy._stand_in = strategy._stand_in or (samples[:1],)
     if not strategy._runs_samples_alone:
         pair = (samples * 2)[:2]
-        with _held_still(strategy, seed=0), FrozenRandomness():
+        with held_still(strategy, seed=0), FrozenRandomness():
             strategy._engine.learn_layout(
-                lambda size: _try(strategy, (pair * size)[:size], rest, kwargs, engine_on=False), sizes=LAYOUT_SIZES
+                lambda size: try_step(strategy, (pair * size)[:size], rest, kwargs, engine_on=False), sizes=LAYOUT_SIZES
             )
         if strategy.settings.check_per_sample:
             for number in range(NUM_CHECKS):
@@ -88,7 +88,7 @@ def prepare(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str, Any]
         strategy._unchecked_public = set(strategy.settings.public_optimizers)
 
 
-def _try(
+def try_step(
     strategy: PrivateStep, samples: list[Any], rest: tuple[Any, ...], kwargs: dict[str, Any], *, engine_on: bool
 ) -> Probe:
     loader = strategy._loader
@@ -102,12 +102,12 @@ def _check_independence(
 ) -> None:
     module = strategy._module
     scale = len(samples) if strategy.settings.loss_reduction == "mean" else 1
-    with _held_still(strategy, seed=seed), FrozenRandomness():
-        batched = _try(strategy, samples, rest, kwargs, engine_on=True)
+    with held_still(strategy, seed=seed), FrozenRandomness():
+        batched = try_step(strategy, samples, rest, kwargs, engine_on=True)
     singles, buffers = [], []
     for sample in samples:
-        with _held_still(strategy, seed=seed), FrozenRandomness():
-            singles.append(_try(strategy, [sample], rest, kwargs, engine_on=False).private)
+        with held_still(strategy, seed=seed), FrozenRandomness():
+            singles.append(try_step(strategy, [sample], rest, kwargs, engine_on=False).private)
             buffers.append({name: value.detach().clone() for name, value in _saved_buffers(module)})
     _check_buffers(buffers)
     together = {name: gradient * scale for name, gradient in batched.private.items()}
@@ -155,9 +155,9 @@ def check_public(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str,
     samples = spread_samples(loader, 3)
     found: list[Probe] = []
     for chosen in (samples[:1], samples[1:2], samples):
-        with _held_still(strategy, seed=0), FrozenRandomness(by_place=True):
+        with held_still(strategy, seed=0), FrozenRandomness(by_place=True):
             parts = chosen * 2 if len(chosen) == 1 else chosen
-            found.append(_try(strategy, parts, rest, kwargs, engine_on=False))
+            found.append(try_step(strategy, parts, rest, kwargs, engine_on=False))
     for other, what in ((found[1], "which samples are in the batch"), (found[2], "how many samples the batch holds")):
         for name, gradient in found[0].public.items():
             bound = 1e-5 * (1e-8 + float(gradient.abs().max()))
@@ -168,65 +168,6 @@ def check_public(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str,
                     "and batch size out of its loss (a generator draws a fixed number of fakes for its own step)."
                 )
     strategy._unchecked_public -= found[0].stepped
-
-
-def check_skip(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """``training_step`` gave no loss for a batch: it must give none for single samples either.
-
-    Raises:
-        PrivacyError: it does, so whether a sample counts hangs on the samples beside it.
-    """
-    loader = strategy._loader
-    assert loader is not None
-    for sample in spread_samples(loader, 3):
-        with _held_still(strategy, seed=0):
-            batch = strategy._to_device(collate_samples(loader, [sample]))
-            if strategy._call_training_step(batch, rest, kwargs) is not None:
-                raise PrivacyError(
-                    "Expected training_step to return None for every sample or for none, got None for a batch and a loss for one "
-                    "sample alone. One sample could switch off all others: return the loss (a sample that is not finite "
-                    "contributes zero anyway), or use microbatch_size=1."
-                )
-
-
-def check_steps(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str, Any], global_step: int) -> None:
-    """Under manual optimization some private optimizer did not step on a batch: nor may it on single samples.
-
-    Args:
-        strategy: the running strategy.
-        rest: further arguments of ``training_step``.
-        kwargs: the same, by name.
-        global_step: the trainer's before this batch.
-
-    Raises:
-        PrivacyError: others step there, so whether noise is released hangs on the samples.
-    """
-    loader = strategy._loader
-    assert loader is not None
-    real, private = set(strategy._collected), strategy._sums.keys()
-    for sample in spread_samples(loader, 3):
-        with _held_still(strategy, seed=0), _rewound(strategy, global_step):
-            stepped = _try(strategy, [sample], rest, kwargs, engine_on=False).stepped & private
-        if stepped != real:
-            raise PrivacyError(
-                f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a batch and of "
-                f"{sorted(stepped)} on one sample alone. One sample could switch off all others: let batch_idx decide when to step "
-                "(a sample that is not finite contributes zero anyway)."
-            )
-
-
-@contextmanager
-def _rewound(strategy: PrivateStep, global_step: int) -> Iterator[None]:
-    """The batch's own ``global_step``, and the gradients that it has left."""
-    progress = strategy._trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
-    gradients = [(parameter, parameter.grad) for parameter in strategy._module.parameters()]
-    completed, progress.completed = progress.completed, global_step
-    try:
-        yield
-    finally:
-        progress.completed = completed
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 def spread_samples(loader: PrivateDataLoader, num: int) -> list[Any]:
@@ -284,7 +225,7 @@ def _run_on_trial(
 
 
 @contextmanager
-def _held_still(strategy: PrivateStep, seed: int | None = None) -> Iterator[None]:
+def held_still(strategy: PrivateStep, seed: int | None = None) -> Iterator[None]:
     """No logging, no progress, no optimizer or scheduler state; generators and module state as before, afterwards."""
     module = strategy._module
     schedulers = [(config.scheduler, config.scheduler.state_dict()) for config in strategy.lr_scheduler_configs]

@@ -22,7 +22,7 @@ from lightning_dp.clipping import NoClipping
 from lightning_dp.diagnostics import Diagnostics
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import LogicalBatch, private_dataloader
-from lightning_dp.strategies import first_batch, trainer_checks
+from lightning_dp.strategies import first_batch, skipped_steps, trainer_checks
 from lightning_dp.strategies.private_run import PrivateRun
 from lightning_dp.strategies.sums import ClippedSum
 from lightning_dp.thresholds import NoisyRelease, Threshold
@@ -318,7 +318,8 @@ class PrivateStep(PrivateRun):
             divisor: what Lightning will divide the loss by before its backward.
             weight: 0 makes the samples contribute exactly nothing.
         """
-        automatic, global_step = self._module.automatic_optimization, self._trainer.global_step
+        automatic = self._module.automatic_optimization
+        counts = None if automatic else skipped_steps.Counts.of(self)
         mean = self.settings.loss_reduction == "mean"
         self._scale = weight * (count if mean else 1) * (divisor if automatic else 1)
         self._begin_microbatch(batch, count, weight)
@@ -327,12 +328,12 @@ class PrivateStep(PrivateRun):
         if automatic:
             if output is None and count > 1:
                 self._end_microbatch()
-                first_batch.check_skip(self, rest, kwargs)
+                skipped_steps.check_skip(self, rest, kwargs)
             return self._with_scalar_loss(output, count)
         self._unfinished |= {index for index, sums in self._sums.items() if self._engine.has_backprops(sums.names)}
         self._end_microbatch()
-        if self.settings.check_per_sample and self._collected < self._sums.keys():
-            first_batch.check_steps(self, rest, kwargs, global_step)
+        if counts is not None and self.settings.check_per_sample and self._collected < self._sums.keys():
+            skipped_steps.check_steps(self, rest, kwargs, counts)
         return output
 
     def _run_empty(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -136,14 +136,19 @@ def test_a_manual_step_that_hangs_on_the_loss_is_refused(tmp_path: Path, microba
     assert strategy.ledger.num_steps == 0
 
 
-@pytest.mark.parametrize("count", ["batch_idx", "global_step"])
+@pytest.mark.parametrize("count", ["batch_idx", "global_step", "own"])
 def test_a_manual_step_that_hangs_on_public_counts_is_free(tmp_path: Path, count: str) -> None:
     """Two private optimizers in turn: the trial on single samples must see the counts, and leave the gradients, of its batch."""
     left: list[int] = []
 
     class InTurn(TwoOptimizers):
+        own = 0
+
         def training_step(self, batch: Any, batch_idx: int) -> None:
-            chosen = self.optimizers()[(batch_idx if count == "batch_idx" else self.global_step) % 2]
+            self.own = self.own + 1
+            chosen = self.optimizers()[
+                {"batch_idx": batch_idx, "global_step": self.global_step, "own": self.own}[count] % 2
+            ]
             loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
