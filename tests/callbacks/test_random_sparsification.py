@@ -86,11 +86,11 @@ def test_no_step_has_a_live_coordinate_without_noise_or_a_masked_one_with_a_grad
     tmp_path: Path, refresh: int, accumulate: int
 ) -> None:
     """A mask redrawn within a logical batch would release about a quarter of the coordinates without noise."""
-    rate, num_steps = 0.5, refresh + 2
+    rate, num_steps = 0.5, refresh + 1
     steps, strategy, _ = fit(
         tmp_path,
         RandomSparsification(rate, schedule="constant", refresh=refresh),
-        private(microbatch_size=3, check_per_sample=False),
+        private(microbatch_size=6, check_per_sample=False),
         loader=make_loader(32, batch_size=4),
         max_epochs=-1,
         max_steps=num_steps,

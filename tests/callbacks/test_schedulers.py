@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,8 @@ INTERVALS: dict[str, tuple[dict[str, Any], int]] = {
     "three steps": ({"every_n_epochs": 3, "interval": "step"}, 3),
 }
 NUM_STEPS = 16
+#: every kind with one interval, every interval with several kinds
+PAIRS = [*zip(KINDS, itertools.cycle(INTERVALS), strict=False)]
 
 
 def quick(**options: Any) -> DPStrategy:
@@ -59,8 +62,13 @@ def sigmas(ledger: Ledger) -> list[float]:
     return [run.event.noise_multiplier for run in ledger.entries for _ in range(run.num_steps)]
 
 
-@pytest.mark.parametrize("interval", INTERVALS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "interval"),
+    [
+        pytest.param(*pair, marks=() if pair in PAIRS else pytest.mark.slow)
+        for pair in itertools.product(KINDS, INTERVALS)
+    ],
+)
 def test_noise_and_ledger_follow_the_schedule(
     kind: str, interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +80,7 @@ def test_noise_and_ledger_follow_the_schedule(
     assert [draw.std for draw in spy.draws] == pytest.approx([2.0 * factor * 0.5 for factor in factors])
 
 
-@pytest.mark.parametrize(("kind", "interval"), [*zip(KINDS, [*INTERVALS] * len(KINDS), strict=False)])
+@pytest.mark.parametrize(("kind", "interval"), PAIRS)
 def test_bound_follows_the_schedule_and_the_ledger_does_not_change(
     kind: str, interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -341,18 +341,18 @@ def optimizers() -> dict[str, Any]:
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "lamb": Lamb}
 
 
-@pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per_layer"])
+NORMALISING = {"AUTO-S": (AutomaticClipping, 0.01), "AUTO-V": (AutomaticClipping, 0.0), "PSAC": (PSACClipping, 0.01)}
+
+
 @pytest.mark.parametrize(
-    ("kind", "gamma"),
-    [(AutomaticClipping, 0.01), (AutomaticClipping, 0.0), (PSACClipping, 0.01)],
-    ids=["S", "V", "PSAC"],
+    ("optimizer", "name", "per_layer"),
+    [(o, n, (i + j) % 2 == 1) for i, o in enumerate(("adam", "adamw", "lamb")) for j, n in enumerate(NORMALISING)],
 )
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "lamb"])
 def test_optimizers_without_a_scale_do_not_see_the_bound(
-    optimizer: str, kind: Any, gamma: float, per_layer: bool, tmp_path: Any
+    optimizer: str, name: str, per_layer: bool, tmp_path: Any
 ) -> None:
     """The R-dependent form at the same learning rate and weight decay, noise included, to 1e-6."""
-    make = optimizers()[optimizer]
+    make, (kind, gamma) = optimizers()[optimizer], NORMALISING[name]
     decay = 0.0 if optimizer == "adam" else 0.01  # Adam adds the decay to the gradient, whose scale then matters
 
     def run(bound: float) -> torch.Tensor:
