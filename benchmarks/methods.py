@@ -37,6 +37,7 @@ class Method:
         options: of ``DPStrategy``.
         callbacks: task and seed -> callbacks of the Trainer.
         decay: whether the learning rate falls to nothing in a straight line.
+        schedule: names the schedule of the noise, on which its calibration depends.
         control: the row that it is fair to compare with, besides the baseline; empty for none.
     """
 
@@ -44,6 +45,7 @@ class Method:
     options: dict[str, Any]
     callbacks: Callable[[Task, int], list[L.Callback]] = _none
     decay: bool = False
+    schedule: str = "constant"
     control: str = ""
 
 
@@ -69,6 +71,7 @@ METHODS = {
             "sigma step .85",
             {"clipping": "flat"},
             lambda task, seed: [NoiseScheduler("step", factor=0.85, every_n_epochs=math.ceil(task.epochs / 4))],
+            schedule="step .85",
         ),
         Method("AutoThreshold", {"clipping": "flat"}, lambda task, seed: [AutoThreshold()]),
         Method("AdaptiveClipping", {"clipping": "flat"}, lambda task, seed: [AdaptiveClipping()]),

@@ -57,11 +57,11 @@ class Scale:
         pruned_width: of the hidden layer that is pruned.
     """
 
-    seeds: int = 6
+    seeds: int = 5
     epochs: int = TASK.epochs
-    grid: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
-    widths: tuple[int, ...] = (16, 128, 1024)
-    amounts: tuple[float, ...] = (0.5, 0.9, 0.95)
+    grid: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    widths: tuple[int, ...] = (16, 64, 256)
+    amounts: tuple[float, ...] = (0.5, 0.9)
     pruned_width: int = 256
 
 

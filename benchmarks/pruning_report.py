@@ -68,7 +68,7 @@ def stages_text(study: Results) -> str:
     rows = [[name, mean_of(first[name].values()), mean_of(last[name].values())] for name in arms]
     return _study(
         "1. DP-SGD is slower early, but the later stage decides on the end.",
-        f"One switch after {half} epochs; all at learning rate {study['lr']:g}, the best for DP-SGD.",
+        f"One switch after {half} epochs; all at learning rate {study['lr']:g}, the best for DP-SGD; {len(plain)} seeds.",
         parts,
         markdown_table(["", f"after {early} epochs", "at the end"], rows),
         verdict(parts),
@@ -88,7 +88,7 @@ def parts_text(study: Results) -> str:
     rows = [[name, f"{arm['lr']:g}", mean_of(arm["report"].values())] for name, arm in study.items()]
     return _study(
         "2. Clipping has the larger impact; gradient descent recovers from noise when it is not clipped.",
-        "Each arm at its own best rate; the noise has the std that DP-SGD with that bound has.",
+        f"Each arm at its own best rate; the noise has the std that DP-SGD with that bound has. {caveat(study)}",
         parts,
         markdown_table(["", "rate", "accuracy"], rows),
         verdict(parts),
@@ -113,7 +113,8 @@ def dimensions_text(study: Results) -> str:
     rows = [[width, *(mean_of(arm["report"].values()) for arm in arms.values())] for width, arms in study.items()]
     return _study(
         "3. The effects are amplified in higher dimensions.",
-        "A hidden layer of so many units, bound 1, each arm at its own best rate.",
+        "A hidden layer of so many units, bound 1, each arm at its own best rate. "
+        + caveat({f"{name}, width {width}": arm for width, arms in study.items() for name, arm in arms.items()}),
         parts,
         markdown_table(header, rows),
         verdict(parts),
@@ -148,7 +149,8 @@ def masks_text(study: Results) -> str:
     ]
     text = _study(
         "4. Heavy magnitude pruning can improve the accuracy of DP-SGD.",
-        f"Width {study['width']}, so many of the weights removed before training; each arm at its own best rate.",
+        f"Width {study['width']}, so many of the weights removed before training; each arm at its own best rate. "
+        + caveat({"dense": study["dense"], **{f"{k} {a}": arm for k in kinds for a, arm in study[k].items()}}),
         parts,
         markdown_table(["", *(f"{amount} removed" for amount in amounts)], rows),
         verdict(parts, any_suffices=True),
@@ -156,6 +158,17 @@ def masks_text(study: Results) -> str:
     )
     own = "\n".join(str(part) for part in controls)
     return f"{text}\n\nControls at {HEAVY} removed:\n\n{own}\n\nOf all kinds and amounts, better than dense: {listed(better)}."
+
+
+def caveat(arms: Mapping[str, Any]) -> str:
+    """How many seeds, and which arms were best at an end of the grid of rates."""
+    seeds = sorted({len(arm["report"]) for arm in arms.values()})
+    ends = []
+    for name, arm in arms.items():
+        rates = sorted(float(rate) for rate in arm["choice"])
+        if rates and arm["lr"] in (rates[0], rates[-1]):
+            ends.append(f"{name} ({arm['lr']:g})")
+    return f"{' to '.join(map(str, seeds))} seeds. Best rate at an end of the grid: {listed(ends)}."
 
 
 def _study(title: str, setting: str, parts: list[Part], table: str, found: str, picture: str) -> str:

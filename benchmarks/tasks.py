@@ -118,7 +118,7 @@ TASKS = {
     for task in (
         Task("digits", digits, 360, 240, functools.partial(perceptron, 64, 64, 10), 256, 30),
         Task("breast_cancer", breast_cancer, 142, 100, functools.partial(perceptron, 30, 32, 2), 128, 30),
-        Task("mnist1d", mnist1d, 1000, 500, functools.partial(perceptron, 40, 64, 10, nn.ReLU), 512, 20),
+        Task("mnist1d", mnist1d, 1000, 500, functools.partial(perceptron, 40, 64, 10, nn.ReLU), 512, 12),
     )
 }
 

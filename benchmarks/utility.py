@@ -37,6 +37,10 @@ SECONDS_BETWEEN_SAVES = 5.0
 Results = dict[str, Any]
 
 
+#: noise multipliers that ``target_epsilon`` has led to in this process, by what they depend on: the second run need not search
+_calibrated: dict[tuple[Any, ...], float] = {}
+
+
 class Run(NamedTuple):
     """One training run; ``report`` says on which records it is judged."""
 
@@ -58,12 +62,19 @@ def execute(run: Run) -> tuple[Run, float, float | None]:
     task, method = TASKS[run.dataset], METHODS[run.method]
     split = task.for_report if run.report else task.for_choice
     module = Classifier(task.make_network, lr=run.lr, decay=method.decay, seed=run.seed)
-    strategy = None
+    strategy, known = None, (run.dataset, run.epsilon, run.report, method.schedule, run.epochs)
     if run.epsilon is not None:
-        strategy = DPStrategy(target_epsilon=run.epsilon, target_delta=DELTA, **method.options)
+        noise = {"noise_multiplier": _calibrated[known]} if known in _calibrated else {"target_epsilon": run.epsilon}
+        strategy = DPStrategy(target_delta=DELTA, **noise, **method.options)
     callbacks = method.callbacks(task, run.seed)
     train(task, module, split.train, strategy=strategy, callbacks=callbacks, epochs=run.epochs)
-    return run, accuracy(module, split.held_out), strategy and strategy.epsilon()
+    if strategy is None:
+        return run, accuracy(module, split.held_out), None
+    _calibrated[known] = strategy.plan.noise_multiplier
+    spent = strategy.epsilon()
+    assert run.epsilon is not None
+    assert spent <= run.epsilon, f"Expected epsilon <= {run.epsilon}, got {spent} with {run}."
+    return run, accuracy(module, split.held_out), spent
 
 
 def cell(results: Results, dataset: str, epsilon: float | None, method: str) -> dict[str, Any]:

@@ -17,10 +17,20 @@ VERDICTS = ("higher", "lower", "within noise")
 
 
 def cells(results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Data set and epsilon with the methods' places, in the order of the table; without privacy left out."""
-    for dataset in (name for name in TASKS if name in results):
-        for epsilon in sorted((key for key in results[dataset] if key != "none"), key=float):
-            yield (dataset, epsilon), results[dataset][epsilon]
+    """Data set and epsilon with the methods' places, in the order of the table; without privacy left out.
+
+    Every data set comes with every epsilon of the file, whether or not its runs are done.
+    """
+    epsilons = {key for by_epsilon in results.values() for key in by_epsilon if key != "none"}
+    for dataset in TASKS:
+        for epsilon in sorted(epsilons, key=float):
+            yield (dataset, epsilon), results.get(dataset, {}).get(epsilon, {})
+
+
+def datasets_of(results: Results) -> list[str]:
+    """Data sets with a finished method."""
+    done = {dataset for (dataset, _), row in cells(results) if finished(row)}
+    return [dataset for dataset in TASKS if dataset in done]
 
 
 def finished(row: dict[str, Any]) -> list[str]:
@@ -35,7 +45,7 @@ def verdict_of(row: dict[str, Any], method: str, other: str) -> str:
 
 def tables(results: Results) -> Iterator[str]:
     """A table a data set."""
-    for dataset in (name for name in TASKS if name in results):
+    for dataset in datasets_of(results):
         epsilons = [epsilon for (name, epsilon), _ in cells(results) if name == dataset]
         header = [dataset]
         for epsilon in epsilons:
@@ -92,7 +102,7 @@ def against_baseline(results: Results) -> Iterator[str]:
     ]
     yield (
         f"- Over the {num_cells} cells: better than flat clipping in all: {listed(always)}. More often better than worse: "
-        f"{listed(often)}. More often worse than better: {listed(rarely)}. The other methods: no difference in sum."
+        f"{listed(often)}. More often worse than better: {listed(rarely)}. The other methods: as often one as the other."
     )
 
 
@@ -143,7 +153,7 @@ def section(results: Results) -> str:
         f"{task.name}: {len(task.for_report.train)} training and {task.test_size} test records, batch {task.batch_size}, "
         f"{task.epochs} epochs, {sum(p.numel() for p in task.make_network().parameters())} parameters"
         for task in TASKS.values()
-        if task.name in results
+        if task.name in datasets_of(results)
     )
     intro = (
         "Accuracy on the test split after the last epoch, mean and standard error. Delta 1e-5, SGD without momentum, bound 1. Each "
@@ -157,7 +167,7 @@ def section(results: Results) -> str:
 
 def plot(results: Results, target: Path) -> None:
     """Draws accuracy and standard error of every method, a panel a data set."""
-    datasets = [name for name in TASKS if name in results]
+    datasets = datasets_of(results)
     figure, (axes,) = panels(1, len(datasets), 1.8 + 3.3 * len(datasets), 5.2, sharey=True)
     names = [name for name in METHODS if name != NON_PRIVATE]
     for axis, dataset in zip(axes, datasets, strict=True):

@@ -22,7 +22,11 @@ from benchmarks.stats import chance_of_false_call, difference, mean_of
 from benchmarks.tasks import TASKS
 
 SECTIONS = ("utility", "sparsification", "pruning")
-REPORTS = {"sparsification": sparsification_report}
+REPORTS: dict[str, Any] = {
+    "utility": utility_report,
+    "sparsification": sparsification_report,
+    "pruning": pruning_report,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -261,7 +265,7 @@ def test_a_claim_holds_only_if_the_figures_say_so() -> None:
             "noise": "noise only, bound 1",
             "both": "both, bound 1",
         }
-        return {names[arm]: {"lr": 1.0, "report": report} for arm, report in arms.items()}
+        return {names[arm]: {"lr": 1.0, "choice": {}, "report": report} for arm, report in arms.items()}
 
     worst = {seed: value - 0.2 for seed, value in base.items()}
     assert "**Holds here.**" in pruning_report.parts_text(parts(neither=above, clip=below, noise=base, both=worst))
