@@ -31,25 +31,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 #: topic -> things and what happens to them; every message joins one of each with one of the openings and endings.
 TOPICS = {
-    "garden": (
-        ["the roses", "our apple tree", "the lawn", "a row of beans"],
-        ["need water", "are in bloom", "got cut"],
-    ),
-    "kitchen": (
-        ["the soup", "a loaf of rye", "the roast", "our oven"],
-        ["smells of garlic", "is too hot", "needs salt"],
-    ),
-    "travel": (
-        ["the night train", "our flight", "the ferry", "a mountain bus"],
-        ["was late", "is full", "leaves at six"],
-    ),
-    "health": (
-        ["my knee", "the old cough", "a sore tooth", "her fever"],
-        ["hurts again", "is gone", "worries the doctor"],
-    ),
+    "garden": "the roses/our apple tree/the lawn/a row of beans // need water/are in bloom/got cut",
+    "kitchen": "the soup/a loaf of rye/the roast/our oven // smells of garlic/is too hot/needs salt",
+    "travel": "the night train/our flight/the ferry/a mountain bus // was late/is full/leaves at six",
+    "health": "my knee/the old cough/a sore tooth/her fever // hurts again/is gone/worries the doctor",
 }
-OPENINGS = ["I think", "just so you know,", "mother says", "as of today", "you were right:", "it seems that"]
-ENDINGS = ["since Monday", "again", "as always", "and nobody knows why", "thank heaven", "I am afraid"]
+OPENINGS = "I think/just so you know,/mother says/as of today/you were right:/it seems that"
+ENDINGS = "since Monday/again/as always/and nobody knows why/thank heaven/I am afraid"
 
 
 def messages(number: int, seed: int) -> list[dict[str, Tensor]]:
@@ -57,9 +45,9 @@ def messages(number: int, seed: int) -> list[dict[str, Tensor]]:
     draw, tokenizer = random.Random(seed), AutoTokenizer.from_pretrained(minilm.MODEL_DIR)
     labels, texts = [], []
     for i in range(number):
-        things, events = list(TOPICS.values())[i % len(TOPICS)]
+        things, events = list(TOPICS.values())[i % len(TOPICS)].split(" // ")
         labels.append(i % len(TOPICS))
-        texts.append(" ".join(draw.choice(part) for part in (OPENINGS, things, events, ENDINGS)))
+        texts.append(" ".join(draw.choice(part.split("/")) for part in (OPENINGS, things, events, ENDINGS)))
     tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=20, return_tensors="pt")
     return [{**{k: v[i] for k, v in tokens.items()}, "labels": torch.tensor(labels[i])} for i in range(number)]
 
