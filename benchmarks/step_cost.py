@@ -6,8 +6,9 @@
 Step against step, both in a Lightning Trainer with automatic optimization, noise and optimizer included. A and B run in
 turn; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best case. Batches have a fixed size on
 all sides, so that all do the same work. Peak memory comes from a process of its own a case: highest resident size (on a
-GPU: highest allocated memory) from the first batch to the last, less what was resident before the model was made, in a
-process that has loaded everything the mode needs. What a call measures is merged into the JSON file, mode by mode.
+GPU: highest allocated memory) from the second batch to the last, less what was resident before the model was made, in a
+process that has loaded everything the mode needs. The first batch is a peak of its own, ``first_bytes``: before it, once a
+run, the independence check holds the gradients of a few samples. What a call measures is merged into the JSON file, mode by mode.
 
 On a machine that others use as well, ``--clock processor --threads 1`` counts the processor time of the process in place of
 the time that goes by: what others take is not in it, nor is what a second thread would save.
@@ -40,6 +41,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import write_section
+from benchmarks.step_floor import floor_section
 from benchmarks.step_table import OPACUS, step_section
 from lightning_dp import DPStrategy, RandomSparsification
 from lightning_dp.sampling import indices
@@ -74,23 +76,24 @@ class Classifier(L.LightningModule):
 
 
 class Clock(L.Callback):
-    """When each step began, and the peak of memory up to the beginning of the last."""
+    """When each step began, and the peaks of memory within the first and up to the beginning of the last."""
 
     now = staticmethod(time.perf_counter)
 
     def __init__(self) -> None:
         self.began: list[float] = []
-        self.peak = 0
+        self.first_peak = self.peak = 0
 
     def on_train_batch_start(self, *args: Any) -> None:
-        if not self.began:
-            forget_peak()
         self.tick()
 
     def tick(self) -> None:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         self.peak = peak_bytes()
+        if len(self.began) < 2:
+            self.first_peak = self.peak
+            forget_peak()
         self.began.append(self.now())
 
     def seconds_a_step(self, warmup: int) -> float:
@@ -153,7 +156,6 @@ def opacus_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
     if ghost:
         criterion = DPLossFastGradientClipping(wrapped, optimizer, criterion)
     half = torch.autocast(DEVICE.type, torch.bfloat16) if case.precision == "bf16-mixed" else contextlib.nullcontext()
-    forget_peak()
     for _ in range(steps):
         clock.tick()
         chosen = torch.randint(len(dataset), (case.batch_size,))
@@ -190,6 +192,7 @@ def forget_peak() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap is not needed
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -198,30 +201,31 @@ def peak_bytes() -> int:
     return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident("VmHWM")
 
 
-def measure_memory(case: Case, mode: str) -> int:
-    """Peak bytes of a few steps, less what was resident before."""
+def measure_memory(case: Case, mode: str) -> tuple[int, int]:
+    """Peak bytes of a few steps and of the first batch, less what was resident before."""
     same_size_batches()
     small = Case("small", 2, lambda: nn.Linear(2, 2), lambda size: torch.randn(size, 2), 2, 0.0, 0.0)
     run(small, mode, 1)  # loads every library that the mode needs
     gc.collect()
-    if DEVICE.type == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)
+    forget_peak()
     before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else resident("VmRSS")
-    return run(case, mode, 4, 1).peak - before
+    clock = run(case, mode, 3, 1)
+    return clock.peak - before, clock.first_peak - before
 
 
-def memory_in_own_process(case: Case, mode: str) -> int:
+def memory_in_own_process(case: Case, mode: str) -> tuple[int, int]:
     """The same in a fresh process."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__)), "--memory", case.name, mode]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    peak, first = done.stdout.split()[-2:]
+    return int(peak), int(first)
 
 
 def trial(case: Case, mode: str, target_seconds: float, runner: Runner) -> tuple[int, int]:
     """Steps and warm-up of one side of a pair, from a first run that also shows whether the mode works at all."""
     clock = runner(case, mode, 2, 1)
     steps = round(target_seconds / clock.seconds_a_step(1))
-    return (max(3, min(60, steps)), WARMUP) if steps >= 3 else (2, 1)
+    return (max(3, min(60, steps)), WARMUP) if steps >= 3 else (2, 2)
 
 
 def time_mode(
@@ -251,12 +255,12 @@ def time_mode(
     return {"time": {mode: figures}}
 
 
-def memory_of_mode(case: Case, mode: str, known: dict[str, int]) -> dict[str, Any]:
+def memory_of_mode(case: Case, mode: str, known: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Peak memory of a mode, in bytes and against the step without privacy."""
     if case.name not in known:
         known[case.name] = memory_in_own_process(case, "plain")
-    peak, plain = memory_in_own_process(case, mode), known[case.name]
-    return {"memory": {mode: {"bytes": peak, "ratio": peak / plain, "plain_bytes": plain}}}
+    (peak, first), (plain, _) = memory_in_own_process(case, mode), known[case.name]
+    return {"memory": {mode: {"bytes": peak, "first_bytes": first, "ratio": peak / plain, "plain_bytes": plain}}}
 
 
 def environment() -> dict[str, str]:
@@ -306,7 +310,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     if options.memory:
-        print(measure_memory(CASES[options.memory[0]], options.memory[1]))
+        print(*measure_memory(CASES[options.memory[0]], options.memory[1]))
         return
     same_size_batches()
     Clock.now = staticmethod(CLOCKS[options.clock])
@@ -314,7 +318,7 @@ def main() -> None:
     if options.out.exists():
         results = json.loads(options.out.read_text())
     results["environment"] = environment()
-    plain_bytes: dict[str, int] = {}
+    plain_bytes: dict[str, tuple[int, int]] = {}
     for name in options.cases:
         case = CASES[name]
         if case.needs_gpu and DEVICE.type != "cuda":
@@ -330,7 +334,7 @@ def main() -> None:
             options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(name, mode, json.dumps(found), flush=True)
     if options.out == HERE / "step_cost.json":
-        write_section("step_cost", step_section(results))
+        write_section("step_cost", step_section(results) + "\n\n" + floor_section(list(results["cases"])))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def step_section(results: dict[str, Any]) -> str:
     ]
     measured = {name: held for name, held in results["cases"].items() if name in CASES}
     lines += [_row(CASES[name], held) for name, held in measured.items()]
-    lines += ["", "All modes, time (and memory):", "", *_modes(measured)]
+    lines += ["", "All modes, time (and memory); a dash is what was not measured:", "", *_modes(measured)]
     failed = [(name, mode, why) for name, held in measured.items() for mode, why in held["failed"].items()]
     lines += [f"- {name}, {mode}: does not run ({why})" for name, mode, why in failed]
     return "\n".join(lines)

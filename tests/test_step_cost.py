@@ -1,0 +1,76 @@
+"""The step-cost benchmark: what it merges, what it counts, and that its page says what its results say."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.cases import CASES, Case
+from benchmarks.readme import README
+from benchmarks.step_cost import main, merge
+from benchmarks.step_floor import cost_of, floor_section
+from benchmarks.step_table import best_peer, step_section
+
+
+def figures(median: float) -> dict[str, Any]:
+    return {"median": median, "min": 1.0, "max": 9.0, "pairs": 7, "plain_ms": 10.0, "clock": "wall", "threads": 2}
+
+
+def test_the_page_is_what_the_results_give() -> None:
+    path = README.with_name("step_cost.json")
+    results = json.loads(path.read_text())
+    text = step_section(results) + "\n\n" + floor_section(list(results["cases"]))
+    assert f"<!-- step_cost -->\n{text}\n<!-- /step_cost -->" in README.read_text()
+
+
+def test_goals_are_marked_as_met_or_missed() -> None:
+    named = dict.fromkeys(("python", "torch", "lightning", "opacus", "device", "processor"), "x")
+    held: dict[str, Any] = {"time": {}, "memory": {"ours": {"ratio": 1.31}}, "failed": {"ew": "ValueError: no"}}
+    held["time"] = {"ours": figures(1.4), "sparse": figures(1.7), "ghost": figures(2.0), "hooks": figures(9.0)}
+    text = step_section({"environment": named, "cases": {"mlp": held}})
+    assert best_peer(held) == ("ghost", 2.0)
+    row = next(line for line in text.splitlines() if line.startswith("| mlp | 10.0"))
+    assert "| 1.40 ✓ [≤ 1.4] |" in row
+    assert "| 1.31 ✗ [≤ 1.3] |" in row
+    assert "| 1.21 ✗ [≤ 1.15] |" in row
+    assert "| 1.43 ✗ [≥ 1.5] (ghost) |" in row
+    assert "- mlp, ew: does not run (ValueError: no)" in text
+
+
+def test_new_figures_replace_those_of_the_same_mode_only() -> None:
+    results: dict[str, Any] = {"cases": {}}
+    merge(results, "mlp", {"time": {"ours": figures(2.0)}})
+    merge(results, "mlp", {"failed": {"ew": "why"}})
+    merge(results, "mlp", {"time": {"ew": figures(3.0)}, "memory": {"ours": {"ratio": 1.0}}})
+    merge(results, "mlp", {"time": {"ours": figures(1.5)}})
+    held = results["cases"]["mlp"]
+    assert (held["time"]["ours"]["median"], held["time"]["ew"]["median"]) == (1.5, 3.0)
+    assert held["memory"] == {"ours": {"ratio": 1.0}}
+    assert held["failed"] == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU they run")
+def test_cases_for_a_gpu_are_left_out_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [name for name, case in CASES.items() if case.needs_gpu] == ["vit", "bert"]
+    threads = torch.get_num_threads()
+    command = ["step_cost.py", "--cases", "vit", "bert", "--out", str(tmp_path / "out.json"), "--threads", str(threads)]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("benchmarks.step_cost.same_size_batches", lambda: None)
+    main()
+    assert capsys.readouterr().out == "vit: left out, it needs a GPU\nbert: left out, it needs a GPU\n"
+
+
+def test_counts_of_a_linear_layer_with_and_without_positions() -> None:
+    one = Case("one", 4, lambda: nn.Linear(3, 5), lambda size: torch.randn(size, 3), 5, 1.0, 1.0)
+    cost = cost_of(one)
+    assert (cost.parameters, cost.native, cost.kept_bytes) == (20, 4 * 3 * 15, 0)
+    assert (cost.norms, cost.masked) == (4 * 8, 4 * 15)
+    cost = cost_of(Case("two", 4, lambda: nn.Linear(3, 5), lambda size: torch.randn(size, 2, 3), 5, 1.0, 1.0))
+    assert (cost.native, cost.kept_bytes) == (4 * 2 * 3 * 15, 4 * 4 * 15)
+    assert (cost.norms, cost.masked) == (4 * 3 * 8, 4 * 2 * 15)
