@@ -29,7 +29,8 @@ def test_the_page_is_what_the_results_give() -> None:
 
 def test_goals_are_marked_as_met_or_missed() -> None:
     named = dict.fromkeys(("python", "torch", "lightning", "opacus", "device", "processor"), "x")
-    held: dict[str, Any] = {"time": {}, "memory": {"ours": {"ratio": 1.31}}, "failed": {"ew": "ValueError: no"}}
+    memory = {"ratio": 1.31, "first_bytes": 4e6, "plain_bytes": 3e6}
+    held: dict[str, Any] = {"time": {}, "memory": {"ours": memory}, "failed": {"ew": "ValueError: no"}}
     held["time"] = {"ours": figures(1.4), "sparse": figures(1.7), "ghost": figures(2.0), "hooks": figures(9.0)}
     text = step_section({"environment": named, "cases": {"mlp": held}})
     assert best_peer(held) == ("ghost", 2.0)
@@ -38,6 +39,7 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     assert "| 1.31 ✗ [≤ 1.3] |" in row
     assert "| 1.21 ✗ [≤ 1.15] |" in row
     assert "| 1.43 ✗ [≥ 1.5] (ghost) |" in row
+    assert "without privacy: mlp 4 (3)." in text
     assert "- mlp, ew: does not run (ValueError: no)" in text
 
 
