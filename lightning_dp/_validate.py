@@ -37,6 +37,16 @@ def check_nonnegative(name: str, value: Any, hint: str = "Pass a finite number, 
     return number
 
 
+def check_scale(name: str, value: Any, low: float, high: float) -> float:
+    """``low <= value <= high``: so that products of a few such numbers are still numbers."""
+    number = check_number(name, value)
+    if not low <= number <= high:
+        raise ValueError(
+            f"Expected {low:g} <= {name} <= {high:g}, {_given(name, value)} Rescale the loss or the noise."
+        )
+    return number
+
+
 def check_probability(name: str, value: Any, hint: str = "Pass a number strictly between 0 and 1.") -> float:
     """``0 < value < 1``."""
     number = check_number(name, value)

@@ -52,11 +52,14 @@ class Settings:
             check.check_nonnegative(
                 "noise_multiplier", self.noise_multiplier, "0 is legal and means an infinite epsilon."
             )
+            if self.noise_multiplier > 0:
+                check.check_scale("noise_multiplier", self.noise_multiplier, 1e-9, 1e9)
         if self.target_epsilon is not None:
             check.check_positive("target_epsilon", self.target_epsilon)
         if self.target_delta is not None:
             check.check_probability("target_delta", self.target_delta, "Pass less than one over the number of records.")
         check.check_positive("max_grad_norm", self.max_grad_norm)
+        check.check_scale("max_grad_norm", self.max_grad_norm, 1e-20, 1e20)
         check.check_choice("sampling", self.sampling, ("poisson", "shuffle"))
         if self.microbatch_size is not None:
             check.check_count("microbatch_size", self.microbatch_size)

@@ -28,7 +28,7 @@ from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 
 FORMAT = re.compile(r"Expected .+ got .+\.", re.DOTALL)
 FEATURES = 3
-BULK = [pytest.param(1, id="few"), pytest.param(12, id="many", marks=pytest.mark.slow)]
+BULK = [pytest.param(1, id="few"), pytest.param(4, id="many", marks=pytest.mark.slow)]
 
 
 def try_examples(number: int, strategy: st.SearchStrategy[Any], examine: Callable[[Any], None]) -> None:
@@ -170,13 +170,12 @@ def check_epsilon(strategy: DPStrategy) -> None:
 
 @pytest.mark.parametrize("name", USUAL)
 def test_each_argument_alone_refuses_what_it_cannot_be(name: str) -> None:
-    """Every odd value for every argument: taken or refused, never another error."""
-    for junk in JUNK:
-        in_our_words(
-            lambda junk=junk: DPStrategy(
-                **{**({} if name == "target_epsilon" else {"noise_multiplier": 1.0}), name: junk}
-            )
-        )
+    """Every odd value for every argument: taken or refused, never another error; and every usual one is taken."""
+    others = {} if name == "target_epsilon" else {"noise_multiplier": 1.0}
+    for value in USUAL[name] + JUNK:
+        strategy = in_our_words(lambda value=value: DPStrategy(**{**others, name: value}))
+        usual = any(value is known for known in USUAL[name])
+        assert not usual or strategy is not None
 
 
 # ---------------------------------------------------------------- data
@@ -238,6 +237,8 @@ class Anything(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x = first_tensor(batch)
         out = self.network(x)
+        if x.dim() == 3:  # what a collate function filled up belongs to no record
+            out = out * (x != 0).any(-1, keepdim=True)
         return out.flatten(1).square().sum(1).mean()
 
     def configure_optimizers(self) -> Any:
@@ -289,7 +290,7 @@ class Broken(nn.Module):
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(FEATURES, FEATURES),
-    "relu": lambda: nn.ReLU(inplace=True),
+    "relu": nn.ReLU,
     "norm": lambda: nn.LayerNorm(FEATURES),
     "dropout": lambda: nn.Dropout(0.5),
     "frozen": lambda: nn.Linear(FEATURES, FEATURES).requires_grad_(False),
@@ -299,8 +300,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "spectral": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(FEATURES, FEATURES)),
     "lazy": lambda: nn.LazyLinear(FEATURES),
 }
-SAFE = {"linear", "relu", "norm", "dropout", "frozen", "broken"}
-MIXING = {"batch norm", "centred"}
+SAFE = {"linear", "relu", "norm", "dropout", "frozen"}
 
 
 @pytest.mark.parametrize("bulk", BULK)
