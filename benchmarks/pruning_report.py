@@ -219,7 +219,9 @@ def section(results: Results) -> str:
         "seeds; a part of a claim holds if its paired difference is above 0 by more than two standard errors. Arms without noise or "
         "clipping are not private. A small network on 8x8 images says little about the large ones that the paper is about."
     )
-    return "\n\n".join([intro, *(text(results[name]) for name, text in TEXTS.items() if name in results)])
+    missing = [name for name in TEXTS if name not in results]
+    note = [f"Not run yet (`python benchmarks/pruning.py --studies ...`): {listed(missing)}."] if missing else []
+    return "\n\n".join([intro, *(text(results[name]) for name, text in TEXTS.items() if name in results), *note])
 
 
 def plot(results: Results, folder: Path) -> None:
