@@ -23,12 +23,12 @@ from lightning_dp.diagnostics import Diagnostics
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import LogicalBatch, private_dataloader
 from lightning_dp.strategies import first_batch, skipped_steps, trainer_checks
-from lightning_dp.strategies.private_run import PrivateRun
+from lightning_dp.strategies.refusals import Refusals
 from lightning_dp.strategies.sums import ClippedSum
 from lightning_dp.thresholds import NoisyRelease, Threshold
 
 
-class PrivateStep(PrivateRun):
+class PrivateStep(Refusals):
     """The step of a private run, as a mixin over a Lightning strategy; see ``PrivateRun`` for the arguments."""
 
     @override
@@ -170,10 +170,8 @@ class PrivateStep(PrivateRun):
             closure()
             if index in self._sums:
                 self._collect_if_manual(index)
-            for parameter in self._parameters_of(index).values():
-                parameter.grad = (
-                    None  # how many microbatches there are is private: a public optimizer sees the last one's only
-                )
+            for parameter in self._parameters_of(index).values():  # how many microbatches there are is private:
+                parameter.grad = None  # a public optimizer sees the last one's only
             return None
         return super().optimizer_step(optimizer, private_closure, model, **kwargs)
 
@@ -253,21 +251,12 @@ class PrivateStep(PrivateRun):
         batches must never be summed, since one sample may be in both.
         """
         index, parts = self._trainer.fit_loop.batch_idx, self._trainer.accumulate_grad_batches
-        assert self._loader is not None
-        if parts != self._loader.facts.accumulate:
-            raise PrivacyError(
-                f"Expected accumulate_grad_batches={self._loader.facts.accumulate} as when the data was set up, got {parts}. Parts of "
-                "several logical batches would be summed, and one sample may be in each of them: set it before fit."
-            )
+        self._refuse_changed_accumulation(parts)
         if index == 0 or not self._prepared:
             self._part = 0
         begins = self._part == 0 or index % parts == 0
         self._part = (self._part + 1) % parts
         return begins
-
-    def _reduced(self, losses: Tensor) -> Tensor:
-        """Losses a sample, combined as ``loss_reduction`` says that a scalar loss combines them."""
-        return losses.mean() if self.settings.loss_reduction == "mean" else losses.sum()
 
     def _begin_logical_batch(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._step = self.steps_taken
@@ -370,10 +359,7 @@ class PrivateStep(PrivateRun):
 
     def _begin_microbatch(self, batch: Any, count: int, weight: float) -> None:
         results: Any = self._trainer._results
-        results.batch, results.batch_size = (
-            batch,
-            (None if weight else 0),
-        )  # where `self.log` reads the weight of a mean
+        results.batch, results.batch_size = batch, None if weight else 0  # where `self.log` reads the weight of a mean
         self._collected.clear()
         self._engine.begin(count)
         self._recording = True
@@ -386,17 +372,7 @@ class PrivateStep(PrivateRun):
         """Under manual optimization a microbatch is clipped when its optimizer steps."""
         if self._module.automatic_optimization:
             return
-        if index in self._unfinished:
-            raise PrivacyError(
-                f"Expected each batch's gradients to be stepped or zeroed within its own training_step, got gradients of an earlier "
-                f"batch in optimizer {index}. A sample could count twice in one step: use a larger batch_size (microbatch_size "
-                "bounds the memory), or call zero_grad before manual_backward."
-            )
-        if self._deferring and index in self._collected:
-            raise PrivacyError(
-                f"Expected one step of optimizer {index} a batch under microbatch_size={self.settings.microbatch_size}, got a second "
-                "one on the same microbatch. Each sample would enter the sum twice: step once, or leave microbatch_size out."
-            )
+        self._refuse_counting_twice(index)
         self._collected.add(index)
         self._collect(index)
 
@@ -407,70 +383,6 @@ class PrivateStep(PrivateRun):
             self._end_microbatch()
             loss = self._zero_loss()
         return {**output, "loss": loss} if isinstance(output, dict) else loss
-
-    def _scalar_loss(self, output: Any, count: int) -> Tensor | None:
-        """What ``training_step`` returned as a scalar: a scalar as it is, a loss of shape (B,) reduced over the samples."""
-        loss = output.get("loss") if isinstance(output, dict) else output
-        if loss is None and not isinstance(output, dict):
-            return None
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"Expected training_step to return a loss tensor, a dictionary with 'loss', or None, got {type(loss).__name__}. "
-                "Return the loss of shape () or (B,)."
-            )
-        if loss.dim() == 0:
-            return loss
-        if loss.dim() == 1 and loss.shape[0] % count == 0:
-            return self._reduced(loss)
-        raise ValueError(
-            f"Expected a loss of shape () or (B,) with B={count} samples, got shape {tuple(loss.shape)}. Reduce it over everything "
-            "but the samples."
-        )
-
-    def _zero_loss(self) -> Tensor:
-        return torch.zeros((), device=self.root_device, requires_grad=True)
-
-    def _refuse_raw_gradients(self, index: int) -> None:
-        """What a private optimizer is about to step on must come out of ``_release``, all of it."""
-        known = {id(p) for p in self._sums[index].parameters.values()} if index in self._sums else set()
-        for group in self.optimizers[index].param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and id(parameter) not in known:
-                    parameter.grad = None
-                    names = [name for name, p in self._module.named_parameters() if p is parameter]
-                    raise PrivacyError(
-                        f"Expected every gradient that optimizer {index} steps on to be private, got a raw one of "
-                        f"{names[0] if names else 'a parameter that is not in the module'!r}. It became trainable within the step: "
-                        "change requires_grad in on_train_epoch_start or on_train_batch_start, and register layers in the module."
-                    )
-
-    def _refuse_unchecked(self, index: int) -> None:
-        if index in self._unchecked_public:
-            raise PrivacyError(
-                f"Expected public optimizer {index} to step where it was tried, got its first step on a batch whose trial did not "
-                "step it. Whether it sees the data is unknown: let batch_idx alone decide when it steps."
-            )
-
-    def _refuse_unplanned_release(self) -> None:
-        """More releases on one batch than planned are paid; where a target or a budget was promised they are refused."""
-        if self.plan.target_epsilon is not None or self.last_allowed_step is not None:
-            raise PrivacyError(
-                "Expected each private optimizer to step once a batch under target_epsilon or PrivacyBudget, got a further step on "
-                "the same batch. It costs privacy that was not planned for: step once, or pass noise_multiplier and no budget."
-            )
-
-    def _refuse_over_budget(self) -> None:
-        steps = self.plan.steps
-        if self.plan.target_epsilon is not None and steps is not None and self._step >= steps:
-            raise PrivacyError(
-                f"Expected at most the {steps} planned steps under target_epsilon={self.plan.target_epsilon:g}, got one more. The "
-                "noise was calibrated to these: set max_epochs or max_steps before fit, not during it."
-            )
-        if self.last_allowed_step is not None and self._batch_precision == 0.0 and self._step >= self.last_allowed_step:
-            raise PrivacyError(
-                f"Expected to stop after {self.last_allowed_step} steps, where the privacy budget ends, got one more. Something kept "
-                "the Trainer going (min_epochs or min_steps?): lower it, or raise the budget."
-            )
 
     def _sum_over_ranks(self, flat: Tensor) -> None:
         """Adds the buffers of all ranks; on one device there is one."""
