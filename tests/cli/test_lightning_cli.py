@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cli"
 CALLBACKS = [
     *("AdaptiveClipping", "AutoThreshold", "ClippingScheduler", "EpsilonMonitor", "GradientDiagnostics"),
-    *("MagnitudePruning", "NoiseScheduler", "PrivacyBudget", "PrivacyCard", "PublishedAutoThreshold"),
-    *("RandomSparsification", "SwitchToDP"),
+    *("MagnitudePruning", "NoiseScheduler", "PrivacyAudit", "PrivacyBudget", "PrivacyCard"),
+    *("PublishedAutoThreshold", "RandomSparsification", "SwitchToDP"),
 ]
 
 
