@@ -95,7 +95,10 @@ def test_ranks_with_different_numbers_of_microbatches_log_together(ranks: list[d
 
 @pytest.mark.parametrize(
     "start_method",
-    ["spawn", pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"))],
+    [
+        pytest.param("spawn", marks=pytest.mark.slow),
+        pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")),
+    ],
 )
 def test_started_processes_bring_their_ledger_home(tmp_path: Path, start_method: str) -> None:
     """What the main process saves afterwards must hold the steps that made the weights."""
