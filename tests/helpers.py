@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -94,3 +97,12 @@ class Recorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.batches.append(batch)
+
+
+def run_two_ranks(script: Path, out: Path, *, weights_only: bool = False) -> list[dict[str, Any]]:
+    """Runs a script that starts two gloo processes, and returns what each rank wrote to ``rank0.pt`` and ``rank1.pt``."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(out)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=weights_only) for rank in (0, 1)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.helpers import run_two_ranks
 
 P, PRUNABLE = 53, 45  # coordinates of the classifier, and its weights
 
@@ -17,13 +17,7 @@ P, PRUNABLE = 53, 45  # coordinates of the classifier, and its weights
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks wrote down."""
-    out: Path = tmp_path_factory.mktemp("ddp")
-    script = Path(__file__).with_name("ddp_run.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(out)], capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return run_two_ranks(Path(__file__).with_name("ddp_run.py"), tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])

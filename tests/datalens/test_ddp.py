@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,13 @@ import torch
 from lightning_dp.datalens import epsilon_after
 from tests.datalens.helpers import fit, make_model
 from tests.datalens.test_release import has_std
+from tests.helpers import run_two_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks wrote down."""
-    out: Path = tmp_path_factory.mktemp("ddp")
-    script = Path(__file__).with_name("ddp_run.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(out)], capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return run_two_ranks(Path(__file__).with_name("ddp_run.py"), tmp_path_factory.mktemp("ddp"), weights_only=True)
 
 
 def test_teachers_are_split_and_their_votes_are_those_of_one_process(

@@ -13,20 +13,14 @@ import pytest
 import torch
 
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
-from tests.helpers import Classifier, make_dataset
+from tests.helpers import Classifier, make_dataset, run_two_ranks
 from tests.strategies.test_private_step import clipped_sum
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks wrote down."""
-    out: Path = tmp_path_factory.mktemp("ddp")
-    script = Path(__file__).with_name("ddp_run.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(out)], capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return run_two_ranks(Path(__file__).with_name("ddp_run.py"), tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
