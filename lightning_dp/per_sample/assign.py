@@ -13,8 +13,9 @@ from lightning_dp.per_sample.fallback import RecomputeUnit
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout, Unclear
 from lightning_dp.per_sample.learning import Learned
 from lightning_dp.per_sample.recorder import Recorder, Slot
+from lightning_dp.per_sample.rule_unit import RuleUnit
 from lightning_dp.per_sample.rules import Rule, rule_for
-from lightning_dp.per_sample.units import ExpandUnit, RuleUnit, Source
+from lightning_dp.per_sample.units import ExpandUnit, Source
 from lightning_dp.per_sample.workspace import Workspace
 
 _WHOLE = (nn.MultiheadAttention,)

@@ -38,8 +38,8 @@ class PerSampleEngine:
         grad_sample: ``"auto"`` never makes a full per-sample gradient where a cheaper way exists; ``"materialize"``
             always makes it (reference).
         memory: ``"fast"`` keeps per-sample gradients from the norms to the weighted sum where that is fastest, in
-            buffers of at most 40 % of the size of what is recorded, parameters and their gradients; ``"lean"`` keeps
-            only what is smaller than the backprops.
+            buffers of at most the size of the layers' inputs and outputs, the parameters and their gradients;
+            ``"lean"`` keeps only what is smaller than the backprops.
 
     Example:
         >>> layer = nn.Linear(3, 1)
@@ -187,9 +187,7 @@ class PerSampleEngine:
                 f"again after layers were unfrozen, or {WAY_OUT}."
             )
         self.end()
-        recorder = self._recorder
-        recorder.batch_size = batch_size
-        recorder.active = True
+        self._recorder.begin(batch_size)
         self._had_grad = {name for name, parameter in self._parameters.items() if parameter.grad is not None}
 
     def discard(self, names: Iterable[str] | None = None) -> None:
@@ -347,9 +345,7 @@ class PerSampleEngine:
         """Return the largest total size of kept gradients, in bytes: a share of what is in memory anyway."""
         parameters = sum(parameter.nbytes for parameter in self._module.parameters())
         gradients = sum(parameter.nbytes for parameter in self._parameters.values())
-        # layers share inputs and backprops: each counts once
-        recorded = {tensor.data_ptr(): tensor.nbytes for unit in self._units for tensor in unit.recorded()}
-        return SHARE * (sum(recorded.values()) + parameters + gradients)
+        return SHARE * (self._recorder.num_bytes + parameters + gradients)
 
     def _zeros(self) -> Tensor:
         parameters = list(self._parameters.values())

@@ -25,7 +25,7 @@ from lightning_dp.per_sample.layout import (
     tensors_of,
 )
 from lightning_dp.per_sample.recorder import Slot, in_backward
-from lightning_dp.per_sample.units import expand_input
+from lightning_dp.per_sample.rule_unit import expand_input
 
 Layouts = dict[str, list[CallLayout] | Unclear]
 Key = tuple[str, int]

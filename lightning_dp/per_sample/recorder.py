@@ -26,6 +26,11 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def keeps_graph() -> bool:
+    """Tell whether the backward under way keeps its graph for another one (``retain_graph=True``)."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
 def version_of(tensor: Tensor) -> int:
     """Return the counter of in-place changes; inference tensors have none."""
     return -1 if tensor.is_inference() else tensor._version
@@ -40,7 +45,23 @@ class Recorder:
         self.generation = 0
         self.batch_size = 0
         self.changes = 0
+        self._sizes: dict[int, int] = {}
         self._sources: dict[torch.device, Tensor] = {}
+
+    def begin(self, batch_size: int) -> None:
+        """Record a microbatch of so many samples."""
+        self.batch_size = batch_size
+        self.active = True
+        self._sizes = {}
+
+    def count(self, tensor: Tensor) -> None:
+        """Take note of the size of an input or output; layers share them: each counts once."""
+        self._sizes[tensor.data_ptr()] = tensor.nbytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the inputs and outputs of all calls of this microbatch."""
+        return sum(self._sizes.values())
 
     def source(self, device: torch.device) -> Tensor:
         """Return an empty leaf that requires grad: what makes a tapped output require grad."""
@@ -52,7 +73,19 @@ class Recorder:
 class Record:
     """One call: what it saw and the backprops that came back for it."""
 
-    __slots__ = ("args", "generation", "index", "inputs", "kwargs", "names", "outputs", "parts", "unit", "versions")
+    __slots__ = (
+        "args",
+        "done",
+        "generation",
+        "index",
+        "inputs",
+        "kwargs",
+        "names",
+        "outputs",
+        "parts",
+        "unit",
+        "versions",
+    )
 
     def __init__(self, unit: Unit, frame: Frame, inputs: Iterable[Tensor], outputs: int = 1) -> None:
         self.unit = unit
@@ -66,6 +99,7 @@ class Record:
         self.parts: list[tuple[list[Tensor | None], frozenset[str]]] = []
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
+        self.done = False
 
     def receive(self, backprop: Tensor, output: int = 0) -> None:
         """Add a backprop of one output. Backprops of several backwards add up."""
@@ -82,6 +116,11 @@ class Record:
                 f"Expected a backward without create_graph, got create_graph=True through module {self.unit.name!r}. "
                 "Gradient penalties need second derivatives, which only microbatch_size=1 supports."
             )
+        if self.done:
+            raise PrivacyError(
+                f"Expected one backward through the call of module {self.unit.name!r}, got a second one. Give all but the last "
+                "retain_graph=True."
+            )
         recorder.changes += 1
         backprop = backprop.detach()
         if not self.parts:
@@ -91,10 +130,19 @@ class Record:
         slots = self.parts[-1][0]
         known = slots[output]
         slots[output] = backprop if known is None else known + backprop
+        self.unit.received(self)
 
     def forget(self, names: frozenset[str]) -> None:
         """Drop the backprops received so far for these parameters."""
         self.parts = [(slots, left) for slots, old in self.parts if (left := old - names)]
+
+    def let_go(self) -> None:
+        """Drop everything but what a further backward through the same graph would need, if there may be one."""
+        self.parts = []
+        if not keeps_graph():
+            self.done = True
+            self.inputs, self.versions = [], []
+            self.args, self.kwargs = (), {}
 
     def check_unchanged(self) -> None:
         """Raise ``PrivacyError`` if an input was changed in place since the call."""
@@ -303,6 +351,9 @@ class Unit:
         self.records = [record for record in self.records if record.parts]
 
     # what a subclass says
+
+    def received(self, record: Record) -> None:
+        """Take note, within the backward, of a backprop that has reached a record."""
 
     def replacement(self, slot: Slot, frame: Frame) -> Tensor:
         """Return what stands in for the parameter during a call."""

@@ -160,8 +160,8 @@ def test_small_gradients_are_made_once(monkeypatch: pytest.MonkeyPatch, memory: 
     monkeypatch.setattr(LayerNormRule, "per_sample", lambda *args: calls.append(1) or true(*args))
     module = nn.LayerNorm(3)
     engine = checks.make_engine(module, _loss(module), torch.randn(6, 3), memory=memory)
-    run_batch(engine, _loss(module), torch.randn(6, 3), 6)
     calls.clear()
+    run_batch(engine, _loss(module), torch.randn(6, 3), 6)
     engine.squared_norms([["weight", "bias"]])
     out = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
     engine.accumulate(torch.ones(1, 6), [["weight", "bias"]], out)

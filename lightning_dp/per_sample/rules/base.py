@@ -72,16 +72,20 @@ def squared_norm(grads: Tensor) -> Tensor:
 
 
 def masked_squared_norm(grads: Tensor, mask: Tensor) -> Tensor:
-    """Return the squared norm of ``mask * grads[i]`` for every i, a block of samples at a time in one small buffer.
+    """Return the squared norm of ``mask * grads[i]`` for every i, a block of coordinates at a time in one small buffer.
 
     A coordinate that is masked counts only where it is not finite: then the norm is not finite either.
     """
-    size, weights = grads.shape[0], mask.to(grads.dtype)
-    step = samples_a_block(size, mask.numel(), grads.device)
-    product, norms = grads.new_empty(step, *mask.shape), grads.new_empty(size)
-    for low in range(0, size, step):
-        part = grads[low : low + step]
-        norms[low : low + step] = squared_norm(torch.mul(part, weights, out=product[: part.shape[0]]))
+    size = grads.shape[0]
+    flat, weights = (
+        grads.reshape(size, -1) if size else grads.new_zeros(0, mask.numel()),
+        mask.to(grads.dtype).flatten(),
+    )
+    step = samples_a_block(len(weights), max(1, size), grads.device)
+    norms, product = grads.new_zeros(size), grads.new_empty(size * step)
+    for low in range(0, len(weights), step):
+        part = flat[:, low : low + step]
+        norms += squared_norm(torch.mul(part, weights[low : low + step], out=product[: part.numel()].view_as(part)))
     return norms
 
 
