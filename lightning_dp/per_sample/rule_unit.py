@@ -97,7 +97,7 @@ class RuleUnit(Source):
         if self.calls != 1 or keeps_graph():
             return False
         small = {name for name in names if self._is_small(name, [call])}
-        if any(self._buffer(name, [call]) is None for name in names - small):
+        if not all(self._is_kept(name, [call]) for name in names - small):
             return False
         self._make_kept(names, [call], self._made)
         return True
@@ -210,9 +210,14 @@ class RuleUnit(Source):
             made = self.rule.per_sample(self.module, calls, size, set(small))
             kept.update((small[local], grad) for local, grad in made.items())
         for name in sorted(set(names) - set(small.values())):
+            if not self._is_kept(name, calls):
+                continue
+            local = self.local[name]
             buffer = self._buffer(name, calls)
-            if buffer is not None:
-                self.rule.fill(self.module, calls, size, self.local[name], buffer)
+            if buffer is None:
+                kept[name] = self.rule.per_sample(self.module, calls, size, {local})[local]
+            else:
+                self.rule.fill(self.module, calls, size, local, buffer)
                 kept[name] = buffer
 
     def _is_small(self, name: str, calls: list[Call]) -> bool:
@@ -220,12 +225,22 @@ class RuleUnit(Source):
         size = self.recorder.batch_size * self.parameters[name].numel()
         return size <= sum(call.backprop.numel() for call in calls)
 
-    def _buffer(self, name: str, calls: list[Call]) -> Tensor | None:
-        """Return where the gradients of a parameter are kept; None where that does not pay or there is no room."""
+    def _is_kept(self, name: str, calls: list[Call]) -> bool:
+        """Whether the gradients of a parameter, not small, are kept: where that pays and there is room."""
         size = self.recorder.batch_size
         if self.workspace is None or not self.rule.materialises(self.module, calls, size, self.local[name]):
+            return False
+        if self.rule.fills_buffers:
+            return self._buffer(name, calls) is not None
+        num_bytes = size * self.parameters[name].numel() * accumulation_dtype(calls[0].backprop).itemsize
+        return self.workspace.admits(name, num_bytes)
+
+    def _buffer(self, name: str, calls: list[Call]) -> Tensor | None:
+        """Return where the gradients of a parameter are written in every microbatch, if they are."""
+        assert self.workspace is not None
+        if not self.rule.fills_buffers:
             return None
-        backprop, shape = calls[0].backprop, (size, *self.parameters[name].shape)
+        backprop, shape = calls[0].backprop, (self.recorder.batch_size, *self.parameters[name].shape)
         return self.workspace.take(name, shape, accumulation_dtype(backprop), backprop.device)
 
     @override

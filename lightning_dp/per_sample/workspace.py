@@ -43,11 +43,12 @@ class Workspace:
     def __init__(self, limit: Callable[[], float]) -> None:
         self._limit = limit
         self._buffers: dict[Hashable, Tensor] = {}
+        self._admitted: dict[Hashable, int] = {}
 
     @property
     def num_bytes(self) -> int:
         """Total size of the buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(buffer.nbytes for buffer in self._buffers.values()) + sum(self._admitted.values())
 
     def take(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return the buffer of that key, of that shape and with arbitrary values; None where there is no room for it.
@@ -69,9 +70,16 @@ class Workspace:
             self._buffers[key] = held
         return held[:size].view(*shape)
 
+    def admits(self, key: Hashable, num_bytes: int) -> bool:
+        """Tell whether there is room for a tensor made elsewhere, and from now on reckon with it."""
+        if num_bytes > self._admitted.pop(key, 0) and num_bytes > self._limit() - self.num_bytes:
+            return False
+        self._admitted[key] = num_bytes
+        return True
+
     def clear(self) -> None:
         """Free every buffer."""
-        self._buffers = {}
+        self._buffers, self._admitted = {}, {}
 
 
 def large_pages(tensor: Tensor) -> Tensor:

@@ -109,6 +109,9 @@ class Rule(ABC):
     (float64 for float64 tensors). The result for a sample depends on that sample's rows only.
     """
 
+    fills_buffers = False
+    """Whether :meth:`fill` writes straight into what it is given: then large gradients are best kept in one place."""
+
     parameters: tuple[str, ...] = ("weight", "bias")
     """Local names of the parameters the rule knows."""
 

@@ -106,23 +106,19 @@ class ConvRule(Rule):
         conv = _checked(module)
         grads = {}
         if "weight" in names:
-            grads["weight"] = _product(calls[0]).new_empty(batch_size, *conv.weight.shape)
-            self.fill(module, calls, batch_size, "weight", grads["weight"])
+            shape = _shape_of(conv, calls, batch_size)
+            route = choose_route(shape, norms_only=False)
+            blocks = list(_blocks(batch_size, shape, route))
+            if len(blocks) == 1:
+                grads["weight"] = _weight_gradients(conv, calls, batch_size, route)
+            else:
+                grads["weight"] = _product(calls[0]).new_empty(batch_size, *conv.weight.shape)
+            for low, high in blocks if len(blocks) > 1 else []:
+                part = [_rows_of(call, low, high) for call in calls]
+                grads["weight"][low:high] = _weight_gradients(conv, part, high - low, route)
         if "bias" in names:
             grads["bias"] = _bias_gradients(calls)
         return grads
-
-    @override
-    def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:
-        conv = _checked(module)
-        if name == "bias":
-            out.copy_(_bias_gradients(calls))
-            return
-        shape = _shape_of(conv, calls, batch_size)
-        route = choose_route(shape, norms_only=False)
-        for low, high in _blocks(batch_size, shape, route):
-            part = [_rows_of(call, low, high) for call in calls]
-            out[low:high] = _weight_gradients(conv, part, high - low, route)
 
     @override
     def squared_norms(

@@ -81,6 +81,7 @@ class LinearRule(Rule):
     """``nn.Linear``, at any number of positions, calls and rows of a sample."""
 
     transposed = False
+    fills_buffers = True
 
     @override
     def per_sample(
