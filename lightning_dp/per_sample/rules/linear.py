@@ -157,16 +157,17 @@ class LinearRule(Rule):
         batch_size: int,
         out: Mapping[str, Tensor],
     ) -> None:
-        inputs, backprops = _positions(calls, batch_size, "weight" in out)
-        scaled = (backprops * factors.to(backprops.dtype).reshape(-1, 1, 1)).flatten(0, 1)
-        if "weight" in out:
-            pair = (inputs.flatten(0, 1), scaled) if self.transposed else (scaled, inputs.flatten(0, 1))
-            if out["weight"].dtype == scaled.dtype:
-                out["weight"].addmm_(pair[0].mT, pair[1])
-            else:
-                out["weight"].add_(pair[0].mT @ pair[1])
-        if "bias" in out:
-            out["bias"].add_(scaled.sum(0))
+        for call in calls:  # one by one: nothing of the size of all of them together is made
+            inputs, backprops = _positions([call], batch_size, "weight" in out)
+            scaled = (backprops * factors.to(backprops.dtype).reshape(-1, 1, 1)).flatten(0, 1)
+            if "weight" in out:
+                pair = (inputs.flatten(0, 1), scaled) if self.transposed else (scaled, inputs.flatten(0, 1))
+                if out["weight"].dtype == scaled.dtype:
+                    out["weight"].addmm_(pair[0].mT, pair[1])
+                else:
+                    out["weight"].add_(pair[0].mT @ pair[1])
+            if "bias" in out:
+                out["bias"].add_(scaled.sum(0))
 
     @override
     def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:
@@ -182,7 +183,7 @@ class LinearRule(Rule):
         if not batch_size or name != "weight":
             return False
         num_positions = sum(call.activation[..., 0].numel() for call in calls) // batch_size
-        if num_positions <= 1:
+        if num_positions == len(calls):  # one position a call: a single one, or a recurrence, whose calls are all small
             return False
         return prefer_kept(num_positions, calls[0].activation.shape[-1], calls[0].backprop.shape[-1])
 
