@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 
@@ -14,15 +15,15 @@ from lightning_dp.clipping import Clipping
 class ClippedSum:
     """One flat buffer with a view a parameter: noise, scaling and the all-reduce are one call each.
 
-    The buffer of a step becomes that step's gradients once it is noised; the next step gets a fresh one, so that no
-    more memory is held than without privacy.
+    The buffer of a step becomes that step's gradients once it is noised. The next step takes it back if by then nobody
+    holds one of these gradients, and a fresh one otherwise: no more memory is held than without privacy.
 
     Behind the P coordinates of the gradient lie S statistics. Under a mask only live coordinates and statistics are
     handed out by ``payload``: what is masked is never noised, never sent and zero in every gradient.
 
     **Guarantee**: ``flat`` holds private, un-noised sums until ``lightning_dp.noise`` has been added; no ``p.grad``
-    aliases it before, and it is never written again after it was handed out, so a gradient that a user kept never shows
-    a later sum, and neither a hook nor ``zero_grad`` can reach one.
+    aliases it before, and after it was handed out it is written again only when this object is its last owner, so a
+    gradient that a user kept never shows a later sum, and neither a hook nor ``zero_grad`` can reach one.
 
     Args:
         parameters: qualified name -> parameter, all on one device.
@@ -44,6 +45,7 @@ class ClippedSum:
         self._device = first.device
         self._dtype = dtype
         self._flat: Tensor | None = None
+        self._handed_out: Tensor | None = None
         self.used = False  # set it before anything is added
         self.base = clipping.for_coordinates(self.num_coordinates)
         self.clipping = self.base
@@ -57,7 +59,8 @@ class ClippedSum:
     def flat(self) -> Tensor:
         """The buffer of this step, shape (P + S,); zeros where nothing was added yet."""
         if self._flat is None:
-            self._flat = self._new()
+            held, self._handed_out = self._handed_out, None
+            self._flat = self._new() if held is None or is_shared(held) else held.zero_()
         return self._flat
 
     @property
@@ -181,4 +184,19 @@ class ClippedSum:
         for name, gradient in self.views.items():
             parameter = self.parameters[name]
             parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None
-        self._flat, self.used = None, False
+        self._handed_out, self._flat, self.used = self._flat, None, False
+
+
+def _owners(tensor: Tensor) -> tuple[int, int]:
+    """How often the memory of a tensor is referred to, by tensors and by Python; (0, 0) where torch does not tell."""
+    count, storage = getattr(torch._C, "_storage_Use_Count", None), tensor.untyped_storage()
+    return (0, 0) if count is None else (count(storage._cdata), sys.getrefcount(storage))
+
+
+_ALONE = _owners(torch.zeros(1))
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor has a second owner: a view, a gradient, an array; True where torch does not tell."""
+    tensors, names = _owners(tensor)
+    return tensors == 0 or tensors > _ALONE[0] or names > _ALONE[1]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_dp.clipping import FlatClipping
-from lightning_dp.strategies.sums import ClippedSum
+from lightning_dp.strategies.sums import ClippedSum, is_shared
 
 
 def make_sums(num_statistics: int = 0) -> ClippedSum:
@@ -54,9 +54,49 @@ def test_no_buffer_is_held_beside_the_gradients() -> None:
     sums = make_sums()
     release(sums, 1.0)
     storages = {parameter.grad.untyped_storage().data_ptr() for parameter in sums.parameters.values()}
-    held = [value for value in vars(sums).values() if isinstance(value, torch.Tensor)]
+    held = {v.untyped_storage().data_ptr() for v in vars(sums).values() if isinstance(v, torch.Tensor)}
+    assert held == storages
     assert len(storages) == 1
-    assert not held
+
+
+def test_the_buffer_comes_back_when_nobody_holds_a_gradient() -> None:
+    sums = make_sums()
+    release(sums, 4.0)
+    before = sums.parameters["weight"].grad.data_ptr()
+    sums.drop_grads()
+    assert not sums.flat.any()
+    release(sums, 8.0)
+    assert sums.parameters["weight"].grad.data_ptr() == before
+    assert torch.equal(sums.parameters["bias"].grad, torch.full((2,), 4.0))
+
+
+HOLDERS = {
+    "itself": lambda grad: grad,
+    "a view": lambda grad: grad[1:],
+    "detached": lambda grad: grad.detach(),
+    "an array": lambda grad: grad.numpy(),
+    "its storage": lambda grad: grad.untyped_storage(),
+    "an attribute": lambda grad: setattr(KEEPER, "kept", grad.view(-1)) or KEEPER.kept,
+}
+KEEPER = nn.Module()
+
+
+@pytest.mark.parametrize("how", HOLDERS)
+def test_the_buffer_stays_with_whoever_holds_a_part_of_it(how: str) -> None:
+    sums = make_sums()
+    release(sums, 4.0)
+    kept = HOLDERS[how](sums.parameters["bias"].grad)
+    before = torch.as_tensor(kept).clone() if how != "its storage" else torch.tensor(kept.tolist())
+    sums.drop_grads()
+    release(sums, 8.0)
+    after = torch.as_tensor(kept) if how != "its storage" else torch.tensor(kept.tolist())
+    assert torch.equal(after, before)
+    assert torch.equal(sums.parameters["bias"].grad, torch.full((2,), 4.0))
+
+
+def test_without_a_count_of_owners_every_buffer_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    assert is_shared(torch.zeros(1))
 
 
 def test_a_reset_forgets_what_was_added() -> None:
