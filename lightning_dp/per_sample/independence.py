@@ -8,7 +8,7 @@ comparison sees it whatever the reason is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,25 @@ from lightning_dp.errors import PrivacyError
 # Allowed difference relative to the largest per-sample norm, by the type the forward ran in.
 RTOL = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
+_PIECE = 2**18
+"""Coordinates that are compared at a time, in float64."""
+
 _FIX = "lightning_dp.fix(module) replaces it"
 _SINGLE = "use microbatch_size=1, which takes every sample by itself"
 
 
 def compare_with_singles(
     batched: Mapping[str, Tensor],
-    singles: Sequence[Mapping[str, Tensor]],
+    singles: Iterable[Mapping[str, Tensor]],
     *,
+    scale: float = 1.0,
     dtype: torch.dtype | None = None,
     rtol: float | None = None,
     module: nn.Module | None = None,
 ) -> None:
     r"""Compare per-sample gradients of a batch with the gradients of its samples run alone.
 
-        max_{p, i} ||batched_p[i] - single_i[p]||  <=  rtol * max_i ||gradient_i over all parameters||
+        max_{p, i} ||scale batched_p[i] - single_i[p]||  <=  rtol * max_i ||gradient_i over all parameters||
 
     **Guarantee**: returns only if the inequality holds for every parameter and sample. A NaN on one side only is a
     difference; a sample that is not finite on both sides says nothing and is left out. What it does NOT show: that
@@ -45,10 +49,10 @@ def compare_with_singles(
     The message of the error holds numbers computed from the data: it is not private.
 
     Args:
-        batched: parameter name to per-sample gradients, shape ``(B, *shape)``, of the sum over samples of the loss (a
-            mean loss times ``B``), randomness off. Private.
+        batched: parameter name to per-sample gradients, shape ``(B, *shape)``, randomness off. Private.
         singles: for each of the ``B`` samples parameter name to gradient, shape ``(*shape)``, of its own loss. Private.
-            A name that one side lacks counts as zero there.
+            A name that one side lacks counts as zero there. Asked for one by one, and let go of before the next.
+        scale: makes ``batched`` gradients of the sum over samples of the loss: ``B`` for a mean loss.
         dtype: type the forward ran in, ``torch.bfloat16`` under "bf16-mixed"; by default the coarsest of the gradients.
         rtol: allowed difference, in (0, inf); by default chosen by ``dtype``.
         module: searched for layers that explain a difference.
@@ -62,16 +66,12 @@ def compare_with_singles(
         >>> grads = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> compare_with_singles({"w": grads}, [{"w": grads[0]}, {"w": grads[1]}])
     """
-    pairs = _paired(batched, singles)
-    if dtype is None:
-        seen = {tensor.dtype for pair in pairs.values() for tensor in pair}
-        dtype = max(seen, key=lambda kind: RTOL.get(kind, 0.0), default=torch.float32)
-    rtol = RTOL.get(dtype, RTOL[torch.float32]) if rtol is None else rtol
-    if not 0 < rtol < math.inf:
+    if rtol is not None and not 0 < rtol < math.inf:
         raise ValueError(f"Expected rtol in (0, inf), got rtol={rtol}.")
+    sums, samples, seen = _sums_of(batched, singles, scale)
+    dtype = dtype or max(seen, key=lambda kind: RTOL.get(kind, 0.0), default=torch.float32)
+    rtol = RTOL.get(dtype, RTOL[torch.float32]) if rtol is None else rtol
 
-    samples = len(singles)
-    sums = {name: _row_sums(left, right) for name, (left, right) in pairs.items()}
     totals_b, totals_s, totals_bs, _ = sum(sums.values(), torch.zeros(4, samples, dtype=torch.float64))
     comparable = totals_b.isfinite() | totals_s.isfinite()
     if samples and not bool(comparable.any()):
@@ -166,36 +166,50 @@ def _why_reparametrized(module: nn.Module) -> str:
     return ""
 
 
-def _paired(batched: Mapping[str, Tensor], singles: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return name to (batched, stacked singles), both ``(B, *shape)``; zeros where a side lacks the name."""
-    pairs = {}
-    names = dict.fromkeys([*batched, *(name for single in singles for name in single)])
-    for name in names:
-        like = next((single[name] for single in singles if name in single), None)
-        if like is None:
-            like = batched[name].new_zeros(batched[name].shape[1:])
-        right = (
-            torch.stack([single.get(name, torch.zeros_like(like)) for single in singles]) if singles else like[None][:0]
-        )
-        left = batched.get(name, torch.zeros_like(right))
-        if left.shape != right.shape:
+def _sums_of(
+    batched: Mapping[str, Tensor], singles: Iterable[Mapping[str, Tensor]], scale: float
+) -> tuple[dict[str, Tensor], int, set[torch.dtype]]:
+    """Return what :func:`_pair_sums` says of every parameter, ``(4, B)``, the number of samples and the types seen."""
+    rows: dict[str, dict[int, Tensor]] = {}
+    seen, samples = {tensor.dtype for tensor in batched.values()}, 0
+    for single in singles:
+        for name in dict.fromkeys([*batched, *single]):
+            left, right = batched.get(name), single.get(name)
+            if left is not None and samples >= left.shape[0]:
+                continue  # too few of them: said below
+            one = left[samples] if left is not None else torch.zeros_like(single[name])
+            other = right if right is not None else torch.zeros_like(one)
+            if one.shape != other.shape:
+                raise ValueError(
+                    f"Expected batched[{name!r}][{samples}] of shape {tuple(other.shape)}, as its single has, "
+                    f"got shape={tuple(one.shape)}."
+                )
+            seen.add(other.dtype)
+            rows.setdefault(name, {})[samples] = _pair_sums(one.detach(), other.detach().to(one.device), scale)
+        samples += 1
+        del single
+    for name, left in batched.items():
+        if left.shape[0] != samples:
             raise ValueError(
-                f"Expected batched[{name!r}] of shape {tuple(right.shape)} for {len(singles)} singles, "
+                f"Expected batched[{name!r}] of shape {(samples, *left.shape[1:])} for {samples} singles, "
                 f"got shape={tuple(left.shape)}."
             )
-        pairs[name] = (left.detach(), right.detach().to(left.device))
-    return pairs
+    none = torch.zeros(4, dtype=torch.float64)
+    sums = {name: torch.stack([found.get(i, none) for i in range(samples)], 1) for name, found in rows.items()}
+    return sums, samples, seen
 
 
-def _row_sums(batched: Tensor, alone: Tensor) -> Tensor:
-    """Return per sample both squared norms, the product and the squared distance: ``(4, B)``, float64, on the CPU."""
-    if batched.shape[0] == 0:
-        return torch.zeros(4, 0, dtype=torch.float64)
+def _pair_sums(batched: Tensor, alone: Tensor, scale: float) -> Tensor:
+    """Return both squared norms, the product and the squared distance of one sample: ``(4,)``, float64, on the CPU."""
     if batched.device.type == "mps":  # has no float64
         batched, alone = batched.cpu(), alone.cpu()
-    left, right = (side.reshape(side.shape[0], -1).to(torch.float64) for side in (batched, alone))
-    distance = (left - right).square().sum(1)
-    return torch.stack([left.square().sum(1), right.square().sum(1), (left * right).sum(1), distance]).cpu()
+    total = torch.zeros(4, dtype=torch.float64, device=batched.device)
+    pieces = (torch.split(side.reshape(-1), _PIECE) for side in (batched, alone))
+    for left, right in zip(*pieces, strict=True):
+        left, right = left.to(torch.float64) * scale, right.to(torch.float64)
+        distance = (left - right).square().sum()
+        total += torch.stack([left.square().sum(), right.square().sum(), (left * right).sum(), distance])
+    return total.cpu()
 
 
 def _difference(worst: Mapping[str, tuple[float, int]], rtol: float) -> str:

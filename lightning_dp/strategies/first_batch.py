@@ -52,13 +52,14 @@ class Probe:
         strategy = self.strategy
         self.stepped.add(index)
         parameters = strategy._parameters_of(index)
+        own = strategy._module.automatic_optimization  # else the user's code goes on to work with them
         if index in strategy.settings.public_optimizers:
             self.public |= {n: p.grad.detach().clone() for n, p in parameters.items() if p.grad is not None}
         elif self.engine:
             self.private |= strategy._engine.per_sample_gradients(list(parameters))
         else:
-            missing = {n: torch.zeros_like(p) for n, p in parameters.items() if p.grad is None}
-            self.private |= {n: p.grad.detach().clone() for n, p in parameters.items() if p.grad is not None} | missing
+            grads = {n: p.grad.detach() for n, p in parameters.items() if p.grad is not None}
+            self.private |= grads if own else {n: grad.clone() for n, grad in grads.items()}
 
 
 def prepare(strategy: PrivateStep, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,17 +105,22 @@ def _check_independence(
     scale = len(samples) if strategy.settings.loss_reduction == "mean" else 1
     with held_still(strategy, seed=seed), FrozenRandomness():
         batched = try_step(strategy, samples, rest, kwargs, engine_on=True)
-    singles, buffers = [], []
-    for sample in samples:
-        with held_still(strategy, seed=seed), FrozenRandomness():
-            singles.append(try_step(strategy, [sample], rest, kwargs, engine_on=False).private)
-            buffers.append({name: value.detach().clone() for name, value in _saved_buffers(module)})
-    _check_buffers(buffers)
-    together = {name: gradient * scale for name, gradient in batched.private.items()}
+
+    def alone() -> Iterator[dict[str, Tensor]]:
+        buffers: list[dict[str, Tensor]] = []
+        for sample in samples:
+            with held_still(strategy, seed=seed), FrozenRandomness():
+                probe = try_step(strategy, [sample], rest, kwargs, engine_on=False)
+                buffers.append({name: value.detach().clone() for name, value in _saved_buffers(module)})
+            _check_buffers(buffers)
+            del buffers[1:]
+            yield probe.private
+            del probe  # before the next gradients are made
+
     dtypes = {gradient.dtype for gradient in batched.private.values()}
     narrow = torch.bfloat16 if "bf16" in str(strategy._trainer.precision) else torch.float32
     tolerance = TOLERANCE[torch.float64 if dtypes == {torch.float64} else narrow]
-    compare_with_singles(together, singles, rtol=tolerance, module=module)
+    compare_with_singles(batched.private, alone(), scale=scale, rtol=tolerance, module=module)
 
 
 def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
