@@ -51,6 +51,7 @@ class RuleUnit(Source):
         self.materialise = materialise
         self.local = {slot.name: slot.local for slot in self.slots}
         self._made: Grads = {}  # within the backward; while there are any, every further backprop is added to them
+        self._not_at_once: set[Any] = set()  # shapes for which that did not pay or had no room
         self._groups: list[tuple[set[str], list[Call]]] = []
         self._groups_at = -1
         rule.check(self.module, self.name)
@@ -82,20 +83,22 @@ class RuleUnit(Source):
             return
         (backprop,), names = record.parts[0]
         assert backprop is not None
+        shapes = (record.inputs[0].shape, backprop.shape, names)
+        if not self._made and (self.calls != 1 or shapes in self._not_at_once or keeps_graph()):
+            return
         with exact_arithmetic(backprop.device.type):
             record.check_unchanged()
             call = self._call(record, backprop)
             if self._made:
                 self._add_made(call, names)
             elif not self._make_at_once(call, names):
+                self._not_at_once.add(shapes)
                 return
         self.records = []
         record.let_go()
 
     def _make_at_once(self, call: Call, names: frozenset[str]) -> bool:
         """Make the gradients if all of them are to be kept: then nothing of the call needs to be."""
-        if self.calls != 1 or keeps_graph():
-            return False
         small = {name for name in names if self._is_small(name, [call])}
         if not all(self._is_kept(name, [call]) for name in names - small):
             return False
