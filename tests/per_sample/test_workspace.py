@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine, engine
 from lightning_dp.per_sample.rules import base, linear
 from lightning_dp.per_sample.workspace import SHARE, Workspace
+from tests import reference
 from tests.per_sample import checks
 
 CPU = torch.device("cpu")
@@ -249,3 +251,70 @@ def test_gram_matrices_in_blocks_agree_with_the_product(positions: int) -> None:
     torch.testing.assert_close(linear.gram_squared_norm(inputs, backprops), expected, rtol=1e-10, atol=0)
     backprops[1, positions // 2, 3] = torch.nan
     assert linear.gram_squared_norm(inputs, backprops).isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_a_backward_lets_go_of_what_a_kept_gradient_was_made_of(memory: str) -> None:
+    """Inputs and backprops of layers whose gradients are kept die within the backward, the others' wait for its end."""
+    module = nn.Sequential(nn.Linear(40, 30), nn.LayerNorm(30), nn.Tanh(), nn.Linear(30, 36)).double()
+    data = data_of(6)
+    made = checks.make_engine(module, loss_of(module), data, memory=memory)
+    made.begin(6)
+    loss_of(module)(data).sum().backward()
+    waiting = {unit.name for unit in made._units if unit.records}
+    assert waiting == (set() if memory == "fast" else {"0", "3"})
+    assert {unit.name for unit in made._units if unit.memory()} == {"0", "1", "3"} - waiting
+    made.check_tracked()
+
+
+def test_a_second_backward_without_retain_graph_is_refused() -> None:
+    """A single layer at the beginning saves nothing for its backward: autograd would let it pass."""
+    module = nn.Linear(40, 30).double()
+    made = checks.make_engine(module, loss_of(module), data_of(6))
+    made.begin(6)
+    output = module(data_of(6)).sum()
+    output.backward()
+    with pytest.raises(PrivacyError, match=r"one backward through the call of module ''.*retain_graph=True"):
+        output.backward()
+
+
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.4, 100.0])
+def test_passes_one_after_the_other_add_up(monkeypatch: pytest.MonkeyPatch, share: float, retained: bool) -> None:
+    """Forward, backward, forward, backward: a loss on real and one on fake data, each with its own backward."""
+    monkeypatch.setattr(engine, "SHARE", share)
+    module, data = network(), data_of(6)
+    made = checks.make_engine(module, loss_of(module), data)
+    names = [name for name, _ in module.named_parameters()]
+
+    def total(x: Tensor) -> Tensor:
+        return (2 if retained else 1) * loss_of(module)(x).sum() + loss_of(module)(-x).sin().sum()
+
+    expected = reference.per_sample_gradients(module, lambda i: total(data[i : i + 1]), 6)
+    made.begin(6)
+    first = loss_of(module)(data).sum()
+    if retained:
+        first.backward(retain_graph=True)
+    first.backward()
+    loss_of(module)(-data).sin().sum().backward()
+    made.check_tracked()
+    norms = made.squared_norms([[name] for name in names])
+    out = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    made.accumulate(torch.ones(len(names), 6).double(), [[name] for name in names], out)
+    grads = made.per_sample_gradients()
+    for row, name in enumerate(names):
+        torch.testing.assert_close(grads[name], expected[name])
+        torch.testing.assert_close(norms[row], expected[name].flatten(1).square().sum(1))
+        torch.testing.assert_close(out[name], expected[name].sum(0))
+
+
+def test_room_is_counted_for_what_is_kept_elsewhere() -> None:
+    workspace = Workspace(lambda: 100.0)
+    assert workspace.admits("a", 60)
+    assert workspace.admits("a", 60)  # again: the same room
+    assert not workspace.admits("b", 60)
+    assert workspace.take("c", (11,), torch.float32, CPU) is None
+    assert workspace.num_bytes == 60
+    assert not workspace.admits("a", 101)
+    assert workspace.admits("a", 20)
+    assert workspace.take("c", (20,), torch.float32, CPU) is not None
