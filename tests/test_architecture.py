@@ -63,7 +63,17 @@ def test_core_never_imports_lightning(path: Path) -> None:
 
 def test_optional_and_slow_packages_are_imported_where_they_are_used() -> None:
     """So that ``import lightning_dp`` costs little beside lightning's own import."""
-    optional = {"matplotlib", "rich", "jsonargparse", "sklearn", "pandas", "transformers", "peft", "cryptography"}
+    optional = {
+        "matplotlib",
+        "rich",
+        "jsonargparse",
+        "sklearn",
+        "pandas",
+        "transformers",
+        "peft",
+        "cryptography",
+        "mkl_random",
+    }
     loggers = {"tensorboard", "wandb", "mlflow"}
     assert {
         path.name: found for path in PACKAGE.rglob("*.py") if (found := imported_at_once(path) & (optional | loggers))
