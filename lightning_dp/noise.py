@@ -200,24 +200,28 @@ class GaussianNoise:
         return [np.random.SeedSequence(secrets.randbits(256)) for _ in range(num)]
 
     def _add_cpu(self, flat: Tensor, std: float) -> None:
-        @torch.no_grad()
-        def add_stream(number: int) -> None:
-            key = (number, flat.dtype)
-            if key not in self._buffers:
-                self._buffers[key] = torch.empty(_CPU_CHUNK, dtype=flat.dtype)
-            for start in range(number * _CPU_CHUNK, flat.numel(), _NUM_STREAMS * _CPU_CHUNK):
-                target = flat[start : start + _CPU_CHUNK]
-                noise = self._buffers[key][: target.numel()]
-                self._streams[number](noise)
-                target.add_(noise, alpha=std)
+        num_threads = max(1, min(_NUM_STREAMS, torch.get_num_threads(), -(-flat.numel() // _CPU_CHUNK)))
 
-        num_threads = min(_NUM_STREAMS, torch.get_num_threads(), -(-flat.numel() // _CPU_CHUNK))
-        if num_threads <= 1:
-            for number in range(_NUM_STREAMS):
-                add_stream(number)
+        @torch.no_grad()
+        def add_streams(first: int) -> None:
+            for number in range(first, _NUM_STREAMS, num_threads):
+                key = (number, flat.dtype)
+                if key not in self._buffers:
+                    self._buffers[key] = torch.empty(_CPU_CHUNK, dtype=flat.dtype)
+                for start in range(number * _CPU_CHUNK, flat.numel(), _NUM_STREAMS * _CPU_CHUNK):
+                    target = flat[start : start + _CPU_CHUNK]
+                    noise = self._buffers[key][: target.numel()]
+                    self._streams[number](noise)
+                    target.add_(noise, alpha=std)
+
+        if num_threads == 1:
+            add_streams(0)
         else:  # drawing is the cost and releases the interpreter; no thread outlives the call
-            with ThreadPoolExecutor(num_threads) as pool:
-                list(pool.map(add_stream, range(_NUM_STREAMS)))
+            with ThreadPoolExecutor(num_threads - 1) as pool:
+                others = [pool.submit(add_streams, first) for first in range(1, num_threads)]
+                add_streams(0)
+                for other in others:
+                    other.result()
 
     def _add_device(self, flat: Tensor, std: float) -> None:
         generator = self._device_generators.get(flat.device)

@@ -32,7 +32,9 @@ class NormalsAhead:
 
     def __init__(self, stream: Callable[[Tensor], object]) -> None:
         self._stream = stream
-        self._filling = threading.Lock()  # a wait that was interrupted leaves a draw behind that has not ended
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="normals-ahead"
+        )  # one: a draw never meets the one before
         self._buffer = torch.empty(0)
         self._drawn: Future[Tensor] | None = None
         self._wanted: tuple[int, torch.dtype] | None = None
@@ -43,9 +45,7 @@ class NormalsAhead:
             return
         self.take(num, dtype)
         self._wanted = (num, dtype)
-        with_one_thread = ThreadPoolExecutor(1, thread_name_prefix="normals-ahead")
-        self._drawn = with_one_thread.submit(self._fill, num, dtype)
-        with_one_thread.shutdown(wait=False)  # the thread ends with the draw
+        self._drawn = self._thread.submit(self._fill, num, dtype)
 
     def take(self, num: int, dtype: torch.dtype) -> Tensor | None:
         """Return what was drawn if it is ``num`` numbers of that type, waiting for it; else throw it away and return None.
@@ -60,12 +60,11 @@ class NormalsAhead:
         return normals if self._wanted == (num, dtype) else None
 
     def _fill(self, num: int, dtype: torch.dtype) -> Tensor:
-        with self._filling:
-            if self._buffer.dtype != dtype or not num <= self._buffer.numel() <= 2 * num:
-                self._buffer = torch.empty(0)  # the old one goes first
-                self._buffer = torch.empty(num, dtype=dtype)
-            normals = self._buffer[:num]
-            for start in range(0, num, _CHUNK):
-                with _no_fork:
-                    self._stream(normals[start : start + _CHUNK])
-            return normals
+        if self._buffer.dtype != dtype or not num <= self._buffer.numel() <= 2 * num:
+            self._buffer = torch.empty(0)  # the old one goes first
+            self._buffer = torch.empty(num, dtype=dtype)
+        normals = self._buffer[:num]
+        for start in range(0, num, _CHUNK):
+            with _no_fork:
+                self._stream(normals[start : start + _CHUNK])
+        return normals

@@ -102,6 +102,69 @@ def test_every_word_of_mkls_key_gives_another_stream(word: int, bit: int) -> Non
     assert abs(np.mean(first * second)) < 5.3 / math.sqrt(first.size)
 
 
+def test_mkl_draws_ars5_under_its_key() -> None:
+    """Five rounds of AES on the counter, written out below, then the inverse of the distribution function."""
+    generator = pytest.importorskip("mkl_random").MKLRandomState
+    words = some_seed().generate_state(8)
+    words[4] = 2**32 - 2  # the counter carries
+    words_drawn = np.concatenate([ars5(words[:4], words[4:], block) for block in range(8)])
+    found = generator(words, brng="ARS5").normal(0.0, 1.0, 32, "ICDF")
+    np.testing.assert_allclose(found, stats.norm.ppf((words_drawn ^ 2**31) / 2**32), rtol=0, atol=1e-6)
+
+
+def ars5(key: np.ndarray, counter: np.ndarray, block: int) -> np.ndarray:
+    """Salmon et al. 2011, section 4.1: AES rounds whose keys are a Weyl sequence, in place of AES's key schedule."""
+    weyl = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+    start = int.from_bytes(counter.tobytes(), "little") + block
+    state = np.frombuffer((start % 2**128).to_bytes(16, "little"), np.uint8)
+    halves = [int(half) for half in key.view(np.uint64)]
+
+    def round_key(number: int) -> np.ndarray:
+        return np.array(
+            [(half + number * step) % 2**64 for half, step in zip(halves, weyl, strict=True)], np.uint64
+        ).view(np.uint8)
+
+    state = state ^ round_key(0)
+    for number in range(1, 6):
+        columns = SBOX[state].reshape(4, 4)  # [column, row]
+        columns = np.stack([np.roll(columns[:, row], -row) for row in range(4)], axis=1)
+        if number < 5:
+            columns = np.stack(
+                [
+                    DOUBLE[columns[:, row]]
+                    ^ DOUBLE[columns[:, (row + 1) % 4]]
+                    ^ columns[:, (row + 1) % 4]
+                    ^ columns[:, (row + 2) % 4]
+                    ^ columns[:, (row + 3) % 4]
+                    for row in range(4)
+                ],
+                axis=1,
+            )
+        state = columns.reshape(16) ^ round_key(number)
+    return state.view(np.uint32)
+
+
+def times(left: int, right: int) -> int:
+    """Product in AES's field."""
+    product = 0
+    for bit in range(8):
+        product ^= (left if right >> bit & 1 else 0) << bit
+    for bit in range(14, 7, -1):
+        product ^= 0x11B << (bit - 8) if product >> bit & 1 else 0
+    return product
+
+
+def substitute(byte: int) -> int:
+    """AES's table: the inverse in the field, then an affine map of its bits."""
+    inverse = next((other for other in range(256) if times(byte, other) == 1), 0)
+    rotated = [(inverse << shift | inverse >> (8 - shift)) & 255 for shift in range(5)]
+    return rotated[0] ^ rotated[1] ^ rotated[2] ^ rotated[3] ^ rotated[4] ^ 0x63
+
+
+SBOX = np.array([substitute(byte) for byte in range(256)], np.uint8)
+DOUBLE = np.array([times(byte, 2) for byte in range(256)], np.uint8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_mkls_normals(dtype: torch.dtype) -> None:
     """Kolmogorov-Smirnov and chi-square over 400,000 values in chunks, lags about a chunk, two streams; false alarm 1e-6."""
