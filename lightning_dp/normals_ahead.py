@@ -32,9 +32,8 @@ class NormalsAhead:
 
     def __init__(self, stream: Callable[[Tensor], object]) -> None:
         self._stream = stream
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="normals-ahead"
-        )  # one: a draw never meets the one before
+        # one thread, so that a draw never meets the one before, and one that is kept: starting it takes longer than a chunk
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="normals-ahead")
         self._buffer = torch.empty(0)
         self._drawn: Future[Tensor] | None = None
         self._wanted: tuple[int, torch.dtype] | None = None
