@@ -184,7 +184,10 @@ def test_a_draw_left_behind_does_not_write_into_the_next(monkeypatch: pytest.Mon
     """A wait that was interrupted leaves its thread drawing: the next draw must have its own values only."""
     go_on, values = threading.Event(), iter([1.0, AHEAD])
 
+    threads: set[int] = set()
+
     def slow(chunk: Tensor) -> None:
+        threads.add(threading.get_ident())
         value = next(values)
         if value != AHEAD:
             assert go_on.wait(60)
@@ -195,9 +198,10 @@ def test_a_draw_left_behind_does_not_write_into_the_next(monkeypatch: pytest.Mon
     assert noise._ahead is not None
     noise._ahead._drawn = None
     noise.prepare(CHUNK, torch.float32, CPU)
-    time.sleep(0.05)
     go_on.set()
+    time.sleep(0.1)  # for the first to write, were it still at it
     assert bool((draw(noise, CHUNK) == AHEAD).all())
+    assert len(threads) == 1  # what keeps them apart
 
 
 def test_the_buffer_is_reused_and_follows_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +279,7 @@ def test_a_forked_child_has_none_of_it(again: bool) -> None:
     noise = GaussianNoise()
     prepared(noise)
     noise.prepare(NUM, torch.float32, CPU)
-    from_child = in_a_child(lambda: (prepared if again else draw)(noise)[:1000])
+    from_child = in_a_child(lambda: (prepared(noise, NUM // 2) if again else draw(noise))[:1000])
     assert from_child.size == 1000
     assert np.isin(from_child, draw(noise)[:1000].numpy()).sum() <= 5
 
