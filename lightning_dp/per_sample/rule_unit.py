@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.layout import WAY_OUT, Unclear, tensors_of
 from lightning_dp.per_sample.precision import exact_arithmetic
-from lightning_dp.per_sample.recorder import Frame, Record, keeps_graph, main_input, tap_layer
+from lightning_dp.per_sample.recorder import Frame, Record, main_input, tap_layer
 from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype
 from lightning_dp.per_sample.units import Grads, Source, norm_of
 from lightning_dp.per_sample.workspace import Workspace
@@ -84,7 +84,7 @@ class RuleUnit(Source):
         (backprop,), names = record.parts[0]
         assert backprop is not None
         shapes = (record.inputs[0].shape, backprop.shape, names)
-        if not self._made and (self.calls != 1 or shapes in self._not_at_once or keeps_graph()):
+        if not self._made and (self.calls != 1 or shapes in self._not_at_once):
             return
         with exact_arithmetic(backprop.device.type):
             record.check_unchanged()
