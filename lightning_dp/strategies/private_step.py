@@ -190,6 +190,9 @@ class PrivateStep(Refusals):
         rescale = self._learn(sums, gradient, statistics, noise_std)
         sums.write_grads(gradient, plan.expected_batch_size, rescale)
         self._engine.accept_grads(sums.names)
+        if noise_std > 0 and len(self._sums) == 1:
+            assert self._noise is not None
+            self._noise.prepare(gradient.numel(), gradient.dtype, gradient.device)  # of the next release, beside its forward
 
     def _add_noise(self, sums: ClippedSum, gradient: Tensor, statistics: Tensor, sigma: float) -> float:
         """Writes the release into the ledger and draws its noise; each of W ranks adds a 1/W share of the variance.
