@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dp.normals import SECURE_DRAWS, normal_stream, secure_normals, secure_words
+from lightning_dp.normals import SECURE_DRAWS, normal_stream, secure_normals, secure_words, threads_that_pay
 from lightning_dp.normals_ahead import NormalsAhead
 
 _NUM_STREAMS = 4  # a constant, so that a seed gives the same noise whatever the number of threads
@@ -200,7 +200,9 @@ class GaussianNoise:
         return [np.random.SeedSequence(secrets.randbits(256)) for _ in range(num)]
 
     def _add_cpu(self, flat: Tensor, std: float) -> None:
-        num_threads = max(1, min(_NUM_STREAMS, torch.get_num_threads(), -(-flat.numel() // _CPU_CHUNK)))
+        num_threads = min(
+            _NUM_STREAMS, threads_that_pay(torch.get_num_threads()), max(1, -(-flat.numel() // _CPU_CHUNK))
+        )
 
         @torch.no_grad()
         def add_streams(first: int) -> None:
@@ -250,6 +252,12 @@ def _check_dtype(dtype: torch.dtype) -> None:
             f"Expected a float32 or float64 buffer, got dtype={dtype}. Lower precision would round noise away: add it "
             "before converting."
         )
+
+
+def has_spare_core() -> bool:
+    """Whether this process may run on more cores than torch computes on; else drawing holds up what it runs beside."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores > torch.get_num_threads()
 
 
 def _on_grid(values: NDArray[np.float64], grid: float) -> NDArray[np.float64]:

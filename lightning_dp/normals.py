@@ -44,6 +44,11 @@ def normal_stream(seed: np.random.SeedSequence) -> Callable[[Tensor], object]:
     return _torch_stream(seed) if _has_known_layout() else _numpy_stream(seed)
 
 
+def threads_that_pay(num_threads: int) -> int:
+    """Return on how many of so many threads to draw: MKL's one takes as long as two, which wait for the interpreter."""
+    return 1 if num_threads <= 2 and _mkl_generator() is not None else num_threads
+
+
 def _mkl_stream(generator: Callable[..., Any], seed: np.random.SeedSequence) -> Callable[[Tensor], object]:
     state = generator(seed.generate_state(_ARS5_WORDS), brng="ARS5")
 

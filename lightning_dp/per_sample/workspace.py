@@ -5,19 +5,16 @@ A fresh large buffer costs a page fault for every 4 KiB; writing into the one of
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_dp.allocator import large_pages
+
 SHARE = 0.95
 """Largest size of all kept buffers together, as a share of what a step without privacy holds anyway (see ``limit``)."""
-
-_LARGE_PAGE = 2**21
-_MADV_HUGEPAGE = 14
 
 _SPARE = 1.125
 """Room for larger Poisson batches to come, so that buffers are seldom made anew."""
@@ -80,16 +77,3 @@ class Workspace:
     def clear(self) -> None:
         """Free every buffer."""
         self._buffers, self._admitted = {}, {}
-
-
-def large_pages(tensor: Tensor) -> Tensor:
-    """Ask Linux to back a fresh tensor by large pages; return the same tensor. Advice: nothing else depends on it.
-
-    A page fault for every 2 MiB in place of one for every 4 KiB, and fewer misses when it is read.
-    """
-    if tensor.device.type == "cpu" and sys.platform == "linux" and tensor.nbytes >= _LARGE_PAGE:
-        begin = -(-tensor.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
-        length = (tensor.data_ptr() + tensor.nbytes - begin) // _LARGE_PAGE * _LARGE_PAGE
-        if length > 0:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-    return tensor

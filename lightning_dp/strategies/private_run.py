@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_dp import _validate as check
 from lightning_dp import report
 from lightning_dp.accounting import Ledger, make_accountant
+from lightning_dp.allocator import give_back_freed_memory, keep_freed_memory
 from lightning_dp.clipping import Clipping
 from lightning_dp.composition import Mechanisms
 from lightning_dp.noise import GaussianNoise
@@ -276,6 +277,8 @@ class PrivateRun(SavedRun):
             microbatch_size=self.settings.microbatch_size,
         )
         self._engine.attach()
+        if self.root_device.type == "cpu":
+            keep_freed_memory()
         self._refresh_parameters()
         self.mechanisms.check(
             self._clipping, target_epsilon=self.settings.target_epsilon, num_private_optimizers=len(self._sums)
@@ -290,6 +293,7 @@ class PrivateRun(SavedRun):
             self._engine.end()
             self._engine.detach()
             self._engine = None
+            give_back_freed_memory()
         for both in self._optimizers_and_wrappers():
             for optimizer in both:
                 optimizer.__dict__.pop("zero_grad", None)

@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_dp.clipping import NoClipping
 from lightning_dp.diagnostics import Diagnostics
 from lightning_dp.errors import PrivacyError
+from lightning_dp.noise import has_spare_core
 from lightning_dp.sampling import LogicalBatch, private_dataloader
 from lightning_dp.strategies import first_batch, skipped_steps, trainer_checks
 from lightning_dp.strategies.refusals import Refusals
@@ -190,9 +191,6 @@ class PrivateStep(Refusals):
         rescale = self._learn(sums, gradient, statistics, noise_std)
         sums.write_grads(gradient, plan.expected_batch_size, rescale)
         self._engine.accept_grads(sums.names)
-        if noise_std > 0 and len(self._sums) == 1:
-            assert self._noise is not None
-            self._noise.prepare(gradient.numel(), gradient.dtype, gradient.device)  # of the next release, beside its forward
 
     def _add_noise(self, sums: ClippedSum, gradient: Tensor, statistics: Tensor, sigma: float) -> float:
         """Writes the release into the ledger and draws its noise; each of W ranks adds a 1/W share of the variance.
@@ -211,6 +209,8 @@ class PrivateStep(Refusals):
         self._noise.add_(gradient, noise_std * share)
         if statistics.numel():
             self._noise.add_(statistics, statistics_std * plan.relation_factor * share)
+        if noise_std > 0 and len(self._sums) == 1 and has_spare_core():  # of the next release, beside its forward
+            self._noise.prepare(gradient.numel(), gradient.dtype, gradient.device)
         return noise_std
 
     def _learn(self, sums: ClippedSum, gradient: Tensor, statistics: Tensor, noise_std: float) -> float:
@@ -244,8 +244,6 @@ class PrivateStep(Refusals):
             self.ledger.record(event)
         else:
             self.ledger.amend_last(event)
-
-    # ---------------------------------------------------------------- pieces of the step
 
     def _begins_logical_batch(self) -> bool:
         """Whether the sums start afresh: where the loader begins to hand out a logical batch, and where Lightning has stepped.

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
+from lightning_dp.normals_ahead import NormalsAhead
+from lightning_dp.strategies import private_step
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 MICROBATCHES = (None, 3, 1)
@@ -213,3 +216,28 @@ def test_the_noise_is_written_where_it_is_drawn(tmp_path: Any, monkeypatch: pyte
     assert seen == [1, 2, 3, 4]
     (entry,) = strategy.ledger.entries
     assert (entry.event.noise_multiplier, entry.event.sample_rate) == (1.5, 0.25)
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_noise_drawn_beside_the_forward_has_the_same_scale_and_never_comes_twice(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, spare: bool
+) -> None:
+    """Chi-square over 40,000 coordinates a step, false-alarm rate 2e-8 a step; noise is 1000 times what a sample adds."""
+
+    wide = nn.Sequential(nn.Linear(NUM_FEATURES, 4000), nn.Tanh(), nn.Linear(4000, NUM_CLASSES))
+    handed_out: list[bool] = []
+    take = NormalsAhead.take
+    monkeypatch.setattr(NormalsAhead, "take", lambda *args: (out := take(*args), handed_out.append(out is not None))[0])
+    monkeypatch.setattr(private_step, "has_spare_core", lambda: spare)
+    recorder, strategy = Recorder(), DPStrategy(noise_multiplier=1000.0, max_grad_norm=1.0, target_delta=1e-5)
+    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=1)
+    trainer.fit(Classifier(wide, lr=0.0), make_loader(batch_size=16))
+    steps = [torch.cat([g.flatten() for g in found.values()]) * 16 / 1000 for found in recorder.before_step]
+    assert len(steps) == 4
+    assert handed_out.count(True) == (3 if spare else 0)
+    low, high = stats.chi2.ppf([1e-8, 1 - 1e-8], df=steps[0].numel())
+    for scaled in steps:
+        assert low < float(scaled.double().square().sum()) < high
+        assert not low < float((1.5 * scaled).double().square().sum()) < high
+    products = torch.stack(steps) @ torch.stack(steps).mT / steps[0].numel() ** 0.5
+    assert float(products.triu(1).abs().max()) < 6
