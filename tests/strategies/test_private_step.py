@@ -223,7 +223,6 @@ def test_noise_drawn_beside_the_forward_has_the_same_scale_and_never_comes_twice
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, spare: bool
 ) -> None:
     """Chi-square over 40,000 coordinates a step, false-alarm rate 2e-8 a step; noise is 1000 times what a sample adds."""
-
     wide = nn.Sequential(nn.Linear(NUM_FEATURES, 4000), nn.Tanh(), nn.Linear(4000, NUM_CLASSES))
     handed_out: list[bool] = []
     take = NormalsAhead.take
