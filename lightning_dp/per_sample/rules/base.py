@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BLOCK_ELEMENTS = {"cpu": 2**18}
+BLOCK_ELEMENTS = {"cpu": 2**19}
 """Elements of a temporary that stays in a processor's cache; other devices are better off with few large ones."""
 
 
