@@ -197,6 +197,9 @@ _ALONE = _owners(torch.zeros(1))
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor has a second owner: a view, a gradient, an array; True where torch does not tell."""
+    """Whether the memory of a tensor has a second owner: a view, a gradient, an array.
+
+    True where torch does not tell, and on devices that work behind the program's back: what is let go of may still be read.
+    """
     tensors, names = _owners(tensor)
-    return tensors == 0 or tensors > _ALONE[0] or names > _ALONE[1]
+    return tensor.device.type != "cpu" or tensors == 0 or tensors > _ALONE[0] or names > _ALONE[1]

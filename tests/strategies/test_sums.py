@@ -95,6 +95,8 @@ def test_the_buffer_stays_with_whoever_holds_a_part_of_it(how: str) -> None:
 
 
 def test_without_a_count_of_owners_every_buffer_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_shared(torch.zeros(1))
+    assert is_shared(torch.zeros(1, device="meta"))
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
     assert is_shared(torch.zeros(1))
 
