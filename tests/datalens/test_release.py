@@ -42,7 +42,7 @@ def has_std(sample: torch.Tensor, std: float) -> bool:
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_coordinates_that_nobody_voted_on_carry_the_same_noise(secure: bool) -> None:
-    """100 x 400 coordinates, half of them voted on by all."""
+    """100 x 400 coordinates, half of them voted on by all. On the secure grid a 0 has a rate of 4e-7: more than 2 in < 1e-7 runs."""
     votes = torch.zeros(100, 400)
     votes[:, ::2] = 10.0
     noisy = release(votes.clone(), Ledger("replace_one"), of=VoteRelease(secure=secure))
@@ -50,7 +50,7 @@ def test_coordinates_that_nobody_voted_on_carry_the_same_noise(secure: bool) -> 
         assert has_std(part, 7.0)
         assert not has_std(part, 7.0 * 2 / 3)
         assert not has_std(part, 7.0 * 3 / 2)
-    assert bool((noisy[:, 1::2] != 0).all())
+    assert int((noisy[:, 1::2] == 0).sum()) <= (2 if secure else 0)
 
 
 def test_each_of_w_ranks_adds_its_share_before_the_sum() -> None:
