@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import json
 import logging
 import platform
@@ -280,6 +281,7 @@ def environment() -> dict[str, str]:
         "processor": processor,
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+        "noise": "mkl-random" if importlib.util.find_spec("mkl_random") else "torch",
     }
 
 

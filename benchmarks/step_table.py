@@ -20,6 +20,7 @@ def step_section(results: dict[str, Any]) -> str:
         f"Measured on {named['device']} ({named['processor']}): "
         + ", ".join(f"{name} {named[name]}" for name in ("python", "torch", "lightning", "opacus"))
         + ". Medians of pairs, against the same step without privacy; a goal in brackets, with a cross where it is missed. "
+        + f"Noise on the CPU is drawn by {named['noise']}. "
         + _clocks(results),
         "",
         "| case | plain, ms | time | time, lean | memory | memory, lean | sparse to dense | best Opacus to ours |",

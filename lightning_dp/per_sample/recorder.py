@@ -27,8 +27,9 @@ def in_backward() -> bool:
 
 
 def keeps_graph() -> bool:
-    """Tell whether the backward under way keeps its graph for another one (``retain_graph=True``)."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    """Tell whether the backward under way keeps its graph for another one (``retain_graph=True``) or may do so."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
 
 
 def version_of(tensor: Tensor) -> int:

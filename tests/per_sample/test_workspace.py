@@ -318,3 +318,17 @@ def test_room_is_counted_for_what_is_kept_elsewhere() -> None:
     assert not workspace.admits("a", 101)
     assert workspace.admits("a", 20)
     assert workspace.take("c", (20,), torch.float32, CPU) is not None
+
+
+def test_where_torch_does_not_tell_a_graph_may_be_gone_through_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    module, data = network(), data_of(6)
+    checks.assert_engine_agrees(module, loss_of(module), data)
+    made = checks.make_engine(module, loss_of(module), data)
+    made.begin(6)
+    loss = loss_of(module)(data).sum()
+    loss.backward(retain_graph=True)
+    once = {name: grad.clone() for name, grad in made.per_sample_gradients().items()}
+    loss.backward()
+    for name, grad in made.per_sample_gradients().items():
+        torch.testing.assert_close(grad, 2 * once[name])

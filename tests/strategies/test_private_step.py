@@ -105,6 +105,7 @@ def test_every_coordinate_carries_noise_of_exactly_the_stated_std(tmp_path: Any,
     standard = draws.double() * 16 / (sigma * 0.7 * wrong)
     z = (standard.square().sum() - standard.numel()) / math.sqrt(2 * standard.numel())
     assert (abs(z) < 5) == (wrong == 1.0)
+    standard *= wrong  # what follows is asked of the right scale: 7 and 5.8 deviations away
     assert (standard.std(0) > 0.5).all()
     assert abs(standard[1:].flatten() @ standard[:-1].flatten()) / standard.numel() < 0.08
 
