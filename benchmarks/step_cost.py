@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import importlib.util
 import json
@@ -45,6 +44,7 @@ from benchmarks.readme import write_section
 from benchmarks.step_floor import floor_section
 from benchmarks.step_table import OPACUS, step_section
 from lightning_dp import DPStrategy, RandomSparsification
+from lightning_dp.allocator import give_back_freed_memory
 from lightning_dp.sampling import indices
 
 HERE = Path(__file__).parent
@@ -193,7 +193,7 @@ def forget_peak() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap is not needed
+        give_back_freed_memory()  # what is free in the heap is not needed
         Path("/proc/self/clear_refs").write_text("5")
 
 

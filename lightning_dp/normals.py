@@ -79,7 +79,7 @@ def _mkl_generator() -> Callable[..., Any] | None:
         if not (isinstance(error, ModuleNotFoundError) and error.name == "mkl_random"):
             warnings.warn(
                 f"Expected a working mkl-random, got {type(error).__name__}: {error}. torch's generator draws the noise, "
-                "about half as fast: reinstall the package (pip install --force-reinstall mkl-random mkl) or remove it.",
+                "more slowly: reinstall the package (pip install --force-reinstall mkl-random mkl) or remove it.",
                 stacklevel=2,
             )
         return None

@@ -46,6 +46,7 @@ class ClippedSum:
         self._dtype = dtype
         self._flat: Tensor | None = None
         self._handed_out: Tensor | None = None
+        self._takes_back = not is_shared(torch.empty(1, device=first.device))
         self.used = False  # set it before anything is added
         self.base = clipping.for_coordinates(self.num_coordinates)
         self.clipping = self.base
@@ -184,7 +185,8 @@ class ClippedSum:
         for name, gradient in self.views.items():
             parameter = self.parameters[name]
             parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None
-        self._handed_out, self._flat, self.used = self._flat, None, False
+        self._handed_out = self._flat if self._takes_back else None
+        self._flat, self.used = None, False
 
 
 def _owners(tensor: Tensor) -> tuple[int, int]:

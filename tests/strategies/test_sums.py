@@ -99,6 +99,10 @@ def test_without_a_count_of_owners_every_buffer_is_fresh(monkeypatch: pytest.Mon
     assert is_shared(torch.zeros(1, device="meta"))
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
     assert is_shared(torch.zeros(1))
+    sums = make_sums()
+    release(sums, 1.0)
+    sums.drop_grads()
+    assert not [value for value in vars(sums).values() if isinstance(value, torch.Tensor)]
 
 
 def test_a_reset_forgets_what_was_added() -> None:

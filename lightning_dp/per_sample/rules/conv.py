@@ -113,9 +113,9 @@ class ConvRule(Rule):
                 grads["weight"] = _weight_gradients(conv, calls, batch_size, route)
             else:
                 grads["weight"] = _product(calls[0]).new_empty(batch_size, *conv.weight.shape)
-            for low, high in blocks if len(blocks) > 1 else []:
-                part = [_rows_of(call, low, high) for call in calls]
-                grads["weight"][low:high] = _weight_gradients(conv, part, high - low, route)
+                for low, high in blocks:
+                    part = [_rows_of(call, low, high) for call in calls]
+                    grads["weight"][low:high] = _weight_gradients(conv, part, high - low, route)
         if "bias" in names:
             grads["bias"] = _bias_gradients(calls)
         return grads
