@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import (
@@ -207,3 +207,7 @@ def fit(
     loader = DataLoader(data or make_data(), batch_size=batch_size, shuffle=True)
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     return strategy, module, trainer
+
+
+def weights(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])

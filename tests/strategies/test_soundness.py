@@ -9,14 +9,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp import DPStrategy, PrivacyBudget, PrivacyError
-from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
+from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
-from tests.strategies.test_manual import GAN, Manual, TwoOptimizers
+from tests.strategies.test_manual import Manual, TwoOptimizers
 
 
 def rdp(**options: Any) -> DPStrategy:
@@ -232,175 +230,6 @@ def test_batch_norm_switched_to_training_later_is_refused(tmp_path: Path) -> Non
     with pytest.raises(PrivacyError, match="BatchNorm1d"):
         make_trainer(strategy, tmp_path, max_epochs=2).fit(Thawing(network), make_loader())
     assert strategy.ledger.num_steps == 4
-
-
-# ---------------------------------------------------------------- public optimizers
-
-
-class Critic(GAN):
-    """Its "public" generator steps every fourth batch, and on the data."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        generator, discriminator = self.optimizers()
-        if (batch_idx + 1) % 4 == 0:
-            self.toggle_optimizer(generator)
-            generator.zero_grad()
-            self.manual_backward(self.generator(batch[0][:, :2]).square().mean())
-            generator.step()
-            self.untoggle_optimizer(generator)
-        discriminator.zero_grad()
-        self.manual_backward(self.discriminator(batch[0]).mean())
-        discriminator.step()
-
-
-def test_a_public_optimizer_that_steps_late_is_still_checked(tmp_path: Path) -> None:
-    with pytest.raises(PrivacyError, match="changes with which samples"):
-        make_trainer(rdp(public_optimizers=[0]), tmp_path).fit(Critic(), make_loader())
-
-
-def test_a_public_optimizer_never_tried_is_refused(tmp_path: Path) -> None:
-    class Whimsical(Critic):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            on_trial = self.trainer.strategy._probe is not None
-            super().training_step(batch, 0 if on_trial else 3)
-
-    with pytest.raises(PrivacyError, match="trial did not step it"):
-        make_trainer(rdp(public_optimizers=[0]), tmp_path).fit(Whimsical(), make_loader())
-
-
-@pytest.mark.parametrize("microbatch_size", [None, 4, 1])
-def test_gans_in_the_usual_order(tmp_path: Path, microbatch_size: int | None) -> None:
-    """The discriminator first, with fakes for each real; then the generator on a fixed number of its own."""
-
-    class Usual(GAN):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            real, _ = batch
-            generator, discriminator = self.optimizers()
-            fake = self.generator(torch.randn(len(real), 2)).detach()
-            discriminator.zero_grad()
-            self.manual_backward(self.discriminator(fake).mean() - self.discriminator(real).mean())
-            discriminator.step()
-            self.toggle_optimizer(generator)
-            generator.zero_grad()
-            self.manual_backward(-self.discriminator(self.generator(torch.randn(4, 2))).mean())
-            generator.step()
-            self.untoggle_optimizer(generator)
-
-    strategy = rdp(public_optimizers=[0], microbatch_size=microbatch_size)
-    trainer = make_trainer(strategy, tmp_path)
-    trainer.fit(Usual(), make_loader())
-    assert (strategy.ledger.num_steps, trainer.global_step) == (4, 8)
-
-
-# ---------------------------------------------------------------- epsilon
-
-
-def test_a_reloaded_loader_with_another_batch_size_is_accounted_as_such(tmp_path: Path) -> None:
-    class Growing(Classifier):
-        def train_dataloader(self) -> DataLoader:
-            return make_loader(batch_size=16 if self.trainer.current_epoch == 0 else 32)
-
-    strategy = rdp()
-    make_trainer(strategy, tmp_path, max_epochs=2, reload_dataloaders_every_n_epochs=1).fit(Growing())
-    assert [(run.num_steps, run.event.sample_rate) for run in strategy.ledger.entries] == [(4, 0.25), (2, 0.5)]
-    assert strategy.plan.expected_batch_size == 32
-
-
-def test_a_search_for_the_batch_size_is_accounted_and_refused_under_a_target(tmp_path: Path) -> None:
-    class Sized(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.save_hyperparameters({"batch_size": 2})
-
-        def train_dataloader(self) -> DataLoader:
-            return make_loader(batch_size=self.hparams.batch_size)
-
-    finder = {"mode": "power", "steps_per_trial": 2, "max_trials": 2, "init_val": 2}
-    strategy = rdp()
-    make_trainer(strategy, tmp_path, callbacks=[BatchSizeFinder(**finder)]).fit(Sized(), val_dataloaders=make_loader())
-    final = strategy.ledger.entries[-1].event.sample_rate
-    assert final == strategy.plan.expected_batch_size / 64
-    assert len({run.event.sample_rate for run in strategy.ledger.entries}) > 1
-    with pytest.raises(ValueError, match="a search for it"):
-        make_trainer(DPStrategy(target_epsilon=1.0), tmp_path, callbacks=[BatchSizeFinder(**finder)]).fit(Sized())
-
-
-@pytest.mark.parametrize("later", [8, 64])
-def test_a_target_holds_after_a_resume_with_another_batch_size(tmp_path: Path, later: int) -> None:
-    def target() -> DPStrategy:
-        return DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp")
-
-    class Stopping(L.Callback):
-        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            if trainer.current_epoch == 1:
-                trainer.save_checkpoint(tmp_path / "two.ckpt")
-                trainer.should_stop = True
-
-    make_trainer(target(), tmp_path, max_epochs=4, callbacks=[Stopping()]).fit(Classifier(), make_loader())
-    strategy = target()
-    trainer = make_trainer(strategy, tmp_path, max_epochs=4)
-    trainer.fit(Classifier(), make_loader(batch_size=later), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
-    assert strategy.ledger.num_steps == strategy.plan.steps == 8 + 2 * 64 // later
-    assert 1.98 <= strategy.epsilon() <= 2.0
-
-
-def test_a_target_refuses_steps_beyond_the_plan(tmp_path: Path) -> None:
-    class Extending(L.Callback):
-        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            trainer.fit_loop.max_epochs = 3
-
-    strategy = DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp")
-    with pytest.raises(PrivacyError, match="at most the 4 planned steps"):
-        make_trainer(strategy, tmp_path, callbacks=[Extending()]).fit(Classifier(), make_loader())
-    assert strategy.epsilon() <= 2.0
-
-
-def test_shuffled_passes_cut_short_are_planned_one_by_one(tmp_path: Path) -> None:
-    strategy = DPStrategy(target_epsilon=3.0, target_delta=1e-3, sampling="shuffle")
-    trainer = make_trainer(strategy, tmp_path, max_epochs=6, limit_train_batches=2)
-    trainer.fit(Classifier(), make_loader())
-    assert sum(run.num_passes for run in strategy.ledger.entries) == 6
-    assert 2.97 <= strategy.epsilon() <= 3.0
-    budget = rdp(sampling="shuffle", noise_multiplier=3.0)
-    make_trainer(budget, tmp_path, max_epochs=6, limit_train_batches=2, callbacks=[PrivacyBudget(2.0)]).fit(
-        Classifier(), make_loader()
-    )
-    assert 0 < budget.epsilon() <= 2.0
-
-
-@pytest.mark.parametrize("callbacks", [[], [PrivacyBudget(50.0)]])
-def test_unplanned_steps_on_one_batch_are_refused_where_a_limit_was_promised(
-    tmp_path: Path, callbacks: list[Any]
-) -> None:
-    class Thrice(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            for _ in range(3):
-                super().training_step(batch, batch_idx)
-
-    strategy = rdp() if callbacks else DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp")
-    with pytest.raises(PrivacyError, match="to step once a batch"):
-        make_trainer(strategy, tmp_path, callbacks=callbacks).fit(Thrice(), make_loader())
-
-
-def test_two_planned_optimizers_meet_a_target_exactly(tmp_path: Path) -> None:
-    strategy = DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp")
-    make_trainer(strategy, tmp_path, max_epochs=2).fit(TwoOptimizers(), make_loader())
-    assert 1.98 <= strategy.epsilon() <= 2.0
-    assert strategy.ledger.entries[0].event.noise_multiplier == strategy.plan.noise_multiplier
-
-
-def test_a_budget_binds_in_a_learning_rate_search(tmp_path: Path) -> None:
-    ledger = Ledger()
-    ledger.record(PrivacyEvent(kind="poisson", noise_multiplier=1.3, sample_rate=0.25), 10)
-    budget = make_accountant("rdp").epsilon(ledger, 1e-3)
-    strategy = rdp()
-    finder = LearningRateFinder(num_training_steps=40, update_attr=False, attr_name="lr")
-    with pytest.raises(PrivacyError, match="stop after 10 steps"):
-        make_trainer(strategy, tmp_path, max_epochs=20, callbacks=[PrivacyBudget(budget), finder]).fit(
-            Classifier(), make_loader()
-        )
-    assert strategy.ledger.num_steps == 10
-    assert strategy.last_allowed_step is None
 
 
 def test_a_list_of_one_loader_is_refused_by_name(tmp_path: Path) -> None:
