@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.allocator import give_back_freed_memory, keep_freed_memory
 from lightning_dp.datalens import statement, trainer_checks
 from lightning_dp.datalens.run import DataLensRun
 from lightning_dp.datalens.samples import write_csv, write_tensors
@@ -270,6 +271,8 @@ class DataLens(DataLensRun):
     def on_train_start(self) -> None:
         """Reads this rank's shards and prepares its teachers."""
         settings, world_size = self.settings, self.trainer.world_size
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if world_size > 1:
             self.ledger = Ledger.from_state_dict(self.trainer.strategy.broadcast(self.ledger.state_dict()))
         numbers = range(self.global_rank, settings.num_teachers, world_size)
@@ -306,6 +309,7 @@ class DataLens(DataLensRun):
     def on_train_end(self) -> None:
         """One line at the end of fit; the teachers are forgotten."""
         self._teachers = None
+        give_back_freed_memory()
         rank_zero_info(statement.summary_line(self.plan, self.ledger, self.accountant))
 
     @override

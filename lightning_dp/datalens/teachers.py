@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 
 
 class _Chunk(NamedTuple):
-    parameters: State  # each with a leading axis of teachers
+    parameters: State  # each with a leading axis of teachers, matrices transposed: see _as_read
     buffers: State
     shards: Shards
     optimizer: torch.optim.Optimizer
@@ -69,7 +69,9 @@ class Teachers:
             part = slice(start, start + chunk_size)
             copies = [_fresh_copy(discriminator, seed, number) for number in numbers[part]]
             parameters, buffers = stack_module_state(copies)
-            parameters = {name: p.detach().to(device).requires_grad_() for name, p in parameters.items()}
+            parameters = {
+                name: _as_read(p.detach().to(device)).contiguous().requires_grad_() for name, p in parameters.items()
+            }
             own = Shards(shards.features[part].to(device), shards.labels[part].to(device))
             fused = device.type in ("cpu", "cuda") or None  # one pass over weights and moments: half the time of a step
             optimizer = torch.optim.Adam(parameters.values(), lr=lr, betas=betas, fused=fused)
@@ -137,12 +139,13 @@ class Teachers:
 
     def _logits(self, parameters: State, buffers: State, features: Tensor, labels: Tensor) -> Tensor:
         """Logits of a chunk, shape (teachers, B), in float32."""
+        as_read = {name: _as_read(stored) for name, stored in parameters.items()}
 
         def of_one(parameters: State, buffers: State, features: Tensor, labels: Tensor) -> Tensor:
             out: Tensor = functional_call(self._template, (parameters, buffers), (features, labels))
             return out.flatten()
 
-        logits: Tensor = vmap(of_one, randomness="different")(parameters, buffers, features, labels)
+        logits: Tensor = vmap(of_one, randomness="different")(as_read, buffers, features, labels)
         if logits.shape != labels.shape:
             raise ValueError(
                 f"Expected the discriminator to return one logit a sample, got {tuple(logits.shape[1:])} values for "
@@ -177,3 +180,8 @@ def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:
             if callable(reset):
                 reset()
     return fresh
+
+
+def _as_read(stacked: Tensor) -> Tensor:
+    """Stacked matrices transposed: stored so, they lie as ``x W^T`` reads them and as their gradient comes out."""
+    return stacked.mT if stacked.dim() == 3 else stacked
