@@ -4,11 +4,14 @@
     python benchmarks/step_cost.py --cases mlp --pairs 7 --modes ours
 
 Step against step, both in a Lightning Trainer with automatic optimization, noise and optimizer included. A and B run in
-turn; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best case. Batches have a fixed size on
-all sides, so that all do the same work. Peak memory comes from a process of its own a case: highest resident size (on a
-GPU: highest allocated memory) from the second batch to the last, less what was resident before the model was made, in a
-process that has loaded everything the mode needs. The first batch is a peak of its own, ``first_bytes``: before it, once a
-run, the independence check holds the gradients of a few samples. What a call measures is merged into the JSON file, mode by mode.
+turn, each in a process of its own; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best
+case. Batches have a fixed size on all sides, so that all do the same work. ``kept`` is the step without privacy where freed
+memory is kept from step to step, as a private fit on a CPU keeps it (``allocator.py``).
+
+Peak memory comes from a process of its own a case: highest resident size (on a GPU: highest allocated memory) from the
+second batch to the last, less what was resident before the model was made, in a process that has loaded everything the mode
+needs. The first batch is a peak of its own, ``first_bytes``: before it, once a run, the independence check holds the
+gradients of a few samples. What a call measures is merged into the JSON file, mode by mode.
 
 On a machine that others use as well, ``--clock processor --threads 1`` counts the processor time of the process in place of
 the time that goes by: what others take is not in it, nor is what a second thread would save.
@@ -42,9 +45,10 @@ from torch.utils.data import DataLoader
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import write_section
 from benchmarks.step_floor import floor_section
+from benchmarks.step_processes import DoesNotRun, OwnProcesses, serve
 from benchmarks.step_table import OPACUS, step_section
 from lightning_dp import DPStrategy, RandomSparsification
-from lightning_dp.allocator import give_back_freed_memory
+from lightning_dp.allocator import give_back_freed_memory, keep_freed_memory
 from lightning_dp.sampling import indices
 
 HERE = Path(__file__).parent
@@ -54,7 +58,7 @@ OURS: dict[str, dict[str, Any]] = {
     "lean": {"memory": "lean"},
     "materialize": {"grad_sample": "materialize"},
 }
-MODES = ("plain", *OURS, *OPACUS)
+MODES = ("plain", "kept", *OURS, *OPACUS)
 WARMUP = 3
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,8 +85,8 @@ class Clock(L.Callback):
 
     now = staticmethod(time.perf_counter)
 
-    def __init__(self) -> None:
-        self.began: list[float] = []
+    def __init__(self, began: list[float] | None = None) -> None:
+        self.began = began or []
         self.first_peak = self.peak = 0
 
     def on_train_batch_start(self, *args: Any) -> None:
@@ -114,7 +118,11 @@ def same_size_batches() -> None:
 def lightning_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
     """So many steps inside ``Trainer.fit``."""
     sparse = RandomSparsification(0.9, schedule="constant", refresh=10**6)
-    strategy = "auto" if mode == "plain" else DPStrategy(noise_multiplier=1.0, target_delta=1e-6, **OURS[mode])
+    if mode == "kept":
+        keep_freed_memory()
+    strategy = (
+        "auto" if mode in ("plain", "kept") else DPStrategy(noise_multiplier=1.0, target_delta=1e-6, **OURS[mode])
+    )
     trainer_steps(case, strategy, [clock, sparse] if mode == "sparse" else [clock], steps)
 
 
@@ -236,8 +244,8 @@ def time_mode(
     sizes = {base: trial(case, base, target_seconds, runner)}
     try:
         sizes[mode] = trial(case, mode, target_seconds, runner)
-    except Exception as error:  # a peer that cannot run a model is a result
-        return {"failed": {mode: f"{type(error).__name__}: {str(error)[:120]}"}}
+    except DoesNotRun as error:  # a peer that cannot run a model is a result
+        return {"failed": {mode: str(error)}}
     measured = []
     for number in range(pairs):
         both = {}
@@ -305,6 +313,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "step_cost.json")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -314,20 +323,28 @@ def main() -> None:
     if options.memory:
         print(*measure_memory(CASES[options.memory[0]], options.memory[1]))
         return
-    same_size_batches()
     Clock.now = staticmethod(CLOCKS[options.clock])
+    if options.serve:
+        same_size_batches()
+        serve(lambda case, mode, steps, warmup: run(case, mode, steps, warmup).began)
+        return
     results: dict[str, Any] = {"environment": {}, "cases": {}}
     if options.out.exists():
         results = json.loads(options.out.read_text())
     results["environment"] = environment()
     plain_bytes: dict[str, tuple[int, int]] = {}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__)), "--serve"]
+    command += ["--threads", str(options.threads), "--clock", options.clock]
     for name in options.cases:
         case = CASES[name]
         if case.needs_gpu and DEVICE.type != "cuda":
             print(f"{name}: left out, it needs a GPU")
             continue
         for mode in options.modes:
-            found = {} if options.no_time else time_mode(case, mode, options.pairs, options.seconds)
+            found: dict[str, Any] = {}
+            if not options.no_time:
+                with OwnProcesses(command, Clock) as runner:
+                    found = time_mode(case, mode, options.pairs, options.seconds, runner=runner)
             for figures in found.get("time", {}).values():
                 figures |= {"clock": options.clock, "threads": options.threads}
             if not options.no_memory and "failed" not in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.readme import README
 from benchmarks.step_cost import main, merge
 from benchmarks.step_floor import cost_of, floor_section
+from benchmarks.step_processes import DoesNotRun, OwnProcesses
 from benchmarks.step_table import best_peer, step_section
 
 
@@ -63,9 +65,29 @@ def test_cases_for_a_gpu_are_left_out_elsewhere(
     threads = torch.get_num_threads()
     command = ["step_cost.py", "--cases", "vit", "bert", "--out", str(tmp_path / "out.json"), "--threads", str(threads)]
     monkeypatch.setattr("sys.argv", command)
-    monkeypatch.setattr("benchmarks.step_cost.same_size_batches", lambda: None)
     main()
     assert capsys.readouterr().out == "vit: left out, it needs a GPU\nbert: left out, it needs a GPU\n"
+
+
+def test_a_process_tells_when_steps_began_and_why_a_mode_does_not_run() -> None:
+    served = (
+        "from benchmarks.step_processes import serve\n"
+        "began = lambda case, mode, steps, warmup: [float(steps), float(warmup), 1 / (mode != 'bad')]\n"
+        "print('noise of a library'); serve(began)"
+    )
+    with OwnProcesses([sys.executable, "-c", served], tuple) as runner:
+        assert runner(CASES["mlp"], "plain", 5, 2) == (5.0, 2.0, 1.0)
+        first = runner._processes["plain"].pid
+        assert runner(CASES["mlp"], "plain", 6, 3) == (6.0, 3.0, 1.0)
+        assert runner._processes["plain"].pid == first
+        with pytest.raises(DoesNotRun, match=r"ZeroDivisionError: division by zero"):
+            runner(CASES["mlp"], "bad", 5, 2)
+        processes = list(runner._processes.values())
+        assert len(processes) == 2
+    assert all(process.poll() is not None for process in processes)
+    ended = [sys.executable, "-c", "input(); raise SystemExit(3)"]
+    with OwnProcesses(ended, tuple) as runner, pytest.raises(DoesNotRun, match="status 3"):
+        runner(CASES["mlp"], "plain", 5, 2)
 
 
 def test_counts_of_a_linear_layer_with_and_without_positions() -> None:

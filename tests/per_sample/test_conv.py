@@ -135,14 +135,26 @@ def test_conv_matches_loop_for_drawn_geometries(
         check_against_loop(layer, calls, 2)
 
 
-def test_conv_adds_calls_and_rows_before_the_norm(route: Route) -> None:
-    layer = nn.Conv2d(2, 6, 3, padding=1, groups=2, dtype=torch.float64)
-    inputs = [torch.randn(3 * 2, 2, *size, dtype=torch.float64) for size in ((5, 4), (3, 3))]
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_conv_adds_calls_and_rows_before_the_norm(route: Route, stride: int) -> None:
+    layer = nn.Conv2d(2, 6, 3, stride, padding=1, groups=2, dtype=torch.float64)
+    second = (5, 4) if route == "gram" else (3, 3)
+    inputs = [torch.randn(3 * 2, 2, *size, dtype=torch.float64) for size in ((5, 4), second)]
     check_against_loop(layer, made_calls(layer, inputs, multiplicity=2), 3)
 
 
+def test_conv_of_two_map_sizes_does_not_take_gram_matrices() -> None:
+    layer = nn.Conv2d(32, 32, 3, padding=1, dtype=torch.float64)
+    inputs = [torch.randn(2, 32, size, size, dtype=torch.float64) for size in (2, 3)]
+    for used in (inputs, inputs[:1]):
+        calls = made_calls(layer, used)
+        shape = conv_rules._shape_of(layer, calls, 2)
+        assert (choose_route(shape, norms_only=True) == "gram") is (len(used) == 1)
+        check_against_loop(layer, calls, 2)
+
+
 def test_conv_blocks_do_not_change_the_numbers(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_rules, "BLOCK_ELEMENTS", {"grouped": 300, "unfold": 1000, "gram": 2000}[route])
+    monkeypatch.setattr(conv_rules, "BLOCK_ELEMENTS", {"grouped": 300, "unfold": 1000, "gram": 4000}[route])
     monkeypatch.setattr(conv_rules, "CACHED_ELEMENTS", 1000)
     layer = nn.Conv2d(2, 4, 3, dtype=torch.float64)
     calls = made_calls(layer, [torch.randn(7 * 2, 2, 5, 5, dtype=torch.float64)], multiplicity=2)

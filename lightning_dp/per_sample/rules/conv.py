@@ -18,6 +18,8 @@ positions (the width of ``U``), ``O`` = out_channels / G, ``P`` output positions
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
@@ -29,7 +31,7 @@ from torch.nn import grad as nn_grad
 from typing_extensions import override
 
 from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_rows, widen
-from lightning_dp.per_sample.rules.linear import gram_squared_norm
+from lightning_dp.per_sample.rules.linear import not_cancelled
 
 Route: TypeAlias = Literal["grouped", "unfold", "gram"]
 Conv: TypeAlias = "nn.Conv1d | nn.Conv2d | nn.Conv3d"
@@ -38,11 +40,14 @@ Conv: TypeAlias = "nn.Conv1d | nn.Conv2d | nn.Conv3d"
 BLOCK_ELEMENTS = 2**27
 
 # The same for what is unfolded on a CPU, where a block should stay in the cache.
-CACHED_ELEMENTS = 2**19
+CACHED_ELEMENTS = 2**21
 
 # Weight entries of one group above which grouped convolutions lose to unfolding on a CPU (measured): at all, and a position.
 LARGE_WEIGHT = 2**17
 WEIGHTS_A_POSITION = 2**10
+
+# Input channels up to which grouped convolutions lose to unfolding on a CPU (measured).
+FEW_CHANNELS = 4
 
 _WEIGHT_GRADIENTS = {1: nn_grad.conv1d_weight, 2: nn_grad.conv2d_weight, 3: nn_grad.conv3d_weight}
 
@@ -58,6 +63,7 @@ class ConvShape(NamedTuple):
         positions: ``P``, output positions of one sample, over its ``K`` rows and all calls.
         kernel: number of kernel positions.
         rows: ``K``, rows of one sample.
+        maps: how many sizes the input has over all calls.
     """
 
     device: str
@@ -67,6 +73,7 @@ class ConvShape(NamedTuple):
     positions: int
     kernel: int
     rows: int = 1
+    maps: int = 1
 
 
 def choose_route(shape: ConvShape, *, norms_only: bool) -> Route:
@@ -77,13 +84,14 @@ def choose_route(shape: ConvShape, *, norms_only: bool) -> Route:
         'gram'
     """
     weights = shape.in_width * shape.out_width
-    if norms_only and shape.positions * (shape.in_width + shape.out_width) < weights:
+    if norms_only and shape.maps == 1 and shape.positions * (shape.in_width + shape.out_width) < weights:
         return "gram"
     if shape.kernel == 1 and shape.groups == 1:
         return "unfold"  # a view: nothing is unfolded
     if shape.device == "cpu":
         large = weights > min(LARGE_WEIGHT, WEIGHTS_A_POSITION * shape.positions)
-        return "unfold" if large else "grouped"
+        thin = shape.groups == 1 and shape.in_width <= FEW_CHANNELS * shape.kernel
+        return "unfold" if large or thin else "grouped"
     return "grouped" if shape.groups > 1 else "unfold"
 
 
@@ -225,8 +233,8 @@ def _native_gradient(
     )
 
 
-def _unfolded(conv: Conv, x: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Return ``U``, shape ``(R, G, W, P)``: a copy W / in_channels times as large as the input."""
+def _unfolded(conv: Conv, x: Tensor, padding: tuple[int, ...], groups: int) -> Tensor:
+    """Return ``U``, shape ``(R, G, W, P)``: a copy with a column for each output position."""
     if any(padding):
         x = F.pad(x, [side for size in reversed(padding) for side in (size, size)])
     axes = len(conv.kernel_size)
@@ -235,21 +243,12 @@ def _unfolded(conv: Conv, x: Tensor, padding: tuple[int, ...]) -> Tensor:
         x = x.unfold(2 + axis, span, conv.stride[axis])[..., :: conv.dilation[axis]]
     # (R, in_channels, *positions, *kernel) -> (R, in_channels, *kernel, *positions)
     x = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-    width = x.shape[1] // conv.groups * conv.weight[0, 0].numel()
-    return x.reshape(x.shape[0], conv.groups, width, -1)
-
-
-def _factors_of(conv: Conv, call: Call, samples: int) -> tuple[Tensor, Tensor]:
-    """Return ``U`` and the backprop as ``(B, K, G, W, P)`` and ``(B, K, G, O, P)``."""
-    x, backprop, padding = _prepared(conv, call)
-    unfolded = _unfolded(conv, x, padding)
-    rows = (samples, call.multiplicity, conv.groups)
-    positions = unfolded.shape[-1]
-    return unfolded.reshape(*rows, -1, positions), backprop.reshape(*rows, -1, positions)
+    width = x.shape[1] // groups * conv.weight[0, 0].numel()
+    return x.reshape(x.shape[0], groups, width, -1)
 
 
 def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Route) -> Tensor:
-    """Return per-sample gradients ``(B, *weight.shape)``, ``B >= 1``, added over calls."""
+    """Return per-sample gradients ``(B, *weight.shape)``, ``B >= 1``, added over calls; they may be written to."""
     total: Tensor | None = None
     for call in calls:
         if route == "grouped":
@@ -265,9 +264,11 @@ def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Ro
             )
             grads = sum_rows(grads.reshape(rows, *conv.weight.shape), call.multiplicity)
         else:
-            unfolded, backprop = _factors_of(conv, call, samples)
-            grads = torch.matmul(backprop, unfolded.transpose(-1, -2)).sum(1)
-            grads = grads.reshape(samples, *conv.weight.shape)
+            x, backprop, padding = _prepared(conv, call)
+            unfolded = _unfolded(conv, x, padding, conv.groups).flatten(0, 1)
+            backprop = backprop.reshape(*unfolded.shape[:1], -1, unfolded.shape[2])
+            grads = torch.bmm(backprop, unfolded.mT).reshape(-1, *conv.weight.shape)
+            grads = sum_rows(grads, call.multiplicity)
         total = grads if total is None else total + grads
     assert total is not None
     return total
@@ -291,11 +292,76 @@ def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Tens
 
 def _gram_norms(conv: Conv, calls: Sequence[Call], samples: int) -> Tensor:
     """Return squared norms ``(B,)``, ``B >= 1``, from Gram matrices over all positions of all rows and calls."""
-    pairs = [_factors_of(conv, call, samples) for call in calls]
-    # (B, K, G, ., P) -> (B * G, K * P, .), calls one after the other
-    sides = [[pair[side].permute(0, 2, 1, 4, 3).flatten(2, 3).flatten(0, 1) for pair in pairs] for side in (0, 1)]
-    unfolded, backprop = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in sides)
-    return gram_squared_norm(unfolded, backprop).reshape(samples, conv.groups).sum(1)
+    pairs = [_prepared(conv, call) for call in calls]
+    x, backprop = (
+        torch.cat([_with_rows(pair[side], samples, conv.groups) for pair in pairs], dim=2) for side in (0, 1)
+    )
+    gram_x, gram_g = _unfolded_gram(conv, x, pairs[0][2], backprop.shape[2:]), _gram(backprop)
+    total = torch.linalg.vecdot(gram_x.flatten(1), gram_g.flatten(1))
+    trace_x, trace_g = (gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (gram_x, gram_g))
+    in_width = x.shape[1] * conv.weight[0, 0].numel()
+    return not_cancelled(total, trace_x, trace_g, in_width, backprop.shape[1]).reshape(samples, conv.groups).sum(1)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return ``x^T x`` over all positions of ``(N, C, *map)``, shape ``(N, P, P)``."""
+    flat = x.flatten(2)
+    return torch.bmm(flat.mT, flat)
+
+
+def _with_rows(tensor: Tensor, samples: int, groups: int) -> Tensor:
+    """``(B * K, G * C, *map)`` as ``(B * G, C, K, *map)``: the rows of a sample become one more axis of positions."""
+    return tensor.unflatten(0, (samples, -1)).unflatten(2, (groups, -1)).transpose(1, 2).transpose(2, 3).flatten(0, 1)
+
+
+def _unfolded_gram(conv: Conv, x: Tensor, padding: tuple[int, ...], positions: Sequence[int]) -> Tensor:
+    """Return ``U^T U`` over output positions ``(K, *map)``, shape ``(N, P, P)``, for ``x`` of shape ``(N, C, K, *map)``.
+
+    Output position p reads input position ``s p + d k - pad`` at kernel position k, so with ``X = x^T x``
+
+        (U^T U)_pq = sum_k X[s p + d k - pad, s q + d k - pad]
+
+    Along an axis, kernel positions that read the same residue modulo s read the same part of the input, at different shifts:
+    they share one product, and nothing is unfolded. Where few share, unfolding costs less.
+    """
+    size, axes = x.shape[0], len(conv.kernel_size)
+    kinds = list(itertools.product(*(_shifts(conv, padding, axis) for axis in range(axes))))
+    if len(kinds) > max(1, conv.weight[0, 0].numel() // 2):
+        rows = _unfolded(conv, x.transpose(1, 2).flatten(0, 1), padding, groups=1)
+        return _gram(rows.reshape(size, -1, *rows.shape[2:]).transpose(1, 2))
+    total = x.new_zeros(size, *positions, *positions)
+    for kind in kinds:
+        part = x[(..., *(slice(residue, None, stride) for (residue, _), stride in zip(kind, conv.stride, strict=True)))]
+        gram = _gram(part).reshape(size, *part.shape[2:], *part.shape[2:])
+        for axis, (_, shifts) in enumerate(kind, start=2):
+            gram = _shifted(gram, axis, axis + axes + 1, shifts, positions[axis - 1])
+        total += gram
+    return total.reshape(size, math.prod(positions), -1)
+
+
+def _shifts(conv: Conv, padding: Sequence[int], axis: int) -> list[tuple[int, list[int]]]:
+    """Return ``(b, [a, ...])``: kernel positions at which output position p reads input position ``s (p + a) + b``."""
+    shifts: dict[int, list[int]] = {}
+    for kernel_position in range(conv.kernel_size[axis]):
+        shift, residue = divmod(conv.dilation[axis] * kernel_position - padding[axis], conv.stride[axis])
+        shifts.setdefault(residue, []).append(shift)
+    return list(shifts.items())
+
+
+def _shifted(gram: Tensor, row: int, column: int, shifts: Sequence[int], num_positions: int) -> Tensor:
+    """Return ``sum_a gram[p + a, q + a]`` along one axis of positions; positions outside the input read zeros."""
+    length = gram.shape[row]
+    if len(shifts) == 1 and 0 <= shifts[0] <= length - num_positions:
+        return gram.narrow(row, shifts[0], num_positions).narrow(column, shifts[0], num_positions)
+    shape = list(gram.shape)
+    shape[row] = shape[column] = num_positions
+    total = gram.new_zeros(shape)
+    for shift in shifts:
+        low, high = max(0, -shift), min(num_positions, length - shift)
+        if low < high:
+            read = gram.narrow(row, low + shift, high - low).narrow(column, low + shift, high - low)
+            total.narrow(row, low, high - low).narrow(column, low, high - low).add_(read)
+    return total
 
 
 def _bias_gradients(calls: Sequence[Call]) -> Tensor:
@@ -314,6 +380,7 @@ def _shape_of(conv: Conv, calls: Sequence[Call], batch_size: int) -> ConvShape:
         positions=elements // max(1, batch_size * conv.out_channels),
         kernel=kernel,
         rows=max(call.multiplicity for call in calls),
+        maps=len({call.activation.shape[2:] for call in calls}),
     )
 
 
@@ -324,7 +391,7 @@ def _blocks(batch_size: int, shape: ConvShape, route: Route) -> Iterator[tuple[i
         * {
             "grouped": shape.rows * shape.in_width * shape.out_width,
             "unfold": shape.in_width * (shape.positions + shape.rows * shape.out_width),
-            "gram": shape.positions * (shape.in_width + 2 * shape.positions),
+            "gram": shape.positions * (shape.in_width + 4 * shape.positions),
         }[route]
     )
     cached = shape.device == "cpu" and route == "unfold"

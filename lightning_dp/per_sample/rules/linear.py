@@ -56,7 +56,12 @@ def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
             trace += gram.diagonal(dim1=1, dim2=2).sum(1)
         gram_a[:, :, : high - low].mul_(0.5)  # what stands beside the block on the diagonal stands below it as well
         total += 2 * torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1))
-    trace_a, trace_g = _no_underflow(trace_a, trace_g, inputs_BTd.shape[2], backprops_BTp.shape[2])
+    return not_cancelled(total, trace_a, trace_g, inputs_BTd.shape[2], backprops_BTp.shape[2])
+
+
+def not_cancelled(total: Tensor, trace_a: Tensor, trace_g: Tensor, num_in: int, num_out: int) -> Tensor:
+    """Return ``<A, G>`` of two Gram matrices, or its rounding where that is more; from their traces, all of shape ``(B,)``."""
+    trace_a, trace_g = _no_underflow(trace_a, trace_g, num_in, num_out)
     return torch.maximum(total, 8 * torch.finfo(total.dtype).eps * trace_a * trace_g)
 
 
