@@ -49,6 +49,7 @@ from benchmarks.step_processes import DoesNotRun, OwnProcesses, serve
 from benchmarks.step_table import OPACUS, step_section
 from lightning_dp import DPStrategy, RandomSparsification
 from lightning_dp.allocator import give_back_freed_memory, keep_freed_memory
+from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import indices
 
 HERE = Path(__file__).parent
@@ -272,6 +273,19 @@ def memory_of_mode(case: Case, mode: str, known: dict[str, tuple[int, int]]) -> 
     return {"memory": {mode: {"bytes": peak, "first_bytes": first, "ratio": peak / plain, "plain_bytes": plain}}}
 
 
+def measure_noise(case: Case) -> dict[str, Any]:
+    """Milliseconds that it takes to add noise to a buffer of all trained parameters, as a private step does."""
+    sums = torch.zeros(sum(p.numel() for p in case.make_network().parameters() if p.requires_grad), device=DEVICE)
+    noise, seconds = GaussianNoise(), []
+    for _ in range(25):
+        began = time.perf_counter()
+        noise.add_(sums, 1.0)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return {"ms": 1e3 * statistics.median(seconds)}
+
+
 def environment() -> dict[str, str]:
     """What the figures were measured with."""
     import lightning
@@ -299,7 +313,7 @@ def merge(results: dict[str, Any], name: str, found: dict[str, dict[str, Any]]) 
     for mode in found.get("time", {}):
         held["failed"].pop(mode, None)
     for kind, figures in found.items():
-        held[kind].update(figures)
+        held.setdefault(kind, {}).update(figures)
 
 
 def main() -> None:
@@ -341,10 +355,10 @@ def main() -> None:
             print(f"{name}: left out, it needs a GPU")
             continue
         for mode in options.modes:
-            found: dict[str, Any] = {}
+            found: dict[str, Any] = {"noise": measure_noise(case)} if mode == "ours" else {}
             if not options.no_time:
                 with OwnProcesses(command, Clock) as runner:
-                    found = time_mode(case, mode, options.pairs, options.seconds, runner=runner)
+                    found |= time_mode(case, mode, options.pairs, options.seconds, runner=runner)
             for figures in found.get("time", {}).values():
                 figures |= {"clock": options.clock, "threads": options.threads}
             if not options.no_memory and "failed" not in found:
@@ -353,7 +367,7 @@ def main() -> None:
             options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(name, mode, json.dumps(found), flush=True)
     if options.out == HERE / "step_cost.json":
-        write_section("step_cost", step_section(results) + "\n\n" + floor_section(list(results["cases"])))
+        write_section("step_cost", step_section(results) + "\n\n" + floor_section(results["cases"]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ Legend: ``B`` samples, ``T`` positions of a sample, ``d`` in, ``p`` out, ``P`` t
                        B T d p, kept: then they replace the weight gradient, and 4 B d p bytes are written and read twice
     norms under a mask B d p at T = 1, where (g^2)^T M (a^2) is a matrix product; else the per-sample gradients
     release            P normal draws, and 20 P bytes: zeros, noise (read, written), mean (read, written)
+
+What P draws take, added to a buffer of that size, is measured by ``step_cost.py``.
 """
 
 from __future__ import annotations
@@ -73,18 +75,21 @@ def cost_of(case: Case) -> Cost:
     return cost
 
 
-def floor_section(names: list[str]) -> str:
-    """The counts of these cases as a table."""
+def floor_section(cases: dict[str, Any]) -> str:
+    """The counts of these cases as a table, with what noise alone takes where it was measured."""
     lines = [
         "What is counted below is the least that a private step adds, layer by layer (`benchmarks/step_floor.py`): norms from "
         "Gram matrices, or the bytes of the per-sample gradients where these are kept in their place; under a mask the "
-        "norms need a product of the size of a weight gradient; and the release passes over the parameters.",
+        "norms need a product of the size of a weight gradient; and the release draws a normal for each parameter and passes "
+        "over them. The last two columns are what these draws alone take, and a step that adds nothing else.",
         "",
-        "| case | parameters, M | native, M mult. | norms | norms under a mask | kept instead, MB | release, MB |",
-        "|---|---|---|---|---|---|---|",
+        "| case | parameters, M | native, M mult. | norms | norms under a mask | kept instead, MB | release, MB | draws, ms | "
+        "plain and draws |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in names:
+    for name, held in cases.items():
         cost = cost_of(CASES[name])
+        draws, plain = held.get("noise", {}).get("ms"), held["time"].get("ours", {}).get("plain_ms")
         cells = [
             f"{cost.parameters / 1e6:.2f}",
             f"{cost.native / 1e6:.0f}",
@@ -92,6 +97,8 @@ def floor_section(names: list[str]) -> str:
             f"+ {cost.masked / cost.native:.1%}",
             f"{cost.kept_bytes / 1e6:.0f}",
             f"{cost.release_bytes / 1e6:.0f}",
+            "-" if draws is None else f"{draws:.1f}",
+            "-" if draws is None or plain is None else f"{1 + draws / plain:.2f}",
         ]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)

@@ -19,7 +19,8 @@ def step_section(results: dict[str, Any]) -> str:
     lines = [
         f"Measured on {named['device']} ({named['processor']}): "
         + ", ".join(f"{name} {named[name]}" for name in ("python", "torch", "lightning", "opacus"))
-        + ". Medians of pairs, against the same step without privacy; a goal in brackets, with a cross where it is missed. "
+        + ". Medians of pairs, each side in a process of its own, against the same step without privacy; a goal in brackets, "
+        + "with a cross where it is missed. "
         + f"Noise on the CPU is drawn by {named['noise']}. "
         + _clocks(results),
         "",
@@ -35,6 +36,7 @@ def step_section(results: dict[str, Any]) -> str:
         "",
         *_modes(measured),
     ]
+    lines += ["", *_bounds(measured)]
     first = [(name, held["memory"]["ours"]) for name, held in measured.items() if "ours" in held["memory"]]
     lines += [""] + [
         "Memory is the peak of the steps after the first. Before that one, once a run, the independence check holds the "
@@ -106,6 +108,19 @@ def _clocks(results: dict[str, Any]) -> str:
         )
         + "."
     )
+
+
+def _bounds(measured: dict[str, Any]) -> list[str]:
+    """What the figures above leave out: a plain step with the same allocator, and peers that leave too little to gain."""
+    pairs = [(name, time_of(held, "ours"), time_of(held, "kept")) for name, held in measured.items()]
+    same = [f"{name} {ours / kept:.2f}" for name, ours, kept in pairs if ours and kept]
+    peers = [(name, best_peer(held)) for name, held in measured.items()]
+    near = [f"{name} ({peer[0]} {peer[1]:.2f})" for name, peer in peers if peer and peer[1] < SPEEDUP_GOAL]
+    lines = [f"Time against a step without privacy that keeps freed memory as well: {', '.join(same)}."] * bool(same)
+    return lines + [
+        f"Where Opacus itself takes less than {SPEEDUP_GOAL:g} times a step without privacy, one that cost nothing more than "
+        f"that would not be {SPEEDUP_GOAL:g} times faster: {', '.join(near)}."
+    ] * bool(near)
 
 
 def _modes(measured: dict[str, Any]) -> list[str]:

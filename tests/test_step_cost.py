@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import README
-from benchmarks.step_cost import main, merge
+from benchmarks.step_cost import main, measure_noise, merge
 from benchmarks.step_floor import cost_of, floor_section
 from benchmarks.step_processes import DoesNotRun, OwnProcesses
 from benchmarks.step_table import best_peer, step_section
@@ -25,7 +25,7 @@ def figures(median: float) -> dict[str, Any]:
 def test_the_page_is_what_the_results_give() -> None:
     path = README.with_name("step_cost.json")
     results = json.loads(path.read_text())
-    text = step_section(results) + "\n\n" + floor_section(list(results["cases"]))
+    text = step_section(results) + "\n\n" + floor_section(results["cases"])
     assert f"<!-- step_cost -->\n{text}\n<!-- /step_cost -->" in README.read_text()
 
 
@@ -43,6 +43,19 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     assert "| 1.43 ✗ [≥ 1.5] (ghost) |" in row
     assert "without privacy: mlp 4 (3)." in text
     assert "- mlp, ew: does not run (ValueError: no)" in text
+    assert "freed memory as well" not in text
+    assert "Where Opacus itself" not in text
+    held["time"] |= {"kept": figures(0.7), "functorch": figures(1.4)}
+    text = step_section({"environment": named, "cases": {"mlp": held}})
+    assert "keeps freed memory as well: mlp 2.00." in text
+    assert "times faster: mlp (functorch 1.40)." in text
+
+
+def test_draws_are_set_beside_a_plain_step() -> None:
+    row = floor_section({"mlp": {"time": {"ours": figures(1.4)}, "noise": {"ms": 2.5}}}).splitlines()[-1]
+    assert row.endswith("| 2.5 | 1.25 |")
+    assert floor_section({"mlp": {"time": {}}}).endswith("| - | - |")
+    assert 0 < measure_noise(CASES["cnn"])["ms"] < 1000
 
 
 def test_new_figures_replace_those_of_the_same_mode_only() -> None:
