@@ -292,11 +292,11 @@ def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Tens
 
 def _gram_norms(conv: Conv, calls: Sequence[Call], samples: int) -> Tensor:
     """Return squared norms ``(B,)``, ``B >= 1``, from Gram matrices over all positions of all rows and calls."""
-    pairs = [_prepared(conv, call) for call in calls]
+    inputs, backprops, paddings = zip(*(_prepared(conv, call) for call in calls), strict=True)
     x, backprop = (
-        torch.cat([_with_rows(pair[side], samples, conv.groups) for pair in pairs], dim=2) for side in (0, 1)
+        torch.cat([_with_rows(one, samples, conv.groups) for one in side], dim=2) for side in (inputs, backprops)
     )
-    gram_x, gram_g = _unfolded_gram(conv, x, pairs[0][2], backprop.shape[2:]), _gram(backprop)
+    gram_x, gram_g = _unfolded_gram(conv, x, paddings[0], backprop.shape[2:]), _gram(backprop)
     total = torch.linalg.vecdot(gram_x.flatten(1), gram_g.flatten(1))
     trace_x, trace_g = (gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (gram_x, gram_g))
     in_width = x.shape[1] * conv.weight[0, 0].numel()
@@ -311,7 +311,9 @@ def _gram(x: Tensor) -> Tensor:
 
 def _with_rows(tensor: Tensor, samples: int, groups: int) -> Tensor:
     """``(B * K, G * C, *map)`` as ``(B * G, C, K, *map)``: the rows of a sample become one more axis of positions."""
-    return tensor.unflatten(0, (samples, -1)).unflatten(2, (groups, -1)).transpose(1, 2).transpose(2, 3).flatten(0, 1)
+    rows, channels = tensor.shape[0] // samples, tensor.shape[1] // groups
+    apart = tensor.reshape(samples, rows, groups, channels, *tensor.shape[2:])
+    return apart.transpose(1, 2).transpose(2, 3).flatten(0, 1)
 
 
 def _unfolded_gram(conv: Conv, x: Tensor, padding: tuple[int, ...], positions: Sequence[int]) -> Tensor:
@@ -331,7 +333,9 @@ def _unfolded_gram(conv: Conv, x: Tensor, padding: tuple[int, ...], positions: S
         return _gram(rows.reshape(size, -1, *rows.shape[2:]).transpose(1, 2))
     total = x.new_zeros(size, *positions, *positions)
     for kind in kinds:
-        part = x[(..., *(slice(residue, None, stride) for (residue, _), stride in zip(kind, conv.stride, strict=True)))]
+        part = x
+        for axis, (residue, _) in enumerate(kind):
+            part = part[(slice(None),) * (3 + axis) + (slice(residue, None, conv.stride[axis]),)]
         gram = _gram(part).reshape(size, *part.shape[2:], *part.shape[2:])
         for axis, (_, shifts) in enumerate(kind, start=2):
             gram = _shifted(gram, axis, axis + axes + 1, shifts, positions[axis - 1])
