@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import write_section
-from benchmarks.step_floor import floor_section
+from benchmarks.step_floor import cost_of, floor_section
 from benchmarks.step_processes import DoesNotRun, OwnProcesses, serve
 from benchmarks.step_table import OPACUS, step_section
 from lightning_dp import DPStrategy, RandomSparsification
@@ -239,7 +239,7 @@ def trial(case: Case, mode: str, target_seconds: float, runner: Runner) -> tuple
 
 
 def time_mode(
-    case: Case, mode: str, pairs: int, target_seconds: float, base: str = "plain", runner: Runner = run
+    case: Case, mode: str, pairs: int, target_seconds: float, *, runner: Runner, base: str = "plain"
 ) -> dict[str, Any]:
     """One mode against the base, pair by pair; what goes first changes from pair to pair."""
     sizes = {base: trial(case, base, target_seconds, runner)}
@@ -275,7 +275,7 @@ def memory_of_mode(case: Case, mode: str, known: dict[str, tuple[int, int]]) -> 
 
 def measure_noise(case: Case) -> dict[str, Any]:
     """Milliseconds that it takes to add noise to a buffer of all trained parameters, as a private step does."""
-    sums = torch.zeros(sum(p.numel() for p in case.make_network().parameters() if p.requires_grad), device=DEVICE)
+    sums = torch.zeros(cost_of(case).parameters, device=DEVICE)
     noise, seconds = GaussianNoise(), []
     for _ in range(25):
         began = time.perf_counter()

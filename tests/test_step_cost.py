@@ -16,6 +16,7 @@ from benchmarks.step_cost import main, measure_noise, merge
 from benchmarks.step_floor import cost_of, floor_section
 from benchmarks.step_processes import DoesNotRun, OwnProcesses
 from benchmarks.step_table import best_peer, step_section
+from lightning_dp.noise import GaussianNoise
 
 
 def figures(median: float) -> dict[str, Any]:
@@ -55,7 +56,13 @@ def test_draws_are_set_beside_a_plain_step() -> None:
     row = floor_section({"mlp": {"time": {"ours": figures(1.4)}, "noise": {"ms": 2.5}}}).splitlines()[-1]
     assert row.endswith("| 2.5 | 1.25 |")
     assert floor_section({"mlp": {"time": {}}}).endswith("| - | - |")
-    assert 0 < measure_noise(CASES["cnn"])["ms"] < 1000
+
+
+def test_draws_are_measured_on_a_buffer_of_all_trained_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, float]] = []
+    monkeypatch.setattr(GaussianNoise, "add_", lambda self, sums, std: seen.append((sums.numel(), std)))
+    assert measure_noise(CASES["lora"])["ms"] > 0
+    assert set(seen) == {(cost_of(CASES["lora"]).parameters, 1.0)}
 
 
 def test_new_figures_replace_those_of_the_same_mode_only() -> None:

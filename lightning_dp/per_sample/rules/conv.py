@@ -18,8 +18,6 @@ positions (the width of ``U``), ``O`` = out_channels / G, ``P`` output positions
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
@@ -32,9 +30,9 @@ from typing_extensions import override
 
 from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_rows, widen
 from lightning_dp.per_sample.rules.linear import not_cancelled
+from lightning_dp.per_sample.rules.unfolding import Conv, gram, unfolded, unfolded_gram
 
 Route: TypeAlias = Literal["grouped", "unfold", "gram"]
-Conv: TypeAlias = "nn.Conv1d | nn.Conv2d | nn.Conv3d"
 
 # Largest temporary, in elements, before a batch of samples is worked on in blocks (512 MiB in float32).
 BLOCK_ELEMENTS = 2**27
@@ -233,26 +231,12 @@ def _native_gradient(
     )
 
 
-def _unfolded(conv: Conv, x: Tensor, padding: tuple[int, ...], groups: int) -> Tensor:
-    """Return ``U``, shape ``(R, G, W, P)``: a copy with a column for each output position."""
-    if any(padding):
-        x = F.pad(x, [side for size in reversed(padding) for side in (size, size)])
-    axes = len(conv.kernel_size)
-    for axis in range(axes):
-        span = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-        x = x.unfold(2 + axis, span, conv.stride[axis])[..., :: conv.dilation[axis]]
-    # (R, in_channels, *positions, *kernel) -> (R, in_channels, *kernel, *positions)
-    x = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-    width = x.shape[1] // groups * conv.weight[0, 0].numel()
-    return x.reshape(x.shape[0], groups, width, -1)
-
-
 def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Route) -> Tensor:
     """Return per-sample gradients ``(B, *weight.shape)``, ``B >= 1``, added over calls; they may be written to."""
     total: Tensor | None = None
     for call in calls:
+        x, backprop, padding = _prepared(conv, call)
         if route == "grouped":
-            x, backprop, padding = _prepared(conv, call)
             rows = x.shape[0]
             grads = _native_gradient(
                 conv,
@@ -262,13 +246,10 @@ def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Ro
                 padding,
                 rows * conv.groups,
             )
-            grads = sum_rows(grads.reshape(rows, *conv.weight.shape), call.multiplicity)
         else:
-            x, backprop, padding = _prepared(conv, call)
-            unfolded = _unfolded(conv, x, padding, conv.groups).flatten(0, 1)
-            backprop = backprop.reshape(*unfolded.shape[:1], -1, unfolded.shape[2])
-            grads = torch.bmm(backprop, unfolded.mT).reshape(-1, *conv.weight.shape)
-            grads = sum_rows(grads, call.multiplicity)
+            columns = unfolded(conv, x, padding, conv.groups).flatten(0, 1)
+            grads = torch.bmm(backprop.reshape(len(columns), -1, columns.shape[2]), columns.mT)
+        grads = sum_rows(grads.reshape(-1, *conv.weight.shape), call.multiplicity)
         total = grads if total is None else total + grads
     assert total is not None
     return total
@@ -296,17 +277,11 @@ def _gram_norms(conv: Conv, calls: Sequence[Call], samples: int) -> Tensor:
     x, backprop = (
         torch.cat([_with_rows(one, samples, conv.groups) for one in side], dim=2) for side in (inputs, backprops)
     )
-    gram_x, gram_g = _unfolded_gram(conv, x, paddings[0], backprop.shape[2:]), _gram(backprop)
+    gram_x, gram_g = unfolded_gram(conv, x, paddings[0], backprop.shape[2:]), gram(backprop)
     total = torch.linalg.vecdot(gram_x.flatten(1), gram_g.flatten(1))
-    trace_x, trace_g = (gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (gram_x, gram_g))
+    trace_x, trace_g = (one.diagonal(dim1=1, dim2=2).sum(1) for one in (gram_x, gram_g))
     in_width = x.shape[1] * conv.weight[0, 0].numel()
     return not_cancelled(total, trace_x, trace_g, in_width, backprop.shape[1]).reshape(samples, conv.groups).sum(1)
-
-
-def _gram(x: Tensor) -> Tensor:
-    """Return ``x^T x`` over all positions of ``(N, C, *map)``, shape ``(N, P, P)``."""
-    flat = x.flatten(2)
-    return torch.bmm(flat.mT, flat)
 
 
 def _with_rows(tensor: Tensor, samples: int, groups: int) -> Tensor:
@@ -314,58 +289,6 @@ def _with_rows(tensor: Tensor, samples: int, groups: int) -> Tensor:
     rows, channels = tensor.shape[0] // samples, tensor.shape[1] // groups
     apart = tensor.reshape(samples, rows, groups, channels, *tensor.shape[2:])
     return apart.transpose(1, 2).transpose(2, 3).flatten(0, 1)
-
-
-def _unfolded_gram(conv: Conv, x: Tensor, padding: tuple[int, ...], positions: Sequence[int]) -> Tensor:
-    """Return ``U^T U`` over output positions ``(K, *map)``, shape ``(N, P, P)``, for ``x`` of shape ``(N, C, K, *map)``.
-
-    Output position p reads input position ``s p + d k - pad`` at kernel position k, so with ``X = x^T x``
-
-        (U^T U)_pq = sum_k X[s p + d k - pad, s q + d k - pad]
-
-    Along an axis, kernel positions that read the same residue modulo s read the same part of the input, at different shifts:
-    they share one product, and nothing is unfolded. Where few share, unfolding costs less.
-    """
-    size, axes = x.shape[0], len(conv.kernel_size)
-    kinds = list(itertools.product(*(_shifts(conv, padding, axis) for axis in range(axes))))
-    if len(kinds) > max(1, conv.weight[0, 0].numel() // 2):
-        rows = _unfolded(conv, x.transpose(1, 2).flatten(0, 1), padding, groups=1)
-        return _gram(rows.reshape(size, -1, *rows.shape[2:]).transpose(1, 2))
-    total = x.new_zeros(size, *positions, *positions)
-    for kind in kinds:
-        part = x
-        for axis, (residue, _) in enumerate(kind):
-            part = part[(slice(None),) * (3 + axis) + (slice(residue, None, conv.stride[axis]),)]
-        gram = _gram(part).reshape(size, *part.shape[2:], *part.shape[2:])
-        for axis, (_, shifts) in enumerate(kind, start=2):
-            gram = _shifted(gram, axis, axis + axes + 1, shifts, positions[axis - 1])
-        total += gram
-    return total.reshape(size, math.prod(positions), -1)
-
-
-def _shifts(conv: Conv, padding: Sequence[int], axis: int) -> list[tuple[int, list[int]]]:
-    """Return ``(b, [a, ...])``: kernel positions at which output position p reads input position ``s (p + a) + b``."""
-    shifts: dict[int, list[int]] = {}
-    for kernel_position in range(conv.kernel_size[axis]):
-        shift, residue = divmod(conv.dilation[axis] * kernel_position - padding[axis], conv.stride[axis])
-        shifts.setdefault(residue, []).append(shift)
-    return list(shifts.items())
-
-
-def _shifted(gram: Tensor, row: int, column: int, shifts: Sequence[int], num_positions: int) -> Tensor:
-    """Return ``sum_a gram[p + a, q + a]`` along one axis of positions; positions outside the input read zeros."""
-    length = gram.shape[row]
-    if len(shifts) == 1 and 0 <= shifts[0] <= length - num_positions:
-        return gram.narrow(row, shifts[0], num_positions).narrow(column, shifts[0], num_positions)
-    shape = list(gram.shape)
-    shape[row] = shape[column] = num_positions
-    total = gram.new_zeros(shape)
-    for shift in shifts:
-        low, high = max(0, -shift), min(num_positions, length - shift)
-        if low < high:
-            read = gram.narrow(row, low + shift, high - low).narrow(column, low + shift, high - low)
-            total.narrow(row, low, high - low).narrow(column, low, high - low).add_(read)
-    return total
 
 
 def _bias_gradients(calls: Sequence[Call]) -> Tensor:
