@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_dp.per_sample.rules import conv as conv_rules
+from lightning_dp.per_sample.rules import unfolding
 from lightning_dp.per_sample.rules.base import Call
 from lightning_dp.per_sample.rules.conv import ConvRule, ConvShape, Route, choose_route
+from lightning_dp.per_sample.rules.unfolding import gram
 from tests import reference
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -153,8 +155,26 @@ def test_conv_of_two_map_sizes_does_not_take_gram_matrices() -> None:
         check_against_loop(layer, calls, 2)
 
 
+@pytest.mark.parametrize(("kernel", "stride", "sizes"), [(3, 1, [64]), (3, 2, [16] * 4), (7, 1, [4]), (2, 2, [16])])
+def test_gram_matrices_are_never_larger_than_those_of_the_unfolded_input(
+    kernel: int, stride: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def seeing(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x[0, 0].numel())
+        return gram(x)
+
+    monkeypatch.setattr(unfolding, "gram", seeing)
+    layer = nn.Conv2d(2, 3, kernel, stride, padding=1 if kernel == 3 else 0, dtype=torch.float64)
+    call = made_calls(layer, [torch.randn(2, 2, 8, 8, dtype=torch.float64)])[0]
+    norms = conv_rules._gram_norms(layer, [call], 2)
+    assert seen == sizes
+    torch.testing.assert_close(norms, reference.squared_norms(looped(layer, [call], 2), [["weight"]])[0])
+
+
 def test_conv_blocks_do_not_change_the_numbers(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_rules, "BLOCK_ELEMENTS", {"grouped": 300, "unfold": 1000, "gram": 4000}[route])
+    monkeypatch.setattr(conv_rules, "BLOCK_ELEMENTS", {"grouped": 300, "unfold": 1000, "gram": 8000}[route])
     monkeypatch.setattr(conv_rules, "CACHED_ELEMENTS", 1000)
     layer = nn.Conv2d(2, 4, 3, dtype=torch.float64)
     calls = made_calls(layer, [torch.randn(7 * 2, 2, 5, 5, dtype=torch.float64)], multiplicity=2)

@@ -318,7 +318,7 @@ def _blocks(batch_size: int, shape: ConvShape, route: Route) -> Iterator[tuple[i
         * {
             "grouped": shape.rows * shape.in_width * shape.out_width,
             "unfold": shape.in_width * (shape.positions + shape.rows * shape.out_width),
-            "gram": shape.positions * (shape.in_width + 4 * shape.positions),
+            "gram": shape.positions * (shape.in_width + (shape.kernel + 2) * shape.positions),
         }[route]
     )
     cached = shape.device == "cpu" and route == "unfold"

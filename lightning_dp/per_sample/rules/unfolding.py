@@ -46,23 +46,29 @@ def unfolded_gram(conv: Conv, x: Tensor, padding: tuple[int, ...], positions: Se
         (U^T U)_pq = sum_k X[s p + d k - pad, s q + d k - pad]
 
     Along an axis, kernel positions that read the same residue modulo s read the same part of the input, at different shifts:
-    they share one product, and nothing is unfolded. Where few share, unfolding costs less.
+    they share one product, and nothing is unfolded. Where these products are not smaller than that of ``U``, as with a kernel
+    no larger than the stride or nearly as large as the input, the input is unfolded.
     """
     size, axes = x.shape[0], len(conv.kernel_size)
     kinds = list(itertools.product(*(_shifts(conv, padding, axis) for axis in range(axes))))
-    if len(kinds) > max(1, conv.weight[0, 0].numel() // 2):
+    parts = [_part(x, [residue for residue, _ in kind], conv.stride) for kind in kinds]
+    if sum(part[0, 0].numel() ** 2 for part in parts) >= conv.weight[0, 0].numel() * math.prod(positions) ** 2:
         rows = unfolded(conv, x.transpose(1, 2).flatten(0, 1), padding, groups=1)
         return gram(rows.reshape(size, -1, *rows.shape[2:]).transpose(1, 2))
     total = x.new_zeros(size, *positions, *positions)
-    for kind in kinds:
-        part = x
-        for axis, (residue, _) in enumerate(kind):
-            part = part[(slice(None),) * (3 + axis) + (slice(residue, None, conv.stride[axis]),)]
+    for kind, part in zip(kinds, parts, strict=True):
         product = gram(part).reshape(size, *part.shape[2:], *part.shape[2:])
         for axis, (_, shifts) in enumerate(kind, start=2):
             product = _shifted(product, axis, axis + axes + 1, shifts, positions[axis - 1])
         total += product
     return total.reshape(size, math.prod(positions), -1)
+
+
+def _part(x: Tensor, residues: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """Return the view of ``(N, C, K, *map)`` at the positions of these residues modulo the strides."""
+    for axis, (residue, stride) in enumerate(zip(residues, strides, strict=True), start=3):
+        x = x[(slice(None),) * axis + (slice(residue, None, stride),)]
+    return x
 
 
 def _shifts(conv: Conv, padding: Sequence[int], axis: int) -> list[tuple[int, list[int]]]:
