@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dp.per_sample.rules import rule_for
-from lightning_dp.per_sample.rules.base import Call
+from lightning_dp.per_sample.rules.base import BLOCK_ELEMENTS, Call
 from lightning_dp.per_sample.rules.linear import (
     LinearRule,
     gram_squared_norm,
@@ -34,11 +39,24 @@ def test_linear_agrees_with_batches_of_one(shape: tuple[int, ...], bias: bool, o
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.booleans())
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from([1, 100, 2**19]),
+)
 def test_linear_rule_speaks_of_one_gradient(
-    batch: int, rows: int, positions: int, num_in: int, num_out: int, two_calls: bool
+    batch: int, rows: int, positions: int, num_in: int, num_out: int, two_calls: bool, block: int
 ) -> None:
     """Norms, masked norms and sums are those of the materialised gradients, with folded rows and several calls."""
+    with mock.patch.dict(BLOCK_ELEMENTS, cpu=block):
+        assert_one_gradient(batch, rows, positions, num_in, num_out, two_calls)
+
+
+def assert_one_gradient(batch: int, rows: int, positions: int, num_in: int, num_out: int, two_calls: bool) -> None:
     layer = nn.Linear(num_in, num_out).double()
     calls = [
         Call(
@@ -67,6 +85,36 @@ def test_linear_rule_speaks_of_one_gradient(
         torch.testing.assert_close(norms[name], grad.square().flatten(1).sum(1))
         torch.testing.assert_close(masked[name], (grad * masks[name]).square().flatten(1).sum(1))
         torch.testing.assert_close(sums[name], torch.tensordot(factors, grad, 1))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return result
+
+
+@pytest.mark.parametrize("width", [24, 128])  # norms from products and from Gram matrices
+def test_norms_of_many_calls_join_a_few_samples_at_a_time(width: int) -> None:
+    size, positions, names = 4096 // width, 32, {"weight", "bias"}
+    layer = nn.Linear(width, width)
+    calls = [Call((), {}, torch.randn(size, width), torch.randn(size, width)) for _ in range(positions)]
+    masks = {name: torch.rand(parameter.shape) < 0.5 for name, parameter in layer.named_parameters()}
+    rule, block = LinearRule(), 2**15
+    assert prefer_gram(positions, width, width) == (width == 128)
+    assert size * positions * width > 2 * block
+    with mock.patch.dict(BLOCK_ELEMENTS, cpu=block), Largest() as largest:
+        assert torch.stack(list(rule.squared_norms(layer, calls, size, names).values())).isfinite().all()
+        assert torch.stack(list(rule.masked_squared_norms(layer, calls, size, masks).values())).isfinite().all()
+        assert size * width <= largest.elements <= block
 
 
 def test_prefer_gram_follows_the_multiplications() -> None:

@@ -135,7 +135,7 @@ def main() -> None:
 
     # who is drawn: positions by rank; a batch of one record is often empty on one rank and not on the other
     module = Writing()
-    fit(module, DataLoader(Indexed(), batch_size=1), max_epochs=30)
+    fit(module, DataLoader(Indexed(), batch_size=1), max_epochs=80)
     seen["drawn"] = module.drawn
 
     # how often a logical step talks to the other rank: accumulated parts and microbatches do not

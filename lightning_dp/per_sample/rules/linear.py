@@ -5,13 +5,14 @@ Legend: ``B`` samples, ``T`` positions of a sample (axes between batch and featu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.per_sample.rules.base import Call, Rule, samples_a_block, squared_norm, widen
+from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype, samples_a_block, squared_norm, widen
 
 _HUGE = 1e20
 """Squared norms above this make squares that have vanished in the other factor count."""
@@ -92,65 +93,59 @@ class LinearRule(Rule):
     def per_sample(
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
     ) -> dict[str, Tensor]:
-        inputs, backprops = _positions(calls, batch_size, "weight" in names)
         grads: dict[str, Tensor] = {}
         if "weight" in names:
-            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
-            grads["weight"] = torch.bmm(pair[0].mT, pair[1])
+            backprop = calls[0].backprop
+            new = partial(torch.empty, dtype=accumulation_dtype(backprop), device=backprop.device)
+            grads["weight"] = new(batch_size, *self._weight_shape(calls))
+            self.fill(module, calls, batch_size, "weight", grads["weight"])
         if "bias" in names:
-            grads["bias"] = backprops.sum(1) if backprops.shape[1] != 1 else backprops[:, 0]
+            grads["bias"] = _sums_over_positions(calls, batch_size)
         return grads
 
     @override
     def squared_norms(
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
     ) -> dict[str, Tensor]:
-        inputs, backprops = _positions(calls, batch_size, "weight" in names)
         norms: dict[str, Tensor] = {}
         if "weight" in names:
-            if inputs.shape[1] == 1:
-                norms["weight"] = outer_squared_norm(inputs[:, 0], backprops[:, 0])
-            elif prefer_gram(inputs.shape[1], inputs.shape[2], backprops.shape[2]):
-                norms["weight"] = gram_squared_norm(inputs, backprops)
-            else:
-                norms["weight"] = _product_squared_norm(backprops, inputs)
+            blocks = _blocks(calls, batch_size)
+            norms["weight"] = torch.cat([_weight_squared_norm(inputs, backprops) for _, inputs, backprops in blocks])
         if "bias" in names:
-            norms["bias"] = squared_norm(backprops.sum(1))
+            norms["bias"] = squared_norm(_sums_over_positions(calls, batch_size))
         return norms
 
     @override
     def masked_squared_norms(
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        inputs, backprops = _positions(calls, batch_size, "weight" in masks)
         norms: dict[str, Tensor] = {}
-        if "weight" in masks and inputs.shape[1] != 1:
-            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
-            norms["weight"] = _product_squared_norm(*pair, masks["weight"])
-        elif "weight" in masks:
-            mask = masks["weight"].to(inputs.dtype)
-            squares_a, squares_g = inputs[:, 0].square(), backprops[:, 0].square()
-            mixed = squares_g @ (mask.mT if self.transposed else mask)
-            norm = torch.linalg.vecdot(mixed, squares_a)
-            # next to a huge factor vanished squares would count: such a sample counts as not finite
-            huge = torch.maximum(squares_a.sum(1), squares_g.sum(1)) > _HUGE**1.5
-            norms["weight"] = torch.where(huge, torch.full_like(norm, torch.inf), norm)
+        if "weight" in masks:
+            mask = masks["weight"].to(accumulation_dtype(calls[0].backprop))
+            blocks = _blocks(calls, batch_size)
+            norms["weight"] = torch.cat([self._masked_weight_squared_norm(a, g, mask) for _, a, g in blocks])
         if "bias" in masks:
-            norms["bias"] = squared_norm(backprops.sum(1) * masks["bias"])
+            norms["bias"] = squared_norm(_sums_over_positions(calls, batch_size) * masks["bias"])
         return norms
+
+    def _masked_weight_squared_norm(self, inputs: Tensor, backprops: Tensor, mask: Tensor) -> Tensor:
+        if inputs.shape[1] != 1:
+            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
+            return _product_squared_norm(*pair, mask)
+        squares_a, squares_g = inputs[:, 0].square(), backprops[:, 0].square()
+        norm = torch.linalg.vecdot(squares_g @ (mask.mT if self.transposed else mask), squares_a)
+        # next to a huge factor vanished squares would count: such a sample counts as not finite
+        huge = torch.maximum(squares_a.sum(1), squares_g.sum(1)) > _HUGE**1.5
+        return torch.where(huge, torch.full_like(norm, torch.inf), norm)
 
     @override
     def weighted_sum(
         self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
     ) -> dict[str, Tensor]:
-        inputs, backprops = _positions(calls, batch_size, "weight" in names)
-        scaled = (backprops * factors.to(backprops.dtype).reshape(-1, 1, 1)).flatten(0, 1)
-        sums: dict[str, Tensor] = {}
-        if "weight" in names:
-            flat = inputs.flatten(0, 1)
-            sums["weight"] = flat.mT @ scaled if self.transposed else scaled.mT @ flat
-        if "bias" in names:
-            sums["bias"] = scaled.sum(0)
+        shapes = {"weight": self._weight_shape(calls), "bias": calls[0].backprop.shape[-1:]}
+        new = partial(torch.zeros, dtype=accumulation_dtype(calls[0].backprop), device=calls[0].backprop.device)
+        sums = {name: new(shapes[name]) for name in names}
+        self.add_weighted_sum(module, calls, factors, batch_size, sums)
         return sums
 
     @override
@@ -163,10 +158,11 @@ class LinearRule(Rule):
         out: Mapping[str, Tensor],
     ) -> None:
         for call in calls:  # one by one: nothing of the size of all of them together is made
-            inputs, backprops = _positions([call], batch_size, "weight" in out)
+            backprops = widen(_split(call.backprop, batch_size))
             scaled = (backprops * factors.to(backprops.dtype).reshape(-1, 1, 1)).flatten(0, 1)
             if "weight" in out:
-                pair = (inputs.flatten(0, 1), scaled) if self.transposed else (scaled, inputs.flatten(0, 1))
+                inputs = widen(_split(call.activation, batch_size)).flatten(0, 1)
+                pair = (inputs, scaled) if self.transposed else (scaled, inputs)
                 if out["weight"].dtype == scaled.dtype:
                     out["weight"].addmm_(pair[0].mT, pair[1])
                 else:
@@ -179,9 +175,13 @@ class LinearRule(Rule):
         if name != "weight":
             super().fill(module, calls, batch_size, name, out)
             return
-        inputs, backprops = _positions(calls, batch_size, True)
-        pair = (inputs, backprops) if self.transposed else (backprops, inputs)
-        torch.bmm(pair[0].mT, pair[1], out=out)
+        for rows, inputs, backprops in _blocks(calls, batch_size):
+            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
+            torch.bmm(pair[0].mT, pair[1], out=out[rows])
+
+    def _weight_shape(self, calls: Sequence[Call]) -> tuple[int, int]:
+        num_in, num_out = calls[0].activation.shape[-1], calls[0].backprop.shape[-1]
+        return (num_in, num_out) if self.transposed else (num_out, num_in)
 
     @override
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
@@ -199,31 +199,66 @@ class TransposedLinearRule(LinearRule):
     transposed = True
 
 
+def _weight_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
+    """Return ``|sum_t g_t a_t^T|^2`` for every sample, shape ``(B,)``, by the product that costs least."""
+    if inputs_BTd.shape[1] == 1:
+        return outer_squared_norm(inputs_BTd[:, 0], backprops_BTp[:, 0])
+    if prefer_gram(inputs_BTd.shape[1], inputs_BTd.shape[2], backprops_BTp.shape[2]):
+        return gram_squared_norm(inputs_BTd, backprops_BTp)
+    return _product_squared_norm(backprops_BTp, inputs_BTd)
+
+
 def _product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return ``|mask * sum_t left_t right_t^T|^2`` for every sample from products in one small buffer, used again."""
+    """Return ``|mask * sum_t left_t right_t^T|^2`` for every sample from products in one small buffer, used again.
+
+    The mask holds 1 and 0 in the type of the products.
+    """
     size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
     step = samples_a_block(size, num_left * num_right, lefts_BTp.device)
-    weights = None if mask is None else mask.to(lefts_BTp.dtype)
     product = lefts_BTp.new_empty(step, num_left, num_right)
     norms = lefts_BTp.new_empty(size)
     for low in range(0, size, step):
         rows = slice(low, min(low + step, size))
         part = product[: rows.stop - low]
         torch.bmm(lefts_BTp[rows].mT, rights_BTd[rows], out=part)
-        if weights is not None:
-            part.mul_(weights)
+        if mask is not None:
+            part.mul_(mask)
         norms[rows] = squared_norm(part)
     return norms
 
 
-def _positions(calls: Sequence[Call], batch_size: int, with_inputs: bool) -> tuple[Tensor, Tensor]:
-    """Return inputs ``(B, T, d)`` and backprops ``(B, T, p)`` of all calls together, in the accumulation type."""
-    inputs = [_split(call.activation, batch_size) for call in calls] if with_inputs else []
+def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield samples with their inputs ``(b, T, d)`` and backprops ``(b, T, p)`` of all calls, in the accumulation type.
+
+    Several calls are copied together a few samples at a time, so that no copy of all of them is ever made. The copies lie
+    where those of the last block lay.
+    """
+    inputs = [_split(call.activation, batch_size) for call in calls]
     backprops = [_split(call.backprop, batch_size) for call in calls]
     if len(calls) == 1:
-        return widen(inputs[0] if inputs else backprops[0]), widen(backprops[0])
-    g = widen(torch.cat(backprops, dim=1))
-    return widen(torch.cat(inputs, dim=1)) if inputs else g, g
+        yield slice(None), widen(inputs[0]), widen(backprops[0])
+        return
+    num_positions = sum(tensor.shape[1] for tensor in backprops)
+    widths = (inputs[0].shape[2], backprops[0].shape[2])
+    step = samples_a_block(batch_size, num_positions * sum(widths), backprops[0].device)
+    new = partial(torch.empty, dtype=accumulation_dtype(backprops[0]), device=backprops[0].device)
+    joined = [new(step, num_positions, width) for width in widths]
+    for low in range(0, max(1, batch_size), step):
+        rows = slice(low, min(low + step, batch_size))
+        parts = [buffer[: rows.stop - low] for buffer in joined]
+        for side, part in zip((inputs, backprops), parts, strict=True):
+            torch.cat([tensor[rows] for tensor in side], dim=1, out=part)
+        yield rows, parts[0], parts[1]
+
+
+def _sums_over_positions(calls: Sequence[Call], batch_size: int) -> Tensor:
+    """Return the backprops of every sample added over positions and calls, shape ``(B, p)``, in the accumulation type."""
+    sums: Tensor | None = None
+    for backprop in (widen(_split(call.backprop, batch_size)) for call in calls):
+        added = backprop[:, 0] if backprop.shape[1] == 1 else backprop.sum(1)
+        sums = added if sums is None else sums + added
+    assert sums is not None
+    return sums
 
 
 def _split(tensor: Tensor, batch_size: int) -> Tensor:
