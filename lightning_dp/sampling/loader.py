@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, I
 
 from lightning_dp.sampling.batches import MicrobatchCollate, NonEmptyGetitems, reads_many
 from lightning_dp.sampling.checks import check_count, check_loader, dataset_length
+from lightning_dp.sampling.gather import Gather
 from lightning_dp.sampling.indices import PoissonBatchSampler, ShuffleBatchSampler
 
 _KEPT = (
@@ -70,15 +71,20 @@ class PrivateDataLoader(DataLoader[Any]):
         self.facts = facts
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        dataset = self.dataset
-        if isinstance(dataset, IterableDataset) or not reads_many(dataset):
+        dataset, collate = self.dataset, self.collate_fn
+        if isinstance(dataset, IterableDataset) or not isinstance(collate, MicrobatchCollate):
             return super().__iter__()
-        # The iterator (and its workers) take the guarded dataset with them; whoever looks at the loader sees the own.
-        self.__dict__["dataset"] = NonEmptyGetitems(dataset)
+        rows = Gather.of(dataset, collate.collate_fn) if self.num_workers == 0 else None
+        # The iterator (and its workers) take these two with them; whoever looks at the loader sees the user's own.
+        if rows is not None:
+            self.__dict__["dataset"] = rows
+            self.__dict__["collate_fn"] = MicrobatchCollate(rows.collate, collate.microbatch_size)
+        elif reads_many(dataset):
+            self.__dict__["dataset"] = NonEmptyGetitems(dataset)
         try:
             return super().__iter__()
         finally:
-            self.__dict__["dataset"] = dataset
+            self.__dict__["dataset"], self.__dict__["collate_fn"] = dataset, collate
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state: draws are fresh after a resume."""

@@ -1,0 +1,60 @@
+"""A batch of rows of whole tensors, read at once where the samples are such rows anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset, default_collate
+
+
+class Gather:
+    """Stands before a ``TensorDataset``, or a ``Subset`` of one, whose samples ``default_collate`` makes a batch of.
+
+    To read 256 samples one by one and to stack them takes about a millisecond, to gather them a tenth of that. Its samples
+    are the indices themselves; :meth:`collate` makes of them, bit for bit, the batch that the two would have made.
+
+    Args:
+        dataset: its tensors' rows are samples.
+        indices: row of each sample, or None where they are the same.
+    """
+
+    def __init__(self, dataset: TensorDataset, indices: Tensor | None) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    @classmethod
+    def of(cls, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> Gather | None:
+        """Return one for a dataset and the user's collate function, or None where either may do something of its own."""
+        indices: Tensor | None = None
+        while type(dataset) is Subset:
+            mine = _integers(dataset.indices)
+            if mine is None:
+                return None
+            indices = mine if indices is None else mine[indices]
+            dataset = dataset.dataset
+        if type(dataset) is not TensorDataset or collate_fn is not default_collate:
+            return None
+        if not all(type(tensor) is Tensor and tensor.layout == torch.strided for tensor in dataset.tensors):
+            return None
+        return cls(dataset, indices)
+
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        return indices
+
+    def collate(self, samples: list[int]) -> list[Tensor]:
+        """Return the batch of these samples: a list with a tensor of shape (B, ...) for each of the dataset's."""
+        rows = torch.tensor(samples)
+        if self.indices is not None:
+            rows = self.indices[rows]
+        return [tensor[rows.to(tensor.device)].contiguous() for tensor in self.dataset.tensors]
+
+
+def _integers(indices: Any) -> Tensor | None:
+    try:
+        found = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return found if found.dtype == torch.int64 and found.dim() == 1 else None
