@@ -38,9 +38,10 @@ if hasattr(os, "register_at_fork"):
 
 
 class GaussianNoise:
-    """Adds independent Gaussian noise to every coordinate of a buffer, in place.
+    """Independent Gaussian noise for every coordinate of a buffer, in place.
 
-        tensor[j] += N(0, std^2)   for every j
+        add_:  tensor[j] += N(0, std^2)   for every j
+        fill_: tensor[j]  = N(0, std^2)   for every j: what is summed up in the buffer afterwards is noisy from the start
 
     Fast variant (default). CPU: four streams, each started from 256 bits of the operating system's entropy: MKL's ARS-5
     if the package ``mkl-random`` is installed (extra ``fast``; 1.6 times as fast on one thread), else torch's generator with its whole
@@ -101,13 +102,13 @@ class GaussianNoise:
         return self._root is not None
 
     def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Begin to draw ``num`` standard normals beside other work, for the next call of ``add_``.
+        """Begin to draw ``num`` standard normals beside other work, for the next call of ``add_`` or ``fill_``.
 
-        That call adds them if its buffer has ``num`` coordinates of that type on that device; any other throws them away
+        That call uses them if its buffer has ``num`` coordinates of that type on that device; any other throws them away
         and draws its own. Does nothing where it would not help or could not be repeated: on other devices than the CPU,
         for fewer than 2^15 values, for the secure variant, and under a seed. Holds one more buffer of that size and type.
 
-        **Guarantee**: private like noise drawn in ``add_``: what is drawn depends on the generator alone, each value is
+        **Guarantee**: private like noise drawn in the call: what is drawn depends on the generator alone, each value is
         used at most once, and a forked child, a copy and a pickle have none of them.
 
         Args:
@@ -117,7 +118,7 @@ class GaussianNoise:
 
         Raises:
             TypeError: another type.
-            Exception: what drawing raised, if values of another number or type were being drawn; else ``add_`` raises it.
+            Exception: what drawing raised, if values of another number or type were being drawn; else the next call raises it.
 
         Example:
             >>> noise = GaussianNoise()
@@ -153,28 +154,56 @@ class GaussianNoise:
                 the buffer's type would turn it into zero.
             Exception: what drawing beside other work raised, see ``prepare``.
         """
-        _check_dtype(tensor.dtype)
-        if not tensor.is_contiguous():
-            raise ValueError(f"Expected a contiguous buffer, got stride={tensor.stride()} for shape={tensor.shape}.")
-        if not 0 <= std < math.inf:
-            raise ValueError(f"Expected 0 <= std < inf, got std={std}.")
-        if std == 0:
-            return tensor
-        limits = torch.finfo(tensor.dtype)
-        if not limits.tiny <= std <= limits.max:
-            raise ValueError(f"Expected std within the range of {tensor.dtype}, got std={std}. Rescale the buffer.")
+        _check_buffer(tensor, std)
+        if std > 0:
+            self._write(tensor.detach().view(-1), std, adds=True)
+        return tensor
+
+    @torch.no_grad()
+    def fill_(self, tensor: Tensor, std: float) -> Tensor:
+        """Write N(0, std^2) into every coordinate, in place of what was there: cheaper than to add it to a sum later.
+
+        **Guarantee**: see the class. What is added to the buffer afterwards, bounded as ``std`` was calibrated to, is as private
+        as a sum to which the noise was added at the end; but for the secure variant: its grid is lost.
+
+        Args:
+            tensor: as for :meth:`add_`; its values are not read.
+            std: standard deviation, finite and >= 0; 0 writes zeros.
+
+        Returns:
+            The same tensor.
+
+        Raises:
+            TypeError: as :meth:`add_`.
+            ValueError: as :meth:`add_`.
+            Exception: as :meth:`add_`.
+
+        Example:
+            >>> sums = GaussianNoise().fill_(torch.full((3,), torch.nan), std=2.0)
+            >>> bool(sums.isfinite().all())
+            True
+        """
+        _check_buffer(tensor, std)
+        if std > 0:
+            self._write(tensor.detach().view(-1), std, adds=False)
+        else:
+            tensor.zero_()
+        return tensor
+
+    def _write(self, flat: Tensor, std: float, *, adds: bool) -> None:
         self._refuse_the_parents_state()
-        flat = tensor.detach().view(-1)
         ahead = None if self._ahead is None else self._ahead.take(flat.numel(), flat.dtype)
         if ahead is not None and flat.device.type == "cpu":
-            flat.add_(ahead, alpha=std)
+            if adds:
+                flat.add_(ahead, alpha=std)
+            else:
+                torch.mul(ahead, std, out=flat)
         elif self.secure:
-            self._add_secure(flat, std)
+            self._add_secure(flat if adds else flat.zero_(), std)
         elif flat.device.type == "cpu":
-            self._add_cpu(flat, std)
+            self._write_cpu(flat, std, adds=adds)
         else:
-            self._add_device(flat, std)
-        return tensor
+            self._write_device(flat, std, adds=adds)
 
     def __reduce__(self) -> tuple[Callable[[bool], GaussianNoise], tuple[bool]]:
         return (_fresh, (self.secure,))
@@ -199,38 +228,49 @@ class GaussianNoise:
             return self._root.spawn(num)
         return [np.random.SeedSequence(secrets.randbits(256)) for _ in range(num)]
 
-    def _add_cpu(self, flat: Tensor, std: float) -> None:
+    def _write_cpu(self, flat: Tensor, std: float, *, adds: bool) -> None:
         num_threads = min(
             _NUM_STREAMS, threads_that_pay(torch.get_num_threads()), max(1, -(-flat.numel() // _CPU_CHUNK))
         )
 
         @torch.no_grad()
-        def add_streams(first: int) -> None:
+        def write_streams(first: int) -> None:
             for number in range(first, _NUM_STREAMS, num_threads):
-                key = (number, flat.dtype)
-                if key not in self._buffers:
-                    self._buffers[key] = torch.empty(_CPU_CHUNK, dtype=flat.dtype)
+                stream = self._streams[number]
                 for start in range(number * _CPU_CHUNK, flat.numel(), _NUM_STREAMS * _CPU_CHUNK):
                     target = flat[start : start + _CPU_CHUNK]
-                    noise = self._buffers[key][: target.numel()]
-                    self._streams[number](noise)
-                    target.add_(noise, alpha=std)
+                    if not adds:
+                        stream(target, std)
+                        continue
+                    noise = self._buffer(number, flat.dtype)[: target.numel()]
+                    stream(noise, std)
+                    sums = target.numpy()
+                    sums += noise.numpy()  # less work a call than torch's, and so short that threads do not pay
 
         if num_threads == 1:
-            add_streams(0)
+            write_streams(0)
         else:  # drawing is the cost and releases the interpreter; no thread outlives the call
             with ThreadPoolExecutor(num_threads - 1) as pool:
-                others = [pool.submit(add_streams, first) for first in range(1, num_threads)]
-                add_streams(0)
+                others = [pool.submit(write_streams, first) for first in range(1, num_threads)]
+                write_streams(0)
                 for other in others:
                     other.result()
 
-    def _add_device(self, flat: Tensor, std: float) -> None:
+    def _buffer(self, number: int, dtype: torch.dtype) -> Tensor:
+        key = (number, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(_CPU_CHUNK, dtype=dtype)
+        return self._buffers[key]
+
+    def _write_device(self, flat: Tensor, std: float, *, adds: bool) -> None:
         generator = self._device_generators.get(flat.device)
         if generator is None:
             generator = torch.Generator(device=flat.device)
             generator.manual_seed(int(self._children(1)[0].generate_state(1, np.uint64)[0]))
             self._device_generators[flat.device] = generator
+        if not adds:
+            flat.normal_(std=std, generator=generator)
+            return
         for start in range(0, flat.numel(), _DEVICE_CHUNK):
             chunk = flat[start : start + _DEVICE_CHUNK]
             chunk.add_(torch.empty_like(chunk).normal_(generator=generator), alpha=std)
@@ -244,6 +284,17 @@ class GaussianNoise:
             noise *= std
             noise += chunk.cpu().numpy()
             chunk.copy_(torch.from_numpy(_on_grid(noise, grid)).to(flat.dtype))
+
+
+def _check_buffer(tensor: Tensor, std: float) -> None:
+    _check_dtype(tensor.dtype)
+    if not tensor.is_contiguous():
+        raise ValueError(f"Expected a contiguous buffer, got stride={tensor.stride()} for shape={tensor.shape}.")
+    if not 0 <= std < math.inf:
+        raise ValueError(f"Expected 0 <= std < inf, got std={std}.")
+    limits = torch.finfo(tensor.dtype)
+    if std != 0 and not limits.tiny <= std <= limits.max:
+        raise ValueError(f"Expected std within the range of {tensor.dtype}, got std={std}. Rescale the buffer.")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

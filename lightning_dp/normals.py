@@ -33,11 +33,12 @@ _ARS5_WORDS = 8  # of 32 bits: four of the key, four of the counter
 _ARS5_KNOWN = (0.7627399307981031, 0.636285213705848, 0.682237985667213, 1.1992829836684027)  # under the words 0 to 7
 
 
-def normal_stream(seed: np.random.SeedSequence) -> Callable[[Tensor], object]:
-    """Return a function that fills a CPU tensor with standard normals from a stream of its own.
+Stream = Callable[[Tensor, float], object]
+"""Fills a CPU tensor with normals of a standard deviation: contiguous, one-dimensional, float32 or float64."""
 
-    The tensor is contiguous, one-dimensional, float32 or float64. Drawing releases the interpreter and starts no threads.
-    """
+
+def normal_stream(seed: np.random.SeedSequence) -> Stream:
+    """Return a stream of its own. Drawing releases the interpreter and starts no threads."""
     generator = _mkl_generator()
     if generator is not None:
         return _mkl_stream(generator, seed)
@@ -49,13 +50,13 @@ def threads_that_pay(num_threads: int) -> int:
     return 1 if num_threads <= 2 and _mkl_generator() is not None else num_threads
 
 
-def _mkl_stream(generator: Callable[..., Any], seed: np.random.SeedSequence) -> Callable[[Tensor], object]:
+def _mkl_stream(generator: Callable[..., Any], seed: np.random.SeedSequence) -> Stream:
     state = generator(seed.generate_state(_ARS5_WORDS), brng="ARS5")
 
-    def fill(noise: Tensor) -> None:
-        values = state.normal(0.0, 1.0, noise.numel(), "ICDF")
+    def fill(noise: Tensor, std: float) -> None:
+        values = state.normal(0.0, std, noise.numel(), "ICDF")
         if noise.dtype == torch.float64:  # one draw takes 2^32 values, enough for float32 only
-            values += state.normal(0.0, 1.0, noise.numel(), "ICDF")
+            values += state.normal(0.0, std, noise.numel(), "ICDF")
             values *= math.sqrt(0.5)
         noise.numpy()[:] = values
 
@@ -87,7 +88,7 @@ def _mkl_generator() -> Callable[..., Any] | None:
     return generator
 
 
-def _torch_stream(seed: np.random.SeedSequence) -> Callable[[Tensor], object]:
+def _torch_stream(seed: np.random.SeedSequence) -> Stream:
     generator = torch.Generator()
     state = generator.get_state().numpy().copy()
     state[_STATE_WORDS].view(np.uint64)[:] = seed.generate_state(624)
@@ -95,7 +96,7 @@ def _torch_stream(seed: np.random.SeedSequence) -> Callable[[Tensor], object]:
     state[16:24].view(np.uint64)[:] = 0
     state[_STATE_CACHE] = 0
     generator.set_state(torch.from_numpy(state))
-    return lambda noise: noise.normal_(generator=generator)
+    return lambda noise, std: noise.normal_(std=std, generator=generator)
 
 
 def _has_known_layout() -> bool:
@@ -109,9 +110,15 @@ def _has_known_layout() -> bool:
     return bool(words[0] == seed and words[1] == second and words.max() < 2**32)
 
 
-def _numpy_stream(seed: np.random.SeedSequence) -> Callable[[Tensor], object]:
+def _numpy_stream(seed: np.random.SeedSequence) -> Stream:
     generator = np.random.Generator(np.random.SFC64(seed))
-    return lambda noise: generator.standard_normal(out=noise.numpy(), dtype=noise.numpy().dtype.type)
+
+    def fill(noise: Tensor, std: float) -> None:
+        values = noise.numpy()
+        generator.standard_normal(out=values, dtype=values.dtype.type)
+        values *= std
+
+    return fill
 
 
 def secure_words() -> Callable[[int], NDArray[np.uint64]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from lightning_dp.normals import Stream
 
 _CHUNK = 1 << 16
 
@@ -27,10 +28,10 @@ class NormalsAhead:
     fit what is asked for is thrown away. No number depends on anything but the generator.
 
     Args:
-        stream: fills a one-dimensional CPU tensor with standard normals; used by nobody else.
+        stream: where they come from; used by nobody else.
     """
 
-    def __init__(self, stream: Callable[[Tensor], object]) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
         # one thread, so that a draw never meets the one before, and one that is kept: starting it takes longer than a chunk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="normals-ahead")
@@ -65,5 +66,5 @@ class NormalsAhead:
         normals = self._buffer[:num]
         for start in range(0, num, _CHUNK):
             with _no_fork:
-                self._stream(normals[start : start + _CHUNK])
+                self._stream(normals[start : start + _CHUNK], 1.0)
         return normals

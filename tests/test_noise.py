@@ -99,6 +99,38 @@ def test_noise_is_added_to_what_is_there(secure: bool, dtype: torch.dtype) -> No
     assert not scale_is_right(tensor - base, 0.75)
 
 
+@pytest.mark.parametrize("generator", ["mkl", "torch", "numpy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_to_fill_is_to_add_to_zeros(
+    generator: str, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was there, and call by call: filled, added, filled from the same streams."""
+    use(generator, monkeypatch)
+    if generator == "numpy":
+        monkeypatch.setattr(normals, "_has_known_layout", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    one, other = GaussianNoise(seed=3), GaussianNoise(seed=3)
+    for size in (1, 5, CHUNK // 2, 3 * CHUNK + 7):
+        filled = torch.full((size,), torch.nan, dtype=dtype)
+        assert one.fill_(filled, 1.7) is filled
+        assert torch.equal(filled, draw(other, size, 1.7, dtype))
+        assert torch.equal(draw(one, size, 0.3, dtype), draw(other, size, 0.3, dtype))
+    assert scale_is_right(filled, 1.7)
+    assert not scale_is_right(filled, 1.7 * 1.5)
+
+
+def test_to_fill_with_secure_noise_keeps_to_the_grid() -> None:
+    filled = GaussianNoise(secure=True).fill_(torch.full((50_000,), torch.nan, dtype=torch.float64), 2.0)
+    assert scale_is_right(filled, 2.0)
+    assert not scale_is_right(filled, 3.0)
+    assert torch.equal(filled * 2.0**19, (filled * 2.0**19).round())
+
+
+def test_to_fill_without_noise_writes_zeros() -> None:
+    assert torch.equal(GaussianNoise().fill_(torch.full((3, 2), torch.nan), 0.0), torch.zeros(3, 2))
+
+
 @pytest.mark.usefixtures("backend")
 def test_any_shape_and_leaves_that_require_grad() -> None:
     parameter = torch.nn.Parameter(torch.zeros(30, 40))

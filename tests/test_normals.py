@@ -24,9 +24,9 @@ def some_seed() -> np.random.SeedSequence:
     return np.random.SeedSequence(secrets.randbits(256))
 
 
-def draws(stream: Callable[[Tensor], object], num: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def draws(stream: Callable[[Tensor, float], object], num: int, dtype: torch.dtype = torch.float32) -> Tensor:
     values = torch.empty(num, dtype=dtype)
-    stream(values)
+    stream(values, 1.0)
     return values
 
 
@@ -193,7 +193,7 @@ def test_mkls_tails() -> None:
     pytest.importorskip("mkl_random")
     stream, values, beyond = normals.normal_stream(some_seed()), torch.empty(1 << 16), 0
     for _ in range(40_000_000 // values.numel()):
-        stream(values)
+        stream(values, 1.0)
         beyond += int((values.abs() > 5).sum())
         assert float(values.abs().max()) < 8.3
     assert 2 <= beyond <= 60

@@ -28,10 +28,12 @@ CPU = torch.device("cpu")
 AHEAD = 7.0  # what the stream of a marked generator holds
 
 
-def marked(monkeypatch: pytest.MonkeyPatch, stream: Callable[[Tensor], object] | None = None) -> GaussianNoise:
+def marked(monkeypatch: pytest.MonkeyPatch, stream: Callable[[Tensor, float], object] | None = None) -> GaussianNoise:
     """Noise whose values drawn ahead come from ``stream``, by default all 7, which no normal is."""
     noise = GaussianNoise()
-    monkeypatch.setattr(noise_module, "normal_stream", lambda seed: stream or (lambda chunk: chunk.fill_(AHEAD)))
+    monkeypatch.setattr(
+        noise_module, "normal_stream", lambda seed: stream or (lambda chunk, std: chunk.fill_(AHEAD * std))
+    )
     return noise
 
 
@@ -58,6 +60,13 @@ def test_what_was_drawn_ahead_is_added_once_times_std(monkeypatch: pytest.Monkey
     assert torch.equal(noise.add_(torch.ones(2, NUM // 2), 3.0), torch.full((2, NUM // 2), 1 + 3 * AHEAD))
     assert not bool((draw(noise) == AHEAD).any())
     assert bool((prepared(noise) == AHEAD).all())
+
+
+def test_what_was_drawn_ahead_fills_once_times_std(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = marked(monkeypatch)
+    noise.prepare(NUM, torch.float32, CPU)
+    assert torch.equal(noise.fill_(torch.full((2, NUM // 2), torch.nan), 3.0), torch.full((2, NUM // 2), 3 * AHEAD))
+    assert not bool((noise.fill_(torch.empty(NUM), 1.0) == AHEAD).any())
 
 
 @pytest.mark.usefixtures("backend")
@@ -109,7 +118,7 @@ def test_another_call_replaces_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_same_call_again_draws_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    noise = marked(monkeypatch, lambda chunk: drawn.append(chunk.numel()))
+    noise = marked(monkeypatch, lambda chunk, std: drawn.append(chunk.numel()))
     noise.prepare(NUM, torch.float32, CPU)
     prepared(noise)
     assert sum(drawn) == NUM
@@ -129,7 +138,7 @@ def test_values_are_spent_before_they_are_added(monkeypatch: pytest.MonkeyPatch)
     assert not bool((draw(noise) == AHEAD).any())
 
 
-def broken(chunk: Tensor) -> None:
+def broken(chunk: Tensor, std: float) -> None:
     raise OSError("no more entropy")
 
 
@@ -155,7 +164,7 @@ def test_drawing_goes_on_beside_and_add_waits_for_it(monkeypatch: pytest.MonkeyP
     go_on = threading.Event()
     threads: set[int] = set()
 
-    def slow(chunk: Tensor) -> None:
+    def slow(chunk: Tensor, std: float) -> None:
         threads.add(threading.get_ident())
         assert go_on.wait(60)
         time.sleep(0.01)
@@ -186,7 +195,7 @@ def test_a_draw_left_behind_does_not_write_into_the_next(monkeypatch: pytest.Mon
 
     threads: set[int] = set()
 
-    def slow(chunk: Tensor) -> None:
+    def slow(chunk: Tensor, std: float) -> None:
         threads.add(threading.get_ident())
         value = next(values)
         if value != AHEAD:
@@ -333,7 +342,7 @@ def test_no_fork_begins_within_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that a generator holds at a fork would stay held in the child for ever."""
     drawing = threading.Event()
 
-    def slow(chunk: Tensor) -> None:
+    def slow(chunk: Tensor, std: float) -> None:
         drawing.set()
         time.sleep(0.05)
         drawing.clear()

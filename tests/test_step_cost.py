@@ -60,7 +60,7 @@ def test_draws_are_set_beside_a_plain_step() -> None:
 
 def test_draws_are_measured_on_a_buffer_of_all_trained_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, float]] = []
-    monkeypatch.setattr(GaussianNoise, "add_", lambda self, sums, std: seen.append((sums.numel(), std)))
+    monkeypatch.setattr(GaussianNoise, "fill_", lambda self, sums, std: seen.append((sums.numel(), std)))
     assert measure_noise(CASES["lora"])["ms"] > 0
     assert set(seen) == {(cost_of(CASES["lora"]).parameters, 1.0)}
 

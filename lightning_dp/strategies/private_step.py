@@ -109,7 +109,7 @@ class PrivateStep(Refusals):
     def _collect(self, index: int) -> None:
         """Clips each sample of this microbatch and adds it to the sum of optimizer ``index``."""
         sums, engine, scale = self._sums[index], self._engine, self._scale
-        sums.used = True
+        self._begin_sum(sums)
         if scale == 0.0:  # a stand-in for an empty batch: it must not even count
             engine.discard(sums.names)
             return
@@ -181,34 +181,63 @@ class PrivateStep(Refusals):
         """Ledger, noise, sum over ranks, ``p.grad``: after this line everything is post-processing."""
         sums, plan = self._sums[index], self.plan
         self._refuse_over_budget()
-        sums.used = True
+        self._begin_sum(sums)
         self.mechanisms.canaries.join(index, sums, self._threshold, adds=self.global_rank == 0)
         payload, gradient, statistics = sums.payload()
-        sigma = plan.sigma(self._step) * math.sqrt(len(self._sums))
-        noise_std = self._add_noise(sums, gradient, statistics, sigma)
+        noise_std = self._add_noise(sums, gradient, statistics, self._sigma())
         self._sum_over_ranks(payload)
         self.mechanisms.canaries.observe(index, sums, gradient, noise_std)
         rescale = self._learn(sums, gradient, statistics, noise_std)
         sums.write_grads(gradient, plan.expected_batch_size, rescale)
         self._engine.accept_grads(sums.names)
 
+    def _begin_sum(self, sums: ClippedSum) -> None:
+        """Before anything is added: draws the noise of the release into the buffer, unless something has to see it without."""
+        if sums.used:
+            return
+        sums.used = True
+        noise_std, _ = self._noise_stds(sums, self._sigma())
+        if noise_std > 0 and self._noise_comes_first(sums):
+            assert self._noise is not None
+            sums.begin_with_noise(self._noise, noise_std * self._noise_share)
+
+    def _noise_comes_first(self, sums: ClippedSum) -> bool:
+        """Not under a mask, of which most coordinates get no noise; nor if secure noise rounds the sum, or diagnostics read it."""
+        return sums.mask is None and not self.settings.secure_rng and self.mechanisms.diagnostics is None
+
+    @property
+    def _noise_share(self) -> float:
+        """Each of W ranks adds noise of 1/W of the variance."""
+        return 1 / math.sqrt(self.world_size)
+
+    def _sigma(self) -> float:
+        """Noise multiplier of one release of this logical step: k of them, one a private optimizer, cost what one does."""
+        return self.plan.sigma(self._step) * math.sqrt(len(self._sums))
+
+    def _noise_stds(self, sums: ClippedSum, sigma: float) -> tuple[float, float]:
+        """Std of the noise on a coordinate of the gradient and on a statistic, over all ranks: public, settled with the batch."""
+        plan = self.plan
+        gradient_sigma, statistics_std = self._threshold.share_noise(sigma, plan.expected_batch_size)
+        return gradient_sigma * plan.relation_factor * sums.sensitivity, statistics_std * plan.relation_factor
+
     def _add_noise(self, sums: ClippedSum, gradient: Tensor, statistics: Tensor, sigma: float) -> float:
-        """Writes the release into the ledger and draws its noise; each of W ranks adds a 1/W share of the variance.
+        """Writes the release into the ledger and draws what its buffer lacks of the noise.
 
         Returns:
             The std of the noise on a coordinate of the gradient, over all ranks.
         """
         assert self._noise is not None
-        plan, share = self.plan, 1 / math.sqrt(self.world_size)
+        noise_std, statistics_std = self._noise_stds(sums, sigma)
         if self.mechanisms.diagnostics is not None:
-            self.mechanisms.diagnostics.summarise(gradient, sigma * plan.relation_factor * sums.sensitivity)
+            self.mechanisms.diagnostics.summarise(gradient, sigma * self.plan.relation_factor * sums.sensitivity)
             self.mechanisms.diagnostics.reset()
-        gradient_sigma, statistics_std = self._threshold.share_noise(sigma, plan.expected_batch_size)
-        noise_std = gradient_sigma * plan.relation_factor * sums.sensitivity
         self._record(sigma)
-        self._noise.add_(gradient, noise_std * share)
+        if sums.noise_std is None:
+            self._noise.add_(gradient, noise_std * self._noise_share)
+        elif sums.noise_std != noise_std * self._noise_share:
+            self._refuse_changed_noise(sums.noise_std / self._noise_share, noise_std)
         if statistics.numel():
-            self._noise.add_(statistics, statistics_std * plan.relation_factor * share)
+            self._noise.add_(statistics, statistics_std * self._noise_share)
         if noise_std > 0 and len(self._sums) == 1 and has_spare_core():  # of the next release, beside its forward
             self._noise.prepare(gradient.numel(), gradient.dtype, gradient.device)
         return noise_std

@@ -95,6 +95,12 @@ class Refusals(PrivateRun):
                 "the same batch. It costs privacy that was not planned for: step once, or pass noise_multiplier and no budget."
             )
 
+    def _refuse_changed_noise(self, drawn: float, needed: float) -> None:
+        raise PrivacyError(
+            f"Expected noise of std {needed:.6g} on the sum that is released, got the {drawn:.6g} that was settled when its batch "
+            "began. Change clipping and noise between batches: in on_train_epoch_start or on_train_batch_start."
+        )
+
     def _refuse_over_budget(self) -> None:
         steps = self.plan.steps
         if self.plan.target_epsilon is not None and steps is not None and self._step >= steps:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.clipping import Clipping
+from lightning_dp.noise import GaussianNoise
 
 
 class ClippedSum:
@@ -18,11 +19,13 @@ class ClippedSum:
     The buffer of a step becomes that step's gradients once it is noised. The next step takes it back if by then nobody
     holds one of these gradients, and a fresh one otherwise: no more memory is held than without privacy.
 
+    It begins with the noise of its release (``begin_with_noise``), or with zeros.
+
     Behind the P coordinates of the gradient lie S statistics. Under a mask only live coordinates and statistics are
     handed out by ``payload``: what is masked is never noised, never sent and zero in every gradient.
 
-    **Guarantee**: ``flat`` holds private, un-noised sums until ``lightning_dp.noise`` has been added; no ``p.grad``
-    aliases it before, and after it was handed out it is written again only when this object is its last owner, so a
+    **Guarantee**: ``flat`` holds private sums, not to be released before ``lightning_dp.noise`` is in all of them; no
+    ``p.grad`` aliases it before, and after it was handed out it is written again only when this object is its last owner, so a
     gradient that a user kept never shows a later sum, and neither a hook nor ``zero_grad`` can reach one.
 
     Args:
@@ -41,13 +44,14 @@ class ClippedSum:
         self.num_coordinates = sum(self._sizes)
         dtype = torch.float64 if double else torch.float32
         self.num_statistics = num_statistics
-        self._new = partial(torch.zeros, self.num_coordinates + num_statistics, dtype=dtype, device=first.device)
+        self._new = partial(torch.empty, self.num_coordinates + num_statistics, dtype=dtype, device=first.device)
         self._device = first.device
         self._dtype = dtype
         self._flat: Tensor | None = None
         self._handed_out: Tensor | None = None
         self._takes_back = not is_shared(torch.empty(1, device=first.device))
         self.used = False  # set it before anything is added
+        self.noise_std: float | None = None  # of the noise that the gradient began with
         self.base = clipping.for_coordinates(self.num_coordinates)
         self.clipping = self.base
         self.mask_version: tuple[Hashable, ...] = ()
@@ -60,9 +64,25 @@ class ClippedSum:
     def flat(self) -> Tensor:
         """The buffer of this step, shape (P + S,); zeros where nothing was added yet."""
         if self._flat is None:
-            held, self._handed_out = self._handed_out, None
-            self._flat = self._new() if held is None or is_shared(held) else held.zero_()
+            self._flat = self._fresh().zero_()
         return self._flat
+
+    def _fresh(self) -> Tensor:
+        """Returns the last step's buffer if nobody else has it, else a new one; with arbitrary values."""
+        held, self._handed_out = self._handed_out, None
+        return self._new() if held is None or is_shared(held) else held
+
+    def begin_with_noise(self, noise: GaussianNoise, std: float) -> None:
+        """Begins a sum with the noise of its release: the buffer is passed over once less than when it is added at the end.
+
+        Args:
+            noise: where it comes from.
+            std: of a coordinate, from public state only.
+        """
+        self._flat = self._fresh()
+        self._flat[self.num_coordinates :].zero_()
+        noise.fill_(self._flat[: self.num_coordinates], std)
+        self.used, self.noise_std = True, std
 
     @property
     def gradient(self) -> Tensor:
@@ -136,7 +156,7 @@ class ClippedSum:
         """Forgets whatever has been added; costs nothing where nothing has."""
         if self.used and self._flat is not None:
             self._flat.zero_()
-        self.used = False
+        self.used, self.noise_std = False, None
 
     def drop_grads(self) -> None:
         """Frees the last step's gradients, as the optimizer's ``zero_grad`` would."""
@@ -186,7 +206,7 @@ class ClippedSum:
             parameter = self.parameters[name]
             parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None
         self._handed_out = self._flat if self._takes_back else None
-        self._flat, self.used = None, False
+        self._flat, self.used, self.noise_std = None, False, None
 
 
 def _owners(tensor: Tensor) -> tuple[int, int]:

@@ -43,12 +43,9 @@ def scaled_noise(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
     """Noise of ``factor`` times the std that the ledger speaks of."""
 
     def breaks(patch: pytest.MonkeyPatch) -> None:
-        original = GaussianNoise.add_
-
-        def add_(self: GaussianNoise, tensor: Tensor, std: float) -> Tensor:
-            return original(self, tensor, std * factor) if factor else tensor
-
-        patch.setattr(GaussianNoise, "add_", add_)
+        add_, fill_ = GaussianNoise.add_, GaussianNoise.fill_
+        patch.setattr(GaussianNoise, "add_", lambda self, tensor, std: add_(self, tensor, std * factor))
+        patch.setattr(GaussianNoise, "fill_", lambda self, tensor, std: fill_(self, tensor, std * factor))
 
     return breaks
 
@@ -109,12 +106,14 @@ def noise_on_the_first_microbatch_only(patch: pytest.MonkeyPatch) -> None:
             sums.gradient.add_(add_(self._noise, torch.zeros_like(sums.gradient), std) * (sums.gradient != 0))
 
     patch.setattr(PrivateStep, "_collect", collecting)
+    patch.setattr(PrivateStep, "_noise_comes_first", lambda self, sums: False)
     patch.setattr(GaussianNoise, "add_", lambda self, tensor, std: tensor)
 
 
 def same_noise_every_step(patch: pytest.MonkeyPatch) -> None:
-    original = GaussianNoise.add_
-    patch.setattr(GaussianNoise, "add_", lambda self, tensor, std: original(GaussianNoise(seed=7), tensor, std))
+    for name in ("add_", "fill_"):
+        original = getattr(GaussianNoise, name)
+        patch.setattr(GaussianNoise, name, lambda self, *args, of=original: of(GaussianNoise(seed=7), *args))
 
 
 def correlated_ranks(patch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from lightning_dp import (
 )
 from lightning_dp.clipping import Clipping
 from lightning_dp.noise import GaussianNoise
+from lightning_dp.strategies.private_step import PrivateStep
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, make_trainer
 
 NUM_RECORDS = 12
@@ -147,7 +148,7 @@ class Draw:
 
 
 class NoiseSpy:
-    """Follows every draw of noise."""
+    """Follows every draw of noise, all of it added to what is summed up already."""
 
     def __init__(self, monkeypatch: Any) -> None:
         self.draws: list[Draw] = []
@@ -160,6 +161,7 @@ class NoiseSpy:
             return noisy
 
         monkeypatch.setattr(GaussianNoise, "add_", spy)
+        monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self, sums: False)
 
     @property
     def gradients(self) -> list[Draw]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lightning_dp.clipping import top_agg
+from lightning_dp.noise import GaussianNoise
 from lightning_dp.plan import SENSITIVITY_FACTOR
+from lightning_dp.strategies.private_step import PrivateStep
 from tests.composition.table import (
     BOUNDS,
     CLIPPINGS,
@@ -138,3 +140,29 @@ def test_replacing_a_record_doubles_every_noise(
         stds.append([draw.std for draw in spy.draws])
     assert len(stds[0]) == 1 + (combination.bound in ("adaptive", "published"))
     assert stds[1] == pytest.approx([std * SENSITIVITY_FACTOR["replace_one"] for std in stds[0]])
+
+
+@pytest.mark.parametrize("combination", default_or_slow([c for c in LEGAL if c.mask == "dense"]))
+def test_noise_drawn_first_is_the_noise_added_last(
+    combination: Combination, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under one seed a sum that begins with its noise is the sum to which it is added: the same gradients up to rounding."""
+    gradients, ledgers, drawn, fill_ = [], [], [], GaussianNoise.fill_
+    for first in (True, False):
+        filled: list[float] = []
+        monkeypatch.setattr(GaussianNoise, "fill_", lambda *args, to=filled: (to.append(args[2]), fill_(*args))[1])
+        if not first:
+            monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self, sums: False)
+        monkeypatch.setattr(top_agg, "coin_generator", lambda device: torch.Generator(device).manual_seed(0))
+        recorder = Recorder()
+        options = {"microbatch_size": 5, "trainer_options": {"max_epochs": 3}}
+        strategy, _, _ = fit(combination, tmp_path, callbacks=[recorder], **options)
+        monkeypatch.undo()
+        gradients.append([torch.cat([g.flatten() for g in found.values()]) for found in recorder.before_step])
+        ledgers.append(strategy.ledger.entries)
+        drawn.append(filled)
+    assert ledgers[0] == ledgers[1]
+    num_noisy = sum(strategy.plan.sigma(step) > 0 for step in range(len(gradients[0])))
+    assert [len(stds) for stds in drawn] == [num_noisy, 0]
+    for one, other in zip(*gradients, strict=True):
+        assert float((one - other).norm()) <= 1e-4 * float(other.norm())

@@ -11,6 +11,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
+from lightning_dp.clipping import FlatClipping
+from lightning_dp.noise import GaussianNoise
 from lightning_dp.normals_ahead import NormalsAhead
 from lightning_dp.strategies import private_step
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
@@ -203,20 +205,45 @@ def test_a_weight_penalty_in_the_loss_is_refused(tmp_path: Any) -> None:
         make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Penalised(), make_loader())
 
 
-def test_the_noise_is_written_where_it_is_drawn(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ledger already holds the step when the noise is drawn: nothing is released that it does not know of."""
-    strategy = DPStrategy(noise_multiplier=1.5)
-    seen: list[int] = []
-    from lightning_dp.noise import GaussianNoise
+@pytest.mark.parametrize("first", [True, False])
+def test_the_ledger_holds_a_step_before_anything_of_it_is_released(
+    first: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise drawn when the batch began is written down where it is spent; added to the sum, where it is drawn."""
+    strategy = DPStrategy(noise_multiplier=1.5, secure_rng=not first)
+    drawn: dict[str, list[int]] = {"add_": [], "fill_": []}
+    for name, seen in drawn.items():
+        draw = getattr(GaussianNoise, name)
 
-    original = GaussianNoise.add_
+        def spy(self: GaussianNoise, *args: Any, seen: list[int] = seen, draw: Any = draw) -> Tensor:
+            seen.append(strategy.ledger.num_steps)
+            return draw(self, *args)
+
+        monkeypatch.setattr(GaussianNoise, name, spy)
+    released: list[int] = []
+    send = DPStrategy._sum_over_ranks
     monkeypatch.setattr(
-        GaussianNoise, "add_", lambda self, t, std: (seen.append(strategy.ledger.num_steps), original(self, t, std))[1]
+        DPStrategy, "_sum_over_ranks", lambda self, flat: (released.append(self.ledger.num_steps), send(self, flat))[1]
     )
     make_trainer(strategy, tmp_path).fit(Classifier(), make_loader())
-    assert seen == [1, 2, 3, 4]
+    assert drawn == ({"add_": [], "fill_": [0, 1, 2, 3]} if first else {"add_": [1, 2, 3, 4], "fill_": []})
+    assert released == [1, 2, 3, 4]
     (entry,) = strategy.ledger.entries
     assert (entry.event.noise_multiplier, entry.event.sample_rate) == (1.5, 0.25)
+
+
+def test_noise_that_is_not_that_of_the_release_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0)
+    collect = DPStrategy._collect
+
+    def changing(self: DPStrategy, index: int) -> None:
+        collect(self, index)
+        self._sums[index].clipping = FlatClipping(3.0)
+
+    monkeypatch.setattr(DPStrategy, "_collect", changing)
+    with pytest.raises(PrivacyError, match=r"noise of std 3 on the sum that is released, got the 1 .*began"):
+        make_trainer(strategy, tmp_path).fit(Classifier(), make_loader())
+    assert all(parameter.grad is None for parameter in strategy.lightning_module.parameters())
 
 
 @pytest.mark.parametrize("spare", [False, True])

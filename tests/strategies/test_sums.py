@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_dp.clipping import FlatClipping
+from lightning_dp.noise import GaussianNoise
 from lightning_dp.strategies.sums import ClippedSum, is_shared
 
 
@@ -112,3 +113,24 @@ def test_a_reset_forgets_what_was_added() -> None:
     sums.reset()
     assert not sums.flat.any()
     assert not sums.used
+
+
+@pytest.mark.parametrize("num_statistics", [0, 2])
+def test_a_sum_begins_with_its_noise_and_nothing_else(num_statistics: int) -> None:
+    """In a fresh buffer, in one that held the last gradients, and not after a reset."""
+    sums = make_sums(num_statistics)
+    for _ in range(2):
+        sums.begin_with_noise(GaussianNoise(seed=4), 2.0)
+        expected = GaussianNoise(seed=4).add_(torch.zeros(sums.num_coordinates), 2.0)
+        assert torch.equal(sums.gradient, expected)
+        assert not sums.statistics.any()
+        assert (sums.used, sums.noise_std) == (True, 2.0)
+        sums.statistics.add_(5.0)
+        release(sums, 1.0)
+        assert torch.equal(sums.parameters["bias"].grad, (expected[6:] + 1) / 2)
+        assert (sums.used, sums.noise_std) == (False, None)
+        sums.drop_grads()
+    sums.begin_with_noise(GaussianNoise(), 2.0)
+    sums.reset()
+    assert not sums.flat.any()
+    assert (sums.used, sums.noise_std) == (False, None)
