@@ -245,14 +245,15 @@ def test_budget_refuses_a_run_with_plain_steps(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("clipping", ["flat", "top_agg_values"])
-def test_diagnostics_are_those_of_the_batch(tmp_path: Any, clipping: str) -> None:
+@pytest.mark.parametrize("mask", ["pruned", "dense"])
+def test_diagnostics_are_those_of_the_batch(tmp_path: Any, clipping: str, mask: str) -> None:
     values: list[dict[str, float]] = []
 
     class Read(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
             values.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
-    combination = Combination(clipping, mask="pruned")
+    combination = Combination(clipping, mask=mask)
     diagnostics = GradientDiagnostics()
     strategy, module, _ = fit(
         combination,
