@@ -122,6 +122,12 @@ def test_prefer_gram_follows_the_multiplications() -> None:
     assert not prefer_gram(60, 100, 100)
 
 
+@pytest.mark.parametrize("positions", [1, 127, 128, 129, 300])
+def test_gram_norm_over_blocks_of_positions(positions: int) -> None:
+    a, g = (torch.randn(3, positions, width, dtype=torch.float64) for width in (5, 4))
+    torch.testing.assert_close(gram_squared_norm(a, g), torch.bmm(g.mT, a).square().sum((1, 2)))
+
+
 def test_gram_norm_is_not_reported_far_below_the_true_one_when_terms_cancel() -> None:
     """In float32 a sum that cancels to its rounding may come out 0 or negative; the bound keeps it sound."""
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ _HUGE = 1e20
 _COST_OF_KEEPING = 20
 """Multiplications in the time that one number of a kept gradient costs (measured on a CPU)."""
 
-_GRAM_BLOCK = 64
+_GRAM_BLOCK = 128
 """Positions of a block of Gram matrices, of which those above the diagonal are left out: they are symmetric."""
 
 
@@ -158,17 +158,22 @@ class LinearRule(Rule):
         out: Mapping[str, Tensor],
     ) -> None:
         for call in calls:  # one by one: nothing of the size of all of them together is made
-            backprops = widen(_split(call.backprop, batch_size))
-            scaled = (backprops * factors.to(backprops.dtype).reshape(-1, 1, 1)).flatten(0, 1)
-            if "weight" in out:
-                inputs = widen(_split(call.activation, batch_size)).flatten(0, 1)
-                pair = (inputs, scaled) if self.transposed else (scaled, inputs)
-                if out["weight"].dtype == scaled.dtype:
-                    out["weight"].addmm_(pair[0].mT, pair[1])
-                else:
-                    out["weight"].add_(pair[0].mT @ pair[1])
+            inputs, backprops = (widen(_split(tensor, batch_size)) for tensor in (call.activation, call.backprop))
+            factors_B11 = factors.to(backprops.dtype).reshape(-1, 1, 1)
             if "bias" in out:
-                out["bias"].add_(scaled.sum(0))
+                out["bias"].add_(torch.tensordot(factors_B11[:, 0, 0], backprops.sum(1), dims=1))
+            if "weight" not in out:
+                continue
+            if inputs.shape[2] < backprops.shape[2]:  # the smaller of the two is scaled
+                inputs = inputs * factors_B11
+            else:
+                backprops = backprops * factors_B11
+            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
+            left, right = (side.flatten(0, 1) for side in pair)
+            if out["weight"].dtype == left.dtype:
+                out["weight"].addmm_(left.mT, right)
+            else:
+                out["weight"].add_(left.mT @ right)
 
     @override
     def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:
