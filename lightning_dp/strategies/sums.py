@@ -169,7 +169,7 @@ class ClippedSum:
             packed = self.flat
         else:
             assert self._packed is not None
-            packed = torch.index_select(self.flat, 0, self._places, out=self._packed)
+            packed = torch.take(self.flat, self._places, out=self._packed)
         gradient, statistics = torch.split(packed, [self.num_live, self.num_statistics])
         return packed, gradient, statistics
 

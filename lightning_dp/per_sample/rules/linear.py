@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype, samples_a_block, squared_norm, widen
+from lightning_dp.per_sample.rules.sparse_mask import masked_outer_squared_norm
 
 _HUGE = 1e20
 """Squared norms above this make squares that have vanished in the other factor count."""
@@ -121,22 +122,22 @@ class LinearRule(Rule):
     ) -> dict[str, Tensor]:
         norms: dict[str, Tensor] = {}
         if "weight" in masks:
-            mask = masks["weight"].to(accumulation_dtype(calls[0].backprop))
             blocks = _blocks(calls, batch_size)
+            mask = masks["weight"]
             norms["weight"] = torch.cat([self._masked_weight_squared_norm(a, g, mask) for _, a, g in blocks])
         if "bias" in masks:
             norms["bias"] = squared_norm(_sums_over_positions(calls, batch_size) * masks["bias"])
         return norms
 
     def _masked_weight_squared_norm(self, inputs: Tensor, backprops: Tensor, mask: Tensor) -> Tensor:
+        lefts, rights = (inputs, backprops) if self.transposed else (backprops, inputs)
         if inputs.shape[1] != 1:
-            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
-            return _product_squared_norm(*pair, mask)
-        squares_a, squares_g = inputs[:, 0].square(), backprops[:, 0].square()
-        norm = torch.linalg.vecdot(squares_g @ (mask.mT if self.transposed else mask), squares_a)
-        # next to a huge factor vanished squares would count: such a sample counts as not finite
-        huge = torch.maximum(squares_a.sum(1), squares_g.sum(1)) > _HUGE**1.5
-        return torch.where(huge, torch.full_like(norm, torch.inf), norm)
+            return _product_squared_norm(lefts, rights, mask)
+        lefts, rights = lefts[:, 0].square(), rights[:, 0].square()
+        norm = masked_outer_squared_norm(mask, lefts, rights)
+        # next to a huge factor vanished squares would count: such a sample counts as not finite, as one with NaN does
+        small = torch.maximum(lefts.sum(1), rights.sum(1)) <= _HUGE**1.5
+        return torch.where(small, norm, torch.inf)
 
     @override
     def weighted_sum(
@@ -214,20 +215,18 @@ def _weight_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
 
 
 def _product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return ``|mask * sum_t left_t right_t^T|^2`` for every sample from products in one small buffer, used again.
-
-    The mask holds 1 and 0 in the type of the products.
-    """
+    """Return ``|mask * sum_t left_t right_t^T|^2`` for every sample from products in one small buffer, used again."""
     size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
     step = samples_a_block(size, num_left * num_right, lefts_BTp.device)
+    weights = None if mask is None else mask.to(lefts_BTp.dtype)
     product = lefts_BTp.new_empty(step, num_left, num_right)
     norms = lefts_BTp.new_empty(size)
     for low in range(0, size, step):
         rows = slice(low, min(low + step, size))
         part = product[: rows.stop - low]
         torch.bmm(lefts_BTp[rows].mT, rights_BTd[rows], out=part)
-        if mask is not None:
-            part.mul_(mask)
+        if weights is not None:
+            part.mul_(weights)
         norms[rows] = squared_norm(part)
     return norms
 

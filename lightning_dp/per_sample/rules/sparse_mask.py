@@ -1,0 +1,67 @@
+"""Products with a mask of few live entries, as a sparse matrix that is made once a mask.
+
+At one live entry in ten MKL's sparse product takes two thirds of the time of a dense one, and no dense copy of the mask is
+made in every step. Making the matrix takes as long as a product, so it is made for masks that are met again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import MutableMapping
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_MOST_LIVE = 0.15
+"""Largest share of live entries for which the sparse product is faster (measured on a CPU)."""
+
+_known: MutableMapping[Tensor, tuple[int, Tensor | None]] = WeakTensorKeyDictionary()
+"""Mask to its version, and to its matrix from the second time on."""
+
+_DENSE = torch.empty(0)
+"""Stands for the matrix of a mask with too many live entries."""
+
+
+def sparse_of(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return a mask as a sparse matrix of 1 and 0, or None where a dense product is better.
+
+    Args:
+        mask: boolean, shape ``(p, d)``; a change in place is noticed.
+        dtype: of the result.
+
+    Returns:
+        A CSR matrix, for the mask met for the second time and later.
+    """
+    if mask.device.type != "cpu" or mask.is_inference() or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return None
+    version, matrix = _known.get(mask, (-1, None))
+    if version != mask._version:
+        _known[mask] = (mask._version, None)
+        return None
+    if matrix is None or (matrix is not _DENSE and matrix.dtype != dtype):
+        matrix = _to_csr(mask, dtype) if int(mask.count_nonzero()) <= _MOST_LIVE * mask.numel() else _DENSE
+        _known[mask] = (version, matrix)
+    return None if matrix is _DENSE else matrix
+
+
+def _to_csr(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return mask.to(dtype).to_sparse_csr()
+
+
+def masked_outer_squared_norm(mask: Tensor, lefts_Bp: Tensor, rights_Bd: Tensor) -> Tensor:
+    """Return ``sum_{p,d} mask[p, d] left[p] right[d]`` for every sample, shape ``(B,)``.
+
+    Args:
+        mask: boolean, shape ``(p, d)``.
+        lefts_Bp: squares, shape ``(B, p)``.
+        rights_Bd: squares, shape ``(B, d)``.
+    """
+    matrix = sparse_of(mask, rights_Bd.dtype)
+    if matrix is None:
+        norms: Tensor = torch.linalg.vecdot(lefts_Bp @ mask.to(lefts_Bp.dtype), rights_Bd)
+        return norms
+    products_pB: Tensor = matrix @ rights_Bd.mT.contiguous()
+    return (products_pB * lefts_Bp.mT).sum(0)
