@@ -5,8 +5,9 @@
 
 Step against step, both in a Lightning Trainer with automatic optimization, noise and optimizer included. A and B run in
 turn, each in a process of its own; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best
-case. Batches have a fixed size on all sides, so that all do the same work. ``kept`` is the step without privacy where freed
-memory is kept from step to step, as a private fit on a CPU keeps it (``allocator.py``).
+case. Batches have a fixed size on all sides, so that all do the same work. ``kept`` is the step without privacy that has what
+a private fit has besides: freed memory is kept from step to step (``allocator.py``, on a CPU), and the rows of a batch are
+gathered at once (``sampling/gather.py``).
 
 Peak memory comes from a process of its own a case: highest resident size (on a GPU: highest allocated memory) from the
 second batch to the last, less what was resident before the model was made, in a process that has loaded everything the mode
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import lightning as L
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, default_collate
 
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import write_section
@@ -51,6 +52,7 @@ from lightning_dp import DPStrategy, RandomSparsification
 from lightning_dp.allocator import give_back_freed_memory, keep_freed_memory
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import indices
+from lightning_dp.sampling.gather import Gather
 
 HERE = Path(__file__).parent
 OURS: dict[str, dict[str, Any]] = {
@@ -124,11 +126,17 @@ def lightning_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
     strategy = (
         "auto" if mode in ("plain", "kept") else DPStrategy(noise_multiplier=1.0, target_delta=1e-6, **OURS[mode])
     )
-    trainer_steps(case, strategy, [clock, sparse] if mode == "sparse" else [clock], steps)
+    trainer_steps(case, strategy, [clock, sparse] if mode == "sparse" else [clock], steps, gathers=mode == "kept")
 
 
-def trainer_steps(case: Case, strategy: Any, callbacks: list[L.Callback], steps: int) -> None:
+def trainer_steps(case: Case, strategy: Any, callbacks: list[L.Callback], steps: int, *, gathers: bool = False) -> None:
     """So many steps of a case under any strategy and callbacks."""
+    dataset = case.make_dataset()
+    loader = DataLoader(dataset, batch_size=case.batch_size, shuffle=True)
+    if gathers:
+        rows = Gather.of(dataset, default_collate)
+        assert rows is not None
+        loader = DataLoader(rows, case.batch_size, sampler=RandomSampler(dataset), collate_fn=rows.collate)
     trainer = L.Trainer(
         max_epochs=-1,
         max_steps=steps,
@@ -142,7 +150,7 @@ def trainer_steps(case: Case, strategy: Any, callbacks: list[L.Callback], steps:
         enable_model_summary=False,
         log_every_n_steps=10**9,
     )
-    trainer.fit(Classifier(case), DataLoader(case.make_dataset(), batch_size=case.batch_size, shuffle=True))
+    trainer.fit(Classifier(case), loader)
 
 
 def opacus_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:

@@ -31,8 +31,8 @@ def step_section(results: dict[str, Any]) -> str:
     lines += [_row(CASES[name], held) for name, held in measured.items()]
     lines += [
         "",
-        "All modes, time (and memory); kept is the step without privacy where freed memory is kept, as in a private fit; a dash is "
-        "what was not measured:",
+        "All modes, time (and memory); kept is the step without privacy that keeps freed memory and gathers the rows of its "
+        "batches, as a private fit does; a dash is what was not measured:",
         "",
         *_modes(measured),
     ]
@@ -116,7 +116,9 @@ def _bounds(measured: dict[str, Any]) -> list[str]:
     same = [f"{name} {ours / kept:.2f}" for name, ours, kept in pairs if ours and kept]
     peers = [(name, best_peer(held)) for name, held in measured.items()]
     near = [f"{name} ({peer[0]} {peer[1]:.2f})" for name, peer in peers if peer and peer[1] < SPEEDUP_GOAL]
-    lines = [f"Time against a step without privacy that keeps freed memory as well: {', '.join(same)}."] * bool(same)
+    lines = [
+        f"Time against a step without privacy that keeps freed memory and gathers its batches as well: {', '.join(same)}."
+    ] * bool(same)
     return lines + [
         f"Where Opacus itself takes less than {SPEEDUP_GOAL:g} times a step without privacy, one that cost nothing more than "
         f"that would not be {SPEEDUP_GOAL:g} times faster: {', '.join(near)}."

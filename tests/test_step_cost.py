@@ -44,11 +44,11 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     assert "| 1.43 ✗ [≥ 1.5] (ghost) |" in row
     assert "without privacy: mlp 4 (3)." in text
     assert "- mlp, ew: does not run (ValueError: no)" in text
-    assert "freed memory as well" not in text
+    assert "gathers its batches as well" not in text
     assert "Where Opacus itself" not in text
     held["time"] |= {"kept": figures(0.7), "functorch": figures(1.4)}
     text = step_section({"environment": named, "cases": {"mlp": held}})
-    assert "keeps freed memory as well: mlp 2.00." in text
+    assert "gathers its batches as well: mlp 2.00." in text
     assert "times faster: mlp (functorch 1.40)." in text
 
 
