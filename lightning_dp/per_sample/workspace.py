@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_dp.allocator import large_pages
 
-SHARE = 1.0
+SHARE = 0.95
 """Largest size of all kept buffers together, as a share of what a step without privacy holds anyway (see ``limit``)."""
 
 _SPARE = 1.125
