@@ -11,6 +11,8 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 NUM_RECORDS, NUM_FEATURES, NUM_CLASSES = 64, 6, 3
@@ -106,3 +108,19 @@ def run_two_ranks(script: Path, out: Path, *, weights_only: bool = False) -> lis
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=weights_only) for rank in (0, 1)]
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest memory that an operation makes anew while this is entered: ``elements``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result

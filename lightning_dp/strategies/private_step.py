@@ -1,7 +1,8 @@
 """The private step: the only place that draws noise and writes ``p.grad``.
 
 Read it as the data goes: ``batch_to_device`` (what was sampled) -> ``training_step`` (one forward and one backward a
-microbatch) -> ``_collect`` (norms, clipping, sum) -> ``_release`` (ledger, noise, sum over ranks, ``p.grad``) -> optimizer.
+microbatch) -> ``_collect`` (noise where it comes first, norms, clipping, sum) -> ``_release`` (ledger, noise that is not there
+yet, sum over ranks, ``p.grad``) -> optimizer.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dp.datalens import ConvDiscriminator, MLPDiscriminator, top_k_votes
 from lightning_dp.datalens.release import VoteRelease
 from lightning_dp.datalens.shards import Shards
 from lightning_dp.datalens.teachers import Teachers, _fresh_copy, check_discriminator
 from lightning_dp.datalens.votes import threshold_votes
+from tests.helpers import Largest
 
 NUM, SIZE, WIDTH, CLASSES = 7, 6, 5, 3
 
@@ -190,21 +190,6 @@ def test_teachers_start_apart_from_public_weights() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-class Largest(TorchDispatchMode):
-    """The size of the largest result of any operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for item in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(item, Tensor):
-                self.numel = max(self.numel, item.untyped_storage().nbytes() // item.element_size())
-        return out
-
-
 def test_memory_is_bounded_by_the_chunk() -> None:
     """No operation of a step makes more than one chunk's activations or weights, however many teachers there are."""
     largest = {}
@@ -212,7 +197,7 @@ def test_memory_is_bounded_by_the_chunk() -> None:
         teachers = make(random_shards(num), chunk_size=chunk_size)
         with Largest() as seen:
             vote(train(teachers))
-        largest[num, chunk_size] = seen.numel
+        largest[num, chunk_size] = seen.elements
     assert largest[40, 4] == largest[80, 4] <= 4 * (4 + 4) * (8 + WIDTH + CLASSES)
     assert largest[40, 40] == 10 * largest[40, 4]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,8 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dp.per_sample.rules import rule_for
 from lightning_dp.per_sample.rules.base import BLOCK_ELEMENTS, Call
@@ -21,6 +18,7 @@ from lightning_dp.per_sample.rules.linear import (
     outer_squared_norm,
     prefer_gram,
 )
+from tests.helpers import Largest
 from tests.per_sample.checks import assert_engine_agrees
 
 
@@ -85,21 +83,6 @@ def assert_one_gradient(batch: int, rows: int, positions: int, num_in: int, num_
         torch.testing.assert_close(norms[name], grad.square().flatten(1).sum(1))
         torch.testing.assert_close(masked[name], (grad * masks[name]).square().flatten(1).sum(1))
         torch.testing.assert_close(sums[name], torch.tensordot(factors, grad, 1))
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
-        return result
 
 
 @pytest.mark.parametrize("width", [24, 128])  # norms from products and from Gram matrices

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine, engine
 from lightning_dp.per_sample.rules import base, linear
 from lightning_dp.per_sample.workspace import SHARE, Workspace
 from tests import reference
+from tests.helpers import Largest
 from tests.per_sample import checks
 
 CPU = torch.device("cpu")
@@ -189,22 +188,6 @@ def test_sums_in_a_wider_type_and_in_strided_memory() -> None:
             torch.testing.assert_close(strided[name], total)
 
 
-class _Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation makes anew."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize(
     ("module", "data"),
@@ -220,7 +203,7 @@ def test_no_tensor_of_the_parameters_size_is_made(module: nn.Module, data: Tenso
     names = [name for name, _ in module.named_parameters()]
     out = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
     checks.run_batch(made, loss_of(module), data, 6)
-    with _Largest() as seen:
+    with Largest() as seen:
         made.squared_norms([names])
         made.accumulate(torch.ones(1, 6), [names], out)
     assert 0 < seen.elements < next(module.parameters()).numel()
@@ -237,7 +220,7 @@ def test_a_wide_embedding_never_makes_a_gradient_of_its_size_a_sample(memory: st
     mask = {"weight": torch.rand(entries, 4) < 0.5} if masked else None
     out = {"weight": torch.zeros(entries, 4)}
     checks.run_batch(made, loss_of(module), data, size)
-    with _Largest() as seen:
+    with Largest() as seen:
         made.squared_norms([["weight"]], mask)
         made.accumulate(torch.ones(1, size), [["weight"]], out)
     assert 0 < seen.elements < entries

@@ -98,6 +98,16 @@ def weighted_rows(grads: Tensor, factors: Tensor) -> Tensor:
     return total
 
 
+def sum_from_zeros(
+    rule: Rule, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
+) -> dict[str, Tensor]:
+    """Return the weighted sum of a rule whose :meth:`Rule.add_weighted_sum` does without it: added to zeros."""
+    dtype = accumulation_dtype(calls[0].backprop)
+    sums = {name: torch.zeros_like(module.get_parameter(name), dtype=dtype) for name in names}
+    rule.add_weighted_sum(module, calls, factors, batch_size, sums)
+    return sums
+
+
 class Rule(ABC):
     """Per-sample gradients of the parameters of one layer family.
 

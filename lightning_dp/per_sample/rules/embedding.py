@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype, squared_norm, widen
+from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_from_zeros, widen
 
 
 class EmbeddingRule(Rule):
@@ -69,10 +69,7 @@ class EmbeddingRule(Rule):
     def weighted_sum(
         self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
     ) -> dict[str, Tensor]:
-        dtype = accumulation_dtype(calls[0].backprop)
-        sums = {name: torch.zeros_like(module.get_parameter(name), dtype=dtype) for name in names}
-        self.add_weighted_sum(module, calls, factors, batch_size, sums)
-        return sums
+        return sum_from_zeros(self, module, calls, factors, batch_size, names)
 
     @override
     def add_weighted_sum(

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype, samples_a_block, squared_norm, widen
+from lightning_dp.per_sample.rules.base import (
+    Call,
+    Rule,
+    accumulation_dtype,
+    samples_a_block,
+    squared_norm,
+    sum_from_zeros,
+    widen,
+)
 from lightning_dp.per_sample.rules.sparse_mask import masked_outer_squared_norm
 
 _HUGE = 1e20
@@ -96,9 +104,10 @@ class LinearRule(Rule):
     ) -> dict[str, Tensor]:
         grads: dict[str, Tensor] = {}
         if "weight" in names:
-            backprop = calls[0].backprop
+            activation, backprop = calls[0].activation, calls[0].backprop
             new = partial(torch.empty, dtype=accumulation_dtype(backprop), device=backprop.device)
-            grads["weight"] = new(batch_size, *self._weight_shape(calls))
+            shape = (backprop.shape[-1], activation.shape[-1])
+            grads["weight"] = new(batch_size, *(reversed(shape) if self.transposed else shape))
             self.fill(module, calls, batch_size, "weight", grads["weight"])
         if "bias" in names:
             grads["bias"] = _sums_over_positions(calls, batch_size)
@@ -122,8 +131,9 @@ class LinearRule(Rule):
     ) -> dict[str, Tensor]:
         norms: dict[str, Tensor] = {}
         if "weight" in masks:
-            blocks = _blocks(calls, batch_size)
-            mask = masks["weight"]
+            blocks, mask = _blocks(calls, batch_size), masks["weight"]
+            if len(calls) > 1:  # several blocks, and several positions: a product with the mask's numbers in each
+                mask = mask.to(accumulation_dtype(calls[0].backprop))
             norms["weight"] = torch.cat([self._masked_weight_squared_norm(a, g, mask) for _, a, g in blocks])
         if "bias" in masks:
             norms["bias"] = squared_norm(_sums_over_positions(calls, batch_size) * masks["bias"])
@@ -143,11 +153,7 @@ class LinearRule(Rule):
     def weighted_sum(
         self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
     ) -> dict[str, Tensor]:
-        shapes = {"weight": self._weight_shape(calls), "bias": calls[0].backprop.shape[-1:]}
-        new = partial(torch.zeros, dtype=accumulation_dtype(calls[0].backprop), device=calls[0].backprop.device)
-        sums = {name: new(shapes[name]) for name in names}
-        self.add_weighted_sum(module, calls, factors, batch_size, sums)
-        return sums
+        return sum_from_zeros(self, module, calls, factors, batch_size, names)
 
     @override
     def add_weighted_sum(
@@ -184,10 +190,6 @@ class LinearRule(Rule):
         for rows, inputs, backprops in _blocks(calls, batch_size):
             pair = (inputs, backprops) if self.transposed else (backprops, inputs)
             torch.bmm(pair[0].mT, pair[1], out=out[rows])
-
-    def _weight_shape(self, calls: Sequence[Call]) -> tuple[int, int]:
-        num_in, num_out = calls[0].activation.shape[-1], calls[0].backprop.shape[-1]
-        return (num_in, num_out) if self.transposed else (num_out, num_in)
 
     @override
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
