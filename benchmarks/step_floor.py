@@ -7,7 +7,7 @@ Legend: ``B`` samples, ``T`` positions of a sample, ``d`` in, ``p`` out, ``P`` t
     norms, T > 1       Gram matrices, B T (T + 1) / 2 (d + p), half of each for symmetry; or the per-sample gradients,
                        B T d p, kept: then they replace the weight gradient, and 4 B d p bytes are written and read twice
     norms under a mask B d p at T = 1, where (g^2)^T M (a^2) is a matrix product; else the per-sample gradients
-    release            P normal draws, and 16 P bytes: noise (written, read when the sum is added), mean (read, written)
+    release            P normal draws, and 8 P bytes: noise divided by the batch size, written, and read when the mean is added
 
 What P draws take, written into a buffer of that size, is measured by ``step_cost.py``.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.cases import CASES, Case
 
 FLOAT = 4
-RELEASE_PASSES = 4
+RELEASE_PASSES = 2
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Cost:
 
     @property
     def release_bytes(self) -> int:
-        """Traffic of zeroing, noise and mean."""
+        """Traffic of the noise; the mean is added to it."""
         return RELEASE_PASSES * FLOAT * self.parameters
 
 

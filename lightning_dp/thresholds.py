@@ -54,6 +54,11 @@ class Threshold:
     unsound: ClassVar[str] = ""
     """Why a run with this rule has no finite epsilon; empty where it has one."""
 
+    @property
+    def sees_releases(self) -> bool:
+        """Whether every release is shown to ``observe``."""
+        return self.learns or self.num_statistics > 0
+
     def clipping(self, base: Clipping, step: int, num_groups: int) -> Clipping:
         """Return the clipping of a logical step; called once, before its first sample."""
         return base

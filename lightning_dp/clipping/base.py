@@ -13,7 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-_FLOAT32 = torch.finfo(torch.float32)
+SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
+"""Subnormal factors are too coarse to keep a bound: the sample is dropped."""
+
 # A float32 quotient times a norm may exceed the bound by two roundings of 2^-24; this keeps it below.
 SAFE_SIDE = 1 - 2.0**-22
 
@@ -97,8 +99,8 @@ class Clipping(ABC):
         if norms.ndim != 2:
             raise ValueError(f"Expected norms of shape (groups, samples), got shape={tuple(norms.shape)}.")
         factors = self._raw_factors(norms)
-        # A subnormal factor is too coarse to keep the bound; written so that NaN is dropped as well.
-        usable = ((norms >= 0) & (norms < math.inf)).all(dim=0) & (factors >= _FLOAT32.tiny) & (factors < math.inf)
+        # written so that NaN is dropped as well
+        usable = ((norms >= 0) & (norms < math.inf)).all(dim=0) & (factors >= SMALLEST_FACTOR) & (factors < math.inf)
         return torch.where(usable, factors, 0.0)
 
     def contributions(self, grads_BP: Tensor, live: Tensor | None = None) -> Tensor:
@@ -119,6 +121,11 @@ class Clipping(ABC):
             f"Expected a clipping that needs gradients, got {type(self).__name__}, which scales each sample by a factor. Use "
             "factors(norms)."
         )
+
+    @property
+    def gives_mean(self) -> bool:
+        """Whether the gradient is the mean of what samples contribute by factors: then it may be summed up as one from the start."""
+        return not self.needs_gradients and type(self).finish is Clipping.finish
 
     def finish(self, noisy: Tensor, expected_batch_size: int, out: Tensor) -> None:
         """Turn the noisy sum into the gradient: post-processing.

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dp.auditing import Canaries
 from lightning_dp.clipping import NoClipping
+from lightning_dp.clipping.base import SMALLEST_FACTOR
 from lightning_dp.diagnostics import Diagnostics
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import has_spare_core
@@ -124,7 +126,9 @@ class PrivateStep(Refusals):
             sums.add(kept.sum(0))
         else:
             factors = sums.clipping.factors(norms)
-            engine.accumulate(factors * scale, sums.groups, sums.views)  # what is masked is never read from the sum
+            weights = factors * (scale / sums.divisor)
+            weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
+            engine.accumulate(weights, sums.groups, sums.views)  # what is masked is never read from the sum
         if threshold.num_statistics:
             sums.statistics.add_(threshold.statistics(torch.linalg.vector_norm(norms, dim=0)))
         if diagnostics is not None:
@@ -200,11 +204,16 @@ class PrivateStep(Refusals):
         noise_std, _ = self._noise_stds(sums, self._sigma())
         if noise_std > 0 and self._noise_comes_first(sums):
             assert self._noise is not None
-            sums.begin_with_noise(self._noise, noise_std * self._noise_share)
+            sums.begin_with_noise(self._noise, noise_std * self._noise_share, self._divisor(sums))
 
     def _noise_comes_first(self, sums: ClippedSum) -> bool:
         """Not under a mask, of which most coordinates get no noise; nor if secure noise rounds the sum, or diagnostics read it."""
         return sums.mask is None and not self.settings.secure_rng and self.mechanisms.diagnostics is None
+
+    def _divisor(self, sums: ClippedSum) -> int:
+        """What a sum that begins with its noise is divided by as it is made: 1 where something has to see the sum itself."""
+        seen = self._threshold.sees_releases or type(self.mechanisms.canaries) is not Canaries
+        return 1 if seen or not sums.clipping.gives_mean else self.plan.expected_batch_size
 
     @property
     def _noise_share(self) -> float:
@@ -246,7 +255,7 @@ class PrivateStep(Refusals):
     def _learn(self, sums: ClippedSum, gradient: Tensor, statistics: Tensor, noise_std: float) -> float:
         """Shows the release to a bound that learns from it; returns what the gradient is multiplied by."""
         threshold = self._threshold
-        if not (threshold.learns or threshold.num_statistics):
+        if not threshold.sees_releases:
             return 1.0
         released = tuple(statistics.tolist())
         threshold.observe(

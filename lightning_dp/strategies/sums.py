@@ -19,7 +19,7 @@ class ClippedSum:
     The buffer of a step becomes that step's gradients once it is noised. The next step takes it back if by then nobody
     holds one of these gradients, and a fresh one otherwise: no more memory is held than without privacy.
 
-    It begins with the noise of its release (``begin_with_noise``), or with zeros.
+    It begins with the noise of its release (``begin_with_noise``), then maybe as a mean from the start, or with zeros.
 
     Behind the P coordinates of the gradient lie S statistics. Under a mask only live coordinates and statistics are
     handed out by ``payload``: what is masked is never noised, never sent and zero in every gradient.
@@ -51,7 +51,8 @@ class ClippedSum:
         self._handed_out: Tensor | None = None
         self._takes_back = not is_shared(torch.empty(1, device=first.device))
         self.used = False  # set it before anything is added
-        self.noise_std: float | None = None  # of the noise that the gradient began with
+        self.noise_std: float | None = None  # of the noise that the gradient began with, in units of the sum
+        self.divisor = 1  # what is added is divided by it
         self.base = clipping.for_coordinates(self.num_coordinates)
         self.clipping = self.base
         self.mask_version: tuple[Hashable, ...] = ()
@@ -72,17 +73,18 @@ class ClippedSum:
         held, self._handed_out = self._handed_out, None
         return self._new() if held is None or is_shared(held) else held
 
-    def begin_with_noise(self, noise: GaussianNoise, std: float) -> None:
+    def begin_with_noise(self, noise: GaussianNoise, std: float, divisor: int = 1) -> None:
         """Begins a sum with the noise of its release: the buffer is passed over once less than when it is added at the end.
 
         Args:
             noise: where it comes from.
-            std: of a coordinate, from public state only.
+            std: of a coordinate of the sum, from public state only.
+            divisor: above 1, the gradient is held divided by it, noise included, and nothing is left to divide: once less again.
         """
         self._flat = self._fresh()
         self._flat[self.num_coordinates :].zero_()
-        noise.fill_(self._flat[: self.num_coordinates], std)
-        self.used, self.noise_std = True, std
+        noise.fill_(self._flat[: self.num_coordinates], std / divisor)
+        self.used, self.noise_std, self.divisor = True, std, divisor
 
     @property
     def gradient(self) -> Tensor:
@@ -156,7 +158,7 @@ class ClippedSum:
         """Forgets whatever has been added; costs nothing where nothing has."""
         if self.used and self._flat is not None:
             self._flat.zero_()
-        self.used, self.noise_std = False, None
+        self.used, self.noise_std, self.divisor = False, None, 1
 
     def drop_grads(self) -> None:
         """Frees the last step's gradients, as the optimizer's ``zero_grad`` would."""
@@ -187,7 +189,7 @@ class ClippedSum:
         return torch.where(places[found] == positions, noisy[found], 0.0)
 
     def write_grads(self, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
-        """``p.grad = finish(noisy) rescale``, 0 where masked. Call it on noised sums only.
+        """``p.grad = finish(noisy) rescale``, 0 where masked, or ``noisy`` where it is the mean. Call it on noised sums only.
 
         The gradients are views of the buffer, which is theirs from here on.
 
@@ -196,7 +198,8 @@ class ClippedSum:
             expected_batch_size: what the mean is taken over.
             rescale: a further factor.
         """
-        self.clipping.finish(noisy, expected_batch_size, out=noisy)
+        if self.divisor == 1:
+            self.clipping.finish(noisy, expected_batch_size, out=noisy)
         if rescale != 1.0:
             noisy.mul_(rescale)
         if self._places is not None:
@@ -206,7 +209,7 @@ class ClippedSum:
             parameter = self.parameters[name]
             parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None
         self._handed_out = self._flat if self._takes_back else None
-        self._flat, self.used, self.noise_std = None, False, None
+        self._flat, self.used, self.noise_std, self.divisor = None, False, None, 1
 
 
 def _owners(tensor: Tensor) -> tuple[int, int]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import AdaptiveClipping, AutoThreshold, DPStrategy, NoiseScheduler, PublishedAutoThreshold, SwitchToDP
+from lightning_dp.strategies.private_step import PrivateStep
+from lightning_dp.thresholds import NoisyGradientThreshold
 from tests.composition.table import Combination, NoiseSpy, fit, make_data
 from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 from tests.reference import per_sample_gradients
@@ -57,6 +59,29 @@ def test_auto_threshold_follows_the_last_noisy_gradient(
     assert len({round(value, 6) for value in seen}) > 3  # neither end of the range all the time
     assert float(trainer.callback_metrics["privacy/max_grad_norm"]) == pytest.approx(seen[-1], rel=1e-6)
     assert math.isfinite(strategy.epsilon())
+
+
+def test_auto_threshold_sees_the_sum_wherever_its_noise_was_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum that begins with its noise is not held as a mean where a bound learns from it: the same bounds under one seed."""
+    found, observe = [], NoisyGradientThreshold.observe
+    for first in (True, False):
+        bounds: list[float] = []
+
+        def watching(self: Any, release: Any, to: list[float] = bounds) -> None:
+            observe(self, release)
+            to.append(self.value)
+
+        monkeypatch.setattr(NoisyGradientThreshold, "observe", watching)
+        if not first:
+            monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self, sums: False)
+        options = {"batch_size": B, "noise_multiplier": 0.3, "trainer_options": {"max_epochs": 6}}
+        fit(Combination(), tmp_path, callbacks=[AutoThreshold(3.0)], **options)
+        monkeypatch.undo()
+        found.append(bounds)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert len({round(value, 6) for value in found[0]}) > 3  # neither end of the range all the time
 
 
 @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])

@@ -6,7 +6,9 @@ import gc
 import io
 import itertools
 import json
+import multiprocessing
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +69,25 @@ class Watch(L.Callback):
             self.sizes.append(path.stat().st_size)
 
 
+def long_run(folder: Path) -> tuple[list[int], list[int], int, int]:
+    """3,000 steps: resident memory and sizes of checkpoints on the way, and what the ledger counts in how many entries."""
+    watch = Watch()
+    strategy = DPStrategy(noise_multiplier=2.0, target_delta=1e-5, accountant="rdp")
+    trainer = make_trainer(strategy, folder, callbacks=[watch, EpsilonMonitor()], max_epochs=-1, max_steps=3_000)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 400), torch.nn.Tanh(), torch.nn.Linear(400, 3))
+    trainer.fit(Classifier(network=network), make_loader())
+    return watch.memory, watch.sizes, strategy.ledger.num_steps, len(strategy.ledger.entries)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use as Linux tells it")
 def test_a_real_run_of_thousands_of_steps_stays_as_small_as_it_began(tmp_path: Path) -> None:
-    """From step 1,000 to step 3,000 less than 8 MB more, where one kept sum a step would be 32 MB; files within 1 %."""
-    watch = Watch()
-    strategy = DPStrategy(noise_multiplier=2.0, target_delta=1e-5, accountant="rdp")
-    trainer = make_trainer(strategy, tmp_path, callbacks=[watch, EpsilonMonitor()], max_epochs=-1, max_steps=3_000)
-    network = torch.nn.Sequential(torch.nn.Linear(6, 400), torch.nn.Tanh(), torch.nn.Linear(400, 3))
-    trainer.fit(Classifier(network=network), make_loader())
-    assert strategy.ledger.num_steps == 3_000
-    assert len(strategy.ledger.entries) == 1
-    assert max(watch.memory) - watch.memory[1] < 8_000_000
-    assert max(later / earlier for earlier, later in itertools.pairwise(watch.sizes)) < 1.01
+    """From step 1,000 to step 3,000 less than 8 MB more, where one kept sum a step would be 32 MB; files within 1 %.
+
+    In a process of its own: the heap of one that has run other tests may grow by a block of theirs at any time.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        memory, sizes, num_steps, num_entries = pool.submit(long_run, tmp_path).result(timeout=280)
+    assert (num_steps, num_entries) == (3_000, 1)
+    assert max(memory) - memory[1] < 8_000_000
+    assert max(later / earlier for earlier, later in itertools.pairwise(sizes)) < 1.01

@@ -15,7 +15,7 @@ from lightning_dp.per_sample.rules.sparse_mask import masked_outer_squared_norm,
 FEW = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sparse products need MKL")
 
 
-def mask_of(share: float, rows: int = 40, columns: int = 30) -> Tensor:
+def mask_of(share: float, rows: int = 80, columns: int = 65) -> Tensor:
     """So large a share of live entries, to the entry."""
     mask = torch.zeros(rows * columns, dtype=torch.bool)
     mask[torch.randperm(mask.numel())[: round(share * mask.numel())]] = True
@@ -27,7 +27,7 @@ def mask_of(share: float, rows: int = 40, columns: int = 30) -> Tensor:
 @pytest.mark.parametrize("size", [0, 1, 7])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.15, 0.5, 1.0])
 def test_sparse_and_dense_products_agree(share: float, size: int, dtype: torch.dtype) -> None:
-    mask, lefts, rights = mask_of(share), torch.rand(size, 40, dtype=dtype), torch.rand(size, 30, dtype=dtype)
+    mask, lefts, rights = mask_of(share), torch.rand(size, 80, dtype=dtype), torch.rand(size, 65, dtype=dtype)
     expected = torch.einsum("bp,pd,bd->b", lefts, mask.to(dtype), rights)
     for _ in range(3):
         torch.testing.assert_close(masked_outer_squared_norm(mask, lefts, rights), expected)
@@ -43,6 +43,13 @@ def test_a_matrix_is_made_once_and_only_for_a_mask_that_is_met_again() -> None:
     assert sparse_of(mask, torch.float32) is made
     assert torch.equal(made.to_dense(), mask.float())
     assert sparse_of(mask.clone(), torch.float32) is None
+
+
+@FEW
+@pytest.mark.parametrize(("rows", "columns", "pays"), [(64, 64, True), (63, 640, False), (640, 63, False)])
+def test_a_mask_with_a_short_side_stays_dense(rows: int, columns: int, pays: bool) -> None:
+    mask = mask_of(0.1, rows, columns)
+    assert [sparse_of(mask, torch.float32) is not None for _ in range(3)] == [False, pays, pays]
 
 
 @FEW
@@ -75,10 +82,10 @@ def test_a_matrix_ends_with_its_mask_and_nothing_is_said() -> None:
 
 @FEW
 def test_what_is_not_finite_counts_where_it_is_live_only() -> None:
-    mask, lefts, rights = mask_of(0.1), torch.rand(3, 40), torch.rand(3, 30)
+    mask, lefts, rights = mask_of(0.1), torch.rand(3, 80), torch.rand(3, 65)
     row, column = mask.nonzero()[0].tolist()
-    mask[:, (column + 1) % 30] = False
-    rights[0, column], rights[1, (column + 1) % 30], lefts[2, row] = torch.inf, torch.inf, torch.nan
+    mask[:, (column + 1) % 65] = False
+    rights[0, column], rights[1, (column + 1) % 65], lefts[2, row] = torch.inf, torch.inf, torch.nan
     for _ in range(2):
         norms = masked_outer_squared_norm(mask, lefts, rights)
     assert norms.isfinite().tolist() == [False, True, False]

@@ -136,6 +136,25 @@ def test_extreme_samples_contribute_at_most_the_clipping_norm(tmp_path: Any) -> 
     torch.testing.assert_close(total["network.bias"], expected)
 
 
+def test_no_sample_adds_more_than_the_bound_where_factors_are_tiny(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of 1e18 under C = 1.3e-20: divided by the batch size from the start, the factor would be a coarse subnormal."""
+    monkeypatch.setattr(GaussianNoise, "fill_", lambda self, tensor, std: tensor.zero_())
+    bound, seen = 1.3e-20, []
+    for size in (1e18 + number * 3e16 for number in range(12)):
+        module = Classifier(network=nn.Linear(1, 1, bias=False), lr=0.0)
+        module.training_step = lambda batch, batch_idx, of=module: of(batch[0]).sum()
+        recorder = Recorder()
+        strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=bound, loss_reduction="sum", check_per_sample=False)
+        data = torch.zeros(10, 1)
+        data[0] = size
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=10)
+        make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=1).fit(module, loader)
+        seen.append(10 * float(recorder.before_step[0]["network.weight"]))
+    assert all(0 <= contribution <= bound for contribution in seen)
+
+
 def test_an_empty_batch_skips_user_code_but_is_noised_and_counted(tmp_path: Any) -> None:
     """Q = 1/64 at batch size 1: about 37 % of the batches are empty."""
     calls: list[int] = []

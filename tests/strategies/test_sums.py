@@ -134,3 +134,22 @@ def test_a_sum_begins_with_its_noise_and_nothing_else(num_statistics: int) -> No
     sums.reset()
     assert not sums.flat.any()
     assert (sums.used, sums.noise_std) == (False, None)
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_a_sum_that_is_held_as_its_mean_is_not_divided_again(released: bool) -> None:
+    """Once: the next sum is divided at its end unless it says so as well, also after a reset."""
+    sums = make_sums()
+    for divisor in (2, 1, 2):
+        sums.begin_with_noise(GaussianNoise(seed=4), 2.0, divisor)
+        noise = GaussianNoise(seed=4).add_(torch.zeros(sums.num_coordinates), 2.0)
+        torch.testing.assert_close(sums.gradient, noise / divisor)
+        assert (sums.noise_std, sums.divisor) == (2.0, divisor)
+        if not released:
+            sums.reset()
+            assert sums.divisor == 1
+            continue
+        release(sums, 6.0 / divisor)
+        torch.testing.assert_close(sums.parameters["bias"].grad, (noise[6:] + 6.0) / 2)
+        assert sums.divisor == 1
+        sums.drop_grads()

@@ -16,11 +16,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _MOST_LIVE = 0.15
 """Largest share of live entries for which the sparse product is faster (measured on a CPU)."""
 
+_LEAST_SIDE = 64
+"""Shortest side of a mask for which it is: the sparse product first transposes the squares beside it (measured on a CPU)."""
+
 _known: MutableMapping[Tensor, tuple[int, Tensor | None]] = WeakTensorKeyDictionary()
 """Mask to its version, and to its matrix from the second time on."""
 
 _DENSE = torch.empty(0)
-"""Stands for the matrix of a mask with too many live entries."""
+"""Stands for the matrix of a mask with too many live entries, or too short a side."""
 
 
 def sparse_of(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -40,9 +43,13 @@ def sparse_of(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
         _known[mask] = (mask._version, None)
         return None
     if matrix is None or (matrix is not _DENSE and matrix.dtype != dtype):
-        matrix = _to_csr(mask, dtype) if int(mask.count_nonzero()) <= _MOST_LIVE * mask.numel() else _DENSE
+        matrix = _to_csr(mask, dtype) if _is_better_sparse(mask) else _DENSE
         _known[mask] = (version, matrix)
     return None if matrix is _DENSE else matrix
+
+
+def _is_better_sparse(mask: Tensor) -> bool:
+    return min(mask.shape) >= _LEAST_SIDE and int(mask.count_nonzero()) <= _MOST_LIVE * mask.numel()
 
 
 def _to_csr(mask: Tensor, dtype: torch.dtype) -> Tensor:
