@@ -180,7 +180,7 @@ def main() -> None:
 
     gan = DPGAN(
         MLPGenerator(4, 2, num_classes=4),
-        MLPDiscriminator(2, num_classes=4),
+        MLPDiscriminator(2, num_classes=4, hidden=64),
         z_dim=4,
         num_classes=4,
         fakes=256,

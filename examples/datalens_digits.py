@@ -42,10 +42,11 @@ def digits() -> tuple[TensorDataset, tuple[Tensor, Tensor]]:
     return TensorDataset(x_train.float(), y_train), (x_test.float(), y_test)
 
 
-def networks() -> tuple[MLPGenerator, MLPDiscriminator]:
+def networks(hidden: int) -> tuple[MLPGenerator, MLPDiscriminator]:
+    """A generator, and one teacher or the only discriminator."""
     return (
         MLPGenerator(Z_DIM, 64, num_classes=10, hidden=128),
-        MLPDiscriminator(64, num_classes=10),
+        MLPDiscriminator(64, num_classes=10, hidden=hidden),
     )
 
 
@@ -58,7 +59,7 @@ def train_lens(data: TensorDataset, *, epsilon: float, steps: int) -> DataLens:
     """Trains DataLens to an epsilon; infinity means no noise at all."""
     private = math.isfinite(epsilon)
     lens = DataLens(
-        *networks(),
+        *networks(hidden=32),
         sigma=None if private else 0.0,
         target_epsilon=epsilon if private else None,
         target_delta=DELTA,
@@ -112,7 +113,7 @@ def main() -> None:
         print(lens.privacy_statement().splitlines()[0])
 
     begin = time.perf_counter()
-    gan = DPGAN(*networks(), z_dim=Z_DIM, num_classes=10, fakes=128, lr=2e-3)
+    gan = DPGAN(*networks(hidden=64), z_dim=Z_DIM, num_classes=10, fakes=128, lr=2e-3)
     private = train_gan(gan, data, epsilon=10.0, batch_size=128, epochs=1 if options.smoke else 60)
     print(private.strategy.privacy_statement().splitlines()[0])
     with torch.no_grad():

@@ -171,8 +171,7 @@ class TopAgg(Clipping):
         if not self.keep_values:
             coins = coin_generator(grads.device) if self.sign == "stochastic" else None
             return top_k_votes(grads, num_chosen, signs=_SIGNS[self.sign], generator=coins)
-        finite, chosen = largest_coordinates(grads, num_chosen)
-        values_K = finite.gather(-1, chosen)
+        values_K, chosen = largest_coordinates(grads, num_chosen)
         norms_B = torch.linalg.vector_norm(values_K, dim=1, dtype=torch.float64)  # no square overflows or vanishes
         factors_B = FlatClipping(self.max_grad_norm).factors(norms_B[None])[0]
         return torch.zeros_like(grads).scatter_(-1, chosen, values_K * factors_B.to(grads.dtype)[:, None])

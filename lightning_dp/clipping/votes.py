@@ -53,28 +53,27 @@ def top_k_votes(
         Wang et al. 2021, DataLens, Algorithms 2 and 3.
     """
     check.check_choice("signs", signs, SIGNS)
-    grads, chosen = largest_coordinates(gradients, top_k)
-    values_K = grads.gather(-1, chosen)
+    values_K, chosen = largest_coordinates(gradients, top_k)
     if signs == "sign":
         votes_K = values_K.sign()
     else:
         largest = values_K.abs().amax(-1, keepdim=True)
         device = "cpu" if generator is None else generator.device
-        coins = torch.rand(values_K.shape, generator=generator, dtype=grads.dtype, device=device).to(values_K.device)
+        coins = torch.rand(values_K.shape, generator=generator, dtype=values_K.dtype, device=device).to(values_K.device)
         up = coins < 0.5 + 0.5 * (values_K / largest)
         votes_K = torch.where(up, 1.0, -1.0) * (largest > 0)
-    return torch.zeros_like(grads).scatter_(-1, chosen, votes_K.to(grads.dtype))
+    return torch.zeros_like(gradients, dtype=values_K.dtype).scatter_(-1, chosen, votes_K.to(values_K.dtype))
 
 
 def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients, rows that are not finite replaced by zeros, and where their k largest magnitudes are.
+    """Return the k coordinates of largest magnitude of each row, and where they are; zeros for a row that is not finite.
 
     Args:
         gradients: shape (..., D), any floating type.
         top_k: k, from 1 to D.
 
     Returns:
-        Shapes (..., D), float32 or float64, and (..., K), no index twice in a row. Private both.
+        Shapes (..., K), float32 or float64, and (..., K), no index twice in a row. Private both.
 
     Raises:
         ValueError: k beyond D.
@@ -87,9 +86,10 @@ def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
             "need more noise."
         )
     grads = gradients if gradients.dtype == torch.float64 else gradients.float()
-    magnitudes = grads.abs()
-    finite = magnitudes.amax(-1, keepdim=True).isfinite()  # a NaN is the largest of its row
-    return torch.where(finite, grads, 0.0), _places_of_largest(magnitudes, top_k)
+    chosen = _places_of_largest(grads.abs(), top_k)
+    values_K = grads.gather(-1, chosen)
+    finite = values_K.isfinite().all(-1, keepdim=True)  # what is not is among the largest of its row, NaN included
+    return torch.where(finite, values_K, 0.0), chosen
 
 
 def _places_of_largest(magnitudes: Tensor, top_k: int) -> Tensor:

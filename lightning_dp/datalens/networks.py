@@ -58,12 +58,13 @@ class MLPDiscriminator(nn.Module):
     Args:
         num_features: columns of the table.
         num_classes: labels it is conditioned on.
-        hidden: width of the two hidden layers.
+        hidden: width of the two hidden layers: narrow, for a teacher has few records, and what a step costs grows with the
+            teachers' widths times their number.
 
     As input: features of shape (B, ...), flattened; labels of shape (B,). As output: logits, shape (B, 1).
     """
 
-    def __init__(self, num_features: int, *, num_classes: int = 1, hidden: int = 64) -> None:
+    def __init__(self, num_features: int, *, num_classes: int = 1, hidden: int = 32) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.layers = nn.Sequential(

@@ -133,8 +133,8 @@ class Teachers:
             copies = fakes.detach().expand(chunk.num_teachers, *fakes.shape).contiguous().requires_grad_()
             fixed = {name: parameter.detach() for name, parameter in chunk.parameters.items()}
             logits = self._logits(fixed, chunk.buffers, copies, labels.expand(chunk.num_teachers, -1))
-            (gradients,) = torch.autograd.grad(F.softplus(-logits).sum(), copies)
-            sums += top_k_votes(-gradients.flatten(2), top_k, signs=signs, generator=generator).sum(0)
+            (descents,) = torch.autograd.grad(-F.softplus(-logits).sum(), copies)
+            sums += top_k_votes(descents.flatten(2), top_k, signs=signs, generator=generator).sum(0)
         return sums
 
     def _logits(self, parameters: State, buffers: State, features: Tensor, labels: Tensor) -> Tensor:
