@@ -30,10 +30,14 @@ class Sum(Protocol):
     names: list[str]
     clipping: Clipping
     live: Tensor | None
+    num_coordinates: int
 
     @property
     def gradient(self) -> Tensor:
-        """What was added so far, shape (P,)."""
+        """What was added so far to live coordinates."""
+
+    def add_at(self, positions: Tensor, values: Tensor) -> None:
+        """Add values at positions of the gradient, below P; what is masked is left out."""
 
     @property
     def statistics(self) -> Tensor:
@@ -173,7 +177,7 @@ class GradientCanaries(Canaries):
         if not adds or not bool(members.any()):
             return
         for group, positions in places.of.items():
-            gradient.index_add_(0, positions[members], kept_GM[group, members])
+            sums.add_at(positions[members], kept_GM[group, members])
         if threshold.num_statistics:
             sums.statistics.add_(threshold.statistics(torch.linalg.vector_norm(norms_GM[:, members], dim=0)))
 
@@ -217,7 +221,7 @@ class _Places:
     """Coordinates of the canaries in one sum: group -> positions of shape (m,), disjoint."""
 
     def __init__(self, sums: Sum, num_canaries: int, rng: np.random.Generator) -> None:
-        self._names, self._device, self._size = list(sums.names), sums.gradient.device, sums.gradient.numel()
+        self._names, self._device, self._size = list(sums.names), sums.gradient.device, sums.num_coordinates
         self._num_groups, self._num_canaries = len(sums.groups), num_canaries
         index = sums.views_of(torch.arange(self._size, device=self._device))
         self.of: dict[int, Tensor] = {}
@@ -238,7 +242,7 @@ class _Places:
 
     def fits(self, sums: Sum) -> bool:
         """Whether the sum still has the coordinates that were chosen from."""
-        same: bool = self._names == sums.names and self._size == sums.gradient.numel()
+        same: bool = self._names == sums.names and self._size == sums.num_coordinates
         return same and self._device == sums.gradient.device
 
     def present(self, live: Tensor | None) -> Tensor:

@@ -269,6 +269,7 @@ class PerSampleEngine:
         groups: Sequence[Sequence[str]],
         out: Mapping[str, Tensor],
         mask: Mapping[str, Tensor] | None = None,
+        places: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add ``sum_i factors[g, i] * gradient_i`` to ``out[name]`` for every parameter of every group g.
 
@@ -277,21 +278,30 @@ class PerSampleEngine:
             groups: names of the parameters of each group.
             out: parameter name to the tensor that is added to, of the parameter's shape.
             mask: as for :meth:`squared_norms`.
+            places: parameter name to the ascending positions of what its mask keeps, in the flattened parameter:
+                ``out[name]`` then has these entries only, in a row.
         """
-        masks = boolean_masks(mask)
+        masks, places = boolean_masks(mask), places or {}
         with self._arithmetic():
             dead = factors == 0
             any_dead = bool(dead.any())
             for row, group in enumerate(groups):
                 lost = dead[row] if any_dead else None
                 asked = set(group)
-                sums = {name: torch.zeros_like(out[name]) if name in masks else out[name] for name in group}
                 for unit, names in self._alone(asked):
-                    unit.add_weighted_sum({name: sums[name] for name in names}, factors[row], lost)
+                    few = {name: out[name] for name in names & places.keys()}
+                    rest = names - unit.add_live_entries(few, masks, factors[row], lost) if few else names
+                    sums = {name: self._zeros_of(name, out) if name in masks else out[name] for name in rest}
+                    unit.add_weighted_sum(sums, factors[row], lost)
+                    for name in rest & masks.keys():
+                        add_masked(out[name], sums[name], masks[name], places.get(name))
                 for name, grad in self._shared(asked):
-                    add_combined(sums[name], grad, factors[row], lost)
-                for name in asked & masks.keys():
-                    add_masked(out[name], sums[name], masks[name])
+                    total = self._zeros_of(name, out)
+                    add_combined(total, grad, factors[row], lost)
+                    add_masked(out[name], total, masks.get(name), places.get(name))
+
+    def _zeros_of(self, name: str, out: Mapping[str, Tensor]) -> Tensor:
+        return torch.zeros_like(self._parameters[name], dtype=out[name].dtype)
 
     def per_sample_gradients(
         self, names: Iterable[str] | None = None, mask: Mapping[str, Tensor] | None = None
@@ -364,6 +374,9 @@ def boolean_masks(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     return {name: tensor if tensor.dtype == torch.bool else tensor != 0 for name, tensor in mask.items()}
 
 
-def add_masked(out: Tensor, total: Tensor, mask: Tensor | None) -> None:
-    """Add a sum, or what its mask keeps of it."""
-    out.add_(total * mask if mask is not None else total)
+def add_masked(out: Tensor, total: Tensor, mask: Tensor | None, places: Tensor | None = None) -> None:
+    """Add a sum, or what its mask keeps of it; with ``places`` that alone, in a row."""
+    if places is not None:
+        out.add_(total.reshape(-1)[places])
+    else:
+        out.add_(total * mask if mask is not None else total)

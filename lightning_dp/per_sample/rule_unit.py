@@ -247,6 +247,20 @@ class RuleUnit(Source):
         return self.workspace.take(name, shape, accumulation_dtype(backprop), backprop.device)
 
     @override
+    def add_live_entries(
+        self, out: Mapping[str, Tensor], masks: Mapping[str, Tensor], factors: Tensor, dead: Tensor | None
+    ) -> set[str]:
+        done: set[str] = set()
+        for wanted, calls in self._asked(out.keys() - self.memory().keys()):
+            if dead is not None:
+                calls = [_without(call, dead) for call in calls]
+            targets = {local: out[name] for local, name in wanted.items()}
+            kept = {local: masks[name] for local, name in wanted.items()}
+            added = self.rule.add_live_entries(self.module, calls, factors, self.recorder.batch_size, targets, kept)
+            done |= {wanted[local] for local in added}
+        return done
+
+    @override
     def add_weighted_sum(self, out: Mapping[str, Tensor], factors: Tensor, dead: Tensor | None) -> None:
         kept = self.memory()
         ready = {name: target for name, target in out.items() if self.materialise or name in kept}

@@ -154,9 +154,10 @@ class SingleSampleEngine:
         groups: Sequence[Sequence[str]],
         out: Mapping[str, Tensor],
         mask: Mapping[str, Tensor] | None = None,
+        places: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add ``factors[g, 0] * gradient`` to ``out[name]`` as :meth:`PerSampleEngine.accumulate` does."""
-        masks = boolean_masks(mask)
+        masks, places = boolean_masks(mask), places or {}
         if not self._size:
             return
         with self._arithmetic():
@@ -166,7 +167,7 @@ class SingleSampleEngine:
                     if name in self._grads:
                         grad = self._grads[name]
                         scaled = torch.where(factor == 0, grad.new_zeros(()), grad * factor.to(grad.dtype))
-                        add_masked(out[name], scaled, masks.get(name))
+                        add_masked(out[name], scaled, masks.get(name), places.get(name))
 
     def per_sample_gradients(
         self, names: Iterable[str] | None = None, mask: Mapping[str, Tensor] | None = None

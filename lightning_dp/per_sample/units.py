@@ -125,6 +125,22 @@ class Source(Unit):
         grads = self.kept(names)
         return {name: norm_of(grad, masks.get(name)) for name, grad in grads.items()}
 
+    def add_live_entries(
+        self, out: Mapping[str, Tensor], masks: Mapping[str, Tensor], factors: Tensor, dead: Tensor | None
+    ) -> set[str]:
+        """Add what the masks keep of the weighted sum, where that can be had without the rest of it.
+
+        Args:
+            out: what is added to, for every parameter that is asked for and live: the kept entries in a row.
+            masks: boolean, of the parameters' shapes.
+            factors: shape ``(B,)``.
+            dead: marks the samples of factor 0; None if there are none.
+
+        Returns:
+            The parameters for which this was done.
+        """
+        return set()
+
     def add_weighted_sum(self, out: Mapping[str, Tensor], factors: Tensor, dead: Tensor | None) -> None:
         """Add ``sum_i factors[i] gradient_i`` to ``out[name]``.
 

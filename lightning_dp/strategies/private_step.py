@@ -128,7 +128,7 @@ class PrivateStep(Refusals):
             factors = sums.clipping.factors(norms)
             weights = factors * (scale / sums.divisor)
             weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
-            engine.accumulate(weights, sums.groups, sums.views)  # what is masked is never read from the sum
+            engine.accumulate(weights, sums.groups, sums.views, sums.mask, sums.places)
         if threshold.num_statistics:
             sums.statistics.add_(threshold.statistics(torch.linalg.vector_norm(norms, dim=0)))
         if diagnostics is not None:
@@ -140,7 +140,7 @@ class PrivateStep(Refusals):
 
     def _diagnose(self, diagnostics: Diagnostics, sums: ClippedSum, norms_GB: Tensor, kept_norms_GB: Tensor) -> None:
         """Un-noised figures, on request: the raw sum beside the clipped one."""
-        raw = torch.zeros_like(sums.gradient)
+        raw = sums.gradient.new_zeros(sums.num_coordinates)
         ones = norms_GB.isfinite().all(0).to(norms_GB.dtype).repeat(len(sums.groups), 1)
         self._engine.accumulate(ones * self._scale, sums.groups, sums.views_of(raw))
         norms_B, kept_norms_B = (torch.linalg.vector_norm(norms, dim=0) for norms in (norms_GB, kept_norms_GB))
@@ -202,13 +202,13 @@ class PrivateStep(Refusals):
             return
         sums.used = True
         noise_std, _ = self._noise_stds(sums, self._sigma())
-        if noise_std > 0 and self._noise_comes_first(sums):
+        if noise_std > 0 and self._noise_comes_first():
             assert self._noise is not None
             sums.begin_with_noise(self._noise, noise_std * self._noise_share, self._divisor(sums))
 
-    def _noise_comes_first(self, sums: ClippedSum) -> bool:
-        """Not under a mask, of which most coordinates get no noise; nor if secure noise rounds the sum, or diagnostics read it."""
-        return sums.mask is None and not self.settings.secure_rng and self.mechanisms.diagnostics is None
+    def _noise_comes_first(self) -> bool:
+        """Not if secure noise rounds the sum, or diagnostics read it."""
+        return not self.settings.secure_rng and self.mechanisms.diagnostics is None
 
     def _divisor(self, sums: ClippedSum) -> int:
         """What a sum that begins with its noise is divided by as it is made: 1 where something has to see the sum itself."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +13,14 @@ from lightning_dp.noise import GaussianNoise
 
 
 class ClippedSum:
-    """One flat buffer with a view a parameter: noise, scaling and the all-reduce are one call each.
+    """One flat buffer with a part a parameter: noise, scaling and the all-reduce are one call each.
 
-    The buffer of a step becomes that step's gradients once it is noised. The next step takes it back if by then nobody
-    holds one of these gradients, and a fresh one otherwise: no more memory is held than without privacy.
+    It holds L coordinates of the gradient, behind them S statistics. Without a mask L is P, and the buffer of a step becomes
+    that step's gradients once it is noised. Under a mask it holds live coordinates alone, in their order: what is masked is
+    never added up, never noised, never sent, and zero in every gradient. The next step takes the gradients' memory back if by then
+    nobody holds one of them, and fresh memory otherwise: no more is held than without privacy.
 
     It begins with the noise of its release (``begin_with_noise``), then maybe as a mean from the start, or with zeros.
-
-    Behind the P coordinates of the gradient lie S statistics. Under a mask only live coordinates and statistics are
-    handed out by ``payload``: what is masked is never noised, never sent and zero in every gradient.
 
     **Guarantee**: ``flat`` holds private sums, not to be released before ``lightning_dp.noise`` is in all of them; no
     ``p.grad`` aliases it before, and after it was handed out it is written again only when this object is its last owner, so a
@@ -42,11 +40,9 @@ class ClippedSum:
         double = any(parameter.dtype == torch.float64 for parameter in self.parameters.values())
         self._sizes = [parameter.numel() for parameter in self.parameters.values()]
         self.num_coordinates = sum(self._sizes)
-        dtype = torch.float64 if double else torch.float32
         self.num_statistics = num_statistics
-        self._new = partial(torch.empty, self.num_coordinates + num_statistics, dtype=dtype, device=first.device)
         self._device = first.device
-        self._dtype = dtype
+        self._dtype = torch.float64 if double else torch.float32
         self._flat: Tensor | None = None
         self._handed_out: Tensor | None = None
         self._takes_back = not is_shared(torch.empty(1, device=first.device))
@@ -58,20 +54,28 @@ class ClippedSum:
         self.mask_version: tuple[Hashable, ...] = ()
         self.mask: dict[str, Tensor] | None = None
         self.live: Tensor | None = None
-        self._packed: Tensor | None = None
-        self._places: Tensor | None = None
+        self.places: dict[str, Tensor] | None = None  # of live coordinates, in their flattened parameter
+        self._live_places: Tensor | None = None  # the same in the gradient
+        self._lengths = self._sizes  # of the parameters' parts in the buffer
 
     @property
     def flat(self) -> Tensor:
-        """The buffer of this step, shape (P + S,); zeros where nothing was added yet."""
+        """The buffer of this step, shape (L + S,); zeros where nothing was added yet."""
         if self._flat is None:
             self._flat = self._fresh().zero_()
         return self._flat
 
     def _fresh(self) -> Tensor:
-        """Returns the last step's buffer if nobody else has it, else a new one; with arbitrary values."""
+        """Returns a buffer with arbitrary values: without a mask the memory of the last gradients, where that is free."""
+        return self._memory_of_gradients() if self.mask is None else self._new(self.num_live + self.num_statistics)
+
+    def _memory_of_gradients(self) -> Tensor:
+        """Returns P + S arbitrary numbers: those that the last gradients lie in if nobody else has them."""
         held, self._handed_out = self._handed_out, None
-        return self._new() if held is None or is_shared(held) else held
+        return self._new(self.num_coordinates + self.num_statistics) if held is None or is_shared(held) else held
+
+    def _new(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=self._dtype, device=self._device)
 
     def begin_with_noise(self, noise: GaussianNoise, std: float, divisor: int = 1) -> None:
         """Begins a sum with the noise of its release: the buffer is passed over once less than when it is added at the end.
@@ -82,24 +86,26 @@ class ClippedSum:
             divisor: above 1, the gradient is held divided by it, noise included, and nothing is left to divide: once less again.
         """
         self._flat = self._fresh()
-        self._flat[self.num_coordinates :].zero_()
-        noise.fill_(self._flat[: self.num_coordinates], std / divisor)
+        self.statistics.zero_()
+        noise.fill_(self.gradient, std / divisor)
         self.used, self.noise_std, self.divisor = True, std, divisor
 
     @property
     def gradient(self) -> Tensor:
-        """The first P numbers of the buffer."""
-        return self.flat[: self.num_coordinates]
+        """The first L numbers of the buffer."""
+        return self.flat[: self.num_live]
 
     @property
     def statistics(self) -> Tensor:
         """The last S numbers of the buffer."""
-        return self.flat[self.num_coordinates :]
+        return self.flat[self.num_live :]
 
     @property
     def views(self) -> dict[str, Tensor]:
-        """A view a parameter on the buffer."""
-        return self.views_of(self.gradient)
+        """What is added to, a parameter: a view of its shape, or of its live coordinates in a row where there is a mask."""
+        if self.mask is None:
+            return self.views_of(self.gradient)
+        return dict(zip(self.names, torch.split(self.gradient, self._lengths), strict=True))
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns a view a parameter on a buffer of shape (P,)."""
@@ -122,17 +128,22 @@ class ClippedSum:
             version: of these masks.
         """
         self.mask_version = version
-        whole = torch.ones(self.num_coordinates + self.num_statistics, dtype=torch.bool, device=self._device)
-        views = self.views_of(whole[: self.num_coordinates])
+        self._forget()
+        live = torch.ones(self.num_coordinates, dtype=torch.bool, device=self._device)
+        views = self.views_of(live)
         for mask in masks:
             for name in mask.keys() & views.keys():
-                views[name].logical_and_(mask[name].to(whole.device))
-        if bool(whole.all()):
-            self.mask = self.live = self._places = self._packed = None
+                views[name].logical_and_(mask[name].to(live.device))
+        if bool(live.all()):
+            self.mask = self.live = self.places = self._live_places = None
+            self._lengths = self._sizes
             return
-        self.mask, self.live = views, whole[: self.num_coordinates]
-        self._places = whole.nonzero().squeeze(1)
-        self._packed = torch.empty(len(self._places), dtype=self._dtype, device=self._device)
+        self.mask, self.live, self._live_places = views, live, live.nonzero().squeeze(1)
+        self.places = {name: view.reshape(-1).nonzero().squeeze(1) for name, view in views.items()}
+        self._lengths = [len(places) for places in self.places.values()]
+
+    def _forget(self) -> None:
+        self._flat, self.used, self.noise_std, self.divisor = None, False, None, 1
 
     @property
     def sensitivity(self) -> float:
@@ -141,9 +152,8 @@ class ClippedSum:
 
     @property
     def num_live(self) -> int:
-        """Coordinates of the gradient that carry signal and noise."""
-        held = self.num_coordinates + self.num_statistics if self._places is None else self._places.numel()
-        return held - self.num_statistics
+        """L: coordinates of the gradient that carry signal and noise."""
+        return self.num_coordinates if self._live_places is None else self._live_places.numel()
 
     @property
     def payload_bytes(self) -> int:
@@ -152,7 +162,14 @@ class ClippedSum:
 
     def add(self, contribution: Tensor) -> None:
         """Adds the sum of what the samples of a microbatch contribute: shape (P,)."""
-        self.gradient.add_(contribution)
+        self.gradient.add_(contribution if self.live is None else contribution[self.live])
+
+    def add_at(self, positions: Tensor, values: Tensor) -> None:
+        """Adds values at positions of the gradient, indices below P; what is masked is left out."""
+        if self._live_places is not None:
+            positions, present = self._among_live(positions)
+            positions, values = positions[present], values[present]
+        self.gradient.index_add_(0, positions, values)
 
     def reset(self) -> None:
         """Forgets whatever has been added; costs nothing where nothing has."""
@@ -167,13 +184,7 @@ class ClippedSum:
 
     def payload(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns what is released, in one buffer: all of it, the live coordinates, and the statistics (two views)."""
-        if self._places is None:
-            packed = self.flat
-        else:
-            assert self._packed is not None
-            packed = torch.take(self.flat, self._places, out=self._packed)
-        gradient, statistics = torch.split(packed, [self.num_live, self.num_statistics])
-        return packed, gradient, statistics
+        return self.flat, self.gradient, self.statistics
 
     def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
         """Returns what the live coordinates of a payload hold at positions of the gradient, 0 where masked.
@@ -182,16 +193,21 @@ class ClippedSum:
             noisy: the live coordinates of the payload.
             positions: indices below P.
         """
-        if self._places is None:
+        if self._live_places is None:
             return noisy[positions]
-        places = self._places[: self.num_live]
-        found = torch.searchsorted(places, positions).clamp(max=len(places) - 1)
-        return torch.where(places[found] == positions, noisy[found], 0.0)
+        found, present = self._among_live(positions)
+        return torch.where(present, noisy[found], 0.0)
+
+    def _among_live(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns where positions of the gradient are among the live coordinates, and whether they are there at all."""
+        assert self._live_places is not None
+        found = torch.searchsorted(self._live_places, positions).clamp(max=len(self._live_places) - 1)
+        return found, self._live_places[found] == positions
 
     def write_grads(self, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
         """``p.grad = finish(noisy) rescale``, 0 where masked, or ``noisy`` where it is the mean. Call it on noised sums only.
 
-        The gradients are views of the buffer, which is theirs from here on.
+        The gradients are views of one buffer, which is theirs from here on.
 
         Args:
             noisy: the live coordinates of the payload.
@@ -202,14 +218,15 @@ class ClippedSum:
             self.clipping.finish(noisy, expected_batch_size, out=noisy)
         if rescale != 1.0:
             noisy.mul_(rescale)
-        if self._places is not None:
-            self.flat.zero_()  # what is masked was summed up without noise
-            self.flat.index_copy_(0, self._places[: self.num_live], noisy)
-        for name, gradient in self.views.items():
+        whole = self.flat
+        if self._live_places is not None:
+            whole = self._memory_of_gradients().zero_()
+            whole.index_copy_(0, self._live_places, noisy)
+        for name, gradient in self.views_of(whole[: self.num_coordinates]).items():
             parameter = self.parameters[name]
             parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None
-        self._handed_out = self._flat if self._takes_back else None
-        self._flat, self.used, self.noise_std, self.divisor = None, False, None, 1
+        self._handed_out = whole if self._takes_back else None
+        self._forget()
 
 
 def _owners(tensor: Tensor) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def noise_on_the_first_microbatch_only(patch: pytest.MonkeyPatch) -> None:
             sums.gradient.add_(add_(self._noise, torch.zeros_like(sums.gradient), std) * (sums.gradient != 0))
 
     patch.setattr(PrivateStep, "_collect", collecting)
-    patch.setattr(PrivateStep, "_noise_comes_first", lambda self, sums: False)
+    patch.setattr(PrivateStep, "_noise_comes_first", lambda self: False)
     patch.setattr(GaussianNoise, "add_", lambda self, tensor, std: tensor)
 
 

@@ -36,7 +36,7 @@ class Watching(DPStrategy):
         self.masks[-1].append(None if live is None else live.clone())
         super()._collect(index)
 
-    def _noise_comes_first(self, sums: Any) -> bool:
+    def _noise_comes_first(self) -> bool:
         return False  # so that there is a sum without noise to look at
 
     def _add_noise(self, sums: Any, gradient: Tensor, statistics: Tensor, sigma: float) -> float:

@@ -75,7 +75,7 @@ def test_auto_threshold_sees_the_sum_wherever_its_noise_was_drawn(
 
         monkeypatch.setattr(NoisyGradientThreshold, "observe", watching)
         if not first:
-            monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self, sums: False)
+            monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self: False)
         options = {"batch_size": B, "noise_multiplier": 0.3, "trainer_options": {"max_epochs": 6}}
         fit(Combination(), tmp_path, callbacks=[AutoThreshold(3.0)], **options)
         monkeypatch.undo()

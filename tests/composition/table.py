@@ -161,7 +161,7 @@ class NoiseSpy:
             return noisy
 
         monkeypatch.setattr(GaussianNoise, "add_", spy)
-        monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self, sums: False)
+        monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self: False)
 
     @property
     def gradients(self) -> list[Draw]:

@@ -108,6 +108,13 @@ def assert_engine_agrees(
                     for row, name in enumerate(names):
                         total = torch.tensordot(factors[row].to(kept[name].dtype), kept[name], dims=1)
                         assert_close(out[name] - 1, total, scale, rtol, name)
+                    if mask is None:
+                        continue
+                    places = {n: m.flatten().nonzero().squeeze(1) for n, m in mask.items()}
+                    rows = {n: torch.ones(len(p), dtype=out[n].dtype) for n, p in places.items()}
+                    engine.accumulate(factors.to(next(iter(out.values())).dtype), singles, rows, mask, places)
+                    for name in names:
+                        assert_close(rows[name], out[name].flatten()[places[name]], scale, rtol, name)
         engine.end()
     return engine
 

@@ -62,6 +62,12 @@ def test_single_agrees_with_plain_autograd_for_any_module() -> None:
             assert_close(engine.squared_norms(groups, mask), reference.squared_norms(kept, groups), 1.0, 1e-9, "norms")
             out = {n: torch.zeros(g.shape[1:], dtype=g.dtype) for n, g in expected.items()}
             engine.accumulate(torch.tensor([[0.5]]), [names], out, mask)
+            if mask is not None:
+                places = {n: m.flatten().nonzero().squeeze(1) for n, m in mask.items()}
+                rows = {n: torch.zeros(len(p), dtype=out[n].dtype) for n, p in places.items()}
+                engine.accumulate(torch.tensor([[0.5]]), [names], rows, mask, places)
+                for name in names:
+                    assert_close(rows[name], out[name].flatten()[places[name]], 1.0, 1e-9, name)
             grads = engine.per_sample_gradients(mask=mask)
             for name in names:
                 assert_close(out[name], 0.5 * kept[name][0], 1.0, 1e-9, name)

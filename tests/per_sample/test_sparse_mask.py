@@ -7,10 +7,13 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_dp.per_sample.rules import sparse_mask
-from lightning_dp.per_sample.rules.sparse_mask import masked_outer_squared_norm, sparse_of
+from lightning_dp.per_sample.rules import linear, sparse_mask
+from lightning_dp.per_sample.rules.base import Call
+from lightning_dp.per_sample.rules.linear import LinearRule, TransposedLinearRule
+from lightning_dp.per_sample.rules.sparse_mask import masked_outer_squared_norm, masked_outer_sum, sparse_of
+from tests.per_sample.checks import make_engine, run_batch
 
 FEW = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sparse products need MKL")
 
@@ -111,3 +114,85 @@ def test_a_mask_serves_inputs_of_either_type() -> None:
         made = sparse_of(mask, dtype)
         assert made is not None
         assert made.dtype == dtype
+
+
+@FEW
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_a_sum_has_the_live_entries_of_the_dense_one(size: int, dtype: torch.dtype) -> None:
+    """Once the matrix is there, which the norms make; a mask that changed has none."""
+    mask, lefts, rights = mask_of(0.1), torch.randn(size, 80, dtype=dtype), torch.randn(size, 65, dtype=dtype)
+    factors = torch.rand(size)
+    assert masked_outer_sum(mask, lefts, rights, factors) is None
+    for _ in range(2):
+        sparse_of(mask, dtype)
+    expected = torch.einsum("b,bp,bd->pd", factors.to(dtype), lefts, rights)[mask]
+    torch.testing.assert_close(masked_outer_sum(mask, lefts, rights, factors), expected)
+    assert masked_outer_sum(mask, lefts.to(torch.float16), rights.to(torch.float16), factors) is None
+    mask.logical_not_()
+    assert masked_outer_sum(mask, lefts, rights, factors) is None
+
+
+@FEW
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_layer_adds_live_entries_only(dead: bool, transposed: bool) -> None:
+    """As the dense product does where the mask is met for the first time; a sample of factor 0 may hold anything."""
+    width, height = 70, 90
+    layer = nn.Linear(width, height).double()
+    rule = TransposedLinearRule() if transposed else LinearRule()
+    activation, backprop = torch.randn(6, width, dtype=torch.float64), torch.randn(6, height, dtype=torch.float64)
+    factors = torch.rand(6)
+    shape = (width, height) if transposed else (height, width)
+    mask = mask_of(0.1, *shape)
+    if dead:
+        factors[2], activation[2], backprop[2] = 0.0, 0.0, 0.0
+    call = Call((activation,), {}, activation, backprop)
+    out = {"weight": torch.ones(int(mask.sum()), dtype=torch.float64)}
+    assert rule.add_live_entries(layer, [call], factors, 6, out, {"weight": mask}) == set()
+    for _ in range(2):
+        rule.masked_squared_norms(layer, [call], 6, {"weight": mask})
+    assert rule.add_live_entries(layer, [call, call], factors, 6, out, {"weight": mask}) == set()
+    assert rule.add_live_entries(layer, [call], factors, 6, out, {"weight": mask}) == {"weight"}
+    two = Call((), {}, activation.reshape(3, 2, width), backprop.reshape(3, 2, height))  # positions of three samples
+    assert rule.add_live_entries(layer, [two], factors[:3], 3, out, {"weight": mask}) == set()
+    product = torch.einsum("b,bp,bd->pd", factors.double(), backprop, activation)
+    torch.testing.assert_close(out["weight"] - 1, (product.T if transposed else product)[mask])
+
+
+@FEW
+@pytest.mark.parametrize("materialise", [False, True])
+def test_live_entries_of_a_batch_with_a_bad_sample(materialise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor of 0 drops it, whatever it holds: the live entries are those of the batch without it, from the second step on.
+
+    Where gradients are kept they are what is summed up.
+    """
+    module = nn.Sequential(nn.Linear(70, 90), nn.ReLU(), nn.Linear(90, 3))
+    data, names = torch.randn(5, 70), [name for name, _ in module.named_parameters()]
+
+    def loss(batch: Tensor) -> Tensor:
+        return module(batch).square().sum(1)
+
+    engine = make_engine(module, loss, data, grad_sample="materialize" if materialise else "auto")
+    masks = {name: mask_of(0.1, *p.shape) if p.dim() == 2 else p.detach() > 0 for name, p in module.named_parameters()}
+    places = {name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()}
+    for _ in range(2):
+        sparse_of(masks["0.weight"], torch.float32)
+    found = []
+    monkeypatch.setattr(linear, "masked_outer_sum", lambda *args: (found.append(masked_outer_sum(*args)), found[-1])[1])
+    for _ in range(2):
+        run_batch(engine, loss, data[:4], 4)
+        assert engine.squared_norms([names], masks).isfinite().all()
+        expected = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+        engine.accumulate(torch.full((1, 4), 0.5), [names], expected)
+        engine.end()
+        bad = data.clone()
+        bad[4] = torch.nan
+        run_batch(engine, loss, bad, 5)
+        assert engine.squared_norms([names], masks).isfinite().tolist() == [[True] * 4 + [False]]
+        rows = {name: torch.zeros(len(positions)) for name, positions in places.items()}
+        engine.accumulate(torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.0]]), [names], rows, masks, places)
+        for name in names:
+            torch.testing.assert_close(rows[name], expected[name].flatten()[places[name]])
+        engine.end()
+    assert any(entries is not None for entries in found) != materialise

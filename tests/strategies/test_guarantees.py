@@ -59,13 +59,14 @@ def test_seed_everything_predicts_neither_batches_nor_noise(tmp_path: Path) -> N
 def test_what_we_log_and_the_scale_of_the_noise_are_public(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs on data that have nothing in common: the same lines in the log, the same noise, the same masks."""
     stds: list[list[float]] = []
-    original = GaussianNoise.add_
+    for name in ("add_", "fill_"):
+        original = getattr(GaussianNoise, name)
 
-    def spy(self: GaussianNoise, tensor: Tensor, std: float) -> Tensor:
-        stds[-1].append(std)
-        return original(self, tensor, std)
+        def spy(self: GaussianNoise, tensor: Tensor, std: float, of: Any = original) -> Tensor:
+            stds[-1].append(std)
+            return of(self, tensor, std)
 
-    monkeypatch.setattr(GaussianNoise, "add_", spy)
+        monkeypatch.setattr(GaussianNoise, name, spy)
     logs, live = [], []
     for factor in (1e-6, 1e6):
         stds.append([])

@@ -153,3 +153,43 @@ def test_a_sum_that_is_held_as_its_mean_is_not_divided_again(released: bool) -> 
         torch.testing.assert_close(sums.parameters["bias"].grad, (noise[6:] + 6.0) / 2)
         assert sums.divisor == 1
         sums.drop_grads()
+
+
+def test_what_is_masked_is_never_added_up() -> None:
+    """Whole contributions, values at positions and a release, in the order of live coordinates; a new mask begins with nothing."""
+    sums = make_sums(num_statistics=1)
+    live = {"weight": torch.tensor([[True, False, True], [False, False, True]]), "bias": torch.tensor([False, True])}
+    sums.set_masks([live], (1,))
+    assert (sums.num_live, sums.flat.shape) == (4, (5,))
+    assert [view.tolist() for view in sums.views.values()] == [[0.0, 0.0, 0.0], [0.0]]
+    sums.used = True
+    sums.add(torch.arange(8.0))
+    assert sums.gradient.tolist() == [0.0, 2.0, 5.0, 7.0]
+    sums.add_at(torch.tensor([7, 1, 2, 6]), torch.tensor([10.0, 100.0, 20.0, 100.0]))
+    assert sums.flat.tolist() == [0.0, 22.0, 5.0, 17.0, 0.0]
+    assert sums.read(sums.gradient, torch.arange(8)).tolist() == [0.0, 0.0, 22.0, 0.0, 0.0, 5.0, 0.0, 17.0]
+    sums.write_grads(sums.gradient, expected_batch_size=1)
+    assert sums.parameters["weight"].grad.tolist() == [[0.0, 0.0, 22.0], [0.0, 0.0, 5.0]]
+    assert sums.parameters["bias"].grad.tolist() == [0.0, 17.0]
+    sums.used = True
+    sums.add(torch.ones(8))
+    sums.set_masks([{"bias": torch.tensor([False, True])}], (2,))
+    assert not sums.used
+    assert sums.flat.tolist() == [0.0] * 8
+    assert sums.views["weight"].shape == (6,)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_under_a_mask_the_gradients_memory_is_used_again_unless_somebody_holds_it(kept: bool) -> None:
+    sums = make_sums()
+    sums.set_masks([{"weight": torch.eye(2, 3, dtype=torch.bool)}], (1,))
+    release(sums, 4.0)
+    first = sums.parameters["weight"].grad
+    place, before = first.untyped_storage().data_ptr(), first.clone()
+    if not kept:
+        del first
+    sums.drop_grads()
+    release(sums, 8.0)
+    assert (sums.parameters["weight"].grad.untyped_storage().data_ptr() == place) != kept
+    if kept:
+        assert torch.equal(first, before)

@@ -200,6 +200,23 @@ class Rule(ABC):
         for name, total in self.weighted_sum(module, calls, factors, batch_size, set(out)).items():
             out[name].add_(total)
 
+    def add_live_entries(
+        self,
+        module: nn.Module,
+        calls: Sequence[Call],
+        factors: Tensor,
+        batch_size: int,
+        out: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+    ) -> set[str]:
+        """Add what a mask keeps of :meth:`weighted_sum` where that costs less than all of it; return the names for which it does.
+
+        Args:
+            out: local name to what is added to: the entries that the mask keeps, in a row.
+            masks: local name to a boolean mask of the parameter's shape; public.
+        """
+        return set()
+
     def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:
         """Write the gradients of every sample into ``out``, shape ``(B, *parameter.shape)``, whatever it holds."""
         out.copy_(self.per_sample(module, calls, batch_size, {name})[name])

@@ -21,7 +21,7 @@ from lightning_dp.per_sample.rules.base import (
     sum_from_zeros,
     widen,
 )
-from lightning_dp.per_sample.rules.sparse_mask import masked_outer_squared_norm
+from lightning_dp.per_sample.rules.sparse_mask import masked_outer_squared_norm, masked_outer_sum
 
 _HUGE = 1e20
 """Squared norms above this make squares that have vanished in the other factor count."""
@@ -181,6 +181,28 @@ class LinearRule(Rule):
                 out["weight"].addmm_(left.mT, right)
             else:
                 out["weight"].add_(left.mT @ right)
+
+    @override
+    def add_live_entries(
+        self,
+        module: nn.Module,
+        calls: Sequence[Call],
+        factors: Tensor,
+        batch_size: int,
+        out: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+    ) -> set[str]:
+        if "weight" not in out or len(calls) > 1:
+            return set()
+        inputs, backprops = (widen(_split(tensor, batch_size)) for tensor in (calls[0].activation, calls[0].backprop))
+        if inputs.shape[1] != 1:
+            return set()
+        lefts, rights = (inputs, backprops) if self.transposed else (backprops, inputs)
+        entries = masked_outer_sum(masks["weight"], lefts[:, 0], rights[:, 0], factors)
+        if entries is None:
+            return set()
+        out["weight"].add_(entries)
+        return {"weight"}
 
     @override
     def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:

@@ -72,3 +72,20 @@ def masked_outer_squared_norm(mask: Tensor, lefts_Bp: Tensor, rights_Bd: Tensor)
         return norms
     products_pB: Tensor = matrix @ rights_Bd.mT.contiguous()
     return (products_pB * lefts_Bp.mT).sum(0)
+
+
+def masked_outer_sum(mask: Tensor, lefts_Bp: Tensor, rights_Bd: Tensor, factors_B: Tensor) -> Tensor | None:
+    """Return ``sum_B factor left[p] right[d]`` where the mask is live, row by row; None where a dense product is better.
+
+    Args:
+        mask: boolean, shape ``(p, d)``.
+        lefts_Bp: shape ``(B, p)``.
+        rights_Bd: shape ``(B, d)``.
+        factors_B: shape ``(B,)``.
+    """
+    version, matrix = _known.get(mask, (-1, None))
+    if matrix is None or matrix is _DENSE or version != mask._version or matrix.dtype != rights_Bd.dtype:
+        return None
+    lefts_pB = lefts_Bp.mT * factors_B.to(lefts_Bp.dtype)
+    sums: Tensor = torch.sparse.sampled_addmm(matrix, lefts_pB.contiguous(), rights_Bd, beta=0.0)
+    return sums.values()
