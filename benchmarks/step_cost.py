@@ -367,7 +367,10 @@ def main() -> None:
             if not options.no_time:
                 with OwnProcesses(command, Clock) as runner:
                     found |= time_mode(case, mode, options.pairs, options.seconds, runner=runner)
-            for figures in found.get("time", {}).values():
+                    if mode == "sparse":  # its goal is a ratio to the dense step: pairs of the two
+                        dense = time_mode(case, mode, options.pairs, options.seconds, runner=runner, base="ours")
+                        found["to_dense"] = dense.get("time", {})
+            for figures in (*found.get("time", {}).values(), *found.get("to_dense", {}).values()):
                 figures |= {"clock": options.clock, "threads": options.threads}
             if not options.no_memory and "failed" not in found:
                 found |= memory_of_mode(case, mode, plain_bytes)

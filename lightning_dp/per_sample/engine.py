@@ -270,6 +270,7 @@ class PerSampleEngine:
         out: Mapping[str, Tensor],
         mask: Mapping[str, Tensor] | None = None,
         places: Mapping[str, Tensor] | None = None,
+        room: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add ``sum_i factors[g, i] * gradient_i`` to ``out[name]`` for every parameter of every group g.
 
@@ -280,7 +281,15 @@ class PerSampleEngine:
             mask: as for :meth:`squared_norms`.
             places: parameter name to the ascending positions of what its mask keeps, in the flattened parameter:
                 ``out[name]`` then has these entries only, in a row.
+            room: parameter name to a tensor of the parameter's shape and of the type of ``out`` that may be written to, for
+                sums that a mask is then put on; made anew where there is none.
         """
+
+        def zeros_for(name: str) -> Tensor:
+            if room is not None:
+                return room[name].zero_()
+            return torch.zeros_like(self._parameters[name], dtype=out[name].dtype)
+
         masks, places = boolean_masks(mask), places or {}
         with self._arithmetic():
             dead = factors == 0
@@ -291,17 +300,15 @@ class PerSampleEngine:
                 for unit, names in self._alone(asked):
                     few = {name: out[name] for name in names & places.keys()}
                     rest = names - unit.add_live_entries(few, masks, factors[row], lost) if few else names
-                    sums = {name: self._zeros_of(name, out) if name in masks else out[name] for name in rest}
+                    sums = {name: zeros_for(name) if name in masks else out[name] for name in rest}
                     unit.add_weighted_sum(sums, factors[row], lost)
                     for name in rest & masks.keys():
                         add_masked(out[name], sums[name], masks[name], places.get(name))
                 for name, grad in self._shared(asked):
-                    total = self._zeros_of(name, out)
+                    total = zeros_for(name) if name in masks else out[name]
                     add_combined(total, grad, factors[row], lost)
-                    add_masked(out[name], total, masks.get(name), places.get(name))
-
-    def _zeros_of(self, name: str, out: Mapping[str, Tensor]) -> Tensor:
-        return torch.zeros_like(self._parameters[name], dtype=out[name].dtype)
+                    if name in masks:
+                        add_masked(out[name], total, masks[name], places.get(name))
 
     def per_sample_gradients(
         self, names: Iterable[str] | None = None, mask: Mapping[str, Tensor] | None = None

@@ -155,6 +155,7 @@ class SingleSampleEngine:
         out: Mapping[str, Tensor],
         mask: Mapping[str, Tensor] | None = None,
         places: Mapping[str, Tensor] | None = None,
+        room: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add ``factors[g, 0] * gradient`` to ``out[name]`` as :meth:`PerSampleEngine.accumulate` does."""
         masks, places = boolean_masks(mask), places or {}

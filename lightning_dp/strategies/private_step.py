@@ -128,7 +128,7 @@ class PrivateStep(Refusals):
             factors = sums.clipping.factors(norms)
             weights = factors * (scale / sums.divisor)
             weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
-            engine.accumulate(weights, sums.groups, sums.views, sums.mask, sums.places)
+            engine.accumulate(weights, sums.groups, sums.views, sums.mask, sums.places, sums.room)
         if threshold.num_statistics:
             sums.statistics.add_(threshold.statistics(torch.linalg.vector_norm(norms, dim=0)))
         if diagnostics is not None:

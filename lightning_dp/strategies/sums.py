@@ -56,6 +56,7 @@ class ClippedSum:
         self.live: Tensor | None = None
         self.places: dict[str, Tensor] | None = None  # of live coordinates, in their flattened parameter
         self._live_places: Tensor | None = None  # the same in the gradient
+        self._room: Tensor | None = None  # under a mask, the memory of the gradients to come
         self._lengths = self._sizes  # of the parameters' parts in the buffer
 
     @property
@@ -107,6 +108,16 @@ class ClippedSum:
             return self.views_of(self.gradient)
         return dict(zip(self.names, torch.split(self.gradient, self._lengths), strict=True))
 
+    @property
+    def room(self) -> dict[str, Tensor] | None:
+        """Under a mask: the memory of the gradients to come, a view a parameter, for sums that live coordinates are taken from."""
+        return None if self.mask is None else self.views_of(self._whole()[: self.num_coordinates])
+
+    def _whole(self) -> Tensor:
+        if self._room is None:
+            self._room = self._memory_of_gradients()
+        return self._room
+
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns a view a parameter on a buffer of shape (P,)."""
         parts = torch.split(flat, self._sizes)
@@ -143,7 +154,8 @@ class ClippedSum:
         self._lengths = [len(places) for places in self.places.values()]
 
     def _forget(self) -> None:
-        self._flat, self.used, self.noise_std, self.divisor = None, False, None, 1
+        self._flat = self._room = None
+        self.used, self.noise_std, self.divisor = False, None, 1
 
     @property
     def sensitivity(self) -> float:
@@ -220,7 +232,7 @@ class ClippedSum:
             noisy.mul_(rescale)
         whole = self.flat
         if self._live_places is not None:
-            whole = self._memory_of_gradients().zero_()
+            whole = self._whole().zero_()
             whole.index_copy_(0, self._live_places, noisy)
         for name, gradient in self.views_of(whole[: self.num_coordinates]).items():
             parameter = self.parameters[name]

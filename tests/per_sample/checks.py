@@ -112,7 +112,9 @@ def assert_engine_agrees(
                         continue
                     places = {n: m.flatten().nonzero().squeeze(1) for n, m in mask.items()}
                     rows = {n: torch.ones(len(p), dtype=out[n].dtype) for n, p in places.items()}
-                    engine.accumulate(factors.to(next(iter(out.values())).dtype), singles, rows, mask, places)
+                    room = {n: torch.full_like(total, torch.nan) for n, total in out.items()} if repeat else None
+                    engine.accumulate(factors.to(next(iter(out.values())).dtype), singles, rows, mask, places, room)
+                    assert room is None or any(not bool(used.isnan().any()) for used in room.values())
                     for name in names:
                         assert_close(rows[name], out[name].flatten()[places[name]], scale, rtol, name)
         engine.end()

@@ -189,7 +189,10 @@ def test_under_a_mask_the_gradients_memory_is_used_again_unless_somebody_holds_i
     if not kept:
         del first
     sums.drop_grads()
+    room = sums.room["bias"].untyped_storage().data_ptr()
+    assert (room == place) != kept
     release(sums, 8.0)
+    assert sums.parameters["bias"].grad.untyped_storage().data_ptr() == room
     assert (sums.parameters["weight"].grad.untyped_storage().data_ptr() == place) != kept
     if kept:
         assert torch.equal(first, before)
