@@ -226,6 +226,7 @@ def test_sparsification_sentences_follow_the_figures() -> None:
     assert "not below that of guessing, at: epsilon 1. The same holds sparsified at: no noise, epsilon 1." in text
 
 
+@pytest.mark.slow
 def test_pruning_from_runs_to_page(tmp_path: Path, readme: Path) -> None:
     out = tmp_path / "pruning.json"
     pruning.main(["--smoke", "--out", str(out), "--readme", str(readme)])

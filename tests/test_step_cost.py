@@ -90,6 +90,7 @@ def test_cases_for_a_gpu_are_left_out_elsewhere(
     assert capsys.readouterr().out == "vit: left out, it needs a GPU\nbert: left out, it needs a GPU\n"
 
 
+@pytest.mark.slow
 def test_a_process_tells_when_steps_began_and_why_a_mode_does_not_run() -> None:
     served = (
         "from benchmarks.step_processes import serve\n"
