@@ -17,12 +17,13 @@ class ClippedSum:
 
     It holds L coordinates of the gradient, behind them S statistics. Without a mask L is P, and the buffer of a step becomes
     that step's gradients once it is noised. Under a mask it holds live coordinates alone, in their order: what is masked is
-    never added up, never noised, never sent, and zero in every gradient. The next step takes the gradients' memory back if by then
+    never noised, never sent, and zero in every gradient. The next step takes the gradients' memory back if by then
     nobody holds one of them, and fresh memory otherwise: no more is held than without privacy.
 
     It begins with the noise of its release (``begin_with_noise``), then maybe as a mean from the start, or with zeros.
 
-    **Guarantee**: ``flat`` holds private sums, not to be released before ``lightning_dp.noise`` is in all of them; no
+    **Guarantee**: ``flat`` holds private sums, not to be released before ``lightning_dp.noise`` is in all of them; so does
+    ``room``, which never is: it is cleared before the gradients are written there. No
     ``p.grad`` aliases it before, and after it was handed out it is written again only when this object is its last owner, so a
     gradient that a user kept never shows a later sum, and neither a hook nor ``zero_grad`` can reach one.
 
@@ -57,7 +58,6 @@ class ClippedSum:
         self.places: dict[str, Tensor] | None = None  # of live coordinates, in their flattened parameter
         self._live_places: Tensor | None = None  # the same in the gradient
         self._room: Tensor | None = None  # under a mask, the memory of the gradients to come
-        self._lengths = self._sizes  # of the parameters' parts in the buffer
 
     @property
     def flat(self) -> Tensor:
@@ -104,9 +104,10 @@ class ClippedSum:
     @property
     def views(self) -> dict[str, Tensor]:
         """What is added to, a parameter: a view of its shape, or of its live coordinates in a row where there is a mask."""
-        if self.mask is None:
+        if self.places is None:
             return self.views_of(self.gradient)
-        return dict(zip(self.names, torch.split(self.gradient, self._lengths), strict=True))
+        parts = torch.split(self.gradient, [len(places) for places in self.places.values()])
+        return dict(zip(self.places, parts, strict=True))
 
     @property
     def room(self) -> dict[str, Tensor] | None:
@@ -147,11 +148,9 @@ class ClippedSum:
                 views[name].logical_and_(mask[name].to(live.device))
         if bool(live.all()):
             self.mask = self.live = self.places = self._live_places = None
-            self._lengths = self._sizes
             return
         self.mask, self.live, self._live_places = views, live, live.nonzero().squeeze(1)
         self.places = {name: view.reshape(-1).nonzero().squeeze(1) for name, view in views.items()}
-        self._lengths = [len(places) for places in self.places.values()]
 
     def _forget(self) -> None:
         self._flat = self._room = None

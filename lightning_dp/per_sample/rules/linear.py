@@ -194,7 +194,7 @@ class LinearRule(Rule):
     ) -> set[str]:
         if "weight" not in out or len(calls) > 1:
             return set()
-        inputs, backprops = (widen(_split(tensor, batch_size)) for tensor in (calls[0].activation, calls[0].backprop))
+        ((_, inputs, backprops),) = _blocks(calls, batch_size)
         if inputs.shape[1] != 1:
             return set()
         lefts, rights = (inputs, backprops) if self.transposed else (backprops, inputs)
