@@ -12,7 +12,8 @@ gathered at once (``sampling/gather.py``).
 Peak memory comes from a process of its own a case: highest resident size (on a GPU: highest allocated memory) from the
 second batch to the last, less what was resident before the model was made, in a process that has loaded everything the mode
 needs. The first batch is a peak of its own, ``first_bytes``: before it, once a run, the independence check holds the
-gradients of a few samples. What a call measures is merged into the JSON file, mode by mode.
+gradients of a few samples. What a call measures is merged into the JSON file, mode by mode, beside what was measured in the
+same environment; figures of another processor or another version are kept apart and have a table of their own.
 
 On a machine that others use as well, ``--clock processor --threads 1`` counts the processor time of the process in place of
 the time that goes by: what others take is not in it, nor is what a second thread would save.
@@ -45,9 +46,9 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import write_section
-from benchmarks.step_floor import cost_of, floor_section
+from benchmarks.step_floor import cost_of
 from benchmarks.step_processes import DoesNotRun, OwnProcesses, serve
-from benchmarks.step_table import OPACUS, step_section
+from benchmarks.step_table import OPACUS, step_page
 from lightning_dp import DPStrategy, RandomSparsification
 from lightning_dp.allocator import give_back_freed_memory, keep_freed_memory
 from lightning_dp.noise import GaussianNoise
@@ -287,14 +288,29 @@ def memory_of_mode(case: Case, mode: str, known: dict[str, tuple[int, int]]) -> 
 def measure_noise(case: Case) -> dict[str, Any]:
     """Milliseconds that it takes to fill a buffer of all trained parameters with noise, as a private step does."""
     sums = torch.empty(cost_of(case).parameters, device=DEVICE)
-    noise, seconds = GaussianNoise(), []
-    for _ in range(25):
-        began = time.perf_counter()
-        noise.fill_(sums, 1.0)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return {"ms": 1e3 * statistics.median(seconds)}
+    noise = GaussianNoise()
+    return {"ms": statistics.median(_milliseconds(lambda: noise.fill_(sums, 1.0)) for _ in range(25))}
+
+
+def measure_rates() -> dict[str, float]:
+    """Multiply-adds and bytes read a millisecond, at best: a product of square matrices, the norm of a large vector."""
+    side, length = 1024, 2**24
+    left, right, vector = (torch.randn(*shape, device=DEVICE) for shape in ((side, side), (side, side), (length,)))
+    product = _least_ms(lambda: left @ right)
+    read = _least_ms(lambda: torch.linalg.vector_norm(vector))
+    return {"mult_per_ms": side**3 / product, "bytes_per_ms": vector.nbytes / read}
+
+
+def _least_ms(work: Callable[[], Any]) -> float:
+    return min(_milliseconds(work) for _ in range(25))
+
+
+def _milliseconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began)
 
 
 def environment() -> dict[str, str]:
@@ -318,9 +334,19 @@ def environment() -> dict[str, str]:
     }
 
 
-def merge(results: dict[str, Any], name: str, found: dict[str, dict[str, Any]]) -> None:
+def machine_in(results: dict[str, Any], named: dict[str, str]) -> dict[str, Any]:
+    """The figures that were measured in this environment, and no others; none yet if it is new."""
+    machines: list[dict[str, Any]] = results["machines"]
+    for machine in machines:
+        if machine["environment"] == named:
+            return machine
+    machines.append({"environment": named, "cases": {}})
+    return machines[-1]
+
+
+def merge(machine: dict[str, Any], name: str, found: dict[str, dict[str, Any]]) -> None:
     """Puts the figures of one case where those of the same modes were."""
-    held = results["cases"].setdefault(name, {"time": {}, "memory": {}, "failed": {}})
+    held = machine["cases"].setdefault(name, {"time": {}, "memory": {}, "failed": {}})
     for mode in found.get("time", {}):
         held["failed"].pop(mode, None)
     for kind, figures in found.items():
@@ -353,10 +379,10 @@ def main() -> None:
         same_size_batches()
         serve(lambda case, mode, steps, warmup: run(case, mode, steps, warmup).began)
         return
-    results: dict[str, Any] = {"environment": {}, "cases": {}}
-    if options.out.exists():
-        results = json.loads(options.out.read_text())
-    results["environment"] = environment()
+    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"machines": []}
+    machine = machine_in(results, environment())
+    seen = machine.get("rates", {})
+    machine["rates"] = {what: max(rate, seen.get(what, 0.0)) for what, rate in measure_rates().items()}
     plain_bytes: dict[str, tuple[int, int]] = {}
     command = [sys.executable, "-W", "ignore", str(Path(__file__)), "--serve"]
     command += ["--threads", str(options.threads), "--clock", options.clock]
@@ -377,11 +403,11 @@ def main() -> None:
                 figures |= {"clock": options.clock, "threads": options.threads}
             if not options.no_memory and "failed" not in found:
                 found |= memory_of_mode(case, mode, plain_bytes)
-            merge(results, name, found)
+            merge(machine, name, found)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(name, mode, json.dumps(found), flush=True)
     if options.out == HERE / "step_cost.json":
-        write_section("step_cost", step_section(results) + "\n\n" + floor_section(results["cases"]))
+        write_section("step_cost", step_page(results))
 
 
 if __name__ == "__main__":

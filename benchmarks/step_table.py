@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.cases import CASES, Case
+from benchmarks.step_floor import cost_of, counts_section
 
 OPACUS = ("hooks", "functorch", "ew", "ghost")
 SPEEDUP_GOAL = 1.5
@@ -13,22 +14,36 @@ SPARSE_GOAL = 1.15
 """How much slower than the dense step a step at sparsification rate 0.9 may be."""
 
 
-def step_section(results: dict[str, Any]) -> str:
-    """Time, memory and peers of every case that was measured, with goals."""
-    named = results["environment"]
+def step_page(results: dict[str, Any]) -> str:
+    """What was measured on each machine, and what can be counted on any."""
+    names = [name for name in CASES if any(name in machine["cases"] for machine in results["machines"])]
+    return "\n\n".join(
+        [
+            "Medians of pairs, each side in a process of its own, against the same step without privacy; a goal in brackets, "
+            "with a cross where it is missed. Sparse to dense is measured in pairs of the two.",
+            *(machine_section(machine) for machine in results["machines"]),
+            "### Counts\n\n" + counts_section(names),
+        ]
+    )
+
+
+def machine_section(machine: dict[str, Any]) -> str:
+    """Time, memory and peers of every case that was measured on one machine, with goals."""
+    named = machine["environment"]
     lines = [
+        f"### {named['processor'] if named['device'] == 'cpu' else named['device']}",
+        "",
         f"Measured on {named['device']} ({named['processor']}): "
         + ", ".join(f"{name} {named[name]}" for name in ("python", "torch", "lightning", "opacus"))
-        + ". Medians of pairs, each side in a process of its own, against the same step without privacy; a goal in brackets, "
-        + "with a cross where it is missed. Sparse to dense is measured in pairs of the two. "
-        + f"Noise on the CPU is drawn by {named['noise']}. "
-        + _clocks(results),
+        + f". Noise on the CPU is drawn by {named['noise']}. "
+        + _clocks(machine),
         "",
-        "| case | plain, ms | time | time, lean | memory | memory, lean | sparse to dense | best Opacus to ours |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | plain, ms | draws, ms | plain and draws | least | time | time, lean | memory | memory, lean | sparse to dense "
+        "| best Opacus to ours |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    measured = {name: held for name, held in results["cases"].items() if name in CASES}
-    lines += [_row(CASES[name], held) for name, held in measured.items()]
+    measured = {name: machine["cases"][name] for name in CASES if name in machine["cases"]}
+    lines += [_row(CASES[name], held, machine.get("rates")) for name, held in measured.items()]
     lines += [
         "",
         "All modes, time (and memory); kept is the step without privacy that keeps freed memory and gathers the rows of its "
@@ -68,13 +83,14 @@ def best_peer(held: dict[str, Any]) -> tuple[str, float] | None:
     return None if not known else (min(known)[1], min(known)[0])
 
 
-def _row(case: Case, held: dict[str, Any]) -> str:
+def _row(case: Case, held: dict[str, Any], rates: dict[str, float] | None) -> str:
     lean_time, lean_memory = case.lean_goals or (None, None)
     ours, peer, sparse = time_of(held, "ours"), best_peer(held), held.get("to_dense", {}).get("sparse")
     plain = held["time"]["ours"]["plain_ms"] if ours is not None else 0.0
     cells = [
         case.name,
         f"{plain:.1f}" if plain else "-",
+        *_floor(case, held, plain, rates),
         _judged(ours, case.time_goal),
         _judged(time_of(held, "lean"), lean_time),
         _judged(memory_of(held, "ours"), case.memory_goal),
@@ -83,6 +99,15 @@ def _row(case: Case, held: dict[str, Any]) -> str:
         f"{_judged(peer[1] / ours, SPEEDUP_GOAL, at_least=True)} ({peer[0]})" if peer and ours else "-",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _floor(case: Case, held: dict[str, Any], plain_ms: float, rates: dict[str, float] | None) -> list[str]:
+    """Draws, what they make of a plain step, and the least that a private one takes at these rates."""
+    draws = held.get("noise", {}).get("ms")
+    if draws is None or not plain_ms:
+        return ["-"] * 3
+    least = f"{cost_of(case).least_ms(plain_ms, draws, rates) / plain_ms:.2f}" if rates else "-"
+    return [f"{draws:.1f}", f"{1 + draws / plain_ms:.2f}", least]
 
 
 def _judged(value: float | None, goal: float | None, *, at_least: bool = False) -> str:
@@ -94,9 +119,9 @@ def _judged(value: float | None, goal: float | None, *, at_least: bool = False) 
     return f"{value:.2f} {'✓' if met else '✗'} [{'≥' if at_least else '≤'} {goal:g}]"
 
 
-def _clocks(results: dict[str, Any]) -> str:
+def _clocks(machine: dict[str, Any]) -> str:
     """How time was taken: one sentence a way."""
-    figures = [figures for held in results["cases"].values() for figures in held["time"].values()]
+    figures = [figures for held in machine["cases"].values() for figures in held["time"].values()]
     ways = sorted({(one["clock"], one["threads"], min(o["pairs"] for o in figures)) for one in figures})
     texts = {
         "wall": "time that went by",

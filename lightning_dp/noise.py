@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from lightning_dp.normals import SECURE_DRAWS, normal_stream, secure_normals, secure_words, threads_that_pay
 from lightning_dp.normals_ahead import NormalsAhead
+from lightning_dp.waiting_threads import end_waiting_threads
 
 _NUM_STREAMS = 4  # a constant, so that a seed gives the same noise whatever the number of threads
 _CPU_CHUNK = 1 << 15  # coordinates a stream draws at a time: the buffer stays in the processor's cache
+_LEAST_A_WAITING_THREAD = 1 << 18  # coordinates, for each thread that torch computes on, to be worth ending those
 _DEVICE_CHUNK = 1 << 24
 _SECURE_CHUNK = 1 << 16
 _GRID_BITS = 20  # the grid's step is at most std 2^-20: its own variance is below 1e-13 of the noise's
@@ -219,6 +221,7 @@ class GaussianNoise:
         self._streams = [normal_stream(child) for child in self._children(_NUM_STREAMS)]
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
         self._ahead = None
+        self._threads: ThreadPoolExecutor | None = None  # kept: to start one takes as long as some chunks
         self._device_generators: dict[torch.device, torch.Generator] = {}
         self._random_words = secure_words() if self.secure else None
 
@@ -229,9 +232,7 @@ class GaussianNoise:
         return [np.random.SeedSequence(secrets.randbits(256)) for _ in range(num)]
 
     def _write_cpu(self, flat: Tensor, std: float, *, adds: bool) -> None:
-        num_threads = min(
-            _NUM_STREAMS, threads_that_pay(torch.get_num_threads()), max(1, -(-flat.numel() // _CPU_CHUNK))
-        )
+        num_threads = _threads_for(flat.numel())
 
         @torch.no_grad()
         def write_streams(first: int) -> None:
@@ -249,12 +250,16 @@ class GaussianNoise:
 
         if num_threads == 1:
             write_streams(0)
-        else:  # drawing is the cost and releases the interpreter; no thread outlives the call
-            with ThreadPoolExecutor(num_threads - 1) as pool:
-                others = [pool.submit(write_streams, first) for first in range(1, num_threads)]
-                write_streams(0)
-                for other in others:
-                    other.result()
+            return
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_NUM_STREAMS - 1, thread_name_prefix="noise")
+        others = [self._threads.submit(write_streams, first) for first in range(1, num_threads)]
+        try:
+            write_streams(0)
+        finally:  # whatever happens: no thread writes into the buffer after the call
+            wait(others)
+        for other in others:
+            other.result()
 
     def _buffer(self, number: int, dtype: torch.dtype) -> Tensor:
         key = (number, dtype)
@@ -284,6 +289,15 @@ class GaussianNoise:
             noise *= std
             noise += chunk.cpu().numpy()
             chunk.copy_(torch.from_numpy(_on_grid(noise, grid)).to(flat.dtype))
+
+
+def _threads_for(num: int) -> int:
+    """On how many threads to draw so many numbers: drawing is the cost, and releases the interpreter."""
+    computing = torch.get_num_threads()
+    num_threads = min(_NUM_STREAMS, computing, max(1, -(-num // _CPU_CHUNK)))
+    if num_threads > 1 and not (num >= _LEAST_A_WAITING_THREAD * computing and end_waiting_threads()):
+        return threads_that_pay(num_threads)
+    return num_threads
 
 
 def _check_buffer(tensor: Tensor, std: float) -> None:

@@ -46,7 +46,7 @@ def normal_stream(seed: np.random.SeedSequence) -> Stream:
 
 
 def threads_that_pay(num_threads: int) -> int:
-    """Return on how many of so many threads to draw: MKL's one takes as long as two, which wait for the interpreter."""
+    """Return on how many threads to draw beside so many that wait awake: MKL's one takes as long as two that take turns."""
     return 1 if num_threads <= 2 and _mkl_generator() is not None else num_threads
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import step_cost
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import README
-from benchmarks.step_cost import main, measure_noise, merge
-from benchmarks.step_floor import cost_of, floor_section
+from benchmarks.step_cost import machine_in, main, measure_noise, measure_rates, merge
+from benchmarks.step_floor import Cost, LayerCost, cost_of
 from benchmarks.step_processes import DoesNotRun, OwnProcesses
-from benchmarks.step_table import best_peer, step_section
+from benchmarks.step_table import best_peer, step_page
 from lightning_dp.noise import GaussianNoise
 
 
@@ -25,8 +27,7 @@ def figures(median: float) -> dict[str, Any]:
 
 def test_the_page_is_what_the_results_give() -> None:
     path = README.with_name("step_cost.json")
-    results = json.loads(path.read_text())
-    text = step_section(results) + "\n\n" + floor_section(results["cases"])
+    text = step_page(json.loads(path.read_text()))
     assert f"<!-- step_cost -->\n{text}\n<!-- /step_cost -->" in README.read_text()
 
 
@@ -36,7 +37,7 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     held: dict[str, Any] = {"time": {}, "memory": {"ours": memory}, "failed": {"ew": "ValueError: no"}}
     held["time"] = {"ours": figures(1.4), "sparse": figures(1.4), "ghost": figures(2.0), "hooks": figures(9.0)}
     held["to_dense"] = {"sparse": figures(1.21)}
-    text = step_section({"environment": named, "cases": {"mlp": held}})
+    text = step_page({"machines": [{"environment": named, "cases": {"mlp": held}}]})
     assert best_peer(held) == ("ghost", 2.0)
     row = next(line for line in text.splitlines() if line.startswith("| mlp | 10.0"))
     assert "| 1.40 ✓ [≤ 1.4] |" in row
@@ -48,15 +49,48 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     assert "gathers its batches as well" not in text
     assert "Where Opacus itself" not in text
     held["time"] |= {"kept": figures(0.7), "functorch": figures(1.4)}
-    text = step_section({"environment": named, "cases": {"mlp": held}})
+    text = step_page({"machines": [{"environment": named, "cases": {"mlp": held}}]})
     assert "gathers its batches as well: mlp 2.00." in text
     assert "times faster: mlp (functorch 1.40)." in text
 
 
-def test_draws_are_set_beside_a_plain_step() -> None:
-    row = floor_section({"mlp": {"time": {"ours": figures(1.4)}, "noise": {"ms": 2.5}}}).splitlines()[-1]
-    assert row.endswith("| 2.5 | 1.25 |")
-    assert floor_section({"mlp": {"time": {}}}).endswith("| - | - |")
+def test_draws_and_the_least_are_set_beside_a_plain_step() -> None:
+    named = dict.fromkeys(("python", "torch", "lightning", "opacus", "device", "processor", "noise"), "x")
+    held: dict[str, Any] = {"time": {"ours": figures(1.4)}, "memory": {}, "failed": {}, "noise": {"ms": 2.5}}
+    parameters = cost_of(CASES["mlp"]).parameters
+    rates = {"mult_per_ms": math.inf, "bytes_per_ms": 4.0 * parameters}  # one pass over all parameters: 1 ms
+    machine: dict[str, Any] = {"environment": named, "cases": {"mlp": held}, "rates": rates}
+    assert "| mlp | 10.0 | 2.5 | 1.25 | 1.35 | 1.40 ✓" in step_page({"machines": [machine]})
+    del machine["rates"]
+    assert "| mlp | 10.0 | 2.5 | 1.25 | - | 1.40 ✓" in step_page({"machines": [machine]})
+    del held["noise"]
+    assert "| mlp | 10.0 | - | - | - | 1.40 ✓" in step_page({"machines": [machine]})
+
+
+def test_every_machine_has_a_table_and_figures_of_its_own() -> None:
+    results: dict[str, Any] = {"machines": []}
+    names = ("python", "torch", "lightning", "opacus", "device", "processor", "noise")
+    one, other = (dict.fromkeys(names, "cpu") | {"processor": processor} for processor in ("one", "other"))
+    merge(machine_in(results, one), "mlp", {"time": {"ours": figures(2.0)}})
+    merge(machine_in(results, other), "mlp", {"time": {"ours": figures(3.0)}})
+    merge(machine_in(results, dict(one)), "mlp", {"time": {"ours": figures(1.0)}})
+    assert [machine["environment"] for machine in results["machines"]] == [one, other]
+    page = step_page(results)
+    first, second = page.index("### one"), page.index("### other")
+    assert "| 1.00 ✓ [≤ 1.4] |" in page[first:second]
+    assert "| 3.00 ✗ [≤ 1.4] |" in page[second:]
+
+
+def test_the_least_takes_the_cheaper_of_products_and_kept_gradients_in_each_layer() -> None:
+    cost = Cost(parameters=10, layers=[LayerCost(600, 0, 100), LayerCost(200, 0, 100), LayerCost(50, 0, 0)])
+    rates = {"mult_per_ms": 10.0, "bytes_per_ms": 4.0}
+    # kept, written and read: 2 * 100 / 4; products: 200 / 10 and 50 / 10; the mean is added to the noise: 40 / 4
+    assert cost.least_ms(1.0, 2.0, rates) == 1.0 + 2.0 + 50.0 + 20.0 + 5.0 + 10.0
+
+
+def test_rates_are_those_of_a_product_and_of_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_cost, "_least_ms", lambda work: (work(), 2.0)[1])
+    assert measure_rates() == {"mult_per_ms": 1024**3 / 2.0, "bytes_per_ms": 2**26 / 2.0}
 
 
 def test_draws_are_measured_on_a_buffer_of_all_trained_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,12 +101,12 @@ def test_draws_are_measured_on_a_buffer_of_all_trained_parameters(monkeypatch: p
 
 
 def test_new_figures_replace_those_of_the_same_mode_only() -> None:
-    results: dict[str, Any] = {"cases": {}}
-    merge(results, "mlp", {"time": {"ours": figures(2.0)}})
-    merge(results, "mlp", {"failed": {"ew": "why"}})
-    merge(results, "mlp", {"time": {"ew": figures(3.0)}, "memory": {"ours": {"ratio": 1.0}}})
-    merge(results, "mlp", {"time": {"ours": figures(1.5)}})
-    held = results["cases"]["mlp"]
+    machine: dict[str, Any] = {"cases": {}}
+    merge(machine, "mlp", {"time": {"ours": figures(2.0)}})
+    merge(machine, "mlp", {"failed": {"ew": "why"}})
+    merge(machine, "mlp", {"time": {"ew": figures(3.0)}, "memory": {"ours": {"ratio": 1.0}}})
+    merge(machine, "mlp", {"time": {"ours": figures(1.5)}})
+    held = machine["cases"]["mlp"]
     assert (held["time"]["ours"]["median"], held["time"]["ew"]["median"]) == (1.5, 3.0)
     assert held["memory"] == {"ours": {"ratio": 1.0}}
     assert held["failed"] == {}
@@ -120,3 +154,25 @@ def test_counts_of_a_linear_layer_with_and_without_positions() -> None:
     cost = cost_of(Case("two", 4, lambda: nn.Linear(3, 5), lambda size: torch.randn(size, 2, 3), 5, 1.0, 1.0))
     assert (cost.native, cost.kept_bytes) == (4 * 2 * 3 * 15, 4 * 4 * 15)
     assert (cost.norms, cost.masked) == (4 * 3 * 8, 4 * 2 * 15)
+
+
+def test_counts_of_a_convolution_take_the_cheaper_gram_matrix() -> None:
+    def cost(kernel: int, channels: int, size: int) -> Cost:
+        return cost_of(
+            Case(
+                "conv",
+                2,
+                lambda: nn.Conv2d(channels, 7, kernel),
+                lambda n: torch.randn(n, channels, size, size),
+                7,
+                1,
+                1,
+            )
+        )
+
+    channels_only = cost(3, 50, 5)  # 25 positions in, 9 out, patches of 450
+    assert channels_only.norms == 2 * (325 * 50 + 45 * 7)
+    assert channels_only.masked == 2 * 9 * 450 * 7
+    assert channels_only.kept_bytes == 4 * 2 * 450 * 7
+    patches = cost(4, 50, 5)  # 4 out, patches of 800: less than 25 positions in of 50 channels
+    assert patches.norms == 2 * (10 * 800 + 10 * 7)

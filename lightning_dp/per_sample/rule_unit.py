@@ -19,9 +19,13 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.layout import WAY_OUT, Unclear, tensors_of
 from lightning_dp.per_sample.precision import exact_arithmetic
 from lightning_dp.per_sample.recorder import Frame, Record, main_input, tap_layer
-from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype
-from lightning_dp.per_sample.units import Grads, Source, norm_of
+from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype, squared_norm
+from lightning_dp.per_sample.rules.sparse_mask import places_of
+from lightning_dp.per_sample.units import Grads, Source, add_combined, norm_of
 from lightning_dp.per_sample.workspace import Workspace
+
+MOST_LIVE = 0.5
+"""Largest share of live entries of which gradients are kept by themselves: to pick an entry costs more than to pass it over."""
 
 
 class RuleUnit(Source):
@@ -51,6 +55,8 @@ class RuleUnit(Source):
         self.materialise = materialise
         self.local = {slot.name: slot.local for slot in self.slots}
         self._made: Grads = {}  # within the backward; while there are any, every further backprop is added to them
+        self._live: dict[str, tuple[Tensor, Tensor]] = {}  # what a mask keeps of the gradients, and where that is
+        self._live_at = -1
         self._not_at_once: set[Any] = set()  # shapes for which that did not pay or had no room
         self._groups: list[tuple[set[str], list[Call]]] = []
         self._groups_at = -1
@@ -59,7 +65,7 @@ class RuleUnit(Source):
     @override
     def clear(self) -> None:
         super().clear()
-        self._made = {}
+        self._made, self._live = {}, {}
         self._groups, self._groups_at = [], -1
 
     @override
@@ -199,6 +205,11 @@ class RuleUnit(Source):
             if plain := rest - masked.keys():
                 made = self.rule.squared_norms(self.module, calls, size, plain)
                 norms.update((wanted[local], norm) for local, norm in made.items())
+            for local in sorted(masked):
+                entries = self._live_entries(wanted[local], calls, masked[local])
+                if entries is not None:
+                    norms[wanted[local]] = squared_norm(entries)
+                    del masked[local]
             if masked:
                 made = self.rule.masked_squared_norms(self.module, calls, size, masked)
                 norms.update((wanted[local], norm) for local, norm in made.items())
@@ -222,6 +233,29 @@ class RuleUnit(Source):
             else:
                 self.rule.fill(self.module, calls, size, local, buffer)
                 kept[name] = buffer
+
+    def _live_entries(self, name: str, calls: list[Call], mask: Tensor) -> Tensor | None:
+        """Return what a mask keeps of every sample's gradient, and keep it: where that is little, pays and has room."""
+        local, size = self.local[name], self.recorder.batch_size
+        if not self.rule.picks(calls, size, local):
+            return None
+        places = places_of(mask)
+        num = size * len(places)
+        if len(places) > MOST_LIVE * mask.numel():
+            return None
+        if num > sum(call.backprop.numel() for call in calls):
+            num_bytes = num * accumulation_dtype(calls[0].backprop).itemsize
+            if self.workspace is None or not self.workspace.admits((name, "live"), num_bytes):
+                return None
+        entries = self.rule.live_entries(self.module, calls, size, local, places)
+        self._memory_of_live()[name] = (entries, places)
+        return entries
+
+    def _memory_of_live(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what masks kept of gradients since the last backprop came."""
+        if self._live_at != self.recorder.changes:
+            self._live, self._live_at = {}, self.recorder.changes
+        return self._live
 
     def _is_small(self, name: str, calls: list[Call]) -> bool:
         """Whether the gradients of a parameter take no more memory than the backprops they are made of."""
@@ -251,7 +285,11 @@ class RuleUnit(Source):
         self, out: Mapping[str, Tensor], masks: Mapping[str, Tensor], factors: Tensor, dead: Tensor | None
     ) -> set[str]:
         done: set[str] = set()
-        for wanted, calls in self._asked(out.keys() - self.memory().keys()):
+        for name, (entries, places) in self._memory_of_live().items():
+            if name in out and places is places_of(masks[name]):
+                add_combined(out[name], entries, factors, dead)
+                done.add(name)
+        for wanted, calls in self._asked(out.keys() - self.memory().keys() - done):
             if dead is not None:
                 calls = [_without(call, dead) for call in calls]
             targets = {local: out[name] for local, name in wanted.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_dp.clipping import Clipping
 from lightning_dp.noise import GaussianNoise
+from lightning_dp.per_sample.rules.sparse_mask import places_of
 
 
 class ClippedSum:
@@ -150,7 +151,7 @@ class ClippedSum:
             self.mask = self.live = self.places = self._live_places = None
             return
         self.mask, self.live, self._live_places = views, live, live.nonzero().squeeze(1)
-        self.places = {name: view.reshape(-1).nonzero().squeeze(1) for name, view in views.items()}
+        self.places = {name: places_of(view) for name, view in views.items()}
 
     def _forget(self) -> None:
         self._flat = self._room = None

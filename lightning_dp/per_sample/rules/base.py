@@ -200,6 +200,31 @@ class Rule(ABC):
         for name, total in self.weighted_sum(module, calls, factors, batch_size, set(out)).items():
             out[name].add_(total)
 
+    def picks(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
+        """Tell whether a mask of few live entries is best served by :meth:`live_entries`.
+
+        So it is where norms under a mask need the per-sample gradients anyway: norms and weighted sum then come from these
+        entries alone.
+        """
+        return False
+
+    def live_entries(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, places: Tensor
+    ) -> Tensor:
+        """Return the entries at some places of every sample's gradient.
+
+        Args:
+            module: the layer.
+            calls: at least one call.
+            batch_size: ``B``, 0 allowed.
+            name: local parameter name.
+            places: positions in the flattened parameter, shape ``(L,)``; public.
+
+        Returns:
+            Shape ``(B, L)`` in the accumulation type. Private.
+        """
+        return self.per_sample(module, calls, batch_size, {name})[name].flatten(1).index_select(1, places)
+
     def add_live_entries(
         self,
         module: nn.Module,

@@ -114,14 +114,12 @@ class ConvRule(Rule):
         if "weight" in names:
             shape = _shape_of(conv, calls, batch_size)
             route = choose_route(shape, norms_only=False)
-            blocks = list(_blocks(batch_size, shape, route))
-            if len(blocks) == 1:
+            if len(list(_blocks(batch_size, shape, route))) == 1:
                 grads["weight"] = _weight_gradients(conv, calls, batch_size, route)
             else:
                 grads["weight"] = _product(calls[0]).new_empty(batch_size, *conv.weight.shape)
-                for low, high in blocks:
-                    part = [_rows_of(call, low, high) for call in calls]
-                    grads["weight"][low:high] = _weight_gradients(conv, part, high - low, route)
+                for low, high, part in _gradients_in_blocks(conv, calls, batch_size):
+                    grads["weight"][low:high] = part
         if "bias" in names:
             grads["bias"] = _bias_gradients(calls)
         return grads
@@ -149,6 +147,22 @@ class ConvRule(Rule):
         if "bias" in masks:
             norms["bias"] = squared_norm(_bias_gradients(calls) * masks["bias"])
         return norms
+
+    @override
+    def picks(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
+        return name == "weight"
+
+    @override
+    def live_entries(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, places: Tensor
+    ) -> Tensor:
+        if name != "weight":
+            return super().live_entries(module, calls, batch_size, name, places)
+        conv = _checked(module)
+        entries = _product(calls[0]).new_empty(batch_size, len(places))
+        for low, high, grads in _gradients_in_blocks(conv, calls, batch_size):
+            torch.index_select(grads.flatten(1), 1, places, out=entries[low:high])
+        return entries
 
     @override
     def weighted_sum(
@@ -258,17 +272,23 @@ def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Ro
 def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Tensor | None) -> Tensor:
     """Return squared norms ``(B,)`` of the (masked) weight gradients, in blocks of samples."""
     shape = _shape_of(conv, calls, batch_size)
-    route = choose_route(shape, norms_only=mask is None)
     norms = _product(calls[0]).new_empty(batch_size)
+    if mask is None and choose_route(shape, norms_only=True) == "gram":
+        for low, high in _blocks(batch_size, shape, "gram"):
+            norms[low:high] = _gram_norms(conv, [_rows_of(call, low, high) for call in calls], high - low)
+        return norms
     weights = None if mask is None else mask.to(norms.dtype)
-    for low, high in _blocks(batch_size, shape, route):
-        part = [_rows_of(call, low, high) for call in calls]
-        if route == "gram":
-            norms[low:high] = _gram_norms(conv, part, high - low)
-        else:
-            grads = _weight_gradients(conv, part, high - low, route)
-            norms[low:high] = squared_norm(grads if weights is None else grads.mul_(weights))
+    for low, high, grads in _gradients_in_blocks(conv, calls, batch_size):
+        norms[low:high] = squared_norm(grads if weights is None else grads.mul_(weights))
     return norms
+
+
+def _gradients_in_blocks(conv: Conv, calls: Sequence[Call], batch_size: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield ranges of samples with their weight gradients, which may be written to."""
+    shape = _shape_of(conv, calls, batch_size)
+    route = choose_route(shape, norms_only=False)
+    for low, high in _blocks(batch_size, shape, route):
+        yield low, high, _weight_gradients(conv, [_rows_of(call, low, high) for call in calls], high - low, route)
 
 
 def _gram_norms(conv: Conv, calls: Sequence[Call], samples: int) -> Tensor:

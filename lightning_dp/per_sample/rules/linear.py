@@ -143,10 +143,10 @@ class LinearRule(Rule):
         lefts, rights = (inputs, backprops) if self.transposed else (backprops, inputs)
         if inputs.shape[1] != 1:
             return _product_squared_norm(lefts, rights, mask)
-        lefts, rights = lefts[:, 0].square(), rights[:, 0].square()
+        lefts, rights = lefts[:, 0], rights[:, 0]
         norm = masked_outer_squared_norm(mask, lefts, rights)
         # next to a huge factor vanished squares would count: such a sample counts as not finite, as one with NaN does
-        small = torch.maximum(lefts.sum(1), rights.sum(1)) <= _HUGE**1.5
+        small = torch.maximum(squared_norm(lefts), squared_norm(rights)) <= _HUGE**1.5
         return torch.where(small, norm, torch.inf)
 
     @override
@@ -183,6 +183,22 @@ class LinearRule(Rule):
                 out["weight"].add_(left.mT @ right)
 
     @override
+    def picks(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
+        return name == "weight" and _num_positions(calls, batch_size) > 1
+
+    @override
+    def live_entries(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, places: Tensor
+    ) -> Tensor:
+        if name != "weight":
+            return super().live_entries(module, calls, batch_size, name, places)
+        found = []
+        for _, inputs, backprops in _blocks(calls, batch_size):
+            lefts, rights = (inputs, backprops) if self.transposed else (backprops, inputs)
+            found += [part.flatten(1).index_select(1, places) for _, part in _products(lefts, rights)]
+        return torch.cat(found) if found else widen(calls[0].backprop).new_zeros(0, len(places))
+
+    @override
     def add_live_entries(
         self,
         module: nn.Module,
@@ -217,7 +233,7 @@ class LinearRule(Rule):
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
         if not batch_size or name != "weight":
             return False
-        num_positions = sum(call.activation[..., 0].numel() for call in calls) // batch_size
+        num_positions = _num_positions(calls, batch_size)
         if num_positions == len(calls):  # one position a call: a single one, or a recurrence, whose calls are all small
             return False
         return prefer_kept(num_positions, calls[0].activation.shape[-1], calls[0].backprop.shape[-1])
@@ -239,20 +255,26 @@ def _weight_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
 
 
 def _product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return ``|mask * sum_t left_t right_t^T|^2`` for every sample from products in one small buffer, used again."""
-    size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
-    step = samples_a_block(size, num_left * num_right, lefts_BTp.device)
+    """Return ``|mask * sum_t left_t right_t^T|^2`` for every sample."""
     weights = None if mask is None else mask.to(lefts_BTp.dtype)
-    product = lefts_BTp.new_empty(step, num_left, num_right)
-    norms = lefts_BTp.new_empty(size)
-    for low in range(0, size, step):
-        rows = slice(low, min(low + step, size))
-        part = product[: rows.stop - low]
-        torch.bmm(lefts_BTp[rows].mT, rights_BTd[rows], out=part)
+    norms = lefts_BTp.new_empty(lefts_BTp.shape[0])
+    for rows, part in _products(lefts_BTp, rights_BTd):
         if weights is not None:
             part.mul_(weights)
         norms[rows] = squared_norm(part)
     return norms
+
+
+def _products(lefts_BTp: Tensor, rights_BTd: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield samples with their ``sum_t left_t right_t^T``, in one small buffer that is used again."""
+    size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
+    step = samples_a_block(size, num_left * num_right, lefts_BTp.device)
+    product = lefts_BTp.new_empty(step, num_left, num_right)
+    for low in range(0, size, step):
+        rows = slice(low, min(low + step, size))
+        part = product[: rows.stop - low]
+        torch.bmm(lefts_BTp[rows].mT, rights_BTd[rows], out=part)
+        yield rows, part
 
 
 def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -287,6 +309,11 @@ def _sums_over_positions(calls: Sequence[Call], batch_size: int) -> Tensor:
         sums = added if sums is None else sums + added
     assert sums is not None
     return sums
+
+
+def _num_positions(calls: Sequence[Call], batch_size: int) -> int:
+    """T, over all calls; 0 for an empty batch."""
+    return sum(call.activation[..., 0].numel() for call in calls) // max(1, batch_size)
 
 
 def _split(tensor: Tensor, batch_size: int) -> Tensor:

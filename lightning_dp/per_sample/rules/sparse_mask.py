@@ -1,4 +1,4 @@
-"""Products with a mask of few live entries, as a sparse matrix that is made once a mask.
+"""What is made once a mask: where its live entries are, and a sparse matrix for products with few of them.
 
 At one live entry in ten MKL's sparse product takes two thirds of the time of a dense one, and no dense copy of the mask is
 made in every step. Making the matrix takes as long as a product, so it is made for masks that are met again.
@@ -21,6 +21,9 @@ _LEAST_SIDE = 64
 
 _known: MutableMapping[Tensor, tuple[int, Tensor | None]] = WeakTensorKeyDictionary()
 """Mask to its version, and to its matrix from the second time on."""
+
+_known_places: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
+"""Mask to its version and to where it is live."""
 
 _DENSE = torch.empty(0)
 """Stands for the matrix of a mask with too many live entries, or too short a side."""
@@ -48,6 +51,21 @@ def sparse_of(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     return None if matrix is _DENSE else matrix
 
 
+def places_of(mask: Tensor) -> Tensor:
+    """Return the ascending positions of a mask's live entries in the flattened parameter; a change in place is noticed.
+
+    Args:
+        mask: boolean, of any shape.
+    """
+    if mask.is_inference():
+        return mask.reshape(-1).nonzero().squeeze(1)
+    version, places = _known_places.get(mask, (-1, _DENSE))
+    if version != mask._version:
+        places = mask.reshape(-1).nonzero().squeeze(1)
+        _known_places[mask] = (mask._version, places)
+    return places
+
+
 def _is_better_sparse(mask: Tensor) -> bool:
     return min(mask.shape) >= _LEAST_SIDE and int(mask.count_nonzero()) <= _MOST_LIVE * mask.numel()
 
@@ -59,19 +77,19 @@ def _to_csr(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def masked_outer_squared_norm(mask: Tensor, lefts_Bp: Tensor, rights_Bd: Tensor) -> Tensor:
-    """Return ``sum_{p,d} mask[p, d] left[p] right[d]`` for every sample, shape ``(B,)``.
+    """Return ``sum_{p,d} mask[p, d] left[p]^2 right[d]^2`` for every sample, shape ``(B,)``.
 
     Args:
         mask: boolean, shape ``(p, d)``.
-        lefts_Bp: squares, shape ``(B, p)``.
-        rights_Bd: squares, shape ``(B, d)``.
+        lefts_Bp: shape ``(B, p)``.
+        rights_Bd: shape ``(B, d)``.
     """
     matrix = sparse_of(mask, rights_Bd.dtype)
     if matrix is None:
-        norms: Tensor = torch.linalg.vecdot(lefts_Bp @ mask.to(lefts_Bp.dtype), rights_Bd)
+        norms: Tensor = torch.linalg.vecdot(lefts_Bp.square() @ mask.to(lefts_Bp.dtype), rights_Bd.square())
         return norms
-    products_pB: Tensor = matrix @ rights_Bd.mT.contiguous()
-    return (products_pB * lefts_Bp.mT).sum(0)
+    products_pB: Tensor = matrix @ _times(rights_Bd.mT, rights_Bd.mT)
+    return (products_pB * lefts_Bp.square().mT).sum(0)
 
 
 def masked_outer_sum(mask: Tensor, lefts_Bp: Tensor, rights_Bd: Tensor, factors_B: Tensor) -> Tensor | None:
@@ -86,6 +104,11 @@ def masked_outer_sum(mask: Tensor, lefts_Bp: Tensor, rights_Bd: Tensor, factors_
     version, matrix = _known.get(mask, (-1, None))
     if matrix is None or matrix is _DENSE or version != mask._version or matrix.dtype != rights_Bd.dtype:
         return None
-    lefts_pB = lefts_Bp.mT * factors_B.to(lefts_Bp.dtype)
-    sums: Tensor = torch.sparse.sampled_addmm(matrix, lefts_pB.contiguous(), rights_Bd, beta=0.0)
+    lefts_pB = _times(lefts_Bp.mT, factors_B.to(lefts_Bp.dtype))
+    sums: Tensor = torch.sparse.sampled_addmm(matrix, lefts_pB, rights_Bd, beta=0.0)
     return sums.values()
+
+
+def _times(one: Tensor, other: Tensor) -> Tensor:
+    """Return the product of a transposed view with something, row by row: transposed on the way, not in a pass of its own."""
+    return torch.mul(one, other, out=one.new_empty(one.shape))
