@@ -130,6 +130,17 @@ def test_norm_counts_squares_that_vanish_next_to_huge_ones() -> None:
     assert float(outer_squared_norm(a, torch.zeros(1, 4))) == 0.0
 
 
+@pytest.mark.parametrize("huge", ["inputs", "backprops"])
+def test_a_sample_with_a_huge_factor_is_not_finite_under_a_mask(huge: str) -> None:
+    """The squares beside it may have vanished: its norm cannot be told."""
+    sides = {"inputs": torch.full((2, 4), 1e-24), "backprops": torch.full((2, 3), 1e-24)}
+    sides[huge][1] = 1e17
+    call = Call((sides["inputs"],), {}, sides["inputs"], sides["backprops"])
+    mask = {"weight": torch.ones(3, 4, dtype=torch.bool)}
+    norms = LinearRule().masked_squared_norms(nn.Linear(4, 3), [call], 2, mask)["weight"]
+    assert norms.isfinite().tolist() == [True, False]
+
+
 def test_weighted_sum_of_zero_factor_is_zero_for_rows_that_are_not_finite() -> None:
     module = nn.Linear(3, 2)
     data = torch.randn(4, 3)
