@@ -129,7 +129,7 @@ def counts_section(names: Iterable[str]) -> str:
         "matrices, or the bytes of the per-sample gradients where these are kept in their place; under a mask the norms "
         "need a product of the size of a weight gradient; and the release draws a normal for each parameter and passes over "
         "them. Above, *least* is what the cheaper of these takes, layer by layer, at the highest rates that the machine was seen to "
-        "multiply and read at, with the draws, beside a step without privacy; what has no product is left out of it.",
+        "multiply and read at, with the fastest of 25 draws, beside a step without privacy; what has no product is left out of it.",
         "",
         "| case | parameters, M | native, M mult. | norms | norms under a mask | kept instead, MB | release, MB |",
         "|---|---|---|---|---|---|---|",

@@ -106,7 +106,8 @@ def _floor(case: Case, held: dict[str, Any], plain_ms: float, rates: dict[str, f
     draws = held.get("noise", {}).get("ms")
     if draws is None or not plain_ms:
         return ["-"] * 3
-    least = f"{cost_of(case).least_ms(plain_ms, draws, rates) / plain_ms:.2f}" if rates else "-"
+    at_best = held["noise"].get("least_ms")
+    least = f"{cost_of(case).least_ms(plain_ms, at_best, rates) / plain_ms:.2f}" if rates and at_best else "-"
     return [f"{draws:.1f}", f"{1 + draws / plain_ms:.2f}", least]
 
 

@@ -56,11 +56,16 @@ def test_goals_are_marked_as_met_or_missed() -> None:
 
 def test_draws_and_the_least_are_set_beside_a_plain_step() -> None:
     named = dict.fromkeys(("python", "torch", "lightning", "opacus", "device", "processor", "noise"), "x")
-    held: dict[str, Any] = {"time": {"ours": figures(1.4)}, "memory": {}, "failed": {}, "noise": {"ms": 2.5}}
+    held: dict[str, Any] = {
+        "time": {"ours": figures(1.4)},
+        "memory": {},
+        "failed": {},
+        "noise": {"ms": 2.5, "least_ms": 2.0},
+    }
     parameters = cost_of(CASES["mlp"]).parameters
     rates = {"mult_per_ms": math.inf, "bytes_per_ms": 4.0 * parameters}  # one pass over all parameters: 1 ms
     machine: dict[str, Any] = {"environment": named, "cases": {"mlp": held}, "rates": rates}
-    assert "| mlp | 10.0 | 2.5 | 1.25 | 1.35 | 1.40 ✓" in step_page({"machines": [machine]})
+    assert "| mlp | 10.0 | 2.5 | 1.25 | 1.30 | 1.40 ✓" in step_page({"machines": [machine]})
     del machine["rates"]
     assert "| mlp | 10.0 | 2.5 | 1.25 | - | 1.40 ✓" in step_page({"machines": [machine]})
     del held["noise"]
@@ -96,7 +101,8 @@ def test_rates_are_those_of_a_product_and_of_reading(monkeypatch: pytest.MonkeyP
 def test_draws_are_measured_on_a_buffer_of_all_trained_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, float]] = []
     monkeypatch.setattr(GaussianNoise, "fill_", lambda self, sums, std: seen.append((sums.numel(), std)))
-    assert measure_noise(CASES["lora"])["ms"] > 0
+    taken = measure_noise(CASES["lora"])
+    assert 0 < taken["least_ms"] <= taken["ms"]
     assert set(seen) == {(cost_of(CASES["lora"]).parameters, 1.0)}
 
 
