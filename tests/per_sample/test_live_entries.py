@@ -159,7 +159,6 @@ def test_they_are_kept_where_there_is_room(
     """What is smaller than the backprops always is; else it counts as kept gradients do."""
     module, data = nn.Linear(40, 30), torch.randn(SIZE, 2, 40)
     engine = checks.make_engine(module, loss_of(module), data, memory=memory)
-    monkeypatch.setattr(engine, "_most_kept", lambda: room)
     if engine._workspace is not None:
         engine._workspace._limit = lambda: room
     found = []
