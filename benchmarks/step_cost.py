@@ -13,7 +13,8 @@ Peak memory comes from a process of its own a case: highest resident size (on a 
 second batch to the last, less what was resident before the model was made, in a process that has loaded everything the mode
 needs. The first batch is a peak of its own, ``first_bytes``: before it, once a run, the independence check holds the
 gradients of a few samples. What a call measures is merged into the JSON file, mode by mode, beside what was measured in the
-same environment; figures of another processor or another version are kept apart and have a table of their own.
+same environment; figures of another processor or another version are kept apart and have a table of their own, with the
+days on which they were measured: code changes, and not every machine is at hand to measure it anew.
 
 On a machine that others use as well, ``--clock processor --threads 1`` counts the processor time of the process in place of
 the time that goes by: what others take is not in it, nor is what a second thread would save.
@@ -34,6 +35,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -328,21 +330,22 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "opacus": opacus.__version__,
-        "processor": processor,
+        "processor": f"{processor} ({torch.backends.cpu.get_cpu_capability()})",  # one name stands for several generations
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "noise": "mkl-random" if importlib.util.find_spec("mkl_random") else "torch",
     }
 
 
-def machine_in(results: dict[str, Any], named: dict[str, str]) -> dict[str, Any]:
-    """The figures that were measured in this environment, and no others; none yet if it is new."""
+def machine_in(results: dict[str, Any], named: dict[str, str], day: str) -> dict[str, Any]:
+    """The figures that were measured in this environment, and no others, with the days of all measurements, this one too."""
     machines: list[dict[str, Any]] = results["machines"]
-    for machine in machines:
-        if machine["environment"] == named:
-            return machine
-    machines.append({"environment": named, "cases": {}})
-    return machines[-1]
+    machine = next((machine for machine in machines if machine["environment"] == named), None)
+    if machine is None:
+        machine = {"environment": named, "days": [], "cases": {}}
+        machines.append(machine)
+    machine["days"] = sorted({*machine["days"], day})
+    return machine
 
 
 def merge(machine: dict[str, Any], name: str, found: dict[str, dict[str, Any]]) -> None:
@@ -381,7 +384,7 @@ def main() -> None:
         serve(lambda case, mode, steps, warmup: run(case, mode, steps, warmup).began)
         return
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"machines": []}
-    machine = machine_in(results, environment())
+    machine = machine_in(results, environment(), str(date.today()))
     seen = machine.get("rates", {})
     machine["rates"] = {what: max(rate, seen.get(what, 0.0)) for what, rate in measure_rates().items()}
     plain_bytes: dict[str, tuple[int, int]] = {}

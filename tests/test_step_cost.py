@@ -37,7 +37,7 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     held: dict[str, Any] = {"time": {}, "memory": {"ours": memory}, "failed": {"ew": "ValueError: no"}}
     held["time"] = {"ours": figures(1.4), "sparse": figures(1.4), "ghost": figures(2.0), "hooks": figures(9.0)}
     held["to_dense"] = {"sparse": figures(1.21)}
-    text = step_page({"machines": [{"environment": named, "cases": {"mlp": held}}]})
+    text = step_page({"machines": [{"environment": named, "days": ["1"], "cases": {"mlp": held}}]})
     assert best_peer(held) == ("ghost", 2.0)
     row = next(line for line in text.splitlines() if line.startswith("| mlp | 10.0"))
     assert "| 1.40 ✓ [≤ 1.4] |" in row
@@ -49,9 +49,23 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     assert "gathers its batches as well" not in text
     assert "Where Opacus itself" not in text
     held["time"] |= {"kept": figures(0.7), "functorch": figures(1.4)}
-    text = step_page({"machines": [{"environment": named, "cases": {"mlp": held}}]})
+    text = step_page({"machines": [{"environment": named, "days": ["1"], "cases": {"mlp": held}}]})
     assert "gathers its batches as well: mlp 2.00." in text
     assert "times faster: mlp (functorch 1.40)." in text
+
+
+def test_a_step_is_called_faster_than_opacus_only_where_all_its_modes_were_tried() -> None:
+    named = dict.fromkeys(("python", "torch", "lightning", "opacus", "device", "processor", "noise"), "x")
+    held: dict[str, Any] = {"time": {"ours": figures(1.0), "ghost": figures(1.6)}, "memory": {}, "failed": {}}
+    machine = {"environment": named, "days": ["1"], "cases": {"mlp": held}}
+    held["time"] |= {"hooks": figures(2.0), "functorch": figures(2.0)}
+    assert "| 1.60 ? [≥ 1.5] (ghost) |" in step_page({"machines": [machine]})
+    held["failed"] = {"ew": "ValueError: no"}
+    assert "| 1.60 ✓ [≥ 1.5] (ghost) |" in step_page({"machines": [machine]})
+    held["failed"], held["time"]["ew"] = {}, figures(1.5)
+    assert "| 1.50 ✓ [≥ 1.5] (ew) |" in step_page({"machines": [machine]})
+    held["time"] = {"ours": figures(1.0), "hooks": figures(1.4)}
+    assert "| 1.40 ✗ [≥ 1.5] (hooks) |" in step_page({"machines": [machine]})
 
 
 def test_draws_and_the_least_are_set_beside_a_plain_step() -> None:
@@ -64,7 +78,7 @@ def test_draws_and_the_least_are_set_beside_a_plain_step() -> None:
     }
     parameters = cost_of(CASES["mlp"]).parameters
     rates = {"mult_per_ms": math.inf, "bytes_per_ms": 4.0 * parameters}  # one pass over all parameters: 1 ms
-    machine: dict[str, Any] = {"environment": named, "cases": {"mlp": held}, "rates": rates}
+    machine: dict[str, Any] = {"environment": named, "days": ["1"], "cases": {"mlp": held}, "rates": rates}
     assert "| mlp | 10.0 | 2.5 | 1.25 | 1.30 | 1.40 ✓" in step_page({"machines": [machine]})
     del machine["rates"]
     assert "| mlp | 10.0 | 2.5 | 1.25 | - | 1.40 ✓" in step_page({"machines": [machine]})
@@ -74,15 +88,19 @@ def test_draws_and_the_least_are_set_beside_a_plain_step() -> None:
 
 def test_every_machine_has_a_table_and_figures_of_its_own() -> None:
     results: dict[str, Any] = {"machines": []}
+    memory = {"ratio": 1.0, "first_bytes": 4e6, "plain_bytes": 3e6}
     names = ("python", "torch", "lightning", "opacus", "device", "processor", "noise")
     one, other = (dict.fromkeys(names, "cpu") | {"processor": processor} for processor in ("one", "other"))
-    merge(machine_in(results, one), "mlp", {"time": {"ours": figures(2.0)}})
-    merge(machine_in(results, other), "mlp", {"time": {"ours": figures(3.0)}})
-    merge(machine_in(results, dict(one)), "mlp", {"time": {"ours": figures(1.0)}})
+    merge(machine_in(results, one, "day 2"), "mlp", {"time": {"ours": figures(2.0)}})
+    merge(machine_in(results, other, "day 2"), "mlp", {"time": {"ours": figures(3.0)}})
+    merge(machine_in(results, dict(one), "day 2"), "mlp", {"memory": {"ours": memory}})
+    merge(machine_in(results, dict(one), "day 1"), "mlp", {"time": {"ours": figures(1.0)}})
     assert [machine["environment"] for machine in results["machines"]] == [one, other]
     page = step_page(results)
     first, second = page.index("### one"), page.index("### other")
     assert "| 1.00 ✓ [≤ 1.4] |" in page[first:second]
+    assert "Measured on cpu (one), day 1 and day 2: python cpu" in page[first:second]
+    assert "Measured on cpu (other), day 2: python cpu" in page[second:]
     assert "| 3.00 ✗ [≤ 1.4] |" in page[second:]
 
 
