@@ -42,6 +42,7 @@ def page_faults(mode: str) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ON_GLIBC, reason="glibc's thresholds")
 def test_what_is_freed_is_used_again_and_given_back_when_asked() -> None:
     """200 blocks of 1 MiB are 51,200 pages."""
