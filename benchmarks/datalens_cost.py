@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.readme import write_section
-from benchmarks.step_cost import Clock, environment
+from benchmarks.step_cost import Clock
+from benchmarks.step_machine import environment
 from lightning_dp.datalens import DataLens, MLPDiscriminator, MLPGenerator, StepsOver
 
 HERE = Path(__file__).parent

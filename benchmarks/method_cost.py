@@ -26,7 +26,8 @@ import torch
 
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import write_section
-from benchmarks.step_cost import CLOCKS, WARMUP, Clock, environment, same_size_batches, time_mode, trainer_steps
+from benchmarks.step_cost import CLOCKS, WARMUP, Clock, same_size_batches, time_mode, trainer_steps
+from benchmarks.step_machine import environment
 from lightning_dp import (
     AdaptiveClipping,
     AutoThreshold,

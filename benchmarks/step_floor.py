@@ -73,7 +73,7 @@ class Cost:
         return RELEASE_PASSES * FLOAT * self.parameters
 
     def least_ms(self, plain_ms: float, draws_ms: float, rates: dict[str, float]) -> float:
-        """The least time of a step on a machine of these rates (``measure_rates``)."""
+        """The least time of a step on a machine of these rates (``step_machine.measure_rates``)."""
         mult, read = rates["mult_per_ms"], rates["bytes_per_ms"]
         norms = sum(
             min(layer.norms / mult, KEPT_PASSES * layer.kept_bytes / read if layer.kept_bytes else math.inf)

@@ -89,10 +89,8 @@ def _speedup(held: dict[str, Any]) -> str:
     ours, peer = time_of(held, "ours"), best_peer(held)
     if ours is None or peer is None:
         return "-"
-    judged = _judged(peer[1] / ours, SPEEDUP_GOAL, at_least=True)
-    if not held["time"].keys() | held["failed"].keys() >= set(OPACUS):
-        judged = judged.replace("✓", "?")
-    return f"{judged} ({peer[0]})"
+    all_tried = held["time"].keys() | held["failed"].keys() >= set(OPACUS)
+    return f"{_judged(peer[1] / ours, SPEEDUP_GOAL, at_least=True, met_mark='✓' if all_tried else '?')} ({peer[0]})"
 
 
 def _row(case: Case, held: dict[str, Any], rates: dict[str, float] | None) -> str:
@@ -123,13 +121,13 @@ def _floor(case: Case, held: dict[str, Any], plain_ms: float, rates: dict[str, f
     return [f"{draws:.1f}", f"{1 + draws / plain_ms:.2f}", least]
 
 
-def _judged(value: float | None, goal: float | None, *, at_least: bool = False) -> str:
+def _judged(value: float | None, goal: float | None, *, at_least: bool = False, met_mark: str = "✓") -> str:
     if value is None:
         return "-"
     if goal is None:
         return f"{value:.2f}"
     met = value >= goal if at_least else value <= goal
-    return f"{value:.2f} {'✓' if met else '✗'} [{'≥' if at_least else '≤'} {goal:g}]"
+    return f"{value:.2f} {met_mark if met else '✗'} [{'≥' if at_least else '≤'} {goal:g}]"
 
 
 def _clocks(machine: dict[str, Any]) -> str:

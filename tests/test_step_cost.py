@@ -11,14 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import step_cost
+from benchmarks import step_machine
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import README
-from benchmarks.step_cost import machine_in, main, measure_noise, measure_rates, merge
+from benchmarks.step_cost import main
 from benchmarks.step_floor import Cost, LayerCost, cost_of
+from benchmarks.step_machine import machine_in, measure_noise, measure_rates, merge
 from benchmarks.step_processes import DoesNotRun, OwnProcesses
 from benchmarks.step_table import best_peer, step_page
 from lightning_dp.noise import GaussianNoise
+
+NAMES = ("python", "torch", "lightning", "opacus", "device", "processor", "noise")
+
+
+def page_of(held: dict[str, Any], **others: Any) -> str:
+    """The page of one machine that ran one case."""
+    machine = {"environment": dict.fromkeys(NAMES, "x"), "days": ["1"], "cases": {"mlp": held}, **others}
+    return step_page({"machines": [machine]})
 
 
 def figures(median: float) -> dict[str, Any]:
@@ -32,12 +41,11 @@ def test_the_page_is_what_the_results_give() -> None:
 
 
 def test_goals_are_marked_as_met_or_missed() -> None:
-    named = dict.fromkeys(("python", "torch", "lightning", "opacus", "device", "processor", "noise"), "x")
     memory = {"ratio": 1.31, "first_bytes": 4e6, "plain_bytes": 3e6}
     held: dict[str, Any] = {"time": {}, "memory": {"ours": memory}, "failed": {"ew": "ValueError: no"}}
     held["time"] = {"ours": figures(1.4), "sparse": figures(1.4), "ghost": figures(2.0), "hooks": figures(9.0)}
     held["to_dense"] = {"sparse": figures(1.21)}
-    text = step_page({"machines": [{"environment": named, "days": ["1"], "cases": {"mlp": held}}]})
+    text = page_of(held)
     assert best_peer(held) == ("ghost", 2.0)
     row = next(line for line in text.splitlines() if line.startswith("| mlp | 10.0"))
     assert "| 1.40 ✓ [≤ 1.4] |" in row
@@ -49,27 +57,24 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     assert "gathers its batches as well" not in text
     assert "Where Opacus itself" not in text
     held["time"] |= {"kept": figures(0.7), "functorch": figures(1.4)}
-    text = step_page({"machines": [{"environment": named, "days": ["1"], "cases": {"mlp": held}}]})
+    text = page_of(held)
     assert "gathers its batches as well: mlp 2.00." in text
     assert "times faster: mlp (functorch 1.40)." in text
 
 
 def test_a_step_is_called_faster_than_opacus_only_where_all_its_modes_were_tried() -> None:
-    named = dict.fromkeys(("python", "torch", "lightning", "opacus", "device", "processor", "noise"), "x")
     held: dict[str, Any] = {"time": {"ours": figures(1.0), "ghost": figures(1.6)}, "memory": {}, "failed": {}}
-    machine = {"environment": named, "days": ["1"], "cases": {"mlp": held}}
     held["time"] |= {"hooks": figures(2.0), "functorch": figures(2.0)}
-    assert "| 1.60 ? [≥ 1.5] (ghost) |" in step_page({"machines": [machine]})
+    assert "| 1.60 ? [≥ 1.5] (ghost) |" in page_of(held)
     held["failed"] = {"ew": "ValueError: no"}
-    assert "| 1.60 ✓ [≥ 1.5] (ghost) |" in step_page({"machines": [machine]})
+    assert "| 1.60 ✓ [≥ 1.5] (ghost) |" in page_of(held)
     held["failed"], held["time"]["ew"] = {}, figures(1.5)
-    assert "| 1.50 ✓ [≥ 1.5] (ew) |" in step_page({"machines": [machine]})
+    assert "| 1.50 ✓ [≥ 1.5] (ew) |" in page_of(held)
     held["time"] = {"ours": figures(1.0), "hooks": figures(1.4)}
-    assert "| 1.40 ✗ [≥ 1.5] (hooks) |" in step_page({"machines": [machine]})
+    assert "| 1.40 ✗ [≥ 1.5] (hooks) |" in page_of(held)
 
 
 def test_draws_and_the_least_are_set_beside_a_plain_step() -> None:
-    named = dict.fromkeys(("python", "torch", "lightning", "opacus", "device", "processor", "noise"), "x")
     held: dict[str, Any] = {
         "time": {"ours": figures(1.4)},
         "memory": {},
@@ -78,19 +83,16 @@ def test_draws_and_the_least_are_set_beside_a_plain_step() -> None:
     }
     parameters = cost_of(CASES["mlp"]).parameters
     rates = {"mult_per_ms": math.inf, "bytes_per_ms": 4.0 * parameters}  # one pass over all parameters: 1 ms
-    machine: dict[str, Any] = {"environment": named, "days": ["1"], "cases": {"mlp": held}, "rates": rates}
-    assert "| mlp | 10.0 | 2.5 | 1.25 | 1.30 | 1.40 ✓" in step_page({"machines": [machine]})
-    del machine["rates"]
-    assert "| mlp | 10.0 | 2.5 | 1.25 | - | 1.40 ✓" in step_page({"machines": [machine]})
+    assert "| mlp | 10.0 | 2.5 | 1.25 | 1.30 | 1.40 ✓" in page_of(held, rates=rates)
+    assert "| mlp | 10.0 | 2.5 | 1.25 | - | 1.40 ✓" in page_of(held)
     del held["noise"]
-    assert "| mlp | 10.0 | - | - | - | 1.40 ✓" in step_page({"machines": [machine]})
+    assert "| mlp | 10.0 | - | - | - | 1.40 ✓" in page_of(held)
 
 
 def test_every_machine_has_a_table_and_figures_of_its_own() -> None:
     results: dict[str, Any] = {"machines": []}
     memory = {"ratio": 1.0, "first_bytes": 4e6, "plain_bytes": 3e6}
-    names = ("python", "torch", "lightning", "opacus", "device", "processor", "noise")
-    one, other = (dict.fromkeys(names, "cpu") | {"processor": processor} for processor in ("one", "other"))
+    one, other = (dict.fromkeys(NAMES, "cpu") | {"processor": processor} for processor in ("one", "other"))
     merge(machine_in(results, one, "day 2"), "mlp", {"time": {"ours": figures(2.0)}})
     merge(machine_in(results, other, "day 2"), "mlp", {"time": {"ours": figures(3.0)}})
     merge(machine_in(results, dict(one), "day 2"), "mlp", {"memory": {"ours": memory}})
@@ -112,7 +114,7 @@ def test_the_least_takes_the_cheaper_of_products_and_kept_gradients_in_each_laye
 
 
 def test_rates_are_those_of_a_product_and_of_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_cost, "_least_ms", lambda work: (work(), 2.0)[1])
+    monkeypatch.setattr(step_machine, "_least_ms", lambda work: (work(), 2.0)[1])
     assert measure_rates() == {"mult_per_ms": 1024**3 / 2.0, "bytes_per_ms": 2**26 / 2.0}
 
 
