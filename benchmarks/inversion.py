@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.tasks import TASKS, Classifier, Task, train
 from lightning_dp import DPStrategy, RandomSparsification
-from lightning_dp.compression import RandomMask
+from lightning_dp.masks import RandomMask
 
 LOW, HIGH = -0.3, 0.7  # range of a scaled pixel
 BOUND = 1.0

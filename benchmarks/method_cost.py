@@ -39,7 +39,7 @@ from lightning_dp import (
     TopAgg,
 )
 from lightning_dp.clipping import Clipping
-from lightning_dp.compression import RandomMask
+from lightning_dp.masks import RandomMask
 
 HERE = Path(__file__).parent
 CASE = CASES["transformer"]

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.figures import COLOURS, panels, save, tidy
 from benchmarks.stats import Difference, difference, listed, markdown_table, mean_of
 from benchmarks.tasks import Classifier, perceptron
-from lightning_dp.compression import magnitude_masks, prunable_names
+from lightning_dp.masks import magnitude_masks, prunable_names
 
 Results = dict[str, Any]
 HEAVY = "0.9"

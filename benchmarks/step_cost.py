@@ -50,9 +50,9 @@ from benchmarks.step_machine import DEVICE, environment, machine_in, measure_noi
 from benchmarks.step_processes import DoesNotRun, OwnProcesses, serve
 from benchmarks.step_table import OPACUS, step_page
 from lightning_dp import DPStrategy, RandomSparsification
-from lightning_dp.allocator import give_back_freed_memory, keep_freed_memory
 from lightning_dp.sampling import indices
 from lightning_dp.sampling.gather import Gather
+from lightning_dp.system.allocator import give_back_freed_memory, keep_freed_memory
 
 HERE = Path(__file__).parent
 OURS: dict[str, dict[str, Any]] = {

@@ -36,7 +36,7 @@ from lightning_dp.clipping import (
 from lightning_dp.errors import PrivacyError
 from lightning_dp.fix import Fixed, fix
 from lightning_dp.metrics import Epsilon
-from lightning_dp.plan import DPPlan
+from lightning_dp.step.plan import DPPlan
 from lightning_dp.strategies import DPDDPStrategy, DPStrategy
 
 __version__ = "0.1.0"

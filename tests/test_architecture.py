@@ -91,7 +91,7 @@ def test_core_loads_without_lightning() -> None:
     modules = [".".join(("lightning_dp", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in CORE]
     shells = {"lightning_dp": PACKAGE, "lightning_dp.datalens": PACKAGE / "datalens"}
     wanted = sorted({name.removesuffix(".__init__") for name in modules} - shells.keys())
-    assert {"composition", "thresholds", "diagnostics", "clipping.flat", "compression.random", "datalens.plan"} <= {
+    assert {"step.mechanisms", "clipping.bounds", "step.diagnostics", "masks.random", "datalens.plan"} <= {
         name.removeprefix("lightning_dp.") for name in wanted
     }
     code = (
@@ -112,8 +112,8 @@ def test_only_the_private_step_draws_noise_and_writes_gradients() -> None:
     ]
     # release.py: DataLens releases sums of votes, not gradients; it writes the ledger in the same function
     assert sorted(drawing) == ["private_step.py", "release.py"]
-    # sums.py: the noised sum; ddp.py: public gradients; the engines and the trials put back what was there before them
-    assert sorted(writing) == ["ddp.py", "engine.py", "single.py", "skipped_steps.py", "sums.py"]
+    # accumulator.py: the noised sum; ddp.py: public gradients; the engines and the trials put back what was there before them
+    assert sorted(writing) == ["accumulator.py", "ddp.py", "engine.py", "single.py", "skipped_steps.py"]
 
 
 def test_public_names() -> None:

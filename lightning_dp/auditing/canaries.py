@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping
+from lightning_dp.clipping.bounds import Threshold
 from lightning_dp.errors import PrivacyError
-from lightning_dp.thresholds import Threshold
 
 _NOISELESS = 1e-3  # noise in units of S below which a likelihood ratio says no more
 

@@ -12,7 +12,7 @@ from lightning_dp import _validate as check
 from lightning_dp.accounting import Ledger
 from lightning_dp.auditing.noise_scale import epsilon_noise_scale
 from lightning_dp.auditing.one_run import epsilon_one_run, epsilon_one_run_gdp
-from lightning_dp.report import describe_epsilon
+from lightning_dp.reporting.statement import describe_epsilon
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.thresholds import NoisyGradientThreshold, PublishedThreshold, QuantileThreshold, Threshold
+from lightning_dp.clipping.bounds import NoisyGradientThreshold, PublishedThreshold, QuantileThreshold, Threshold
 
 
 class _ThresholdCallback(Callback):

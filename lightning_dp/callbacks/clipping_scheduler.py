@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from lightning_dp.callbacks._strategy import private_strategy
 from lightning_dp.callbacks.noise_scheduler import Interval, Kind, PublicSchedule
-from lightning_dp.composition import RunLength
-from lightning_dp.thresholds import ScheduledThreshold
+from lightning_dp.clipping.bounds import ScheduledThreshold
+from lightning_dp.step.mechanisms import RunLength
 
 
 class ClippingScheduler(Callback):

@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from lightning_dp import _validate as check
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.compression import MagnitudeMask, magnitude_masks, prunable_names, public_weights
-from lightning_dp.compression.magnitude import NOT_PUBLIC
-from lightning_dp.compression.random import check_seed
+from lightning_dp.masks import MagnitudeMask, magnitude_masks, prunable_names, public_weights
+from lightning_dp.masks.magnitude import NOT_PUBLIC
+from lightning_dp.masks.random import check_seed
 
 
 class MagnitudePruning(Callback):

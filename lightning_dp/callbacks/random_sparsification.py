@@ -12,9 +12,9 @@ from typing_extensions import override
 
 from lightning_dp import _validate as check
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.compression import RandomMask
-from lightning_dp.compression.random import COOLINGS, Cooling, check_cooling, check_rate, check_seed
-from lightning_dp.plan import DPPlan
+from lightning_dp.masks import RandomMask
+from lightning_dp.masks.random import COOLINGS, Cooling, check_cooling, check_rate, check_seed
+from lightning_dp.step.plan import DPPlan
 
 
 class RandomSparsification(Callback):

@@ -11,10 +11,10 @@ from lightning_dp.accounting import ACCOUNTANTS, Accountant, Ledger, calibrate_n
 from lightning_dp.callbacks.noise_scheduler import PublicSchedule
 from lightning_dp.cli import output
 from lightning_dp.clipping import FlatClipping
-from lightning_dp.composition import RunLength
-from lightning_dp.plan import DPPlan, default_delta
-from lightning_dp.report import describe_epsilon, describe_sampling
+from lightning_dp.reporting.statement import describe_epsilon, describe_sampling
 from lightning_dp.schedules import Schedule, constant
+from lightning_dp.step.mechanisms import RunLength
+from lightning_dp.step.plan import DPPlan, default_delta
 
 #: What a reader should know of an accountant that has an answer.
 NOTES = {

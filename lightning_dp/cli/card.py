@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from lightning_dp.accounting import Ledger, make_accountant
-from lightning_dp.card import RunNotes, privacy_card
-from lightning_dp.card_markdown import to_markdown
 from lightning_dp.cli import output
 from lightning_dp.datalens import statement as datalens_statement
 from lightning_dp.datalens.plan import DataLensPlan
-from lightning_dp.report import privacy_statement, stated_plan
+from lightning_dp.reporting.card import RunNotes, privacy_card
+from lightning_dp.reporting.card_markdown import to_markdown
+from lightning_dp.reporting.statement import privacy_statement, stated_plan
 from lightning_dp.strategies import checkpoint as saved
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lightning_dp.cli import output
-from lightning_dp.inspection import inspect
+from lightning_dp.per_sample.inspect import inspect
 
 NOT_SEEN = "Not seen from here: functions inside forward and the loss. The independence check at the first batch of a run sees them."
 

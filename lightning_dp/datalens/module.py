@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger
-from lightning_dp.allocator import give_back_freed_memory, keep_freed_memory
 from lightning_dp.datalens import statement, trainer_checks
 from lightning_dp.datalens.run import DataLensRun
 from lightning_dp.datalens.samples import write_csv, write_tensors
@@ -23,6 +22,7 @@ from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.shards import partition, public_generator, read_shards
 from lightning_dp.datalens.teachers import Teachers, check_discriminator
 from lightning_dp.datalens.votes import threshold_votes
+from lightning_dp.system.allocator import give_back_freed_memory, keep_freed_memory
 
 _STEP, _PRETRAINING, _COINS = 2, 3, 4  # what public randomness is drawn for
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]

@@ -10,14 +10,14 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger, make_accountant
-from lightning_dp.card import RunNotes
 from lightning_dp.datalens import statement, trainer_checks
 from lightning_dp.datalens.plan import DataLensPlan
 from lightning_dp.datalens.release import VoteRelease
 from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.teachers import Teachers
 from lightning_dp.errors import PrivacyError
-from lightning_dp.plan import default_delta
+from lightning_dp.reporting.card import RunNotes
+from lightning_dp.step.plan import default_delta
 from lightning_dp.strategies import checkpoint as saved
 from lightning_dp.strategies.planning import remaining_steps
 

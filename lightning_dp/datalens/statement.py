@@ -6,7 +6,7 @@ import math
 
 from lightning_dp.accounting import Accountant, Ledger
 from lightning_dp.datalens.plan import DataLensPlan
-from lightning_dp.report import RELATIONS, describe_epsilon
+from lightning_dp.reporting.statement import RELATIONS, describe_epsilon
 
 _COVERED = "the generator's weights and every sample it makes, at any time of training; what DataLens logs"
 _NOT_COVERED = (

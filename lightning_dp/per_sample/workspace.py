@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_dp.allocator import large_pages
+from lightning_dp.system.allocator import large_pages
 
 SHARE = 0.95
 """Largest size of all kept buffers together, as a share of what a step without privacy holds anyway (see ``limit``)."""

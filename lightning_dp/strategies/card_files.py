@@ -11,9 +11,9 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_dp.card import privacy_card
-from lightning_dp.card_markdown import to_markdown
-from lightning_dp.card_plot import can_plot, plot_epsilon
+from lightning_dp.reporting.card import privacy_card
+from lightning_dp.reporting.card_markdown import to_markdown
+from lightning_dp.reporting.card_plot import can_plot, plot_epsilon
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.private_run import PrivateRun

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_dp.accounting import Ledger
-from lightning_dp.card import RunNotes
 from lightning_dp.errors import PrivacyError
-from lightning_dp.plan import DPPlan
+from lightning_dp.reporting.card import RunNotes
+from lightning_dp.step.plan import DPPlan
 
 KEY = "lightning_dp"
 VERSION = 1

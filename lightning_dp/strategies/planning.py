@@ -10,11 +10,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_dp import schedules
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
-from lightning_dp.composition import Mechanisms, RunLength
 from lightning_dp.errors import PrivacyError
-from lightning_dp.plan import DPPlan, default_delta
 from lightning_dp.sampling import SamplingFacts
-from lightning_dp.strategies.settings import Settings
+from lightning_dp.step.mechanisms import Mechanisms, RunLength
+from lightning_dp.step.plan import DPPlan, default_delta
+from lightning_dp.step.settings import Settings
 
 #: What two plans must share for the noise of the first to be kept when the second resumes it.
 _SAME_RUN = (

@@ -15,21 +15,21 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp import report
 from lightning_dp.accounting import Ledger, make_accountant
-from lightning_dp.allocator import give_back_freed_memory, keep_freed_memory
 from lightning_dp.clipping import Clipping
-from lightning_dp.composition import Mechanisms
+from lightning_dp.clipping.bounds import Threshold
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import make_engine
-from lightning_dp.plan import DPPlan
+from lightning_dp.reporting import statement
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
+from lightning_dp.step.accumulator import ClippedSum
+from lightning_dp.step.mechanisms import Mechanisms
+from lightning_dp.step.plan import DPPlan
+from lightning_dp.step.settings import AccountantName, ClippingName, LossReduction, Relation, Sampling, Settings
 from lightning_dp.strategies import card_files, planning, trainer_checks
 from lightning_dp.strategies.logs import TrainingLogs
 from lightning_dp.strategies.saving import SavedRun
-from lightning_dp.strategies.settings import AccountantName, ClippingName, LossReduction, Relation, Sampling, Settings
-from lightning_dp.strategies.sums import ClippedSum
-from lightning_dp.thresholds import Threshold
+from lightning_dp.system.allocator import give_back_freed_memory, keep_freed_memory
 
 
 class PrivateRun(SavedRun):
@@ -224,7 +224,7 @@ class PrivateRun(SavedRun):
 
     def privacy_statement(self) -> str:
         """What holds for whom, in a few lines: epsilon and delta, relation, sampling, accountant, and what is not covered."""
-        return report.privacy_statement(
+        return statement.privacy_statement(
             self.plan,
             self.ledger,
             self.accountant,
@@ -381,7 +381,7 @@ class PrivateRun(SavedRun):
         super().on_train_end()
         if self.writes_card:
             card_files.write(self._trainer, self)
-        rank_zero_info(report.summary_line(self.plan, self.ledger, self.accountant))
+        rank_zero_info(statement.summary_line(self.plan, self.ledger, self.accountant))
 
 
 def _sparing_logical_batches(module: pl.LightningModule) -> Callable[..., Any]:

@@ -22,14 +22,14 @@ from typing_extensions import override
 from lightning_dp.auditing import Canaries
 from lightning_dp.clipping import NoClipping
 from lightning_dp.clipping.base import SMALLEST_FACTOR
-from lightning_dp.diagnostics import Diagnostics
+from lightning_dp.clipping.bounds import NoisyRelease, Threshold
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import has_spare_core
 from lightning_dp.sampling import LogicalBatch, private_dataloader
+from lightning_dp.step.accumulator import ClippedSum
+from lightning_dp.step.diagnostics import Diagnostics
 from lightning_dp.strategies import first_batch, skipped_steps, trainer_checks
 from lightning_dp.strategies.refusals import Refusals
-from lightning_dp.strategies.sums import ClippedSum
-from lightning_dp.thresholds import NoisyRelease, Threshold
 
 
 class PrivateStep(Refusals):

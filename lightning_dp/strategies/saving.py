@@ -17,11 +17,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger
-from lightning_dp.card import RunNotes
 from lightning_dp.errors import PrivacyError
-from lightning_dp.plan import DPPlan
+from lightning_dp.reporting.card import RunNotes
+from lightning_dp.step.plan import DPPlan
+from lightning_dp.step.settings import Settings
 from lightning_dp.strategies import checkpoint as saved
-from lightning_dp.strategies.settings import Settings
 
 #: Ends the name of a checkpoint that is still being written; it never takes part in a resume.
 PARTIAL = ".partial"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.independence import find_unsupported
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
-from lightning_dp.strategies.settings import Settings
+from lightning_dp.step.settings import Settings
 
 
 def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:

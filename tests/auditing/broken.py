@@ -17,8 +17,8 @@ from torch import Tensor
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import indices
+from lightning_dp.step.accumulator import ClippedSum
 from lightning_dp.strategies.private_step import PrivateStep
-from lightning_dp.strategies.sums import ClippedSum
 from tests.auditing import checks
 
 Check = Callable[[Path], None]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_dp import PrivacyError
 from lightning_dp.auditing import Canaries, GradientCanaries
 from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
-from lightning_dp.strategies.sums import ClippedSum
-from lightning_dp.thresholds import QuantileThreshold, Threshold
+from lightning_dp.clipping.bounds import QuantileThreshold, Threshold
+from lightning_dp.step.accumulator import ClippedSum
 
 
 def make_sum(clipping: Clipping | None = None, num_statistics: int = 0) -> ClippedSum:

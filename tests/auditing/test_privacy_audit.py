@@ -17,7 +17,7 @@ from scipy.stats import binom
 from lightning_dp import DPStrategy, PrivacyAudit, PrivacyError, RandomSparsification, TopAgg
 from lightning_dp.accounting import gaussian_epsilon
 from lightning_dp.auditing.estimates import clopper_pearson_upper
-from lightning_dp.card import RunNotes
+from lightning_dp.reporting.card import RunNotes
 from tests.auditing.models import ALMOST_SURE, DELTA, Idle, Overfitting, audited, zeros_loader
 from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 from tests.strategies.test_manual import Manual, TwoOptimizers

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import AdaptiveClipping, AutoThreshold, DPStrategy, NoiseScheduler, PublishedAutoThreshold, SwitchToDP
+from lightning_dp.clipping.bounds import NoisyGradientThreshold
 from lightning_dp.strategies.private_step import PrivateStep
-from lightning_dp.thresholds import NoisyGradientThreshold
-from tests.composition.table import Combination, NoiseSpy, fit, make_data
 from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 from tests.reference import per_sample_gradients
+from tests.step.composition.table import Combination, NoiseSpy, fit, make_data
 
 B, C_0 = 12, 0.5  # the whole of make_data() in every batch; the bound of Combination's "flat"
 

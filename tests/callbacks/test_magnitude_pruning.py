@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, MagnitudePruning
-from lightning_dp.compression import magnitude_masks
-from tests.composition.table import NoiseSpy
+from lightning_dp.masks import magnitude_masks
 from tests.helpers import Classifier, make_loader, make_trainer
+from tests.step.composition.table import NoiseSpy
 from tests.strategies.test_manual import GAN
 
 PRUNABLE = ["network.0.weight", "network.2.weight"]

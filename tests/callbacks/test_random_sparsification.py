@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dp import DPStrategy
 from lightning_dp.callbacks.random_sparsification import RandomSparsification
-from lightning_dp.compression import RandomMask
+from lightning_dp.masks import RandomMask
 from tests.helpers import Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 P = 53  # coordinates of the classifier: 6 x 5 + 5 + 5 x 3 + 3

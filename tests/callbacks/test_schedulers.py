@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import ClippingScheduler, DPStrategy, NoiseScheduler
 from lightning_dp.accounting import Ledger, make_accountant
-from lightning_dp.plan import DPPlan
-from tests.composition.table import NoiseSpy
+from lightning_dp.step.plan import DPPlan
 from tests.helpers import NUM_FEATURES, Classifier, make_loader, make_trainer
+from tests.step.composition.table import NoiseSpy
 
 #: arguments -> the factor in interval e of which ``last`` is the last; a new kind enters this table
 KINDS: dict[str, tuple[dict[str, Any], Callable[[int, int], float]]] = {

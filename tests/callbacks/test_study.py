@@ -20,8 +20,8 @@ from lightning_dp import (
     PublishedAutoThreshold,
     SwitchToDP,
 )
-from tests.composition.table import Combination, NoiseSpy, fit
 from tests.helpers import Classifier, make_loader, make_trainer
+from tests.step.composition.table import Combination, NoiseSpy, fit
 from tests.strategies.test_manual import TwoOptimizers
 
 

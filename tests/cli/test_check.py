@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_dp.cli import main, output
-from lightning_dp.inspection import inspect
+from lightning_dp.per_sample.inspect import inspect
 from tests.cli.modules_to_check import Mixed
 
 FILE = str(Path(__file__).with_name("modules_to_check.py"))

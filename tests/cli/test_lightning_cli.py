@@ -17,7 +17,7 @@ import lightning_dp
 from lightning_dp import DPStrategy, EpsilonMonitor, NoiseScheduler, PrivacyBudget
 from lightning_dp.accounting import ACCOUNTANTS, NEIGHBORING_RELATIONS
 from lightning_dp.clipping import make_clipping
-from lightning_dp.strategies import settings
+from lightning_dp.step import settings
 from lightning_dp.strategies.private_run import PrivateRun
 
 # Lightning calls jsonargparse by names that its newest release deprecates; outside of tests Python does not show it

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.normals_ahead import NormalsAhead
+from lightning_dp.noise.prefetch import NormalsAhead
 from lightning_dp.strategies import private_step
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 

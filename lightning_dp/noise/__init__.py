@@ -1,0 +1,5 @@
+"""Gaussian noise: who draws it, from which generator, and how early."""
+
+from lightning_dp.noise.gaussian import GaussianNoise, has_spare_core
+
+__all__ = ["GaussianNoise", "has_spare_core"]

@@ -1,0 +1,70 @@
+"""Standard normals drawn beside other work, before they are asked for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from lightning_dp.noise.sources import Stream
+
+_CHUNK = 1 << 16
+
+_no_fork = (
+    threading.Lock()
+)  # held while a chunk is drawn, so that no child begins with a lock of a generator's that is held
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release)
+
+
+class NormalsAhead:
+    """Draws standard normals in a thread of its own, into a buffer that is reused.
+
+    **Guarantee**: every number drawn is handed out at most once: it is spent before it is handed out, and what does not
+    fit what is asked for is thrown away. No number depends on anything but the generator.
+
+    Args:
+        stream: where they come from; used by nobody else.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        # one thread, so that a draw never meets the one before, and one that is kept: starting it takes longer than a chunk
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="normals-ahead")
+        self._buffer = torch.empty(0)
+        self._drawn: Future[Tensor] | None = None
+        self._wanted: tuple[int, torch.dtype] | None = None
+
+    def draw(self, num: int, dtype: torch.dtype) -> None:
+        """Begin to draw ``num`` numbers; a second call for the same keeps the first, for nothing of it was used."""
+        if self._drawn is not None and self._wanted == (num, dtype):
+            return
+        self.take(num, dtype)
+        self._wanted = (num, dtype)
+        self._drawn = self._thread.submit(self._fill, num, dtype)
+
+    def take(self, num: int, dtype: torch.dtype) -> Tensor | None:
+        """Return what was drawn if it is ``num`` numbers of that type, waiting for it; else throw it away and return None.
+
+        Raises:
+            Exception: whatever drawing raised.
+        """
+        drawn, self._drawn = self._drawn, None  # spent, whatever comes next
+        if drawn is None:
+            return None
+        normals = drawn.result()
+        return normals if self._wanted == (num, dtype) else None
+
+    def _fill(self, num: int, dtype: torch.dtype) -> Tensor:
+        if self._buffer.dtype != dtype or not num <= self._buffer.numel() <= 2 * num:
+            self._buffer = torch.empty(0)  # the old one goes first
+            self._buffer = torch.empty(num, dtype=dtype)
+        normals = self._buffer[:num]
+        for start in range(0, num, _CHUNK):
+            with _no_fork:
+                self._stream(normals[start : start + _CHUNK], 1.0)
+        return normals

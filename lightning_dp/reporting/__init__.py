@@ -1,0 +1,1 @@
+"""What a run says of its privacy: statement, card and their files."""

@@ -1,0 +1,212 @@
+"""The privacy card of a run: everything a reader needs to judge its promise, as plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lightning_dp.accounting import Accountant, Ledger, first_steps
+from lightning_dp.reporting import statement
+from lightning_dp.step.plan import DPPlan
+
+FORMAT = 1
+#: Steps at which the card states epsilon, at most.
+NUM_POINTS = 24
+
+TYPES = {
+    "pld": "privacy loss distributions",
+    "rdp": "Rényi differential privacy",
+    "prv": "privacy random variables",
+    "gdp": "Gaussian differential privacy, exact",
+    "tcdp": "truncated concentrated differential privacy",
+}
+#: Whose code computes epsilon; what is not named here is this package's own.
+COMPUTED_BY = {"rdp": "dp-accounting", "prv": "opacus"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunNotes:
+    """What a card says of a run beyond its plan and ledger.
+
+    Args:
+        seeded: sampling and noise came from a known seed, which voids the promise against those who know it.
+        secure_rng: the noise came from the generator that withstands floating-point attacks.
+        nonprivate_logs: names of figures of the training data that were logged without noise.
+        mechanisms: what callbacks decided over, one sentence each.
+        audits: what audits of the run found, one line each.
+    """
+
+    seeded: bool = False
+    secure_rng: bool = False
+    nonprivate_logs: tuple[str, ...] = ()
+    mechanisms: tuple[str, ...] = ()
+    audits: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The notes as plain values, for a checkpoint."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> RunNotes:
+        """The notes that a checkpoint holds; what it does not hold is what a run without callbacks has.
+
+        Raises:
+            ValueError: a field of another kind.
+        """
+        flags = [state.get(name, False) for name in ("seeded", "secure_rng")]
+        lists = [state.get(name, []) for name in ("nonprivate_logs", "mechanisms", "audits")]
+        if not all(isinstance(flag, bool) for flag in flags) or not all(
+            isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists
+        ):
+            raise ValueError(
+                f"Expected flags and lists of names as notes of a run, got {dict(state)!r}. Use an intact checkpoint."
+            )
+        logs, mechanisms, audits = map(tuple, lists)
+        return cls(seeded=flags[0], secure_rng=flags[1], nonprivate_logs=logs, mechanisms=mechanisms, audits=audits)
+
+
+def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[tuple[int, float]]:
+    """Epsilon after some of the steps, the last included.
+
+    Args:
+        ledger: what was released.
+        accountant: computes epsilon.
+        delta: in (0, 1).
+
+    Returns:
+        Pairs (step, epsilon), at most ``NUM_POINTS``. Public.
+
+    Example:
+        >>> from lightning_dp.accounting import PrivacyEvent, make_accountant
+        >>> ledger = Ledger()
+        >>> ledger.record(PrivacyEvent.gaussian(noise_multiplier=2.0), count=4)
+        >>> [(step, round(epsilon, 2)) for step, epsilon in epsilon_curve(ledger, make_accountant("gdp"), 1e-5)]
+        [(1, 1.99), (2, 2.94), (3, 3.71), (4, 4.38)]
+    """
+    taken: list[Any] = [(run.event, run.num_steps, run.num_passes) for run in ledger.entries]
+    total = ledger.num_steps
+    steps = sorted({math.ceil(total * place / NUM_POINTS) for place in range(1, NUM_POINTS + 1)} - {0})
+    prefixes = ((step, Ledger(ledger.neighboring_relation).extended(first_steps(taken, step))) for step in steps)
+    return [(step, accountant.epsilon(prefix, delta)) for step, prefix in prefixes]
+
+
+def privacy_card(
+    plan: DPPlan, ledger: Ledger, accountant: Accountant, *, notes: RunNotes | None = None
+) -> dict[str, Any]:
+    """Everything the card says, as plain values for JSON.
+
+    **Guarantee**: holds public values only: settings and the ledger, nothing computed from the data.
+
+    Args:
+        plan: the public settings of the run.
+        ledger: what was released, at least one step.
+        accountant: computes epsilon from it.
+        notes: what else there is to say.
+
+    Returns:
+        Nested dictionaries. An infinite epsilon is the string "inf", which JSON has no number for.
+
+    Raises:
+        ValueError: no steps recorded.
+
+    References:
+        Ponomareva et al. 2023, How to DP-fy ML, section 5.3: the items to report and their order.
+    """
+    if ledger.num_steps == 0:
+        raise ValueError(
+            "Expected at least one private step, got no steps recorded. Write the card once training has begun."
+        )
+    notes = notes or RunNotes()
+    epsilon = accountant.epsilon(ledger, plan.delta)
+    return {
+        "format": FORMAT,
+        "setting": "central",
+        "statement": _statement(plan, ledger, epsilon, notes),
+        "epsilon": _plain(epsilon),
+        "delta": plan.delta,
+        "definition": {
+            "data_accesses": "one training run, all its steps, those of resumed runs and searches in the ledger included",
+            "mechanism_output": "the trained parameters after every step",
+            "unit": "one record of the training set",
+            "neighboring_relation": plan.neighboring_relation,
+            "neighboring_datasets": f"differ by {statement.RELATIONS[plan.neighboring_relation]}",
+            "dataset_size": plan.dataset_size,
+        },
+        "accounting": {
+            "accountant": accountant.name,
+            "type": TYPES.get(accountant.name, accountant.name),
+            "computed_by": _computed_by(accountant.name),
+            "assumptions": _assumptions(plan),
+            "assumptions_hold": not notes.seeded,
+            "steps": ledger.num_steps,
+            "target_epsilon": plan.target_epsilon,
+            "epsilon_over_steps": [
+                [step, _plain(value)] for step, value in epsilon_curve(ledger, accountant, plan.delta)
+            ],
+        },
+        "mechanism": {
+            "sampling": statement.describe_sampling(plan),
+            "sample_rate": plan.sample_rate,
+            "expected_batch_size": plan.expected_batch_size,
+            "clipping": repr(plan.clipping),
+            "noise_multiplier": plan.noise_multiplier,
+            "noise_over_steps": [
+                {"steps": run.num_steps, "noise_multiplier": run.event.noise_multiplier, "note": run.event.reason}
+                for run in ledger.entries
+            ],
+            "noise_generator": _generator(notes),
+            "callbacks": list(notes.mechanisms),
+        },
+        "audits": list(notes.audits),
+        "not_covered": [
+            *(f"logged without noise: {name}" for name in sorted(notes.nonprivate_logs)),
+            *statement.NOT_COVERED,
+        ],
+        "software": {
+            name: _version(name) for name in ("lightning-dp", "torch", "lightning", "opacus", "dp-accounting")
+        },
+    }
+
+
+def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) -> str:
+    if math.isinf(epsilon):
+        return f"This run is NOT differentially private: {statement.why_infinite(ledger)}."
+    caveat = " A seed was set: nothing here holds against someone who knows it." if notes.seeded else ""
+    return (
+        f"The parameters after {ledger.num_steps} steps, and whatever is computed from them without the training data, are "
+        f"(epsilon, delta)-differentially private with epsilon = {statement.describe_epsilon(epsilon)} and delta = {plan.delta:g}, for "
+        f"{statement.RELATIONS[plan.neighboring_relation]}.{caveat}"
+    )
+
+
+def _assumptions(plan: DPPlan) -> str:
+    if plan.sampling == "shuffle":
+        return "each record is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every step"
+    return "each record joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise at every step"
+
+
+def _generator(notes: RunNotes) -> str:
+    if notes.seeded:
+        return "Gaussian, from a known seed"
+    return (
+        "Gaussian, from a cryptographic generator" if notes.secure_rng else "Gaussian, seeded from the operating system"
+    )
+
+
+def _computed_by(accountant: str) -> str:
+    package = COMPUTED_BY.get(accountant, "lightning-dp")
+    return f"{package} {_version(package)}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else "inf"

@@ -1,0 +1,145 @@
+"""What a run may say about its privacy, and what it must not leave out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from typing_extensions import override
+
+from lightning_dp.accounting import Accountant, Ledger
+from lightning_dp.clipping import Clipping
+from lightning_dp.step.plan import DPPlan
+
+RELATIONS = {
+    "add_or_remove_one": "adding or removing one record",
+    "replace_one": "replacing one record by another",
+    "zero_out": "replacing one record by one that contributes nothing",
+}
+NOT_COVERED = (
+    "what training_step logs or prints (losses and metrics on training data), and checkpoints or stops chosen by it",
+    "validation and test data",
+    "hyper-parameters chosen by training on this data: in other runs, or by lr_find or scale_batch_size",
+    "module state other than trained parameters, if it carries training data",
+)
+
+
+def describe_epsilon(epsilon: float) -> str:
+    """An epsilon as text, rounded up so that it never understates.
+
+    Example:
+        >>> describe_epsilon(1.23001), describe_epsilon(math.inf)
+        ('1.2301', 'infinite')
+    """
+    if math.isinf(epsilon):
+        return "infinite"
+    digits = max(0, 4 - math.floor(math.log10(epsilon))) if epsilon > 0 else 0
+    return f"{math.ceil(epsilon * 10**digits) / 10**digits:.5g}" if epsilon > 0 else "0"
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A clipping of which only the description was kept."""
+
+    text: str
+
+    @override
+    def __repr__(self) -> str:
+        return self.text
+
+
+def stated_plan(state: Mapping[str, Any]) -> DPPlan:
+    """The plan that a checkpoint holds, as far as a statement needs it: its schedule and clipping cannot be run again.
+
+    Args:
+        state: what ``DPPlan.state_dict`` returned.
+
+    Raises:
+        ValueError: a field is missing or of another kind.
+    """
+    kinds: dict[str, tuple[type, ...]] = {
+        "sampling": (str,),
+        "dataset_size": (int, type(None)),
+        "expected_batch_size": (int,),
+        "sample_rate": (float, type(None)),
+        "steps": (int, type(None)),
+        "noise_multiplier": (float,),
+        "delta": (float,),
+        "target_epsilon": (float, int, type(None)),
+        "accountant": (str,),
+        "neighboring_relation": (str,),
+        "clipping": (str,),
+    }
+    for name, kind in kinds.items():
+        if name not in state or not isinstance(state[name], kind):
+            raise ValueError(
+                f"Expected an intact plan, got {name}={state.get(name)!r}. The checkpoint is damaged or of another version of "
+                "lightning_dp: use an intact one."
+            )
+    fields = {name: state[name] for name in kinds if name != "clipping"}
+    return DPPlan(**fields, clipping=cast(Clipping, _Described(state["clipping"])), steps_per_epoch=None)
+
+
+def summary_line(plan: DPPlan, ledger: Ledger, accountant: Accountant) -> str:
+    """Epsilon, delta, relation, sampling, accountant and number of steps in one line."""
+    if ledger.num_steps == 0:
+        return "Privacy: no steps recorded."
+    epsilon = accountant.epsilon(ledger, plan.delta)
+    return (
+        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {RELATIONS[plan.neighboring_relation]}, "
+        f"{describe_sampling(plan)}, accountant {plan.accountant}, {ledger.num_steps} steps."
+    )
+
+
+def privacy_statement(
+    plan: DPPlan,
+    ledger: Ledger,
+    accountant: Accountant,
+    *,
+    seeded: bool = False,
+    nonprivate_logs: Collection[str] = (),
+    audits: Sequence[str] = (),
+) -> str:
+    """The privacy statement of a run: what is promised, how it was computed, what is not covered.
+
+    Args:
+        plan: the public settings.
+        ledger: what was released.
+        accountant: computes epsilon from it.
+        seeded: whether sampling and noise came from a known seed, which voids the promise against those who know it.
+        nonprivate_logs: names of figures of the training data that were logged without noise.
+        audits: what audits of this run found, a line each.
+    """
+    lines = [summary_line(plan, ledger, accountant)]
+    if ledger.num_steps:
+        sigmas = sorted({entry.noise_multiplier for entry in (run.event for run in ledger.entries)})
+        noise = f"{sigmas[0]:.4g}" if len(sigmas) == 1 else f"{sigmas[0]:.4g} to {sigmas[-1]:.4g}"
+        lines += [
+            f"  unit: one record of the training set ({plan.dataset_size or 'unknown number of'} records)",
+            f"  noise multiplier: {noise} times the sensitivity; clipping: {plan.clipping!r}",
+            f"  expected batch size: {plan.expected_batch_size}",
+        ]
+        if math.isinf(accountant.epsilon(ledger, plan.delta)):
+            lines.append(f"  epsilon is infinite: {why_infinite(ledger)}. This run is not private.")
+    if seeded:
+        lines.append("  a seed was set: nothing here holds against someone who knows it. Train without a seed.")
+    lines += [f"  {audit}" for audit in audits]
+    lines.append("  not covered:")
+    if nonprivate_logs:
+        lines.append(f"    - logged without noise: {', '.join(sorted(nonprivate_logs))}")
+    lines += [f"    - {item}" for item in NOT_COVERED]
+    return "\n".join(lines)
+
+
+def describe_sampling(plan: DPPlan) -> str:
+    """How batches are drawn, in words."""
+    if plan.sampling == "shuffle":
+        return "shuffled batches without amplification"
+    return f"Poisson sampling at rate {plan.sample_rate:.4g}"
+
+
+def why_infinite(ledger: Ledger) -> str:
+    """Why no epsilon bounds what a ledger holds."""
+    return "; ".join(sorted({run.event.reason for run in ledger.entries} - {""}) or ["some step had no noise"])

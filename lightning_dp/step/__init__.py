@@ -1,0 +1,1 @@
+"""One private step: settings, plan, accumulator, release. Nothing here imports lightning."""

@@ -1,0 +1,1 @@
+"""Tuning of the process: the memory allocator and OpenMP threads."""

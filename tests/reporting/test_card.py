@@ -1,0 +1,239 @@
+"""The privacy card: what it says, where it goes, and that a resumed run cannot say less than it must."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_dp import (
+    DPStrategy,
+    GradientDiagnostics,
+    NoiseScheduler,
+    PrivacyCard,
+    PrivacyError,
+    RandomSparsification,
+)
+from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
+from lightning_dp.reporting.card import NUM_POINTS, RunNotes, epsilon_curve, privacy_card
+from lightning_dp.reporting.card_markdown import to_markdown
+from lightning_dp.reporting.statement import describe_epsilon, stated_plan
+from tests.helpers import Classifier, make_loader, make_trainer
+
+FILES = ["privacy_card.json", "privacy_card.md", "privacy_card.svg"]
+
+
+def fit(tmp_path: Path, strategy: DPStrategy | None = None, **options: Any) -> tuple[DPStrategy, L.Trainer]:
+    strategy = strategy or DPStrategy(noise_multiplier=1.3, target_delta=1e-5)
+    trainer = make_trainer(strategy, tmp_path, log_every_n_steps=1, **options)
+    trainer.fit(Classifier(), make_loader())
+    return strategy, trainer
+
+
+def cards(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.rglob("privacy_card*"))
+
+
+def test_card_is_beside_the_loggers_files_and_says_what_happened(tmp_path: Path) -> None:
+    strategy, _ = fit(
+        tmp_path,
+        max_epochs=4,
+        logger=CSVLogger(tmp_path),
+        callbacks=[
+            NoiseScheduler("step", factor=0.5, every_n_epochs=2),
+            RandomSparsification(0.5),
+            GradientDiagnostics(),
+        ],
+    )
+    directory = tmp_path / "lightning_logs" / "version_0"
+    assert cards(directory) == FILES
+    card = json.loads((directory / "privacy_card.json").read_text(), parse_constant=pytest.fail)
+    assert card["epsilon"] == pytest.approx(strategy.epsilon(), rel=1e-12)
+    assert (card["delta"], card["setting"]) == (1e-5, "central")
+    assert card["definition"]["neighboring_relation"] == "add_or_remove_one"
+    assert card["definition"]["dataset_size"] == 64
+    assert card["accounting"]["steps"] == 16
+    assert card["accounting"]["epsilon_over_steps"][-1] == [16, pytest.approx(card["epsilon"], rel=1e-9)]
+    assert card["accounting"]["computed_by"] == f"lightning-dp {card['software']['lightning-dp']}"
+    assert card["mechanism"]["sample_rate"] == 0.25
+    assert [(run["steps"], run["noise_multiplier"]) for run in card["mechanism"]["noise_over_steps"]] == [
+        (8, 1.3),
+        (8, 0.65),
+    ]
+    decided = " ".join(card["mechanism"]["callbacks"])
+    assert "RandomSparsification(final_rate=0.5" in decided
+    assert "NoiseScheduler(kind='step', factor=0.5, every=2" in decided
+    assert "logged without noise: nonprivate/clip_fraction" in card["not_covered"]
+    assert any("validation" in item for item in card["not_covered"])
+    assert any("hyper-parameters" in item for item in card["not_covered"])
+    markdown = (directory / "privacy_card.md").read_text()
+    assert f"epsilon = {describe_epsilon(strategy.epsilon())} and delta = 1e-05" in markdown
+    assert "| 9 to 16 | 0.65 |" in markdown
+    assert "![epsilon over steps](privacy_card.svg)" in markdown
+    picture = (directory / "privacy_card.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert "</svg>" in picture
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_nothing_is_written_without_a_logger_or_in_a_dry_run(tmp_path: Path, dry: bool) -> None:
+    options = {"fast_dev_run": 2, "logger": CSVLogger(tmp_path)} if dry else {"logger": False}
+    strategy, _ = fit(tmp_path, **options)
+    assert strategy.ledger.num_steps == (2 if dry else 4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_callback_says_where_and_whether(tmp_path: Path) -> None:
+    fit(tmp_path, callbacks=[PrivacyCard(tmp_path / "here" / "it is")])
+    assert cards(tmp_path / "here" / "it is") == FILES
+    fit(tmp_path / "root", callbacks=[PrivacyCard()])
+    assert cards(tmp_path / "root") == FILES
+    fit(tmp_path / "none", logger=CSVLogger(tmp_path / "none"), callbacks=[PrivacyCard(enabled=False)])
+    assert cards(tmp_path / "none") == []
+    fit(tmp_path / "other", logger=CSVLogger(tmp_path / "logs"), callbacks=[PrivacyCard(tmp_path / "other")])
+    assert cards(tmp_path / "logs") == []
+    fit(tmp_path / "dry", fast_dev_run=1, callbacks=[PrivacyCard(tmp_path / "dry")])
+    assert cards(tmp_path / "dry") == []
+
+
+def test_callback_leaves_nothing_behind(tmp_path: Path) -> None:
+    _, trainer = fit(tmp_path, logger=CSVLogger(tmp_path), callbacks=[PrivacyCard(enabled=False)])
+    assert cards(tmp_path) == []
+    trainer.callbacks.clear()
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Classifier(), make_loader())
+    assert cards(tmp_path) == FILES
+
+
+def test_callback_needs_a_private_strategy_and_a_path(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="with PrivacyCard, got SingleDeviceStrategy"):
+        make_trainer("auto", tmp_path, callbacks=[PrivacyCard()]).fit(Classifier(), make_loader())
+    with pytest.raises(TypeError, match="Expected dirpath to be a path, got dirpath=3"):
+        PrivacyCard(3)  # type: ignore[arg-type]
+
+
+def test_files_that_cannot_be_written_do_not_end_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="privacy card could not be written"):
+        strategy, _ = fit(tmp_path, callbacks=[PrivacyCard(tmp_path / "file")])
+    assert strategy.ledger.num_steps == 4
+
+
+def test_without_matplotlib_the_numbers_are_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    strategy, _ = fit(tmp_path, callbacks=[PrivacyCard(tmp_path)])
+    assert cards(tmp_path) == FILES[:2]
+    markdown = (tmp_path / "privacy_card.md").read_text()
+    assert "No plot: matplotlib is not installed." in markdown
+    assert f"| 4 | {describe_epsilon(strategy.epsilon())} |" in markdown
+
+
+def test_a_run_without_noise_says_that_it_is_not_private(tmp_path: Path) -> None:
+    fit(tmp_path, DPStrategy(noise_multiplier=0.0, target_delta=1e-5), callbacks=[PrivacyCard(tmp_path)])
+    assert cards(tmp_path) == FILES[:2]
+    card = json.loads((tmp_path / "privacy_card.json").read_text(), parse_constant=pytest.fail)
+    assert card["epsilon"] == "inf"
+    assert "NOT differentially private: some step had no noise" in card["statement"]
+    assert "| 4 | infinite |" in (tmp_path / "privacy_card.md").read_text()
+
+
+def test_a_seed_is_said_and_survives_a_resume_without_one(tmp_path: Path) -> None:
+    _, trainer = fit(
+        tmp_path, DPStrategy(noise_multiplier=1.3, target_delta=1e-5, seed=3), callbacks=[GradientDiagnostics()]
+    )
+    trainer.save_checkpoint(tmp_path / "seeded.ckpt", weights_only=False)
+    resumed = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, secure_rng=True)
+    trainer = make_trainer(resumed, tmp_path, max_epochs=2, callbacks=[PrivacyCard(tmp_path)])
+    trainer.fit(Classifier(), make_loader(), ckpt_path=tmp_path / "seeded.ckpt")
+    card = json.loads((tmp_path / "privacy_card.json").read_text())
+    for text in (card["statement"], resumed.privacy_statement()):
+        assert "nothing here holds against someone who knows it" in text
+    assert card["accounting"]["assumptions_hold"] is False
+    assert card["accounting"]["steps"] == 8
+    assert "logged without noise: nonprivate/clipping_bias" in card["not_covered"]
+    assert not resumed.notes.secure_rng
+
+
+def test_damaged_notes_are_refused(tmp_path: Path) -> None:
+    _, trainer = fit(tmp_path)
+    trainer.save_checkpoint(tmp_path / "whole.ckpt", weights_only=False)
+    state = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    state["lightning_dp"]["notes"]["seeded"] = "no"
+    torch.save(state, tmp_path / "damaged.ckpt")
+    with pytest.raises(PrivacyError, match="Expected intact notes of the run"):
+        make_trainer(DPStrategy(noise_multiplier=1.3), tmp_path, max_epochs=2).fit(
+            Classifier(), make_loader(), ckpt_path=tmp_path / "damaged.ckpt"
+        )
+
+
+@pytest.mark.parametrize("kind", ["poisson", "shuffle"])
+def test_curve_is_the_epsilon_of_each_prefix(kind: str) -> None:
+    ledger, accountant = Ledger(), make_accountant("pld")
+    made = PrivacyEvent.poisson if kind == "poisson" else PrivacyEvent.shuffle
+    rate = {"sample_rate": 0.1} if kind == "poisson" else {}
+    for sigma in (2.0, 1.5):
+        ledger.start_pass()
+        ledger.record(made(noise_multiplier=sigma, **rate), 40)
+    points = dict(epsilon_curve(ledger, accountant, 1e-5))
+    assert len(points) == NUM_POINTS
+    assert list(points) == sorted(points)
+    assert points[80] == pytest.approx(accountant.epsilon(ledger, 1e-5), rel=1e-9)
+    first = Ledger()
+    first.record(made(noise_multiplier=2.0, **rate), 40)
+    assert points[40] == pytest.approx(accountant.epsilon(first, 1e-5), rel=1e-9)
+    assert points[80] > points[40] > 0
+
+
+def test_many_runs_of_noise_are_cut_in_the_markdown_only() -> None:
+    ledger = Ledger()
+    for number in range(30):
+        ledger.record(PrivacyEvent.poisson(noise_multiplier=2.0 + number, sample_rate=0.1))
+    card = privacy_card(stated_plan(_state()), ledger, make_accountant("rdp"), notes=RunNotes())
+    assert len(card["mechanism"]["noise_over_steps"]) == 30
+    assert "| from 13 on | 18 more runs of equal noise, in the JSON |" in to_markdown(card)
+    assert card["accounting"]["computed_by"].startswith("dp-accounting ")
+
+
+def test_card_needs_a_step() -> None:
+    with pytest.raises(ValueError, match="no steps recorded"):
+        privacy_card(stated_plan(_state()), Ledger(), make_accountant("rdp"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("delta", "small"), ("dataset_size", ...), ("clipping", None)])
+def test_stated_plan_refuses_a_damaged_state(name: str, value: Any) -> None:
+    state = _state()
+    if value is ...:
+        del state[name]
+    else:
+        state[name] = value
+    with pytest.raises(ValueError, match=f"Expected an intact plan, got {name}="):
+        stated_plan(state)
+
+
+def _state() -> dict[str, Any]:
+    return {
+        "sampling": "poisson",
+        "dataset_size": 100,
+        "expected_batch_size": 10,
+        "sample_rate": 0.1,
+        "steps": 30,
+        "noise_multiplier": 2.0,
+        "clipping": "FlatClipping(max_grad_norm=1.0)",
+        "delta": 1e-5,
+        "target_epsilon": None,
+        "accountant": "rdp",
+        "neighboring_relation": "add_or_remove_one",
+        "schedule": "",
+    }
+
+
+def test_described_epsilon_is_never_below() -> None:
+    assert float(describe_epsilon(1.23001)) >= 1.23001
+    assert describe_epsilon(math.inf) == "infinite"

@@ -1,0 +1,73 @@
+"""The threads that wait for torch's next computation: they end when told to, and no result depends on it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_dp.system import openmp as waiting_threads
+from lightning_dp.system.openmp import end_waiting_threads
+
+TASKS = Path("/proc/self/task")
+
+
+def compute() -> torch.Tensor:
+    """Large enough that torch works on it with all its threads."""
+    return torch.arange(2.0**20).square().sum()
+
+
+@pytest.fixture
+def pause() -> None:
+    if waiting_threads._pause() is None or torch.get_num_threads() < 2:
+        pytest.skip("torch computes on one thread, or not with GNU's OpenMP")
+
+
+@pytest.mark.usefixtures("pause")
+def test_the_threads_end_and_the_next_computation_starts_new_ones() -> None:
+    before = compute()
+    working = len(list(TASKS.iterdir()))
+    assert end_waiting_threads()
+    left = len(list(TASKS.iterdir()))
+    assert left == working - (torch.get_num_threads() - 1)
+    assert end_waiting_threads()  # there may be none
+    assert torch.equal(compute(), before)
+    assert len(list(TASKS.iterdir())) == working
+
+
+@pytest.mark.usefixtures("pause")
+def test_a_forked_child_ends_no_threads() -> None:
+    compute()
+    child = os.fork()
+    if child == 0:
+        os._exit(17 if end_waiting_threads() is False else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+
+
+@pytest.mark.parametrize("lacks", ["system", "library", "call"])
+def test_without_the_call_nothing_is_done(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting_threads._pause.cache_clear()
+    if lacks == "system":
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: pytest.fail("a library was asked for"))
+    elif lacks == "library":
+
+        def load(*args: object, **kwargs: object) -> None:
+            raise OSError("not loaded")
+
+        monkeypatch.setattr(ctypes, "CDLL", load)
+    else:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: object())
+    try:
+        assert end_waiting_threads() is False
+    finally:
+        waiting_threads._pause.cache_clear()
+
+
+def test_a_refusal_of_the_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting_threads, "_pause", lambda: lambda: False)
+    assert end_waiting_threads() is False
