@@ -73,9 +73,7 @@ def members(loader: PrivateDataLoader) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize(
-    "dataset", [Records(40), ManyRecords(40), Subset(ManyRecords(80), range(40))], ids=_type_name
-)
+@pytest.mark.parametrize("dataset", [Records(40), ManyRecords(40), Subset(ManyRecords(80), range(40))], ids=_type_name)
 def test_batches_are_collated_by_default_with_text_and_dicts(dataset: Dataset[Any], sampling: str) -> None:
     loader = private_dataloader(DataLoader(dataset, batch_size=10), sampling=sampling, microbatch_size=3)
     for item in loader:
@@ -211,9 +209,7 @@ def test_logical_batch_counts() -> None:
     assert (len(empty), empty.num_samples, bool(empty)) == (0, 0, False)
 
 
-@pytest.mark.parametrize(
-    "dataset", [Records(5), ManyRecords(5), TensorDataset(torch.arange(5))], ids=_type_name
-)
+@pytest.mark.parametrize("dataset", [Records(5), ManyRecords(5), TensorDataset(torch.arange(5))], ids=_type_name)
 @pytest.mark.parametrize("num", [0, 2, 9])
 def test_peek_reads_first_samples_and_collates_as_the_user_does(dataset: Dataset[Any], num: int) -> None:
     for loader in (DataLoader(dataset, batch_size=2), private_dataloader(DataLoader(dataset, batch_size=2))):
