@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import lightning.pytorch as pl
 
 from lightning_dp.accounting import Accountant, Ledger
-from lightning_dp.strategies.private_run import PrivateRun
+from lightning_dp.strategies.base import PrivateStrategy
 
 
 class PublicPlan(Protocol):
@@ -48,14 +48,14 @@ class LedgerHolder(Protocol):
         """Epsilon spent so far."""
 
 
-def private_strategy(trainer: pl.Trainer, callback: object) -> PrivateRun:
+def private_strategy(trainer: pl.Trainer, callback: object) -> PrivateStrategy:
     """The Trainer's strategy, if it trains privately.
 
     Raises:
         TypeError: it does not.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, PrivateRun):
+    if not isinstance(strategy, PrivateStrategy):
         raise TypeError(
             f"Expected `Trainer(strategy=DPStrategy(...))` with {type(callback).__name__}, got {type(strategy).__name__}. The callback "
             "reads the ledger of a private strategy: pass DPStrategy or DPDDPStrategy, or leave the callback out."

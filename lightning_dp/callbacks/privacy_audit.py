@@ -21,9 +21,8 @@ from lightning_dp.auditing.canaries import coins
 from lightning_dp.callbacks._strategy import private_strategy
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import collate_samples
-from lightning_dp.strategies.first_batch import silent
-from lightning_dp.strategies.private_run import PrivateRun
-from lightning_dp.strategies.private_step import PrivateStep
+from lightning_dp.strategies.base import PrivateStrategy
+from lightning_dp.strategies.host import silent
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -115,7 +114,7 @@ class PrivacyAudit(Callback):
             self._gradients = GradientCanaries(self.num_canaries, norm=self.norm, root=self._root)
         self._hand_over(strategy)
 
-    def _hand_over(self, strategy: PrivateRun) -> None:
+    def _hand_over(self, strategy: PrivateStrategy) -> None:
         if self._gradients is not None:
             strategy.mechanisms.canaries = self._gradients
         else:
@@ -136,7 +135,7 @@ class PrivacyAudit(Callback):
         strategy = private_strategy(trainer, self)
         if self._gradients is not None:
             self._hand_over(strategy)  # a resumed run has taken its own back since
-            for index, sums in strategy._sums.items():
+            for index, sums in strategy.accumulators.items():
                 self._gradients.place(index, sums)
         elif not self._losses_before:
             self._losses_before = self._losses(strategy, pl_module)
@@ -171,7 +170,7 @@ class PrivacyAudit(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    def _scores(self, strategy: PrivateRun, module: pl.LightningModule) -> NDArray[np.float64]:
+    def _scores(self, strategy: PrivateStrategy, module: pl.LightningModule) -> NDArray[np.float64]:
         if self._gradients is not None:
             return self._gradients.scores
         after = self._losses(strategy, module)
@@ -179,16 +178,16 @@ class PrivacyAudit(Callback):
         return np.where(np.isfinite(fallen), fallen, -np.inf)
 
     @torch.no_grad()
-    def _losses(self, strategy: PrivateRun, module: pl.LightningModule) -> list[float]:
+    def _losses(self, strategy: PrivateStrategy, module: pl.LightningModule) -> list[float]:
         """The loss of every canary alone, in evaluation mode; nothing is logged."""
         assert self._records is not None
-        step, loader = cast(PrivateStep, strategy), strategy._loader
+        step, loader = cast(Any, strategy), strategy.loader
         assert loader is not None
         flags = [(part, part.training) for part in module.modules()]
         module.eval()
         try:
             with silent(module):
-                batches = (step._to_device(collate_samples(loader, [record])) for record in self._records)
+                batches = (step.to_device(collate_samples(loader, [record])) for record in self._records)
                 return [float(self._loss(module, batch)) for batch in batches]
         finally:
             for part, flag in flags:

@@ -13,7 +13,7 @@ from lightning_dp import _validate as check
 from lightning_dp.accounting import max_steps_within
 from lightning_dp.callbacks._strategy import LedgerHolder, ledger_holder
 from lightning_dp.errors import PrivacyError
-from lightning_dp.strategies.private_run import PrivateRun
+from lightning_dp.strategies.base import PrivateStrategy
 
 #: How many steps ahead an unbounded run is looked at, at most.
 HORIZON = 10_000_000
@@ -48,7 +48,7 @@ class PrivacyBudget(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a stage begins. Gives a strategy the limit, which then holds in a learning-rate search too."""
-        if stage == "fit" and isinstance(trainer.strategy, PrivateRun):
+        if stage == "fit" and isinstance(trainer.strategy, PrivateStrategy):
             trainer.strategy.budget = self._last_allowed_step
 
     @override
@@ -64,7 +64,7 @@ class PrivacyBudget(Callback):
             )
         strategy.last_allowed_step = strategy.steps_taken + allowed
 
-    def _last_allowed_step(self, strategy: PrivateRun) -> int:
+    def _last_allowed_step(self, strategy: PrivateStrategy) -> int:
         return strategy.steps_taken + self._allowed_steps(strategy)
 
     @override
@@ -93,7 +93,7 @@ class PrivacyBudget(Callback):
 
     def _lift(self, trainer: pl.Trainer) -> None:
         ledger_holder(trainer, self).last_allowed_step = None
-        if isinstance(trainer.strategy, PrivateRun):
+        if isinstance(trainer.strategy, PrivateStrategy):
             trainer.strategy.budget = None
 
     def _allowed_steps(self, strategy: LedgerHolder) -> int:

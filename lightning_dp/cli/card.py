@@ -18,7 +18,7 @@ from lightning_dp.datalens.plan import DataLensPlan
 from lightning_dp.reporting.card import RunNotes, privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.reporting.statement import privacy_statement, stated_plan
-from lightning_dp.strategies import checkpoint as saved
+from lightning_dp.step import checkpoint as saved
 
 
 def card(options: argparse.Namespace) -> int:

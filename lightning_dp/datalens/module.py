@@ -165,7 +165,7 @@ class DataLens(DataLensRun):
         z, labels = self._draw(settings.batch_size, public)
         samples = self.generator(z, labels).float()
         direction = threshold_votes(self._noisy_votes(samples, labels), settings.threshold * settings.num_teachers)
-        self._step += 1
+        self.state.step += 1
 
         target = samples.detach() + settings.alpha * direction.view_as(samples)  # post-processing from here on
         loss = F.mse_loss(samples, target)
@@ -202,14 +202,14 @@ class DataLens(DataLensRun):
             plan=self.plan,
             ledger=self.ledger,
             accountant=self.accountant,
-            step=self._step,
+            step=self.state.step,
             last_allowed_step=self.last_allowed_step,
             sum_over_ranks=dist.all_reduce if self._release.world_size > 1 else None,
         )
 
     def _public(self, purpose: int, *more: int) -> torch.Generator:
         """Public randomness of this step; the same on every rank unless the rank is part of the purpose."""
-        return public_generator(self.settings.public_seed, purpose, self._step, *more)
+        return public_generator(self.settings.public_seed, purpose, self.state.step, *more)
 
     def _draw(self, num: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         z = torch.rand(num, self.settings.z_dim, generator=generator) * 2 - 1
@@ -274,7 +274,7 @@ class DataLens(DataLensRun):
         if self.device.type == "cpu":
             keep_freed_memory()
         if world_size > 1:
-            self.ledger = Ledger.from_state_dict(self.trainer.strategy.broadcast(self.ledger.state_dict()))
+            self.state.ledger = Ledger.from_state_dict(self.trainer.strategy.broadcast(self.ledger.state_dict()))
         numbers = range(self.global_rank, settings.num_teachers, world_size)
         indices = partition(self.plan.dataset_size, settings.num_teachers, settings.public_seed)[list(numbers)]
         dataset, collate = trainer_checks.dataset_of(self.trainer), trainer_checks.collate_of(self.trainer)

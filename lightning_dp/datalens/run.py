@@ -9,17 +9,17 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_dp.accounting import Ledger, make_accountant
+from lightning_dp.accounting import Accountant, Ledger, make_accountant
 from lightning_dp.datalens import statement, trainer_checks
 from lightning_dp.datalens.plan import DataLensPlan
 from lightning_dp.datalens.release import VoteRelease
 from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.teachers import Teachers
 from lightning_dp.errors import PrivacyError
-from lightning_dp.reporting.card import RunNotes
+from lightning_dp.step import checkpoint as saved
 from lightning_dp.step.plan import default_delta
-from lightning_dp.strategies import checkpoint as saved
-from lightning_dp.strategies.planning import remaining_steps
+from lightning_dp.step.state import PrivacyState
+from lightning_dp.strategies.run_length import remaining_steps
 
 
 class DataLensRun(pl.LightningModule):
@@ -32,14 +32,14 @@ class DataLensRun(pl.LightningModule):
     def __init__(self, settings: DataLensSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.accountant = make_accountant(settings.accountant)
-        self.ledger = Ledger("replace_one")
+        self.state = PrivacyState(
+            "replace_one",
+            make_accountant(settings.accountant),
+            seeded=settings.seed is not None,
+            secure=settings.secure_rng,
+        )
         self.budget: Callable[[Any], int] | None = None
-        self.last_allowed_step: int | None = None
         self._dataset_size: int | None = None
-        self._step = 0
-        self._plan: DataLensPlan | None = None
-        self._restored_plan: dict[str, Any] | None = None
         self._teachers: Teachers | None = None
         self._release: VoteRelease | None = None
 
@@ -52,23 +52,42 @@ class DataLensRun(pl.LightningModule):
         Raises:
             ValueError: no run has been set up yet, or the run cannot be planned.
         """
-        if self._plan is None:
+        if self.state.plan is None:
             if self._trainer is None or self._trainer.train_dataloader is None:
                 raise ValueError(
                     "Expected a run with its training data set up, got none yet. Ask for the plan during or after fit."
                 )
-            self._plan = self._build_plan(self._trainer)
+            self.state.plan = self._build_plan(self._trainer)
             if self.budget is not None:
                 self.last_allowed_step = self.budget(self)
-        return self._plan
+        return self.state.plan  # type: ignore[no-any-return]
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger: what was released so far."""
+        return self.state.ledger
+
+    @property
+    def accountant(self) -> Accountant:
+        """The accountant: computes epsilon from the ledger."""
+        return self.state.accountant
 
     @property
     def steps_taken(self) -> int:
         """Steps of this run that have released votes."""
-        return self._step
+        return self.state.steps_taken
+
+    @property
+    def last_allowed_step(self) -> int | None:
+        """Steps of the run that a budget allows; None without a budget."""
+        return self.state.last_allowed_step
+
+    @last_allowed_step.setter
+    def last_allowed_step(self, step: int | None) -> None:
+        self.state.last_allowed_step = step
 
     def epsilon(self, delta: float | None = None) -> float:
-        """Epsilon spent so far, from the ledger; public.
+        """Return the epsilon spent so far, from the ledger; public.
 
         Args:
             delta: in (0, 1); default: the plan's.
@@ -76,13 +95,9 @@ class DataLensRun(pl.LightningModule):
         Raises:
             ValueError: no steps recorded, which is not the same as epsilon 0.
         """
-        if self.ledger.num_steps == 0:
-            raise ValueError(
-                "Expected at least one private step, got no steps recorded. Ask for epsilon once training has begun."
-            )
-        if delta is None:
-            delta = self._restored_plan["delta"] if self._plan is None and self._restored_plan else self.plan.delta
-        return self.accountant.epsilon(self.ledger, delta)
+        if self.ledger.num_steps and delta is None and self.state.restored_plan is None:
+            delta = self.plan.delta
+        return self.state.epsilon(delta)
 
     def privacy_statement(self) -> str:
         """What holds for whom, in a few lines."""
@@ -110,19 +125,21 @@ class DataLensRun(pl.LightningModule):
             batch_size=settings.batch_size,
             noise_std=0.0 if settings.sigma is None else float(settings.sigma),
             threshold=settings.threshold,
-            steps=None if remaining is None else self._step + remaining,
+            steps=None if remaining is None else self.state.step + remaining,
             delta=delta,
             target_epsilon=settings.target_epsilon,
             accountant=settings.accountant,
-        ).calibrated(start=self._step, ledger=self.ledger, accountant=self.accountant, restored=self._restored_plan)
+        ).calibrated(
+            start=self.state.step, ledger=self.ledger, accountant=self.accountant, restored=self.state.restored_plan
+        )
         self._preview(plan)
         return plan
 
     def _preview(self, plan: DataLensPlan) -> None:
         """Says what the run will cost before any noise is drawn."""
-        if plan.steps is None or plan.steps <= self._step:
+        if plan.steps is None or plan.steps <= self.state.step:
             return
-        ledger = self.ledger.extended(plan.runs(self._step, plan.steps))
+        ledger = self.ledger.extended(plan.runs(self.state.step, plan.steps))
         rank_zero_info(
             f"DataLens: {plan.num_teachers} teachers with {plan.shard_size} records each, noise {plan.noise_std:.5g} on each sum "
             f"of votes; epsilon={self.accountant.epsilon(ledger, plan.delta):.4g} at delta={plan.delta:g} after "
@@ -135,9 +152,9 @@ class DataLensRun(pl.LightningModule):
         if stage != "fit":
             return
         trainer_checks.check_trainer(self.trainer, self.settings)
-        self._plan, self._restored_plan, self._teachers = None, None, None
+        self.state.plan = self.state.restored_plan = self._teachers = None
         if self.trainer.global_step == 0:
-            self._step = 0
+            self.state.step = 0
         if self._release is None or self._release.world_size != self.trainer.world_size:
             seed = self.settings.seed
             self._release = VoteRelease(
@@ -151,15 +168,7 @@ class DataLensRun(pl.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds ledger, plan and step. Teachers and shards are nowhere in a checkpoint."""
-        plan: Any = self._plan
-        checkpoint[saved.KEY] = saved.dump(
-            self.ledger,
-            plan,
-            self._step,
-            global_step=checkpoint.get("global_step", 0),
-            unledgered=0,
-            notes=RunNotes(seeded=self.settings.seed is not None, secure_rng=self.settings.secure_rng),
-        )
+        checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -169,11 +178,9 @@ class DataLensRun(pl.LightningModule):
                 "Expected a checkpoint with a privacy ledger, got one without: what its weights have seen is unknown. Weights "
                 "trained on public data can be loaded into the generator itself, before DataLens is made."
             )
-        self.ledger, self._restored_plan, self._step, _ = saved.load(
-            checkpoint, current=self.ledger, allow_public=False, one_step_a_batch=False
-        )
-        if self._restored_plan is not None:
-            self._dataset_size = self._restored_plan["dataset_size"]
+        self.state.load(checkpoint, allow_public=False, one_step_a_batch=False)
+        if self.state.restored_plan is not None:
+            self._dataset_size = self.state.restored_plan["dataset_size"]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle or a copy holds: everything but the teachers."""

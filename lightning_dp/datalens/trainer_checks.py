@@ -19,7 +19,7 @@ from torch.utils.data import (
 
 from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.shards import StepsOver
-from lightning_dp.strategies.private_run import PrivateRun
+from lightning_dp.strategies.base import PrivateStrategy
 from lightning_dp.strategies.trainer_checks import check_precision
 
 _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler, BatchSampler)
@@ -28,7 +28,7 @@ _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler, BatchSampler)
 def check_trainer(trainer: pl.Trainer, settings: DataLensSettings) -> None:
     """Refuses Trainer flags that DataLens cannot train under, or cannot be calibrated for."""
     strategy = trainer.strategy
-    if isinstance(strategy, PrivateRun):
+    if isinstance(strategy, PrivateStrategy):
         raise ValueError(
             f"Expected a plain `Trainer(strategy='auto')` with DataLens, got {type(strategy).__name__}. DataLens draws its own "
             "noise and keeps its own ledger: leave the private strategy out."

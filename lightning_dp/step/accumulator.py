@@ -13,7 +13,7 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample.rules.sparse_mask import places_of
 
 
-class ClippedSum:
+class Accumulator:
     """One flat buffer with a part a parameter: noise, scaling and the all-reduce are one call each.
 
     It holds L coordinates of the gradient, behind them S statistics. Without a mask L is P, and the buffer of a step becomes

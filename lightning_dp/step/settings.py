@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,3 +88,24 @@ class Settings:
     def make_clipping(self) -> Clipping:
         """The clipping object that ``clipping`` and ``max_grad_norm`` describe."""
         return make_clipping(self.clipping, self.max_grad_norm)
+
+    @property
+    def runs_samples_alone(self) -> bool:
+        """Whether every microbatch has one sample, so that plain autograd gives its gradient."""
+        return self.microbatch_size == 1
+
+
+def check_positions(positions: Sequence[int]) -> tuple[int, ...]:
+    """Return ``public_optimizers`` as a tuple.
+
+    Raises:
+        TypeError: not a list of whole numbers.
+        ValueError: a negative or repeated one.
+    """
+    if not isinstance(positions, Sequence):
+        raise TypeError(
+            f"Expected public_optimizers to be a list of positions, got public_optimizers={positions!r}. Pass [0] for the first "
+            "optimizer that configure_optimizers returns."
+        )
+    advice = "Pass the place of each public optimizer in what configure_optimizers returns."
+    return check.check_positions("public_optimizers", positions, advice)

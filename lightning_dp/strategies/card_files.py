@@ -16,7 +16,7 @@ from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.reporting.card_plot import can_plot, plot_epsilon
 
 if TYPE_CHECKING:
-    from lightning_dp.strategies.private_run import PrivateRun
+    from lightning_dp.strategies.base import PrivateStrategy
 
 JSON, MARKDOWN, PLOT = "privacy_card.json", "privacy_card.md", "privacy_card.svg"
 
@@ -34,7 +34,7 @@ def logger_directory(trainer: pl.Trainer) -> str | None:
     return trainer.strategy.broadcast(directory)
 
 
-def write(trainer: pl.Trainer, strategy: PrivateRun, directory: str | None = None) -> str | None:
+def write(trainer: pl.Trainer, strategy: PrivateStrategy, directory: str | None = None) -> str | None:
     """Writes the card as JSON, Markdown and, with matplotlib, a plot; rank 0 only. Call it on every rank.
 
     A file that cannot be written is a warning: the training that it describes is done.
@@ -60,7 +60,7 @@ def write(trainer: pl.Trainer, strategy: PrivateRun, directory: str | None = Non
     return target
 
 
-def _write(strategy: PrivateRun, directory: str) -> None:
+def _write(strategy: PrivateStrategy, directory: str) -> None:
     card = privacy_card(strategy.plan, strategy.ledger, strategy.accountant, notes=strategy.notes)
     accounting, picture = card["accounting"], None
     if can_plot():

@@ -6,12 +6,58 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from typing_extensions import override
 
-from lightning_dp.strategies.private_run import PrivateRun
-from lightning_dp.strategies.private_step import PrivateStep
+from lightning_dp.strategies.base import PrivateStrategy
 
 
-class DPStrategy(PrivateStep, SingleDeviceStrategy):
-    __doc__ = PrivateRun.__doc__
+class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
+    """Differentially private training of any LightningModule on one device: CPU, CUDA or Apple's MPS.
+
+    A logical step ``t`` is one optimizer step over one Poisson sample ``S_t`` of the data (each record joins with
+    probability ``q = expected_batch_size / dataset_size``):
+
+        G~ = sum_{i in S_t} factor_i g_i + N(0, (sigma_t C)^2 I),     p.grad = G~ / expected_batch_size
+
+    where ``g_i`` is the gradient of one sample's loss and ``||factor_i g_i|| <= C``. The module and the datamodule are what
+    they were; checkpoints keep the plain module's keys.
+
+    **Guarantee**: the weights after any number of steps are (epsilon, delta)-differentially private at
+    ``epsilon(delta)``, for the relation between neighbouring datasets in ``neighboring_relation``, provided that the
+    forward pass treats samples independently (checked at the first batch) and that no state of the module but its
+    parameters carries data. NOT covered: what ``training_step`` logs, validation data, and choices made by looking at either.
+
+    Args:
+        noise_multiplier: noise std over sensitivity, >= 0. Exactly one of this and ``target_epsilon``; 0 is a legal ablation
+            whose epsilon is infinite.
+        target_epsilon: calibrate the noise so that the whole planned run ends at this epsilon or just below.
+        target_delta: delta, in (0, 1). Default: 1 / (10 x dataset size) rounded down to a power of ten; printed.
+        max_grad_norm: clipping norm C > 0 of one sample's gradient.
+        clipping: "flat", "per_layer", "automatic", "psac", "none" or a ``Clipping``.
+        accountant: "pld" (tight), "rdp", "prv", "gdp" (nothing sampled) or "tcdp" (a loose cross-check).
+        sampling: "poisson", or "shuffle" for data without random access, accounted without amplification.
+        microbatch_size: at most so many samples on the device at once; results do not depend on it. 1 runs each sample alone
+            and supports every module. Default: the whole logical batch at once.
+        grad_sample: "auto", or "materialize" for plain per-sample gradients of every layer (the reference).
+        neighboring_relation: "add_or_remove_one", "replace_one" (doubles the sensitivity) or "zero_out".
+        memory: "fast" or "lean".
+        check_per_sample: at the first batch, compare a few per-sample gradients with each sample run alone.
+        allow_public_checkpoint: accept a checkpoint without a ledger, asserting that it never saw private data.
+        secure_rng: draw the noise from a cryptographic generator against floating-point attacks (slower).
+        seed: for tests only: makes sampling and noise predictable, which voids the guarantee against those who know it.
+        loss_reduction: "mean" or "sum": how a scalar loss combines the samples. A loss of shape (B,) needs neither.
+        public_optimizers: positions, in what ``configure_optimizers`` returns, of optimizers whose parameters never receive a
+            gradient from the data (a GAN's generator). Checked at the first batch.
+        strict_logging: drop what hooks of the training loop log (``self.log``, ``self.log_dict``, and ``log_metrics`` of a
+            logger within ``training_step``) unless it is named ``nonprivate/...``; validation logs and epsilon stay. What was
+            logged without noise is named in ``privacy_statement()`` either way.
+        **strategy_options: what the Lightning strategy takes.
+
+    Raises:
+        ValueError: for arguments out of range.
+        TypeError: for arguments of the wrong kind.
+
+    References:
+        Abadi et al. 2016, Deep Learning with Differential Privacy, Algorithm 1.
+    """
 
     _devices: list[torch.device] | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch.optim import Optimizer
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.independence import find_unsupported
-from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
+from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step.settings import Settings
+from lightning_dp.strategies import _lightning
 
 
 def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
@@ -88,7 +90,10 @@ def check_module(module: pl.LightningModule, *, runs_samples_alone: bool) -> Non
             f"Expected layers that treat each sample alone, got {listed.rstrip('.')}{more}. "
             "`module, changes = lightning_dp.fix(module)` replaces them and says what it changed."
         )
-    if is_overridden("training_step", module) and "dataloader_iter" in module.training_step.__code__.co_varnames[:2]:
+    if (
+        is_overridden("training_step", module)
+        and "dataloader_iter" in inspect.signature(module.training_step).parameters
+    ):
         raise ValueError(
             "Expected training_step(self, batch, batch_idx), got training_step(self, dataloader_iter). A step that draws its own "
             "batches cannot be sampled privately: take the batch as an argument."
@@ -133,8 +138,7 @@ def check_optimizers(optimizers: list[Optimizer], module: pl.LightningModule, pu
 
 def check_single_loader(trainer: pl.Trainer) -> None:
     """Refuses several training loaders: which records form one sample of the data would be unclear."""
-    combined: Any = trainer.fit_loop._combined_loader
-    source: Any = trainer.fit_loop._data_source.instance
+    combined, source = _lightning.training_sources(trainer)
     loaders = combined.flattened if combined is not None else [source]
     if isinstance(source, (list, tuple, dict)) and len(source) > 1:
         loaders = list(source)
@@ -152,15 +156,6 @@ def check_not_nested(batch: Any) -> None:
         raise ValueError(
             f"Expected one training DataLoader, got it inside a {type(batch).__name__}. Return the loader itself from "
             "train_dataloader, or pass it itself to fit."
-        )
-
-
-def check_same_dataset(previous: PrivateDataLoader | None, loader: PrivateDataLoader) -> None:
-    """Refuses a training set whose size changed within a run."""
-    if previous is not None and previous.facts.dataset_size != loader.facts.dataset_size:
-        raise PrivacyError(
-            f"Expected the training set to keep its {previous.facts.dataset_size} records during the run, got "
-            f"{loader.facts.dataset_size}. The sample rate that the ledger holds would be wrong: keep the dataset fixed."
         )
 
 

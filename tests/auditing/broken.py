@@ -17,8 +17,11 @@ from torch import Tensor
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import indices
-from lightning_dp.step.accumulator import ClippedSum
-from lightning_dp.strategies.private_step import PrivateStep
+from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.microbatch import Microbatch
+from lightning_dp.step.state import PrivacyState
+from lightning_dp.step.step import PrivateStep
+from lightning_dp.strategies.fit import PrivateFit
 from tests.auditing import checks
 
 Check = Callable[[Path], None]
@@ -57,56 +60,56 @@ def no_clipping(patch: pytest.MonkeyPatch) -> None:
 def clipping_after_summing(patch: pytest.MonkeyPatch) -> None:
     """The sum of a batch is clipped, not each sample."""
     no_clipping(patch)
-    original = ClippedSum.payload
+    original = Accumulator.payload
 
-    def payload(self: ClippedSum) -> tuple[Tensor, Tensor, Tensor]:
+    def payload(self: Accumulator) -> tuple[Tensor, Tensor, Tensor]:
         whole, gradient, statistics = original(self)
         gradient *= (self.sensitivity / gradient.norm()).clamp(max=1.0)
         return whole, gradient, statistics
 
-    patch.setattr(ClippedSum, "payload", payload)
+    patch.setattr(Accumulator, "payload", payload)
 
 
 def divisor_by_realised_batch(patch: pytest.MonkeyPatch) -> None:
-    run_batch, write_grads, seen = PrivateStep._run_batch, ClippedSum.write_grads, {"samples": 1}
+    take, write_grads, seen = PrivateFit.take, Accumulator.write_grads, {"samples": 1}
 
-    def noting(self: PrivateStep, batch: Any, *rest: Any) -> Any:
+    def noting(self: PrivateFit, batch: Any) -> Any:
         seen["samples"] = max(1, batch.num_samples)
-        return run_batch(self, batch, *rest)
+        return take(self, batch)
 
-    def dividing(self: ClippedSum, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
+    def dividing(self: Accumulator, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
         write_grads(self, noisy, seen["samples"], rescale)
 
-    patch.setattr(PrivateStep, "_run_batch", noting)
-    patch.setattr(ClippedSum, "write_grads", dividing)
+    patch.setattr(PrivateFit, "take", noting)
+    patch.setattr(Accumulator, "write_grads", dividing)
 
 
 def mask_redrawn_within_a_batch(patch: pytest.MonkeyPatch) -> None:
-    original, counter = PrivateStep._begin_microbatch, itertools.count()
+    original, counter = Microbatch.__enter__, itertools.count()
 
-    def begin(self: PrivateStep, *args: Any) -> None:
-        for sums in self._sums.values():
+    def begin(self: Microbatch) -> Microbatch:
+        for sums in self._step.accumulators.values():
             masks = {name: torch.rand(p.shape) < 0.5 for name, p in sums.parameters.items()}
             sums.set_masks([masks], (*sums.mask_version[:1], "redrawn", next(counter)))
-        original(self, *args)
+        return original(self)
 
-    patch.setattr(PrivateStep, "_begin_microbatch", begin)
+    patch.setattr(Microbatch, "__enter__", begin)
 
 
 def noise_on_the_first_microbatch_only(patch: pytest.MonkeyPatch) -> None:
     """Each batch's noise is drawn with its first microbatch, where that has a gradient; what comes later has none."""
-    collect, add_ = PrivateStep._collect, GaussianNoise.add_
+    collect, add_ = PrivateStep.collect, GaussianNoise.add_
 
-    def collecting(self: PrivateStep, index: int) -> None:
-        sums = self._sums[index]
+    def collecting(self: PrivateStep, index: int = 0) -> None:
+        sums = self.accumulators[index]
         first = not sums.used
         collect(self, index)
         if first:
-            std = self.plan.sigma(self._step) * sums.sensitivity
-            sums.gradient.add_(add_(self._noise, torch.zeros_like(sums.gradient), std) * (sums.gradient != 0))
+            std = self.releases[index].noise_std
+            sums.gradient.add_(add_(self.noise.source, torch.zeros_like(sums.gradient), std) * (sums.gradient != 0))
 
-    patch.setattr(PrivateStep, "_collect", collecting)
-    patch.setattr(PrivateStep, "_noise_comes_first", lambda self: False)
+    patch.setattr(PrivateStep, "collect", collecting)
+    patch.setattr(PrivateStep, "noise_comes_first", lambda self: False)
     patch.setattr(GaussianNoise, "add_", lambda self, tensor, std: tensor)
 
 
@@ -122,7 +125,7 @@ def correlated_ranks(patch: pytest.MonkeyPatch) -> None:
 
 
 def ledger_not_written(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PrivateStep, "_record", lambda self, sigma: None)
+    patch.setattr(PrivacyState, "record", lambda self, sigma: None)
 
 
 AUDIT, ABOVE = checks.check_the_audit_stays_below_the_claim, "is above the claim"

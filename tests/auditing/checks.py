@@ -18,6 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, RandomSparsification
 from lightning_dp.sampling import private_dataloader
+from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.noising import ReleaseNoise
+from lightning_dp.step.reduction import AllReduce
 from tests.auditing.models import DELTA, Idle, audited
 from tests.helpers import Recorder, make_loader, make_trainer
 
@@ -31,45 +34,54 @@ class Watching(DPStrategy):
         self.noisy: list[Tensor] = []
         self.masks: list[list[Tensor | None]] = [[]]
 
-    def _collect(self, index: int) -> None:
-        live = self._sums[index].live
-        self.masks[-1].append(None if live is None else live.clone())
-        super()._collect(index)
+    def setup(self, trainer: Any) -> None:
+        super().setup(trainer)
+        step: Any = self._fit.step
+        step.noise_comes_first = lambda: False  # so that there is a sum without noise to look at
+        before(step, "collect", lambda optimizer=0: self.masks[-1].append(active(step.accumulators[optimizer])))
+        before(step.noise, "add", lambda accumulator, release, **_: self.clean.append(accumulator.gradient.clone()))
+        after(step.reduction, "reduce", lambda accumulator: self.noisy.append(accumulator.flat.clone()))
+        after(step, "release", lambda optimizer=0: self.masks.append([]))
 
-    def _noise_comes_first(self) -> bool:
-        return False  # so that there is a sum without noise to look at
 
-    def _add_noise(self, sums: Any, gradient: Tensor, statistics: Tensor, sigma: float) -> float:
-        self.clean.append(gradient.clone())
-        return super()._add_noise(sums, gradient, statistics, sigma)
+def active(accumulator: Any) -> Tensor | None:
+    return None if accumulator.live is None else accumulator.live.clone()
 
-    def _sum_over_ranks(self, flat: Tensor) -> None:
-        super()._sum_over_ranks(flat)
-        self.noisy.append(flat.clone())
 
-    def _release(self, index: int) -> None:
-        super()._release(index)
-        self.masks.append([])
+def before(owner: Any, name: str, look: Any) -> None:
+    call = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: (look(*args, **kwargs), call(*args, **kwargs))[1])
+
+
+def after(owner: Any, name: str, look: Any) -> None:
+    call = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: (call(*args, **kwargs), look(*args, **kwargs))[0])
+
+
+class BothRanks(AllReduce):
+    """Adds what the other one of two processes sends: its share of the noise, on a sum of no samples."""
+
+    step: Any
+
+    def reduce(self, accumulator: Accumulator) -> None:
+        peer = self.make_accumulator(accumulator.parameters, accumulator.clipping, accumulator.num_statistics)
+        ReleaseNoise(self.step.noise.source, self).add(peer, self.step.releases[0], alone=False)
+        accumulator.flat.add_(peer.flat)
 
 
 class TwoRanks(Watching):
-    """Plays both of two processes: the other one drew no sample, so that it adds its share of the noise and nothing else."""
+    """Plays both of two processes; the other one drew no sample."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.world_size = 2
-        self._peer: Tensor | None = None
 
-    def _add_noise(self, sums: Any, gradient: Tensor, statistics: Tensor, sigma: float) -> float:
-        ledger, precision = self.ledger.copy(), self._batch_precision
-        self._peer = torch.zeros_like(gradient)
-        DPStrategy._add_noise(self, sums, self._peer, statistics, sigma)
-        self.ledger, self._batch_precision = ledger, precision  # the peer writes a ledger of its own
-        return super()._add_noise(sums, gradient, statistics, sigma)
+    def make_reduction(self) -> AllReduce:
+        return BothRanks(0, 2, torch.device("cpu"))
 
-    def _sum_over_ranks(self, flat: Tensor) -> None:
-        flat += self._peer
-        super()._sum_over_ranks(flat)
+    def setup(self, trainer: Any) -> None:
+        super().setup(trainer)
+        self._fit.step.reduction.step = self._fit.step
 
 
 class LossIsLinear(L.LightningModule):

@@ -56,7 +56,7 @@ def test_what_is_logged_and_stated(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     audit, strategy = audited(tmp_path, num_canaries=100, epochs=2, logger=logger)
     assert audit.result is not None
-    metrics = strategy._module.trainer.callback_metrics
+    metrics = strategy.trainer.callback_metrics
     rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     logged = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
     expected = {
@@ -112,7 +112,7 @@ def test_two_private_optimizers_and_a_mask(tmp_path: Path) -> None:
 
 def test_a_resumed_run_keeps_its_coins_and_its_scores(tmp_path: Path) -> None:
     audit, strategy = audited(tmp_path, num_canaries=300, epochs=4)
-    strategy._module.trainer.save_checkpoint(tmp_path / "four.ckpt")
+    strategy.trainer.save_checkpoint(tmp_path / "four.ckpt")
     assert audit._gradients is not None
     before = audit._gradients.scores
     again = PrivacyAudit(300)

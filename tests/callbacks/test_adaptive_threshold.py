@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_dp import AdaptiveClipping, AutoThreshold, DPStrategy, NoiseScheduler, PublishedAutoThreshold, SwitchToDP
 from lightning_dp.clipping.bounds import NoisyGradientThreshold
-from lightning_dp.strategies.private_step import PrivateStep
+from lightning_dp.step.step import PrivateStep
 from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 from tests.reference import per_sample_gradients
 from tests.step.composition.table import Combination, NoiseSpy, fit, make_data
@@ -75,7 +75,7 @@ def test_auto_threshold_sees_the_sum_wherever_its_noise_was_drawn(
 
         monkeypatch.setattr(NoisyGradientThreshold, "observe", watching)
         if not first:
-            monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self: False)
+            monkeypatch.setattr(PrivateStep, "noise_comes_first", lambda self: False)
         options = {"batch_size": B, "noise_multiplier": 0.3, "trainer_options": {"max_epochs": 6}}
         fit(Combination(), tmp_path, callbacks=[AutoThreshold(3.0)], **options)
         monkeypatch.undo()

@@ -18,7 +18,7 @@ from lightning_dp import DPStrategy, EpsilonMonitor, NoiseScheduler, PrivacyBudg
 from lightning_dp.accounting import ACCOUNTANTS, NEIGHBORING_RELATIONS
 from lightning_dp.clipping import make_clipping
 from lightning_dp.step import settings
-from lightning_dp.strategies.private_run import PrivateRun
+from lightning_dp.strategies.base import PrivateStrategy
 
 # Lightning calls jsonargparse by names that its newest release deprecates; outside of tests Python does not show it
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -103,7 +103,7 @@ def test_printed_config_holds_every_argument(cli: Any, capsys: pytest.CaptureFix
     assert strategy["class_path"] == "lightning_dp.DPStrategy"
     arguments = strategy["init_args"]
     assert (arguments["target_epsilon"], arguments["clipping"], arguments["memory"]) == (2.0, "automatic", "lean")
-    assert set(inspect.signature(PrivateRun).parameters) - {"strategy_options"} <= set(arguments)
+    assert set(inspect.signature(PrivateStrategy).parameters) - {"strategy_options"} <= set(arguments)
 
 
 def test_help_says_types_and_meanings(cli: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,10 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 
 from lightning_dp import DPDDPStrategy, DPStrategy
-from lightning_dp.strategies.saving import PARTIAL
+from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.noising import ReleaseNoise
+from lightning_dp.step.reduction import AllReduce
+from lightning_dp.step.state import PrivacyState
+from lightning_dp.step.step import PrivateStep
+from lightning_dp.strategies.checkpoint_io import PARTIAL
 from tests.helpers import Classifier, make_loader, make_trainer
 
 OUT, KILLS, SEED = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -134,9 +138,9 @@ def half_written(self: Path, *args: Any, **kwargs: Any) -> Any:
 opened = Path.open
 
 
-def all_reduce_halfway(flat: Tensor) -> None:
+def all_reduce_halfway(self: AllReduce, accumulator: Accumulator) -> None:
     """A collective that has begun, on a group of one."""
-    work = dist.all_reduce(flat, async_op=True)
+    work = dist.all_reduce(accumulator.flat, async_op=True)
     countdown("all-reduce")
     work.wait()
 
@@ -148,10 +152,10 @@ def live() -> None:
         noise_multiplier=1.3, target_delta=1e-5, accountant="rdp", check_per_sample=False, microbatch_size=8
     )
     if fate["place"] == "all-reduce":
-        strategy._sum_over_ranks = all_reduce_halfway
-    before(strategy, "_collect", "clip")
-    after(strategy, "_record", "ledger")
-    after(strategy, "_add_noise", "noise")
+        AllReduce.reduce = all_reduce_halfway  # type: ignore[method-assign]
+    before(PrivateStep, "collect", "clip")
+    after(PrivacyState, "record", "ledger")
+    after(ReleaseNoise, "add", "noise")
     before(os, "fsync", "sync")
     before(Path, "replace", "move")
     after(Path, "replace", "moved")

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.strategies.saving import PARTIAL, WholeCheckpointIO
+from lightning_dp.strategies.checkpoint_io import PARTIAL, WholeCheckpointIO
 from tests.helpers import Classifier, make_loader, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:The dirpath has changed")

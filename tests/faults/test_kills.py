@@ -18,7 +18,7 @@ import pytest
 
 from lightning_dp import DPStrategy
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
-from lightning_dp.strategies.saving import PARTIAL
+from lightning_dp.strategies.checkpoint_io import PARTIAL
 from tests.helpers import Classifier, make_loader, make_trainer
 
 SERVER = Path(__file__).with_name("kill_server.py")

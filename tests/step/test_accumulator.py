@@ -8,15 +8,15 @@ from torch import nn
 
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.step.accumulator import ClippedSum, is_shared
+from lightning_dp.step.accumulator import Accumulator, is_shared
 
 
-def make_sums(num_statistics: int = 0) -> ClippedSum:
+def make_sums(num_statistics: int = 0) -> Accumulator:
     layer = nn.Linear(3, 2)
-    return ClippedSum(dict(layer.named_parameters()), FlatClipping(1.0), num_statistics)
+    return Accumulator(dict(layer.named_parameters()), FlatClipping(1.0), num_statistics)
 
 
-def release(sums: ClippedSum, value: float) -> None:
+def release(sums: Accumulator, value: float) -> None:
     sums.used = True
     sums.add(torch.full((sums.num_coordinates,), value))
     _, gradient, _ = sums.payload()

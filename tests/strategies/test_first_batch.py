@@ -29,7 +29,7 @@ class Traced(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         features, labels = batch
-        if self.trainer.strategy._probe is None and not self.state_at_first_step:
+        if not self.trainer.strategy.is_on_trial and not self.state_at_first_step:
             self.state_at_first_step = {
                 "calls": self.calls,
                 "outputs": len(self.outputs),

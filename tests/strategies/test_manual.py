@@ -150,20 +150,23 @@ def test_the_public_generator_gets_its_plain_gradient(tmp_path: Any) -> None:
     ends = []
     for strategy in ("auto", DPStrategy(noise_multiplier=1.0, public_optimizers=[0], check_per_sample=False)):
         torch.manual_seed(5)
-        module = GAN()
+        module = Reseeded()
         module.configure_optimizers = lambda module=module: [
             torch.optim.SGD(module.generator.parameters(), lr=0.1),
             torch.optim.SGD(module.discriminator.parameters(), lr=0.0),
         ]
-        trainer = make_trainer(strategy, tmp_path, callbacks=[Reseed()])
+        trainer = make_trainer(strategy, tmp_path)
         trainer.fit(module, make_loader(batch_size=64))
         ends.append([p.detach().clone() for p in module.generator.parameters()])
     torch.testing.assert_close(*ends)
 
 
-class Reseed(L.Callback):
-    def on_train_batch_start(self, *args: Any) -> None:
-        torch.manual_seed(11)
+class Reseeded(GAN):
+    """Draws the same in every run: the private step begins the global generators from fresh entropy at each batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(batch_idx)
+        super().training_step(batch, batch_idx)
 
 
 def test_a_public_optimizer_that_sees_the_data_is_refused(tmp_path: Any) -> None:

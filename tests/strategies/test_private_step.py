@@ -14,7 +14,9 @@ from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.noise.prefetch import NormalsAhead
-from lightning_dp.strategies import private_step
+from lightning_dp.step import noising
+from lightning_dp.step.reduction import OneProcess
+from lightning_dp.step.step import PrivateStep
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 MICROBATCHES = (None, 3, 1)
@@ -155,8 +157,8 @@ def test_no_sample_adds_more_than_the_bound_where_factors_are_tiny(
     assert all(0 <= contribution <= bound for contribution in seen)
 
 
-def test_an_empty_batch_skips_user_code_but_is_noised_and_counted(tmp_path: Any) -> None:
-    """Q = 1/64 at batch size 1: about 37 % of the batches are empty."""
+def test_an_empty_batch_runs_user_code_once_is_noised_and_counted(tmp_path: Any) -> None:
+    """Q = 1/64 at batch size 1: about 37 % of the batches are empty; one record of weight 0 runs in their place."""
     calls: list[int] = []
 
     class Counting(Classifier):
@@ -171,7 +173,7 @@ def test_an_empty_batch_skips_user_code_but_is_noised_and_counted(tmp_path: Any)
     assert empty > 5
     assert len(recorder.before_step) == strategy.ledger.num_steps == strategy.steps_taken == 64
     assert all(float(seen["network.0.bias"].abs().min()) > 0 for seen in recorder.before_step)
-    assert len([c for c in calls if c is not None]) - 2 == 64 - empty  # two more calls learned the layout
+    assert len(calls) - 2 == 64  # two more calls learned the layout
 
 
 @pytest.mark.parametrize("returned", [None, "shape (B,)", "dict"])
@@ -240,10 +242,7 @@ def test_the_ledger_holds_a_step_before_anything_of_it_is_released(
 
         monkeypatch.setattr(GaussianNoise, name, spy)
     released: list[int] = []
-    send = DPStrategy._sum_over_ranks
-    monkeypatch.setattr(
-        DPStrategy, "_sum_over_ranks", lambda self, flat: (released.append(self.ledger.num_steps), send(self, flat))[1]
-    )
+    monkeypatch.setattr(OneProcess, "reduce", lambda self, accumulator: released.append(strategy.ledger.num_steps))
     make_trainer(strategy, tmp_path).fit(Classifier(), make_loader())
     assert drawn == ({"add_": [], "fill_": [0, 1, 2, 3]} if first else {"add_": [1, 2, 3, 4], "fill_": []})
     assert released == [1, 2, 3, 4]
@@ -251,16 +250,16 @@ def test_the_ledger_holds_a_step_before_anything_of_it_is_released(
     assert (entry.event.noise_multiplier, entry.event.sample_rate) == (1.5, 0.25)
 
 
-def test_noise_that_is_not_that_of_the_release_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clipping_that_changes_within_a_batch_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = DPStrategy(noise_multiplier=1.0)
-    collect = DPStrategy._collect
+    collect = PrivateStep.collect
 
-    def changing(self: DPStrategy, index: int) -> None:
-        collect(self, index)
-        self._sums[index].clipping = FlatClipping(3.0)
+    def changing(self: PrivateStep, optimizer: int = 0) -> None:
+        collect(self, optimizer)
+        self.accumulators[optimizer].clipping = FlatClipping(3.0)
 
-    monkeypatch.setattr(DPStrategy, "_collect", changing)
-    with pytest.raises(PrivacyError, match=r"noise of std 3 on the sum that is released, got the 1 .*began"):
+    monkeypatch.setattr(PrivateStep, "collect", changing)
+    with pytest.raises(PrivacyError, match=r"a sensitivity of 1 as settled when the batch began, got 3"):
         make_trainer(strategy, tmp_path).fit(Classifier(), make_loader())
     assert all(parameter.grad is None for parameter in strategy.lightning_module.parameters())
 
@@ -274,7 +273,7 @@ def test_noise_drawn_beside_the_forward_has_the_same_scale_and_never_comes_twice
     handed_out: list[bool] = []
     take = NormalsAhead.take
     monkeypatch.setattr(NormalsAhead, "take", lambda *args: (out := take(*args), handed_out.append(out is not None))[0])
-    monkeypatch.setattr(private_step, "has_spare_core", lambda: spare)
+    monkeypatch.setattr(noising, "has_spare_core", lambda: spare)
     recorder, strategy = Recorder(), DPStrategy(noise_multiplier=1000.0, max_grad_norm=1.0, target_delta=1e-5)
     trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=1)
     trainer.fit(Classifier(wide, lr=0.0), make_loader(batch_size=16))

@@ -38,7 +38,7 @@ def test_a_public_optimizer_that_steps_late_is_still_checked(tmp_path: Path) -> 
 def test_a_public_optimizer_never_tried_is_refused(tmp_path: Path) -> None:
     class Whimsical(Critic):
         def training_step(self, batch: Any, batch_idx: int) -> None:
-            on_trial = self.trainer.strategy._probe is not None
+            on_trial = self.trainer.strategy.is_on_trial
             super().training_step(batch, 0 if on_trial else 3)
 
     with pytest.raises(PrivacyError, match="trial did not step it"):

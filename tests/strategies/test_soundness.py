@@ -73,7 +73,7 @@ def test_an_exhausted_iterator_in_the_step_is_not_the_end_of_the_data(tmp_path: 
         def training_step(self, batch: Any, batch_idx: int) -> None:
             next(iter([]))
 
-    with pytest.raises(RuntimeError, match="got a StopIteration out of it"):
+    with pytest.raises(RuntimeError, match="training_step raised StopIteration"):
         make_trainer(rdp(check_per_sample=False), tmp_path).fit(Exhausted(), make_loader())
 
 

@@ -31,7 +31,7 @@ from lightning_dp import (
 )
 from lightning_dp.clipping import Clipping
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.strategies.private_step import PrivateStep
+from lightning_dp.step.step import PrivateStep
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, make_trainer
 
 NUM_RECORDS = 12
@@ -161,7 +161,7 @@ class NoiseSpy:
             return noisy
 
         monkeypatch.setattr(GaussianNoise, "add_", spy)
-        monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self: False)
+        monkeypatch.setattr(PrivateStep, "noise_comes_first", lambda self: False)
 
     @property
     def gradients(self) -> list[Draw]:

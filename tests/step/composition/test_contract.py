@@ -12,7 +12,7 @@ import torch
 from lightning_dp.clipping import top_agg
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.step.plan import SENSITIVITY_FACTOR
-from lightning_dp.strategies.private_step import PrivateStep
+from lightning_dp.step.step import PrivateStep
 from tests.helpers import Classifier, Recorder
 from tests.step.composition.table import (
     BOUNDS,
@@ -154,7 +154,7 @@ def test_noise_drawn_first_is_the_noise_added_last(
         filled: list[float] = []
         monkeypatch.setattr(GaussianNoise, "fill_", lambda *args, to=filled: (to.append(args[2]), fill_(*args))[1])
         if not first:
-            monkeypatch.setattr(PrivateStep, "_noise_comes_first", lambda self: False)
+            monkeypatch.setattr(PrivateStep, "noise_comes_first", lambda self: False)
         monkeypatch.setattr(top_agg, "coin_generator", lambda device: torch.Generator(device).manual_seed(0))
         recorder = Recorder()
         options = {"microbatch_size": 5, "trainer_options": {"max_epochs": 3}}

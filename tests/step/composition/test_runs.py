@@ -103,7 +103,7 @@ class Gradients(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         strategy: Any = trainer.strategy
-        (sums,) = strategy._sums.values()
+        (sums,) = strategy.accumulators.values()
         self.live.append(torch.ones(sums.num_coordinates) > 0 if sums.live is None else sums.live.clone())
         self.bounds.append(sums.sensitivity)
         self.bounds_after.append(getattr(strategy.mechanisms.threshold, "value", sums.sensitivity))
@@ -278,7 +278,9 @@ def test_diagnostics_are_those_of_the_batch(tmp_path: Any, clipping: str, mask: 
         magnitude = grads.abs()
         top = (
             torch.zeros_like(grads).scatter(
-                1, magnitude.topk(strategy._clipping.for_coordinates(grads.shape[1]).k, dim=1).indices, 1.0
+                1,
+                magnitude.topk(strategy.settings.make_clipping().for_coordinates(grads.shape[1]).k, dim=1).indices,
+                1.0,
             )
             * grads
         )
@@ -305,9 +307,9 @@ def test_mechanisms_end_with_the_fit(tmp_path: Any) -> None:
     """A second fit of the same strategy, without callbacks, is dense, constant and bounded as at first."""
     strategy, _, _ = fit(MIXED[0], tmp_path)
     assert strategy.mechanisms.masks == {}
-    trainer, recorder = strategy._trainer, Recorder()
+    trainer, recorder = strategy.trainer, Recorder()
     trainer.callbacks = [recorder]
     trainer.fit_loop.max_epochs = 4
-    trainer.fit(strategy._module, DataLoader(make_data(), batch_size=4))
+    trainer.fit(strategy.module, DataLoader(make_data(), batch_size=4))
     assert len(recorder.before_step) == 6
     assert all((gradient != 0).all() for step in recorder.before_step for gradient in step.values())

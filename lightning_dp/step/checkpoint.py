@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
 from lightning_dp.reporting.card import RunNotes
-from lightning_dp.step.plan import DPPlan
 
 KEY = "lightning_dp"
 VERSION = 1
@@ -35,9 +34,7 @@ class Restored(NamedTuple):
     unledgered: int
 
 
-def dump(
-    ledger: Ledger, plan: DPPlan | None, step: int, *, global_step: int, unledgered: int, notes: RunNotes
-) -> dict[str, Any]:
+def dump(ledger: Ledger, plan: Any, step: int, *, global_step: int, unledgered: int, notes: RunNotes) -> dict[str, Any]:
     """The privacy state as plain values. The noise generator's state is never part of it: noise used twice cancels out."""
     return {
         "version": VERSION,

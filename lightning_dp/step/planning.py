@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-
-from lightning_dp import schedules
+from lightning_dp import _messages, schedules
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import SamplingFacts
@@ -32,31 +28,6 @@ _SAME_RUN = (
 )
 
 
-def remaining_steps(trainer: pl.Trainer) -> int | None:
-    """Upper bound on the logical steps that are still to come; None when nothing bounds it."""
-    fit_loop: Any = trainer.fit_loop
-    bounds: list[int] = []
-    if fit_loop.max_epochs is not None and fit_loop.max_epochs >= 0 and math.isfinite(fit_loop.max_batches):
-        parts = trainer.accumulate_grad_batches
-        epochs, batches = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress.current
-        done = batches.ready // parts if epochs.ready > epochs.processed else 0
-        per_epoch = math.ceil(fit_loop.max_batches / parts)
-        bounds.append(max(0, fit_loop.max_epochs - epochs.processed) * per_epoch - min(done, per_epoch))
-    if fit_loop.max_steps >= 0:
-        bounds.append(fit_loop.max_steps - trainer.global_step)
-    if not bounds:
-        return None
-    if _is_searching_learning_rate(trainer):
-        # the search runs first and the run it prepares follows: both must fit under one target
-        return max(0, bounds[-1]) + (max(0, bounds[0]) if len(bounds) > 1 else 0)
-    return max(0, min(bounds))
-
-
-def _is_searching_learning_rate(trainer: pl.Trainer) -> bool:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return any(type(callback).__name__ == "_LRCallback" for callback in callbacks)
-
-
 def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
     """The delta of the run; a warning where it promises nothing."""
     size = facts.dataset_size
@@ -67,10 +38,10 @@ def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
                 "the number of records."
             )
         delta = default_delta(size)
-        rank_zero_info(f"target_delta={delta:g}, from 1 / (10 x {size} records) rounded down to a power of ten.")
+        _messages.info(f"target_delta={delta:g}, from 1 / (10 x {size} records) rounded down to a power of ten.")
         return delta
     if size is not None and settings.target_delta >= 1 / size:
-        rank_zero_warn(
+        _messages.warn(
             f"target_delta={settings.target_delta:g} is meaningless for {size} records: publishing one record at random would "
             f"meet it. Use well below 1/{size} = {1 / size:.1e}, for example {default_delta(size):g}."
         )
@@ -78,10 +49,10 @@ def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
 
 
 def build_plan(
-    trainer: pl.Trainer,
     settings: Settings,
     facts: SamplingFacts,
     mechanisms: Mechanisms,
+    length: RunLength,
     *,
     start: int,
     ledger: Ledger,
@@ -91,10 +62,10 @@ def build_plan(
     """Builds the plan, calibrating the noise when a target is given.
 
     Args:
-        trainer: its limits bound the run.
         settings: what the user asked for.
         facts: what the private loader does.
         mechanisms: what callbacks have set: the schedule of the noise, plain phases.
+        length: planned length of the whole run.
         start: logical step at which this fit begins (above 0 after a resume).
         ledger: what has been spent already; it counts towards the target.
         accountant: computes epsilon.
@@ -115,10 +86,6 @@ def build_plan(
             "'add_or_remove_one'. One record more in a stream shifts all later batches, so only a record exchanged in its place "
             "changes a single batch: pass one of these, or give the dataset random access."
         )
-    remaining = remaining_steps(trainer)
-    length = RunLength(
-        steps=None if remaining is None else start + remaining, steps_per_epoch=_steps_per_pass(trainer, facts)
-    )
     plan = DPPlan(
         sampling=facts.sampling,
         dataset_size=facts.dataset_size,
@@ -148,14 +115,6 @@ def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> 
     factors = [factor for factor, _ in schedules.runs(plan.schedule, start, max(start, stop))]
     if factors:
         mechanisms.threshold.share_noise(plan.noise_multiplier * max(factors), plan.expected_batch_size)
-
-
-def _steps_per_pass(trainer: pl.Trainer, facts: SamplingFacts) -> int | None:
-    """Logical steps until the loader begins anew: fewer than a whole pass under ``limit_train_batches``."""
-    batches = trainer.fit_loop.max_batches
-    limit = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
-    known = [steps for steps in (facts.steps_per_epoch, limit) if steps is not None]
-    return min(known) if known else None
 
 
 def _with_noise(plan: DPPlan, noise_multiplier: float) -> DPPlan:
@@ -189,7 +148,7 @@ def _calibrated(
         runs=lambda sigma: plan.runs(start, stop, sigma),
         history=ledger,
     )
-    rank_zero_info(
+    _messages.info(
         f"noise_multiplier={noise_multiplier:.4g}, calibrated to epsilon <= {plan.target_epsilon:g} at delta={plan.delta:g} over "
         f"{stop - start} steps ({plan.accountant})."
     )

@@ -1,0 +1,161 @@
+"""Checks of a private step, as functions: each raises where continuing would void the guarantee."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.sampling import PrivateDataLoader
+
+
+def scalar_loss(output: Any, count: int, reduction: str) -> Tensor | None:
+    """Return the loss of ``training_step`` as a scalar; None if it returned none.
+
+    Args:
+        output: what ``training_step`` returned.
+        count: samples of the microbatch, B.
+        reduction: "mean" or "sum", for a loss of shape (B,).
+
+    Raises:
+        TypeError: something that is no loss.
+        ValueError: a loss of another shape.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None and not isinstance(output, Mapping):
+        return None
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"Expected training_step to return a loss tensor, a dictionary with 'loss', or None, got {type(loss).__name__}. "
+            "Return the loss of shape () or (B,)."
+        )
+    if loss.dim() == 0:
+        return loss
+    if loss.dim() == 1 and loss.shape[0] % count == 0:
+        return reduced(loss, reduction)
+    raise ValueError(
+        f"Expected a loss of shape () or (B,) with B={count} samples, got shape {tuple(loss.shape)}. Reduce it over everything "
+        "but the samples."
+    )
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """Return per-sample losses combined as ``loss_reduction`` says that a scalar loss combines them."""
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def check_accumulation(parts: int, planned: int) -> None:
+    """Check that a logical batch is still handed out in as many parts as planned.
+
+    Raises:
+        PrivacyError: ``accumulate_grad_batches`` changed.
+    """
+    if parts != planned:
+        raise PrivacyError(
+            f"Expected accumulate_grad_batches={planned} as when the data was set up, got {parts}. Parts of several logical batches "
+            "would be summed, and one sample may be in each of them: set it before fit."
+        )
+
+
+def check_counts_once(optimizer: int, *, unfinished: bool, again: bool, microbatch_size: int | None) -> None:
+    """Check, under manual optimization, that a sample enters the sum of an optimizer once per step.
+
+    Args:
+        optimizer: its position.
+        unfinished: whether it holds backprops of an earlier ``training_step``.
+        again: whether it has stepped on this microbatch, one of several.
+        microbatch_size: of the settings.
+
+    Raises:
+        PrivacyError: a sample could count twice.
+    """
+    if unfinished:
+        raise PrivacyError(
+            f"Expected each batch's gradients to be stepped or zeroed within its own training_step, got gradients of an earlier "
+            f"batch in optimizer {optimizer}. A sample could count twice in one step: use a larger batch_size (microbatch_size "
+            "bounds the memory), or call zero_grad before manual_backward."
+        )
+    if again:
+        raise PrivacyError(
+            f"Expected one step of optimizer {optimizer} per batch under microbatch_size={microbatch_size}, got a second one on the "
+            "same microbatch. Each sample would enter the sum twice: step once, or leave microbatch_size out."
+        )
+
+
+def check_no_raw_gradients(
+    optimizer: int, stepping: Optimizer, known: Mapping[str, nn.Parameter], module: nn.Module
+) -> None:
+    """Check that every gradient an optimizer is about to step on comes out of the release.
+
+    Args:
+        optimizer: its position.
+        stepping: the optimizer.
+        known: its private parameters.
+        module: names the others.
+
+    Raises:
+        PrivacyError: a raw gradient; it is dropped first.
+    """
+    private = {id(parameter) for parameter in known.values()}
+    for group in stepping.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and id(parameter) not in private:
+                parameter.grad = None
+                names = [name for name, p in module.named_parameters() if p is parameter]
+                raise PrivacyError(
+                    f"Expected every gradient that optimizer {optimizer} steps on to be private, got a raw one of "
+                    f"{names[0] if names else 'a parameter that is not in the module'!r}. It became trainable within the step: "
+                    "change requires_grad in on_train_epoch_start or on_train_batch_start, and register layers in the module."
+                )
+
+
+def check_settled(now: float, settled: float) -> None:
+    """Check that a sample may add no more to a sum than its noise was settled for.
+
+    Args:
+        now: sensitivity of the sum under the clipping in force.
+        settled: the same when the logical batch began.
+
+    Raises:
+        PrivacyError: the clipping changed within the batch.
+    """
+    if now != settled:
+        raise PrivacyError(
+            f"Expected a sensitivity of {settled:.6g} as settled when the batch began, got {now:.6g}. The noise would not fit the "
+            "sum: change clipping and noise between batches, in on_train_epoch_start or on_train_batch_start."
+        )
+
+
+def check_tried(optimizer: int, untried: Collection[int]) -> None:
+    """Check that a public optimizer has stepped in a trial before its first real step.
+
+    Raises:
+        PrivacyError: it has not.
+    """
+    if optimizer in untried:
+        raise PrivacyError(
+            f"Expected public optimizer {optimizer} to step where it was tried, got its first step on a batch whose trial did not "
+            "step it. Whether it sees the data is unknown: let batch_idx alone decide when it steps."
+        )
+
+
+def check_same_dataset(previous: PrivateDataLoader | None, loader: PrivateDataLoader) -> None:
+    """Check that the training set kept its size within a run.
+
+    Raises:
+        PrivacyError: it did not.
+    """
+    if previous is not None and previous.facts.dataset_size != loader.facts.dataset_size:
+        raise PrivacyError(
+            f"Expected the training set to keep its {previous.facts.dataset_size} records during the run, got "
+            f"{loader.facts.dataset_size}. The sample rate that the ledger holds would be wrong: keep the dataset fixed."
+        )
+
+
+def zero_loss(device: torch.device) -> Tensor:
+    """Return a loss without a gradient for any parameter."""
+    return torch.zeros((), device=device, requires_grad=True)

@@ -1,0 +1,50 @@
+"""Observers of a release: bounds that learn from it, and un-noised diagnostics on request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.clipping.bounds import NoisyRelease, Threshold
+from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.diagnostics import Diagnostics
+from lightning_dp.step.release import Release
+
+
+def learn(bound: Threshold, accumulator: Accumulator, release: Release, expected_batch_size: int) -> float:
+    """Show a noisy release to a clipping bound that learns from it: post-processing.
+
+    Returns:
+        The factor on the finished gradient; 1 unless the bound is for study only.
+    """
+    if not bound.sees_releases:
+        return 1.0
+    statistics, gradient = tuple(accumulator.statistics.tolist()), accumulator.gradient
+    bound.observe(
+        NoisyRelease(
+            squared_norm=float(torch.linalg.vector_norm(gradient.double())) ** 2,
+            num_live=gradient.numel(),
+            noise_std=release.noise_std,
+            expected_batch_size=expected_batch_size,
+            statistics=statistics,
+        )
+    )
+    return bound.rescale(statistics)
+
+
+def diagnose(
+    diagnostics: Diagnostics,
+    engine: Any,
+    accumulator: Accumulator,
+    norms_GB: Tensor,
+    kept_norms_GB: Tensor,
+    scale: float,
+) -> None:
+    """Add a microbatch to the un-noised figures: the raw sum as well as the clipped one. NOT private."""
+    raw = accumulator.gradient.new_zeros(accumulator.num_coordinates)
+    ones = norms_GB.isfinite().all(0).to(norms_GB.dtype).repeat(len(accumulator.groups), 1)
+    engine.accumulate(ones * scale, accumulator.groups, accumulator.views_of(raw))
+    norms_B, kept_norms_B = (torch.linalg.vector_norm(norms, dim=0) for norms in (norms_GB, kept_norms_GB))
+    diagnostics.add(raw if accumulator.live is None else raw[accumulator.live], norms_B, kept_norms_B)

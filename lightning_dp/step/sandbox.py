@@ -1,0 +1,127 @@
+"""Sandbox: the one way to run user code without effect, and the guard over optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.step.randomness import kept_generators
+from lightning_dp.step.snapshot import Snapshot
+
+USE_OPTIMIZERS = "Step through self.optimizers(), with self.manual_backward for the backward: only such a step gets a private gradient."
+
+
+class StepGuard:
+    """Refuses every optimizer step that the private step has not released a gradient for.
+
+    A hook on all optimizers of the process while a fit runs, so that also those are seen which a module keeps for itself.
+
+    Args:
+        is_private: whether an optimizer holds a private parameter.
+    """
+
+    def __init__(self, is_private: Callable[[Optimizer], bool]) -> None:
+        self._is_private = is_private
+        self._handle: Any = None
+        self._expected: list[Optimizer] = []
+        self._open = False
+        self.in_sandbox = 0
+
+    def start(self) -> None:
+        """Watch from here on; a second call changes nothing."""
+        if self._handle is None:
+            self._handle = register_optimizer_step_pre_hook(self._check)
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @contextmanager
+    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
+        """Expect the step of an optimizer; others may step within it only once its gradient is released."""
+        self._expected.append(optimizer)
+        try:
+            yield
+        finally:
+            self._expected.pop()
+            self._open = False
+
+    @contextmanager
+    def user_code(self) -> Iterator[None]:
+        """Expect no step while user code runs within the expected one, as in a closure."""
+        before, self._open = self._open, False
+        expected, self._expected = self._expected, []
+        try:
+            yield
+        finally:
+            self._open, self._expected = before, expected
+
+    def released(self) -> None:
+        """Allow whatever steps follow within the expected one: all gradients are private from here on."""
+        self._open = True
+
+    def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        kind = type(optimizer).__name__
+        if self.in_sandbox:
+            raise PrivacyError(
+                f"{kind} stepped by itself while training_step ran on trial, so weights would move on raw gradients. {USE_OPTIMIZERS}"
+            )
+        if self._open or (self._expected and optimizer is self._expected[-1]) or not self._is_private(optimizer):
+            return
+        raise PrivacyError(f"{kind} stepped private parameters by itself, without a private gradient. {USE_OPTIMIZERS}")
+
+
+class Sandbox:
+    """Runs user code so that nothing of it remains.
+
+    Within :meth:`enter`: no optimizer steps (see ``StepGuard``); ``.grad`` of every parameter is None at the start.
+    Afterwards: all state of module, optimizers and schedulers has the value that it had (see ``Snapshot``), ``.grad`` and the
+    global generators too.
+
+    Args:
+        module: the user's.
+        guard: over optimizer steps.
+        others: optimizers and schedulers.
+        quiet: context manager that silences logs and progress of the host.
+    """
+
+    def __init__(
+        self, module: nn.Module, guard: StepGuard, others: Callable[[], Iterable[Any]], quiet: Callable[[], Any]
+    ) -> None:
+        self._module, self._guard, self._others, self._quiet = module, guard, others, quiet
+
+    def snapshot(self) -> Snapshot:
+        """Return the values of all state of module, optimizers and schedulers."""
+        return Snapshot([self._module, *self._others()])
+
+    @contextmanager
+    def enter(self, snapshot: Snapshot | None = None) -> Iterator[Snapshot]:
+        """Run what is inside without effect.
+
+        Args:
+            snapshot: the state to put back, if it was taken already; several runs on one snapshot compare large tensors
+                quickly, and the one who took it puts back exactly at the end.
+        """
+        taken = self.snapshot() if snapshot is None else snapshot
+        gradients = [(parameter, parameter.grad) for parameter in self._module.parameters()]
+        device = next((parameter.device for parameter, _ in gradients), torch.device("cpu"))
+        for parameter, _ in gradients:
+            parameter.grad = None
+        self._guard.in_sandbox += 1
+        try:
+            with kept_generators(device), self._quiet():
+                yield taken
+        finally:
+            self._guard.in_sandbox -= 1
+            taken.put_back(quick=snapshot is not None)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient

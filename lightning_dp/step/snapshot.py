@@ -1,0 +1,241 @@
+"""Snapshot: everything that user code can change, kept by value and put back."""
+
+from __future__ import annotations
+
+import copy
+import random
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, MutableMapping, MutableSequence, MutableSet
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+#: Attributes of every module that are not the user's state: hooks, and the dictionaries that are followed by themselves.
+_MACHINERY = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers", "_modules"}
+#: Attributes that lead out of the user's objects.
+_OUTSIDE = frozenset({"_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"})
+#: Types whose values cannot change.
+_CONSTANT = (
+    bool, int, float, complex, str, bytes, type(None), type, range, torch.dtype, torch.device, torch.Size, types.ModuleType,
+    types.FunctionType, types.BuiltinFunctionType, types.MethodType, Dataset, DataLoader,
+)  # fmt: skip
+#: Packages whose objects are not followed: they are no state of the user's, or lead to everything else.
+_FOREIGN = ("lightning.", "pytorch_lightning.", "lightning_dp.", "logging", "threading", "_thread", "weakref", "_io")
+_DEEPEST = 12
+_LARGE = 2**14
+"""Elements above which a quick comparison looks at about 1,000 of a tensor's elements."""
+
+
+class Snapshot:
+    """Values of all state that is reachable from some roots.
+
+    Followed are modules (trainable and frozen parameters, all buffers, plain attributes), optimizers and schedulers
+    (``state``, ``param_groups``, counters), containers of any class, numpy arrays, generators, and attributes of the
+    user's own objects. Tensors are kept by value: also what is written through ``.data`` is found.
+
+    **Guarantee**: after :meth:`put_back`, everything followed has the value that it had, in the same objects. NOT
+    followed: objects that are reachable only through closures, globals or C extensions, and what a trainer holds.
+
+    Args:
+        roots: modules, optimizers, schedulers.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> layer.seen = [1.0]
+        >>> snapshot = Snapshot([layer])
+        >>> layer.weight.data.zero_(), layer.seen.append(2.0)  # doctest: +ELLIPSIS
+        (tensor([[0., 0.]]), None)
+        >>> snapshot.put_back()
+        >>> layer.seen, bool((layer.weight == 0).any())
+        ([1.0], False)
+    """
+
+    def __init__(self, roots: Iterable[Any]) -> None:
+        self._restore: list[Callable[[], None]] = []
+        self._tensors: list[_KeptTensor] = []
+        self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used again
+        for root in roots:
+            self._follow(root, 0)
+
+    def put_back(self, *, quick: bool = False) -> None:
+        """Give everything the value that it had; what has not changed is not written to.
+
+        Args:
+            quick: of a large tensor whose version has not moved compare about 1,000 elements only. What this misses, the
+                next exact call finds.
+        """
+        with torch.no_grad():
+            for restore in self._restore:
+                restore()
+            for kept in self._tensors:
+                kept.put_back(quick=quick)
+
+    def _follow(self, value: Any, depth: int) -> None:
+        if isinstance(value, _CONSTANT) or id(value) in self._seen or depth > _DEEPEST:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self._tensors.append(_KeptTensor(value))
+        elif isinstance(value, np.ndarray):
+            self._keep_array(value)
+        elif isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
+            self._restore.append(_generator_restorer(value))
+        elif isinstance(value, MutableMapping):
+            self._keep(value, dict(value), _refill_mapping)
+            self._follow_all([*value.values()], depth)
+        elif isinstance(value, (MutableSequence, deque)) and hasattr(value, "clear"):
+            self._keep(value, list(value), _refill_sequence)
+            self._follow_all(list(value), depth)
+        elif isinstance(value, MutableSet):
+            self._keep(value, set(value), _refill_mapping)
+        elif isinstance(value, (tuple, frozenset)):
+            self._follow_all(list(value), depth)
+        elif isinstance(value, nn.Module):
+            self._follow_attributes(value, 0)
+        elif not any(kind.__module__.startswith(_FOREIGN) for kind in type(value).__mro__):
+            self._follow_attributes(value, depth)
+
+    def _follow_all(self, values: list[Any], depth: int) -> None:
+        for value in values:
+            self._follow(value, depth + 1)
+
+    def _follow_attributes(self, owner: Any, depth: int) -> None:
+        skipped = _OUTSIDE | _MACHINERY if isinstance(owner, nn.Module) else _OUTSIDE
+        attributes = getattr(owner, "__dict__", None)
+        if isinstance(attributes, dict):
+            before = {name: value for name, value in attributes.items() if name not in skipped}
+            self._restore.append(lambda: _reset_attributes(attributes, before, skipped))
+            self._follow_all(list(before.values()), depth)
+        for kind in type(owner).__mro__:
+            for name in getattr(kind, "__slots__", ()):
+                self._keep_slot(owner, name, depth)
+
+    def _keep_slot(self, owner: Any, name: str, depth: int) -> None:
+        try:
+            value = getattr(owner, name)
+        except AttributeError:
+            return
+        if name in ("__dict__", "__weakref__"):
+            return
+
+        def restore() -> None:
+            if getattr(owner, name, None) is not value:
+                object.__setattr__(owner, name, value)
+
+        self._restore.append(restore)
+        self._follow(value, depth + 1)
+
+    def _keep(self, holder: Any, content: Any, refill: Callable[[Any, Any], None]) -> None:
+        def restore() -> None:
+            if not _same_content(holder, content):
+                refill(holder, content)
+
+        self._restore.append(restore)
+
+    def _keep_array(self, array: Any) -> None:
+        content = array.copy()
+
+        def restore() -> None:
+            if array.flags.writeable:
+                array[...] = content
+
+        self._restore.append(restore)
+
+
+class _KeptTensor:
+    """A tensor, its memory, and a copy of its values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.alias, self.requires_grad = tensor, tensor.detach(), tensor.requires_grad
+        self.value = self.alias.clone(memory_format=torch.preserve_format)
+        self.version = _version_of(tensor)
+        self._step = self.value.numel() // 1024 if self.value.numel() > _LARGE and self.value.is_contiguous() else 0
+
+    def put_back(self, *, quick: bool) -> None:
+        tensor, alias = self.tensor, self.alias
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            tensor.data = self.value
+            return
+        now = tensor.detach()
+        if now.data_ptr() != alias.data_ptr() or now.shape != alias.shape or now.stride() != alias.stride():
+            tensor.data = alias
+        elif quick and self._step and _version_of(tensor) == self.version and self._sample_is_same():
+            return
+        if not same_values(alias, self.value):
+            alias.copy_(self.value)
+            self.version = _version_of(tensor)
+        if tensor.is_leaf and tensor.requires_grad != self.requires_grad:
+            tensor.requires_grad_(self.requires_grad)
+
+    def _sample_is_same(self) -> bool:
+        return same_values(self.alias.view(-1)[:: self._step], self.value.view(-1)[:: self._step])
+
+
+def _version_of(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _generator_restorer(generator: Any) -> Callable[[], None]:
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        return lambda: _discard(generator.set_state(state))
+    if isinstance(generator, random.Random):
+        python_state = generator.getstate()
+        return lambda: generator.setstate(python_state)
+    numpy_state = copy.deepcopy(generator.bit_generator.state)
+    return lambda: setattr(generator.bit_generator, "state", numpy_state)
+
+
+def _discard(value: object) -> None:
+    return None
+
+
+def _reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str]) -> None:
+    for name in [name for name in attributes if name not in before and name not in skipped]:
+        del attributes[name]
+    for name, value in before.items():
+        if attributes.get(name, _MACHINERY) is not value:
+            attributes[name] = value
+
+
+def _same_content(holder: Any, content: Any) -> bool:
+    """Tell whether a container holds the same objects in the same order."""
+    if len(holder) != len(content):
+        return False
+    if isinstance(content, dict):
+        return all(
+            left is right and holder[left] is content[right] for left, right in zip(holder, content, strict=True)
+        )
+    if isinstance(content, set):
+        return all(item in content for item in holder)
+    return all(left is right for left, right in zip(holder, content, strict=True))
+
+
+def _refill_mapping(holder: Any, content: Any) -> None:
+    holder.clear()
+    if isinstance(content, dict):
+        for key, value in content.items():
+            holder[key] = value
+    else:
+        for item in content:
+            holder.add(item)
+
+
+def _refill_sequence(holder: Any, content: list[Any]) -> None:
+    holder.clear()
+    holder.extend(content)
+
+
+def same_values(left: Tensor, right: Tensor) -> bool:
+    """Tell whether two tensors are equal bit by bit, NaN included."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    if torch.equal(left, right):
+        return True
+    if not (left.is_floating_point() or left.is_complex()):
+        return False
+    return bool(((left == right) | (left.isnan() & right.isnan())).all())

@@ -1,0 +1,218 @@
+"""PrivacyState: what a run has spent and what it may still spend; saved in every checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_dp.accounting import Accountant, Ledger, PrivacyEvent
+from lightning_dp.errors import PrivacyError
+from lightning_dp.reporting import statement
+from lightning_dp.reporting.card import RunNotes
+from lightning_dp.step import checkpoint as saved
+from lightning_dp.step.plan import DPPlan
+
+
+class PrivacyState:
+    """Ledger, accountant, plan and position of a private run.
+
+    It outlives a call of fit: the ledger never forgets a step, and a later fit goes on with it.
+
+    **Guarantee**: holds public values only. An entry is written before anything that it pays for is released; releases on
+    one logical batch are one entry of their combined precision ``sum_k sigma_k^-2``.
+
+    Args:
+        neighboring_relation: of the ledger.
+        accountant: computes epsilon.
+        seeded: whether sampling and noise follow from a seed that the user gave.
+        secure: whether the noise comes from a cryptographic generator.
+    """
+
+    def __init__(self, neighboring_relation: str, accountant: Accountant, *, seeded: bool, secure: bool) -> None:
+        self.ledger = Ledger(neighboring_relation)
+        self.accountant = accountant
+        self.plan: Any = None
+        self.restored_plan: dict[str, Any] | None = None
+        self.step = 0
+        self.precision = 0.0
+        self.unledgered = 0
+        self.last_allowed_step: int | None = None
+        self.nonprivate_logs: set[str] = set()
+        self.audits: list[str] = []
+        self.decided: tuple[str, ...] = ()
+        self._seeded, self._secure = seeded, secure
+
+    # ---------------------------------------------------------------- what has been spent
+
+    @property
+    def steps_taken(self) -> int:
+        """Logical steps of this run that have released noise; schedules are functions of this number."""
+        return self.step + (self.precision > 0)
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Return the epsilon spent so far; public.
+
+        Args:
+            delta: in (0, 1); default: the plan's, or that of the checkpoint being resumed.
+
+        Raises:
+            ValueError: no steps recorded, which is not the same as epsilon 0.
+        """
+        if self.ledger.num_steps == 0:
+            raise ValueError(
+                "Expected at least one private step, got no steps recorded. Ask for epsilon once training has begun."
+            )
+        if delta is None:
+            delta = self.restored_plan["delta"] if self.plan is None and self.restored_plan else self.plan.delta
+        return self.accountant.epsilon(self.ledger, delta)
+
+    def privacy_statement(self) -> str:
+        """Return what holds for whom, in a few lines; the plan must be known."""
+        return statement.privacy_statement(
+            self.plan,
+            self.ledger,
+            self.accountant,
+            seeded=self._seeded,
+            nonprivate_logs=self.nonprivate_logs,
+            audits=self.audits,
+        )
+
+    def summary_line(self) -> str:
+        """Return the one line that ends a fit."""
+        return statement.summary_line(self.plan, self.ledger, self.accountant)
+
+    # ---------------------------------------------------------------- one logical step
+
+    def begin_step(self) -> None:
+        """Begin a logical step after those that have released noise."""
+        self.step, self.precision = self.steps_taken, 0.0
+
+    def record(self, sigma: float) -> None:
+        """Write one release of the current logical step into the ledger.
+
+        The first release of a step makes an entry; further ones add their precision to it.
+
+        Args:
+            sigma: noise multiplier of the release.
+
+        Raises:
+            PrivacyError: the releases of this step cost more than planned, while an epsilon was promised.
+        """
+        plan: DPPlan = self.plan
+        first, planned = self.precision == 0.0, plan.sigma(self.step)
+        precision = self.precision + (sigma**-2 if sigma > 0 else math.inf)
+        combined = precision**-0.5
+        if combined < planned * (1 - 1e-9) and (plan.target_epsilon is not None or self.last_allowed_step is not None):
+            raise PrivacyError(
+                "Expected each private optimizer to step once per batch under target_epsilon or PrivacyBudget, got a further step "
+                "on the same batch. It costs privacy that was not planned for: step once, or pass noise_multiplier and no budget."
+            )
+        self.precision = precision
+        spent = planned if math.isclose(combined, planned, rel_tol=1e-9) else combined
+        self._write(plan.event_of(spent, self.step), first=first)
+
+    def record_event(self, event: PrivacyEvent) -> None:
+        """Write an event that is a logical step by itself into the ledger, and go on to the next step."""
+        self._write(event, first=True)
+        self.step += 1
+
+    def _write(self, event: PrivacyEvent, *, first: bool) -> None:
+        if first:
+            self.ledger.record(event)
+        else:
+            self.ledger.amend_last(event)
+
+    def check_budget(self) -> None:
+        """Check that one more release is planned and affordable.
+
+        Raises:
+            PrivacyError: the steps of a calibrated plan, or those of a budget, have been taken.
+        """
+        plan: DPPlan = self.plan
+        if plan.target_epsilon is not None and plan.steps is not None and self.step >= plan.steps:
+            raise PrivacyError(
+                f"Expected at most the {plan.steps} planned steps under target_epsilon={plan.target_epsilon:g}, got one more. The "
+                "noise was calibrated to these: set max_epochs or max_steps before fit, not during it."
+            )
+        if self.last_allowed_step is not None and self.precision == 0.0 and self.step >= self.last_allowed_step:
+            raise PrivacyError(
+                f"Expected to stop after {self.last_allowed_step} steps, where the privacy budget ends, got one more. Something kept "
+                "the Trainer going (min_epochs or min_steps?): lower it, or raise the budget."
+            )
+
+    # ---------------------------------------------------------------- across processes and checkpoints
+
+    @property
+    def notes(self) -> RunNotes:
+        """Facts of the run that the privacy card names in addition to plan and ledger."""
+        return RunNotes(
+            seeded=self._seeded,
+            secure_rng=self._secure,
+            nonprivate_logs=tuple(sorted(self.nonprivate_logs)),
+            mechanisms=self.decided,
+            audits=tuple(self.audits),
+        )
+
+    def take_notes(self, notes: RunNotes) -> None:
+        """Add the notes of earlier steps of the ledger: of a resumed run, or of another process."""
+        self._seeded |= notes.seeded
+        self._secure &= notes.secure_rng
+        self.nonprivate_logs |= set(notes.nonprivate_logs)
+        self.audits = list(dict.fromkeys([*notes.audits, *self.audits]))
+        self.decided = notes.mechanisms
+
+    def note_unledgered(self, global_step: int, optimizer_states: Iterable[Iterable[Any]]) -> None:
+        """Take note of optimizer steps from before this run: later checkpoints show them, and no ledger has to.
+
+        Args:
+            global_step: the Trainer's count.
+            optimizer_states: per optimizer, the states of its parameters.
+        """
+        before = max([global_step, *(saved.most_steps(states) for states in optimizer_states)])
+        self.unledgered = max(self.unledgered, before - self.ledger.num_steps)
+
+    def handover(self) -> tuple[Any, ...]:
+        """Return what the process that started this one needs to go on, for pickle."""
+        return self.ledger.state_dict(), self.plan, self.steps_taken, self.unledgered, self.notes
+
+    def take_over(self, handed: tuple[Any, ...]) -> None:
+        """Go on where another process has ended."""
+        ledger, self.plan, self.step, self.unledgered, notes = handed
+        self.ledger = Ledger.from_state_dict(ledger)
+        self.take_notes(notes)
+
+    def state_dict(self, *, global_step: int) -> dict[str, Any]:
+        """Return the state as plain values for a checkpoint; no generator's state is part of it.
+
+        Args:
+            global_step: the Trainer's count, compared when the checkpoint is read.
+        """
+        return saved.dump(
+            self.ledger,
+            self.plan,
+            self.steps_taken,
+            global_step=global_step,
+            unledgered=self.unledgered,
+            notes=self.notes,
+        )
+
+    def load(self, checkpoint: dict[str, Any], *, allow_public: bool, one_step_a_batch: bool) -> None:
+        """Go on with the run of a checkpoint.
+
+        Args:
+            checkpoint: as loaded.
+            allow_public: accept a checkpoint without a ledger as trained on public data.
+            one_step_a_batch: whether every optimizer step is a logical batch of its own.
+
+        Raises:
+            PrivacyError: no ledger, a damaged one, one that is too short, or one of another run.
+        """
+        found = saved.load(
+            checkpoint, current=self.ledger, allow_public=allow_public, one_step_a_batch=one_step_a_batch
+        )
+        notes = saved.load_notes(checkpoint) if saved.KEY in checkpoint else None
+        self.ledger, self.restored_plan, self.step, self.unledgered = found
+        self.precision = 0.0
+        if notes is not None:
+            self.take_notes(notes)

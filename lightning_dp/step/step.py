@@ -1,0 +1,327 @@
+"""PrivateStep: one logical batch, from its first sample to a private gradient. Read ``collect`` and ``release`` first.
+
+    begin        settles masks, clipping bound and the Release from public state
+    microbatch   the user's forward and backward; the engine records
+    collect      per-sample norms -> factors -> weighted sum into the accumulator
+    release      ledger entry -> noise -> sum over ranks -> p.grad
+
+From ``p.grad`` on, everything is post-processing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_dp.auditing import Canaries
+from lightning_dp.clipping import Clipping, NoClipping
+from lightning_dp.clipping.base import SMALLEST_FACTOR
+from lightning_dp.clipping.bounds import Threshold
+from lightning_dp.noise import GaussianNoise
+from lightning_dp.per_sample import make_engine
+from lightning_dp.step import checks
+from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.mechanisms import Mechanisms
+from lightning_dp.step.microbatch import Microbatch
+from lightning_dp.step.noising import ReleaseNoise
+from lightning_dp.step.observers import diagnose, learn
+from lightning_dp.step.randomness import RandomStreams
+from lightning_dp.step.reduction import Reduction
+from lightning_dp.step.release import Release, plan_release
+from lightning_dp.step.settings import Settings
+from lightning_dp.step.state import PrivacyState
+
+
+class PrivateStep:
+    """Everything between the samples of a logical batch and the private gradient of one fit.
+
+    It knows torch, the pillars of this package and a ``Reduction``; never Lightning. One adapter per way to train
+    calls its methods in order.
+
+    **Guarantee**: ``p.grad`` of a private parameter is None until ``release``, and then
+
+        p.grad = (sum_i u_i + N(0, noise_std^2 I)) / expected_batch_size,     ||u_i|| <= sensitivity
+
+    with the ledger entry written before. Noise, masks and bounds are those of the ``Release`` that ``begin`` settled.
+
+    Args:
+        module: the user's module.
+        optimizers: all optimizers, private and public ones.
+        settings: what the user asked for.
+        state: ledger, accountant and position; outlives this object.
+        mechanisms: what callbacks ask for.
+        reduction: communication between processes.
+        noise: draws the noise; outlives this object, so that no stream begins twice.
+        automatic: whether the host back-propagates the loss and steps the one optimizer itself.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        settings: Settings,
+        state: PrivacyState,
+        mechanisms: Mechanisms,
+        reduction: Reduction,
+        noise: GaussianNoise,
+        automatic: bool = True,
+    ) -> None:
+        self.module, self.optimizers = module, list(optimizers)
+        self.settings, self.state, self.mechanisms = settings, state, mechanisms
+        self.reduction, self.automatic = reduction, automatic
+        self.noise = ReleaseNoise(noise, reduction)
+        self.clipping: Clipping = settings.make_clipping()
+        self.engine: Any = make_engine(
+            module,
+            grad_sample=settings.grad_sample,
+            memory=settings.memory,
+            microbatch_size=settings.microbatch_size,
+        )
+        self.streams = RandomStreams(None if settings.seed is None else settings.seed * 1_000_003 + reduction.rank)
+        self.accumulators: dict[int, Accumulator] = {}
+        self.releases: dict[int, Release] = {}
+        self.bound: Threshold = mechanisms.threshold
+        self.recording: Microbatch | None = None
+        self.probe: Any = None  # a trial under way, which takes the gradients where an optimizer would step
+        self.unfinished: set[int] = set()  # optimizers that hold backprops of an earlier training_step
+        self.unchecked_public: set[int] = set()
+        self.seen_backprops = False
+        self.engine.attach()
+        self.refresh()
+
+    @property
+    def plan(self) -> Any:
+        """The public plan of the run."""
+        return self.state.plan
+
+    # ---------------------------------------------------------------- the step, in the order of the data
+
+    def begin(self, *, first_of_pass: bool) -> None:
+        """Begin a logical batch: what its release will be is settled here, from public state.
+
+        Args:
+            first_of_pass: whether the loader begins a pass over the data with it.
+        """
+        self.state.begin_step()
+        self.refresh()
+        self._settle()
+        self.streams.begin()
+        self.mechanisms.canaries.begin(self.plan.sample_rate)
+        for accumulator in self.accumulators.values():
+            accumulator.reset()
+            if self.automatic:
+                accumulator.drop_grads()
+        if first_of_pass and self.settings.sampling == "shuffle":
+            self.state.ledger.start_pass()
+
+    def microbatch(self, count: int, *, weight: float = 1.0, divisor: int = 1, further: bool = False) -> Microbatch:
+        """Return a context manager in which the user's forward and backward of some samples run."""
+        return Microbatch(self, count, weight, divisor, further)
+
+    def backward_done(self) -> None:
+        """Check, after a backward, that every use of a private parameter was recorded."""
+        if self.recording is not None:
+            self.seen_backprops = True
+            self.engine.check_tracked()
+
+    @torch.no_grad()
+    def collect(self, optimizer: int = 0) -> None:
+        """Clip each sample of the microbatch and add it to the sum of an optimizer."""
+        if optimizer not in self.accumulators or self.recording is None:
+            return
+        accumulator, engine, scale = self.accumulators[optimizer], self.engine, self.recording.scale
+        self._begin_sum(optimizer)
+        if scale == 0.0:  # a sample that stands in for an empty batch must not even count
+            engine.discard(accumulator.names)
+            return
+        bound, diagnostics, clipping = self.bound, self.mechanisms.diagnostics, accumulator.clipping
+        needs_norms = bound.num_statistics > 0 or diagnostics is not None
+        if needs_norms or not clipping.needs_gradients:
+            squared = engine.squared_norms(accumulator.groups, accumulator.mask)
+            norms = self.reduction.combine_norms(squared).sqrt() * scale
+        if clipping.needs_gradients:
+            grads = engine.per_sample_gradients(accumulator.names)
+            kept = clipping.contributions(
+                torch.cat([g.flatten(1) for g in grads.values()], 1) * scale, accumulator.live
+            )
+            accumulator.add(kept.sum(0))
+        else:
+            factors = clipping.factors(norms)
+            weights = factors * (scale / accumulator.divisor)
+            weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
+            engine.accumulate(
+                weights, accumulator.groups, accumulator.views, accumulator.mask, accumulator.places, accumulator.room
+            )
+        if bound.num_statistics:
+            accumulator.statistics.add_(bound.statistics(torch.linalg.vector_norm(norms, dim=0)))
+        if diagnostics is not None:
+            kept_norms = torch.linalg.vector_norm(kept, dim=1)[None] if clipping.needs_gradients else factors * norms
+            diagnose(diagnostics, engine, accumulator, norms, kept_norms, scale)
+        engine.discard(accumulator.names)
+
+    @torch.no_grad()
+    def release(self, optimizer: int = 0) -> None:
+        """Write the ledger entry, add the noise that is missing, sum over ranks and hand out ``p.grad``."""
+        accumulator, release = self.accumulators[optimizer], self.releases[optimizer]
+        canaries = self.mechanisms.canaries
+        self.state.check_budget()
+        checks.check_settled(accumulator.sensitivity, release.sensitivity)
+        self._begin_sum(optimizer)
+        canaries.join(optimizer, accumulator, self.bound, adds=self.reduction.rank == 0)
+        if self.mechanisms.diagnostics is not None:
+            self.mechanisms.diagnostics.summarise(accumulator.gradient, release.noise_std)
+            self.mechanisms.diagnostics.reset()
+        self.state.record(release.sigma)
+        self.noise.add(accumulator, release, alone=len(self.accumulators) == 1)
+        self.reduction.reduce(accumulator)
+        canaries.observe(optimizer, accumulator, accumulator.gradient, release.noise_std)
+        rescale = learn(self.bound, accumulator, release, self.plan.expected_batch_size)
+        accumulator.write_grads(accumulator.gradient, self.plan.expected_batch_size, rescale)
+        self.engine.accept_grads(accumulator.names)
+
+    def finish(self, optimizer: int) -> None:
+        """Give an optimizer that is about to step its gradient: private, or averaged over ranks for a public one."""
+        if optimizer in self.settings.public_optimizers:
+            checks.check_tried(optimizer, self.unchecked_public)
+            self.reduction.average(self.parameters_of(optimizer))
+            return
+        self.check_grads(optimizer)
+        if optimizer in self.accumulators:
+            self.collect_if_manual(optimizer)
+            self.release(optimizer)
+
+    def intercept(self, optimizer: int) -> bool:
+        """Take the gradient of an optimizer that would step within a trial or a further microbatch.
+
+        Returns:
+            Whether it was taken: then the optimizer must not step.
+        """
+        if self.probe is not None:
+            self.probe.collect(optimizer)
+            return True
+        if self.recording is None or not self.recording.further:
+            return False
+        if optimizer in self.accumulators:
+            self.collect_if_manual(optimizer)
+        for parameter in self.parameters_of(optimizer).values():  # how many microbatches there are is private:
+            parameter.grad = None  # a public optimizer sees the gradient of the real call alone
+        return True
+
+    def collect_if_manual(self, optimizer: int) -> None:
+        """Clip a microbatch when its optimizer steps, as under manual optimization."""
+        if self.automatic or self.recording is None:
+            return
+        checks.check_counts_once(
+            optimizer,
+            unfinished=optimizer in self.unfinished,
+            again=self.recording.further and optimizer in self.recording.collected,
+            microbatch_size=self.settings.microbatch_size,
+        )
+        self.recording.collected.add(optimizer)
+        self.collect(optimizer)
+
+    def discard(self, optimizer: int) -> None:
+        """Forget the backprops for an optimizer, as its ``zero_grad`` does."""
+        self.unfinished.discard(optimizer)
+        if self.probe is not None:
+            self.probe.discard(optimizer)
+        elif self.recording is not None and optimizer in self.accumulators:
+            self.engine.discard(self.accumulators[optimizer].names)
+
+    def check_grads(self, optimizer: int) -> None:
+        """Check that nothing raw is left where an optimizer is about to step."""
+        known = self.accumulators[optimizer].parameters if optimizer in self.accumulators else {}
+        checks.check_no_raw_gradients(optimizer, self.optimizers[optimizer], known, self.module)
+
+    def leave_open(self) -> None:
+        """Take note, at the end of a manual ``training_step``, of the optimizers that hold backprops."""
+        self.unfinished |= {index for index, acc in self.accumulators.items() if self.engine.has_backprops(acc.names)}
+
+    def close(self) -> None:
+        """Leave the module as it was."""
+        self.engine.end()
+        self.engine.detach()
+
+    # ---------------------------------------------------------------- parameters and what holds for a batch
+
+    def parameters_of(self, optimizer: int) -> dict[str, nn.Parameter]:
+        """Return the parameters of one optimizer by qualified name, in the module's order.
+
+        Trainable now, or private in an earlier step: training steps switch ``requires_grad`` off and on within a batch.
+        """
+        own = {id(p) for group in self.optimizers[optimizer].param_groups for p in group["params"]}
+        known: Mapping[str, nn.Parameter] = (
+            self.accumulators[optimizer].parameters if optimizer in self.accumulators else {}
+        )
+        return {
+            name: p
+            for name, p in self.module.named_parameters()
+            if id(p) in own and (p.requires_grad or known.get(name) is p)
+        }
+
+    def refresh(self) -> None:
+        """Follow layers that were frozen or unfrozen since the last step."""
+        public: set[str] = set()
+        for index in range(len(self.optimizers)):
+            parameters = self.parameters_of(index)
+            if index in self.settings.public_optimizers:
+                public |= parameters.keys()
+            elif not parameters:
+                self.accumulators.pop(index, None)
+            elif index not in self.accumulators or not self.accumulators[index].holds(parameters):
+                self.accumulators[index] = self.reduction.make_accumulator(
+                    parameters, self.clipping, self.mechanisms.threshold.num_statistics
+                )
+        private = {name for accumulator in self.accumulators.values() for name in accumulator.names}
+        self.engine.set_parameters(
+            {
+                name: p
+                for name, p in self.module.named_parameters()
+                if name in private or (p.requires_grad and name not in public)
+            }
+        )
+
+    def is_private(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimizer holds a private parameter."""
+        private = {id(p) for acc in self.accumulators.values() for p in acc.parameters.values()}
+        return any(id(p) in private for group in optimizer.param_groups for p in group["params"])
+
+    def noise_comes_first(self) -> bool:
+        """Tell whether a sum may begin with its noise: not if secure noise rounds the sum, or diagnostics read it."""
+        return not self.settings.secure_rng and self.mechanisms.diagnostics is None
+
+    def _begin_sum(self, optimizer: int) -> None:
+        """Initialise the accumulator before its first sample."""
+        accumulator = self.accumulators[optimizer]
+        seen = self.bound.sees_releases or type(self.mechanisms.canaries) is not Canaries
+        divisor = 1 if seen or not accumulator.clipping.gives_mean else self.plan.expected_batch_size
+        self.noise.begin(accumulator, self.releases[optimizer], first=self.noise_comes_first(), divisor=divisor)
+
+    def _settle(self) -> None:
+        """Settle bound, masks and releases of this logical step: they hold until the next one begins."""
+        mechanisms, step, plain = self.mechanisms, self.state.step, not self.plan.is_private(self.state.step)
+        self.bound = Threshold() if plain else mechanisms.threshold
+        for accumulator in self.accumulators.values():
+            base = NoClipping() if plain else accumulator.base
+            accumulator.clipping = self.bound.clipping(base, step, len(accumulator.groups))
+        version = tuple(mask.version(step) for mask in mechanisms.masks.values())
+        if any(accumulator.mask_version != version for accumulator in self.accumulators.values()):
+            parameters = {name: p for acc in self.accumulators.values() for name, p in acc.parameters.items()}
+            masks = [mask.live(step, parameters) for mask in mechanisms.masks.values()]
+            for accumulator in self.accumulators.values():
+                accumulator.set_masks(masks, version)
+        self.releases = {
+            index: plan_release(
+                self.plan,
+                step,
+                sensitivity=accumulator.sensitivity,
+                bound=self.bound,
+                num_releases=len(self.accumulators),
+            )
+            for index, accumulator in self.accumulators.items()
+        }

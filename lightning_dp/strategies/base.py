@@ -1,0 +1,402 @@
+"""PrivateStrategy: the mixin that turns a Lightning strategy into a private one. One Lightning hook is one call of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies.strategy import Strategy
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dp import _messages
+from lightning_dp.accounting import Accountant, Ledger, make_accountant
+from lightning_dp.clipping import Clipping
+from lightning_dp.noise import GaussianNoise
+from lightning_dp.reporting.card import RunNotes
+from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, private_dataloader
+from lightning_dp.step import checkpoint as saved
+from lightning_dp.step import checks
+from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.mechanisms import Mechanisms
+from lightning_dp.step.plan import DPPlan
+from lightning_dp.step.planning import build_plan
+from lightning_dp.step.reduction import OneProcess, Reduction
+from lightning_dp.step.settings import (
+    AccountantName,
+    ClippingName,
+    LossReduction,
+    Relation,
+    Sampling,
+    Settings,
+    check_positions,
+)
+from lightning_dp.step.state import PrivacyState
+from lightning_dp.strategies import _lightning, card_files, checkpoint_io, trainer_checks
+from lightning_dp.strategies.fit import PrivateFit
+from lightning_dp.strategies.run_length import run_length
+
+
+class PrivateStrategy(Strategy):
+    """Private training as a mixin over a Lightning strategy; the classes that users pass document the arguments."""
+
+    global_rank: int
+    world_size: int
+
+    def __init__(
+        self,
+        *,
+        noise_multiplier: float | None = None,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        max_grad_norm: float = 1.0,
+        clipping: ClippingName | Clipping = "flat",
+        accountant: AccountantName = "pld",
+        sampling: Sampling = "poisson",
+        microbatch_size: int | None = None,
+        grad_sample: Literal["auto", "materialize"] = "auto",
+        neighboring_relation: Relation = "add_or_remove_one",
+        memory: Literal["fast", "lean"] = "fast",
+        check_per_sample: bool = True,
+        allow_public_checkpoint: bool = False,
+        secure_rng: bool = False,
+        seed: int | None = None,
+        loss_reduction: LossReduction = "mean",
+        public_optimizers: Sequence[int] = (),
+        strict_logging: bool = False,
+        **strategy_options: Any,
+    ) -> None:
+        self.settings = settings = Settings(
+            noise_multiplier=noise_multiplier,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            max_grad_norm=max_grad_norm,
+            clipping=clipping,
+            accountant=accountant,
+            sampling=sampling,
+            microbatch_size=microbatch_size,
+            grad_sample=grad_sample,
+            neighboring_relation=neighboring_relation,
+            memory=memory,
+            check_per_sample=check_per_sample,
+            allow_public_checkpoint=allow_public_checkpoint,
+            secure_rng=secure_rng,
+            seed=seed,
+            loss_reduction=loss_reduction,
+            public_optimizers=check_positions(public_optimizers),
+            strict_logging=strict_logging,
+        )
+        super().__init__(**strategy_options)
+        self.state = PrivacyState(
+            settings.neighboring_relation,
+            make_accountant(settings.accountant),
+            seeded=settings.seed is not None,
+            secure=settings.secure_rng,
+        )
+        self.mechanisms = Mechanisms()
+        self.writes_card = True  # a PrivacyCard in the Trainer's callbacks does it instead
+        self.budget: Callable[[Any], int] | None = None
+        self._noise: GaussianNoise | None = None
+        self._loader: PrivateDataLoader | None = None
+        self._fit: PrivateFit | None = None
+
+    # ---------------------------------------------------------------- what the user reads
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger: what was released so far."""
+        return self.state.ledger
+
+    @property
+    def accountant(self) -> Accountant:
+        """The accountant: computes epsilon from the ledger."""
+        return self.state.accountant
+
+    @property
+    def steps_taken(self) -> int:
+        """Logical steps of this run that have released noise; schedules are functions of this number."""
+        return self.state.steps_taken
+
+    @property
+    def plan(self) -> DPPlan:
+        """The public settings of the run; built, and its noise calibrated, when first asked for after data setup.
+
+        Raises:
+            ValueError: no run has been set up yet.
+        """
+        state = self.state
+        if state.plan is None:
+            if self._loader is None:
+                raise ValueError(
+                    "Expected a run with its training data set up, got none yet. Ask for the plan during or after fit."
+                )
+            state.plan = build_plan(
+                self.settings,
+                self._loader.facts,
+                self.mechanisms,
+                run_length(self.trainer, self._loader.facts, start=state.steps_taken),
+                start=state.steps_taken,
+                ledger=state.ledger,
+                accountant=state.accountant,
+                restored=state.restored_plan,
+            )
+            if self.budget is not None:
+                state.last_allowed_step = self.budget(self)
+        return state.plan  # type: ignore[no-any-return]
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes that one rank hands to the all-reduce of a logical step: active coordinates only."""
+        return sum(accumulator.payload_bytes for accumulator in self.accumulators.values())
+
+    @property
+    def accumulators(self) -> dict[int, Accumulator]:
+        """The accumulators of the fit under way, by position of their private optimizer; empty outside of fit."""
+        return {} if self._fit is None else self._fit.step.accumulators
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Return the epsilon spent so far, from the ledger. It is public: it depends on public settings only.
+
+        Args:
+            delta: in (0, 1); default: the plan's.
+
+        Raises:
+            ValueError: no steps recorded, which is not the same as epsilon 0.
+        """
+        if self.ledger.num_steps and delta is None:
+            delta = self.plan.delta
+        return self.state.epsilon(delta)
+
+    def privacy_statement(self) -> str:
+        """Return what holds for whom: epsilon and delta, relation, sampling, accountant, and what is not covered."""
+        _ = self.plan
+        return self.state.privacy_statement()
+
+    @property
+    def audits(self) -> list[str]:
+        """Results of audits, one line each, which the privacy statement names."""
+        return self.state.audits
+
+    @property
+    def nonprivate_logs(self) -> set[str]:
+        """Names of figures of the training data that were logged without noise."""
+        return self.state.nonprivate_logs
+
+    @property
+    def last_allowed_step(self) -> int | None:
+        """Steps of the run that a budget allows; None without a budget."""
+        return self.state.last_allowed_step
+
+    @last_allowed_step.setter
+    def last_allowed_step(self, step: int | None) -> None:
+        self.state.last_allowed_step = step
+
+    @property
+    def notes(self) -> RunNotes:
+        """Facts of the run that the privacy card names in addition to plan and ledger."""
+        return self.state.notes
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The Trainer that the module is attached to."""
+        return self.module.trainer
+
+    @property
+    def module(self) -> pl.LightningModule:
+        """The user's module."""
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether user code runs in the sandbox now, where nothing that it does has effect."""
+        return self._fit is not None and self._fit.on_trial
+
+    @property
+    def loader(self) -> PrivateDataLoader:
+        """The private loader of the training set."""
+        assert self._loader is not None
+        return self._loader
+
+    # ---------------------------------------------------------------- set up and tear down
+
+    def make_reduction(self) -> Reduction:
+        """Return the communication between the processes of this strategy."""
+        return OneProcess()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Check Trainer, module and optimizers before any data is touched, and make the private step."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        trainer_checks.check_trainer(trainer, self.settings)
+        trainer_checks.check_module(self.module, runs_samples_alone=self.settings.runs_samples_alone)
+        self.state.begin_step()
+        if self.state.plan is not None:
+            self.state.plan = self._loader = None  # else `estimated_stepping_batches` has asked for the loader first
+        super().setup(trainer)
+        trainer_checks.check_optimizers(self.optimizers, self.module, self.settings.public_optimizers)
+        self.state.note_unledgered(trainer.global_step, (each.state.values() for each in self.optimizers))
+        if self.state.restored_plan is None and trainer.global_step == 0:
+            self.state.step = 0
+        if self._noise is None:
+            seed = self.settings.seed
+            self._noise = GaussianNoise(
+                seed=None if seed is None else seed * 1_000_003 + self.global_rank, secure=self.settings.secure_rng
+            )
+        self._fit = PrivateFit(self, self._noise)
+
+    @override
+    def teardown(self) -> None:
+        """Leave module, optimizers and loggers as they were."""
+        if self._fit is not None:
+            self._fit.close()
+            self._fit = None
+        self.budget = self.state.last_allowed_step = None
+        self.mechanisms = Mechanisms()
+        self.writes_card = True
+        super().teardown()
+
+    @override
+    def on_train_start(self) -> None:
+        """Build the plan before the first step, so that a target that cannot be reached is an error and not a surprise."""
+        _ = self.plan
+        self.state.decided = self.mechanisms.described()
+        super().on_train_start()
+
+    @override
+    def on_train_end(self) -> None:
+        """Report what was spent, and write the privacy card next to the logger's files."""
+        super().on_train_end()
+        if self.writes_card:
+            card_files.write(self.trainer, self)
+        _messages.info(self.state.summary_line())
+
+    # ---------------------------------------------------------------- the data
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        """Replace the training loader by one that draws logical batches; every other loader passes as it is."""
+        trainer = self.trainer
+        if not (trainer.state.fn == TrainerFn.FITTING and trainer.state.stage == RunningStage.TRAINING):
+            return dataloader
+        trainer_checks.check_single_loader(trainer)
+        loader = private_dataloader(
+            dataloader,  # type: ignore[arg-type]
+            sampling=self.settings.sampling,
+            microbatch_size=self.settings.microbatch_size,
+            accumulate=trainer.accumulate_grad_batches,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            seed=self.settings.seed,
+            num_batches_kept=trainer_checks.batches_kept(trainer),
+            extra_records=self.mechanisms.extra_records,
+        )
+        checks.check_same_dataset(self._loader, loader)
+        if self._loader is not None and self._loader.facts != loader.facts:
+            self.state.plan = None  # another batch size: another sample rate from here on
+        self._loader = loader
+        return loader
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move a batch; of a logical batch the last microbatch now, the others when they are used."""
+        if isinstance(batch, LogicalBatch) and self._fit is not None:
+            return self._fit.take(batch)
+        trainer_checks.check_not_nested(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def to_device(self, batch: Any) -> Any:
+        """Do to one microbatch what Lightning's loop does to a batch before the step."""
+        batch = _lightning.apply_transfer_hook(self.module, self.precision_plugin.convert_input(batch))
+        return super().batch_to_device(batch, self.root_device, 0)
+
+    # ---------------------------------------------------------------- the step
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward, backward and clipping of every microbatch; of the last one only the forward, the rest is Lightning's."""
+        assert self._fit is not None
+        return self._fit.run(args[1:], kwargs)
+
+    def call_training_step(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the user's ``training_step``."""
+        return super().training_step(batch, *rest, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Back-propagate one microbatch; under automatic optimization its clipped sum is taken at once."""
+        if closure_loss.dim() > 0:
+            closure_loss = checks.reduced(closure_loss, self.settings.loss_reduction)
+        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        if self._fit is not None:
+            self._fit.backward_done()
+        return loss
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Step an optimizer on a gradient that is private before any ``on_before_optimizer_step`` hook sees it."""
+        fit = self._fit
+        assert fit is not None
+        if optimizer not in self.optimizers:  # Lightning's stand-in where configure_optimizers returned None
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        index = self.optimizers.index(optimizer)
+        if fit.on_trial:
+            closure()
+            fit.step.intercept(index)
+            return None
+
+        def private_closure() -> Any:
+            with fit.guard.user_code():
+                output = closure()
+            fit.step.finish(index)
+            fit.guard.released()
+            return output
+
+        with fit.guard.stepping(optimizer):
+            return super().optimizer_step(optimizer, private_closure, model, **kwargs)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's checkpoint IO, or an atomic writer."""
+        self._checkpoint_io = _lightning.wrap_checkpoint_io(self._checkpoint_io, checkpoint_io.WholeCheckpointIO)
+        return self._checkpoint_io  # type: ignore[no-any-return]
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Add ledger, plan and logical step to the checkpoint; the weights keep the plain module's keys."""
+        checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read them back when training resumes; refuse a checkpoint without a ledger."""
+        with checkpoint_io.reading(checkpoint_path):
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        module = self.lightning_module
+        if module is not None and module.trainer.state.fn == TrainerFn.FITTING:
+            self.state.load(
+                checkpoint,
+                allow_public=self.settings.allow_public_checkpoint,
+                one_step_a_batch=module.automatic_optimization,
+            )
+        return checkpoint

@@ -1,0 +1,248 @@
+"""PrivateFit: one call of ``Trainer.fit``: the private step, the user's code around it, and what is patched meanwhile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.noise import GaussianNoise
+from lightning_dp.sampling import LogicalBatch
+from lightning_dp.step import checks
+from lightning_dp.step.randomness import generator_states, restore_generators
+from lightning_dp.step.sandbox import Sandbox, StepGuard
+from lightning_dp.step.step import PrivateStep
+from lightning_dp.step.trial import Trial
+from lightning_dp.strategies import _lightning, trainer_checks
+from lightning_dp.strategies.host import Counts, LightningHost, silent
+from lightning_dp.strategies.logs import TrainingLogs
+from lightning_dp.system.allocator import give_back_freed_memory, keep_freed_memory
+
+if TYPE_CHECKING:
+    from lightning_dp.strategies.base import PrivateStrategy
+
+
+class PrivateFit:
+    """Everything that exists for one fit.
+
+    A logical batch of k microbatches runs the user's ``training_step`` k times: the last call is the real one, whose
+    effects stay, as under a plain Trainer; the others run in the sandbox. Where no sample was drawn the real call
+    runs on one record of weight 0. So the state afterwards does not depend on how many samples were drawn.
+
+    Args:
+        strategy: of the Trainer, set up.
+        noise: draws the noise.
+    """
+
+    def __init__(self, strategy: PrivateStrategy, noise: GaussianNoise) -> None:
+        self._strategy = strategy
+        module, trainer = strategy.module, strategy.trainer
+        self._device = strategy.root_device
+        self._generators = generator_states(self._device)
+        self._batch: LogicalBatch | None = None
+        self._on_device: Any = None
+        self._part = 0
+        self._prepared = False
+        self._training_flags: list[bool] = []
+        if self._device.type == "cpu":
+            keep_freed_memory()
+        self.step = PrivateStep(
+            module,
+            strategy.optimizers,
+            settings=strategy.settings,
+            state=strategy.state,
+            mechanisms=strategy.mechanisms,
+            reduction=strategy.make_reduction(),
+            noise=noise,
+            automatic=module.automatic_optimization,
+        )
+        strategy.mechanisms.check(
+            self.step.clipping,
+            target_epsilon=strategy.settings.target_epsilon,
+            num_private_optimizers=len(self.step.accumulators),
+        )
+        self.guard = StepGuard(self.step.is_private)
+        self._host = LightningHost(strategy)
+        self._sandbox = Sandbox(module, self.guard, self._others, self._host.quiet)
+        self._trial = Trial(self.step, self._host, self._sandbox)
+        self._logs = TrainingLogs(trainer, strategy.state.nonprivate_logs, strict=strategy.settings.strict_logging)
+        self._watch()
+
+    def close(self) -> None:
+        """Undo everything that was patched, and put the global generators back to where they were before the fit."""
+        self.step.close()
+        self.guard.stop()
+        give_back_freed_memory()
+        for both in self._optimizers_and_wrappers():
+            for optimizer in both:
+                optimizer.__dict__.pop("zero_grad", None)
+        _lightning.restore_transfer_hook(self._strategy.module)
+        self._logs.detach()
+        restore_generators(self._generators, self._device)
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether user code runs in the sandbox now, so that no optimizer may step."""
+        return self.guard.in_sandbox > 0
+
+    # ---------------------------------------------------------------- one logical batch
+
+    def take(self, batch: LogicalBatch) -> Any:
+        """Return the microbatch of the real call on the device: the last one, or one of length 0 if no sample was drawn."""
+        self._batch = batch
+        self._on_device = self._strategy.to_device(batch.microbatches[-1][1]) if batch else self._host.empty_batch()
+        return self._on_device
+
+    def run(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the user's code on a logical batch; return what the real call returned.
+
+        Args:
+            rest: further positional arguments of ``training_step``.
+            kwargs: the same, by name.
+
+        Raises:
+            PrivacyError: the private loader did not draw the batch, or it was used already.
+        """
+        batch, self._batch = self._batch, None
+        if batch is None:
+            raise PrivacyError(
+                "Expected one training_step for each logical batch, got a batch that the private loader did not draw, or the same "
+                "one again. Optimizers that call their closure several times cannot be used: take SGD, Adam or AdamW."
+            )
+        self._host.arguments = (rest, kwargs)
+        try:
+            if self._begins_logical_batch():
+                self._begin()
+            if not batch:
+                return self._run_real(self._host.stand_in(), 1, weight=0.0)
+            *others, (count, _) = batch.microbatches
+            if others:
+                self._run_further(others)
+            return self._run_real(self._on_device, count)
+        except StopIteration as error:  # Lightning would take it for the end of the data and go on without this step
+            raise RuntimeError(
+                "training_step raised StopIteration; Lightning would take this for the end of the data. Catch it inside "
+                "training_step."
+            ) from error
+
+    def _begins_logical_batch(self) -> bool:
+        """Tell whether the sums begin again: where the loader begins to hand out a logical batch, and where Lightning has stepped.
+
+        The two agree, but not after a resume from within an accumulation: the loader starts over there. Parts of two logical
+        batches must never be summed, since one sample may be in both.
+        """
+        trainer = self._strategy.trainer
+        index, parts = trainer.fit_loop.batch_idx, trainer.accumulate_grad_batches
+        checks.check_accumulation(parts, self._strategy.loader.facts.accumulate)
+        if index == 0 or not self._prepared:
+            self._part = 0
+        begins = self._part == 0 or index % parts == 0
+        self._part = (self._part + 1) % parts
+        return begins
+
+    def _begin(self) -> None:
+        strategy, step = self._strategy, self.step
+        _ = strategy.plan
+        step.begin(first_of_pass=strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared)
+        flags = [layer.training for layer in strategy.module.modules()]
+        if flags != self._training_flags:
+            trainer_checks.check_module(strategy.module, runs_samples_alone=strategy.settings.runs_samples_alone)
+            self._training_flags = flags
+        if not (self._prepared and step.engine.has_layout):
+            self._trial.prepare()
+            self._prepared = True
+        if step.unchecked_public:
+            self._trial.check_public()
+
+    def _run_further(self, microbatches: list[tuple[int, Any]]) -> None:
+        """Run all microbatches but that of the real call, each from the same state, without effect."""
+        snapshot = self._sandbox.snapshot()
+        for count, batch in microbatches:
+            with self._sandbox.enter(snapshot):
+                self.step.streams.begin()
+                with self.step.microbatch(count, further=True):
+                    output = self._call(self._strategy.to_device(batch), count, weight=1.0)
+                    loss = self._host.loss_of(output, count) if self.step.automatic else None
+                    if loss is not None:
+                        self._strategy.backward(loss, None)
+        snapshot.put_back()
+
+    def _run_real(self, batch: Any, count: int, *, weight: float = 1.0) -> Any:
+        """Run the one call of a logical batch that has effect; under automatic optimization its backward is Lightning's."""
+        step, automatic = self.step, self.step.automatic
+        counts = None if automatic else Counts(self._strategy)
+        divisor = self._strategy.trainer.accumulate_grad_batches if automatic else 1
+        with ExitStack() as until_backward:
+            microbatch = until_backward.enter_context(step.microbatch(count, weight=weight, divisor=divisor))
+            with silent(self._strategy.module) if weight == 0.0 and step.reduction.world_size == 1 else ExitStack():
+                output = self._call(batch, count, weight=weight)
+            if automatic:
+                loss = self._host.loss_of(output, count)
+                if loss is not None:
+                    until_backward.pop_all()
+                elif count > 1:
+                    until_backward.close()
+                    self._trial.check_skip()
+                return _with_loss(output, checks.zero_loss(self._device) if loss is None else loss)
+            step.leave_open()
+        if counts is not None and step.settings.check_per_sample and microbatch.collected < step.accumulators.keys():
+            self._trial.check_steps(microbatch.collected, counts.back_in)
+        return output
+
+    def _call(self, batch: Any, count: int, *, weight: float) -> Any:
+        rest, kwargs = self._host.arguments
+        _lightning.set_batch_of_logs(self._strategy.trainer, batch, None if weight else 0)
+        with self._logs.in_training_step():
+            return self._strategy.call_training_step(batch, rest, kwargs)
+
+    def backward_done(self) -> None:
+        """Check the backward, and clip and add under automatic optimization."""
+        step = self.step
+        if step.recording is None:
+            return
+        step.backward_done()
+        if step.automatic:
+            microbatch = step.recording
+            step.collect(0)
+            if not microbatch.further:
+                microbatch.__exit__(None, None, None)
+
+    # ---------------------------------------------------------------- what is patched
+
+    def _others(self) -> list[Any]:
+        schedulers = [config.scheduler for config in self._strategy.lr_scheduler_configs]
+        return [*self._strategy.optimizers, *schedulers]
+
+    def _watch(self) -> None:
+        """Follow ``zero_grad`` of private optimizers, and keep logical batches from a user's transfer hook."""
+        self.guard.start()
+        for index, both in enumerate(self._optimizers_and_wrappers()):
+            for optimizer in both if index not in self._strategy.settings.public_optimizers else ():
+                optimizer.__dict__["zero_grad"] = self._discarding(index, optimizer.zero_grad)
+        module = self._strategy.module
+        owners = [module, self._strategy.trainer.datamodule]  # type: ignore[attr-defined]
+        if any(owner is not None and is_overridden("on_before_batch_transfer", owner) for owner in owners):
+            _lightning.replace_transfer_hook(module, lambda batch: isinstance(batch, LogicalBatch))
+
+    def _optimizers_and_wrappers(self) -> list[tuple[Optimizer, Any]]:
+        """Return each optimizer with Lightning's wrapper of it, which is what manual optimization hands to the user."""
+        return list(zip(self._strategy.optimizers, _lightning.lightning_optimizers(self._strategy), strict=True))
+
+    def _discarding(self, index: int, zero_grad: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(zero_grad)
+        def discard(*args: Any, **kwargs: Any) -> None:
+            self.step.discard(index)
+            zero_grad(*args, **kwargs)
+
+        return discard
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    """Return the output of ``training_step`` with a loss that Lightning can back-propagate."""
+    return {**output, "loss": loss} if isinstance(output, Mapping) else loss

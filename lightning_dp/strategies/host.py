@@ -1,0 +1,132 @@
+"""LightningHost: runs the user's step on records for a trial, and silences Lightning meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import IterableDataset
+
+from lightning_dp.sampling import collate_samples, peek_samples
+from lightning_dp.step import checks
+from lightning_dp.strategies import _lightning
+
+if TYPE_CHECKING:
+    from lightning_dp.strategies.base import PrivateStrategy
+
+
+class LightningHost:
+    """The user's ``training_step`` under a Lightning strategy, for the trials of the private step.
+
+    Args:
+        strategy: runs the step.
+    """
+
+    def __init__(self, strategy: PrivateStrategy) -> None:
+        self._strategy = strategy
+        self._stand_in: list[Any] | None = None
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        """Further arguments of the ``training_step`` that is under way."""
+
+    @property
+    def narrow(self) -> torch.dtype:
+        """bfloat16 under a bf16 precision of the Trainer, else float32."""
+        return torch.bfloat16 if "bf16" in str(self._strategy.trainer.precision) else torch.float32
+
+    def records(self, num: int) -> list[Any]:
+        """Return records from all over a dataset with random access, the first ones of a stream.
+
+        The positions are pseudo-random and always the same: neither sorted nor periodic data makes them alike.
+        """
+        loader = self._strategy.loader
+        if isinstance(loader.dataset, IterableDataset):
+            return peek_samples(loader, num)
+        size = loader.facts.dataset_size or 0
+        positions = np.random.default_rng(0).choice(size, size=min(num, size), replace=False)
+        return [loader.dataset[int(position)] for position in positions]
+
+    def run(self, records: list[Any]) -> Any:
+        """Run ``training_step`` on records, collated and moved as Lightning does."""
+        rest, kwargs = self.arguments
+        return self._strategy.call_training_step(self._batch_of(records), rest, kwargs)
+
+    def loss_of(self, output: Any, count: int) -> Tensor | None:
+        """Return the loss of an output as a scalar."""
+        return checks.scalar_loss(output, count, self._strategy.settings.loss_reduction)
+
+    def stand_in(self) -> Any:
+        """Return a batch of one record on the device, for steps in which no sample was drawn."""
+        if self._stand_in is None:
+            self._stand_in = peek_samples(self._strategy.loader, 1)
+        return self._batch_of(self._stand_in)
+
+    def empty_batch(self) -> Any:
+        """Return what hooks see when no sample was drawn: the user's batch structure with tensors of length 0."""
+        return tree_map(lambda leaf: leaf[:0] if isinstance(leaf, Tensor) and leaf.dim() else leaf, self.stand_in())
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Switch off ``self.log``, ``self.log_dict`` and the count of optimizer steps."""
+        with ExitStack() as stack:
+            stack.enter_context(silent(self._strategy.module))
+            for optimizer in _lightning.lightning_optimizers(self._strategy):
+                stack.enter_context(_lightning.without_progress(optimizer))
+            yield
+
+    def _batch_of(self, records: list[Any]) -> Any:
+        return self._strategy.to_device(collate_samples(self._strategy.loader, records))
+
+
+@contextmanager
+def silent(module: pl.LightningModule) -> Iterator[None]:
+    """Make ``self.log`` and ``self.log_dict`` do nothing."""
+    replaced = {"log": _ignore, "log_dict": _ignore}
+    before = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
+    module.__dict__.update(replaced)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(before)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class Counts:
+    """Public counters that may decide when an optimizer steps: the Trainer's, and numbers that the module keeps.
+
+    Args:
+        strategy: runs the step.
+    """
+
+    def __init__(self, strategy: PrivateStrategy) -> None:
+        self._strategy = strategy
+        self._global_step = strategy.trainer.global_step
+        self._attributes = _plain(strategy.module.__dict__)
+
+    @contextmanager
+    def back_in(self) -> Iterator[None]:
+        """Give the counters the values of when this object was made; afterwards those of now."""
+        progress = _lightning.completed_steps(self._strategy.trainer)
+        completed, progress.completed = progress.completed, self._global_step
+        own = self._strategy.module.__dict__
+        for name in _plain(own).keys() - self._attributes.keys():
+            del own[name]
+        own.update(self._attributes)
+        try:
+            yield
+        finally:
+            progress.completed = completed
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if isinstance(value, (bool, int, float, str))}
