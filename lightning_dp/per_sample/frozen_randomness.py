@@ -18,20 +18,22 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Dropout is off. Permutations become a cyclic shift, which mixes whatever can be mixed. Other draws of values:
 
-    - by default the same value at every place (normal: ``mean + std / 2``; uniform: the middle of its range; Bernoulli: its
-      probability; integers: the lowest), so that a sample sees the same draw alone and in any row of a batch;
-    - with ``by_place`` a fixed value for each place of the drawn tensor, whatever was drawn before, so that a further row
-      changes what a mean over rows is.
+    - by default the same value in every entry (uniform: the quantile ``coin`` of its range; integers likewise; normal:
+      ``mean + std / 2``, or two deviations off for a low or high coin; Bernoulli: its probability, or ``coin < p`` for a
+      low or high coin), so that a sample sees the same draw alone and in any row of a batch;
+    - with ``by_place`` a fixed value for each entry of the drawn tensor, whatever was drawn before, so that a further row
+      changes what a mean over rows is (Bernoulli: ``u < p`` with such a value u).
 
     Draws of places with replacement (multinomial) stay random.
 
     Args:
         by_place: see above.
+        coin: quantile in (0, 1) of every uniform draw: a low and a high one take the branches that a middle one does not.
     """
 
-    def __init__(self, *, by_place: bool = False) -> None:
+    def __init__(self, *, by_place: bool = False, coin: float = 0.5) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.by_place = by_place
+        self.by_place, self.coin = by_place, coin
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operation, replacing what it draws."""
@@ -60,7 +62,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "randperm":
             return result.copy_(torch.arange(result.numel(), device=result.device).roll(-1))
         uniform = _by_place(result) if self.by_place else None
-        value = _value(name, named, uniform)
+        value = _value(name, named, uniform, self.coin)
         if value is None:
             return result
         return result.copy_(value) if isinstance(value, torch.Tensor) else result.fill_(value)
@@ -72,19 +74,26 @@ def _by_place(like: torch.Tensor) -> torch.Tensor:
     return ((torch.sin(places * 12.9898 + 1.0) * 43758.5453).frac().abs() * 0.98 + 0.01).view(like.shape)
 
 
-def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None) -> Any:
-    """What takes the place of a draw, or None where it must stay random."""
+def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None, coin: float) -> Any:
+    """Return what replaces a draw, or None where it must stay random."""
+    u = coin if uniform is None else uniform
     if name in ("randn", "randn_like") or name.startswith("normal"):
         mean, std = named.get("mean", 0.0), named.get("std", 1.0)
-        standard = 0.5 if uniform is None else math.sqrt(2.0) * torch.erfinv(2.0 * uniform - 1.0)
+        constant = 0.5 if coin == 0.5 else math.copysign(2.0, coin - 0.5)
+        standard = constant if uniform is None else math.sqrt(2.0) * torch.erfinv(2.0 * uniform - 1.0)
         return mean + standard * std
     if name in ("rand", "rand_like", "uniform"):
         low, high = named.get("from", 0.0), named.get("to", 1.0)
-        return low + (high - low) * (0.5 if uniform is None else uniform)
+        return low + (high - low) * u
     if name in ("randint", "randint_like"):
-        return named.get("low", 0)
+        low, high = named.get("low", 0), named.get("high", named.get("low", 0) + 1)
+        return low if coin <= 0.5 else max(low, high - 1)
     if name.startswith("bernoulli"):
-        return named["p"]
+        p = named["p"]
+        if uniform is None and coin == 0.5:
+            return p
+        smaller = u < p
+        return smaller.to(torch.get_default_dtype()) if isinstance(smaller, torch.Tensor) else float(smaller)
     return None
 
 

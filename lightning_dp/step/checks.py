@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import PrivateDataLoader
@@ -46,6 +47,44 @@ def scalar_loss(output: Any, count: int, reduction: str) -> Tensor | None:
 def reduced(losses: Tensor, reduction: str) -> Tensor:
     """Return per-sample losses combined as ``loss_reduction`` says that a scalar loss combines them."""
     return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def sample_axes(two: Any, three: Any) -> tuple[int, ...]:
+    """Return which tensors of a collated batch have one row per record.
+
+    Args:
+        two: the batch made of two records.
+        three: the batch made of three.
+
+    Returns:
+        Positions among the leaves of the batch.
+    """
+    pairs = zip(tree_leaves(two), tree_leaves(three), strict=False)
+    return tuple(number for number, (one, other) in enumerate(pairs) if (_rows(one), _rows(other)) == (2, 3))
+
+
+def check_rows(batch: Any, count: int, axes: tuple[int, ...]) -> None:
+    """Check that a collated batch holds as many records as were drawn.
+
+    Args:
+        batch: collated.
+        count: records that were drawn.
+        axes: of :func:`sample_axes`.
+
+    Raises:
+        PrivacyError: the collate function drops or adds records, so that rows would be dealt to the wrong ones.
+    """
+    leaves = tree_leaves(batch)
+    wrong = {_rows(leaves[number]) if number < len(leaves) else None for number in axes} - {count}
+    if wrong:
+        raise PrivacyError(
+            f"Expected a batch of {count} records as drawn, got {sorted(map(str, wrong))[0]}. The collate function drops or adds "
+            "records, and gradients would be attributed to the wrong ones: filter the dataset before fit instead."
+        )
+
+
+def _rows(leaf: Any) -> int | None:
+    return int(leaf.shape[0]) if isinstance(leaf, Tensor) and leaf.dim() else None
 
 
 def check_accumulation(parts: int, planned: int) -> None:

@@ -43,11 +43,17 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
 
 
+def seed_low_or_high(*, high: bool) -> None:
+    """Seed numpy's and Python's global generators so that their next four uniform draws are below 0.1, or above 0.9."""
+    np.random.seed(4075 if high else 273)  # noqa: NPY002
+    random.seed(1643 if high else 14963)
+
+
 def generator_states(device: torch.device) -> dict[str, Any]:
     """Return the states of the global generators: torch's for the CPU and one device, numpy's, Python's."""
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
         "python": random.getstate(),
     }
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -118,7 +119,9 @@ class Sandbox:
             parameter.grad = None
         self._guard.in_sandbox += 1
         try:
-            with kept_generators(device), self._quiet():
+            with kept_generators(device), self._quiet(), warnings.catch_warnings():
+                # a scheduler stepped by hand: its optimizer must not step here
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
                 yield taken
         finally:
             self._guard.in_sandbox -= 1

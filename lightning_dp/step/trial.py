@@ -5,33 +5,41 @@ The batch axis of every layer, whether samples are independent, and whether an o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.frozen_randomness import FrozenRandomness
 from lightning_dp.per_sample.independence import compare_with_singles
-from lightning_dp.step.randomness import seed_generators
+from lightning_dp.step import exchange, state_check
+from lightning_dp.step.probe import Probe
+from lightning_dp.step.randomness import seed_generators, seed_low_or_high
 from lightning_dp.step.sandbox import Sandbox
+from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
 LAYOUT_SIZES = (2, 3)
-#: The independence check compares several batches of three, each under another seed of numpy and Python.
-NUM_CHECKS, NUM_CHECKED = 3, 9
-#: Relative tolerance of the independence check, by the narrowest type that takes part.
+#: Records of the comparison with single runs, and of the small batches of the exchange test.
+NUM_ALONE, NUM_SMALL, NUM_SPREAD = 3, 4, 9
+#: Relative tolerance of the comparison with single runs, by the narrowest type that takes part.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
+#: Quantiles of the coins of a batch: a branch that is taken with a probability of 0.1 or of 0.9 is tried.
+LOW, MIDDLE, HIGH = 0.02, 0.5, 0.98
 
 
 class Host(Protocol):
     """The adapter that runs the user's step."""
 
-    def records(self, num: int) -> list[Any]:
-        """Return a few records of the training set, always the same."""
+    @property
+    def batch_size(self) -> int:
+        """Records of a real microbatch, as expected."""
+
+    def records(self, num: int, seed: int = 0) -> list[Any]:
+        """Return a few records from all over the training set, always the same for a seed."""
 
     def run(self, records: list[Any]) -> Any:
         """Collate records and run the user's step on them; return what it returned."""
@@ -39,72 +47,12 @@ class Host(Protocol):
     def loss_of(self, output: Any, count: int) -> Tensor | None:
         """Return the loss of an output as a scalar, if the host back-propagates it."""
 
+    def others(self) -> list[Any]:
+        """Return optimizers and schedulers."""
+
     @property
     def narrow(self) -> torch.dtype:
         """Narrowest type in which the step computes."""
-
-
-class Probe:
-    """Takes the gradients of a run in the sandbox where a real run would step its optimizers.
-
-    Args:
-        step: the private step.
-        engine: whether the per-sample engine records; else gradients of the whole batch are taken.
-    """
-
-    def __init__(self, step: PrivateStep, *, engine: bool) -> None:
-        self._step, self._engine = step, engine
-        self.private: dict[str, Tensor] = {}
-        self.public: dict[str, Tensor] = {}
-        self.stepped: set[int] = set()
-        self._raw: dict[str, Tensor] = {}
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Take raw gradients away in the moment autograd has made them: no line of user code sees one."""
-        public = {name for index in self._step.settings.public_optimizers for name in self._step.parameters_of(index)}
-        handles = [
-            parameter.register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
-            for name, parameter in self._step.module.named_parameters()
-            if parameter.requires_grad and name not in public and not self._engine
-        ]
-        self._step.probe = self
-        try:
-            yield
-        finally:
-            self._step.probe = None
-            for handle in handles:
-                handle.remove()
-
-    def _taker(self, name: str) -> Any:
-        def take(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
-                gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
-                self._raw[name] = self._raw[name] + gradient if name in self._raw else gradient
-
-        return take
-
-    def collect(self, optimizer: int) -> None:
-        """Take the gradients of an optimizer where a real run would step it."""
-        step = self._step
-        self.stepped.add(optimizer)
-        names = list(step.parameters_of(optimizer))
-        if optimizer in step.settings.public_optimizers:
-            own = step.parameters_of(optimizer)
-            self.public |= {n: p.grad.detach().clone() for n, p in own.items() if p.grad is not None}
-        elif self._engine:
-            self.private |= step.engine.per_sample_gradients(names)
-        else:
-            self.private |= {name: self._raw[name] for name in names if name in self._raw}
-
-    def discard(self, optimizer: int) -> None:
-        """Forget gradients, as ``zero_grad`` does."""
-        names = list(self._step.parameters_of(optimizer))
-        if self._engine:
-            self._step.engine.discard(names)
-        for name in names:
-            self._raw.pop(name, None)
 
 
 class Trial:
@@ -119,40 +67,65 @@ class Trial:
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
         self._step, self._host, self._sandbox = step, host, sandbox
 
-    @property
-    def _module(self) -> nn.Module:
-        return self._step.module
-
     def prepare(self) -> None:
         """Learn the layout, and check on records from all over the training set that samples are independent.
 
         Raises:
-            PrivacyError: a sample's gradient depends on another sample, or saved state on the samples.
+            PrivacyError: a sample's gradient depends on another sample, or state on the samples.
         """
         settings, step = self._step.settings, self._step
-        records = self._host.records(NUM_CHECKED)
-        if not settings.runs_samples_alone:
-            pair = (records * 2)[:2]
-            with self._sandbox.enter():
+        records = self._host.records(NUM_SPREAD)
+        with self._sandbox.enter() as snapshot:
+            if not settings.runs_samples_alone:
+                pair = (records * 2)[:2]
                 seed_generators(0)
                 with FrozenRandomness():
                     step.engine.learn_layout(
-                        lambda size: self._run((pair * size)[:size], engine=False), sizes=LAYOUT_SIZES
+                        lambda size: self._again(snapshot, (pair * size)[:size]), sizes=LAYOUT_SIZES
                     )
-            if settings.check_per_sample:
-                for number in range(NUM_CHECKS):
-                    chosen = records[number::NUM_CHECKS]
-                    if number % 2:
-                        chosen.reverse()  # an order that the data came in, by length say, must not matter
-                    if chosen:
-                        self._check_independence(chosen, seed=number)
+            if settings.check_per_sample and len(records) > 1:
+                self._check_state(snapshot, records)
+                if not settings.runs_samples_alone:
+                    self._check_alone(snapshot, _different(records)[:NUM_ALONE])
+                    self._check_exchange(snapshot, records)
         if settings.check_per_sample and len(records) > 1:
             step.unchecked_public = set(settings.public_optimizers)
 
-    def _run(self, records: list[Any], *, engine: bool) -> Probe:
+    def check_again(self, number: int) -> None:
+        """Repeat, at a public step, what a later branch of the user's code may have changed.
+
+        Args:
+            number: of the logical step; chooses the records.
+
+        Raises:
+            PrivacyError: as :meth:`prepare`.
+        """
+        if not self._step.settings.check_per_sample:
+            return
+        with self._sandbox.enter() as snapshot:
+            few = self._host.records(3, seed=number)
+            if len(few) > 1:
+                self._check_state(snapshot, few)
+            if not self._step.settings.runs_samples_alone:
+                self._exchange_one(snapshot, self._real_records(number), seed=number)
+
+    def _real_records(self, seed: int) -> list[Any]:
+        """Return records for a batch of the real size, and a few more."""
+        return self._host.records(self._host.batch_size + NUM_SMALL, seed=seed)
+
+    # ---------------------------------------------------------------- runs in the sandbox
+
+    def _again(self, snapshot: Snapshot, records: list[Any], *, engine: bool = False, read: Any = None) -> Probe:
+        """Run the step on records, and put the state back: several runs share one sandbox."""
+        try:
+            return self._run(records, engine=engine, read=read)
+        finally:
+            snapshot.put_back()
+
+    def _run(self, records: list[Any], *, engine: bool, read: Any = None) -> Probe:
         """Run the step on records within a sandbox that is entered already."""
-        step, probe = self._step, Probe(self._step, engine=engine)
-        with probe.attached(), step.microbatch(len(records)) if engine else _nothing():
+        step, probe = self._step, Probe(self._step, engine=engine, read=read)
+        with probe.attached(), step.microbatch(len(records)) if engine else ExitStack():
             output = self._host.run(records)
             if step.automatic:
                 loss = self._host.loss_of(output, len(records))
@@ -163,33 +136,143 @@ class Trial:
                 probe.collect(0)
         return probe
 
-    def _try(self, records: list[Any], *, engine: bool, seed: int, by_place: bool = False) -> Probe:
-        """Run the step on records in a sandbox, with randomness held still."""
-        with self._sandbox.enter():
-            seed_generators(seed)
-            with FrozenRandomness(by_place=by_place):
-                return self._run(records, engine=engine)
+    # ---------------------------------------------------------------- are samples independent?
 
-    def _check_independence(self, records: list[Any], *, seed: int) -> None:
-        scale = len(records) if self._step.settings.loss_reduction == "mean" else 1
-        batched = self._try(records, engine=True, seed=seed)
+    def _check_state(self, snapshot: Snapshot, records: list[Any]) -> None:
+        """Check that what a step leaves behind does not depend on the records."""
 
-        def alone() -> Iterator[dict[str, Tensor]]:
-            buffers: list[dict[str, Tensor]] = []
-            for record in records:
-                with self._sandbox.enter():
-                    seed_generators(seed)
+        def run(batches: list[list[Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            state: dict[str, Any] = {}
+            try:
+                for number, batch in enumerate(batches):
+                    seed_generators(0)
                     with FrozenRandomness():
-                        probe = self._run([record], engine=False)
-                    buffers.append({name: value.detach().clone() for name, value in _saved_buffers(self._module)})
-                _check_buffers(buffers)
-                del buffers[1:]
-                yield probe.private
-                del probe  # before the next gradients are made
+                        probe = self._run(batch, engine=False)
+                    if number == 0:
+                        state = state_check.saved_state(self._step.module, self._host.others())
+            finally:
+                snapshot.put_back()
+            return state, probe.private
 
-        dtypes = {gradient.dtype for gradient in batched.private.values()}
+        three = (records * 3)[:3] if len(records) < 3 else records[:3]
+        state_check.check_state(run, three, together=not self._step.settings.runs_samples_alone)
+
+    def _check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
+        """Compare the per-sample gradients of a batch with those of its samples run alone."""
+        for coin in (MIDDLE, LOW, HIGH):
+            try:
+                self._compare_alone(snapshot, records, coin)
+                return
+            except PrivacyError as error:
+                if "a finite gradient" not in str(error) or coin == HIGH:
+                    raise
+
+    def _compare_alone(self, snapshot: Snapshot, records: list[Any], coin: float) -> None:
+        def run(chosen: list[Any], *, engine: bool) -> Probe:
+            seed_generators(1)
+            with FrozenRandomness(coin=coin):
+                return self._again(snapshot, chosen, engine=engine)
+
+        scale = len(records) if self._step.settings.loss_reduction == "mean" else 1
+        batched = run(records, engine=True).private
+        dtypes = {gradient.dtype for gradient in batched.values()}
         tolerance = TOLERANCE[torch.float64 if dtypes == {torch.float64} else self._host.narrow]
-        compare_with_singles(batched.private, alone(), scale=scale, rtol=tolerance, module=self._module)
+        alone = (run([record], engine=False).private for record in records)
+        compare_with_singles(batched, alone, scale=scale, rtol=tolerance, module=self._step.module)
+
+    def _check_exchange(self, snapshot: Snapshot, records: list[Any]) -> None:
+        """Exchange one sample of a batch in several ways; see ``exchange``."""
+        few, spare = records[:NUM_SMALL], records[-1]
+        if len(records) <= NUM_SMALL:
+            few = records[:-1]
+        if not few:
+            return
+        last = len(few) - 1
+        middle, swapped = len(few) // 2, list(few)
+        swapped[middle] = spare
+        by_place = FrozenRandomness(by_place=True)
+        base = self._fingerprint(snapshot, few, middle, by_place)
+        self._compare(snapshot, base, swapped, middle, by_place, "exchanged for another record")
+        for value, what in ((float("nan"), "made NaN"), (1e6, "made huge")):
+            if exchange.has_floats(few[middle]):
+                swapped[middle] = exchange.spoiled(few[middle], value)
+                self._compare(snapshot, base, swapped, middle, by_place, what, may_raise=True)
+        if last > 0:
+            base = self._fingerprint(snapshot, few, last, by_place)
+            self._compare(snapshot, base, few[:last], last, by_place, "left out", loose=True)
+        swapped[middle] = spare
+        for coin in (LOW, HIGH):
+            mode = FrozenRandomness(coin=coin)
+            base = self._fingerprint(snapshot, few, middle, mode, coin=coin)
+            self._compare(snapshot, base, swapped, middle, mode, "exchanged for another record", coin=coin)
+        self._exchange_one(snapshot, self._real_records(0), seed=0, spoil=True)
+
+    def _exchange_one(self, snapshot: Snapshot, records: list[Any], *, seed: int, spoil: bool = False) -> None:
+        """Exchange one sample of a batch of the real size, with real draws."""
+        batch, spares = records[: self._host.batch_size], records[self._host.batch_size :]
+        if len(batch) < 2 or not spares:
+            return
+        place, swapped = 0, list(batch)  # the first one: what counts or ranks samples passes it to the others
+        base = self._fingerprint(snapshot, batch, place, None, seed=seed)
+        for spare in exchange.most_different(batch[place], spares):
+            swapped[place] = spare
+            self._compare(snapshot, base, swapped, place, None, "exchanged for another record", seed=seed)
+        if spoil and exchange.has_floats(batch[place]):
+            swapped[place] = exchange.spoiled(batch[place], 1e6)
+            self._compare(snapshot, base, swapped, place, None, "made huge", seed=seed, may_raise=True)
+
+    def _compare(
+        self,
+        snapshot: Snapshot,
+        base: exchange.Fingerprint,
+        records: list[Any],
+        place: int,
+        mode: FrozenRandomness | None,
+        what: str,
+        *,
+        loose: bool = False,
+        may_raise: bool = False,
+        **draws: Any,
+    ) -> None:
+        try:
+            other = self._fingerprint(snapshot, records, place, mode, **draws)
+        except PrivacyError:
+            raise
+        except Exception:
+            if may_raise:  # the user's code refuses such a record: an exception, which the guarantee does not cover
+                return
+            raise
+        narrow = torch.float64 if base.norms.dtype == torch.float64 else self._host.narrow
+        stays = torch.arange(base.norms.shape[1], device=base.norms.device) != place
+        exact, rough = exchange.TOLERANCE[narrow]
+        same_shape = exchange.same_shapes(base, other) and not loose
+        exchange.compare(base, other, stays, tolerance=exact if same_shape else rough, what=what)
+
+    def _fingerprint(
+        self,
+        snapshot: Snapshot,
+        records: list[Any],
+        place: int,
+        mode: FrozenRandomness | None,
+        *,
+        seed: int = 0,
+        coin: float = MIDDLE,
+    ) -> exchange.Fingerprint:
+        """Run the engine on records and return what their gradients look like without the one at ``place``."""
+        step, size = self._step, len(records)
+        weights = exchange.random_weights(size, place)
+        parameters: dict[str, Tensor] = dict(step.module.named_parameters())
+
+        def read(names: list[str]) -> Any:
+            return exchange.fingerprint(step.engine, names, weights, parameters)
+
+        seed_generators(seed)
+        if coin != MIDDLE:
+            seed_low_or_high(high=coin > MIDDLE)
+        with ExitStack() if mode is None else mode:
+            probe = self._again(snapshot, records, engine=True, read=read)
+        scale = size if step.settings.loss_reduction == "mean" else 1
+        return exchange.join(probe.found, scale, exchange.sizes_of(records), frozenset(probe.stepped), size, place)
 
     def check_public(self) -> None:
         """Check that a public optimizer's gradient changes neither with the batch nor with how many samples it holds.
@@ -199,11 +282,13 @@ class Trial:
         Raises:
             PrivacyError: the gradient changes.
         """
-        records = self._host.records(3)
+        records = self._host.records(NUM_ALONE)
         found: list[Probe] = []
         for chosen in (records[:1], records[1:2], records):
-            parts = chosen * 2 if len(chosen) == 1 else chosen
-            found.append(self._try(parts, engine=False, seed=0, by_place=True))
+            with self._sandbox.enter():
+                seed_generators(0)
+                with FrozenRandomness(by_place=True):
+                    found.append(self._run(chosen * 2 if len(chosen) == 1 else chosen, engine=False))
         positions = self._step.settings.public_optimizers
         for other, what in (
             (found[1], "which samples are in the batch"),
@@ -258,31 +343,13 @@ class Trial:
                 )
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, part in module.named_modules():
-        for name, value in part._buffers.items():
-            if value is not None and name not in part._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, value
-
-
-def _check_buffers(after: list[dict[str, Tensor]]) -> None:
-    """Check that what checkpoints hold in addition to parameters does not depend on the samples: nothing noises it."""
-    for other in after[1:]:
-        for name, value in after[0].items():
-            if name not in other or value.shape != other[name].shape or not _same(value, other[name]):
-                raise PrivacyError(
-                    f"Expected buffers to be free of the training data, got {name!r} with another value after another sample. It is "
-                    "saved and read by later steps without noise: compute it on public data before fit, or leave it out "
-                    "(check_per_sample=False accepts it, outside the guarantee)."
-                )
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    if not left.is_floating_point():
-        return torch.equal(left, right)
-    return torch.allclose(left.cpu().double(), right.cpu().double(), rtol=1e-6, atol=0.0, equal_nan=True)
+def _different(records: list[Any]) -> list[Any]:
+    """Return the records in an order that begins with different lengths and counts."""
+    seen: set[Any] = set()
+    first: list[Any] = []
+    rest: list[Any] = []
+    for record in records:
+        shape = exchange.shape_of(record)
+        (rest if shape in seen else first).append(record)
+        seen.add(shape)
+    return first + rest

@@ -48,7 +48,7 @@ class PrivateFit:
         self._batch: LogicalBatch | None = None
         self._on_device: Any = None
         self._part = 0
-        self._prepared = False
+        self._prepared, self._checked_at = False, 0
         self._training_flags: list[bool] = []
         if self._device.type == "cpu":
             keep_freed_memory()
@@ -69,7 +69,7 @@ class PrivateFit:
         )
         self.guard = StepGuard(self.step.is_private)
         self._host = LightningHost(strategy)
-        self._sandbox = Sandbox(module, self.guard, self._others, self._host.quiet)
+        self._sandbox = Sandbox(module, self.guard, self._host.others, self._host.quiet)
         self._trial = Trial(self.step, self._host, self._sandbox)
         self._logs = TrainingLogs(trainer, strategy.state.nonprivate_logs, strict=strategy.settings.strict_logging)
         self._watch()
@@ -121,6 +121,8 @@ class PrivateFit:
                 self._begin()
             if not batch:
                 return self._run_real(self._host.stand_in(), 1, weight=0.0)
+            for count, part in batch.microbatches:
+                checks.check_rows(part, count, self._host.axes)
             *others, (count, _) = batch.microbatches
             if others:
                 self._run_further(others)
@@ -155,10 +157,21 @@ class PrivateFit:
             trainer_checks.check_module(strategy.module, runs_samples_alone=strategy.settings.runs_samples_alone)
             self._training_flags = flags
         if not (self._prepared and step.engine.has_layout):
+            self._host.learn_rows()
             self._trial.prepare()
-            self._prepared = True
+            self._prepared, self._checked_at = True, step.state.step
+        elif self._is_due(step.state.step):
+            self._trial.check_again(step.state.step)
+            self._checked_at = step.state.step
         if step.unchecked_public:
             self._trial.check_public()
+
+    def _is_due(self, number: int) -> bool:
+        """Tell whether the checks are repeated at a logical step: the 2nd, 10th, 100th, ... and the first of a long epoch."""
+        if number <= self._checked_at:
+            return False
+        first_of_epoch = self._strategy.trainer.fit_loop.batch_idx == 0
+        return number == 1 or str(number + 1).strip("0") == "1" or (first_of_epoch and number - self._checked_at >= 100)
 
     def _run_further(self, microbatches: list[tuple[int, Any]]) -> None:
         """Run all microbatches but that of the real call, each from the same state, without effect."""
@@ -214,10 +227,6 @@ class PrivateFit:
                 microbatch.__exit__(None, None, None)
 
     # ---------------------------------------------------------------- what is patched
-
-    def _others(self) -> list[Any]:
-        schedulers = [config.scheduler for config in self._strategy.lr_scheduler_configs]
-        return [*self._strategy.optimizers, *schedulers]
 
     def _watch(self) -> None:
         """Follow ``zero_grad`` of private optimizers, and keep logical batches from a user's transfer hook."""

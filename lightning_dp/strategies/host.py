@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from lightning_dp.sampling import collate_samples, peek_samples
 from lightning_dp.step import checks
+from lightning_dp.step.randomness import kept_generators
 from lightning_dp.strategies import _lightning
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class LightningHost:
     def __init__(self, strategy: PrivateStrategy) -> None:
         self._strategy = strategy
         self._stand_in: list[Any] | None = None
+        self.axes: tuple[int, ...] = ()
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the ``training_step`` that is under way."""
 
@@ -39,22 +41,41 @@ class LightningHost:
         """bfloat16 under a bf16 precision of the Trainer, else float32."""
         return torch.bfloat16 if "bf16" in str(self._strategy.trainer.precision) else torch.float32
 
-    def records(self, num: int) -> list[Any]:
+    @property
+    def batch_size(self) -> int:
+        """Records of a real microbatch, as expected; at most the data set."""
+        facts, limit = self._strategy.loader.facts, self._strategy.settings.microbatch_size
+        drawn = max(1, facts.expected_batch_size // (self._strategy.world_size * facts.accumulate))
+        return min(drawn, limit or drawn, facts.dataset_size or drawn)
+
+    def others(self) -> list[Any]:
+        """Return optimizers and schedulers."""
+        return [*self._strategy.optimizers, *(config.scheduler for config in self._strategy.lr_scheduler_configs)]
+
+    def records(self, num: int, seed: int = 0) -> list[Any]:
         """Return records from all over a dataset with random access, the first ones of a stream.
 
-        The positions are pseudo-random and always the same: neither sorted nor periodic data makes them alike.
+        The positions are pseudo-random and always the same for a seed: neither sorted nor periodic data makes them alike.
         """
         loader = self._strategy.loader
         if isinstance(loader.dataset, IterableDataset):
             return peek_samples(loader, num)
         size = loader.facts.dataset_size or 0
-        positions = np.random.default_rng(0).choice(size, size=min(num, size), replace=False)
+        positions = np.random.default_rng(seed).choice(size, size=min(num, size), replace=False)
         return [loader.dataset[int(position)] for position in positions]
 
     def run(self, records: list[Any]) -> Any:
         """Run ``training_step`` on records, collated and moved as Lightning does."""
         rest, kwargs = self.arguments
         return self._strategy.call_training_step(self._batch_of(records), rest, kwargs)
+
+    def learn_rows(self) -> None:
+        """Find the tensors of a collated batch that have one row per record."""
+        loader = self._strategy.loader
+        pair = (self.records(2) * 2)[:2]
+        with kept_generators(self._strategy.root_device):
+            two, three = (collate_samples(loader, (pair * size)[:size]) for size in (2, 3))
+        self.axes = checks.sample_axes(two, three)
 
     def loss_of(self, output: Any, count: int) -> Tensor | None:
         """Return the loss of an output as a scalar."""
@@ -80,7 +101,9 @@ class LightningHost:
             yield
 
     def _batch_of(self, records: list[Any]) -> Any:
-        return self._strategy.to_device(collate_samples(self._strategy.loader, records))
+        batch = collate_samples(self._strategy.loader, records)
+        checks.check_rows(batch, len(records), self.axes)
+        return self._strategy.to_device(batch)
 
 
 @contextmanager

@@ -1,0 +1,208 @@
+"""Exchange test: one sample of a batch is exchanged, and everybody else's gradient must stay as it was.
+
+The arithmetic of the other rows is the same in both batches, so that the tolerance is rounding, and couplings are
+found that a comparison with single runs cannot resolve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_dp.errors import PrivacyError
+
+#: Allowed relative difference of the others' gradients, by type: where shapes stay equal, and where they change.
+TOLERANCE = {torch.float64: (1e-11, 1e-8), torch.float32: (2e-6, 1e-4), torch.bfloat16: (1e-3, 5e-2)}
+
+
+@dataclass
+class Fingerprint:
+    """The gradients of the samples of a batch, in a few numbers.
+
+    Args:
+        norms: (parameters, B) norms of the gradients of each sample's own loss. Private.
+        sums: per random direction, parameter -> weighted sum over the samples that stay, scaled to equal length. Private.
+        shapes: of the samples that stay and of the one that does not.
+        stepped: optimizers that stepped.
+    """
+
+    norms: Tensor
+    sums: list[dict[str, Tensor]]
+    shapes: Any
+    stepped: frozenset[int]
+
+
+def random_weights(size: int, leaves: int) -> Tensor:
+    """Return (2, size) fixed weights of random sign; 0 for the sample that does not stay."""
+    weights = torch.from_numpy(np.random.default_rng(7).uniform(0.5, 1.5, (2, max(size, leaves + 1))))
+    weights[1] *= torch.where(torch.arange(weights.shape[1]) % 3 == 0, -1.0, 1.0)
+    weights[:, leaves] = 0.0
+    return weights[:, :size]
+
+
+def fingerprint(
+    engine: Any, names: list[str], weights: Tensor, parameters: dict[str, Tensor]
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Return norms per parameter and sample, and weighted sums over samples of gradients scaled to equal length.
+
+    Args:
+        engine: recorded the batch.
+        names: private parameters of one optimizer.
+        weights: (directions, B); 0 leaves a sample out.
+        parameters: private parameters by name.
+    """
+    norms = engine.squared_norms([[name] for name in names]).sqrt()
+    total = norms.nan_to_num(nan=0.0, posinf=0.0).square().sum(0).sqrt()
+    usable = (total > 0) & norms.isfinite().all(0)
+    sums = []
+    for row in weights.to(norms):
+        factors = torch.where(usable, row / total.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
+        out = {name: torch.zeros_like(parameters[name], dtype=norms.dtype) for name in names}
+        engine.accumulate(factors[None], [names], out)
+        sums.append(out)
+    return norms, sums
+
+
+def join(
+    found: list[tuple[Tensor, list[dict[str, Tensor]]]],
+    scale: float,
+    shapes: Any,
+    stepped: frozenset[int],
+    size: int,
+    leaves: int,
+) -> Fingerprint:
+    """Return the fingerprint over all optimizers.
+
+    Args:
+        found: per optimizer.
+        scale: makes gradients of the mean over the batch those of each sample's own loss.
+        shapes: of all samples.
+        stepped: optimizers that stepped.
+        size: samples.
+        leaves: the sample that does not stay.
+    """
+    norms = torch.cat([norms for norms, _ in found]) * scale if found else torch.zeros(0, size)
+    sums: list[dict[str, Tensor]] = [{} for _ in range(2)]
+    for _, directions in found:
+        for total, part in zip(sums, directions, strict=True):
+            total.update(part)
+    return Fingerprint(norms, sums, shapes, stepped)
+
+
+def most_different(record: Any, others: list[Any]) -> list[Any]:
+    """Return at most two records: one that differs in its whole numbers (a label, say), and one of another length."""
+    chosen = [other for other in others if _whole_numbers(other) != _whole_numbers(record)][:1]
+    chosen += [other for other in others if shape_of(other) != shape_of(record)][:1]
+    return chosen or others[:1]
+
+
+def _whole_numbers(record: Any) -> list[Any]:
+    """Return whole numbers and words of a record, at most 64 of each of its arrays."""
+    found: list[Any] = []
+
+    def look(leaf: Any) -> Any:
+        whole = isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
+        if isinstance(leaf, (int, str)):
+            found.append(leaf)
+        elif whole or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biu"):
+            found.extend(leaf.reshape(-1)[:64].tolist())
+        return leaf
+
+    tree_map(look, record)
+    return found
+
+
+def sizes_of(records: list[Any]) -> tuple[Any, ...]:
+    """Return the shapes of all records."""
+    return tuple(shape_of(record) for record in records)
+
+
+def same_shapes(first: Fingerprint, second: Fingerprint) -> bool:
+    """Tell whether both batches have the same shapes, so that the arithmetic of the other rows is the same."""
+    return bool(first.shapes == second.shapes)
+
+
+def compare(first: Fingerprint, second: Fingerprint, stays: Tensor, *, tolerance: float, what: str) -> None:
+    """Check that the samples that stay have the same gradients in two batches.
+
+    Args:
+        first: of one batch.
+        second: of the other; its norms have the columns of the samples that stay, in the same order.
+        stays: (B,) marks the samples of the first batch that the second one holds too.
+        tolerance: allowed difference, relative to a sample's own gradient.
+        what: was done to the one that does not stay.
+
+    Raises:
+        PrivacyError: a sample's gradient depends on another one.
+    """
+    if first.stepped != second.stepped:
+        raise PrivacyError(_message(what, "which optimizers step changes with it"))
+    kept = second.norms[:, stays] if second.norms.shape[1] == len(stays) else second.norms
+    norms, others = first.norms[:, stays].double(), kept.double()
+    if norms.shape != others.shape:
+        raise PrivacyError(_message(what, "there is no loss any more, or there is one now"))
+    if norms.numel() == 0:
+        return
+    total = norms.nan_to_num().square().sum(0).sqrt()
+    differs = (norms - others).abs() > tolerance * total
+    differs |= norms.isfinite() != others.isfinite()
+    if bool(differs.any()):
+        worst = ((norms - others).abs() / total.clamp_min(1e-300)).nan_to_num(nan=float("inf")).max()
+        raise PrivacyError(_message(what, f"the gradients of {int(differs.any(0).sum())} of {norms.shape[1]} others differ by "
+                                          f"up to {float(worst):.2g} of their length"))  # fmt: skip
+    for one, other in zip(first.sums, second.sums, strict=True):
+        distance = sum(float((one[name].double() - other[name].double()).square().sum()) for name in one) ** 0.5
+        if not distance <= 4 * tolerance * norms.shape[1]:
+            raise PrivacyError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
+
+
+def _message(what: str, found: str) -> str:
+    return (
+        f"One sample of a batch was {what}, and {found}. Samples influence each other, so one record could move the sum by more "
+        "than the clipping norm. Likely causes: BatchNorm or other statistics over the batch; a contrastive loss, mixing or hard "
+        "examples; a mean over all tokens of the batch, or another denominator that samples share; a guard that skips or "
+        "clamps the loss of the whole batch. Change the layer or the loss so that each sample has its own."
+    )
+
+
+def spoiled(record: Any, value: float) -> Any:
+    """Return a record whose floating-point values are all replaced by one; the same record if it has none."""
+
+    def replaced(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return torch.full_like(leaf, value)
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
+            return np.full_like(leaf, value)
+        return value if isinstance(leaf, float) else leaf
+
+    return tree_map(replaced, record)
+
+
+def has_floats(record: Any) -> bool:
+    """Tell whether a record has floating-point values."""
+    found: list[bool] = []
+
+    def look(leaf: Any) -> Any:
+        kind = isinstance(leaf, float) or (isinstance(leaf, Tensor) and leaf.is_floating_point())
+        found.append(kind or (isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f"))
+        return leaf
+
+    tree_map(look, record)
+    return any(found)
+
+
+def shape_of(record: Any) -> Any:
+    """Return a value that tells records of different length or count apart."""
+    shapes: list[Any] = []
+
+    def look(leaf: Any) -> Any:
+        shapes.append(tuple(leaf.shape) if hasattr(leaf, "shape") else len(leaf) if hasattr(leaf, "__len__") else None)
+        return leaf
+
+    tree_map(look, record)
+    return tuple(shapes)

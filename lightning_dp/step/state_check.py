@@ -1,0 +1,115 @@
+"""State check: what a step leaves behind must not depend on the records it saw (guarantee I2).
+
+State that a checkpoint holds is compared itself. Other state (lists, running means, objects of the user's) is judged by what
+it does: the gradient of a third record after each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.step.snapshot import same_values
+
+#: Relative difference of two gradients of one record that counts as rounding.
+ROUNDING = 1e-6
+
+Gradients = dict[str, Tensor]
+
+
+def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
+    """Return copies of what a checkpoint holds: parameters, persistent buffers, numbers of optimizers and schedulers."""
+    state: dict[str, Any] = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for prefix, part in module.named_modules():
+        for name, value in part._buffers.items():
+            if value is not None and name not in part._non_persistent_buffers_set:
+                state[f"{prefix}.{name}" if prefix else name] = value.detach().clone()
+    for number, other in enumerate(others):
+        for index, group in enumerate(getattr(other, "param_groups", ())):
+            for name, value in group.items():
+                if isinstance(value, (bool, int, float, Tensor)):
+                    state[f"optimizer {number}, param_groups[{index}][{name!r}]"] = _copied(value)
+        if not hasattr(other, "param_groups"):
+            for name, value in vars(other).items():
+                if isinstance(value, (bool, int, float)):
+                    state[f"{type(other).__name__}.{name}"] = value
+    return state
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names under which two states differ."""
+    for name in dict.fromkeys([*first, *second]):
+        left, right = first.get(name), second.get(name)
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
+            if not same_values(left, right) and not _close(left, right):
+                yield name
+        elif left != right:
+            yield name
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape or not left.is_floating_point():
+        return False
+    return torch.allclose(left.double(), right.double(), rtol=ROUNDING, atol=0.0, equal_nan=True)
+
+
+def check_state(
+    run: Callable[[list[list[Any]]], tuple[dict[str, Any], Gradients]], records: list[Any], *, together: bool
+) -> None:
+    """Check that state after a step depends neither on which records it saw nor on how many.
+
+    Args:
+        run: runs the step on one list of records after the other, without effect in the end, under the same randomness;
+            returns the state after the first and the gradients of the last.
+        records: three records of the training set.
+        together: whether a step may see two records at once.
+
+    Raises:
+        PrivacyError: it does; the message names the state, or says that a later gradient changes.
+    """
+    first, second, third = records
+    reference, gradients = run([[first], [third]])
+    for other, what in (([second], "another record"), ([first, second], "two records instead of one")):
+        if len(other) > 1 and not together:
+            continue
+        state, after = run([other, [third]])
+        names = list(changed(reference, state))
+        if names:
+            raise PrivacyError(
+                f"training_step leaves {_listed(names)} with another value after {what}. Such state is saved and read by later "
+                "steps without noise. Compute it on public data before fit, make it follow the weights alone, or leave it out "
+                "(check_per_sample=False accepts it, outside the guarantee)."
+            )
+        if not _same_gradients(gradients, after):
+            raise PrivacyError(
+                f"The gradient of a record changes with what training_step saw before: it differs after {what}. Some object keeps "
+                "values of earlier records (a queue, a running mean, a cache) and a later loss reads them without noise. "
+                "Leave it out, or compute it on public data before fit."
+            )
+
+
+def _same_gradients(left: Gradients, right: Gradients) -> bool:
+    if left.keys() != right.keys():
+        return False
+    pairs = [(left[name].double(), right[name].double()) for name in left]
+    size = sum(float(one.nan_to_num().square().sum()) for one, _ in pairs) ** 0.5
+    for one, other in pairs:
+        if not torch.equal(one.isfinite(), other.isfinite()):
+            return False
+        distance = float((one - other).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).norm())
+        if not distance <= 10 * ROUNDING * size:
+            return False
+    return True
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
