@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +17,7 @@ from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.teachers import Teachers
 from lightning_dp.errors import PrivacyError
 from lightning_dp.reporting.card import RunNotes
+from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import default_delta
 from lightning_dp.strategies import checkpoint as saved
 from lightning_dp.strategies.planning import remaining_steps
@@ -34,8 +35,8 @@ class DataLensRun(pl.LightningModule):
         self.settings = settings
         self.accountant = make_accountant(settings.accountant)
         self.ledger = Ledger("replace_one")
-        self.budget: Callable[[Any], int] | None = None
-        self.last_allowed_step: int | None = None
+        self.mechanisms = Mechanisms()  # of which a limit is all that callbacks can ask for
+        self.last_allowed_step = math.inf
         self._dataset_size: int | None = None
         self._step = 0
         self._plan: DataLensPlan | None = None
@@ -58,9 +59,13 @@ class DataLensRun(pl.LightningModule):
                     "Expected a run with its training data set up, got none yet. Ask for the plan during or after fit."
                 )
             self._plan = self._build_plan(self._trainer)
-            if self.budget is not None:
-                self.last_allowed_step = self.budget(self)
+            self.settle_limit()
         return self._plan
+
+    def settle_limit(self) -> float:
+        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
+        self.last_allowed_step = self.mechanisms.limit.last_step(self)
+        return self.last_allowed_step
 
     @property
     def steps_taken(self) -> int:
@@ -145,6 +150,11 @@ class DataLensRun(pl.LightningModule):
                 seed=None if seed is None else seed * 1_000_003 + self.global_rank,
                 secure=self.settings.secure_rng,
             )
+
+    @override
+    def teardown(self, stage: str) -> None:
+        """Lifts the limit: it holds for one fit."""
+        self.last_allowed_step = math.inf
 
     # ---------------------------------------------------------------- checkpoints: the generator and the ledger
 

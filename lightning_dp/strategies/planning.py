@@ -119,6 +119,7 @@ def build_plan(
     length = RunLength(
         steps=None if remaining is None else start + remaining, steps_per_epoch=_steps_per_pass(trainer, facts)
     )
+    mechanisms.begin_run(length)
     plan = DPPlan(
         sampling=facts.sampling,
         dataset_size=facts.dataset_size,
@@ -147,7 +148,7 @@ def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> 
     stop = start + 1 if plan.steps is None else plan.steps
     factors = [factor for factor, _ in schedules.runs(plan.schedule, start, max(start, stop))]
     if factors:
-        mechanisms.threshold.share_noise(plan.noise_multiplier * max(factors), plan.expected_batch_size)
+        mechanisms.bound.share_noise(plan.noise_multiplier * max(factors), plan.expected_batch_size)
 
 
 def _steps_per_pass(trainer: pl.Trainer, facts: SamplingFacts) -> int | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,7 +19,7 @@ from typing_extensions import override
 from lightning_dp import _validate as check
 from lightning_dp.accounting import Ledger, make_accountant
 from lightning_dp.clipping import Clipping
-from lightning_dp.clipping.bounds import Threshold
+from lightning_dp.clipping.bounds import Bound
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import make_engine
 from lightning_dp.reporting import statement
@@ -143,11 +145,9 @@ class PrivateRun(SavedRun):
         self.mechanisms = Mechanisms()
         self.nonprivate_logs: set[str] = set()
         self._logs: TrainingLogs | None = None
-        self.writes_card = True  # a PrivacyCard in the Trainer's callbacks does it instead
         self._seeded, self._secure = seed is not None, secure_rng
         self.audits: list[str] = []
-        self.budget: Callable[[PrivateRun], int] | None = None
-        self.last_allowed_step: int | None = None
+        self.last_allowed_step = math.inf
         self._step = 0
         self._restored_plan: dict[str, Any] | None = None
         self._unledgered = 0
@@ -167,7 +167,7 @@ class PrivateRun(SavedRun):
         self._probe: Any = None
         self._prepared = self._recording = self._deferring = self._partial = False
         self._part = 0
-        self._threshold = Threshold()
+        self._threshold = Bound()
         self._scale = self._batch_precision = 0.0
         self._unfinished: set[int] = set()
         self._collected: set[int] = set()
@@ -198,9 +198,23 @@ class PrivateRun(SavedRun):
                 accountant=self.accountant,
                 restored=self._restored_plan,
             )
-            if self.budget is not None:
-                self.last_allowed_step = self.budget(self)
+            self.settle_limit()
         return self._plan
+
+    def settle_limit(self) -> float:
+        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
+        self.last_allowed_step = self.mechanisms.limit.last_step(self)
+        return self.last_allowed_step
+
+    @property
+    def accumulators(self) -> Mapping[int, ClippedSum]:
+        """Accumulators by position of their private optimizer; read only."""
+        return MappingProxyType(self._sums)
+
+    def private_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of all private optimizers by qualified name."""
+        private = (index for index in range(len(self.optimizers)) if index not in self.settings.public_optimizers)
+        return {name: parameter for index in private for name, parameter in self._parameters_of(index).items()}
 
     @property
     def bytes_per_step(self) -> int:
@@ -303,9 +317,8 @@ class PrivateRun(SavedRun):
             self._logs.detach()
             self._logs = None
         self._sums = {}
-        self._stand_in = self._on_device = self._batch = self.budget = self.last_allowed_step = None
-        self.mechanisms = Mechanisms()
-        self.writes_card = True
+        self._stand_in = self._on_device = self._batch = None
+        self.mechanisms, self.last_allowed_step = Mechanisms(), math.inf
         super().teardown()
 
     def _watch_hooks(self) -> None:
@@ -355,7 +368,7 @@ class PrivateRun(SavedRun):
             elif not parameters:
                 self._sums.pop(index, None)
             elif index not in self._sums or not self._sums[index].holds(parameters):
-                self._sums[index] = ClippedSum(parameters, self._clipping, self.mechanisms.threshold.num_statistics)
+                self._sums[index] = ClippedSum(parameters, self._clipping, self.mechanisms.bound.num_statistics)
         private = {name for sums in self._sums.values() for name in sums.names}
         recorded = {
             name: p
@@ -379,8 +392,7 @@ class PrivateRun(SavedRun):
     def on_train_end(self) -> None:
         """One line at the end of fit, and the privacy card beside the logger's files."""
         super().on_train_end()
-        if self.writes_card:
-            card_files.write(self._trainer, self)
+        card_files.write(self._trainer, self, self.mechanisms.card)
         rank_zero_info(statement.summary_line(self.plan, self.ledger, self.accountant))
 
 

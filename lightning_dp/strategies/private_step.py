@@ -8,7 +8,7 @@ yet, sum over ranks, ``p.grad``) -> optimizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dp.auditing import Canaries
 from lightning_dp.clipping import NoClipping
 from lightning_dp.clipping.base import SMALLEST_FACTOR
-from lightning_dp.clipping.bounds import NoisyRelease, Threshold
+from lightning_dp.clipping.bounds import Bound, NoisyRelease
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import has_spare_core
-from lightning_dp.sampling import LogicalBatch, private_dataloader
+from lightning_dp.sampling import LogicalBatch, collate_samples, private_dataloader
 from lightning_dp.step.accumulator import ClippedSum
 from lightning_dp.step.diagnostics import Diagnostics
 from lightning_dp.strategies import first_batch, skipped_steps, trainer_checks
@@ -117,7 +116,7 @@ class PrivateStep(Refusals):
             engine.discard(sums.names)
             return
         threshold, diagnostics = self._threshold, self.mechanisms.diagnostics
-        needs_norms = threshold.num_statistics > 0 or diagnostics is not None
+        needs_norms = threshold.num_statistics > 0 or diagnostics.reads_sums
         if needs_norms or not sums.clipping.needs_gradients:
             norms = engine.squared_norms(sums.groups, sums.mask).sqrt() * scale
         if sums.clipping.needs_gradients:
@@ -131,7 +130,7 @@ class PrivateStep(Refusals):
             engine.accumulate(weights, sums.groups, sums.views, sums.mask, sums.places, sums.room)
         if threshold.num_statistics:
             sums.statistics.add_(threshold.statistics(torch.linalg.vector_norm(norms, dim=0)))
-        if diagnostics is not None:
+        if diagnostics.reads_sums:
             kept_norms = (
                 torch.linalg.vector_norm(kept, dim=1)[None] if sums.clipping.needs_gradients else factors * norms
             )
@@ -208,11 +207,11 @@ class PrivateStep(Refusals):
 
     def _noise_comes_first(self) -> bool:
         """Not if secure noise rounds the sum, or diagnostics read it."""
-        return not self.settings.secure_rng and self.mechanisms.diagnostics is None
+        return not (self.settings.secure_rng or self.mechanisms.diagnostics.reads_sums)
 
     def _divisor(self, sums: ClippedSum) -> int:
         """What a sum that begins with its noise is divided by as it is made: 1 where something has to see the sum itself."""
-        seen = self._threshold.sees_releases or type(self.mechanisms.canaries) is not Canaries
+        seen = self._threshold.sees_releases or self.mechanisms.canaries.reads_sums
         return 1 if seen or not sums.clipping.gives_mean else self.plan.expected_batch_size
 
     @property
@@ -238,9 +237,7 @@ class PrivateStep(Refusals):
         """
         assert self._noise is not None
         noise_std, statistics_std = self._noise_stds(sums, sigma)
-        if self.mechanisms.diagnostics is not None:
-            self.mechanisms.diagnostics.summarise(gradient, sigma * self.plan.relation_factor * sums.sensitivity)
-            self.mechanisms.diagnostics.reset()
+        self.mechanisms.diagnostics.summarise(gradient, sigma * self.plan.relation_factor * sums.sensitivity)
         self._record(sigma)
         if sums.noise_std is None:
             self._noise.add_(gradient, noise_std * self._noise_share)
@@ -319,15 +316,15 @@ class PrivateStep(Refusals):
     def _settle(self) -> None:
         """Bounds and masks of this logical step, from public state: they hold until the next one begins."""
         mechanisms, step, plain = self.mechanisms, self._step, not self.plan.is_private(self._step)
-        self._threshold = Threshold() if plain else mechanisms.threshold
+        self._threshold = Bound() if plain else mechanisms.bound
         for sums in self._sums.values():
             base = NoClipping() if plain else sums.base
             sums.clipping = self._threshold.clipping(base, step, len(sums.groups))
-        version = tuple(mask.version(step) for mask in mechanisms.masks.values())
+        version = tuple(mask.version(step) for mask in mechanisms.masks)
         if all(sums.mask_version == version for sums in self._sums.values()):
             return
         parameters = {name: p for sums in self._sums.values() for name, p in sums.parameters.items()}
-        masks = [mask.live(step, parameters) for mask in mechanisms.masks.values()]
+        masks = [mask.live(step, parameters) for mask in mechanisms.masks]
         for sums in self._sums.values():
             sums.set_masks(masks, version)
 
@@ -396,6 +393,20 @@ class PrivateStep(Refusals):
         batch = self.precision_plugin.convert_input(batch)
         batch = type(module)._on_before_batch_transfer(module, batch, dataloader_idx=0)
         return super().batch_to_device(batch, self.root_device, 0)
+
+    @torch.no_grad()
+    def losses(self, records: Sequence[Any], loss: Callable[[pl.LightningModule, Any], Tensor]) -> list[float]:
+        """Return the loss of each record alone, in evaluation mode and without any effect. NOT private.
+
+        Args:
+            records: as the training set holds them.
+            loss: (module, batch of one record on the device) -> loss.
+        """
+        assert self._loader is not None
+        with first_batch.held_still(self):
+            self._module.eval()
+            batches = (self._to_device(collate_samples(self._loader, [record])) for record in records)
+            return [float(loss(self._module, batch)) for batch in batches]
 
     def _begin_microbatch(self, batch: Any, count: int, weight: float) -> None:
         results: Any = self._trainer._results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Refusals(PrivateRun):
 
     def _refuse_unplanned_release(self) -> None:
         """More releases on one batch than planned are paid; where a target or a budget was promised they are refused."""
-        if self.plan.target_epsilon is not None or self.last_allowed_step is not None:
+        if self.plan.target_epsilon is not None or math.isfinite(self.last_allowed_step):
             raise PrivacyError(
                 "Expected each private optimizer to step once a batch under target_epsilon or PrivacyBudget, got a further step on "
                 "the same batch. It costs privacy that was not planned for: step once, or pass noise_multiplier and no budget."
@@ -108,7 +109,7 @@ class Refusals(PrivateRun):
                 f"Expected at most the {steps} planned steps under target_epsilon={self.plan.target_epsilon:g}, got one more. The "
                 "noise was calibrated to these: set max_epochs or max_steps before fit, not during it."
             )
-        if self.last_allowed_step is not None and self._batch_precision == 0.0 and self._step >= self.last_allowed_step:
+        if self._batch_precision == 0.0 and self._step >= self.last_allowed_step:
             raise PrivacyError(
                 f"Expected to stop after {self.last_allowed_step} steps, where the privacy budget ends, got one more. Something kept "
                 "the Trainer going (min_epochs or min_steps?): lower it, or raise the budget."
