@@ -237,7 +237,7 @@ class PrivateStep(Refusals):
         """
         assert self._noise is not None
         noise_std, statistics_std = self._noise_stds(sums, sigma)
-        self.mechanisms.diagnostics.summarise(gradient, sigma * self.plan.relation_factor * sums.sensitivity)
+        self.mechanisms.diagnostics.summarise(gradient, noise_std)
         self._record(sigma)
         if sums.noise_std is None:
             self._noise.add_(gradient, noise_std * self._noise_share)
