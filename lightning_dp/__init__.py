@@ -3,7 +3,7 @@
     trainer = L.Trainer(strategy=DPStrategy(target_epsilon=3.0), callbacks=[EpsilonMonitor()])
     trainer.fit(model, datamodule)
 
-Read ``strategies/private_step.py`` first: it is the step, in the order of the data.
+Read ``step/step.py`` first: it is the step, in the order of the data.
 """
 
 from lightning_dp import auditing, schedules

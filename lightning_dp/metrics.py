@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
 from lightning_dp import _validate as check
 from lightning_dp.accounting import Accountant, Ledger, make_accountant
+from lightning_dp.errors import PrivacyError
+
+#: Attributes that a copy shares with its original.
+_SHARED = ("_source", "_accountant")
 
 
 class Epsilon(Metric):
@@ -19,7 +26,10 @@ class Epsilon(Metric):
     ``compute()`` is ``accountant.epsilon(ledger, delta)``; NaN while no steps are recorded, which is not epsilon 0.
 
     **Guarantee**: resetting the metric, as Lightning does every epoch, never touches the ledger. The value depends on
-    public settings only. It is the same on every rank, so nothing is reduced.
+    public settings only. It is the same on every rank, so nothing is reduced. Copies (``clone``, ``deepcopy``, also as part
+    of a module or a ``MetricCollection``) read the same ledger, so none of them reports an epsilon that is out of date. A
+    pickle holds no ledger: what is loaded from it refuses to compute. Processes that are spawned are an exception: the
+    metric follows the run that is sent along with it.
 
     Args:
         source: a private strategy (its ledger, also after a resume) or a ``Ledger``.
@@ -31,7 +41,8 @@ class Epsilon(Metric):
     As output of ``compute`` the metric returns a scalar tensor (float64).
 
     Raises:
-        ValueError: for a delta out of range.
+        ValueError: a delta out of range.
+        PrivacyError: on ``compute`` after it was unpickled.
 
     Example:
         >>> from lightning_dp.accounting import Ledger, PrivacyEvent
@@ -62,18 +73,45 @@ class Epsilon(Metric):
 
     @property
     def ledger(self) -> Ledger:
-        """The ledger that is read."""
+        """Ledger that is read.
+
+        Raises:
+            PrivacyError: the metric was unpickled.
+        """
+        if self._source is None:
+            raise PrivacyError(
+                "This Epsilon was unpickled without the ledger of its run, so its value would be out of date. Make another one: "
+                "Epsilon(trainer.strategy, delta=...)."
+            )
         return self._source if isinstance(self._source, Ledger) else self._source.ledger
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to add: the ledger is written where the noise is drawn."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> Epsilon:
+        """Return a copy that reads the same ledger."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        state = super().__getstate__()
+        shared = {name: state.pop(name) for name in _SHARED}
+        copied.__setstate__({**copy.deepcopy(state, memo), **shared})
+        return copied
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds: no ledger, unless a process is spawned that gets the whole run."""
+        state: dict[str, Any] = super().__getstate__()
+        return state if get_spawning_popen() is not None else {**state, "_source": None}
+
+    @override
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Ignore all arguments: the value comes from the ledger."""
+
+    @override
     def compute(self) -> Tensor:
-        """Epsilon now."""
+        """Return epsilon now, a float64 scalar; NaN while no steps are recorded."""
         value = math.nan if self.ledger.num_steps == 0 else self._accountant.epsilon(self.ledger, self.delta)
         return torch.tensor(value, dtype=torch.float64)
 
+    @override
     def reset(self) -> None:
-        """Forgets nothing: the ledger stays."""
+        """Leave the ledger as it is."""
         super().reset()
         self._update_count = 1

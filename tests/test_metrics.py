@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torchmetrics import MeanMetric, MetricCollection
 
-from lightning_dp import DPStrategy, Epsilon, Ledger, PrivacyEvent
+from lightning_dp import DPStrategy, Epsilon, Ledger, PrivacyError, PrivacyEvent
 from tests.helpers import Classifier, make_loader, make_trainer
 
 
@@ -62,3 +69,108 @@ def test_epsilon_refuses_what_is_no_ledger() -> None:
         Epsilon(torch.ones(1), delta=1e-5)
     with pytest.raises(ValueError, match="0 < delta < 1"):
         Epsilon(Ledger(), delta=1.0)
+
+
+class Holder(nn.Module):
+    """A module with the metric in it."""
+
+    def __init__(self, metric: Epsilon) -> None:
+        super().__init__()
+        self.metric, self.layer = metric, nn.Linear(1, 1)
+
+
+COPIES: dict[str, Callable[[Epsilon], Epsilon]] = {
+    "clone": lambda metric: metric.clone(),
+    "collection": lambda metric: MetricCollection({"epsilon": metric, "mean": MeanMetric()}).clone(prefix="val_")[
+        "epsilon"
+    ],
+    "deepcopy": copy.deepcopy,
+    "module": lambda metric: copy.deepcopy(Holder(metric)).metric,
+    "copy_of_a_copy": lambda metric: copy.deepcopy(metric.clone()),
+}
+
+
+class Run:
+    """A strategy as far as the metric sees it: its ledger is exchanged when a run resumes."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+
+
+@pytest.mark.parametrize("from_run", [True, False], ids=["strategy", "ledger"])
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_follow_the_live_ledger(name: str, from_run: bool) -> None:
+    run, event = Run(), PrivacyEvent(kind="gaussian", noise_multiplier=1.0)
+    run.ledger.record(event)
+    metric = Epsilon(run if from_run else run.ledger, delta=1e-5, accountant="gdp")
+    copied = COPIES[name](metric)
+    assert copied is not metric
+    run.ledger.record(event, 99)
+    assert float(copied.compute()) == float(metric.compute()) > 50
+    if from_run:
+        run.ledger = Ledger()
+        run.ledger.record(event, 2)
+        assert float(copied.compute()) == float(metric.compute()) < 10
+
+
+def test_copy_of_a_module_in_fit_follows_the_run(tmp_path: Any) -> None:
+    """A module of exponential averages, say, is a copy that is made at the start."""
+    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp")
+    copies: list[Any] = []
+
+    class Averaged(Classifier):
+        def on_fit_start(self) -> None:
+            self.holder = Holder(Epsilon(self.trainer.strategy, delta=1e-5))
+            copies.append(copy.deepcopy(self.holder))
+
+    make_trainer(strategy, tmp_path, max_epochs=2).fit(Averaged(), make_loader(batch_size=32))
+    assert float(copies[0].metric.compute()) == pytest.approx(strategy.epsilon())
+    assert copies[0].layer is not None
+
+
+def test_copy_has_state_of_its_own() -> None:
+    metric = Epsilon(Ledger(), delta=1e-5, accountant="gdp")
+    copied = metric.clone()
+    copied.delta = 1e-3
+    assert metric.delta == 1e-5
+
+
+def test_pickled_metric_refuses_to_be_stale() -> None:
+    ledger = Ledger()
+    ledger.record(PrivacyEvent(kind="gaussian", noise_multiplier=1.0))
+    metric = Epsilon(ledger, delta=1e-5, accountant="gdp")
+    content = pickle.dumps(Holder(metric))
+    assert b"Ledger" not in content
+    loaded = pickle.loads(content)
+    for copied in (loaded.metric, loaded.metric.clone()):
+        with pytest.raises(PrivacyError, match=r"Epsilon was unpickled .* Make another one: Epsilon\(trainer.strategy"):
+            copied.compute()
+    assert float(metric.compute()) > 4
+
+
+def test_strategy_in_a_pickle_is_left_out(tmp_path: Any) -> None:
+    """Else a module that is saved as a whole would hold Trainer, data and noise generator."""
+    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp")
+    make_trainer(strategy, tmp_path, max_epochs=1).fit(Classifier(), make_loader(batch_size=32))
+    assert len(pickle.dumps(Epsilon(strategy, delta=1e-5))) < 5000
+
+
+def test_spawned_process_keeps_the_strategy_of_its_own() -> None:
+    """What is sent to a process at its start belongs together: the metric follows the strategy that was sent with it."""
+    script = (
+        "import multiprocessing\n"
+        "from tests.test_metrics import Run, follow\n"
+        "from lightning_dp import Epsilon\n"
+        "if __name__ == '__main__':\n"
+        "    run = Run()\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=follow, args=(run, Epsilon(run, 1e-5, 'gdp')))\n"
+        "    process.start(); process.join(); raise SystemExit(process.exitcode)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def follow(run: Run, metric: Epsilon) -> None:
+    """Run in a process of its own: the ledger that came along grows, and the metric with it."""
+    run.ledger.record(PrivacyEvent(kind="gaussian", noise_multiplier=1.0))
+    assert 4 < float(metric.compute()) < 5

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Hashable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping
-from lightning_dp.clipping.bounds import Threshold
+from lightning_dp.clipping.bounds import Bound
 from lightning_dp.errors import PrivacyError
 
 _NOISELESS = 1e-3  # noise in units of S below which a likelihood ratio says no more
@@ -51,7 +51,7 @@ class Sum(Protocol):
         """What a release of the live coordinates holds at positions of the gradient, 0 where masked."""
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """A view a parameter on a buffer of shape (P,)."""
+        """Return one view per parameter on a buffer of shape (P,)."""
 
 
 class Canaries:
@@ -62,13 +62,15 @@ class Canaries:
     are unchanged: epsilon holds for every real record, whatever is known of the canaries.
     """
 
-    needs_factors: bool = False
+    needs_factors: ClassVar[bool] = False
     """Whether the clipping must work by factors."""
+    reads_sums: ClassVar[bool] = False
+    """Whether canaries join sums and read releases, so that no sum may be held as a mean."""
 
     def begin(self, sample_rate: float | None) -> None:
         """Draw which canaries are in the logical batch that begins."""
 
-    def join(self, key: Hashable, sums: Sum, threshold: Threshold, *, adds: bool) -> None:
+    def join(self, key: Hashable, sums: Sum, bound: Bound, *, adds: bool) -> None:
         """Add the canaries of this batch to a sum that is about to be noised."""
 
     def observe(self, key: Hashable, sums: Sum, noisy: Tensor, noise_std: float) -> None:
@@ -106,11 +108,15 @@ class GradientCanaries(Canaries):
     """
 
     needs_factors = True
+    reads_sums = True
 
     def __init__(self, num_canaries: int, *, norm: float = 10.0, root: str | None = None) -> None:
+        self._begin(num_canaries, norm, secrets.token_hex(32) if root is None else root)
+
+    def _begin(self, num_canaries: int, norm: float, root: str) -> None:
         self.num_canaries = check.check_count("num_canaries", num_canaries)
         self.norm = check.check_positive("norm", norm)
-        self.root = secrets.token_hex(32) if root is None else root
+        self.root = root
         self._rng = np.random.default_rng([int(self.root, 16), 1])
         self._members_rng = np.random.Generator(np.random.PCG64DXSM(secrets.randbits(256)))
         self.included = coins(num_canaries, self.root)
@@ -157,13 +163,13 @@ class GradientCanaries(Canaries):
         drawn = self._members_rng.random(self.num_canaries) < sample_rate
         self._members = torch.from_numpy(self.included & drawn)
 
-    def join(self, key: Hashable, sums: Sum, threshold: Threshold, *, adds: bool) -> None:
+    def join(self, key: Hashable, sums: Sum, bound: Bound, *, adds: bool) -> None:
         """Clip the canaries' gradients as samples' and add those of this batch's members.
 
         Args:
             key: name of the sum.
             sums: where they are added.
-            threshold: counts norms, if it does.
+            bound: counts norms, if it does.
             adds: whether this process adds them; one of several does.
         """
         self.place(key, sums)
@@ -178,8 +184,8 @@ class GradientCanaries(Canaries):
             return
         for group, positions in places.of.items():
             sums.add_at(positions[members], kept_GM[group, members])
-        if threshold.num_statistics:
-            sums.statistics.add_(threshold.statistics(torch.linalg.vector_norm(norms_GM[:, members], dim=0)))
+        if bound.num_statistics:
+            sums.statistics.add_(bound.statistics(torch.linalg.vector_norm(norms_GM[:, members], dim=0)))
 
     def observe(self, key: Hashable, sums: Sum, noisy: Tensor, noise_std: float) -> None:
         """Add what a release says of each canary: L of this batch.
@@ -209,12 +215,10 @@ class GradientCanaries(Canaries):
         """Return what a resumed run needs. Who is in the next batch follows from fresh entropy, not from here."""
         return {"root": self.root, "num_canaries": self.num_canaries, "norm": self.norm, "scores": self.scores.tolist()}
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> GradientCanaries:
-        """Return canaries with the coins and the scores of before."""
-        canaries = cls(state["num_canaries"], norm=state["norm"], root=state["root"])
-        canaries._folded = np.array(state["scores"], dtype=np.float64)
-        return canaries
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the coins and the scores of a run that resumes; coordinates are chosen again."""
+        self._begin(state["num_canaries"], state["norm"], state["root"])
+        self._folded = np.array(state["scores"], dtype=np.float64)
 
 
 class _Places:

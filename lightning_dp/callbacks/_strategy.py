@@ -1,70 +1,75 @@
-"""How a callback finds the private strategy, or whatever else holds a ledger, that it works with."""
+"""What callbacks need of a private strategy, and how they find it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
+from torch import Tensor, nn
 
-from lightning_dp.accounting import Accountant, Ledger
-from lightning_dp.strategies.base import PrivateStrategy
-
-
-class PublicPlan(Protocol):
-    """What may be known of a run ahead of it."""
-
-    @property
-    def delta(self) -> float:
-        """The delta at which epsilon is stated."""
-
-    @property
-    def steps(self) -> int | None:
-        """Steps of the whole run; None when nothing bounds it."""
-
-    def sigma(self, step: int) -> float:
-        """Noise multiplier of a step."""
-
-    def runs(self, start: int, stop: int) -> Sequence[Any]:
-        """Events of the steps ahead, as items that ``Ledger.extended`` takes."""
+from lightning_dp.accounting import Ledger
+from lightning_dp.auditing.canaries import Sum
+from lightning_dp.step.limit import Spending
+from lightning_dp.step.mechanisms import Mechanisms
+from lightning_dp.step.settings import Settings
+from lightning_dp.strategies._lightning import logger_step
 
 
-class LedgerHolder(Protocol):
-    """A private strategy, or a module that trains privately by itself."""
+class LedgerHolder(Spending, Protocol):
+    """A run with a ledger: a private strategy, or a module that trains privately by itself (``DataLens``)."""
 
-    ledger: Ledger
-    accountant: Accountant
-    last_allowed_step: int | None
-
-    @property
-    def plan(self) -> PublicPlan:
-        """The public settings of the run."""
-
-    @property
-    def steps_taken(self) -> int:
-        """Steps of this run that have released noise."""
+    mechanisms: Mechanisms
+    last_allowed_step: float
 
     def epsilon(self, delta: float | None = None) -> float:
-        """Epsilon spent so far."""
+        """Return the epsilon spent so far."""
+
+    def settle_limit(self) -> float:
+        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
+
+
+class PrivateStrategy(LedgerHolder, Protocol):
+    """A private strategy as callbacks see it."""
+
+    settings: Settings
+    audits: list[str]
+
+    @property
+    def accumulators(self) -> Mapping[int, Sum]:
+        """Accumulators by position of their private optimizer; read only."""
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Size of the buffer that one rank hands to the all-reduce of a logical step."""
+
+    def private_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of all private optimizers by qualified name."""
+
+    def losses(self, records: Sequence[Any], loss: Callable[[pl.LightningModule, Any], Tensor]) -> list[float]:
+        """Return the loss of each record alone, in evaluation mode and without any effect. NOT private."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s object on every rank."""
 
 
 def private_strategy(trainer: pl.Trainer, callback: object) -> PrivateStrategy:
-    """The Trainer's strategy, if it trains privately.
+    """Return the Trainer's strategy.
 
     Raises:
-        TypeError: it does not.
+        TypeError: it does not train privately.
     """
-    strategy = trainer.strategy
-    if not isinstance(strategy, PrivateStrategy):
+    strategy: Any = trainer.strategy
+    if not isinstance(getattr(strategy, "mechanisms", None), Mechanisms):
         raise TypeError(
             f"Expected `Trainer(strategy=DPStrategy(...))` with {type(callback).__name__}, got {type(strategy).__name__}. The callback "
             "reads the ledger of a private strategy: pass DPStrategy or DPDDPStrategy, or leave the callback out."
         )
-    return strategy
+    return cast(PrivateStrategy, strategy)
 
 
 def ledger_holder(trainer: pl.Trainer, callback: object) -> LedgerHolder:
-    """The module, if it keeps a ledger of its own (``DataLens``), else the private strategy.
+    """Return the module, if it keeps a ledger of its own (``DataLens``), else the private strategy.
 
     Raises:
         TypeError: there is neither.
@@ -72,3 +77,12 @@ def ledger_holder(trainer: pl.Trainer, callback: object) -> LedgerHolder:
     if isinstance(getattr(trainer.lightning_module, "ledger", None), Ledger):
         return cast(LedgerHolder, trainer.lightning_module)
     return private_strategy(trainer, callback)
+
+
+def write_to_loggers(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+    """Write figures to the loggers at once.
+
+    Figures held by ``self.log`` would be written again, out of date, at every step until they change.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics=dict(values), step=logger_step(trainer))

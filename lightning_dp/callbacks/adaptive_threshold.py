@@ -9,45 +9,41 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.clipping.bounds import NoisyGradientThreshold, PublishedThreshold, QuantileThreshold, Threshold
+from lightning_dp.clipping.bounds import Bound, NoisyGradientBound, PublishedBound, QuantileBound
 
 
-class _ThresholdCallback(Callback):
+class _BoundCallback(Callback):
     """Hands a rule for the bound to the strategy, and keeps its state in the checkpoint."""
 
-    threshold: Threshold
+    bound: Bound
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a stage begins. Hands the rule to the strategy; a new run begins with the strategy's bound."""
         if stage == "fit":
             if trainer.global_step == 0:
-                self.threshold.reset()  # a checkpoint, if there is one, is read after this
-            mechanisms = private_strategy(trainer, self).mechanisms
-            mechanisms.claim("the clipping bound", self)
-            mechanisms.threshold = self.threshold
+                self.bound.reset()  # a checkpoint, if there is one, is read after this
+            private_strategy(trainer, self).mechanisms.add(self, bound=self.bound)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called when a training batch ends. Logs the bound, which is public."""
-        value = getattr(self.threshold, "value", None)
-        if value is not None:
-            pl_module.log("privacy/max_grad_norm", value, batch_size=1)
+        pl_module.log_dict(self.bound.figures, batch_size=1)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """The bound so far."""
-        return self.threshold.state_dict()
+        return self.bound.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes it back when a run resumes."""
-        self.threshold.load_state_dict(state_dict)
+        self.bound.load_state_dict(state_dict)
 
 
-class AutoThreshold(_ThresholdCallback):
+class AutoThreshold(_BoundCallback):
     """Sets the clipping bound of a step from the noisy gradient of the step before: free of cost.
 
         C_{t+1} = clip(W sqrt(max(||g~_t||^2 - d sigma_t^2 C_t^2 / B^2, 0)), C_min, C_max)
@@ -74,10 +70,10 @@ class AutoThreshold(_ThresholdCallback):
     """
 
     def __init__(self, weight: float = 3.0, *, minimum: float | None = None, maximum: float | None = None) -> None:
-        self.threshold = NoisyGradientThreshold(weight, minimum, maximum)
+        self.bound = NoisyGradientBound(weight, minimum, maximum)
 
 
-class AdaptiveClipping(_ThresholdCallback):
+class AdaptiveClipping(_BoundCallback):
     """Moves the clipping bound to a quantile of the per-sample gradient norms, and pays for the count.
 
         b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
@@ -115,10 +111,10 @@ class AdaptiveClipping(_ThresholdCallback):
         minimum: float | None = None,
         maximum: float | None = None,
     ) -> None:
-        self.threshold = QuantileThreshold(quantile, rate, count_noise, minimum, maximum)
+        self.bound = QuantileBound(quantile, rate, count_noise, minimum, maximum)
 
 
-class PublishedAutoThreshold(_ThresholdCallback):
+class PublishedAutoThreshold(_BoundCallback):
     """The automatic threshold of Auto DP-SGD as published, for study: epsilon is infinite.
 
         G~ = C (sum_i g_i / (||g_i|| + gamma) + N(0, sigma^2)),     C = W mean_i ||g_i|| over this batch
@@ -142,4 +138,4 @@ class PublishedAutoThreshold(_ThresholdCallback):
     """
 
     def __init__(self, weight: float = 1.0, *, gamma: float = 0.01) -> None:
-        self.threshold = PublishedThreshold(weight, gamma)
+        self.bound = PublishedBound(weight, gamma)

@@ -10,8 +10,7 @@ from typing_extensions import override
 
 from lightning_dp.callbacks._strategy import private_strategy
 from lightning_dp.callbacks.noise_scheduler import Interval, Kind, PublicSchedule
-from lightning_dp.clipping.bounds import ScheduledThreshold
-from lightning_dp.step.mechanisms import RunLength
+from lightning_dp.clipping.bounds import ScheduledBound
 
 
 class ClippingScheduler(Callback):
@@ -56,13 +55,5 @@ class ClippingScheduler(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a stage begins. Hands the schedule to the strategy."""
-        if stage != "fit":
-            return
-        strategy = private_strategy(trainer, self)
-        strategy.mechanisms.claim("the clipping bound", self)
-
-        def factor(step: int) -> float:
-            plan = strategy.plan
-            return self.schedule(RunLength(plan.steps, plan.steps_per_epoch))(step)
-
-        strategy.mechanisms.threshold = ScheduledThreshold(factor)
+        if stage == "fit":
+            private_strategy(trainer, self).mechanisms.add(self, bound=ScheduledBound(self.schedule))

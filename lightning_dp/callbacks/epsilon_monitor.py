@@ -10,7 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.callbacks._strategy import LedgerHolder, ledger_holder
+from lightning_dp.callbacks._strategy import LedgerHolder, ledger_holder, write_to_loggers
+from lightning_dp.strategies._lightning import is_saved_by_steps
 
 
 class EpsilonMonitor(Callback):
@@ -58,7 +59,8 @@ class EpsilonMonitor(Callback):
         """Called when a training batch ends. Logs epsilon when it is due, or about to be read."""
         strategy = ledger_holder(trainer, self)
         due = self._last_logged < 0 or strategy.ledger.num_steps - self._last_logged >= self.every_n_steps
-        if due or trainer.fit_loop.epoch_loop._num_ready_batches_reached() or _is_saved_by_steps(trainer):
+        ends = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+        if due or ends or is_saved_by_steps(trainer):
             self._log(trainer, pl_module, strategy)
 
     @override
@@ -82,12 +84,4 @@ class EpsilonMonitor(Callback):
         values = {"epsilon": strategy.epsilon(delta), "privacy/delta": delta, "privacy/noise_multiplier": sigma}
         for name, value in values.items():
             pl_module.log(name, value, prog_bar=self.prog_bar and name == "epsilon", logger=False, batch_size=1)
-        # straight to the loggers: what `self.log` holds would be written again, out of date, at every step in between
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
-def _is_saved_by_steps(trainer: pl.Trainer) -> bool:
-    """Whether a checkpoint may be written after this step, before anything else is logged."""
-    intervals = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
-    return any(interval and trainer.global_step % interval == 0 for interval in intervals)
+        write_to_loggers(trainer, values)

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_dp import _validate as check
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.step.diagnostics import FIGURES, Diagnostics
+from lightning_dp.step.diagnostics import ClippingDiagnostics
 
 
 class GradientDiagnostics(Callback):
@@ -38,17 +38,14 @@ class GradientDiagnostics(Callback):
 
     def __init__(self, *, every_n_steps: int = 1) -> None:
         self.every_n_steps = check.check_count("every_n_steps", every_n_steps)
-        self._diagnostics = Diagnostics()
+        self._diagnostics = ClippingDiagnostics()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a stage begins. Asks the strategy for the figures."""
         if stage == "fit":
-            self._diagnostics = Diagnostics()
-            strategy = private_strategy(trainer, self)
-            strategy.mechanisms.claim("the diagnostics", self)
-            strategy.mechanisms.diagnostics = self._diagnostics
-            strategy.nonprivate_logs |= {f"nonprivate/{name}" for name in FIGURES}
+            self._diagnostics = ClippingDiagnostics()
+            private_strategy(trainer, self).mechanisms.add(self, diagnostics=self._diagnostics)
 
     @override
     def on_train_batch_end(
@@ -56,7 +53,6 @@ class GradientDiagnostics(Callback):
     ) -> None:
         """Called when a training batch ends. Logs the figures of the last logical batch."""
         steps = private_strategy(trainer, self).steps_taken
-        if self._diagnostics.figures and steps % self.every_n_steps == 0:
-            values = {f"nonprivate/{name}": value for name, value in self._diagnostics.figures.items()}
-            pl_module.log_dict(values, batch_size=1)
-            self._diagnostics.figures = {}
+        if steps % self.every_n_steps == 0:
+            figures = {f"nonprivate/{name}": value for name, value in self._diagnostics.take().items()}
+            pl_module.log_dict(figures, batch_size=1)

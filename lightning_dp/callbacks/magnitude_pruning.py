@@ -100,21 +100,20 @@ class MagnitudePruning(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Finds the private strategy; a new run begins without masks."""
+        """Called when a stage begins. Hands the mask to the strategy; a new run begins without masks."""
         if stage == "fit":
-            private_strategy(trainer, self)
             if trainer.global_step == 0:
                 self._mask, self._draws = MagnitudeMask(), 0
+            # a function, since a checkpoint that is read after this may bring another mask
+            private_strategy(trainer, self).mechanisms.add(self, mask=lambda length: self._mask)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins. Draws the masks unless a checkpoint brought them, and hands them to the strategy."""
-        strategy = private_strategy(trainer, self)
+        """Called when training begins. Draws the masks unless a checkpoint brought them."""
         if self._draws == 0 and self.source != "noisy":
             self._draw(trainer, pl_module, draws=1)
         self._hold(pl_module)
-        strategy.mechanisms.masks[self] = self._mask
-        for optimizer in strategy.optimizers:
+        for optimizer in trainer.optimizers:
             self._hooks.append(optimizer.register_step_post_hook(self._restore))
 
     @override
@@ -161,15 +160,8 @@ class MagnitudePruning(Callback):
             self._hold(pl_module)
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, draws: int) -> None:
-        strategy, parameters = private_strategy(trainer, self), dict(pl_module.named_parameters())
-        private = {
-            id(parameter)
-            for index, optimizer in enumerate(strategy.optimizers)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if index not in strategy.settings.public_optimizers
-        }
-        prunable = [name for name in prunable_names(pl_module) if id(parameters[name]) in private]
+        parameters = private_strategy(trainer, self).private_parameters()
+        prunable = [name for name in prunable_names(pl_module) if name in parameters]
         if not prunable:
             raise ValueError(
                 "Expected trainable weights of two dimensions or more with MagnitudePruning, got a module without any that a private "

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_dp import _validate as check
 from lightning_dp.callbacks._strategy import private_strategy
 from lightning_dp.schedules import Schedule, make_schedule
-from lightning_dp.step.mechanisms import RunLength
+from lightning_dp.step.run_length import RunLength
 
 Kind = Literal["constant", "linear", "time", "step", "exponential", "cosine"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -55,17 +55,9 @@ class PublicSchedule:
         """
         every = self.every
         if self.interval == "epoch":
-            if run.steps_per_epoch is None:
-                raise ValueError(
-                    "Expected a known number of steps an epoch with interval='epoch', got a stream without a length. Pass "
-                    "interval='step'."
-                )
-            every *= run.steps_per_epoch
-        if run.steps is None and self.kind in ("linear", "cosine") and self.factor is not None:
-            raise ValueError(
-                f"Expected a known end of the run with kind={self.kind!r} and factor, got no limit. Set `Trainer(max_epochs=...)` "
-                "or `Trainer(max_steps=...)`."
-            )
+            every *= run.epoch_steps("interval='epoch'", "Pass interval='step'.")
+        if self.kind in ("linear", "cosine") and self.factor is not None:
+            run.total_steps(f"kind={self.kind!r} and factor")
         over = max(1, ((run.steps or 1) - 1) // every * every)  # where the last interval begins
         return make_schedule(self.kind, factor=self.factor, rate=self.rate, every=every, over=over)
 
@@ -124,6 +116,4 @@ class NoiseScheduler(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a stage begins. Hands the schedule to the strategy, before its plan is built."""
         if stage == "fit":
-            mechanisms = private_strategy(trainer, self).mechanisms
-            mechanisms.claim("the schedule of the noise", self)
-            mechanisms.noise_schedule = self.schedule
+            private_strategy(trainer, self).mechanisms.add(self, noise_schedule=self.schedule)

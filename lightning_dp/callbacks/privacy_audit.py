@@ -1,10 +1,10 @@
-"""A lower confidence bound on epsilon from the run itself, beside the epsilon that is claimed."""
+"""A lower confidence bound on epsilon from the run itself, next to the epsilon that is claimed."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,11 +18,8 @@ from typing_extensions import override
 from lightning_dp import _validate as check
 from lightning_dp.auditing import AuditResult, GradientCanaries, audit
 from lightning_dp.auditing.canaries import coins
-from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.callbacks._strategy import PrivateStrategy, private_strategy, write_to_loggers
 from lightning_dp.errors import PrivacyError
-from lightning_dp.sampling import collate_samples
-from lightning_dp.strategies.base import PrivateStrategy
-from lightning_dp.strategies.host import silent
 
 Loss = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -112,15 +109,14 @@ class PrivacyAudit(Callback):
         self._root = strategy.broadcast(secrets.token_hex(32))
         if self._records is None:
             self._gradients = GradientCanaries(self.num_canaries, norm=self.norm, root=self._root)
-        self._hand_over(strategy)
-
-    def _hand_over(self, strategy: PrivateStrategy) -> None:
-        if self._gradients is not None:
-            strategy.mechanisms.canaries = self._gradients
+            strategy.mechanisms.add(self, canaries=self._gradients)
         else:
-            assert self._records is not None
-            included = self.included
-            strategy.mechanisms.extra_records = [r for r, joins in zip(self._records, included, strict=True) if joins]
+            strategy.mechanisms.add(self, extra_records=self._joining)
+
+    def _joining(self) -> list[Any]:
+        """Return the records that are in; called when data is set up, so that a resumed run has its own coins by then."""
+        assert self._records is not None
+        return [record for record, joins in zip(self._records, self.included, strict=True) if joins]
 
     @property
     def included(self) -> NDArray[np.bool_]:
@@ -134,11 +130,10 @@ class PrivacyAudit(Callback):
         """Called when training begins. Chooses coordinates, or reads the loss of every canary for the first time."""
         strategy = private_strategy(trainer, self)
         if self._gradients is not None:
-            self._hand_over(strategy)  # a resumed run has taken its own back since
             for index, sums in strategy.accumulators.items():
                 self._gradients.place(index, sums)
         elif not self._losses_before:
-            self._losses_before = self._losses(strategy, pl_module)
+            self._losses_before = self._losses(strategy)
 
     # ---------------------------------------------------------------- after the run
 
@@ -150,7 +145,7 @@ class PrivacyAudit(Callback):
             return
         delta, claimed = strategy.plan.delta, strategy.epsilon()
         self.result = audit(
-            self._scores(strategy, pl_module),
+            self._scores(strategy),
             self.included,
             ledger=strategy.ledger,
             claimed_epsilon=claimed,
@@ -167,31 +162,17 @@ class PrivacyAudit(Callback):
             "audit/confidence": self.confidence,
         }
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        write_to_loggers(trainer, values)
 
-    def _scores(self, strategy: PrivateStrategy, module: pl.LightningModule) -> NDArray[np.float64]:
+    def _scores(self, strategy: PrivateStrategy) -> NDArray[np.float64]:
         if self._gradients is not None:
             return self._gradients.scores
-        after = self._losses(strategy, module)
-        fallen = np.array(self._losses_before) - np.array(after)
+        fallen = np.array(self._losses_before) - np.array(self._losses(strategy))
         return np.where(np.isfinite(fallen), fallen, -np.inf)
 
-    @torch.no_grad()
-    def _losses(self, strategy: PrivateStrategy, module: pl.LightningModule) -> list[float]:
-        """The loss of every canary alone, in evaluation mode; nothing is logged."""
+    def _losses(self, strategy: PrivateStrategy) -> list[float]:
         assert self._records is not None
-        step, loader = cast(Any, strategy), strategy.loader
-        assert loader is not None
-        flags = [(part, part.training) for part in module.modules()]
-        module.eval()
-        try:
-            with silent(module):
-                batches = (step.to_device(collate_samples(loader, [record])) for record in self._records)
-                return [float(self._loss(module, batch)) for batch in batches]
-        finally:
-            for part, flag in flags:
-                part.training = flag
+        return strategy.losses(self._records, self._loss)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -213,7 +194,8 @@ class PrivacyAudit(Callback):
             )
         self._root, self._losses_before = state_dict["root"], list(state_dict["losses_before"])
         if gradients is not None:
-            self._gradients = GradientCanaries.from_state_dict(gradients)
+            assert self._gradients is not None
+            self._gradients.load_state_dict(gradients)  # in place: the strategy holds this object
 
 
 def _training_loss(module: pl.LightningModule, batch: Any) -> Tensor:

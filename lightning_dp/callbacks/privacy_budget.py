@@ -10,13 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.accounting import max_steps_within
 from lightning_dp.callbacks._strategy import LedgerHolder, ledger_holder
 from lightning_dp.errors import PrivacyError
-from lightning_dp.strategies.base import PrivateStrategy
-
-#: How many steps ahead an unbounded run is looked at, at most.
-HORIZON = 10_000_000
+from lightning_dp.step.limit import EpsilonLimit
 
 
 class PrivacyBudget(Callback):
@@ -47,25 +43,21 @@ class PrivacyBudget(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Gives a strategy the limit, which then holds in a learning-rate search too."""
-        if stage == "fit" and isinstance(trainer.strategy, PrivateStrategy):
-            trainer.strategy.budget = self._last_allowed_step
+        """Called when a stage begins. Gives the run its limit, which then holds in a learning-rate search too."""
+        if stage == "fit":
+            limit = EpsilonLimit(self.epsilon, self.delta)
+            ledger_holder(trainer, self).mechanisms.add(self, limit=limit)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins. Computes how many steps fit, and refuses a run with none."""
         strategy = ledger_holder(trainer, self)
-        allowed = self._allowed_steps(strategy)
         stop = strategy.plan.steps
-        if allowed == 0 and (stop is None or strategy.steps_taken < stop):
+        if strategy.settle_limit() <= strategy.steps_taken and (stop is None or strategy.steps_taken < stop):
             raise PrivacyError(
                 f"Expected a budget that allows at least one step, got PrivacyBudget(epsilon={self.epsilon:g}) with "
                 f"{self._spent(strategy)}. Raise the budget or the noise, or keep the model as it is."
             )
-        strategy.last_allowed_step = strategy.steps_taken + allowed
-
-    def _last_allowed_step(self, strategy: PrivateStrategy) -> int:
-        return strategy.steps_taken + self._allowed_steps(strategy)
 
     @override
     def on_train_batch_end(
@@ -73,7 +65,6 @@ class PrivacyBudget(Callback):
     ) -> None:
         """Called when a training batch ends. Stops the Trainer when the next step would not fit."""
         strategy = ledger_holder(trainer, self)
-        assert strategy.last_allowed_step is not None
         remaining = strategy.plan.steps is None or strategy.steps_taken < strategy.plan.steps
         if strategy.steps_taken >= strategy.last_allowed_step and remaining and not trainer.should_stop:
             trainer.should_stop = True
@@ -84,37 +75,12 @@ class PrivacyBudget(Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a stage ends. Lifts the limit."""
-        self._lift(trainer)
+        ledger_holder(trainer, self).mechanisms.remove(self)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Called when a run is interrupted. Lifts the limit."""
-        self._lift(trainer)
-
-    def _lift(self, trainer: pl.Trainer) -> None:
-        ledger_holder(trainer, self).last_allowed_step = None
-        if isinstance(trainer.strategy, PrivateStrategy):
-            trainer.strategy.budget = None
-
-    def _allowed_steps(self, strategy: LedgerHolder) -> int:
-        plan, start = strategy.plan, strategy.steps_taken
-        delta = plan.delta if self.delta is None else self.delta
-        stop = start + HORIZON if plan.steps is None else plan.steps
-        horizon, allowed = 1000, 0
-        while True:
-            ahead = min(stop, start + horizon)
-            if ahead <= start:
-                return 0
-            allowed = max_steps_within(
-                epsilon=self.epsilon,
-                delta=delta,
-                accountant=strategy.accountant,
-                history=strategy.ledger,
-                runs=plan.runs(start, ahead),
-            )
-            if allowed < ahead - start or ahead == stop:
-                return allowed
-            horizon *= 10
+        ledger_holder(trainer, self).mechanisms.remove(self)
 
     def _spent(self, strategy: LedgerHolder) -> str:
         if strategy.ledger.num_steps == 0:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_dp import _validate as check
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.strategies import card_files
+from lightning_dp.reporting.files import CardFiles
 
 
 class PrivacyCard(Callback):
@@ -22,8 +22,8 @@ class PrivacyCard(Callback):
     or before the first private step. The plot of epsilon over steps needs matplotlib (the extra "examples"); without it
     the numbers are a table. Rank 0 writes; a directory that cannot be written to is a warning.
 
-    **Guarantee**: the card holds public values only, computed from settings and ledger. It speaks of the whole ledger:
-    of resumed runs and of learning-rate searches too.
+    **Guarantee**: the card holds public values only, computed from settings and ledger. It covers the whole ledger:
+    resumed runs and learning-rate searches too.
 
     Args:
         dirpath: directory for the files, made if missing; default: the logger's, else ``default_root_dir``.
@@ -49,13 +49,7 @@ class PrivacyCard(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Tells the strategy to leave the card to this callback."""
+        """Called when a stage begins. Tells the strategy where to write the card when training ends."""
         if stage == "fit":
-            private_strategy(trainer, self).writes_card = False
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training ends. Writes the card."""
-        if self.enabled:
-            directory = self.dirpath or card_files.logger_directory(trainer) or trainer.default_root_dir
-            card_files.write(trainer, private_strategy(trainer, self), directory)
+            files = CardFiles(self.enabled, self.dirpath, fallback=trainer.default_root_dir)
+            private_strategy(trainer, self).mechanisms.add(self, card=files)

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.callbacks._strategy import private_strategy, write_to_loggers
 from lightning_dp.masks import RandomMask
 from lightning_dp.masks.random import COOLINGS, Cooling, check_cooling, check_rate, check_seed
-from lightning_dp.step.plan import DPPlan
+from lightning_dp.step.run_length import RunLength
 
 
 class RandomSparsification(Callback):
@@ -78,15 +78,17 @@ class RandomSparsification(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Finds the private strategy, or says that there is none."""
+        """Called when a stage begins. Hands the mask to the strategy, which asks it at the start of each logical batch."""
         if stage == "fit":
-            private_strategy(trainer, self)
+            private_strategy(trainer, self).mechanisms.add(self, mask=self._make_mask)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins. Hands the mask to the strategy, which asks it at the start of each logical batch."""
-        strategy = private_strategy(trainer, self)
-        refresh_steps, num_refreshes = self._refreshes(strategy.plan)
+        """Called when training begins. Takes note of the step from which on changes of the mask are logged."""
+        self._seen = (private_strategy(trainer, self).steps_taken, None)
+
+    def _make_mask(self, length: RunLength) -> RandomMask:
+        refresh_steps, num_refreshes = self._refreshes(length)
         self._mask = RandomMask(
             self.final_rate,
             schedule=self.schedule,
@@ -95,25 +97,19 @@ class RandomSparsification(Callback):
             scope=self.scope,
             seed=self.seed,
         )
-        self._seen = (strategy.steps_taken, None)
-        strategy.mechanisms.masks[self] = self._mask
+        return self._mask
 
-    def _refreshes(self, plan: DPPlan) -> tuple[int, int]:
-        """How many steps share a mask, and how many masks the run has."""
-        refresh_steps = plan.steps_per_epoch if self.refresh == "epoch" else self.refresh
-        if not isinstance(refresh_steps, int):
-            raise ValueError(
-                "Expected a known number of steps an epoch with RandomSparsification(refresh='epoch'), got a stream without a "
-                "length. Pass the number of steps that share a mask: refresh=100."
-            )
-        if plan.steps is not None:
-            return refresh_steps, max(1, math.ceil(plan.steps / refresh_steps))
-        if self.schedule is not COOLINGS["constant"]:
-            raise ValueError(
-                "Expected a bounded run with RandomSparsification, got steps=None: its rate rises over the whole run. Set "
-                "`Trainer(max_epochs=...)` or `Trainer(max_steps=...)`, or pass schedule='constant'."
-            )
-        return refresh_steps, 1
+    def _refreshes(self, length: RunLength) -> tuple[int, int]:
+        """Return how many steps share a mask, and how many masks the run has."""
+        if isinstance(self.refresh, int):
+            refresh_steps = self.refresh
+        else:
+            advice = "Pass the number of steps that share a mask: refresh=100."
+            refresh_steps = length.epoch_steps("RandomSparsification(refresh='epoch')", advice)
+        if self.schedule is COOLINGS["constant"]:
+            return refresh_steps, 1
+        steps = length.total_steps("RandomSparsification", ", or pass schedule='constant'")
+        return refresh_steps, max(1, math.ceil(steps / refresh_steps))
 
     @override
     def on_train_batch_end(
@@ -135,6 +131,4 @@ class RandomSparsification(Callback):
         }
         for name, value in values.items():
             pl_module.log(name, value, logger=False, batch_size=1)
-        # straight to the loggers: what `self.log` holds would be written again, out of date, at every step in between
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        write_to_loggers(trainer, values)

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_dp import _validate as check
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.step.mechanisms import RunLength
+from lightning_dp.step.run_length import RunLength
 
 
 class SwitchToDP(Callback):
@@ -46,15 +46,9 @@ class SwitchToDP(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a stage begins. Hands the phases to the strategy, before its plan is built."""
         if stage == "fit":
-            mechanisms = private_strategy(trainer, self).mechanisms
-            mechanisms.claim("the private phases", self)
-            mechanisms.is_private = self._phases
+            private_strategy(trainer, self).mechanisms.add(self, is_private=self._phases)
 
     def _phases(self, run: RunLength) -> Callable[[int], bool]:
-        if run.steps_per_epoch is None:
-            raise ValueError(
-                "Expected a known number of steps an epoch with SwitchToDP, got a stream without a length. Give the dataset a "
-                "length, or set `Trainer(limit_train_batches=...)`."
-            )
-        first = self.at_epoch * run.steps_per_epoch
+        advice = "Give the dataset a length, or set `Trainer(limit_train_batches=...)`."
+        first = self.at_epoch * run.epoch_steps("SwitchToDP", advice)
         return lambda step: (step >= first) != self.reverse

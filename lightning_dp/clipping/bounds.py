@@ -1,4 +1,4 @@
-"""The clipping bound from one logical step to the next: fixed, by a public schedule, or learned from noisy releases.
+"""Bounds of the clipping: fixed, by a public schedule, or learned from noisy releases.
 
 Legend: ``C_t`` bound of logical step t, ``C_0`` the bound the user gave, ``B`` expected batch size, ``d`` live coordinates,
 ``z`` total noise multiplier of a step.
@@ -16,7 +16,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp import _validate as check
+from lightning_dp import schedules
 from lightning_dp.clipping import AutomaticClipping, Clipping
+from lightning_dp.schedules import Schedule
+from lightning_dp.step.run_length import RunLength
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class NoisyRelease:
         num_live: ``d``, coordinates that carry noise.
         noise_std: std of the noise on each of them.
         expected_batch_size: ``B``.
-        statistics: noisy sums of what :meth:`Threshold.statistics` counted.
+        statistics: noisy sums of what :meth:`Bound.statistics` counted.
     """
 
     squared_norm: float
@@ -38,7 +41,7 @@ class NoisyRelease:
     statistics: tuple[float, ...]
 
 
-class Threshold:
+class Bound:
     """The bound of a run; this one never changes, and is what "off" means.
 
         C_t = C_0
@@ -48,6 +51,8 @@ class Threshold:
     both together cost what the step alone would: ``z_gradient^-2 + z_statistic^-2 = z^-2``.
     """
 
+    is_fixed: ClassVar[bool] = True
+    """Whether the bound is the one that the user gave, at every step."""
     num_statistics: ClassVar[int] = 0
     learns: ClassVar[bool] = False
     """Whether the bound follows releases; possible for one private optimizer, not for several at once."""
@@ -58,6 +63,14 @@ class Threshold:
     def sees_releases(self) -> bool:
         """Whether every release is shown to ``observe``."""
         return self.learns or self.num_statistics > 0
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Public values for the loggers, by name."""
+        return {}
+
+    def begin_run(self, length: RunLength) -> None:
+        """Settle what depends on the length of the run; called whenever its plan is made."""
 
     def clipping(self, base: Clipping, step: int, num_groups: int) -> Clipping:
         """Return the clipping of a logical step; called once, before its first sample."""
@@ -93,24 +106,31 @@ class Threshold:
         """Take it back."""
 
 
-class ScheduledThreshold(Threshold):
+class ScheduledBound(Bound):
     """A public schedule.
 
         C_t = schedule(t) C_0
 
     Args:
-        schedule: logical step -> factor, finite and > 0.
+        schedule: run length -> logical step -> factor, finite and > 0.
     """
 
-    def __init__(self, schedule: Callable[[int], float]) -> None:
-        self.schedule = schedule
+    is_fixed = False
+
+    def __init__(self, schedule: Callable[[RunLength], Schedule]) -> None:
+        self._schedule_of = schedule
+        self.schedule: Schedule = schedules.constant()
+
+    @override
+    def begin_run(self, length: RunLength) -> None:
+        self.schedule = self._schedule_of(length)
 
     @override
     def clipping(self, base: Clipping, step: int, num_groups: int) -> Clipping:
         return base.scaled(check.check_positive("factor", self.schedule(step)))
 
 
-class _LearnedThreshold(Threshold):
+class _LearnedBound(Bound):
     """A bound kept as an absolute number between two limits.
 
     Args:
@@ -118,12 +138,13 @@ class _LearnedThreshold(Threshold):
         maximum: largest bound; default ``10 C_0``.
     """
 
+    is_fixed = False
     learns = True
 
     def __init__(self, minimum: float | None = None, maximum: float | None = None) -> None:
-        for name, bound in (("minimum", minimum), ("maximum", maximum)):
-            if bound is not None:
-                check.check_positive(name, bound)
+        for name, limit in (("minimum", minimum), ("maximum", maximum)):
+            if limit is not None:
+                check.check_positive(name, limit)
         if minimum is not None and maximum is not None and not minimum <= maximum:
             raise ValueError(
                 f"Expected minimum <= maximum, got minimum={minimum} and maximum={maximum}. Exchange them."
@@ -131,6 +152,11 @@ class _LearnedThreshold(Threshold):
         self.minimum, self.maximum = minimum, maximum
         self.value: float | None = None
         self._limits = (0.0, math.inf)
+
+    @property
+    @override
+    def figures(self) -> dict[str, float]:
+        return {} if self.value is None else {"privacy/max_grad_norm": self.value}
 
     @override
     def clipping(self, base: Clipping, step: int, num_groups: int) -> Clipping:
@@ -160,7 +186,7 @@ class _LearnedThreshold(Threshold):
         self.value = None if value is None else check.check_positive("value", value)
 
 
-class NoisyGradientThreshold(_LearnedThreshold):
+class NoisyGradientBound(_LearnedBound):
     """The bound follows the norm of the previous noisy gradient, its noise subtracted: free.
 
         C_{t+1} = clip(W sqrt(max(||g~_t||^2 - d std_t^2 / B^2, 0)), C_min, C_max),   g~_t = G~_t / B
@@ -183,7 +209,7 @@ class NoisyGradientThreshold(_LearnedThreshold):
         self._move(self.weight * math.sqrt(max(signal, 0.0)) / release.expected_batch_size)
 
 
-class QuantileThreshold(_LearnedThreshold):
+class QuantileBound(_LearnedBound):
     """The bound follows a quantile of the gradient norms, counted under noise.
 
         b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
@@ -223,9 +249,7 @@ class QuantileThreshold(_LearnedThreshold):
 
     @override
     def share_noise(self, noise_multiplier: float, expected_batch_size: int) -> tuple[float, float]:
-        std = self.count_noise
-        if std is None:
-            std = max(expected_batch_size / 20, noise_multiplier)
+        std = max(expected_batch_size / 20, noise_multiplier) if self.count_noise is None else self.count_noise
         if noise_multiplier == 0:
             return 0.0, std
         if not 2 * std > noise_multiplier:
@@ -242,8 +266,8 @@ class QuantileThreshold(_LearnedThreshold):
         self._move(self.value * math.exp(min(max(-self.rate * (below - self.quantile), -50.0), 50.0)))
 
 
-class PublishedThreshold(Threshold):
-    """The threshold of Auto DP-SGD as published, for study only.
+class PublishedBound(Bound):
+    """The automatic bound of Auto DP-SGD as published, for study only.
 
         G~ = C (sum_i g_i / (||g_i|| + gamma) + N(0, sigma^2)),     C = W mean_i ||g_i|| over THIS batch
 
@@ -254,6 +278,7 @@ class PublishedThreshold(Threshold):
         gamma: stability constant of the scaling.
     """
 
+    is_fixed = False
     num_statistics = 2
     unsound = "published automatic threshold: the noise's scale is an un-noised function of the batch"
 
@@ -272,5 +297,4 @@ class PublishedThreshold(Threshold):
 
     @override
     def rescale(self, statistics: tuple[float, ...]) -> float:
-        total, count = statistics
-        return self.weight * total / max(count, 1.0)
+        return self.weight * statistics[0] / max(statistics[1], 1.0)

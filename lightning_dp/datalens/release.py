@@ -40,7 +40,7 @@ class VoteRelease:
         ledger: Ledger,
         accountant: Accountant,
         step: int,
-        last_allowed_step: int | None = None,
+        last_allowed_step: float = math.inf,
         sum_over_ranks: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Release one step's votes.
@@ -51,7 +51,7 @@ class VoteRelease:
             ledger: is told of the release.
             accountant: previews epsilon.
             step: number of the step in this run.
-            last_allowed_step: steps that a budget allows, or None.
+            last_allowed_step: steps that a budget allows; infinite without one.
             sum_over_ranks: adds up the ranks' tensors in place.
 
         Returns:
@@ -70,10 +70,10 @@ class VoteRelease:
 
 
 def refuse_over_budget(
-    plan: DataLensPlan, ledger: Ledger, accountant: Accountant, *, step: int, last_allowed_step: int | None
+    plan: DataLensPlan, ledger: Ledger, accountant: Accountant, *, step: int, last_allowed_step: float
 ) -> None:
     """Raise PrivacyError if one more step is not allowed, or would take epsilon beyond the plan's target."""
-    if last_allowed_step is not None and step >= last_allowed_step:
+    if step >= last_allowed_step:
         raise PrivacyError(
             f"Expected to stop after {last_allowed_step} steps, where the privacy budget ends, got one more. Something kept the "
             "Trainer going (min_epochs or min_steps?): lower it, or raise the budget."

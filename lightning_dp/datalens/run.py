@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +17,7 @@ from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.teachers import Teachers
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
+from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import default_delta
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.strategies.run_length import remaining_steps
@@ -38,7 +39,7 @@ class DataLensRun(pl.LightningModule):
             seeded=settings.seed is not None,
             secure=settings.secure_rng,
         )
-        self.budget: Callable[[Any], int] | None = None
+        self.mechanisms = Mechanisms()  # of which a limit is all that callbacks can ask for
         self._dataset_size: int | None = None
         self._teachers: Teachers | None = None
         self._release: VoteRelease | None = None
@@ -58,8 +59,7 @@ class DataLensRun(pl.LightningModule):
                     "Expected a run with its training data set up, got none yet. Ask for the plan during or after fit."
                 )
             self.state.plan = self._build_plan(self._trainer)
-            if self.budget is not None:
-                self.last_allowed_step = self.budget(self)
+            self.settle_limit()
         return self.state.plan  # type: ignore[no-any-return]
 
     @property
@@ -72,18 +72,23 @@ class DataLensRun(pl.LightningModule):
         """The accountant: computes epsilon from the ledger."""
         return self.state.accountant
 
+    def settle_limit(self) -> float:
+        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
+        self.last_allowed_step = self.mechanisms.limit.last_step(self)
+        return self.last_allowed_step
+
     @property
     def steps_taken(self) -> int:
         """Steps of this run that have released votes."""
         return self.state.steps_taken
 
     @property
-    def last_allowed_step(self) -> int | None:
-        """Steps of the run that a budget allows; None without a budget."""
+    def last_allowed_step(self) -> float:
+        """Steps of the run that a budget allows; infinite without one."""
         return self.state.last_allowed_step
 
     @last_allowed_step.setter
-    def last_allowed_step(self, step: int | None) -> None:
+    def last_allowed_step(self, step: float) -> None:
         self.state.last_allowed_step = step
 
     def epsilon(self, delta: float | None = None) -> float:
@@ -162,6 +167,11 @@ class DataLensRun(pl.LightningModule):
                 seed=None if seed is None else seed * 1_000_003 + self.global_rank,
                 secure=self.settings.secure_rng,
             )
+
+    @override
+    def teardown(self, stage: str) -> None:
+        """Lift the limit: it holds for one fit."""
+        self.last_allowed_step = math.inf
 
     # ---------------------------------------------------------------- checkpoints: the generator and the ledger
 

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-
-FIGURES = ("clip_fraction", "clipping_bias", "noise_to_signal")
+from typing_extensions import override
 
 
 class Diagnostics:
-    """What clipping and noise did to one logical batch.
+    """Figures about each logical batch; this one has none, and is what "off" means."""
 
-        clip_fraction   = share of samples whose contribution is shorter than their gradient
-        clipping_bias   = cos(sum of clipped gradients, sum of raw gradients)
-        noise_to_signal = noise_std sqrt(d) / ||sum of clipped gradients||
-
-    **Guarantee**: none. The figures are functions of the batch without noise; whoever logs them publishes them.
-
-    Example:
-        >>> diagnostics = Diagnostics()
-        >>> diagnostics.add(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 5.0]), torch.tensor([1.0, 1.0]))
-        >>> figures = diagnostics.summarise(torch.tensor([0.6, 0.8]), noise_std=1.0)
-        >>> round(figures["clip_fraction"], 3), round(figures["clipping_bias"], 3), round(figures["noise_to_signal"], 3)
-        (0.5, 1.0, 1.414)
-    """
-
-    def __init__(self) -> None:
-        self.figures: dict[str, float] = {}
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the batch; the last figures stay."""
-        self._raw: Tensor | None = None
-        self._clipped = self._samples = 0
+    reads_sums: ClassVar[bool] = False
+    """Whether raw and clipped sums are shown to it, so that no sum may begin with its noise."""
 
     def add(self, raw_sum: Tensor, norms_B: Tensor, kept_norms_B: Tensor) -> None:
         """Add a microbatch.
@@ -44,19 +24,64 @@ class Diagnostics:
             norms_B: norms of its raw gradients.
             kept_norms_B: norms of their contributions.
         """
+
+    def summarise(self, clipped_sum: Tensor, noise_std: float) -> None:
+        """Finish a logical batch.
+
+        Args:
+            clipped_sum: ``(d,)`` active coordinates, before noise.
+            noise_std: of the noise that is drawn on each of them, over all ranks.
+        """
+
+
+class ClippingDiagnostics(Diagnostics):
+    """What clipping and noise did to one logical batch.
+
+        clip_fraction   = share of samples whose contribution is shorter than their gradient
+        clipping_bias   = cos(sum of clipped gradients, sum of raw gradients)
+        noise_to_signal = noise_std sqrt(d) / ||sum of clipped gradients||
+
+    **Guarantee**: none. The figures are functions of the batch without noise; whoever logs them publishes them.
+
+    Example:
+        >>> diagnostics = ClippingDiagnostics()
+        >>> diagnostics.add(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 5.0]), torch.tensor([1.0, 1.0]))
+        >>> diagnostics.summarise(torch.tensor([0.6, 0.8]), noise_std=1.0)
+        >>> {name: round(figure, 3) for name, figure in diagnostics.take().items()}
+        {'clip_fraction': 0.5, 'clipping_bias': 1.0, 'noise_to_signal': 1.414}
+    """
+
+    reads_sums = True
+
+    def __init__(self) -> None:
+        self._figures: dict[str, float] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._raw: Tensor | None = None
+        self._clipped = self._samples = 0
+
+    @override
+    def add(self, raw_sum: Tensor, norms_B: Tensor, kept_norms_B: Tensor) -> None:
         self._raw = raw_sum.clone() if self._raw is None else self._raw + raw_sum
         self._clipped += int((~(kept_norms_B >= norms_B * (1 - 1e-4))).sum())
         self._samples += norms_B.numel()
 
-    def summarise(self, clipped_sum: Tensor, noise_std: float) -> dict[str, float]:
-        """Return the figures of the logical batch, by name; an empty batch has none."""
+    @override
+    def summarise(self, clipped_sum: Tensor, noise_std: float) -> None:
+        """Compute the figures of the logical batch and forget it; an empty batch has none."""
         if self._raw is None:
-            return {}
+            return
         length = float(torch.linalg.vector_norm(clipped_sum))
         product = float(torch.linalg.vector_norm(self._raw)) * length
-        self.figures = {
+        self._figures = {
             "clip_fraction": self._clipped / max(self._samples, 1),
             "clipping_bias": float(clipped_sum @ self._raw) / product if product > 0 else math.nan,
             "noise_to_signal": noise_std * math.sqrt(clipped_sum.numel()) / length if length > 0 else math.inf,
         }
-        return self.figures
+        self._forget()
+
+    def take(self) -> dict[str, float]:
+        """Return the figures of the last logical batch that had some, once, by name. NOT private."""
+        figures, self._figures = self._figures, {}
+        return figures

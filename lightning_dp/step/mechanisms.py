@@ -1,4 +1,4 @@
-"""What callbacks ask of a private step, and which of it can be combined: the rules in one place.
+"""Mechanisms that callbacks ask for: how they hand them over, and which of them can be combined.
 
 Every mechanism is public or is paid for; what each does to the release of a logical step:
 
@@ -24,95 +24,217 @@ bound with a clipping that has none. A plain step knows neither bound nor noise,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_dp import schedules
 from lightning_dp.auditing import Canaries
 from lightning_dp.clipping import Clipping
-from lightning_dp.clipping.bounds import Threshold
+from lightning_dp.clipping.bounds import Bound
 from lightning_dp.masks import GradientMask
+from lightning_dp.reporting.files import CardFiles
 from lightning_dp.schedules import Schedule
 from lightning_dp.step.diagnostics import Diagnostics
+from lightning_dp.step.limit import Limit
 from lightning_dp.step.plan import every_step
+from lightning_dp.step.run_length import RunLength
+
+__all__ = ["CardFiles", "Mechanisms", "RunLength"]
+
+#: What a callback can ask for, as messages and the privacy card name it.
+_NAMES = {
+    "noise_schedule": "the schedule of the noise",
+    "is_private": "the private phases",
+    "bound": "the clipping bound",
+    "mask": "the gradient mask",
+    "canaries": "the canaries in gradient space",
+    "diagnostics": "the diagnostics",
+    "limit": "the limit on epsilon",
+    "extra_records": "the canaries in input space",
+    "card": "the privacy card",
+}
+_COMBINED = {"mask"}
+_ON_THE_CARD = {"noise_schedule", "is_private", "bound", "mask", "diagnostics"}
 
 
-@dataclass(frozen=True)
-class RunLength:
-    """How long a run is planned to be: what schedules may depend on.
-
-    Args:
-        steps: logical steps of the whole run; None when nothing bounds it.
-        steps_per_epoch: logical steps of one epoch; None when unknown.
-    """
-
-    steps: int | None
-    steps_per_epoch: int | None
-
-
-def _constant(run: RunLength) -> Schedule:
-    return schedules.constant()
+_OFF: dict[str, Any] = {
+    "noise_schedule": lambda length: schedules.constant(),
+    "is_private": lambda length: every_step,
+    "bound": Bound(),
+    "canaries": Canaries(),
+    "diagnostics": Diagnostics(),
+    "limit": Limit(),
+    "extra_records": tuple,
+    "card": CardFiles(),
+}
 
 
-def _always_private(run: RunLength) -> Callable[[int], bool]:
-    return every_step
-
-
-@dataclass
 class Mechanisms:
-    """What callbacks have set for one fit; every default is "off".
+    """What callbacks ask of one fit; whatever nobody asks for is an object that does nothing.
 
     **Guarantee**: holds public settings and rules over public state only.
 
-    Args:
-        noise_schedule: run length -> schedule of factors on sigma.
-        is_private: run length -> whether a logical step is private (plain SGD where it is not).
-        threshold: the bound of clipping from step to step.
-        masks: owner -> which coordinates are live.
-        diagnostics: un-noised figures on request.
-        canaries: public additional records in gradient space.
-        extra_records: public additional records of the training set.
+    Example:
+        >>> mechanisms = Mechanisms()
+        >>> mechanisms.add("a callback", noise_schedule=lambda length: lambda step: 0.9**step)
+        >>> mechanisms.noise_schedule(RunLength(steps=10, steps_per_epoch=None))(2)
+        0.81
+        >>> mechanisms.bound.is_fixed, mechanisms.canaries.reads_sums
+        (True, False)
     """
 
-    noise_schedule: Callable[[RunLength], Schedule] = _constant
-    is_private: Callable[[RunLength], Callable[[int], bool]] = _always_private
-    threshold: Threshold = field(default_factory=Threshold)
-    masks: dict[Hashable, GradientMask] = field(default_factory=dict)
-    diagnostics: Diagnostics | None = None
-    canaries: Canaries = field(default_factory=Canaries)
-    extra_records: Sequence[Any] = ()
-    _owners: dict[str, object] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._asked: dict[int, tuple[object, dict[str, Any]]] = {}
+        self._masks: tuple[GradientMask, ...] = ()
+        self._begun = False
 
-    def claim(self, what: str, owner: object) -> None:
-        """Take note that a callback decides over "the noise schedule", "the clipping bound" or "the private phases".
+    # ---------------------------------------------------------------- for callbacks
+
+    def add(
+        self,
+        owner: object,
+        *,
+        noise_schedule: Callable[[RunLength], Schedule] | None = None,
+        is_private: Callable[[RunLength], Callable[[int], bool]] | None = None,
+        bound: Bound | None = None,
+        mask: Callable[[RunLength], GradientMask] | None = None,
+        canaries: Canaries | None = None,
+        diagnostics: Diagnostics | None = None,
+        limit: Limit | None = None,
+        extra_records: Callable[[], Sequence[Any]] | None = None,
+        card: CardFiles | None = None,
+    ) -> None:
+        """Ask for mechanisms; callbacks do so in ``setup``.
+
+        Masks of several owners combine by "and"; of everything else there is one owner. A second call by the same owner
+        replaces its first.
+
+        Args:
+            owner: the callback.
+            noise_schedule: run length -> schedule of factors on sigma.
+            is_private: run length -> whether a logical step is private (plain SGD where it is not).
+            bound: bound of the clipping from step to step.
+            mask: run length -> mask of the gradient.
+            canaries: public additional records in gradient space.
+            diagnostics: un-noised figures.
+            limit: how many steps the run may take.
+            extra_records: returns public records to add to the training set; called when its data is set up, after a
+                checkpoint was read.
+            card: where the privacy card goes.
 
         Raises:
-            ValueError: another one does already.
+            ValueError: another owner has asked for the same.
+            RuntimeError: the plan of the run is made already.
         """
-        taken = self._owners.setdefault(what, owner)
-        if taken is not owner:
-            raise ValueError(
-                f"Expected one callback for {what}, got {type(taken).__name__} and {type(owner).__name__}. Leave one of them out, "
-                "or join their rules in one callable."
+        if self._begun:
+            raise RuntimeError(
+                f"{type(owner).__name__} asked for a mechanism after the plan of the run was made, so the plan would not include it. "
+                "Call strategy.mechanisms.add in the callback's setup."
             )
+        given = {
+            "noise_schedule": noise_schedule,
+            "is_private": is_private,
+            "bound": bound,
+            "mask": mask,
+            "canaries": canaries,
+            "diagnostics": diagnostics,
+            "limit": limit,
+            "extra_records": extra_records,
+            "card": card,
+        }
+        asked = {what: value for what, value in given.items() if value is not None}
+        for what in asked.keys() - _COMBINED:
+            for other, others in self._asked.values():
+                if other is not owner and what in others:
+                    raise ValueError(
+                        f"Expected one callback for {_NAMES[what]}, got {type(other).__name__} and {type(owner).__name__}. Leave "
+                        "one of them out."
+                    )
+        self._asked[id(owner)] = owner, asked
+
+    def remove(self, owner: object) -> None:
+        """Drop what an owner has asked for, if anything."""
+        self._asked.pop(id(owner), None)
+
+    # ---------------------------------------------------------------- for the step
+
+    def begin_run(self, length: RunLength) -> None:
+        """Settle what depends on the length of the run; called whenever its plan is made."""
+        self._begun = True
+        self._masks = tuple(asked["mask"](length) for _, asked in self._asked.values() if "mask" in asked)
+        self.bound.begin_run(length)
+
+    def _get(self, what: str) -> Any:
+        return next((asked[what] for _, asked in self._asked.values() if what in asked), _OFF[what])
+
+    def _owner(self, what: str) -> str:
+        """Return the name of the callback that has asked for something."""
+        return next(type(owner).__name__ for owner, asked in self._asked.values() if what in asked)
+
+    @property
+    def noise_schedule(self) -> Callable[[RunLength], Schedule]:
+        """Run length -> schedule of factors on sigma."""
+        return self._get("noise_schedule")  # type: ignore[no-any-return]
+
+    @property
+    def is_private(self) -> Callable[[RunLength], Callable[[int], bool]]:
+        """Run length -> whether a logical step is private."""
+        return self._get("is_private")  # type: ignore[no-any-return]
+
+    @property
+    def bound(self) -> Bound:
+        """Bound of the clipping from step to step."""
+        return self._get("bound")  # type: ignore[no-any-return]
+
+    @property
+    def masks(self) -> tuple[GradientMask, ...]:
+        """Masks of the gradient, from ``begin_run`` on; an entry is active where all of them are true."""
+        return self._masks
+
+    @property
+    def canaries(self) -> Canaries:
+        """Public additional records in gradient space."""
+        return self._get("canaries")  # type: ignore[no-any-return]
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """Un-noised figures on request."""
+        return self._get("diagnostics")  # type: ignore[no-any-return]
+
+    @property
+    def limit(self) -> Limit:
+        """Limit on the steps of the run."""
+        return self._get("limit")  # type: ignore[no-any-return]
+
+    @property
+    def extra_records(self) -> Sequence[Any]:
+        """Public additional records of the training set."""
+        return self._get("extra_records")()  # type: ignore[no-any-return]
+
+    @property
+    def card(self) -> CardFiles:
+        """Destination of the privacy card."""
+        return self._get("card")  # type: ignore[no-any-return]
 
     def described(self) -> tuple[str, ...]:
-        """What callbacks decide over, with their public settings; for the privacy card."""
-        owners = dict.fromkeys(id(owner) for owner in self._owners.values())
-        parts = [f"{what}: {_describe(owner)}" for what, owner in self._owners.items()]
-        parts += [f"the gradient mask: {_describe(owner)}" for owner in self.masks if id(owner) not in owners]
-        return tuple(sorted(parts))
+        """Return what callbacks decide over, with their public settings, for the privacy card."""
+        return tuple(
+            sorted(
+                f"{_NAMES[what]}: {_describe(owner)}"
+                for owner, asked in self._asked.values()
+                for what in asked.keys() & _ON_THE_CARD
+            )
+        )
 
     @property
     def never_private(self) -> str:
-        """Why no step of the run has a finite epsilon; empty where they have."""
-        return self.threshold.unsound
+        """Reason why no step of the run has a finite epsilon; empty if steps have one."""
+        return self.bound.unsound
 
     @property
     def sometimes_plain(self) -> bool:
         """Whether some steps may be plain SGD."""
-        return self.is_private is not _always_private
+        return any("is_private" in asked for _, asked in self._asked.values())
 
     def check(self, clipping: Clipping, *, target_epsilon: float | None, num_private_optimizers: int) -> None:
         """Refuse what cannot be combined, before any data is touched.
@@ -126,40 +248,41 @@ class Mechanisms:
                 f"Expected private steps only with target_epsilon={target_epsilon:g}, got {what}. Epsilon is infinite, so there is "
                 "nothing to calibrate to: pass noise_multiplier."
             )
-        if self.diagnostics is not None and num_private_optimizers > 1:
+        if self.diagnostics.reads_sums and num_private_optimizers > 1:
             raise ValueError(
-                f"Expected one private optimizer with GradientDiagnostics, got {num_private_optimizers}. Its figures speak of one "
-                "sum of gradients: leave the callback out, or use one optimizer."
+                f"Expected one private optimizer with {self._owner('diagnostics')}, got {num_private_optimizers}. Its figures "
+                "describe one sum of gradients: leave the callback out, or use one optimizer."
             )
         if clipping.needs_gradients and self.canaries.needs_factors:
             raise ValueError(
                 f"Expected a clipping by a factor with canaries in gradient space, got {clipping.name!r}. It would have to see each "
                 "canary's whole gradient: pass PrivacyAudit(canaries=...), records that pass through the model."
             )
-        rule = type(self.threshold).__name__
-        if type(self.threshold) is Threshold:
-            return
+        if not self.bound.is_fixed:
+            self._check_bound(clipping, self._owner("bound"), num_private_optimizers)
+
+    def _check_bound(self, clipping: Clipping, owner: str, num_private_optimizers: int) -> None:
         if not clipping.bounded:
             raise ValueError(
-                f"Expected a clipping with a bound for {rule} to move, got {clipping.name!r}. Pass clipping='flat', or leave the "
+                f"Expected a clipping with a bound for {owner} to move, got {clipping.name!r}. Pass clipping='flat', or leave the "
                 "callback out."
             )
-        if clipping.needs_gradients and self.threshold.unsound:
+        if clipping.needs_gradients and self.bound.unsound:
             raise ValueError(
-                f"Expected a clipping by a factor with {rule}, got {clipping.name!r}. It replaces the clipping by its own scaling."
+                f"Expected a clipping by a factor with {owner}, got {clipping.name!r}. It replaces the clipping by its own scaling."
             )
         clipping.scaled(0.5)
-        if self.threshold.learns and num_private_optimizers > 1:
+        if self.bound.learns and num_private_optimizers > 1:
             raise ValueError(
-                f"Expected one private optimizer with {rule}, got {num_private_optimizers}. Each release would move the bound of the "
-                "others: use ClippingScheduler, or one optimizer."
+                f"Expected one private optimizer with {owner}, got {num_private_optimizers}. Each release would move the bound of "
+                "the others: use ClippingScheduler, or one optimizer."
             )
 
 
 def _describe(owner: object) -> str:
-    """A callback by name and plain public attributes, those of what it holds included."""
+    """Return a callback's name and plain public attributes, those of the objects that it holds included."""
     plain: dict[str, object] = {}
-    for name, value in vars(owner).items():
+    for name, value in getattr(owner, "__dict__", {}).items():
         held = type(value).__module__.startswith("lightning_dp.") and hasattr(value, "__dict__")
         plain |= vars(value) if held and not name.startswith("_") else {name: value}
     shown = (

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dp.clipping.bounds import NoisyRelease, Threshold
+from lightning_dp.clipping.bounds import Bound, NoisyRelease
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.diagnostics import Diagnostics
 from lightning_dp.step.release import Release
 
 
-def learn(bound: Threshold, accumulator: Accumulator, release: Release, expected_batch_size: int) -> float:
+def learn(bound: Bound, accumulator: Accumulator, release: Release, expected_batch_size: int) -> float:
     """Show a noisy release to a clipping bound that learns from it: post-processing.
 
     Returns:

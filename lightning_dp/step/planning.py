@@ -8,8 +8,9 @@ from lightning_dp import _messages, schedules
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import SamplingFacts
-from lightning_dp.step.mechanisms import Mechanisms, RunLength
+from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan, default_delta
+from lightning_dp.step.run_length import RunLength
 from lightning_dp.step.settings import Settings
 
 #: What two plans must share for the noise of the first to be kept when the second resumes it.
@@ -86,6 +87,7 @@ def build_plan(
             "'add_or_remove_one'. One record more in a stream shifts all later batches, so only a record exchanged in its place "
             "changes a single batch: pass one of these, or give the dataset random access."
         )
+    mechanisms.begin_run(length)
     plan = DPPlan(
         sampling=facts.sampling,
         dataset_size=facts.dataset_size,
@@ -114,7 +116,7 @@ def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> 
     stop = start + 1 if plan.steps is None else plan.steps
     factors = [factor for factor, _ in schedules.runs(plan.schedule, start, max(start, stop))]
     if factors:
-        mechanisms.threshold.share_noise(plan.noise_multiplier * max(factors), plan.expected_batch_size)
+        mechanisms.bound.share_noise(plan.noise_multiplier * max(factors), plan.expected_batch_size)
 
 
 def _with_noise(plan: DPPlan, noise_multiplier: float) -> DPPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_dp.accounting import PrivacyEvent
-from lightning_dp.clipping.bounds import Threshold
+from lightning_dp.clipping.bounds import Bound
 from lightning_dp.step.plan import DPPlan
 
 
@@ -35,7 +35,7 @@ class Release:
     event: PrivacyEvent
 
 
-def plan_release(plan: DPPlan, step: int, *, sensitivity: float, bound: Threshold, num_releases: int) -> Release:
+def plan_release(plan: DPPlan, step: int, *, sensitivity: float, bound: Bound, num_releases: int) -> Release:
     """Return the release of one private optimizer in a logical step.
 
     Args:

@@ -37,7 +37,7 @@ class PrivacyState:
         self.step = 0
         self.precision = 0.0
         self.unledgered = 0
-        self.last_allowed_step: int | None = None
+        self.last_allowed_step = math.inf
         self.nonprivate_logs: set[str] = set()
         self.audits: list[str] = []
         self.decided: tuple[str, ...] = ()
@@ -103,7 +103,9 @@ class PrivacyState:
         first, planned = self.precision == 0.0, plan.sigma(self.step)
         precision = self.precision + (sigma**-2 if sigma > 0 else math.inf)
         combined = precision**-0.5
-        if combined < planned * (1 - 1e-9) and (plan.target_epsilon is not None or self.last_allowed_step is not None):
+        if combined < planned * (1 - 1e-9) and (
+            plan.target_epsilon is not None or math.isfinite(self.last_allowed_step)
+        ):
             raise PrivacyError(
                 "Expected each private optimizer to step once per batch under target_epsilon or PrivacyBudget, got a further step "
                 "on the same batch. It costs privacy that was not planned for: step once, or pass noise_multiplier and no budget."
@@ -135,7 +137,7 @@ class PrivacyState:
                 f"Expected at most the {plan.steps} planned steps under target_epsilon={plan.target_epsilon:g}, got one more. The "
                 "noise was calibrated to these: set max_epochs or max_steps before fit, not during it."
             )
-        if self.last_allowed_step is not None and self.precision == 0.0 and self.step >= self.last_allowed_step:
+        if self.precision == 0.0 and self.step >= self.last_allowed_step:
             raise PrivacyError(
                 f"Expected to stop after {self.last_allowed_step} steps, where the privacy budget ends, got one more. Something kept "
                 "the Trainer going (min_epochs or min_steps?): lower it, or raise the budget."

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_dp.auditing import Canaries
 from lightning_dp.clipping import Clipping, NoClipping
 from lightning_dp.clipping.base import SMALLEST_FACTOR
-from lightning_dp.clipping.bounds import Threshold
+from lightning_dp.clipping.bounds import Bound
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import make_engine
 from lightning_dp.step import checks
@@ -85,7 +84,7 @@ class PrivateStep:
         self.streams = RandomStreams(None if settings.seed is None else settings.seed * 1_000_003 + reduction.rank)
         self.accumulators: dict[int, Accumulator] = {}
         self.releases: dict[int, Release] = {}
-        self.bound: Threshold = mechanisms.threshold
+        self.bound: Bound = mechanisms.bound
         self.recording: Microbatch | None = None
         self.probe: Any = None  # a trial under way, which takes the gradients where an optimizer would step
         self.unfinished: set[int] = set()  # optimizers that hold backprops of an earlier training_step
@@ -140,7 +139,7 @@ class PrivateStep:
             engine.discard(accumulator.names)
             return
         bound, diagnostics, clipping = self.bound, self.mechanisms.diagnostics, accumulator.clipping
-        needs_norms = bound.num_statistics > 0 or diagnostics is not None
+        needs_norms = bound.num_statistics > 0 or diagnostics.reads_sums
         if needs_norms or not clipping.needs_gradients:
             squared = engine.squared_norms(accumulator.groups, accumulator.mask)
             norms = self.reduction.combine_norms(squared).sqrt() * scale
@@ -159,7 +158,7 @@ class PrivateStep:
             )
         if bound.num_statistics:
             accumulator.statistics.add_(bound.statistics(torch.linalg.vector_norm(norms, dim=0)))
-        if diagnostics is not None:
+        if diagnostics.reads_sums:
             kept_norms = torch.linalg.vector_norm(kept, dim=1)[None] if clipping.needs_gradients else factors * norms
             diagnose(diagnostics, engine, accumulator, norms, kept_norms, scale)
         engine.discard(accumulator.names)
@@ -173,9 +172,7 @@ class PrivateStep:
         checks.check_settled(accumulator.sensitivity, release.sensitivity)
         self._begin_sum(optimizer)
         canaries.join(optimizer, accumulator, self.bound, adds=self.reduction.rank == 0)
-        if self.mechanisms.diagnostics is not None:
-            self.mechanisms.diagnostics.summarise(accumulator.gradient, release.noise_std)
-            self.mechanisms.diagnostics.reset()
+        self.mechanisms.diagnostics.summarise(accumulator.gradient, release.noise_std)
         self.state.record(release.sigma)
         self.noise.add(accumulator, release, alone=len(self.accumulators) == 1)
         self.reduction.reduce(accumulator)
@@ -275,7 +272,7 @@ class PrivateStep:
                 self.accumulators.pop(index, None)
             elif index not in self.accumulators or not self.accumulators[index].holds(parameters):
                 self.accumulators[index] = self.reduction.make_accumulator(
-                    parameters, self.clipping, self.mechanisms.threshold.num_statistics
+                    parameters, self.clipping, self.mechanisms.bound.num_statistics
                 )
         private = {name for accumulator in self.accumulators.values() for name in accumulator.names}
         self.engine.set_parameters(
@@ -293,26 +290,26 @@ class PrivateStep:
 
     def noise_comes_first(self) -> bool:
         """Tell whether a sum may begin with its noise: not if secure noise rounds the sum, or diagnostics read it."""
-        return not self.settings.secure_rng and self.mechanisms.diagnostics is None
+        return not (self.settings.secure_rng or self.mechanisms.diagnostics.reads_sums)
 
     def _begin_sum(self, optimizer: int) -> None:
         """Initialise the accumulator before its first sample."""
         accumulator = self.accumulators[optimizer]
-        seen = self.bound.sees_releases or type(self.mechanisms.canaries) is not Canaries
+        seen = self.bound.sees_releases or self.mechanisms.canaries.reads_sums
         divisor = 1 if seen or not accumulator.clipping.gives_mean else self.plan.expected_batch_size
         self.noise.begin(accumulator, self.releases[optimizer], first=self.noise_comes_first(), divisor=divisor)
 
     def _settle(self) -> None:
         """Settle bound, masks and releases of this logical step: they hold until the next one begins."""
         mechanisms, step, plain = self.mechanisms, self.state.step, not self.plan.is_private(self.state.step)
-        self.bound = Threshold() if plain else mechanisms.threshold
+        self.bound = Bound() if plain else mechanisms.bound
         for accumulator in self.accumulators.values():
             base = NoClipping() if plain else accumulator.base
             accumulator.clipping = self.bound.clipping(base, step, len(accumulator.groups))
-        version = tuple(mask.version(step) for mask in mechanisms.masks.values())
+        version = tuple(mask.version(step) for mask in mechanisms.masks)
         if any(accumulator.mask_version != version for accumulator in self.accumulators.values()):
             parameters = {name: p for acc in self.accumulators.values() for name, p in acc.parameters.items()}
-            masks = [mask.live(step, parameters) for mask in mechanisms.masks.values()]
+            masks = [mask.live(step, parameters) for mask in mechanisms.masks]
             for accumulator in self.accumulators.values():
                 accumulator.set_masks(masks, version)
         self.releases = {

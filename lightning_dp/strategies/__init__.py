@@ -1,4 +1,4 @@
-"""Lightning strategies that train privately; ``private_step`` is the file to read first."""
+"""Lightning strategies that train privately: adapters of ``lightning_dp.step``."""
 
 from lightning_dp.strategies.ddp import DPDDPStrategy
 from lightning_dp.strategies.single_device import DPStrategy

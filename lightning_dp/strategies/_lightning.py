@@ -20,16 +20,17 @@ __all__ = [
     "apply_transfer_hook",
     "completed_steps",
     "fit_results",
+    "is_saved_by_steps",
     "is_searching_learning_rate",
     "launcher_of",
     "lightning_optimizers",
+    "logger_step",
     "replace_transfer_hook",
     "restore_transfer_hook",
     "set_batch_of_logs",
     "set_launcher",
     "start_equal",
     "start_method",
-    "steps_on_loggers",
     "training_sources",
     "without_progress",
     "wrap_checkpoint_io",
@@ -47,9 +48,15 @@ def fit_results(trainer: pl.Trainer) -> Any:
     return trainer.fit_loop.epoch_loop._results
 
 
-def steps_on_loggers(trainer: pl.Trainer) -> int:
-    """Return the step under which Lightning writes to loggers."""
+def logger_step(trainer: pl.Trainer) -> int:
+    """Return the step under which Lightning's own callbacks write to loggers: batches that stepped, over all epochs."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def is_saved_by_steps(trainer: pl.Trainer) -> bool:
+    """Return whether ``ModelCheckpoint(every_n_train_steps=...)`` may write a checkpoint after this step."""
+    intervals = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
+    return any(interval and trainer.global_step % interval == 0 for interval in intervals)
 
 
 def apply_transfer_hook(module: pl.LightningModule, batch: Any) -> Any:

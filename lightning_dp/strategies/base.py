@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -99,8 +100,6 @@ class PrivateStrategy(Strategy):
             secure=settings.secure_rng,
         )
         self.mechanisms = Mechanisms()
-        self.writes_card = True  # a PrivacyCard in the Trainer's callbacks does it instead
-        self.budget: Callable[[Any], int] | None = None
         self._noise: GaussianNoise | None = None
         self._loader: PrivateDataLoader | None = None
         self._fit: PrivateFit | None = None
@@ -145,8 +144,7 @@ class PrivateStrategy(Strategy):
                 accountant=state.accountant,
                 restored=state.restored_plan,
             )
-            if self.budget is not None:
-                state.last_allowed_step = self.budget(self)
+            self.settle_limit()
         return state.plan  # type: ignore[no-any-return]
 
     @property
@@ -188,13 +186,30 @@ class PrivateStrategy(Strategy):
         return self.state.nonprivate_logs
 
     @property
-    def last_allowed_step(self) -> int | None:
-        """Steps of the run that a budget allows; None without a budget."""
+    def last_allowed_step(self) -> float:
+        """Steps of the run that a budget allows; infinite without one."""
         return self.state.last_allowed_step
 
-    @last_allowed_step.setter
-    def last_allowed_step(self, step: int | None) -> None:
-        self.state.last_allowed_step = step
+    def settle_limit(self) -> float:
+        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
+        self.state.last_allowed_step = self.mechanisms.limit.last_step(self)
+        return self.state.last_allowed_step
+
+    def private_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of all private optimizers by qualified name."""
+        assert self._fit is not None
+        private = (index for index in range(len(self.optimizers)) if index not in self.settings.public_optimizers)
+        return {name: p for index in private for name, p in self._fit.step.parameters_of(index).items()}
+
+    def losses(self, records: Sequence[Any], loss: Callable[[pl.LightningModule, Any], Tensor]) -> list[float]:
+        """Return the loss of each record alone, in evaluation mode and without any effect. NOT private.
+
+        Args:
+            records: as the training set holds them.
+            loss: (module, batch of one record on the device) -> loss.
+        """
+        assert self._fit is not None
+        return self._fit.losses(records, loss)
 
     @property
     def notes(self) -> RunNotes:
@@ -258,9 +273,7 @@ class PrivateStrategy(Strategy):
         if self._fit is not None:
             self._fit.close()
             self._fit = None
-        self.budget = self.state.last_allowed_step = None
-        self.mechanisms = Mechanisms()
-        self.writes_card = True
+        self.mechanisms, self.state.last_allowed_step = Mechanisms(), math.inf
         super().teardown()
 
     @override
@@ -274,8 +287,7 @@ class PrivateStrategy(Strategy):
     def on_train_end(self) -> None:
         """Report what was spent, and write the privacy card next to the logger's files."""
         super().on_train_end()
-        if self.writes_card:
-            card_files.write(self.trainer, self)
+        card_files.write(self.trainer, self, self.mechanisms.card)
         _messages.info(self.state.summary_line())
 
     # ---------------------------------------------------------------- the data
@@ -375,7 +387,7 @@ class PrivateStrategy(Strategy):
     def checkpoint_io(self) -> CheckpointIO:
         """The user's checkpoint IO, or an atomic writer."""
         self._checkpoint_io = _lightning.wrap_checkpoint_io(self._checkpoint_io, checkpoint_io.WholeCheckpointIO)
-        return self._checkpoint_io  # type: ignore[no-any-return]
+        return self._checkpoint_io
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:

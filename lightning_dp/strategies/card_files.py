@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_dp.reporting.card import privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.reporting.card_plot import can_plot, plot_epsilon
+from lightning_dp.reporting.files import CardFiles
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -34,7 +35,7 @@ def logger_directory(trainer: pl.Trainer) -> str | None:
     return trainer.strategy.broadcast(directory)
 
 
-def write(trainer: pl.Trainer, strategy: PrivateStrategy, directory: str | None = None) -> str | None:
+def write(trainer: pl.Trainer, strategy: PrivateStrategy, files: CardFiles) -> str | None:
     """Writes the card as JSON, Markdown and, with matplotlib, a plot; rank 0 only. Call it on every rank.
 
     A file that cannot be written is a warning: the training that it describes is done.
@@ -42,15 +43,15 @@ def write(trainer: pl.Trainer, strategy: PrivateStrategy, directory: str | None 
     Args:
         trainer: nothing is written under ``fast_dev_run``.
         strategy: of the run.
-        directory: default: that of the logger; nothing is written without one.
+        files: where the card goes, if anywhere.
 
     Returns:
         The directory, on every rank; None where nothing was to be written.
     """
-    if trainer.fast_dev_run or strategy.ledger.num_steps == 0:  # type: ignore[attr-defined]
+    if not files.enabled or trainer.fast_dev_run or strategy.ledger.num_steps == 0:  # type: ignore[attr-defined]
         return None
-    target = logger_directory(trainer) if directory is None else directory
-    if target is None:
+    target = files.directory or logger_directory(trainer) or files.fallback
+    if not target:
         return None
     if trainer.is_global_zero:
         try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
@@ -213,6 +214,13 @@ class PrivateFit:
         _lightning.set_batch_of_logs(self._strategy.trainer, batch, None if weight else 0)
         with self._logs.in_training_step():
             return self._strategy.call_training_step(batch, rest, kwargs)
+
+    @torch.no_grad()
+    def losses(self, records: Sequence[Any], loss: Callable[[Any, Any], Tensor]) -> list[float]:
+        """Return the loss of each record alone, in evaluation mode and without any effect. NOT private."""
+        with self._sandbox.enter():
+            self._strategy.module.eval()
+            return [float(loss(self._strategy.module, self._host.batch_of([record]))) for record in records]
 
     def backward_done(self) -> None:
         """Check the backward, and clip and add under automatic optimization."""

@@ -67,7 +67,7 @@ class LightningHost:
     def run(self, records: list[Any]) -> Any:
         """Run ``training_step`` on records, collated and moved as Lightning does."""
         rest, kwargs = self.arguments
-        return self._strategy.call_training_step(self._batch_of(records), rest, kwargs)
+        return self._strategy.call_training_step(self.batch_of(records), rest, kwargs)
 
     def learn_rows(self) -> None:
         """Find the tensors of a collated batch that have one row per record."""
@@ -85,7 +85,7 @@ class LightningHost:
         """Return a batch of one record on the device, for steps in which no sample was drawn."""
         if self._stand_in is None:
             self._stand_in = peek_samples(self._strategy.loader, 1)
-        return self._batch_of(self._stand_in)
+        return self.batch_of(self._stand_in)
 
     def empty_batch(self) -> Any:
         """Return what hooks see when no sample was drawn: the user's batch structure with tensors of length 0."""
@@ -100,7 +100,8 @@ class LightningHost:
                 stack.enter_context(_lightning.without_progress(optimizer))
             yield
 
-    def _batch_of(self, records: list[Any]) -> Any:
+    def batch_of(self, records: list[Any]) -> Any:
+        """Return records collated and moved as Lightning does."""
         batch = collate_samples(self._strategy.loader, records)
         checks.check_rows(batch, len(records), self.axes)
         return self._strategy.to_device(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -77,10 +78,22 @@ class TrainingLogs:
         return watched
 
     def _watched_metrics(self, log_metrics: Callable[..., None]) -> Callable[..., None]:
-        def watched(metrics: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Return ``log_metrics`` of a logger behind the watch: whatever its signature, the figures are its mappings."""
+
+        @functools.wraps(log_metrics)
+        def watched(*args: Any, **kwargs: Any) -> None:
             if self._in_step:
-                metrics = {name: value for name, value in metrics.items() if self._passes(name, value)}
-            if metrics:
-                log_metrics(metrics, *args, **kwargs)
+                args = tuple(map(self._passing, args))
+                kwargs = {name: self._passing(value) for name, value in kwargs.items()}
+                figures = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)]
+                if figures and not any(figures):
+                    return
+            log_metrics(*args, **kwargs)
 
         return watched
+
+    def _passing(self, value: Any) -> Any:
+        """Return a mapping without the figures that may not pass, and anything else as it is."""
+        if not isinstance(value, Mapping):
+            return value
+        return {name: figure for name, figure in value.items() if self._passes(name, figure)}

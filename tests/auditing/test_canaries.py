@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from lightning_dp import PrivacyError
 from lightning_dp.auditing import Canaries, GradientCanaries
 from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
-from lightning_dp.clipping.bounds import QuantileThreshold, Threshold
-from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.clipping.bounds import Bound, QuantileBound
+from lightning_dp.step.accumulator import ClippedSum
 
 
-def make_sum(clipping: Clipping | None = None, num_statistics: int = 0) -> Accumulator:
+def make_sum(clipping: Clipping | None = None, num_statistics: int = 0) -> ClippedSum:
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 8))
-    return Accumulator(dict(module.named_parameters()), clipping or FlatClipping(2.0), num_statistics)
+    return ClippedSum(dict(module.named_parameters()), clipping or FlatClipping(2.0), num_statistics)
 
 
-def joined(canaries: GradientCanaries, sums: Accumulator, q: float = 1.0, **options: Any) -> Tensor:
+def joined(canaries: GradientCanaries, sums: ClippedSum, q: float = 1.0, **options: Any) -> Tensor:
     """What one logical batch adds to the sum."""
     canaries.begin(q)
     sums.flat.zero_()
-    canaries.join(0, sums, options.get("threshold", Threshold()), adds=options.get("adds", True))
+    canaries.join(0, sums, options.get("bound", Bound()), adds=options.get("adds", True))
     return sums.gradient.clone()
 
 
@@ -99,10 +99,10 @@ def test_masked_coordinates_stay_empty() -> None:
 
 def test_canaries_count_in_a_statistic_as_records_do() -> None:
     """Their norms are far above the bound: each member takes 1/2 off the centred count."""
-    threshold = QuantileThreshold(0.5, 0.2, None, None, None)
+    bound = QuantileBound(0.5, 0.2, None, None, None)
     sums, canaries = make_sum(num_statistics=1), GradientCanaries(20)
-    threshold.clipping(sums.base, 0, 1)
-    joined(canaries, sums, threshold=threshold)
+    bound.clipping(sums.base, 0, 1)
+    joined(canaries, sums, bound=bound)
     assert float(sums.statistics) == pytest.approx(-0.5 * canaries.included.sum())
 
 
@@ -134,7 +134,7 @@ def test_two_releases_on_one_batch_share_their_membership() -> None:
     total = np.zeros(20)
     for key in (0, 1):
         sums.flat.zero_()
-        canaries.join(key, sums, Threshold(), adds=True)
+        canaries.join(key, sums, Bound(), adds=True)
         noisy = sums.gradient + torch.randn_like(sums.gradient)
         positions = canaries._places[key].of[0]
         total += (2.0 * canaries.signs * noisy[positions] - 2.0).numpy()
@@ -146,12 +146,15 @@ def test_a_checkpoint_keeps_coins_and_scores_but_not_who_comes_next() -> None:
     canaries, sums = GradientCanaries(30), make_sum()
     joined(canaries, sums)
     canaries.observe(0, sums, sums.gradient.clone(), 1.0)
-    again = GradientCanaries.from_state_dict(canaries.state_dict())
+    again = GradientCanaries(2)
+    again.load_state_dict(canaries.state_dict())
     np.testing.assert_array_equal(again.included, canaries.included)
     np.testing.assert_array_equal(again.scores, canaries.scores)
     again.place(0, sums)
     assert torch.equal(again._places[0].of[0], canaries._places[0].of[0])
-    twice = [GradientCanaries.from_state_dict(canaries.state_dict()) for _ in range(2)]
+    twice = [GradientCanaries(2) for _ in range(2)]
+    for each in twice:
+        each.load_state_dict(canaries.state_dict())
     draws = [torch.stack([joined(c, make_sum(), 0.5) for _ in range(4)]) for c in twice]
     assert not torch.equal(
         *draws
@@ -164,6 +167,6 @@ def test_no_canaries_do_nothing() -> None:
     canaries, sums = Canaries(), make_sum()
     before = sums.flat.clone()
     canaries.begin(None)
-    canaries.join(0, sums, Threshold(), adds=True)
+    canaries.join(0, sums, Bound(), adds=True)
     canaries.observe(0, sums, sums.gradient, 1.0)
     assert torch.equal(sums.flat, before)

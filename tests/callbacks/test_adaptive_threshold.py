@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import AdaptiveClipping, AutoThreshold, DPStrategy, NoiseScheduler, PublishedAutoThreshold, SwitchToDP
-from lightning_dp.clipping.bounds import NoisyGradientThreshold
+from lightning_dp.clipping.bounds import NoisyGradientBound
 from lightning_dp.step.step import PrivateStep
 from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 from tests.reference import per_sample_gradients
@@ -55,7 +55,7 @@ def test_auto_threshold_follows_the_last_noisy_gradient(
         signal = float(draw.after.double().square().sum()) - draw.after.numel() * std**2
         bound = min(max(3.0 * math.sqrt(max(signal, 0.0)) / B, C_0 / 10), C_0 * 10)
         seen.append(bound)
-    assert callback.threshold.value == pytest.approx(seen[-1], rel=1e-6)
+    assert callback.bound.value == pytest.approx(seen[-1], rel=1e-6)
     assert len({round(value, 6) for value in seen}) > 3  # neither end of the range all the time
     assert float(trainer.callback_metrics["privacy/max_grad_norm"]) == pytest.approx(seen[-1], rel=1e-6)
     assert math.isfinite(strategy.epsilon())
@@ -65,7 +65,7 @@ def test_auto_threshold_sees_the_sum_wherever_its_noise_was_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sum that begins with its noise is not held as a mean where a bound learns from it: the same bounds under one seed."""
-    found, observe = [], NoisyGradientThreshold.observe
+    found, observe = [], NoisyGradientBound.observe
     for first in (True, False):
         bounds: list[float] = []
 
@@ -73,7 +73,7 @@ def test_auto_threshold_sees_the_sum_wherever_its_noise_was_drawn(
             observe(self, release)
             to.append(self.value)
 
-        monkeypatch.setattr(NoisyGradientThreshold, "observe", watching)
+        monkeypatch.setattr(NoisyGradientBound, "observe", watching)
         if not first:
             monkeypatch.setattr(PrivateStep, "noise_comes_first", lambda self: False)
         options = {"batch_size": B, "noise_multiplier": 0.3, "trainer_options": {"max_epochs": 6}}
@@ -112,7 +112,7 @@ def test_adaptive_clipping_counts_moves_and_shares_the_noise(
         assert float(count.before) == int((norms <= bound).sum()) - B / 2
         bound *= math.exp(-0.5 * (float(count.after) / B + 0.5 - 0.6))
         bound = min(max(bound, start / 10), start * 10)
-    assert callback.threshold.value == pytest.approx(bound)
+    assert callback.bound.value == pytest.approx(bound)
     assert len(spy.gradients) == strategy.ledger.num_steps == 5
 
 
@@ -173,7 +173,7 @@ def test_a_new_run_begins_with_the_bound_of_the_strategy(
         fit(Combination(), tmp_path, batch_size=B, callbacks=[callback])
         monkeypatch.undo()
         first.append(spy.gradients[0].std)
-        assert callback.threshold.value != C_0
+        assert callback.bound.value != C_0
     assert first[0] == first[1]
 
 

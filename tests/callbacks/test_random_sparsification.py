@@ -218,7 +218,7 @@ def test_stream_without_a_length_needs_a_number_of_steps(tmp_path: Path) -> None
         trainer.fit(Classifier(), DataLoader(Stream(), batch_size=16))
         return strategy
 
-    with pytest.raises(ValueError, match="known number of steps an epoch"):
+    with pytest.raises(ValueError, match="known number of steps per epoch with RandomSparsification"):
         run("epoch")
     assert run(2).ledger.num_steps == 3
 

@@ -182,5 +182,5 @@ def test_a_function_without_a_usable_value_ends_the_run_before_that_step(
 @pytest.mark.parametrize("make", [NoiseScheduler, ClippingScheduler])
 def test_a_ramp_needs_the_end_of_the_run(make: Any, tmp_path: Path) -> None:
     trainer = make_trainer(quick(noise_multiplier=1.0), tmp_path, max_epochs=-1, callbacks=[make("linear", factor=0.5)])
-    with pytest.raises(ValueError, match=r"known end of the run with kind='linear'"):
+    with pytest.raises(ValueError, match=r"Expected a bounded run with kind='linear' and factor"):
         trainer.fit(Classifier(), make_loader())

@@ -90,6 +90,22 @@ def test_diagnostics_change_nothing_about_the_run(tmp_path: Path, monkeypatch: p
     assert released[0] == released[1]
 
 
+@pytest.mark.parametrize("bound", [AdaptiveClipping(), AdaptiveClipping(count_noise=1.2), AutoThreshold()])
+def test_noise_to_signal_is_that_of_the_noise_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: L.Callback
+) -> None:
+    """The count of AdaptiveClipping takes its share of the noise multiplier: the gradient's noise is larger for it."""
+    spy, logged = NoiseSpy(monkeypatch), []
+
+    class Read(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            logged.append(float(trainer.callback_metrics["nonprivate/noise_to_signal"]))
+
+    fit(Combination(), tmp_path, batch_size=12, microbatch_size=5, callbacks=[bound, GradientDiagnostics(), Read()])
+    expected = [draw.std * draw.before.numel() ** 0.5 / float(draw.before.norm()) for draw in spy.gradients]
+    assert logged == pytest.approx(expected, rel=1e-5)
+
+
 def test_diagnostics_speak_of_one_sum_of_gradients(tmp_path: Path) -> None:
     trainer = make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, callbacks=[GradientDiagnostics()])
     with pytest.raises(ValueError, match="one private optimizer with GradientDiagnostics, got 2"):

@@ -124,6 +124,53 @@ def test_diagnostics_that_were_asked_for_by_name_stay(tmp_path: Path) -> None:
     assert "nonprivate/clip_fraction" in strategy.privacy_statement()
 
 
+class ByKeyword(CSVLogger):
+    def log_metrics(self, *, metrics: dict[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+
+
+class OtherNames(CSVLogger):
+    """Takes the step first, and anything else."""
+
+    def log_metrics(self, step: int = 0, metrics: Any = None, *more: Any, **others: Any) -> None:  # type: ignore[override]
+        super().log_metrics(metrics, step)
+
+
+class Positional(CSVLogger):
+    def log_metrics(self, metrics: Any, step: Any = None, /) -> None:
+        super().log_metrics(metrics, step)
+
+
+CALLS = {
+    ByKeyword: lambda logger, values: logger.log_metrics(metrics=values, step=0),
+    OtherNames: lambda logger, values: logger.log_metrics(0, values),
+    Positional: lambda logger, values: logger.log_metrics(values, 0),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("make_logger", CALLS)
+def test_loggers_of_any_signature_are_watched(make_logger: Any, strict: bool, tmp_path: Path) -> None:
+    call = CALLS[make_logger]
+
+    class Direct(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            call(self.logger, {"direct": 1.0, "nonprivate/direct": 2.0})
+            return super().training_step(batch, batch_idx)
+
+    logger = make_logger(tmp_path)
+    strategy = make("single", strict_logging=strict)
+    callbacks = [EpsilonMonitor(every_n_steps=1)] if make_logger is ByKeyword else []
+    make_trainer(strategy, tmp_path, logger=logger, callbacks=callbacks).fit(Direct(), make_loader())
+    (path,) = tmp_path.rglob("metrics.csv")
+    with path.open() as file:
+        columns = set(next(csv.reader(file)))
+    assert "nonprivate/direct" in columns
+    assert ("direct" in columns) == (not strict)
+    assert ("epsilon" in columns) == bool(callbacks)
+    assert strategy.nonprivate_logs == ({"nonprivate/direct"} if strict else {"direct", "nonprivate/direct"})
+
+
 def test_nothing_is_left_on_the_trainer_afterwards(tmp_path: Path) -> None:
     """The next fit of this Trainer, the next user of this logger: both as Lightning made them."""
     logger = CSVLogger(tmp_path)

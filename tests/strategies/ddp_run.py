@@ -88,15 +88,15 @@ class Watch(L.Callback):
         self.counts: list[float] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        threshold = trainer.strategy.mechanisms.threshold
-        observe = threshold.observe
+        bound = trainer.strategy.mechanisms.bound
+        observe = bound.observe
 
         def watched(release: Any) -> None:
             self.counts += release.statistics
             self.std.append(release.noise_std)
             observe(release)
 
-        threshold.observe = watched
+        bound.observe = watched
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         self.noise.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone())

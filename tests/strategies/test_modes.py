@@ -103,7 +103,7 @@ def test_optimizers_and_a_step_scheduler(tmp_path: Any, optimizer: Any) -> None:
 
 def test_a_schedule_of_the_noise_is_calibrated_and_recorded(tmp_path: Any) -> None:
     strategy = DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp")
-    strategy.mechanisms.noise_schedule = lambda run: schedules.step(factor=0.8, every=4)
+    strategy.mechanisms.add("a test", noise_schedule=lambda run: schedules.step(factor=0.8, every=4))
     recorder = Recorder()
     make_trainer(strategy, tmp_path, max_epochs=3, callbacks=[recorder]).fit(Classifier(), make_loader())
     sigma = strategy.plan.noise_multiplier

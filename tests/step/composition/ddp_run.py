@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dp import AdaptiveClipping, AutoThreshold, DPDDPStrategy, MagnitudePruning, RandomSparsification, TopAgg
-from lightning_dp.clipping.bounds import NoisyGradientThreshold, NoisyRelease, QuantileThreshold
+from lightning_dp.clipping.bounds import NoisyGradientBound, NoisyRelease, QuantileBound
 from tests.helpers import Classifier, Recorder, make_dataset
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -44,16 +44,16 @@ class Spy:
             return reduce(tensor, *args, **kwargs)
 
         dist.all_reduce = all_reduce
-        for rule in (NoisyGradientThreshold, QuantileThreshold):
+        for rule in (NoisyGradientBound, QuantileBound):
             self._follow(rule)
 
     def _follow(self, rule: Any) -> None:
         observe = rule.observe
 
-        def spy(threshold: Any, release: NoisyRelease) -> None:
+        def spy(bound: Any, release: NoisyRelease) -> None:
             self.counts += release.statistics
-            observe(threshold, release)
-            self.bounds.append(threshold.value)
+            observe(bound, release)
+            self.bounds.append(bound.value)
 
         rule.observe = spy
 
