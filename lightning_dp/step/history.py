@@ -1,0 +1,117 @@
+"""History: what earlier runs have spent on the same data, and which parameters carry it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_dp.accounting import Ledger
+from lightning_dp.errors import PrivacyError
+from lightning_dp.step import checkpoint as saved
+
+#: id of a parameter -> the parameter (weakly) and the ledgers of the runs that have trained it.
+_carried: dict[int, tuple[Any, dict[str, Ledger]]] = {}
+
+
+def read_history(history: Any) -> list[Ledger]:
+    """Return the ledgers of earlier runs; of two ledgers of one run the longer one.
+
+    Args:
+        history: a ``Ledger``, anything with a ``ledger`` (a strategy), the path of a checkpoint, or a list of these.
+
+    Raises:
+        TypeError: something else.
+        PrivacyError: a checkpoint without a readable ledger.
+    """
+    given = history if isinstance(history, Sequence) and not isinstance(history, str) else [history]
+    ledgers: list[Ledger] = []
+    for item in given:
+        ledger = item if isinstance(item, Ledger) else getattr(item, "ledger", None)
+        if not isinstance(ledger, Ledger):
+            ledger = _ledger_of(item)
+        ledgers = [known for known in ledgers if not known.is_prefix_of(ledger)]
+        if not any(ledger.is_prefix_of(known) for known in ledgers):
+            ledgers.append(ledger)
+    return ledgers
+
+
+def _ledger_of(path: Any) -> Ledger:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"Expected history to hold ledgers or paths of checkpoints, got {type(path).__name__}. Pass strategy.ledger, "
+            "'last.ckpt', or a list of them."
+        )
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or saved.KEY not in checkpoint:
+        raise PrivacyError(
+            f"Expected a checkpoint with a privacy ledger in history, got {os.fspath(path)!r} without one. What its weights have "
+            "spent is unknown: pass a checkpoint that was written under a private strategy."
+        )
+    return Ledger.from_state_dict(checkpoint[saved.KEY]["ledger"])
+
+
+def joined(ledgers: Iterable[Ledger], neighboring_relation: str) -> Ledger:
+    """Return one ledger that holds the releases of all runs: their costs compose.
+
+    Args:
+        ledgers: of earlier runs on the same data.
+        neighboring_relation: of the run that goes on.
+
+    Raises:
+        PrivacyError: a ledger of another relation.
+    """
+    total = Ledger(neighboring_relation)
+    for ledger in ledgers:
+        if ledger.neighboring_relation != neighboring_relation:
+            raise PrivacyError(
+                f"Expected a history under neighboring_relation={neighboring_relation!r}, got {ledger.neighboring_relation!r}. One "
+                "epsilon cannot state two relations: pass the same relation to all runs."
+            )
+        total = total.extended(
+            (entry.event, entry.num_steps, entry.num_passes) if entry.num_passes else (entry.event, entry.num_steps)
+            for entry in ledger.entries
+        )
+        total.start_pass()
+    return total
+
+
+def carry(parameters: Iterable[nn.Parameter], ledger: Ledger) -> None:
+    """Take note that a private run trains these parameters."""
+    for parameter in parameters:
+        key = id(parameter)
+        if key not in _carried:
+            weakref.finalize(parameter, _carried.pop, key, None)
+            _carried[key] = (weakref.ref(parameter), {})
+        _carried[key][1][ledger.lineage] = ledger
+
+
+def check_history(module: nn.Module, known: Iterable[str], *, given: bool) -> None:
+    """Check that what earlier runs have spent on a module's parameters is counted.
+
+    Args:
+        module: about to be trained.
+        known: lineages of the ledgers that the run counts.
+        given: whether the user passed ``history``, perhaps empty: then it is taken as said.
+
+    Raises:
+        PrivacyError: a parameter was trained by a private run whose ledger is not counted.
+    """
+    if given:
+        return
+    lineages = set(known)
+    for name, parameter in module.named_parameters():
+        reference, ledgers = _carried.get(id(parameter), (None, {}))
+        if reference is None or reference() is not parameter:
+            continue
+        missing = [ledger for lineage, ledger in ledgers.items() if lineage not in lineages and ledger.num_steps]
+        if missing:
+            raise PrivacyError(
+                f"{name!r} was trained by an earlier private run of {missing[0].num_steps} steps, which this strategy would not "
+                "count, so epsilon would be understated. Pass DPStrategy(history=earlier.ledger) or history='its.ckpt' to add it, "
+                "or history=[] if the two runs have no record in common."
+            )
