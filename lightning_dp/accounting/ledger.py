@@ -171,6 +171,16 @@ class Ledger:
             ledger.record(event, num_last)
         return ledger
 
+    def has_same_beginning(self, other: Ledger) -> bool:
+        """Return whether `other` begins with the steps of this ledger, whatever its lineage.
+
+        Args:
+            other: The ledger of a run that may have begun with this history.
+        """
+        unnamed = self.copy()
+        unnamed._lineage = other._lineage
+        return unnamed.is_prefix_of(other)
+
     def is_prefix_of(self, other: Ledger) -> bool:
         """Return whether `other` is this history or a continuation of it.
 

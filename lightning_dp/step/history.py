@@ -14,6 +14,9 @@ from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
 
+History = Ledger | str | os.PathLike[str] | Sequence[Any] | None
+"""What ``history=`` takes."""
+
 #: id of a parameter -> the parameter (weakly) and the ledgers of the runs that have trained it.
 _carried: dict[int, tuple[Any, dict[str, Ledger]]] = {}
 

@@ -40,6 +40,7 @@ class Settings:
     loss_reduction: str
     public_optimizers: tuple[int, ...]
     strict_logging: bool
+    tune_process: bool = True
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant."""
@@ -68,7 +69,7 @@ class Settings:
         check.check_choice("neighboring_relation", self.neighboring_relation, RELATIONS)
         check.check_choice("memory", self.memory, ("fast", "lean"))
         check.check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
-        for name in ("check_per_sample", "allow_public_checkpoint", "secure_rng", "strict_logging"):
+        for name in ("check_per_sample", "allow_public_checkpoint", "secure_rng", "strict_logging", "tune_process"):
             check.check_flag(name, getattr(self, name))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise ValueError(

@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from lightning_dp.accounting import Accountant, Ledger, PrivacyEvent
 from lightning_dp.errors import PrivacyError
 from lightning_dp.reporting import statement
 from lightning_dp.reporting.card import RunNotes
 from lightning_dp.step import checkpoint as saved
+from lightning_dp.step.history import check_history, joined
 from lightning_dp.step.plan import DPPlan
 
 
@@ -42,6 +45,24 @@ class PrivacyState:
         self.audits: list[str] = []
         self.decided: tuple[str, ...] = ()
         self._seeded, self._secure = seeded, secure
+        self._history: list[Ledger] = []
+        self._history_given = self._own_steps = False
+
+    # ---------------------------------------------------------------- earlier runs
+
+    def begin_after(self, ledgers: list[Ledger]) -> None:
+        """Count what earlier runs on the same data have spent, before the first step of this one.
+
+        Args:
+            ledgers: theirs; an empty list states that they had no record in common with this run.
+        """
+        self.ledger = joined(ledgers, self.ledger.neighboring_relation)
+        self._history, self._history_given = ledgers, True
+
+    def check_history(self, module: nn.Module) -> None:
+        """Check that earlier private runs of a module's parameters are counted; see ``history.check_history``."""
+        known = [self.ledger.lineage, *(ledger.lineage for ledger in self._history)]
+        check_history(module, known, given=self._history_given)
 
     # ---------------------------------------------------------------- what has been spent
 
@@ -120,6 +141,7 @@ class PrivacyState:
         self.step += 1
 
     def _write(self, event: PrivacyEvent, *, first: bool) -> None:
+        self._own_steps = True
         if first:
             self.ledger.record(event)
         else:
@@ -210,9 +232,14 @@ class PrivacyState:
         Raises:
             PrivacyError: no ledger, a damaged one, one that is too short, or one of another run.
         """
-        found = saved.load(
-            checkpoint, current=self.ledger, allow_public=allow_public, one_step_a_batch=one_step_a_batch
-        )
+        fresh = bool(self._history) and not self._own_steps
+        current = Ledger(self.ledger.neighboring_relation) if fresh else self.ledger
+        found = saved.load(checkpoint, current=current, allow_public=allow_public, one_step_a_batch=one_step_a_batch)
+        if fresh and not self.ledger.has_same_beginning(found.ledger):
+            raise PrivacyError(
+                "Expected a checkpoint of a run that began with the same history, got one whose ledger begins otherwise. What the "
+                "earlier runs spent would be lost: pass the history that its run was given, or leave history out."
+            )
         notes = saved.load_notes(checkpoint) if saved.KEY in checkpoint else None
         self.ledger, self.restored_plan, self.step, self.unledgered = found
         self.precision = 0.0

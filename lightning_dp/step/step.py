@@ -24,6 +24,7 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import make_engine
 from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.history import carry
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.noising import ReleaseNoise
@@ -90,6 +91,7 @@ class PrivateStep:
         self.unfinished: set[int] = set()  # optimizers that hold backprops of an earlier training_step
         self.unchecked_public: set[int] = set()
         self.seen_backprops = False
+        self._released: set[int] = set()
         self.engine.attach()
         self.refresh()
 
@@ -178,6 +180,9 @@ class PrivateStep:
         self.reduction.reduce(accumulator)
         canaries.observe(optimizer, accumulator, accumulator.gradient, release.noise_std)
         rescale = learn(self.bound, accumulator, release, self.plan.expected_batch_size)
+        if optimizer not in self._released:
+            carry(accumulator.parameters.values(), self.state.ledger)
+            self._released.add(optimizer)
         accumulator.write_grads(accumulator.gradient, self.plan.expected_batch_size, rescale)
         self.engine.accept_grads(accumulator.names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,17 +17,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp import _messages
-from lightning_dp.accounting import Accountant, Ledger, make_accountant
+from lightning_dp import _validate as check
+from lightning_dp.accounting import make_accountant
 from lightning_dp.clipping import Clipping
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.reporting.card import RunNotes
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, private_dataloader
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import checks
-from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.history import History, read_history
 from lightning_dp.step.mechanisms import Mechanisms
-from lightning_dp.step.plan import DPPlan
-from lightning_dp.step.planning import build_plan
 from lightning_dp.step.reduction import OneProcess, Reduction
 from lightning_dp.step.settings import (
     AccountantName,
@@ -39,11 +38,12 @@ from lightning_dp.step.settings import (
 )
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.strategies import _lightning, card_files, checkpoint_io, trainer_checks
+from lightning_dp.strategies.facts import RunFacts
 from lightning_dp.strategies.fit import PrivateFit
-from lightning_dp.strategies.run_length import run_length
+from lightning_dp.system import ProcessTuning
 
 
-class PrivateStrategy(Strategy):
+class PrivateStrategy(RunFacts, Strategy):
     """Private training as a mixin over a Lightning strategy; the classes that users pass document the arguments."""
 
     global_rank: int
@@ -70,6 +70,8 @@ class PrivateStrategy(Strategy):
         loss_reduction: LossReduction = "mean",
         public_optimizers: Sequence[int] = (),
         strict_logging: bool = False,
+        history: History = None,
+        tune_process: bool = True,
         **strategy_options: Any,
     ) -> None:
         self.settings = settings = Settings(
@@ -91,7 +93,9 @@ class PrivateStrategy(Strategy):
             loss_reduction=loss_reduction,
             public_optimizers=check_positions(public_optimizers),
             strict_logging=strict_logging,
+            tune_process=tune_process,
         )
+        check.check_keywords(strategy_options, known_arguments(type(self)), owner=type(self).__name__)
         super().__init__(**strategy_options)
         self.state = PrivacyState(
             settings.neighboring_relation,
@@ -99,144 +103,13 @@ class PrivateStrategy(Strategy):
             seeded=settings.seed is not None,
             secure=settings.secure_rng,
         )
+        if history is not None:
+            self.state.begin_after(read_history(history))
         self.mechanisms = Mechanisms()
         self._noise: GaussianNoise | None = None
+        self._tuning = ProcessTuning(settings.tune_process)
         self._loader: PrivateDataLoader | None = None
         self._fit: PrivateFit | None = None
-
-    # ---------------------------------------------------------------- what the user reads
-
-    @property
-    def ledger(self) -> Ledger:
-        """The ledger: what was released so far."""
-        return self.state.ledger
-
-    @property
-    def accountant(self) -> Accountant:
-        """The accountant: computes epsilon from the ledger."""
-        return self.state.accountant
-
-    @property
-    def steps_taken(self) -> int:
-        """Logical steps of this run that have released noise; schedules are functions of this number."""
-        return self.state.steps_taken
-
-    @property
-    def plan(self) -> DPPlan:
-        """The public settings of the run; built, and its noise calibrated, when first asked for after data setup.
-
-        Raises:
-            ValueError: no run has been set up yet.
-        """
-        state = self.state
-        if state.plan is None:
-            if self._loader is None:
-                raise ValueError(
-                    "Expected a run with its training data set up, got none yet. Ask for the plan during or after fit."
-                )
-            state.plan = build_plan(
-                self.settings,
-                self._loader.facts,
-                self.mechanisms,
-                run_length(self.trainer, self._loader.facts, start=state.steps_taken),
-                start=state.steps_taken,
-                ledger=state.ledger,
-                accountant=state.accountant,
-                restored=state.restored_plan,
-            )
-            self.settle_limit()
-        return state.plan  # type: ignore[no-any-return]
-
-    @property
-    def bytes_per_step(self) -> int:
-        """Bytes that one rank hands to the all-reduce of a logical step: active coordinates only."""
-        return sum(accumulator.payload_bytes for accumulator in self.accumulators.values())
-
-    @property
-    def accumulators(self) -> dict[int, Accumulator]:
-        """The accumulators of the fit under way, by position of their private optimizer; empty outside of fit."""
-        return {} if self._fit is None else self._fit.step.accumulators
-
-    def epsilon(self, delta: float | None = None) -> float:
-        """Return the epsilon spent so far, from the ledger. It is public: it depends on public settings only.
-
-        Args:
-            delta: in (0, 1); default: the plan's.
-
-        Raises:
-            ValueError: no steps recorded, which is not the same as epsilon 0.
-        """
-        if self.ledger.num_steps and delta is None:
-            delta = self.plan.delta
-        return self.state.epsilon(delta)
-
-    def privacy_statement(self) -> str:
-        """Return what holds for whom: epsilon and delta, relation, sampling, accountant, and what is not covered."""
-        _ = self.plan
-        return self.state.privacy_statement()
-
-    @property
-    def audits(self) -> list[str]:
-        """Results of audits, one line each, which the privacy statement names."""
-        return self.state.audits
-
-    @property
-    def nonprivate_logs(self) -> set[str]:
-        """Names of figures of the training data that were logged without noise."""
-        return self.state.nonprivate_logs
-
-    @property
-    def last_allowed_step(self) -> float:
-        """Steps of the run that a budget allows; infinite without one."""
-        return self.state.last_allowed_step
-
-    def settle_limit(self) -> float:
-        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
-        self.state.last_allowed_step = self.mechanisms.limit.last_step(self)
-        return self.state.last_allowed_step
-
-    def private_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of all private optimizers by qualified name."""
-        assert self._fit is not None
-        private = (index for index in range(len(self.optimizers)) if index not in self.settings.public_optimizers)
-        return {name: p for index in private for name, p in self._fit.step.parameters_of(index).items()}
-
-    def losses(self, records: Sequence[Any], loss: Callable[[pl.LightningModule, Any], Tensor]) -> list[float]:
-        """Return the loss of each record alone, in evaluation mode and without any effect. NOT private.
-
-        Args:
-            records: as the training set holds them.
-            loss: (module, batch of one record on the device) -> loss.
-        """
-        assert self._fit is not None
-        return self._fit.losses(records, loss)
-
-    @property
-    def notes(self) -> RunNotes:
-        """Facts of the run that the privacy card names in addition to plan and ledger."""
-        return self.state.notes
-
-    @property
-    def trainer(self) -> pl.Trainer:
-        """The Trainer that the module is attached to."""
-        return self.module.trainer
-
-    @property
-    def module(self) -> pl.LightningModule:
-        """The user's module."""
-        assert self.lightning_module is not None
-        return self.lightning_module
-
-    @property
-    def is_on_trial(self) -> bool:
-        """Whether user code runs in the sandbox now, where nothing that it does has effect."""
-        return self._fit is not None and self._fit.on_trial
-
-    @property
-    def loader(self) -> PrivateDataLoader:
-        """The private loader of the training set."""
-        assert self._loader is not None
-        return self._loader
 
     # ---------------------------------------------------------------- set up and tear down
 
@@ -252,6 +125,7 @@ class PrivateStrategy(Strategy):
             return
         trainer_checks.check_trainer(trainer, self.settings)
         trainer_checks.check_module(self.module, runs_samples_alone=self.settings.runs_samples_alone)
+        self.state.check_history(self.module)
         self.state.begin_step()
         if self.state.plan is not None:
             self.state.plan = self._loader = None  # else `estimated_stepping_batches` has asked for the loader first
@@ -263,8 +137,11 @@ class PrivateStrategy(Strategy):
         if self._noise is None:
             seed = self.settings.seed
             self._noise = GaussianNoise(
-                seed=None if seed is None else seed * 1_000_003 + self.global_rank, secure=self.settings.secure_rng
+                seed=None if seed is None else seed * 1_000_003 + self.global_rank,
+                secure=self.settings.secure_rng,
+                tuned=self.settings.tune_process,
             )
+        self._tuning.start(on_cpu=self.root_device.type == "cpu")
         self._fit = PrivateFit(self, self._noise)
 
     @override
@@ -273,6 +150,9 @@ class PrivateStrategy(Strategy):
         if self._fit is not None:
             self._fit.close()
             self._fit = None
+        if self._noise is not None:
+            self._noise.close()
+        self._tuning.stop()
         self.mechanisms, self.state.last_allowed_step = Mechanisms(), math.inf
         super().teardown()
 
@@ -412,3 +292,16 @@ class PrivateStrategy(Strategy):
                 one_step_a_batch=module.automatic_optimization,
             )
         return checkpoint
+
+
+def known_arguments(kind: type) -> list[str]:
+    """Return the names of all arguments of a strategy: ours, and those of the Lightning strategy below it."""
+    names: list[str] = []
+    for each in kind.__mro__:
+        init = vars(each).get("__init__")
+        if init is not None and each is not object:
+            found = inspect.signature(init).parameters.values()
+            names += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+            if each is not PrivateStrategy and not any(p.kind is p.VAR_KEYWORD for p in found):
+                break
+    return names

@@ -1,0 +1,167 @@
+"""RunFacts: what users and callbacks read of a private strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from lightning_dp.accounting import Accountant, Ledger
+from lightning_dp.reporting.card import RunNotes
+from lightning_dp.sampling import PrivateDataLoader
+from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.mechanisms import Mechanisms
+from lightning_dp.step.plan import DPPlan
+from lightning_dp.step.planning import build_plan
+from lightning_dp.step.settings import Settings
+from lightning_dp.step.state import PrivacyState
+from lightning_dp.strategies.run_length import run_length
+
+if TYPE_CHECKING:
+    from lightning_dp.strategies.fit import PrivateFit
+
+
+class RunFacts:
+    """Plan, ledger, epsilon and statement of a private strategy, and what callbacks may ask it for."""
+
+    settings: Settings
+    state: PrivacyState
+    mechanisms: Mechanisms
+    lightning_module: pl.LightningModule | None
+    optimizers: list[Any]
+    _loader: PrivateDataLoader | None
+    _fit: PrivateFit | None
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger: what was released so far."""
+        return self.state.ledger
+
+    @property
+    def accountant(self) -> Accountant:
+        """The accountant: computes epsilon from the ledger."""
+        return self.state.accountant
+
+    @property
+    def steps_taken(self) -> int:
+        """Logical steps of this run that have released noise; schedules are functions of this number."""
+        return self.state.steps_taken
+
+    @property
+    def plan(self) -> DPPlan:
+        """The public settings of the run; built, and its noise calibrated, when first asked for after data setup.
+
+        Raises:
+            ValueError: no run has been set up yet.
+        """
+        state = self.state
+        if state.plan is None:
+            if self._loader is None:
+                raise ValueError(
+                    "Expected a run with its training data set up, got none yet. Ask for the plan during or after fit."
+                )
+            state.plan = build_plan(
+                self.settings,
+                self._loader.facts,
+                self.mechanisms,
+                run_length(self.trainer, self._loader.facts, start=state.steps_taken),
+                start=state.steps_taken,
+                ledger=state.ledger,
+                accountant=state.accountant,
+                restored=state.restored_plan,
+            )
+            self.settle_limit()
+        return state.plan  # type: ignore[no-any-return]
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes that one rank hands to the all-reduce of a logical step: active coordinates only."""
+        return sum(accumulator.payload_bytes for accumulator in self.accumulators.values())
+
+    @property
+    def accumulators(self) -> dict[int, Accumulator]:
+        """The accumulators of the fit under way, by position of their private optimizer; empty outside of fit."""
+        return {} if self._fit is None else self._fit.step.accumulators
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Return the epsilon spent so far, from the ledger. It is public: it depends on public settings only.
+
+        Args:
+            delta: in (0, 1); default: the plan's.
+
+        Raises:
+            ValueError: no steps recorded, which is not the same as epsilon 0.
+        """
+        if self.ledger.num_steps and delta is None:
+            delta = self.plan.delta
+        return self.state.epsilon(delta)
+
+    def privacy_statement(self) -> str:
+        """Return what holds for whom: epsilon and delta, relation, sampling, accountant, and what is not covered."""
+        _ = self.plan
+        return self.state.privacy_statement()
+
+    @property
+    def audits(self) -> list[str]:
+        """Results of audits, one line each, which the privacy statement names."""
+        return self.state.audits
+
+    @property
+    def nonprivate_logs(self) -> set[str]:
+        """Names of figures of the training data that were logged without noise."""
+        return self.state.nonprivate_logs
+
+    @property
+    def last_allowed_step(self) -> float:
+        """Steps of the run that a budget allows; infinite without one."""
+        return self.state.last_allowed_step
+
+    def settle_limit(self) -> float:
+        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
+        self.state.last_allowed_step = self.mechanisms.limit.last_step(self)
+        return self.state.last_allowed_step
+
+    def private_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of all private optimizers by qualified name."""
+        assert self._fit is not None
+        private = (index for index in range(len(self.optimizers)) if index not in self.settings.public_optimizers)
+        return {name: p for index in private for name, p in self._fit.step.parameters_of(index).items()}
+
+    def losses(self, records: Sequence[Any], loss: Callable[[pl.LightningModule, Any], Tensor]) -> list[float]:
+        """Return the loss of each record alone, in evaluation mode and without any effect. NOT private.
+
+        Args:
+            records: as the training set holds them.
+            loss: (module, batch of one record on the device) -> loss.
+        """
+        assert self._fit is not None
+        return self._fit.losses(records, loss)
+
+    @property
+    def notes(self) -> RunNotes:
+        """Facts of the run that the privacy card names in addition to plan and ledger."""
+        return self.state.notes
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The Trainer that the module is attached to."""
+        return self.module.trainer
+
+    @property
+    def module(self) -> pl.LightningModule:
+        """The user's module."""
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether user code runs in the sandbox now, where nothing that it does has effect."""
+        return self._fit is not None and self._fit.on_trial
+
+    @property
+    def loader(self) -> PrivateDataLoader:
+        """The private loader of the training set."""
+        assert self._loader is not None
+        return self._loader
