@@ -195,3 +195,10 @@ def test_no_class_reads_the_private_attributes_of_another() -> None:
         place = path.relative_to(PACKAGE)
         found.setdefault(place.parts[0], []).extend(f"{place}: {read}" for read in foreign_reads(path.read_text()))
     assert {folder: reads for folder, reads in found.items() if len(reads) > FOREIGN_READS.get(folder, 0)} == {}
+
+
+def test_callbacks_know_the_strategies_by_what_they_offer() -> None:
+    """Of the folder ``strategies`` they import Lightning's private API in functions, and nothing else."""
+    known = {path.name: imported(path) for path in (PACKAGE / "callbacks").glob("*.py")}
+    found = {name: {used for used in names if "lightning_dp.strategies" in used} for name, names in known.items()}
+    assert {used for names in found.values() for used in names} == {"lightning_dp.strategies._lightning"}

@@ -149,6 +149,32 @@ def test_input_canaries_that_are_learned_by_heart_refute_a_claim_of_nothing(tmp_
     assert result.epsilon_lower <= result.claimed_epsilon
 
 
+def test_resumed_run_trains_on_the_canaries_of_before(tmp_path: Path) -> None:
+    """Coins are flipped at each setup, before a checkpoint brings those that count."""
+
+    def fit(epochs: int, ckpt_path: Path | None) -> tuple[PrivacyAudit, set[int]]:
+        audit, trained = PrivacyAudit(canaries=input_canaries(40)), set()
+
+        class Watching(Overfitting):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                if self.training:
+                    trained.update(batch[0].argmax(1)[batch[1] > 0].tolist())
+                return super().training_step(batch, batch_idx)
+
+        strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", check_per_sample=False)
+        trainer = make_trainer(strategy, tmp_path, max_epochs=epochs, callbacks=[audit])
+        trainer.fit(Watching(40, lr=0.1), zeros_loader(60, 40), ckpt_path=ckpt_path, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return audit, trained
+
+    first, _ = fit(1, None)
+    again, trained = fit(12, tmp_path / "last.ckpt")
+    joined = set(torch.from_numpy(again.included).nonzero().squeeze(1).tolist())
+    assert (again.included == first.included).all()  # by chance: 2^-40
+    assert trained <= joined
+    assert len(trained) > 0.9 * len(joined)  # left out of at least 11 batches with q = 3/4: 2e-7 each
+
+
 def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected num_canaries or canaries"):
         PrivacyAudit(10, canaries=[1, 2])

@@ -152,6 +152,13 @@ def test_budget_on_a_run_without_bounds(tmp_path: Path) -> None:
     assert strategy.ledger.num_steps == 9
 
 
+def test_second_budget_is_refused(tmp_path: Path) -> None:
+    """The last one would decide, whatever the first one promised."""
+    trainer = make_trainer(rdp(), tmp_path, callbacks=[PrivacyBudget(0.5), PrivacyBudget(50.0)])
+    with pytest.raises(ValueError, match="one callback for the limit on epsilon, got PrivacyBudget and PrivacyBudget"):
+        trainer.fit(Classifier(), make_loader())
+
+
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, float("nan"), float("inf")])
 def test_budget_arguments(epsilon: float) -> None:
     with pytest.raises(ValueError, match="0 < epsilon < inf"):

@@ -17,6 +17,7 @@ from lightning_dp import (
     DPStrategy,
     GradientDiagnostics,
     NoiseScheduler,
+    PrivacyAudit,
     PrivacyCard,
     PrivacyError,
     RandomSparsification,
@@ -110,6 +111,14 @@ def test_callback_leaves_nothing_behind(tmp_path: Path) -> None:
     trainer.fit_loop.max_epochs = 2
     trainer.fit(Classifier(), make_loader())
     assert cards(tmp_path) == FILES
+
+
+def test_card_holds_audits_of_callbacks_after_it(tmp_path: Path) -> None:
+    """The card is written when all callbacks have ended."""
+    audit = PrivacyAudit(10)
+    fit(tmp_path, callbacks=[PrivacyCard(tmp_path / "card"), audit])
+    assert audit.result is not None
+    assert audit.result.describe() in (tmp_path / "card" / "privacy_card.json").read_text()
 
 
 def test_callback_needs_a_private_strategy_and_a_path(tmp_path: Path) -> None:
