@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +86,29 @@ def check_rows(batch: Any, count: int, axes: tuple[int, ...]) -> None:
 
 def _rows(leaf: Any) -> int | None:
     return int(leaf.shape[0]) if isinstance(leaf, Tensor) and leaf.dim() else None
+
+
+@contextmanager
+def reached(loss: Tensor) -> Iterator[None]:
+    """Check that the backward inside back-propagates a loss.
+
+    Raises:
+        PrivacyError: it does not, so that weights would move on noise alone.
+    """
+    if not loss.requires_grad:
+        yield
+        return
+    seen: list[bool] = []
+    handle = loss.register_hook(lambda gradient: seen.append(True))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not seen:
+        raise PrivacyError(
+            "Expected the module's backward to back-propagate the loss, got none that did. The weights would move on noise alone: call "
+            "loss.backward() in the override of backward, or leave the override out."
+        )
 
 
 def check_accumulation(parts: int, planned: int) -> None:

@@ -93,6 +93,13 @@ def carry(parameters: Iterable[nn.Parameter], ledger: Ledger) -> None:
         _carried[key][1][ledger.lineage] = ledger
 
 
+def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Take note that a module was loaded from a checkpoint, if a private run wrote it."""
+    state = checkpoint.get(saved.KEY)
+    if isinstance(state, dict) and "ledger" in state:
+        carry(module.parameters(), Ledger.from_state_dict(state["ledger"]))
+
+
 def check_history(module: nn.Module, known: Iterable[str], *, given: bool) -> None:
     """Check that what earlier runs have spent on a module's parameters is counted.
 

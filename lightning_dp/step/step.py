@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_dp.clipping import Clipping, NoClipping
 from lightning_dp.clipping.base import SMALLEST_FACTOR
 from lightning_dp.clipping.bounds import Bound
+from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import make_engine
 from lightning_dp.step import checks
@@ -32,6 +33,7 @@ from lightning_dp.step.observers import diagnose, learn
 from lightning_dp.step.randomness import RandomStreams
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import Release, plan_release
+from lightning_dp.step.sandbox import USE_OPTIMIZERS
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
 
@@ -239,6 +241,18 @@ class PrivateStep:
         """Check that nothing raw is left where an optimizer is about to step."""
         known = self.accumulators[optimizer].parameters if optimizer in self.accumulators else {}
         checks.check_no_raw_gradients(optimizer, self.optimizers[optimizer], known, self.module)
+
+    def check_released(self) -> None:
+        """Check, at the end of a fit or after many batches, that backprops were not all for nothing.
+
+        Raises:
+            PrivacyError: backprops arrived, and no private optimizer has stepped.
+        """
+        if self.seen_backprops and not self._released:
+            raise PrivacyError(
+                "Backprops arrived, but no private optimizer has ever stepped, so nothing is trained and the ledger is empty. "
+                f"{USE_OPTIMIZERS}"
+            )
 
     def leave_open(self) -> None:
         """Take note, at the end of a manual ``training_step``, of the optimizers that hold backprops."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.core import saving
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as MultiProcessingLauncher
@@ -25,6 +26,7 @@ __all__ = [
     "launcher_of",
     "lightning_optimizers",
     "logger_step",
+    "note_loaded_checkpoints",
     "replace_transfer_hook",
     "restore_transfer_hook",
     "set_batch_of_logs",
@@ -140,6 +142,19 @@ def wrap_checkpoint_io(held: Any, make: Callable[[], Any]) -> Any:
     if isinstance(held, _WrappingCheckpointIO):
         held.checkpoint_io = make()  # it takes none where the user gave it one
     return held
+
+
+def note_loaded_checkpoints(note: Callable[[nn.Module, dict[str, Any]], None]) -> None:
+    """Show every module that ``load_from_checkpoint`` makes, with its checkpoint, to ``note``; patches Lightning for good."""
+    load = saving._load_state
+
+    def watched(cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        made = load(cls, checkpoint, *args, **kwargs)
+        if isinstance(made, nn.Module):
+            note(made, checkpoint)
+        return made
+
+    saving._load_state = watched
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

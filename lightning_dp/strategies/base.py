@@ -24,7 +24,7 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, private_dataloader
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import checks
-from lightning_dp.step.history import History, read_history
+from lightning_dp.step.history import History, note_checkpoint, read_history
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.reduction import OneProcess, Reduction
 from lightning_dp.step.settings import (
@@ -41,6 +41,8 @@ from lightning_dp.strategies import _lightning, card_files, checkpoint_io, train
 from lightning_dp.strategies.facts import RunFacts
 from lightning_dp.strategies.fit import PrivateFit
 from lightning_dp.system import ProcessTuning
+
+_lightning.note_loaded_checkpoints(note_checkpoint)
 
 
 class PrivateStrategy(RunFacts, Strategy):
@@ -167,6 +169,8 @@ class PrivateStrategy(RunFacts, Strategy):
     def on_train_end(self) -> None:
         """Report what was spent, and write the privacy card next to the logger's files."""
         super().on_train_end()
+        assert self._fit is not None
+        self._fit.step.check_released()
         card_files.write(self.trainer, self, self.mechanisms.card)
         _messages.info(self.state.summary_line())
 
@@ -226,9 +230,11 @@ class PrivateStrategy(RunFacts, Strategy):
         """Back-propagate one microbatch; under automatic optimization its clipped sum is taken at once."""
         if closure_loss.dim() > 0:
             closure_loss = checks.reduced(closure_loss, self.settings.loss_reduction)
-        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
-        if self._fit is not None:
-            self._fit.backward_done()
+        if self._fit is None:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        with checks.reached(closure_loss):
+            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        self._fit.backward_done()
         return loss
 
     @override

@@ -75,6 +75,12 @@ def check_module(module: pl.LightningModule, *, runs_samples_alone: bool) -> Non
             f"Expected parameters with a shape, got {lazy[0]!r} of a lazy layer that has not run yet. Give the layer its sizes, or run "
             "the module once on data that is public before fit."
         )
+    complex_ones = [name for name, parameter in module.named_parameters() if parameter.is_complex()]
+    if complex_ones:
+        raise ValueError(
+            f"Expected real parameters, got {complex_ones[0]!r} of a complex type. Norms and noise are those of real numbers: keep "
+            "real and imaginary part as two real parameters and join them by torch.complex."
+        )
     if getattr(module, "_compiler_ctx", None) is not None:
         raise ValueError(
             f"Expected an eager module, got {type(module).__name__} through torch.compile. The hooks that record per-sample "
@@ -120,6 +126,11 @@ def check_optimizers(optimizers: list[Optimizer], module: pl.LightningModule, pu
             raise ValueError(
                 "Expected an optimizer that takes one gradient a step, got LBFGS. It runs its closure many times on one batch, "
                 "each a release of its own: use SGD, Adam or AdamW."
+            )
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise ValueError(
+                "Expected an optimizer for dense gradients, got SparseAdam. Noise is on every coordinate, so a private gradient is "
+                "never sparse: use Adam, and Embedding(sparse=False)."
             )
         for group in optimizer.param_groups:
             for position, parameter in enumerate(group["params"]):

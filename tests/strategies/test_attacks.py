@@ -512,3 +512,45 @@ def test_draws_do_not_follow_from_seeds_or_batch_sizes(
     for _ in range(2):
         fit(Drawing(), tmp_path, make_loader(batch_size=32), check_per_sample=False, seed=5)
     assert drawn_at[:2] == drawn_at[2:]
+
+
+# ---------------------------------------------------------------- K: refused by name
+
+
+def test_complex_parameters_are_refused(tmp_path: Any) -> None:
+    module = Classifier()
+    module.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"real parameters, got 'phase'"):
+        fit(module, tmp_path)
+
+
+def test_sparse_adam_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="got SparseAdam"):
+        fit(Classifier(optimizer=torch.optim.SparseAdam), tmp_path)
+
+
+@pytest.mark.parametrize("check_per_sample", [True, False])
+def test_a_backward_that_goes_nowhere_is_refused(check_per_sample: bool, tmp_path: Any) -> None:
+    class Nowhere(Classifier):
+        def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            return None
+
+    class Scaled(Classifier):
+        def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            (0.5 * loss).backward()
+
+    with pytest.raises(PrivacyError, match=r"back-propagate the loss"):
+        fit(Nowhere(), tmp_path, check_per_sample=check_per_sample)
+    assert fit(Scaled(), tmp_path, check_per_sample=check_per_sample).ledger.num_steps == 4
+
+
+def test_backprops_without_any_step_are_refused(tmp_path: Any) -> None:
+    class Idle(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(cross_entropy(self, batch))
+            self.optimizers().zero_grad()
+
+    module = Idle()
+    module.automatic_optimization = False
+    with pytest.raises(PrivacyError, match=r"no private optimizer has ever stepped"):
+        fit(module, tmp_path)

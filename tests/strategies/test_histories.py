@@ -1,0 +1,102 @@
+"""Runs one after another: what an earlier private run has spent on a module's weights is counted or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dp import DPStrategy, PrivacyBudget, PrivacyError
+from tests.helpers import Classifier, make_loader, make_trainer
+
+
+def run(module: Any, tmp_path: Path, callbacks: Any = (), epochs: int = 1, **options: Any) -> DPStrategy:
+    strategy = DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", **options})
+    make_trainer(strategy, tmp_path, max_epochs=epochs, callbacks=list(callbacks)).fit(module, make_loader())
+    return strategy
+
+
+def test_a_second_strategy_on_a_private_module_is_refused(tmp_path: Path) -> None:
+    module = Classifier()
+    first = run(module, tmp_path)
+    with pytest.raises(PrivacyError, match="earlier private run of 4 steps"):
+        run(module, tmp_path)
+    both = run(module, tmp_path, history=first.ledger)
+    assert (both.ledger.num_steps, first.ledger.num_steps) == (8, 4)
+    assert both.epsilon() > first.epsilon()
+    assert run(Classifier(), tmp_path).ledger.num_steps == 4
+
+
+def test_an_empty_history_states_that_runs_share_no_record(tmp_path: Path) -> None:
+    module = Classifier()
+    run(module, tmp_path)
+    assert run(module, tmp_path, history=[]).ledger.num_steps == 4
+
+
+def test_federated_rounds_add_up(tmp_path: Path) -> None:
+    module, spent = Classifier(), [0.0]
+    strategy: Any = []
+    for _ in range(3):
+        strategy = run(module, tmp_path, history=strategy)
+        spent.append(strategy.epsilon())
+    assert strategy.ledger.num_steps == 12
+    assert spent == sorted(set(spent))
+
+
+def test_a_history_counts_towards_target_and_budget(tmp_path: Path) -> None:
+    module = Classifier()
+    first = run(module, tmp_path, noise_multiplier=3.0)
+    spent = first.epsilon()
+    second = run(module, tmp_path, noise_multiplier=None, target_epsilon=2 * spent, history=first)
+    assert spent < second.epsilon() <= 2 * spent
+    third = run(
+        Classifier(), tmp_path, [PrivacyBudget(epsilon=1.3 * spent)], 20, noise_multiplier=3.0, history=first.ledger
+    )
+    assert third.epsilon() <= 1.3 * spent
+    assert 4 < third.ledger.num_steps < 84
+
+
+def test_a_history_may_be_a_checkpoint(tmp_path: Path) -> None:
+    module = Classifier()
+    first = run(module, tmp_path)
+    first.trainer.save_checkpoint(tmp_path / "first.ckpt")
+    assert run(module, tmp_path, history=tmp_path / "first.ckpt").ledger.num_steps == 8
+    again = run(Classifier(), tmp_path, history=[first.ledger, str(tmp_path / "first.ckpt")])
+    assert again.ledger.num_steps == 8  # one run, named twice
+    with pytest.raises(TypeError, match="Expected history to hold ledgers or paths"):
+        DPStrategy(noise_multiplier=1.0, history=3)  # type: ignore[arg-type]
+
+
+def test_a_resume_needs_the_history_of_its_run(tmp_path: Path) -> None:
+    first = run(Classifier(), tmp_path)
+    second = run(Classifier(), tmp_path, history=first.ledger)
+    second.trainer.save_checkpoint(tmp_path / "second.ckpt")
+    for history, steps in ((first.ledger, 12), (None, 12)):
+        strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", history=history)
+        trainer = make_trainer(strategy, tmp_path, max_epochs=2)
+        trainer.fit(Classifier(), make_loader(), ckpt_path=tmp_path / "second.ckpt", weights_only=True)
+        assert strategy.ledger.num_steps == steps
+    other = run(Classifier(), tmp_path, noise_multiplier=2.0)
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", history=other.ledger)
+    with pytest.raises(PrivacyError, match="began with the same history"):
+        make_trainer(strategy, tmp_path, max_epochs=2).fit(
+            Classifier(), make_loader(), ckpt_path=tmp_path / "second.ckpt", weights_only=True
+        )
+
+
+def test_one_strategy_serves_a_second_trainer(tmp_path: Path) -> None:
+    module, strategy = Classifier(), DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    for _ in range(2):
+        make_trainer(strategy, tmp_path).fit(module, make_loader())
+    assert strategy.ledger.num_steps == 8
+
+
+def test_a_module_loaded_from_a_private_checkpoint_is_refused(tmp_path: Path) -> None:
+    first = run(Classifier(), tmp_path)
+    path = tmp_path / "first.ckpt"
+    first.trainer.save_checkpoint(path)
+    module = Classifier.load_from_checkpoint(path)
+    with pytest.raises(PrivacyError, match="earlier private run of 4 steps"):
+        run(module, tmp_path)
+    assert run(module, tmp_path, history=path).ledger.num_steps == 8
