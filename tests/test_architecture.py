@@ -1,4 +1,4 @@
-"""The shape of the package: the core never imports lightning, and nothing speaks of the machine it was written on."""
+"""The shape of the package: the core never imports lightning, and one file draws the noise."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import lightning_dp
+from lightning_dp import datalens
 
 PACKAGE = Path(lightning_dp.__file__).parent
+LIGHTNING = {"lightning", "pytorch_lightning"}
+SLOW = {"opacus", "dp_accounting", "scipy", "torchmetrics"}
 SHELL = {"strategies", "callbacks", "cli", "__init__.py"}
 SHELL_FILES = {
     "datalens/module.py",
@@ -57,12 +61,12 @@ def writes_gradient(node: ast.AST) -> bool:
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_core_never_imports_lightning(path: Path) -> None:
     names = imported(path)
-    assert not {name for name in names if name.split(".")[0] in ("lightning", "pytorch_lightning")}
+    assert not {name for name in names if name.split(".")[0] in LIGHTNING}
     assert not {name for name in names if name.startswith(("lightning_dp.strategies", "lightning_dp.callbacks"))}
 
 
 def test_optional_and_slow_packages_are_imported_where_they_are_used() -> None:
-    """So that ``import lightning_dp`` costs little beside lightning's own import."""
+    """Neither an import of a part of this package nor its help waits for them."""
     optional = {
         "matplotlib",
         "rich",
@@ -79,30 +83,48 @@ def test_optional_and_slow_packages_are_imported_where_they_are_used() -> None:
         path.name: found for path in PACKAGE.rglob("*.py") if (found := imported_at_once(path) & (optional | loggers))
     } == {}
     eager = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if "opacus" in imported_at_once(path)}
-    assert eager <= {
-        "fix.py",
-        "accounting",
-        "per_sample",
-    }  # its layers and its accountant, a few hundredths of a second
+    assert eager == {"_replacements.py"}  # imported by the first call of `fix`
+
+
+def loaded(code: str) -> set[str]:
+    """Packages in ``sys.modules`` once a new process has run some code."""
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=PACKAGE.parent)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_package_imports_nothing_slow() -> None:
+    assert not loaded("import lightning_dp") & {"torch", "numpy", *SLOW, *LIGHTNING}
 
 
 def test_core_loads_without_lightning() -> None:
-    """Every module of it, also not through a third party. The two packages that re-export parts of the shell are empty here."""
+    """Every module of it, also not through a third party; and opacus is left to the calls that need it."""
     modules = [".".join(("lightning_dp", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in CORE]
-    shells = {"lightning_dp": PACKAGE, "lightning_dp.datalens": PACKAGE / "datalens"}
-    wanted = sorted({name.removesuffix(".__init__") for name in modules} - shells.keys())
-    assert {"step.mechanisms", "clipping.bounds", "step.diagnostics", "masks.random", "datalens.plan"} <= {
-        name.removeprefix("lightning_dp.") for name in wanted
-    }
+    wanted = {name.removesuffix(".__init__") for name in modules} - {"lightning_dp._replacements"}
+    folders = "accounting auditing clipping datalens masks noise per_sample reporting sampling step system"
+    assert {f"lightning_dp.{name}" for name in folders.split()} <= wanted
+    names = loaded(f"import importlib\nfor name in {sorted(wanted)!r}: importlib.import_module(name)")
+    assert "lightning_dp" in names
+    assert not names & {"opacus", *LIGHTNING}
+
+
+def test_shells_load_on_first_use() -> None:
+    """A public name and a subpackage, each as an attribute of a package that was imported alone."""
     code = (
-        "import importlib, sys, types\n"
-        f"for name, path in {[(name, str(path)) for name, path in shells.items()]!r}:\n"
-        "    sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = [path]\n"
-        f"for name in {wanted!r}: importlib.import_module(name)\n"
-        "found = [m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning')]\n"
-        "assert not found, found[:3]"
+        "import lightning_dp, lightning_dp.fix\n"
+        "assert lightning_dp.callbacks.EpsilonMonitor is lightning_dp.EpsilonMonitor\n"
+        "assert lightning_dp.datalens.DataLens.__doc__\n"
+        "assert callable(lightning_dp.fix)"  # not its file, which was imported by name
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    assert "lightning" in loaded(code)
+
+
+@pytest.mark.parametrize("package", [lightning_dp, datalens], ids=lambda package: package.__name__)
+def test_lazy_packages_hide_no_mistake(package: ModuleType) -> None:
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'Typo'"):
+        _ = package.Typo
+    assert set(package.__all__) <= set(dir(package))
 
 
 def test_only_the_private_step_draws_noise_and_writes_gradients() -> None:
@@ -116,7 +138,7 @@ def test_only_the_private_step_draws_noise_and_writes_gradients() -> None:
     assert sorted(writing) == ["accumulator.py", "ddp.py", "engine.py", "single.py", "skipped_steps.py"]
 
 
-def test_public_names() -> None:
+def test_public_names_are_documented() -> None:
     for name in lightning_dp.__all__:
         assert getattr(lightning_dp, name).__doc__
 

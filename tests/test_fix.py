@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -357,3 +358,12 @@ def test_fix_refuses_lazy_layers_that_have_no_parameters_yet() -> None:
         fix(module)
     module(torch.randn(2, 3, 5, 5))
     assert type(fix(module).module[1]) is nn.GroupNorm
+
+
+def test_attention_pickled_by_its_first_name_loads() -> None:
+    """Version 0.1 had all of it in ``fix.py``; modules that were saved whole name the class there."""
+    from lightning_dp import _replacements
+
+    assert pickle.loads(b"clightning_dp.fix\nSplitMultiheadAttention\n.") is _replacements.SplitMultiheadAttention
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from lightning_dp.fix import Nothing  # noqa: F401

@@ -6,7 +6,6 @@ import math
 import warnings
 
 import numpy as np
-from opacus.accountants import PRVAccountant as OpacusPRVAccountant
 from typing_extensions import override
 
 from lightning_dp.accounting.base import Accountant, Mechanisms, refuse_replace_one, split_unsampled
@@ -52,6 +51,8 @@ class PRVAccountant(Accountant):
 
 
 def _opacus_epsilon(history: list[tuple[float, float, int]], delta: float) -> float:
+    from opacus.accountants import PRVAccountant as OpacusPRVAccountant  # takes a second or two
+
     accountant = OpacusPRVAccountant()
     accountant.history = history
     try:

@@ -1,52 +1,59 @@
-"""The command line: one parser, four commands, one line an error."""
+"""The command line: one parser, four commands, one line per error.
+
+Torch, lightning and the accountants are imported by the command that needs them, so that help costs little.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from typing_extensions import override
 
-from lightning_dp.accounting import ACCOUNTANTS, NEIGHBORING_RELATIONS
-from lightning_dp.cli import accounting, card, check
+from lightning_dp import __version__
 from lightning_dp.errors import PrivacyError
 
+#: The keys of ``ACCOUNTANTS`` and ``NEIGHBORING_RELATIONS``; those are slow to import.
+ACCOUNTANTS = ("pld", "rdp", "prv", "gdp", "tcdp")
+RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 EXIT_CODES = "Exit codes: 0 done, 1 `check` found a layer that must change, 2 an error."
 
 
 class _Parser(argparse.ArgumentParser):
     @override
     def error(self, message: str) -> NoReturn:
-        """One line instead of the whole usage."""
+        """Write one line instead of the whole usage, and end the process."""
         self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help.\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``lightning-dp``."""
+    """Return the parser of ``lightning-dp``."""
     parser = _Parser(prog="lightning-dp", description="Differential privacy on the command line.", epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     epsilon = commands.add_parser("epsilon", help="epsilon of a planned run, by every accountant")
     epsilon.add_argument("--noise-multiplier", type=float, required=True, help="noise std over sensitivity, >= 0")
     _add_run(epsilon)
-    epsilon.set_defaults(run=accounting.epsilon)
+    epsilon.set_defaults(source="accounting")
 
     calibrate = commands.add_parser("calibrate", help="the noise multiplier that a target epsilon needs")
     calibrate.add_argument("--target-epsilon", type=float, required=True, help="budget of the whole run, > 0")
     _add_run(calibrate)
-    calibrate.set_defaults(run=accounting.calibrate)
+    calibrate.set_defaults(source="accounting")
 
     checking = commands.add_parser("check", help="how each layer of a module is handled, and what must change")
     checking.add_argument("target", metavar="FILE.py:NAME", help="a class, a function that makes a module, or a module")
     checking.add_argument("--init", metavar="JSON", help="arguments of the class or function, e.g. '{\"hidden\": 64}'")
-    checking.set_defaults(run=check.check)
+    checking.set_defaults(source="check")
 
     stating = commands.add_parser("card", help="the privacy statement of a checkpoint")
     stating.add_argument("checkpoint", metavar="CHECKPOINT", help="file written under a private strategy")
     stating.add_argument("--markdown", action="store_true", help="the whole privacy card as Markdown")
-    stating.set_defaults(run=card.card)
+    stating.set_defaults(source="card")
 
     for command in (epsilon, calibrate, checking, stating):
         command.add_argument("--json", action="store_true", help="JSON for machines")
@@ -55,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
         arguments: without the program's name; default: those of the process.
@@ -64,15 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = make_parser().parse_args(arguments)
+    run = getattr(import_module(f"lightning_dp.cli.{options.source}"), options.command)
     try:
-        return int(options.run(options))
+        return int(run(options))
     except (ValueError, TypeError, OSError, PrivacyError) as error:
         sys.stderr.write(f"lightning-dp {options.command}: error: {' '.join(str(error).split())}\n")
         return 2
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    """The arguments that describe a planned run."""
+    """Add the arguments that describe a planned run."""
     parser.add_argument("--dataset-size", type=int, required=True, metavar="N", help="number of records")
     parser.add_argument(
         "--batch-size", type=int, required=True, metavar="B", help="expected batch size, over all devices"
@@ -90,13 +98,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accountant",
         action="append",
-        choices=list(ACCOUNTANTS),
+        choices=ACCOUNTANTS,
         help="only this one; may be given several times (default: all)",
     )
     parser.add_argument("--sampling", choices=["poisson", "shuffle"], default="poisson", help="default: poisson")
     parser.add_argument(
         "--neighboring-relation",
-        choices=list(NEIGHBORING_RELATIONS),
+        choices=RELATIONS,
         default="add_or_remove_one",
         help="default: add_or_remove_one",
     )

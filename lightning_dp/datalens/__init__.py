@@ -4,7 +4,8 @@ Read in this order: ``votes.py`` (one teacher's vote), ``release.py`` (ledger an
 ``teachers.py`` (all teachers as one stacked model), ``module.py`` (the LightningModule).
 """
 
-from lightning_dp.datalens.module import DataLens
+from typing import TYPE_CHECKING
+
 from lightning_dp.datalens.networks import ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
 from lightning_dp.datalens.plan import DataLensPlan, epsilon_after
 from lightning_dp.datalens.samples import write_csv, write_tensors
@@ -28,3 +29,18 @@ __all__ = [
     "write_csv",
     "write_tensors",
 ]
+
+if TYPE_CHECKING:
+    from lightning_dp.datalens.module import DataLens
+else:
+
+    def __getattr__(name):
+        if name != "DataLens":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from lightning_dp.datalens.module import DataLens
+
+        globals()[name] = DataLens
+        return DataLens
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
