@@ -22,7 +22,6 @@ from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.shards import partition, public_generator, read_shards
 from lightning_dp.datalens.teachers import Teachers, check_discriminator
 from lightning_dp.datalens.votes import threshold_votes
-from lightning_dp.system.allocator import give_back_freed_memory, keep_freed_memory
 
 _STEP, _PRETRAINING, _COINS = 2, 3, 4  # what public randomness is drawn for
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -271,8 +270,7 @@ class DataLens(DataLensRun):
     def on_train_start(self) -> None:
         """Reads this rank's shards and prepares its teachers."""
         settings, world_size = self.settings, self.trainer.world_size
-        if self.device.type == "cpu":
-            keep_freed_memory()
+        self._tuning.start(on_cpu=self.device.type == "cpu")
         if world_size > 1:
             self.state.ledger = Ledger.from_state_dict(self.trainer.strategy.broadcast(self.ledger.state_dict()))
         numbers = range(self.global_rank, settings.num_teachers, world_size)
@@ -308,8 +306,7 @@ class DataLens(DataLensRun):
     @override
     def on_train_end(self) -> None:
         """One line at the end of fit; the teachers are forgotten."""
-        self._teachers = None
-        give_back_freed_memory()
+        self.end_fit()
         rank_zero_info(statement.summary_line(self.plan, self.ledger, self.accountant))
 
     @override

@@ -68,6 +68,10 @@ class VoteRelease:
             sum_over_ranks(sums)
         return sums
 
+    def close(self) -> None:
+        """End the threads that draw the noise; a later release starts them again."""
+        self._noise.close()
+
 
 def refuse_over_budget(
     plan: DataLensPlan, ledger: Ledger, accountant: Accountant, *, step: int, last_allowed_step: float

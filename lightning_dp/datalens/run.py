@@ -21,6 +21,16 @@ from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import default_delta
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.strategies.run_length import remaining_steps
+from lightning_dp.system import ProcessTuning
+
+
+class _EndOnException(pl.Callback):
+    """End a DataLens fit that raises: Lightning tells callbacks of exceptions, but not modules."""
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, DataLensRun)
+        pl_module.end_fit()
 
 
 class DataLensRun(pl.LightningModule):
@@ -43,6 +53,7 @@ class DataLensRun(pl.LightningModule):
         self._dataset_size: int | None = None
         self._teachers: Teachers | None = None
         self._release: VoteRelease | None = None
+        self._tuning = ProcessTuning()
 
     # ---------------------------------------------------------------- what the user reads
 
@@ -172,6 +183,18 @@ class DataLensRun(pl.LightningModule):
     def teardown(self, stage: str) -> None:
         """Lift the limit: it holds for one fit."""
         self.last_allowed_step = math.inf
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Have the end of a fit that raises seen."""
+        return [_EndOnException()]
+
+    def end_fit(self) -> None:
+        """Forget the teachers, end the threads, undo the tuning of the process."""
+        self._teachers = None
+        if self._release is not None:
+            self._release.close()
+        self._tuning.stop()
 
     # ---------------------------------------------------------------- checkpoints: the generator and the ledger
 

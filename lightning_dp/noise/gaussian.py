@@ -1,6 +1,6 @@
-"""Gaussian noise from the operating system's entropy: its scale, its rounding, and that none of it comes twice.
+"""Gaussian noise from the operating system's entropy: its scale, its rounding, and that no value is used twice.
 
-Where the standard normals come from is in ``sources.py``.
+Standard normals are drawn in ``sources.py``, on the CPU by the threads of ``cpu.py``, and ahead of time in ``prefetch.py``.
 """
 
 from __future__ import annotations
@@ -9,20 +9,16 @@ import math
 import os
 import secrets
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_dp.noise.cpu import CHUNK, NUM_STREAMS, CpuStreams
 from lightning_dp.noise.prefetch import NormalsAhead
-from lightning_dp.noise.sources import SECURE_DRAWS, normal_stream, secure_normals, secure_words, threads_that_pay
-from lightning_dp.system.openmp import end_waiting_threads
+from lightning_dp.noise.sources import SECURE_DRAWS, normal_stream, secure_normals, secure_words
 
-_NUM_STREAMS = 4  # a constant, so that a seed gives the same noise whatever the number of threads
-_CPU_CHUNK = 1 << 15  # coordinates a stream draws at a time: the buffer stays in the processor's cache
-_LEAST_A_WAITING_THREAD = 1 << 18  # coordinates, for each thread that torch computes on, to be worth ending those
 _DEVICE_CHUNK = 1 << 24
 _SECURE_CHUNK = 1 << 16
 _GRID_BITS = 20  # the grid's step is at most std 2^-20: its own variance is below 1e-13 of the noise's
@@ -74,6 +70,8 @@ class GaussianNoise:
         seed: for tests only: whoever knows it can subtract the noise. ``None``: the operating system's entropy. The same seed
             gives the same noise whatever the number of threads, but another one with ``mkl-random`` than without.
         secure: whether to use the cryptographic variant.
+        tuned: False draws in the calling thread alone, never ahead, ends no threads of OpenMP, and takes numpy's generator in
+            place of torch's with a state written by hand. The distribution is the same; a seed gives other noise.
 
     Raises:
         ValueError: a seed together with ``secure=True``.
@@ -89,12 +87,13 @@ class GaussianNoise:
         Mironov 2012, On Significance of the Least Significant Bits for Differential Privacy.
     """
 
-    def __init__(self, *, seed: int | None = None, secure: bool = False) -> None:
+    def __init__(self, *, seed: int | None = None, secure: bool = False, tuned: bool = True) -> None:
         if secure and seed is not None:
             raise ValueError(
                 f"Expected seed=None with secure=True, got seed={seed}. Secure noise cannot be repeated: leave one out."
             )
         self.secure = secure
+        self.tuned = tuned
         self._ahead: NormalsAhead | None = None
         self._start(seed)
 
@@ -131,7 +130,7 @@ class GaussianNoise:
         """
         _check_dtype(dtype)
         self._refuse_the_parents_state()
-        if device.type != "cpu" or num < _CPU_CHUNK or self.secure or self.seeded:
+        if device.type != "cpu" or num < CHUNK or self.secure or self.seeded or not self.tuned:
             return
         if self._ahead is None:
             self._ahead = NormalsAhead(normal_stream(self._children(1)[0]))
@@ -203,12 +202,27 @@ class GaussianNoise:
         elif self.secure:
             self._add_secure(flat if adds else flat.zero_(), std)
         elif flat.device.type == "cpu":
-            self._write_cpu(flat, std, adds=adds)
+            self._streams.write(flat, std, adds=adds)
         else:
             self._write_device(flat, std, adds=adds)
 
-    def __reduce__(self) -> tuple[Callable[[bool], GaussianNoise], tuple[bool]]:
-        return (_fresh, (self.secure,))
+    def close(self) -> None:
+        """End the threads, and throw away what was drawn ahead. The noise can be used as before: threads start again.
+
+        Example:
+            >>> noise = GaussianNoise()
+            >>> noise.close()
+            >>> bool((noise.add_(torch.zeros(3), std=1.0) != 0).all())
+            True
+        """
+        if self._fork == _num_forks:  # else its threads are the parent's
+            self._streams.close()
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None:
+                ahead.close()
+
+    def __reduce__(self) -> tuple[Callable[[bool, bool], GaussianNoise], tuple[bool, bool]]:
+        return (_fresh, (self.secure, self.tuned))
 
     def _refuse_the_parents_state(self) -> None:
         """In a forked child: begin anew, for the parent goes on with the same streams."""
@@ -218,10 +232,8 @@ class GaussianNoise:
     def _start(self, seed: int | None) -> None:
         self._fork = _num_forks
         self._root = None if seed is None else np.random.SeedSequence(seed)
-        self._streams = [normal_stream(child) for child in self._children(_NUM_STREAMS)]
-        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._streams = CpuStreams(self._children(NUM_STREAMS), tuned=self.tuned)
         self._ahead = None
-        self._threads: ThreadPoolExecutor | None = None  # kept: to start one takes as long as some chunks
         self._device_generators: dict[torch.device, torch.Generator] = {}
         self._random_words = secure_words() if self.secure else None
 
@@ -230,42 +242,6 @@ class GaussianNoise:
         if self._root is not None:
             return self._root.spawn(num)
         return [np.random.SeedSequence(secrets.randbits(256)) for _ in range(num)]
-
-    def _write_cpu(self, flat: Tensor, std: float, *, adds: bool) -> None:
-        num_threads = _threads_for(flat.numel())
-
-        @torch.no_grad()
-        def write_streams(first: int) -> None:
-            for number in range(first, _NUM_STREAMS, num_threads):
-                stream = self._streams[number]
-                for start in range(number * _CPU_CHUNK, flat.numel(), _NUM_STREAMS * _CPU_CHUNK):
-                    target = flat[start : start + _CPU_CHUNK]
-                    if not adds:
-                        stream(target, std)
-                        continue
-                    noise = self._buffer(number, flat.dtype)[: target.numel()]
-                    stream(noise, std)
-                    sums = target.numpy()
-                    sums += noise.numpy()  # less work a call than torch's, and so short that threads do not pay
-
-        if num_threads == 1:
-            write_streams(0)
-            return
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_NUM_STREAMS - 1, thread_name_prefix="noise")
-        others = [self._threads.submit(write_streams, first) for first in range(1, num_threads)]
-        try:
-            write_streams(0)
-        finally:  # whatever happens: no thread writes into the buffer after the call
-            wait(others)
-        for other in others:
-            other.result()
-
-    def _buffer(self, number: int, dtype: torch.dtype) -> Tensor:
-        key = (number, dtype)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(_CPU_CHUNK, dtype=dtype)
-        return self._buffers[key]
 
     def _write_device(self, flat: Tensor, std: float, *, adds: bool) -> None:
         generator = self._device_generators.get(flat.device)
@@ -291,15 +267,6 @@ class GaussianNoise:
             chunk.copy_(torch.from_numpy(_on_grid(noise, grid)).to(flat.dtype))
 
 
-def _threads_for(num: int) -> int:
-    """On how many threads to draw so many numbers: drawing is the cost, and releases the interpreter."""
-    computing = torch.get_num_threads()
-    num_threads = min(_NUM_STREAMS, computing, max(1, -(-num // _CPU_CHUNK)))
-    if num_threads > 1 and not (num >= _LEAST_A_WAITING_THREAD * computing and end_waiting_threads()):
-        return threads_that_pay(num_threads)
-    return num_threads
-
-
 def _check_buffer(tensor: Tensor, std: float) -> None:
     _check_dtype(tensor.dtype)
     if not tensor.is_contiguous():
@@ -319,12 +286,6 @@ def _check_dtype(dtype: torch.dtype) -> None:
         )
 
 
-def has_spare_core() -> bool:
-    """Whether this process may run on more cores than torch computes on; else drawing holds up what it runs beside."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores > torch.get_num_threads()
-
-
 def _on_grid(values: NDArray[np.float64], grid: float) -> NDArray[np.float64]:
     """Round to multiples of a power of two: exact, but for values of 2^52 steps and more, which stay as they are."""
     near = np.abs(values) < grid * 2.0**52
@@ -334,5 +295,5 @@ def _on_grid(values: NDArray[np.float64], grid: float) -> NDArray[np.float64]:
     return values
 
 
-def _fresh(secure: bool) -> GaussianNoise:
-    return GaussianNoise(secure=secure)
+def _fresh(secure: bool, tuned: bool) -> GaussianNoise:
+    return GaussianNoise(secure=secure, tuned=tuned)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_dp.system.allocator import large_pages
+from lightning_dp.system.huge_pages import huge_pages
 
 SHARE = 0.95
 """Largest size of all kept buffers together, as a share of what a step without privacy holds anyway (see ``limit``)."""
@@ -63,7 +63,7 @@ class Workspace:
             room = (self._limit() - self.num_bytes) // dtype.itemsize
             if size > room:
                 return None
-            held = large_pages(torch.empty(int(min(room, size * _SPARE)), dtype=dtype, device=device))
+            held = huge_pages(torch.empty(int(min(room, size * _SPARE)), dtype=dtype, device=device))
             self._buffers[key] = held
         return held[:size].view(*shape)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from lightning_dp.clipping import Clipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample.rules.sparse_mask import places_of
+from lightning_dp.system import tuning
+from lightning_dp.system.owners import is_shared
 
 
 class Accumulator:
@@ -47,7 +48,7 @@ class Accumulator:
         self._dtype = torch.float64 if double else torch.float32
         self._flat: Tensor | None = None
         self._handed_out: Tensor | None = None
-        self._takes_back = not is_shared(torch.empty(1, device=first.device))
+        self._takes_back = tuning.is_allowed() and not is_shared(torch.empty(1, device=first.device))
         self.used = False  # set it before anything is added
         self.noise_std: float | None = None  # of the noise that the gradient began with, in units of the sum
         self.divisor = 1  # what is added is divided by it
@@ -239,21 +240,3 @@ class Accumulator:
             parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None
         self._handed_out = whole if self._takes_back else None
         self._forget()
-
-
-def _owners(tensor: Tensor) -> tuple[int, int]:
-    """How often the memory of a tensor is referred to, by tensors and by Python; (0, 0) where torch does not tell."""
-    count, storage = getattr(torch._C, "_storage_Use_Count", None), tensor.untyped_storage()
-    return (0, 0) if count is None else (count(storage._cdata), sys.getrefcount(storage))
-
-
-_ALONE = _owners(torch.zeros(1))
-
-
-def is_shared(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor has a second owner: a view, a gradient, an array.
-
-    True where torch does not tell, and on devices that work behind the program's back: what is let go of may still be read.
-    """
-    tensors, names = _owners(tensor)
-    return tensor.device.type != "cpu" or tensors == 0 or tensors > _ALONE[0] or names > _ALONE[1]

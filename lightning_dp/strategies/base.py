@@ -41,6 +41,7 @@ from lightning_dp.step.state import PrivacyState
 from lightning_dp.strategies import _lightning, card_files, checkpoint_io, trainer_checks
 from lightning_dp.strategies.fit import PrivateFit
 from lightning_dp.strategies.run_length import run_length
+from lightning_dp.system import ProcessTuning
 
 
 class PrivateStrategy(Strategy):
@@ -101,6 +102,7 @@ class PrivateStrategy(Strategy):
         )
         self.mechanisms = Mechanisms()
         self._noise: GaussianNoise | None = None
+        self._tuning = ProcessTuning()
         self._loader: PrivateDataLoader | None = None
         self._fit: PrivateFit | None = None
 
@@ -265,6 +267,7 @@ class PrivateStrategy(Strategy):
             self._noise = GaussianNoise(
                 seed=None if seed is None else seed * 1_000_003 + self.global_rank, secure=self.settings.secure_rng
             )
+        self._tuning.start(on_cpu=self.root_device.type == "cpu")
         self._fit = PrivateFit(self, self._noise)
 
     @override
@@ -273,6 +276,9 @@ class PrivateStrategy(Strategy):
         if self._fit is not None:
             self._fit.close()
             self._fit = None
+        if self._noise is not None:
+            self._noise.close()
+        self._tuning.stop()
         self.mechanisms, self.state.last_allowed_step = Mechanisms(), math.inf
         super().teardown()
 

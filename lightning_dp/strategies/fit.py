@@ -23,7 +23,6 @@ from lightning_dp.step.trial import Trial
 from lightning_dp.strategies import _lightning, trainer_checks
 from lightning_dp.strategies.host import Counts, LightningHost, silent
 from lightning_dp.strategies.logs import TrainingLogs
-from lightning_dp.system.allocator import give_back_freed_memory, keep_freed_memory
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -51,8 +50,6 @@ class PrivateFit:
         self._part = 0
         self._prepared, self._checked_at = False, 0
         self._training_flags: list[bool] = []
-        if self._device.type == "cpu":
-            keep_freed_memory()
         self.step = PrivateStep(
             module,
             strategy.optimizers,
@@ -79,7 +76,6 @@ class PrivateFit:
         """Undo everything that was patched, and put the global generators back to where they were before the fit."""
         self.step.close()
         self.guard.stop()
-        give_back_freed_memory()
         for both in self._optimizers_and_wrappers():
             for optimizer in both:
                 optimizer.__dict__.pop("zero_grad", None)

@@ -8,8 +8,6 @@ import os
 import pickle
 import random
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ import torch
 from scipy import stats
 
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.noise import gaussian as noise_module
 from lightning_dp.noise import sources as normals
 
 DTYPES = [torch.float32, torch.float64]
@@ -121,59 +118,6 @@ def test_to_fill_is_to_add_to_zeros(
         assert torch.equal(draw(one, size, 0.3, dtype), draw(other, size, 0.3, dtype))
     assert scale_is_right(filled, 1.7)
     assert not scale_is_right(filled, 1.7 * 1.5)
-
-
-@pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("ends", [True, False])
-def test_large_buffers_are_drawn_on_all_threads_once_none_waits(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers as on one thread; where the waiting ones do not end, two of MKL's take turns and one does."""
-    asked: list[bool] = []
-    monkeypatch.setattr(noise_module, "end_waiting_threads", lambda: (asked.append(ends), ends)[1])
-    monkeypatch.setattr(noise_module, "_LEAST_A_WAITING_THREAD", CHUNK)
-    drew: set[int] = set()
-    stream = normals.normal_stream
-
-    def watched(seed: np.random.SeedSequence) -> normals.Stream:
-        fill = stream(seed)
-        return lambda out, std: (drew.add(threading.get_ident()), fill(out, std))[1]
-
-    monkeypatch.setattr(noise_module, "normal_stream", watched)
-    results, used = [], []
-    for threads, size in ((1, 2 * CHUNK), (2, 2 * CHUNK), (2, 2 * CHUNK - 1)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        drew.clear()
-        results.append(draw(GaussianNoise(seed=5), size))
-        used.append(len(drew))
-    assert torch.equal(results[0], results[1])
-    alone = 1 if normals._mkl_generator() is not None else 2
-    assert used == [1, 2 if ends else alone, alone]
-    assert asked == [ends]
-
-
-def test_what_a_thread_raises_is_raised_and_nothing_is_written_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise_module, "end_waiting_threads", lambda: True)
-    monkeypatch.setattr(noise_module, "_LEAST_A_WAITING_THREAD", 1)
-    caller, fails, ended = threading.get_ident(), True, []
-
-    def stream(seed: np.random.SeedSequence) -> normals.Stream:
-        def fill(out: torch.Tensor, std: float) -> None:
-            if threading.get_ident() == caller:
-                if fails:
-                    raise RuntimeError("of the caller")
-                return
-            time.sleep(0.05)
-            ended.append(True)
-            raise MemoryError("of the other")
-
-        return fill
-
-    monkeypatch.setattr(noise_module, "normal_stream", stream)
-    with pytest.raises(RuntimeError, match="of the caller"):
-        GaussianNoise().fill_(torch.zeros(4 * CHUNK), 1.0)
-    assert ended  # and so it will not write any more
-    fails = False
-    with pytest.raises(MemoryError, match="of the other"):
-        GaussianNoise().fill_(torch.zeros(4 * CHUNK), 1.0)
 
 
 def test_to_fill_with_secure_noise_keeps_to_the_grid() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_dp.system import openmp as waiting_threads
-from lightning_dp.system.openmp import end_waiting_threads
+from lightning_dp.system.openmp import can_end_waiting_threads, end_waiting_threads
 
 TASKS = Path("/proc/self/task")
 
@@ -22,7 +22,9 @@ def compute() -> torch.Tensor:
 
 
 @pytest.fixture
-def pause() -> None:
+def pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in waiting_threads._ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     if waiting_threads._pause() is None or torch.get_num_threads() < 2:
         pytest.skip("torch computes on one thread, or not with GNU's OpenMP")
 
@@ -46,6 +48,17 @@ def test_a_forked_child_ends_no_threads() -> None:
     if child == 0:
         os._exit(17 if end_waiting_threads() is False else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+
+
+@pytest.mark.usefixtures("pause")
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_how_the_user_lets_threads_wait_takes_precedence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    compute()
+    working = len(list(TASKS.iterdir()))
+    assert not can_end_waiting_threads()
+    assert end_waiting_threads() is False
+    assert len(list(TASKS.iterdir())) == working
 
 
 @pytest.mark.parametrize("lacks", ["system", "library", "call"])

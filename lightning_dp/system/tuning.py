@@ -1,0 +1,103 @@
+"""Tune the process while a fit runs, and undo it afterwards.
+
+What is tuned, each with its gain in its own file: glibc keeps freed memory (``allocator.py``), torch's waiting threads are ended
+before noise is drawn in threads (``openmp.py``, ``noise/cpu.py``), noise is drawn ahead (``noise/prefetch.py``), torch's generator
+starts from a state that is written by hand (``noise/sources.py``), buffers are used again (``owners.py``), and buffers that are
+kept for long have huge pages (``huge_pages.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+
+from lightning_dp.system import allocator, openmp
+
+
+class ProcessTuning:
+    """Everything process-wide that makes private fits faster, from ``start`` to ``stop``.
+
+    Two fits in one process may overlap: the memory settings are undone when the last of them stops. ``start`` and ``stop`` may
+    be called twice. A forked child begins without tuning, whatever its parent had.
+
+    While a tuning with ``enabled=False`` runs, no buffer is used again and none gets huge pages. Noise has a switch of its own,
+    ``GaussianNoise(tuned=False)``, and ends its threads in ``GaussianNoise.close``.
+
+    Args:
+        enabled: False leaves the process alone.
+
+    Example:
+        >>> with ProcessTuning(enabled=False) as tuning:
+        ...     tuning.describe()
+        'Process tuning is off (tune_process=False).'
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._keeps_memory = False
+
+    def start(self, *, on_cpu: bool = True) -> None:
+        """Begin; do nothing if it has begun.
+
+        Args:
+            on_cpu: whether the fit computes on the CPU. Elsewhere the memory settings are left as they are.
+        """
+        with _lock:
+            if self not in _running:
+                _running.append(self)
+                self._keeps_memory = self.enabled and on_cpu and allocator.keep_freed_memory()
+
+    def stop(self) -> None:
+        """Undo it and return free memory to the system; do nothing if it has not begun, or another fit still needs it."""
+        with _lock:
+            if self not in _running:
+                return
+            _running.remove(self)
+            if self._keeps_memory and not any(other._keeps_memory for other in _running):
+                allocator.follow_default_thresholds()
+                allocator.give_back_freed_memory()
+            self._keeps_memory = False
+
+    def describe(self) -> str:
+        """Return one line for the log: what is tuned now, or why nothing is."""
+        if not self.enabled:
+            return "Process tuning is off (tune_process=False)."
+        tuned = ["glibc keeps freed memory"] if self._keeps_memory else []
+        if self in _running and openmp.can_end_waiting_threads():
+            tuned.append("OpenMP threads that wait are ended before much noise is drawn")
+        if not tuned:
+            return "Process tuning changes nothing here."
+        return f"Process tuning until the end of fit: {'; '.join(tuned)}. Switch it off by tune_process=False."
+
+    def __enter__(self) -> ProcessTuning:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+_running: list[ProcessTuning] = []
+_lock = threading.Lock()
+
+
+def is_allowed() -> bool:
+    """Tell whether buffers may be used again and have huge pages: not while a fit with ``tune_process=False`` runs."""
+    return all(tuning.enabled for tuning in _running)
+
+
+def _begin_child() -> None:
+    """Leave a forked child without tuning. Its memory is not trimmed, which would take time in every data worker."""
+    global _lock
+    _lock = threading.Lock()
+    for tuning in _running:
+        tuning._keeps_memory = False
+    _running.clear()
+    allocator.follow_default_thresholds()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)
