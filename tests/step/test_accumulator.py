@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.step.accumulator import Accumulator, is_shared
+from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.system.owners import is_shared
 
 
 def make_sums(num_statistics: int = 0) -> Accumulator:

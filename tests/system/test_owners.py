@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.step.accumulator import ClippedSum
+from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.system import ProcessTuning
 from lightning_dp.system.owners import is_shared
 
@@ -43,7 +43,7 @@ def test_what_torch_does_not_tell_counts_as_shared(monkeypatch: pytest.MonkeyPat
 def test_buffers_are_used_again_unless_tuning_is_off(enabled: bool) -> None:
     with ProcessTuning(enabled):
         weight = nn.Parameter(torch.zeros(1000))
-        sums = ClippedSum({"weight": weight}, FlatClipping())
+        sums = Accumulator({"weight": weight}, FlatClipping())
         places = []
         for _ in range(3):
             sums.begin_with_noise(GaussianNoise(), 1.0)
