@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -85,3 +86,28 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"Expected {name} to be True or False, {_given(name, value)} Pass one of these.")
     return value
+
+
+def check_keywords(given: Mapping[str, Any], known: Collection[str], *, owner: str) -> None:
+    """Check that every keyword is an argument of ``owner``; name the nearest one otherwise.
+
+    Args:
+        given: keyword arguments as passed.
+        known: names of the arguments that there are.
+        owner: name of the class or function, for the message.
+
+    Raises:
+        TypeError: an unknown keyword.
+
+    Example:
+        >>> check_keywords({"max_grad_nrom": 1.0}, ["seed", "max_grad_norm"], owner="DPStrategy")
+        Traceback (most recent call last):
+        TypeError: Expected arguments of DPStrategy, got max_grad_nrom=1.0. Did you mean max_grad_norm?
+    """
+    unknown = {name: value for name, value in given.items() if name not in known}
+    if not unknown:
+        return
+    nearest = [found[0] for name in unknown if (found := difflib.get_close_matches(name, known, n=1))]
+    advice = f"Did you mean {' and '.join(nearest)}?" if nearest else f"There are {', '.join(sorted(known))}."
+    got = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+    raise TypeError(f"Expected arguments of {owner}, got {got}. {advice}")
