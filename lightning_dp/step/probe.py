@@ -31,7 +31,7 @@ class Probe:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Take raw gradients away in the moment autograd has made them: no line of user code sees one."""
-        public = {name for index in self._step.settings.public_optimizers for name in self._step.parameters_of(index)}
+        public = {name for index in self._step.settings.public_optimizers for name in self._step.parameters.of(index)}
         handles = [
             parameter.register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
             for name, parameter in self._step.module.named_parameters()
@@ -58,9 +58,9 @@ class Probe:
         """Take the gradients of an optimizer where a real run would step it."""
         step = self._step
         self.stepped.add(optimizer)
-        names = list(step.parameters_of(optimizer))
+        names = list(step.parameters.of(optimizer))
         if optimizer in step.settings.public_optimizers:
-            own = step.parameters_of(optimizer)
+            own = step.parameters.of(optimizer)
             self.public |= {n: p.grad.detach().clone() for n, p in own.items() if p.grad is not None}
         elif self._read is not None:
             self.found.append(self._read(names))
@@ -71,7 +71,7 @@ class Probe:
 
     def discard(self, optimizer: int) -> None:
         """Forget gradients, as ``zero_grad`` does."""
-        names = list(self._step.parameters_of(optimizer))
+        names = list(self._step.parameters.of(optimizer))
         if self._engine:
             self._step.engine.discard(names)
         for name in names:

@@ -10,7 +10,7 @@ From ``p.grad`` on, everything is post-processing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.noising import ReleaseNoise
 from lightning_dp.step.observers import diagnose, learn
+from lightning_dp.step.parameters import PrivateParameters
 from lightning_dp.step.randomness import RandomStreams
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import Release, plan_release
@@ -85,7 +86,7 @@ class PrivateStep:
             microbatch_size=settings.microbatch_size,
         )
         self.streams = RandomStreams(None if settings.seed is None else settings.seed * 1_000_003 + reduction.rank)
-        self.accumulators: dict[int, Accumulator] = {}
+        self.parameters = PrivateParameters(module, self.optimizers, settings.public_optimizers)
         self.releases: dict[int, Release] = {}
         self.bound: Bound = mechanisms.bound
         self.recording: Microbatch | None = None
@@ -95,7 +96,12 @@ class PrivateStep:
         self.seen_backprops = False
         self._released: set[int] = set()
         self.engine.attach()
-        self.refresh()
+        self._refresh()
+
+    @property
+    def accumulators(self) -> dict[int, Accumulator]:
+        """Accumulators by position of their private optimizer."""
+        return self.parameters.accumulators
 
     @property
     def plan(self) -> Any:
@@ -111,7 +117,7 @@ class PrivateStep:
             first_of_pass: whether the loader begins a pass over the data with it.
         """
         self.state.begin_step()
-        self.refresh()
+        self._refresh()
         self._settle()
         self.streams.begin()
         self.mechanisms.canaries.begin(self.plan.sample_rate)
@@ -192,7 +198,7 @@ class PrivateStep:
         """Give an optimizer that is about to step its gradient: private, or averaged over ranks for a public one."""
         if optimizer in self.settings.public_optimizers:
             checks.check_tried(optimizer, self.unchecked_public)
-            self.reduction.average(self.parameters_of(optimizer))
+            self.reduction.average(self.parameters.of(optimizer))
             return
         self.check_grads(optimizer)
         if optimizer in self.accumulators:
@@ -212,7 +218,7 @@ class PrivateStep:
             return False
         if optimizer in self.accumulators:
             self.collect_if_manual(optimizer)
-        for parameter in self.parameters_of(optimizer).values():  # how many microbatches there are is private:
+        for parameter in self.parameters.of(optimizer).values():  # how many microbatches there are is private:
             parameter.grad = None  # a public optimizer sees the gradient of the real call alone
         return True
 
@@ -263,49 +269,15 @@ class PrivateStep:
         self.engine.end()
         self.engine.detach()
 
-    # ---------------------------------------------------------------- parameters and what holds for a batch
+    # ---------------------------------------------------------------- what holds for a batch
 
-    def parameters_of(self, optimizer: int) -> dict[str, nn.Parameter]:
-        """Return the parameters of one optimizer by qualified name, in the module's order.
-
-        Trainable now, or private in an earlier step: training steps switch ``requires_grad`` off and on within a batch.
-        """
-        own = {id(p) for group in self.optimizers[optimizer].param_groups for p in group["params"]}
-        known: Mapping[str, nn.Parameter] = (
-            self.accumulators[optimizer].parameters if optimizer in self.accumulators else {}
-        )
-        return {
-            name: p
-            for name, p in self.module.named_parameters()
-            if id(p) in own and (p.requires_grad or known.get(name) is p)
-        }
-
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Follow layers that were frozen or unfrozen since the last step."""
-        public: set[str] = set()
-        for index in range(len(self.optimizers)):
-            parameters = self.parameters_of(index)
-            if index in self.settings.public_optimizers:
-                public |= parameters.keys()
-            elif not parameters:
-                self.accumulators.pop(index, None)
-            elif index not in self.accumulators or not self.accumulators[index].holds(parameters):
-                self.accumulators[index] = self.reduction.make_accumulator(
-                    parameters, self.clipping, self.mechanisms.bound.num_statistics
-                )
-        private = {name for accumulator in self.accumulators.values() for name in accumulator.names}
+        num_statistics = self.mechanisms.bound.num_statistics
+        make = self.reduction.make_accumulator
         self.engine.set_parameters(
-            {
-                name: p
-                for name, p in self.module.named_parameters()
-                if name in private or (p.requires_grad and name not in public)
-            }
+            self.parameters.refresh(lambda parameters: make(parameters, self.clipping, num_statistics))
         )
-
-    def is_private(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimizer holds a private parameter."""
-        private = {id(p) for acc in self.accumulators.values() for p in acc.parameters.values()}
-        return any(id(p) in private for group in optimizer.param_groups for p in group["params"])
 
     def noise_comes_first(self) -> bool:
         """Tell whether a sum may begin with its noise: not if secure noise rounds the sum, or diagnostics read it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -97,7 +96,7 @@ class PrivateStrategy(RunFacts, Strategy):
             strict_logging=strict_logging,
             tune_process=tune_process,
         )
-        check.check_keywords(strategy_options, known_arguments(type(self)), owner=type(self).__name__)
+        check.check_keywords(strategy_options, trainer_checks.known_arguments(type(self)), owner=type(self).__name__)
         super().__init__(**strategy_options)
         self.state = PrivacyState(
             settings.neighboring_relation,
@@ -298,16 +297,3 @@ class PrivateStrategy(RunFacts, Strategy):
                 one_step_a_batch=module.automatic_optimization,
             )
         return checkpoint
-
-
-def known_arguments(kind: type) -> list[str]:
-    """Return the names of all arguments of a strategy: ours, and those of the Lightning strategy below it."""
-    names: list[str] = []
-    for each in kind.__mro__:
-        init = vars(each).get("__init__")
-        if init is not None and each is not object:
-            found = inspect.signature(init).parameters.values()
-            names += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
-            if each is not PrivateStrategy and not any(p.kind is p.VAR_KEYWORD for p in found):
-                break
-    return names

@@ -127,7 +127,7 @@ class RunFacts:
         """Return the parameters of all private optimizers by qualified name."""
         assert self._fit is not None
         private = (index for index in range(len(self.optimizers)) if index not in self.settings.public_optimizers)
-        return {name: p for index in private for name, p in self._fit.step.parameters_of(index).items()}
+        return {name: p for index in private for name, p in self._fit.step.parameters.of(index).items()}
 
     def losses(self, records: Sequence[Any], loss: Callable[[pl.LightningModule, Any], Tensor]) -> list[float]:
         """Return the loss of each record alone, in evaluation mode and without any effect. NOT private.

@@ -65,7 +65,7 @@ class PrivateFit:
             target_epsilon=strategy.settings.target_epsilon,
             num_private_optimizers=len(self.step.accumulators),
         )
-        self.guard = StepGuard(self.step.is_private)
+        self.guard = StepGuard(self.step.parameters.is_private)
         self._host = LightningHost(strategy)
         self._sandbox = Sandbox(module, self.guard, self._host.others, self._host.quiet)
         self._trial = Trial(self.step, self._host, self._sandbox)

@@ -174,3 +174,16 @@ def batches_kept(trainer: pl.Trainer) -> int | None:
     """How many logical batches ``overfit_batches`` keeps, or None for the whole training set."""
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     return math.ceil(overfit / trainer.accumulate_grad_batches) if overfit else None
+
+
+def known_arguments(kind: type) -> list[str]:
+    """Return the names of all arguments of a strategy: ours, and those of the Lightning strategy below it."""
+    names: list[str] = []
+    for each in kind.__mro__:
+        init = vars(each).get("__init__")
+        if init is not None and each is not object:
+            found = inspect.signature(init).parameters.values()
+            names += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+            if not any(p.kind is p.VAR_KEYWORD for p in found):
+                break
+    return names

@@ -1,0 +1,189 @@
+"""Couplings: does one sample's gradient, or the state after a step, depend on another sample?"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.frozen_randomness import FrozenRandomness
+from lightning_dp.per_sample.independence import compare_with_singles
+from lightning_dp.step import exchange, state_check
+from lightning_dp.step.probe import Probe
+from lightning_dp.step.randomness import seed_generators, seed_low_or_high
+from lightning_dp.step.runs import TrialRuns
+from lightning_dp.step.snapshot import Snapshot
+
+#: Records of the comparison with single runs, and of the small batches of the exchange test.
+NUM_ALONE, NUM_SMALL = 3, 4
+#: Relative tolerance of the comparison with single runs, by the narrowest type that takes part.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
+#: Quantiles of the coins of a batch: a branch that is taken with a probability of 0.1 or of 0.9 is tried.
+LOW, MIDDLE, HIGH = 0.02, 0.5, 0.98
+
+
+class Couplings:
+    """Checks that samples are independent, by runs in the sandbox on records from all over the training set.
+
+    Args:
+        runs: run the user's step.
+    """
+
+    def __init__(self, runs: TrialRuns) -> None:
+        self._runs = runs
+
+    def real_records(self, seed: int) -> list[Any]:
+        """Return records for a batch of the real size, and a few more."""
+        return self._runs.host.records(self._runs.host.batch_size + NUM_SMALL, seed=seed)
+
+    def check_state(self, snapshot: Snapshot, records: list[Any]) -> None:
+        """Check that what a step leaves behind does not depend on the records."""
+
+        def run(batches: list[list[Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+            state: dict[str, Any] = {}
+            try:
+                for number, batch in enumerate(batches):
+                    seed_generators(0)
+                    with FrozenRandomness():
+                        probe = self._runs.run(batch, engine=False)
+                    if number == 0:
+                        state = state_check.saved_state(self._runs.step.module, self._runs.host.others())
+            finally:
+                snapshot.put_back()
+            return state, probe.private
+
+        three = (records * 3)[:3] if len(records) < 3 else records[:3]
+        state_check.check_state(run, three, together=not self._runs.step.settings.runs_samples_alone)
+
+    def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
+        """Compare the per-sample gradients of a batch with those of its samples run alone."""
+        records = _different(records)[:NUM_ALONE]
+        for coin in (MIDDLE, LOW, HIGH):
+            try:
+                self._compare_alone(snapshot, records, coin)
+                return
+            except PrivacyError as error:
+                if "a finite gradient" not in str(error) or coin == HIGH:
+                    raise
+
+    def _compare_alone(self, snapshot: Snapshot, records: list[Any], coin: float) -> None:
+        def run(chosen: list[Any], *, engine: bool) -> Probe:
+            seed_generators(1)
+            with FrozenRandomness(coin=coin):
+                return self._runs.again(snapshot, chosen, engine=engine)
+
+        scale = len(records) if self._runs.step.settings.loss_reduction == "mean" else 1
+        batched = run(records, engine=True).private
+        dtypes = {gradient.dtype for gradient in batched.values()}
+        tolerance = TOLERANCE[torch.float64 if dtypes == {torch.float64} else self._runs.host.narrow]
+        alone = (run([record], engine=False).private for record in records)
+        compare_with_singles(batched, alone, scale=scale, rtol=tolerance, module=self._runs.step.module)
+
+    def check_exchange(self, snapshot: Snapshot, records: list[Any]) -> None:
+        """Exchange one sample of a batch in several ways; see ``exchange``."""
+        few, spare = records[:NUM_SMALL], records[-1]
+        if len(records) <= NUM_SMALL:
+            few = records[:-1]
+        if not few:
+            return
+        last = len(few) - 1
+        middle, swapped = len(few) // 2, list(few)
+        swapped[middle] = spare
+        by_place = FrozenRandomness(by_place=True)
+        base = self._fingerprint(snapshot, few, middle, by_place)
+        self._compare(snapshot, base, swapped, middle, by_place, "exchanged for another record")
+        for value, what in ((float("nan"), "made NaN"), (1e6, "made huge")):
+            if exchange.has_floats(few[middle]):
+                swapped[middle] = exchange.spoiled(few[middle], value)
+                self._compare(snapshot, base, swapped, middle, by_place, what, may_raise=True)
+        if last > 0:
+            base = self._fingerprint(snapshot, few, last, by_place)
+            self._compare(snapshot, base, few[:last], last, by_place, "left out", loose=True)
+        swapped[middle] = spare
+        for coin in (LOW, HIGH):
+            mode = FrozenRandomness(coin=coin)
+            base = self._fingerprint(snapshot, few, middle, mode, coin=coin)
+            self._compare(snapshot, base, swapped, middle, mode, "exchanged for another record", coin=coin)
+        self.exchange_one(snapshot, self.real_records(0), seed=0, spoil=True)
+
+    def exchange_one(self, snapshot: Snapshot, records: list[Any], *, seed: int, spoil: bool = False) -> None:
+        """Exchange one sample of a batch of the real size, with real draws."""
+        batch, spares = records[: self._runs.host.batch_size], records[self._runs.host.batch_size :]
+        if len(batch) < 2 or not spares:
+            return
+        place, swapped = 0, list(batch)  # the first one: what counts or ranks samples passes it to the others
+        base = self._fingerprint(snapshot, batch, place, None, seed=seed)
+        for spare in exchange.most_different(batch[place], spares):
+            swapped[place] = spare
+            self._compare(snapshot, base, swapped, place, None, "exchanged for another record", seed=seed)
+        if spoil and exchange.has_floats(batch[place]):
+            swapped[place] = exchange.spoiled(batch[place], 1e6)
+            self._compare(snapshot, base, swapped, place, None, "made huge", seed=seed, may_raise=True)
+
+    def _compare(
+        self,
+        snapshot: Snapshot,
+        base: exchange.Fingerprint,
+        records: list[Any],
+        place: int,
+        mode: FrozenRandomness | None,
+        what: str,
+        *,
+        loose: bool = False,
+        may_raise: bool = False,
+        **draws: Any,
+    ) -> None:
+        try:
+            other = self._fingerprint(snapshot, records, place, mode, **draws)
+        except PrivacyError:
+            raise
+        except Exception:
+            if may_raise:  # the user's code refuses such a record: an exception, which the guarantee does not cover
+                return
+            raise
+        narrow = torch.float64 if base.norms.dtype == torch.float64 else self._runs.host.narrow
+        stays = torch.arange(base.norms.shape[1], device=base.norms.device) != place
+        exact, rough = exchange.TOLERANCE[narrow]
+        same_shape = exchange.same_shapes(base, other) and not loose
+        exchange.compare(base, other, stays, tolerance=exact if same_shape else rough, what=what)
+
+    def _fingerprint(
+        self,
+        snapshot: Snapshot,
+        records: list[Any],
+        place: int,
+        mode: FrozenRandomness | None,
+        *,
+        seed: int = 0,
+        coin: float = MIDDLE,
+    ) -> exchange.Fingerprint:
+        """Run the engine on records and return what their gradients look like without the one at ``place``."""
+        step, size = self._runs.step, len(records)
+        weights = exchange.random_weights(size, place)
+        parameters: dict[str, Tensor] = dict(step.module.named_parameters())
+
+        def read(names: list[str]) -> Any:
+            return exchange.fingerprint(step.engine, names, weights, parameters)
+
+        seed_generators(seed)
+        if coin != MIDDLE:
+            seed_low_or_high(high=coin > MIDDLE)
+        with ExitStack() if mode is None else mode:
+            probe = self._runs.again(snapshot, records, engine=True, read=read)
+        scale = size if step.settings.loss_reduction == "mean" else 1
+        return exchange.join(probe.found, scale, exchange.sizes_of(records), frozenset(probe.stepped), size, place)
+
+
+def _different(records: list[Any]) -> list[Any]:
+    """Return the records in an order that begins with different lengths and counts."""
+    seen: set[Any] = set()
+    first: list[Any] = []
+    rest: list[Any] = []
+    for record in records:
+        shape = exchange.shape_of(record)
+        (rest if shape in seen else first).append(record)
+        seen.add(shape)
+    return first + rest

@@ -1,0 +1,68 @@
+"""PrivateParameters: which parameters each optimizer trains now, and the accumulators of the private ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_dp.step.accumulator import Accumulator
+
+
+class PrivateParameters:
+    """Parameters by optimizer, as layers are frozen and unfrozen.
+
+    Args:
+        module: the user's.
+        optimizers: all of them.
+        public: positions of those whose gradients do not depend on the data.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], public: Collection[int]) -> None:
+        self._module, self._optimizers, self._public = module, optimizers, public
+        self.accumulators: dict[int, Accumulator] = {}
+
+    def of(self, optimizer: int) -> dict[str, nn.Parameter]:
+        """Return the parameters of one optimizer by qualified name, in the module's order.
+
+        Trainable now, or private in an earlier step: training steps switch ``requires_grad`` off and on within a batch.
+        """
+        own = {id(p) for group in self._optimizers[optimizer].param_groups for p in group["params"]}
+        known: Mapping[str, nn.Parameter] = (
+            self.accumulators[optimizer].parameters if optimizer in self.accumulators else {}
+        )
+        return {
+            name: p
+            for name, p in self._module.named_parameters()
+            if id(p) in own and (p.requires_grad or known.get(name) is p)
+        }
+
+    def refresh(self, make: Callable[[Mapping[str, nn.Parameter]], Accumulator]) -> dict[str, nn.Parameter]:
+        """Make the accumulators of what trains now, and return the parameters that the engine records.
+
+        These are the private ones, and trainable ones that no optimizer holds: nothing may see their raw gradient.
+
+        Args:
+            make: parameters of one private optimizer -> accumulator.
+        """
+        public: set[str] = set()
+        for index in range(len(self._optimizers)):
+            parameters = self.of(index)
+            if index in self._public:
+                public |= parameters.keys()
+            elif not parameters:
+                self.accumulators.pop(index, None)
+            elif index not in self.accumulators or not self.accumulators[index].holds(parameters):
+                self.accumulators[index] = make(parameters)
+        private = {name for accumulator in self.accumulators.values() for name in accumulator.names}
+        return {
+            name: p
+            for name, p in self._module.named_parameters()
+            if name in private or (p.requires_grad and name not in public)
+        }
+
+    def is_private(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimizer holds a private parameter."""
+        private = {id(p) for acc in self.accumulators.values() for p in acc.parameters.values()}
+        return any(id(p) in private for group in optimizer.param_groups for p in group["params"])
