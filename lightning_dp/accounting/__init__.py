@@ -3,7 +3,7 @@
 from lightning_dp.accounting.accountants import ACCOUNTANTS, make_accountant
 from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.calibration import calibrate_noise_multiplier, first_steps, max_steps_within
-from lightning_dp.accounting.events import LedgerEntry, PrivacyEvent
+from lightning_dp.accounting.events import LedgerEntry, Mechanism, PrivacyEvent
 from lightning_dp.accounting.gaussian import GDPAccountant, gaussian_epsilon
 from lightning_dp.accounting.ledger import NEIGHBORING_RELATIONS, Ledger
 from lightning_dp.accounting.pld import PLDAccountant
@@ -18,6 +18,7 @@ __all__ = [
     "GDPAccountant",
     "Ledger",
     "LedgerEntry",
+    "Mechanism",
     "PLDAccountant",
     "PRVAccountant",
     "PrivacyEvent",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dp.accounting import Ledger, LedgerEntry, PrivacyEvent, make_accountant
+from lightning_dp.accounting import Ledger, LedgerEntry, Mechanism, PrivacyEvent, make_accountant
 from lightning_dp.errors import PrivacyError
 
 A = PrivacyEvent.poisson(noise_multiplier=1.1, sample_rate=0.01)
@@ -53,7 +53,7 @@ def test_record_merges_equal_steps_only():
     ledger.record(A)
     assert ledger.entries == (LedgerEntry(A, 3), LedgerEntry(B, 2), LedgerEntry(A, 1))
     assert ledger.num_steps == 6
-    assert ledger.mechanisms() == {(0.01, 1.1): 4, (0.01, 1.0): 2}
+    assert ledger.mechanisms() == {Mechanism(0.01, 1.1): 4, Mechanism(0.01, 1.0): 2}
 
 
 def test_many_steps_stay_one_entry():
@@ -103,11 +103,11 @@ def test_pass_costs_one_gaussian_with_its_smallest_multiplier():
     ledger.record(LOUD, 5)
     ledger.record(QUIET)
     ledger.record(LOUD, 4)
-    assert ledger.mechanisms() == {(1.0, 1.0): 1}
+    assert ledger.mechanisms() == {Mechanism(1.0, 1.0): 1}
     assert ledger.num_steps == 10
     ledger.start_pass()
     ledger.record(LOUD, 10)
-    assert ledger.mechanisms() == {(1.0, 1.0): 1, (1.0, 2.0): 1}
+    assert ledger.mechanisms() == {Mechanism(1.0, 1.0): 1, Mechanism(1.0, 2.0): 1}
 
 
 def test_passes_of_one_multiplier_are_one_run():
@@ -117,7 +117,7 @@ def test_passes_of_one_multiplier_are_one_run():
         ledger.record(LOUD, 7)
         ledger.record(LOUD, 3)
     assert len(ledger.entries) == 2  # the finished passes and the open one
-    assert ledger.mechanisms() == {(1.0, 2.0): 1000}
+    assert ledger.mechanisms() == {Mechanism(1.0, 2.0): 1000}
     assert ledger.num_steps == 10_000
     ledger.start_pass()
     assert ledger.entries == (LedgerEntry(LOUD, 10_000, 1000),)
@@ -128,7 +128,7 @@ def test_step_of_another_kind_ends_the_pass():
     ledger.record(LOUD)
     ledger.record(A)
     ledger.record(LOUD)
-    assert ledger.mechanisms() == {(1.0, 2.0): 2, (0.01, 1.1): 1}
+    assert ledger.mechanisms() == {Mechanism(1.0, 2.0): 2, Mechanism(0.01, 1.1): 1}
 
 
 def test_extended_leaves_the_ledger_alone_and_keeps_its_lineage():
@@ -156,12 +156,15 @@ def test_extended_counts_planned_passes(runs, paid):
     ledger = Ledger()
     ledger.record(LOUD, 4)
     longer = ledger.extended(runs)
-    assert longer.mechanisms() == {(1.0, 2.0): paid}
+    assert longer.mechanisms() == {Mechanism(1.0, 2.0): paid}
     assert longer.num_steps == 4 + sum(run[1] for run in runs)
 
 
 def test_extended_pass_that_turns_quiet_costs_its_smallest_multiplier():
-    assert Ledger().extended([(LOUD, 10, 5), (QUIET, 3, 0)]).mechanisms() == {(1.0, 2.0): 4, (1.0, 1.0): 1}
+    assert Ledger().extended([(LOUD, 10, 5), (QUIET, 3, 0)]).mechanisms() == {
+        Mechanism(1.0, 2.0): 4,
+        Mechanism(1.0, 1.0): 1,
+    }
 
 
 @pytest.mark.parametrize(
