@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,6 @@ from lightning_dp.accounting.events import Mechanism
 Array = npt.NDArray[np.float64]
 
 _LIBRARY_LOG = logging.getLogger("absl")
-_ORDERS = np.array(DEFAULT_RDP_ORDERS)
 _MAX_MOMENT = 256  # of the likelihood ratio of a pass; beyond, a pass counts as one Gaussian
 _ROUNDING = 1e-14  # the divergences of tiny rates are differences of numbers near 1
 
@@ -64,6 +64,7 @@ class RDPAccountant(Accountant):
 
     name = "rdp"
     amplifies_from = 0.0
+    orders: ClassVar[Array] = np.array(DEFAULT_RDP_ORDERS)
 
     def __init__(self) -> None:
         self._vectors: dict[Mechanism, Array] = {}
@@ -73,25 +74,31 @@ class RDPAccountant(Accountant):
         mu, subsampled = split_unsampled(mechanisms)
         if subsampled and neighboring_relation == "replace_one":
             raise refuse_replace_one(self.name)
-        total = np.tile(_ORDERS * mu**2 / 2, (2, 1))  # with against without a sample, and the other way round
+        total = np.tile(self.orders * mu**2 / 2, (2, 1))  # with against without a sample, and the other way round
         for key, count in subsampled.items():
-            total += count * self._vector(key)
-        return max(float(compute_epsilon(_ORDERS, divergences, delta)[0]) for divergences in total)
+            total += count * self.divergences_of(key)
+        return max(float(compute_epsilon(self.orders, divergences, delta)[0]) for divergences in total)
 
-    def _vector(self, key: Mechanism) -> Array:
+    def divergences_of(self, key: Mechanism) -> Array:
+        """Return bounds on the Rényi divergences of one sampled mechanism, cached.
+
+        Returns:
+            Shape (2, number of orders): with against without a sample, and the other way round. Public.
+        """
         if key not in self._vectors:
-            self._vectors[key] = _allocation_divergences(key) if key.num_batches > 1 else _poisson_divergences(key)
+            bound = _allocation_divergences if key.num_batches > 1 else _poisson_divergences
+            self._vectors[key] = bound(key, self.orders)
         return self._vectors[key]
 
 
-def _poisson_divergences(key: Mechanism) -> Array:
-    accountant = RdpAccountant(_ORDERS)
+def _poisson_divergences(key: Mechanism, orders: Array) -> Array:
+    accountant = RdpAccountant(orders)
     with _without_skipped_orders():
         accountant.compose(PoissonSampledDpEvent(key.sample_rate, GaussianDpEvent(key.noise_multiplier)))
     return np.tile(np.maximum(accountant.rdp, 0) + _ROUNDING, (2, 1))
 
 
-def _allocation_divergences(key: Mechanism) -> Array:
+def _allocation_divergences(key: Mechanism, orders: Array) -> Array:
     """Return bounds on the divergences of a pass, shape (2, orders), with S as in `allocation_law`.
 
     remove: log E[S^a] / (a - 1), exact for integers; log E[S^a] is convex in a, so a chord bounds it in between
@@ -99,10 +106,10 @@ def _allocation_divergences(key: Mechanism) -> Array:
     """
     _, noise_multiplier, num_batches = key
     moments = _log_moments(noise_multiplier, num_batches)
-    gaussian = _ORDERS / (2 * noise_multiplier**2)
-    chords = np.interp(_ORDERS, np.arange(_MAX_MOMENT + 1), moments, right=np.inf)
-    add = (_ORDERS + num_batches - 1) / (2 * num_batches * noise_multiplier**2)
-    bounds = np.stack([np.maximum(chords, 0) / (_ORDERS - 1), add])
+    gaussian = orders / (2 * noise_multiplier**2)
+    chords = np.interp(orders, np.arange(_MAX_MOMENT + 1), moments, right=np.inf)
+    add = (orders + num_batches - 1) / (2 * num_batches * noise_multiplier**2)
+    bounds = np.stack([np.maximum(chords, 0) / (orders - 1), add])
     return np.asarray(np.minimum(bounds, gaussian) + _ROUNDING)
 
 

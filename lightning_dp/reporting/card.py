@@ -150,6 +150,7 @@ def privacy_card(
         "mechanism": {
             "sampling": statement.describe_sampling(plan),
             "sample_rate": plan.sample_rate,
+            "batches_per_pass": plan.batches_per_pass,
             "expected_batch_size": plan.expected_batch_size,
             "clipping": repr(plan.clipping),
             "noise_multiplier": plan.noise_multiplier,
@@ -183,6 +184,11 @@ def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) ->
 
 
 def _assumptions(plan: DPPlan) -> str:
+    if statement.amplifies_allocation(plan):
+        return (
+            f"each record joins exactly one of the {plan.batches_per_pass} batches of a pass, uniformly and independently, as the "
+            "sampler draws them (random allocation); fresh Gaussian noise at every step"
+        )
     if plan.sampling == "shuffle":
         return "each record is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every step"
     return "each record joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise at every step"

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from typing_extensions import override
 
-from lightning_dp.accounting import Accountant, Ledger
+from lightning_dp.accounting import ACCOUNTANTS, Accountant, Ledger
 from lightning_dp.clipping import Clipping
 from lightning_dp.step.plan import DPPlan
 
@@ -79,6 +79,7 @@ def stated_plan(state: Mapping[str, Any]) -> DPPlan:
                 "lightning_dp: use an intact one."
             )
     fields = {name: state[name] for name in kinds if name != "clipping"}
+    fields["batches_per_pass"] = state.get("batches_per_pass")  # plans of older versions claim no amplification
     return DPPlan(**fields, clipping=cast(Clipping, _Described(state["clipping"])), steps_per_epoch=None)
 
 
@@ -134,10 +135,17 @@ def privacy_statement(
 
 
 def describe_sampling(plan: DPPlan) -> str:
-    """How batches are drawn, in words."""
+    """How batches are drawn, and what the accountant makes of it, in words."""
+    if amplifies_allocation(plan):
+        return f"shuffled batches (random allocation to {plan.batches_per_pass} batches per pass)"
     if plan.sampling == "shuffle":
         return "shuffled batches without amplification"
     return f"Poisson sampling at rate {plan.sample_rate:.4g}"
+
+
+def amplifies_allocation(plan: DPPlan) -> bool:
+    """Whether passes are random allocations and the plan's accountant counts them as less than one Gaussian each."""
+    return plan.allocates and ACCOUNTANTS[plan.accountant].amplifies_from < math.inf
 
 
 def why_infinite(ledger: Ledger) -> str:

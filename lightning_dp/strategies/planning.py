@@ -132,6 +132,7 @@ def build_plan(
         schedule=mechanisms.noise_schedule(length),
         is_private=mechanisms.is_private(length),
         unsound=mechanisms.never_private,
+        batches_per_pass=facts.batches_per_pass,
         target_epsilon=settings.target_epsilon,
         accountant=settings.accountant,
         neighboring_relation=settings.neighboring_relation,

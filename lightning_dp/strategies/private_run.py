@@ -56,7 +56,7 @@ class PrivateRun(SavedRun):
         max_grad_norm: clipping norm C > 0 of one sample's gradient.
         clipping: "flat", "per_layer", "automatic", "psac", "none" or a ``Clipping``.
         accountant: "pld" (tight), "rdp", "prv", "gdp" (nothing sampled) or "tcdp" (a loose cross-check).
-        sampling: "poisson", or "shuffle" for data without random access, accounted without amplification.
+        sampling: "poisson", or "shuffle": each record in exactly one batch per pass. Streams need "shuffle".
         microbatch_size: at most so many samples on the device at once; results do not depend on it. 1 runs each sample alone
             and supports every module. Default: the whole logical batch at once.
         grad_sample: "auto", or "materialize" for plain per-sample gradients of every layer (the reference).
