@@ -1,6 +1,7 @@
 """Everything about epsilon: what was released, what it costs, and how much noise a budget needs."""
 
 from lightning_dp.accounting.accountants import ACCOUNTANTS, make_accountant
+from lightning_dp.accounting.attacks import AttackBounds, attack_bounds
 from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.calibration import calibrate_noise_multiplier, first_steps, max_steps_within
 from lightning_dp.accounting.events import LedgerEntry, Mechanism, PrivacyEvent
@@ -15,6 +16,7 @@ __all__ = [
     "ACCOUNTANTS",
     "NEIGHBORING_RELATIONS",
     "Accountant",
+    "AttackBounds",
     "GDPAccountant",
     "Ledger",
     "LedgerEntry",
@@ -24,6 +26,7 @@ __all__ = [
     "PrivacyEvent",
     "RDPAccountant",
     "TCDPAccountant",
+    "attack_bounds",
     "calibrate_noise_multiplier",
     "first_steps",
     "gaussian_epsilon",

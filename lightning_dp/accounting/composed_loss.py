@@ -67,6 +67,8 @@ class ComposedLoss:
 
         min over epsilon of exp(epsilon) x false_positive_rate + delta(epsilon), attained at a point of the grid
         """
+        if false_positive_rate == 0:
+            return min(1.0, float(self.divergences[-1]))
         with np.errstate(over="ignore"):
             odds = np.exp((self.offset + np.arange(self.masses.size)) * self.interval)
         return min(1.0, float(np.min(odds * false_positive_rate + self.divergences)))

@@ -39,6 +39,19 @@ def describe_epsilon(epsilon: float) -> str:
     return f"{math.ceil(epsilon * 10**digits) / 10**digits:.5g}" if epsilon > 0 else "0"
 
 
+def describe_share(share: float) -> str:
+    """A share in percent, rounded up so that it never understates.
+
+    Example:
+        >>> describe_share(0.0182985), describe_share(1e-3), describe_share(1.0)
+        ('1.83 %', '0.1 %', '100 %')
+    """
+    if share <= 0:
+        return "0 %"
+    digits = max(0, 2 - math.floor(math.log10(100 * share)))
+    return f"{math.ceil(share * 10 ** (digits + 2) * (1 - 1e-12)) / 10**digits:.{digits + 3}g} %"
+
+
 @dataclass(frozen=True)
 class _Described:
     """A clipping of which only the description was kept."""

@@ -294,9 +294,9 @@ def test_prefix_with_allocation_passes():
     ledger.record(TEN, 13)
     assert ledger.is_prefix_of(ledger.extended([(TEN, 7, 0), (TEN, 25)]))
     assert ledger.is_prefix_of(ledger.extended([(LOW_TEN, 2, 0)]))
-    stranger = ledger.copy()
-    stranger.amend_last(LOUD)
-    assert not ledger.is_prefix_of(stranger)
+    empty = Ledger()
+    for other in (LOUD, PrivacyEvent.allocation(noise_multiplier=2.0, num_batches=11)):
+        assert not empty.extended([(TEN, 3)]).is_prefix_of(empty.extended([(other, 3)]))
     assert not ledger.extended([(TEN, 1, 0)]).is_prefix_of(ledger)
 
 
