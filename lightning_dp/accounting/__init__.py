@@ -1,9 +1,10 @@
 """Everything about epsilon: what was released, what it costs, and how much noise a budget needs."""
 
 from lightning_dp.accounting.accountants import ACCOUNTANTS, make_accountant
+from lightning_dp.accounting.attacks import AttackBounds, attack_bounds
 from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.calibration import calibrate_noise_multiplier, first_steps, max_steps_within
-from lightning_dp.accounting.events import LedgerEntry, PrivacyEvent
+from lightning_dp.accounting.events import LedgerEntry, Mechanism, PrivacyEvent
 from lightning_dp.accounting.gaussian import GDPAccountant, gaussian_epsilon
 from lightning_dp.accounting.ledger import NEIGHBORING_RELATIONS, Ledger
 from lightning_dp.accounting.pld import PLDAccountant
@@ -15,14 +16,17 @@ __all__ = [
     "ACCOUNTANTS",
     "NEIGHBORING_RELATIONS",
     "Accountant",
+    "AttackBounds",
     "GDPAccountant",
     "Ledger",
     "LedgerEntry",
+    "Mechanism",
     "PLDAccountant",
     "PRVAccountant",
     "PrivacyEvent",
     "RDPAccountant",
     "TCDPAccountant",
+    "attack_bounds",
     "calibrate_noise_multiplier",
     "first_steps",
     "gaussian_epsilon",

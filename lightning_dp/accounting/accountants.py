@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from lightning_dp.accounting.base import Accountant
 from lightning_dp.accounting.gaussian import GDPAccountant
 from lightning_dp.accounting.pld import PLDAccountant
@@ -11,7 +9,7 @@ from lightning_dp.accounting.prv import PRVAccountant
 from lightning_dp.accounting.rdp import RDPAccountant
 from lightning_dp.accounting.tcdp import TCDPAccountant
 
-ACCOUNTANTS: dict[str, Callable[[], Accountant]] = {
+ACCOUNTANTS: dict[str, type[Accountant]] = {
     accountant.name: accountant
     for accountant in (PLDAccountant, RDPAccountant, PRVAccountant, GDPAccountant, TCDPAccountant)
 }
@@ -24,7 +22,8 @@ def make_accountant(name: str) -> Accountant:
 
     Args:
         name: "pld" (tight), "rdp" (cheap), "prv" (opacus' numerical bound), "gdp" (exact, nothing subsampled) or
-            "tcdp" (a loose closed form, to cross-check with).
+            "tcdp" (a loose closed form, to cross-check with). Only "pld" and "rdp" know random allocation; to the others
+            such a pass is one Gaussian, an upper bound without amplification.
 
     Raises:
         ValueError: If the name is unknown.

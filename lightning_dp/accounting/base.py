@@ -6,9 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from lightning_dp.accounting.events import Mechanism
 from lightning_dp.accounting.ledger import Ledger
 
-Mechanisms = dict[tuple[float, float], int]  # (sample rate, noise multiplier) -> number of releases
+Mechanisms = dict[Mechanism, int]  # how often each was run
 
 
 class Accountant(ABC):
@@ -22,6 +23,8 @@ class Accountant(ABC):
     """
 
     name: ClassVar[str]
+    #: Noise multiplier from which on a pass under random allocation costs less than the one Gaussian that bounds it.
+    amplifies_from: ClassVar[float] = math.inf
 
     def epsilon(self, ledger: Ledger, delta: float) -> float:
         """Return the epsilon spent at `delta`.
@@ -37,12 +40,16 @@ class Accountant(ABC):
             ValueError: If delta is out of range or this accountant has no sound bound for what the ledger holds.
         """
         check_delta(delta)
-        mechanisms = ledger.mechanisms()
+        mechanisms = self.mechanisms_of(ledger)
         if not mechanisms:
             return 0.0
-        if any(noise_multiplier == 0 for _, noise_multiplier in mechanisms):
+        if any(key.noise_multiplier == 0 for key in mechanisms):
             return math.inf
-        return self._epsilon(mechanisms, ledger.neighboring_relation, float(delta))
+        return self.epsilon_of(mechanisms, ledger.neighboring_relation, float(delta))
+
+    def mechanisms_of(self, ledger: Ledger) -> Mechanisms:
+        """Return what is paid, with passes as one Gaussian each where this accountant has no better bound."""
+        return without_allocation(ledger.mechanisms(), below=self.amplifies_from)
 
     def epsilon_or_inf(self, ledger: Ledger, delta: float) -> float:
         """Return `epsilon`, or inf where there is too little noise for this accountant to have a bound.
@@ -67,7 +74,7 @@ class Accountant(ABC):
         return self
 
     @abstractmethod
-    def _epsilon(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
+    def epsilon_of(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
         """Return epsilon for at least one mechanism, every noise multiplier positive."""
 
 
@@ -82,8 +89,25 @@ def split_unsampled(mechanisms: Mechanisms) -> tuple[float, Mechanisms]:
     Returns:
         mu (0 if every release is subsampled) and the subsampled mechanisms.
     """
-    mu_squared = math.fsum(count / sigma**2 for (rate, sigma), count in mechanisms.items() if rate == 1)
-    return math.sqrt(mu_squared), {key: count for key, count in mechanisms.items() if key[0] < 1}
+    mu_squared = math.fsum(count / key.noise_multiplier**2 for key, count in mechanisms.items() if key.sample_rate == 1)
+    return math.sqrt(mu_squared), {key: count for key, count in mechanisms.items() if key.sample_rate < 1}
+
+
+def without_allocation(mechanisms: Mechanisms, *, below: float) -> Mechanisms:
+    """Return the mechanisms with passes under random allocation counted as one Gaussian each, an upper bound.
+
+    A sample is in one batch of the pass: whichever that is, the pass is a Gaussian, and mixtures are no worse.
+
+    Args:
+        mechanisms: Counts of mechanisms.
+        below: Noise multiplier from which on passes are kept as they are.
+    """
+    counts: Mechanisms = {}
+    for key, count in mechanisms.items():
+        if key.num_batches > 1 and key.noise_multiplier < below:
+            key = Mechanism(1.0, key.noise_multiplier)
+        counts[key] = counts.get(key, 0) + count
+    return counts
 
 
 def refuse_replace_one(name: str) -> ValueError:

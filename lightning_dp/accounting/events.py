@@ -6,10 +6,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-EventKind = Literal["poisson", "gaussian", "shuffle", "non_private"]
+EventKind = Literal["poisson", "gaussian", "shuffle", "allocation", "non_private"]
 PlannedRun = Sequence[Any]  # (event, steps) or (event, steps, passes)
+_WITH_PASSES = ("shuffle", "allocation")
+
+
+class Mechanism(NamedTuple):
+    """The unit that is paid: one release, or one whole pass under random allocation.
+
+    Args:
+        sample_rate: Probability that a sample is in a given batch, in (0, 1]; 1 / num_batches for a pass.
+        noise_multiplier: Standard deviation of the noise over the sensitivity; 0 if nothing is protected.
+        num_batches: Batches of the pass, of which a sample joins exactly one; 1 for a single release.
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+    num_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -23,10 +38,12 @@ class PrivacyEvent:
 
     Args:
         kind: "poisson" (each sample joins with probability `sample_rate`), "gaussian" (every sample is in the
-            batch), "shuffle" (every sample is in one batch of a pass; no amplification), "non_private".
+            batch), "shuffle" (every sample is in one batch of a pass; no amplification), "allocation" (every sample
+            joins one of the `num_batches` batches of a pass, drawn uniformly and independently), "non_private".
         noise_multiplier: Standard deviation of the noise over the sensitivity, in [0, inf); 0 for "non_private".
         sample_rate: Probability that a sample joins, in [0, 1]; 1 for every kind but "poisson".
         reason: Why nothing is protected; for "non_private" only.
+        num_batches: Batches of a whole pass, at least 1; 1 for every kind but "allocation".
 
     Raises:
         ValueError: If a field is out of its range or does not belong to the kind.
@@ -34,13 +51,14 @@ class PrivacyEvent:
 
     Example:
         >>> PrivacyEvent.poisson(noise_multiplier=1.1, sample_rate=0.01)
-        PrivacyEvent(kind='poisson', noise_multiplier=1.1, sample_rate=0.01, reason='')
+        PrivacyEvent(kind='poisson', noise_multiplier=1.1, sample_rate=0.01, reason='', num_batches=1)
     """
 
     kind: EventKind
     noise_multiplier: float
     sample_rate: float = 1.0
     reason: str = ""
+    num_batches: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(EventKind):
@@ -74,6 +92,32 @@ class PrivacyEvent:
             raise TypeError(f"Expected a string, got reason={self.reason!r}.")
         if self.reason and self.kind != "non_private":
             raise ValueError(f'Expected a reason for kind="non_private" only, got reason={self.reason!r}.')
+        object.__setattr__(self, "num_batches", check_count(self.num_batches, name="num_batches", minimum=1))
+        if self.kind != "allocation" and self.num_batches != 1:
+            raise ValueError(
+                f"Expected num_batches=1 for kind={self.kind!r}, got num_batches={self.num_batches}. "
+                'Only kind="allocation" counts the batches of a pass.'
+            )
+
+    @property
+    def has_passes(self) -> bool:
+        """Whether steps of this kind are paid by the pass over the data."""
+        return self.kind in _WITH_PASSES
+
+    @property
+    def steps_per_pass(self) -> int | None:
+        """Most steps that one pass can hold; None if the kind does not say."""
+        return self.num_batches if self.kind == "allocation" else None
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The unit that is paid for a step, or for a pass of a kind that has passes."""
+        rate = 1 / self.num_batches if self.kind == "allocation" else self.sample_rate
+        return Mechanism(rate, self.noise_multiplier, self.num_batches)
+
+    def shares_pass(self, other: PrivacyEvent) -> bool:
+        """Return whether both events can be steps of one pass."""
+        return self.has_passes and (self.kind, self.num_batches) == (other.kind, other.num_batches)
 
     @classmethod
     def poisson(cls, *, noise_multiplier: float, sample_rate: float) -> PrivacyEvent:
@@ -91,6 +135,11 @@ class PrivacyEvent:
         return cls("shuffle", noise_multiplier)
 
     @classmethod
+    def allocation(cls, *, noise_multiplier: float, num_batches: int) -> PrivacyEvent:
+        """Return the release of one batch of a pass in which each sample joins one of `num_batches` batches."""
+        return cls("allocation", noise_multiplier, num_batches=num_batches)
+
+    @classmethod
     def non_private(cls, reason: str) -> PrivacyEvent:
         """Return a release that nothing protects."""
         return cls("non_private", 0.0, reason=reason)
@@ -101,9 +150,9 @@ class LedgerEntry:
     """A run of equal events.
 
     Args:
-        event: What was released in each step; for "shuffle" with the smallest noise multiplier of its passes.
+        event: What was released in each step; if the kind has passes, with the smallest noise multiplier of its passes.
         num_steps: Number of logical steps, at least 1.
-        num_passes: Number of passes over the data that the steps belong to, at least 1 for "shuffle", else 0.
+        num_passes: Number of passes over the data that the steps belong to: at least 1 if the kind has passes, else 0.
     """
 
     event: PrivacyEvent
@@ -126,14 +175,27 @@ def parse_run(run: PlannedRun) -> tuple[PrivacyEvent, int, int]:
     event: PrivacyEvent = run[0]
     check_event(event)
     num_steps = check_count(run[1], name="steps", minimum=1)
-    if event.kind != "shuffle":
+    if not event.has_passes:
         if len(run) == 3 and run[2] != 0:
-            raise ValueError(f'Expected passes for kind="shuffle" only, got passes={run[2]} for {event.kind!r}.')
+            raise ValueError(
+                f'Expected passes for kind="shuffle" or kind="allocation" only, got passes={run[2]} for {event.kind!r}.'
+            )
         return event, num_steps, 0
-    num_passes = check_count(run[2], name="passes", minimum=0) if len(run) == 3 else 1
+    least = -(-num_steps // event.steps_per_pass) if event.steps_per_pass else 1
+    num_passes = check_count(run[2], name="passes", minimum=0) if len(run) == 3 else least
+    check_passes(event, num_steps, num_passes)
+    return event, num_steps, num_passes
+
+
+def check_passes(event: PrivacyEvent, num_steps: int, num_passes: int) -> None:
+    """Raise ValueError unless `num_passes` passes can hold `num_steps` steps; 0 stands for the open pass."""
     if num_passes > num_steps:
         raise ValueError(f"Expected passes <= steps, got passes={num_passes} and steps={num_steps}.")
-    return event, num_steps, num_passes
+    if event.steps_per_pass and num_passes and num_steps > num_passes * event.steps_per_pass:
+        raise ValueError(
+            f"Expected steps <= passes x num_batches, got steps={num_steps}, passes={num_passes} and "
+            f"num_batches={event.num_batches}. A pass has one step per batch."
+        )
 
 
 def check_count(value: Any, *, name: str, minimum: int) -> int:

@@ -81,10 +81,10 @@ class GDPAccountant(Accountant):
     name = "gdp"
 
     @override
-    def _epsilon(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
+    def epsilon_of(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
         mu, subsampled = split_unsampled(mechanisms)
         if subsampled:
-            rate = max(rate for rate, _ in subsampled)
+            rate = max(key.sample_rate for key in subsampled)
             raise ValueError(
                 f"Expected releases without sampling for accountant='gdp', got sample_rate={rate}: the Gaussian "
                 'approximation of subsampled releases is not an upper bound. Use accountant="pld".'

@@ -6,6 +6,8 @@ deviation (z = x / sigma, d = 1 / sigma) a release is one of two densities P and
     add_or_remove_one, zero_out   P = (1 - q) phi(z) + q phi(z - d)      Q = phi(z), and both swapped
     replace_one                   P = (1 - q) phi(z) + q phi(z - d / 2)  Q = (1 - q) phi(z) + q phi(z + d / 2)
 
+A pass under random allocation is one release as well, whose likelihood ratio `allocation_law` bounds.
+
 The mass of P at a loss between two points of the grid is split between both so that the mass of Q is kept as well.
 The pair so obtained dominates the true pair, and so does every composition of such pairs.
 
@@ -24,10 +26,11 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import logsumexp, ndtr
 
-Array = npt.NDArray[np.float64]
+from lightning_dp.accounting.allocation import Array, allocation_law
+from lightning_dp.accounting.events import Mechanism
+
 Direction = Literal["remove", "add", "replace"]
 
 _REACH = 10.4  # standard deviations kept on either side of each component
@@ -39,25 +42,24 @@ _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(2)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a privacy loss lies on its grid: first index, number of points, index of the mean."""
+    """Position of a privacy loss on its grid: first index, number of points, index of the mean; mass at infinity."""
 
     offset: int
     size: int
     center: int
+    infinite: float
 
 
 @dataclass(frozen=True)
 class GridLoss:
-    """Masses of a privacy loss on successive grid points; `TAIL_MASS` more is at infinity."""
+    """Masses of a privacy loss on successive grid points; they sum to 1 - `layout.infinite`."""
 
     layout: Layout
     masses: Array
 
 
-def directions(sample_rate: float, neighboring_relation: str) -> tuple[Direction, ...]:
+def directions(neighboring_relation: str) -> tuple[Direction, ...]:
     """Return the pairs (P, Q) that must both be bounded; without sampling, all of them are one."""
-    if sample_rate == 1:
-        return ("remove",)
     return ("replace",) if neighboring_relation == "replace_one" else ("remove", "add")
 
 
@@ -69,8 +71,12 @@ class LossNodes:
     probabilities: Array
 
     @classmethod
-    def of(cls, sample_rate: float, noise_multiplier: float, direction: Direction) -> LossNodes:
-        """Return the nodes of one release."""
+    def of(cls, mechanism: Mechanism, direction: Direction, parts: int) -> LossNodes:
+        """Return the nodes of one release; `parts` is the resolution of a pass, as in `discretize`."""
+        sample_rate, noise_multiplier, num_batches = mechanism
+        if num_batches > 1:
+            losses, probabilities, _ = _allocation_loss(mechanism, direction, parts)
+            return cls(losses[probabilities > 0], probabilities[probabilities > 0])
         nodes, weights = _quadrature(_cells(noise_multiplier, direction))
         probabilities = weights * _density(nodes, sample_rate, noise_multiplier, direction)
         losses = _loss(nodes, sample_rate, noise_multiplier, direction)
@@ -101,21 +107,25 @@ class LossNodes:
         return float(logsumexp(order * self.losses + self._log_probabilities)) + spread
 
 
-def discretize(sample_rate: float, noise_multiplier: float, direction: Direction, interval: float) -> GridLoss:
-    """Return the privacy loss of one release on multiples of `interval`.
+def discretize(mechanism: Mechanism, direction: Direction, interval: float, parts: int = 32) -> GridLoss:
+    """Return the privacy loss of one release, or of one pass under random allocation, on multiples of `interval`.
 
     Guarantee: the hockey-stick divergence of the result is at least that of the release, for every epsilon, up to
     the quadrature's error: sums of positive terms, of relative error about 1e-8.
 
     Args:
-        sample_rate: q, in (0, 1]; with 1 the direction does not matter.
-        noise_multiplier: sigma > 0, relative to the sensitivity of the relation.
+        mechanism: q in (0, 1], where the direction does not matter for q = 1, and sigma > 0, relative to the
+            sensitivity of the relation; for a pass of t > 1 batches sigma >= `LEAST_NOISE`, and not "replace".
         direction: Which pair of densities.
         interval: Distance of two grid points, > 0.
+        parts: For a pass, the resolution of its likelihood ratio; see `allocation_law`.
 
     Returns:
-        Masses that sum to 1 - `TAIL_MASS`.
+        Masses that sum to 1 less the mass at infinity.
     """
+    sample_rate, noise_multiplier, num_batches = mechanism
+    if num_batches > 1:
+        return _on_grid(*_allocation_loss(mechanism, direction, parts), interval)
     pieces = []
     for cells in _cells(noise_multiplier, direction):
         ends = _loss(cells[[0, -1]], sample_rate, noise_multiplier, direction) / interval
@@ -125,7 +135,12 @@ def discretize(sample_rate: float, noise_multiplier: float, direction: Direction
         pieces.append(np.sort(np.concatenate([cells, edges[(edges > cells[0]) & (edges < cells[-1])]]), kind="stable"))
     nodes, weights = _quadrature(pieces)
     masses = weights * _density(nodes, sample_rate, noise_multiplier, direction)
-    scaled = _loss(nodes, sample_rate, noise_multiplier, direction) / interval
+    return _on_grid(_loss(nodes, sample_rate, noise_multiplier, direction), masses, TAIL_MASS, interval)
+
+
+def _on_grid(losses: Array, masses: Array, infinite: float, interval: float) -> GridLoss:
+    """Return point masses of P split onto multiples of `interval` such that the masses of Q are kept as well."""
+    scaled = losses / interval
     below = np.floor(scaled)
     upper = masses * (np.expm1((below - scaled) * interval) / math.expm1(-interval))
     offset = int(below.min())
@@ -133,7 +148,15 @@ def discretize(sample_rate: float, noise_multiplier: float, direction: Direction
     grid = np.bincount(index, masses - upper, minlength=int(index.max()) + 2)
     grid[1:] += np.bincount(index, upper, minlength=grid.size - 1)
     center = offset + round(float(np.dot(np.arange(grid.size), grid)))
-    return GridLoss(Layout(offset, grid.size, center), grid * ((1 - TAIL_MASS) / grid.sum()))
+    return GridLoss(Layout(offset, grid.size, center, infinite), grid * ((1 - infinite) / grid.sum()))
+
+
+def _allocation_loss(mechanism: Mechanism, direction: Direction, parts: int) -> tuple[Array, Array, float]:
+    """Return losses of a pass, their probabilities under P, and the mass at infinity."""
+    law = allocation_law(mechanism.noise_multiplier, mechanism.num_batches, parts)
+    if direction == "remove":
+        return law.log_points, law.masses * np.exp(law.log_points), law.beyond
+    return -law.log_points, law.masses, law.at_zero
 
 
 def _shift(noise_multiplier: float, direction: Direction) -> float:

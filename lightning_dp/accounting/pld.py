@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import fft
-from scipy.signal import lfilter
 from typing_extensions import override
 
+from lightning_dp.accounting.allocation import LEAST_NOISE
 from lightning_dp.accounting.base import Accountant, Mechanisms, split_unsampled
+from lightning_dp.accounting.composed_loss import ComposedLoss
+from lightning_dp.accounting.events import Mechanism
 from lightning_dp.accounting.gaussian import gaussian_epsilon
 from lightning_dp.accounting.loss_distribution import (
-    TAIL_MASS,
-    Array,
     Direction,
     GridLoss,
     Layout,
@@ -26,20 +26,20 @@ from lightning_dp.accounting.loss_distribution import (
 )
 from lightning_dp.accounting.rdp import RDPAccountant
 
-Key = tuple[float, float]  # (sample rate, noise multiplier)
 Spectrum = npt.NDArray[np.complex128]
 
 _MAX_INTERVAL = 1e-2
 _MAX_SIZE = 1 << 20
 _LOG_WINDOW_TAIL = -37.0  # log of the mass that may lie beyond either end of the window
-_FIXED_ERROR = math.exp(_LOG_WINDOW_TAIL) + 64 * np.finfo(float).eps  # window, and transforms of one release
+_ROUNDING = float(np.finfo(float).eps)  # of the transform of one release, as a mass
+_FIXED_ERROR = math.exp(_LOG_WINDOW_TAIL) + 64 * _ROUNDING  # window, and the transforms that every query makes
 _CACHED_MASSES = 1 << 23  # 64 MiB
 _CACHED_POINTS = 1 << 22  # of spectra: 64 MiB
 
 
 @dataclass
 class _Composition:
-    """Product of the spectra of all subsampled releases, for each direction, on one grid."""
+    """Product of the spectra of all releases but unsampled ones, for each direction, on one grid."""
 
     relation: str
     interval: float
@@ -56,8 +56,8 @@ class PLDAccountant(Accountant):
     Guarantee: an upper bound under every relation. Each release is replaced by a dominating one on a grid that is
     fine against the loss of an average step; mass cut off at the ends and the rounding of the Fourier transforms
     count as infinite loss. Where delta is so small that rounding would decide, the Rényi bound is reported.
-    Ledgers without sampling are exact. The grid follows from the ledger alone, so a resumed run reports what an
-    uninterrupted one does.
+    Ledgers without sampling are exact. A pass under random allocation is one release with a loss of its own. The grid
+    follows from the ledger alone, so a resumed run reports what an uninterrupted one does.
 
     Args:
         step_parts: Grid points in one standard deviation of the average step's loss. The error falls with its square.
@@ -76,14 +76,15 @@ class PLDAccountant(Accountant):
     """
 
     name = "pld"
+    amplifies_from = LEAST_NOISE
 
     def __init__(self, *, step_parts: int = 32, max_support: int = 1 << 18) -> None:
         self._step_parts, self._max_support = step_parts, max_support
-        self._nodes: dict[tuple[Key, Direction], LossNodes] = {}
-        self._layouts: dict[tuple[Key, Direction, float], Layout] = {}
-        self._losses: OrderedDict[tuple[Key, Direction, float], GridLoss] = OrderedDict()
-        self._log_mgfs: dict[tuple[Key, Direction, float, float], float] = {}
-        self._spectra: OrderedDict[tuple[Key, Direction, float, int], Spectrum] = OrderedDict()
+        self._nodes: dict[tuple[Mechanism, Direction], LossNodes] = {}
+        self._layouts: dict[tuple[Mechanism, Direction, float], Layout] = {}
+        self._losses: OrderedDict[tuple[Mechanism, Direction, float], GridLoss] = OrderedDict()
+        self._log_mgfs: dict[tuple[Mechanism, Direction, float, float], float] = {}
+        self._spectra: OrderedDict[tuple[Mechanism, Direction, float, int], Spectrum] = OrderedDict()
         self._composition: _Composition | None = None
         self._rdp = RDPAccountant()
 
@@ -92,15 +93,31 @@ class PLDAccountant(Accountant):
         return PLDAccountant(step_parts=4, max_support=1 << 14)
 
     @override
-    def _epsilon(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
+    def epsilon_of(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
         mu, subsampled = split_unsampled(mechanisms)
         if not subsampled:
             return gaussian_epsilon(mu, delta)
+        epsilon = max(loss.epsilon(delta) for loss in self.composed_losses(mechanisms, neighboring_relation))
+        if epsilon == math.inf and neighboring_relation != "replace_one":
+            return self._rdp.epsilon_of(mechanisms, neighboring_relation, delta)
+        return epsilon
+
+    def composed_losses(self, mechanisms: Mechanisms, neighboring_relation: str) -> list[ComposedLoss]:
+        """Return the composed privacy loss in each direction that the relation asks for.
+
+        Guarantee: the hockey-stick divergence of each is at least that of the composition, for every epsilon.
+
+        Args:
+            mechanisms: What `mechanisms_of` returned, every noise multiplier positive, at least one mechanism.
+            neighboring_relation: Relation of the ledger.
+        """
+        mu, subsampled = split_unsampled(mechanisms)
         releases = dict(subsampled)
-        if mu:
-            releases[(1.0, 1 / mu)] = 1
+        unsampled = Mechanism(1.0, 1 / mu) if mu else None
+        if unsampled:
+            releases[unsampled] = 1
         relation = "replace_one" if neighboring_relation == "replace_one" else "add_or_remove_one"
-        pairs = directions(0.5, relation)
+        pairs = directions(relation)
         interval = self._interval(releases, pairs[0])
         while True:
             windows = {pair: self._window(releases, pair, interval) for pair in pairs}
@@ -109,21 +126,18 @@ class PLDAccountant(Accountant):
                 break
             interval *= 2
         composition = self._compose(subsampled, relation, pairs, interval, size)
-        num_releases = sum(releases.values())
-        epsilons = []
+        losses = []
         for pair in pairs:
             spectrum = composition.spectra[pair]
-            if mu:
-                spectrum = spectrum * self._spectrum((1.0, 1 / mu), pair, interval, size)
+            if unsampled:
+                spectrum = spectrum * self._spectrum(unsampled, pair, interval, size)
             low, _ = windows[pair]
-            center = sum(count * self._layout(key, pair, interval).center for key, count in releases.items())
+            layouts = {key: self._layout(key, pair, interval) for key in releases}
+            center = sum(count * layouts[key].center for key, count in releases.items())
+            infinite = sum(count * (layouts[key].infinite + _ROUNDING) for key, count in releases.items())
             masses = np.roll(fft.irfft(spectrum, size), center - low)
-            infinite = num_releases * (TAIL_MASS + np.finfo(float).eps) + _FIXED_ERROR
-            epsilons.append(_epsilon_at(np.maximum(masses, 0), low, interval, infinite, delta))
-        epsilon = max(epsilons)
-        if epsilon == math.inf and relation != "replace_one":
-            return self._rdp._epsilon(mechanisms, neighboring_relation, delta)
-        return epsilon
+            losses.append(ComposedLoss(np.maximum(masses, 0), low, interval, infinite + _FIXED_ERROR))
+        return losses
 
     def _interval(self, releases: Mechanisms, pair: Direction) -> float:
         """Return a power of two that is fine against the loss of the average step."""
@@ -177,32 +191,33 @@ class PLDAccountant(Accountant):
         self._composition = cached
         return cached
 
-    def _node(self, key: Key, pair: Direction) -> LossNodes:
+    def _node(self, key: Mechanism, pair: Direction) -> LossNodes:
         if (key, pair) not in self._nodes:
-            self._nodes[key, pair] = LossNodes.of(*key, pair if key[0] < 1 else "remove")
+            self._nodes[key, pair] = LossNodes.of(key, pair if key.sample_rate < 1 else "remove", self._step_parts)
         return self._nodes[key, pair]
 
-    def _layout(self, key: Key, pair: Direction, interval: float) -> Layout:
+    def _layout(self, key: Mechanism, pair: Direction, interval: float) -> Layout:
         index = (key, pair, interval)
         if index not in self._layouts:
             self._layouts[index] = self._loss(key, pair, interval).layout
         return self._layouts[index]
 
-    def _loss(self, key: Key, pair: Direction, interval: float) -> GridLoss:
+    def _loss(self, key: Mechanism, pair: Direction, interval: float) -> GridLoss:
         index = (key, pair, interval)
         if index not in self._losses:
-            self._losses[index] = discretize(*key, pair if key[0] < 1 else "remove", interval)
+            direction: Direction = pair if key.sample_rate < 1 else "remove"
+            self._losses[index] = discretize(key, direction, interval, self._step_parts)
             while len(self._losses) > 2 and sum(loss.layout.size for loss in self._losses.values()) > _CACHED_MASSES:
                 self._losses.popitem(last=False)
         return self._losses[index]
 
-    def _log_mgf(self, key: Key, pair: Direction, interval: float, order: float) -> float:
+    def _log_mgf(self, key: Mechanism, pair: Direction, interval: float, order: float) -> float:
         index = (key, pair, interval, order)
         if index not in self._log_mgfs:
             self._log_mgfs[index] = self._node(key, pair).log_mgf(order, interval)
         return self._log_mgfs[index]
 
-    def _spectrum(self, key: Key, pair: Direction, interval: float, size: int) -> Spectrum:
+    def _spectrum(self, key: Mechanism, pair: Direction, interval: float, size: int) -> Spectrum:
         index = (key, pair, interval, size)
         if index not in self._spectra:
             loss = self._loss(key, pair, interval)
@@ -229,24 +244,3 @@ def _multiply_power(product: Spectrum, factor: Spectrum, count: int) -> None:
         if not count:
             return
         power = power * power
-
-
-def _epsilon_at(masses: Array, offset: int, interval: float, infinite: float, delta: float) -> float:
-    """Return the least epsilon >= 0 at which the hockey-stick divergence of grid masses is at most delta."""
-    if infinite >= delta:
-        return math.inf
-    masses = masses[max(0, -offset) :]  # losses below 0 never count
-    first = max(offset, 0)
-    if not masses.size:
-        return 0.0
-    # from the top: tail[i] = sum_{j >= i} p_j and damped[i] = sum_{j >= i} p_j exp(l_i - l_j)
-    tail = np.cumsum(masses[::-1])[::-1]
-    damped = lfilter([1.0], [1.0, -math.exp(-interval)], masses[::-1])[::-1]
-    # divergence at l_i: the difference between both, summed without cancellation
-    divergence = np.append(np.cumsum(-math.expm1(-interval) * damped[:0:-1])[::-1], 0.0) + infinite
-    index = int(np.searchsorted(-divergence, -delta))  # first grid point at which delta is met
-    excess = infinite + tail[index] - delta
-    if excess <= 0:  # delta alone is more than all that may be lost
-        return 0.0
-    epsilon = (first + index) * interval + math.log(excess / damped[index])
-    return float(min(max(epsilon, 0.0), (first + index) * interval))

@@ -38,13 +38,13 @@ class PRVAccountant(Accountant):
         self._last_epsilon = 0.0
 
     @override
-    def _epsilon(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
+    def epsilon_of(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
         mu, subsampled = split_unsampled(mechanisms)
         if subsampled and neighboring_relation == "replace_one":
             raise refuse_replace_one(self.name)
         query = (mechanisms, neighboring_relation, delta)
         if query != self._last:
-            history = [(sigma, rate, count) for (rate, sigma), count in subsampled.items()]
+            history = [(sigma, rate, count) for (rate, sigma, _), count in subsampled.items()]
             self._last_epsilon = _opacus_epsilon(history + ([(1 / mu, 1.0, 1)] if mu else []), delta)
             self._last = query
         return self._last_epsilon

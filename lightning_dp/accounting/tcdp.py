@@ -88,18 +88,18 @@ class TCDPAccountant(Accountant):
 
     @override
     def epsilon_or_inf(self, ledger: Ledger, delta: float) -> float:
-        for sample_rate, noise_multiplier in ledger.mechanisms():
+        for sample_rate, noise_multiplier, _ in self.mechanisms_of(ledger):
             if sample_rate < 1 and noise_multiplier > 0 and _rho(noise_multiplier) > _MAX_RHO:
                 return math.inf
         return self.epsilon(ledger, delta)
 
     @override
-    def _epsilon(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
+    def epsilon_of(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
         mu, subsampled = split_unsampled(mechanisms)
         if subsampled and neighboring_relation == "replace_one":
             raise refuse_replace_one(self.name)
         rhos, omega = [mu**2 / 2], math.inf
-        for (sample_rate, noise_multiplier), count in subsampled.items():
+        for (sample_rate, noise_multiplier, _), count in subsampled.items():
             rho = _rho(noise_multiplier)
             _check_lemma(sample_rate, noise_multiplier, rho)
             rhos.append(count * 13 * sample_rate**2 * rho)

@@ -27,11 +27,14 @@ def scaled_ledger(ledger: Ledger, factor: float) -> Ledger:
         >>> ledger = Ledger()
         >>> ledger.record(PrivacyEvent.gaussian(noise_multiplier=2.0), count=3)
         >>> scaled_ledger(ledger, 0.5).mechanisms()
-        {(1.0, 1.0): 3}
+        {Mechanism(sample_rate=1.0, noise_multiplier=1.0, num_batches=1): 3}
     """
     scaled = Ledger(ledger.neighboring_relation)
-    for (rate, sigma), count in ledger.mechanisms().items():
-        if rate == 1:
+    for (rate, sigma, num_batches), count in ledger.mechanisms().items():
+        if num_batches > 1:
+            event = PrivacyEvent.allocation(noise_multiplier=sigma * factor, num_batches=num_batches)
+            scaled.record(event, count * num_batches)
+        elif rate == 1:
             scaled.record(PrivacyEvent.gaussian(noise_multiplier=sigma * factor), count)
         else:
             scaled.record(PrivacyEvent.poisson(noise_multiplier=sigma * factor, sample_rate=rate), count)
@@ -91,9 +94,9 @@ def epsilon_noise_scale(
     significance = (1 - check.check_probability("confidence", confidence)) / 2  # two rules
     advantage = 1 - 2 * clopper_pearson_upper(values.size - correct, values.size, significance)
     mechanisms = ledger.mechanisms()
-    if advantage <= 0 or not mechanisms or any(sigma == 0 for _, sigma in mechanisms):
+    if advantage <= 0 or not mechanisms or any(key.noise_multiplier == 0 for key in mechanisms):
         return 0.0
-    if all(rate == 1 for rate, _ in mechanisms):
+    if all(key.sample_rate == 1 for key in mechanisms):
         return gaussian_epsilon(float(2 * ndtri((1 + advantage) / 2)), delta)
     scale = _smallest_refuted(ledger, advantage)
     return 0.0 if scale is None else PLDAccountant().epsilon(scaled_ledger(ledger, scale), delta)

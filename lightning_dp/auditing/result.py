@@ -107,7 +107,7 @@ def audit(
         True
     """
     kind = check.check_choice("kind", kind, ("gradient", "input"))
-    gaussian = all(rate == 1 and sigma > 0 for rate, sigma in ledger.mechanisms())
+    gaussian = all(key.sample_rate == 1 and key.noise_multiplier > 0 for key in ledger.mechanisms())
     split = 1 - (1 - check.check_probability("confidence", confidence)) / 2
     gdp: float | None = None
     if kind == "gradient":

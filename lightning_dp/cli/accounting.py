@@ -24,6 +24,8 @@ NOTES = {
     "gdp": "exact",
     "tcdp": "closed form, loose",
 }
+#: The same for passes under random allocation.
+ALLOCATION_NOTES = {"pld": NOTES["pld"], "rdp": "valid but loose for random allocation"}
 
 
 def epsilon(options: argparse.Namespace) -> int:
@@ -42,7 +44,7 @@ def epsilon(options: argparse.Namespace) -> int:
         output.write_json({**_described(plan), "noise_multiplier": plan.noise_multiplier, "answers": answers})
         return 0
     output.write(f"{_title(plan)}, noise multiplier {plan.noise_multiplier:g}{_schedule_note(options)}\n")
-    rows = [(a["accountant"], _shown(a["epsilon"]), a["reason"] or NOTES[a["accountant"]]) for a in answers]
+    rows = [(a["accountant"], _shown(a["epsilon"]), a["reason"] or _note(a["accountant"], plan)) for a in answers]
     output.write_table(("accountant", "epsilon", "note"), rows)
     return 0
 
@@ -70,7 +72,7 @@ def calibrate(options: argparse.Namespace) -> int:
             answer["accountant"],
             "-" if answer["noise_multiplier"] is None else f"{_rounded_up(answer['noise_multiplier']):.5g}",
             _shown(answer["epsilon"]),
-            answer["reason"] or NOTES[answer["accountant"]],
+            answer["reason"] or _note(answer["accountant"], plan),
         )
         for answer in answers
     ]
@@ -137,7 +139,15 @@ def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
         if options.schedule
         else constant(),
         neighboring_relation=options.neighboring_relation,
+        batches_per_pass=None if poisson else steps_per_epoch,
     )
+
+
+def _note(accountant: str, plan: DPPlan) -> str:
+    """What a reader should know of an answer."""
+    if plan.allocates:
+        return ALLOCATION_NOTES.get(accountant, "upper bound: a pass counts as one Gaussian, without amplification")
+    return NOTES[accountant]
 
 
 def _spent(plan: DPPlan, noise_multiplier: float) -> Ledger:
@@ -158,7 +168,16 @@ def _calibrated(plan: DPPlan, target: float, accountant: Accountant) -> float:
 
 
 def _described(plan: DPPlan) -> dict[str, Any]:
-    names = ("dataset_size", "expected_batch_size", "sampling", "sample_rate", "steps", "delta", "neighboring_relation")
+    names = (
+        "dataset_size",
+        "expected_batch_size",
+        "sampling",
+        "sample_rate",
+        "batches_per_pass",
+        "steps",
+        "delta",
+        "neighboring_relation",
+    )
     return {name: getattr(plan, name) for name in names}
 
 

@@ -101,7 +101,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         choices=ACCOUNTANTS,
         help="only this one; may be given several times (default: all)",
     )
-    parser.add_argument("--sampling", choices=["poisson", "shuffle"], default="poisson", help="default: poisson")
+    parser.add_argument(
+        "--sampling",
+        choices=["poisson", "shuffle"],
+        default="poisson",
+        help="default: poisson; shuffle: each record in one batch per pass (random allocation; without amplification under "
+        "another relation than add_or_remove_one)",
+    )
     parser.add_argument(
         "--neighboring-relation",
         choices=RELATIONS,

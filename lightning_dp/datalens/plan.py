@@ -73,7 +73,7 @@ class DataLensPlan:
         >>> plan = DataLensPlan(dataset_size=10_000, num_teachers=500, top_k=1, batch_size=4, noise_std=8.0, threshold=0.2,
         ...                     steps=100, delta=1e-6)
         >>> plan.event(0)
-        PrivacyEvent(kind='gaussian', noise_multiplier=2.0, sample_rate=1.0, reason='')
+        PrivacyEvent(kind='gaussian', noise_multiplier=2.0, sample_rate=1.0, reason='', num_batches=1)
     """
 
     dataset_size: int

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lightning_dp.accounting import Accountant, Ledger, first_steps
+from lightning_dp.accounting import Accountant, Ledger, PLDAccountant, attack_bounds, first_steps
+from lightning_dp.accounting.attacks import FALSE_POSITIVE_RATES
 from lightning_dp.reporting import statement
 from lightning_dp.step.plan import DPPlan
 
 FORMAT = 1
 #: Steps at which the card states epsilon, at most.
-NUM_POINTS = 24
+NUM_POINTS = 25
+#: Points per power of ten of the false positive rate, and the powers that the curve covers.
+_CURVE_POINTS, _CURVE_DECADES = 12, 5
 
 TYPES = {
     "pld": "privacy loss distributions",
@@ -69,7 +73,7 @@ class RunNotes:
 
 
 def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[tuple[int, float]]:
-    """Epsilon after some of the steps, the last included.
+    """Epsilon after some of the steps, the first and the last included.
 
     Args:
         ledger: what was released.
@@ -88,7 +92,10 @@ def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[
     """
     taken: list[Any] = [(run.event, run.num_steps, run.num_passes) for run in ledger.entries]
     total = ledger.num_steps
-    steps = sorted({math.ceil(total * place / NUM_POINTS) for place in range(1, NUM_POINTS + 1)} - {0})
+    places = NUM_POINTS - 1
+    steps = sorted(
+        ({1} if total else set()) | {math.ceil(total * place / places) for place in range(1, places + 1)} - {0}
+    )
     prefixes = ((step, Ledger(ledger.neighboring_relation).extended(first_steps(taken, step))) for step in steps)
     return [(step, accountant.epsilon(prefix, delta)) for step, prefix in prefixes]
 
@@ -147,16 +154,15 @@ def privacy_card(
                 [step, _plain(value)] for step, value in epsilon_curve(ledger, accountant, plan.delta)
             ],
         },
+        "attacks": _attacks(ledger, accountant),
         "mechanism": {
             "sampling": statement.describe_sampling(plan),
             "sample_rate": plan.sample_rate,
+            "batches_per_pass": plan.batches_per_pass,
             "expected_batch_size": plan.expected_batch_size,
             "clipping": repr(plan.clipping),
             "noise_multiplier": plan.noise_multiplier,
-            "noise_over_steps": [
-                {"steps": run.num_steps, "noise_multiplier": run.event.noise_multiplier, "note": run.event.reason}
-                for run in ledger.entries
-            ],
+            "noise_over_steps": _noise_over_steps(ledger),
             "noise_generator": _generator(notes),
             "callbacks": list(notes.mechanisms),
         },
@@ -182,7 +188,35 @@ def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) ->
     )
 
 
+def _noise_over_steps(ledger: Ledger) -> list[dict[str, Any]]:
+    """Runs of equal noise; the open pass of a shuffled run is an entry of its own in the ledger, but not here."""
+    return [
+        {"steps": sum(run.num_steps for run in runs), "noise_multiplier": event.noise_multiplier, "note": event.reason}
+        for event, runs in itertools.groupby(ledger.entries, key=lambda run: run.event)
+    ]
+
+
+def _attacks(ledger: Ledger, accountant: Accountant) -> dict[str, Any]:
+    """Largest true positive rates of any attack, at the rates that are stated and along a curve."""
+    curve = [10 ** (place / _CURVE_POINTS) for place in range(-_CURVE_DECADES * _CURVE_POINTS, 1)]
+    pld = accountant if isinstance(accountant, PLDAccountant) else None
+    bounds = attack_bounds(ledger, [*FALSE_POSITIVE_RATES, *curve], accountant=pld)
+    rates = [list(pair) for pair in zip(bounds.false_positive_rates, bounds.true_positive_rates, strict=True)]
+    stated = len(FALSE_POSITIVE_RATES)
+    return {
+        "largest_true_positive_rates": rates[:stated],
+        "largest_advantage": bounds.advantage,
+        "computed_from": TYPES["pld"],
+        "curve": rates[stated:],
+    }
+
+
 def _assumptions(plan: DPPlan) -> str:
+    if statement.amplifies_allocation(plan):
+        return (
+            f"each record joins exactly one of the {plan.batches_per_pass} batches of a pass, uniformly and independently, as the "
+            "sampler draws them (random allocation); fresh Gaussian noise at every step"
+        )
     if plan.sampling == "shuffle":
         return "each record is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every step"
     return "each record joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise at every step"

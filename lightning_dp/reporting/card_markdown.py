@@ -16,7 +16,7 @@ def to_markdown(card: Mapping[str, Any], *, plot: str | None = None) -> str:
 
     Args:
         card: what ``privacy_card`` returned.
-        plot: name of the file with the plot of epsilon over steps; None puts the numbers into a table.
+        plot: name of the file with the picture of epsilon over steps and of attacks; None puts epsilon into a table.
     """
     definition, accounting, mechanism = card["definition"], card["accounting"], card["mechanism"]
     size = "unknown" if definition["dataset_size"] is None else definition["dataset_size"]
@@ -43,6 +43,7 @@ def to_markdown(card: Mapping[str, Any], *, plot: str | None = None) -> str:
                 "target epsilon": accounting["target_epsilon"] or "none: the noise was given",
             },
         ),
+        _attack_section(card["attacks"]),
         _table(
             "Mechanism",
             {
@@ -75,6 +76,24 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
+def _attack_section(attacks: Mapping[str, Any]) -> str:
+    """The largest success of any attack, beside epsilon."""
+    lines = [
+        "## Attacks\n",
+        "Whoever sees everything that was released, knows all other records and wants to tell whether one record was used:\n",
+        "| wrong claims (false positive rate) | right claims (true positive rate), at most |",
+        "|---|---|",
+        *(
+            f"| {statement.describe_share(wrong)} | {statement.describe_share(right)} |"
+            for wrong, right in attacks["largest_true_positive_rates"]
+        ),
+        "",
+        f"The largest advantage, right claims less wrong ones, is {statement.describe_share(attacks['largest_advantage'])}. "
+        f"Computed from {attacks['computed_from']}, for any attack.",
+    ]
+    return "\n".join(lines)
+
+
 def _noise_table(runs: list[dict[str, Any]]) -> str:
     lines = ["## Noise over steps\n", "| steps | noise multiplier |", "|---|---|"]
     first = 1
@@ -90,6 +109,6 @@ def _noise_table(runs: list[dict[str, Any]]) -> str:
 def _curve_section(points: list[list[Any]], plot: str | None) -> str:
     title = "## Epsilon over steps\n\n"
     if plot is not None:
-        return f"{title}![epsilon over steps]({plot})"
+        return f"{title}![epsilon over steps, and the success of attacks]({plot})"
     lines = ["| step | epsilon |", "|---|---|", *(f"| {step} | {_shown(value)} |" for step, value in points)]
     return title + "No plot: matplotlib is not installed.\n\n" + "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from typing_extensions import override
 
-from lightning_dp.accounting import Accountant, Ledger
+from lightning_dp.accounting import ACCOUNTANTS, Accountant, Ledger
 from lightning_dp.clipping import Clipping
 from lightning_dp.step.plan import DPPlan
 
@@ -37,6 +37,19 @@ def describe_epsilon(epsilon: float) -> str:
         return "infinite"
     digits = max(0, 4 - math.floor(math.log10(epsilon))) if epsilon > 0 else 0
     return f"{math.ceil(epsilon * 10**digits) / 10**digits:.5g}" if epsilon > 0 else "0"
+
+
+def describe_share(share: float) -> str:
+    """A share in percent, rounded up so that it never understates.
+
+    Example:
+        >>> describe_share(0.0182985), describe_share(1e-3), describe_share(1.0)
+        ('1.83 %', '0.1 %', '100 %')
+    """
+    if share <= 0:
+        return "0 %"
+    digits = max(0, 2 - math.floor(math.log10(100 * share)))
+    return f"{math.ceil(share * 10 ** (digits + 2) * (1 - 1e-12)) / 10**digits:.{digits + 3}g} %"
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,7 @@ def stated_plan(state: Mapping[str, Any]) -> DPPlan:
                 "lightning_dp: use an intact one."
             )
     fields = {name: state[name] for name in kinds if name != "clipping"}
+    fields["batches_per_pass"] = state.get("batches_per_pass")  # plans of older versions claim no amplification
     return DPPlan(**fields, clipping=cast(Clipping, _Described(state["clipping"])), steps_per_epoch=None)
 
 
@@ -134,10 +148,17 @@ def privacy_statement(
 
 
 def describe_sampling(plan: DPPlan) -> str:
-    """How batches are drawn, in words."""
+    """How batches are drawn, and what the accountant makes of it, in words."""
+    if amplifies_allocation(plan):
+        return f"shuffled batches (random allocation to {plan.batches_per_pass} batches per pass)"
     if plan.sampling == "shuffle":
         return "shuffled batches without amplification"
     return f"Poisson sampling at rate {plan.sample_rate:.4g}"
+
+
+def amplifies_allocation(plan: DPPlan) -> bool:
+    """Whether passes are random allocations and the plan's accountant counts them as less than one Gaussian each."""
+    return plan.allocates and ACCOUNTANTS[plan.accountant].amplifies_from < math.inf
 
 
 def why_infinite(ledger: Ledger) -> str:

@@ -116,8 +116,8 @@ class ShuffleBatchSampler(_PrivateBatchSampler):
     looks similar but is not private in the same way: one record more or less there moves all that follow it to other
     places, so that many batches change by two records. Here exactly one batch of a pass changes, by exactly one record.
 
-    **Guarantee**: one record contributes to one step of a pass. Accounted without amplification by sampling. Batch
-    sizes and members are private.
+    **Guarantee**: one record contributes to one step of a pass. The step is uniform over the ``steps_per_epoch`` logical
+    batches, independent of all other records and ranks, and drawn again in each pass. Batch sizes and members are private.
 
     Args:
         dataset_size: number of records n >= 1 over all ranks.

@@ -36,7 +36,7 @@ class SamplingFacts:
         sampling: "poisson" or "shuffle".
         dataset_size: number of records n sampled from; ``None`` if unknown (an iterable dataset without length).
         expected_batch_size: records B expected in a logical batch, over all ranks and parts: the divisor of the sum.
-        sample_rate: q = B / n for "poisson"; ``None`` for "shuffle", which is accounted without amplification.
+        sample_rate: q = B / n for "poisson"; ``None`` for "shuffle".
         steps_per_epoch: logical batches in a pass; ``None`` if unknown.
         add_remove_changes_one_batch: whether one record more or less changes one batch of a pass by one record. False
             for iterable datasets, whose batches are cut in order: a record added moves all that follow. Then only the
@@ -51,6 +51,12 @@ class SamplingFacts:
     steps_per_epoch: int | None
     add_remove_changes_one_batch: bool = True
     accumulate: int = 1
+
+    @property
+    def batches_per_pass(self) -> int | None:
+        """Logical batches of which each record joins exactly one in a pass, by a fair draw; ``None`` if not drawn so."""
+        drawn = self.sampling == "shuffle" and self.add_remove_changes_one_batch
+        return self.steps_per_epoch if drawn else None
 
 
 class PrivateDataLoader(DataLoader[Any]):

@@ -49,7 +49,7 @@ class DPPlan:
         sampling: "poisson" or "shuffle".
         dataset_size: number of records n, or None for a stream of unknown length (under "shuffle").
         expected_batch_size: B, the divisor of the noisy sum.
-        sample_rate: q = B / n under "poisson"; None under "shuffle", where no amplification is claimed.
+        sample_rate: q = B / n under "poisson"; None under "shuffle".
         steps: logical steps of the whole run, counted from its start; None when nothing bounds it.
         steps_per_epoch: logical steps of one epoch; None when unknown.
         noise_multiplier: sigma_0, noise std over sensitivity before the schedule; 0 means epsilon is infinite.
@@ -61,6 +61,8 @@ class DPPlan:
         neighboring_relation: "add_or_remove_one", "replace_one" or "zero_out".
         is_private: logical step -> whether it is private; plain SGD, without bound and noise, where it is not.
         unsound: why no step of the run has a finite epsilon, whatever its noise; empty where they have.
+        batches_per_pass: t, the logical batches of a whole pass, if the sampler puts each record into exactly one of them,
+            drawn uniformly and independently; else None. A run may use fewer of them per pass (``steps_per_epoch``).
 
     Example:
         >>> from lightning_dp.clipping import FlatClipping
@@ -85,6 +87,16 @@ class DPPlan:
     neighboring_relation: str = "add_or_remove_one"
     is_private: Callable[[int], bool] = every_step
     unsound: str = ""
+    batches_per_pass: int | None = None
+
+    @property
+    def allocates(self) -> bool:
+        """Whether a pass is accounted as random allocation; if not, a shuffled pass is accounted without amplification."""
+        return (
+            self.sampling == "shuffle"
+            and self.batches_per_pass is not None
+            and self.neighboring_relation == "add_or_remove_one"
+        )
 
     def sigma(self, step: int) -> float:
         """Noise multiplier of a logical step: public, a pure function of the step."""
@@ -112,15 +124,18 @@ class DPPlan:
         if not self.clipping.bounded:
             return PrivacyEvent.non_private("no clipping: one sample is unbounded")
         if self.sampling == "shuffle":
-            return PrivacyEvent(kind="shuffle", noise_multiplier=sigma)
+            if self.allocates:
+                assert self.batches_per_pass is not None
+                return PrivacyEvent.allocation(noise_multiplier=sigma, num_batches=self.batches_per_pass)
+            return PrivacyEvent.shuffle(noise_multiplier=sigma)
         assert self.sample_rate is not None
         return PrivacyEvent(kind="poisson", noise_multiplier=sigma, sample_rate=self.sample_rate)
 
     def runs(self, start: int, stop: int, noise_multiplier: float | None = None) -> list[Run]:
         """Events of the logical steps ``start <= t < stop`` as runs of equal ones, for calibration and look-ahead.
 
-        Under "shuffle" each run lies within one pass over the data and says that it begins one; a pass whose sigma changes
-        within counts in each of its runs (an upper bound).
+        Under "shuffle" each run lies within one pass over the data. It says whether it begins that pass or continues it, so
+        a pass whose sigma changes counts once, with its smallest sigma. The first run always begins a pass.
 
         Args:
             start: first logical step.
@@ -129,16 +144,17 @@ class DPPlan:
         """
         sigma = self.noise_multiplier if noise_multiplier is None else noise_multiplier
         planned: list[Run] = []
-        steps_per_pass = self.steps_per_epoch or 1
+        steps_per_pass, begin = self.steps_per_epoch or 1, start
         for factor, count in schedules.runs(self.schedule, start, stop):
             for first, steps in self._phases(start, count):
                 event, end = self.event_of(sigma * factor, first), first + steps
-                if event.kind != "shuffle":
+                if not event.has_passes:
                     planned.append((event, steps))
                     continue
                 while first < end:
-                    part = min(end, (first // steps_per_pass + 1) * steps_per_pass) - first
-                    planned.append((event, part, 1))
+                    place = first % steps_per_pass
+                    part = min(end - first, steps_per_pass - place)
+                    planned.append((event, part, int(place == 0 or first == begin)))
                     first += part
             start += count
         return planned
@@ -158,6 +174,7 @@ class DPPlan:
             "dataset_size": self.dataset_size,
             "expected_batch_size": self.expected_batch_size,
             "sample_rate": self.sample_rate,
+            "batches_per_pass": self.batches_per_pass,
             "steps": self.steps,
             "noise_multiplier": self.noise_multiplier,
             "clipping": repr(self.clipping),

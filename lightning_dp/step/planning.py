@@ -101,6 +101,7 @@ def build_plan(
         schedule=mechanisms.noise_schedule(length),
         is_private=mechanisms.is_private(length),
         unsound=mechanisms.never_private,
+        batches_per_pass=facts.batches_per_pass,
         target_epsilon=settings.target_epsilon,
         accountant=settings.accountant,
         neighboring_relation=settings.neighboring_relation,
@@ -133,14 +134,17 @@ def _calibrated(
             "Expected a known number of steps with target_epsilon, got a stream without a length and no max_steps. The noise is "
             "calibrated over all planned steps: set `Trainer(max_steps=...)`, give the dataset a length, or pass noise_multiplier."
         )
+    assert plan.target_epsilon is not None
     now = plan.state_dict()
     if (
         restored is not None
         and restored["spent"] == ledger.num_steps
         and all(restored.get(k) == now[k] for k in _SAME_RUN)
     ):
-        return float(restored["noise_multiplier"])
-    assert plan.target_epsilon is not None
+        kept = float(restored["noise_multiplier"])
+        # a resume within a shuffled pass pays one pass more than was planned
+        if accountant.epsilon(ledger.extended(plan.runs(start, stop, kept)), plan.delta) <= plan.target_epsilon:
+            return kept
     if start >= stop:
         return 1.0  # nothing is left to run: the strategy refuses any further step
     noise_multiplier = calibrate_noise_multiplier(

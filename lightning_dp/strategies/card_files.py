@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_dp.reporting.card import privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
-from lightning_dp.reporting.card_plot import can_plot, plot_epsilon
+from lightning_dp.reporting.card_plot import can_plot, plot_card
 from lightning_dp.reporting.files import CardFiles
 
 if TYPE_CHECKING:
@@ -65,8 +65,11 @@ def _write(strategy: PrivateStrategy, directory: str) -> None:
     card = privacy_card(strategy.plan, strategy.ledger, strategy.accountant, notes=strategy.notes)
     accounting, picture = card["accounting"], None
     if can_plot():
-        picture = plot_epsilon(
-            accounting["epsilon_over_steps"], delta=card["delta"], target=accounting["target_epsilon"]
+        picture = plot_card(
+            accounting["epsilon_over_steps"],
+            card["attacks"]["curve"],
+            delta=card["delta"],
+            target=accounting["target_epsilon"],
         )
     files: dict[str, bytes] = {
         JSON: json.dumps(card, indent=2).encode(),

@@ -33,7 +33,7 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
         max_grad_norm: clipping norm C > 0 of one sample's gradient.
         clipping: "flat", "per_layer", "automatic", "psac", "none" or a ``Clipping``.
         accountant: "pld" (tight), "rdp", "prv", "gdp" (nothing sampled) or "tcdp" (a loose cross-check).
-        sampling: "poisson", or "shuffle" for data without random access, accounted without amplification.
+        sampling: "poisson", or "shuffle": each record in exactly one batch per pass. Streams need "shuffle".
         microbatch_size: at most so many samples on the device at once; results do not depend on it. 1 runs each sample alone
             and supports every module. Default: the whole logical batch at once.
         grad_sample: "auto", or "materialize" for plain per-sample gradients of every layer (the reference).
@@ -49,6 +49,10 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
         strict_logging: drop what hooks of the training loop log (``self.log``, ``self.log_dict``, and ``log_metrics`` of a
             logger within ``training_step``) unless it is named ``nonprivate/...``; validation logs and epsilon stay. What was
             logged without noise is named in ``privacy_statement()`` either way.
+        history: what earlier private runs on the same data have spent: a ``Ledger``, a strategy, the path of a checkpoint, or a
+            list of these. It counts towards target and budget. A module that an earlier private run trained is refused
+            without it; ``[]`` states that the runs have no record in common.
+        tune_process: tune the memory allocator and OpenMP threads of the process while a fit runs.
         **strategy_options: what the Lightning strategy takes.
 
     Raises:

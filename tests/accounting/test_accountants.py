@@ -1,12 +1,14 @@
 """What holds for every accountant, and the figures each must report."""
 
 import math
+from typing import get_args
 
 import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant as LibraryPLD
 
 from lightning_dp.accounting import ACCOUNTANTS, Ledger, PrivacyEvent, gaussian_epsilon, make_accountant
+from lightning_dp.accounting.events import EventKind
 
 DELTA = 1e-5
 
@@ -98,6 +100,7 @@ def test_gaussian_epsilon_without_release_is_zero():
 
 def test_zero_out_costs_what_add_or_remove_costs():
     runs = [(poisson(1.1, 0.01), 100), (PrivacyEvent("gaussian", 3.0), 2)]
+    runs.append((PrivacyEvent.allocation(noise_multiplier=1.1, num_batches=10), 20))
     for name in ("pld", "rdp", "prv"):
         accountant = make_accountant(name)
         assert accountant.epsilon(ledger_of(*runs, relation="zero_out"), DELTA) == accountant.epsilon(
@@ -180,6 +183,44 @@ def test_prv_stays_a_bound_where_opacus_goes_negative():
     assert make_accountant("prv").epsilon(ledger, DELTA) >= make_accountant("pld").epsilon(ledger, DELTA)
 
 
+def step_of(kind, sigma):
+    """One step of each kind that the ledger knows; a new kind without a line here fails."""
+    return {
+        "poisson": PrivacyEvent.poisson(noise_multiplier=sigma, sample_rate=0.05),
+        "gaussian": PrivacyEvent.gaussian(noise_multiplier=sigma),
+        "shuffle": PrivacyEvent.shuffle(noise_multiplier=sigma),
+        "allocation": PrivacyEvent.allocation(noise_multiplier=sigma, num_batches=20),
+        "non_private": PrivacyEvent.non_private("no clipping"),
+    }[kind]
+
+
+@pytest.mark.parametrize("name", list(ACCOUNTANTS))
+@pytest.mark.parametrize("kind", get_args(EventKind))
+def test_every_kind_keeps_the_contract_of_every_accountant(kind, name):
+    """Costs something, more for more steps or less noise, never less than "pld" says, or is refused with a way out."""
+    accountant = make_accountant(name)
+
+    def run(sigma, num_steps):
+        event = step_of(kind, sigma)
+        return (event, num_steps, num_steps // 20) if event.has_passes else (event, num_steps)
+
+    def epsilon(sigma, num_steps):
+        return accountant.epsilon(ledger_of(run(sigma, num_steps)), DELTA)
+
+    if kind == "poisson" and name == "gdp":
+        with pytest.raises(ValueError, match='Use accountant="pld"'):
+            epsilon(3.0, 60)
+        return
+    if kind == "non_private":
+        assert epsilon(3.0, 60) == math.inf
+        return
+    once = epsilon(3.0, 60)
+    assert 0 < once < epsilon(2.5, 60) < math.inf
+    assert once < epsilon(3.0, 80)
+    assert once >= make_accountant("pld").epsilon(ledger_of(run(3.0, 60)), DELTA) * (1 - 1e-3)
+    assert epsilon(0.0, 60) == math.inf
+
+
 def test_shuffled_pass_costs_one_gaussian():
     ledger = ledger_of((PrivacyEvent("shuffle", 2.0), 400, 4))
     for name in ACCOUNTANTS:
@@ -190,6 +231,8 @@ def test_shuffled_pass_costs_one_gaussian():
 def test_dp_event_of_edges():
     assert ledger_of().dp_event() == dp_accounting.NoOpDpEvent()
     assert ledger_of((poisson(0.0, 0.1), 1)).dp_event() == dp_accounting.NonPrivateDpEvent()
+    allocated = ledger_of((PrivacyEvent.allocation(noise_multiplier=1.5, num_batches=10), 35))
+    assert allocated.dp_event() == ledger_of((PrivacyEvent.gaussian(noise_multiplier=1.5), 4)).dp_event()
     run = (poisson(1.5, 0.1), 7)
     for relation, scale in (("add_or_remove_one", 1), ("zero_out", 1), ("replace_one", 2)):
         assert ledger_of(run, relation=relation).dp_event() == dp_accounting.ComposedDpEvent(

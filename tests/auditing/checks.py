@@ -209,4 +209,4 @@ def check_every_release_is_in_the_ledger(tmp_path: Path) -> None:
     assert len(strategy.noisy) == trainer.global_step == 8
     recorded = strategy.ledger.num_steps
     assert recorded == 8, f"the ledger holds {recorded} of 8 releases"
-    assert strategy.ledger.mechanisms() == {(0.25, 1.3): 8}, f"the ledger holds {strategy.ledger.mechanisms()}"
+    assert strategy.ledger.mechanisms() == {(0.25, 1.3, 1): 8}, f"the ledger holds {strategy.ledger.mechanisms()}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import lightning as L
 import pytest
@@ -22,10 +24,11 @@ from lightning_dp import (
     PrivacyError,
     RandomSparsification,
 )
-from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
+from lightning_dp.accounting import Ledger, PrivacyEvent, attack_bounds, make_accountant
 from lightning_dp.reporting.card import NUM_POINTS, RunNotes, epsilon_curve, privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
-from lightning_dp.reporting.statement import describe_epsilon, stated_plan
+from lightning_dp.reporting.card_plot import plot_card
+from lightning_dp.reporting.statement import describe_epsilon, describe_share, stated_plan
 from tests.helpers import Classifier, make_loader, make_trainer
 
 FILES = ["privacy_card.json", "privacy_card.md", "privacy_card.svg"]
@@ -77,7 +80,16 @@ def test_card_is_beside_the_loggers_files_and_says_what_happened(tmp_path: Path)
     markdown = (directory / "privacy_card.md").read_text()
     assert f"epsilon = {describe_epsilon(strategy.epsilon())} and delta = 1e-05" in markdown
     assert "| 9 to 16 | 0.65 |" in markdown
-    assert "![epsilon over steps](privacy_card.svg)" in markdown
+    assert "![epsilon over steps, and the success of attacks](privacy_card.svg)" in markdown
+    bounds = attack_bounds(strategy.ledger)
+    assert card["attacks"]["largest_true_positive_rates"] == [
+        [rate, pytest.approx(right, rel=1e-9)]
+        for rate, right in zip((1e-3, 1e-2, 0.1), bounds.true_positive_rates, strict=True)
+    ]
+    assert card["attacks"]["largest_advantage"] == pytest.approx(bounds.advantage, rel=1e-9)
+    for wrong, right in card["attacks"]["largest_true_positive_rates"]:
+        assert f"| {describe_share(wrong)} | {describe_share(right)} |" in markdown
+    assert f"is {describe_share(bounds.advantage)}." in markdown
     picture = (directory / "privacy_card.svg").read_text()
     assert picture.startswith("<?xml")
     assert "</svg>" in picture
@@ -150,6 +162,7 @@ def test_a_run_without_noise_says_that_it_is_not_private(tmp_path: Path) -> None
     card = json.loads((tmp_path / "privacy_card.json").read_text(), parse_constant=pytest.fail)
     assert card["epsilon"] == "inf"
     assert "NOT differentially private: some step had no noise" in card["statement"]
+    assert card["attacks"]["largest_true_positive_rates"] == [[0.001, 1.0], [0.01, 1.0], [0.1, 1.0]]
     assert "| 4 | infinite |" in (tmp_path / "privacy_card.md").read_text()
 
 
@@ -182,22 +195,75 @@ def test_damaged_notes_are_refused(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["poisson", "shuffle"])
+@pytest.mark.parametrize("kind", ["poisson", "shuffle", "allocation"])
 def test_curve_is_the_epsilon_of_each_prefix(kind: str) -> None:
     ledger, accountant = Ledger(), make_accountant("pld")
-    made = PrivacyEvent.poisson if kind == "poisson" else PrivacyEvent.shuffle
-    rate = {"sample_rate": 0.1} if kind == "poisson" else {}
+    made = getattr(PrivacyEvent, kind)
+    rate = {"poisson": {"sample_rate": 0.1}, "allocation": {"num_batches": 40}}.get(kind, {})
     for sigma in (2.0, 1.5):
         ledger.start_pass()
         ledger.record(made(noise_multiplier=sigma, **rate), 40)
     points = dict(epsilon_curve(ledger, accountant, 1e-5))
     assert len(points) == NUM_POINTS
     assert list(points) == sorted(points)
+    assert min(points) == 1
     assert points[80] == pytest.approx(accountant.epsilon(ledger, 1e-5), rel=1e-9)
     first = Ledger()
     first.record(made(noise_multiplier=2.0, **rate), 40)
     assert points[40] == pytest.approx(accountant.epsilon(first, 1e-5), rel=1e-9)
     assert points[80] > points[40] > 0
+
+
+def test_card_of_random_allocation_names_it_and_joins_equal_noise() -> None:
+    plan = stated_plan(
+        {**_state(), "sampling": "shuffle", "sample_rate": None, "batches_per_pass": 10, "accountant": "pld"}
+    )
+    ledger = Ledger().extended([(PrivacyEvent.allocation(noise_multiplier=2.0, num_batches=10), 30, 3)])
+    card = privacy_card(plan, ledger, make_accountant("pld"))
+    assert "random allocation" in card["mechanism"]["sampling"]
+    assert card["mechanism"]["batches_per_pass"] == 10
+    assert card["mechanism"]["noise_over_steps"] == [{"steps": 30, "noise_multiplier": 2.0, "note": ""}]
+    assert "exactly one of the 10 batches of a pass" in card["accounting"]["assumptions"]
+    unamplified = privacy_card(dataclasses.replace(plan, accountant="gdp"), ledger, make_accountant("gdp"))
+    assert "no amplification is claimed" in unamplified["accounting"]["assumptions"]
+    assert unamplified["attacks"] == card["attacks"]  # from the loss distribution, whoever computes epsilon
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.00999999, 0.01, 0.0101, 0.5, 0.99999, 1.0])
+def test_described_share_is_never_below(share: float) -> None:
+    assert share <= float(describe_share(share).removesuffix(" %")) / 100 * (1 + 1e-12) <= share * 1.011
+
+
+class _Axis:
+    """Keeps what is drawn on it; whatever else is asked of it does nothing."""
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[Any, Any]] = []
+
+    def plot(self, x: Any, y: Any, **_: Any) -> None:
+        self.drawn.append((list(x), list(y)))
+
+    loglog = plot
+
+    def __getattr__(self, name: str) -> Any:
+        return MagicMock()
+
+
+def test_picture_begins_at_the_first_step_that_was_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    left, right = _Axis(), _Axis()
+    monkeypatch.setattr(figure, "subplots", lambda *_: (left, right))
+    plot_card([(1, 2.0), (10, "inf"), (20, 3.0)], [(1e-3, 2e-3), (1.0, 1.0)], delta=1e-5, target=4.0)
+    assert left.drawn == [([1, 20], [2.0, 3.0])]
+    assert right.drawn == [([1e-3, 1.0], [2e-3, 1.0]), ([1e-3, 1.0], [1e-3, 1.0])]
+
+
+def test_picture_has_both_panels_and_none_without_epsilon() -> None:
+    picture = plot_card([(1, 2.0), (20, 3.0)], [(1e-3, 2e-3), (1.0, 1.0)], delta=1e-5)
+    assert picture is not None
+    assert b"false positive rate" in picture
+    assert b"epsilon at delta" in picture
+    assert plot_card([(1, "inf")], [(1e-3, 1.0), (1.0, 1.0)], delta=1e-5) is None
 
 
 def test_many_runs_of_noise_are_cut_in_the_markdown_only() -> None:

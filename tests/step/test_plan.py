@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lightning_dp import schedules
-from lightning_dp.accounting import Ledger, make_accountant
+from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
 from lightning_dp.clipping import FlatClipping, NoClipping, PerLayerClipping
-from lightning_dp.reporting.statement import describe_epsilon, privacy_statement, summary_line
+from lightning_dp.reporting.statement import describe_epsilon, privacy_statement, stated_plan, summary_line
 from lightning_dp.step.plan import DPPlan, default_delta
 
 
@@ -59,8 +59,60 @@ def test_runs_of_shuffled_batches_say_their_passes() -> None:
     assert [(event.noise_multiplier, *counts) for event, *counts in uneven.runs(0, 20)] == [
         (2.0, 10, 1),
         (2.0, 5, 1),
-        (1.0, 5, 1),
+        (1.0, 5, 0),
     ]
+    # a resume begins a pass wherever it starts; the rest of a pass that is cut is a whole one
+    assert [counts for _, *counts in plan.runs(13, 24)] == [[7, 1], [4, 1]]
+
+
+def test_pass_costs_its_smallest_sigma_in_plan_and_ledger() -> None:
+    plan = make_plan(sampling="shuffle", batches_per_pass=10, schedule=schedules.step(factor=0.5, every=15))
+    planned, taken = Ledger().extended(plan.runs(0, 20)), Ledger()
+    for step in range(20):
+        if step % 10 == 0:
+            taken.start_pass()
+        taken.record(plan.event(step))
+    assert planned.mechanisms() == taken.mechanisms() == {(0.1, 2.0, 10): 1, (0.1, 1.0, 10): 1}
+
+
+def test_random_allocation_needs_fair_draws_and_the_relation() -> None:
+    shuffled = {"sampling": "shuffle", "sample_rate": None, "steps_per_epoch": 4}
+    allocated = make_plan(**shuffled, batches_per_pass=10)
+    # a pass cut to 4 of its 10 batches is still one of 10
+    assert [(event.kind, event.num_batches, *counts) for event, *counts in allocated.runs(0, 8)] == [
+        ("allocation", 10, 4, 1)
+    ] * 2
+    for options in (
+        {"batches_per_pass": None},
+        {"batches_per_pass": 10, "neighboring_relation": "replace_one"},
+        {"batches_per_pass": 10, "neighboring_relation": "zero_out"},
+    ):
+        plan = make_plan(**shuffled, **options)
+        assert {event.kind for event, *_ in plan.runs(0, 8)} == {"shuffle"}
+        assert "shuffled batches without amplification" in summary_line(
+            plan, Ledger(plan.neighboring_relation).extended(plan.runs(0, 8)), make_accountant("pld")
+        )
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp", "prv", "gdp", "tcdp"])
+def test_statement_claims_amplification_where_the_accountant_has_it(accountant: str) -> None:
+    plan = make_plan(sampling="shuffle", sample_rate=None, batches_per_pass=10, accountant=accountant)
+    ledger = Ledger().extended(plan.runs(0, 20))
+    whole = Ledger().extended([(PrivacyEvent.gaussian(noise_multiplier=2.0), 2)])
+    line = summary_line(plan, ledger, make_accountant(accountant))
+    amplified = accountant in ("pld", "rdp")
+    assert ("random allocation to 10 batches per pass" in line) == amplified
+    assert ("shuffled batches without amplification" in line) == (not amplified)
+    ratio = make_accountant(accountant).epsilon(ledger, 1e-5) / make_accountant(accountant).epsilon(whole, 1e-5)
+    assert ratio < 0.75 if amplified else ratio == 1
+
+
+def test_saved_plans_keep_how_passes_are_accounted() -> None:
+    plan = make_plan(sampling="shuffle", sample_rate=None, batches_per_pass=10)
+    assert stated_plan(plan.state_dict()).allocates
+    older = plan.state_dict()
+    del older["batches_per_pass"]
+    assert not stated_plan(older).allocates
 
 
 def test_saved_plans_differ_where_schedules_differ_in_any_step() -> None:

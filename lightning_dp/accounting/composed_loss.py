@@ -1,0 +1,74 @@
+"""The composed privacy loss on its grid, and what it says: epsilon, delta, and the error rates of any attack."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.signal import lfilter
+
+from lightning_dp.accounting.allocation import Array
+
+
+@dataclass(frozen=True)
+class ComposedLoss:
+    """Masses of a privacy loss on the points interval x (offset + i), with more mass at infinity.
+
+    delta(epsilon) = infinite + sum over losses l > epsilon of P[L = l] (1 - exp(epsilon - l))
+
+    Args:
+        masses: P[L = l] >= 0 on successive points.
+        offset: Index of the first point; any integer.
+        interval: Distance of two points, > 0.
+        infinite: P[L = inf], everything that was cut off or rounded included.
+    """
+
+    masses: Array
+    offset: int
+    interval: float
+    infinite: float
+
+    @cached_property
+    def _damped(self) -> Array:
+        """Sums over j >= i of p_j exp(l_i - l_j)."""
+        return np.asarray(lfilter([1.0], [1.0, -math.exp(-self.interval)], self.masses[::-1])[::-1])
+
+    @cached_property
+    def divergences(self) -> Array:
+        """Delta at the epsilon of each point, summed without cancellation; linear in exp(epsilon) between points."""
+        steps = -math.expm1(-self.interval) * self._damped[:0:-1]
+        return np.append(np.cumsum(steps)[::-1], 0.0) + self.infinite
+
+    def epsilon(self, delta: float) -> float:
+        """Return the least epsilon >= 0 at which the hockey-stick divergence is at most delta; inf if there is none."""
+        if self.infinite >= delta:
+            return math.inf
+        start = max(0, -self.offset)  # losses below 0 never count
+        if start >= self.masses.size:
+            return 0.0
+        index = start + int(np.searchsorted(-self.divergences[start:], -delta))  # first point at which delta is met
+        excess = self.infinite + float(self.masses[index:].sum()) - delta
+        if excess <= 0:  # delta alone is more than all that may be lost
+            return 0.0
+        at = (self.offset + index) * self.interval
+        epsilon = at + math.log(excess / self._damped[index])
+        return float(min(max(epsilon, 0.0), at))
+
+    def advantage(self) -> float:
+        """Return a bound on the total variation: delta at epsilon 0."""
+        losses = (self.offset + np.arange(self.masses.size)) * self.interval
+        above = losses > 0
+        return min(1.0, self.infinite + float(-np.expm1(-losses[above]) @ self.masses[above]))
+
+    def true_positive_rate(self, false_positive_rate: float) -> float:
+        """Return a bound on the power of any test of Q against P.
+
+        min over epsilon of exp(epsilon) x false_positive_rate + delta(epsilon), attained at a point of the grid
+        """
+        if false_positive_rate == 0:
+            return min(1.0, float(self.divergences[-1]))
+        with np.errstate(over="ignore"):
+            odds = np.exp((self.offset + np.arange(self.masses.size)) * self.interval)
+        return min(1.0, float(np.min(odds * false_positive_rate + self.divergences)))

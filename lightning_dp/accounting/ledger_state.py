@@ -1,0 +1,100 @@
+"""A ledger as plain values: what is written into checkpoints, and what is accepted back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lightning_dp.accounting.events import LedgerEntry, PrivacyEvent, check_count, check_passes
+
+_VERSION = 1
+_KEYS = {"version", "neighboring_relation", "lineage", "pass_open", "num_steps", "entries"}
+_ENTRY_KEYS = {"kind", "noise_multiplier", "sample_rate", "reason", "num_steps", "num_passes"}
+
+
+class LedgerState(NamedTuple):
+    """The contents of a ledger."""
+
+    neighboring_relation: str
+    lineage: str
+    pass_open: bool
+    entries: tuple[LedgerEntry, ...]
+
+
+def write_state(ledger: LedgerState) -> dict[str, Any]:
+    """Return the contents as plain integers, floats, strings, lists and dictionaries."""
+    return {
+        "version": _VERSION,
+        "neighboring_relation": ledger.neighboring_relation,
+        "lineage": ledger.lineage,
+        "pass_open": int(ledger.pass_open),
+        "num_steps": sum(entry.num_steps for entry in ledger.entries),
+        "entries": [_write_entry(entry) for entry in ledger.entries],
+    }
+
+
+def read_state(state: Mapping[str, Any]) -> LedgerState:
+    """Return the contents that `write_state` described.
+
+    Args:
+        state: What `write_state` returned, perhaps through JSON.
+
+    Raises:
+        ValueError: If a key is missing or unknown, or a value is out of range.
+        TypeError: If a value has another type.
+    """
+    _check_keys(state, _KEYS, name="state")
+    if check_count(state["version"], name="version", minimum=0) != _VERSION:
+        raise ValueError(f"Expected version={_VERSION}, got version={state['version']}.")
+    if not isinstance(state["lineage"], str) or not re.fullmatch("[0-9a-f]{32}", state["lineage"]):
+        raise ValueError(f"Expected 32 hexadecimal digits, got lineage={state['lineage']!r}.")
+    if not isinstance(state["entries"], list):
+        raise TypeError(f"Expected a list of entries, got {type(state['entries']).__name__}.")
+    entries = tuple(_read_entry(entry) for entry in state["entries"])
+    num_steps = sum(entry.num_steps for entry in entries)
+    if num_steps != check_count(state["num_steps"], name="num_steps", minimum=0):
+        raise ValueError(f"Expected num_steps={num_steps} as the entries sum up to, got {state['num_steps']}.")
+    pass_open = check_count(state["pass_open"], name="pass_open", minimum=0)
+    if pass_open > 1 or (pass_open and (not entries or entries[-1].num_passes != 1)):
+        raise ValueError(f"Expected pass_open=1 only after an entry of one pass, got pass_open={pass_open}.")
+    return LedgerState(state["neighboring_relation"], state["lineage"], bool(pass_open), entries)
+
+
+def _write_entry(entry: LedgerEntry) -> dict[str, Any]:
+    event = entry.event
+    state = {
+        "kind": event.kind,
+        "noise_multiplier": event.noise_multiplier,
+        "sample_rate": event.sample_rate,
+        "reason": event.reason,
+        "num_steps": entry.num_steps,
+        "num_passes": entry.num_passes,
+    }
+    return state | dict.fromkeys(_extra_keys(event.kind), event.num_batches)
+
+
+def _read_entry(entry: Any) -> LedgerEntry:
+    kind = entry.get("kind") if isinstance(entry, Mapping) else None
+    _check_keys(entry, _ENTRY_KEYS | _extra_keys(kind), name="entry")
+    event = PrivacyEvent(
+        entry["kind"], entry["noise_multiplier"], entry["sample_rate"], entry["reason"], entry.get("num_batches", 1)
+    )
+    num_steps = check_count(entry["num_steps"], name="num_steps", minimum=1)
+    num_passes = check_count(entry["num_passes"], name="num_passes", minimum=int(event.has_passes))
+    if num_passes and not event.has_passes:
+        raise ValueError(f"Expected passes that fit kind={event.kind!r}, got num_passes={num_passes}.")
+    check_passes(event, num_steps, num_passes)
+    return LedgerEntry(event, num_steps, num_passes)
+
+
+def _extra_keys(kind: Any) -> set[str]:
+    """Return the keys that only some kinds have, so that entries of older kinds look as they always did."""
+    return {"num_batches"} if kind == "allocation" else set()
+
+
+def _check_keys(value: Any, keys: set[str], *, name: str) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"Expected a dictionary, got {name} of type {type(value).__name__}.")
+    if set(value) != keys:
+        raise ValueError(f"Expected keys {sorted(keys)}, got {name} with keys {sorted(map(str, value))}.")
