@@ -207,7 +207,7 @@ def assign(
             ruled.setdefault(owner, []).append(place)
         else:
             recomputed.setdefault(places.home(place, learned), []).append(place)
-    keep = workspace is not None
+    keep = workspace is not None or materialise
     units: list[Source] = []
     for name, mine in ruled.items():
         rule = mine[0].rule
