@@ -40,7 +40,7 @@ class PerSampleEngine:
             always makes it (reference).
         memory: ``"fast"`` keeps per-sample gradients from the norms to the weighted sum where that is fastest, in
             buffers of at most the size of the layers' inputs and outputs, the parameters and their gradients;
-            ``"lean"`` keeps only what is smaller than the backprops.
+            ``"lean"`` caches only what is smaller than the backprops, and the gradients of modules without a rule.
 
     Example:
         >>> layer = nn.Linear(3, 1)
