@@ -207,7 +207,7 @@ def assign(
             ruled.setdefault(owner, []).append(place)
         else:
             recomputed.setdefault(places.home(place, learned), []).append(place)
-    keep = workspace is not None
+    keep = workspace is not None or materialise  # of layers with a rule; the others' cannot be made twice alike
     units: list[Source] = []
     for name, mine in ruled.items():
         rule = mine[0].rule
@@ -229,16 +229,14 @@ def assign(
         )
     for name, mine in expanded.items():
         slots = [place.slot for place in mine]
-        units.append(ExpandUnit(recorder, places.modules[name], name, slots, learned.layouts.get(name, []), keep=keep))
+        units.append(ExpandUnit(recorder, places.modules[name], name, slots, learned.layouts.get(name, [])))
     for name, mine in recomputed.items():
         slots = [place.slot for place in mine]
         start = len(name) + 1 if name else 0
         paths: dict[str, list[str]] = {}
         for place in mine:
             paths.setdefault(place.slot.name, []).append(place.path[start:])
-        units.append(
-            RecomputeUnit(recorder, places.modules[name], name, slots, _clear(name, learned), paths=paths, keep=keep)
-        )
+        units.append(RecomputeUnit(recorder, places.modules[name], name, slots, _clear(name, learned), paths=paths))
     return units
 
 

@@ -3,17 +3,19 @@
     grad_i = vjp of theta -> module(theta; inputs of sample i), applied to the backprop of sample i
 
 The smallest module that owns the parameters is recomputed; what it contains is constant. A module that draws random
-numbers would be recomputed with others, so it is refused.
+numbers from torch's generators would be recomputed with others, so it is refused; global draws of Python and numpy are replayed.
 """
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
@@ -34,8 +36,9 @@ _TENSOR = object()
 class RecomputeUnit(Source):
     """A module whose parameters get their per-sample gradients from a second forward and backward of every sample.
 
-    **Guarantee**: exact for modules whose output for a sample is a deterministic function of that sample's rows.
-    Modules that use random numbers raise ``PrivacyError``.
+    **Guarantee**: exact for modules whose output for a sample is a deterministic function of that sample's rows, and of draws
+    from the global generators of Python and numpy. Draws of torch's generators raise ``PrivacyError``. Norm and weighted sum
+    are taken from the same tensor, under either setting of ``memory``: a second recomputation could draw or round otherwise.
     """
 
     def __init__(self, *args: Any, paths: dict[str, list[str]], **kwargs: Any) -> None:
@@ -45,12 +48,13 @@ class RecomputeUnit(Source):
 
     @override
     def before(self, frame: Frame, args: Any, kwargs: Any) -> Any:
-        frame.note = [(tensor, version_of(tensor)) for tensor in tensors_of((args, kwargs))]
+        frame.note = [(tensor, version_of(tensor)) for tensor in tensors_of((args, kwargs))], _draws()
         return None
 
     @override
     def observe(self, frame: Frame, args: Any, kwargs: Any, output: Any) -> Any:
-        if any(version_of(tensor) != version for tensor, version in frame.note):
+        inputs, draws = frame.note
+        if any(version_of(tensor) != version for tensor, version in inputs):
             raise PrivacyError(
                 f"Expected module {self.name!r} to leave its inputs as they are, got one modified in place during its "
                 f"call. {WAY_OUT}."
@@ -58,7 +62,7 @@ class RecomputeUnit(Source):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         record = Record(self, frame, tensors, len(tensors_of(output)))
-        record.args = ([_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        record.args = ([_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec, draws)
         return tap_all(output, record)
 
     @override
@@ -72,7 +76,9 @@ class RecomputeUnit(Source):
                     wanted = names & left
                     if not wanted:
                         continue
-                    for name, grad in self._recompute(record, backprops, wanted).items():
+                    with _replayed(record.args[2]):
+                        found = self._recompute(record, backprops, wanted)
+                    for name, grad in found.items():
                         grads[name] = grads[name] + grad if name in grads else grad
         finally:
             recorder.active = active
@@ -120,7 +126,7 @@ class RecomputeUnit(Source):
         def plain_gradient(rows: tuple[Tensor, ...], cotangent: tuple[Tensor, ...]) -> Grads:
             leaves = {name: tensor.clone().requires_grad_() for name, tensor in theta.items()}
             # the backward may run parts of the forward again (checkpointing): it too happens inside
-            with torch.enable_grad(), _in_place_of(self.module, values(leaves)):
+            with torch.enable_grad(), _in_place_of(self.module, values(leaves)), _replayed(record.args[2]):
                 pairs = zip(call(rows, lambda args, kwargs: self.module(*args, **kwargs)), cotangent, strict=True)
                 used = [(output, weight) for output, weight in pairs if output.requires_grad]
                 if used:
@@ -184,7 +190,7 @@ def _per_sample_rows(tensor: Tensor, axis: Axis, size: int, where: str) -> Tenso
 
 
 def _rebuild(stored: tuple[Any, ...], tensors: list[Tensor]) -> Any:
-    leaves, spec = stored
+    leaves, spec, _ = stored
     given = iter(tensors)
     full = [next(given) if leaf is _TENSOR else leaf for leaf in leaves]
     return pytree.tree_unflatten(full, spec)
@@ -205,6 +211,24 @@ def _in_place_of(module: nn.Module, tensors: Grads) -> Iterator[None]:
     finally:
         for places, local, tensor in reversed(held):
             places[local] = tensor
+
+
+def _draws() -> tuple[Any, Any]:
+    """Return the states of the global generators of Python and numpy."""
+    return random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+@contextmanager
+def _replayed(draws: tuple[Any, Any]) -> Iterator[None]:
+    """Draw what was drawn from these states on; put the generators back afterwards."""
+    now = _draws()
+    try:
+        random.setstate(draws[0])
+        np.random.set_state(draws[1])  # noqa: NPY002
+        yield
+    finally:
+        random.setstate(now[0])
+        np.random.set_state(now[1])  # noqa: NPY002
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

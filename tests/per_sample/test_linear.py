@@ -20,6 +20,7 @@ from lightning_dp.per_sample.rules.linear import (
 )
 from tests.helpers import Largest
 from tests.per_sample.checks import assert_engine_agrees
+from tests.per_sample.rule_cases import Conv1D
 
 
 def _loss(module: nn.Module):
@@ -160,19 +161,6 @@ def test_weighted_sum_of_zero_factor_is_zero_for_rows_that_are_not_finite() -> N
     engine.accumulate(torch.tensor([[1.0, 0.5]]), [["weight", "bias"]], clean)
     for name in out:
         torch.testing.assert_close(out[name], clean[name])
-
-
-class Conv1D(nn.Module):
-    """As in transformers: a linear layer with the weight transposed."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
 
 
 @pytest.mark.parametrize("shape", [(3,), (7, 3)])

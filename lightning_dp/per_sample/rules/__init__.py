@@ -13,7 +13,7 @@ from lightning_dp.per_sample.rules.embedding import EmbeddingRule
 from lightning_dp.per_sample.rules.linear import LinearRule, TransposedLinearRule
 from lightning_dp.per_sample.rules.norm import GroupNormRule, InstanceNormRule, LayerNormRule, RMSNormRule
 
-__all__ = ["Call", "Rule", "rule_for"]
+__all__ = ["Call", "Rule", "registered", "rule_for"]
 
 _CONV, _TRANSPOSED = ConvRule(), TransposedLinearRule()
 
@@ -38,6 +38,11 @@ _HELPERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.InstanceNorm3d: ("_apply_instance_norm",),
 }
 """Methods that ``forward`` calls and a subclass may have replaced."""
+
+
+def registered() -> list[Rule]:
+    """Return every rule."""
+    return [*dict.fromkeys(_RULES.values()), _TRANSPOSED]
 
 
 def rule_for(module: nn.Module) -> Rule | None:

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import grad as nn_grad
 from typing_extensions import override
 
-from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_rows, widen
-from lightning_dp.per_sample.rules.linear import not_cancelled
-from lightning_dp.per_sample.rules.unfolding import Conv, gram, unfolded, unfolded_gram
+from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_rows, weighted_rows, widen
+from lightning_dp.per_sample.rules.rounding import at_least_tiny, gram_with_rounding, lengths, with_rounding
+from lightning_dp.per_sample.rules.unfolding import Conv, gram, unfolded, unfolded_gram, window_sums
 
 Route: TypeAlias = Literal["grouped", "unfold", "gram"]
 
@@ -170,15 +170,13 @@ class ConvRule(Rule):
     ) -> dict[str, Tensor]:
         conv = _checked(module)
         sums = {name: _product(calls[0]).new_zeros(conv.get_parameter(name).shape) for name in sorted(names)}
-        for call in calls:
+        for call in calls if "weight" in names else ():
             row_factors = factors.repeat_interleave(call.multiplicity)
             x, backprop, padding = _prepared(conv, call)
-            scaled = _scaled_rows(backprop, row_factors)
-            if "weight" in names:
-                x = _kept_rows(x, row_factors)
-                sums["weight"] += _native_gradient(conv, x, tuple(conv.weight.shape), scaled, padding, conv.groups)
-            if "bias" in names:
-                sums["bias"] += scaled.flatten(2).sum((0, 2))
+            scaled, x = _scaled_rows(backprop, row_factors), _kept_rows(x, row_factors)
+            sums["weight"] += _native_gradient(conv, x, tuple(conv.weight.shape), scaled, padding, conv.groups)
+        if "bias" in names:  # from the sums that its norms are taken from
+            sums["bias"] = weighted_rows(_bias_gradients(calls), factors)
         return sums
 
     @override
@@ -280,7 +278,22 @@ def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Tens
     weights = None if mask is None else mask.to(norms.dtype)
     for low, high, grads in _gradients_in_blocks(conv, calls, batch_size):
         norms[low:high] = squared_norm(grads if weights is None else grads.mul_(weights))
-    return norms
+    return with_rounding(norms, _sum_of_lengths(conv, calls, batch_size), shape.positions)
+
+
+def _sum_of_lengths(conv: Conv, calls: Sequence[Call], batch_size: int) -> Tensor:
+    """Return ``sum_p |U_p| |g_p|`` over the positions of all rows and calls: shape ``(B,)``, the root over groups squared."""
+    sums: list[Tensor] = []
+    for call in calls:
+        x, backprop, padding = _prepared(conv, call)
+        x, backprop = (
+            one.reshape(len(one), conv.groups, one.shape[1] // conv.groups, *one.shape[2:]) for one in (x, backprop)
+        )
+        squares = torch.linalg.vector_norm(x, dim=2).square()
+        inputs = at_least_tiny(window_sums(conv, squares, padding).sqrt(), x.shape[2] * conv.weight[0, 0].numel())
+        products = inputs.mul_(lengths(backprop, dim=2)).flatten(2).sum(2)
+        sums.append(products.reshape(batch_size, call.multiplicity, conv.groups).sum(1))
+    return squared_norm(torch.stack(sums).sum(0)).sqrt()
 
 
 def _gradients_in_blocks(conv: Conv, calls: Sequence[Call], batch_size: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -299,9 +312,10 @@ def _gram_norms(conv: Conv, calls: Sequence[Call], samples: int) -> Tensor:
     )
     gram_x, gram_g = unfolded_gram(conv, x, paddings[0], backprop.shape[2:]), gram(backprop)
     total = torch.linalg.vecdot(gram_x.flatten(1), gram_g.flatten(1))
-    trace_x, trace_g = (one.diagonal(dim1=1, dim2=2).sum(1) for one in (gram_x, gram_g))
-    in_width = x.shape[1] * conv.weight[0, 0].numel()
-    return not_cancelled(total, trace_x, trace_g, in_width, backprop.shape[1]).reshape(samples, conv.groups).sum(1)
+    widths = (x.shape[1] * conv.weight[0, 0].numel(), backprop.shape[1])
+    squares = (one.diagonal(dim1=1, dim2=2).clamp_min(0.0) for one in (gram_x, gram_g))
+    sides = (at_least_tiny(one.sqrt(), width) for one, width in zip(squares, widths, strict=True))
+    return gram_with_rounding(total, *sides).reshape(samples, conv.groups).sum(1)
 
 
 def _with_rows(tensor: Tensor, samples: int, groups: int) -> Tensor:

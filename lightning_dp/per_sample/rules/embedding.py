@@ -6,6 +6,7 @@ Legend: ``B`` samples, ``T`` tokens of a sample (positions, calls and rows toget
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class EmbeddingRule(Rule):
         tokens, backprops = _tokens(module, calls, batch_size)
         if tokens.shape[1] <= 1:
             return {"weight": squared_norm(backprops)}
-        return {"weight": squared_norm(_equal_token_sums(tokens, backprops)[1])}
+        return {"weight": _squared_norms(_equal_token_sums(tokens, backprops))}
 
     @override
     def masked_squared_norms(
@@ -61,9 +62,10 @@ class EmbeddingRule(Rule):
         if "weight" not in masks:
             return {}
         assert isinstance(module, nn.Embedding)
-        entries, sums = _equal_token_sums(*_tokens(module, calls, batch_size))
-        live = torch.index_select(masks["weight"], 0, entries.flatten()).view_as(sums)
-        return {"weight": squared_norm(sums.mul_(live))}
+        rows = _equal_token_sums(*_tokens(module, calls, batch_size))
+        active = torch.index_select(masks["weight"], 0, rows.entries.flatten()).view_as(rows.sums)
+        rows.sums.mul_(active)
+        return {"weight": _squared_norms(rows)}
 
     @override
     def weighted_sum(
@@ -93,11 +95,24 @@ class EmbeddingRule(Rule):
         return False
 
 
-def _equal_token_sums(tokens: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of every sample's gradient that may be nonzero: their entries ``(B, T)`` and values ``(B, T, d)``.
+class _Rows(NamedTuple):
+    """The rows of every sample's gradient that may be nonzero; those left over are zero, whatever their entry.
 
-    A sample that repeats tokens has fewer rows than ``T``: those left over are zero, whatever their entry.
+    Args:
+        entries: which row of the gradient, ``(B, T)``.
+        sums: its values, ``(B, T, d)``.
+        lengths: sum of the lengths of the backprops that were added up, ``(B, T)``.
+        counts: how many they were, ``(B, T)``.
     """
+
+    entries: Tensor
+    sums: Tensor
+    lengths: Tensor
+    counts: Tensor
+
+
+def _equal_token_sums(tokens: Tensor, backprops: Tensor) -> _Rows:
+    """Return the sums of the backprops of equal tokens: a sample that repeats tokens has fewer rows than ``T``."""
     size, num_tokens = tokens.shape
     # tokens sorted in each sample; a run of equal ones is one row of the gradient
     ordered, order = tokens.sort(dim=1)
@@ -106,10 +121,24 @@ def _equal_token_sums(tokens: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor
     runs = starts.cumsum(1)
     entries = torch.zeros_like(runs).scatter_(1, runs, ordered)
     rows = torch.empty_like(runs).scatter_(1, order, runs)
+    norms = torch.linalg.vector_norm(backprops, dim=2)
+    lengths = torch.zeros_like(norms).scatter_add_(1, rows, norms)
+    counts = torch.zeros_like(norms).scatter_add_(1, rows, torch.ones_like(norms))
     rows += torch.arange(size, device=rows.device).unsqueeze(1) * num_tokens
     sums = torch.zeros_like(backprops).flatten(0, 1)
     sums.index_add_(0, rows.flatten(), backprops.flatten(0, 1))
-    return entries, sums.view_as(backprops)
+    return _Rows(entries, sums.view_as(backprops), lengths, counts)
+
+
+def _squared_norms(rows: _Rows) -> Tensor:
+    """Return the squared norm of every sample, with the rounding of the weighted sum.
+
+    That adds the backprops of equal tokens one after the other, so the bound of ``rounding.py`` holds with their true number. A
+    row of one token is added as it is.
+    """
+    eps = torch.finfo(rows.lengths.dtype).eps
+    errors = torch.where(rows.counts > 1, (rows.counts + 4) * eps * rows.lengths, 0.0)
+    return (squared_norm(rows.sums).sqrt() + squared_norm(errors).sqrt()).square()
 
 
 def _tokens(module: nn.Embedding, calls: Sequence[Call], batch_size: int) -> tuple[Tensor, Tensor]:

@@ -19,12 +19,17 @@ from lightning_dp.per_sample.rules.base import (
     samples_a_block,
     squared_norm,
     sum_from_zeros,
+    weighted_rows,
     widen,
 )
+from lightning_dp.per_sample.rules.rounding import at_least_tiny, gram_with_rounding, lengths, with_rounding
 from lightning_dp.per_sample.rules.sparse_mask import masked_outer_squared_norm, masked_outer_sum
 
-_HUGE = 1e20
+_LARGE = 1e6
 """Squared norms above this make squares that have vanished in the other factor count."""
+
+_HUGE = 1e30
+"""Squared norms above this make them count so much that no norm under a mask can be told."""
 
 _COST_OF_KEEPING = 20
 """Multiplications in the time that one number of a kept gradient costs (measured on a CPU)."""
@@ -53,26 +58,22 @@ def prefer_kept(num_positions: int, num_in: int, num_out: int) -> bool:
 def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
     """Return ``|sum_t g_t a_t^T|^2 = sum_{s,t} (a_s . a_t)(g_s . g_t)`` for every sample, shape ``(B,)``.
 
-    **Guarantee**: where the terms cancel below the rounding of their sum, the result is that rounding and not less:
-    a norm is never reported far below the true one.
+    **Guarantee**: the rounding of this sum, and that of the weighted sum, are added: a norm is never below what is added.
     """
     size, positions = inputs_BTd.shape[:2]
-    total, trace_a, trace_g = (inputs_BTd.new_zeros(size) for _ in range(3))
+    total = inputs_BTd.new_zeros(size)
+    squares: tuple[list[Tensor], list[Tensor]] = ([], [])
     for low in range(0, positions, _GRAM_BLOCK):
         high = min(low + _GRAM_BLOCK, positions)
         gram_a = torch.bmm(inputs_BTd[:, low:high], inputs_BTd[:, low:].mT)
         gram_g = torch.bmm(backprops_BTp[:, low:high], backprops_BTp[:, low:].mT)
-        for gram, trace in ((gram_a, trace_a), (gram_g, trace_g)):
-            trace += gram.diagonal(dim1=1, dim2=2).sum(1)
-        gram_a[:, :, : high - low].mul_(0.5)  # what stands beside the block on the diagonal stands below it as well
+        for gram, found in zip((gram_a, gram_g), squares, strict=True):
+            found.append(gram.diagonal(dim1=1, dim2=2).clone())
+        gram_a[:, :, : high - low].mul_(0.5)  # the block on the diagonal is symmetric, the others are met once
         total += 2 * torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1))
-    return not_cancelled(total, trace_a, trace_g, inputs_BTd.shape[2], backprops_BTp.shape[2])
-
-
-def not_cancelled(total: Tensor, trace_a: Tensor, trace_g: Tensor, num_in: int, num_out: int) -> Tensor:
-    """Return ``<A, G>`` of two Gram matrices, or its rounding where that is more; from their traces, all of shape ``(B,)``."""
-    trace_a, trace_g = _no_underflow(trace_a, trace_g, num_in, num_out)
-    return torch.maximum(total, 8 * torch.finfo(total.dtype).eps * trace_a * trace_g)
+    widths = (inputs_BTd.shape[2], backprops_BTp.shape[2])
+    sides = (at_least_tiny(torch.cat(found, 1).sqrt(), width) for found, width in zip(squares, widths, strict=True))
+    return gram_with_rounding(total, *sides)
 
 
 def outer_squared_norm(inputs_Bd: Tensor, backprops_Bp: Tensor) -> Tensor:
@@ -87,8 +88,8 @@ def _no_underflow(norm_a: Tensor, norm_g: Tensor, num_in: int, num_out: int) -> 
     """Count squares too small for the type as the smallest where the other factor is huge: the product may matter."""
     tiny = torch.finfo(norm_a.dtype).tiny
     return (
-        torch.where(norm_g > _HUGE, norm_a.clamp_min(tiny * num_in), norm_a),
-        torch.where(norm_a > _HUGE, norm_g.clamp_min(tiny * num_out), norm_g),
+        torch.where(norm_g > _LARGE, norm_a.clamp_min(tiny * num_in), norm_a),
+        torch.where(norm_a > _LARGE, norm_g.clamp_min(tiny * num_out), norm_g),
     )
 
 
@@ -145,9 +146,12 @@ class LinearRule(Rule):
             return _product_squared_norm(lefts, rights, mask)
         lefts, rights = lefts[:, 0], rights[:, 0]
         norm = masked_outer_squared_norm(mask, lefts, rights)
-        # next to a huge factor vanished squares would count: such a sample counts as not finite, as one with NaN does
-        small = torch.maximum(squared_norm(lefts), squared_norm(rights)) <= _HUGE**1.5
-        return torch.where(small, norm, torch.inf)
+        # squares that have vanished count beside large ones: the most that they can be is added, and next to a huge one the
+        # sample counts as not finite, as one with NaN does
+        squares, tiny = (squared_norm(lefts), squared_norm(rights)), torch.finfo(norm.dtype).tiny
+        for square, other in zip(squares, (rights, lefts), strict=True):
+            norm = norm + torch.where(square > _LARGE, square * tiny * other.shape[1], 0.0)
+        return torch.where(torch.maximum(*squares) <= _HUGE, norm, torch.inf)
 
     @override
     def weighted_sum(
@@ -164,13 +168,13 @@ class LinearRule(Rule):
         batch_size: int,
         out: Mapping[str, Tensor],
     ) -> None:
+        if "bias" in out:  # from the sums that its norms are taken from
+            out["bias"].add_(weighted_rows(_sums_over_positions(calls, batch_size), factors))
+        if "weight" not in out:
+            return
         for call in calls:  # one by one: nothing of the size of all of them together is made
             inputs, backprops = (widen(_split(tensor, batch_size)) for tensor in (call.activation, call.backprop))
             factors_B11 = factors.to(backprops.dtype).reshape(-1, 1, 1)
-            if "bias" in out:
-                out["bias"].add_(torch.tensordot(factors_B11[:, 0, 0], backprops.sum(1), dims=1))
-            if "weight" not in out:
-                continue
             if inputs.shape[2] < backprops.shape[2]:  # the smaller of the two is scaled
                 inputs = inputs * factors_B11
             else:
@@ -255,14 +259,14 @@ def _weight_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
 
 
 def _product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return ``|mask * sum_t left_t right_t^T|^2`` for every sample."""
+    """Return ``|mask * sum_t left_t right_t^T|^2`` for every sample, with the rounding of the weighted sum."""
     weights = None if mask is None else mask.to(lefts_BTp.dtype)
     norms = lefts_BTp.new_empty(lefts_BTp.shape[0])
     for rows, part in _products(lefts_BTp, rights_BTd):
         if weights is not None:
             part.mul_(weights)
         norms[rows] = squared_norm(part)
-    return norms
+    return with_rounding(norms, torch.linalg.vecdot(lengths(lefts_BTp), lengths(rights_BTd)), lefts_BTp.shape[1])
 
 
 def _products(lefts_BTp: Tensor, rights_BTd: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -32,6 +32,20 @@ def unfolded(conv: Conv, x: Tensor, padding: tuple[int, ...], groups: int) -> Te
     return x.reshape(x.shape[0], groups, width, -1)
 
 
+def window_sums(conv: Conv, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """Return, for each output position, the sum of what its window reads: ``(R, C, *map) -> (R, C, *positions)``."""
+    if any(padding):
+        x = F.pad(x, [side for size in reversed(padding) for side in (size, size)])
+    for axis, (kernel, dilation, stride) in enumerate(
+        zip(conv.kernel_size, conv.dilation, conv.stride, strict=True), 2
+    ):
+        windows = x.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        x = windows[..., 0].clone()
+        for offset in range(1, kernel):
+            x += windows[..., offset]
+    return x
+
+
 def gram(x: Tensor) -> Tensor:
     """Return ``x^T x`` over all positions of ``(N, C, *map)``, shape ``(N, P, P)``."""
     flat = x.flatten(2)
