@@ -5,21 +5,23 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import reduce
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.assign import Places, assign
+from lightning_dp.per_sample.functions import pulled_back
 from lightning_dp.per_sample.layout import WAY_OUT
-from lightning_dp.per_sample.learning import Learned, Learner
+from lightning_dp.per_sample.nodes import Node, Region, view_of
+from lightning_dp.per_sample.plans import Learner
 from lightning_dp.per_sample.precision import exact_arithmetic
-from lightning_dp.per_sample.recorder import Recorder
-from lightning_dp.per_sample.units import Grads, Source, add_combined, norm_of, zero_gradient
+from lightning_dp.per_sample.recurrent import note_order
+from lightning_dp.per_sample.sources import Source, add_combined, norm_of, zero_gradient
+from lightning_dp.per_sample.tracker import Tracker
+from lightning_dp.per_sample.uses import Recorder
 from lightning_dp.per_sample.workspace import SHARE, Workspace
 
 GradSample = Literal["auto", "materialize"]
@@ -27,7 +29,7 @@ Memory = Literal["fast", "lean"]
 
 
 class PerSampleEngine:
-    """Norms and weighted sums of the gradients of every sample, from module hooks.
+    """Norms and weighted sums of the gradients of every sample, from the operations that use them.
 
     **Guarantee**: between :meth:`begin` and :meth:`end` no private parameter gets a ``.grad``; ``gradient_i`` is the
     gradient of the loss as back-propagated with respect to what sample i's rows contributed, exact for losses that do
@@ -35,12 +37,12 @@ class PerSampleEngine:
     zero, whatever it holds. Everything returned is private. What cannot be had exactly raises ``PrivacyError``.
 
     Args:
-        module: the user's module; nothing of it is changed but hooks, between attach and detach.
+        module: the user's module. Its private parameters change their class between begin and end.
         grad_sample: ``"auto"`` never makes a full per-sample gradient where a cheaper way exists; ``"materialize"``
             always makes it (reference).
         memory: ``"fast"`` keeps per-sample gradients from the norms to the weighted sum where that is fastest, in
             buffers of at most the size of the layers' inputs and outputs, the parameters and their gradients;
-            ``"lean"`` caches only what is smaller than the backprops, and the gradients of modules without a rule.
+            ``"lean"`` caches only what is smaller than the backprops, and the gradients of parameters that are used in several ways.
 
     Example:
         >>> layer = nn.Linear(3, 1)
@@ -61,34 +63,34 @@ class PerSampleEngine:
         if memory not in ("fast", "lean"):
             raise ValueError(f"Expected memory 'fast' or 'lean', got memory={memory!r}.")
         self._module = module
-        self._materialise = grad_sample == "materialize"
         self._workspace = Workspace(self._most_kept) if memory == "fast" else None
         self._recorder = Recorder()
+        self._tracker = Tracker(self._recorder, materialise=grad_sample == "materialize", workspace=self._workspace)
         self._attached = False
         self._parameters: dict[str, nn.Parameter] = {}
-        self._places = Places(module, {})
-        self._learned: Learned | None = None
-        self._units: list[Source] = []
         self._had_grad: set[str] = set()
         self._untracked: set[str] = set()
         self._guards: list[Any] = []
-        self._totals: Grads = {}
-        self._totals_at = -1
+        self._known_disjoint: dict[Hashable, bool] = {}
+        self._whole: dict[str, Tensor] = {}  # gradients of parameters that are used in several ways
+        self._whole_at = -1
 
     def attach(self) -> None:
-        """Register the hooks; a second call changes nothing."""
+        """Watch the private parameters for gradients that no use has seen; a second call changes nothing."""
         self._attached = True
-        for unit in self._units:
-            unit.attach()
         if not self._guards:
             self._guards = [
                 parameter.register_post_accumulate_grad_hook(self._guard(name))  # type: ignore[no-untyped-call]
                 for name, parameter in self._parameters.items()
                 if parameter.requires_grad
+            ] + [
+                module.register_forward_pre_hook(note_order, prepend=True, with_kwargs=True)
+                for module in self._module.modules()
+                if isinstance(module, nn.RNNBase)
             ]
 
     def _guard(self, name: str) -> Callable[[Tensor], None]:
-        """Return a hook that takes away, at once, a gradient which no record has seen."""
+        """Return a hook that takes away, at once, a gradient which no use has seen."""
 
         def take(parameter: Tensor) -> None:
             if self._recorder.active and self._recorder.listening:
@@ -97,43 +99,51 @@ class PerSampleEngine:
 
         return take
 
+    def detach(self) -> None:
+        """Leave the module as it was; a second call changes nothing."""
+        self.end()
+        if self._workspace is not None:
+            self._workspace.clear()
+        self._attached = False
+        self._remove_guards()
+
     def _remove_guards(self) -> None:
         for guard in self._guards:
             guard.remove()
         self._guards = []
 
-    def detach(self) -> None:
-        """Remove every hook; a second call changes nothing."""
-        self.end()
-        if self._workspace is not None:
-            self._workspace.clear()
-        self._attached = False
-        for unit in self._units:
-            unit.detach()
-        self._remove_guards()
-
     def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Say which parameters are private: qualified name (the first of ``named_parameters``) to parameter.
 
         Raises:
-            PrivacyError: a parameter belongs to a module whose per-sample gradient cannot be known.
+            PrivacyError: a parameter is not one of the module.
         """
         if self._parameters.keys() == parameters.keys() and all(
             self._parameters[name] is parameter for name, parameter in parameters.items()
         ):
             return
+        self.end()
+        held = {id(parameter) for parameter in self._module.parameters()}
+        missing = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
+        if missing:
+            raise PrivacyError(
+                f"Expected every private parameter to be a parameter of the module, got {missing} outside of it. "
+                "Was a layer replaced after the optimizer was made?"
+            )
         self._parameters = dict(parameters)
-        self._places = Places(self._module, self._parameters)
+        self._tracker.set_parameters(parameters)
         self._remove_guards()
-        self._build()
+        if self._attached:
+            self.attach()
 
     @property
     def has_layout(self) -> bool:
-        """Whether the layout of every module that owns a private parameter is known."""
-        return self._learned is not None and self._places.tried <= self._learned.tried
+        """Whether the uses of every private parameter are known."""
+        learned = self._tracker.learned
+        return learned is not None and self._parameters.keys() <= learned.names
 
     def learn_layout(self, run: Callable[[int], None], sizes: tuple[int, int] = (2, 5)) -> None:
-        """Learn which axis of every call runs over the samples, from runs at two sizes.
+        """Learn which axis of every use runs over the samples, from runs at two sizes.
 
         Args:
             run: executes the user's forward on that many samples. The smaller batch must be the beginning of the
@@ -142,7 +152,7 @@ class PerSampleEngine:
             sizes: two different sizes, at least 2.
 
         Raises:
-            PrivacyError: the samples of a module that owns private parameters cannot be told apart.
+            PrivacyError: the samples that a private parameter meets cannot be told apart.
         """
         if not (len(sizes) == 2 and min(sizes) >= 2 and sizes[0] != sizes[1]):
             raise ValueError(f"Expected two different sizes of at least 2, got sizes={tuple(sizes)}.")
@@ -150,26 +160,11 @@ class PerSampleEngine:
         grads = {parameter: parameter.grad for parameter in self._module.parameters()}
         try:
             with torch.enable_grad():
-                learner = Learner(self._module, run, (sizes[0], sizes[1]))
-                self._learned = learner.learn(self._places.bare(), self._places.layers())
-            self._learned.tried = set(self._places.tried)
+                learner = Learner(self._tracker, run, (sizes[0], sizes[1]))
+                self._tracker.learned = learner.learn(set(self._parameters))
         finally:
             for parameter, grad in grads.items():
                 parameter.grad = grad
-        self._build()
-
-    def _build(self) -> None:
-        for unit in self._units:
-            unit.detach()
-        self._units = []
-        if not self.has_layout:
-            return
-        assert self._learned is not None
-        self._units = assign(
-            self._recorder, self._places, self._learned, workspace=self._workspace, materialise=self._materialise
-        )
-        if self._attached:
-            self.attach()
 
     @property
     def listening(self) -> bool:
@@ -190,21 +185,30 @@ class PerSampleEngine:
                 f"again after layers were unfrozen, or {WAY_OUT}."
             )
         self.end()
-        self._recorder.begin(batch_size)
         self._had_grad = {name for name, parameter in self._parameters.items() if parameter.grad is not None}
+        self._recorder.begin(batch_size)
+        self._tracker.start()
 
     def discard(self, names: Iterable[str] | None = None) -> None:
         """Forget the backprops received so far for these parameters (None: all), as ``zero_grad`` does."""
         self._recorder.changes += 1
-        self._totals = {}
+        self._whole = {}
         chosen = frozenset(self._parameters if names is None else names)
-        for unit in self._units:
-            unit.discard(chosen)
+        for source in self._tracker.sources.values():
+            gone = set()
+            for key, node in source.nodes.items():
+                if chosen.issuperset(node.names):
+                    gone.add(key)
+                elif not chosen.isdisjoint(node.names) and key in source.live():
+                    raise PrivacyError(
+                        f"Expected the parameters of {node.name!r} in one optimizer, got some in another. Their gradients come "
+                        "from one computation; train them together."
+                    )
+            source.discard(frozenset(gone))
 
     def has_backprops(self, names: Iterable[str]) -> bool:
         """Tell whether a backprop is waiting for any of these parameters."""
-        chosen = set(names)
-        return any(not chosen.isdisjoint(unit.live()) for unit in self._units)
+        return not self._parts(set(names)).keys().isdisjoint(names)
 
     def accept_grads(self, names: Iterable[str]) -> None:
         """Take note that these parameters were given a ``.grad`` on purpose, within a microbatch: the private one."""
@@ -217,30 +221,27 @@ class PerSampleEngine:
             PrivacyError: a private parameter got a ``.grad`` of its own (it is reset first), or the input of a
                 recorded call was modified in place.
         """
-        set_since = {name for name, p in self._parameters.items() if p.grad is not None} - self._had_grad
-        untracked = sorted(self._untracked | set_since)
-        self._untracked = set()
+        with torch._C.DisableTorchFunctionSubclass():
+            set_since = {name for name, p in self._parameters.items() if p.grad is not None} - self._had_grad
+        untracked = sorted(self._untracked | self._tracker.untracked | set_since)
+        self._untracked, self._tracker.untracked = set(), set()
         if untracked:
             for name in untracked:
                 self._parameters[name].grad = None
             raise PrivacyError(
-                f"Expected private parameters to be used in calls of their modules only, got a gradient of another "
-                f"use for {untracked}. A penalty on weights belongs into the optimizer's weight_decay; a parameter "
-                f"used functionally into a module that is called; {WAY_OUT}."
+                f"Expected private parameters to be used in operations that report themselves, got a gradient of another use for "
+                f"{untracked}: a torch.autograd.Function, a scripted or compiled function, an extension. {WAY_OUT}."
             )
-        for unit in self._units:
-            for record in unit.records:
-                record.check_unchanged()
+        for source in self._tracker.sources.values():
+            for use in source.uses:
+                use.check_unchanged()
 
     def end(self) -> None:
         """Free everything; until the next :meth:`begin` the module trains as if there were no engine."""
-        self._recorder.active = False
-        self._recorder.generation += 1
-        self._recorder.changes += 1
-        self._totals = {}
+        self._tracker.stop()
+        self._recorder.end()
+        self._whole = {}
         self._untracked = set()
-        for unit in self._units:
-            unit.clear()
 
     def squared_norms(self, groups: Sequence[Sequence[str]], mask: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the squared norm of every sample's gradient over each group of parameters.
@@ -258,10 +259,18 @@ class PerSampleEngine:
         masks = boolean_masks(mask)
         with self._arithmetic():
             asked = {name for group in groups for name in group}
-            norms: Grads = {}
-            for unit, names in self._alone(asked):
-                norms.update(unit.squared_norms(names, masks))
-            for name, grad in self._shared(asked):
+            norms: dict[str, Tensor] = {}
+            views, whole = self._sorted(asked)
+            for source, keys in views.items():
+                shown = {
+                    key: view_of(masks[name].contiguous(), region)
+                    for key, (name, region) in keys.items()
+                    if name in masks
+                }
+                for key, norm in source.squared_norms(set(keys), shown).items():
+                    name, _ = keys[key]
+                    norms[name] = norms[name] + norm if name in norms else norm
+            for name, grad in self._gathered(whole).items():
                 norms[name] = norm_of(grad, masks.get(name))
             zeros = self._zeros()
             rows = []
@@ -303,15 +312,24 @@ class PerSampleEngine:
             any_dead = bool(dead.any())
             for row, group in enumerate(groups):
                 lost = dead[row] if any_dead else None
-                asked = set(group)
-                for unit, names in self._alone(asked):
-                    few = {name: out[name] for name in names & places.keys()}
-                    rest = names - unit.add_live_entries(few, masks, factors[row], lost) if few else names
-                    sums = {name: zeros_for(name) if name in masks else out[name] for name in rest}
-                    unit.add_weighted_sum(sums, factors[row], lost)
-                    for name in rest & masks.keys():
-                        add_masked(out[name], sums[name], masks[name], places.get(name))
-                for name, grad in self._shared(asked):
+                views, whole = self._sorted(set(group))
+                for source, keys in views.items():
+                    plain = {key: name for key, (name, region) in keys.items() if region is None}
+                    few = {key: out[name] for key, name in plain.items() if name in places}
+                    names = {key: masks[name] for key, name in plain.items() if name in places}
+                    rest = keys.keys() - source.add_live_entries(few, names, factors[row], lost) if few else keys.keys()
+                    sums, targets = {}, {}
+                    for key in rest:
+                        name, region = keys[key]
+                        direct = name not in masks and (region is None or out[name].is_contiguous())
+                        sums[key] = out[name] if direct else zeros_for(name)
+                        targets[key] = view_of(sums[key], region)
+                    source.add_weighted_sum(targets, factors[row], lost)
+                    for key in rest:
+                        name = keys[key][0]
+                        if sums[key] is not out[name]:
+                            add_masked(out[name], sums[key], masks.get(name), places.get(name))
+                for name, grad in self._gathered(whole).items():
                     total = zeros_for(name) if name in masks else out[name]
                     add_combined(total, grad, factors[row], lost)
                     if name in masks:
@@ -324,13 +342,8 @@ class PerSampleEngine:
         masks = boolean_masks(mask)
         asked = list(self._parameters if names is None else names)
         with self._arithmetic():
-            grads: Grads = {}
-            for unit, mine in self._alone(set(asked)):
-                held = mine & unit.memory().keys()
-                made = unit.kept(mine)
-                # what is held may lie in a buffer that the next microbatch overwrites
-                grads.update((name, grad.clone() if name in held else grad) for name, grad in made.items())
-            grads.update(self._shared(set(asked)))
+            # what is cached may be in a buffer that the next microbatch overwrites
+            grads = {name: grad.clone() for name, grad in self._computed(set(asked)).items()}
             size = self._recorder.batch_size
             return {
                 name: (grads[name] * masks[name] if name in masks else grads[name])
@@ -339,33 +352,74 @@ class PerSampleEngine:
                 for name in asked
             }
 
-    def _alone(self, names: set[str]) -> Iterator[tuple[Source, set[str]]]:
-        """Yield the units with the asked parameters that they alone have backprops for."""
-        live = self._live()
-        for unit in self._units:
-            mine = {name for name in unit.names & names if live.get(name) == [unit]}
-            if mine:
-                yield unit, mine
+    def _parts(self, names: set[str]) -> dict[str, list[tuple[Source, Node]]]:
+        """Return the tensors with backprops that are functions of each of these parameters, with their sources."""
+        parts: dict[str, list[tuple[Source, Node]]] = {}
+        for source in self._tracker.sources.values():
+            for key in source.live():
+                node = source.nodes[key]
+                for name in node.names:
+                    if name in names:
+                        parts.setdefault(name, []).append((source, node))
+        return parts
 
-    def _shared(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield parameters used by several units, gradients added: cross terms count.
+    def _sorted(self, names: set[str]) -> tuple[dict[Source, dict[Hashable, tuple[str, Region | None]]], set[str]]:
+        """Return the sources that give norms and sums of disjoint parts of parameters, and the parameters that need all of it."""
+        views: dict[Source, dict[Hashable, tuple[str, Region | None]]] = {}
+        whole: set[str] = set()
+        for name, parts in self._parts(names).items():
+            if not all(node.is_view for _, node in parts) or not self._disjoint(name, [node for _, node in parts]):
+                whole.add(name)
+                continue
+            for source, node in parts:
+                views.setdefault(source, {})[node.key] = (name, node.region)
+        return views, whole
 
-        Norms and weighted sum are taken from the same tensor, so nothing is lost where the gradients of the units cancel.
-        """
-        if self._totals_at != self._recorder.changes:
-            self._totals, self._totals_at = {}, self._recorder.changes
-        for name, units in self._live().items():
-            if name in names and len(units) > 1:
-                if name not in self._totals:
-                    self._totals[name] = reduce(torch.add, [unit.kept({name})[name] for unit in units])
-                yield name, self._totals[name]
+    def _disjoint(self, name: str, nodes: Sequence[Node]) -> bool:
+        if len(nodes) == 1:
+            return True
+        key = (name, *(node.region for node in nodes))
+        if key not in self._known_disjoint:
+            counts = torch.zeros(self._parameters[name].shape, dtype=torch.int32)
+            for node in nodes:
+                view_of(counts, node.region).add_(1)
+            self._known_disjoint[key] = bool((counts <= 1).all())
+        return self._known_disjoint[key]
 
-    def _live(self) -> dict[str, list[Source]]:
-        live: dict[str, list[Source]] = {}
-        for unit in self._units:
-            for name in unit.live():
-                live.setdefault(name, []).append(unit)
-        return live
+    def _gathered(self, names: set[str]) -> dict[str, Tensor]:
+        """Return the per-sample gradients of parameters, all parts added: cross terms count."""
+        if self._whole_at != self._recorder.changes:
+            self._whole, self._whole_at = {}, self._recorder.changes
+        # norms and weighted sum are taken from the same tensor: nothing is lost where parts cancel
+        if missing := names - self._whole.keys():
+            self._whole.update(self._computed(missing))
+        return {name: self._whole[name] for name in names & self._whole.keys()}
+
+    def _computed(self, names: set[str]) -> dict[str, Tensor]:
+        parts = self._parts(names)
+        total: dict[str, Tensor] = {}
+        pulled: dict[Node, dict[str, Tensor]] = {}
+        for name, mine in parts.items():
+            added: Tensor | None = None
+            for source, node in mine:
+                if node.key == name:
+                    grad = source.cached({name})[name]
+                elif node.is_view:
+                    part = source.cached({node.key})[node.key]
+                    grad = part.new_zeros(len(part), *self._parameters[name].shape)
+                    assert node.region is not None
+                    offset, shape, strides = node.region
+                    grad.as_strided((len(part), *shape), (grad[:1].numel(), *strides), offset).copy_(part)
+                else:
+                    if node not in pulled:
+                        pulled[node] = pulled_back(self._tracker, node, source.cached({node})[node])
+                    if name not in pulled[node]:
+                        continue
+                    grad = pulled[node][name]
+                added = grad if added is None else added + grad
+            if added is not None:
+                total[name] = added
+        return total
 
     def _most_kept(self) -> float:
         """Return the largest total size of kept gradients, in bytes: a share of what is in memory anyway."""
@@ -379,8 +433,12 @@ class PerSampleEngine:
         device = parameters[0].device if parameters else None
         return torch.zeros(self._recorder.batch_size, dtype=dtype, device=device)
 
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        return exact_arithmetic(next((p.device.type for p in self._parameters.values()), "cpu"))
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        with torch._C.DisableTorchFunctionSubclass():
+            device_type = next((p.device.type for p in self._parameters.values()), "cpu")
+            with exact_arithmetic(device_type):
+                yield
 
 
 def boolean_masks(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -14,9 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils import parametrize, prune
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_dp.errors import PrivacyError
 
@@ -144,25 +141,8 @@ def _why_not_together(module: nn.Module) -> str:
         return ""
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return f"{kind} with track_running_stats=True stores statistics of samples when it trains; {_FIX}."
-    if isinstance(module, nn.RNNBase):
-        way_out = _SINGLE if module.proj_size else f"{_FIX} by an equal layer made of Linear layers"
-        return f"{kind} computes all time steps in one kernel, without per-sample gradients; {way_out}."
-    if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
-        return f"{kind} draws its dropout inside one function, where it cannot be repeated per sample; {_FIX}."
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
         return f"{kind} with scale_grad_by_freq=True divides by counts over the batch; leave it out."
-    return _why_reparametrized(module)
-
-
-def _why_reparametrized(module: nn.Module) -> str:
-    kind = type(module).__name__
-    hooks = [*module._forward_pre_hooks.values()]
-    if parametrize.is_parametrized(module) or any(isinstance(hook, (WeightNorm, SpectralNorm)) for hook in hooks):
-        return (
-            f"{kind} computes its weight from other parameters (weight or spectral norm, parametrization); {_SINGLE}."
-        )
-    if any(isinstance(hook, prune.BasePruningMethod) for hook in hooks):
-        return f"{kind} is pruned by torch.nn.utils.prune; use this package's pruning callback, or {_SINGLE}."
     return ""
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lightning_dp.fix import fix
 from lightning_dp.per_sample.independence import find_unsupported
-from lightning_dp.per_sample.rules import rule_for
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ def inspect(module: nn.Module) -> list[LayerReport]:
     problems = {name: why for name, _, why in find_unsupported(module)}
     changes = dict(_split(change) for change in fix(copy.deepcopy(module)).changes)
     shared = _shared(module)
-    # an attention uses the parameters of the projection inside it by itself
-    inside = {id(m.out_proj): name for name, m in module.named_modules() if isinstance(m, nn.MultiheadAttention)}
     layers = []
     for name, layer in module.named_modules():
         own = list(layer.parameters(recurse=False))
@@ -67,8 +65,6 @@ def inspect(module: nn.Module) -> list[LayerReport]:
             continue
         trainable = [parameter for parameter in own if parameter.requires_grad]
         handling = _handling(layer, own, trainable)
-        if trainable and id(layer) in inside:
-            handling = f"together with {inside[id(layer)] or 'the module itself'}"
         layers.append(
             LayerReport(
                 name=name,
@@ -88,18 +84,36 @@ def _split(change: str) -> tuple[str, str]:
     return name, rest
 
 
+_RULES = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+"""Layers whose operations have rules, with the parameters as they are."""
+
+
 def _handling(layer: nn.Module, own: list[nn.Parameter], trainable: list[nn.Parameter]) -> str:
     if not own:
         return "no parameters"
     if not trainable:
         return "frozen"
-    rule = rule_for(layer)
-    names = {name for name, parameter in layer.named_parameters(recurse=False) if parameter.requires_grad}
-    if rule is not None and names <= set(rule.parameters):
+    known = next((kind for kind in _RULES if isinstance(layer, kind)), None)
+    if known is not None and not parametrize.is_parametrized(layer):
         return "norms from one backward"
-    if next(layer.children(), None) is not None and not isinstance(layer, nn.MultiheadAttention):
-        return f"bare {', '.join(sorted(names))}: one copy a sample, or this module run again per sample"
-    return "run again, one sample at a time"
+    return "by the operations that use it: a rule, or one copy a sample"
 
 
 def _shared(module: nn.Module) -> dict[str, str]:

@@ -5,9 +5,9 @@ Legend: ``B`` samples, ``K`` rows of one sample, "sample-major": the ``K`` rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,10 @@ class BatchAxis:
                 f"Expected a tensor with the batch in axis {self.axis}, got shape={tuple(tensor.shape)} in {where}. "
                 f"The layer is used in a way that was not seen when its layout was learned; {WAY_OUT}."
             )
-        length = tensor.shape[self.axis]
+        return self.rows_in(tensor.shape[self.axis], batch_size, where)
+
+    def rows_in(self, length: int, batch_size: int, where: str) -> int:
+        """Return ``K`` of an axis of this length; ``PrivacyError`` if the samples cannot be told apart."""
         if batch_size == 0:
             return self.multiplicity
         rows, rest = divmod(length, batch_size)
@@ -60,6 +63,12 @@ class BatchAxis:
             shape = tensor.shape
             tensor = tensor.reshape(rows, batch_size, *shape[1:]).transpose(0, 1).reshape(shape)
         return tensor, rows
+
+    def from_front(self, tensor: Tensor) -> Tensor:
+        """Return ``(B, K, ...)`` with its rows folded into the batch axis, in their order and place."""
+        if tensor.shape[1] > 1 and not self.sample_major:
+            tensor = tensor.transpose(0, 1)
+        return tensor.flatten(0, 1).movedim(0, self.axis)
 
 
 @dataclass(frozen=True)
@@ -122,13 +131,18 @@ class Observation:
     input_shapes: list[torch.Size]
     output_shapes: list[torch.Size]
     with_grad: bool
-    parent: tuple[str, int] | None
+    parent: Any = None
+    outputs: list[Tensor] = field(default_factory=list)
+    meets_others: bool = False
+    meets_gradient: bool = False
 
 
-Observations = dict[str, list[Observation]]
+Key = TypeVar("Key", bound=Hashable)
 
 
-def solve(first: Observations, second: Observations, sizes: tuple[int, int]) -> dict[str, list[CallLayout] | Unclear]:
+def solve(
+    first: Mapping[Key, list[Observation]], second: Mapping[Key, list[Observation]], sizes: tuple[int, int]
+) -> dict[Key, list[CallLayout] | Unclear]:
     """Return the layout of every call of every module from its shapes at two batch sizes.
 
     Args:
@@ -139,7 +153,7 @@ def solve(first: Observations, second: Observations, sizes: tuple[int, int]) -> 
     Returns:
         Module name to the layouts of its calls in order, or why they are unclear.
     """
-    layouts: dict[str, list[CallLayout] | Unclear] = {}
+    layouts: dict[Key, list[CallLayout] | Unclear] = {}
     for name in first.keys() | second.keys():
         calls, others = first.get(name, []), second.get(name, [])
         if len(calls) != len(others):
@@ -156,8 +170,8 @@ def _solve_call(first: Observation, second: Observation, sizes: tuple[int, int])
     if any(len(a) != len(b) for a, b in shapes):
         unclear = Unclear("the number of its tensors changes with the batch size")
         return CallLayout((unclear,), (unclear,))
-    inputs = [_solve_axis(a, b, sizes) for a, b in zip(*shapes[0], strict=True)]
-    outputs = [_solve_axis(a, b, sizes) for a, b in zip(*shapes[1], strict=True)]
+    inputs = [solve_axis(a, b, sizes) for a, b in zip(*shapes[0], strict=True)]
+    outputs = [solve_axis(a, b, sizes) for a, b in zip(*shapes[1], strict=True)]
     for i, axis in enumerate(inputs):
         if isinstance(axis, BatchAxis) and axis.multiplicity > 1:
             order = _row_order(first.inputs[i], second.inputs[i], axis, sizes)
@@ -171,7 +185,8 @@ def _solve_call(first: Observation, second: Observation, sizes: tuple[int, int])
     return CallLayout(tuple(inputs), tuple(outputs))
 
 
-def _solve_axis(a: torch.Size, b: torch.Size, sizes: tuple[int, int]) -> Axis:
+def solve_axis(a: torch.Size, b: torch.Size, sizes: tuple[int, int]) -> Axis:
+    """Return the axis that grew with the batch, from the shapes of a tensor at two sizes."""
     if len(a) != len(b):
         return Unclear(f"its shape goes from {tuple(a)} to {tuple(b)} with the batch size")
     changed = [i for i in range(len(a)) if a[i] != b[i]]
@@ -224,7 +239,7 @@ def _row_order(first: Tensor, second: Tensor, axis: BatchAxis, sizes: tuple[int,
     return close[0]
 
 
-def _settle_order(layouts: dict[str, list[CallLayout] | Unclear]) -> dict[str, list[CallLayout] | Unclear]:
+def _settle_order(layouts: dict[Key, list[CallLayout] | Unclear]) -> dict[Key, list[CallLayout] | Unclear]:
     """Give folded calls whose order the values do not show the order of the calls that do; else call them unclear."""
     orders = {
         axis.sample_major
@@ -250,7 +265,7 @@ def _settle_order(layouts: dict[str, list[CallLayout] | Unclear]) -> dict[str, l
     }
 
 
-def _axes(layouts: dict[str, list[CallLayout] | Unclear]) -> Iterator[Axis]:
+def _axes(layouts: Mapping[Any, list[CallLayout] | Unclear]) -> Iterator[Axis]:
     for calls in layouts.values():
         if not isinstance(calls, Unclear):
             for call in calls:

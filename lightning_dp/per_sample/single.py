@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_dp.per_sample.engine import add_masked, boolean_masks
 from lightning_dp.per_sample.precision import exact_arithmetic
 from lightning_dp.per_sample.rules.base import squared_norm, widen
-from lightning_dp.per_sample.units import zero_gradient
+from lightning_dp.per_sample.sources import zero_gradient
 
 
 class SingleSampleEngine:

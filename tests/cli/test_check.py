@@ -25,9 +25,9 @@ def layers(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
 def test_what_can_be_private_says_how(capsys: pytest.CaptureFixture[str]) -> None:
     found = layers(capsys, f"{FILE}:Private")
     assert {name: layer["handling"] for name, layer in found.items()} == {
-        "": "bare token: one copy a sample, or this module run again per sample",
+        "": "by the operations that use it: a rule, or one copy a sample",
         "first": "norms from one backward; weights shared with second",
-        "act": "run again, one sample at a time",
+        "act": "by the operations that use it: a rule, or one copy a sample",
         "second": "norms from one backward; weights shared with first",
         "frozen": "frozen",
     }
@@ -42,11 +42,11 @@ def test_what_must_change_says_what_fix_does(capsys: pytest.CaptureFixture[str])
     assert list(found) == ["block.0", "block.1", "rnn", "attention", "attention.out_proj"]
     assert "statistics of the batch" in found["block.1"]["problem"]
     assert found["block.1"]["fix"].startswith("BatchNorm2d became GroupNorm with 16 groups of 2 channels")
-    assert "microbatch_size=1" in found["rnn"]["problem"]
-    assert found["rnn"]["fix"] == ""
+    assert found["rnn"]["problem"] == found["rnn"]["fix"] == ""
+    assert found["rnn"]["handling"] == "norms from one backward"
     assert found["attention"]["problem"] == ""
     assert found["attention"]["fix"].startswith("MultiheadAttention became an attention made of Linear layers")
-    assert found["attention.out_proj"]["handling"] == "together with attention"
+    assert found["attention.out_proj"]["handling"] == "norms from one backward"
 
 
 def test_inspection_changes_nothing() -> None:
@@ -63,7 +63,7 @@ def test_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkey
     table, _, verdict = text.rstrip().rpartition("\n\n")
     assert all(len(line) <= 80 for line in table.splitlines())
     assert "MUST CHANGE:" in table
-    assert verdict == "2 of 5 layers must change; `module, changes = lightning_dp.fix(module)` does it for 1."
+    assert verdict == "1 of 5 layers must change; `module, changes = lightning_dp.fix(module)` does it for 1."
     assert main(["check", f"{FILE}:Private"]) == 0
     assert "The independence check at the first batch of a run sees them." in capsys.readouterr().out
 

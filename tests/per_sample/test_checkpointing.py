@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.per_sample.checks import assert_engine_agrees
-from tests.per_sample.test_recorder import _data, _loss
+from tests.per_sample.test_uses import _data, _loss
 
 
 class Checkpointed(nn.Module):

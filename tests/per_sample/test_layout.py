@@ -160,7 +160,7 @@ def test_a_layer_first_used_later_is_refused() -> None:
     module = Branch()
     engine = make_engine(module, lambda x: module(x).sum(1), torch.randn(6, 3))
     module.second = True
-    with pytest.raises(PrivacyError, match=r"'two'.*first call later"):
+    with pytest.raises(PrivacyError, match=r"'two\.weight'.*first call later"):
         run_batch(engine, lambda x: module(x).sum(1), torch.randn(6, 3), 4)
 
 

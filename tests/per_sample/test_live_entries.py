@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import fix
-from lightning_dp.per_sample import rule_unit
+from lightning_dp.per_sample import sources
 from lightning_dp.per_sample.rules import sparse_mask
 from lightning_dp.per_sample.rules.base import Call, Rule
 from lightning_dp.per_sample.rules.conv import ConvRule
@@ -126,7 +126,7 @@ def test_what_the_norms_made_serves_the_sum(name: str, monkeypatch: pytest.Monke
     assert add(mask) == ["add_weighted_sum"] * len(weights)
     asked.clear()
     with monkeypatch.context() as patch:  # of many entries a product with the mask costs less
-        patch.setattr(rule_unit, "MOST_LIVE", 0.05)
+        patch.setattr(sources, "MOST_LIVE", 0.05)
         engine.squared_norms(groups, other)
     assert asked == ["masked_squared_norms"] * len(weights)
     engine.squared_norms(groups, mask)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine, engine
 from lightning_dp.per_sample.rules import base, linear
+from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.workspace import SHARE, Workspace
 from tests import reference
 from tests.helpers import Largest
@@ -32,6 +33,10 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def data_of(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(size, LENGTH, 40, dtype=dtype)
+
+
+def sources_of(made: PerSampleEngine) -> list[Source]:
+    return list(made._tracker.sources.values())
 
 
 def kept_names(made: PerSampleEngine) -> set[str]:
@@ -107,7 +112,7 @@ def test_lean_keeps_no_large_gradient() -> None:
     made = checks.make_engine(module, loss_of(module), data_of(6), memory="lean")
     checks.run_batch(made, loss_of(module), data_of(6), 6)
     made.squared_norms([[name for name, _ in module.named_parameters()]])
-    assert {name for unit in made._units for name in unit.memory()} == {"0.bias", "2.bias"}
+    assert {name for source in sources_of(made) for name in source.memory()} == {"0.bias", "2.bias"}
 
 
 def test_returned_gradients_survive_the_next_microbatch() -> None:
@@ -244,9 +249,10 @@ def test_a_backward_lets_go_of_what_a_kept_gradient_was_made_of(memory: str) -> 
     made = checks.make_engine(module, loss_of(module), data, memory=memory)
     made.begin(6)
     loss_of(module)(data).sum().backward()
-    waiting = {unit.name for unit in made._units if unit.records}
-    assert waiting == (set() if memory == "fast" else {"0", "3"})
-    assert {unit.name for unit in made._units if unit.memory()} == {"0", "1", "3"} - waiting
+    weights = {"0.weight", "1.weight", "3.weight"}
+    waiting = {key for source in sources_of(made) if source.uses for key in source.keys & weights}
+    assert waiting == (set() if memory == "fast" else {"0.weight", "3.weight"})
+    assert {key for source in sources_of(made) for key in source.memory().keys() & weights} == weights - waiting
     made.check_tracked()
 
 
@@ -257,7 +263,7 @@ def test_a_second_backward_without_retain_graph_is_refused() -> None:
     made.begin(6)
     output = module(data_of(6)).sum()
     output.backward()
-    with pytest.raises(PrivacyError, match=r"one backward through the call of module ''.*retain_graph=True"):
+    with pytest.raises(PrivacyError, match=r"one backward through linear with 'weight', 'bias'.*retain_graph=True"):
         output.backward()
 
 

@@ -25,11 +25,13 @@ from tests.strategies.models import (
     Checkpointed,
     DictBatch,
     Experts,
+    Functional,
     LanguageModel,
     Listed,
     Mixer,
     NestedBatch,
     OwnScale,
+    Packed,
     Positions,
     Recurrent,
     RootMeanSquare,
@@ -154,6 +156,28 @@ CASES: dict[str, Case] = {
     "encoder layer with dropout, fixed": fixed(
         lambda: over_tokens(encoder_layer(batch_first=True, dropout=0.2, activation="gelu")), tokens
     ),
+    **{
+        f"{kind.__name__} {options}, as it is": classifier(
+            lambda k=kind, o=options: recurrent(k, **o), lambda: records(NUM_TOKENS, 4)
+        )
+        for kind, options in (
+            (nn.LSTM, {"batch_first": True}),
+            (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
+            (nn.GRU, {"batch_first": True}),
+            (nn.RNN, {}),
+        )
+    },
+    "packed sequences": classifier(Packed, tokens),
+    "encoder layer with dropout": classifier(
+        lambda: over_tokens(encoder_layer(batch_first=True, dropout=0.2, activation="gelu")), tokens
+    ),
+    "weight read": classifier(Functional, vectors),
+    **{
+        f"{wrap.__name__}, {'hooks' if wrap.__module__.endswith('weight_norm') else 'parametrization'}": classifier(
+            lambda w=wrap: mlp(w(nn.Linear(WIDTH, WIDTH)), nn.Tanh()), vectors
+        )
+        for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal)
+    },
     "batch second": classifier(
         lambda: over_tokens(*along(False, nn.Linear(WIDTH, WIDTH), nn.ReLU(True)), axis=0), tokens
     ),

@@ -357,3 +357,28 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("be,ebc->bc", self.gate(x).softmax(1), torch.stack([e(x) for e in self.experts]))
+
+
+class Functional(nn.Module):
+    """Reads a weight without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(NUM_FEATURES, WIDTH), nn.Linear(WIDTH, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x, self.inner.weight).tanh())
+
+
+class Packed(nn.Module):
+    """A recurrent layer over sequences of different lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH, padding_idx=0)
+        self.lstm, self.head = nn.LSTM(WIDTH, WIDTH, batch_first=True), nn.Linear(WIDTH, NUM_CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        lengths = (ids > 0).sum(1).clamp_min(1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(self.embed(ids), lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.lstm(packed)[1][0][-1])

@@ -204,6 +204,13 @@ class Mixup(Task):
         return F.cross_entropy(self(0.7 * x + 0.3 * x[torch.randperm(len(x))]), targets)
 
 
+class Penalised(Task):
+    """A loss with a penalty on weights, after the mean over the batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1]) + self.network[0].weight.square().sum()
+
+
 class MeanOfSquares(Task):
     """Divides by the root of the batch size."""
 
@@ -211,33 +218,38 @@ class MeanOfSquares(Task):
         return F.cross_entropy(self(batch[0]), batch[1], reduction="sum") / len(batch[0]) ** 0.5
 
 
-class Functional(nn.Module):
-    """Reads a weight without calling the layer."""
+class Hidden(torch.autograd.Function):
+    """A product that torch does not follow."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight.T, x.T @ grads[0]
+
+
+class Opaque(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.head = nn.Linear(NUM_FEATURES, WIDTH), nn.Linear(WIDTH, NUM_CLASSES)
+        self.weight, self.head = nn.Parameter(torch.randn(NUM_FEATURES, WIDTH)), nn.Linear(WIDTH, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.linear(x, self.inner.weight).tanh())
+        return self.head(Hidden.apply(x, self.weight).tanh())
 
 
-class Packed(nn.Module):
-    """A recurrent layer over sequences of different lengths."""
+class OneByOne(nn.Module):
+    """Calls its layer once for each record."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH, padding_idx=0)
-        self.lstm, self.head = nn.LSTM(WIDTH, WIDTH, batch_first=True), nn.Linear(WIDTH, NUM_CLASSES)
+        self.layer = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        lengths = (ids > 0).sum(1).clamp_min(1).cpu()
-        packed = nn.utils.rnn.pack_padded_sequence(self.embed(ids), lengths, batch_first=True, enforce_sorted=False)
-        return self.head(self.lstm(packed)[1][0][-1])
-
-
-def weight_norm() -> nn.Module:
-    return mlp(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh())
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(row) for row in x])
 
 
 TOGETHER, SCALED = "samples influence each other", "samples share a denominator"
@@ -262,24 +274,22 @@ REFUSED: dict[str, tuple[Case, str]] = {
         CASES["linear"]._replace(options={"loss_reduction": "sum"}),
         "something that depends on the batch's size",
     ),
-    **{
-        f"unfixed {kind.__name__}": (
-            classifier(lambda k=kind: recurrent(k), lambda: records(NUM_TOKENS, 4)),
-            f"{kind.__name__}.*lightning_dp.fix",
-        )
-        for kind in (nn.LSTM, nn.GRU, nn.RNN)
-    },
-    "attention with dropout": (
-        classifier(lambda: over_tokens(nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)), tokens),
-        "MultiheadAttention draws its dropout .*lightning_dp.fix",
-    ),
-    "packed sequences": (classifier(Packed, tokens), r"network\.lstm \(LSTM\).*lightning_dp.fix"),
     "packed sequences, fixed": (
         fixed(Packed, tokens),
         "its axis 0 is no multiple of the batch size.*microbatch_size=1",
     ),
-    "weight read": (classifier(Functional, vectors), r"used in calls of their modules only.*network\.inner\.weight"),
-    "weight norm": (classifier(weight_norm, vectors), "parametrization.*microbatch_size=1"),
+    "function of autograd": (
+        classifier(Opaque, vectors),
+        r"another use for \['network\.weight'\]: a torch\.autograd\.Function.*microbatch_size=1",
+    ),
+    "a call for each record": (
+        classifier(OneByOne, vectors),
+        r"linear of 'network\.layer\.weight'.*called 2 times with 2 samples and 3 times with 3.*microbatch_size=1",
+    ),
+    "penalty on weights": (
+        Case(lambda: Penalised(mlp()), vectors),
+        r"'sum\(square\(network\.0\.weight\)\)' to meet tensors with a batch axis.*weight_decay",
+    ),
     "embedding with max_norm": (
         classifier(
             lambda: nn.Sequential(nn.Embedding(VOCABULARY, NUM_CLASSES, max_norm=1.0), Apply(lambda x: x.mean(1))),
@@ -303,7 +313,7 @@ def test_what_is_not_private_is_refused_before_anything_is_released(tmp_path: An
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["unfixed LSTM", "weight read", "weight norm", "packed sequences"])
+@pytest.mark.parametrize("name", ["function of autograd", "a call for each record", "packed sequences, fixed", "penalty on weights"])
 def test_samples_run_alone_need_no_support(tmp_path: Any, name: str) -> None:
     """What is refused above for want of per-sample gradients trains with microbatch_size=1."""
     check_step(REFUSED[name][0], tmp_path, microbatch_size=1)

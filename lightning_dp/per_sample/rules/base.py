@@ -158,6 +158,10 @@ class Rule(ABC):
     parameters: tuple[str, ...] = ("weight", "bias")
     """Local names of the parameters the rule knows."""
 
+    def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
+        """Tell whether an input of so many axes may have its samples along this one."""
+        return axis == 0
+
     @abstractmethod
     def per_sample(
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]

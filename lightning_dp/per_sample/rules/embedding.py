@@ -6,7 +6,7 @@ Legend: ``B`` samples, ``T`` tokens of a sample (positions, calls and rows toget
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_fro
 
 class EmbeddingRule(Rule):
     """``nn.Embedding``; the entry at ``padding_idx`` gets no gradient."""
+
+    @override
+    def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
+        return True
 
     @override
     def check(self, module: nn.Module, name: str) -> None:

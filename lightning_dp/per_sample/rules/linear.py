@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,10 @@ class LinearRule(Rule):
 
     transposed = False
     fills_buffers = True
+
+    @override
+    def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
+        return axis < num_axes - 1
 
     @override
     def per_sample(

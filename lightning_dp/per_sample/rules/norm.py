@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,10 @@ class _ScaleAndShiftRule(Rule):
 
 class _TrailingAxesRule(_ScaleAndShiftRule):
     """The parameter has the shape of the last axes; the axes between batch and those are positions."""
+
+    @override
+    def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
+        return axis < num_axes - len(spec.normalized_shape)
 
     @override
     def reduced(self, module: nn.Module, rows: Tensor, batch_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a user's forward may do around a recorded call."""
+"""What a user's code may do around the uses of private parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine
-from lightning_dp.per_sample.recorder import Record
+from lightning_dp.per_sample.nodes import Reporting
+from lightning_dp.per_sample.uses import Use
 from tests import reference
 from tests.per_sample.checks import assert_close, assert_engine_agrees, make_engine, run_batch
 
@@ -145,9 +146,10 @@ def test_recording_puts_back_what_an_interrupt_left_replaced() -> None:
     engine.begin(2)
     with pytest.raises(KeyboardInterrupt, match="stop"):
         module(torch.randn(2, 3))
-    assert module.scale is not scale
+    assert isinstance(module.scale, Reporting)
     engine.end()
     assert module.scale is scale
+    assert type(scale) is nn.Parameter
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -279,21 +281,21 @@ def test_tapping_costs_no_weight_gradient() -> None:
     assert saved == []
 
 
-def _records() -> int:
+def _uses() -> int:
     gc.collect()
-    return sum(type(thing) is Record for thing in gc.get_objects())
+    return sum(type(thing) is Use for thing in gc.get_objects())
 
 
 def test_engine_is_freed_at_the_end() -> None:
-    """Also calls without a backward leave no record behind once their graph is gone."""
+    """Also uses without a backward leave nothing behind once their graph is gone."""
     module, data = Net("no backward"), _data(3)
     engine = make_engine(module, _loss(module), data)
-    before = _records()
+    before = _uses()
     run_batch(engine, _loss(module), data, 4)
     engine.squared_norms([["first.weight"]])
-    assert _records() == before + 2
+    assert _uses() == before + 2
     engine.end()
-    assert _records() == before
+    assert _uses() == before
 
 
 def test_attach_before_parameters_and_twice() -> None:
@@ -304,4 +306,5 @@ def test_attach_before_parameters_and_twice() -> None:
     engine.learn_layout(lambda size: module(data[:2].repeat(3, 1)[:size]))
     engine.attach()
     run_batch(engine, _loss(module), data, 4)
-    assert all(len(m._forward_hooks) == 1 for m in (module.first, module.second))
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in module.parameters())
+    assert engine.has_backprops(["first.weight"])

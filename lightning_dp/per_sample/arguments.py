@@ -1,0 +1,34 @@
+"""Tensors in the arguments of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_in(args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """Yield the tensors of arguments, nested in lists, tuples and dictionaries, in a fixed order."""
+    for thing in (*args, *kwargs.values()):
+        if isinstance(thing, Tensor):
+            yield thing
+        elif type(thing) in (tuple, list):
+            yield from tensors_in(thing, {})
+        elif type(thing) is dict:
+            yield from tensors_in((), thing)
+
+
+def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[Any, Any]:
+    """Return arguments with every tensor changed, in the order of :func:`tensors_in`."""
+
+    def walk(thing: Any) -> Any:
+        if isinstance(thing, Tensor):
+            return change(thing)
+        if type(thing) in (tuple, list):
+            return type(thing)([walk(one) for one in thing])
+        if type(thing) is dict:
+            return {key: walk(one) for key, one in thing.items()}
+        return thing
+
+    return tuple([walk(thing) for thing in args]), {key: walk(thing) for key, thing in kwargs.items()}

@@ -1,0 +1,245 @@
+"""Operations that are written out in simpler ones, which report themselves.
+
+Each function takes the tracker, the torch function, and that function's arguments.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.layout import WAY_OUT
+from lightning_dp.per_sample.nodes import Function, is_tracked
+
+if TYPE_CHECKING:
+    from lightning_dp.per_sample.tracker import Tracker
+
+
+def scaled(out: Tensor, weight: Any, bias: Any) -> Tensor:
+    """Return ``out * weight + bias``, with one entry of weight and bias for each channel (axis 1)."""
+    shape = (-1, *[1] * (out.dim() - 2))
+    if weight is not None:
+        out = out * weight.reshape(shape)
+    return out if bias is None else out + bias.reshape(shape)
+
+
+def instance_norm_of_running(
+    tracker: Tracker,
+    func: Any,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *options: Any,
+    **more: Any,
+) -> Any:
+    return scaled(func(input, running_mean, running_var, None, None, *options, **more), weight, bias)
+
+
+def batch_norm(
+    tracker: Tracker,
+    func: Any,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if training:
+        raise PrivacyError(
+            "Expected layers that keep samples apart, got batch_norm in training mode, which mixes them. lightning_dp.fix replaces "
+            "it by a layer that works."
+        )
+    return scaled(F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps), weight, bias)
+
+
+def matmul(tracker: Tracker, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+    if func.__name__ == "__rmatmul__":
+        a, b = b, a
+    tracked = is_tracked(a), is_tracked(b)
+    if not kwargs and tracked == (False, True) and a.dim() >= 2:
+        if b.dim() == 2:
+            return F.linear(a, b.mT)
+        if b.dim() == 1:
+            return F.linear(a, b.unsqueeze(0)).squeeze(-1)
+    if not kwargs and tracked == (True, False) and b.dim() >= 2:
+        if a.dim() == 2:
+            return F.linear(b.mT, a).mT
+        if a.dim() == 1:
+            return F.linear(b.mT, a.unsqueeze(0)).squeeze(-1)
+    return tracker.primitive(torch.matmul, (a, b), kwargs)
+
+
+def addmm(tracker: Tracker, func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if beta == alpha == 1 and bias.dim() == 1 and not is_tracked(a):
+        return F.linear(a, b.mT, bias)
+    return beta * bias + alpha * (a @ b)
+
+
+def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
+    one = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    if isinstance(one, Tensor) and one.dtype in (torch.int64, torch.int32) and one.dim():
+        return rows(tensor, one)
+    return tracker.primitive(func, (tensor, index), {})
+
+
+def index_select(tracker: Tracker, func: Any, input: Any, dim: int, index: Any) -> Any:
+    if is_tracked(input) and dim == 0 and input.dim() and not is_tracked(index):
+        return rows(input, index)
+    return tracker.primitive(func, (input, dim, index), {})
+
+
+def rows(table: Any, index: Tensor) -> Tensor:
+    flat = table.reshape(table.shape[0], -1)
+    rows = F.embedding(index.long().remainder(len(table)), flat)
+    return rows if table.dim() == 2 else rows.reshape(*index.shape, *table.shape[1:])
+
+
+def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) -> Any:
+    if is_tracked(tensor) or not is_tracked(value):
+        return tracker.primitive(func, (tensor, index, value), {})
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        where = index.reshape(*index.shape, *[1] * (tensor.dim() - index.dim()))
+        tensor.copy_(torch.where(where, value, tensor))
+        return None
+    target = tensor[index]
+    if not target._is_view():
+        return tracker.primitive(func, (tensor, index, value), {})
+    target.copy_(value)
+    return None
+
+
+def broadcast_tensors(tracker: Tracker, func: Any, *tensors: Any) -> Any:
+    if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
+        tensors = tuple(tensors[0])
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))  # type: ignore[no-untyped-call]
+    return tuple(tensor.expand(shape) for tensor in tensors)
+
+
+def prelu(tracker: Tracker, func: Any, input: Any, weight: Any) -> Any:
+    if is_tracked(input):
+        return tracker.primitive(func, (input, weight), {})
+    if weight.numel() > 1:
+        weight = weight.reshape(-1, *[1] * (input.dim() - 2))
+    return torch.where(input > 0, input, weight * input)
+
+
+def embedding_of_weight(
+    tracker: Tracker, func: Any, weight: Any, indices: Any, padding_idx: int = -1, *options: Any, **more: Any
+) -> Any:
+    return F.embedding(indices, weight, padding_idx if padding_idx >= 0 else None)
+
+
+def embedding_bag(
+    tracker: Tracker,
+    func: Any,
+    input: Any,
+    weight: Any,
+    offsets: Any = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    if weight.dtype == torch.long:  # the old order
+        input, weight = weight, input
+    if input.dim() != 2:
+        raise PrivacyError(
+            f"Expected an embedding bag of shape (samples, entries), got input of shape {tuple(input.shape)} with offsets. Pad the "
+            f"bags to one length and give padding_idx; {WAY_OUT}."
+        )
+    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    used = None if padding_idx is None else (input != padding_idx).unsqueeze(2)
+    if mode == "max":
+        if used is None:
+            return rows.max(1).values
+        return torch.where(used.any(1), rows.masked_fill(~used, -torch.inf).max(1).values, 0.0)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(2)
+    if used is not None:
+        rows = torch.where(used, rows, 0.0)
+    total = rows.sum(1)
+    if mode == "sum":
+        return total
+    return total / (input.shape[1] if used is None else used.sum(1).clamp_min(1))
+
+
+def lstm_cell(
+    tracker: Tracker, func: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
+) -> Any:
+    hidden, cell = hx
+    i, f, g, o = (F.linear(input, w_ih, b_ih) + F.linear(hidden, w_hh, b_hh)).chunk(4, -1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def gru_cell(
+    tracker: Tracker, func: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
+) -> Any:
+    r, z, n = F.linear(input, w_ih, b_ih).chunk(3, -1)
+    hr, hz, hn = F.linear(hx, w_hh, b_hh).chunk(3, -1)
+    new = (n + (r + hr).sigmoid() * hn).tanh()
+    return new + (z + hz).sigmoid() * (hx - new)
+
+
+def rnn_cell(
+    tracker: Tracker, func: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
+) -> Any:
+    total = F.linear(input, w_ih, b_ih) + F.linear(hx, w_hh, b_hh)
+    return total.tanh() if func.__name__ == "rnn_tanh_cell" else total.relu()
+
+
+def bilinear(tracker: Tracker, func: Any, one: Any, other: Any, weight: Any, bias: Any = None) -> Any:
+    if is_tracked(one) or is_tracked(other):
+        return tracker.primitive(func, (one, other, weight, bias), {})
+    products = (one.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2)
+    return F.linear(products, weight.flatten(1), bias)
+
+
+def watch(tracker: Tracker, func: Any, tensor: Any, *args: Any) -> Any:
+    """Let hooks be registered on parameters, where no gradient arrives, but not on functions of parameters, where raw ones do."""
+    if isinstance(tensor, Function):
+        raise PrivacyError(
+            f"Expected no hooks on functions of private parameters, got {func.__name__} on {tensor.node.name!r}: it would see "
+            f"gradients that are not private. Register it on the output of the layer; {WAY_OUT}."
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(tensor, *args)
+
+
+_BYPASS = dict.fromkeys(
+    ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *tensors: False
+)
+
+
+def entered(func: Any) -> Any:
+    """Return a Python function of ``torch.nn.functional`` that does not report itself, only what it calls."""
+    inside = FunctionType(
+        func.__code__, {**func.__globals__, **_BYPASS}, func.__name__, func.__defaults__, func.__closure__
+    )
+    inside.__kwdefaults__ = func.__kwdefaults__
+    return inside
+
+
+def transposed(tracker: Tracker, func: Any, tensor: Any, *_: Any) -> Any:
+    name = func.__self__.__name__
+    if name in ("real", "imag"):
+        return tracker.primitive(getattr(torch, name), (tensor,), {})
+    if name in ("T", "H") and tensor.dim() != 2:
+        turned = tensor.permute(*range(tensor.dim() - 1, -1, -1))
+    else:
+        turned = tensor.transpose(-2, -1)
+    return turned.conj() if name in ("H", "mH") and tensor.is_complex() else turned

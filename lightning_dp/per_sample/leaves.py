@@ -1,0 +1,248 @@
+"""Uses without a rule: each sample gets a copy of the parameter of its own, whose gradient is the sample's.
+
+Elementwise operations broadcast the copies along the batch axis of their output; every other operation is mapped over the samples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.arguments import replaced
+from lightning_dp.per_sample.functions import derive
+from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
+from lightning_dp.per_sample.nodes import Function, Node, Reporting, named
+from lightning_dp.per_sample.rules.base import Call, Rule, widen
+from lightning_dp.per_sample.uses import Use, in_backward, tap
+
+if TYPE_CHECKING:
+    from lightning_dp.per_sample.tracker import Tracker
+
+
+class LeafRule(Rule):
+    """The gradients of expanded copies: they are the per-sample gradients. The spec is the tensor's shape."""
+
+    @override
+    def per_sample(self, module: Any, calls: Sequence[Call], batch_size: int, names: set[str]) -> dict[str, Tensor]:
+        total: Tensor | None = None
+        for call in calls:
+            # of a complex function of parameters the gradient is complex
+            grads = call.backprop if call.backprop.is_complex() else widen(call.backprop)
+            grads = grads.reshape(batch_size, *module)
+            total = grads if total is None else total + grads
+        assert total is not None
+        return {"copy": total}
+
+
+_LEAF = LeafRule()
+
+
+def padded_shape(shape: Sequence[int], axis: BatchAxis, num_axes: int) -> tuple[int, ...] | None:
+    """Return the shape of a tensor that broadcasts to ``num_axes`` axes; None if it has entries of its own along the batch axis."""
+    padded = (1,) * (num_axes - len(shape)) + tuple(shape)
+    return padded if len(padded) == num_axes and padded[axis.axis] == 1 else None
+
+
+def along(value: Tensor, padded: Sequence[int], axis: int, size: int) -> Tensor:
+    """Return a copy for every sample along an axis that has length 1 in the padded shape."""
+    shape = list(padded)
+    shape[axis] = size
+    return value.reshape(padded).expand(shape)
+
+
+def rows_along(copies: Tensor, axis: BatchAxis, rows: int) -> Tensor:
+    """Return the copies of the samples, one for each of ``K`` rows of a sample, in the order of the rows."""
+    if rows == 1:
+        return copies
+    at = axis.axis + (1 if axis.sample_major else 0)
+    copies = copies.unsqueeze(at)
+    shape = list(copies.shape)
+    shape[at] = rows
+    return copies.expand(shape).flatten(axis.axis, axis.axis + 1)
+
+
+def mapped(
+    function: Callable[[list[Tensor]], Any],
+    tensors: Sequence[Tensor],
+    is_copy: Sequence[bool],
+    layout: CallLayout,
+    size: int,
+    where: str,
+) -> Any:
+    """Return ``function(tensors)``, computed for every sample by itself.
+
+    Args:
+        function: the operation.
+        tensors: its tensors, with the batch where the layout says; of tracked ones the copies, shape ``(B, *shape)``.
+        is_copy: marks the copies.
+        layout: of the operation.
+        size: ``B``, at least 1.
+        where: for messages.
+    """
+    inputs: list[Tensor] = []
+    axes: list[BatchAxis | None] = []
+    for tensor, copied, axis in zip(tensors, is_copy, layout.inputs, strict=True):
+        axes.append(axis if isinstance(axis, BatchAxis) and not copied else None)
+        if isinstance(axis, BatchAxis) and not copied:
+            front, rows = axis.to_front(tensor, size, where)
+            tensor = front.reshape(size, rows, *front.shape[1:])
+        inputs.append(tensor)
+    structures: list[Any] = []
+
+    def of_one(values: list[Tensor]) -> list[Tensor]:
+        rows = [
+            value if axis is None else value.movedim(0, axis.axis) for value, axis in zip(values, axes, strict=True)
+        ]
+        found, structure = pytree.tree_flatten(function(rows))
+        structures.append(structure)
+        return [leaf.movedim(axis.axis, 0) for leaf, axis in zip(found, layout.outputs, strict=True)]  # type: ignore[union-attr]
+
+    in_dims = [0 if copied or axis is not None else None for copied, axis in zip(is_copy, axes, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
+        outputs = torch.vmap(of_one, in_dims=(in_dims,))(inputs)
+    whole = [axis.from_front(output) for output, axis in zip(outputs, layout.outputs, strict=True)]  # type: ignore[union-attr]
+    return pytree.tree_unflatten(whole, structures[0])
+
+
+def constant(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operation without following it: there are no samples."""
+    args, kwargs = replaced(args, kwargs, lambda tensor: tensor.detach() if isinstance(tensor, Reporting) else tensor)
+    return func(*args, **kwargs)
+
+
+def copies_of(
+    tracker: Tracker, tensor: Tensor, node: Node, make: Callable[[Tensor], Tensor], axis: BatchAxis
+) -> Tensor:
+    """Return expanded copies of a tensor, whose gradient goes to its source."""
+    source = tracker.source(_LEAF, node.shape, "copies", {"copy": node})
+    if not in_backward():
+        source.calls += 1
+    return tap(make(tensor.detach()), Use(source, source.keys, (), None, axis))
+
+
+def aligned(
+    tracker: Tracker,
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    plan: CallLayout,
+    tracked: list[tuple[Tensor, Node]],
+    tensors: Sequence[Tensor],
+) -> Any:
+    """Run an elementwise operation on copies that broadcast along its batch axis; ``NotImplemented`` where they cannot."""
+    axis, size = plan.outputs[0], tracker.recorder.batch_size
+    assert isinstance(axis, BatchAxis)
+    num_axes = max(tensor.dim() for tensor in tensors)
+    padded = {id(t): padded_shape(t.shape, axis, num_axes) for t, _ in tracked}
+    if axis.axis >= num_axes or any(shape is None for shape in padded.values()):
+        return NotImplemented
+    plain = [tensor for tensor in tensors if id(tensor) not in padded]
+    lengths = {tensor.shape[at] for tensor in plain if (at := axis.axis - num_axes + tensor.dim()) >= 0}
+    rows = axis.rows_in(max(lengths, default=0), size, func.__name__)
+    wide = next((tensor for tensor in plain if tensor.dim() and tensor.is_floating_point()), None)
+
+    def copies(tensor: Tensor, node: Node) -> Tensor:
+        shape = padded[id(tensor)]
+        assert shape is not None
+        made = copies_of(tracker, tensor, node, lambda v: along(v, shape, axis.axis, size), BatchAxis(axis.axis))
+        if tensor.dim() == 0 and wide is not None:  # a number does not decide the type of a result
+            made = made.to(wide.dtype)
+        return rows_along(made, axis, rows)
+
+    own = {id(tensor): copies(tensor, node) for tensor, node in tracked}
+    args, kwargs = replaced(args, kwargs, lambda t: own.get(id(t), t))
+    return func(*args, **kwargs)
+
+
+def spread(tracker: Tracker, func: Any, args: Any, kwargs: Any, plan: CallLayout | None, nodes: list[Node]) -> Any:
+    """Run an operation whose result repeats a function of parameters for every sample, such as ``expand``."""
+    assert plan is not None
+    axis, size = plan.outputs[0], tracker.recorder.batch_size
+    assert isinstance(axis, BatchAxis)
+    if size == 0:
+        return constant(tracker, func, args, kwargs)
+    at = axis.axis
+    one = _repeated_once(func, args, kwargs, at, size)
+    if one is not None:
+        one = derive(tracker, func, *one)
+    else:
+        whole = derive(tracker, func, args, kwargs)
+        if not isinstance(whole, Function):
+            return whole
+        rows = axis.rows_of_one(whole, size, func.__name__)
+        if axis.sample_major:
+            one = derive(tracker, torch.narrow, (whole, at, 0, rows), {})
+        else:
+            one = derive(
+                tracker, torch.select, (derive(tracker, torch.unflatten, (whole, at, (rows, size)), {}), at + 1, 0), {}
+            )
+    node = tracker.node_of(one)
+    assert node is not None
+    along = at if axis.sample_major else at + 1
+
+    def copies(value: Tensor) -> Tensor:
+        return value.unsqueeze(along).expand(*value.shape[:along], size, *value.shape[along:])
+
+    return copies_of(tracker, one, node, copies, BatchAxis(along)).flatten(at, at + 1)
+
+
+def _repeated_once(func: Any, args: Any, kwargs: Any, axis: int, size: int) -> tuple[Any, Any] | None:
+    """Return the arguments with which ``repeat`` and ``expand`` give the rows of one sample; None for other operations."""
+    if func.__name__ not in ("repeat", "expand") or kwargs:
+        return None
+    sizes = [*args[1]] if len(args) == 2 and not isinstance(args[1], int) else [*args[1:]]
+    if func.__name__ == "expand" and sizes[axis] != size:
+        return None
+    sizes[axis] //= size
+    return (args[0], *sizes), {}
+
+
+def over_samples(
+    tracker: Tracker,
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    plan: CallLayout,
+    tracked: list[tuple[Tensor, Node]],
+    tensors: Sequence[Tensor],
+) -> Any:
+    """Run an operation by a map over the samples, with copies of its parameters."""
+    nodes, size = [node for _, node in tracked], tracker.recorder.batch_size
+    if size == 0:
+        return constant(tracker, func, args, kwargs)
+    if not all(isinstance(axis, BatchAxis) for axis in plan.outputs) or not plan.outputs:
+        return tracker.unbatched(func, nodes)
+    own = {
+        id(tensor): copies_of(tracker, tensor, node, lambda v: v.expand(size, *v.shape), BatchAxis(0))
+        for tensor, node in tracked
+    }
+
+    def function(values: list[Tensor]) -> Any:
+        given = iter(values)
+        new_args, new_kwargs = replaced(args, kwargs, lambda _: next(given))
+        return func(*new_args, **new_kwargs)
+
+    try:
+        return mapped(
+            function,
+            [own.get(id(t), t) for t in tensors],
+            [id(t) in own for t in tensors],
+            plan,
+            size,
+            func.__name__,
+        )
+    except PrivacyError:
+        raise
+    except Exception as error:
+        raise PrivacyError(
+            f"Expected operations that can be computed for every sample by itself, got {func.__name__} of "
+            f"{named(nodes)}, which cannot: {error!r}. {WAY_OUT}."
+        ) from error

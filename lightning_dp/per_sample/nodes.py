@@ -1,0 +1,133 @@
+"""Tracked tensors: private parameters, and functions of private parameters, that report every operation they take part in.
+
+A private parameter becomes a tracked tensor by a change of its class: the object stays the same one, so that every reference to it
+(tied layers, lists, optimizers) is followed. A function of private parameters is a tensor of its own class that stays connected,
+by autograd, to stand-ins of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_dp.per_sample.tracker import Tracker
+
+Region = tuple[int, torch.Size, tuple[int, ...]]
+"""Offset, shape and strides of a view, in elements of its flattened parameter."""
+
+
+class Node:
+    """A private parameter or a function of private parameters: what per-sample gradients are computed for.
+
+    Args:
+        name: for messages.
+        names: qualified names of the parameters that it is a function of.
+        lineage: number of the way it was computed in; equal for equal operations on equal lineages.
+        like: the tensor.
+        region: index map into its one parameter; None for the parameter itself, and where there is none.
+        value: the tensor with its graph; None for the parameter itself.
+    """
+
+    __slots__ = ("generation", "key", "lineage", "name", "names", "numel", "region", "shape", "value")
+
+    def __init__(
+        self,
+        name: str,
+        names: tuple[str, ...],
+        lineage: int,
+        like: Tensor,
+        *,
+        region: Region | None = None,
+        value: Tensor | None = None,
+        generation: int = -1,
+    ) -> None:
+        self.name, self.names, self.lineage = name, names, lineage
+        self.shape, self.numel = like.shape, like.numel()
+        self.region, self.value, self.generation = region, value, generation
+        self.key: Hashable = self
+        if region is not None:
+            self.key = (names[0], region)
+        elif value is None:
+            self.key = names[0]
+
+    @property
+    def is_view(self) -> bool:
+        """Whether its entries are entries of one parameter, each at most once."""
+        return self.key is not self
+
+
+class Reporting:
+    """Mixin of the classes of tracked tensors; each tracker has classes of its own."""
+
+    __slots__ = ()
+
+    tracker: ClassVar[Tracker]
+    plain: ClassVar[type[Any]]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls.tracker.dispatch(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = super().__deepcopy__(memo)  # type: ignore[misc]
+        copied.__class__ = self.plain
+        return copied
+
+
+class Function(Reporting, Tensor):
+    """A function of private parameters."""
+
+    node: Node
+
+
+def is_tracked(thing: Any) -> bool:
+    """Tell whether something is a private parameter that is followed, or a function of some."""
+    return isinstance(thing, Reporting)
+
+
+def reporting_class(plain: type[Any], tracker: Tracker) -> type[Any]:
+    """Return the class of tracked tensors that are otherwise of a given class, such as ``nn.Parameter``."""
+    bases = (plain,) if issubclass(plain, Reporting) else (Reporting, plain)
+    metaclass: Any = type(plain)
+    made: type[Any] = metaclass(plain.__name__, bases, {"__slots__": (), "tracker": tracker, "plain": plain})
+    return made
+
+
+def region_of(view: Tensor, parameter: Tensor) -> Region | None:
+    """Return the index map of a view into its parameter; None where it is no view, or shows an entry twice.
+
+    Example:
+        >>> weight = torch.zeros(4, 3)
+        >>> region_of(weight.t()[1:], weight)
+        (1, torch.Size([2, 4]), (1, 3))
+        >>> region_of(weight[:1].expand(2, 3), weight) is None
+        True
+    """
+    if view.dtype != parameter.dtype or not parameter.is_contiguous() or view.numel() > parameter.numel():
+        return None
+    if view.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+        return None
+    span = 1
+    for stride, size in sorted(zip(view.stride(), view.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return None
+            span = stride * size
+    return int(view.storage_offset() - parameter.storage_offset()), view.shape, view.stride()
+
+
+def view_of(tensor: Tensor, region: Region | None) -> Tensor:
+    """Return the view of a contiguous tensor of the parameter's shape that a region names; all of it for None."""
+    if region is None:
+        return tensor
+    offset, shape, strides = region
+    return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+
+
+def named(nodes: Iterable[Node]) -> str:
+    """Return the names of nodes, for messages."""
+    return ", ".join(repr(node.name) for node in nodes)

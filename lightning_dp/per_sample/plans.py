@@ -1,0 +1,307 @@
+"""Learn, from runs at two batch sizes, which operations of private parameters see samples, and along which axes.
+
+An operation whose tensors all keep their shapes sees constants (positions, masks): its result is a function of parameters, and is
+followed from then on in further runs, until nothing new is found. An operation on parameters alone whose result has a batch axis
+(``expand``) repeats them for every sample. All others are uses. Operations are matched by order, among those of their kind on one
+of their parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.functions import derive
+from lightning_dp.per_sample.layout import (
+    WAY_OUT,
+    BatchAxis,
+    CallLayout,
+    Observation,
+    Unclear,
+    solve,
+    solve_axis,
+    tensors_of,
+)
+from lightning_dp.per_sample.nodes import Reporting
+from lightning_dp.per_sample.uses import in_backward
+
+if TYPE_CHECKING:
+    from lightning_dp.per_sample.tracker import Tracker
+
+Key = tuple[str, int]
+"""Name of an operation, and the lineage of a parameter (or function of parameters) in it."""
+
+Plan = CallLayout | Unclear | None
+"""Layout of one operation; None where it sees no samples."""
+
+_MOST_PASSES = 12
+
+
+@dataclass
+class Learned:
+    """Plans by operation, in order of use.
+
+    Args:
+        plans: one plan for each use.
+        spread: operations on parameters alone whose result has a batch axis.
+        names: qualified names of the parameters that were followed.
+    """
+
+    plans: dict[Key, list[Plan]] = field(default_factory=dict)
+    spread: set[Key] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
+    _common: dict[Key, Plan] = field(default_factory=dict)
+
+    def settle(self) -> None:
+        """Note the operations whose uses are all alike."""
+        for key, plans in self.plans.items():
+            if all(_alike(plans[0], other) for other in plans[1:]):
+                self._common[key] = plans[0]
+
+    def plan(
+        self, key: Key, index: Callable[[Key], int | None], tensors: Sequence[Tensor], size: int
+    ) -> CallLayout | str | None:
+        """Return the plan of a use, or the reason why there is none.
+
+        Args:
+            key: of its operation.
+            index: tells how many of this operation came before it; None in a recomputation.
+            tensors: its first tensors, or all of them.
+            size: number of samples.
+        """
+        found: Plan
+        if key in self._common:
+            found = self._common[key]
+        else:
+            at = index(key)
+            plans = self.plans.get(key)
+            if plans is None:
+                return "got its first call later. Let the first batch use every layer (no layer dropped, no branch skipped);"
+            if at is not None and at < len(plans) and _fits(plans[at], tensors, size):
+                found = plans[at]
+            else:
+                fitting = [plan for plan in plans if _fits(plan, tensors, size)]
+                if not fitting or not all(_alike(fitting[0], other) for other in fitting[1:]):
+                    return f"got tensors of shapes {[tuple(t.shape) for t in tensors]}, unlike those of {len(plans)} uses seen."
+                found = fitting[0]
+        if isinstance(found, Unclear):
+            return f"but {found.reason}."
+        return found
+
+
+def _alike(one: Plan, other: Plan) -> bool:
+    if isinstance(one, CallLayout) and isinstance(other, CallLayout):
+        return one.agrees(other)
+    return one == other
+
+
+def _fits(plan: Plan, tensors: Sequence[Tensor], size: int) -> bool:
+    if isinstance(plan, Unclear):
+        return False
+    if plan is None:
+        return not any(tensor.requires_grad and not isinstance(tensor, Reporting) for tensor in tensors)
+    for tensor, axis in zip(tensors, plan.inputs, strict=False):
+        if isinstance(axis, BatchAxis):
+            try:
+                axis.rows_of_one(tensor, size, "")
+            except PrivacyError:
+                return False
+    return True
+
+
+class Observer:
+    """Notes every operation of one run; what is known from earlier runs decides which results are followed."""
+
+    def __init__(self, known: Learned) -> None:
+        self.known = known
+        self.seen: dict[Key, list[Observation]] = {}
+        self.labels: dict[Key, str] = {}
+        self.outputs: dict[Key, list[Any]] = {}
+
+    def observe(self, tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation and note its tensors."""
+        tensors = [*tensors_in(args, kwargs)]
+        nodes = [tracker.node_of(tensor) for tensor in tensors]
+        known = [(node, tensor) for node, tensor in zip(nodes, tensors, strict=True) if node is not None]
+        if not known or in_backward():
+            return func(*args, **kwargs)
+        plain = [tensor for node, tensor in zip(nodes, tensors, strict=True) if node is None]
+        keys = list(dict.fromkeys((func.__name__, node.lineage) for node, _ in known))
+        with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in known)
+        call = Observation(
+            inputs=[tensor.detach() for tensor in tensors] if plain else [],
+            input_shapes=[tensor.shape for tensor in tensors] if plain else [],
+            output_shapes=[],
+            with_grad=with_grad,
+            meets_others=bool(plain),
+            meets_gradient=any(tensor.requires_grad for tensor in plain),
+        )
+        calls = self.seen.setdefault(keys[0], [])
+        index = sum(other.with_grad for other in calls) if with_grad else len(calls)
+        for key in keys:
+            self.labels[key] = f"{func.__name__} of {', '.join(repr(node.name) for node, _ in known)}"
+            self.seen.setdefault(key, []).append(call)
+        plans = self.known.plans.get(keys[0], [])
+        follows = keys[0] not in self.known.spread if not plain else index < len(plans) and plans[index] is None
+        out = derive(tracker, func, args, kwargs) if follows else func(*args, **kwargs)
+        outputs = tensors_of(out)
+        call.output_shapes = [tensor.shape for tensor in outputs]
+        call.outputs = [] if plain else [tensor.detach() for tensor in outputs]
+        return out
+
+
+class Learner:
+    """Runs the user's forward at two sizes until every operation is understood.
+
+    Args:
+        tracker: follows the parameters.
+        run: executes the user's forward on that many samples.
+        sizes: two different sizes.
+    """
+
+    def __init__(self, tracker: Tracker, run: Callable[[int], None], sizes: tuple[int, int]) -> None:
+        self.tracker = tracker
+        self.run = run
+        self.sizes = sizes
+
+    def learn(self, names: set[str]) -> Learned:
+        """Return the plans of all operations.
+
+        Args:
+            names: qualified names of the parameters that are followed.
+
+        Raises:
+            PrivacyError: the samples that an operation works on cannot be told apart.
+        """
+        known = Learned(names=names)
+        for _ in range(_MOST_PASSES):
+            observers = [self._observe(size, known) for size in self.sizes]
+            found, pending = self._solved(observers)
+            found.names = names
+            if found.spread == known.spread and _followed(found) == _followed(known):
+                self._check(observers, found, pending)
+                found.settle()
+                return found
+            known = found
+        raise PrivacyError(
+            f"Expected to understand the uses of private parameters in {_MOST_PASSES} runs, got new ones in each. {WAY_OUT}."
+        )
+
+    def _observe(self, size: int, known: Learned) -> Observer:
+        observer = Observer(known)
+        self.tracker.observer = observer
+        self.tracker.start()
+        try:
+            self.run(size)
+        finally:
+            self.tracker.stop()
+            self.tracker.observer = None
+        for key, calls in observer.seen.items():
+            # forwards without gradients count only where there are no others (reentrant checkpoints)
+            observer.seen[key] = [call for call in calls if call.with_grad] or calls
+        return observer
+
+    def _solved(self, observers: list[Observer]) -> tuple[Learned, list[Key]]:
+        """Return plans, and the operations that meet tensors without batch axis through which a gradient flows."""
+        first, second = (dict(observer.seen) for observer in observers)
+        learned, pending = Learned(), []
+        for key in first.keys() & second.keys():
+            if not any(call.meets_others for call in first[key]):
+                plan = _spread_plan(first.pop(key)[0], second.pop(key)[0], self.sizes)
+                if plan is not None:
+                    learned.plans[key] = [plan]
+                    learned.spread.add(key)
+        for key, layouts in solve(first, second, self.sizes).items():
+            if isinstance(layouts, Unclear):
+                if key in first and key in second:
+                    learned.plans[key] = [layouts]
+                continue
+            plans: list[Plan] = []
+            for layout, call in zip(layouts, first[key], strict=True):
+                axes = (*layout.inputs, *layout.outputs)
+                unclear = [axis for axis in axes if isinstance(axis, Unclear)]
+                if unclear:
+                    plans.append(unclear[0])
+                elif any(isinstance(axis, BatchAxis) for axis in axes):
+                    plans.append(layout)
+                elif call.meets_gradient:
+                    plans.append(Unclear("it has no batch axis"))
+                    pending.append(key)
+                else:
+                    plans.append(None)
+            learned.plans[key] = plans
+        return learned, pending
+
+    def _check(self, observers: list[Observer], found: Learned, pending: list[Key]) -> None:
+        """Raise where an operation that trains is not understood, or sees values that change with the batch."""
+        first, second = (observer.seen for observer in observers)
+        labels = observers[0].labels | observers[1].labels
+        for key, plans in found.plans.items():
+            calls = first.get(key, second.get(key, []))
+            for plan, call in zip(plans, calls, strict=False):
+                if not isinstance(plan, Unclear) or not call.with_grad:
+                    continue
+                if key in pending:
+                    raise PrivacyError(
+                        f"Expected {labels[key]} to meet tensors with a batch axis, got one without a batch axis through which a "
+                        "gradient flows. A penalty on weights belongs into the optimizer's weight_decay; a statistic of the "
+                        f"batch mixes its samples; {WAY_OUT}."
+                    )
+                raise PrivacyError(
+                    f"Expected to see which samples {labels[key]} works on, but {plan.reason}. Give it one batch axis; "
+                    f"{WAY_OUT}."
+                )
+        changing = [
+            (key, i, j)
+            for key, plans in found.plans.items()
+            for i, (plan, a, b) in enumerate(zip(plans, first.get(key, []), second.get(key, []), strict=False))
+            if plan is None and a.with_grad and a.meets_others
+            for j, (one, other) in enumerate(zip(a.inputs, b.inputs, strict=True))
+            if not _same(one, other)
+        ]
+        if not changing:
+            return
+        again = self._observe(self.sizes[0], found).seen
+        for key, i, j in changing:
+            calls = again.get(key, [])
+            if i < len(calls) and _same(first[key][i].inputs[j], calls[i].inputs[j]):
+                raise PrivacyError(
+                    f"Expected {labels[key]} to meet constants or tensors with a batch axis, got one without a batch axis whose "
+                    f"values change with the batch: its samples are mixed. Give it the batch axis; {WAY_OUT}."
+                )
+
+
+def _spread_plan(first: Observation, second: Observation, sizes: tuple[int, int]) -> Plan:
+    """Return the layout of a result that repeats a function of parameters for every sample; None where it does not."""
+    if first.output_shapes == second.output_shapes:
+        return None
+    if len(first.output_shapes) != 1 or len(second.output_shapes) != 1:
+        return Unclear("the number of its results changes with the batch size")
+    axis = solve_axis(first.output_shapes[0], second.output_shapes[0], sizes)
+    if not isinstance(axis, BatchAxis):
+        return axis
+    for order in (True, False):
+        whole = second.outputs[0].movedim(axis.axis, 0)
+        rows = torch.unflatten(whole, 0, (sizes[1], -1) if order else (-1, sizes[1]))
+        rows = rows if order else rows.transpose(0, 1)
+        if all(torch.equal(rows[0], other) for other in rows[1:]):
+            return CallLayout((), (BatchAxis(axis.axis, axis.multiplicity, order),))
+    return Unclear("its result is not the same for every sample")
+
+
+def _followed(learned: Learned) -> set[tuple[Key, int]]:
+    return {(key, i) for key, plans in learned.plans.items() for i, plan in enumerate(plans) if plan is None}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    return bool(torch.equal(one, other)) or bool(((one == other) | ((one != one) & (other != other))).all())

@@ -1,0 +1,255 @@
+"""Recurrent layers: the fused forward of torch, and a backward through time that shows linear layers with T positions.
+
+With all hidden states known from the fused forward, the gates of all times are two linear layers,
+
+    gates_x = x W_ih^T + b_ih,    gates_h = h_prev W_hh^T + b_hh,
+
+whose per-sample gradients have a rule. The backward through time gives their backprops; it needs a few elementwise operations and
+one product with ``W_hh`` for each time.
+
+Shape legend: ``B`` samples, ``T`` times, ``H`` hidden features, ``P`` features of the output (``H`` without projection).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from typing_extensions import override
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.layout import WAY_OUT
+
+if TYPE_CHECKING:
+    from lightning_dp.per_sample.tracker import Tracker
+
+ORDERS = WeakTensorKeyDictionary()
+"""``batch_sizes`` of a packed sequence to its ``sorted_indices``, noted when a recurrent module is called."""
+
+
+def note_order(module: Any, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook of recurrent modules: note in which order a packed sequence holds the samples."""
+    given = args[0] if args else kwargs.get("input")
+    if isinstance(given, torch.nn.utils.rnn.PackedSequence):
+        ORDERS[given.batch_sizes] = given.sorted_indices
+
+
+class _Time(torch.autograd.Function):
+    """Backward through time of one layer in one direction; its forward hands on the outputs of the fused one."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        gates_x: Tensor,
+        gates_h: Tensor,
+        projected: Tensor | None,
+        h0: Tensor,
+        c0: Tensor | None,
+        kind: str,
+        out: Tensor,
+        weight_hh: Tensor,
+        weight_hr: Tensor | None,
+    ) -> Any:
+        ctx.kind = kind
+        ctx.set_materialize_grads(False)
+        if kind == "lstm":
+            assert c0 is not None
+            i, f, g, o = (gates_x + gates_h).chunk(4, -1)
+            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+            cells = _cells(f, i * g, c0)
+            ctx.save_for_backward(h0, c0, cells, i, f, g, o, weight_hh, weight_hr)
+            return out, cells
+        if kind == "gru":
+            ctx.save_for_backward(gates_x, gates_h, h0, out, weight_hh)
+        else:
+            ctx.save_for_backward(out, weight_hh)
+        return out, None
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Any) -> Any:
+        backward: Any = {"lstm": _lstm_backward, "gru": _gru_backward}.get(ctx.kind, _rnn_backward)
+        gates_x, gates_h, projected, h0, c0 = backward(ctx, *grads)
+        return gates_x, gates_h, projected, h0, c0, None, None, None, None
+
+
+def _cells(forget: Tensor, new: Tensor, cell: Tensor) -> Tensor:
+    """Return ``c_t = f_t c_{t-1} + new_t`` for all times, shape ``(B, T, H)``."""
+    cells = torch.empty_like(new)
+    for t in range(new.shape[1]):
+        cell = torch.addcmul(new[:, t], forget[:, t], cell, out=cells[:, t])
+    return cells
+
+
+def _lstm_backward(ctx: Any, grad_out: Tensor | None, grad_cells: Tensor | None) -> Any:
+    h0, c0, cells, i, f, g, o, weight_hh, weight_hr = ctx.saved_tensors
+    size, times, hidden = cells.shape
+    tanh = cells.tanh()
+    before = torch.cat([c0.unsqueeze(1), cells[:, :-1]], 1)
+    # gates of a time, from the gradient of its cell (i, f, g) and of its hidden state (o)
+    of_cell = torch.stack([g * i * (1 - i), before * f * (1 - f), i * (1 - g * g)], 2)
+    of_hidden, to_cell = tanh * o * (1 - o), o * (1 - tanh * tanh)
+    gates = cells.new_empty(size, times, 4, hidden)
+    outs = None if weight_hr is None else cells.new_empty(size, times, weight_hr.shape[0])
+    d_hidden: Tensor = torch.zeros_like(h0)
+    d_cell = torch.zeros_like(c0)
+    for t in range(times - 1, -1, -1):
+        if grad_out is not None:
+            d_hidden = d_hidden + grad_out[:, t]
+        if grad_cells is not None:
+            d_cell = d_cell + grad_cells[:, t]
+        if outs is not None:
+            outs[:, t] = d_hidden
+            d_hidden = d_hidden @ weight_hr
+        d_cell = torch.addcmul(d_cell, d_hidden, to_cell[:, t])
+        torch.mul(d_cell.unsqueeze(1), of_cell[:, t], out=gates[:, t, :3])
+        torch.mul(d_hidden, of_hidden[:, t], out=gates[:, t, 3])
+        d_hidden = gates[:, t].flatten(1) @ weight_hh
+        d_cell = d_cell * f[:, t]
+    flat = gates.flatten(2)
+    return flat, flat, outs, d_hidden, d_cell
+
+
+def _gru_backward(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
+    gates_x, gates_h, h0, out, weight_hh = ctx.saved_tensors
+    xr, xz, xn = gates_x.chunk(3, -1)
+    hr, hz, hn = gates_h.chunk(3, -1)
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    n = (xn + r * hn).tanh()
+    before = torch.cat([h0.unsqueeze(1), out[:, :-1]], 1)
+    to_new = (1 - z) * (1 - n * n)
+    factors = torch.stack([to_new * hn * r * (1 - r), (before - n) * z * (1 - z), to_new * r], 2)
+    gates = torch.empty_like(factors)
+    hidden = torch.empty_like(out)
+    d_hidden = torch.zeros_like(h0)
+    for t in range(out.shape[1] - 1, -1, -1):
+        if grad_out is not None:
+            d_hidden = d_hidden + grad_out[:, t]
+        hidden[:, t] = d_hidden
+        torch.mul(d_hidden.unsqueeze(1), factors[:, t], out=gates[:, t])
+        d_hidden = torch.addmm(d_hidden * z[:, t], gates[:, t].flatten(1), weight_hh)
+    of_input = torch.cat([gates[:, :, :2].flatten(2), hidden * to_new], 2)
+    return of_input, gates.flatten(2), None, d_hidden, None
+
+
+def _rnn_backward(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
+    out, weight_hh = ctx.saved_tensors
+    factors = 1 - out * out if ctx.kind == "rnn_tanh" else (out > 0).to(out.dtype)
+    gates = torch.empty_like(out)
+    d_hidden = torch.zeros_like(out[:, 0])
+    for t in range(out.shape[1] - 1, -1, -1):
+        if grad_out is not None:
+            d_hidden = d_hidden + grad_out[:, t]
+        torch.mul(d_hidden, factors[:, t], out=gates[:, t])
+        d_hidden = gates[:, t] @ weight_hh
+    return gates, gates, None, d_hidden, None
+
+
+class _Weights(NamedTuple):
+    """Weights of one layer in one direction."""
+
+    ih: Any
+    hh: Any
+    b_ih: Any
+    b_hh: Any
+    hr: Any
+
+
+def _run_layer(kind: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights) -> tuple[Tensor, Tensor | None]:
+    """Run one layer in one direction over ``(B, T, features)``; return its outputs and, of an LSTM, its cells."""
+    plain = [weight.detach() for weight in weights if weight is not None]
+    options = (weights.b_ih is not None, 1, 0.0, False, False, True)
+    fused: Any = getattr(torch._VF, kind)
+    with torch.no_grad():
+        state = h0.unsqueeze(0).detach() if c0 is None else (h0.unsqueeze(0).detach(), c0.unsqueeze(0).detach())
+        out = fused(x.detach(), state, plain, *options)[0]
+    gates_x = F.linear(x, weights.ih, weights.b_ih)
+    gates_h = F.linear(torch.cat([h0.detach().unsqueeze(1), out[:, :-1]], 1), weights.hh, weights.b_hh)
+    projected = None
+    if weights.hr is not None:
+        assert c0 is not None
+        i, f, g, o = (gates_x.detach() + gates_h.detach()).chunk(4, -1)
+        cells = _cells(f.sigmoid(), i.sigmoid() * g.tanh(), c0.detach())
+        projected = F.linear(o.sigmoid() * cells.tanh(), weights.hr)
+    hr = None if weights.hr is None else weights.hr.detach()
+    outputs: tuple[Tensor, Tensor | None] = _Time.apply(  # type: ignore[no-untyped-call]
+        gates_x, gates_h, projected, h0, c0, kind, out, weights.hh.detach(), hr
+    )
+    return outputs
+
+
+def _turned(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return sequences ``(B, T, ...)`` in reverse order, each within its own length."""
+    if lengths is None:
+        return x.flip(1)
+    times = torch.arange(x.shape[1], device=x.device)
+    index = torch.where(times < lengths[:, None], lengths[:, None] - 1 - times, times)
+    return x.gather(1, index.unsqueeze(2).expand(x.shape))
+
+
+def _last(sequence: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return sequence[:, -1]
+    return sequence[torch.arange(len(sequence), device=sequence.device), lengths - 1]
+
+
+def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
+    """Run ``torch.lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``, padded or packed."""
+    kind = func.__name__
+    if not any(weight.requires_grad for part in args if isinstance(part, (list, tuple)) for weight in part):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args)
+    packed = isinstance(args[3], (list, tuple))
+    lengths = order = None
+    if packed:
+        data, batch_sizes, state, flat, has_biases, num_layers, dropout, train, bidirectional = args
+        if batch_sizes not in ORDERS:
+            raise PrivacyError(
+                f"Expected packed sequences in calls of nn.LSTM, nn.GRU and nn.RNN only, got a direct call of {kind}, which does not "
+                f"show the order of the samples. {WAY_OUT}."
+            )
+        order = ORDERS[batch_sizes]
+        x, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, True, 0.0, len(batch_sizes))
+        if order is not None:
+            back = order.argsort()
+            x, lengths = x.index_select(0, back), lengths.index_select(0, back.cpu())
+        lengths = lengths.to(x.device)
+        batch_first = True
+    else:
+        x, state, flat, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
+        x = x if batch_first else x.transpose(0, 1)
+    states = [state] if isinstance(state, Tensor) else [*state]
+    if order is not None:
+        states = [one.index_select(1, order.argsort()) for one in states]
+    per_layer = len(flat) // (num_layers * (1 + bidirectional))
+    last: list[list[Tensor]] = [[] for _ in states]
+    for layer in range(num_layers):
+        outs = []
+        for direction in range(1 + bidirectional):
+            index = layer * (1 + bidirectional) + direction
+            own = [*flat[index * per_layer : (index + 1) * per_layer]]
+            hr = own.pop() if per_layer in (3, 5) else None
+            b_ih, b_hh = own[2:] if has_biases else (None, None)
+            weights = _Weights(own[0], own[1], b_ih, b_hh, hr)
+            initial = [one[index] for one in states]
+            given = _turned(x, lengths) if direction else x
+            out, cells = _run_layer(kind, given, initial[0], initial[1] if len(initial) > 1 else None, weights)
+            last[0].append(_last(out, lengths))
+            if cells is not None:
+                last[1].append(_last(cells, lengths))
+            outs.append(_turned(out, lengths) if direction else out)
+        x = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+        if dropout and train and layer < num_layers - 1:
+            x = F.dropout(x, dropout)
+    finals = [torch.stack(each) for each in last]
+    if not packed:
+        return (x if batch_first else x.transpose(0, 1), *finals)
+    assert lengths is not None
+    if order is not None:
+        x, lengths = x.index_select(0, order), lengths.index_select(0, order)
+        finals = [final.index_select(1, order) for final in finals]
+    return (torch._VF._pack_padded_sequence(x, lengths.cpu(), True)[0], *finals)

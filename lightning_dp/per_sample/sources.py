@@ -1,0 +1,371 @@
+"""Per-sample gradients of the tensors of one operation, from its uses: in full, as squared norms, as a weighted sum.
+
+Where that frees memory the gradients are computed within the backward, as soon as the backprop is there: then neither input nor
+backprop is kept, and a backward holds no more than one without privacy. What needs the whole batch in another form (Gram matrices,
+several uses) waits for the end of the backward. ``B`` samples.
+
+A key names the tensor that a gradient belongs to: the qualified name of a parameter, or a node (nodes.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.per_sample.nodes import Node
+from lightning_dp.per_sample.precision import exact_arithmetic
+from lightning_dp.per_sample.rules.base import (
+    Call,
+    Rule,
+    accumulation_dtype,
+    masked_squared_norm,
+    squared_norm,
+)
+from lightning_dp.per_sample.rules.sparse_mask import places_of
+from lightning_dp.per_sample.uses import Recorder, Use
+from lightning_dp.per_sample.workspace import Workspace
+
+Grads = dict[Hashable, Tensor]
+
+MOST_LIVE = 0.5
+"""Largest share of active entries of which gradients are cached by themselves: to pick an entry costs more than to pass it over."""
+
+
+class Source:
+    """All uses of the same tensors in the same operation.
+
+    Args:
+        recorder: shared state.
+        rule: mathematics of the operation.
+        spec: settings of the operation that its rule reads.
+        operation: name of the operation, for messages.
+        nodes: local name in the rule, such as ``"weight"``, to the tensor that is differentiated by.
+        materialise: always compute the full per-sample gradients.
+        workspace: buffers for gradients between norms and weighted sum; None to cache small ones only.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        rule: Rule,
+        spec: Any,
+        operation: str,
+        nodes: Mapping[str, Node],
+        *,
+        materialise: bool,
+        workspace: Workspace | None,
+    ) -> None:
+        self.recorder = recorder
+        self.rule = rule
+        self.spec = spec
+        self.nodes = {node.key: node for node in nodes.values()}
+        self.local = {node.key: local for local, node in nodes.items()}
+        self.keys = frozenset(self.nodes)
+        self.name = f"{operation} with {', '.join(repr(node.name) for node in nodes.values())}"
+        self.uses: list[Use] = []
+        self.calls = 0
+        self._materialise = materialise
+        self._workspace = workspace
+        self._cached: Grads = {}
+        self._cached_at = -1
+        self._made: Grads = {}  # within the backward; while there are any, every further backprop is added to them
+        self._live: dict[Hashable, tuple[Tensor, Tensor]] = {}  # what a mask keeps of the gradients, and where that is
+        self._live_at = -1
+        self._not_at_once: set[Any] = set()  # shapes for which that did not pay or had no buffer
+        self._groups: list[tuple[set[Hashable], list[Call]]] = []
+        self._groups_at = -1
+
+    def clear(self) -> None:
+        """Forget every use."""
+        self.uses, self.calls = [], 0
+        self._cached, self._made, self._live = {}, {}, {}
+        self._groups, self._groups_at = [], -1
+
+    def live(self) -> set[Hashable]:
+        """Return the keys for which a backprop arrived."""
+        found = set(self._made)
+        for use in self.uses:
+            for _, keys in use.parts:
+                found |= keys
+            if len(found) == len(self.keys):
+                break
+        return found
+
+    def discard(self, keys: frozenset[Hashable]) -> None:
+        """Drop the backprops received so far for these keys; uses still in a graph stay alive."""
+        for use in self.uses:
+            use.forget(keys)
+        self.uses = [use for use in self.uses if use.parts]
+        self._made = {key: grad for key, grad in self._made.items() if key not in keys}
+
+    def received(self, use: Use) -> None:
+        """Compute the gradients at once if that frees memory; called within the backward."""
+        if self._materialise or self.uses != [use] or len(use.parts) != 1:
+            return
+        backprop, keys = use.parts[0]
+        shapes = (use.inputs[0].shape if use.inputs else None, backprop.shape, keys)
+        if not self._made and (self.calls != 1 or shapes in self._not_at_once):
+            return
+        with exact_arithmetic(backprop.device.type):
+            use.check_unchanged()
+            call = self._call(use, backprop)
+            if self._made:
+                self._add_made(call, keys)
+            elif not self._make_at_once(call, keys):
+                self._not_at_once.add(shapes)
+                return
+        self.uses = []
+        use.release()
+
+    def _make_at_once(self, call: Call, keys: frozenset[Hashable]) -> bool:
+        """Compute the gradients if all of them are to be cached: then nothing of the use needs to be."""
+        small = {key for key in keys if self._is_small(key, [call])}
+        if not all(self._is_cached(key, [call]) for key in keys - small):
+            return False
+        self._make_cached(keys, [call], self._made)
+        return True
+
+    def _add_made(self, call: Call, keys: frozenset[Hashable]) -> None:
+        """Add the gradients of a further backprop."""
+        made = self.rule.per_sample(self.spec, [call], self.recorder.batch_size, {self.local[key] for key in keys})
+        for key in keys:
+            grad = made[self.local[key]]
+            self._made[key] = self._made[key] + grad if key in self._made else grad
+
+    def _call(self, use: Use, backprop: Tensor) -> Call:
+        """Return a use with its rows sample-major, batch axis first."""
+        size = self.recorder.batch_size
+        backprop, rows = use.out_axis.to_front(backprop, size, self.name)
+        if use.arguments is not None:
+            return Call((), use.arguments(size), backprop, backprop, rows)
+        if not use.inputs:
+            return Call((), {}, backprop, backprop, rows)
+        assert use.in_axis is not None
+        activation, in_rows = use.in_axis.to_front(use.inputs[0], size, self.name)
+        assert rows == in_rows
+        return Call((activation,), {}, activation, backprop, rows)
+
+    def groups(self) -> list[tuple[set[Hashable], list[Call]]]:
+        """Return keys that saw the same backprops, with their calls."""
+        if self._groups_at == self.recorder.changes:
+            return self._groups
+        calls: dict[Hashable, list[Call]] = {}
+        for use in self.uses:
+            for backprop, keys in use.parts:
+                call = self._call(use, backprop)
+                for key in keys:
+                    calls.setdefault(key, []).append(call)
+        merged: dict[tuple[int, ...], tuple[set[Hashable], list[Call]]] = {}
+        for key, mine in calls.items():
+            merged.setdefault(tuple(map(id, mine)), (set(), mine))[0].add(key)
+        self._groups, self._groups_at = list(merged.values()), self.recorder.changes
+        return self._groups
+
+    def _asked(self, keys: set[Hashable]) -> Iterable[tuple[dict[str, Hashable], list[Call]]]:
+        for held, calls in self.groups():
+            wanted = {self.local[key]: key for key in held & keys}
+            if wanted:
+                yield wanted, calls
+
+    def memory(self) -> Grads:
+        """Return the gradients that were computed since the last backprop arrived, to read and to add to."""
+        if self._cached_at != self.recorder.changes:
+            self._cached, self._cached_at = {}, self.recorder.changes
+        self._cached.update(self._made)
+        return self._cached
+
+    def per_sample(self, keys: set[Hashable]) -> Grads:
+        """Return gradients of shape ``(B, *shape)`` for those of the keys that are live."""
+        grads: Grads = {}
+        for wanted, calls in self._asked(keys):
+            made = self.rule.per_sample(self.spec, calls, self.recorder.batch_size, set(wanted))
+            grads.update((wanted[local], grad) for local, grad in made.items())
+        return grads
+
+    def cached(self, keys: set[Hashable]) -> Grads:
+        """Return the gradients, from memory where they were computed before and are allowed to stay."""
+        memory = self.memory()
+        missing = keys - memory.keys()
+        made = self.per_sample(missing) if missing else {}
+        grads = {**{key: memory[key] for key in keys - missing}, **made}
+        if self._workspace is not None or self._materialise:
+            memory.update(made)
+        return grads
+
+    def squared_norms(self, keys: set[Hashable], masks: Mapping[Hashable, Tensor]) -> Grads:
+        """Return squared norms ``(B,)`` of the (masked) gradients."""
+        if self._materialise:
+            return {key: norm_of(grad, masks.get(key)) for key, grad in self.cached(keys).items()}
+        size, cached = self.recorder.batch_size, self.memory()
+        norms: Grads = {}
+        for wanted, calls in self._asked(keys - cached.keys()):
+            self._make_cached(wanted.values(), calls, cached)
+            rest = {local for local, key in wanted.items() if key not in cached}
+            masked = {local: masks[wanted[local]] for local in rest if wanted[local] in masks}
+            if plain := rest - masked.keys():
+                made = self.rule.squared_norms(self.spec, calls, size, plain)
+                norms.update((wanted[local], norm) for local, norm in made.items())
+            for local in sorted(masked):
+                entries = self._live_entries(wanted[local], calls, masked[local])
+                if entries is not None:
+                    norms[wanted[local]] = squared_norm(entries)
+                    del masked[local]
+            if masked:
+                made = self.rule.masked_squared_norms(self.spec, calls, size, masked)
+                norms.update((wanted[local], norm) for local, norm in made.items())
+        norms.update((key, norm_of(cached[key], masks.get(key))) for key in keys & cached.keys())
+        return norms
+
+    def _make_cached(self, keys: Iterable[Hashable], calls: list[Call], cached: Grads) -> None:
+        """Compute, of these keys, the gradients that are cached: the small ones and those that pay and have a buffer."""
+        size = self.recorder.batch_size
+        small = {self.local[key]: key for key in keys if self._is_small(key, calls)}
+        if small:
+            made = self.rule.per_sample(self.spec, calls, size, set(small))
+            cached.update((small[local], grad) for local, grad in made.items())
+        for key in sorted(set(keys) - set(small.values()), key=lambda key: self.local[key]):
+            if not self._is_cached(key, calls):
+                continue
+            local = self.local[key]
+            buffer = self._buffer(key, calls)
+            if buffer is None:
+                cached[key] = self.rule.per_sample(self.spec, calls, size, {local})[local]
+            else:
+                self.rule.fill(self.spec, calls, size, local, buffer)
+                cached[key] = buffer
+
+    def _live_entries(self, key: Hashable, calls: list[Call], mask: Tensor) -> Tensor | None:
+        """Return what a mask keeps of every sample's gradient, and cache it: where that is little, pays and has a buffer."""
+        local, size = self.local[key], self.recorder.batch_size
+        if not self.rule.picks(calls, size, local):
+            return None
+        places = places_of(mask)
+        num = size * len(places)
+        if len(places) > MOST_LIVE * mask.numel():
+            return None
+        if num > sum(call.backprop.numel() for call in calls):
+            num_bytes = num * accumulation_dtype(calls[0].backprop).itemsize
+            if self._workspace is None or not self._workspace.admits((key, "live"), num_bytes):
+                return None
+        entries = self.rule.live_entries(self.spec, calls, size, local, places)
+        self._memory_of_live()[key] = (entries, places)
+        return entries
+
+    def _memory_of_live(self) -> dict[Hashable, tuple[Tensor, Tensor]]:
+        """Return what masks kept of gradients since the last backprop arrived."""
+        if self._live_at != self.recorder.changes:
+            self._live, self._live_at = {}, self.recorder.changes
+        return self._live
+
+    def _is_small(self, key: Hashable, calls: list[Call]) -> bool:
+        """Tell whether the gradients of a key take no more memory than the backprops they are computed from."""
+        size = self.recorder.batch_size * self.nodes[key].numel
+        return size <= sum(call.backprop.numel() for call in calls)
+
+    def _is_cached(self, key: Hashable, calls: list[Call]) -> bool:
+        """Tell whether the gradients of a key, not small, are cached: where that pays and there is a buffer."""
+        size = self.recorder.batch_size
+        if self._workspace is None or not self.rule.materialises(self.spec, calls, size, self.local[key]):
+            return False
+        if self.rule.fills_buffers:
+            return self._buffer(key, calls) is not None
+        num_bytes = size * self.nodes[key].numel * accumulation_dtype(calls[0].backprop).itemsize
+        return self._workspace.admits(key, num_bytes)
+
+    def _buffer(self, key: Hashable, calls: list[Call]) -> Tensor | None:
+        """Return the buffer into which the gradients of a key are written in every microbatch, if there is one."""
+        assert self._workspace is not None
+        if not self.rule.fills_buffers:
+            return None
+        backprop, shape = calls[0].backprop, (self.recorder.batch_size, *self.nodes[key].shape)
+        return self._workspace.take(key, shape, accumulation_dtype(backprop), backprop.device)
+
+    def add_live_entries(
+        self, out: Mapping[Hashable, Tensor], masks: Mapping[Hashable, Tensor], factors: Tensor, dead: Tensor | None
+    ) -> set[Hashable]:
+        """Add what the masks keep of the weighted sum, where that can be had without the rest of it.
+
+        Args:
+            out: accumulation targets by key, for every key that is asked for and live: the active entries in a row.
+            masks: boolean, of the tensors' shapes.
+            factors: shape ``(B,)``.
+            dead: marks the samples of factor 0; None if there are none.
+
+        Returns:
+            The keys for which this was done.
+        """
+        done: set[Hashable] = set()
+        for key, (entries, places) in self._memory_of_live().items():
+            if key in out and places is places_of(masks[key]):
+                add_combined(out[key], entries, factors, dead)
+                done.add(key)
+        for wanted, calls in self._asked(out.keys() - self.memory().keys() - done):
+            if dead is not None:
+                calls = [_without(call, dead) for call in calls]
+            targets = {local: out[key] for local, key in wanted.items()}
+            kept = {local: masks[key] for local, key in wanted.items()}
+            added = self.rule.add_live_entries(self.spec, calls, factors, self.recorder.batch_size, targets, kept)
+            done |= {wanted[local] for local in added}
+        return done
+
+    def add_weighted_sum(self, out: Mapping[Hashable, Tensor], factors: Tensor, dead: Tensor | None) -> None:
+        """Add ``sum_i factors[i] gradient_i`` to ``out[key]``.
+
+        Args:
+            out: accumulation targets by key, for every key that is asked for and live.
+            factors: shape ``(B,)``.
+            dead: marks the samples of factor 0; None if there are none.
+        """
+        memory = self.memory()
+        ready = {key for key in out if self._materialise or key in memory}
+        for key, grad in self.cached(ready).items() if ready else ():
+            add_combined(out[key], grad, factors, dead)
+        for wanted, calls in self._asked(out.keys() - ready):
+            if dead is not None:
+                calls = [_without(call, dead) for call in calls]
+            targets = {local: out[key] for local, key in wanted.items()}
+            self.rule.add_weighted_sum(self.spec, calls, factors, self.recorder.batch_size, targets)
+
+
+def _without(call: Call, dead: Tensor) -> Call:
+    """Return the call with the rows of dead samples set to zero: 0 times a non-finite row is not 0."""
+    rows = dead.repeat_interleave(call.multiplicity) if call.multiplicity > 1 else dead
+
+    def cleared(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.masked_fill(rows.reshape(-1, *[1] * (tensor.dim() - 1)), 0.0)
+
+    activation = cleared(call.activation)
+    return replace(call, inputs=(activation, *call.inputs[1:]), activation=activation, backprop=cleared(call.backprop))
+
+
+def norm_of(grads: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the squared norm of every sample's gradient, or of what its mask keeps of it: shape ``(B,)``."""
+    return squared_norm(grads) if mask is None else masked_squared_norm(grads, mask)
+
+
+def add_combined(out: Tensor, grads: Tensor, factors: Tensor, dead: Tensor | None) -> None:
+    """Add ``sum_i factors[i] grads[i]`` to ``out``; in place, as one matrix-vector product, where types allow."""
+    whole = dead is None and out.dtype == grads.dtype and out.is_contiguous() and grads.is_contiguous()
+    if whole and out.numel() and grads.shape[0]:
+        out.view(-1).addmv_(grads.view(grads.shape[0], -1).mT, factors.to(grads.dtype))
+    else:
+        out.add_(combine(grads, factors, dead))
+
+
+def combine(grads: Tensor, factors: Tensor, dead: Tensor | None) -> Tensor:
+    """Return ``sum_i factors[i] grads[i]`` with the dead samples left out, whatever they hold."""
+    if dead is not None:
+        grads = grads.masked_fill(dead.reshape(-1, *[1] * (grads.dim() - 1)), 0.0)
+    total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, dims=1)
+    return total
+
+
+def zero_gradient(parameter: Tensor, batch_size: int) -> Tensor:
+    """Return the per-sample gradients of a parameter that no backprop reached."""
+    return torch.zeros(batch_size, *parameter.shape, dtype=accumulation_dtype(parameter), device=parameter.device)

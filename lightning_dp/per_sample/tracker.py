@@ -1,0 +1,260 @@
+"""Follow private parameters through the operations of a step.
+
+An operation on parameters alone gives a function of parameters. An operation that meets tensors with a batch axis is a use: it has
+a rule, or the parameter is expanded to a copy for each sample. Which of them it is was learned from two batch sizes (plans.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample import leaves
+from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.functions import derive
+from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
+from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, reporting_class
+from lightning_dp.per_sample.operations import ALIGNED, Bound, Operation, operation_of
+from lightning_dp.per_sample.plans import Key, Learned, Observer
+from lightning_dp.per_sample.rules.base import Rule
+from lightning_dp.per_sample.sources import Source
+from lightning_dp.per_sample.uses import Recorder, Use, in_backward, tap_output
+from lightning_dp.per_sample.workspace import Workspace
+
+
+class Tracker:
+    """Private parameters as tracked tensors, and the uses that they report.
+
+    Args:
+        recorder: state of the microbatch.
+        materialise: always compute full per-sample gradients.
+        workspace: buffers for gradients; None to cache small ones only.
+    """
+
+    def __init__(self, recorder: Recorder, *, materialise: bool, workspace: Workspace | None) -> None:
+        self.recorder = recorder
+        self.sources: dict[Hashable, Source] = {}
+        self.learned: Learned | None = None
+        self.observer: Observer | None = None
+        self.untracked: set[str] = set()
+        self._materialise, self._workspace = materialise, workspace
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._nodes: dict[int, Node] = {}
+        self.stand_ins: dict[str, Tensor] = {}
+        self._counts: dict[Key, int] = {}
+        self._lineages: dict[Hashable, int] = {}
+        self._classes: dict[type[Any], type[Any]] = {}
+        self.function_class: type[Function] = reporting_class(Function, self)
+        self._replaced: list[tuple[Tensor, type[Any]]] = []
+        self._eager: Any = None
+
+    # parameters
+
+    def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Say which parameters are followed."""
+        self.stop()
+        self.parameters = dict(parameters)
+        self._nodes = {
+            id(parameter): Node(name, (name,), self.number(name), parameter) for name, parameter in parameters.items()
+        }
+        self.sources = {}
+
+    def start(self) -> None:
+        """Make the parameters report what is done with them."""
+        self._counts, self.stand_ins, self.untracked = {}, {}, set()
+        for parameter in self.parameters.values():
+            plain = type(parameter)
+            if plain not in self._classes:
+                self._classes[plain] = reporting_class(plain, self)
+            self._replaced.append((parameter, plain))
+            parameter.__class__ = self._classes[plain]
+        if "torch._dynamo" in sys.modules:  # what was compiled does not report its operations
+            self._eager = torch.compiler.set_stance("force_eager")
+            self._eager.__enter__()
+
+    def stop(self) -> None:
+        """Make the parameters ordinary ones again and forget every use."""
+        for parameter, plain in self._replaced:
+            parameter.__class__ = plain
+        self._replaced, self.stand_ins = [], {}
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
+        for key, source in [*self.sources.items()]:
+            source.clear()
+            if any(not node.is_view for node in source.nodes.values()):
+                del self.sources[key]
+
+    def number(self, what: Hashable) -> int:
+        return self._lineages.setdefault(what, len(self._lineages))
+
+    def node_of(self, thing: Any) -> Node | None:
+        """Return the node of a tracked tensor through which a gradient may flow; None for anything else."""
+        if not isinstance(thing, Reporting):
+            return None
+        if isinstance(thing, Function):
+            node: Node | None = thing.node
+        else:
+            node = self._nodes.get(id(thing))
+        if node is not None and (thing.requires_grad or self.observer is not None):  # type: ignore[attr-defined]
+            if node.generation not in (-1, self.recorder.generation):
+                raise PrivacyError(
+                    f"Expected functions of parameters to be computed in each batch, got {node.name!r} of an earlier one. "
+                    "Compute it in training_step."
+                )
+            return node
+        return None
+
+    def stand_in(self, node: Node, parameter: Tensor) -> Tensor:
+        """Return the leaf that functions of a parameter are connected to; a gradient that reaches it was not followed."""
+        name = node.names[0]
+        if name not in self.stand_ins:
+            if self.observer is not None:
+                return parameter
+
+            def take(leaf: Tensor) -> None:
+                leaf.grad = None
+                if self.recorder.active and self.recorder.listening:
+                    self.untracked.add(name)
+
+            leaf = parameter.detach().requires_grad_()
+            leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+            self.stand_ins[name] = leaf
+        return self.stand_ins[name]
+
+    # operations
+
+    def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation that a tracked tensor takes part in."""
+        operation = operation_of(func)
+        observer = self.observer
+        if (
+            operation is None
+            or not (self.recorder.active or observer)
+            or (observer is None and not torch.is_grad_enabled())
+        ):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if operation.is_composite:
+            return operation.run(self, func, args, kwargs)
+        return self.run_one(operation, func, args, kwargs)
+
+    def run_one(self, operation: Operation, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation that is not composite."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.observer is not None:
+                return self.observer.observe(self, func, args, kwargs)
+            return operation.run(self, func, args, kwargs)
+
+    def primitive(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation that a composite one consists of, in the general way."""
+        return self.run_one(Operation(lambda tracker, *given: tracker.general(*given)), func, args, kwargs)
+
+    def use(self, func: Any, args: Any, kwargs: Any, rule: Rule, bound: Bound) -> Any:
+        """Run an operation that has a rule."""
+        (tensor, weight, bias), spec, call = bound
+        weight_node, bias_node = self.node_of(weight), self.node_of(bias)
+        if isinstance(tensor, Reporting) and self.node_of(tensor) is not None:
+            return self.general(func, args, kwargs)
+        if weight_node is None and bias_node is None:
+            return func(*args, **kwargs)
+        nodes = {}
+        if weight_node is not None:
+            nodes["weight"] = weight_node
+        if bias_node is not None:
+            nodes["bias"] = bias_node
+        first = weight_node or bias_node
+        assert first is not None
+        plan = self.plan_of(func, first, (tensor,))
+        if plan is None:
+            return derive(self, func, args, kwargs)
+        in_axis, out_axis = plan.inputs[0], plan.outputs[0]
+        if not (
+            isinstance(in_axis, BatchAxis)
+            and isinstance(out_axis, BatchAxis)
+            and rule.follows(spec, in_axis.axis, tensor.dim())
+        ):
+            return self.unbatched(func, nodes.values())
+        out = call(
+            func, weight if weight_node is None else weight.detach(), bias if bias_node is None else bias.detach()
+        )
+        size = self.recorder.batch_size
+        rows = in_axis.rows_of_one(tensor, size, func.__name__)
+        if rows != out_axis.rows_of_one(out, size, func.__name__):
+            return self.unbatched(func, nodes.values())
+        source = self.source(rule, spec, func.__name__, nodes)
+        if not in_backward():
+            source.calls += 1
+        recorder = self.recorder
+        use = Use(source, source.keys, (tensor,), in_axis, out_axis)
+        recorder.count(use.inputs[0])
+        recorder.count(out)
+        return tap_output(out, use)
+
+    def source(self, rule: Rule, spec: Any, operation: str, nodes: Mapping[str, Node]) -> Source:
+        """Return the source of all uses of these tensors in one operation."""
+        key = (rule, spec, *nodes, *(node.key for node in nodes.values()))
+        source = self.sources.get(key)
+        if source is None:
+            source = self.sources[key] = Source(
+                self.recorder, rule, spec, operation, nodes, materialise=self._materialise, workspace=self._workspace
+            )
+        return source
+
+    def general(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation that has no rule: derive a function of parameters, or expand the parameters to the samples."""
+        tensors = [*tensors_in(args, kwargs)]
+        tracked = [(tensor, node) for tensor in tensors if (node := self.node_of(tensor)) is not None]
+        if not tracked:
+            return func(*args, **kwargs)
+        nodes = [node for _, node in tracked]
+        assert self.learned is not None
+        if len(tracked) == len(tensors):
+            if (func.__name__, nodes[0].lineage) not in self.learned.spread:
+                return derive(self, func, args, kwargs)
+            return leaves.spread(self, func, args, kwargs, self.plan_of(func, nodes[0], tensors), nodes)
+        plan = self.plan_of(func, nodes[0], tensors)
+        if plan is None:
+            mine = {id(tensor) for tensor, _ in tracked}
+            if any(tensor.requires_grad and id(tensor) not in mine for tensor in tensors):
+                raise PrivacyError(
+                    f"Expected {func.__name__} to meet {named(nodes)} as it did when its layout was learned, got a tensor "
+                    f"that requires grad. {WAY_OUT}."
+                )
+            return derive(self, func, args, kwargs)
+        if len(plan.inputs) != len(tensors):
+            return self.unbatched(func, nodes)
+        if func.__name__ in ALIGNED:
+            result = leaves.aligned(self, func, args, kwargs, plan, tracked, tensors)
+            if result is not NotImplemented:
+                return result
+        return leaves.over_samples(self, func, args, kwargs, plan, tracked, tensors)
+
+    def plan_of(self, func: Any, node: Node, tensors: Sequence[Tensor]) -> CallLayout | None:
+        """Return the layout of an operation; None where it sees no samples."""
+        assert self.learned is not None
+        found = self.learned.plan((func.__name__, node.lineage), self._index, tensors, self.recorder.batch_size)
+        if isinstance(found, str):
+            raise PrivacyError(
+                f"Expected {func.__name__} to meet {node.name!r} in a way that was learned, {found} {WAY_OUT}."
+            )
+        return found
+
+    def _index(self, key: Key) -> int | None:
+        """Return how many operations of a kind came before, and count one more; None in a recomputation."""
+        if in_backward():
+            return None
+        self._counts[key] = self._counts.get(key, -1) + 1
+        return self._counts[key]
+
+    def unbatched(self, func: Any, nodes: Any) -> Any:
+        """Raise for an operation that does not keep the samples apart."""
+        raise PrivacyError(
+            f"Expected {func.__name__} of {named(nodes)} to keep the samples apart, got one that mixes them: its batch axis is one "
+            f"that it computes over, or is missing. Give the samples an axis of their own; {WAY_OUT}."
+        )

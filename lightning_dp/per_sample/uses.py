@@ -1,0 +1,203 @@
+"""One use of private parameters in an operation: its input, and the backprops that reach its output.
+
+While an operation runs, its private parameters are detached values. Its output gets a hook (or, where nothing before it requires a
+gradient, a tap) which hands the backprop to the use. A use enters its source's list with its first backprop, so that uses without
+a backward cost nothing and die with their graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dp.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from lightning_dp.per_sample.layout import BatchAxis
+    from lightning_dp.per_sample.sources import Source
+
+
+def in_backward() -> bool:
+    """Tell whether autograd is running a backward now: a forward in it is a recomputation (checkpointing)."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def keeps_graph() -> bool:
+    """Tell whether the backward under way keeps its graph for another one (``retain_graph=True``) or may do so."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return the counter of in-place changes; inference tensors have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Recorder:
+    """State of one microbatch that all uses share: whether they count, the number of samples, the tap's source."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.listening = True
+        self.generation = 0
+        self.batch_size = 0
+        self.changes = 0
+        self._sizes: dict[int, int] = {}
+        self._taps: dict[torch.device, Tensor] = {}
+
+    def begin(self, batch_size: int) -> None:
+        """Record a microbatch of that many samples."""
+        self.batch_size = batch_size
+        self.active = True
+        self._sizes = {}
+
+    def end(self) -> None:
+        """Stop recording; uses of the microbatch that ends are refused from now on."""
+        self.active = False
+        self.generation += 1
+        self.changes += 1
+
+    def count(self, tensor: Tensor) -> None:
+        """Add the size of an input or output to :attr:`num_bytes`; layers share them, so each counts once."""
+        self._sizes[tensor.data_ptr()] = tensor.nbytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the inputs and outputs of all uses of this microbatch."""
+        return sum(self._sizes.values())
+
+    def tap_source(self, device: torch.device) -> Tensor:
+        """Return an empty leaf that requires grad; it makes a tapped output require grad."""
+        if device not in self._taps:
+            self._taps[device] = torch.zeros(0, device=device, requires_grad=True)
+        return self._taps[device]
+
+
+class Use:
+    """One operation with private parameters: its input, the axes of the samples, and the backprops of its output."""
+
+    __slots__ = (
+        "arguments",
+        "done",
+        "generation",
+        "in_axis",
+        "inputs",
+        "keys",
+        "out_axis",
+        "parts",
+        "source",
+        "versions",
+    )
+
+    def __init__(
+        self,
+        source: Source,
+        keys: frozenset[Hashable],
+        inputs: Iterable[Tensor],
+        in_axis: BatchAxis | None,
+        out_axis: BatchAxis,
+    ) -> None:
+        self.source = source
+        self.keys = keys
+        self.generation = source.recorder.generation
+        self.inputs = [tensor.detach() for tensor in inputs]
+        self.versions = [version_of(tensor) for tensor in self.inputs]
+        self.in_axis, self.out_axis = in_axis, out_axis
+        # of a registered operation: returns its arguments with the rows of the samples first
+        self.arguments: Callable[[int], dict[str, Any]] | None = None
+        # backprops, each with the keys for which it counts
+        self.parts: list[tuple[Tensor, frozenset[Hashable]]] = []
+        self.done = False
+
+    def receive(self, backprop: Tensor) -> None:
+        """Add a backprop. Backprops of several backwards add up."""
+        source = self.source
+        recorder = source.recorder
+        if not recorder.listening:
+            return
+        if not recorder.active or self.generation != recorder.generation:
+            raise PrivacyError(
+                f"Expected a backward through this microbatch only, got one through an earlier {source.name}. Detach "
+                "what is carried from batch to batch."
+            )
+        if torch.is_grad_enabled():
+            raise PrivacyError(
+                f"Expected a backward without create_graph, got create_graph=True through {source.name}. "
+                "Gradient penalties need second derivatives, which only microbatch_size=1 supports."
+            )
+        if self.done:
+            raise PrivacyError(
+                f"Expected one backward through {source.name}, got a second one. Give all but the last "
+                "retain_graph=True."
+            )
+        recorder.changes += 1
+        backprop = backprop.detach()
+        if not self.parts:
+            source.uses.append(self)
+        if self.parts and self.parts[-1][1] == self.keys:
+            self.parts[-1] = (self.parts[-1][0] + backprop, self.keys)
+        else:
+            self.parts.append((backprop, self.keys))
+        source.received(self)
+
+    def forget(self, keys: frozenset[Hashable]) -> None:
+        """Drop the backprops received so far for these keys."""
+        self.parts = [(backprop, left) for backprop, old in self.parts if (left := old - keys)]
+
+    def release(self) -> None:
+        """Free everything but what a further backward through the same graph would need, if there may be one."""
+        self.parts = []
+        if not keeps_graph():
+            self.done = True
+            self.inputs, self.versions = [], []
+            self.arguments = None
+
+    def check_unchanged(self) -> None:
+        """Raise ``PrivacyError`` if an input was changed in place since the operation ran."""
+        for tensor, version in zip(self.inputs, self.versions, strict=True):
+            if version_of(tensor) != version:
+                raise PrivacyError(
+                    f"Expected the input of {self.source.name} to stay as it was until the backward, got one "
+                    "modified in place. Use the out-of-place operation there; microbatch_size=1 shows where."
+                )
+
+
+class _Tap(torch.autograd.Function):
+    """Pass a tensor on as a fresh member of the graph; its gradient goes to a use, and further back."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, output: Tensor, source: Tensor, use: Use) -> Tensor:
+        ctx.use = use
+        # a plain alias, not a view of the output: an in-place operation may follow
+        return output.detach()
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.use.receive(grads[0])
+        return grads[0] if ctx.needs_input_grad[0] else None, None, None
+
+
+def tap(output: Tensor, use: Use) -> Tensor:
+    """Return the tensor for the user: the gradient of what is done with it goes to the use."""
+    tapped: Tensor = _Tap.apply(output, use.source.recorder.tap_source(output.device), use)  # type: ignore[no-untyped-call]
+    return tapped
+
+
+def tap_output(output: Tensor, use: Use) -> Tensor:
+    """As :func:`tap`, cheaper, for an output that is fresh and not saved for its own backward.
+
+    A hook is enough where an in-place operation moves it along. On a view it would stay on a dead branch of the graph, and a tensor
+    that requires no grad cannot have one.
+    """
+    if not output.requires_grad:
+        return tap(output, use)
+    if output._is_view():
+        output = torch.ops.aten._unsafe_view.default(output, output.shape)
+    output.register_hook(use.receive)  # type: ignore[no-untyped-call]
+    return output

@@ -1,0 +1,691 @@
+"""Parameters used in any way: by a rule, as copies for the samples, through functions of parameters, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample import PerSampleEngine
+from lightning_dp.per_sample.rules.conv import ConvRule
+from lightning_dp.per_sample.rules.embedding import EmbeddingRule
+from lightning_dp.per_sample.rules.linear import LinearRule
+from tests.per_sample.checks import assert_engine_agrees, make_engine, run_batch
+
+
+def _loss(module: nn.Module):
+    def loss(x: Tensor) -> Tensor:
+        output = module(x).square()
+        return output.flatten(1).sum(1) if output.dim() > 1 else output
+
+    return loss
+
+
+def _data(*shape: int) -> Tensor:
+    return torch.randn(6, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Bare(nn.Module):
+    """One bare parameter beside two layers; input ``(B, 4, 3)``."""
+
+    SHAPES: ClassVar = {
+        "class token": (1, 1, 3),
+        "repeated class token": (1, 1, 3),
+        "position": (1, 4, 3),
+        "row gain": (1, 3),
+        "column gain": (4, 1),
+        "gain": (3,),
+        "scalar": (),
+        "query": (1, 3),
+        "query, pooled": (1, 3),
+        "row, transposed": (1, 4),
+        "unused": (1, 3),
+        "table": (4, 3),
+    }
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first = nn.Linear(3, 3)
+        self.bare = nn.Parameter(torch.randn(self.SHAPES[how]))
+        self.head = nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, how = self.first(x).tanh(), self.how
+        if how == "class token":
+            x = torch.cat([self.bare.expand(x.shape[0], -1, -1), x], 1)
+        elif how == "repeated class token":
+            x = torch.cat([self.bare.repeat(x.shape[0], 1, 1), x], 1)
+        elif how in ("position", "gain", "scalar", "column gain", "table") or how == "row gain":
+            x = x * self.bare
+        elif how == "query":
+            x = torch.softmax(self.bare @ x.transpose(1, 2), -1) @ x
+        elif how == "query, pooled":
+            x = (self.bare @ x.transpose(1, 2)).mean(1, keepdim=True).transpose(1, 2) * x
+        elif how == "row, transposed":
+            x = self.bare.T * x
+        return self.head(x)
+
+
+@pytest.mark.parametrize("how", list(Bare.SHAPES))
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 6])
+def test_bare_parameters_agree_with_batches_of_one(how: str, size: int) -> None:
+    torch.manual_seed(0)
+    module = Bare(how)
+    assert_engine_agrees(module, _loss(module), _data(4, 3), size=size)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class LayerScale(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A transformer block with every kind of parameter, called with the batch first or second."""
+
+    def __init__(self, batch_first: bool = True, need_weights: bool = False) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.norm = RMSNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first, dropout=0.0)
+        self.need_weights = need_weights
+        self.scale = LayerScale(4)
+        self.activation = nn.PReLU()
+        self.mlp = nn.Linear(4, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        if not self.attention.batch_first:
+            x = x.transpose(0, 1)
+        y = self.norm(x)
+        mixed, weights = self.attention(y, y, value=y, need_weights=self.need_weights)
+        x = x + self.scale(mixed)
+        x = x + self.activation(self.mlp(x))
+        if not self.attention.batch_first:
+            x = x.transpose(0, 1)
+        return x if weights is None else x * weights.mean() if len(x) == 1 else x * weights.mean((1, 2))[:, None, None]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_norm_and_scale(batch_first: bool, need_weights: bool) -> None:
+    torch.manual_seed(0)
+    module = Block(batch_first, need_weights)
+    for size in (1, 4, 6):
+        assert_engine_agrees(module, _loss(module), _data(4, 4), size=size)
+
+
+def test_attention_with_masks() -> None:
+    """A mask without and one with a batch axis, given by keyword."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            padding = x[..., 0] > 1.0
+            return self.attention(x, x, x, attn_mask=causal, key_padding_mask=padding, need_weights=False)[0][:, 1:]
+
+    torch.manual_seed(0)
+    data = _data(4, 4)
+    data[..., 0] = data[..., 0].clamp(max=0.5)
+    data[2, 3, 0] = 2.0
+    module = Masked().double()
+    assert_engine_agrees(module, _loss(module), data)
+
+
+def test_transformer_encoder() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    module = nn.TransformerEncoder(layer, 2).double()
+    assert_engine_agrees(module, _loss(module), _data(3, 4))
+
+
+def test_batch_norm_is_refused_in_training() -> None:
+    module = nn.BatchNorm1d(3)
+    with pytest.raises(PrivacyError, match="mixes them"):
+        make_engine(module, _loss(module), torch.randn(6, 3))
+
+
+def test_batch_norm_in_evaluation_mode_is_a_constant_scaling() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3).eval()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(x))
+
+    module = Frozen().double()
+    nn.init.normal_(module.norm.running_mean)
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    assert_engine_agrees(module, _loss(module), _data(3))
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        parametrizations.weight_norm,
+        parametrizations.orthogonal,
+        parametrizations.spectral_norm,
+        spectral_norm,
+        weight_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_parametrizations_agree_with_batches_of_one(wrap: Any) -> None:
+    module = nn.Sequential(wrap(nn.Linear(3, 3)), nn.Tanh(), wrap(nn.Linear(3, 2))).double()
+    options = {}
+    if "spectral" in wrap.__name__:  # its power iteration moves with every forward in training
+        module.eval()
+        options["evaluation"] = True
+    assert_engine_agrees(module, _loss(module), _data(4, 3), **options)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LSTMCell(3, 2), nn.GRUCell(3, 2), nn.Bilinear(3, 3, 2), nn.ConvTranspose1d(3, 2, 2), nn.EmbeddingBag(5, 2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_without_a_rule(layer: nn.Module) -> None:
+    class Use(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            if isinstance(self.layer, nn.LSTMCell):
+                state = None
+                for _ in range(3):
+                    state = self.layer(x, state)
+                return torch.cat(state, 1)
+            if isinstance(self.layer, nn.Bilinear):
+                return self.layer(x, x.tanh())
+            if isinstance(self.layer, nn.ConvTranspose1d):
+                return self.layer(x[:, :, None])
+            return self.layer(x)
+
+    torch.manual_seed(0)
+    module = Use().double()
+    data = torch.randint(0, 5, (6, 3)) if isinstance(layer, nn.EmbeddingBag) else _data(3)
+    assert_engine_agrees(module, _loss(module), data)
+
+
+def test_randomness_beside_a_parameter_is_drawn_once() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(x, 0.5) * self.gain
+
+    module = Noisy()
+    engine = make_engine(module, _loss(module), torch.randn(6, 3))
+    data = torch.randn(4, 3)
+    engine.begin(4)
+    output = module(data)
+    output.square().sum().backward()
+    torch.testing.assert_close(
+        engine.per_sample_gradients()["gain"], 2 * output.detach().square() / module.gain.detach()
+    )
+
+
+def test_a_loop_over_the_samples_is_refused() -> None:
+    """A number of calls that changes with the batch: which call belongs to which sample cannot be seen."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.rand(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([row * self.gain for row in x])
+
+    module = Branches().double()
+    with pytest.raises(PrivacyError, match=r"mul of 'gain'.*called 2 times with 2 samples.*microbatch_size=1"):
+        make_engine(module, _loss(module), _data(3))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 7)
+        self.head.weight = self.table.weight
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.table(x)))
+
+
+def test_tied_weights_add_gradients_before_the_norm() -> None:
+    torch.manual_seed(0)
+    module = Tied()
+    assert "head.weight" not in dict(module.named_parameters())
+    assert_engine_agrees(module, _loss(module), torch.randint(0, 7, (6, 3)))
+
+
+def test_a_weight_used_by_its_layer_and_by_the_module_around_it() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.weight = self.layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).tanh() @ self.weight
+
+    torch.manual_seed(0)
+    module = Around().double()
+    assert_engine_agrees(module, _loss(module), _data(3))
+
+
+def test_a_parameter_outside_the_module_is_refused() -> None:
+    with pytest.raises(PrivacyError, match=r"\['gone'\] outside of it"):
+        PerSampleEngine(nn.Linear(1, 1)).set_parameters({"gone": nn.Parameter(torch.ones(1))})
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_layers_that_fix_puts_in(batch_first: bool) -> None:
+    """Opacus' recurrent and attention layers work through the linear layers inside them."""
+    from opacus.layers import DPLSTM, DPMultiheadAttention
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = DPLSTM(3, 4, num_layers=2, bidirectional=True, batch_first=batch_first)
+            self.attention = DPMultiheadAttention(8, 2, add_bias_kv=True, batch_first=batch_first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if batch_first else x.transpose(0, 1)
+            x = self.rnn(x)[0]
+            x = self.attention(x, x, x)[0]
+            return x if batch_first else x.transpose(0, 1)
+
+    torch.manual_seed(0)
+    module = Net().double()
+    for size in (1, 4, 6):
+        engine = assert_engine_agrees(module, _loss(module), _data(4, 3), size=size)
+    assert {type(source.rule) for source in engine._tracker.sources.values()} >= {LinearRule}
+
+
+class Uses(nn.Module):
+    """A function of parameters and samples."""
+
+    def __init__(self, function: Any, **held: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, thing in held.items():
+            setattr(self, name, nn.Parameter(thing) if isinstance(thing, Tensor) else thing)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def set_rows(x: Tensor, where: Any, value: Tensor) -> Tensor:
+    x = x.clone()
+    x[where] = value
+    return x
+
+
+def scanned(m: Any, x: Tensor) -> Tensor:
+    """A selective state space, time by time."""
+    state, rate = x.new_zeros(len(x), 3, 2), F.softplus(m.layer(x))
+    found = []
+    for t in range(x.shape[1]):
+        state = (-rate[:, t, :, None] * m.decay.exp()).exp() * state + (rate[:, t] * x[:, t])[..., None]
+        found.append(state.sum(-1) + x[:, t] * m.skip)
+    return torch.stack(found, 1)
+
+
+EACH = torch.arange(4)
+#: what a network may do with bare parameters; input (B, 4, 3)
+WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "functional head": (
+        lambda m, x: F.linear(x, m.layer.weight.t() @ m.layer.weight),
+        {"layer": nn.Linear(3, 3, bias=False)},
+    ),
+    "product from the left": (lambda m, x: m.w @ x, {"w": drawn(2, 4)}),
+    "product with a vector": (lambda m, x: x @ m.w, {"w": drawn(3)}),
+    "einsum": (lambda m, x: torch.einsum("btd,hde->bhte", x, m.w), {"w": drawn(2, 3, 2)}),
+    "stacked products": (lambda m, x: x.unsqueeze(1) @ m.w, {"w": drawn(2, 3, 2)}),
+    "chunks": (
+        lambda m, x: sum(F.linear(x, *pair) for pair in zip(m.w.chunk(3), m.b.chunk(3))),
+        {"w": drawn(6, 3), "b": drawn(6)},
+    ),
+    "overlapping slices": (lambda m, x: F.linear(x, m.w[:3]) + F.linear(x.sin(), m.w[1:]), {"w": drawn(4, 3)}),
+    "one slice twice": (lambda m, x: x @ m.w[0] + x.sin() @ m.w[0], {"w": drawn(2, 3, 3)}),
+    "low-rank product": (lambda m, x: F.linear(x, m.b @ m.a), {"a": drawn(2, 3), "b": drawn(4, 2)}),
+    "normalised weight": (lambda m, x: F.linear(F.normalize(x, dim=-1), F.normalize(m.w, dim=-1)), {"w": drawn(4, 3)}),
+    "gated weight": (lambda m, x: F.linear(x, m.w * m.gate.sigmoid()), {"w": drawn(4, 3), "gate": drawn(4, 3)}),
+    "noise of a learned scale": (
+        lambda m, x: F.linear(x, m.w + m.s.exp() * torch.ones_like(m.w)),
+        {"w": drawn(4, 3), "s": drawn(4, 3)},
+    ),
+    "softmax of weights": (
+        lambda m, x: (torch.stack([x, x.sin()]) * m.w.softmax(0)[:, None, None, None]).sum(0),
+        {"w": drawn(2)},
+    ),
+    "weights one by one": (lambda m, x: sum(x @ w for w in m.w), {"w": drawn(2, 3, 3)}),
+    "scale in a distribution": (
+        lambda m, x: -torch.distributions.Normal(m.mean, m.scale.exp()).log_prob(x),
+        {"mean": drawn(3), "scale": drawn(3)},
+    ),
+    "full covariance": (
+        lambda m, x: -torch.distributions.MultivariateNormal(m.mean, scale_tril=m.tril.tril()).log_prob(x),
+        {"mean": drawn(3), "tril": torch.eye(3) + 0.1},
+    ),
+    "position table": (lambda m, x: x + m.table(EACH), {"table": nn.Embedding(7, 3)}),
+    "position table with axes": (
+        lambda m, x: x + m.table(EACH[None]).transpose(0, 1).transpose(0, 1),
+        {"table": nn.Embedding(7, 3)},
+    ),
+    "layers on positions": (
+        lambda m, x: x + m.norm(m.table(EACH)),
+        {"table": nn.Embedding(7, 3), "norm": nn.LayerNorm(3)},
+    ),
+    "relative positions": (
+        lambda m, x: x @ x.mT + m.bias[(EACH[:, None] - EACH)].permute(2, 0, 1)[0],
+        {"bias": drawn(7, 2)},
+    ),
+    "interpolated positions": (lambda m, x: x + F.interpolate(m.p, size=3, mode="linear"), {"p": drawn(1, 4, 2)}),
+    "basis of constants": (lambda m, x: (x.unsqueeze(-1) * F.softplus(m.w).cumsum(-1)).sum(-1), {"w": drawn(3, 2)}),
+    "tokens repeated in many ways": (
+        lambda m, x: torch.cat(
+            [
+                m.a.expand(len(x), -1, -1),
+                m.b.repeat(len(x), 1, 1),
+                m.b.tile(len(x), 1, 1),
+                torch.stack([m.c] * len(x)),
+                x,
+            ],
+            1,
+        ),
+        {"a": drawn(1, 1, 3), "b": drawn(1, 2, 3), "c": drawn(1, 3)},
+    ),
+    "rows repeated for every sample": (
+        lambda m, x: (m.w.repeat(len(x), 1) * x.flatten(0, 1)).view(x.shape),
+        {"w": drawn(4, 3)},
+    ),
+    "token written into the samples": (lambda m, x: set_rows(x, (slice(None), 0), m.w), {"w": drawn(3)}),
+    "masked by a token": (lambda m, x: set_rows(x, x[..., 0] > 0, m.w), {"w": drawn(3)}),
+    "learned queries": (lambda m, x: F.scaled_dot_product_attention(m.q, x, x), {"q": drawn(1, 2, 3)}),
+    "attention bias": (
+        lambda m, x: F.scaled_dot_product_attention(*[x[:, None]] * 3, attn_mask=m.b),
+        {"b": drawn(1, 1, 4, 4)},
+    ),
+    "codebook": (
+        lambda m, x: x + F.embedding((x[..., None, :] - m.book.weight).square().sum(-1).argmin(-1), m.book.weight),
+        {"book": nn.Embedding(5, 3)},
+    ),
+    "distances to centres": (lambda m, x: torch.cdist(x, m.w), {"w": drawn(2, 3)}),
+    "complex filter": (
+        lambda m, x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * torch.view_as_complex(m.w), n=4, dim=1),
+        {"w": drawn(3, 3, 2)},
+    ),
+    "dynamic weights": (lambda m, x: torch.bmm(x, (x.mean(1) @ m.w).view(-1, 3, 2)), {"w": drawn(3, 6)}),
+    "determinant": (
+        lambda m, x: (x @ m.w).square().sum((1, 2)) - torch.linalg.slogdet(m.w).logabsdet,
+        {"w": drawn(3, 3)},
+    ),
+    "scan": (scanned, {"layer": nn.Linear(3, 3), "decay": drawn(3, 2), "skip": drawn(3)}),
+    "in-place operations": (
+        lambda m, x: m.layer(x).mul_(m.gain).add_(m.shift).relu_(),
+        {"layer": nn.Linear(3, 3), "gain": drawn(3), "shift": drawn(3)},
+    ),
+    "parameter lists": (
+        lambda m, x: x @ m.many[0] + m.named["b"],
+        {"many": nn.ParameterList([drawn(3, 3)]), "named": nn.ParameterDict({"b": drawn(3)})},
+    ),
+    "standardised convolution": (
+        lambda m, x: F.conv1d(x, m.conv.weight - m.conv.weight.mean((1, 2), keepdim=True), m.conv.bias),
+        {"conv": nn.Conv1d(4, 3, 2)},
+    ),
+    "weights of another": (
+        lambda m, x: torch.func.functional_call(m.layer, {k: 2 * v for k, v in m.layer.named_parameters()}, x),
+        {"layer": nn.Linear(3, 2)},
+    ),
+    "attention with biases for keys": (
+        lambda m, x: m.mix(x, x.tanh(), x.sin())[0],
+        {"mix": nn.MultiheadAttention(3, 1, batch_first=True, add_bias_kv=True, add_zero_attn=True)},
+    ),
+    "attention over other widths": (
+        lambda m, x: m.mix(x, x[..., :2], x[..., :1])[0],
+        {"mix": nn.MultiheadAttention(3, 1, batch_first=True, kdim=2, vdim=1)},
+    ),
+    "penalty in every loss": (
+        lambda m, x: m.layer(x).sum((1, 2)) + m.layer.weight.square().sum(),
+        {"layer": nn.Linear(3, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "lean"}, {"grad_sample": "materialize"}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_use_agree_with_batches_of_one(way: str, options: dict[str, Any]) -> None:
+    function, held = WAYS[way]
+    module = Uses(function, **copy.deepcopy(held))
+    assert_engine_agrees(module, _loss(module), _data(4, 3), size=4, **options)
+
+
+def test_ways_of_use_hold_in_float32() -> None:
+    for function, held in WAYS.values():
+        module = Uses(function, **copy.deepcopy(held)).float()
+        assert_engine_agrees(module, _loss(module), _data(4, 3).float(), size=4, rtol=3e-5)
+
+
+def test_views_of_a_parameter_keep_its_rule() -> None:
+    """Chunks and transposes of a weight are linear layers without gradients of the weight's size."""
+    for way in ("chunks", "product from the left", "codebook"):
+        function, held = WAYS[way]
+        module = Uses(function, **copy.deepcopy(held))
+        engine = make_engine(module, _loss(module), _data(4, 3))
+        run_batch(engine, _loss(module), _data(4, 3), 4)
+        rules = {type(source.rule) for source in engine._tracker.sources.values() if source.uses or source.memory()}
+        assert (EmbeddingRule if way == "codebook" else LinearRule) in rules
+        assert (engine._sorted({"w"})[1] == set()) or way == "codebook"
+
+
+def test_attention_with_dropout_draws_once_for_all_samples() -> None:
+    """Its gradients are those of the outputs that it gave."""
+    module = nn.MultiheadAttention(4, 2, dropout=0.0, batch_first=True).double()
+    data = _data(3, 4)
+    engine = make_engine(module, lambda x: module(x, x, x)[0].sum((1, 2)), data)
+    module.dropout = 0.5  # off while the layout is learned, as the strategy has it
+    engine.begin(6)
+    torch.manual_seed(5)
+    output = module(data, data, data)[0]
+    output.square().sum().backward()
+    grads = engine.per_sample_gradients()
+    engine.end()
+    torch.manual_seed(5)
+    plain = module(data, data, data)[0]
+    torch.testing.assert_close(plain, output)
+    assert not torch.allclose(module(data, data, data)[0], output)
+    expected = torch.autograd.grad(plain.square().sum(), list(module.parameters()))
+    for (name, _), grad in zip(module.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(grads[name].sum(0), grad)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight.mT, torch.einsum("bti,bto->io", x, grads[0])
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("derived", [False, True])
+def test_uses_that_do_not_report_themselves_are_found(scripted: bool, derived: bool) -> None:
+    """Of a parameter and of a function of it: no raw gradient stays, and the parameter is named."""
+    function = torch.jit.script(_product) if scripted else _Product.apply
+    module = Uses(
+        lambda m, x: m.layer(x) + function(x, 2 * m.w if derived else m.w), w=drawn(3, 2), layer=nn.Linear(3, 2)
+    )
+    engine = make_engine(module, _loss(module), _data(4, 3))
+    with pytest.raises(PrivacyError, match=r"\['w'\]: a torch.autograd.Function.*microbatch_size=1"):
+        run_batch(engine, _loss(module), _data(4, 3), 4)
+    assert module.w.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
+def test_a_scripted_layer_is_found() -> None:
+    module = nn.Sequential(torch.jit.script(nn.Linear(3, 3)), nn.Linear(3, 2)).double()
+    engine = make_engine(module, _loss(module), _data(3))
+    with pytest.raises(PrivacyError, match=r"\['0.bias', '0.weight'\]"):
+        run_batch(engine, _loss(module), _data(3), 4)
+
+
+def test_a_compiled_layer_reports_itself() -> None:
+    """It runs as it was before it was compiled, and is compiled again afterwards."""
+    runs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        runs.append(1)
+        return graph
+
+    module = nn.Sequential(torch.compile(nn.Linear(3, 3), backend=backend), nn.Tanh(), nn.Linear(3, 2)).double()
+    assert_engine_agrees(module, _loss(module), _data(3))
+    assert not runs or module(_data(3)) is not None
+
+
+@pytest.mark.parametrize("how", ["penalty", "pooled", "statistic"])
+def test_parameters_that_meet_no_samples_are_refused(how: str) -> None:
+    layer = nn.Linear(3, 2).double()
+
+    def loss(x: Tensor) -> Tensor:
+        if how == "penalty":
+            return layer(x).sum() + layer.weight.square().sum()
+        if how == "pooled":
+            return layer(x).sum(1) + layer(x.mean(0)).sum()
+        return layer(x).sum(1) + (layer(x).mean(0) * layer.bias).sum()
+
+    match = {
+        "penalty": r"'sum\(square\(weight\)\)' to meet tensors with a batch axis.*weight_decay",
+        "pooled": r"linear of 'weight', 'bias'.*without a batch axis whose values change with the batch.*samples are mixed",
+        "statistic": r"mul of 'bias'.*without a batch axis.*a statistic of the batch mixes its samples",
+    }[how]
+    with pytest.raises(PrivacyError, match=match):
+        make_engine(layer, loss, _data(3))
+
+
+def test_a_function_of_an_earlier_batch_is_refused() -> None:
+    module = Uses(lambda m, x: x * (m.w.exp() if m.kept is None else m.kept), w=drawn(3))
+    module.kept = None
+    engine = make_engine(module, _loss(module), _data(3))
+    engine.begin(4)
+    kept = module.w.exp()
+    engine.begin(4)
+    module.kept = kept
+    with pytest.raises(PrivacyError, match=r"'exp\(w\)' of an earlier one"):
+        module(_data(3)[:4])
+
+
+def test_state_that_moves_with_every_forward_is_a_constant() -> None:
+    """As the vectors of spectral norm: they differ from run to run at the same batch size too."""
+
+    def scaled(m: Any, x: Tensor) -> Tensor:
+        m.state += 1.0
+        return x * (m.w * m.state)
+
+    module = Uses(scaled, w=drawn(3))
+    module.state = torch.zeros(3, dtype=torch.float64)
+    make_engine(module, _loss(module), _data(3))
+
+
+def test_parameters_look_like_parameters_in_a_step() -> None:
+    module = nn.Linear(3, 2).double()
+    average, seen = torch.zeros(2, 3, dtype=torch.float64), []
+
+    def loss(x: Tensor) -> Tensor:
+        weight = module.weight
+        with torch.no_grad():
+            average.mul_(0.5).add_(weight, alpha=0.5)
+            plain = weight * 1.0
+        seen.append(
+            (isinstance(weight, nn.Parameter), weight.requires_grad, weight.is_leaf, type(plain), type(weight.detach()))
+        )
+        state = copy.deepcopy(module.state_dict())
+        assert all(type(value) is Tensor for value in state.values())
+        assert type(copy.deepcopy(module).weight) is nn.Parameter
+        assert weight is dict(module.named_parameters())["weight"]
+        return module(x).sum(1)
+
+    engine = make_engine(module, loss, _data(3))
+    seen.clear()
+    run_batch(engine, loss, _data(3), 4)
+    assert seen == [(True, True, True, Tensor, Tensor)]
+    assert type(average) is Tensor
+    engine.end()
+    assert type(module.weight) is nn.Parameter
+
+
+def test_parameters_of_one_function_train_together() -> None:
+    """Their gradients come from one computation, which cannot be forgotten in part."""
+    module = Uses(lambda m, x: F.linear(x, m.b @ m.a), a=drawn(2, 3), b=drawn(4, 2))
+    engine = make_engine(module, _loss(module), _data(3))
+    run_batch(engine, _loss(module), _data(3), 4)
+    with pytest.raises(PrivacyError, match="in one optimizer"):
+        engine.discard(["a"])
+    engine.discard(["a", "b"])
+    assert not engine.has_backprops(["a", "b"])
+
+
+def test_a_product_over_the_samples_is_named() -> None:
+    mixing = Uses(lambda m, x: torch.einsum("bti,io->tio", x, m.w), w=drawn(3, 3))
+    engine = make_engine(mixing, lambda x: mixing(x).sum(), _data(4, 3))
+    with pytest.raises(PrivacyError, match=r"einsum of 'w' to keep the samples apart"):
+        run_batch(engine, lambda x: mixing(x).sum(), _data(4, 3), 4)
+
+
+def test_the_convolution_rule_needs_the_samples_first() -> None:
+    """Samples along the channels would be convolved over."""
+    module = Uses(lambda m, x: m.conv(x.permute(1, 0, 2)[:, :, :]).permute(1, 0, 2), conv=nn.Conv1d(1, 1, 1))
+    with pytest.raises((PrivacyError, RuntimeError), match="conv1d|channels"):
+        make_engine(module, _loss(module), _data(4, 3))
+    assert ConvRule().follows(None, 0, 3)
+    assert not ConvRule().follows(None, 1, 3)
