@@ -281,7 +281,12 @@ def mamba() -> nn.Module:
 
 def deberta() -> nn.Module:
     """Attention over learned relative positions, repeated for every record."""
-    places = {"relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 16}
+    places = {
+        "relative_attention": True,
+        "position_buckets": 4,
+        "pos_att_type": ["p2c", "c2p"],
+        "max_position_embeddings": 16,
+    }
     return hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**SMALL, vocab_size=VOCABULARY, **places))
 
 

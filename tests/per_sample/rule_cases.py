@@ -1,4 +1,4 @@
-"""One table of layers for contracts over rules: every registered rule is in it, and so are the units without a rule.
+"""One table of layers for contracts over rules: every registered rule is in it, and so are the ways without one.
 
 Legend: ``B`` samples, ``T`` uses of the parameters by one sample.
 """
@@ -26,25 +26,26 @@ class Conv1D(nn.Module):
 
 
 class Bare(nn.Module):
-    """A parameter of shape (1, d), expanded to the batch."""
+    """Parameters without a rule, used by a function."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(1, 5))
+        self.function = function
+        self.weight = nn.Parameter(torch.rand(shape) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.shift.view(1, *[1] * (x.dim() - 2), 5)
+        return self.function(x, self.weight)
 
 
-class Recomputed(nn.Module):
-    """A parameter that no rule knows."""
+class Recurrent(nn.Module):
+    """The next state of a zero one."""
 
-    def __init__(self) -> None:
+    def __init__(self, cell: nn.RNNCellBase) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(5))
+        self.cell = cell
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gain
+        return self.cell(x.flatten(0, -2), None).unflatten(0, x.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,14 @@ CASES: dict[str, Case] = {
     "rms norm": Case(lambda: nn.RMSNorm(5), (5,)),
     "group norm": Case(lambda: nn.GroupNorm(2, 4), (4, 3), joined=True),
     "instance norm": Case(lambda: nn.InstanceNorm1d(4, affine=True), (4, 3), joined=True),
-    "expanded parameter": Case(Bare, (5,)),
-    "recomputed module": Case(Recomputed, (5,)),
+    "elementwise": Case(lambda: Bare(lambda x, w: x * w, 5), (5,)),
+    "repeated for every sample": Case(lambda: Bare(lambda x, w: x + w.expand(x.shape), 5), (5,)),
+    "mapped over the samples": Case(lambda: Bare(lambda x, w: torch.einsum("...i,ij->...j", x, w), 5, 3), (5,)),
+    "slices of a weight": Case(lambda: Bare(lambda x, w: x @ w[:, :3] + x @ w[:, 2:5], 12, 5), (12,)),
+    "disjoint slices": Case(lambda: Bare(lambda x, w: x @ w[:, :3] + x @ w[:, 3:], 12, 6), (12,)),
+    "weight norm": Case(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(12, 10)), (12,), 9),
+    "low-rank product": Case(lambda: Bare(lambda x, w: x @ (w @ w.T), 5, 2), (5,)),
+    "recurrent": Case(lambda: Recurrent(nn.GRUCell(5, 4)), (5,)),
 }
 
 HOWS = ("positions", "calls", "rows", "units")
@@ -107,7 +114,8 @@ class Arranged(nn.Module):
         self.layers = nn.ModuleList([case.make() for _ in range(case.uses if how == "units" else 1)])
         for layer in self.layers[1:]:
             for name, parameter in self.layers[0].named_parameters():
-                setattr(layer, name, parameter)
+                owner, _, local = name.rpartition(".")
+                setattr(layer.get_submodule(owner), local, parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layers[0]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import PerSampleEngine
-from tests.per_sample.checks import assert_engine_agrees
+from tests.per_sample.checks import assert_engine_agrees, make_engine, run_batch
 
 
 def _loss(module: nn.Module):
@@ -42,13 +41,25 @@ def test_embedding_called_twice_adds_gradients_before_the_norm() -> None:
     assert_engine_agrees(module, _loss(module), torch.randint(0, 6, (6, 4)))
 
 
-@pytest.mark.parametrize("option", [{"sparse": True}, {"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
 def test_embedding_refuses_what_is_not_private(option: dict[str, Any]) -> None:
     module = nn.Embedding(5, 3, **option)
-    engine = PerSampleEngine(module)
-    engine.set_parameters(dict(module.named_parameters()))
-    with pytest.raises(PrivacyError, match=f"without {next(iter(option))}"):
-        engine.learn_layout(lambda size: module(torch.zeros(size, 2, dtype=torch.long)))
+    data = torch.randint(0, 5, (6, 2))
+    engine = make_engine(module, _loss(module), data)
+    with pytest.raises(PrivacyError, match=f"got .*{next(iter(option))}={next(iter(option.values()))}"):
+        run_batch(engine, _loss(module), data, 4)
+
+
+def test_sparse_embeddings_get_dense_gradients() -> None:
+    module = nn.Embedding(5, 3, sparse=True).double()
+    dense = nn.Embedding.from_pretrained(module.weight.detach().clone(), freeze=False)
+    data = torch.randint(0, 5, (6, 2))
+    found = []
+    for layer in (module, dense):
+        engine = make_engine(layer, _loss(layer), data)
+        run_batch(engine, _loss(layer), data, 6)
+        found.append(engine.per_sample_gradients()["weight"])
+    assert torch.equal(*found)
 
 
 class Positions(nn.Module):
@@ -80,7 +91,7 @@ class Positions(nn.Module):
 @pytest.mark.parametrize("how", ["flat", "row", "keyword", "after", "repeat"])
 @pytest.mark.parametrize("size", [1, 5, 6])
 def test_positions_without_batch_axis(how: str, size: int) -> None:
-    """Also where the length is the batch size (5). The last two cannot be expanded and are recomputed."""
+    """Also where the length is the batch size (5). They are functions of the table, or repeated for every sample."""
     torch.manual_seed(0)
     module = Positions(how).double()
     assert_engine_agrees(module, _loss(module), torch.randint(0, 7, (6, 5)), size=size)

@@ -14,7 +14,7 @@ from lightning_dp.per_sample import sources
 from lightning_dp.per_sample.rules import sparse_mask
 from lightning_dp.per_sample.rules.base import Call, Rule
 from lightning_dp.per_sample.rules.conv import ConvRule
-from lightning_dp.per_sample.rules.linear import LinearRule, TransposedLinearRule
+from lightning_dp.per_sample.rules.linear import LinearRule
 from lightning_dp.per_sample.rules.sparse_mask import places_of
 from tests import reference
 from tests.helpers import Largest
@@ -193,7 +193,7 @@ def test_no_gradient_of_all_samples_is_made() -> None:
     assert 0 < seen.elements < 256 * module.weight.numel() / 2
 
 
-@pytest.mark.parametrize("rule", [LinearRule, TransposedLinearRule, ConvRule])
+@pytest.mark.parametrize("rule", [LinearRule, ConvRule])
 def test_the_general_way_gives_the_same_entries(rule: type[Rule]) -> None:
     """Also of a bias, which no engine asks for."""
     if rule is ConvRule:
@@ -202,8 +202,6 @@ def test_the_general_way_gives_the_same_entries(rule: type[Rule]) -> None:
         backprop = torch.randn(SIZE, 6, 5)
     else:
         module, x, backprop = nn.Linear(4, 6), torch.randn(SIZE, 3, 4), torch.randn(SIZE, 3, 6)
-        if rule is TransposedLinearRule:
-            module.weight = nn.Parameter(module.weight.T.contiguous())
     call = Call((x,), {}, x, backprop)
     for name in ("weight", "bias"):
         places = torch.tensor([0, 2, 5])

@@ -67,10 +67,9 @@ def test_packed_sequences_agree_with_batches_of_one(kind: Any, options: dict[str
         x, given = batch
         return outputs_of(module(x[:, : int(given)]))
 
-    data = (DATA, lengths) if not enforce_sorted else (DATA, lengths)
-    if enforce_sorted:  # the two samples that the layout is learned from are repeated: of one length
-        assert lengths[0] == lengths[1]
-    assert_engine_agrees(module, loss, data, size=6, single_loss=single)
+    # the two samples that the layout is learned from are repeated: where they must be sorted, of one length
+    assert lengths[0] == lengths[1] or not enforce_sorted
+    assert_engine_agrees(module, loss, (DATA, lengths), size=6, single_loss=single)
 
 
 def test_relu_projections_and_dropout_between_layers() -> None:

@@ -17,6 +17,7 @@ from lightning_dp import clipping as clippings
 from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping, PSACClipping
 from lightning_dp.clipping.base import SMALLEST_FACTOR
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, rules
+from lightning_dp.per_sample.leaves import LeafRule
 from lightning_dp.step.accumulator import ClippedSum
 from tests import reference
 from tests.per_sample.checks import make_engine, run_batch
@@ -113,7 +114,9 @@ def test_cancelling_records_keep_to_the_bound(name: str, how: str, way: dict[str
 
 
 @pytest.mark.parametrize("engine_class", [PerSampleEngine, SingleSampleEngine])
-@pytest.mark.parametrize("name", ["linear, products", "conv3d", "embedding", "layer norm", "recomputed module"])
+@pytest.mark.parametrize(
+    "name", ["linear, products", "conv3d", "embedding", "layer norm", "elementwise", "weight norm"]
+)
 def test_cancelling_backwards_keep_to_the_bound(name: str, engine_class: type) -> None:
     """Each use of the parameters has a backward of its own."""
     module = Arranged(CASES[name], "calls")
@@ -154,8 +157,14 @@ def test_ordinary_norms_change_by_rounding_only(name: str, how: str, way: dict[s
 
 
 def test_every_registered_rule_has_a_case() -> None:
-    covered = {type(rules.rule_for(case.make())) for case in CASES.values()} - {type(None)}
-    assert covered == {type(rule) for rule in rules.registered()}
+    covered = set()
+    for case in CASES.values():
+        module = Arranged(case, "positions")
+        x = torch.randn(4, case.uses, *case.element) if case.element else torch.randint(0, 9, (4, case.uses))
+        engine = make_engine(module, lambda batch, module=module: module(batch).flatten(1).sum(1), x)
+        run_batch(engine, lambda batch, module=module: module(batch).flatten(1).sum(1), x, 4)
+        covered |= {type(source.rule) for source in engine._tracker.sources.values()}
+    assert covered == {*rules.registered(), LeafRule}
 
 
 def test_every_clipping_by_factor_is_tried() -> None:

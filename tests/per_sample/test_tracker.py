@@ -384,7 +384,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
     "einsum": (lambda m, x: torch.einsum("btd,hde->bhte", x, m.w), {"w": drawn(2, 3, 2)}),
     "stacked products": (lambda m, x: x.unsqueeze(1) @ m.w, {"w": drawn(2, 3, 2)}),
     "chunks": (
-        lambda m, x: sum(F.linear(x, *pair) for pair in zip(m.w.chunk(3), m.b.chunk(3))),
+        lambda m, x: sum(F.linear(x, *pair) for pair in zip(m.w.chunk(3), m.b.chunk(3), strict=True)),
         {"w": drawn(6, 3), "b": drawn(6)},
     ),
     "overlapping slices": (lambda m, x: F.linear(x, m.w[:3]) + F.linear(x.sin(), m.w[1:]), {"w": drawn(4, 3)}),
@@ -684,8 +684,10 @@ def test_a_product_over_the_samples_is_named() -> None:
 
 def test_the_convolution_rule_needs_the_samples_first() -> None:
     """Samples along the channels would be convolved over."""
-    module = Uses(lambda m, x: m.conv(x.permute(1, 0, 2)[:, :, :]).permute(1, 0, 2), conv=nn.Conv1d(1, 1, 1))
-    with pytest.raises((PrivacyError, RuntimeError), match="conv1d|channels"):
-        make_engine(module, _loss(module), _data(4, 3))
+    module = Uses(
+        lambda m, x: F.conv1d(x.transpose(0, 1), m.w.expand(len(x), 1, 1), groups=len(x)).transpose(0, 1),
+        w=drawn(1, 1, 1),
+    )
+    assert_engine_agrees(module, _loss(module), _data(4, 3), size=4)  # a weight for each sample
     assert ConvRule().follows(None, 0, 3)
     assert not ConvRule().follows(None, 1, 3)

@@ -290,7 +290,3 @@ class Rule(ABC):
         backprops are always kept.
         """
         return type(self).squared_norms is Rule.squared_norms
-
-    def check(self, module: nn.Module, name: str) -> None:
-        """Raise ``PrivacyError`` if the layer has a setting under which its gradient cannot be private."""
-        return

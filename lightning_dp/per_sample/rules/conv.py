@@ -334,7 +334,7 @@ def _shape_of(conv: Conv, calls: Sequence[Call], batch_size: int) -> ConvShape:
     kernel = conv.weight[0, 0].numel()
     elements = sum(call.backprop.numel() for call in calls)
     return ConvShape(
-        device=conv.weight.device.type,
+        device=calls[0].backprop.device.type,
         groups=conv.groups,
         in_width=conv.in_channels // conv.groups * kernel,
         out_width=conv.out_channels // conv.groups,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_from_zeros, widen
 
 
@@ -22,17 +21,6 @@ class EmbeddingRule(Rule):
     @override
     def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
         return True
-
-    @override
-    def check(self, module: nn.Module, name: str) -> None:
-        assert isinstance(module, nn.Embedding)
-        for option in ("scale_grad_by_freq", "sparse", "max_norm"):
-            value = getattr(module, option)
-            if value is not None and value is not False:
-                raise PrivacyError(
-                    f"Expected an embedding without {option}, got {option}={value} in module {name!r}. "
-                    "It would change the gradient or the weight in a way that is not private; leave it out."
-                )
 
     @override
     def per_sample(

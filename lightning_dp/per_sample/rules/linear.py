@@ -1,4 +1,4 @@
-"""Linear layers: ``weight`` of shape (p, d), ``bias`` of shape (p,); and GPT-2's layer with the weight transposed.
+"""Linear layers: ``weight`` of shape (p, d), ``bias`` of shape (p,).
 
 Legend: ``B`` samples, ``T`` positions of a sample (axes between batch and features, calls, rows), ``d`` in, ``p`` out.
 """
@@ -97,7 +97,6 @@ def _no_underflow(norm_a: Tensor, norm_g: Tensor, num_in: int, num_out: int) -> 
 class LinearRule(Rule):
     """``nn.Linear``, at any number of positions, calls and rows of a sample."""
 
-    transposed = False
     fills_buffers = True
 
     @override
@@ -113,7 +112,7 @@ class LinearRule(Rule):
             activation, backprop = calls[0].activation, calls[0].backprop
             new = partial(torch.empty, dtype=accumulation_dtype(backprop), device=backprop.device)
             shape = (backprop.shape[-1], activation.shape[-1])
-            grads["weight"] = new(batch_size, *(reversed(shape) if self.transposed else shape))
+            grads["weight"] = new(batch_size, *shape)
             self.fill(module, calls, batch_size, "weight", grads["weight"])
         if "bias" in names:
             grads["bias"] = _sums_over_positions(calls, batch_size)
@@ -146,7 +145,7 @@ class LinearRule(Rule):
         return norms
 
     def _masked_weight_squared_norm(self, inputs: Tensor, backprops: Tensor, mask: Tensor) -> Tensor:
-        lefts, rights = (inputs, backprops) if self.transposed else (backprops, inputs)
+        lefts, rights = backprops, inputs
         if inputs.shape[1] != 1:
             return _product_squared_norm(lefts, rights, mask)
         lefts, rights = lefts[:, 0], rights[:, 0]
@@ -184,8 +183,7 @@ class LinearRule(Rule):
                 inputs = inputs * factors_B11
             else:
                 backprops = backprops * factors_B11
-            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
-            left, right = (side.flatten(0, 1) for side in pair)
+            left, right = (side.flatten(0, 1) for side in (backprops, inputs))
             if out["weight"].dtype == left.dtype:
                 out["weight"].addmm_(left.mT, right)
             else:
@@ -203,7 +201,7 @@ class LinearRule(Rule):
             return super().live_entries(module, calls, batch_size, name, places)
         found = []
         for _, inputs, backprops in _blocks(calls, batch_size):
-            lefts, rights = (inputs, backprops) if self.transposed else (backprops, inputs)
+            lefts, rights = backprops, inputs
             found += [part.flatten(1).index_select(1, places) for _, part in _products(lefts, rights)]
         return torch.cat(found) if found else widen(calls[0].backprop).new_zeros(0, len(places))
 
@@ -222,7 +220,7 @@ class LinearRule(Rule):
         ((_, inputs, backprops),) = _blocks(calls, batch_size)
         if inputs.shape[1] != 1:
             return set()
-        lefts, rights = (inputs, backprops) if self.transposed else (backprops, inputs)
+        lefts, rights = backprops, inputs
         entries = masked_outer_sum(masks["weight"], lefts[:, 0], rights[:, 0], factors)
         if entries is None:
             return set()
@@ -235,8 +233,7 @@ class LinearRule(Rule):
             super().fill(module, calls, batch_size, name, out)
             return
         for rows, inputs, backprops in _blocks(calls, batch_size):
-            pair = (inputs, backprops) if self.transposed else (backprops, inputs)
-            torch.bmm(pair[0].mT, pair[1], out=out[rows])
+            torch.bmm(backprops.mT, inputs, out=out[rows])
 
     @override
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
@@ -246,12 +243,6 @@ class LinearRule(Rule):
         if num_positions == len(calls):  # one position a call: a single one, or a recurrence, whose calls are all small
             return False
         return prefer_kept(num_positions, calls[0].activation.shape[-1], calls[0].backprop.shape[-1])
-
-
-class TransposedLinearRule(LinearRule):
-    """The ``Conv1D`` of transformers' GPT-2: a linear layer whose weight has shape (d, p)."""
-
-    transposed = True
 
 
 def _weight_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
