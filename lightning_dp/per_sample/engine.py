@@ -318,17 +318,16 @@ class PerSampleEngine:
                     few = {key: out[name] for key, name in plain.items() if name in places}
                     names = {key: masks[name] for key, name in plain.items() if name in places}
                     rest = keys.keys() - source.add_live_entries(few, names, factors[row], lost) if few else keys.keys()
-                    sums, targets = {}, {}
-                    for key in rest:
-                        name, region = keys[key]
+                    sums: dict[str, Tensor] = {}
+                    for name, region in map(keys.__getitem__, rest):
                         direct = name not in masks and (region is None or out[name].is_contiguous())
-                        sums[key] = out[name] if direct else zeros_for(name)
-                        targets[key] = view_of(sums[key], region)
+                        if name not in sums:
+                            sums[name] = out[name] if direct else zeros_for(name)
+                    targets = {key: view_of(sums[keys[key][0]], keys[key][1]) for key in rest}
                     source.add_weighted_sum(targets, factors[row], lost)
-                    for key in rest:
-                        name = keys[key][0]
-                        if sums[key] is not out[name]:
-                            add_masked(out[name], sums[key], masks.get(name), places.get(name))
+                    for name, total in sums.items():
+                        if total is not out[name]:
+                            add_masked(out[name], total, masks.get(name), places.get(name))
                 for name, grad in self._gathered(whole).items():
                     total = zeros_for(name) if name in masks else out[name]
                     add_combined(total, grad, factors[row], lost)

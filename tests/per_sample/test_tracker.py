@@ -387,6 +387,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda m, x: sum(F.linear(x, *pair) for pair in zip(m.w.chunk(3), m.b.chunk(3), strict=True)),
         {"w": drawn(6, 3), "b": drawn(6)},
     ),
+    "weight and bias in one table": (lambda m, x: F.linear(x, m.w[:3], m.w[3]), {"w": drawn(4, 3)}),
     "overlapping slices": (lambda m, x: F.linear(x, m.w[:3]) + F.linear(x.sin(), m.w[1:]), {"w": drawn(4, 3)}),
     "one slice twice": (lambda m, x: x @ m.w[0] + x.sin() @ m.w[0], {"w": drawn(2, 3, 3)}),
     "low-rank product": (lambda m, x: F.linear(x, m.b @ m.a), {"a": drawn(2, 3), "b": drawn(4, 2)}),
