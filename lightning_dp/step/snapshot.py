@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 #: Attributes of every module that are not the user's state: hooks, and the dictionaries that are followed by themselves.
-_MACHINERY = frozenset(nn.Module().__dict__) - {"training", "_parameters", "_buffers", "_modules"}
+_MACHINERY = frozenset(nn.Module().__dict__) - {
+    "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+}  # fmt: skip
 #: Attributes that lead out of the user's objects.
 _OUTSIDE = frozenset({"_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"})
 #: Types whose values cannot change.
@@ -25,7 +27,12 @@ _CONSTANT = (
 )  # fmt: skip
 #: Packages whose objects are not followed: they are no state of the user's, or lead to everything else.
 _FOREIGN = ("lightning.", "pytorch_lightning.", "lightning_dp.", "logging", "threading", "_thread", "weakref", "_io")
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+_EMPTY = object()
+"""Value of a slot that was never set."""
 _DEEPEST = 12
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types whose values show the bits of a floating-point type of as many bytes."""
 _LARGE = 2**14
 """Elements above which a quick comparison looks at about 1,000 of a tensor's elements."""
 
@@ -82,16 +89,19 @@ class Snapshot:
             self._tensors.append(_KeptTensor(value))
         elif isinstance(value, np.ndarray):
             self._keep_array(value)
-        elif isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
+        elif isinstance(value, _GENERATORS):
             self._restore.append(_generator_restorer(value))
         elif isinstance(value, MutableMapping):
             self._keep(value, dict(value), _refill_mapping)
             self._follow_all([*value.values()], depth)
-        elif isinstance(value, (MutableSequence, deque)) and hasattr(value, "clear"):
+            self._follow_attributes(value, depth)
+        elif isinstance(value, (MutableSequence, deque)):
             self._keep(value, list(value), _refill_sequence)
             self._follow_all(list(value), depth)
+            self._follow_attributes(value, depth)
         elif isinstance(value, MutableSet):
             self._keep(value, set(value), _refill_mapping)
+            self._follow_attributes(value, depth)
         elif isinstance(value, (tuple, frozenset)):
             self._follow_all(list(value), depth)
         elif isinstance(value, nn.Module):
@@ -110,20 +120,18 @@ class Snapshot:
             before = {name: value for name, value in attributes.items() if name not in skipped}
             self._restore.append(lambda: _reset_attributes(attributes, before, skipped))
             self._follow_all(list(before.values()), depth)
-        for kind in type(owner).__mro__:
-            for name in getattr(kind, "__slots__", ()):
-                self._keep_slot(owner, name, depth)
+        for name in _slots(type(owner)):
+            self._keep_slot(owner, name, depth)
 
     def _keep_slot(self, owner: Any, name: str, depth: int) -> None:
-        try:
-            value = getattr(owner, name)
-        except AttributeError:
-            return
-        if name in ("__dict__", "__weakref__"):
-            return
+        value = getattr(owner, name, _EMPTY)
 
         def restore() -> None:
-            if getattr(owner, name, None) is not value:
+            if getattr(owner, name, _EMPTY) is value:
+                return
+            if value is _EMPTY:
+                object.__delattr__(owner, name)
+            else:
                 object.__setattr__(owner, name, value)
 
         self._restore.append(restore)
@@ -137,10 +145,16 @@ class Snapshot:
         self._restore.append(restore)
 
     def _keep_array(self, array: Any) -> None:
-        content = array.copy()
+        content, shape, writeable = array.copy(), array.shape, array.flags.writeable
 
         def restore() -> None:
-            if array.flags.writeable:
+            if array.flags.writeable != writeable:
+                array.setflags(write=writeable)
+            if array.size != content.size:
+                array.resize(shape, refcheck=False)
+            elif array.shape != shape:
+                array.shape = shape
+            if writeable:
                 array[...] = content
 
         self._restore.append(restore)
@@ -150,29 +164,45 @@ class _KeptTensor:
     """A tensor, its memory, and a copy of its values."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.alias, self.requires_grad = tensor, tensor.detach(), tensor.requires_grad
-        self.value = self.alias.clone(memory_format=torch.preserve_format)
+        self.tensor, self.alias = tensor, tensor.detach()
+        self.is_leaf, self.requires_grad = tensor.is_leaf, tensor.requires_grad
+        self.memory = _memory_of(self.alias)
+        self.value = self.memory.clone()
         self.version = _version_of(tensor)
         self._step = self.value.numel() // 1024 if self.value.numel() > _LARGE and self.value.is_contiguous() else 0
 
     def put_back(self, *, quick: bool) -> None:
         tensor, alias = self.tensor, self.alias
         if tensor.layout != torch.strided or tensor.device.type == "meta":
-            tensor.data = self.value
+            tensor.data = self.value.clone()
             return
+        if self.is_leaf and not tensor.is_leaf:  # an operation in place has made it part of a graph
+            tensor.detach_()
         now = tensor.detach()
-        if now.data_ptr() != alias.data_ptr() or now.shape != alias.shape or now.stride() != alias.stride():
+        if _place_of(now) != _place_of(alias):
             tensor.data = alias
         elif quick and self._step and _version_of(tensor) == self.version and self._sample_is_same():
             return
-        if not same_values(alias, self.value):
-            alias.copy_(self.value)
+        if not same_values(self.memory, self.value):
+            self.memory.copy_(self.value)
             self.version = _version_of(tensor)
         if tensor.is_leaf and tensor.requires_grad != self.requires_grad:
             tensor.requires_grad_(self.requires_grad)
 
     def _sample_is_same(self) -> bool:
-        return same_values(self.alias.view(-1)[:: self._step], self.value.view(-1)[:: self._step])
+        return same_values(self.memory.view(-1)[:: self._step], self.value.view(-1)[:: self._step])
+
+
+def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _memory_of(tensor: Tensor) -> Tensor:
+    """Return a tensor over the same memory that can be written to: of one whose elements overlap, its memory in a row."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return tensor
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,)) if span < tensor.numel() else tensor
 
 
 def _version_of(tensor: Tensor) -> int:
@@ -183,11 +213,28 @@ def _generator_restorer(generator: Any) -> Callable[[], None]:
     if isinstance(generator, torch.Generator):
         state = generator.get_state()
         return lambda: _discard(generator.set_state(state))
+    if isinstance(generator, random.SystemRandom):  # has no state
+        return lambda: None
     if isinstance(generator, random.Random):
         python_state = generator.getstate()
         return lambda: generator.setstate(python_state)
-    numpy_state = copy.deepcopy(generator.bit_generator.state)
-    return lambda: setattr(generator.bit_generator, "state", numpy_state)
+    if isinstance(generator, np.random.RandomState):
+        legacy_state = generator.get_state()
+        return lambda: generator.set_state(legacy_state)
+    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+    numpy_state = copy.deepcopy(bits.state)
+    return lambda: setattr(bits, "state", numpy_state)
+
+
+def _slots(kind: type) -> list[str]:
+    """Return the names of all slots of a class, private ones as Python mangles them."""
+    found: list[str] = []
+    for each in kind.__mro__:
+        own = vars(each).get("__slots__", ())
+        for name in [own] if isinstance(own, str) else own:
+            private = name.startswith("__") and not name.endswith("__")
+            found.append(f"_{each.__name__.lstrip('_')}{name}" if private else name)
+    return [name for name in found if name not in ("__dict__", "__weakref__")]
 
 
 def _discard(value: object) -> None:
@@ -226,16 +273,24 @@ def _refill_mapping(holder: Any, content: Any) -> None:
 
 
 def _refill_sequence(holder: Any, content: list[Any]) -> None:
-    holder.clear()
+    if hasattr(holder, "clear"):
+        holder.clear()
+    else:  # array.array before Python 3.13
+        del holder[:]
     holder.extend(content)
 
 
 def same_values(left: Tensor, right: Tensor) -> bool:
-    """Tell whether two tensors are equal bit by bit, NaN included."""
+    """Tell whether two tensors are equal bit by bit, NaN and the sign of zero included."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    if torch.equal(left, right):
-        return True
-    if not (left.is_floating_point() or left.is_complex()):
-        return False
-    return bool(((left == right) | (left.isnan() & right.isnan())).all())
+    return torch.equal(_bits_of(left), _bits_of(right))
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    """Return a tensor of whole numbers that are equal where the bits of the values are."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.is_floating_point():
+        return tensor.resolve_neg().view(_WHOLE_NUMBERS[tensor.element_size()])
+    return tensor

@@ -1,0 +1,367 @@
+"""A snapshot puts everything back: every kind of state that user code keeps, by value and in the same objects."""
+
+from __future__ import annotations
+
+import array
+import itertools
+import random
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.step.snapshot import Snapshot, same_values
+from tests.step.photo import photo
+
+
+class Words(list):  # type: ignore[type-arg]
+    """A list with an attribute."""
+
+
+class Slotted:
+    __slots__ = ("__hidden", "late", "value")
+
+    def __init__(self) -> None:
+        self.value, self.__hidden = [1.0], 2.0
+
+    def hide(self, value: float) -> None:
+        self.__hidden = value
+
+
+class OneSlot(Slotted):
+    __slots__ = "single"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single = torch.ones(2)
+
+
+@dataclass
+class Running:
+    mean: Tensor = field(default_factory=lambda: torch.zeros(2))
+    seen: list[int] = field(default_factory=list)
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    inner: Running = field(default_factory=Running)
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+def changed(operation: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Apply an operation to ``module.thing``."""
+
+    def change(module: Any) -> None:
+        operation(module.thing)
+
+    return change
+
+
+def replaced(value: Any) -> Callable[[Any], None]:
+    def change(module: Any) -> None:
+        module.thing = value
+
+    return change
+
+
+def also(*operations: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def change(module: Any) -> None:
+        for operation in operations:
+            operation(module.thing)
+
+    return change
+
+
+def write_through_a_view(thing: Tensor) -> None:
+    thing[..., 0] = 7.0
+
+
+def make_unwriteable(thing: Any) -> None:
+    thing[0] = 9.0
+    thing.setflags(write=False)
+
+
+def grow(thing: Any) -> None:
+    thing.resize((5,), refcheck=False)
+    thing[:] = 1.0
+
+
+#: Value of an attribute, and what user code does to it.
+CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "number": (lambda: 1, replaced(2)),
+    "bool": (lambda: True, replaced(False)),
+    "none": (lambda: None, replaced(torch.ones(1))),
+    "list appended": (lambda: [1.0], changed(lambda t: t.append(2.0))),
+    "list sorted": (lambda: [3, 1, 2], changed(lambda t: t.sort())),
+    "list cleared": (lambda: [torch.ones(2), {}], changed(lambda t: t.clear())),
+    "list replaced": (lambda: [1.0], replaced([2.0])),
+    "list of tensors written": (lambda: [torch.zeros(2)], changed(lambda t: t[0].add_(1))),
+    "list subclass": (lambda: Words("ab"), changed(lambda t: t.append("c"))),
+    "list subclass with attribute": (lambda: Words("ab"), changed(lambda t: setattr(t, "note", 1))),
+    "nested lists": (lambda: [[[[0]]]], changed(lambda t: t[0][0][0].append(1))),
+    "deque full": (lambda: deque([1, 2], maxlen=2), changed(lambda t: t.append(3))),
+    "deque rotated": (lambda: deque([1, 2, 3]), changed(lambda t: t.rotate(1))),
+    "dict": (lambda: {"a": 1}, changed(lambda t: t.update(a=2, b=3))),
+    "dict order": (lambda: {"a": 1, "b": 2}, changed(lambda t: t.update(a=t.pop("a")))),
+    "OrderedDict": (lambda: OrderedDict(a=1, b=2), changed(lambda t: t.move_to_end("a"))),
+    "defaultdict": (lambda: defaultdict(list, a=[1]), also(lambda t: t["new"], lambda t: t["a"].append(2))),
+    "Counter": (lambda: Counter("ab"), changed(lambda t: t.update("bc"))),
+    "UserDict": (lambda: UserDict(a=1), changed(lambda t: t.update(b=2))),
+    "UserList": (lambda: UserList([1]), changed(lambda t: t.append(2))),
+    "set": (lambda: {1, 2}, also(lambda t: t.add(3), lambda t: t.remove(1))),
+    "bytearray": (lambda: bytearray(b"ab"), changed(lambda t: t.extend(b"c"))),
+    "array": (lambda: array.array("d", [1.0]), changed(lambda t: t.append(2.0))),
+    "tuple of lists": (lambda: ([1], [2]), changed(lambda t: t[1].append(3))),
+    "namedtuple of tensors": (lambda: Pair(torch.zeros(1), [0]), changed(lambda t: t.left.add_(1))),
+    "frozenset replaced": (lambda: frozenset({1}), replaced(frozenset({2}))),
+    "dataclass": (
+        Running,
+        also(lambda t: t.mean.add_(1), lambda t: t.seen.append(1), lambda t: setattr(t, "count", 5)),
+    ),
+    "frozen dataclass": (Frozen, changed(lambda t: t.inner.seen.append(1))),
+    "namespace": (lambda: SimpleNamespace(a=1), also(lambda t: setattr(t, "b", 2), lambda t: delattr(t, "a"))),
+    "slots": (Slotted, also(lambda t: t.value.append(2), lambda t: setattr(t, "value", None))),
+    "slot named with two underscores": (Slotted, changed(lambda t: t.hide(3.0))),
+    "slot that was empty": (Slotted, changed(lambda t: setattr(t, "late", 1))),
+    "single slot": (OneSlot, also(lambda t: t.single.add_(1), lambda t: setattr(t, "single", 0))),
+    "module in a list": (lambda: [nn.Linear(2, 2)], changed(lambda t: t[0].weight.data.zero_())),
+    "module in a dict in a list": (lambda: [{"m": nn.BatchNorm1d(2)}], changed(lambda t: t[0]["m"](torch.randn(4, 2)))),
+    "module switched to eval": (lambda: nn.Dropout(), changed(lambda t: t.eval())),
+    "numpy written": (lambda: np.arange(3.0), changed(lambda t: t.fill(7.0))),
+    "numpy with NaN": (lambda: np.array([np.nan, 1.0]), changed(lambda t: t.fill(7.0))),
+    "numpy reshaped": (lambda: np.arange(6.0), changed(lambda t: setattr(t, "shape", (2, 3)))),
+    "numpy resized": (lambda: np.arange(3.0), changed(grow)),
+    "numpy made read-only": (lambda: np.arange(3.0), changed(make_unwriteable)),
+    "numpy read-only": (lambda: np.broadcast_to(np.ones(1), (3,)), replaced(None)),
+    "numpy transposed": (lambda: np.ones((2, 3)).T, changed(lambda t: t.fill(0.0))),
+    "numpy Generator": (lambda: np.random.default_rng(0), changed(lambda t: t.normal(size=3))),
+    "numpy RandomState": (lambda: np.random.RandomState(0), changed(lambda t: t.normal(size=3))),
+    "random.Random": (lambda: random.Random(0), changed(lambda t: t.random())),
+    "random.SystemRandom": (random.SystemRandom, replaced(None)),
+    "torch.Generator": (lambda: torch.Generator().manual_seed(3), changed(lambda t: torch.rand(3, generator=t))),
+    "tensor in place": (lambda: torch.zeros(3), changed(lambda t: t.add_(1))),
+    "tensor through data": (lambda: torch.zeros(3), changed(lambda t: t.data.add_(1))),
+    "tensor given other data": (lambda: torch.zeros(3), changed(lambda t: setattr(t, "data", torch.ones(5)))),
+    "tensor given other type": (lambda: torch.ones(3), changed(lambda t: setattr(t, "data", t.data.view(torch.int32)))),
+    "tensor halved": (lambda: torch.ones(3), changed(lambda t: setattr(t, "data", t.data.half()))),
+    "tensor enlarged": (lambda: torch.ones(3), changed(lambda t: t.resize_(300).zero_())),
+    "tensor shrunk": (lambda: torch.ones(3), changed(lambda t: t.resize_(1).zero_())),
+    "tensor transposed in place": (lambda: torch.arange(6.0).view(2, 3), changed(lambda t: t.t_())),
+    "tensor set": (lambda: torch.ones(3), changed(lambda t: t.set_(torch.zeros(2)))),
+    "tensor of NaN": (lambda: torch.tensor([float("nan"), 1.0]), changed(lambda t: t.zero_())),
+    "tensor of minus zero": (lambda: torch.tensor([-0.0, 1.0]), changed(lambda t: t.abs_())),
+    "tensor not contiguous": (lambda: torch.ones(4, 4)[::2, 1], changed(lambda t: t.zero_())),
+    "tensor expanded": (lambda: torch.ones(1).expand(3), changed(write_through_a_view)),
+    "tensor of windows": (lambda: torch.ones(4).unfold(0, 2, 1), changed(write_through_a_view)),
+    "tensor without axes": (lambda: torch.tensor(1.0), changed(lambda t: t.fill_(2.0))),
+    "tensor without elements": (lambda: torch.zeros(0, 3), changed(lambda t: t.resize_(2, 3).zero_())),
+    "tensor bfloat16": (lambda: torch.ones(3, dtype=torch.bfloat16), changed(lambda t: t.mul_(3))),
+    "tensor float64": (lambda: torch.ones(3, dtype=torch.float64), changed(lambda t: t.add_(1e-12))),
+    "tensor int64": (lambda: torch.arange(3), changed(lambda t: t.add_(1))),
+    "tensor bool": (lambda: torch.tensor([True, False]), changed(lambda t: t.logical_not_())),
+    "tensor complex64": (lambda: torch.ones(2, dtype=torch.complex64), changed(lambda t: t.mul_(1j))),
+    "tensor complex128": (lambda: torch.ones(2, dtype=torch.complex128), changed(lambda t: t.mul_(1j))),
+    "tensor sparse": (lambda: torch.eye(2).to_sparse(), changed(lambda t: t.mul_(2))),
+    "tensor requires grad": (lambda: torch.ones(2), changed(lambda t: t.requires_grad_())),
+    "tensor that joins a graph": (lambda: torch.ones(2), changed(lambda t: t.add_(torch.ones(2, requires_grad=True)))),
+}
+
+
+class Holder(nn.Module):
+    """A module with a layer, buffers, and one further thing."""
+
+    thing: Any
+
+    def __init__(self, thing: Any = None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.tied = self.layer
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("hidden", torch.zeros(2), persistent=False)
+        self.register_buffer("absent", None)
+        object.__setattr__(self, "thing", thing)  # a module among the attributes stays hidden from `modules()`
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape on a NumPy array", "ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("name", CASES)
+def test_attribute_is_put_back(name: str) -> None:
+    make, change = CASES[name]
+    module = Holder(make())
+    before = photo(module)
+    snapshot = Snapshot([module])
+    for _ in range(2):  # a snapshot serves several runs
+        change(module)
+        assert photo(module) != before
+        snapshot.put_back()
+        assert photo(module) == before
+
+
+def flip(module: Holder) -> None:
+    module.layer.weight.requires_grad_(False)
+    module.frozen.requires_grad_(True)
+
+
+def add_names(module: Any) -> None:
+    module.extra = nn.Linear(1, 1)
+    module.register_parameter("new", nn.Parameter(torch.ones(1)))
+    module.register_buffer("later", torch.ones(1), persistent=False)
+    module.note = [1]
+
+
+#: What user code does to the module itself.
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "parameter written through data": lambda m: m.layer.weight.data.fill_(3.0),
+    "parameter given other data": lambda m: setattr(m.layer.weight, "data", torch.zeros(5)),
+    "parameter replaced": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2))),
+    "parameter deleted": lambda m: delattr(m.layer, "weight"),
+    "frozen parameter written": lambda m: m.frozen.add_(1.0),
+    "requires_grad flipped": flip,
+    "buffer written": lambda m: m.mean.add_(1.0),
+    "buffer replaced": lambda m: setattr(m, "mean", torch.ones(2)),
+    "buffer not persistent replaced": lambda m: setattr(m, "hidden", torch.ones(2)),
+    "buffer deleted": lambda m: delattr(m, "hidden"),
+    "buffer filled that was None": lambda m: setattr(m, "absent", torch.ones(2)),
+    "attributes and layers added": add_names,
+    "attribute deleted": lambda m: delattr(m, "thing"),
+    "layer replaced": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
+    "layers reordered": lambda m: m._modules.update(layer=m._modules.pop("layer")),
+    "eval": lambda m: m.eval(),
+    "cast": lambda m: m.double(),
+    "loaded": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_module_is_put_back(name: str) -> None:
+    module = Holder()
+    before = photo(module)
+    snapshot = Snapshot([module])
+    with torch.no_grad():
+        CHANGES[name](module)
+    assert photo(module) != before
+    snapshot.put_back()
+    assert photo(module) == before
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.Rprop])
+@pytest.mark.parametrize("kept", [False, True], ids=["root", "kept by the module"])
+def test_optimizer_and_scheduler_are_put_back(kind: Any, kept: bool) -> None:
+    """Before their first step, when there is no state yet, and after it."""
+    module = Holder()
+    optimizer = kind(module.parameters(), lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    if kept:
+        module.own = [optimizer, scheduler]
+
+    def train() -> None:
+        module.layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+    roots = [module] if kept else [module, optimizer, scheduler]
+    for _ in range(2):
+        before = photo(roots)[2:]
+        snapshot = Snapshot(roots)
+        train()
+        optimizer.param_groups[0]["lr"] = 7.0
+        optimizer.param_groups[0]["new"] = True
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+        optimizer.state[module.frozen]["note"] = torch.ones(1)
+        assert photo(roots)[2:] != before
+        snapshot.put_back()
+        assert photo(roots)[2:] == before
+        train()
+
+
+def test_shared_parameter_is_followed_once() -> None:
+    module = Holder()
+    module.again = module.layer.weight
+    snapshot = Snapshot([module, module])
+    with torch.no_grad():
+        module.again.zero_()
+    snapshot.put_back()
+    assert module.again is module.layer.weight is module.tied.weight
+    assert bool((module.again != 0).any())
+
+
+def test_cycles_of_objects_end() -> None:
+    module = Holder()
+    module.thing = SimpleNamespace(owner=module, items=[])
+    module.thing.items.append(module.thing.items)
+    module.thing.items.append(1)
+    snapshot = Snapshot([module])
+    module.thing.items.append(2)
+    snapshot.put_back()
+    assert module.thing.items[1:] == [1]
+
+
+def test_unchanged_memory_is_not_written() -> None:
+    """A tensor that kept its values keeps its version, so a graph that saved it can still be used."""
+    module = Holder(torch.full((3,), float("nan")))
+    versions = [tensor._version for tensor in (*module.parameters(), module.thing)]
+    snapshot = Snapshot([module])
+    snapshot.put_back()
+    assert [tensor._version for tensor in (*module.parameters(), module.thing)] == versions
+
+
+def large() -> Holder:
+    return Holder(torch.zeros(2**16))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.data.fill_(1.0),
+        lambda t: t[1:2].fill_(1.0),
+        lambda t: t.data[:2000].fill_(1.0),
+        lambda t: setattr(t, "data", torch.ones(2**16)),
+    ],
+    ids=["data", "one element in place", "a stretch of data", "other data"],
+)
+def test_quick_finds_what_it_promises(change: Any) -> None:
+    """Whatever moves the version of a tensor, and what is written to many of its elements without moving it."""
+    module = large()
+    snapshot = Snapshot([module])
+    place = module.thing.data_ptr()
+    change(module.thing)
+    snapshot.put_back(quick=True)
+    assert not bool(module.thing.any())
+    assert module.thing.data_ptr() == place
+
+
+def test_quick_leaves_to_exact_what_it_misses() -> None:
+    """One element written through ``data``; had a quick comparison found it, it would have compared all of them."""
+    module = large()
+    snapshot = Snapshot([module])
+    module.thing.data[1] = 1.0
+    snapshot.put_back(quick=True)
+    assert int(module.thing.sum()) == 1
+    snapshot.put_back()
+    assert not bool(module.thing.any())
+
+
+def test_quick_compares_small_tensors_whole() -> None:
+    module = Holder(torch.zeros(2**10))
+    snapshot = Snapshot([module])
+    module.thing.data[1] = 1.0
+    snapshot.put_back(quick=True)
+    assert not bool(module.thing.any())
+
+
+SAME = [torch.tensor(value) for value in ([1.0], [0.0], [-0.0], [float("nan")], [1], [True], [[1.0]], [1.0 + 0j], [])]
+
+
+@pytest.mark.parametrize(("left", "right"), list(itertools.product(range(len(SAME)), repeat=2)))
+def test_same_values_is_equality_of_bits(left: int, right: int) -> None:
+    assert same_values(SAME[left], SAME[right].clone()) == (left == right)
