@@ -1,0 +1,225 @@
+"""The contract of neighbouring datasets over all combinations of mechanisms, in memory: no Trainer takes part."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import math
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_dp
+from lightning_dp.accounting import ACCOUNTANTS, Accountant
+from lightning_dp.clipping import Clipping, top_agg
+from lightning_dp.clipping.bounds import Bound
+from lightning_dp.masks import GradientMask
+from lightning_dp.step.plan import SENSITIVITY_FACTOR
+from lightning_dp.step.step import PrivateStep
+from tests.step.composition.table import BOUNDS, CLIPPINGS, MASKS, NOISES, PHASES, Combination
+from tests.step.rig import STEPS, KnownNoise, Rig, Run
+
+#: Combinations that share clipping, mask and bound; each is run under every schedule of the noise and every phase.
+GROUPS = list(itertools.product(CLIPPINGS, MASKS, BOUNDS))
+LEGAL = [names for names in GROUPS if not Combination(names[0], names[1], bound=names[2]).refusal]
+REFUSED = [names for names in GROUPS if Combination(names[0], names[1], bound=names[2]).refusal]
+#: Rounding of float32 sums of a few terms.
+ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """One engine for all, and one thread: waking a second one takes longer than any sum here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = Rig()
+    yield made
+    made.step.close()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _same_coins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The votes of a sample follow from its own gradient: no coin of ``TopAgg`` tells two batches apart."""
+    monkeypatch.setattr(top_agg, "coin_generator", lambda device: torch.Generator(device).manual_seed(0))
+
+
+def combinations(clipping: str, mask: str, bound: str) -> Iterator[Combination]:
+    for noise, phase in itertools.product(NOISES, PHASES):
+        yield Combination(clipping, mask, noise, bound, phase)
+
+
+def records() -> dict[str, tuple[Tensor, Tensor]]:
+    """One record of each kind that may join a batch."""
+    label = torch.tensor([1])
+    ordinary = torch.tensor([[0.5, -1.0, 2.0, 0.1]])
+    return {
+        "ordinary": (ordinary, label),
+        "huge": (ordinary * 1e6, label),
+        "NaN": (torch.full_like(ordinary, math.nan), label),
+    }
+
+
+def under(rig: Rig, combination: Combination, **plan: Any) -> Any:
+    return rig.under(CLIPPINGS[combination.clipping](), combination.make_callbacks(), **plan)
+
+
+@pytest.mark.parametrize("names", LEGAL, ids="-".join)
+def test_contract_of_neighbouring_datasets(names: Any, rig: Rig) -> None:
+    """Two batches that differ in one record, at every step of every schedule and phase; noise comes first, as by default.
+
+    All kinds of records join under one schedule of the noise, one kind in turn under each of the others.
+    """
+    kinds = itertools.cycle(records())
+    for combination in combinations(*names):
+        thorough = (combination.noise, combination.phase) == ("step", "private")
+        chosen = list(records()) if thorough else [next(kinds)]
+        with under(rig, combination) as run:
+            for number in range(STEPS):
+                check_step(rig, run, combination, number, chosen)
+            plan, state = run.step.plan, run.step.state
+            events = [entry.event for entry in state.ledger.entries for _ in range(entry.num_steps)]
+            assert events == [plan.event(number) for number in range(STEPS)], str(combination)
+            # an entry that no noise protects has multiplier 0 and an infinite epsilon
+            assert all(sigma > 0 for _, sigma in state.ledger.mechanisms()) == combination.is_private, str(combination)
+
+
+def check_step(rig: Rig, run: Run, combination: Combination, number: int, kinds: list[str]) -> None:
+    """One step: what a record moves, what is drawn, and where."""
+    release, live, plan, where = run.begin(), run.live(), run.step.plan, f"{combination} at {number}"
+    assert release.sigma == plan.sigma(number), where
+    others = {}
+    if plan.is_private(number) and combination.clipping != "none":
+        for kind in kinds:
+            features, labels = records()[kind]
+            others[kind] = run.sum(torch.cat([rig.features, features]), torch.cat([rig.labels, labels]))
+    rig.noise.forget()
+    gradient, statistics = run.sum(rig.features, rig.labels)
+    for kind, other in others.items():
+        moved, counted = float((other[0] - gradient).norm()), float((other[1] - statistics).norm())
+        # float32 sums are rounded relative to noise and sum
+        allowed = release.sensitivity + ROUNDING * float(gradient.norm())
+        assert moved <= allowed, (where, kind)
+        assert (moved > 0.01 * release.sensitivity) == (kind != "NaN"), (where, kind)
+        if combination.is_private and statistics.numel():
+            both = (moved / allowed * release.sensitivity / release.noise_std) ** 2
+            both += (counted / release.statistics_std) ** 2
+            assert counted > 0, (where, kind)
+            assert both <= release.sigma**-2 * (1 + ROUNDING), (where, kind)
+    # the noise: once per active coordinate, with the std that the release states
+    first, divisor = rig.noise.filled, run.step.accumulators[0].divisor
+    noise_stds = [] if release.noise_std == 0 else [pytest.approx(release.noise_std, rel=1e-12)]
+    assert [std * divisor for _, std in first] == noise_stds, where
+    assert [num for num, _ in first] == [int(live.sum())] * len(noise_stds), where
+    released = run.release()
+    statistics_stds = [std for std in [release.statistics_std] if std > 0]
+    assert [std for _, std in rig.noise.added if std > 0] == statistics_stds, where
+    assert not bool((released[~live] != 0).any()), where
+    if noise_stds and combination.clipping != "top_agg_plain":  # whose threshold zeroes what it noised
+        assert bool((released[live] != 0).all()), where
+
+
+@pytest.mark.parametrize("names", LEGAL, ids="-".join)
+def test_noise_drawn_first_is_noise_added_last(names: Any, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a sum begins with its noise changes neither gradient nor ledger."""
+    combination = Combination(names[0], names[1], "step", names[2])
+    gradients: list[list[Tensor]] = []
+    ledgers, filled, added = [], [], []
+    for first in (True, False):
+        with monkeypatch.context() as patch, under(rig, combination) as run:
+            patch.setattr(PrivateStep, "noise_comes_first", lambda self, value=first: value)
+            gradients.append([])
+            stds = []
+            for _ in range(STEPS):
+                stds.append(run.begin().noise_std)
+                run.sum(rig.features, rig.labels)
+                gradients[-1].append(run.release())
+            ledgers.append(run.step.state.ledger.entries)
+            filled.append(len(rig.noise.filled))
+            added.append([std for _, std in rig.noise.added])
+    assert ledgers[0] == ledgers[1]
+    assert filled == [STEPS, 0]
+    assert all(std in added[1] and std not in added[0] for std in stds)
+    for one, other in zip(*gradients, strict=True):
+        assert float((one - other).norm()) <= 1e-4 * float(other.norm())
+
+
+@pytest.mark.parametrize("relation", SENSITIVITY_FACTOR)
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_relation_scales_every_noise(clipping: str, relation: str, rig: Rig) -> None:
+    """Of the gradient and of the statistics; replacing a record counts twice."""
+    for bound in BOUNDS:
+        combination = Combination(clipping, bound=bound)
+        if combination.refusal:
+            continue
+        stds = []
+        for each in ("add_or_remove_one", relation):
+            with under(rig, combination, neighboring_relation=each) as run:
+                release = run.begin()
+                run.sum(rig.features, rig.labels)
+                run.release()
+                stds.append([release.noise_std, release.statistics_std])
+                drawn = [std for _, std in rig.noise.filled] + [std for _, std in rig.noise.added if std > 0]
+                assert len(drawn) == sum(std > 0 for std in stds[-1])
+        assert stds[1] == pytest.approx([std * SENSITIVITY_FACTOR[relation] for std in stds[0]])
+        assert stds[0][0] > 0
+
+
+@pytest.mark.parametrize("names", REFUSED, ids="-".join)
+def test_refused_when_mechanisms_are_checked(names: Any, rig: Rig) -> None:
+    for combination in combinations(*names):
+        with pytest.raises(ValueError, match=combination.refusal), under(rig, combination):
+            raise AssertionError(f"{combination} was accepted")
+        assert rig.noise.filled == rig.noise.added == []
+
+
+# ---------------------------------------------------------------- nothing is missing from the table
+
+
+def concrete(base: type) -> set[type]:
+    """Every final class of the package below ``base``, whatever module it is in."""
+    for module in pkgutil.walk_packages(lightning_dp.__path__, "lightning_dp."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found: set[type] = set()
+    ahead = [base]
+    while ahead:
+        for kind in ahead.pop().__subclasses__():
+            ahead.append(kind)
+            if kind.__module__.startswith("lightning_dp.") and not inspect.isabstract(kind):
+                found.add(kind)
+    return {kind for kind in found if not kind.__name__.startswith("_")}
+
+
+def asked_for(callbacks: Callable[[], list[Any]], what: str, rig: Rig) -> set[type]:
+    """Classes of what callbacks of a table hand over."""
+    with rig.under(CLIPPINGS["flat"](), callbacks()) as run:
+        mechanisms = run.step.mechanisms
+        return {type(value) for value in (mechanisms.masks if what == "mask" else [mechanisms.bound])}
+
+
+def test_every_clipping_is_in_the_table() -> None:
+    assert {type(make()) for make in CLIPPINGS.values()} == concrete(Clipping)
+
+
+def test_every_mask_is_in_the_table(rig: Rig) -> None:
+    assert set().union(*(asked_for(make, "mask", rig) for make in MASKS.values())) == concrete(GradientMask)
+
+
+def test_every_bound_is_in_the_table(rig: Rig) -> None:
+    assert set().union(*(asked_for(make, "bound", rig) for make in BOUNDS.values())) == concrete(Bound) | {Bound}
+
+
+def test_every_accountant_is_in_the_registry() -> None:
+    assert {type(make()) for make in ACCOUNTANTS.values()} == concrete(Accountant)
+
+
+def test_known_noise_leaves_no_coordinate_out() -> None:
+    noise, tensor = KnownNoise(), torch.zeros(12)
+    assert bool((noise.fill_(tensor, 0.5) > 0).all())
+    assert bool((noise.add_(tensor, 0.5) >= 1.0).all())
