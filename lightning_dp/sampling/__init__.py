@@ -1,23 +1,22 @@
 """Which records meet in which step, and how they reach the training step.
 
-Read in this order: ``indices`` (the random draws), ``batches`` (what one item of the loader is), ``checks`` (which
-loaders cannot be made private, and why), ``loader`` (puts them together).
+Read in this order: ``indices`` (the random draws), ``units`` (users with several records), ``batches`` (one item of the
+loader), ``fetch`` and ``randomness`` (how it is read), ``facts`` (what is public), ``checks`` (which loaders cannot be made
+private, and why), ``loader``, ``make`` (put them together).
 """
 
 from lightning_dp.sampling.batches import LogicalBatch
-from lightning_dp.sampling.loader import (
-    PrivateDataLoader,
-    SamplingFacts,
-    collate_samples,
-    peek_samples,
-    private_dataloader,
-)
+from lightning_dp.sampling.facts import SamplingFacts
+from lightning_dp.sampling.loader import PrivateDataLoader
+from lightning_dp.sampling.make import collate_samples, peek_samples, private_dataloader
+from lightning_dp.sampling.randomness import fresh_randomness
 
 __all__ = [
     "LogicalBatch",
     "PrivateDataLoader",
     "SamplingFacts",
     "collate_samples",
+    "fresh_randomness",
     "peek_samples",
     "private_dataloader",
 ]

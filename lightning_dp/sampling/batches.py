@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data._utils import pin_memory as _pinning
 
 Collate = Callable[[list[Any]], Any]
@@ -15,31 +17,35 @@ _pin: Callable[[Any], Any] = _pinning.pin_memory
 class LogicalBatch:
     """The samples of one item of a private loader, already collated in microbatches.
 
-    An item is one logical batch, or one of its ``accumulate`` parts. It is falsy when no sample was drawn, which
+    An item is one logical batch, or one of its ``accumulate`` parts. It is falsy when nobody was drawn, which
     happens with Poisson sampling and is not an error: the step is taken and counted all the same.
 
     The class is deliberately not a sequence: whatever walks through nested collections (device transfer, guessing of
     batch sizes) sees one opaque object, and microbatches move to the device one at a time, when they are used.
 
-    **Guarantee**: none by itself. How many samples there are, and which, is private.
+    **Guarantee**: a user's records are all in one microbatch. How many samples there are, whose, and which, is private.
 
     Args:
-        microbatches: pairs (number of samples >= 1, the batch as the user's ``collate_fn`` made it).
+        microbatches: pairs (number of units >= 1, the batch as the user's ``collate_fn`` made it). A unit is a record, or
+            a user with some records.
+        owners: for each microbatch, an int64 tensor of shape (records,): the position 0 ... units - 1 of the user to whom
+            each record belongs, ascending. ``None`` for a microbatch whose units are records, and for all of them.
 
     Example:
         >>> batch = LogicalBatch([(2, "ab"), (1, "c")])
-        >>> len(batch), batch.num_samples, bool(LogicalBatch([]))
-        (2, 3, False)
+        >>> len(batch), batch.num_samples, batch.owners, bool(LogicalBatch([]))
+        (2, 3, [None, None], False)
     """
 
-    __slots__ = ("microbatches",)
+    __slots__ = ("microbatches", "owners")
 
-    def __init__(self, microbatches: Sequence[tuple[int, Any]]) -> None:
+    def __init__(self, microbatches: Sequence[tuple[int, Any]], owners: Sequence[Tensor | None] | None = None) -> None:
         self.microbatches = list(microbatches)
+        self.owners: list[Tensor | None] = [None] * len(self.microbatches) if owners is None else list(owners)
 
     @property
     def num_samples(self) -> int:
-        """Number of samples over all microbatches (private)."""
+        """Number of units over all microbatches (private)."""
         return sum(count for count, _ in self.microbatches)
 
     def __len__(self) -> int:
@@ -50,84 +56,57 @@ class LogicalBatch:
 
     def pin_memory(self) -> LogicalBatch:
         """Return the same batch with every tensor in page-locked memory; a ``DataLoader`` calls this."""
-        return LogicalBatch([(count, _pin(batch)) for count, batch in self.microbatches])
+        return LogicalBatch([(count, _pin(batch)) for count, batch in self.microbatches], _pin(self.owners))
 
 
 class MicrobatchCollate:
-    """Cut a list of samples into microbatches of almost equal size and collate each with the user's function.
+    """Cut a list of samples into microbatches and collate each with the user's function.
 
-    With m = ceil(samples / microbatch_size) microbatches, sizes differ by one at most. No sample, no call: an empty
-    list gives an empty ``LogicalBatch`` and the user's function never sees it.
+    With m = ceil(samples / microbatch_size) microbatches, sizes differ by one at most. Users with several records are
+    never split: each microbatch takes users until the next one would exceed the size; one with more records than that
+    goes alone. No sample, no call: an empty list gives an empty ``LogicalBatch`` and the user's function never sees it.
 
     Args:
         collate_fn: the user's function from a list of samples to a batch.
-        microbatch_size: largest number of samples in a microbatch, >= 1; ``None`` for one microbatch.
+        microbatch_size: largest number of records in a microbatch, >= 1; ``None`` for one microbatch.
     """
 
     def __init__(self, collate_fn: Collate, microbatch_size: int | None) -> None:
         self.collate_fn = collate_fn
         self.microbatch_size = microbatch_size
 
-    def __call__(self, samples: list[Any]) -> LogicalBatch:
+    def __call__(self, samples: list[Any], sizes: list[int] | None = None) -> LogicalBatch:
+        """Return the logical batch of these samples.
+
+        Args:
+            samples: records, those of one user after those of the other.
+            sizes: number of records >= 1 of each user; ``None`` if each record is a unit of its own.
+        """
         if not samples:
             return LogicalBatch([])
-        total = len(samples)
-        parts = 1 if self.microbatch_size is None else -(-total // self.microbatch_size)
-        edges = [total * part // parts for part in range(parts + 1)]
-        return LogicalBatch(
-            [(stop - start, self.collate_fn(samples[start:stop])) for start, stop in itertools.pairwise(edges)]
-        )
+        counts = [1] * len(samples) if sizes is None else sizes
+        assert sum(counts) == len(samples)
+        starts = [0, *itertools.accumulate(counts)]
+        microbatches: list[tuple[int, Any]] = []
+        owners: list[Tensor | None] = []
+        for first, last in itertools.pairwise(self._cuts(counts)):
+            microbatches.append((last - first, self.collate_fn(samples[starts[first] : starts[last]])))
+            repeats = None if sizes is None else torch.tensor(sizes[first:last])
+            owners.append(None if repeats is None else torch.repeat_interleave(repeats))
+        return LogicalBatch(microbatches, owners)
 
-
-def reads_many(dataset: Any) -> bool:
-    """Whether ``DataLoader`` would read a whole list of indices at once from this dataset."""
-    return bool(getattr(dataset, "__getitems__", None))
-
-
-class NonEmptyGetitems:
-    """Stands before a dataset that reads many samples at once, so that it is never asked for none.
-
-    ``DataLoader`` hands the whole index list to ``dataset.__getitems__`` where a dataset has it, the empty list of an
-    empty Poisson batch too, and few datasets expect that. Attributes are read from and written to the user's dataset,
-    so a ``worker_init_fn`` that prepares ``get_worker_info().dataset`` still works.
-
-    Args:
-        dataset: map-style dataset with ``__getitems__``.
-
-    Raises:
-        TypeError: the dataset did not return one sample an index, so that samples cannot be told apart.
-    """
-
-    _dataset: Any
-
-    def __init__(self, dataset: Any) -> None:
-        object.__setattr__(self, "_dataset", dataset)
-
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        if not indices:
-            return []
-        samples = self._dataset.__getitems__(indices)
-        if not isinstance(samples, (list, tuple)) or len(samples) != len(indices):
-            raise TypeError(
-                f"Expected a list with one sample an index from {type(self._dataset).__name__}.__getitems__, got "
-                f"{type(samples).__name__} for {len(indices)} indices. A private batch is cut into microbatches before "
-                "it is collated: return a list of samples and build the batch in `collate_fn`."
-            )
-        return list(samples)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._dataset[index]
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_dataset":  # a copy being built has no state yet
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._dataset, name, value)
-
-    def __reduce__(self) -> tuple[type[NonEmptyGetitems], tuple[Any]]:
-        return (NonEmptyGetitems, (self._dataset,))
+    def _cuts(self, counts: list[int]) -> list[int]:
+        """Return the units at which microbatches begin, and the number of units at the end."""
+        units, records, most = len(counts), sum(counts), self.microbatch_size
+        if most is None:
+            return [0, units]
+        if units == records:
+            parts = -(-units // most)
+            return [units * part // parts for part in range(parts + 1)]
+        cuts, filled = [0], 0
+        for unit, count in enumerate(counts):
+            if filled and filled + count > most:
+                cuts.append(unit)
+                filled = 0
+            filled += count
+        return [*cuts, units]

@@ -16,7 +16,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-SAMPLINGS = ("poisson", "shuffle")
+SAMPLINGS = ("poisson", "shuffle", "cyclic")
 _HOW = "Leave `sampler` and `batch_sampler` out (`shuffle=True` is fine): the private loader draws the samples itself."
 
 
@@ -33,7 +33,7 @@ def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
 
     Args:
         loader: what the user gave.
-        sampling: "poisson" or "shuffle".
+        sampling: "poisson", "shuffle" or "cyclic".
 
     Returns:
         The same loader.
@@ -66,6 +66,49 @@ def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
     return loader
 
 
+def check_options(
+    sampling: str,
+    *,
+    is_stream: bool,
+    num_batches_kept: int | None,
+    has_extra_records: bool,
+    has_unit: bool,
+    records_per_unit: int | None,
+    fixed_order: bool,
+    public_assignment: int | None,
+) -> None:
+    """Raise ValueError for options of ``private_dataloader`` that do not go together, or not with the dataset."""
+    if has_extra_records and (is_stream or num_batches_kept is not None):
+        raise ValueError(
+            "Expected a whole dataset with random access for extra_records, got a stream or a part of one. Canaries need their "
+            "place among the records: audit with gradient canaries, and without overfit_batches."
+        )
+    if is_stream and num_batches_kept is not None:
+        raise ValueError(
+            f"Expected num_batches_kept=None for an iterable dataset, got num_batches_kept={num_batches_kept}. "
+            "Limit the dataset itself."
+        )
+    if has_unit != (records_per_unit is not None):
+        raise ValueError(
+            f"Expected unit and records_per_unit together, got records_per_unit={records_per_unit} "
+            f"{'with' if has_unit else 'without'} a unit. Pass both to protect users, none to protect records."
+        )
+    if is_stream and has_unit:
+        raise ValueError(
+            "Expected a dataset with random access for a unit, got a stream. Users are drawn before their records are read: give the "
+            "dataset random access, or join each user's records to one record."
+        )
+    if fixed_order and not is_stream:
+        raise ValueError(
+            'Expected fixed_order for a stream only, got fixed_order=True for data with random access. Use sampling="cyclic".'
+        )
+    if public_assignment is not None and (sampling != "cyclic" or public_assignment < 0):
+        raise ValueError(
+            f'Expected a public_assignment >= 0 for sampling="cyclic" only, got public_assignment={public_assignment} for '
+            f"sampling={sampling!r}. Leave it out."
+        )
+
+
 def dataset_length(dataset: object) -> int:
     """Return the number of records; it must be known and positive."""
     try:
@@ -87,6 +130,11 @@ def _check_iterable(loader: DataLoader[Any], sampling: str) -> None:
             f"Expected a map-style dataset for Poisson sampling, got the IterableDataset {name}. Records that can only "
             "be read in order cannot join each step independently, and an epsilon that assumes it would be too small. "
             'Use sampling="shuffle" (accounted without amplification) or a map-style dataset.'
+        )
+    if sampling == "cyclic":
+        raise TypeError(
+            f"Expected a map-style dataset for cyclic sampling, got the IterableDataset {name}. Its order is its own. Use "
+            'sampling="shuffle", with fixed_order=True if it yields the same order in every pass.'
         )
     if loader.batch_size is None:
         raise ValueError(_no_batch_size(name))

@@ -1,15 +1,20 @@
-"""The random draws: batch samplers that decide which record is in which step."""
+"""The random draws: batch samplers that decide which record, or which user, is in which step."""
 
 from __future__ import annotations
 
 import itertools
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
+
+from lightning_dp.sampling.units import Units
+
+_CHOICES, _ENTROPY = 1, 2  # children of a rank's seed, beside the stream of its draws
 
 
 def _generator(seed: int | None, rank: int, world_size: int) -> np.random.Generator:
@@ -24,11 +29,28 @@ def _generator(seed: int | None, rank: int, world_size: int) -> np.random.Genera
     return np.random.Generator(np.random.PCG64DXSM(root))
 
 
-class _PrivateBatchSampler(Sampler[list[int]], ABC):
-    """What both samplers share: rank's own records ``rank, rank + W, ...`` and a stream that is never rewound.
+class Draw(list[int]):
+    """Indices of the records of one item of the loader, on their way to the process that reads them.
 
-    A copy (pickle, ``copy``) of a sampler without a seed draws from fresh entropy, so that two copies never pick the
-    same records.
+    Args:
+        indices: into the dataset; private.
+        sizes: how many of them each user brings, user by user; ``None`` if the unit is a record.
+        entropy: where the random streams of the code that reads them begin.
+    """
+
+    __slots__ = ("entropy", "sizes")
+
+    def __init__(self, indices: Iterable[int], *, entropy: int, sizes: list[int] | None = None) -> None:
+        super().__init__(indices)
+        self.sizes = sizes
+        self.entropy = entropy
+
+
+class _PrivateBatchSampler(Sampler[list[int]], ABC):
+    """Common part of the samplers: rank's own units ``rank, rank + W, ...`` and a stream that is never rewound.
+
+    A unit is a record, or a user with some records. A copy (pickle, ``copy``) of a sampler without a seed draws from
+    fresh entropy, so that two copies never pick the same units.
     """
 
     def __init__(
@@ -41,6 +63,7 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
         rank: int,
         world_size: int,
         seed: int | None,
+        units: Units | None = None,
     ) -> None:
         self.dataset_size = dataset_size
         self.expected_batch_size = expected_batch_size
@@ -49,8 +72,10 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
+        self.units = units
         self.num_own = len(range(rank, dataset_size, world_size))
-        self._rng = _generator(seed, rank, world_size)
+        self._num_draws = 0
+        self._start()
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulate
@@ -58,81 +83,161 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[list[int]]: ...
 
-    def _records(self, own: np.ndarray[Any, Any]) -> list[int]:
-        """Map positions among the rank's own records to indices of the dataset."""
-        records: list[int] = (own * self.world_size + self.rank).tolist()
-        return records
+    def _start(self) -> None:
+        self._rng = _generator(self.seed, self.rank, self.world_size)
+        # a stream of its own, so that who joins does not depend on how many records each user has
+        self._choices = np.random.Generator(np.random.PCG64DXSM(self._child(_CHOICES)))
+
+    def _child(self, *key: int) -> np.random.SeedSequence:
+        if self.seed is None:
+            return np.random.SeedSequence(secrets.randbits(256))
+        return np.random.SeedSequence(self.seed, spawn_key=(self.rank, *key))
+
+    def _records(self, own: NDArray[Any]) -> Draw:
+        """Map positions among the rank's own units to records of the dataset."""
+        units = own * self.world_size + self.rank
+        self._num_draws += 1
+        entropy = int.from_bytes(self._child(_ENTROPY, self._num_draws).generate_state(4).tobytes(), "little")
+        if self.units is None:
+            return Draw(units.tolist(), entropy=entropy)
+        records, sizes = self.units.choose(units, self._choices)
+        return Draw(records, sizes=sizes, entropy=entropy)
+
+    def _parts(self, members: NDArray[Any]) -> Iterator[Draw]:
+        """Deal the members of a logical batch to its items, uniformly and independently."""
+        if self.accumulate == 1:
+            yield self._records(members)
+            return
+        part = self._rng.integers(self.accumulate, size=len(members))
+        for number in range(self.accumulate):
+            yield self._records(members[part == number])
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self.seed is None:
-            del state["_rng"]
+            del state["_rng"], state["_choices"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_rng" not in state:
-            self._rng = _generator(None, self.rank, self.world_size)
+            self._start()
 
 
 class PoissonBatchSampler(_PrivateBatchSampler):
-    """Every record joins every logical batch independently with probability q = expected_batch_size / dataset_size.
+    """Every unit joins every logical batch independently with probability q = expected_batch_size / dataset_size.
 
-        K ~ Binomial(own records, q);   the K members are a uniform subset without replacement
+        K ~ Binomial(own units, q);   the K members are a uniform subset without replacement
 
-    which is the same distribution as one coin a record and costs O(K) draws. A logical batch is handed out in
+    which is the same distribution as one coin per unit and costs O(K) draws. A logical batch is handed out in
     ``accumulate`` consecutive items; each member goes to one of them uniformly and independently.
 
-    **Guarantee**: the union over ranks is one Poisson(q) sample of all records, independent between steps and passes.
+    **Guarantee**: the union over ranks is one Poisson(q) sample of all units, independent between steps and passes.
     The number of items of a pass is a public constant, the same on every rank. Batch sizes and members are private.
 
     Args:
-        dataset_size: number of records n >= 1 over all ranks.
+        dataset_size: number of units n >= 1 over all ranks.
         expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
         steps_per_epoch: logical batches in a pass.
         accumulate: items a logical batch is handed out in, >= 1.
         rank: this process.
         world_size: number of processes.
         seed: for tests; whoever knows it knows the batches.
+        units: the records of every user; ``None`` if the unit is a record.
     """
 
     def __iter__(self) -> Iterator[list[int]]:
         sample_rate = self.expected_batch_size / self.dataset_size
         for _ in range(self.steps_per_epoch):
             count = self._rng.binomial(self.num_own, sample_rate)
-            members = self._rng.choice(self.num_own, size=count, replace=False)
-            if self.accumulate == 1:
-                yield self._records(members)
-                continue
-            part = self._rng.integers(self.accumulate, size=count)
-            for number in range(self.accumulate):
-                yield self._records(members[part == number])
+            yield from self._parts(self._rng.choice(self.num_own, size=count, replace=False))
 
 
 class ShuffleBatchSampler(_PrivateBatchSampler):
-    """Every record joins exactly one item of a pass, chosen uniformly and independently of all other records.
+    """Every unit joins exactly one item of a pass, chosen uniformly and independently of all other units.
 
     Balls into bins: sizes vary around the expected batch size. A random permutation cut into batches of fixed size
     looks similar but is not private in the same way: one record more or less there moves all that follow it to other
-    places, so that many batches change by two records. Here exactly one batch of a pass changes, by exactly one record.
+    places, so that many batches change by two records. Here exactly one batch of a pass changes, by exactly one unit.
 
-    **Guarantee**: one record contributes to one step of a pass. The step is uniform over the ``steps_per_epoch`` logical
-    batches, independent of all other records and ranks, and drawn again in each pass. Batch sizes and members are private.
+    **Guarantee**: one unit contributes to one step of a pass. The step is uniform over the ``steps_per_epoch`` logical
+    batches, independent of all other units and ranks, and drawn again in each pass. Batch sizes and members are private.
 
     Args:
-        dataset_size: number of records n >= 1 over all ranks.
+        dataset_size: number of units n >= 1 over all ranks.
         expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
         steps_per_epoch: logical batches in a pass.
         accumulate: items a logical batch is handed out in, >= 1.
         rank: this process.
         world_size: number of processes.
         seed: for tests; whoever knows it knows the batches.
+        units: the records of every user; ``None`` if the unit is a record.
     """
 
     def __iter__(self) -> Iterator[list[int]]:
-        items = len(self)
-        bins = self._rng.integers(items, size=self.num_own)
-        order = np.argsort(bins, kind="stable")
-        edges = np.searchsorted(bins[order], np.arange(items + 1))
-        for start, stop in itertools.pairwise(edges):
-            yield self._records(order[start:stop])
+        for members in _bins(self._rng, len(self), self.num_own):
+            yield self._records(members)
+
+
+class CyclicBatchSampler(_PrivateBatchSampler):
+    """Every unit belongs to one of b = ``steps_per_epoch`` groups for good, and step t takes group t mod b.
+
+    The group is drawn once, uniformly and independently of all other units. Every pass is the same, so that a unit
+    comes back after exactly b steps, as correlated noise needs it.
+
+    **Guarantee**: a unit takes part in the steps g, g + b, g + 2b, ... and in no other, for a g that does not depend on
+    the data. Accounted without amplification, so the secrecy of g is never used for the units themselves. It is used for
+    add-or-remove: a public assignment goes by position, and removing a record shifts all behind it to other groups.
+    Hence the assignment is drawn in secret by default, is never saved, and a process that resumes in mid-pass cannot know
+    it. ``public_assignment`` fixes it by a number that may be saved and published; then only the relations that keep the
+    other records in place ("zero_out", "replace_one") hold. Between two passes a new secret assignment may follow if the
+    noise begins an empty history: within each block of C the separation is b, and no unit takes part more often.
+
+    Args:
+        dataset_size: number of units n >= 1 over all ranks.
+        expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
+        steps_per_epoch: b, logical batches in a pass.
+        accumulate: items a logical batch is handed out in, >= 1.
+        rank: this process.
+        world_size: number of processes.
+        seed: for tests; whoever knows it knows the batches.
+        units: the records of every user; ``None`` if the unit is a record.
+        public_assignment: fixes the assignment over all ranks, whatever their number; ``None`` for a secret one.
+    """
+
+    def __init__(self, *, public_assignment: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.position = 0  # the logical step that the next pass begins with
+        self.reproducible = public_assignment is not None or self.seed is not None
+        if public_assignment is None:
+            self._groups = list(_bins(self._rng, self.steps_per_epoch, self.num_own))
+            return
+        public = np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence(public_assignment)))
+        own = slice(self.rank, None, self.world_size)
+        self._groups = list(
+            _grouped(public.integers(self.steps_per_epoch, size=self.dataset_size)[own], self.steps_per_epoch)
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.position, self.position + self.steps_per_epoch):
+            yield from self._parts(self._groups[step % self.steps_per_epoch])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self.reproducible:
+            raise TypeError(
+                "A cyclic sampler with a secret assignment cannot be copied or pickled: the copy would hold the assignment, or go on "
+                "with another one in mid-pass. Make a new loader."
+            )
+        return super().__getstate__()
+
+
+def _bins(rng: np.random.Generator, num_bins: int, num: int) -> Iterator[NDArray[Any]]:
+    """Throw the numbers 0, ..., num - 1 into bins, and yield the members of each."""
+    return _grouped(rng.integers(num_bins, size=num), num_bins)
+
+
+def _grouped(bins: NDArray[Any], num_bins: int) -> Iterator[NDArray[Any]]:
+    order = np.argsort(bins, kind="stable")
+    edges = np.searchsorted(bins[order], np.arange(num_bins + 1))
+    for start, stop in itertools.pairwise(edges):
+        yield order[start:stop]

@@ -1,96 +1,92 @@
-"""The private loader: a torch ``DataLoader`` whose items are ``LogicalBatch`` objects, drawn privately."""
+"""The private loader: a torch ``DataLoader`` whose items are ``LogicalBatch`` objects; ``make.py`` makes one."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_dp.sampling.batches import MicrobatchCollate, NonEmptyGetitems, reads_many
-from lightning_dp.sampling.checks import check_count, check_loader, dataset_length
+from lightning_dp.errors import PrivacyError
+from lightning_dp.sampling.batches import LogicalBatch, MicrobatchCollate
+from lightning_dp.sampling.checks import check_count
+from lightning_dp.sampling.facts import SamplingFacts
+from lightning_dp.sampling.fetch import BeforeRecords, BeforeStream, as_it_is
 from lightning_dp.sampling.gather import Gather
-from lightning_dp.sampling.indices import PoissonBatchSampler, ShuffleBatchSampler
-
-_KEPT = (
-    "num_workers",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",  # seeds the workers; the private draws do not use it
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-)
-
-
-@dataclass(frozen=True)
-class SamplingFacts:
-    """What is public about the sampling, and what accounting needs of it.
-
-    Args:
-        sampling: "poisson" or "shuffle".
-        dataset_size: number of records n sampled from; ``None`` if unknown (an iterable dataset without length).
-        expected_batch_size: records B expected in a logical batch, over all ranks and parts: the divisor of the sum.
-        sample_rate: q = B / n for "poisson"; ``None`` for "shuffle".
-        steps_per_epoch: logical batches in a pass; ``None`` if unknown.
-        add_remove_changes_one_batch: whether one record more or less changes one batch of a pass by one record. False
-            for iterable datasets, whose batches are cut in order: a record added moves all that follow. Then only the
-            relation that replaces one record by another changes a single batch.
-        accumulate: items that one logical batch is handed out in.
-    """
-
-    sampling: str
-    dataset_size: int | None
-    expected_batch_size: int
-    sample_rate: float | None
-    steps_per_epoch: int | None
-    add_remove_changes_one_batch: bool = True
-    accumulate: int = 1
-
-    @property
-    def batches_per_pass(self) -> int | None:
-        """Logical batches of which each record joins exactly one in a pass, by a fair draw; ``None`` if not drawn so."""
-        drawn = self.sampling == "shuffle" and self.add_remove_changes_one_batch
-        return self.steps_per_epoch if drawn else None
+from lightning_dp.sampling.indices import CyclicBatchSampler
 
 
 class PrivateDataLoader(DataLoader[Any]):
     """A ``DataLoader`` over a private batch sampler; make one with ``private_dataloader``.
 
-    ``loader.dataset`` is the user's own object. ``state_dict`` is empty by intent: after a resume the draws come from
-    fresh randomness and nothing that depends on data is kept in a checkpoint; that the method exists tells Lightning
-    that the loader can be resumed.
+    ``loader.dataset`` is the user's own object. The user's code reads and collates each item under random streams that
+    begin with fresh entropy (see ``fresh_randomness``), in workers and in this process, where the streams around it stay
+    as they were. ``state_dict`` is empty by intent: after a resume the draws come from fresh randomness and nothing that
+    depends on data is kept in a checkpoint; that the method exists tells Lightning that the loader can be resumed.
 
     Args:
         dataset: the user's dataset.
         facts: what is public about the sampling.
+        seed: for tests: words that the random streams of a stream's items follow from.
         kwargs: arguments of ``torch.utils.data.DataLoader``.
     """
 
-    def __init__(self, dataset: Any, *, facts: SamplingFacts, **kwargs: Any) -> None:
+    def __init__(
+        self, dataset: Any, *, facts: SamplingFacts, seed: tuple[int, ...] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(dataset, **kwargs)
         self.facts = facts
+        self.position = 0  # logical batches handed out so far, where their order matters: a public number
+        self._seed = seed
+        self._first = 0  # the position at which the assignment of this loader began
+        self._num_passes = 0
+        self._num_skipped = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        dataset, collate = self.dataset, self.collate_fn
-        if isinstance(dataset, IterableDataset) or not isinstance(collate, MicrobatchCollate):
-            return super().__iter__()
-        rows = Gather.of(dataset, collate.collate_fn) if self.num_workers == 0 else None
-        # The iterator (and its workers) take these two with them; whoever looks at the loader sees the user's own.
-        if rows is not None:
-            self.__dict__["dataset"] = rows
-            self.__dict__["collate_fn"] = MicrobatchCollate(rows.collate, collate.microbatch_size)
-        elif reads_many(dataset):
-            self.__dict__["dataset"] = NonEmptyGetitems(dataset)
-        try:
-            return super().__iter__()
-        finally:
-            self.__dict__["dataset"], self.__dict__["collate_fn"] = dataset, collate
+        return self._in_order() if self._is_ordered else self._items()
+
+    def start_at(self, step: int, *, steps_per_pass: int | None = None) -> None:
+        """Go on with the logical batch of step ``step``: what a resumed run must do before it reads.
+
+        Does nothing for "poisson", and for "shuffle" with random access, whose draws have no position.
+
+        **Guarantee**: records come back at the separation that ``facts`` states, or an error is raised. "cyclic" takes the
+        group of that step; in mid-pass only if the assignment is known (public, or of this process). A stream in a fixed
+        order is read up to that step, and what was read is dropped.
+
+        Args:
+            step: logical steps released so far, >= 0.
+            steps_per_pass: length of a pass over a stream that is cut short on purpose; default: the stream's own.
+
+        Raises:
+            PrivacyError: the order cannot go on where it stopped.
+        """
+        check_count("step", step, 0)
+        if isinstance(self.batch_sampler, CyclicBatchSampler):
+            self._start_cycle_at(step, self.batch_sampler)
+        elif isinstance(self.dataset, IterableDataset):
+            if step > 0 and not self.facts.fixed_order:
+                raise PrivacyError(
+                    f"The stream begins with its first record, but {step} steps of the run are done. Its records would come back "
+                    "sooner than accounted for. Promise fixed_order=True if every pass has the same order, so that it can be read "
+                    "up to there."
+                )
+            length = steps_per_pass or self.facts.separation
+            self._num_skipped = (step % length if length else step) * self.facts.accumulate
+        self.position = step
+
+    def _start_cycle_at(self, step: int, sampler: CyclicBatchSampler) -> None:
+        done = step % sampler.steps_per_epoch
+        if sampler.reproducible or self._first <= step <= self.position:
+            return
+        if done:
+            raise PrivacyError(
+                f"Step {step} is {done} steps into a pass of {sampler.steps_per_epoch}, and the secret assignment of that pass ended "
+                "with its process. Records would come back sooner than accounted for. Resume from a checkpoint between two passes, or "
+                'train with neighboring_relation="zero_out", whose assignment is public.'
+            )
+        self._first = step
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state: draws are fresh after a resume."""
@@ -99,201 +95,45 @@ class PrivateDataLoader(DataLoader[Any]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Accept any state and ignore it: draws are fresh after a resume."""
 
+    @property
+    def _is_ordered(self) -> bool:
+        return isinstance(self.dataset, IterableDataset) or isinstance(self.batch_sampler, CyclicBatchSampler)
 
-def private_dataloader(
-    loader: DataLoader[Any],
-    *,
-    sampling: str = "poisson",
-    microbatch_size: int | None = None,
-    accumulate: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int | None = None,
-    num_batches_kept: int | None = None,
-    extra_records: Sequence[Any] = (),
-) -> PrivateDataLoader:
-    """Return a loader over the same dataset whose batches are drawn as the privacy accounting assumes.
-
-        expected_batch_size B = loader.batch_size * world_size * accumulate
-        q = B / n;   steps_per_epoch = max(1, round(n / B));   len(loader) = steps_per_epoch * accumulate
-
-    **Guarantee**: "poisson": each of the n records joins each logical batch independently with probability exactly q,
-    over all ranks together. "shuffle" with a map-style dataset: each record joins exactly one logical batch of a pass,
-    drawn uniformly and independently of the others. "shuffle" with an iterable dataset: order and batches are the
-    dataset's own; that it yields each record once a pass, over all workers and ranks, is its promise and cannot be
-    checked here, and adding a record shifts those behind it (see ``SamplingFacts.add_remove_changes_one_batch``).
-    Sizes and members of batches are private; the number of items is public and the same on all ranks. The user's
-    sampler order and ``drop_last`` have no meaning here and are not used (an iterable dataset keeps both).
-
-    Args:
-        loader: the user's loader; its dataset, collate function, workers and pinning are kept.
-        sampling: "poisson" or "shuffle".
-        microbatch_size: most samples on the device at once, >= 1; ``None`` for no limit.
-        accumulate: items one logical batch is handed out in, >= 1.
-        rank: this process, 0 <= rank < world_size; it samples the records rank, rank + world_size, ...
-        world_size: number of processes, >= 1.
-        seed: for tests only: whoever knows it knows the batches. ``None``: the operating system's entropy.
-        num_batches_kept: use only the first ``num_batches_kept * B`` records (for overfitting checks); ``None``: all.
-        extra_records: public records that follow those of the dataset, sampled and collated as they are: n counts them.
-
-    Returns:
-        The loader, with its public ``facts``.
-
-    Raises:
-        TypeError: not a plain ``DataLoader``, or a dataset that cannot be sampled this way.
-        ValueError: a sampler with a meaning of its own, no batch size, or fewer records than a batch expects; extra records
-            for a dataset without random access, or together with ``num_batches_kept``.
-
-    Example:
-        >>> private = private_dataloader(DataLoader(range(100), batch_size=20), accumulate=2)
-        >>> len(private), private.facts.sample_rate, private.facts.steps_per_epoch
-        (4, 0.4, 2)
-
-    References:
-        Abadi et al. 2016, Deep Learning with Differential Privacy, section 3.1 (lots).
-    """
-    check_loader(loader, sampling)
-    check_count("accumulate", accumulate, 1)
-    check_count("world_size", world_size, 1)
-    check_count("rank", rank, 0)
-    if not rank < world_size:
-        raise ValueError(f"Expected rank < world_size, got rank={rank}, world_size={world_size}.")
-    for name, value in (("microbatch_size", microbatch_size), ("num_batches_kept", num_batches_kept)):
-        if value is not None:
-            check_count(name, value, 1)
-
-    kept = {name: getattr(loader, name) for name in _KEPT if name in inspect.signature(DataLoader).parameters}
-    kept["collate_fn"] = MicrobatchCollate(_user_collate(loader), microbatch_size)
-    dataset = loader.dataset
-    if extra_records:
-        if isinstance(dataset, IterableDataset) or num_batches_kept is not None:
-            raise ValueError(
-                "Expected a whole dataset with random access for extra_records, got a stream or a part of one. Canaries need their "
-                "place among the records: audit with gradient canaries, and without overfit_batches."
+    def _in_order(self) -> Iterator[LogicalBatch]:
+        """Yield the items of a pass from ``position`` on, and count what is handed out, not what is read ahead."""
+        if isinstance(self.batch_sampler, CyclicBatchSampler):
+            self.batch_sampler.position = self.position
+        items = self._items()
+        num_skipped, self._num_skipped = self._num_skipped, 0
+        if sum(1 for _ in itertools.islice(items, num_skipped)) < num_skipped:
+            raise PrivacyError(
+                f"The stream ended before item {num_skipped}, where the run stopped. It does not yield what it yielded then: resume on "
+                "the same data."
             )
-        dataset = ConcatDataset([dataset, _Records(extra_records)])
-    if isinstance(dataset, IterableDataset):
-        if num_batches_kept is not None:
-            raise ValueError(
-                f"Expected num_batches_kept=None for an iterable dataset, got num_batches_kept={num_batches_kept}. "
-                "Limit the dataset itself."
+        for number, item in enumerate(items, start=num_skipped):
+            if number % self.facts.accumulate == 0:
+                self.position += 1
+            yield item
+
+    def _items(self) -> Iterator[LogicalBatch]:
+        dataset, collate = self.dataset, self.collate_fn
+        assert isinstance(collate, MicrobatchCollate)
+        self._num_passes += 1
+        # The iterator (and its workers) take these two with them; whoever looks at the loader sees the user's own.
+        if isinstance(dataset, IterableDataset):
+            assert self.batch_size is not None
+            seed = None if self._seed is None else (*self._seed, self._num_passes)
+            stream = BeforeStream(dataset, collate, batch_size=self.batch_size, seed=seed)
+            self.__dict__["dataset"], self.__dict__["collate_fn"] = stream, stream.collate
+        else:
+            rows = Gather.of(dataset, collate.collate_fn) if self.num_workers == 0 else None
+            self.__dict__["collate_fn"] = as_it_is
+            self.__dict__["dataset"] = (
+                BeforeRecords(dataset, collate)
+                if rows is None
+                else BeforeRecords(rows, MicrobatchCollate(rows.collate, collate.microbatch_size), draws=False)
             )
-        facts = _iterable_facts(loader, accumulate, world_size)
-        return PrivateDataLoader(
-            loader.dataset, facts=facts, batch_size=loader.batch_size, drop_last=loader.drop_last, **kept
-        )
-    facts = _map_facts(loader, dataset, sampling, accumulate, world_size, num_batches_kept)
-    assert facts.dataset_size is not None
-    assert facts.steps_per_epoch is not None
-    sampler_class = PoissonBatchSampler if sampling == "poisson" else ShuffleBatchSampler
-    sampler = sampler_class(
-        dataset_size=facts.dataset_size,
-        expected_batch_size=facts.expected_batch_size,
-        steps_per_epoch=facts.steps_per_epoch,
-        accumulate=accumulate,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-    )
-    return PrivateDataLoader(dataset, facts=facts, batch_sampler=sampler, **kept)
-
-
-def peek_samples(loader: DataLoader[Any], num: int) -> list[Any]:
-    """Return the first ``num`` samples before collating, read in this process; fewer if the dataset has fewer.
-
-    **Guarantee**: none: the samples are raw private records. Nothing computed from them may be released.
-
-    Args:
-        loader: a user's or a private loader.
-        num: number of samples, >= 0.
-
-    Returns:
-        A list of samples, private.
-
-    Raises:
-        ValueError: a negative number.
-    """
-    check_count("num", num, 0)
-    dataset = loader.dataset
-    if isinstance(dataset, IterableDataset):
-        return list(itertools.islice(iter(dataset), num))
-    indices = list(range(min(num, dataset_length(dataset))))
-    if reads_many(dataset):
-        return NonEmptyGetitems(dataset).__getitems__(indices)
-    return [dataset[index] for index in indices]
-
-
-def collate_samples(loader: DataLoader[Any], samples: list[Any]) -> Any:
-    """Return the batch that the user's collate function makes of raw samples.
-
-    Args:
-        loader: a user's or a private loader.
-        samples: a non-empty list, e.g. from ``peek_samples``.
-
-    Returns:
-        The batch as the user's training step expects it, private.
-
-    Raises:
-        ValueError: no samples; the user's function is never called with none.
-    """
-    if not samples:
-        raise ValueError("Expected at least one sample, got samples=[]. An empty batch is never collated.")
-    return _user_collate(loader)(samples)
-
-
-def _user_collate(loader: DataLoader[Any]) -> Any:
-    collate_fn = loader.collate_fn
-    return collate_fn.collate_fn if isinstance(collate_fn, MicrobatchCollate) else collate_fn
-
-
-class _Records(Dataset[Any]):
-    """A sequence of records as a dataset."""
-
-    def __init__(self, records: Sequence[Any]) -> None:
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.records[index]
-
-
-def _map_facts(
-    loader: DataLoader[Any], dataset: Any, sampling: str, accumulate: int, world_size: int, num_batches_kept: int | None
-) -> SamplingFacts:
-    assert isinstance(loader.batch_sampler, BatchSampler)
-    batch_size = loader.batch_sampler.batch_size
-    expected = batch_size * world_size * accumulate
-    size = dataset_length(dataset)
-    if expected > size:
-        raise ValueError(
-            f"Expected an expected batch size of at most the dataset size, got {expected} (batch_size={batch_size} x "
-            f"world_size={world_size} x accumulate={accumulate}) for {size} records: the sampling probability would "
-            "exceed 1. Reduce the batch size."
-        )
-    if num_batches_kept is not None:
-        size = min(size, num_batches_kept * expected)
-    return SamplingFacts(
-        sampling=sampling,
-        dataset_size=size,
-        expected_batch_size=expected,
-        sample_rate=expected / size if sampling == "poisson" else None,
-        steps_per_epoch=max(1, round(size / expected)),
-        accumulate=accumulate,
-    )
-
-
-def _iterable_facts(loader: DataLoader[Any], accumulate: int, world_size: int) -> SamplingFacts:
-    assert loader.batch_size is not None
-    size: int | None = dataset_length(loader.dataset) if hasattr(loader.dataset, "__len__") else None
-    items = None if size is None else len(loader)
-    return SamplingFacts(
-        sampling="shuffle",
-        dataset_size=size,
-        expected_batch_size=loader.batch_size * world_size * accumulate,
-        sample_rate=None,
-        steps_per_epoch=None if items is None else -(-items // accumulate),
-        add_remove_changes_one_batch=False,
-        accumulate=accumulate,
-    )
+        try:
+            return super().__iter__()
+        finally:
+            self.__dict__["dataset"], self.__dict__["collate_fn"] = dataset, collate

@@ -22,7 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_dp.sampling import private_dataloader
 
-SAMPLINGS = ("poisson", "shuffle")
+SAMPLINGS = ("poisson", "shuffle", "cyclic")
 FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
@@ -185,7 +185,7 @@ def test_out_of_order_loading_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampling": "ghost"}, r"one of \('poisson', 'shuffle'\), got sampling='ghost'"),
+        ({"sampling": "ghost"}, r"one of \('poisson', 'shuffle', 'cyclic'\), got sampling='ghost'"),
         ({"accumulate": 0}, r"accumulate >= 1, got accumulate=0"),
         ({"world_size": 0}, r"world_size >= 1"),
         ({"rank": -1}, r"rank >= 0"),
@@ -204,3 +204,31 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_options_that_are_no_integers_are_refused(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"Expected an integer, got {name}="):
         private_dataloader(DataLoader(DATA, batch_size=5), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (range(9), {"unit": range(9)}, "unit and records_per_unit together, got records_per_unit=None with a unit"),
+        (range(9), {"records_per_unit": 2}, "together, got records_per_unit=2 without a unit"),
+        (range(9), {"unit": range(9), "records_per_unit": 0}, "records_per_unit >= 1"),
+        (
+            Stream(10),
+            {"unit": "who", "records_per_unit": 2, "sampling": "shuffle"},
+            "random access for a unit, got a stream",
+        ),
+        (range(9), {"unit": [1] * 9, "records_per_unit": 1}, r"got 2 \(batch_size=2 x .*\) for 1 users"),
+        (range(9), {"fixed_order": True}, "fixed_order for a stream only"),
+        (range(9), {"public_assignment": 3}, "public_assignment=3 for sampling='poisson'"),
+        (range(9), {"public_assignment": -1, "sampling": "cyclic"}, "public_assignment >= 0"),
+    ],
+    ids=["no-number", "no-unit", "zero", "stream", "few-users", "fixed-order", "assignment", "negative"],
+)
+def test_options_that_do_not_go_together_are_refused(dataset: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        private_dataloader(DataLoader(dataset, batch_size=2), **options)
+
+
+def test_a_stream_is_refused_under_cyclic() -> None:
+    with pytest.raises(TypeError, match=r"cyclic sampling, got the IterableDataset Stream\..*fixed_order=True"):
+        private_dataloader(DataLoader(Stream(10), batch_size=2), sampling="cyclic")

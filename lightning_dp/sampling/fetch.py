@@ -1,0 +1,196 @@
+"""How an item is read: between torch's loader and the user's dataset, in the process that reads."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import numpy as np
+from torch.utils.data import get_worker_info
+
+from lightning_dp.sampling.batches import LogicalBatch, MicrobatchCollate
+from lightning_dp.sampling.indices import Draw
+from lightning_dp.sampling.randomness import fresh_randomness
+
+
+def as_it_is(batch: Any) -> Any:
+    """Return a batch that is collated already."""
+    return batch
+
+
+def reads_many(dataset: Any) -> bool:
+    """Whether ``DataLoader`` would read a whole list of indices at once from this dataset."""
+    return bool(getattr(dataset, "__getitems__", None))
+
+
+def read(dataset: Any, indices: list[int]) -> list[Any]:
+    """Return the samples at these indices; a dataset is never asked for none.
+
+    Raises:
+        TypeError: the dataset reads many samples at once and did not return one for each index, so that samples cannot
+            be told apart.
+    """
+    if not indices:
+        return []
+    if not reads_many(dataset):
+        return [dataset[index] for index in indices]
+    samples = dataset.__getitems__(indices)
+    if not isinstance(samples, (list, tuple)) or len(samples) != len(indices):
+        raise TypeError(
+            f"Expected a list with one sample an index from {type(dataset).__name__}.__getitems__, got "
+            f"{type(samples).__name__} for {len(indices)} indices. A private batch is cut into microbatches before "
+            "it is collated: return a list of samples and build the batch in `collate_fn`."
+        )
+    return list(samples)
+
+
+class _Before:
+    """Takes the dataset's part in a loader's iterator, and passes as the dataset in all else.
+
+    Class, length, items and attributes are the dataset's, so a ``worker_init_fn`` that prepares
+    ``get_worker_info().dataset`` still works.
+    """
+
+    _own = frozenset(("_dataset", "_collate"))
+    _dataset: Any
+    _collate: MicrobatchCollate
+
+    def __init__(self, dataset: Any, collate: MicrobatchCollate) -> None:
+        self._dataset = dataset
+        self._collate = collate
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self._dataset.__class__
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._dataset[index]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self)._own:  # a copy being built has no state yet
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self)._own:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._dataset, name, value)
+
+
+class BeforeRecords(_Before):
+    """Reads and collates one item of a dataset with random access: the whole of it under fresh randomness.
+
+    **Guarantee**: see ``fresh_randomness``; the entropy is that of the item's ``Draw``.
+
+    Args:
+        dataset: map-style dataset, or what gathers rows of one.
+        collate: makes the microbatches.
+        draws: whether the user's code may draw random numbers while it reads or collates.
+    """
+
+    _own = _Before._own | {"_draws"}
+    _draws: bool
+
+    def __init__(self, dataset: Any, collate: MicrobatchCollate, *, draws: bool = True) -> None:
+        super().__init__(dataset, collate)
+        self._draws = draws
+
+    def __getitems__(self, draw: Draw) -> LogicalBatch:
+        with fresh_randomness(draw.entropy) if self._draws else nullcontext():
+            return self._collate(read(self._dataset, draw), draw.sizes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_before_records, (self._dataset, self._collate, self._draws))
+
+
+class BeforeStream(_Before):
+    """Reads a stream whose records torch's loader cuts into items: each item under fresh randomness.
+
+    The loader asks for ``batch_size`` records one by one and then for their collated batch. The randomness begins with
+    the first of them and ends with ``collate``, or where the stream ends or raises.
+
+    **Guarantee**: see ``fresh_randomness``; the entropy is the operating system's, or follows from the seed, the worker and
+    the number of the item.
+
+    Args:
+        dataset: iterable dataset.
+        collate: makes the microbatches.
+        batch_size: records in an item.
+        seed: words that the entropy follows from, for tests; ``None``: the operating system's entropy.
+    """
+
+    _own = _Before._own | {"_batch_size", "_seed", "_num_items", "_scope"}
+    _batch_size: int
+    _seed: tuple[int, ...] | None
+    _num_items: int
+    _scope: ExitStack | None
+
+    def __init__(
+        self, dataset: Any, collate: MicrobatchCollate, *, batch_size: int, seed: tuple[int, ...] | None
+    ) -> None:
+        super().__init__(dataset, collate)
+        self._batch_size, self._seed = batch_size, seed
+        self._num_items, self._scope = 0, None
+
+    def __iter__(self) -> Iterator[Any]:
+        with fresh_randomness(self._entropy()):
+            records = iter(self._dataset)
+        for number in itertools.count():
+            if number % self._batch_size == 0:
+                self._begin()
+            try:
+                record = next(records)
+            except StopIteration:
+                self._end()
+                return
+            except BaseException:
+                self._end()
+                raise
+            yield record
+
+    def collate(self, samples: list[Any]) -> LogicalBatch:
+        """Return the logical batch of the records just read, and end their randomness."""
+        if self._scope is None:  # a shorter last item: the end of the stream has ended its randomness
+            self._begin()
+        try:
+            return self._collate(samples)
+        finally:
+            self._end()
+
+    def _begin(self) -> None:
+        self._scope = ExitStack()
+        self._scope.enter_context(fresh_randomness(self._entropy()))
+
+    def _end(self) -> None:
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            scope.close()
+
+    def _entropy(self) -> int:
+        if self._seed is None:
+            return secrets.randbits(128)
+        self._num_items += 1
+        worker = get_worker_info()
+        key = (*self._seed[1:], 0 if worker is None else worker.id, self._num_items)
+        words = np.random.SeedSequence(self._seed[0], spawn_key=key).generate_state(4)
+        return int.from_bytes(words.tobytes(), "little")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_before_stream, (self._dataset, self._collate, self._batch_size, self._seed))
+
+
+def _before_records(dataset: Any, collate: MicrobatchCollate, draws: bool) -> BeforeRecords:
+    return BeforeRecords(dataset, collate, draws=draws)
+
+
+def _before_stream(
+    dataset: Any, collate: MicrobatchCollate, batch_size: int, seed: tuple[int, ...] | None
+) -> BeforeStream:
+    return BeforeStream(dataset, collate, batch_size=batch_size, seed=seed)

@@ -1,0 +1,54 @@
+"""Random streams of the user's code while data is read: fresh for every logical batch, undisturbed around it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@contextmanager
+def fresh_randomness(entropy: int) -> Iterator[None]:
+    """Run a block with the global generators started from ``entropy``, and put their earlier states back afterwards.
+
+    **Guarantee**: what the block draws from the global generators of torch (the CPU's, and the current CUDA device's if
+    CUDA is in use), numpy and Python follows from ``entropy`` alone: not from ``seed_everything``, nor from how many
+    samples were drawn before. What is drawn after the block does not depend on the block. torch's CPU generator keeps
+    32 bits of what it is given. Generators that the user's code makes are its own matter.
+
+    Args:
+        entropy: a number >= 0 of up to 128 bits: from the operating system, or from the seed of a test.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with fresh_randomness(7):
+        ...     first = torch.rand(1)
+        >>> bool((torch.get_rng_state() == before).all())
+        True
+    """
+    words = np.random.SeedSequence(entropy).generate_state(20)
+    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    states = (torch.default_generator.get_state(), random.getstate(), np.random.get_state())  # noqa: NPY002
+    cuda_state = torch.cuda.get_rng_state() if on_cuda else None
+    try:
+        torch.default_generator.manual_seed(_number(words[:2]))
+        if on_cuda:
+            torch.cuda.manual_seed(_number(words[2:4]))
+        random.seed(_number(words[4:12]))
+        np.random.seed(words[12:])  # noqa: NPY002
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
+
+
+def _number(words: NDArray[Any]) -> int:
+    return int.from_bytes(words.tobytes(), "little")
