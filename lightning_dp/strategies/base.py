@@ -131,7 +131,7 @@ class PrivateStrategy(RunFacts, Strategy):
         if self.state.plan is not None:
             self.state.plan = self._loader = None  # else `estimated_stepping_batches` has asked for the loader first
         super().setup(trainer)
-        trainer_checks.check_optimizers(self.optimizers, self.module, self.settings.public_optimizers)
+        checks.check_optimizers(self.optimizers, self.module, self.settings.public_optimizers)
         self.state.note_unledgered(trainer.global_step, (each.state.values() for each in self.optimizers))
         if self.state.restored_plan is None and trainer.global_step == 0:
             self.state.step = 0
