@@ -36,7 +36,7 @@ def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
             f"Expected real parameters, got {complex_ones[0]!r} of a complex type. Norms and noise are those of real numbers: keep "
             "real and imaginary part as two real parameters and join them by torch.complex."
         )
-    if getattr(module, "_compiler_ctx", None) is not None:
+    if getattr(module, "_compiler_ctx", None) is not None or hasattr(module, "_orig_mod"):
         raise ValueError(
             f"Expected an eager module, got {type(module).__name__} through torch.compile. The hooks that record per-sample "
             "gradients do not reach into a compiled graph: pass the module itself."
