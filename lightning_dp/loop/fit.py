@@ -79,7 +79,7 @@ class LoopFit:
             reduction=settings.loss_reduction,
             batch_size=self._records.batch_size(reduction.world_size, settings.microbatch_size),
         )
-        self._sandbox = Sandbox(model, guard, self._host.others, nullcontext)
+        self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext)
         self._trial = Trial(self.step, self._host, self._sandbox)
         self._prepared = False
         self._flags = _training_flags(model)

@@ -66,7 +66,11 @@ class LoopHost:
         return loss
 
     def others(self) -> list[Any]:
-        """Return the optimizer, and objects that the loss function holds: their state is put back after trials."""
+        """Return the optimizer."""
+        return [self._optimizer]
+
+    def reachable(self) -> list[Any]:
+        """Return everything whose state is put back after a trial: the optimizer, and objects that the loss function holds."""
         return [self._optimizer, *held_by(self.loss_fn)]
 
     def find_types(self) -> None:
