@@ -13,7 +13,7 @@ from lightning_dp.loop.guard import ReleaseGuard
 from lightning_dp.loop.host import LoopHost, LossFunction
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
-from lightning_dp.step import checks
+from lightning_dp.step import checks, module_checks
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.records import TrainingRecords
 from lightning_dp.step.reduction import Reduction
@@ -116,7 +116,7 @@ class LoopFit:
         step.state.check_budget()
         flags = _training_flags(self._model)
         if flags != self._flags:
-            checks.check_module(self._model, runs_samples_alone=self._settings.runs_samples_alone)
+            module_checks.check_module(self._model, runs_samples_alone=self._settings.runs_samples_alone)
             self._flags = flags
         if not (self._prepared and step.engine.has_layout):
             self._records.learn_rows(next(self._model.parameters()).device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dp.step import checks
 from lightning_dp.step.records import TrainingRecords
@@ -119,6 +119,11 @@ def held_by(function: Any) -> list[Any]:
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
     named = [function.__globals__.get(name) for name in function.__code__.co_names]
     return [*cells, *(value for value in named if isinstance(value, nn.Module))]
+
+
+def move_to(device: torch.device, batch: Any) -> Any:
+    """Move everything in a batch that has a ``to``."""
+    return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
 
 
 def _no_loss(model: Any, batch: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from typing_extensions import Self, Unpack
 
@@ -21,10 +20,10 @@ from lightning_dp.loop.batches import LogicalBatches
 from lightning_dp.loop.facts import LoopFacts, steps_left
 from lightning_dp.loop.fit import LoopFit
 from lightning_dp.loop.guard import ReleaseGuard
-from lightning_dp.loop.host import LossFunction
+from lightning_dp.loop.host import LossFunction, move_to
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import private_dataloader
-from lightning_dp.step import checks
+from lightning_dp.step import module_checks
 from lightning_dp.step.arguments import PrivateArguments, check_length, make_settings, planned_length
 from lightning_dp.step.history import History, read_history
 from lightning_dp.step.mechanisms import Mechanisms
@@ -122,8 +121,8 @@ class PrivateLoop(LoopFacts):
         move: Callable[[Any], Any] | None = None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        checks.check_module(model, runs_samples_alone=settings.runs_samples_alone)
-        checks.check_optimizers([optimizer], model, ())
+        module_checks.check_module(model, runs_samples_alone=settings.runs_samples_alone)
+        module_checks.check_optimizers([optimizer], model, ())
         running = _open.get(model, lambda: None)()
         if running is not None:
             raise RuntimeError(
@@ -133,7 +132,7 @@ class PrivateLoop(LoopFacts):
         self.settings, self.mechanisms = settings, Mechanisms()
         self._model, self._called, self._optimizer, self._loss_fn = model, called or model, optimizer, loss_fn
         self._reduction = OneProcess() if reduction is None else reduction
-        self._move = move or (lambda batch: _move_to(next(model.parameters()).device, batch))
+        self._move = move or (lambda batch: move_to(next(model.parameters()).device, batch))
         self._around = around
         rank, world_size = self._reduction.rank, self._reduction.world_size
         self._drawn = private_dataloader(
@@ -294,11 +293,6 @@ class PrivateLoop(LoopFacts):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _move_to(device: torch.device, batch: Any) -> Any:
-    """Move everything in a batch that has a ``to``."""
-    return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
 
 
 def _call_all(functions: list[Callable[[], None]]) -> None:

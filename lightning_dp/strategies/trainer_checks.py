@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dp.sampling import LogicalBatch
-from lightning_dp.step import checks
+from lightning_dp.step import module_checks
 from lightning_dp.step.settings import Settings
 from lightning_dp.strategies import _lightning
 
@@ -60,7 +60,7 @@ def check_precision(precision: str) -> None:
 
 def check_module(module: pl.LightningModule, *, runs_samples_alone: bool) -> None:
     """Refuses modules that cannot be private as they are, before any data is touched."""
-    checks.check_module(module, runs_samples_alone=runs_samples_alone)
+    module_checks.check_module(module, runs_samples_alone=runs_samples_alone)
     if (
         is_overridden("training_step", module)
         and "dataloader_iter" in inspect.signature(module.training_step).parameters
