@@ -26,6 +26,7 @@ __all__ = [
     "DPStrategy",
     "Epsilon",
     "EpsilonMonitor",
+    "FabricPrivacy",
     "Fixed",
     "FlatClipping",
     "GradientDiagnostics",
@@ -40,12 +41,15 @@ __all__ = [
     "PrivacyCard",
     "PrivacyError",
     "PrivacyEvent",
+    "PrivateLoop",
+    "PrivateTrainerMixin",
     "PublishedAutoThreshold",
     "RandomSparsification",
     "SwitchToDP",
     "TopAgg",
     "auditing",
     "fix",
+    "make_private",
     "schedules",
 ]
 
@@ -78,12 +82,28 @@ if TYPE_CHECKING:
         TopAgg,
     )
     from lightning_dp.errors import PrivacyError
+    from lightning_dp.fabric import FabricPrivacy
+    from lightning_dp.hf import PrivateTrainerMixin
+    from lightning_dp.loop import PrivateLoop, make_private
     from lightning_dp.metrics import Epsilon
     from lightning_dp.step.plan import DPPlan
     from lightning_dp.strategies import DPDDPStrategy, DPStrategy
 else:
     _SUBMODULES = (
-        *("accounting", "auditing", "callbacks", "clipping", "datalens", "masks", "metrics", "noise", "per_sample"),
+        *(
+            "accounting",
+            "auditing",
+            "callbacks",
+            "clipping",
+            "datalens",
+            "fabric",
+            "hf",
+            "loop",
+            "masks",
+            "metrics",
+            "noise",
+            "per_sample",
+        ),
         *("reporting", "sampling", "schedules", "step", "strategies", "system"),
     )
     _NAMES_BY_SOURCE = {
@@ -95,6 +115,9 @@ else:
         ),
         "clipping": "AutomaticClipping Clipping FlatClipping NoClipping PSACClipping PerLayerClipping TopAgg",
         "errors": "PrivacyError",
+        "fabric": "FabricPrivacy",
+        "hf": "PrivateTrainerMixin",
+        "loop": "PrivateLoop make_private",
         "metrics": "Epsilon",
         "step.plan": "DPPlan",
         "strategies": "DPDDPStrategy DPStrategy",

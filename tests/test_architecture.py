@@ -18,6 +18,7 @@ LIGHTNING = {"lightning", "pytorch_lightning"}
 SLOW = {"opacus", "dp_accounting", "scipy", "torchmetrics"}
 SHELL = {"strategies", "callbacks", "cli", "__init__.py"}
 SHELL_FILES = {
+    "fabric.py",
     "datalens/module.py",
     "datalens/run.py",
     "datalens/trainer_checks.py",
@@ -94,7 +95,7 @@ def test_core_loads_without_lightning() -> None:
     """Every module of it, also not through a third party; and opacus is left to the calls that need it."""
     modules = [".".join(("lightning_dp", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in CORE]
     wanted = {name.removesuffix(".__init__") for name in modules} - {"lightning_dp._replacements"}
-    folders = "accounting auditing clipping datalens masks noise per_sample reporting sampling step system"
+    folders = "accounting auditing clipping datalens loop masks noise per_sample reporting sampling step system"
     assert {f"lightning_dp.{name}" for name in folders.split()} <= wanted
     names = loaded(f"import importlib\nfor name in {sorted(wanted)!r}: importlib.import_module(name)")
     assert "lightning_dp" in names

@@ -16,6 +16,8 @@ VERSION = 1
 
 
 _KEYS = {"version", "ledger", "plan", "step", "global_step", "unledgered", "notes"}
+#: Digest of the weights, where the user saves them apart from the privacy state.
+WEIGHTS = "weights"
 
 
 class Restored(NamedTuple):
@@ -70,7 +72,7 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
             "Expected a checkpoint with a privacy ledger, got one without: it was not written under a private strategy. If it never "
             "saw the private data, pass DPStrategy(allow_public_checkpoint=True); else its privacy loss is unknown."
         )
-    if not isinstance(state, dict) or state.get("version") != VERSION or set(state) != _KEYS:
+    if not isinstance(state, dict) or state.get("version") != VERSION or set(state) - {WEIGHTS} != _KEYS:
         raise PrivacyError(
             f"Expected the privacy state of a checkpoint in version {VERSION}, got {_describe(state)}. The checkpoint is damaged or "
             "of another version of lightning_dp: use an intact one."

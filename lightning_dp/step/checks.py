@@ -15,13 +15,14 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import PrivateDataLoader
 
 
-def scalar_loss(output: Any, count: int, reduction: str) -> Tensor | None:
-    """Return the loss of ``training_step`` as a scalar; None if it returned none.
+def scalar_loss(output: Any, count: int, reduction: str, source: str = "training_step") -> Tensor | None:
+    """Return the loss of the user's step as a scalar; None if it returned none.
 
     Args:
-        output: what ``training_step`` returned.
+        output: what the user's step returned.
         count: samples of the microbatch, B.
         reduction: "mean" or "sum", for a loss of shape (B,).
+        source: name of the user's step, for messages.
 
     Raises:
         TypeError: something that is no loss.
@@ -32,7 +33,7 @@ def scalar_loss(output: Any, count: int, reduction: str) -> Tensor | None:
         return None
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"Expected training_step to return a loss tensor, a dictionary with 'loss', or None, got {type(loss).__name__}. "
+            f"Expected {source} to return a loss tensor, a dictionary with 'loss', or None, got {type(loss).__name__}. "
             "Return the loss of shape () or (B,)."
         )
     if loss.dim() == 0:

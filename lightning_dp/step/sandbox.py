@@ -26,10 +26,11 @@ class StepGuard:
 
     Args:
         is_private: whether an optimizer holds a private parameter.
+        advice: how the host's user steps an optimizer, for messages.
     """
 
-    def __init__(self, is_private: Callable[[Optimizer], bool]) -> None:
-        self._is_private = is_private
+    def __init__(self, is_private: Callable[[Optimizer], bool], advice: str = USE_OPTIMIZERS) -> None:
+        self._is_private, self._advice = is_private, advice
         self._handle: Any = None
         self._expected: list[Optimizer] = []
         self._open = False
@@ -74,11 +75,11 @@ class StepGuard:
         kind = type(optimizer).__name__
         if self.in_sandbox:
             raise PrivacyError(
-                f"{kind} stepped by itself while training_step ran on trial, so weights would move on raw gradients. {USE_OPTIMIZERS}"
+                f"{kind} stepped by itself while your step ran on trial, so weights would move on raw gradients. {self._advice}"
             )
         if self._open or (self._expected and optimizer is self._expected[-1]) or not self._is_private(optimizer):
             return
-        raise PrivacyError(f"{kind} stepped private parameters by itself, without a private gradient. {USE_OPTIMIZERS}")
+        raise PrivacyError(f"{kind} stepped private parameters by itself, without a private gradient. {self._advice}")
 
 
 class Sandbox:

@@ -35,6 +35,18 @@ class Trial:
         self._runs = TrialRuns(step, host, sandbox)
         self._couplings = Couplings(self._runs)
         self._step, self._host, self._sandbox = step, host, sandbox
+        self._checked_at = 0
+
+    def is_due(self, number: int, *, first_of_pass: bool) -> bool:
+        """Tell whether the checks are repeated at a logical step: the 2nd, 10th, 100th, ... and the first of a long epoch.
+
+        Args:
+            number: of the logical step, from 0.
+            first_of_pass: whether a pass over the data begins with it.
+        """
+        if number <= self._checked_at:
+            return False
+        return number == 1 or str(number + 1).strip("0") == "1" or (first_of_pass and number - self._checked_at >= 100)
 
     def prepare(self) -> None:
         """Learn the layout, and check on records from all over the training set that samples are independent.
@@ -43,6 +55,7 @@ class Trial:
             PrivacyError: a sample's gradient depends on another sample, or state on the samples.
         """
         settings, step = self._step.settings, self._step
+        self._checked_at = step.state.step
         records = self._host.records(NUM_SPREAD)
         with self._sandbox.enter() as snapshot:
             if not settings.runs_samples_alone:
@@ -69,6 +82,7 @@ class Trial:
         Raises:
             PrivacyError: as :meth:`prepare`.
         """
+        self._checked_at = number
         if not self._step.settings.check_per_sample:
             return
         with self._sandbox.enter() as snapshot:

@@ -22,7 +22,7 @@ from lightning_dp.clipping import Clipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, private_dataloader
 from lightning_dp.step import checkpoint as saved
-from lightning_dp.step import checks
+from lightning_dp.step import checks, module_checks
 from lightning_dp.step.history import History, note_checkpoint, read_history
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.reduction import OneProcess, Reduction
@@ -131,7 +131,7 @@ class PrivateStrategy(RunFacts, Strategy):
         if self.state.plan is not None:
             self.state.plan = self._loader = None  # else `estimated_stepping_batches` has asked for the loader first
         super().setup(trainer)
-        trainer_checks.check_optimizers(self.optimizers, self.module, self.settings.public_optimizers)
+        module_checks.check_optimizers(self.optimizers, self.module, self.settings.public_optimizers)
         self.state.note_unledgered(trainer.global_step, (each.state.values() for each in self.optimizers))
         if self.state.restored_plan is None and trainer.global_step == 0:
             self.state.step = 0

@@ -48,7 +48,7 @@ class PrivateFit:
         self._batch: LogicalBatch | None = None
         self._on_device: Any = None
         self._part = 0
-        self._prepared, self._checked_at = False, 0
+        self._prepared = False
         self._training_flags: list[bool] = []
         self.step = PrivateStep(
             module,
@@ -156,19 +156,11 @@ class PrivateFit:
         if not (self._prepared and step.engine.has_layout):
             self._host.learn_rows()
             self._trial.prepare()
-            self._prepared, self._checked_at = True, step.state.step
-        elif self._is_due(step.state.step):
+            self._prepared = True
+        elif self._trial.is_due(step.state.step, first_of_pass=strategy.trainer.fit_loop.batch_idx == 0):
             self._trial.check_again(step.state.step)
-            self._checked_at = step.state.step
         if step.unchecked_public:
             self._trial.check_public()
-
-    def _is_due(self, number: int) -> bool:
-        """Tell whether the checks are repeated at a logical step: the 2nd, 10th, 100th, ... and the first of a long epoch."""
-        if number <= self._checked_at:
-            return False
-        first_of_epoch = self._strategy.trainer.fit_loop.batch_idx == 0
-        return number == 1 or str(number + 1).strip("0") == "1" or (first_of_epoch and number - self._checked_at >= 100)
 
     def _run_further(self, microbatches: list[tuple[int, Any]]) -> None:
         """Run all microbatches but that of the real call, each from the same state, without effect."""

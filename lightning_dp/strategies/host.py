@@ -7,15 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import IterableDataset
 
-from lightning_dp.sampling import collate_samples, peek_samples
 from lightning_dp.step import checks
-from lightning_dp.step.randomness import kept_generators
+from lightning_dp.step.records import TrainingRecords
 from lightning_dp.strategies import _lightning
 
 if TYPE_CHECKING:
@@ -31,8 +28,7 @@ class LightningHost:
 
     def __init__(self, strategy: PrivateStrategy) -> None:
         self._strategy = strategy
-        self._stand_in: list[Any] | None = None
-        self.axes: tuple[int, ...] = ()
+        self._held: TrainingRecords | None = None
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the ``training_step`` that is under way."""
 
@@ -42,27 +38,30 @@ class LightningHost:
         return torch.bfloat16 if "bf16" in str(self._strategy.trainer.precision) else torch.float32
 
     @property
+    def _records(self) -> TrainingRecords:
+        """Records of the training set; the loader may be replaced during a fit."""
+        if self._held is None or self._held.loader is not self._strategy.loader:
+            axes = () if self._held is None else self._held.axes
+            self._held = TrainingRecords(self._strategy.loader, self._strategy.to_device, axes)
+        return self._held
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Positions of the tensors of a batch that have one row per record."""
+        return self._records.axes
+
+    @property
     def batch_size(self) -> int:
-        """Records of a real microbatch, as expected; at most the data set."""
-        facts, limit = self._strategy.loader.facts, self._strategy.settings.microbatch_size
-        drawn = max(1, facts.expected_batch_size // (self._strategy.world_size * facts.accumulate))
-        return min(drawn, limit or drawn, facts.dataset_size or drawn)
+        """Records of a real microbatch, as expected; at most the dataset."""
+        return self._records.batch_size(self._strategy.world_size, self._strategy.settings.microbatch_size)
 
     def others(self) -> list[Any]:
         """Return optimizers and schedulers."""
         return [*self._strategy.optimizers, *(config.scheduler for config in self._strategy.lr_scheduler_configs)]
 
     def records(self, num: int, seed: int = 0) -> list[Any]:
-        """Return records from all over a dataset with random access, the first ones of a stream.
-
-        The positions are pseudo-random and always the same for a seed: neither sorted nor periodic data makes them alike.
-        """
-        loader = self._strategy.loader
-        if isinstance(loader.dataset, IterableDataset):
-            return peek_samples(loader, num)
-        size = loader.facts.dataset_size or 0
-        positions = np.random.default_rng(seed).choice(size, size=min(num, size), replace=False)
-        return [loader.dataset[int(position)] for position in positions]
+        """Return records from all over a dataset with random access, the first ones of a stream."""
+        return self._records.take(num, seed)
 
     def run(self, records: list[Any]) -> Any:
         """Run ``training_step`` on records, collated and moved as Lightning does."""
@@ -71,11 +70,7 @@ class LightningHost:
 
     def learn_rows(self) -> None:
         """Find the tensors of a collated batch that have one row per record."""
-        loader = self._strategy.loader
-        pair = (self.records(2) * 2)[:2]
-        with kept_generators(self._strategy.root_device):
-            two, three = (collate_samples(loader, (pair * size)[:size]) for size in (2, 3))
-        self.axes = checks.sample_axes(two, three)
+        self._records.learn_rows(self._strategy.root_device)
 
     def loss_of(self, output: Any, count: int) -> Tensor | None:
         """Return the loss of an output as a scalar."""
@@ -83,9 +78,7 @@ class LightningHost:
 
     def stand_in(self) -> Any:
         """Return a batch of one record on the device, for steps in which no sample was drawn."""
-        if self._stand_in is None:
-            self._stand_in = peek_samples(self._strategy.loader, 1)
-        return self.batch_of(self._stand_in)
+        return self._records.stand_in()
 
     def empty_batch(self) -> Any:
         """Return what hooks see when no sample was drawn: the user's batch structure with tensors of length 0."""
@@ -102,9 +95,7 @@ class LightningHost:
 
     def batch_of(self, records: list[Any]) -> Any:
         """Return records collated and moved as Lightning does."""
-        batch = collate_samples(self._strategy.loader, records)
-        checks.check_rows(batch, len(records), self.axes)
-        return self._strategy.to_device(batch)
+        return self._records.batch_of(records)
 
 
 @contextmanager

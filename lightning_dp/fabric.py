@@ -1,0 +1,259 @@
+"""FabricPrivacy: private training in a loop of your own under Lightning Fabric, on one device or with DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from lightning.fabric import Fabric, wrappers
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import Unpack
+
+from lightning_dp.accounting import Ledger
+from lightning_dp.loop.batches import LogicalBatches
+from lightning_dp.loop.host import LossFunction
+from lightning_dp.loop.run import PrivateLoop
+from lightning_dp.step.arguments import PrivateArguments, check_length, make_settings
+from lightning_dp.step.history import History
+from lightning_dp.step.mechanisms import Mechanisms
+from lightning_dp.step.plan import DPPlan
+from lightning_dp.step.reduction import AllReduce, OneProcess
+
+_UNSUPPORTED_PRECISION = ("16-mixed", "16-true", "transformer-engine", "transformer-engine-float16")
+
+
+class FabricPrivacy:
+    """Private training under Fabric: the loop stays yours, and ``backward`` takes the loss function instead of a loss.
+
+    A loss alone could not be private: the loss function also runs on a few records to check that samples are
+    independent, on each microbatch, and on one record of weight 0 where nobody was drawn.
+
+    **Guarantee**: that of ``PrivateLoop``, for the data of all ranks together. Gradients are summed once per step; the model
+    is never wrapped in ``DistributedDataParallel``. ``batch_size`` of the loader is per process.
+
+    Args:
+        epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
+        steps: planned logical steps of the whole run.
+        history: what earlier runs have spent on the same data, as ``DPStrategy`` takes it.
+        **arguments: those of ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
+
+    Raises:
+        ValueError: arguments out of range.
+        TypeError: arguments of the wrong kind.
+
+    Example::
+
+        fabric = Fabric(accelerator="cpu", devices=2)
+        fabric.launch()
+        dp = FabricPrivacy(target_epsilon=3.0, epochs=10)
+        model, optimizer, loader = dp.setup(fabric, model, optimizer, loader)
+        for epoch in range(10):
+            for batch in loader:
+                dp.backward(loss_fn, batch)      # loss_fn(model, batch) -> loss
+                optimizer.step()
+            fabric.log("epsilon", dp.epsilon())
+        fabric.save("last.ckpt", {"model": model, "optimizer": optimizer, "lightning_dp": dp})
+    """
+
+    def __init__(
+        self,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        history: History = None,
+        **arguments: Unpack[PrivateArguments],
+    ) -> None:
+        self.settings = make_settings(arguments, owner="FabricPrivacy")
+        check_length(epochs, steps, self.settings)
+        self._length, self._history = (epochs, steps), history
+        self._loop: PrivateLoop | None = None
+
+    def setup(
+        self, fabric: Fabric, model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any]
+    ) -> tuple[Any, Any, LogicalBatches]:
+        """Set up model, optimizer and loader as ``fabric.setup`` and ``fabric.setup_dataloaders`` do, without DDP's wrapper.
+
+        Args:
+            fabric: launched.
+            model: as for ``fabric.setup``.
+            optimizer: over parameters of the model.
+            loader: the user's; do not set it up before.
+
+        Returns:
+            Model and optimizer in Fabric's wrappers, and the private loader.
+
+        Raises:
+            ValueError: a strategy or precision that cannot be private.
+            PrivacyError: a layer that mixes samples.
+        """
+        check_fabric(fabric)
+        if self._loop is not None:
+            self._loop.close()
+        with _unwrapped(fabric):
+            wrapped, stepping = fabric.setup(model, optimizer)
+        start_equal(model)
+        several = fabric.world_size > 1
+        self._loop = PrivateLoop(
+            model,
+            optimizer,
+            loader,
+            _no_loss,
+            settings=self.settings,
+            length=self._length,
+            history=self._history,
+            reduction=AllReduce(fabric.global_rank, fabric.world_size, fabric.device) if several else OneProcess(),
+            called=wrapped,
+            move=fabric.to_device,
+            around=_in_fabric_backward,
+        )
+        return wrapped, stepping, self._loop.loader
+
+    @property
+    def loop(self) -> PrivateLoop:
+        """The private run.
+
+        Raises:
+            RuntimeError: ``setup`` was not called.
+        """
+        if self._loop is None:
+            raise RuntimeError(
+                "FabricPrivacy has no model yet, so there is nothing to train or report. Call dp.setup(fabric, model, optimizer, "
+                "loader) first."
+            )
+        return self._loop
+
+    def backward(self, loss_fn: LossFunction, batch: Any) -> None:
+        """Give the parameters their private gradient of a logical batch, and write the ledger entry.
+
+        Args:
+            loss_fn: (model, batch) -> mean loss of shape () or per-sample losses of shape (B,); the model is Fabric's.
+            batch: from the private loader; each is used once.
+
+        Raises:
+            TypeError: a loss in place of the loss function.
+            PrivacyError: continuing would void the guarantee.
+        """
+        if not callable(loss_fn):
+            raise TypeError(
+                f"Expected backward(loss_fn, batch) with a function (model, batch) -> loss, got {type(loss_fn).__name__}. A loss "
+                "cannot be computed again for microbatches and checks: pass the function that computes it."
+            )
+        self.loop.backward(batch, loss_fn)
+
+    # ---------------------------------------------------------------- what is public
+
+    @property
+    def mechanisms(self) -> Mechanisms:
+        """``mechanisms.add`` takes schedules, bounds, masks and limits between ``setup`` and the first step."""
+        return self.loop.mechanisms
+
+    @property
+    def plan(self) -> DPPlan:
+        """The public settings of the run."""
+        return self.loop.plan
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger: what was released so far."""
+        return self.loop.ledger
+
+    @property
+    def steps_taken(self) -> int:
+        """Logical steps of this run that have released noise."""
+        return self.loop.steps_taken
+
+    @property
+    def steps_left(self) -> float:
+        """Logical steps until the planned end of the run or of its budget; infinite if nothing bounds it."""
+        return self.loop.steps_left
+
+    @property
+    def nonprivate_loss(self) -> float:
+        """Mean loss of the last logical batch on this rank. NOT private: the statement names it once it is read."""
+        return self.loop.nonprivate_loss
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Return the epsilon spent so far, from the ledger; public.
+
+        Args:
+            delta: in (0, 1); default: the plan's.
+        """
+        return self.loop.epsilon(delta)
+
+    def privacy_statement(self) -> str:
+        """Return what holds for whom: epsilon and delta, relation, sampling, accountant, and what is not covered."""
+        return self.loop.privacy_statement()
+
+    # ---------------------------------------------------------------- saving, closing
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ledger, plan and position; ``fabric.save`` calls it for an object in the state."""
+        return self.loop.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a saved run; ``fabric.load`` calls it. Load model and optimizer of the same moment too.
+
+        Args:
+            state: what ``state_dict`` returned.
+        """
+        self.loop.load_state_dict(state)
+
+    def close(self) -> None:
+        """Take all hooks off the model; ledger and statement can still be read."""
+        self.loop.close()
+
+
+def check_fabric(fabric: Fabric) -> None:
+    """Check that a Fabric's strategy and precision can be private.
+
+    Raises:
+        ValueError: with the name that the user wrote.
+    """
+    if not isinstance(fabric.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ValueError(
+            f"Expected Fabric on one device or with DDP, got {type(fabric.strategy).__name__}. It shards or replicates the model in "
+            "a way that per-sample gradients do not follow: use Fabric(devices=1) or Fabric(strategy='ddp')."
+        )
+    precision = str(fabric.strategy.precision.precision)
+    if precision in _UNSUPPORTED_PRECISION:
+        raise ValueError(
+            f"Expected a precision with float32's range, got Fabric(precision={precision!r}). Scaled or overflowing gradients would "
+            "be clipped: use precision='bf16-mixed'."
+        )
+
+
+def start_equal(model: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+
+@contextmanager
+def _unwrapped(fabric: Fabric) -> Iterator[None]:
+    """Keep Fabric's strategy from wrapping a module in ``DistributedDataParallel``."""
+    strategy: Any = fabric.strategy
+    strategy.__dict__["setup_module"] = lambda module: module
+    try:
+        yield
+    finally:
+        del strategy.__dict__["setup_module"]
+
+
+@contextmanager
+def _in_fabric_backward() -> Iterator[None]:
+    """Allow backwards through a model of Fabric's without ``fabric.backward``; a scaler is refused already."""
+    before, wrappers._in_fabric_backward = wrappers._in_fabric_backward, True
+    try:
+        yield
+    finally:
+        wrappers._in_fabric_backward = before
+
+
+def _no_loss(model: Any, batch: Any) -> Any:
+    raise AssertionError("backward passes the loss function")

@@ -1,0 +1,235 @@
+"""PrivateTrainerMixin: private training with the Trainer of Hugging Face's transformers, which this file never imports at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.loop.run import PrivateLoop
+from lightning_dp.step.arguments import PrivateArguments, make_settings
+
+if TYPE_CHECKING:
+    Base = Any
+else:
+    Base = object
+
+#: File with the privacy state in a folder of a checkpoint.
+STATE = "privacy.pt"
+
+_MEMORY = "Use a larger per_device_train_batch_size; privacy={'microbatch_size': ...} bounds the memory."
+#: Arguments of TrainingArguments -> values that can be private, and what to do about others.
+_ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "max_grad_norm": (
+        (0, 0.0, None),
+        "It would clip the noisy gradient: privacy={'max_grad_norm': ...} bounds each sample.",
+    ),
+    "gradient_accumulation_steps": ((1,), _MEMORY),
+    "auto_find_batch_size": ((False,), f"Its trials train on the data, and the sample rate must be known. {_MEMORY}"),
+    "fp16": ((False,), "Its gradient scaler scales what is clipped: use bf16=True."),
+    "deepspeed": ((None,), "Per-sample gradients need whole parameters: train on one device."),
+    "fsdp": ((None, "", [], False), "Per-sample gradients need whole parameters: train on one device."),
+    "n_gpu": ((0, 1), "Samples are split over devices there: make one device visible."),
+    "world_size": ((1,), "Train in one process, or under Lightning with DPDDPStrategy."),
+    "torch_compile": ((False,), "Hooks that record per-sample gradients do not reach into a compiled graph."),
+    "include_num_input_tokens_seen": (("no", False), "How many tokens were drawn is private."),
+    "group_by_length": ((False,), "Who meets in a batch must be drawn independently."),
+    "train_sampling_strategy": (("random",), "Who meets in a batch must be drawn independently."),
+    "use_liger_kernel": ((False,), "Its fused kernels hide per-sample gradients."),
+}
+
+
+class PrivateTrainerMixin(Base):  # type: ignore[misc]
+    """Makes a transformers ``Trainer`` private; epsilon is in its log, the ledger in its checkpoints.
+
+    **Guarantee**: that of ``PrivateLoop``. The log holds no training loss, unless ``log_loss`` asks for
+    "nonprivate/loss". NOT covered: evaluations, and checkpoints chosen by them.
+
+    Args:
+        *args: those of the Trainer.
+        privacy: arguments of ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
+        log_loss: log the loss on training data as "nonprivate/loss". NOT private: the statement names it.
+        **kwargs: those of the Trainer.
+
+    Raises:
+        ValueError: an argument of ``TrainingArguments`` that cannot be private.
+
+    Example::
+
+        class PrivateTrainer(PrivateTrainerMixin, transformers.Trainer):
+            pass
+
+        args = TrainingArguments(output_dir="out", max_grad_norm=0, num_train_epochs=3)
+        trainer = PrivateTrainer(model, args, train_dataset=data, privacy={"target_epsilon": 3.0})
+        trainer.train()
+        print(trainer.private.privacy_statement())
+    """
+
+    def __init__(self, *args: Any, privacy: PrivateArguments, log_loss: bool = False, **kwargs: Any) -> None:
+        self.settings = make_settings(privacy, owner="privacy")
+        super().__init__(*args, **kwargs)
+        check_arguments(self.args)
+        self.log_loss = log_loss
+        self._private: PrivateLoop | None = None
+        self._checkpoint: str | None = None
+
+    @property
+    def private(self) -> PrivateLoop:
+        """The private run: ledger, epsilon and statement.
+
+        Raises:
+            RuntimeError: training has not begun.
+        """
+        if self._private is None:
+            raise RuntimeError(
+                "The private run is made when training begins, so there is none yet. Call train() first."
+            )
+        return self._private
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train privately; see the Trainer's own ``train``.
+
+        Args:
+            resume_from_checkpoint: folder of a private checkpoint, or True for the newest one.
+            *args: as the Trainer takes them.
+            **kwargs: as the Trainer takes them.
+        """
+        if resume_from_checkpoint is True:
+            from transformers.trainer_utils import get_last_checkpoint
+
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"Expected a checkpoint in output_dir={self.args.output_dir!r}, got none. Train without resume_from_checkpoint."
+                )
+        if resume_from_checkpoint and not self.args.ignore_data_skip:
+            raise ValueError(
+                "Expected TrainingArguments(ignore_data_skip=True) to resume, got ignore_data_skip=False. Batches are drawn afresh, "
+                "so there are none to skip."
+            )
+        self._checkpoint = resume_from_checkpoint or None
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._private is not None:
+                self._private.close()
+
+    def get_train_dataloader(self) -> Any:
+        """Make the private run and return its loader."""
+        epochs, steps = self.args.num_train_epochs, self.args.max_steps
+        if steps <= 0 and epochs != int(epochs):
+            raise ValueError(
+                f"Expected whole epochs, got num_train_epochs={epochs}. The noise is planned over whole passes: pass a whole number, "
+                "or max_steps."
+            )
+        self.create_optimizer()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+        self._private = PrivateLoop(
+            self.model,
+            getattr(self.optimizer, "optimizer", self.optimizer),
+            loader,
+            TrainerLoss(self),
+            settings=self.settings,
+            length=(None, steps) if steps > 0 else (int(epochs), None),
+            history=None if self._private is None or self._checkpoint else self._private,
+            move=self._prepare_inputs,
+        )
+        if self._checkpoint is not None:
+            self._private.load_state_dict(_read(Path(self._checkpoint) / STATE))
+        return self._private.loader
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Give the parameters their private gradient; the Trainer steps the optimizer."""
+        model.train()
+        self.private.backward(inputs)
+        return torch.tensor(self.private.nonprivate_loss if self.log_loss else 0.0, device=self.args.device)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], None]:
+        """Return the next logical batch; how many items it has is private."""
+        batch = next(epoch_iterator, None)
+        return ([] if batch is None else [batch]), None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: the number of operations tells how many tokens were drawn."""
+        return 0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what is public, with epsilon; losses on training data only if ``log_loss`` asks for them."""
+        shown = {name: value for name, value in logs.items() if name not in ("loss", "train_loss")}
+        if self.log_loss:
+            shown |= {f"nonprivate/{name}": logs[name] for name in ("loss", "train_loss") if name in logs}
+        if self._private is not None and self._private.ledger.num_steps:
+            shown["epsilon"] = self._private.epsilon()
+        super().log(shown, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the ledger first and then the weights, so that no folder holds weights without their ledger."""
+        if self._private is not None and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f"{STATE}.partial"
+            torch.save(self._private.state_dict(), partial)
+            os.replace(partial, folder / STATE)
+        super().save_model(output_dir, _internal_call)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to search: every trial trains on the data, and its epsilon would not be counted."""
+        raise ValueError(
+            "Expected no hyperparameter_search under a private Trainer, got a call. Each trial spends privacy that no ledger would "
+            "hold: search on public data, or train each trial with history=..."
+        )
+
+
+class TrainerLoss:
+    """The Trainer's ``compute_loss`` as a loss function; of the Trainer itself no state is put back after trials.
+
+    Args:
+        trainer: holds model and arguments.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        """Return the mean loss of a batch."""
+        with self._trainer.compute_loss_context_manager():
+            return self._trainer.compute_loss(model, dict(batch))
+
+
+def check_arguments(args: Any) -> None:
+    """Check that nothing in a ``TrainingArguments`` voids the guarantee.
+
+    Raises:
+        ValueError: with the name that the user wrote.
+    """
+    for name, (allowed, advice) in _ALLOWED.items():
+        value = getattr(args, name, allowed[0])
+        if getattr(value, "value", value) not in allowed:
+            raise ValueError(
+                f"Expected TrainingArguments({name}={allowed[0]!r}) for private training, got {name}={value!r}. {advice}"
+            )
+    if "lomo" in str(getattr(args.optim, "value", args.optim)):
+        raise ValueError(
+            f"Expected an optimizer that steps after the backward, got optim={args.optim!r}. It updates weights on raw gradients: use "
+            "'adamw_torch' or 'sgd'."
+        )
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise PrivacyError(
+            f"Expected a checkpoint of a private run, got {str(path.parent)!r} without {STATE}. What its weights have spent is "
+            "unknown: resume from a checkpoint of a private run."
+        )
+    return torch.load(path, weights_only=True)

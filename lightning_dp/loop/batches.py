@@ -1,0 +1,90 @@
+"""LogicalBatches: the loader of a loop that the user writes; each logical batch can be used once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, SamplingFacts
+
+
+class DrawnBatch(LogicalBatch):
+    """A logical batch that knows its loader and its pass over the data.
+
+    Args:
+        batch: as the private loader drew it.
+        source: the loader.
+        number: of the pass.
+    """
+
+    __slots__ = ("number", "source", "used")
+
+    def __init__(self, batch: LogicalBatch, source: object, number: int) -> None:
+        super().__init__(batch.microbatches)
+        self.source, self.number, self.used = source, number, False
+
+
+class LogicalBatches:
+    """An iterable of logical batches, drawn privately; each iteration is one pass over the data.
+
+    An item is opaque and is made for one step. The pass ends early at the last step that the run may take.
+
+    **Guarantee**: none by itself. Sizes and members of batches are private; the number of batches of a pass is public.
+
+    Args:
+        loader: draws the batches.
+        steps_left: returns how many steps the run may still take.
+    """
+
+    def __init__(self, loader: PrivateDataLoader, steps_left: Callable[[], float]) -> None:
+        self._loader, self._steps_left = loader, steps_left
+        self._numbers = itertools.count()
+        self._current = -1
+
+    def __iter__(self) -> Iterator[DrawnBatch]:
+        number = next(self._numbers)
+        for position, batch in enumerate(self._loader):
+            if position and self._steps_left() == 0:
+                return
+            yield DrawnBatch(batch, self, number)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    @property
+    def facts(self) -> SamplingFacts:
+        """Public facts about the sampling."""
+        return self._loader.facts
+
+    @property
+    def dataset(self) -> Any:
+        """The user's dataset."""
+        return self._loader.dataset
+
+    def use(self, batch: Any) -> bool:
+        """Use a batch up, and tell whether another pass over the data begins with it.
+
+        Raises:
+            TypeError: not a batch of a private loader.
+            PrivacyError: a batch of another loader, or one that was used already.
+        """
+        if not isinstance(batch, LogicalBatch):
+            raise TypeError(
+                f"Expected a batch of the private loader, got {type(batch).__name__}. Iterate over the loader that this run made, "
+                "since epsilon is computed for its way of drawing."
+            )
+        if not isinstance(batch, DrawnBatch) or batch.source is not self:
+            raise PrivacyError(
+                "Expected a batch that this run's loader drew, got one of another loader. Epsilon would be computed for other "
+                "draws than those used: iterate over this run's loader."
+            )
+        if batch.used:
+            raise PrivacyError(
+                "This batch was used for a step already, so its records would count twice while the ledger assumes fresh draws. "
+                "Take the next batch of the loader."
+            )
+        batch.used = True
+        begins, self._current = batch.number != self._current, batch.number
+        return begins

@@ -1,0 +1,153 @@
+"""LoopFit: the private step of a loop that the user writes, from its first batch on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dp.loop.guard import ReleaseGuard
+from lightning_dp.loop.host import LoopHost, LossFunction
+from lightning_dp.noise import GaussianNoise
+from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
+from lightning_dp.step import checks, module_checks
+from lightning_dp.step.mechanisms import Mechanisms
+from lightning_dp.step.records import TrainingRecords
+from lightning_dp.step.reduction import Reduction
+from lightning_dp.step.sandbox import Sandbox
+from lightning_dp.step.settings import Settings
+from lightning_dp.step.state import PrivacyState
+from lightning_dp.step.step import PrivateStep
+from lightning_dp.step.trial import Trial
+
+
+class LoopFit:
+    """Runs the user's loss function on logical batches, as the private step needs it.
+
+    A logical batch of k microbatches runs the loss function k times: the last call is the real one, whose effects stay;
+    the others run in the sandbox. Where nobody was drawn the real call runs on one record of weight 0.
+
+    Args:
+        model: holds the parameters.
+        called: what the loss function is called with: the model or a wrapper of it.
+        optimizer: over parameters of the model.
+        loader: draws logical batches.
+        move: moves a batch to the device.
+        guard: over optimizer steps.
+        settings: what the user asked for.
+        state: ledger, accountant and position; its plan must be known.
+        mechanisms: what the user asked for in addition.
+        reduction: communication between processes.
+        noise: draws the noise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        called: nn.Module,
+        optimizer: Optimizer,
+        loader: PrivateDataLoader,
+        *,
+        move: Callable[[Any], Any],
+        guard: ReleaseGuard,
+        settings: Settings,
+        state: PrivacyState,
+        mechanisms: Mechanisms,
+        reduction: Reduction,
+        noise: GaussianNoise,
+    ) -> None:
+        self._model, self._called, self._move, self._settings = model, called, move, settings
+        self.step = PrivateStep(
+            model,
+            [optimizer],
+            settings=settings,
+            state=state,
+            mechanisms=mechanisms,
+            reduction=reduction,
+            noise=noise,
+        )
+        mechanisms.check(self.step.clipping, target_epsilon=settings.target_epsilon, num_private_optimizers=1)
+        state.decided = mechanisms.described()
+        self._records = TrainingRecords(loader, move)
+        self._host = LoopHost(
+            called,
+            optimizer,
+            self._records,
+            reduction=settings.loss_reduction,
+            batch_size=self._records.batch_size(reduction.world_size, settings.microbatch_size),
+        )
+        self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext)
+        self._trial = Trial(self.step, self._host, self._sandbox)
+        self._prepared = False
+        self._flags = _training_flags(model)
+        self._losses: list[tuple[Tensor, int]] = []
+
+    def run(self, batch: LogicalBatch, loss_fn: LossFunction, *, begins_pass: bool) -> list[tuple[Tensor, int]]:
+        """Give the parameters the private gradient of a logical batch.
+
+        Args:
+            batch: used once.
+            loss_fn: (model, batch) -> loss.
+            begins_pass: whether a pass over the data begins with it.
+
+        Returns:
+            Loss and samples of each microbatch. NOT private.
+        """
+        self._host.loss_fn, self._losses = loss_fn, []
+        self._begin(begins_pass)
+        for count, part in batch.microbatches:
+            checks.check_rows(part, count, self._records.axes)
+        if batch:
+            *others, (count, last) = batch.microbatches
+            self._run_further(others)
+            self._run(self._move(last), count)
+        else:
+            self._run(self._records.stand_in(), 1, weight=0.0)
+        self.step.finish(0)
+        return self._losses
+
+    def _begin(self, begins_pass: bool) -> None:
+        """Begin a logical step; try the loss function before the first one, and again at public steps."""
+        step, trial = self.step, self._trial
+        step.begin(first_of_pass=begins_pass)
+        step.state.check_budget()
+        flags = _training_flags(self._model)
+        if flags != self._flags:
+            module_checks.check_module(self._model, runs_samples_alone=self._settings.runs_samples_alone)
+            self._flags = flags
+        if not (self._prepared and step.engine.has_layout):
+            self._records.learn_rows(next(self._model.parameters()).device)
+            with self._sandbox.enter():
+                self._host.find_types()
+            trial.prepare()
+            self._prepared = True
+        elif trial.is_due(step.state.step, first_of_pass=begins_pass):
+            trial.check_again(step.state.step)
+
+    def _run_further(self, microbatches: list[tuple[int, Any]]) -> None:
+        """Run all microbatches but the last, each from the same state, without effect."""
+        if not microbatches:
+            return
+        snapshot = self._sandbox.snapshot()
+        for count, part in microbatches:
+            with self._sandbox.enter(snapshot):
+                self.step.streams.begin()
+                self._run(self._move(part), count, further=True)
+        snapshot.put_back()
+
+    def _run(self, batch: Any, count: int, *, weight: float = 1.0, further: bool = False) -> None:
+        """Run forward, backward and clipping of one microbatch."""
+        with self.step.microbatch(count, weight=weight, further=further):
+            loss = self._host.loss_of(self._host.loss_fn(self._called, batch), count)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.step.backward_done()
+            self.step.collect(0)
+        if weight:
+            self._losses.append((loss.detach(), count))
+
+
+def _training_flags(model: nn.Module) -> list[bool]:
+    return [layer.training for layer in model.modules()]

@@ -1,0 +1,130 @@
+"""LoopHost: runs the user's loss function on records for a trial."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_dp.step import checks
+from lightning_dp.step.records import TrainingRecords
+
+LossFunction = Callable[[Any, Any], Any]
+"""(model, batch) -> loss of shape () or (B,), or a mapping with "loss"."""
+
+
+class LoopHost:
+    """The user's loss function, for the trials of the private step and for real batches.
+
+    Args:
+        model: what the loss function is called with.
+        optimizer: of the model.
+        records: of the training set.
+        reduction: "mean" or "sum": how a scalar loss combines the samples.
+        batch_size: records of a real microbatch, as expected.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, records: TrainingRecords, *, reduction: str, batch_size: int
+    ) -> None:
+        self._model, self._optimizer, self._records, self._reduction = model, optimizer, records, reduction
+        self.batch_size = batch_size
+        self.loss_fn: LossFunction = _no_loss
+        self.narrow = torch.float32
+        """Narrowest type in which the loss function computes; ``find_types`` sets it."""
+
+    def records(self, num: int, seed: int = 0) -> list[Any]:
+        """Return a few records from all over the training set, always the same for a seed."""
+        return self._records.take(num, seed)
+
+    def run(self, records: list[Any]) -> Any:
+        """Return what the loss function gives for collated records."""
+        return self.loss_fn(self._model, self._records.batch_of(records))
+
+    def loss_of(self, output: Any, count: int) -> Tensor:
+        """Return what the loss function gave as a scalar that can be back-propagated.
+
+        Raises:
+            TypeError: something that is no loss.
+            ValueError: a loss of another shape, or one without a gradient.
+        """
+        loss = checks.scalar_loss(output, count, self._reduction, source="loss_fn")
+        if loss is None:
+            raise TypeError("Expected loss_fn to return a loss tensor, got None. Return the loss of shape () or (B,).")
+        if not loss.requires_grad:
+            raise ValueError(
+                "Expected a loss with a gradient, got one that depends on no trainable parameter. Compute it from the model that "
+                "loss_fn is given, outside of torch.no_grad."
+            )
+        return loss
+
+    def others(self) -> list[Any]:
+        """Return the optimizer."""
+        return [self._optimizer]
+
+    def reachable(self) -> list[Any]:
+        """Return everything whose state is put back after a trial: the optimizer, and objects that the loss function holds."""
+        return [self._optimizer, *held_by(self.loss_fn)]
+
+    def find_types(self) -> None:
+        """Run the loss function on two records and take note of the narrowest type; call it in the sandbox.
+
+        Raises:
+            ValueError: float16, whose gradients overflow or need scaling.
+        """
+        with _Types() as seen, torch.enable_grad():
+            self.run(self.records(2))
+        if torch.float16 in seen.types:
+            raise ValueError(
+                "Expected a loss function that computes with float32's range, got float16. Its gradients overflow or are scaled, "
+                "which clipping would see: use bfloat16, as in torch.autocast(device, dtype=torch.bfloat16)."
+            )
+        self.narrow = torch.bfloat16 if torch.bfloat16 in seen.types else torch.float32
+
+
+class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Takes note of the types of all results while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.types |= {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        return result
+
+
+def held_by(function: Any) -> list[Any]:
+    """Return objects with state that a function can reach: its owner, bound arguments, closure and global modules.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> held_by(lambda model, batch: layer(batch))
+        [Linear(in_features=1, out_features=1, bias=True)]
+    """
+    if isinstance(function, functools.partial):
+        return [*held_by(function.func), *function.args, *function.keywords.values()]
+    if isinstance(function, types.MethodType):
+        return [function.__self__, *held_by(function.__func__)]
+    if not isinstance(function, types.FunctionType):
+        return [function]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return [*cells, *(value for value in named if isinstance(value, nn.Module))]
+
+
+def move_to(device: torch.device, batch: Any) -> Any:
+    """Move everything in a batch that has a ``to``."""
+    return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
+
+
+def _no_loss(model: Any, batch: Any) -> Any:
+    raise AssertionError("the loss function is set with every batch")

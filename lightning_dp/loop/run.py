@@ -1,0 +1,300 @@
+"""PrivateLoop: one private run in a loop that the user writes, and ``make_private``, which makes one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import Self, Unpack
+
+from lightning_dp.accounting import make_accountant
+from lightning_dp.loop import saving
+from lightning_dp.loop.batches import LogicalBatches
+from lightning_dp.loop.facts import LoopFacts, steps_left
+from lightning_dp.loop.fit import LoopFit
+from lightning_dp.loop.guard import ReleaseGuard
+from lightning_dp.loop.host import LossFunction, move_to
+from lightning_dp.noise import GaussianNoise
+from lightning_dp.sampling import private_dataloader
+from lightning_dp.step import module_checks
+from lightning_dp.step.arguments import PrivateArguments, check_length, make_settings, planned_length
+from lightning_dp.step.history import History, read_history
+from lightning_dp.step.mechanisms import Mechanisms
+from lightning_dp.step.plan import DPPlan
+from lightning_dp.step.planning import build_plan
+from lightning_dp.step.randomness import kept_generators
+from lightning_dp.step.reduction import OneProcess, Reduction
+from lightning_dp.step.settings import Settings
+from lightning_dp.step.state import PrivacyState
+from lightning_dp.system import ProcessTuning
+
+#: Models of the runs that are open.
+_open: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PrivateLoop]] = weakref.WeakKeyDictionary()
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader[Any],
+    loss_fn: LossFunction,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    history: History = None,
+    **arguments: Unpack[PrivateArguments],
+) -> PrivateLoop:
+    """Return a private run over a plain model, optimizer and loader; see ``PrivateLoop``.
+
+    Args:
+        model: on its device already; nothing of it is changed but hooks, until ``close``.
+        optimizer: any torch optimizer over parameters of the model.
+        loader: its dataset, collate function, batch size and workers are used; its order is not.
+        loss_fn: (model, batch) -> mean loss of shape () or per-sample losses of shape (B,). It runs more often than once per
+            step, on other batches too, so it must change nothing outside of the model.
+        epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
+        steps: planned logical steps of the whole run.
+        history: what earlier runs have spent on the same data, as ``DPStrategy`` takes it.
+        **arguments: those of ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
+
+    Raises:
+        ValueError: arguments out of range, or a model that cannot be trained privately.
+        TypeError: arguments of the wrong kind.
+        PrivacyError: a layer that mixes samples.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.randn(40, 3))
+        >>> model = nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loader = DataLoader(data, batch_size=8)
+        >>> def loss_fn(model, batch):
+        ...     return model(batch[0]).square().mean()
+        >>> with make_private(model, optimizer, loader, loss_fn, epochs=1, target_epsilon=2.0, target_delta=1e-3) as private:
+        ...     for batch in private.loader:
+        ...         private.step(batch)
+        >>> private.epsilon() <= 2.0
+        True
+    """
+    settings = make_settings(arguments, owner="make_private")
+    check_length(epochs, steps, settings)
+    return PrivateLoop(model, optimizer, loader, loss_fn, settings=settings, length=(epochs, steps), history=history)
+
+
+class PrivateLoop(LoopFacts):
+    """One private run in a loop that the user writes; a context manager. ``make_private`` makes one.
+
+    **Guarantee**: that of ``DPStrategy``. A step on any gradient but the released one is refused, as is a batch that
+    another loader drew. NOT covered: ``nonprivate_loss``, and whatever else user code computes from the data.
+
+    Args:
+        model: holds the parameters.
+        optimizer: over parameters of the model.
+        loader: the user's.
+        loss_fn: (model, batch) -> loss.
+        settings: what the user asked for.
+        length: planned epochs and planned steps, each or None.
+        history: what earlier runs have spent.
+        reduction: communication between processes.
+        called: what ``loss_fn`` is called with instead of the model (a wrapper of it).
+        move: moves a batch to the device; default: all its tensors, to where the model is.
+        around: makes a context in which user code runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: DataLoader[Any],
+        loss_fn: LossFunction,
+        *,
+        settings: Settings,
+        length: tuple[int | None, int | None],
+        history: History = None,
+        reduction: Reduction | None = None,
+        called: nn.Module | None = None,
+        move: Callable[[Any], Any] | None = None,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        module_checks.check_module(model, runs_samples_alone=settings.runs_samples_alone)
+        module_checks.check_optimizers([optimizer], model, ())
+        running = _open.get(model, lambda: None)()
+        if running is not None:
+            raise RuntimeError(
+                "The model belongs to another private run that is open, whose hooks would record this one too. Call close() on it, "
+                "or leave its with block, first."
+            )
+        self.settings, self.mechanisms = settings, Mechanisms()
+        self._model, self._called, self._optimizer, self._loss_fn = model, called or model, optimizer, loss_fn
+        self._reduction = OneProcess() if reduction is None else reduction
+        self._move = move or (lambda batch: move_to(next(model.parameters()).device, batch))
+        self._around = around
+        rank, world_size = self._reduction.rank, self._reduction.world_size
+        self._drawn = private_dataloader(
+            loader,
+            sampling=settings.sampling,
+            microbatch_size=settings.microbatch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=settings.seed,
+        )
+        self._length = planned_length(*length, self._drawn.facts)
+        self.state = state = PrivacyState(
+            settings.neighboring_relation,
+            make_accountant(settings.accountant),
+            seeded=settings.seed is not None,
+            secure=settings.secure_rng,
+        )
+        if history is not None:
+            state.begin_after(read_history(history))
+        self.loader = LogicalBatches(self._drawn, lambda: steps_left(state))
+        self._noise = GaussianNoise(
+            seed=None if settings.seed is None else settings.seed * 1_000_003 + rank,
+            secure=settings.secure_rng,
+            tuned=settings.tune_process,
+        )
+        self._fit: LoopFit | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._losses = []
+        self._guard, self._tuning = ReleaseGuard(model), ProcessTuning(settings.tune_process)
+        self._tuning.start(on_cpu=self._device.type == "cpu")
+        self._guard.start()
+        self._undo: list[Callable[[], None]] = [self._guard.stop, self._noise.close, self._tuning.stop]
+        self._finalizer = weakref.finalize(self, _call_all, self._undo)
+        _open[model] = weakref.ref(self)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    # ---------------------------------------------------------------- the step
+
+    def step(self, batch: Any) -> None:
+        """Take one private step on a logical batch: clipping, ledger, noise, optimizer.
+
+        Before the first one the loss function is tried on a few records, in the sandbox.
+
+        Args:
+            batch: from ``loader``; each is used once.
+
+        Raises:
+            PrivacyError: continuing would void the guarantee.
+            ValueError: a loss of the wrong shape.
+        """
+        self.backward(batch)
+        self._optimizer.step()
+
+    def backward(self, batch: Any, loss_fn: LossFunction | None = None) -> None:
+        """Give the parameters their private gradient of a logical batch, and write the ledger entry.
+
+        What follows is post-processing: clip ``p.grad`` in place if you like, and step the optimizer.
+
+        Args:
+            batch: from ``loader``; each is used once.
+            loss_fn: (model, batch) -> loss; default: that of the run.
+        """
+        if not self._finalizer.alive:
+            raise RuntimeError(
+                "The private run is closed, so nothing records the gradients of samples. Make a new one with history=<this run>."
+            )
+        begins_pass = self.loader.use(batch)
+        _ = self.plan
+        if self._fit is None:
+            self._fit = self._begin()
+        with kept_generators(self._device), self._guard.working(), self._around(), torch.enable_grad():
+            self._losses = self._fit.run(batch, loss_fn or self._loss_fn, begins_pass=begins_pass)
+        self._guard.released()
+
+    def _begin(self) -> LoopFit:
+        """Check what was loaded, and make the private step."""
+        saving.check_loaded(self._model, self._optimizer, self.state, self._loaded, self.settings)
+        self.state.check_history(self._model)
+        fit = LoopFit(
+            self._model,
+            self._called,
+            self._optimizer,
+            self._drawn,
+            move=self._move,
+            guard=self._guard,
+            settings=self.settings,
+            state=self.state,
+            mechanisms=self.mechanisms,
+            reduction=self._reduction,
+            noise=self._noise,
+        )
+        self._undo.append(fit.step.close)
+        return fit
+
+    # ---------------------------------------------------------------- what is public
+
+    @property
+    def plan(self) -> DPPlan:
+        """The public settings of the run; made, and its noise calibrated, when first asked for."""
+        state = self.state
+        if state.plan is None:
+            if self.mechanisms.extra_records:
+                raise ValueError(
+                    "Expected no extra_records in a loop of your own, got some. Audit with canaries in gradient space "
+                    "(mechanisms.add(canaries=...)), or under a Trainer."
+                )
+            state.plan = build_plan(
+                self.settings,
+                self._drawn.facts,
+                self.mechanisms,
+                self._length,
+                start=state.steps_taken,
+                ledger=state.ledger,
+                accountant=state.accountant,
+                restored=state.restored_plan,
+            )
+            state.last_allowed_step = self.mechanisms.limit.last_step(self)
+        return state.plan  # type: ignore[no-any-return]
+
+    # ---------------------------------------------------------------- saving, closing
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ledger, plan and position as plain values; save them with model and optimizer, in one file.
+
+        Under the key "lightning_dp", ``history=`` and ``lightning-dp card`` can read the file.
+        """
+        return saving.dump(self._model, self._optimizer, self.state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a saved run; load model and optimizer of the same moment too, before the next step.
+
+        Args:
+            state: what ``state_dict`` returned.
+
+        Raises:
+            PrivacyError: a damaged state, or one of another run.
+            RuntimeError: this run has taken steps already.
+        """
+        if self._fit is not None:
+            raise RuntimeError(
+                "This run has taken steps, and what they spent cannot be undone by loading. Load into a new run, before its first step."
+            )
+        saving.load(self.state, state)
+        self.state.plan, self._loaded = None, state
+
+    def close(self) -> None:
+        """Take all hooks off the model and end the threads; ledger and statement can still be read."""
+        self._finalizer()
+        _open.pop(self._model, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in reversed(functions):
+        function()

@@ -1,0 +1,123 @@
+"""Arguments of private training outside of a Trainer: those of ``DPStrategy``, with its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+from lightning_dp import _validate as check
+from lightning_dp.clipping import Clipping
+from lightning_dp.sampling import SamplingFacts
+from lightning_dp.step.run_length import RunLength
+from lightning_dp.step.settings import AccountantName, ClippingName, LossReduction, Relation, Sampling, Settings
+
+
+class PrivateArguments(TypedDict, total=False):
+    """Arguments that mean what they mean for ``DPStrategy``, which documents them."""
+
+    noise_multiplier: float | None
+    target_epsilon: float | None
+    target_delta: float | None
+    max_grad_norm: float
+    clipping: ClippingName | Clipping
+    accountant: AccountantName
+    sampling: Sampling
+    microbatch_size: int | None
+    grad_sample: Literal["auto", "materialize"]
+    neighboring_relation: Relation
+    memory: Literal["fast", "lean"]
+    check_per_sample: bool
+    allow_public_checkpoint: bool
+    secure_rng: bool
+    seed: int | None
+    loss_reduction: LossReduction
+    tune_process: bool
+
+
+DEFAULTS: dict[str, Any] = {
+    "noise_multiplier": None,
+    "target_epsilon": None,
+    "target_delta": None,
+    "max_grad_norm": 1.0,
+    "clipping": "flat",
+    "accountant": "pld",
+    "sampling": "poisson",
+    "microbatch_size": None,
+    "grad_sample": "auto",
+    "neighboring_relation": "add_or_remove_one",
+    "memory": "fast",
+    "check_per_sample": True,
+    "allow_public_checkpoint": False,
+    "secure_rng": False,
+    "seed": None,
+    "loss_reduction": "mean",
+    "tune_process": True,
+}
+#: Arguments of ``DPStrategy`` without a meaning here: one optimizer, which is private, and no ``self.log``.
+_OF_A_TRAINER: dict[str, Any] = {"public_optimizers": (), "strict_logging": False}
+
+
+def make_settings(arguments: Mapping[str, Any], *, owner: str) -> Settings:
+    """Return the validated settings.
+
+    Args:
+        arguments: as the user passed them.
+        owner: name of the function or class that took them, for messages.
+
+    Raises:
+        TypeError: an argument that there is not.
+        ValueError: a value out of range.
+
+    Example:
+        >>> make_settings({"noise_multiplier": 1.0}, owner="make_private").max_grad_norm
+        1.0
+    """
+    check.check_keywords(arguments, [*DEFAULTS, "epochs", "steps", "history"], owner=owner)
+    return Settings(**{**DEFAULTS, **_OF_A_TRAINER, **arguments})
+
+
+def check_length(epochs: int | None, steps: int | None, settings: Settings) -> None:
+    """Check the planned length of a run.
+
+    Args:
+        epochs: planned passes over the data, or None.
+        steps: planned logical steps, or None.
+        settings: of the run.
+
+    Raises:
+        ValueError: both are given, or none with ``target_epsilon``.
+        TypeError: no whole number.
+    """
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if value is not None:
+            check.check_count(name, value)
+    if epochs is not None and steps is not None:
+        raise ValueError(f"Expected at most one of epochs and steps, got epochs={epochs} and steps={steps}. Pass one.")
+    if epochs is None and steps is None and settings.target_epsilon is not None:
+        raise ValueError(
+            f"Expected epochs or steps with target_epsilon={settings.target_epsilon:g}, got neither. The noise is calibrated over "
+            "all planned steps: pass one of them, or noise_multiplier."
+        )
+
+
+def planned_length(epochs: int | None, steps: int | None, facts: SamplingFacts) -> RunLength:
+    """Return the planned length of the whole run, resumed parts included.
+
+    Args:
+        epochs: planned passes over the data, or None.
+        steps: planned logical steps, or None.
+        facts: of the private loader.
+
+    Raises:
+        ValueError: epochs of a stream without a length.
+    """
+    if epochs is not None:
+        if facts.steps_per_epoch is None:
+            raise ValueError(
+                f"Expected steps for a stream without a length, got epochs={epochs}. How many steps an epoch has is unknown: pass "
+                "steps=..., or give the dataset a length."
+            )
+        steps = epochs * facts.steps_per_epoch
+    return RunLength(steps=steps, steps_per_epoch=facts.steps_per_epoch)

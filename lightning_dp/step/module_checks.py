@@ -1,0 +1,88 @@
+"""Checks of the user's module and optimizers, before any data is touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.independence import find_unsupported
+
+
+def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
+    """Refuses modules that cannot be private as they are, before any data is touched."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            f"Expected {type(module).__name__} to have trainable parameters, got none with requires_grad=True. Unfreeze at least "
+            "one, or train without a private strategy."
+        )
+    lazy = [name for name, parameter in module.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"Expected parameters with a shape, got {lazy[0]!r} of a lazy layer that has not run yet. Give the layer its sizes, or run "
+            "the module once on data that is public before fit."
+        )
+    complex_ones = [name for name, parameter in module.named_parameters() if parameter.is_complex()]
+    if complex_ones:
+        raise ValueError(
+            f"Expected real parameters, got {complex_ones[0]!r} of a complex type. Norms and noise are those of real numbers: keep "
+            "real and imaginary part as two real parameters and join them by torch.complex."
+        )
+    if getattr(module, "_compiler_ctx", None) is not None or hasattr(module, "_orig_mod"):
+        raise ValueError(
+            f"Expected an eager module, got {type(module).__name__} through torch.compile. The hooks that record per-sample "
+            "gradients do not reach into a compiled graph: pass the module itself."
+        )
+    found = find_unsupported(module, runs_samples_alone=runs_samples_alone)
+    if found:
+        listed = "; ".join(
+            f"{name or type(layer).__name__} ({type(layer).__name__}): {why}" for name, layer, why in found[:5]
+        )
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise PrivacyError(
+            f"Expected layers that treat each sample alone, got {listed.rstrip('.')}{more}. "
+            "`module, changes = lightning_dp.fix(module)` replaces them and says what it changed."
+        )
+
+
+def check_optimizers(optimizers: list[Optimizer], module: nn.Module, public: tuple[int, ...]) -> None:
+    """Refuses optimizers whose parameters are not the module's, or that call their closure many times."""
+    for index in public:
+        if index >= len(optimizers):
+            raise ValueError(
+                f"Expected public_optimizers below {len(optimizers)}, got public_optimizers={public!r}. configure_optimizers "
+                f"returned {len(optimizers)} optimizer(s), counted from 0."
+            )
+    if optimizers and len(set(public)) == len(optimizers):
+        raise ValueError(
+            f"Expected at least one private optimizer, got public_optimizers={public!r} of {len(optimizers)}. With every "
+            "optimizer public nothing is private: leave out the one that sees the data."
+        )
+    known = {id(parameter) for parameter in module.parameters()}
+    owner: dict[int, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "Expected an optimizer that takes one gradient a step, got LBFGS. It runs its closure many times on one batch, "
+                "each a release of its own: use SGD, Adam or AdamW."
+            )
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise ValueError(
+                "Expected an optimizer for dense gradients, got SparseAdam. Noise is on every coordinate, so a private gradient is "
+                "never sparse: use Adam, and Embedding(sparse=False)."
+            )
+        for group in optimizer.param_groups:
+            for position, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise ValueError(
+                        f"Expected every parameter of {type(optimizer).__name__} to be one of the module's, got one of shape "
+                        f"{tuple(parameter.shape)} at position {position} that is not. It would never get a private gradient "
+                        "(was the module moved, wrapped or replaced after the optimizer was made?): pass self.parameters()."
+                    )
+                if owner.setdefault(id(parameter), index) != index:
+                    raise ValueError(
+                        f"Expected each parameter in one optimizer, got one of shape {tuple(parameter.shape)} in optimizers "
+                        f"{owner[id(parameter)]} and {index}. Give it to one of them."
+                    )

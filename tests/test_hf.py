@@ -1,0 +1,183 @@
+"""PrivateTrainerMixin: the Trainer of transformers on a tiny BERT with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from lightning_dp import PrivacyError
+from lightning_dp.hf import STATE, PrivateTrainerMixin, check_arguments
+from tests.reference import per_sample_gradients
+
+BATCH, LENGTH, WORDS = 8, 5, 11
+
+
+class Sentences(Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        return {"input_ids": torch.randint(WORDS, (LENGTH,), generator=generator), "labels": torch.tensor(index % 2)}
+
+
+class PrivateTrainer(PrivateTrainerMixin, Trainer):
+    pass
+
+
+class Gradients(TrainerCallback):
+    """Keeps the weights, the batch and the gradient of every step."""
+
+    def __init__(self, stop: int = -1) -> None:
+        self.stop, self.seen = stop, []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.seen.append({name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop = control.should_training_stop or state.global_step == self.stop
+        return control
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    defaults = {
+        "max_grad_norm": 0,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "ignore_data_skip": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def start(folder: Path, privacy: Any, *, stop: int = -1, log_loss: bool = False, **options: Any) -> PrivateTrainer:
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = BertConfig(
+        vocab_size=WORDS, max_position_embeddings=LENGTH, num_labels=2, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, **size,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    return PrivateTrainer(
+        model,
+        arguments(folder, **options),
+        train_dataset=Sentences(),
+        callbacks=[Gradients(stop)],
+        privacy=privacy,
+        log_loss=log_loss,
+    )
+
+
+@pytest.mark.slow
+def test_gradient_equals_a_loop_over_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = start(tmp_path, {"noise_multiplier": 0.0, "microbatch_size": 5, "max_grad_norm": 0.2}, save_strategy="no")
+    batches: list[Any] = []
+    original = PrivateTrainer.training_step
+
+    def keep(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        batches.append([part for _, part in inputs.microbatches])
+        return original(self, model, inputs, *rest)
+
+    monkeypatch.setattr(PrivateTrainer, "training_step", keep)
+    trainer.train()
+    seen = next(each.seen for each in trainer.callback_handler.callbacks if isinstance(each, Gradients))
+    assert len(batches) == len(seen) == 8
+    model = trainer.model
+    for parts, step in zip(batches, seen, strict=True):
+        if not parts:
+            continue
+        model.load_state_dict({name: weight for name, (weight, _) in step.items()}, strict=False)
+        words, labels = (torch.cat([part[name] for part in parts]) for name in ("input_ids", "labels"))
+        grads = per_sample_gradients(
+            model, lambda i, w=words, y=labels: model(input_ids=w[i : i + 1], labels=y[i : i + 1]).loss, len(words)
+        )
+        norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0).sqrt()
+        factors = (0.2 / norms).clamp(max=1.0)
+        for name, grad in grads.items():
+            expected = torch.einsum("b,b...->...", factors, grad) / BATCH
+            torch.testing.assert_close(step[name][1], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_log_has_epsilon_and_no_loss(tmp_path: Path) -> None:
+    trainer = start(tmp_path, {"target_epsilon": 4.0, "target_delta": 1e-3}, save_strategy="no")
+    trainer.train()
+    rows = trainer.state.log_history
+    assert not any("loss" in name for row in rows for name in row)
+    spent = [row["epsilon"] for row in rows]
+    assert spent == sorted(spent)
+    assert spent[-1] == trainer.private.epsilon()
+    assert 3.9 < spent[-1] <= 4.0
+
+
+def test_loss_is_logged_on_request_and_named(tmp_path: Path) -> None:
+    trainer = start(tmp_path, {"noise_multiplier": 1.0}, log_loss=True, save_strategy="no", max_steps=2)
+    trainer.train()
+    rows = trainer.state.log_history
+    assert 0.3 < rows[0]["nonprivate/loss"] < 1.5
+    assert not any("loss" in name and not name.startswith("nonprivate/") for row in rows for name in row)
+    assert "logged without noise: nonprivate_loss" in trainer.private.privacy_statement()
+
+
+@pytest.mark.slow
+def test_resumed_run_spends_what_one_run_does(tmp_path: Path) -> None:
+    privacy = {"target_epsilon": 4.0, "target_delta": 1e-3, "accountant": "rdp"}
+    half = start(tmp_path, privacy, stop=3)
+    half.train()
+    assert (tmp_path / "checkpoint-3" / STATE).is_file()
+    trainer = start(tmp_path, privacy)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.private.ledger.num_steps == trainer.state.global_step == 8
+    assert trainer.private.plan.noise_multiplier == half.private.plan.noise_multiplier
+    assert 3.9 < trainer.private.epsilon() <= 4.0
+    with pytest.raises(ValueError, match=r"Expected TrainingArguments\(ignore_data_skip=True\) to resume"):
+        start(tmp_path, privacy, ignore_data_skip=False).train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-3" / STATE).unlink()
+    with pytest.raises(PrivacyError, match=r"Expected a checkpoint of a private run, got .* without privacy\.pt"):
+        start(tmp_path, privacy).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.slow
+def test_second_training_counts_the_first(tmp_path: Path) -> None:
+    trainer = start(tmp_path, {"noise_multiplier": 1.0}, save_strategy="no", max_steps=2)
+    trainer.train()
+    trainer.train()
+    assert trainer.private.ledger.num_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_grad_norm": 1.0}, r"Expected TrainingArguments\(max_grad_norm=0\) .* got max_grad_norm=1.0"),
+        ({"gradient_accumulation_steps": 2}, "got gradient_accumulation_steps=2. Use a larger per_device"),
+        ({"auto_find_batch_size": True}, "got auto_find_batch_size=True"),
+        ({"include_num_input_tokens_seen": "all"}, "got include_num_input_tokens_seen='all'. How many tokens"),
+        ({"train_sampling_strategy": "group_by_length"}, "got train_sampling_strategy=.*drawn independently"),
+        ({"optim": "lomo"}, "Expected an optimizer that steps after the backward"),
+    ],
+)
+def test_arguments_that_cannot_be_private_are_refused(options: dict[str, Any], match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        check_arguments(arguments(tmp_path, **options))
+    check_arguments(arguments(tmp_path))
+
+
+def test_calls_that_cannot_be_private_are_refused(tmp_path: Path) -> None:
+    trainer = start(tmp_path, {"noise_multiplier": 1.0}, num_train_epochs=1.5)
+    with pytest.raises(ValueError, match=r"Expected whole epochs, got num_train_epochs=1\.5"):
+        trainer.train()
+    with pytest.raises(ValueError, match="Expected no hyperparameter_search"):
+        trainer.hyperparameter_search()
+    with pytest.raises(RuntimeError, match=r"there is none yet\. Call train"):
+        _ = trainer.private
+    with pytest.raises(ValueError, match="Expected a checkpoint in output_dir"):
+        trainer.train(resume_from_checkpoint=True)
