@@ -11,6 +11,7 @@ from lightning_dp.accounting.pld import PLDAccountant
 from lightning_dp.accounting.prv import PRVAccountant
 from lightning_dp.accounting.rdp import RDPAccountant
 from lightning_dp.accounting.tcdp import TCDPAccountant, tcdp_epsilon
+from lightning_dp.accounting.users import user_epsilon
 
 __all__ = [
     "ACCOUNTANTS",
@@ -33,4 +34,5 @@ __all__ = [
     "make_accountant",
     "max_steps_within",
     "tcdp_epsilon",
+    "user_epsilon",
 ]

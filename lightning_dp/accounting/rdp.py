@@ -45,9 +45,9 @@ class RDPAccountant(Accountant):
     rdp(a) = sum of counts x D_a(one release);  epsilon = min over a of rdp(a) + log(1 - 1/a) - log(a delta) / (a - 1)
 
     Guarantee: an upper bound under "add_or_remove_one" and "zero_out"; under "replace_one" for releases without
-    sampling only. Passes under random allocation are bounded too, but loosely: for one pass epsilon is up to several
-    times that of "pld", for ten passes three times and more. One vector of divergences is kept for each distinct
-    mechanism, so a query costs a sum of vectors.
+    sampling only. Passes under random allocation are bounded too, but loosely: epsilon is commonly two to four
+    times that of "pld", and more for many passes. One vector of divergences is kept for each distinct mechanism, so a
+    query costs a sum of vectors.
 
     Example:
         >>> from lightning_dp.accounting import Ledger, PrivacyEvent

@@ -7,7 +7,14 @@ import math
 from typing import Any
 
 from lightning_dp import _validate as check
-from lightning_dp.accounting import ACCOUNTANTS, Accountant, Ledger, calibrate_noise_multiplier, make_accountant
+from lightning_dp.accounting import (
+    ACCOUNTANTS,
+    Accountant,
+    Ledger,
+    calibrate_noise_multiplier,
+    make_accountant,
+    user_epsilon,
+)
 from lightning_dp.callbacks.noise_scheduler import PublicSchedule
 from lightning_dp.cli import output
 from lightning_dp.clipping import FlatClipping
@@ -40,12 +47,22 @@ def epsilon(options: argparse.Namespace) -> int:
         except ValueError as error:
             value, reason = None, str(error)
         answers.append({"accountant": name, "epsilon": _plain(value), "reason": reason})
+    user: dict[str, Any] = {}
+    if options.records_per_user is not None:
+        epsilon_of_user = user_epsilon(ledger, plan.delta, records_per_user=options.records_per_user)
+        user = {"records_per_user": options.records_per_user, "user_epsilon": _plain(epsilon_of_user)}
     if options.json:
-        output.write_json({**_described(plan), "noise_multiplier": plan.noise_multiplier, "answers": answers})
+        reply = {**_described(plan), "noise_multiplier": plan.noise_multiplier, "answers": answers, **user}
+        output.write_json(reply)
         return 0
     output.write(f"{_title(plan)}, noise multiplier {plan.noise_multiplier:g}{_schedule_note(options)}\n")
     rows = [(a["accountant"], _shown(a["epsilon"]), a["reason"] or _note(a["accountant"], plan)) for a in answers]
     output.write_table(("accountant", "epsilon", "note"), rows)
+    if user:
+        output.write(
+            f"\nepsilon {_shown(user['user_epsilon'])} for a user with at most {user['records_per_user']} records "
+            f"({_user_note(plan)}, dp-accounting)"
+        )
     return 0
 
 
@@ -148,6 +165,13 @@ def _note(accountant: str, plan: DPPlan) -> str:
     if plan.allocates:
         return ALLOCATION_NOTES.get(accountant, "upper bound: a pass counts as one Gaussian, without amplification")
     return NOTES[accountant]
+
+
+def _user_note(plan: DPPlan) -> str:
+    """How the cost for a user was found."""
+    if plan.sampling == "shuffle":
+        return "all of them in one batch of each pass, without amplification"
+    return "mixture of Gaussians"
 
 
 def _spent(plan: DPPlan, noise_multiplier: float) -> Ledger:

@@ -37,6 +37,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     epsilon = commands.add_parser("epsilon", help="epsilon of a planned run, by every accountant")
     epsilon.add_argument("--noise-multiplier", type=float, required=True, help="noise std over sensitivity, >= 0")
+    epsilon.add_argument(
+        "--records-per-user",
+        type=int,
+        metavar="G",
+        help="also print the epsilon for adding or removing a user who has at most G of the records; takes seconds",
+    )
     _add_run(epsilon)
     epsilon.set_defaults(source="accounting")
 

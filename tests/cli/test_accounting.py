@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 
 from lightning_dp import schedules
-from lightning_dp.accounting import ACCOUNTANTS, Ledger, PrivacyEvent, make_accountant
+from lightning_dp.accounting import ACCOUNTANTS, Ledger, PrivacyEvent, gaussian_epsilon, make_accountant
 from lightning_dp.cli import main
 
 RUN = ["--dataset-size", "60000", "--batch-size", "600", "--epochs", "60", "--delta", "1e-5"]
@@ -98,6 +99,68 @@ def test_shuffled_batches_and_other_relations(capsys: pytest.CaptureFixture[str]
     replaced = answers(ask(capsys, "epsilon", *run, "--neighboring-relation", "replace_one"))
     assert replaced["pld"]["epsilon"] > 0
     assert "replace_one" in replaced["rdp"]["reason"]
+
+
+def test_shuffled_batches_are_a_random_allocation(capsys: pytest.CaptureFixture[str]) -> None:
+    run = [
+        "--dataset-size",
+        "60000",
+        "--batch-size",
+        "600",
+        "--epochs",
+        "10",
+        "--delta",
+        "1e-5",
+        "--sampling",
+        "shuffle",
+    ]
+    reply = ask(capsys, "epsilon", *run, "--noise-multiplier", "2")
+    assert (reply["batches_per_pass"], reply["sample_rate"]) == (100, None)
+    found = answers(reply)
+    assert found["pld"]["epsilon"] == pytest.approx(0.6045, rel=6e-3)
+    assert found["gdp"]["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(10) / 2, 1e-5), rel=1e-9)
+    calibrated = answers(ask(capsys, "calibrate", *run, "--target-epsilon", "0.6045", "--accountant", "pld"))
+    assert calibrated["pld"]["noise_multiplier"] == pytest.approx(2, rel=5e-3)
+    assert main(["epsilon", *run, "--noise-multiplier", "2", "--accountant", "gdp"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "shuffled batches (random allocation to 100 batches per pass)" in shown
+    assert "a pass counts as one Gaussian, without amplification" in shown
+    assert (
+        main(["epsilon", *run, "--noise-multiplier", "2", "--neighboring-relation", "zero_out", "--accountant=gdp"])
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "shuffled batches without amplification" in shown
+    assert "exact" in shown
+
+
+def test_cost_for_a_user_is_printed_beside_that_for_a_record(capsys: pytest.CaptureFixture[str]) -> None:
+    run = [
+        "--dataset-size",
+        "1000",
+        "--batch-size",
+        "10",
+        "--steps",
+        "200",
+        "--delta",
+        "1e-5",
+        "--noise-multiplier",
+        "1",
+    ]
+    reply = ask(capsys, "epsilon", *run, "--records-per-user", "2", "--accountant", "pld")
+    assert (reply["records_per_user"], reply["user_epsilon"]) == (2, pytest.approx(1.9467, abs=1e-4))
+    assert reply["answers"][0]["epsilon"] == pytest.approx(0.9127, rel=1e-3)
+    shuffled = [*run, "--sampling", "shuffle", "--accountant", "pld", "--records-per-user", "2"]
+    assert main(["epsilon", *shuffled]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    expected = gaussian_epsilon(2 * math.sqrt(2), 1e-5)  # two passes, two records
+    assert last.startswith("epsilon ")
+    assert float(last.split()[1]) == pytest.approx(expected, rel=1e-3)
+    assert "for a user with at most 2 records" in last
+    assert "without amplification" in last
+    assert "user_epsilon" not in ask(capsys, "epsilon", *run, "--accountant", "pld")
+    assert main(["epsilon", *run, "--records-per-user", "0"]) == 2
+    assert "got records_per_user=0" in capsys.readouterr().err
 
 
 def test_steps_in_place_of_epochs_and_no_noise(capsys: pytest.CaptureFixture[str]) -> None:
