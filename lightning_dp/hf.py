@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_dp.errors import PrivacyError
@@ -102,7 +103,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         if resume_from_checkpoint is True:
             from transformers.trainer_utils import get_last_checkpoint
 
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"Expected a checkpoint in output_dir={self.args.output_dir!r}, got none. Train without resume_from_checkpoint."
@@ -112,7 +113,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
                 "Expected TrainingArguments(ignore_data_skip=True) to resume, got ignore_data_skip=False. Batches are drawn afresh, "
                 "so there are none to skip."
             )
-        self._checkpoint = resume_from_checkpoint or None
+        self._checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -137,12 +138,12 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         )
         self._private = PrivateLoop(
             self.model,
-            getattr(self.optimizer, "optimizer", self.optimizer),
+            cast(Optimizer, getattr(self.optimizer, "optimizer", self.optimizer)),
             loader,
             TrainerLoss(self),
             settings=self.settings,
             length=(None, steps) if steps > 0 else (int(epochs), None),
-            history=None if self._private is None or self._checkpoint else self._private,
+            history=None if self._private is None or self._checkpoint else self._private.ledger,
             move=self._prepare_inputs,
         )
         if self._checkpoint is not None:

@@ -72,5 +72,5 @@ def digest(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

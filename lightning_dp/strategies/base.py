@@ -143,6 +143,7 @@ class PrivateStrategy(RunFacts, Strategy):
                 tuned=self.settings.tune_process,
             )
         self._tuning.start(on_cpu=self.root_device.type == "cpu")
+        _messages.info(self._tuning.describe())
         self._fit = PrivateFit(self, self._noise)
 
     @override
