@@ -19,6 +19,7 @@ DRAWS_NOISE = {
     "auditing/records.py": "makes random records for an audit: inputs, not noise on a release",
     "datalens/release.py": "releases sums of votes, and writes the ledger in the same function",
     "noise/gaussian.py": "is the noise",
+    "noise/redrawn.py": "is the noise of streams: correlated, drawn again from its key",
     "noise/sources.py": "is where the noise is drawn from",
     "step/accumulator.py": "begins a sum with the noise of its release",
     "step/noising.py": "adds what the release states, before or after the samples are added",
