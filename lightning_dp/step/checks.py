@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import PrivateDataLoader
@@ -51,7 +51,7 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def sample_axes(two: Any, three: Any) -> tuple[int, ...]:
+def sample_axes(two: Any, three: Any) -> tuple[str, ...]:
     """Return which tensors of a collated batch have one row per record.
 
     Args:
@@ -59,13 +59,13 @@ def sample_axes(two: Any, three: Any) -> tuple[int, ...]:
         three: the batch made of three.
 
     Returns:
-        Positions among the leaves of the batch.
+        Paths of these tensors within the batch.
     """
-    pairs = zip(tree_leaves(two), tree_leaves(three), strict=False)
-    return tuple(number for number, (one, other) in enumerate(pairs) if (_rows(one), _rows(other)) == (2, 3))
+    rows, others = _rows(two), _rows(three)
+    return tuple(path for path in rows if (rows[path], others.get(path)) == (2, 3))
 
 
-def check_rows(batch: Any, count: int, axes: tuple[int, ...]) -> None:
+def check_rows(batch: Any, count: int, axes: tuple[str, ...]) -> None:
     """Check that a collated batch holds as many records as were drawn.
 
     Args:
@@ -76,17 +76,19 @@ def check_rows(batch: Any, count: int, axes: tuple[int, ...]) -> None:
     Raises:
         PrivacyError: the collate function drops or adds records, so that rows would be dealt to the wrong ones.
     """
-    leaves = tree_leaves(batch)
-    wrong = {_rows(leaves[number]) if number < len(leaves) else None for number in axes} - {count}
+    rows = _rows(batch) if axes else {}
+    wrong = [rows.get(path) for path in axes if rows.get(path) != count]
     if wrong:
         raise PrivacyError(
-            f"Expected a batch of {count} records as drawn, got {sorted(map(str, wrong))[0]}. The collate function drops or adds "
-            "records, and gradients would be attributed to the wrong ones: filter the dataset before fit instead."
+            f"Expected a batch of {count} records as drawn, got {wrong[0]} rows. The collate function drops or adds records, and "
+            "gradients would be attributed to the wrong ones: filter the dataset before fit instead."
         )
 
 
-def _rows(leaf: Any) -> int | None:
-    return int(leaf.shape[0]) if isinstance(leaf, Tensor) and leaf.dim() else None
+def _rows(batch: Any) -> dict[str, int]:
+    """Return the length of the first axis of every tensor, by its path within the batch."""
+    leaves, _ = tree_flatten_with_path(batch)
+    return {keystr(path): leaf.shape[0] for path, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
 
 
 @contextmanager

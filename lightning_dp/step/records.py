@@ -25,7 +25,7 @@ class TrainingRecords:
         axes: of ``learn_rows``, if known.
     """
 
-    def __init__(self, loader: PrivateDataLoader, move: Callable[[Any], Any], axes: tuple[int, ...] = ()) -> None:
+    def __init__(self, loader: PrivateDataLoader, move: Callable[[Any], Any], axes: tuple[str, ...] = ()) -> None:
         self.loader, self._move, self.axes = loader, move, axes
         self._stand_in: list[Any] | None = None
 

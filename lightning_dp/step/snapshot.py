@@ -19,7 +19,7 @@ _MACHINERY = frozenset(nn.Module().__dict__) - {
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
 }  # fmt: skip
 #: Attributes that lead out of the user's objects.
-_OUTSIDE = frozenset({"_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"})
+_OUTSIDE = frozenset({"log", "log_dict", "_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"})
 #: Types whose values cannot change.
 _CONSTANT = (
     bool, int, float, complex, str, bytes, type(None), type, range, torch.dtype, torch.device, torch.Size, types.ModuleType,

@@ -13,6 +13,7 @@ from lightning_dp.accounting import Ledger
 from lightning_dp.step.reduction import AllReduce, Reduction
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.base import PrivateStrategy
+from lightning_dp.strategies.single_device import DPStrategy
 
 
 class _LedgerLauncher(_lightning.MultiProcessingLauncher):
@@ -41,8 +42,7 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
     **Guarantee**: that of ``DPStrategy``, for the data of all ranks together.
 
     Args:
-        noise_multiplier: and all further arguments: those of ``DPStrategy``.
-        **strategy_options: those of ``lightning.pytorch.strategies.DDPStrategy``.
+        ARGUMENTS
 
     Raises:
         ValueError: for arguments out of range.
@@ -79,3 +79,12 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
     @override
     def determine_ddp_device_ids(self) -> Any:
         return None if self.root_device.type in ("cpu", "mps") else [self.root_device.index]
+
+
+def _arguments_of(documented: type) -> str:
+    """Return the section on arguments of a class's docstring: both strategies take the same."""
+    text = documented.__doc__ or ""
+    return text[text.index("    Args:\n") : text.index("\n\n    Raises:")]
+
+
+DPDDPStrategy.__doc__ = (DPDDPStrategy.__doc__ or "").replace("    Args:\n        ARGUMENTS", _arguments_of(DPStrategy))

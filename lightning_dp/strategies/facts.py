@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -81,9 +82,9 @@ class RunFacts:
         return sum(accumulator.payload_bytes for accumulator in self.accumulators.values())
 
     @property
-    def accumulators(self) -> dict[int, Accumulator]:
+    def accumulators(self) -> Mapping[int, Accumulator]:
         """The accumulators of the fit under way, by position of their private optimizer; empty outside of fit."""
-        return {} if self._fit is None else self._fit.step.accumulators
+        return MappingProxyType({} if self._fit is None else self._fit.step.accumulators)
 
     def epsilon(self, delta: float | None = None) -> float:
         """Return the epsilon spent so far, from the ledger. It is public: it depends on public settings only.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step import checks
+from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.randomness import generator_states, restore_generators
 from lightning_dp.step.sandbox import Sandbox, StepGuard
 from lightning_dp.step.step import PrivateStep
@@ -67,7 +68,7 @@ class PrivateFit:
         )
         self.guard = StepGuard(self.step.parameters.is_private)
         self._host = LightningHost(strategy)
-        self._sandbox = Sandbox(module, self.guard, self._host.others, self._host.quiet)
+        self._sandbox = Sandbox(module, self.guard, self._host.others, self._quiet)
         self._trial = Trial(self.step, self._host, self._sandbox)
         self._logs = TrainingLogs(trainer, strategy.state.nonprivate_logs, strict=strategy.settings.strict_logging)
         self._watch()
@@ -82,6 +83,12 @@ class PrivateFit:
         _lightning.restore_transfer_hook(self._strategy.module)
         self._logs.detach()
         restore_generators(self._generators, self._device)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Keep user code that runs in the sandbox out of logs and progress."""
+        with self._logs.muted(), self._host.quiet():
+            yield
 
     @property
     def on_trial(self) -> bool:
@@ -164,16 +171,26 @@ class PrivateFit:
 
     def _run_further(self, microbatches: list[tuple[int, Any]]) -> None:
         """Run all microbatches but that of the real call, each from the same state, without effect."""
-        snapshot = self._sandbox.snapshot()
+        snapshot, step = self._sandbox.snapshot(), self.step
+        counts = None if step.automatic else Counts(self._strategy)
         for count, batch in microbatches:
             with self._sandbox.enter(snapshot):
-                self.step.streams.begin()
-                with self.step.microbatch(count, further=True):
+                step.streams.begin()
+                with step.microbatch(count, further=True) as microbatch:
                     output = self._call(self._strategy.to_device(batch), count, weight=1.0)
-                    loss = self._host.loss_of(output, count) if self.step.automatic else None
+                    loss = self._host.loss_of(output, count) if step.automatic else None
                     if loss is not None:
                         self._strategy.backward(loss, None)
+            self._check_steps(microbatch, output, counts)
         snapshot.put_back()
+
+    def _check_steps(self, microbatch: Microbatch, output: Any, counts: Counts | None) -> None:
+        """Check, where a microbatch gave no loss or no step, that this does not depend on the samples."""
+        if counts is None:
+            if output is None and microbatch.count > 1:
+                self._trial.check_skip()
+        elif self.step.settings.check_per_sample and microbatch.collected < self.step.accumulators.keys():
+            self._trial.check_steps(microbatch.collected, counts.back_in)
 
     def _run_real(self, batch: Any, count: int, *, weight: float = 1.0) -> Any:
         """Run the one call of a logical batch that has effect; under automatic optimization its backward is Lightning's."""
@@ -188,13 +205,12 @@ class PrivateFit:
                 loss = self._host.loss_of(output, count)
                 if loss is not None:
                     until_backward.pop_all()
-                elif count > 1:
+                else:
                     until_backward.close()
-                    self._trial.check_skip()
+                    self._check_steps(microbatch, output, counts)
                 return _with_loss(output, checks.zero_loss(self._device) if loss is None else loss)
             step.leave_open()
-        if counts is not None and step.settings.check_per_sample and microbatch.collected < step.accumulators.keys():
-            self._trial.check_steps(microbatch.collected, counts.back_in)
+        self._check_steps(microbatch, output, counts)
         return output
 
     def _call(self, batch: Any, count: int, *, weight: float) -> Any:

@@ -46,8 +46,8 @@ class LightningHost:
         return self._held
 
     @property
-    def axes(self) -> tuple[int, ...]:
-        """Positions of the tensors of a batch that have one row per record."""
+    def axes(self) -> tuple[str, ...]:
+        """Paths of the tensors of a batch that have one row per record."""
         return self._records.axes
 
     @property

@@ -38,7 +38,7 @@ class TrainingLogs:
     def __init__(self, trainer: pl.Trainer, found: set[str], *, strict: bool) -> None:
         self.found, self.strict = found, strict
         self.dropped: set[str] = set()
-        self._in_step = False
+        self._in_step = self._is_muted = False
         self._results: Any = trainer.fit_loop.epoch_loop._results
         self._loggers = list(trainer.loggers)
         self._results.__dict__["log"] = self._watched_log(self._results.log)
@@ -49,6 +49,15 @@ class TrainingLogs:
         """Leaves the Trainer and its loggers as they were."""
         for watched, name in ((self._results, "log"), *((logger, "log_metrics") for logger in self._loggers)):
             watched.__dict__.pop(name, None)
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Drop everything that user code logs inside: it runs in the sandbox, or on a record of weight 0."""
+        before, self._is_muted = self._is_muted, True
+        try:
+            yield
+        finally:
+            self._is_muted = before
 
     @contextmanager
     def in_training_step(self) -> Iterator[None]:
@@ -72,7 +81,7 @@ class TrainingLogs:
 
     def _watched_log(self, log: Callable[..., None]) -> Callable[..., None]:
         def watched(fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            if self._passes(name, value):
+            if not self._is_muted and self._passes(name, value):
                 log(fx, name, value, *args, **kwargs)
 
         return watched
@@ -82,6 +91,8 @@ class TrainingLogs:
 
         @functools.wraps(log_metrics)
         def watched(*args: Any, **kwargs: Any) -> None:
+            if self._is_muted:
+                return
             if self._in_step:
                 args = tuple(map(self._passing, args))
                 kwargs = {name: self._passing(value) for name, value in kwargs.items()}

@@ -14,15 +14,15 @@ from lightning_dp import PrivacyError
 from lightning_dp.auditing import Canaries, GradientCanaries
 from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
 from lightning_dp.clipping.bounds import Bound, QuantileBound
-from lightning_dp.step.accumulator import ClippedSum
+from lightning_dp.step.accumulator import Accumulator
 
 
-def make_sum(clipping: Clipping | None = None, num_statistics: int = 0) -> ClippedSum:
+def make_sum(clipping: Clipping | None = None, num_statistics: int = 0) -> Accumulator:
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 8))
-    return ClippedSum(dict(module.named_parameters()), clipping or FlatClipping(2.0), num_statistics)
+    return Accumulator(dict(module.named_parameters()), clipping or FlatClipping(2.0), num_statistics)
 
 
-def joined(canaries: GradientCanaries, sums: ClippedSum, q: float = 1.0, **options: Any) -> Tensor:
+def joined(canaries: GradientCanaries, sums: Accumulator, q: float = 1.0, **options: Any) -> Tensor:
     """What one logical batch adds to the sum."""
     canaries.begin(q)
     sums.flat.zero_()

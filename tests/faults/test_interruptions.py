@@ -30,28 +30,36 @@ HOOKS = {
 FAIL_AT = 2  # of four logical steps an epoch
 
 
+class Outside(torch.utils.data.Dataset):
+    """State that the sandbox does not put back: that of a dataset."""
+
+    def __init__(self) -> None:
+        self.armed, self.microbatch = True, 0
+
+
 class Interrupted(Classifier):
     """Raises once, in one hook, in its third step."""
 
     def __init__(self, hook: str, error: BaseException) -> None:
         super().__init__(lr=0.0)
-        self.hook, self.error, self.armed = hook, error, True
+        self.hook, self.error = hook, error
+        self.outside = Outside()
         original: Callable[..., Any] = getattr(self, hook)
 
         def failing(*args: Any, **kwargs: Any) -> Any:
-            if self.armed and self.trainer.training and self.steps == FAIL_AT and self.ready():
-                self.armed = False
+            if self.outside.armed and self.trainer.training and self.steps == FAIL_AT and self.ready():
+                self.outside.armed = False
                 raise self.error
             return original(*args, **kwargs)
 
         setattr(self, hook, failing)
-        self.steps, self.microbatch = 0, 0
+        self.steps = 0
 
     def ready(self) -> bool:
         """In the second microbatch, where a hook is called for each: a sum has begun by then."""
         if self.hook in ("training_step", "on_after_backward", "on_before_backward", "transfer_batch_to_device"):
-            self.microbatch += 1
-            return self.microbatch == 2
+            self.outside.microbatch += 1
+            return self.outside.microbatch == 2
         return True
 
 
@@ -85,7 +93,7 @@ def test_an_exception_in_a_hook_leaves_no_sum_and_a_ledger_of_what_was_released(
     trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=3)
     with pytest.raises(ValueError, match="by the user"):
         trainer.fit(module, make_loader(batch_size=32))
-    assert not module.armed
+    assert not module.outside.armed
     released = FAIL_AT + HOOKS[hook]
     assert strategy.ledger.num_steps == released
     for name, parameter in module.named_parameters():  # what is left there is what was released

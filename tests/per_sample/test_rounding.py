@@ -18,7 +18,7 @@ from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, Per
 from lightning_dp.clipping.base import SMALLEST_FACTOR
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, rules
 from lightning_dp.per_sample.leaves import LeafRule
-from lightning_dp.step.accumulator import ClippedSum
+from lightning_dp.step.accumulator import Accumulator
 from tests import reference
 from tests.per_sample.checks import make_engine, run_batch
 from tests.per_sample.rule_cases import CASES, HOWS, Arranged
@@ -77,7 +77,7 @@ def added(
     engine: PerSampleEngine | SingleSampleEngine, module: nn.Module, clipping: Clipping, mask: dict[str, Tensor]
 ) -> float:
     """Norm of what the microbatch adds to the buffer, as a private step adds it."""
-    sums = ClippedSum(dict(module.named_parameters()), clipping)
+    sums = Accumulator(dict(module.named_parameters()), clipping)
     sums.set_masks([mask] if mask else [], (len(mask),))
     norms = engine.squared_norms(sums.groups, sums.mask).sqrt()
     factors = sums.clipping.factors(norms)

@@ -88,7 +88,7 @@ def test_a_resume_needs_the_history_of_its_run(tmp_path: Path) -> None:
 def test_one_strategy_serves_a_second_trainer(tmp_path: Path) -> None:
     module, strategy = Classifier(), DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
     for _ in range(2):
-        make_trainer(strategy, tmp_path).fit(module, make_loader())
+        make_trainer(strategy, tmp_path, accelerator="auto").fit(module, make_loader())
     assert strategy.ledger.num_steps == 8
 
 

@@ -101,7 +101,7 @@ def test_unplanned_steps_on_one_batch_are_refused_where_a_limit_was_promised(
                 super().training_step(batch, batch_idx)
 
     strategy = rdp() if callbacks else DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp")
-    with pytest.raises(PrivacyError, match="to step once a batch"):
+    with pytest.raises(PrivacyError, match="to step once per batch"):
         make_trainer(strategy, tmp_path, callbacks=callbacks).fit(Thrice(), make_loader())
 
 

@@ -103,7 +103,7 @@ def test_a_step_that_skips_bad_batches_is_refused(tmp_path: Path) -> None:
     features = features.clone()
     features[5] = float("nan")
     loader = DataLoader(TensorDataset(features, labels), batch_size=64)
-    with pytest.raises(PrivacyError, match="One sample could switch off all others"):
+    with pytest.raises(PrivacyError, match=r"One sample could switch off all others|made NaN"):
         make_trainer(rdp(), tmp_path).fit(Skipping(), loader)
     strategy = rdp(microbatch_size=1)
     make_trainer(strategy, tmp_path).fit(Skipping(), loader)
@@ -129,7 +129,10 @@ def test_a_manual_step_that_hangs_on_the_loss_is_refused(tmp_path: Path, microba
     features[5] = float("nan")
     loader = DataLoader(TensorDataset(features, labels), batch_size=64)
     strategy = rdp(microbatch_size=microbatch_size)
-    with pytest.raises(PrivacyError, match=r"got steps of \[\] on a batch and of \[0\] on one sample"):
+    with pytest.raises(
+        PrivacyError,
+        match=r"steps of \[\] on a batch and of \[0\] on one|which optimizers step",
+    ):
         make_trainer(strategy, tmp_path).fit(SkippingByHand(), loader)
     assert strategy.ledger.num_steps == 0
 
