@@ -260,7 +260,7 @@ class PerSampleEngine:
         with self._arithmetic():
             asked = {name for group in groups for name in group}
             norms: dict[str, Tensor] = {}
-            views, whole = self._sorted(asked)
+            views, whole = self._sorted(asked, masks)
             for source, keys in views.items():
                 shown = {
                     key: view_of(masks[name].contiguous(), region)
@@ -312,7 +312,7 @@ class PerSampleEngine:
             any_dead = bool(dead.any())
             for row, group in enumerate(groups):
                 lost = dead[row] if any_dead else None
-                views, whole = self._sorted(set(group))
+                views, whole = self._sorted(set(group), masks)
                 for source, keys in views.items():
                     plain = {key: name for key, (name, region) in keys.items() if region is None}
                     few = {key: out[name] for key, name in plain.items() if name in places}
@@ -362,12 +362,23 @@ class PerSampleEngine:
                         parts.setdefault(name, []).append((source, node))
         return parts
 
-    def _sorted(self, names: set[str]) -> tuple[dict[Source, dict[Hashable, tuple[str, Region | None]]], set[str]]:
-        """Return the sources that give norms and sums of disjoint parts of parameters, and the parameters that need all of it."""
+    def _sorted(
+        self, names: set[str], masks: Mapping[str, Tensor]
+    ) -> tuple[dict[Source, dict[Hashable, tuple[str, Region | None]]], set[str]]:
+        """Return the sources that give norms and sums of disjoint parts of parameters, and the parameters that need all of it.
+
+        A parameter that is seen through views needs all of it under a mask: the masked norm and the masked sum of a view come
+        from different products, whose rounding no norm covers.
+        """
         views: dict[Source, dict[Hashable, tuple[str, Region | None]]] = {}
         whole: set[str] = set()
         for name, parts in self._parts(names).items():
-            if not all(node.is_view for _, node in parts) or not self._disjoint(name, [node for _, node in parts]):
+            through_views = name in masks and any(node.region is not None for _, node in parts)
+            if (
+                through_views
+                or not all(node.is_view for _, node in parts)
+                or not self._disjoint(name, [node for _, node in parts])
+            ):
                 whole.add(name)
                 continue
             for source, node in parts:

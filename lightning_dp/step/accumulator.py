@@ -41,6 +41,7 @@ class Accumulator:
         self.groups = clipping.groups(self.parameters)
         first = next(iter(self.parameters.values()))
         double = any(parameter.dtype == torch.float64 for parameter in self.parameters.values())
+        self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self._sizes = [parameter.numel() for parameter in self.parameters.values()]
         self.num_coordinates = sum(self._sizes)
         self.num_statistics = num_statistics
@@ -124,7 +125,7 @@ class Accumulator:
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns a view a parameter on a buffer of shape (P,)."""
         parts = torch.split(flat, self._sizes)
-        return {name: part.view_as(p) for (name, p), part in zip(self.parameters.items(), parts, strict=True)}
+        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def holds(self, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether this buffer was made for exactly these parameters, where they are now."""

@@ -465,9 +465,9 @@ class Busy(Classifier):
 def test_state_after_a_step_is_free_of_the_batch_size(
     drawn: int, automatic: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_dp.sampling.indices import PoissonBatchSampler
+    from lightning_dp.sampling.indices import Draw, PoissonBatchSampler
 
-    monkeypatch.setattr(PoissonBatchSampler, "__iter__", lambda self: iter([list(range(drawn))]))
+    monkeypatch.setattr(PoissonBatchSampler, "__iter__", lambda self: iter([Draw(range(drawn), entropy=1)]))
     torch.manual_seed(0)
     module = Busy(automatic)
     strategy = DPStrategy(noise_multiplier=0.0, microbatch_size=4)
@@ -488,9 +488,9 @@ def test_state_after_a_step_is_free_of_the_batch_size(
 def test_draws_do_not_follow_from_seeds_or_batch_sizes(
     drawn: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_dp.sampling.indices import PoissonBatchSampler
+    from lightning_dp.sampling.indices import Draw, PoissonBatchSampler
 
-    monkeypatch.setattr(PoissonBatchSampler, "__iter__", lambda self: iter([list(range(drawn)), [0]]))
+    monkeypatch.setattr(PoissonBatchSampler, "__iter__", lambda self: iter([Draw(range(drawn), entropy=1), Draw([0], entropy=2)]))
     drawn_at: list[tuple[float, float, float]] = []
 
     class Drawing(Classifier):
