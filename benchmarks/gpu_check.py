@@ -1,0 +1,197 @@
+"""What holds on a GPU, and what a private step costs there: run ``python -m benchmarks.gpu_check`` (under eight minutes).
+
+Correctness: per-sample gradients against batch-of-one autograd, the noise's standard deviation, and fits with all checks in
+float32 and bf16-mixed. Cost: step time and peak memory of three models in bf16 at batch 64, against a plain step, in pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp.loop import make_private
+from lightning_dp.noise import GaussianNoise
+from lightning_dp.per_sample import PerSampleEngine
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = "--smoke" in sys.argv or DEVICE.type == "cpu"
+BATCH, PAIRS = (8, 2) if SMALL else (64, 7)
+MODELS = {  # depth, width, heads, tokens, vocabulary (0: vectors)
+    "ViT-B/16-sized": (12, 768, 12, 197, 0),
+    "BERT-base-sized": (12, 768, 12, 128, 30522),
+    "GPT-2-sized": (12, 768, 12, 256, 50257),
+}
+
+
+class Encoder(nn.Module):
+    """A transformer encoder with an embedding, or a projection of patches, and a head on the mean."""
+
+    def __init__(self, depth: int, width: int, heads: int, tokens: int, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width) if vocabulary else nn.Linear(width, width)
+        self.positions = nn.Parameter(torch.zeros(1, tokens, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(x) + self.positions).mean(1))
+
+
+def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    features, labels = (tensor.to(DEVICE) for tensor in batch)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        outputs = model(features)
+    return F.cross_entropy(outputs.float(), labels)
+
+
+def check_engine() -> dict[str, float]:
+    """Return the largest relative difference of per-sample gradients from batch-of-one autograd, by module."""
+    image = torch.randn(4, 3, 12, 12, device=DEVICE)
+    cases: dict[str, tuple[nn.Module, Tensor]] = {
+        "mlp": (nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3)), torch.randn(4, 5, 7, device=DEVICE)),
+        "cnn": (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(800, 3)),
+            image,
+        ),
+        "encoder": (Encoder(2, 32, 4, 9, 50), torch.randint(0, 50, (4, 9), device=DEVICE)),
+        "lstm": (nn.Sequential(nn.LSTM(7, 6, batch_first=True)), torch.randn(4, 5, 7, device=DEVICE)),
+    }
+    found = {}
+    for name, (module, x) in cases.items():
+        module.to(DEVICE)
+
+        def loss(rows: Tensor, module: nn.Module = module) -> Tensor:
+            out = module(rows)
+            return (out[0] if isinstance(out, tuple) else out).square().flatten(1).sum(1)
+
+        parameters = dict(module.named_parameters())
+        engine = PerSampleEngine(module)
+        engine.attach()
+        engine.set_parameters(parameters)
+        engine.learn_layout(
+            lambda size, x=x, loss=loss: loss(x[:2].repeat(2, *[1] * (x.dim() - 1))[:size]).sum(), (2, 3)
+        )
+        engine.begin(len(x))
+        loss(x).sum().backward()
+        made = engine.per_sample_gradients()
+        engine.end()
+        engine.detach()
+        worst = 0.0
+        for row in range(len(x)):
+            alone = torch.autograd.grad(loss(x[row : row + 1]).sum(), list(parameters.values()))
+            size = torch.cat([g.flatten() for g in alone]).norm()
+            off = torch.cat([(made[n][row] - g).flatten() for n, g in zip(parameters, alone, strict=True)]).norm()
+            worst = max(worst, float(off / size))
+        found[name] = worst
+    return found
+
+
+def check_noise() -> float:
+    """Return the standard deviation of 2^22 draws at std 3, over 3."""
+    return float(GaussianNoise().add_(torch.zeros(2**22, device=DEVICE), 3.0).std()) / 3
+
+
+def fits() -> dict[str, str]:
+    """Return what fits through a Trainer with all checks end at, by precision."""
+    import lightning as L
+
+    from lightning_dp import DPStrategy
+
+    class Classifier(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(
+                nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(288, 4)
+            )
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+    data = TensorDataset(torch.randn(256, 1, 8, 8), torch.randint(0, 4, (256,)))
+    found = {}
+    for precision in ("32-true", "bf16-mixed"):
+        for microbatch_size in (None, 16):
+            strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-4, microbatch_size=microbatch_size)
+            trainer = L.Trainer(
+                max_epochs=2, strategy=strategy, devices=1, precision=precision, logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+            trainer.fit(Classifier(), DataLoader(data, batch_size=64))
+            found[f"{precision}, microbatch_size={microbatch_size}"] = f"epsilon {strategy.epsilon():.4f}"
+    return found
+
+
+def cost(shape: tuple[int, int, int, int, int]) -> dict[str, float]:
+    """Return time and peak memory of a private step over a plain one, medians of pairs."""
+    depth, width, heads, tokens, vocabulary = (1, 32, 2, 8, shape[4] and 50) if SMALL else shape
+    features = torch.randint(0, vocabulary, (BATCH, tokens)) if vocabulary else torch.randn(BATCH, tokens, width)
+    data = TensorDataset(features, torch.randint(0, 10, (BATCH,)))
+    plain = Encoder(depth, width, heads, tokens, vocabulary).to(DEVICE)
+    private = Encoder(depth, width, heads, tokens, vocabulary).to(DEVICE)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.0)
+    batch = next(iter(DataLoader(data, batch_size=BATCH)))
+
+    def plain_step() -> None:
+        optimizer.zero_grad()
+        loss_fn(plain, batch).backward()
+        optimizer.step()
+
+    run = make_private(
+        private, torch.optim.SGD(private.parameters(), lr=0.0), DataLoader(data, batch_size=BATCH), loss_fn,
+        steps=1000, noise_multiplier=1.0, target_delta=1e-3, check_per_sample=False,
+    )  # fmt: skip
+    batches = (item for _ in range(1000) for item in run.loader)
+
+    def private_step() -> None:
+        run.step(next(batches))
+
+    for step in (plain_step, private_step, plain_step, private_step):
+        step()
+    ratios = [measured(private_step)[0] / measured(plain_step)[0] for _ in range(PAIRS)]
+    memory = measured(private_step)[1] / max(measured(plain_step)[1], 1)
+    return {"time": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "memory": memory}
+
+
+def measured(step: Callable[[], None]) -> tuple[float, int]:
+    """Return seconds of three steps and the peak of allocated memory."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(3):
+        step()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated()
+    return time.perf_counter() - start, 1
+
+
+def main() -> None:
+    """Run everything and print one JSON object per part; a part that fails says so."""
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
+    parts: dict[str, Callable[[], Any]] = {"engine": check_engine, "noise": check_noise, "fits": fits}
+    parts |= {title: (lambda shape=shape: cost(shape)) for title, shape in MODELS.items()}
+    for title, part in parts.items():
+        try:
+            result = part()
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        print(json.dumps({title: result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
