@@ -19,13 +19,14 @@ from lightning_dp.reporting.card import RunNotes, privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.reporting.statement import privacy_statement, stated_plan
 from lightning_dp.step import checkpoint as saved
+from lightning_dp.step.history import joined, read_history
 
 
 def card(options: argparse.Namespace) -> int:
-    """Prints the statement, or the whole card."""
-    checkpoint = load(options.checkpoint)
-    state = checkpoint[saved.KEY]
-    ledger, notes = Ledger.from_state_dict(state["ledger"]), saved.load_notes(checkpoint)
+    """Print the statement, or the whole card, of one checkpoint, or of several runs on the same data added up."""
+    checkpoints = [load(path) for path in options.checkpoint]
+    state = checkpoints[-1][saved.KEY]
+    ledger, notes = _added_up([each[saved.KEY]["ledger"] for each in checkpoints]), saved.load_notes(checkpoints[-1])
     if ledger.num_steps == 0:
         raise ValueError(
             "Expected a checkpoint of a private run that has begun, got no steps recorded. Take a later one."
@@ -52,9 +53,16 @@ def card(options: argparse.Namespace) -> int:
             seeded=notes.seeded,
             nonprivate_logs=notes.nonprivate_logs,
             audits=notes.audits,
+            choices=notes.choices,
         )
     )
     return 0
+
+
+def _added_up(states: list[Any]) -> Ledger:
+    """Return the ledger of all runs; checkpoints of one run count once."""
+    ledgers = read_history([Ledger.from_state_dict(state) for state in states])
+    return ledgers[0] if len(ledgers) == 1 else joined(ledgers, ledgers[0].neighboring_relation)
 
 
 def load(path: str) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def make_parser() -> argparse.ArgumentParser:
     checking.set_defaults(source="check")
 
     stating = commands.add_parser("card", help="the privacy statement of a checkpoint")
-    stating.add_argument("checkpoint", metavar="CHECKPOINT", help="file written under a private strategy")
+    stating.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="+", help="file written under a private strategy; several runs add up"
+    )
     stating.add_argument("--markdown", action="store_true", help="the whole privacy card as Markdown")
     stating.set_defaults(source="card")
 

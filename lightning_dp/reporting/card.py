@@ -41,6 +41,7 @@ class RunNotes:
         nonprivate_logs: names of figures of the training data that were logged without noise.
         mechanisms: what callbacks decided over, one sentence each.
         audits: what audits of the run found, one line each.
+        choices: what was chosen by un-noised figures while training, such as a learning rate, one entry each.
     """
 
     seeded: bool = False
@@ -48,6 +49,7 @@ class RunNotes:
     nonprivate_logs: tuple[str, ...] = ()
     mechanisms: tuple[str, ...] = ()
     audits: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """The notes as plain values, for a checkpoint."""
@@ -61,15 +63,22 @@ class RunNotes:
             ValueError: a field of another kind.
         """
         flags = [state.get(name, False) for name in ("seeded", "secure_rng")]
-        lists = [state.get(name, []) for name in ("nonprivate_logs", "mechanisms", "audits")]
+        lists = [state.get(name, []) for name in ("nonprivate_logs", "mechanisms", "audits", "choices")]
         if not all(isinstance(flag, bool) for flag in flags) or not all(
             isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists
         ):
             raise ValueError(
                 f"Expected flags and lists of names as notes of a run, got {dict(state)!r}. Use an intact checkpoint."
             )
-        logs, mechanisms, audits = map(tuple, lists)
-        return cls(seeded=flags[0], secure_rng=flags[1], nonprivate_logs=logs, mechanisms=mechanisms, audits=audits)
+        logs, mechanisms, audits, choices = map(tuple, lists)
+        return cls(
+            seeded=flags[0],
+            secure_rng=flags[1],
+            nonprivate_logs=logs,
+            mechanisms=mechanisms,
+            audits=audits,
+            choices=choices,
+        )
 
 
 def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[tuple[int, float]]:
@@ -169,6 +178,7 @@ def privacy_card(
         "audits": list(notes.audits),
         "not_covered": [
             *(f"logged without noise: {name}" for name in sorted(notes.nonprivate_logs)),
+            *(f"chosen by un-noised figures: {choice}" for choice in notes.choices),
             *statement.NOT_COVERED,
         ],
         "software": {

@@ -115,6 +115,7 @@ def privacy_statement(
     seeded: bool = False,
     nonprivate_logs: Collection[str] = (),
     audits: Sequence[str] = (),
+    choices: Collection[str] = (),
 ) -> str:
     """The privacy statement of a run: what is promised, how it was computed, what is not covered.
 
@@ -125,6 +126,7 @@ def privacy_statement(
         seeded: whether sampling and noise came from a known seed, which voids the promise against those who know it.
         nonprivate_logs: names of figures of the training data that were logged without noise.
         audits: what audits of this run found, a line each.
+        choices: what was chosen by un-noised figures while training.
     """
     lines = [summary_line(plan, ledger, accountant)]
     if ledger.num_steps:
@@ -143,6 +145,8 @@ def privacy_statement(
     lines.append("  not covered:")
     if nonprivate_logs:
         lines.append(f"    - logged without noise: {', '.join(sorted(nonprivate_logs))}")
+    if choices:
+        lines.append(f"    - chosen by un-noised figures: {', '.join(sorted(choices))}")
     lines += [f"    - {item}" for item in NOT_COVERED]
     return "\n".join(lines)
 

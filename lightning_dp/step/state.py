@@ -43,6 +43,7 @@ class PrivacyState:
         self.last_allowed_step = math.inf
         self.nonprivate_logs: set[str] = set()
         self.audits: list[str] = []
+        self.choices: set[str] = set()
         self.decided: tuple[str, ...] = ()
         self._seeded, self._secure = seeded, secure
         self._history: list[Ledger] = []
@@ -97,6 +98,7 @@ class PrivacyState:
             seeded=self._seeded,
             nonprivate_logs=self.nonprivate_logs,
             audits=self.audits,
+            choices=self.choices,
         )
 
     def summary_line(self) -> str:
@@ -176,6 +178,7 @@ class PrivacyState:
             nonprivate_logs=tuple(sorted(self.nonprivate_logs)),
             mechanisms=self.decided,
             audits=tuple(self.audits),
+            choices=tuple(sorted(self.choices)),
         )
 
     def take_notes(self, notes: RunNotes) -> None:
@@ -184,6 +187,7 @@ class PrivacyState:
         self._secure &= notes.secure_rng
         self.nonprivate_logs |= set(notes.nonprivate_logs)
         self.audits = list(dict.fromkeys([*notes.audits, *self.audits]))
+        self.choices |= set(notes.choices)
         self.decided = notes.mechanisms
 
     def note_unledgered(self, global_step: int, optimizer_states: Iterable[Iterable[Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -49,6 +50,7 @@ class PrivateStrategy(RunFacts, Strategy):
 
     global_rank: int
     world_size: int
+    _used_accelerator: Accelerator | None = None
 
     def __init__(
         self,
@@ -157,12 +159,25 @@ class PrivateStrategy(RunFacts, Strategy):
         self._tuning.stop()
         self.mechanisms, self.state.last_allowed_step = Mechanisms(), math.inf
         super().teardown()
+        # a second Trainer refuses a strategy that has an accelerator; the first one still finds it below
+        self._used_accelerator, self._accelerator = self.accelerator, None
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        """The accelerator of the Trainer that uses this strategy, or used it last."""
+        return self._accelerator if self._accelerator is not None else self._used_accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
 
     @override
     def on_train_start(self) -> None:
         """Build the plan before the first step, so that a target that cannot be reached is an error and not a surprise."""
         _ = self.plan
         self.state.decided = self.mechanisms.described()
+        self.state.choices |= trainer_checks.choices_by_figures(self.trainer)
         super().on_train_start()
 
     @override

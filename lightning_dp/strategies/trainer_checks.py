@@ -100,6 +100,25 @@ def batches_kept(trainer: pl.Trainer) -> int | None:
     return math.ceil(overfit / trainer.accumulate_grad_batches) if overfit else None
 
 
+def choices_by_figures(trainer: pl.Trainer) -> set[str]:
+    """Return what schedulers and callbacks choose by figures that carry no noise, for the privacy statement."""
+    plateaus = {
+        f"the learning rate, by {type(config.scheduler).__name__} on {config.monitor!r}"
+        for config in trainer.lr_scheduler_configs
+        if config.reduce_on_plateau
+    }
+    monitored = {
+        f"{type(callback).__name__} on {callback.monitor!r}"
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(getattr(callback, "monitor", None), str) and not _is_public(callback.monitor)
+    }
+    return plateaus | monitored
+
+
+def _is_public(name: str) -> bool:
+    return name in ("epsilon", "step", "epoch") or name.startswith(("privacy/", "audit/", "communication/"))
+
+
 def known_arguments(kind: type) -> list[str]:
     """Return the names of all arguments of a strategy: ours, and those of the Lightning strategy below it."""
     names: list[str] = []

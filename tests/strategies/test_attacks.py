@@ -490,7 +490,9 @@ def test_draws_do_not_follow_from_seeds_or_batch_sizes(
 ) -> None:
     from lightning_dp.sampling.indices import Draw, PoissonBatchSampler
 
-    monkeypatch.setattr(PoissonBatchSampler, "__iter__", lambda self: iter([Draw(range(drawn), entropy=1), Draw([0], entropy=2)]))
+    monkeypatch.setattr(
+        PoissonBatchSampler, "__iter__", lambda self: iter([Draw(range(drawn), entropy=1), Draw([0], entropy=2)])
+    )
     drawn_at: list[tuple[float, float, float]] = []
 
     class Drawing(Classifier):

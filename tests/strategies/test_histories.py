@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_dp import DPStrategy, PrivacyBudget, PrivacyError
+from lightning_dp.step.history import joined
 from tests.helpers import Classifier, make_loader, make_trainer
 
 
@@ -88,7 +91,9 @@ def test_a_resume_needs_the_history_of_its_run(tmp_path: Path) -> None:
 def test_one_strategy_serves_a_second_trainer(tmp_path: Path) -> None:
     module, strategy = Classifier(), DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
     for _ in range(2):
-        make_trainer(strategy, tmp_path, accelerator="auto").fit(module, make_loader())
+        trainer = make_trainer(strategy, tmp_path)
+        trainer.fit(module, make_loader())
+        trainer.validate(module, make_loader(), verbose=False)
     assert strategy.ledger.num_steps == 8
 
 
@@ -100,3 +105,36 @@ def test_a_module_loaded_from_a_private_checkpoint_is_refused(tmp_path: Path) ->
     with pytest.raises(PrivacyError, match="earlier private run of 4 steps"):
         run(module, tmp_path)
     assert run(module, tmp_path, history=path).ledger.num_steps == 8
+
+
+def test_the_card_command_adds_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_dp.cli.main import main
+
+    paths = [str(tmp_path / name) for name in ("a.ckpt", "b.ckpt")]
+    runs = [run(Classifier(), tmp_path) for _ in paths]
+    for each, path in zip(runs, paths, strict=True):
+        each.trainer.save_checkpoint(path)
+    spent = runs[0].accountant.epsilon(joined([each.ledger for each in runs], "add_or_remove_one"), 1e-3)
+    for given, steps in ((paths, 8), (paths[:1] * 2, 4)):
+        assert main(["card", *given]) == 0
+        said = capsys.readouterr().out
+        assert f"{steps} steps" in said
+        assert (f"epsilon={spent:.4f}" in said) == (steps == 8)
+
+
+def test_choices_by_figures_are_in_the_statement(tmp_path: Path) -> None:
+    class Plateau(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
+
+    said = run(Plateau(), tmp_path, [EarlyStopping("loss")]).privacy_statement()
+    assert "the learning rate, by ReduceLROnPlateau on 'loss'" in said
+    assert "EarlyStopping on 'loss'" in said
+    assert "chosen by un-noised" not in run(Classifier(), tmp_path).privacy_statement()
