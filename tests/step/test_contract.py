@@ -86,7 +86,9 @@ def test_contract_of_neighbouring_datasets(names: Any, rig: Rig) -> None:
             events = [entry.event for entry in state.ledger.entries for _ in range(entry.num_steps)]
             assert events == [plan.event(number) for number in range(STEPS)], str(combination)
             # an entry that no noise protects has multiplier 0 and an infinite epsilon
-            assert all(sigma > 0 for _, sigma in state.ledger.mechanisms()) == combination.is_private, str(combination)
+            assert all(each.noise_multiplier > 0 for each in state.ledger.mechanisms()) == combination.is_private, str(
+                combination
+            )
 
 
 def check_step(rig: Rig, run: Run, combination: Combination, number: int, kinds: list[str]) -> None:

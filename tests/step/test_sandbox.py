@@ -161,7 +161,7 @@ def test_no_optimizer_steps_in_the_sandbox(bench: Bench, whose: str) -> None:
         bench.module.network(torch.ones(2, 3)).sum().backward()
         optimizer.step()
 
-    message = r"stepped by itself while training_step ran on trial.*self\.optimizers\(\)"
+    message = r"stepped by itself while your step ran on trial.*self\.optimizers\(\)"
     with pytest.raises(PrivacyError, match=message), bench.sandbox.enter():
         train()
     assert bench.picture() == before
