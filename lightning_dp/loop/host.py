@@ -31,6 +31,8 @@ class LoopHost:
         batch_size: records of a real microbatch, as expected.
     """
 
+    shows_progress = True
+
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, records: TrainingRecords, *, reduction: str, batch_size: int
     ) -> None:

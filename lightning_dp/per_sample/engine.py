@@ -142,7 +142,7 @@ class PerSampleEngine:
         learned = self._tracker.learned
         return learned is not None and self._parameters.keys() <= learned.names
 
-    def learn_layout(self, run: Callable[[int], None], sizes: tuple[int, int] = (2, 5)) -> None:
+    def learn_layout(self, run: Callable[[int], None], sizes: tuple[int, int] = (2, 5), *, more: bool = False) -> None:
         """Learn which axis of every use runs over the samples, from runs at two sizes.
 
         Args:
@@ -150,6 +150,7 @@ class PerSampleEngine:
                 larger one, padded alike, with random layers off; a backward is allowed. It is called two to about
                 ten times.
             sizes: two different sizes, at least 2.
+            more: keep what was learned before, and add what these runs use beyond it.
 
         Raises:
             PrivacyError: the samples that a private parameter meets cannot be told apart.
@@ -161,7 +162,9 @@ class PerSampleEngine:
         try:
             with torch.enable_grad():
                 learner = Learner(self._tracker, run, (sizes[0], sizes[1]))
-                self._tracker.learned = learner.learn(set(self._parameters))
+                learned = learner.learn(set(self._parameters))
+            before = self._tracker.learned
+            self._tracker.learned = before.joined(learned) if more and before is not None else learned
         finally:
             for parameter, grad in grads.items():
                 parameter.grad = grad

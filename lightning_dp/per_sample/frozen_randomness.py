@@ -34,6 +34,8 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, *, by_place: bool = False, coin: float = 0.5) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_place, self.coin = by_place, coin
+        self.drew = False
+        """Whether a value was drawn that another coin would change."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operation, replacing what it draws."""
@@ -65,6 +67,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value = _value(name, named, uniform, self.coin)
         if value is None:
             return result
+        self.drew = True
         return result.copy_(value) if isinstance(value, torch.Tensor) else result.fill_(value)
 
 

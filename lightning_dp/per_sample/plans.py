@@ -58,6 +58,16 @@ class Learned:
     names: set[str] = field(default_factory=set)
     _common: dict[Key, Plan] = field(default_factory=dict)
 
+    def joined(self, other: Learned) -> Learned:
+        """Return what was learned in either of two ways to run: of an operation, the plans of the run with more uses of it."""
+        plans = {
+            key: max(self.plans.get(key, []), other.plans.get(key, []), key=len)
+            for key in {**self.plans, **other.plans}
+        }
+        both = Learned(plans, self.spread | other.spread, self.names | other.names)
+        both.settle()
+        return both
+
     def settle(self) -> None:
         """Note the operations whose uses are all alike."""
         for key, plans in self.plans.items():

@@ -79,7 +79,7 @@ class SingleSampleEngine:
         if attached:
             self.attach()
 
-    def learn_layout(self, run: Callable[[int], None], sizes: tuple[int, int] = (2, 5)) -> None:
+    def learn_layout(self, run: Callable[[int], None], sizes: tuple[int, int] = (2, 5), *, more: bool = False) -> None:
         """Do nothing: a microbatch of one sample needs no batch axis."""
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:

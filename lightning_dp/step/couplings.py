@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.frozen_randomness import FrozenRandomness
 from lightning_dp.per_sample.independence import compare_with_singles
 from lightning_dp.step import exchange, state_check
 from lightning_dp.step.probe import Probe
-from lightning_dp.step.randomness import seed_generators, seed_low_or_high
-from lightning_dp.step.runs import TrialRuns
+from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.snapshot import Snapshot
 
 #: Records of the comparison with single runs, and of the small batches of the exchange test.
 NUM_ALONE, NUM_SMALL = 3, 4
 #: Relative tolerance of the comparison with single runs, by the narrowest type that takes part.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
-#: Quantiles of the coins of a batch: a branch that is taken with a probability of 0.1 or of 0.9 is tried.
-LOW, MIDDLE, HIGH = 0.02, 0.5, 0.98
 
 
 class Couplings:
@@ -46,9 +41,7 @@ class Couplings:
             state: dict[str, Any] = {}
             try:
                 for number, batch in enumerate(batches):
-                    seed_generators(0)
-                    with FrozenRandomness():
-                        probe = self._runs.run(batch, engine=False)
+                    probe = self._runs.run(batch, Draws(), engine=False)
                     if number == 0:
                         state = state_check.saved_state(self._runs.step.module, self._runs.host.others())
             finally:
@@ -71,9 +64,7 @@ class Couplings:
 
     def _compare_alone(self, snapshot: Snapshot, records: list[Any], coin: float) -> None:
         def run(chosen: list[Any], *, engine: bool) -> Probe:
-            seed_generators(1)
-            with FrozenRandomness(coin=coin):
-                return self._runs.again(snapshot, chosen, engine=engine)
+            return self._runs.again(snapshot, chosen, Draws(seed=1, coin=coin), engine=engine)
 
         scale = len(records) if self._runs.step.settings.loss_reduction == "mean" else 1
         batched = run(records, engine=True).private
@@ -89,10 +80,9 @@ class Couplings:
             few = records[:-1]
         if not few:
             return
-        last = len(few) - 1
-        middle, swapped = len(few) // 2, list(few)
+        last, middle, swapped = len(few) - 1, len(few) // 2, list(few)
         swapped[middle] = spare
-        by_place = FrozenRandomness(by_place=True)
+        by_place = Draws(by_place=True)
         base = self._fingerprint(snapshot, few, middle, by_place)
         self._compare(snapshot, base, swapped, middle, by_place, "exchanged for another record")
         for value, what in ((float("nan"), "made NaN"), (1e6, "made huge")):
@@ -102,12 +92,28 @@ class Couplings:
         if last > 0:
             base = self._fingerprint(snapshot, few, last, by_place)
             self._compare(snapshot, base, few[:last], last, by_place, "left out", loose=True)
+            self._exchange_beside_spoiled(snapshot, few, spare, by_place)
         swapped[middle] = spare
-        for coin in (LOW, HIGH):
-            mode = FrozenRandomness(coin=coin)
-            base = self._fingerprint(snapshot, few, middle, mode, coin=coin)
-            self._compare(snapshot, base, swapped, middle, mode, "exchanged for another record", coin=coin)
+        for coin in (LOW, HIGH) if self._runs.has_coins else ():
+            draws = Draws(coin=coin)
+            base = self._fingerprint(snapshot, few, middle, draws)
+            self._compare(snapshot, base, swapped, middle, draws, "exchanged for another record")
         self.exchange_one(snapshot, self.real_records(0), seed=0, spoil=True)
+
+    def _exchange_beside_spoiled(self, snapshot: Snapshot, few: list[Any], spare: Any, draws: Draws) -> None:
+        """Exchange the first sample of a batch in which another is infinite: code that replaces such a one copies others."""
+        middle, swapped = len(few) // 2, list(few)
+        if not exchange.has_floats(few[middle]):
+            return
+        swapped[middle] = exchange.spoiled(few[middle], float("inf"))
+        try:
+            base = self._fingerprint(snapshot, swapped, 0, draws)
+        except PrivacyError:
+            raise
+        except Exception:  # the user's code refuses such a record
+            return
+        swapped[0] = spare
+        self._compare(snapshot, base, swapped, 0, draws, "exchanged beside an infinite one")
 
     def exchange_one(self, snapshot: Snapshot, records: list[Any], *, seed: int, spoil: bool = False) -> None:
         """Exchange one sample of a batch of the real size, with real draws."""
@@ -115,13 +121,14 @@ class Couplings:
         if len(batch) < 2 or not spares:
             return
         place, swapped = 0, list(batch)  # the first one: what counts or ranks samples passes it to the others
-        base = self._fingerprint(snapshot, batch, place, None, seed=seed)
+        draws = Draws(seed=seed, real=True)
+        base = self._fingerprint(snapshot, batch, place, draws)
         for spare in exchange.most_different(batch[place], spares):
             swapped[place] = spare
-            self._compare(snapshot, base, swapped, place, None, "exchanged for another record", seed=seed)
+            self._compare(snapshot, base, swapped, place, draws, "exchanged for another record")
         if spoil and exchange.has_floats(batch[place]):
             swapped[place] = exchange.spoiled(batch[place], 1e6)
-            self._compare(snapshot, base, swapped, place, None, "made huge", seed=seed, may_raise=True)
+            self._compare(snapshot, base, swapped, place, draws, "made huge", may_raise=True)
 
     def _compare(
         self,
@@ -129,15 +136,14 @@ class Couplings:
         base: exchange.Fingerprint,
         records: list[Any],
         place: int,
-        mode: FrozenRandomness | None,
+        draws: Draws,
         what: str,
         *,
         loose: bool = False,
         may_raise: bool = False,
-        **draws: Any,
     ) -> None:
         try:
-            other = self._fingerprint(snapshot, records, place, mode, **draws)
+            other = self._fingerprint(snapshot, records, place, draws)
         except PrivacyError:
             raise
         except Exception:
@@ -150,16 +156,7 @@ class Couplings:
         same_shape = exchange.same_shapes(base, other) and not loose
         exchange.compare(base, other, stays, tolerance=exact if same_shape else rough, what=what)
 
-    def _fingerprint(
-        self,
-        snapshot: Snapshot,
-        records: list[Any],
-        place: int,
-        mode: FrozenRandomness | None,
-        *,
-        seed: int = 0,
-        coin: float = MIDDLE,
-    ) -> exchange.Fingerprint:
+    def _fingerprint(self, snapshot: Snapshot, records: list[Any], place: int, draws: Draws) -> exchange.Fingerprint:
         """Run the engine on records and return what their gradients look like without the one at ``place``."""
         step, size = self._runs.step, len(records)
         weights = exchange.random_weights(size, place)
@@ -168,11 +165,7 @@ class Couplings:
         def read(names: list[str]) -> Any:
             return exchange.fingerprint(step.engine, names, weights, parameters)
 
-        seed_generators(seed)
-        if coin != MIDDLE:
-            seed_low_or_high(high=coin > MIDDLE)
-        with ExitStack() if mode is None else mode:
-            probe = self._runs.again(snapshot, records, engine=True, read=read)
+        probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
         scale = size if step.settings.loss_reduction == "mean" else 1
         return exchange.join(probe.found, scale, exchange.sizes_of(records), frozenset(probe.stepped), size, place)
 

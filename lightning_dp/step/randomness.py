@@ -49,6 +49,12 @@ def seed_low_or_high(*, high: bool) -> None:
     random.seed(1643 if high else 14963)
 
 
+def host_generators() -> tuple[Any, ...]:
+    """Return the states of numpy's and Python's global generators in a form that can be compared."""
+    kind, key, *rest = np.random.get_state()  # noqa: NPY002
+    return (kind, np.asarray(key).tobytes(), *rest, random.getstate())
+
+
 def generator_states(device: torch.device) -> dict[str, Any]:
     """Return the states of the global generators: torch's for the CPU and one device, numpy's, Python's."""
     states: dict[str, Any] = {

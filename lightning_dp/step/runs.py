@@ -2,20 +2,69 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from lightning_dp.per_sample.frozen_randomness import FrozenRandomness
 from lightning_dp.step.probe import Probe
+from lightning_dp.step.randomness import host_generators, seed_generators, seed_low_or_high
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
 
+#: Quantiles of the coins of a batch: a branch that is taken with a probability of 0.1 or of 0.9 is tried.
+LOW, MIDDLE, HIGH = 0.02, 0.5, 0.98
+#: Seconds after which the checks show that they are under way.
+SILENT_FOR = 3.0
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    """A progress bar without tqdm's monitoring thread, which would outlive the fit."""
+
+    monitor_interval = 0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random draws of one run on trial: torch's are held still (see ``FrozenRandomness``), the others follow a seed.
+
+    Args:
+        seed: of the global generators.
+        coin: quantile of uniform draws; also of the first draws of numpy and Python unless it is ``MIDDLE``.
+        by_place: each entry of a drawn tensor has a value of its own.
+        real: torch draws as it does in training.
+    """
+
+    seed: int = 0
+    coin: float = MIDDLE
+    by_place: bool = False
+    real: bool = False
+
+    @contextmanager
+    def made(self) -> Iterator[FrozenRandomness | None]:
+        """Draw like this within; yield what holds torch's draws still, if anything does."""
+        seed_generators(self.seed)
+        if self.coin != MIDDLE:
+            seed_low_or_high(high=self.coin > MIDDLE)
+        if self.real:
+            yield None
+            return
+        with FrozenRandomness(by_place=self.by_place, coin=self.coin) as frozen:
+            yield frozen
+
 
 class Host(Protocol):
     """The adapter that runs the user's step."""
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether a progress bar may be shown."""
 
     @property
     def batch_size(self) -> int:
@@ -49,19 +98,45 @@ class TrialRuns:
 
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
         self.step, self.host, self.sandbox = step, host, sandbox
+        self.has_coins = False
+        """Whether user code has drawn anything that a coin decides, in any run."""
+        self._bar: Any = None
 
-    def again(self, snapshot: Snapshot, records: list[Any], *, engine: bool = False, read: Any = None) -> Probe:
+    @contextmanager
+    def progress(self) -> Iterator[None]:
+        """Show how many runs are done, once they take longer than a few seconds; nothing remains on the screen."""
+        with _Bar(
+            desc="Checking on a few records that samples are independent",
+            unit=" runs",
+            delay=SILENT_FOR,
+            leave=False,
+            disable=not self.host.shows_progress,
+        ) as self._bar:
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def again(
+        self, snapshot: Snapshot, records: list[Any], draws: Draws, *, engine: bool = False, read: Any = None
+    ) -> Probe:
         """Run the step on records, and put the state back: several runs share one sandbox."""
         try:
-            return self.run(records, engine=engine, read=read)
+            return self.run(records, draws, engine=engine, read=read)
         finally:
             snapshot.put_back()
 
-    def run(self, records: list[Any], *, engine: bool, read: Any = None) -> Probe:
+    def run(self, records: list[Any], draws: Draws, *, engine: bool, read: Any = None) -> Probe:
         """Run the step on records within a sandbox that is entered already."""
         step, probe = self.step, Probe(self.step, engine=engine, read=read)
-        with probe.attached(), step.microbatch(len(records)) if engine else ExitStack():
+        with ExitStack() as stack:
+            frozen = stack.enter_context(draws.made())
+            before = host_generators()
+            stack.enter_context(probe.attached())
+            if engine:
+                stack.enter_context(step.microbatch(len(records)))
             output = self.host.run(records)
+            self.has_coins |= (frozen is not None and frozen.drew) or host_generators() != before
             if step.automatic:
                 loss = self.host.loss_of(output, len(records))
                 if loss is not None and loss.requires_grad:
@@ -69,4 +144,6 @@ class TrialRuns:
                 if engine:
                     step.engine.check_tracked()
                 probe.collect(0)
+        if self._bar is not None:
+            self._bar.update()
         return probe

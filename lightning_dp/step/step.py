@@ -249,7 +249,7 @@ class PrivateStep:
         checks.check_no_raw_gradients(optimizer, self.optimizers[optimizer], known, self.module)
 
     def check_released(self) -> None:
-        """Check, at the end of a fit or after many batches, that backprops were not all for nothing.
+        """Check, at the end of a fit, that backprops were not all for nothing.
 
         Raises:
             PrivacyError: backprops arrived, and no private optimizer has stepped.

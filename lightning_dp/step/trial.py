@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.frozen_randomness import FrozenRandomness
 from lightning_dp.step.couplings import Couplings
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import seed_generators
-from lightning_dp.step.runs import Host, TrialRuns
+from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, Host, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
+from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
@@ -57,14 +57,9 @@ class Trial:
         settings, step = self._step.settings, self._step
         self._checked_at = step.state.step
         records = self._host.records(NUM_SPREAD)
-        with self._sandbox.enter() as snapshot:
+        with self._sandbox.enter() as snapshot, self._runs.progress():
             if not settings.runs_samples_alone:
-                pair = (records * 2)[:2]
-                seed_generators(0)
-                with FrozenRandomness():
-                    step.engine.learn_layout(
-                        lambda size: self._runs.again(snapshot, (pair * size)[:size]), sizes=LAYOUT_SIZES
-                    )
+                self._learn_layout(snapshot, (records * 2)[:2])
             if settings.check_per_sample and len(records) > 1:
                 self._couplings.check_state(snapshot, records)
                 if not settings.runs_samples_alone:
@@ -72,6 +67,21 @@ class Trial:
                     self._couplings.check_exchange(snapshot, records)
         if settings.check_per_sample and len(records) > 1:
             step.unchecked_public = set(settings.public_optimizers)
+
+    def _learn_layout(self, snapshot: Snapshot, pair: list[Any]) -> None:
+        """Learn the layout; where user code draws coins also under low and high ones, by which it may use other layers."""
+
+        def learn(draws: Draws) -> None:
+            self._step.engine.learn_layout(
+                lambda size: self._runs.again(snapshot, (pair * size)[:size], draws),
+                sizes=LAYOUT_SIZES,
+                more=draws.coin != MIDDLE,
+            )
+
+        learn(Draws())
+        if self._runs.has_coins:
+            learn(Draws(coin=LOW))
+            learn(Draws(coin=HIGH))
 
     def check_again(self, number: int) -> None:
         """Repeat, at a public step, what a later branch of the user's code may have changed.
@@ -85,7 +95,7 @@ class Trial:
         self._checked_at = number
         if not self._step.settings.check_per_sample:
             return
-        with self._sandbox.enter() as snapshot:
+        with self._sandbox.enter() as snapshot, self._runs.progress():
             few = self._host.records(NUM_FEW, seed=number)
             if len(few) > 1:
                 self._couplings.check_state(snapshot, few)
@@ -104,9 +114,8 @@ class Trial:
         found: list[Probe] = []
         for chosen in (records[:1], records[1:2], records):
             with self._sandbox.enter():
-                seed_generators(0)
-                with FrozenRandomness(by_place=True):
-                    found.append(self._runs.run(chosen * 2 if len(chosen) == 1 else chosen, engine=False))
+                chosen = chosen * 2 if len(chosen) == 1 else chosen
+                found.append(self._runs.run(chosen, Draws(by_place=True), engine=False))
         positions = self._step.settings.public_optimizers
         for other, what in (
             (found[1], "which samples are in the batch"),
@@ -151,8 +160,7 @@ class Trial:
         private = self._step.accumulators.keys()
         for record in self._host.records(NUM_FEW):
             with self._sandbox.enter(), counts():
-                seed_generators(0)
-                stepped = self._runs.run([record], engine=False).stepped & private
+                stepped = self._runs.run([record], Draws(real=True), engine=False).stepped & private
             if stepped != real:
                 raise PrivacyError(
                     f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a batch and of "

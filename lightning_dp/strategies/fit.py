@@ -22,7 +22,7 @@ from lightning_dp.step.sandbox import Sandbox, StepGuard
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.trial import Trial
 from lightning_dp.strategies import _lightning, trainer_checks
-from lightning_dp.strategies.host import Counts, LightningHost, silent
+from lightning_dp.strategies.host import Counts, LightningHost
 from lightning_dp.strategies.logs import TrainingLogs
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class PrivateFit:
         divisor = self._strategy.trainer.accumulate_grad_batches if automatic else 1
         with ExitStack() as until_backward:
             microbatch = until_backward.enter_context(step.microbatch(count, weight=weight, divisor=divisor))
-            with silent(self._strategy.module) if weight == 0.0 and step.reduction.world_size == 1 else ExitStack():
+            with self._logs.muted() if weight == 0.0 and step.reduction.world_size == 1 else ExitStack():
                 output = self._call(batch, count, weight=weight)
             if automatic:
                 loss = self._host.loss_of(output, count)

@@ -33,6 +33,11 @@ class LightningHost:
         """Further arguments of the ``training_step`` that is under way."""
 
     @property
+    def shows_progress(self) -> bool:
+        """Whether the Trainer shows a progress bar, on this rank."""
+        return self._strategy.trainer.progress_bar_callback is not None and self._strategy.trainer.is_global_zero
+
+    @property
     def narrow(self) -> torch.dtype:
         """bfloat16 under a bf16 precision of the Trainer, else float32."""
         return torch.bfloat16 if "bf16" in str(self._strategy.trainer.precision) else torch.float32

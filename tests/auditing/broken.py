@@ -16,13 +16,20 @@ from torch import Tensor
 
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
+from lightning_dp.per_sample.engine import PerSampleEngine
+from lightning_dp.per_sample.rules import conv, linear
 from lightning_dp.sampling import indices
+from lightning_dp.step import couplings
 from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.couplings import Couplings
 from lightning_dp.step.microbatch import Microbatch
+from lightning_dp.step.randomness import RandomStreams
+from lightning_dp.step.sandbox import StepGuard
+from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.strategies.fit import PrivateFit
-from tests.auditing import checks
+from tests.auditing import checks, user_code
 
 Check = Callable[[Path], None]
 
@@ -128,6 +135,57 @@ def ledger_not_written(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrivacyState, "record", lambda self, sigma: None)
 
 
+def norms_without_rounding(patch: pytest.MonkeyPatch) -> None:
+    """A norm is the product's own, without what rounding may hide."""
+    for rules in (conv, linear):
+        patch.setattr(rules, "with_rounding", lambda squared, total, num_terms, **_: squared)
+        patch.setattr(rules, "gram_with_rounding", lambda products, inputs, backprops: products.clamp_min(0.0))
+
+
+def optimizers_unguarded(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(StepGuard, "_check", lambda self, optimizer, args, kwargs: None)
+
+
+def microbatches_with_effect(patch: pytest.MonkeyPatch) -> None:
+    """What user code leaves behind in a further microbatch stays."""
+    patch.setattr(Snapshot, "put_back", lambda self, **_: None)
+
+
+def state_unchecked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Couplings, "check_state", lambda self, snapshot, records: None)
+
+
+def coins_in_the_middle(patch: pytest.MonkeyPatch) -> None:
+    """Low and high coins are the middle one."""
+    patch.setattr(couplings, "LOW", couplings.MIDDLE)
+    patch.setattr(couplings, "HIGH", couplings.MIDDLE)
+
+
+def small_batches_on_trial(patch: pytest.MonkeyPatch) -> None:
+    """The exchange test never sees a batch of the real size."""
+    patch.setattr(Couplings, "exchange_one", lambda self, snapshot, records, **_: None)
+
+
+def no_record_out_of_range(patch: pytest.MonkeyPatch) -> None:
+    """Trials never exchange a record while another one is out of range."""
+    patch.setattr(Couplings, "_exchange_beside_spoiled", lambda self, *_: None)
+
+
+def norms_of_another_draw(patch: pytest.MonkeyPatch) -> None:
+    """The norm is taken in a run of its own, in which another layer may be left out."""
+    norms = PerSampleEngine.squared_norms
+
+    def of_a_draw(self: PerSampleEngine, *args: Any, **kwargs: Any) -> Tensor:
+        return norms(self, *args, **kwargs) * float(np.random.default_rng().choice([1.0, 1e-6]))
+
+    patch.setattr(PerSampleEngine, "squared_norms", of_a_draw)
+
+
+def streams_go_on(patch: pytest.MonkeyPatch) -> None:
+    """Random generators go on from the user's seed, batch after batch."""
+    patch.setattr(RandomStreams, "begin", lambda self: None)
+
+
 AUDIT, ABOVE = checks.check_the_audit_stays_below_the_claim, "is above the claim"
 
 VARIANTS: dict[str, Variant] = {
@@ -163,6 +221,37 @@ VARIANTS: dict[str, Variant] = {
     ),
     "ledger_not_written": Variant(
         ledger_not_written, checks.check_every_release_is_in_the_ledger, "the ledger holds 0 of 8 releases"
+    ),
+    "norms_without_rounding": Variant(
+        norms_without_rounding,
+        user_code.check_cancelling_positions_stay_within_the_bound,
+        "one cancelling record moves the sum by",
+    ),
+    "optimizers_unguarded": Variant(
+        optimizers_unguarded, user_code.check_no_raw_step_goes_through, "an optimizer stepped by itself was accepted"
+    ),
+    "microbatches_with_effect": Variant(
+        microbatches_with_effect, user_code.check_side_effects_happen_once, "a batch of .* samples moved the counter by"
+    ),
+    "state_unchecked": Variant(
+        state_unchecked, user_code.check_state_from_records_is_refused, "state written from records was accepted"
+    ),
+    "coins_in_the_middle": Variant(
+        coins_in_the_middle, user_code.check_rare_coins_are_refused, "a coin that mixes the batch was accepted"
+    ),
+    "small_batches_on_trial": Variant(
+        small_batches_on_trial,
+        user_code.check_couplings_of_real_batches_are_refused,
+        "a choice of hard examples was accepted",
+    ),
+    "no_record_out_of_range": Variant(
+        no_record_out_of_range, user_code.check_refilled_records_are_refused, "a copy of one record .* was accepted"
+    ),
+    "norms_of_another_draw": Variant(
+        norms_of_another_draw, user_code.check_norm_and_sum_see_the_same_draws, "a record moves the sum by"
+    ),
+    "streams_go_on": Variant(
+        streams_go_on, user_code.check_draws_are_free_of_earlier_batches, "draws of user code follow from its seed"
     ),
 }
 
