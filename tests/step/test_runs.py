@@ -1,0 +1,88 @@
+"""Runs on trial: what coins they try, and what they show while they are under way."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp import DPStrategy
+from lightning_dp.step import runs
+from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
+from tests.helpers import Classifier, make_loader, make_trainer
+
+
+class Plain(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(nn.functional.dropout(self(batch[0])), batch[1])
+
+
+class OfTorch(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch[0] + 0.1 * torch.randn_like(batch[0]), batch[1]), batch_idx)
+
+
+class OfPython(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch[0] * (1.0 + random.random()), batch[1]), batch_idx)
+
+
+def fit(module: Any, tmp_path: Path, **options: Any) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    make_trainer(strategy, tmp_path, max_epochs=1, **options).fit(module, make_loader())
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(Plain, {MIDDLE}), (OfTorch, {LOW, MIDDLE, HIGH}), (OfPython, {LOW, MIDDLE, HIGH})]
+)
+def test_coins_are_tried_where_some_are_drawn(
+    kind: type[Classifier], expected: set[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: set[float] = set()
+    run = TrialRuns.run
+
+    def noting(self: TrialRuns, records: Any, draws: Draws, **options: Any) -> Any:
+        tried.add(draws.coin)
+        return run(self, records, draws, **options)
+
+    monkeypatch.setattr(TrialRuns, "run", noting)
+    fit(kind(), tmp_path)
+    assert tried == expected
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_of_long_checks_is_shown(
+    shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "SILENT_FOR", 1e-6)
+    threads = set(threading.enumerate())
+    fit(Plain(), tmp_path, enable_progress_bar=shown)
+    assert ("Checking on a few records that samples are independent" in capsys.readouterr().err) == shown
+    assert not [t for t in set(threading.enumerate()) - threads if "tqdm" in type(t).__module__ and not shown]
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_layers_that_a_coin_leaves_out_are_learned(memory: Any, tmp_path: Path) -> None:
+    """Each of two layers takes part with probability one half, by Python's generator: no batch is refused."""
+
+    class Dropping(Classifier):
+        def __init__(self) -> None:
+            super().__init__(nn.ModuleList(nn.Linear(6, 6) for _ in range(2)))
+            self.head = nn.Linear(6, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = batch[0]
+            for layer in self.network:
+                if random.random() < 0.5:
+                    x = x + layer(x)
+            return nn.functional.cross_entropy(self.head(x), batch[1])
+
+    module, options = Dropping(), {"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", "memory": memory}
+    trainer = make_trainer(DPStrategy(**options), tmp_path, max_epochs=4)
+    trainer.fit(module, make_loader())
+    assert trainer.global_step == 16
