@@ -10,7 +10,37 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import Self, override
+
+_DROPOUTS = {
+    getattr(owner, name)
+    for owner, names in (
+        (torch, "dropout dropout_ alpha_dropout alpha_dropout_ feature_dropout feature_dropout_"),
+        (torch, "feature_alpha_dropout feature_alpha_dropout_"),
+        (F, "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"),
+    )
+    for name in names.split()
+}
+
+
+class _InDropout(TorchFunctionMode):
+    """Notes while a dropout runs: its draws are its own, whatever operations it is made of on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _DROPOUTS:
+            return func(*args, **(kwargs or {}))
+        self.depth += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.depth -= 1
 
 
 class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -36,6 +66,18 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.by_place, self.coin = by_place, coin
         self.drew = False
         """Whether a value was drawn that another coin would change."""
+        self._dropouts = _InDropout()
+
+    @override
+    def __enter__(self) -> Self:
+        self._dropouts.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    @override
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._dropouts.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operation, replacing what it draws."""
@@ -61,6 +103,8 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if not isinstance(result, torch.Tensor):
             return result
+        if self._dropouts.depth:
+            return result.fill_(float(named["p"])) if name == "bernoulli" else result
         if name == "randperm":
             return result.copy_(torch.arange(result.numel(), device=result.device).roll(-1))
         uniform = _by_place(result) if self.by_place else None
