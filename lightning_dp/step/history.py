@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
@@ -17,8 +17,14 @@ from lightning_dp.step import checkpoint as saved
 History = Ledger | str | os.PathLike[str] | Sequence[Any] | None
 """What ``history=`` takes."""
 
-#: id of a parameter -> the parameter (weakly) and the ledgers of the runs that have trained it.
-_carried: dict[int, tuple[Any, dict[str, Ledger]]] = {}
+Lineages = dict[str, Ledger]
+
+_PLACES, _FEWEST = 16, 4  # values that are compared, and how many of them must differ to tell a copy
+
+#: id of a parameter -> the parameter (weakly), the ledgers of the runs that have trained it, and its values before the first.
+_carried: dict[int, tuple[Any, Lineages, Any]] = {}
+#: values of a parameter at the end of a run or in a checkpoint -> the ledgers of the runs that have trained it
+_values: dict[Any, Lineages] = {}
 
 
 def read_history(history: Any) -> list[Ledger]:
@@ -84,13 +90,32 @@ def joined(ledgers: Iterable[Ledger], neighboring_relation: str) -> Ledger:
 
 
 def carry(parameters: Iterable[nn.Parameter], ledger: Ledger) -> None:
-    """Take note that a private run trains these parameters."""
+    """Take note that a private run trains these parameters, before their values change."""
     for parameter in parameters:
         key = id(parameter)
         if key not in _carried:
             weakref.finalize(parameter, _carried.pop, key, None)
-            _carried[key] = (weakref.ref(parameter), {})
+            _carried[key] = (weakref.ref(parameter), {}, _print_of(parameter))
         _carried[key][1][ledger.lineage] = ledger
+
+
+def note_values(parameters: Iterable[nn.Parameter]) -> None:
+    """Take note of what a private run has made of parameters, so that copies of them are known by their values."""
+    for parameter in parameters:
+        reference, ledgers, before = _carried.get(id(parameter), (None, {}, None))
+        now = _print_of(parameter)
+        if reference is not None and now is not None and now != before:
+            _values.setdefault(now, {}).update(ledgers)
+
+
+def _print_of(parameter: nn.Parameter) -> Any:
+    """Return a few of a parameter's values, by which copies are told; None where other parameters may well have the same."""
+    flat = parameter.detach().flatten()
+    if flat.numel() < _FEWEST or type(flat) is not Tensor or flat.is_meta:
+        return None
+    places = torch.linspace(0, flat.numel() - 1, _PLACES, dtype=torch.float64).long()
+    values = tuple(flat[places.to(flat.device)].double().tolist())
+    return (tuple(parameter.shape), values) if len(set(values)) >= _FEWEST else None
 
 
 def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -109,15 +134,15 @@ def check_history(module: nn.Module, known: Iterable[str], *, given: bool) -> No
         given: whether the user passed ``history``, perhaps empty: then it is taken as said.
 
     Raises:
-        PrivacyError: a parameter was trained by a private run whose ledger is not counted.
+        PrivacyError: a parameter, or the one that it is a copy of, was trained by a private run whose ledger is not counted.
     """
     if given:
         return
     lineages = set(known)
     for name, parameter in module.named_parameters():
-        reference, ledgers = _carried.get(id(parameter), (None, {}))
+        reference, ledgers, _ = _carried.get(id(parameter), (None, {}, None))
         if reference is None or reference() is not parameter:
-            continue
+            ledgers = _values.get(_print_of(parameter), {})
         missing = [ledger for lineage, ledger in ledgers.items() if lineage not in lineages and ledger.num_steps]
         if missing:
             raise PrivacyError(

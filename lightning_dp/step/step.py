@@ -25,7 +25,7 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import make_engine
 from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
-from lightning_dp.step.history import carry
+from lightning_dp.step.history import carry, note_values
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.noising import ReleaseNoise
@@ -266,6 +266,7 @@ class PrivateStep:
 
     def close(self) -> None:
         """Leave the module as it was."""
+        note_values(self.module.parameters())
         self.engine.end()
         self.engine.detach()
 

@@ -24,7 +24,7 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, private_dataloader
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import checks, module_checks
-from lightning_dp.step.history import History, note_checkpoint, read_history
+from lightning_dp.step.history import History, note_checkpoint, note_values, read_history
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.reduction import OneProcess, Reduction
 from lightning_dp.step.settings import (
@@ -297,6 +297,7 @@ class PrivateStrategy(RunFacts, Strategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Add ledger, plan and logical step to the checkpoint; the weights keep the plain module's keys."""
+        note_values(self.module.parameters())
         checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
         super().save_checkpoint(checkpoint, filepath, storage_options)
 

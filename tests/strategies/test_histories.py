@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,31 @@ def test_a_module_loaded_from_a_private_checkpoint_is_refused(tmp_path: Path) ->
     with pytest.raises(PrivacyError, match="earlier private run of 4 steps"):
         run(module, tmp_path)
     assert run(module, tmp_path, history=path).ledger.num_steps == 8
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "state_dict", "checkpoint"])
+def test_a_copy_of_a_private_module_is_refused(how: str, tmp_path: Path) -> None:
+    first = Classifier(lr=0.1)
+    strategy = run(first, tmp_path)
+    path = tmp_path / "first.ckpt"
+    first.trainer.save_checkpoint(path)
+    if how == "deepcopy":
+        other = copy.deepcopy(first)
+    else:
+        other = Classifier()
+        saved = first.state_dict() if how == "state_dict" else torch.load(path, weights_only=True)["state_dict"]
+        other.load_state_dict(saved)
+    with pytest.raises(PrivacyError, match="trained by an earlier private run"):
+        run(other, tmp_path)
+    assert run(other, tmp_path, history=strategy).ledger.num_steps == 2 * strategy.ledger.num_steps
+
+
+def test_a_module_that_did_not_move_is_no_copy(tmp_path: Path) -> None:
+    """Two modules of one seed begin alike; a run that moves nothing says nothing about the other one."""
+    torch.manual_seed(0)
+    run(Classifier(lr=0.0), tmp_path)
+    torch.manual_seed(0)
+    assert run(Classifier(lr=0.0), tmp_path).ledger.num_steps > 0
 
 
 def test_the_card_command_adds_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
