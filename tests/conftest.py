@@ -1,14 +1,18 @@
-"""Settings for every test: two threads at most, so that a small machine is not oversubscribed; the same weights each time."""
+"""Settings for every test: one thread, because a second one waits longer than small tensors take; the same weights each time."""
 
 from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
-    torch.set_num_threads(2)
+def _single_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

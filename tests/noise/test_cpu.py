@@ -79,6 +79,7 @@ def test_large_buffers_use_all_threads_once_none_waits(ends: bool, monkeypatch: 
 def test_what_a_thread_raises_is_raised_once_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "end_waiting_threads", lambda: True)
     monkeypatch.setattr(cpu, "_LEAST_PER_WAITING_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     caller, fails, ended = threading.get_ident(), True, []
 
     def stream(seed: np.random.SeedSequence, *, tuned: bool) -> normals.Stream:
