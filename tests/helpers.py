@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,12 +104,23 @@ class Recorder(L.Callback):
         self.batches.append(batch)
 
 
-def run_two_ranks(script: Path, out: Path, *, weights_only: bool = False) -> list[dict[str, Any]]:
-    """Runs a script that starts two gloo processes, and returns what each rank wrote to ``rank0.pt`` and ``rank1.pt``."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(out)], capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def run_two_ranks(
+    script: Path, temporary: pytest.TempPathFactory, *, weights_only: bool = False
+) -> list[dict[str, Any]]:
+    """Run a script that starts two gloo processes; return what each rank wrote to ``rank0.pt`` and ``rank1.pt``.
+
+    Several test processes share one run: the first that asks for it starts it, the others wait for its files.
+    """
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    shared = temporary.getbasetemp().parent if parallel else temporary.getbasetemp()
+    out = shared / "-".join(script.relative_to(Path(__file__).parent).with_suffix("").parts)
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "rank0.pt").exists():
+            out.mkdir()
+            command = [sys.executable, "-W", "ignore", str(script), str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+            assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=weights_only) for rank in (0, 1)]
 
 

@@ -145,8 +145,8 @@ def test_wrong_use_is_refused_by_name() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    ranks = run_two_ranks(Path(__file__).with_name("fabric_run.py"), tmp_path)
+def test_two_processes_train_as_one(tmp_path_factory: pytest.TempPathFactory) -> None:
+    ranks = run_two_ranks(Path(__file__).with_name("fabric_run.py"), tmp_path_factory)
     num_parts = []
     for mine, other in zip(ranks[0]["steps"], ranks[1]["steps"], strict=True):
         total: dict[str, Tensor] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -46,8 +47,8 @@ class RDPAccountant(Accountant):
 
     Guarantee: an upper bound under "add_or_remove_one" and "zero_out"; under "replace_one" for releases without
     sampling only. Passes under random allocation are bounded too, but loosely: epsilon is commonly two to four
-    times that of "pld", and more for many passes. One vector of divergences is kept for each distinct mechanism, so a
-    query costs a sum of vectors.
+    times that of "pld", and more for many passes. One vector of divergences is cached for each distinct mechanism, for all
+    accountants together, so a query costs a sum of vectors.
 
     Example:
         >>> from lightning_dp.accounting import Ledger, PrivacyEvent
@@ -66,9 +67,6 @@ class RDPAccountant(Accountant):
     amplifies_from = 0.0
     orders: ClassVar[Array] = np.array(DEFAULT_RDP_ORDERS)
 
-    def __init__(self) -> None:
-        self._vectors: dict[Mechanism, Array] = {}
-
     @override
     def epsilon_of(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
         mu, subsampled = split_unsampled(mechanisms)
@@ -76,19 +74,21 @@ class RDPAccountant(Accountant):
             raise refuse_replace_one(self.name)
         total = np.tile(self.orders * mu**2 / 2, (2, 1))  # with against without a sample, and the other way round
         for key, count in subsampled.items():
-            total += count * self.divergences_of(key)
+            total += count * divergences_of(key)
         return max(float(compute_epsilon(self.orders, divergences, delta)[0]) for divergences in total)
 
-    def divergences_of(self, key: Mechanism) -> Array:
-        """Return bounds on the Rényi divergences of one sampled mechanism, cached.
 
-        Returns:
-            Shape (2, number of orders): with against without a sample, and the other way round. Public.
-        """
-        if key not in self._vectors:
-            bound = _allocation_divergences if key.num_batches > 1 else _poisson_divergences
-            self._vectors[key] = bound(key, self.orders)
-        return self._vectors[key]
+@lru_cache(maxsize=4096)
+def divergences_of(key: Mechanism) -> Array:
+    """Return bounds on the Rényi divergences of one sampled mechanism at ``RDPAccountant.orders``, cached.
+
+    Returns:
+        Shape (2, number of orders): with against without a sample, and the other way round. Public and read-only.
+    """
+    bound = _allocation_divergences if key.num_batches > 1 else _poisson_divergences
+    found = bound(key, RDPAccountant.orders)
+    found.setflags(write=False)
+    return found
 
 
 def _poisson_divergences(key: Mechanism, orders: Array) -> Array:

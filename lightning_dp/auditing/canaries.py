@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dp import _validate as check
-from lightning_dp.clipping import Clipping
+from lightning_dp.clipping import Clipping, FactorClipping
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.errors import PrivacyError
 
@@ -29,7 +29,7 @@ class Sum(Protocol):
     groups: list[list[str]]
     names: list[str]
     clipping: Clipping
-    live: Tensor | None
+    active: Tensor | None
     num_coordinates: int
 
     @property
@@ -173,9 +173,10 @@ class GradientCanaries(Canaries):
             adds: whether this process adds them; one of several does.
         """
         self.place(key, sums)
+        assert isinstance(sums.clipping, FactorClipping), "refused when the run was settled"
         places, gradient = self._places[key], sums.gradient
         raw_GM = (self.norm * sums.sensitivity * self.signs).to(gradient).expand(len(sums.groups), -1)
-        live_GM = places.present(sums.live)
+        live_GM = places.present(sums.active)
         norms_GM = raw_GM.abs() * live_GM
         kept_GM = raw_GM * live_GM * sums.clipping.factors(norms_GM)
         self._contributions[key] = kept_GM
@@ -232,8 +233,8 @@ class _Places:
         largest = 0
         for group, names in enumerate(sums.groups):
             usable = torch.cat([index[name].reshape(-1) for name in names])
-            if sums.live is not None:
-                usable = usable[sums.live[usable]]
+            if sums.active is not None:
+                usable = usable[sums.active[usable]]
             largest = max(largest, usable.numel())
             if usable.numel() >= num_canaries:
                 chosen = torch.from_numpy(rng.choice(usable.numel(), size=num_canaries, replace=False))

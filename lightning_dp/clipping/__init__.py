@@ -4,7 +4,7 @@ Read ``base.py`` (the contract) first; each other file is one kind.
 """
 
 from lightning_dp.clipping.automatic import AutomaticClipping
-from lightning_dp.clipping.base import Clipping
+from lightning_dp.clipping.base import Clipping, ExplicitClipping, FactorClipping
 from lightning_dp.clipping.flat import FlatClipping
 from lightning_dp.clipping.make import make_clipping
 from lightning_dp.clipping.none import NoClipping
@@ -15,6 +15,8 @@ from lightning_dp.clipping.top_agg import TopAgg
 __all__ = [
     "AutomaticClipping",
     "Clipping",
+    "ExplicitClipping",
+    "FactorClipping",
     "FlatClipping",
     "NoClipping",
     "PSACClipping",

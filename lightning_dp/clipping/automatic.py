@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from lightning_dp import _validate as check
-from lightning_dp.clipping.base import SAFE_SIDE, Clipping, check_bound, check_groups
+from lightning_dp.clipping.base import SAFE_SIDE, FactorClipping, check_bound, check_groups
 from lightning_dp.clipping.per_layer import by_module
 
 # Squares of coordinates vanish in float32 near here: a smaller norm cannot be trusted as a divisor.
@@ -21,7 +21,7 @@ _SMALLEST_DIVISOR = 1e-15
 
 
 @dataclass(frozen=True)
-class NormalisingClipping(Clipping):
+class NormalisingClipping(FactorClipping):
     """Every gradient is divided by a number at least as large as its norm.
 
         f = R / divisor(||g_i||),   divisor(x) >= x;   per layer R / sqrt(G)

@@ -12,6 +12,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
+
+from lightning_dp.clipping.contribution import Contribution, ExplicitContribution, Samples, WeightedContribution
 
 SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
 """Subnormal factors are too coarse to keep a bound: the sample is dropped."""
@@ -23,9 +26,7 @@ SAFE_SIDE = 1 - 2.0**-22
 class Clipping(ABC):
     """How one sample's gradient is bounded before it joins the sum.
 
-        u_i = (f_1 g_i1, ..., f_G g_iG),   f = factors(||g_i1||, ..., ||g_iG||),   ||u_i|| <= sensitivity
-
-    Where ``needs_gradients``, u_i is no multiple of g_i: ``contributions`` computes it from the gradient itself.
+    There are two kinds: ``FactorClipping`` scales each gradient, ``ExplicitClipping`` computes a vector from it.
 
     **Guarantee**: where ``bounded``, the contribution u_i of any one sample has an L2 norm of at most
     ``sensitivity(G)``, for zero, subnormal, huge, infinite and NaN gradients, given norms accurate to float32; a sample
@@ -35,8 +36,6 @@ class Clipping(ABC):
 
     name: ClassVar[str]
     bounded: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = False
-    """Whether per-sample gradients must be at hand: ``contributions`` is used in place of ``factors``."""
 
     def groups(self, parameters: Iterable[str]) -> list[list[str]]:
         """Return which parameters share a norm and a factor.
@@ -78,6 +77,51 @@ class Clipping(ABC):
         return self
 
     @abstractmethod
+    def contribution(self, samples: Samples) -> Contribution:
+        """Return what the samples of a microbatch add to the sum, to be added by its ``add``.
+
+        Args:
+            samples: their gradients, of which only what is needed is computed.
+        """
+
+    @abstractmethod
+    def check_scales(self, owner: str, advice: str) -> None:
+        """Raise ValueError unless each sample is scaled by factors that follow from norms alone.
+
+        Args:
+            owner: what needs the factors, for the message.
+            advice: why, and what to do; a whole sentence.
+        """
+
+    @property
+    @abstractmethod
+    def gives_mean(self) -> bool:
+        """Whether the gradient is the mean of the contributions: then it may be summed up as one from the start."""
+
+    def finish(self, noisy: Tensor, expected_batch_size: int, out: Tensor) -> None:
+        """Turn the noisy sum into the gradient: post-processing.
+
+            out = noisy / B
+
+        **Guarantee**: a function of its public arguments alone, so as private as ``noisy``.
+
+        Args:
+            noisy: the sum after noise, or its active coordinates, any shape.
+            expected_batch_size: B >= 1, public.
+            out: receives the gradient; same shape and type; may be ``noisy`` itself.
+        """
+        torch.mul(noisy, 1 / expected_batch_size, out=out)
+
+
+class FactorClipping(Clipping):
+    """A clipping that scales the gradient of each sample by one factor per group.
+
+        u_i = (f_1 g_i1, ..., f_G g_iG),   f = factors(||g_i1||, ..., ||g_iG||),   ||u_i|| <= sensitivity
+
+    **Guarantee**: see ``Clipping``.
+    """
+
+    @abstractmethod
     def _raw_factors(self, norms: Tensor) -> Tensor:
         """Return factors for finite norms; what they are for others does not matter."""
 
@@ -91,7 +135,7 @@ class Clipping(ABC):
             (G, B) factors >= 0 of the same type, private; 0 in all groups for a sample with a norm that is not finite.
 
         Raises:
-            TypeError: norms of lower precision, or a clipping that scales by no factor.
+            TypeError: norms of lower precision.
             ValueError: norms that are not two-dimensional.
         """
         if norms.dtype not in (torch.float32, torch.float64):
@@ -103,43 +147,56 @@ class Clipping(ABC):
         usable = ((norms >= 0) & (norms < math.inf)).all(dim=0) & (factors >= SMALLEST_FACTOR) & (factors < math.inf)
         return torch.where(usable, factors, 0.0)
 
-    def contributions(self, grads_BP: Tensor, live: Tensor | None = None) -> Tensor:
-        """Return what each sample adds to the sum, where ``needs_gradients``.
+    @override
+    def contribution(self, samples: Samples) -> Contribution:
+        return WeightedContribution(samples, self.factors(samples.norms))
+
+    @override
+    def check_scales(self, owner: str, advice: str) -> None:
+        return
+
+    @property
+    @override
+    def gives_mean(self) -> bool:
+        return type(self).finish is Clipping.finish
+
+
+class ExplicitClipping(Clipping):
+    """A clipping that computes, from the gradient of each sample, the vector that it adds.
+
+        u_i = contributions(g_i),   ||u_i|| <= sensitivity
+
+    **Guarantee**: see ``Clipping``.
+    """
+
+    @abstractmethod
+    def contributions(self, grads_BP: Tensor, active: Tensor | None = None) -> Tensor:
+        """Return what each sample adds to the sum.
 
         Args:
             grads_BP: (B, P) per-sample gradients, float32 or float64, private.
-            live: (P,) booleans, public: only coordinates with True may receive anything. ``None``: all of them.
+            active: (P,) booleans, public: only coordinates with True may receive anything. ``None``: all of them.
 
         Returns:
             (B, P) contributions of the same type, private.
 
         Raises:
-            TypeError: gradients of lower precision, or a clipping that works by factors.
+            TypeError: gradients of lower precision.
             ValueError: shapes that do not fit.
         """
-        raise TypeError(
-            f"Expected a clipping that needs gradients, got {type(self).__name__}, which scales each sample by a factor. Use "
-            "factors(norms)."
-        )
+
+    @override
+    def contribution(self, samples: Samples) -> Contribution:
+        return ExplicitContribution(samples, self.contributions(samples.gradients, samples.active))
+
+    @override
+    def check_scales(self, owner: str, advice: str) -> None:
+        raise ValueError(f"Expected a clipping by a factor with {owner}, got {self.name!r}. {advice}")
 
     @property
+    @override
     def gives_mean(self) -> bool:
-        """Whether the gradient is the mean of what samples contribute by factors: then it may be summed up as one from the start."""
-        return not self.needs_gradients and type(self).finish is Clipping.finish
-
-    def finish(self, noisy: Tensor, expected_batch_size: int, out: Tensor) -> None:
-        """Turn the noisy sum into the gradient: post-processing.
-
-            out = noisy / B
-
-        **Guarantee**: a function of its public arguments alone, so as private as ``noisy``.
-
-        Args:
-            noisy: the sum after noise, or the live part of it, any shape.
-            expected_batch_size: B >= 1, public.
-            out: receives the gradient; same shape and type; may be ``noisy`` itself.
-        """
-        torch.mul(noisy, 1 / expected_batch_size, out=out)
+        return False
 
 
 def clip_factors(norms: Tensor, bound: float) -> Tensor:

@@ -9,11 +9,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.clipping.base import Clipping, check_bound, check_groups, clip_factors
+from lightning_dp.clipping.base import FactorClipping, check_bound, check_groups, clip_factors
 
 
 @dataclass(frozen=True)
-class FlatClipping(Clipping):
+class FlatClipping(FactorClipping):
     """Clip the norm of the whole gradient.
 
         f = min(1, R / ||g_i||)

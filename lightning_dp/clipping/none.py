@@ -10,11 +10,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.clipping.base import Clipping, check_bound, check_groups
+from lightning_dp.clipping.base import FactorClipping, check_bound, check_groups
 
 
 @dataclass(frozen=True)
-class NoClipping(Clipping):
+class NoClipping(FactorClipping):
     """Leave finite gradients as they are: for ablations only.
 
         f = 1

@@ -12,11 +12,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.clipping.base import Clipping, check_bound, check_groups, clip_factors
+from lightning_dp.clipping.base import FactorClipping, check_bound, check_groups, clip_factors
 
 
 @dataclass(frozen=True)
-class PerLayerClipping(Clipping):
+class PerLayerClipping(FactorClipping):
     """Clip the norm of each module's gradient on its own.
 
         f_l = min(1, R_l / ||g_il||);   R_l = R / sqrt(G) unless given

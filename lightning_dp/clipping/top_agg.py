@@ -1,6 +1,6 @@
 """TopAgg: each sample votes on its k largest coordinates.
 
-Shapes: B samples, P private coordinates; ``K`` coordinates chosen, ``L`` coordinates live.
+Shapes: B samples, P private coordinates; ``K`` coordinates chosen, ``L`` active coordinates.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.clipping.base import Clipping, check_bound, check_groups
+from lightning_dp.clipping.base import ExplicitClipping, check_bound, check_groups
 from lightning_dp.clipping.flat import FlatClipping
 from lightning_dp.clipping.votes import coin_generator, largest_coordinates, threshold_votes, top_k_votes
 
@@ -23,7 +23,7 @@ _CHUNK = 1 << 22  # coordinates voted on at a time: bounds what choosing needs b
 
 
 @dataclass(frozen=True)
-class TopAgg(Clipping):
+class TopAgg(ExplicitClipping):
     """Each sample votes +1 or -1 on the k coordinates in which its gradient is largest.
 
         K_i = top-k of |g_i|;   v_i[j] = +1 with probability 1/2 + g_i[j] / (2 max|g_i|), else -1, for j in K_i, 0 elsewhere
@@ -72,7 +72,6 @@ class TopAgg(Clipping):
     vote_threshold: float | None = None
     max_grad_norm: float = 1.0
     name: ClassVar[str] = "top_agg"
-    needs_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.k, float):
@@ -124,15 +123,8 @@ class TopAgg(Clipping):
         return self
 
     @override
-    def _raw_factors(self, norms: Tensor) -> Tensor:
-        raise TypeError(
-            "Expected a clipping that scales each sample by a factor, got TopAgg, which votes on coordinates. Use "
-            "contributions(gradients)."
-        )
-
-    @override
     @torch.no_grad()
-    def contributions(self, grads_BP: Tensor, live: Tensor | None = None) -> Tensor:
+    def contributions(self, grads_BP: Tensor, active: Tensor | None = None) -> Tensor:
         if grads_BP.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"Expected float32 or float64 gradients, got dtype={grads_BP.dtype}. Convert them: votes are summed in float32."
@@ -144,26 +136,26 @@ class TopAgg(Clipping):
         num_coordinates = grads_BP.shape[1]
         self.for_coordinates(num_coordinates)
         num_chosen = self._num_chosen()
-        places = None
-        if live is not None:
-            if live.shape != (num_coordinates,) or live.dtype != torch.bool:
+        indices = None
+        if active is not None:
+            if active.shape != (num_coordinates,) or active.dtype != torch.bool:
                 raise ValueError(
-                    f"Expected live as {num_coordinates} booleans, got shape={tuple(live.shape)} and dtype={live.dtype}. Pass one "
-                    "for each coordinate of the gradients."
+                    f"Expected active as {num_coordinates} booleans, got shape={tuple(active.shape)} and dtype={active.dtype}. "
+                    "Pass one for each coordinate of the gradients."
                 )
-            places = live.nonzero().squeeze(1)
-            num_chosen = min(num_chosen, len(places))
+            indices = active.nonzero().squeeze(1)
+            num_chosen = min(num_chosen, len(indices))
         added_BP = torch.zeros_like(grads_BP)
         if num_chosen == 0:
             return added_BP
         rows = max(1, _CHUNK // num_coordinates)
         for grads, added in zip(torch.split(grads_BP, rows), torch.split(added_BP, rows), strict=True):
-            if places is None:
+            if indices is None:
                 added.copy_(self._contributions(grads, num_chosen))
             else:
                 finite = grads.isfinite().all(1, keepdim=True)  # a sample counts as a whole, what is masked included
-                grads_L = torch.where(finite, grads[:, places], 0.0)
-                added.index_copy_(1, places, self._contributions(grads_L, num_chosen))
+                grads_L = torch.where(finite, grads[:, indices], 0.0)
+                added.index_copy_(1, indices, self._contributions(grads_L, num_chosen))
         return added_BP
 
     def _contributions(self, grads: Tensor, num_chosen: int) -> Tensor:

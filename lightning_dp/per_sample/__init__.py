@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.custom import register_rule
 from lightning_dp.per_sample.engine import GradSample, Memory, PerSampleEngine
 from lightning_dp.per_sample.single import SingleSampleEngine
 
-__all__ = ["PerSampleEngine", "SingleSampleEngine", "make_engine", "register_rule"]
+__all__ = ["GradientEngine", "PerSampleEngine", "SingleSampleEngine", "make_engine", "register_rule"]
 
 
 def make_engine(
     module: nn.Module, *, grad_sample: GradSample, memory: Memory, microbatch_size: int | None
-) -> PerSampleEngine | SingleSampleEngine:
+) -> GradientEngine:
     """Return the engine for microbatches of that size: plain autograd for single samples, rules on operations for more.
 
     Args:

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.functions import pulled_back
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Node, Region, view_of
 from lightning_dp.per_sample.plans import Learner
-from lightning_dp.per_sample.precision import exact_arithmetic
 from lightning_dp.per_sample.recurrent import note_order
 from lightning_dp.per_sample.sources import Source, add_combined, norm_of, zero_gradient
 from lightning_dp.per_sample.tracker import Tracker
@@ -28,7 +30,7 @@ GradSample = Literal["auto", "materialize"]
 Memory = Literal["fast", "lean"]
 
 
-class PerSampleEngine:
+class PerSampleEngine(GradientEngine):
     """Norms and weighted sums of the gradients of every sample, from the operations that use them.
 
     **Guarantee**: between :meth:`begin` and :meth:`end` no private parameter gets a ``.grad``; ``gradient_i`` is the
@@ -75,8 +77,8 @@ class PerSampleEngine:
         self._whole: dict[str, Tensor] = {}  # gradients of parameters that are used in several ways
         self._whole_at = -1
 
+    @override
     def attach(self) -> None:
-        """Watch the private parameters for gradients that no use has seen; a second call changes nothing."""
         self._attached = True
         if not self._guards:
             self._guards = [
@@ -99,8 +101,8 @@ class PerSampleEngine:
 
         return take
 
+    @override
     def detach(self) -> None:
-        """Leave the module as it was; a second call changes nothing."""
         self.end()
         if self._workspace is not None:
             self._workspace.clear()
@@ -112,12 +114,8 @@ class PerSampleEngine:
             guard.remove()
         self._guards = []
 
+    @override
     def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Say which parameters are private: qualified name (the first of ``named_parameters``) to parameter.
-
-        Raises:
-            PrivacyError: a parameter is not one of the module.
-        """
         if self._parameters.keys() == parameters.keys() and all(
             self._parameters[name] is parameter for name, parameter in parameters.items()
         ):
@@ -137,24 +135,15 @@ class PerSampleEngine:
             self.attach()
 
     @property
+    @override
     def has_layout(self) -> bool:
-        """Whether the uses of every private parameter are known."""
         learned = self._tracker.learned
         return learned is not None and self._parameters.keys() <= learned.names
 
-    def learn_layout(self, run: Callable[[int], None], sizes: tuple[int, int] = (2, 5), *, more: bool = False) -> None:
-        """Learn which axis of every use runs over the samples, from runs at two sizes.
-
-        Args:
-            run: executes the user's forward on that many samples. The smaller batch must be the beginning of the
-                larger one, padded alike, with random layers off; a backward is allowed. It is called two to about
-                ten times.
-            sizes: two different sizes, at least 2.
-            more: keep what was learned before, and add what these runs use beyond it.
-
-        Raises:
-            PrivacyError: the samples that a private parameter meets cannot be told apart.
-        """
+    @override
+    def learn_layout(
+        self, run: Callable[[int], object], sizes: tuple[int, int] = (2, 5), *, more: bool = False
+    ) -> None:
         if not (len(sizes) == 2 and min(sizes) >= 2 and sizes[0] != sizes[1]):
             raise ValueError(f"Expected two different sizes of at least 2, got sizes={tuple(sizes)}.")
         self.end()
@@ -171,15 +160,15 @@ class PerSampleEngine:
 
     @property
     def listening(self) -> bool:
-        """Whether backwards count; switch off around a backward that is not the loss's (adversarial examples)."""
+        """Whether backwards count."""
         return self._recorder.listening
 
     @listening.setter
     def listening(self, value: bool) -> None:
         self._recorder.listening = value
 
+    @override
     def begin(self, batch_size: int) -> None:
-        """Start a microbatch of that many samples: forget the last one, record from here on."""
         if not batch_size >= 0:
             raise ValueError(f"Expected batch_size >= 0, got batch_size={batch_size}.")
         if self._parameters and not self.has_layout:
@@ -192,8 +181,8 @@ class PerSampleEngine:
         self._recorder.begin(batch_size)
         self._tracker.start()
 
+    @override
     def discard(self, names: Iterable[str] | None = None) -> None:
-        """Forget the backprops received so far for these parameters (None: all), as ``zero_grad`` does."""
         self._recorder.changes += 1
         self._whole = {}
         chosen = frozenset(self._parameters if names is None else names)
@@ -209,21 +198,16 @@ class PerSampleEngine:
                     )
             source.discard(frozenset(gone))
 
+    @override
     def has_backprops(self, names: Iterable[str]) -> bool:
-        """Tell whether a backprop is waiting for any of these parameters."""
         return not self._parts(set(names)).keys().isdisjoint(names)
 
+    @override
     def accept_grads(self, names: Iterable[str]) -> None:
-        """Take note that these parameters were given a ``.grad`` on purpose, within a microbatch: the private one."""
         self._had_grad |= set(names)
 
+    @override
     def check_tracked(self) -> None:
-        """Check, after a backward, that every use of a private parameter was recorded.
-
-        Raises:
-            PrivacyError: a private parameter got a ``.grad`` of its own (it is reset first), or the input of a
-                recorded call was modified in place.
-        """
         with torch._C.DisableTorchFunctionSubclass():
             set_since = {name for name, p in self._parameters.items() if p.grad is not None} - self._had_grad
         untracked = sorted(self._untracked | self._tracker.untracked | set_since)
@@ -239,77 +223,59 @@ class PerSampleEngine:
             for use in source.uses:
                 use.check_unchanged()
 
+    @override
     def end(self) -> None:
-        """Free everything; until the next :meth:`begin` the module trains as if there were no engine."""
         self._tracker.stop()
         self._recorder.end()
         self._whole = {}
         self._untracked = set()
 
-    def squared_norms(self, groups: Sequence[Sequence[str]], mask: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the squared norm of every sample's gradient over each group of parameters.
-
-        Args:
-            groups: names of the parameters of each group.
-            mask: parameter name to a boolean tensor of its shape, True where the gradient is kept; parameters that
-                are not named are kept whole.
-
-        Returns:
-            Shape ``(G, B)``, float32 (float64 if a private parameter is). Not finite where a gradient is not. Private. Where
-            :meth:`accumulate` takes another way to the gradient, the rounding between the two ways is in the norm: what a
-            sample adds is never longer than its factor times its norm, to 1e-5, also where the parts of its gradient cancel.
-        """
-        masks = boolean_masks(mask)
+    @override
+    def squared_norms(
+        self, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
+    ) -> Tensor:
+        masks = masks or {}
         with self._arithmetic():
             asked = {name for group in groups for name in group}
             norms: dict[str, Tensor] = {}
             views, whole = self._sorted(asked, masks)
             for source, keys in views.items():
-                shown = {
-                    key: view_of(masks[name].contiguous(), region)
-                    for key, (name, region) in keys.items()
-                    if name in masks
-                }
-                for key, norm in source.squared_norms(set(keys), shown).items():
+                mine = {key: masks[name] for key, (name, _) in keys.items() if name in masks}
+                for key, norm in source.squared_norms(set(keys), mine).items():
                     name, _ = keys[key]
                     norms[name] = norms[name] + norm if name in norms else norm
             for name, grad in self._gathered(whole).items():
                 norms[name] = norm_of(grad, masks.get(name))
-            zeros = self._zeros()
-            rows = []
-            for group in groups:
-                mine = [norms[name].to(zeros.dtype) for name in group if name in norms]
-                rows.append(torch.stack(mine).sum(0) if mine else zeros)
-            return torch.stack(rows) if rows else zeros.new_zeros(0, zeros.shape[0])
+            sums = self._new_norms(len(groups), self._recorder.batch_size)
+            for row, group in zip(sums, groups, strict=True):
+                for name in group:
+                    if name in norms:
+                        row += norms[name]
+            return sums
 
+    @override
     def accumulate(
         self,
         factors: Tensor,
         groups: Sequence[Sequence[str]],
         out: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor] | None = None,
-        places: Mapping[str, Tensor] | None = None,
-        room: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, ParameterMask] | None = None,
+        scratch: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Add ``sum_i factors[g, i] * gradient_i`` to ``out[name]`` for every parameter of every group g.
+        masks = masks or {}
 
-        Args:
-            factors: shape ``(G, B)``, finite. A factor of 0 drops the sample, even a non-finite one.
-            groups: names of the parameters of each group.
-            out: parameter name to the tensor that is added to, of the parameter's shape.
-            mask: as for :meth:`squared_norms`.
-            places: parameter name to the ascending positions of what its mask keeps, in the flattened parameter:
-                ``out[name]`` then has these entries only, in a row.
-            room: parameter name to a tensor of the parameter's shape and of the type of ``out`` that may be written to, for
-                sums that a mask is then put on; made anew where there is none.
-        """
-
-        def zeros_for(name: str) -> Tensor:
-            if room is not None:
-                return room[name].zero_()
+        def target(name: str, *, direct: bool = True) -> Tensor:
+            """Return the tensor to which the whole weighted sum of a parameter is added."""
+            if name not in masks and direct:
+                return out[name]
+            if scratch:
+                return scratch[name].zero_()
             return torch.zeros_like(self._parameters[name], dtype=out[name].dtype)
 
-        masks, places = boolean_masks(mask), places or {}
+        def take(name: str, total: Tensor) -> None:
+            if total is not out[name]:
+                out[name].add_(masks[name].select(total) if name in masks else total)
+
         with self._arithmetic():
             dead = factors == 0
             any_dead = bool(dead.any())
@@ -317,41 +283,32 @@ class PerSampleEngine:
                 lost = dead[row] if any_dead else None
                 views, whole = self._sorted(set(group), masks)
                 for source, keys in views.items():
-                    plain = {key: name for key, (name, region) in keys.items() if region is None}
-                    few = {key: out[name] for key, name in plain.items() if name in places}
-                    names = {key: masks[name] for key, name in plain.items() if name in places}
-                    rest = keys.keys() - source.add_live_entries(few, names, factors[row], lost) if few else keys.keys()
+                    masked = {key: name for key, (name, _) in keys.items() if name in masks}
+                    rows = {key: out[name] for key, name in masked.items()}
+                    mine = {key: masks[name] for key, name in masked.items()}
+                    rest = keys.keys() - source.add_active_entries(rows, mine, factors[row], lost)
                     sums: dict[str, Tensor] = {}
                     for name, region in map(keys.__getitem__, rest):
-                        direct = name not in masks and (region is None or out[name].is_contiguous())
                         if name not in sums:
-                            sums[name] = out[name] if direct else zeros_for(name)
+                            sums[name] = target(name, direct=region is None or out[name].is_contiguous())
                     targets = {key: view_of(sums[keys[key][0]], keys[key][1]) for key in rest}
                     source.add_weighted_sum(targets, factors[row], lost)
                     for name, total in sums.items():
-                        if total is not out[name]:
-                            add_masked(out[name], total, masks.get(name), places.get(name))
+                        take(name, total)
                 for name, grad in self._gathered(whole).items():
-                    total = zeros_for(name) if name in masks else out[name]
+                    total = target(name)
                     add_combined(total, grad, factors[row], lost)
-                    if name in masks:
-                        add_masked(out[name], total, masks[name], places.get(name))
+                    take(name, total)
 
-    def per_sample_gradients(
-        self, names: Iterable[str] | None = None, mask: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Return the gradient of every sample, shape ``(B, *shape)`` a parameter; zeros where no backprop came."""
-        masks = boolean_masks(mask)
+    @override
+    def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         asked = list(self._parameters if names is None else names)
         with self._arithmetic():
             # what is cached may be in a buffer that the next microbatch overwrites
             grads = {name: grad.clone() for name, grad in self._computed(set(asked)).items()}
             size = self._recorder.batch_size
             return {
-                name: (grads[name] * masks[name] if name in masks else grads[name])
-                if name in grads
-                else zero_gradient(self._parameters[name], size)
-                for name in asked
+                name: grads[name] if name in grads else zero_gradient(self._parameters[name], size) for name in asked
             }
 
     def _parts(self, names: set[str]) -> dict[str, list[tuple[Source, Node]]]:
@@ -366,7 +323,7 @@ class PerSampleEngine:
         return parts
 
     def _sorted(
-        self, names: set[str], masks: Mapping[str, Tensor]
+        self, names: set[str], masks: Mapping[str, ParameterMask]
     ) -> tuple[dict[Source, dict[Hashable, tuple[str, Region | None]]], set[str]]:
         """Return the sources that give norms and sums of disjoint parts of parameters, and the parameters that need all of it.
 
@@ -440,30 +397,8 @@ class PerSampleEngine:
         gradients = sum(parameter.nbytes for parameter in self._parameters.values())
         return SHARE * (self._recorder.num_bytes + parameters + gradients)
 
-    def _zeros(self) -> Tensor:
-        parameters = list(self._parameters.values())
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-        device = parameters[0].device if parameters else None
-        return torch.zeros(self._recorder.batch_size, dtype=dtype, device=device)
-
+    @override
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        with torch._C.DisableTorchFunctionSubclass():
-            device_type = next((p.device.type for p in self._parameters.values()), "cpu")
-            with exact_arithmetic(device_type):
-                yield
-
-
-def boolean_masks(mask: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Return masks as booleans: kept or not."""
-    if mask is None:
-        return {}
-    return {name: tensor if tensor.dtype == torch.bool else tensor != 0 for name, tensor in mask.items()}
-
-
-def add_masked(out: Tensor, total: Tensor, mask: Tensor | None, places: Tensor | None = None) -> None:
-    """Add a sum, or what its mask keeps of it; with ``places`` that alone, in a row."""
-    if places is not None:
-        out.add_(total.reshape(-1)[places])
-    else:
-        out.add_(total * mask if mask is not None else total)
+        with torch._C.DisableTorchFunctionSubclass(), super()._arithmetic():
+            yield

@@ -175,7 +175,7 @@ class Learner:
         sizes: two different sizes.
     """
 
-    def __init__(self, tracker: Tracker, run: Callable[[int], None], sizes: tuple[int, int]) -> None:
+    def __init__(self, tracker: Tracker, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
         self.tracker = tracker
         self.run = run
         self.sizes = sizes

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_dp.per_sample.engine import add_masked, boolean_masks
-from lightning_dp.per_sample.precision import exact_arithmetic
+from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.rules.base import squared_norm, widen
 from lightning_dp.per_sample.sources import zero_gradient
 
 
-class SingleSampleEngine:
+class SingleSampleEngine(GradientEngine):
     """The per-sample engine for microbatches of one sample: the gradient of the loss IS the sample's gradient.
 
     **Guarantee**: between :meth:`begin` and :meth:`end` a raw gradient leaves ``.grad`` in the moment autograd has
@@ -36,8 +36,6 @@ class SingleSampleEngine:
         >>> engine.end()
     """
 
-    has_layout = True
-
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._parameters: dict[str, nn.Parameter] = {}
@@ -49,8 +47,8 @@ class SingleSampleEngine:
         self._before: dict[str, Tensor | None] = {}
         self.listening = True
 
+    @override
     def attach(self) -> None:
-        """Register the hooks on the private parameters; a second call changes nothing."""
         self._attached = True
         if not self._handles:
             self._handles = [
@@ -59,16 +57,16 @@ class SingleSampleEngine:
                 if parameter.requires_grad
             ]
 
+    @override
     def detach(self) -> None:
-        """Remove the hooks; a second call changes nothing."""
         self.end()
         self._attached = False
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
+    @override
     def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Say which parameters are private: qualified name to parameter."""
         if self._parameters.keys() == parameters.keys() and all(
             self._parameters[name] is parameter for name, parameter in parameters.items()
         ):
@@ -79,8 +77,16 @@ class SingleSampleEngine:
         if attached:
             self.attach()
 
-    def learn_layout(self, run: Callable[[int], None], sizes: tuple[int, int] = (2, 5), *, more: bool = False) -> None:
-        """Do nothing: a microbatch of one sample needs no batch axis."""
+    @property
+    @override
+    def has_layout(self) -> bool:
+        return True
+
+    @override
+    def learn_layout(
+        self, run: Callable[[int], object], sizes: tuple[int, int] = (2, 5), *, more: bool = False
+    ) -> None:
+        pass  # a microbatch of one sample needs no batch axis
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
@@ -96,6 +102,7 @@ class SingleSampleEngine:
 
         return collect
 
+    @override
     def begin(self, batch_size: int) -> None:
         """Start a microbatch of one sample (or none). What ``.grad`` held is put aside until :meth:`end`."""
         if batch_size not in (0, 1):
@@ -107,24 +114,27 @@ class SingleSampleEngine:
             parameter.grad = None
         self._active = True
 
+    @override
     def discard(self, names: Iterable[str] | None = None) -> None:
-        """Forget the gradients received so far for these parameters (None: all), as ``zero_grad`` does."""
         for name in list(self._parameters) if names is None else names:
             self._grads.pop(name, None)
             self._before.pop(name, None)
 
+    @override
     def has_backprops(self, names: Iterable[str]) -> bool:
-        """Tell whether a gradient is waiting for any of these parameters."""
         return any(name in self._grads for name in names)
 
+    @override
     def accept_grads(self, names: Iterable[str]) -> None:
         """Leave these parameters the ``.grad`` that they were given within a microbatch."""
         for name in names:
             self._before.pop(name, None)
 
+    @override
     def check_tracked(self) -> None:
-        """Do nothing: every use of a parameter is seen."""
+        pass  # every use of a parameter is seen
 
+    @override
     def end(self) -> None:
         """Free the gradients; put back what ``.grad`` held before :meth:`begin`."""
         self._active = False
@@ -133,56 +143,42 @@ class SingleSampleEngine:
             self._parameters[name].grad = grad
         self._before = {}
 
-    def squared_norms(self, groups: Sequence[Sequence[str]], mask: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the squared norms, shape ``(G, 1)``, as :meth:`PerSampleEngine.squared_norms` does."""
-        masks = boolean_masks(mask)
+    @override
+    def squared_norms(
+        self, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
+    ) -> Tensor:
+        masks = masks or {}
         with self._arithmetic():
-            parameters = list(self._parameters.values())
-            wide = any(p.dtype == torch.float64 for p in parameters)
-            device = parameters[0].device if parameters else None
-            norms = torch.zeros(len(groups), self._size, dtype=torch.float64 if wide else torch.float32, device=device)
-            for row, group in enumerate(groups):
-                for name in group:
-                    if name in self._grads and self._size:
-                        grad = self._grads[name]
-                        norms[row] += squared_norm((grad * masks[name] if name in masks else grad).unsqueeze(0))
+            norms = self._new_norms(len(groups), self._size)
+            for row, group in zip(norms, groups, strict=True):
+                for name, grad in self._received(group):
+                    row += squared_norm((masks[name].select(grad) if name in masks else grad).unsqueeze(0))
             return norms
 
+    @override
     def accumulate(
         self,
         factors: Tensor,
         groups: Sequence[Sequence[str]],
         out: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor] | None = None,
-        places: Mapping[str, Tensor] | None = None,
-        room: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, ParameterMask] | None = None,
+        scratch: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Add ``factors[g, 0] * gradient`` to ``out[name]`` as :meth:`PerSampleEngine.accumulate` does."""
-        masks, places = boolean_masks(mask), places or {}
-        if not self._size:
-            return
+        masks = masks or {}
         with self._arithmetic():
-            for row, group in enumerate(groups):
-                factor = factors[row, 0]
-                for name in group:
-                    if name in self._grads:
-                        grad = self._grads[name]
-                        scaled = torch.where(factor == 0, grad.new_zeros(()), grad * factor.to(grad.dtype))
-                        add_masked(out[name], scaled, masks.get(name), places.get(name))
+            for row, group in zip(factors, groups, strict=True):
+                for name, grad in self._received(group):
+                    active = masks[name].select(grad) if name in masks else grad
+                    out[name].add_(torch.where(row[0] == 0, 0.0, active * row[0].to(grad.dtype)))
 
-    def per_sample_gradients(
-        self, names: Iterable[str] | None = None, mask: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Return the gradient, shape ``(1, *shape)`` a parameter; zeros where none came."""
-        masks = boolean_masks(mask)
-        grads: dict[str, Tensor] = {}
-        for name in self._parameters if names is None else names:
-            if name in self._grads and self._size:
-                grad = self._grads[name].unsqueeze(0)
-                grads[name] = grad * masks[name] if name in masks else grad
-            else:
-                grads[name] = zero_gradient(self._parameters[name], self._size)
-        return grads
+    @override
+    def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        asked = list(self._parameters if names is None else names)
+        grads = {name: zero_gradient(self._parameters[name], self._size) for name in asked}
+        return {**grads, **{name: grad.unsqueeze(0) for name, grad in self._received(asked)}}
 
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        return exact_arithmetic(next((p.device.type for p in self._parameters.values()), "cpu"))
+    def _received(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the gradients of these parameters: nothing in an empty microbatch, or where no backward has reached."""
+        for name in names if self._size else ():
+            if name in self._grads:
+                yield name, self._grads[name]

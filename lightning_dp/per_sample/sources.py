@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample.nodes import Node
 from lightning_dp.per_sample.precision import exact_arithmetic
 from lightning_dp.per_sample.rules.base import (
@@ -25,14 +26,13 @@ from lightning_dp.per_sample.rules.base import (
     masked_squared_norm,
     squared_norm,
 )
-from lightning_dp.per_sample.rules.sparse_mask import places_of
 from lightning_dp.per_sample.uses import Recorder, Use
 from lightning_dp.per_sample.workspace import Workspace
 
 Grads = dict[Hashable, Tensor]
 
-MOST_LIVE = 0.5
-"""Largest share of active entries of which gradients are cached by themselves: to pick an entry costs more than to pass it over."""
+MOST_ACTIVE = 0.5
+"""Largest share of active entries that are cached by themselves: to pick an entry costs more than to pass it over."""
 
 
 class Source:
@@ -73,8 +73,8 @@ class Source:
         self._cached: Grads = {}
         self._cached_at = -1
         self._made: Grads = {}  # within the backward; while there are any, every further backprop is added to them
-        self._live: dict[Hashable, tuple[Tensor, Tensor]] = {}  # what a mask keeps of the gradients, and where that is
-        self._live_at = -1
+        self._active: dict[tuple[Hashable, ParameterMask], Tensor] = {}  # active entries of the gradients
+        self._active_at = -1
         self._not_at_once: set[Any] = set()  # shapes for which that did not pay or had no buffer
         self._groups: list[tuple[set[Hashable], list[Call]]] = []
         self._groups_at = -1
@@ -82,7 +82,7 @@ class Source:
     def clear(self) -> None:
         """Forget every use."""
         self.uses, self.calls = [], 0
-        self._cached, self._made, self._live = {}, {}, {}
+        self._cached, self._made, self._active = {}, {}, {}
         self._groups, self._groups_at = [], -1
 
     def live(self) -> set[Hashable]:
@@ -196,7 +196,7 @@ class Source:
             memory.update(made)
         return grads
 
-    def squared_norms(self, keys: set[Hashable], masks: Mapping[Hashable, Tensor]) -> Grads:
+    def squared_norms(self, keys: set[Hashable], masks: Mapping[Hashable, ParameterMask]) -> Grads:
         """Return squared norms ``(B,)`` of the (masked) gradients."""
         if self._materialise:
             return {key: norm_of(grad, masks.get(key)) for key, grad in self.cached(keys).items()}
@@ -210,7 +210,7 @@ class Source:
                 made = self.rule.squared_norms(self.spec, calls, size, plain)
                 norms.update((wanted[local], norm) for local, norm in made.items())
             for local in sorted(masked):
-                entries = self._live_entries(wanted[local], calls, masked[local])
+                entries = self._active_entries(wanted[local], calls, masked[local])
                 if entries is not None:
                     norms[wanted[local]] = squared_norm(entries)
                     del masked[local]
@@ -238,28 +238,25 @@ class Source:
                 self.rule.fill(self.spec, calls, size, local, buffer)
                 cached[key] = buffer
 
-    def _live_entries(self, key: Hashable, calls: list[Call], mask: Tensor) -> Tensor | None:
-        """Return what a mask keeps of every sample's gradient, and cache it: where that is little, pays and has a buffer."""
+    def _active_entries(self, key: Hashable, calls: list[Call], mask: ParameterMask) -> Tensor | None:
+        """Return the active entries of every sample's gradient, and cache them: if they are few, that pays and memory allows."""
         local, size = self.local[key], self.recorder.batch_size
-        if not self.rule.picks(calls, size, local):
+        if not self.rule.prefers_active_entries(calls, size, local) or mask.share > MOST_ACTIVE:
             return None
-        places = places_of(mask)
-        num = size * len(places)
-        if len(places) > MOST_LIVE * mask.numel():
-            return None
+        num = size * mask.num_active
         if num > sum(call.backprop.numel() for call in calls):
             num_bytes = num * accumulation_dtype(calls[0].backprop).itemsize
-            if self._workspace is None or not self._workspace.admits((key, "live"), num_bytes):
+            if self._workspace is None or not self._workspace.admits((key, "active"), num_bytes):
                 return None
-        entries = self.rule.live_entries(self.spec, calls, size, local, places)
-        self._memory_of_live()[key] = (entries, places)
+        entries = self.rule.active_entries(self.spec, calls, size, local, mask)
+        self._memory_of_active()[key, mask] = entries
         return entries
 
-    def _memory_of_live(self) -> dict[Hashable, tuple[Tensor, Tensor]]:
-        """Return what masks kept of gradients since the last backprop arrived."""
-        if self._live_at != self.recorder.changes:
-            self._live, self._live_at = {}, self.recorder.changes
-        return self._live
+    def _memory_of_active(self) -> dict[tuple[Hashable, ParameterMask], Tensor]:
+        """Return the active entries of gradients that were computed since the last backprop arrived."""
+        if self._active_at != self.recorder.changes:
+            self._active, self._active_at = {}, self.recorder.changes
+        return self._active
 
     def _is_small(self, key: Hashable, calls: list[Call]) -> bool:
         """Tell whether the gradients of a key take no more memory than the backprops they are computed from."""
@@ -284,31 +281,34 @@ class Source:
         backprop, shape = calls[0].backprop, (self.recorder.batch_size, *self.nodes[key].shape)
         return self._workspace.take(key, shape, accumulation_dtype(backprop), backprop.device)
 
-    def add_live_entries(
-        self, out: Mapping[Hashable, Tensor], masks: Mapping[Hashable, Tensor], factors: Tensor, dead: Tensor | None
+    def add_active_entries(
+        self,
+        out: Mapping[Hashable, Tensor],
+        masks: Mapping[Hashable, ParameterMask],
+        factors: Tensor,
+        dead: Tensor | None,
     ) -> set[Hashable]:
-        """Add what the masks keep of the weighted sum, where that can be had without the rest of it.
+        """Add the active entries of the weighted sum, if they can be had without the rest of it.
 
         Args:
-            out: accumulation targets by key, for every key that is asked for and live: the active entries in a row.
-            masks: boolean, of the tensors' shapes.
+            out: 1-D accumulation targets by key, for every masked key that is asked for and live.
+            masks: of these tensors.
             factors: shape ``(B,)``.
             dead: marks the samples of factor 0; None if there are none.
 
         Returns:
             The keys for which this was done.
         """
-        done: set[Hashable] = set()
-        for key, (entries, places) in self._memory_of_live().items():
-            if key in out and places is places_of(masks[key]):
-                add_combined(out[key], entries, factors, dead)
-                done.add(key)
+        cached = self._memory_of_active()
+        done = {key for key in out if (key, masks[key]) in cached}
+        for key in done:
+            add_combined(out[key], cached[key, masks[key]], factors, dead)
         for wanted, calls in self._asked(out.keys() - self.memory().keys() - done):
             if dead is not None:
                 calls = [_without(call, dead) for call in calls]
             targets = {local: out[key] for local, key in wanted.items()}
-            kept = {local: masks[key] for local, key in wanted.items()}
-            added = self.rule.add_live_entries(self.spec, calls, factors, self.recorder.batch_size, targets, kept)
+            mine = {local: masks[key] for local, key in wanted.items()}
+            added = self.rule.add_active_entries(self.spec, calls, factors, self.recorder.batch_size, targets, mine)
             done |= {wanted[local] for local in added}
         return done
 
@@ -344,9 +344,9 @@ def _without(call: Call, dead: Tensor) -> Call:
     return replace(call, inputs=(activation, *call.inputs[1:]), activation=activation, backprop=cleared(call.backprop))
 
 
-def norm_of(grads: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the squared norm of every sample's gradient, or of what its mask keeps of it: shape ``(B,)``."""
-    return squared_norm(grads) if mask is None else masked_squared_norm(grads, mask)
+def norm_of(grads: Tensor, mask: ParameterMask | None) -> Tensor:
+    """Return the squared norm of every sample's gradient, or of its active entries: shape ``(B,)``."""
+    return squared_norm(grads) if mask is None else masked_squared_norm(grads, mask.active)
 
 
 def add_combined(out: Tensor, grads: Tensor, factors: Tensor, dead: Tensor | None) -> None:

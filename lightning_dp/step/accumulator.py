@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.clipping import Clipping
+from lightning_dp.masks import ParameterMask
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.per_sample.rules.sparse_mask import places_of
 from lightning_dp.system import tuning
 from lightning_dp.system.owners import is_shared
 
@@ -18,14 +18,14 @@ class Accumulator:
     """One flat buffer with a part a parameter: noise, scaling and the all-reduce are one call each.
 
     It holds L coordinates of the gradient, behind them S statistics. Without a mask L is P, and the buffer of a step becomes
-    that step's gradients once it is noised. Under a mask it holds live coordinates alone, in their order: what is masked is
+    that step's gradients once it is noised. Under a mask it holds active coordinates alone, in their order: inactive ones are
     never noised, never sent, and zero in every gradient. The next step takes the gradients' memory back if by then
     nobody holds one of them, and fresh memory otherwise: no more is held than without privacy.
 
     It begins with the noise of its release (``begin_with_noise``), then maybe as a mean from the start, or with zeros.
 
     **Guarantee**: ``flat`` holds private sums, not to be released before ``lightning_dp.noise`` is in all of them; so does
-    ``room``, which never is: it is cleared before the gradients are written there. No
+    ``scratch``, which never is: it is cleared before the gradients are written there. No
     ``p.grad`` aliases it before, and after it was handed out it is written again only when this object is its last owner, so a
     gradient that a user kept never shows a later sum, and neither a hook nor ``zero_grad`` can reach one.
 
@@ -56,11 +56,10 @@ class Accumulator:
         self.base = clipping.for_coordinates(self.num_coordinates)
         self.clipping = self.base
         self.mask_version: tuple[Hashable, ...] = ()
-        self.mask: dict[str, Tensor] | None = None
-        self.live: Tensor | None = None
-        self.places: dict[str, Tensor] | None = None  # of live coordinates, in their flattened parameter
-        self._live_places: Tensor | None = None  # the same in the gradient
-        self._room: Tensor | None = None  # under a mask, the memory of the gradients to come
+        self.masks: dict[str, ParameterMask] = {}  # of the parameters with inactive coordinates
+        self.active: Tensor | None = None  # booleans of shape (P,); None if all are
+        self._active_indices: Tensor | None = None  # ascending, in the gradient
+        self._scratch: Tensor | None = None  # under a mask, the memory of the gradients to come
 
     @property
     def flat(self) -> Tensor:
@@ -71,7 +70,7 @@ class Accumulator:
 
     def _fresh(self) -> Tensor:
         """Returns a buffer with arbitrary values: without a mask the memory of the last gradients, where that is free."""
-        return self._memory_of_gradients() if self.mask is None else self._new(self.num_live + self.num_statistics)
+        return self._memory_of_gradients() if self.active is None else self._new(self.num_active + self.num_statistics)
 
     def _memory_of_gradients(self) -> Tensor:
         """Returns P + S arbitrary numbers: those that the last gradients lie in if nobody else has them."""
@@ -97,30 +96,32 @@ class Accumulator:
     @property
     def gradient(self) -> Tensor:
         """The first L numbers of the buffer."""
-        return self.flat[: self.num_live]
+        return self.flat[: self.num_active]
 
     @property
     def statistics(self) -> Tensor:
         """The last S numbers of the buffer."""
-        return self.flat[self.num_live :]
+        return self.flat[self.num_active :]
 
     @property
     def views(self) -> dict[str, Tensor]:
-        """What is added to, a parameter: a view of its shape, or of its live coordinates in a row where there is a mask."""
-        if self.places is None:
+        """Accumulation targets by parameter name: a view of its shape, or a 1-D view of its active coordinates if masked."""
+        if self.active is None:
             return self.views_of(self.gradient)
-        parts = torch.split(self.gradient, [len(places) for places in self.places.values()])
-        return dict(zip(self.places, parts, strict=True))
+        sizes = {name: p.numel() for name, p in self.parameters.items()}
+        sizes |= {name: mask.num_active for name, mask in self.masks.items()}
+        parts = dict(zip(sizes, torch.split(self.gradient, list(sizes.values())), strict=True))
+        return {n: part if n in self.masks else part.view_as(self.parameters[n]) for n, part in parts.items()}
 
     @property
-    def room(self) -> dict[str, Tensor] | None:
-        """Under a mask: the memory of the gradients to come, a view a parameter, for sums that live coordinates are taken from."""
-        return None if self.mask is None else self.views_of(self._whole()[: self.num_coordinates])
+    def scratch(self) -> dict[str, Tensor]:
+        """Scratch buffers by parameter name, for sums of which the active entries are taken; empty without a mask."""
+        return {} if self.active is None else self.views_of(self._whole()[: self.num_coordinates])
 
     def _whole(self) -> Tensor:
-        if self._room is None:
-            self._room = self._memory_of_gradients()
-        return self._room
+        if self._scratch is None:
+            self._scratch = self._memory_of_gradients()
+        return self._scratch
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns a view a parameter on a buffer of shape (P,)."""
@@ -136,27 +137,25 @@ class Accumulator:
         )
 
     def set_masks(self, masks: Sequence[Mapping[str, Tensor]], version: tuple[Hashable, ...]) -> None:
-        """Says which coordinates are live from here on, between two logical batches: those that every mask keeps.
+        """Set the active coordinates from here on, between two logical batches: those that are active in every mask.
 
         Args:
-            masks: parameter name -> boolean tensor of its shape, True where live; what is not named is live.
+            masks: parameter name -> boolean tensor of its shape, True where active; what is not named is active.
             version: of these masks.
         """
         self.mask_version = version
         self._forget()
-        live = torch.ones(self.num_coordinates, dtype=torch.bool, device=self._device)
-        views = self.views_of(live)
+        active = torch.ones(self.num_coordinates, dtype=torch.bool, device=self._device)
+        views = self.views_of(active)
         for mask in masks:
             for name in mask.keys() & views.keys():
-                views[name].logical_and_(mask[name].to(live.device))
-        if bool(live.all()):
-            self.mask = self.live = self.places = self._live_places = None
-            return
-        self.mask, self.live, self._live_places = views, live, live.nonzero().squeeze(1)
-        self.places = {name: places_of(view) for name, view in views.items()}
+                views[name].logical_and_(mask[name].to(active.device))
+        self.masks = {name: ParameterMask(view) for name, view in views.items() if not bool(view.all())}
+        self.active = active if self.masks else None
+        self._active_indices = active.nonzero().squeeze(1) if self.masks else None
 
     def _forget(self) -> None:
-        self._flat = self._room = None
+        self._flat = self._scratch = None
         self.used, self.noise_std, self.divisor = False, None, 1
 
     @property
@@ -165,23 +164,23 @@ class Accumulator:
         return self.clipping.sensitivity(len(self.groups))
 
     @property
-    def num_live(self) -> int:
+    def num_active(self) -> int:
         """L: coordinates of the gradient that carry signal and noise."""
-        return self.num_coordinates if self._live_places is None else self._live_places.numel()
+        return self.num_coordinates if self._active_indices is None else self._active_indices.numel()
 
     @property
     def payload_bytes(self) -> int:
         """Size of what one rank hands to the all-reduce of a logical step."""
-        return (self.num_live + self.num_statistics) * self._dtype.itemsize
+        return (self.num_active + self.num_statistics) * self._dtype.itemsize
 
-    def add(self, contribution: Tensor) -> None:
-        """Adds the sum of what the samples of a microbatch contribute: shape (P,)."""
-        self.gradient.add_(contribution if self.live is None else contribution[self.live])
+    def add(self, total: Tensor) -> None:
+        """Add a sum of contributions: shape (P,); inactive coordinates are left out."""
+        self.gradient.add_(total if self.active is None else total[self.active])
 
     def add_at(self, positions: Tensor, values: Tensor) -> None:
         """Adds values at positions of the gradient, indices below P; what is masked is left out."""
-        if self._live_places is not None:
-            positions, present = self._among_live(positions)
+        if self._active_indices is not None:
+            positions, present = self._among_active(positions)
             positions, values = positions[present], values[present]
         self.gradient.index_add_(0, positions, values)
 
@@ -197,26 +196,26 @@ class Accumulator:
             parameter.grad = None
 
     def payload(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns what is released, in one buffer: all of it, the live coordinates, and the statistics (two views)."""
+        """Returns what is released, in one buffer: all of it, the active coordinates, and the statistics (two views)."""
         return self.flat, self.gradient, self.statistics
 
     def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
-        """Returns what the live coordinates of a payload hold at positions of the gradient, 0 where masked.
+        """Return what the active coordinates of a payload hold at positions of the gradient, 0 where masked.
 
         Args:
-            noisy: the live coordinates of the payload.
+            noisy: the active coordinates of the payload.
             positions: indices below P.
         """
-        if self._live_places is None:
+        if self._active_indices is None:
             return noisy[positions]
-        found, present = self._among_live(positions)
+        found, present = self._among_active(positions)
         return torch.where(present, noisy[found], 0.0)
 
-    def _among_live(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns where positions of the gradient are among the live coordinates, and whether they are there at all."""
-        assert self._live_places is not None
-        found = torch.searchsorted(self._live_places, positions).clamp(max=len(self._live_places) - 1)
-        return found, self._live_places[found] == positions
+    def _among_active(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns where positions of the gradient are among the active coordinates, and whether they are there at all."""
+        assert self._active_indices is not None
+        found = torch.searchsorted(self._active_indices, positions).clamp(max=len(self._active_indices) - 1)
+        return found, self._active_indices[found] == positions
 
     def write_grads(self, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
         """``p.grad = finish(noisy) rescale``, 0 where masked, or ``noisy`` where it is the mean. Call it on noised sums only.
@@ -224,7 +223,7 @@ class Accumulator:
         The gradients are views of one buffer, which is theirs from here on.
 
         Args:
-            noisy: the live coordinates of the payload.
+            noisy: the active coordinates of the payload.
             expected_batch_size: what the mean is taken over.
             rescale: a further factor.
         """
@@ -233,9 +232,9 @@ class Accumulator:
         if rescale != 1.0:
             noisy.mul_(rescale)
         whole = self.flat
-        if self._live_places is not None:
+        if self._active_indices is not None:
             whole = self._whole().zero_()
-            whole.index_copy_(0, self._live_places, noisy)
+            whole.index_copy_(0, self._active_indices, noisy)
         for name, gradient in self.views_of(whole[: self.num_coordinates]).items():
             parameter = self.parameters[name]
             parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None

@@ -253,10 +253,11 @@ class Mechanisms:
                 f"Expected one private optimizer with {self._owner('diagnostics')}, got {num_private_optimizers}. Its figures "
                 "describe one sum of gradients: leave the callback out, or use one optimizer."
             )
-        if clipping.needs_gradients and self.canaries.needs_factors:
-            raise ValueError(
-                f"Expected a clipping by a factor with canaries in gradient space, got {clipping.name!r}. It would have to see each "
-                "canary's whole gradient: pass PrivacyAudit(canaries=...), records that pass through the model."
+        if self.canaries.needs_factors:
+            clipping.check_scales(
+                "canaries in gradient space",
+                "It would have to see each canary's whole gradient: pass PrivacyAudit(canaries=...), records that pass through the "
+                "model.",
             )
         if not self.bound.is_fixed:
             self._check_bound(clipping, self._owner("bound"), num_private_optimizers)
@@ -267,10 +268,8 @@ class Mechanisms:
                 f"Expected a clipping with a bound for {owner} to move, got {clipping.name!r}. Pass clipping='flat', or leave the "
                 "callback out."
             )
-        if clipping.needs_gradients and self.bound.unsound:
-            raise ValueError(
-                f"Expected a clipping by a factor with {owner}, got {clipping.name!r}. It replaces the clipping by its own scaling."
-            )
+        if self.bound.unsound:
+            clipping.check_scales(owner, "It replaces the clipping by its own scaling.")
         clipping.scaled(0.5)
         if self.bound.learns and num_private_optimizers > 1:
             raise ValueError(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_dp.clipping.bounds import Bound, NoisyRelease
+from lightning_dp.per_sample import GradientEngine
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.diagnostics import Diagnostics
 from lightning_dp.step.release import Release
@@ -36,15 +35,15 @@ def learn(bound: Bound, accumulator: Accumulator, release: Release, expected_bat
 
 def diagnose(
     diagnostics: Diagnostics,
-    engine: Any,
+    engine: GradientEngine,
     accumulator: Accumulator,
     norms_GB: Tensor,
-    kept_norms_GB: Tensor,
+    kept_norms_B: Tensor,
     scale: float,
 ) -> None:
     """Add a microbatch to the un-noised figures: the raw sum as well as the clipped one. NOT private."""
     raw = accumulator.gradient.new_zeros(accumulator.num_coordinates)
     ones = norms_GB.isfinite().all(0).to(norms_GB.dtype).repeat(len(accumulator.groups), 1)
     engine.accumulate(ones * scale, accumulator.groups, accumulator.views_of(raw))
-    norms_B, kept_norms_B = (torch.linalg.vector_norm(norms, dim=0) for norms in (norms_GB, kept_norms_GB))
-    diagnostics.add(raw if accumulator.live is None else raw[accumulator.live], norms_B, kept_norms_B)
+    active = raw if accumulator.active is None else raw[accumulator.active]
+    diagnostics.add(active, torch.linalg.vector_norm(norms_GB, dim=0), kept_norms_B)

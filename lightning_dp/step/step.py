@@ -18,11 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dp.clipping import Clipping, NoClipping
-from lightning_dp.clipping.base import SMALLEST_FACTOR
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.per_sample import make_engine
+from lightning_dp.per_sample import GradientEngine, make_engine
 from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.history import carry, note_values
@@ -34,6 +33,7 @@ from lightning_dp.step.parameters import PrivateParameters
 from lightning_dp.step.randomness import RandomStreams
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import Release, plan_release
+from lightning_dp.step.samples import Samples
 from lightning_dp.step.sandbox import USE_OPTIMIZERS
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
@@ -79,7 +79,7 @@ class PrivateStep:
         self.reduction, self.automatic = reduction, automatic
         self.noise = ReleaseNoise(noise, reduction)
         self.clipping: Clipping = settings.make_clipping()
-        self.engine: Any = make_engine(
+        self.engine: GradientEngine = make_engine(
             module,
             grad_sample=settings.grad_sample,
             memory=settings.memory,
@@ -148,29 +148,13 @@ class PrivateStep:
         if scale == 0.0:  # a sample that stands in for an empty batch must not even count
             engine.discard(accumulator.names)
             return
-        bound, diagnostics, clipping = self.bound, self.mechanisms.diagnostics, accumulator.clipping
-        needs_norms = bound.num_statistics > 0 or diagnostics.reads_sums
-        if needs_norms or not clipping.needs_gradients:
-            squared = engine.squared_norms(accumulator.groups, accumulator.mask)
-            norms = self.reduction.combine_norms(squared).sqrt() * scale
-        if clipping.needs_gradients:
-            grads = engine.per_sample_gradients(accumulator.names)
-            kept = clipping.contributions(
-                torch.cat([g.flatten(1) for g in grads.values()], 1) * scale, accumulator.live
-            )
-            accumulator.add(kept.sum(0))
-        else:
-            factors = clipping.factors(norms)
-            weights = factors * (scale / accumulator.divisor)
-            weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
-            engine.accumulate(
-                weights, accumulator.groups, accumulator.views, accumulator.mask, accumulator.places, accumulator.room
-            )
-        if bound.num_statistics:
-            accumulator.statistics.add_(bound.statistics(torch.linalg.vector_norm(norms, dim=0)))
-        if diagnostics.reads_sums:
-            kept_norms = torch.linalg.vector_norm(kept, dim=1)[None] if clipping.needs_gradients else factors * norms
-            diagnose(diagnostics, engine, accumulator, norms, kept_norms, scale)
+        samples = Samples(engine, accumulator, scale, self.reduction)
+        contribution = accumulator.clipping.contribution(samples)  # factors or explicit vectors: one call, no branch
+        contribution.add()
+        if self.bound.num_statistics:
+            accumulator.statistics.add_(self.bound.statistics(torch.linalg.vector_norm(samples.norms, dim=0)))
+        if self.mechanisms.diagnostics.reads_sums:
+            diagnose(self.mechanisms.diagnostics, engine, accumulator, samples.norms, contribution.norms, scale)
         engine.discard(accumulator.names)
 
     @torch.no_grad()

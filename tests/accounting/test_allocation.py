@@ -21,6 +21,7 @@ from lightning_dp.accounting import (
     max_steps_within,
 )
 from lightning_dp.accounting.allocation import LEAST_NOISE, allocation_law
+from lightning_dp.accounting.rdp import divergences_of
 from tests.accounting.allocation_reference import LowerLaw, delta_of_two_batches, sampled_delta, sampled_ratios
 
 DELTA = 1e-5
@@ -316,7 +317,7 @@ def test_rdp_gives_the_published_bound_which_is_loose():
 def test_rdp_bounds_the_divergences_of_a_pass(sigma, num_batches):
     """Exact at integers, from above between them, and from above for "add"; low orders, which the law's grid covers."""
     law = allocation_law(sigma, num_batches, 256)
-    bounds = RDPAccountant().divergences_of(Mechanism(1 / num_batches, sigma, num_batches))
+    bounds = divergences_of(Mechanism(1 / num_batches, sigma, num_batches))
     for order in (1.5, 2.0, 2.5, 3.0, 4.0):
         remove, add = bounds[:, int(np.flatnonzero(np.isclose(RDPAccountant.orders, order))[0])]
         truth = math.log(law.masses @ np.exp(order * law.log_points)) / (order - 1)

@@ -45,7 +45,7 @@ class Watching(DPStrategy):
 
 
 def active(accumulator: Any) -> Tensor | None:
-    return None if accumulator.live is None else accumulator.live.clone()
+    return None if accumulator.active is None else accumulator.active.clone()
 
 
 def before(owner: Any, name: str, look: Any) -> None:

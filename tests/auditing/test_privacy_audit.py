@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from lightning_dp.accounting import gaussian_epsilon
 from lightning_dp.auditing.estimates import clopper_pearson_upper
 from lightning_dp.reporting.card import RunNotes
 from tests.auditing.models import ALMOST_SURE, DELTA, Idle, Overfitting, audited, zeros_loader
-from tests.helpers import Classifier, Recorder, make_loader, make_trainer
+from tests.helpers import Classifier, Recorder, make_loader, make_trainer, run_two_ranks
 from tests.strategies.test_manual import Manual, TwoOptimizers
 
 
@@ -202,13 +200,8 @@ def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_share_coins_and_find_one_result(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("ddp_run.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path)], capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+def test_two_processes_share_coins_and_find_one_result(tmp_path_factory: pytest.TempPathFactory) -> None:
+    ranks = run_two_ranks(Path(__file__).with_name("ddp_run.py"), tmp_path_factory)
     assert ranks[0] == ranks[1]
     result = ranks[0]["result"]
     assert 0.3 * result.claimed_epsilon <= result.epsilon_lower <= result.claimed_epsilon

@@ -14,6 +14,7 @@ from lightning_dp.clipping import (
     PSACClipping,
     TopAgg,
 )
+from lightning_dp.clipping.contribution import ExplicitContribution
 
 # clipping, number of groups
 CONTRACT: list[tuple[Clipping, int]] = [
@@ -53,11 +54,32 @@ DIRECTION = torch.tensor([0.1, -0.7, 0.3, -0.2, 0.4, 0.25, -0.15, 0.35], dtype=t
 DIRECTION /= DIRECTION.norm()
 
 
+class Given:
+    """Samples with given norms in every group, whose gradients have one direction.
+
+    Args:
+        norms: (G, B).
+    """
+
+    active = None
+
+    def __init__(self, norms: Tensor) -> None:
+        self.norms = norms
+        self.gradients = (norms[0].double()[:, None] * DIRECTION).to(norms.dtype)
+        self.factors = self.total = torch.zeros(0)
+
+    def add_weighted(self, factors_GB: Tensor) -> None:
+        self.factors = factors_GB
+
+    def add_sum(self, total_P: Tensor) -> None:
+        self.total = total_P
+
+
 def contribution_norms(clipping: Clipping, norms: Tensor) -> Tensor:
     """Norm of each sample's contribution over all groups, in float64, for (G, B) norms; 0 * inf counts as 0."""
-    if clipping.needs_gradients:
-        gradients = (norms[0].double()[:, None] * DIRECTION).to(norms.dtype)
-        return clipping.contributions(gradients).double().norm(dim=1)
-    factors = clipping.factors(norms)
+    contribution = clipping.contribution(Given(norms))
+    if isinstance(contribution, ExplicitContribution):
+        return contribution.values.double().norm(dim=1)
+    factors = contribution.factors
     parts = torch.where(factors == 0, 0.0, factors.double() * norms.double())
     return parts.square().sum(dim=0).sqrt()

@@ -11,10 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping, PSACClipping, TopAgg
-from tests.clipping.table import CONTRACT, IDS, contribution_norms
+from lightning_dp.clipping import (
+    AutomaticClipping,
+    Clipping,
+    ExplicitClipping,
+    FactorClipping,
+    FlatClipping,
+    PerLayerClipping,
+    PSACClipping,
+    TopAgg,
+)
+from tests.clipping.table import CONTRACT, IDS, Given, contribution_norms
 
-FACTORS = [(clipping, groups) for clipping, groups in CONTRACT if not clipping.needs_gradients]
+FACTORS = [(clipping, groups) for clipping, groups in CONTRACT if isinstance(clipping, FactorClipping)]
 FACTOR_IDS = [f"{clipping}-{groups}" for clipping, groups in FACTORS]
 SPECIAL = [0.0, 1e-45, 1e-38, 1e-20, 1e-15, 0.1, 1.0, 1.0000001, 1e19, 1e38, 3.4e38, math.inf, math.nan]
 NORMS = st.one_of(st.sampled_from(SPECIAL), st.floats(min_value=0.0, width=32, allow_nan=False))
@@ -132,10 +141,32 @@ def test_contract_finish_is_one_product_with_the_expected_batch_size(clipping: C
 
 
 @pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
-def test_contract_factors_or_contributions(clipping: Clipping, num_groups: int) -> None:
+def test_contract_scaling_clippings_do_not_depend_on_size(clipping: Clipping, num_groups: int) -> None:
     assert clipping.for_coordinates(5) is clipping
-    with pytest.raises(TypeError, match=f"needs gradients, got {type(clipping).__name__}.*factors"):
-        clipping.contributions(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+def test_contract_contribution_adds_what_it_states(clipping: Clipping, num_groups: int) -> None:
+    """Either factors or one explicit sum reaches the accumulator, and the stated norms are those of the contributions."""
+    samples = Given(torch.tensor([[0.0, 1e-3, 1.0, 50.0, torch.inf]]).repeat(num_groups, 1))
+    contribution = clipping.contribution(samples)
+    contribution.add()
+    assert (samples.factors.numel() == 0) != (samples.total.numel() == 0)
+    expected = contribution_norms(clipping, samples.norms).float()
+    torch.testing.assert_close(contribution.norms[:4], expected[:4])
+    if samples.total.numel():
+        torch.testing.assert_close(samples.total, contribution.values.sum(0))
+    else:
+        assert torch.equal(samples.factors, clipping.factors(samples.norms))
+
+
+@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+def test_contract_owners_of_factors_are_refused_by_name(clipping: Clipping, num_groups: int) -> None:
+    if isinstance(clipping, FactorClipping):
+        clipping.check_scales("canaries", "Leave them out.")
+        return
+    with pytest.raises(ValueError, match=f"by a factor with canaries, got '{clipping.name}'. Leave them out."):
+        clipping.check_scales("canaries", "Leave them out.")
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 2e-24, 1e-23, 1e-22, 1e-18, 1e-3, 1.0, 1e15, 1e30])
@@ -155,7 +186,7 @@ def test_contract_factors_or_contributions(clipping: Clipping, num_groups: int) 
 def test_contribution_of_real_gradients_is_bounded(clipping: Clipping, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     grads_BP = torch.randn(16, 1000, generator=generator) * scale
-    if clipping.needs_gradients:
+    if isinstance(clipping, ExplicitClipping):
         added = clipping.contributions(grads_BP)
     else:
         factors = clipping.factors(torch.linalg.vector_norm(grads_BP, dim=1)[None])[0]

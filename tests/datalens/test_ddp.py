@@ -17,7 +17,7 @@ from tests.helpers import run_two_ranks
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks wrote down."""
-    return run_two_ranks(Path(__file__).with_name("ddp_run.py"), tmp_path_factory.mktemp("ddp"), weights_only=True)
+    return run_two_ranks(Path(__file__).with_name("ddp_run.py"), tmp_path_factory, weights_only=True)
 
 
 def test_teachers_are_split_and_their_votes_are_those_of_one_process(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from tests.strategies.test_models import _one_thread, own_draws
+from tests.strategies.test_models import _own_weights, own_draws
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-__all__ = ["_one_thread", "own_draws"]
+__all__ = ["_own_weights", "own_draws"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lightning_dp.noise import GaussianNoise, cpu
+from lightning_dp.noise import GaussianNoise, cpu, has_spare_core
 from lightning_dp.noise import sources as normals
 
 CHUNK = 1 << 16
@@ -79,6 +77,7 @@ def test_large_buffers_use_all_threads_once_none_waits(ends: bool, monkeypatch: 
 def test_what_a_thread_raises_is_raised_once_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "end_waiting_threads", lambda: True)
     monkeypatch.setattr(cpu, "_LEAST_PER_WAITING_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     caller, fails, ended = threading.get_ident(), True, []
 
     def stream(seed: np.random.SeedSequence, *, tuned: bool) -> normals.Stream:
@@ -160,13 +159,12 @@ def test_untuned_noise_starts_no_thread_and_ends_none(
     assert not pickle.loads(pickle.dumps(noise)).tuned
 
 
-SPARE = "from lightning_dp.noise import has_spare_core; import torch; torch.set_num_threads(1); print(has_spare_core())"
-
-
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="one core, or none named")
 @pytest.mark.parametrize("name", ["", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT"])
-def test_no_core_is_spare_where_the_user_limits_threads(name: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
-    environment |= {name: "2"} if name else {}
-    done = subprocess.run([sys.executable, "-c", SPARE], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout == f"{not name}\n"
+def test_no_core_is_spare_where_the_user_limits_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        monkeypatch.delenv(each, raising=False)
+    if name:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert has_spare_core() == (not name)

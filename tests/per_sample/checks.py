@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.masks import ParameterMask
 from lightning_dp.per_sample import PerSampleEngine
+from lightning_dp.per_sample.rules import Call, Rule
+from lightning_dp.per_sample.rules.base import accumulation_dtype
 from tests import reference
 
 Loss = Callable[[Any], Tensor]
@@ -93,36 +96,49 @@ def assert_engine_agrees(
         singles = [[name] for name in names]
         order = ("norms", "sums", "grads") if repeat else ("grads", "norms", "sums")
         for what in order:
+            if what == "grads":
+                grads = engine.per_sample_gradients(names)
+                for name in names:
+                    assert_close(grads[name], expected[name], scale, rtol, name)
+                continue
             for mask in (None, masks):
-                kept = {n: g if mask is None else g * mask[n] for n, g in expected.items()}
-                if what == "grads":
-                    grads = engine.per_sample_gradients(names, mask)
-                    for name in names:
-                        assert_close(grads[name], kept[name], scale, rtol, name)
-                elif what == "norms":
+                chosen = None if mask is None else parameter_masks(mask)
+                if what == "norms":
                     true = reference.squared_norms(expected, groups, mask)
                     largest = float(true.max()) if true.numel() else 1.0
-                    assert_close(engine.squared_norms(groups, mask), true, largest, rtol, "norms")
-                else:
-                    out = {n: torch.ones(g.shape[1:], dtype=g.dtype) for n, g in expected.items()}
-                    engine.accumulate(factors.to(next(iter(out.values())).dtype), singles, out, mask)
-                    for row, name in enumerate(names):
-                        total = torch.tensordot(factors[row].to(kept[name].dtype), kept[name], dims=1)
-                        assert_close(out[name] - 1, total, scale, rtol, name)
-                    if mask is None:
-                        continue
-                    places = {n: m.flatten().nonzero().squeeze(1) for n, m in mask.items()}
-                    rows = {n: torch.ones(len(p), dtype=out[n].dtype) for n, p in places.items()}
-                    room = {n: torch.full_like(total, torch.nan) for n, total in out.items()} if repeat else None
-                    engine.accumulate(factors.to(next(iter(out.values())).dtype), singles, rows, mask, places, room)
-                    # a single parameter may have had its active entries picked
-                    assert (
-                        room is None or len(names) == 1 or any(not bool(used.isnan().any()) for used in room.values())
-                    )
-                    for name in names:
-                        assert_close(rows[name], out[name].flatten()[places[name]], scale, rtol, name)
+                    assert_close(engine.squared_norms(groups, chosen), true, largest, rtol, "norms")
+                    continue
+                dtype = next(iter(expected.values())).dtype
+                totals = {n: torch.tensordot(factors[i].to(dtype), expected[n], dims=1) for i, n in enumerate(names)}
+                scratch = {n: torch.full_like(total, torch.nan) for n, total in totals.items()} if repeat else None
+                if mask is not None:
+                    totals = {n: total[mask[n]] for n, total in totals.items()}
+                out = {n: torch.ones_like(total) for n, total in totals.items()}
+                engine.accumulate(factors.to(dtype), singles, out, chosen, scratch)
+                for name in names:
+                    assert_close(out[name] - 1, totals[name], scale, rtol, name)
         engine.end()
     return engine
+
+
+def parameter_masks(booleans: dict[str, Tensor]) -> dict[str, ParameterMask]:
+    """Masks by parameter name."""
+    return {name: ParameterMask(active) for name, active in booleans.items()}
+
+
+def rows_for(masks: dict[str, ParameterMask], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Accumulation targets under masks, filled with zeros."""
+    return {name: torch.zeros(mask.num_active, dtype=dtype) for name, mask in masks.items()}
+
+
+def weighted_sum(
+    rule: Rule, module: nn.Module, calls: list[Call], factors: Tensor, batch_size: int, names: set[str]
+) -> dict[str, Tensor]:
+    """What a rule adds to zeros."""
+    dtype = accumulation_dtype(calls[0].backprop)
+    out = {name: torch.zeros_like(module.get_parameter(name), dtype=dtype) for name in sorted(names)}
+    rule.add_weighted_sum(module, calls, factors, batch_size, out)
+    return out
 
 
 def assert_close(got: Tensor, expected: Tensor, scale: float, rtol: float, what: str) -> None:

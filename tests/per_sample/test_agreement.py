@@ -104,7 +104,7 @@ def test_a_row_that_is_not_finite_reaches_no_other_sample(
     data = torch.randn(5, 2, 72)
     made = checks.make_engine(module, losses(module), data, **way)
     names = [name for name, _ in module.named_parameters()]
-    masks = {name: torch.rand_like(p) < 0.5 for name, p in module.named_parameters()}
+    masks = checks.parameter_masks({name: torch.rand_like(p) < 0.5 for name, p in module.named_parameters()})
     data[3, 1, 7] = torch.nan
     checks.run_batch(made, losses(module), data, 5)
     for mask in (None, masks):

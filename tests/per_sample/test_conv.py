@@ -16,6 +16,7 @@ from lightning_dp.per_sample.rules.base import Call
 from lightning_dp.per_sample.rules.conv import ConvRule, ConvShape, Route, choose_route
 from lightning_dp.per_sample.rules.unfolding import gram
 from tests import reference
+from tests.per_sample.checks import parameter_masks, weighted_sum
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 ROUTES: tuple[Route, ...] = ("grouped", "unfold", "gram")
@@ -55,9 +56,9 @@ def check_against_loop(layer: nn.Module, calls: Sequence[Call], batch_size: int)
     with torch.no_grad():
         grads = rule.per_sample(layer, calls, batch_size, names)
         norms = rule.squared_norms(layer, calls, batch_size, names)
-        sums = rule.weighted_sum(layer, calls, factors, batch_size, names)
+        sums = weighted_sum(rule, layer, calls, factors, batch_size, names)
         masks = {name: torch.rand_like(p) < 0.5 for name, p in layer.named_parameters()}
-        masked = rule.masked_squared_norms(layer, calls, batch_size, masks)
+        masked = rule.masked_squared_norms(layer, calls, batch_size, parameter_masks(masks))
     assert set(grads) == set(norms) == set(sums) == set(masked) == names
     expected_sums = reference.weighted_sum(expected, factors)
     for name in names:
@@ -195,7 +196,7 @@ def test_conv_of_an_empty_batch_is_empty(route: Route) -> None:
         "weight": (0,),
         "bias": (0,),
     }
-    sums = rule.weighted_sum(layer, [call], torch.empty(0), 0, BOTH)
+    sums = weighted_sum(rule, layer, [call], torch.empty(0), 0, BOTH)
     torch.testing.assert_close(sums["weight"], torch.zeros(4, 2, 3, 3))
     torch.testing.assert_close(sums["bias"], torch.zeros(4))
 
@@ -207,7 +208,7 @@ def test_conv_returns_only_the_asked_names() -> None:
     for name in ("weight", "bias"):
         assert list(rule.per_sample(layer, calls, 2, {name})) == [name]
         assert list(rule.squared_norms(layer, calls, 2, {name})) == [name]
-        assert list(rule.weighted_sum(layer, calls, torch.ones(2), 2, {name})) == [name]
+        assert list(weighted_sum(rule, layer, calls, torch.ones(2), 2, {name})) == [name]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -221,7 +222,7 @@ def test_conv_keeps_a_non_finite_sample_to_itself(route: Route, bad: float, wher
     norms = rule.squared_norms(layer, calls, 3, BOTH)
     assert not torch.isfinite(norms["weight"][1])
     factors = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
-    sums = rule.weighted_sum(layer, calls, factors, 3, BOTH)
+    sums = weighted_sum(rule, layer, calls, factors, 3, BOTH)
     for name, grads in expected.items():
         torch.testing.assert_close(norms[name][[0, 2]], reference.squared_norms(expected, [[name]])[0][[0, 2]])
         torch.testing.assert_close(sums[name], 0.5 * grads[0] + 2 * grads[2])
@@ -240,8 +241,8 @@ def test_conv_accumulates_in_float32_or_better(route: Route, dtype: torch.dtype)
         (rule.per_sample(layer, [rounded], 4, names), rule.per_sample(layer, [exact], 4, names)),
         (rule.squared_norms(layer, [rounded], 4, names), rule.squared_norms(layer, [exact], 4, names)),
         (
-            rule.weighted_sum(layer, [rounded], factors, 4, names),
-            rule.weighted_sum(layer, [exact], factors, 4, names),
+            weighted_sum(rule, layer, [rounded], factors, 4, names),
+            weighted_sum(rule, layer, [exact], factors, 4, names),
         ),
     ):
         for name in names:

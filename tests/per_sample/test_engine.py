@@ -143,16 +143,6 @@ def test_a_mean_loss_gives_gradients_divided_by_the_batch() -> None:
     torch.testing.assert_close(engine.per_sample_gradients()["weight"] * 6, expected["weight"])
 
 
-def test_float_masks_are_read_as_kept_or_not() -> None:
-    module = nn.Linear(3, 2)
-    engine = checks.make_engine(module, _loss(module), torch.randn(6, 3))
-    run_batch(engine, _loss(module), torch.randn(6, 3), 6)
-    mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    assert torch.equal(
-        engine.squared_norms([["weight"]], {"weight": mask}), engine.squared_norms([["weight"]], {"weight": mask != 0})
-    )
-
-
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 def test_small_gradients_are_made_once(monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
     calls = []

@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_dp.per_sample.rules.base import BLOCK_ELEMENTS, Call
-from lightning_dp.per_sample.rules.linear import (
-    LinearRule,
-    gram_squared_norm,
-    outer_squared_norm,
-    prefer_gram,
-)
+from lightning_dp.per_sample.rules.linear import LinearRule
+from lightning_dp.per_sample.rules.outer_products import gram_squared_norm, outer_squared_norm, prefer_gram
 from tests.helpers import Largest
-from tests.per_sample.checks import assert_engine_agrees
+from tests.per_sample.checks import assert_engine_agrees, parameter_masks, weighted_sum
 from tests.per_sample.rule_cases import Conv1D
 
 
@@ -76,9 +72,9 @@ def assert_one_gradient(batch: int, rows: int, positions: int, num_in: int, num_
     torch.testing.assert_close(grads["weight"], expected)
     norms = rule.squared_norms(layer, calls, batch, names)
     factors = torch.rand(batch, dtype=torch.float64)
-    sums = rule.weighted_sum(layer, calls, factors, batch, names)
+    sums = weighted_sum(rule, layer, calls, factors, batch, names)
     masks = {"weight": torch.rand(num_out, num_in) < 0.5, "bias": torch.rand(num_out) < 0.5}
-    masked = rule.masked_squared_norms(layer, calls, batch, masks)
+    masked = rule.masked_squared_norms(layer, calls, batch, parameter_masks(masks))
     for name, grad in grads.items():
         torch.testing.assert_close(norms[name], grad.square().flatten(1).sum(1))
         torch.testing.assert_close(masked[name], (grad * masks[name]).square().flatten(1).sum(1))
@@ -90,7 +86,7 @@ def test_norms_of_many_calls_join_a_few_samples_at_a_time(width: int) -> None:
     size, positions, names = 4096 // width, 32, {"weight", "bias"}
     layer = nn.Linear(width, width)
     calls = [Call((), {}, torch.randn(size, width), torch.randn(size, width)) for _ in range(positions)]
-    masks = {name: torch.rand(parameter.shape) < 0.5 for name, parameter in layer.named_parameters()}
+    masks = parameter_masks({name: torch.rand(p.shape) < 0.5 for name, p in layer.named_parameters()})
     rule, block = LinearRule(), 2**15
     assert prefer_gram(positions, width, width) == (width == 128)
     assert size * positions * width > 2 * block
@@ -136,7 +132,7 @@ def test_a_sample_with_a_huge_factor_is_not_finite_under_a_mask(huge: str) -> No
     sides = {"inputs": torch.full((2, 4), 1e-24), "backprops": torch.full((2, 3), 1e-24)}
     sides[huge][1] = 1e17
     call = Call((sides["inputs"],), {}, sides["inputs"], sides["backprops"])
-    mask = {"weight": torch.ones(3, 4, dtype=torch.bool)}
+    mask = parameter_masks({"weight": torch.ones(3, 4, dtype=torch.bool)})
     norms = LinearRule().masked_squared_norms(nn.Linear(4, 3), [call], 2, mask)["weight"]
     assert norms.isfinite().tolist() == [True, False]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_dp.per_sample.rules.base import masked_squared_norm, squared_norm
-from lightning_dp.per_sample.rules.linear import outer_squared_norm
+from lightning_dp.per_sample.rules.outer_products import outer_squared_norm
 from lightning_dp.per_sample.rules.rounding import sum_error
 
 

@@ -7,6 +7,7 @@ nearly so, of any size. The other samples have zero gradients, so all that is in
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 
 import pytest
@@ -14,11 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import clipping as clippings
-from lightning_dp.clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping, PSACClipping
-from lightning_dp.clipping.base import SMALLEST_FACTOR
+from lightning_dp.clipping import (
+    AutomaticClipping,
+    Clipping,
+    FactorClipping,
+    FlatClipping,
+    PerLayerClipping,
+    PSACClipping,
+)
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, rules
 from lightning_dp.per_sample.leaves import LeafRule
 from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.reduction import OneProcess
+from lightning_dp.step.samples import Samples
 from tests import reference
 from tests.per_sample.checks import make_engine, run_batch
 from tests.per_sample.rule_cases import CASES, HOWS, Arranged
@@ -79,10 +88,7 @@ def added(
     """Norm of what the microbatch adds to the buffer, as a private step adds it."""
     sums = Accumulator(dict(module.named_parameters()), clipping)
     sums.set_masks([mask] if mask else [], (len(mask),))
-    norms = engine.squared_norms(sums.groups, sums.mask).sqrt()
-    factors = sums.clipping.factors(norms)
-    factors = torch.where(factors >= SMALLEST_FACTOR, factors, 0.0)
-    engine.accumulate(factors, sums.groups, sums.views, sums.mask, sums.places, sums.room)
+    clipping.contribution(Samples(engine, sums, 1.0, OneProcess())).add()
     total = sums.flat.double()
     assert bool(total.isfinite().all())
     return float(total.norm()) / sums.sensitivity
@@ -92,6 +98,8 @@ def added(
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("name", CASES)
 def test_cancelling_records_keep_to_the_bound(name: str, how: str, way: dict[str, str]) -> None:
+    """Two clippings and a mask in turn at each size: between the arrangements of a case, every clipping meets every size."""
+    turn = HOWS.index(how) + WAYS.index(way)
     for dtype, sizes in SIZES.items():
         module = Arranged(CASES[name], how).to(dtype)
         masks = list(masks_of(module))
@@ -106,8 +114,11 @@ def test_cancelling_records_keep_to_the_bound(name: str, how: str, way: dict[str
             x, backprop = record(module, scale, nearly, dtype)
             rows = slice(1, 2) if number % 2 else slice(0, 3)  # alone, or with others
             run_batch(engine, loss, (x[rows], backprop[rows]), len(x[rows]))
-            tried = [(one, {}) for one in CLIPPINGS] + [(one, few) for few in masks[1:] for one in CLIPPINGS[1:2]]
-            for clipping, mask in tried:
+            chosen = [CLIPPINGS[(turn + number + more) % len(CLIPPINGS)] for more in (0, 2)]
+            for clipping, mask in [
+                *((one, masks[0]) for one in chosen),
+                (CLIPPINGS[1], masks[1 + (turn + number) % 2]),
+            ]:
                 excess = added(engine, module, clipping, mask)
                 assert excess <= 1 + 1e-5, (dtype, scale, nearly, clipping, bool(mask))
             engine.end()
@@ -169,6 +180,5 @@ def test_every_registered_rule_has_a_case() -> None:
 
 def test_every_clipping_by_factor_is_tried() -> None:
     kinds = {getattr(clippings, name) for name in clippings.__all__}
-    kinds = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Clipping)}
-    others = {Clipping, clippings.NoClipping, clippings.TopAgg}  # no bound; by explicit contribution
-    assert {type(one) for one in CLIPPINGS} == kinds - others
+    kinds = {kind for kind in kinds if isinstance(kind, type) and not inspect.isabstract(kind) and kind.bounded}
+    assert {type(one) for one in CLIPPINGS} == {kind for kind in kinds if issubclass(kind, FactorClipping)}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_dp.per_sample import SingleSampleEngine
 from tests import reference
-from tests.per_sample.checks import assert_close
+from tests.per_sample.checks import assert_close, parameter_masks
 
 
 class Anything(nn.Module):
@@ -57,21 +57,17 @@ def test_single_agrees_with_plain_autograd_for_any_module() -> None:
         module(x).backward()
         assert all(p.grad is None for p in module.parameters())
         engine.check_tracked()
+        grads = engine.per_sample_gradients()
         for mask in (None, masks):
-            kept = {n: g if mask is None else g * mask[n] for n, g in expected.items()}
-            assert_close(engine.squared_norms(groups, mask), reference.squared_norms(kept, groups), 1.0, 1e-9, "norms")
-            out = {n: torch.zeros(g.shape[1:], dtype=g.dtype) for n, g in expected.items()}
-            engine.accumulate(torch.tensor([[0.5]]), [names], out, mask)
-            if mask is not None:
-                places = {n: m.flatten().nonzero().squeeze(1) for n, m in mask.items()}
-                rows = {n: torch.zeros(len(p), dtype=out[n].dtype) for n, p in places.items()}
-                engine.accumulate(torch.tensor([[0.5]]), [names], rows, mask, places)
-                for name in names:
-                    assert_close(rows[name], out[name].flatten()[places[name]], 1.0, 1e-9, name)
-            grads = engine.per_sample_gradients(mask=mask)
+            chosen = None if mask is None else parameter_masks(mask)
+            true = reference.squared_norms(expected, groups, mask)
+            assert_close(engine.squared_norms(groups, chosen), true, 1.0, 1e-9, "norms")
+            active = {n: g[0] if mask is None else g[0][mask[n]] for n, g in expected.items()}
+            out = {name: torch.zeros_like(values) for name, values in active.items()}
+            engine.accumulate(torch.tensor([[0.5]]), [names], out, chosen)
             for name in names:
-                assert_close(out[name], 0.5 * kept[name][0], 1.0, 1e-9, name)
-                assert_close(grads[name], kept[name], 1.0, 1e-9, name)
+                assert_close(out[name], 0.5 * active[name], 1.0, 1e-9, name)
+                assert_close(grads[name], expected[name], 1.0, 1e-9, name)
         engine.end()
 
 

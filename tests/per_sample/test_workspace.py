@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine, engine
-from lightning_dp.per_sample.rules import base, linear
+from lightning_dp.per_sample.rules import base, outer_products
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.workspace import SHARE, Workspace
 from tests import reference
@@ -83,7 +83,7 @@ def test_kept_and_other_gradients_agree_with_the_loop(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("block", [1, 5000, 2**20])
 def test_product_in_blocks_agrees_with_the_loop(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setitem(base.BLOCK_ELEMENTS, "cpu", block)
-    monkeypatch.setattr(linear, "prefer_gram", lambda *sizes: False)
+    monkeypatch.setattr(outer_products, "prefer_gram", lambda *sizes: False)
     module = network()
     checks.assert_engine_agrees(module, loss_of(module), data_of(6), memory="lean")
 
@@ -222,7 +222,7 @@ def test_a_wide_embedding_never_makes_a_gradient_of_its_size_a_sample(memory: st
     module = nn.Embedding(entries, 4)
     data = torch.randint(entries, (size, LENGTH))
     made = checks.make_engine(module, loss_of(module), data, memory=memory)
-    mask = {"weight": torch.rand(entries, 4) < 0.5} if masked else None
+    mask = checks.parameter_masks({"weight": torch.rand(entries, 4) < 0.5}) if masked else None
     out = {"weight": torch.zeros(entries, 4)}
     checks.run_batch(made, loss_of(module), data, size)
     with Largest() as seen:
@@ -236,9 +236,9 @@ def test_gram_matrices_in_blocks_agree_with_the_product(positions: int) -> None:
     torch.manual_seed(0)
     inputs, backprops = torch.randn(3, positions, 5).double(), torch.randn(3, positions, 7).double()
     expected = torch.bmm(backprops.mT, inputs).square().sum((1, 2))
-    torch.testing.assert_close(linear.gram_squared_norm(inputs, backprops), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(outer_products.gram_squared_norm(inputs, backprops), expected, rtol=1e-10, atol=0)
     backprops[1, positions // 2, 3] = torch.nan
-    assert linear.gram_squared_norm(inputs, backprops).isfinite().tolist() == [True, False, True]
+    assert outer_products.gram_squared_norm(inputs, backprops).isfinite().tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])

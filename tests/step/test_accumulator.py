@@ -48,7 +48,7 @@ def test_what_is_masked_is_zero_in_every_gradient() -> None:
     for value in (2.0, 6.0):
         release(sums, value)
         assert torch.equal(sums.parameters["weight"].grad, live * value / 2)
-    assert sums.num_live == 4
+    assert sums.num_active == 4
     assert sums.payload_bytes == 4 * (4 + 1)
 
 
@@ -161,7 +161,7 @@ def test_what_is_masked_is_never_added_up() -> None:
     sums = make_sums(num_statistics=1)
     live = {"weight": torch.tensor([[True, False, True], [False, False, True]]), "bias": torch.tensor([False, True])}
     sums.set_masks([live], (1,))
-    assert (sums.num_live, sums.flat.shape) == (4, (5,))
+    assert (sums.num_active, sums.flat.shape) == (4, (5,))
     assert [view.tolist() for view in sums.views.values()] == [[0.0, 0.0, 0.0], [0.0]]
     sums.used = True
     sums.add(torch.arange(8.0))
@@ -177,7 +177,8 @@ def test_what_is_masked_is_never_added_up() -> None:
     sums.set_masks([{"bias": torch.tensor([False, True])}], (2,))
     assert not sums.used
     assert sums.flat.tolist() == [0.0] * 8
-    assert sums.views["weight"].shape == (6,)
+    assert sums.views["weight"].shape == (2, 3)
+    assert list(sums.masks) == ["bias"]
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -190,10 +191,10 @@ def test_under_a_mask_the_gradients_memory_is_used_again_unless_somebody_holds_i
     if not kept:
         del first
     sums.drop_grads()
-    room = sums.room["bias"].untyped_storage().data_ptr()
-    assert (room == place) != kept
+    scratch = sums.scratch["bias"].untyped_storage().data_ptr()
+    assert (scratch == place) != kept
     release(sums, 8.0)
-    assert sums.parameters["bias"].grad.untyped_storage().data_ptr() == room
+    assert sums.parameters["bias"].grad.untyped_storage().data_ptr() == scratch
     assert (sums.parameters["weight"].grad.untyped_storage().data_ptr() == place) != kept
     if kept:
         assert torch.equal(first, before)

@@ -32,14 +32,11 @@ from tests.strategies.models import (
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small modules are faster on one thread; their weights are the same in every run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _own_weights(_same_weights: None) -> Iterator[None]:
+    """Weights for which every gradient of the table has a norm on either side of the bound."""
     with torch.random.fork_rng():
-        torch.manual_seed(2)
+        torch.default_generator.manual_seed(2)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -116,7 +113,8 @@ def check_step(case: Case, tmp_path: Any, **settings: Any) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: list[str], name: str) -> None:
-    check_step(CASES[name], tmp_path)
+    """Without the checks of the first batch, which run where the module trains as it is."""
+    check_step(CASES[name], tmp_path, check_per_sample=False)
     assert bool(own_draws) == ("dropout" in name or "variational" in name)
 
 
@@ -138,7 +136,7 @@ def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: li
     ],
 )
 def test_other_ways_to_the_gradients_agree(tmp_path: Any, name: str, settings: dict[str, Any]) -> None:
-    check_step(CASES[name], tmp_path, **settings)
+    check_step(CASES[name], tmp_path, check_per_sample=False, **settings)
 
 
 @pytest.mark.parametrize("name", CASES)

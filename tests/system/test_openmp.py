@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,17 @@ def compute() -> torch.Tensor:
 
 
 @pytest.fixture
-def pause(monkeypatch: pytest.MonkeyPatch) -> None:
+def pause(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads, which wait after a computation."""
     for name in waiting_threads._ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
-    if waiting_threads._pause() is None or torch.get_num_threads() < 2:
-        pytest.skip("torch computes on one thread, or not with GNU's OpenMP")
+    if waiting_threads._pause() is None:
+        pytest.skip("torch does not compute with GNU's OpenMP")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    end_waiting_threads()
+    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("pause")

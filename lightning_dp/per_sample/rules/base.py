@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.masks.parameter_mask import ParameterMask
+
 BLOCK_ELEMENTS = {"cpu": 2**19}
 """Elements of a temporary that stays in a processor's cache; other devices are better off with few large ones."""
 
@@ -129,16 +131,6 @@ def weighted_rows(grads: Tensor, factors: Tensor) -> Tensor:
     return total
 
 
-def sum_from_zeros(
-    rule: Rule, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
-) -> dict[str, Tensor]:
-    """Return the weighted sum of a rule whose :meth:`Rule.add_weighted_sum` does without it: added to zeros."""
-    dtype = accumulation_dtype(calls[0].backprop)
-    sums = {name: torch.zeros_like(module.get_parameter(name), dtype=dtype) for name in names}
-    rule.add_weighted_sum(module, calls, factors, batch_size, sums)
-    return sums
-
-
 class Rule(ABC):
     """Per-sample gradients of the parameters of one layer family.
 
@@ -146,7 +138,7 @@ class Rule(ABC):
     All calls of one module in a microbatch are ONE use of its parameters: their gradients are added before any norm.
 
     **Guarantee**: for every sample the three methods are about the same gradient: ``squared_norms`` is the squared norm
-    of the rows of ``per_sample`` and ``weighted_sum`` is their sum with the given factors, in float32 accumulation
+    of the rows of ``per_sample`` and ``add_weighted_sum`` adds them with the given factors, in float32 accumulation
     (float64 for float64 tensors). The result for a sample depends on that sample's rows only. What a sample adds to the
     weighted sum is at most its factor times its reported norm, to 1e-5, also where its terms cancel: either both methods take
     the same ``per_sample``, or the norms contain the rounding between the two ways (``rounding.py``).
@@ -185,7 +177,7 @@ class Rule(ABC):
         return {name: squared_norm(grads) for name, grads in self.per_sample(module, calls, batch_size, names).items()}
 
     def masked_squared_norms(
-        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: dict[str, Tensor]
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: Mapping[str, ParameterMask]
     ) -> dict[str, Tensor]:
         """Return the squared norm of ``mask * gradient_i`` for every name in ``masks``, shape ``(B,)``.
 
@@ -193,34 +185,13 @@ class Rule(ABC):
             module: the layer.
             calls: at least one call.
             batch_size: ``B``, 0 allowed.
-            masks: local name to a boolean mask of the parameter's shape; public.
+            masks: local name to the parameter's mask; public.
 
         Returns:
             Local name to squared norms. A gradient that is not finite under the mask makes its norm not finite.
         """
         grads = self.per_sample(module, calls, batch_size, set(masks))
-        return {name: masked_squared_norm(grad, masks[name]) for name, grad in grads.items()}
-
-    def weighted_sum(
-        self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
-    ) -> dict[str, Tensor]:
-        """Return ``sum_i factors[i] * gradient_i`` for every name, shape of the parameter.
-
-        Args:
-            module: the layer.
-            calls: at least one call. Rows of a sample whose factor is 0 have been set to zero by the engine where
-                they could be non-finite.
-            factors: shape ``(B,)``, finite.
-            batch_size: ``B``, 0 allowed.
-            names: local parameter names to return.
-
-        Returns:
-            Local name to tensor of the parameter's shape in the accumulation type. Private until noise is added.
-        """
-        return {
-            name: weighted_rows(grads, factors)
-            for name, grads in self.per_sample(module, calls, batch_size, names).items()
-        }
+        return {name: masked_squared_norm(grad, masks[name].active) for name, grad in grads.items()}
 
     def add_weighted_sum(
         self,
@@ -230,52 +201,62 @@ class Rule(ABC):
         batch_size: int,
         out: Mapping[str, Tensor],
     ) -> None:
-        """Add :meth:`weighted_sum` to ``out[name]`` for every name in ``out``, shape of the parameter.
+        """Add ``sum_i factors[i] * gradient_i`` to ``out[name]`` for every name in ``out``.
 
-        A rule overrides it where it can do without a tensor of the parameter's size in between.
+        Args:
+            module: the layer.
+            calls: at least one call. Rows of a sample whose factor is 0 have been set to zero by the engine where
+                they could be non-finite.
+            factors: shape ``(B,)``, finite.
+            batch_size: ``B``, 0 allowed.
+            out: local name to a tensor of the parameter's shape. Private until noise is added.
         """
-        for name, total in self.weighted_sum(module, calls, factors, batch_size, set(out)).items():
-            out[name].add_(total)
+        for name, grads in self.per_sample(module, calls, batch_size, set(out)).items():
+            out[name].add_(weighted_rows(grads, factors))
 
-    def picks(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
-        """Tell whether a mask of few live entries is best served by :meth:`live_entries`.
+    def prefers_active_entries(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
+        """Tell whether a mask with few active entries is best served by :meth:`active_entries`.
 
-        So it is where norms under a mask need the per-sample gradients anyway: norms and weighted sum then come from these
-        entries alone.
+        It is if norms under a mask need the per-sample gradients anyway: norms and weighted sum then come from these entries
+        alone.
         """
         return False
 
-    def live_entries(
-        self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, places: Tensor
+    def active_entries(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, mask: ParameterMask
     ) -> Tensor:
-        """Return the entries at some places of every sample's gradient.
+        """Return the active entries of every sample's gradient.
 
         Args:
             module: the layer.
             calls: at least one call.
             batch_size: ``B``, 0 allowed.
             name: local parameter name.
-            places: positions in the flattened parameter, shape ``(L,)``; public.
+            mask: of the parameter; public.
 
         Returns:
             Shape ``(B, L)`` in the accumulation type. Private.
         """
-        return self.per_sample(module, calls, batch_size, {name})[name].flatten(1).index_select(1, places)
+        return mask.select_rows(self.per_sample(module, calls, batch_size, {name})[name])
 
-    def add_live_entries(
+    def add_active_entries(
         self,
         module: nn.Module,
         calls: Sequence[Call],
         factors: Tensor,
         batch_size: int,
         out: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
+        masks: Mapping[str, ParameterMask],
     ) -> set[str]:
-        """Add what a mask keeps of :meth:`weighted_sum` where that costs less than all of it; return the names for which it does.
+        """Add the active entries of the weighted sum where that costs less than all of it; return the names for which it does.
 
         Args:
-            out: local name to what is added to: the entries that the mask keeps, in a row.
-            masks: local name to a boolean mask of the parameter's shape; public.
+            module: the layer.
+            calls: at least one call.
+            factors: shape ``(B,)``, finite.
+            batch_size: ``B``, 0 allowed.
+            out: local name to a 1-D tensor of the active entries.
+            masks: local name to the parameter's mask; public.
         """
         return set()
 

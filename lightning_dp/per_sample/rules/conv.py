@@ -18,7 +18,7 @@ positions (the width of ``U``), ``O`` = out_channels / G, ``P`` output positions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import grad as nn_grad
 from typing_extensions import override
 
+from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_rows, weighted_rows, widen
 from lightning_dp.per_sample.rules.rounding import at_least_tiny, gram_with_rounding, lengths, with_rounding
 from lightning_dp.per_sample.rules.unfolding import Conv, gram, unfolded, unfolded_gram, window_sums
@@ -138,46 +139,50 @@ class ConvRule(Rule):
 
     @override
     def masked_squared_norms(
-        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: dict[str, Tensor]
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: Mapping[str, ParameterMask]
     ) -> dict[str, Tensor]:
         conv = _checked(module)
         norms = {}
         if "weight" in masks:
             norms["weight"] = _weight_norms(conv, calls, batch_size, mask=masks["weight"])
         if "bias" in masks:
-            norms["bias"] = squared_norm(_bias_gradients(calls) * masks["bias"])
+            norms["bias"] = squared_norm(_bias_gradients(calls) * masks["bias"].active)
         return norms
 
     @override
-    def picks(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
+    def prefers_active_entries(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
         return name == "weight"
 
     @override
-    def live_entries(
-        self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, places: Tensor
+    def active_entries(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, mask: ParameterMask
     ) -> Tensor:
         if name != "weight":
-            return super().live_entries(module, calls, batch_size, name, places)
+            return super().active_entries(module, calls, batch_size, name, mask)
         conv = _checked(module)
-        entries = _product(calls[0]).new_empty(batch_size, len(places))
+        entries = _product(calls[0]).new_empty(batch_size, mask.num_active)
         for low, high, grads in _gradients_in_blocks(conv, calls, batch_size):
-            torch.index_select(grads.flatten(1), 1, places, out=entries[low:high])
+            torch.index_select(grads.flatten(1), 1, mask.indices, out=entries[low:high])
         return entries
 
     @override
-    def weighted_sum(
-        self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
-    ) -> dict[str, Tensor]:
+    def add_weighted_sum(
+        self,
+        module: nn.Module,
+        calls: Sequence[Call],
+        factors: Tensor,
+        batch_size: int,
+        out: Mapping[str, Tensor],
+    ) -> None:
         conv = _checked(module)
-        sums = {name: _product(calls[0]).new_zeros(conv.get_parameter(name).shape) for name in sorted(names)}
-        for call in calls if "weight" in names else ():
+        for call in calls if "weight" in out else ():
             row_factors = factors.repeat_interleave(call.multiplicity)
             x, backprop, padding = _prepared(conv, call)
             scaled, x = _scaled_rows(backprop, row_factors), _kept_rows(x, row_factors)
-            sums["weight"] += _native_gradient(conv, x, tuple(conv.weight.shape), scaled, padding, conv.groups)
-        if "bias" in names:  # from the sums that its norms are taken from
-            sums["bias"] = weighted_rows(_bias_gradients(calls), factors)
-        return sums
+            shape = tuple(conv.weight.shape)
+            out["weight"].add_(_native_gradient(conv, x, shape, scaled, padding, conv.groups))
+        if "bias" in out:  # from the sums that its norms are taken from
+            out["bias"].add_(weighted_rows(_bias_gradients(calls), factors))
 
     @override
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
@@ -267,7 +272,7 @@ def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Ro
     return total
 
 
-def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Tensor | None) -> Tensor:
+def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: ParameterMask | None) -> Tensor:
     """Return squared norms ``(B,)`` of the (masked) weight gradients, in blocks of samples."""
     shape = _shape_of(conv, calls, batch_size)
     norms = _product(calls[0]).new_empty(batch_size)
@@ -275,7 +280,7 @@ def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Tens
         for low, high in _blocks(batch_size, shape, "gram"):
             norms[low:high] = _gram_norms(conv, [_rows_of(call, low, high) for call in calls], high - low)
         return norms
-    weights = None if mask is None else mask.to(norms.dtype)
+    weights = None if mask is None else mask.active.to(norms.dtype)
     for low, high, grads in _gradients_in_blocks(conv, calls, batch_size):
         norms[low:high] = squared_norm(grads if weights is None else grads.mul_(weights))
     return with_rounding(norms, _sum_of_lengths(conv, calls, batch_size), shape.positions)

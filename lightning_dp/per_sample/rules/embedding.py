@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_from_zeros, widen
+from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, widen
 
 
 class EmbeddingRule(Rule):
@@ -49,21 +50,15 @@ class EmbeddingRule(Rule):
 
     @override
     def masked_squared_norms(
-        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: dict[str, Tensor]
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: Mapping[str, ParameterMask]
     ) -> dict[str, Tensor]:
         if "weight" not in masks:
             return {}
         assert isinstance(module, nn.Embedding)
         rows = _equal_token_sums(*_tokens(module, calls, batch_size))
-        active = torch.index_select(masks["weight"], 0, rows.entries.flatten()).view_as(rows.sums)
+        active = torch.index_select(masks["weight"].active, 0, rows.entries.flatten()).view_as(rows.sums)
         rows.sums.mul_(active)
         return {"weight": _squared_norms(rows)}
-
-    @override
-    def weighted_sum(
-        self, module: nn.Module, calls: Sequence[Call], factors: Tensor, batch_size: int, names: set[str]
-    ) -> dict[str, Tensor]:
-        return sum_from_zeros(self, module, calls, factors, batch_size, names)
 
     @override
     def add_weighted_sum(

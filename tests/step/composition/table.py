@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import lightning as L
@@ -126,9 +126,20 @@ class Combination:
         return DPStrategy(clipping=CLIPPINGS[self.clipping](), **{**defaults, **options})
 
 
-def pairwise(combinations: Sequence[Combination]) -> list[Combination]:
-    """A few of these in which every two names that meet in any of them meet in one; the greediest choice each time."""
-    pairs = {c: set(itertools.combinations(enumerate(astuple(c)), 2)) for c in combinations}
+def pairwise(combinations: Sequence[Combination], but: Sequence[str] = ()) -> list[Combination]:
+    """A few of these in which every two names that meet in any of them meet in one; the greediest choice each time.
+
+    Names of the fields in ``but`` need not meet others; each is in one of the combinations.
+    """
+    apart = {number for number, field in enumerate(fields(Combination)) if field.name in but}
+    pairs = {}
+    for combination in combinations:
+        names = list(enumerate(astuple(combination)))
+        pairs[combination] = {
+            pair
+            for pair in itertools.combinations_with_replacement(names, 2)
+            if pair[0] == pair[1] or not apart & dict(pair).keys()
+        }
     missing, chosen = set().union(*pairs.values()), []
     while missing:
         best = max(pairs, key=lambda combination: len(pairs[combination] & missing))

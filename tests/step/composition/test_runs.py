@@ -104,7 +104,7 @@ class Gradients(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         strategy: Any = trainer.strategy
         (sums,) = strategy.accumulators.values()
-        self.live.append(torch.ones(sums.num_coordinates) > 0 if sums.live is None else sums.live.clone())
+        self.live.append(torch.ones(sums.num_coordinates) > 0 if sums.active is None else sums.active.clone())
         self.bounds.append(sums.sensitivity)
         self.bounds_after.append(getattr(strategy.mechanisms.bound, "value", sums.sensitivity))
 

@@ -1,8 +1,7 @@
-"""What a mask of few live entries keeps of the gradients, made once for norms and sums."""
+"""Active entries of the gradients under masks with few of them: computed once for norms and sums."""
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
@@ -10,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import fix
+from lightning_dp.masks import ParameterMask
 from lightning_dp.per_sample import sources
-from lightning_dp.per_sample.rules import sparse_mask
 from lightning_dp.per_sample.rules.base import Call, Rule
 from lightning_dp.per_sample.rules.conv import ConvRule
 from lightning_dp.per_sample.rules.linear import LinearRule
-from lightning_dp.per_sample.rules.sparse_mask import places_of
 from tests import reference
 from tests.helpers import Largest
 from tests.per_sample import checks
@@ -34,7 +32,7 @@ class Recurrent(nn.Module):
         return self.lstm(x)[0]
 
 
-#: module, data; none of these layers keeps whole gradients under memory="lean"
+#: module, data; none of these layers caches whole gradients under memory="lean"
 MODULES: dict[str, Any] = {
     "linear": (lambda: nn.Linear(17, 19), (5, 17)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), (4, 7)),
@@ -49,8 +47,8 @@ def loss_of(module: nn.Module) -> checks.Loss:
     return lambda x: module(x).square().flatten(1).sum(1)
 
 
-def few(expected: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    return {name: torch.rand(grad.shape[1:]) < share for name, grad in expected.items()}
+def few(expected: dict[str, Tensor], share: float) -> dict[str, ParameterMask]:
+    return checks.parameter_masks({name: torch.rand(grad.shape[1:]) < share for name, grad in expected.items()})
 
 
 def made(name: str, memory: str) -> tuple[nn.Module, Tensor, Any, dict[str, Tensor]]:
@@ -66,32 +64,32 @@ def made(name: str, memory: str) -> tuple[nn.Module, Tensor, Any, dict[str, Tens
 @pytest.mark.parametrize("name", MODULES)
 def test_norms_and_sums_are_those_of_batches_of_one(name: str, share: float, memory: str) -> None:
     module, data, engine, expected = made(name, memory)
-    mask = few(expected, share)
-    places = {one: places_of(tensor) for one, tensor in mask.items()}
+    masks = few(expected, share)
+    active = {one: mask.active for one, mask in masks.items()}
     factors = torch.linspace(0.2, 1.0, SIZE, dtype=torch.float64)
     factors[1] = 0.0
     singles = [[one] for one in expected]
     for _ in range(2):
         checks.run_batch(engine, loss_of(module), data, SIZE)
-        true = reference.squared_norms(expected, singles, mask)
-        torch.testing.assert_close(engine.squared_norms(singles, mask), true)
-        rows = {one: torch.ones(len(where), dtype=torch.float64) for one, where in places.items()}
-        engine.accumulate(factors.repeat(len(singles), 1), singles, rows, mask, places)
+        true = reference.squared_norms(expected, singles, active)
+        torch.testing.assert_close(engine.squared_norms(singles, masks), true)
+        rows = checks.rows_for(masks, torch.float64)
+        engine.accumulate(factors.repeat(len(singles), 1), singles, rows, masks)
         for one, grad in expected.items():
             total = torch.tensordot(factors, grad, dims=1)
-            torch.testing.assert_close(rows[one] - 1, total[mask[one]])
+            torch.testing.assert_close(rows[one], total[active[one]])
         engine.end()
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "recurrent"])
-def test_what_the_norms_made_serves_the_sum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_of_the_norms_serve_the_sum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a second product; under another mask, or after another backprop, one is needed."""
     module, data, engine, expected = made(name, "lean")
-    # biases are small: their gradients are kept whole
+    # biases are small: their gradients are cached whole
     weights = [one for one, grad in expected.items() if grad.dim() > 2]
     asked: list[str] = []
     for rule in (LinearRule, ConvRule):
-        for method in ("add_weighted_sum", "live_entries", "masked_squared_norms"):
+        for method in ("add_weighted_sum", "active_entries", "masked_squared_norms"):
             own = getattr(rule, method)
 
             def spy(self: Rule, *args: Any, own: Any = own, method: str = method) -> Any:
@@ -102,94 +100,94 @@ def test_what_the_norms_made_serves_the_sum(name: str, monkeypatch: pytest.Monke
     mask, other = few(expected, 0.1), few(expected, 0.1)
     ones, groups = torch.ones(1, SIZE, dtype=torch.float64), [weights]
 
-    def add(under: dict[str, Tensor]) -> list[str]:
+    def add(under: dict[str, ParameterMask]) -> list[str]:
         asked.clear()
-        where = {one: places_of(under[one]) for one in weights}
-        rows = {one: torch.zeros(len(found), dtype=torch.float64) for one, found in where.items()}
-        engine.accumulate(ones, groups, rows, under, where)
+        rows = checks.rows_for(under, torch.float64)
+        engine.accumulate(ones, groups, rows, under)
         for one in weights:
-            torch.testing.assert_close(rows[one], expected[one].sum(0)[under[one]])
+            torch.testing.assert_close(rows[one], under[one].select(expected[one].sum(0)))
         return asked.copy()
 
     checks.run_batch(engine, loss_of(module), data, SIZE)
     asked.clear()
     engine.squared_norms(groups, mask)
-    assert asked == ["live_entries"] * len(weights)
+    assert asked == ["active_entries"] * len(weights)
     assert add(mask) == []
     assert add(other) == ["add_weighted_sum"] * len(weights)
     engine.end()
     checks.run_batch(engine, loss_of(module), data, SIZE)
     assert add(mask) == ["add_weighted_sum"] * len(weights)
     engine.squared_norms(groups, mask)
-    loss_of(module)(data[:SIZE]).sum().backward()  # the same once more: what was made is not all of it any more
+    loss_of(module)(data[:SIZE]).sum().backward()  # the same once more: what is cached is not all of it any more
     expected = {one: 2 * grad for one, grad in expected.items()}
     assert add(mask) == ["add_weighted_sum"] * len(weights)
     asked.clear()
     with monkeypatch.context() as patch:  # of many entries a product with the mask costs less
-        patch.setattr(sources, "MOST_LIVE", 0.05)
+        patch.setattr(sources, "MOST_ACTIVE", 0.05)
         engine.squared_norms(groups, other)
     assert asked == ["masked_squared_norms"] * len(weights)
     engine.squared_norms(groups, mask)
     engine.discard(weights)
     assert not engine.has_backprops(weights)
-    assert add({one: torch.zeros_like(mask[one]) for one in weights}) == []
+    expected = {one: 0 * grad for one, grad in expected.items()}
+    assert add(mask) == []
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
 def test_a_sample_that_is_not_finite_is_dropped_whole(name: str) -> None:
     module, data, engine, expected = made(name, "lean")
     data[2, 0] = torch.nan
-    mask = {one: torch.ones(grad.shape[1:], dtype=torch.bool) for one, grad in expected.items()}
-    mask["weight"] = torch.zeros_like(mask["weight"])
-    mask["weight"].view(-1)[[0, 3, 5]] = True
+    active = torch.zeros(expected["weight"].shape[1:], dtype=torch.bool)
+    active.view(-1)[[0, 3, 5]] = True
+    masks = checks.parameter_masks({"weight": active})
     checks.run_batch(engine, loss_of(module), data, SIZE)
-    norms = engine.squared_norms([["weight"]], mask)[0]
+    norms = engine.squared_norms([["weight"]], masks)[0]
     assert norms.isfinite().tolist() == [True, True, False, True]
-    rows = {"weight": torch.zeros(3, dtype=torch.float64)}
+    rows = checks.rows_for(masks, torch.float64)
     factors = torch.where(norms.isfinite(), 1.0, 0.0)[None]
-    engine.accumulate(factors, [["weight"]], rows, mask, {"weight": places_of(mask["weight"])})
+    engine.accumulate(factors, [["weight"]], rows, masks)
     kept = expected["weight"][[0, 1, 3]].flatten(1)[:, [0, 3, 5]]
     torch.testing.assert_close(rows["weight"], kept.sum(0))
 
 
-@pytest.mark.parametrize(("memory", "room", "entries"), [("lean", 0, False), ("fast", 0, False), ("fast", 9e9, True)])
-def test_they_are_kept_where_there_is_room(
-    memory: str, room: float, entries: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("memory", "limit", "entries"), [("lean", 0, False), ("fast", 0, False), ("fast", 9e9, True)])
+def test_entries_are_cached_if_memory_allows(
+    memory: str, limit: float, entries: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is smaller than the backprops always is; else it counts as kept gradients do."""
+    """Entries smaller than the backprops always are; others count as cached gradients do."""
     module, data = nn.Linear(40, 30), torch.randn(SIZE, 2, 40)
     engine = checks.make_engine(module, loss_of(module), data, memory=memory)
     if engine._workspace is not None:
-        engine._workspace._limit = lambda: room
+        engine._workspace._limit = lambda: limit
     found = []
-    own = LinearRule.live_entries
-    monkeypatch.setattr(LinearRule, "live_entries", lambda *args: (found.append(args[5]), own(*args))[1])
+    own = LinearRule.active_entries
+    monkeypatch.setattr(LinearRule, "active_entries", lambda *args: (found.append(args[5]), own(*args))[1])
     monkeypatch.setattr(LinearRule, "materialises", lambda *args: False)
     small, large = (torch.zeros(30, 40, dtype=torch.bool) for _ in range(2))
     small.view(-1)[: 2 * 30] = True  # as many as a sample has backprops
     large.view(-1)[: 2 * 30 + 1] = True
     for mask in (small, large):
         checks.run_batch(engine, loss_of(module), data, SIZE)
-        engine.squared_norms([["weight"]], {"weight": mask})
-    assert [len(places) for places in found] == [60, 61][: 1 + entries]
+        engine.squared_norms([["weight"]], {"weight": ParameterMask(mask)})
+    assert [mask.num_active for mask in found] == [60, 61][: 1 + entries]
 
 
 def test_no_gradient_of_all_samples_is_made() -> None:
     module, data = nn.Conv2d(64, 64, 3), torch.randn(256, 64, 5, 5)
     engine = checks.make_engine(module, loss_of(module), data, memory="lean")
-    mask = {"weight": torch.rand(64, 64, 3, 3) < 0.01, "bias": torch.ones(64, dtype=torch.bool)}
-    places = {name: places_of(tensor) for name, tensor in mask.items()}
-    rows = {name: torch.zeros(len(found)) for name, found in places.items()}
+    active = torch.rand(64, 64, 3, 3) < 0.01
+    masks = checks.parameter_masks({"weight": active})
+    rows = {**checks.rows_for(masks), "bias": torch.zeros(64)}
     checks.run_batch(engine, loss_of(module), data, 256)
     with Largest() as seen:
-        norms = engine.squared_norms([["weight"]], mask)[0]
-        engine.accumulate(torch.ones(1, 256), [["weight", "bias"]], rows, mask, places)
+        norms = engine.squared_norms([["weight"]], masks)[0]
+        engine.accumulate(torch.ones(1, 256), [["weight", "bias"]], rows, masks)
     engine.detach()
     for sample in (0, 128, 255):  # of several blocks
         (grad,) = torch.autograd.grad(loss_of(module)(data[[sample]]).sum(), module.weight)
-        torch.testing.assert_close(norms[sample], grad[mask["weight"]].square().sum(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(norms[sample], grad[active].square().sum(), rtol=1e-4, atol=0)
     (grad,) = torch.autograd.grad(loss_of(module)(data).sum(), module.weight)
-    torch.testing.assert_close(rows["weight"], grad[mask["weight"]], rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(rows["weight"], grad[active], rtol=1e-3, atol=1e-2)
     assert 0 < seen.elements < 256 * module.weight.numel() / 2
 
 
@@ -204,26 +202,11 @@ def test_the_general_way_gives_the_same_entries(rule: type[Rule]) -> None:
         module, x, backprop = nn.Linear(4, 6), torch.randn(SIZE, 3, 4), torch.randn(SIZE, 3, 6)
     call = Call((x,), {}, x, backprop)
     for name in ("weight", "bias"):
-        places = torch.tensor([0, 2, 5])
-        expected = Rule.live_entries(rule(), module, [call], SIZE, name, places)
+        active = torch.zeros(module.get_parameter(name).shape, dtype=torch.bool)
+        active.view(-1)[[0, 2, 5]] = True
+        mask = ParameterMask(active)
+        expected = Rule.active_entries(rule(), module, [call], SIZE, name, mask)
         assert expected.shape == (SIZE, 3)
-        torch.testing.assert_close(rule().live_entries(module, [call], SIZE, name, places), expected)
+        torch.testing.assert_close(rule().active_entries(module, [call], SIZE, name, mask), expected)
         nothing = Call((x[:0],), {}, x[:0], backprop[:0])
-        assert rule().live_entries(module, [nothing], 0, name, places).shape == (0, 3)
-
-
-def test_places_are_found_once_a_mask_and_anew_where_it_changed() -> None:
-    gc.collect()
-    before = len(sparse_mask._known_places)
-    mask = torch.tensor([[True, False], [False, True]])
-    found = places_of(mask)
-    assert found.tolist() == [0, 3]
-    assert places_of(mask) is found
-    mask[0, 1] = True
-    assert places_of(mask).tolist() == [0, 1, 3]
-    assert len(sparse_mask._known_places) == before + 1
-    del mask
-    gc.collect()
-    assert len(sparse_mask._known_places) == before
-    with torch.inference_mode():
-        assert places_of(torch.tensor([False, True])).tolist() == [1]
+        assert rule().active_entries(module, [nothing], 0, name, mask).shape == (0, 3)

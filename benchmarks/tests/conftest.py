@@ -1,0 +1,5 @@
+"""The settings of the package's own tests."""
+
+from tests.conftest import _same_weights, _single_thread
+
+__all__ = ["_same_weights", "_single_thread"]

@@ -1,0 +1,97 @@
+"""Contribution: what the samples of a microbatch add to the sum, as factors or explicitly.
+
+Shapes: G groups of parameters, B samples, P private coordinates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Samples(Protocol):
+    """The per-sample gradients of a microbatch; norms and gradients are computed when they are first read."""
+
+    @property
+    def norms(self) -> Tensor:
+        """L2 norms per group and sample, shape (G, B), float32 or float64. Private."""
+
+    @property
+    def gradients(self) -> Tensor:
+        """Whole gradients, shape (B, P). Private."""
+
+    @property
+    def active(self) -> Tensor | None:
+        """(P,) booleans, public: coordinates that may receive anything; None for all."""
+
+    def add_weighted(self, factors_GB: Tensor) -> None:
+        """Add the sum of ``factor * gradient`` over the samples to the accumulator."""
+
+    def add_sum(self, total_P: Tensor) -> None:
+        """Add an explicit sum to the accumulator."""
+
+
+class Contribution(ABC):
+    """What each sample of a microbatch adds to the sum.
+
+    **Guarantee**: no sample adds more than the sensitivity of the clipping that made it. Private.
+    """
+
+    @property
+    @abstractmethod
+    def norms(self) -> Tensor:
+        """L2 norm of each sample's contribution over all groups, shape (B,)."""
+
+    @abstractmethod
+    def add(self) -> None:
+        """Add the contributions of all samples to the accumulator."""
+
+
+@dataclass(frozen=True)
+class WeightedContribution(Contribution):
+    """Each sample's gradient times a factor per group.
+
+    Args:
+        samples: gradients of a microbatch.
+        factors: (G, B), >= 0.
+    """
+
+    samples: Samples
+    factors: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        """L2 norm of each sample's contribution over all groups, shape (B,)."""
+        norms: Tensor = torch.linalg.vector_norm(self.factors * self.samples.norms, dim=0)
+        return norms
+
+    def add(self) -> None:
+        """Add the weighted sum: no per-sample gradient is needed where a cheaper way exists."""
+        self.samples.add_weighted(self.factors)
+
+
+@dataclass(frozen=True)
+class ExplicitContribution(Contribution):
+    """A vector per sample that is no multiple of its gradient.
+
+    Args:
+        samples: gradients of a microbatch.
+        values: (B, P).
+    """
+
+    samples: Samples
+    values: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        """L2 norm of each sample's contribution, shape (B,)."""
+        norms: Tensor = torch.linalg.vector_norm(self.values, dim=1)
+        return norms
+
+    def add(self) -> None:
+        """Add the sum of the vectors."""
+        self.samples.add_sum(self.values.sum(0))

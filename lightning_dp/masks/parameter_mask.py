@@ -1,0 +1,95 @@
+"""ParameterMask: the active coordinates of one parameter, in each form that a step reads."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_SPARSE_SHARE = 0.15
+"""Largest share of active coordinates for which a sparse product is faster (measured on a CPU)."""
+
+_SPARSE_SIDE = 64
+"""Shortest side for which it is: a sparse product first transposes its dense factor (measured on a CPU)."""
+
+
+class ParameterMask:
+    """Which coordinates of one parameter are active: booleans, indices and a sparse matrix.
+
+    A mask is made once per change; each form is computed when it is first read, and then kept.
+
+    **Guarantee**: public. It never changes: a change of the mask is a new object.
+
+    Args:
+        active: booleans of the parameter's shape, on its device; True where active. It must not be written to.
+
+    Example:
+        >>> mask = ParameterMask(torch.tensor([[True, False], [False, True]]))
+        >>> mask.indices.tolist(), mask.num_active
+        ([0, 3], 2)
+        >>> mask.select(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([1., 4.])
+    """
+
+    def __init__(self, active: Tensor) -> None:
+        if active.dtype != torch.bool:
+            raise TypeError(f"Expected a mask of booleans, got dtype={active.dtype}. Pass mask != 0.")
+        self.active = active
+        self._num_sparse_products = 0
+        self._matrix: Tensor | None = None
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """Ascending indices of the active coordinates in the flattened parameter, shape ``(L,)``."""
+        return self.active.reshape(-1).nonzero().squeeze(1)
+
+    @property
+    def num_active(self) -> int:
+        """L: number of active coordinates."""
+        return self.indices.numel()
+
+    @property
+    def share(self) -> float:
+        """Share of active coordinates, in [0, 1]."""
+        return self.num_active / max(1, self.active.numel())
+
+    def select(self, values: Tensor) -> Tensor:
+        """Return the active entries of a tensor of the parameter's shape, in ascending order: shape ``(L,)``."""
+        return values.reshape(-1)[self.indices]
+
+    def select_rows(self, values: Tensor) -> Tensor:
+        """Return the active entries of every sample: ``(B, *shape) -> (B, L)``."""
+        return values.reshape(values.shape[0], self.active.numel()).index_select(1, self.indices)
+
+    def next_matrix(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the matrix for a product that is repeated in each microbatch, or None if a dense product is better.
+
+        Making the matrix takes as long as a product, so it is made when it is asked for a second time.
+
+        Args:
+            dtype: of the matrix.
+
+        Returns:
+            1 where active, in CSR form, shape ``(p, d)``.
+        """
+        self._num_sparse_products += 1
+        known = self.matrix(dtype)
+        if known is not None or self._num_sparse_products < 2 or not self._is_better_sparse:
+            return known
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            self._matrix = self.active.to(dtype).to_sparse_csr()
+        return self._matrix
+
+    def matrix(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the matrix that :meth:`next_matrix` has made, or None if there is none of that type."""
+        return self._matrix if self._matrix is not None and self._matrix.dtype == dtype else None
+
+    @cached_property
+    def _is_better_sparse(self) -> bool:
+        """At one active entry in ten MKL's sparse product takes two thirds of the time of a dense one."""
+        if self.active.device.type != "cpu" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+            return False
+        return self.active.dim() == 2 and min(self.active.shape) >= _SPARSE_SIDE and self.share <= _SPARSE_SHARE

@@ -1,0 +1,147 @@
+"""Sums of outer products: their squared norms by the cheapest product, also under masks.
+
+    grad_i = sum_t left_it right_it^T
+
+Legend: ``B`` samples, ``T`` positions of a sample, ``d`` and ``p`` the lengths of the vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample.rules.base import samples_a_block, squared_norm
+from lightning_dp.per_sample.rules.rounding import at_least_tiny, gram_with_rounding, lengths, with_rounding
+
+_LARGE = 1e6
+"""Squared norms above this make squares that have vanished in the other factor count."""
+
+_HUGE = 1e30
+"""Squared norms above this make them count so much that no norm under a mask can be told."""
+
+_GRAM_BLOCK = 128
+"""Positions of a block of Gram matrices, of which those above the diagonal are left out: they are symmetric."""
+
+
+def prefer_gram(num_positions: int, num_in: int, num_out: int) -> bool:
+    """Tell whether the Gram matrices of the positions cost less than the per-sample gradients.
+
+    Multiplications a sample: ``T^2 (d + p)`` against ``T d p``.
+    """
+    return num_positions * (num_in + num_out) <= num_in * num_out
+
+
+def squared_norm_of_products(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
+    """Return ``|sum_t g_t a_t^T|^2`` for every sample, shape ``(B,)``, by the product that costs least."""
+    if inputs_BTd.shape[1] == 1:
+        return outer_squared_norm(inputs_BTd[:, 0], backprops_BTp[:, 0])
+    if prefer_gram(inputs_BTd.shape[1], inputs_BTd.shape[2], backprops_BTp.shape[2]):
+        return gram_squared_norm(inputs_BTd, backprops_BTp)
+    return product_squared_norm(backprops_BTp, inputs_BTd)
+
+
+def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
+    """Return ``|sum_t g_t a_t^T|^2 = sum_{s,t} (a_s . a_t)(g_s . g_t)`` for every sample, shape ``(B,)``.
+
+    **Guarantee**: the rounding of this sum, and that of the weighted sum, are added: a norm is never below what is added.
+    """
+    size, positions = inputs_BTd.shape[:2]
+    total = inputs_BTd.new_zeros(size)
+    squares: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for low in range(0, positions, _GRAM_BLOCK):
+        high = min(low + _GRAM_BLOCK, positions)
+        gram_a = torch.bmm(inputs_BTd[:, low:high], inputs_BTd[:, low:].mT)
+        gram_g = torch.bmm(backprops_BTp[:, low:high], backprops_BTp[:, low:].mT)
+        for gram, found in zip((gram_a, gram_g), squares, strict=True):
+            found.append(gram.diagonal(dim1=1, dim2=2).clone())
+        gram_a[:, :, : high - low].mul_(0.5)  # the block on the diagonal is symmetric, the others are met once
+        total += 2 * torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1))
+    widths = (inputs_BTd.shape[2], backprops_BTp.shape[2])
+    sides = (at_least_tiny(torch.cat(found, 1).sqrt(), width) for found, width in zip(squares, widths, strict=True))
+    return gram_with_rounding(total, *sides)
+
+
+def outer_squared_norm(inputs_Bd: Tensor, backprops_Bp: Tensor) -> Tensor:
+    """Return ``|g a^T|^2 = |a|^2 |g|^2`` for every sample, shape ``(B,)``."""
+    norm_a = torch.linalg.vector_norm(inputs_Bd, dim=1).square()
+    norm_g = torch.linalg.vector_norm(backprops_Bp, dim=1).square()
+    norm_a, norm_g = _no_underflow(norm_a, norm_g, inputs_Bd.shape[1], backprops_Bp.shape[1])
+    return norm_a * norm_g
+
+
+def _no_underflow(norm_a: Tensor, norm_g: Tensor, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
+    """Count squares too small for the type as the smallest where the other factor is huge: the product may matter."""
+    tiny = torch.finfo(norm_a.dtype).tiny
+    return (
+        torch.where(norm_g > _LARGE, norm_a.clamp_min(tiny * num_in), norm_a),
+        torch.where(norm_a > _LARGE, norm_g.clamp_min(tiny * num_out), norm_g),
+    )
+
+
+def product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return ``|weights * sum_t left_t right_t^T|^2`` for every sample, with the rounding of the weighted sum."""
+    norms = lefts_BTp.new_empty(lefts_BTp.shape[0])
+    for rows, part in products(lefts_BTp, rights_BTd):
+        if weights is not None:
+            part.mul_(weights)
+        norms[rows] = squared_norm(part)
+    return with_rounding(norms, torch.linalg.vecdot(lengths(lefts_BTp), lengths(rights_BTd)), lefts_BTp.shape[1])
+
+
+def products(lefts_BTp: Tensor, rights_BTd: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield samples with their ``sum_t left_t right_t^T``, in one small buffer that is used again."""
+    size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
+    step = samples_a_block(size, num_left * num_right, lefts_BTp.device)
+    product = lefts_BTp.new_empty(step, num_left, num_right)
+    for low in range(0, size, step):
+        rows = slice(low, min(low + step, size))
+        part = product[: rows.stop - low]
+        torch.bmm(lefts_BTp[rows].mT, rights_BTd[rows], out=part)
+        yield rows, part
+
+
+def masked_outer_squared_norm(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor) -> Tensor:
+    """Return ``sum_{p,d} mask[p, d] left[p]^2 right[d]^2`` for every sample, shape ``(B,)``; infinity next to a huge vector.
+
+    Squares that have vanished count if the other vector is large, so the most that they can be is added. Next to a huge vector
+    the sample counts as not finite, as one with NaN does.
+
+    Args:
+        mask: of shape ``(p, d)``.
+        lefts_Bp: shape ``(B, p)``.
+        rights_Bd: shape ``(B, d)``.
+    """
+    matrix = mask.next_matrix(rights_Bd.dtype)
+    if matrix is None:
+        norms: Tensor = torch.linalg.vecdot(lefts_Bp.square() @ mask.active.to(lefts_Bp.dtype), rights_Bd.square())
+    else:
+        norms = ((matrix @ _times(rights_Bd.mT, rights_Bd.mT)) * lefts_Bp.square().mT).sum(0)
+    squares, tiny = (squared_norm(lefts_Bp), squared_norm(rights_Bd)), torch.finfo(norms.dtype).tiny
+    for square, other in zip(squares, (rights_Bd, lefts_Bp), strict=True):
+        norms = norms + torch.where(square > _LARGE, square * tiny * other.shape[1], 0.0)
+    return torch.where(torch.maximum(*squares) <= _HUGE, norms, torch.inf)
+
+
+def masked_outer_sum(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor, factors_B: Tensor) -> Tensor | None:
+    """Return ``sum_B factor left[p] right[d]`` at the active entries, row by row; None where a dense product is better.
+
+    Args:
+        mask: of shape ``(p, d)``.
+        lefts_Bp: shape ``(B, p)``.
+        rights_Bd: shape ``(B, d)``.
+        factors_B: shape ``(B,)``.
+    """
+    matrix = mask.matrix(rights_Bd.dtype)
+    if matrix is None:
+        return None
+    lefts_pB = _times(lefts_Bp.mT, factors_B.to(lefts_Bp.dtype))
+    sums: Tensor = torch.sparse.sampled_addmm(matrix, lefts_pB, rights_Bd, beta=0.0)
+    return sums.values()
+
+
+def _times(one: Tensor, other: Tensor) -> Tensor:
+    """Return the product of a transposed view with something, row by row: transposed on the way, not in a pass of its own."""
+    return torch.mul(one, other, out=one.new_empty(one.shape))

@@ -1,0 +1,57 @@
+"""Samples: the per-sample gradients of one microbatch, as a clipping reads and adds them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_dp.clipping.base import SMALLEST_FACTOR
+from lightning_dp.per_sample import GradientEngine
+from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.reduction import Reduction
+
+
+class Samples:
+    """The gradients of the samples of a microbatch, with respect to the parameters of one accumulator.
+
+    Norms and gradients are computed when they are first read: a clipping by factors needs no per-sample gradient.
+
+    Args:
+        engine: has recorded the microbatch.
+        accumulator: sum of one private optimizer.
+        scale: factor from the gradients that the engine has recorded to those of one sample's loss.
+        reduction: adds up norms of parts that other ranks hold.
+    """
+
+    def __init__(self, engine: GradientEngine, accumulator: Accumulator, scale: float, reduction: Reduction) -> None:
+        self._engine, self._accumulator, self._scale, self._reduction = engine, accumulator, scale, reduction
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """L2 norms of the active coordinates per group and sample, shape (G, B). Private."""
+        squared = self._engine.squared_norms(self._accumulator.groups, self._accumulator.masks)
+        return self._reduction.combine_norms(squared).sqrt() * self._scale
+
+    @property
+    def gradients(self) -> Tensor:
+        """Whole gradients, shape (B, P). Private."""
+        grads = self._engine.per_sample_gradients(self._accumulator.names)
+        return torch.cat([grad.flatten(1) for grad in grads.values()], 1) * self._scale
+
+    @property
+    def active(self) -> Tensor | None:
+        """(P,) booleans: the active coordinates; None without a mask."""
+        return self._accumulator.active
+
+    def add_weighted(self, factors_GB: Tensor) -> None:
+        """Add the sum of ``factor * gradient`` over the samples to the accumulator."""
+        accumulator = self._accumulator
+        weights = factors_GB * (self._scale / accumulator.divisor)
+        weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
+        self._engine.accumulate(weights, accumulator.groups, accumulator.views, accumulator.masks, accumulator.scratch)
+
+    def add_sum(self, total_P: Tensor) -> None:
+        """Add an explicit sum of contributions to the accumulator."""
+        self._accumulator.add(total_P)
