@@ -27,6 +27,7 @@ __all__ = [
     "Epsilon",
     "EpsilonMonitor",
     "FabricPrivacy",
+    "FixModule",
     "Fixed",
     "FlatClipping",
     "GradientDiagnostics",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         AutoThreshold,
         ClippingScheduler,
         EpsilonMonitor,
+        FixModule,
         GradientDiagnostics,
         MagnitudePruning,
         NoiseScheduler,
@@ -110,7 +112,7 @@ else:
         "accounting": "Ledger PrivacyEvent",
         "auditing": "AuditResult",
         "callbacks": (
-            "AdaptiveClipping AutoThreshold ClippingScheduler EpsilonMonitor GradientDiagnostics MagnitudePruning "
+            "AdaptiveClipping AutoThreshold ClippingScheduler EpsilonMonitor FixModule GradientDiagnostics MagnitudePruning "
             "NoiseScheduler PrivacyAudit PrivacyBudget PrivacyCard PublishedAutoThreshold RandomSparsification SwitchToDP"
         ),
         "clipping": "AutomaticClipping Clipping FlatClipping NoClipping PSACClipping PerLayerClipping TopAgg",

@@ -5,7 +5,7 @@ This file is light, because the package binds the name ``fix`` when it is first 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,21 +19,23 @@ class Fixed(NamedTuple):
 
 
 def fix(module: nn.Module) -> Fixed:
-    """Replace the layers of a module that cannot be trained privately.
+    """Replace the layers of a module that cannot be trained privately, and no others.
 
-    ===============================  ========================================  ==================================
-    layer                            becomes                                   what it computes
-    ===============================  ========================================  ==================================
-    BatchNorm, SyncBatchNorm         GroupNorm, weight and bias kept           something else: train or fine-tune
-    InstanceNorm, tracking           the same without running statistics       the same in training
-    LSTM, GRU, RNN                   opacus' layers made of Linear             the same
-    MultiheadAttention               one made of Linear layers                 the same
-    ===============================  ========================================  ==================================
+    ==================================  ===================================================================
+    layer                               becomes
+    ==================================  ===================================================================
+    BatchNorm, SyncBatchNorm            GroupNorm, weight and bias kept
+    subclass with a ``forward``         itself, with group norm where its ``forward`` calls batch norm
+    InstanceNorm, tracking              itself, without running statistics: the same in training
+    ==================================  ===================================================================
+
+    Group norm computes something else than batch norm: train or fine-tune. A subclass without a ``forward`` of its own is
+    treated as its base. Recurrent layers and attention need no replacement.
 
     The submodules are exchanged inside the given module, no copy is made: a LightningModule keeps its hyperparameters,
     metrics and hooks. Only a module that is itself such a layer comes back as another object. Call it before optimizers
-    are built: replaced layers have new parameters. Layers whose parameters are all frozen, and subclasses of the layers
-    above, are left as they are.
+    are built: replaced layers have new parameters. Layers whose parameters are all frozen are left as they are.
+    ``DPStrategy(fix=True)`` and the callback ``FixModule`` call it at the right time.
 
     **Guarantee**: device, type, training mode and ``requires_grad`` are kept; a second call changes nothing. It does
     not make a module private: a loss or a function inside ``forward`` may still mix samples.
@@ -62,11 +64,3 @@ def fix(module: nn.Module) -> Fixed:
 
     changes: list[str] = []
     return Fixed(replace(module, changes), changes)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "SplitMultiheadAttention":  # modules pickled whole by version 0.1 name it here
-        from lightning_dp._replacements import SplitMultiheadAttention
-
-        return SplitMultiheadAttention
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -75,8 +75,7 @@ def test_optional_and_slow_packages_are_imported_where_they_are_used() -> None:
     assert {
         path.name: found for path in PACKAGE.rglob("*.py") if (found := imported_at_once(path) & (optional | loggers))
     } == {}
-    eager = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if "opacus" in imported_at_once(path)}
-    assert eager == {"_replacements.py"}  # imported by the first call of `fix`
+    assert not [path.name for path in PACKAGE.rglob("*.py") if "opacus" in imported_at_once(path)]
 
 
 def loaded(code: str) -> set[str]:
@@ -94,7 +93,7 @@ def test_package_imports_nothing_slow() -> None:
 def test_core_loads_without_lightning() -> None:
     """Every module of it, also not through a third party; and opacus is left to the calls that need it."""
     modules = [".".join(("lightning_dp", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in CORE]
-    wanted = {name.removesuffix(".__init__") for name in modules} - {"lightning_dp._replacements"}
+    wanted = {name.removesuffix(".__init__") for name in modules}
     folders = "accounting auditing clipping datalens loop masks noise per_sample reporting sampling step system"
     assert {f"lightning_dp.{name}" for name in folders.split()} <= wanted
     names = loaded(f"import importlib\nfor name in {sorted(wanted)!r}: importlib.import_module(name)")

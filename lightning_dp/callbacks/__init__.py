@@ -3,6 +3,7 @@
 from lightning_dp.callbacks.adaptive_threshold import AdaptiveClipping, AutoThreshold, PublishedAutoThreshold
 from lightning_dp.callbacks.clipping_scheduler import ClippingScheduler
 from lightning_dp.callbacks.epsilon_monitor import EpsilonMonitor
+from lightning_dp.callbacks.fix_module import FixModule
 from lightning_dp.callbacks.gradient_diagnostics import GradientDiagnostics
 from lightning_dp.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_dp.callbacks.noise_scheduler import NoiseScheduler
@@ -17,6 +18,7 @@ __all__ = [
     "AutoThreshold",
     "ClippingScheduler",
     "EpsilonMonitor",
+    "FixModule",
     "GradientDiagnostics",
     "MagnitudePruning",
     "NoiseScheduler",

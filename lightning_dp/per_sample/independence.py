@@ -135,7 +135,8 @@ def _why_never_private(module: nn.Module) -> str:
 def _why_not_together(module: nn.Module) -> str:
     """Say why samples of one forward cannot be told apart; "" where they can."""
     kind = type(module).__name__
-    if isinstance(module, _BatchNorm) and (_trains(module) or module.running_mean is None):
+    alone = getattr(module, "normalises_samples_alone", False)  # of a subclass that `fix` has changed
+    if isinstance(module, _BatchNorm) and not alone and (_trains(module) or module.running_mean is None):
         return f"{kind} normalises with statistics of the batch when it trains; {_FIX} by GroupNorm."
     if not _trains(module):
         return ""

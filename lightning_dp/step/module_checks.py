@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from lightning_dp._replacements import can_replace
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.independence import find_unsupported
 
@@ -42,9 +43,21 @@ def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
         )
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise PrivacyError(
-            f"Expected layers that treat each sample alone, got {listed.rstrip('.')}{more}. "
-            "`module, changes = lightning_dp.fix(module)` replaces them and says what it changed."
+            f"Expected layers that treat each sample alone, got {listed.rstrip('.')}{more}."
+            + _offer([layer for _, layer, _ in found])
         )
+
+
+def _offer(layers: list[nn.Module]) -> str:
+    """Return how ``fix`` helps: only where it changes one of the layers."""
+    fixed = sum(map(can_replace, layers))
+    if not fixed:
+        return ""
+    which = "them" if fixed == len(layers) else f"{fixed} of these {len(layers)}"
+    return (
+        " `module, changes = lightning_dp.fix(module)` before the optimizer is made, or `DPStrategy(fix=True)`, replaces "
+        f"{which} and says what it changed."
+    )
 
 
 def check_optimizers(optimizers: list[Optimizer], module: nn.Module, public: tuple[int, ...]) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies.strategy import Strategy
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -21,7 +20,6 @@ from lightning_dp import _validate as check
 from lightning_dp.accounting import make_accountant
 from lightning_dp.clipping import Clipping
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, private_dataloader
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import checks, module_checks
 from lightning_dp.step.history import History, note_checkpoint, note_values, read_history
@@ -38,18 +36,16 @@ from lightning_dp.step.settings import (
 )
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.strategies import _lightning, card_files, checkpoint_io, trainer_checks
-from lightning_dp.strategies.facts import RunFacts
 from lightning_dp.strategies.fit import PrivateFit
+from lightning_dp.strategies.inputs import TrainingInputs
 from lightning_dp.system import ProcessTuning
 
 _lightning.note_loaded_checkpoints(note_checkpoint)
 
 
-class PrivateStrategy(RunFacts, Strategy):
+class PrivateStrategy(TrainingInputs, Strategy):
     """Private training as a mixin over a Lightning strategy; the classes that users pass document the arguments."""
 
-    global_rank: int
-    world_size: int
     _used_accelerator: Accelerator | None = None
 
     def __init__(
@@ -75,6 +71,7 @@ class PrivateStrategy(RunFacts, Strategy):
         strict_logging: bool = False,
         history: History = None,
         tune_process: bool = True,
+        fix: bool = False,
         **strategy_options: Any,
     ) -> None:
         self.settings = settings = Settings(
@@ -111,8 +108,8 @@ class PrivateStrategy(RunFacts, Strategy):
         self.mechanisms = Mechanisms()
         self._noise: GaussianNoise | None = None
         self._tuning = ProcessTuning(settings.tune_process)
-        self._loader: PrivateDataLoader | None = None
-        self._fit: PrivateFit | None = None
+        self._fixes = check.check_flag("fix", fix)
+        self._loader, self._fit = None, None
 
     # ---------------------------------------------------------------- set up and tear down
 
@@ -126,6 +123,7 @@ class PrivateStrategy(RunFacts, Strategy):
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
+        self.fix_layers()
         trainer_checks.check_trainer(trainer, self.settings)
         trainer_checks.check_module(self.module, runs_samples_alone=self.settings.runs_samples_alone)
         self.state.check_history(self.module)
@@ -188,45 +186,6 @@ class PrivateStrategy(RunFacts, Strategy):
         self._fit.step.check_released()
         card_files.write(self.trainer, self, self.mechanisms.card)
         _messages.info(self.state.summary_line())
-
-    # ---------------------------------------------------------------- the data
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        """Replace the training loader by one that draws logical batches; every other loader passes as it is."""
-        trainer = self.trainer
-        if not (trainer.state.fn == TrainerFn.FITTING and trainer.state.stage == RunningStage.TRAINING):
-            return dataloader
-        trainer_checks.check_single_loader(trainer)
-        loader = private_dataloader(
-            dataloader,  # type: ignore[arg-type]
-            sampling=self.settings.sampling,
-            microbatch_size=self.settings.microbatch_size,
-            accumulate=trainer.accumulate_grad_batches,
-            rank=self.global_rank,
-            world_size=self.world_size,
-            seed=self.settings.seed,
-            num_batches_kept=trainer_checks.batches_kept(trainer),
-            extra_records=self.mechanisms.extra_records,
-        )
-        checks.check_same_dataset(self._loader, loader)
-        if self._loader is not None and self._loader.facts != loader.facts:
-            self.state.plan = None  # another batch size: another sample rate from here on
-        self._loader = loader
-        return loader
-
-    @override
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a batch; of a logical batch the last microbatch now, the others when they are used."""
-        if isinstance(batch, LogicalBatch) and self._fit is not None:
-            return self._fit.take(batch)
-        trainer_checks.check_not_nested(batch)
-        return super().batch_to_device(batch, device, dataloader_idx)
-
-    def to_device(self, batch: Any) -> Any:
-        """Do to one microbatch what Lightning's loop does to a batch before the step."""
-        batch = _lightning.apply_transfer_hook(self.module, self.precision_plugin.convert_input(batch))
-        return super().batch_to_device(batch, self.root_device, 0)
 
     # ---------------------------------------------------------------- the step
 

@@ -53,6 +53,8 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
             list of these. It counts towards target and budget. A module that an earlier private run trained is refused
             without it; ``[]`` states that the runs have no record in common.
         tune_process: tune the memory allocator and OpenMP threads of the process while a fit runs.
+        fix: exchange layers that cannot be trained privately (BatchNorm), as ``lightning_dp.fix`` does, before the optimizers
+            are made. It changes what such layers compute.
         **strategy_options: what the Lightning strategy takes.
 
     Raises:

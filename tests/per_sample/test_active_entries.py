@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from opacus.layers import DPLSTM
 from torch import Tensor, nn
 
-from lightning_dp import fix
 from lightning_dp.masks import ParameterMask
 from lightning_dp.per_sample import sources
 from lightning_dp.per_sample.rules.base import Call, Rule
@@ -26,7 +26,7 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = fix(nn.LSTM(7, 12, batch_first=True)).module
+        self.lstm = DPLSTM(7, 12, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lstm(x)[0]

@@ -315,8 +315,8 @@ def test_a_parameter_outside_the_module_is_refused() -> None:
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_layers_that_fix_puts_in(batch_first: bool) -> None:
-    """Opacus' recurrent and attention layers work through the linear layers inside them."""
+def test_recurrent_and_attention_layers_of_opacus(batch_first: bool) -> None:
+    """They work through the linear layers inside them."""
     from opacus.layers import DPLSTM, DPMultiheadAttention
 
     class Net(nn.Module):

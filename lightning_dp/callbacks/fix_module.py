@@ -1,0 +1,39 @@
+"""Layers that cannot be trained privately, exchanged when a stage begins."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_dp import _messages
+from lightning_dp.fix import fix
+
+
+class FixModule(Callback):
+    """Calls ``lightning_dp.fix`` on the module in ``setup``: for packages whose own ``fit`` makes module and Trainer.
+
+    Layers that the module makes later, in its own ``setup`` or ``configure_model``, are not seen: use
+    ``DPStrategy(fix=True)`` for them. Works with every strategy, so that a plain run can train the same layers.
+
+    No guarantee of its own: see ``fix``.
+
+    Raises:
+        ValueError: a lazy layer has not seen its first batch.
+
+    Example:
+        >>> callback = FixModule()
+        >>> callback.changes
+        []
+    """
+
+    def __init__(self) -> None:
+        self.changes: list[str] = []
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a stage begins, before optimizers are made and weights are loaded. Exchanges the layers."""
+        changes = fix(pl_module).changes
+        self.changes += changes
+        for change in changes:
+            _messages.info(f"fix: {change}.")
