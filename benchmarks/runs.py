@@ -53,6 +53,10 @@ CALLBACKS: dict[str, Callable[[str, int], L.Callback]] = {
 }
 
 
+#: Noise multipliers that a target epsilon has led to in this process, by what they depend on.
+_calibrated: dict[tuple[Any, ...], float] = {}
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run.
@@ -152,8 +156,10 @@ def execute(run: Run) -> dict[str, Any]:
     """
     began, work = time.perf_counter(), time.process_time()
     split, strategy = split_of(run.data, report=run.report), None
-    if run.sigma is not None or run.epsilon is not None:
-        noise = {"noise_multiplier": run.sigma} if run.sigma is not None else {"target_epsilon": run.epsilon}
+    known = (run.epsilon, run.epochs, run.batch, len(split.train), run.method)
+    sigma = run.sigma if run.epsilon is None else _calibrated.get(known)
+    if sigma is not None or run.epsilon is not None:
+        noise = {"target_epsilon": run.epsilon} if sigma is None else {"noise_multiplier": sigma}
         strategy = DPStrategy(
             target_delta=DELTA, max_grad_norm=run.clip, clipping=run.clipping, microbatch_size=MICROBATCH, **noise
         )
@@ -172,6 +178,8 @@ def execute(run: Run) -> dict[str, Any]:
     trainer.fit(module, DataLoader(split.train, batch_size=run.batch, shuffle=True))
     epsilons = {}
     if strategy is not None:
+        if run.epsilon is not None:
+            _calibrated[known] = strategy.plan.noise_multiplier
         epsilons = {name: make_accountant(name).epsilon_or_inf(strategy.ledger, DELTA) for name in ("pld", "rdp")}
     return {
         "accuracy": accuracy(module.net, split.held_out),
