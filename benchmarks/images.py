@@ -9,10 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from benchmarks import data
 from benchmarks.data import Data
-from benchmarks.tasks import Records, Split
+from benchmarks.readers import ADULT_WIDTH
+from benchmarks.tasks import Split
 from benchmarks.waves import FEATURES, waves
 
 #: Records at the end of the training split that choices are made on; they train again for the report.
@@ -82,8 +84,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{f"mlp {width}": functools.partial(perceptron, width) for width in (64, 256, 1024, 4096)},
     "tanh mlp": functools.partial(perceptron, 128, 1, nn.Tanh),
     "waves linear": functools.partial(linear, FEATURES, 10),
-    "adult linear": functools.partial(linear, 48, 2),
-    "adult mlp": lambda: nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 2)),
+    "adult linear": functools.partial(linear, ADULT_WIDTH, 2),
+    "adult mlp": lambda: nn.Sequential(nn.Linear(ADULT_WIDTH, 64), nn.Tanh(), nn.Linear(64, 2)),
 }
 
 
@@ -127,6 +129,6 @@ def split_of(name: str, *, report: bool) -> Split:
     """
     x_train, y_train, x_test, y_test = _inputs(name)
     if report:
-        return Split(Records(x_train, y_train), Records(x_test, y_test))
+        return Split(TensorDataset(x_train, y_train), TensorDataset(x_test, y_test))
     cut = len(y_train) - VALIDATION[name.partition(":")[0]]
-    return Split(Records(x_train[:cut], y_train[:cut]), Records(x_train[cut:], y_train[cut:]))
+    return Split(TensorDataset(x_train[:cut], y_train[:cut]), TensorDataset(x_train[cut:], y_train[cut:]))

@@ -30,6 +30,8 @@ ADULT_CATEGORIES = {
     "sex": "Female, Male",
     "native-country": "United-States",
 }
+#: Numbers of an encoded row.
+ADULT_WIDTH = len(ADULT_BOUNDS) + sum(listed.count(",") + 1 for listed in ADULT_CATEGORIES.values())
 ADULT_COLUMNS = [
     *("age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship"),
     *("race", "sex", "capital-gain", "capital-loss", "hours-per-week", "native-country", "income"),

@@ -6,7 +6,7 @@
 The search, written down before it ran: at epsilon 3 one number after the other is tried over its grid (rate, epochs, batch,
 clipping bound, decay of the rate, momentum), the best mean accuracy of the seeds of the search on the validation records is
 kept, ties go to the first tried. While the best value of rate, epochs or batch is at an end of its grid, the grid grows by one
-value at that end, at most twice. Epsilon 1 and 8 start from the recipe for 3 and search rate and epochs only. When the bound
+value at that end, at most twice. Epsilon 1 and 8 start from the recipe for 3 and search the rate only: two cores carry no more. When the bound
 or the momentum changes, the rate changes with it so that the size of a step stays. Then the recipe trains on the whole
 training split with seeds that the search did not use, and is judged once each on the test split.
 """
@@ -37,7 +37,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "decay": (False, True),
     "momentum": (0.0, 0.9),
 }
-SHORT = ("lr", "epochs")
+SHORT = ("lr",)
 GROWING = ("lr", "epochs", "batch")
 
 

@@ -18,11 +18,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.images import NETWORKS, split_of
 from benchmarks.stats import Mean, mean_of
-from benchmarks.tasks import Records
 from lightning_dp import (
     AdaptiveClipping,
     AutoThreshold,
@@ -35,8 +34,8 @@ from lightning_dp import (
 from lightning_dp.accounting import make_accountant
 
 DELTA = 1e-5
-#: Samples on the device at once; results do not depend on it.
-MICROBATCH = 512
+#: Samples on the device at once, for convolutions and for other networks; results do not depend on it.
+MICROBATCH = {True: 512, False: 2048}
 #: Callbacks of a run by name; the name's last word is the number that they take.
 CALLBACKS: dict[str, Callable[[str, int], L.Callback]] = {
     "sparse": lambda value, seed: RandomSparsification(float(value), seed=seed),
@@ -124,7 +123,7 @@ class Model(L.LightningModule):
 
 
 @torch.no_grad()
-def accuracy(network: torch.nn.Module, records: Records) -> float:
+def accuracy(network: torch.nn.Module, records: TensorDataset) -> float:
     """Share of records whose largest logit is their label's."""
     inputs, labels = records.tensors
     hits = [(network(x).argmax(1) == y).sum() for x, y in zip(inputs.split(1000), labels.split(1000), strict=True)]
@@ -132,12 +131,12 @@ def accuracy(network: torch.nn.Module, records: Records) -> float:
 
 
 def commit() -> str:
-    """The short name of the checkout's commit, with a plus if files differ from it."""
+    """The short name of the checkout's commit, with a plus if Python files of the benchmarks differ from it."""
     here = Path(__file__).parent
     name = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
     ).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True).stdout
+    changed = subprocess.run(["git", "status", "--porcelain", "*.py"], cwd=here, capture_output=True, text=True).stdout
     return name + ("+" if changed.strip() else "")
 
 
@@ -161,7 +160,11 @@ def execute(run: Run) -> dict[str, Any]:
     if sigma is not None or run.epsilon is not None:
         noise = {"target_epsilon": run.epsilon} if sigma is None else {"noise_multiplier": sigma}
         strategy = DPStrategy(
-            target_delta=DELTA, max_grad_norm=run.clip, clipping=run.clipping, microbatch_size=MICROBATCH, **noise
+            target_delta=DELTA,
+            max_grad_norm=run.clip,
+            clipping=run.clipping,
+            microbatch_size=MICROBATCH["cnn" in run.network],
+            **noise,
         )
     module, (name, _, value) = Model(run), run.method.rpartition(" ")
     trainer = L.Trainer(
