@@ -81,7 +81,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "relu cnn": functools.partial(small_cnn, nn.ReLU),
     "tanh cnn": functools.partial(small_cnn, nn.Tanh),
     "wide cnn": wide_cnn,
-    **{f"mlp {width}": functools.partial(perceptron, width) for width in (64, 256, 1024, 4096)},
+    **{f"mlp {width}": functools.partial(perceptron, width) for width in (64, 512)},
     "tanh mlp": functools.partial(perceptron, 128, 1, nn.Tanh),
     "waves linear": functools.partial(linear, FEATURES, 10),
     "adult linear": functools.partial(linear, ADULT_WIDTH, 2),
