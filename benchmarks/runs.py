@@ -1,0 +1,251 @@
+"""Training runs on real data as lines of a JSON file: described, run once, resumed where the file ends.
+
+A line holds the description of a run and what it gave: accuracy, epsilon by two accountants, seconds, machine, commit. A
+queue runs what the file lacks, in its order, until its time budget is used; a second call does the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.images import NETWORKS, split_of
+from benchmarks.stats import Mean, mean_of
+from lightning_dp import (
+    AdaptiveClipping,
+    AutoThreshold,
+    DPStrategy,
+    MagnitudePruning,
+    NoiseScheduler,
+    RandomSparsification,
+    SwitchToDP,
+)
+from lightning_dp.accounting import make_accountant
+
+DELTA = 1e-5
+#: Samples on the device at once, for convolutions and for other networks; results do not depend on it.
+MICROBATCH = {True: 512, False: 2048}
+#: Callbacks of a run by name; the name's last word is the number that they take.
+CALLBACKS: dict[str, Callable[[str, int], L.Callback]] = {
+    "sparse": lambda value, seed: RandomSparsification(float(value), seed=seed),
+    "prune": lambda value, seed: MagnitudePruning(float(value)),
+    "random mask": lambda value, seed: MagnitudePruning(float(value), scores="random", seed=seed),
+    "noise step": lambda value, seed: NoiseScheduler("step", factor=float(value), every_n_epochs=3),
+    "noise linear": lambda value, seed: NoiseScheduler("linear", factor=float(value)),
+    "noise time": lambda value, seed: NoiseScheduler("time", rate=float(value)),
+    "noise exponential": lambda value, seed: NoiseScheduler("exponential", rate=float(value)),
+    "auto threshold": lambda value, seed: AutoThreshold(float(value)),
+    "quantile": lambda value, seed: AdaptiveClipping(float(value)),
+    "private from": lambda value, seed: SwitchToDP(int(value)),
+    "private until": lambda value, seed: SwitchToDP(int(value), reverse=True),
+}
+
+
+#: Noise multipliers that a target epsilon has led to in this process, by what they depend on.
+_calibrated: dict[tuple[Any, ...], float] = {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        data: name of the data set.
+        network: key of ``NETWORKS``.
+        epochs: passes over the training records in expectation.
+        batch: expected number of records a step.
+        lr: learning rate of SGD.
+        sigma: noise multiplier; or
+        epsilon: what sigma is calibrated to; neither trains without privacy.
+        clip: bound on the norm of one record's gradient.
+        clipping: of ``DPStrategy``.
+        momentum: of SGD.
+        decay: whether the rate falls to nothing in a straight line.
+        method: key of ``CALLBACKS`` and a number.
+        report: judged on the test split, else on the validation records.
+        seed: of weights and masks; sampling and noise are not seeded.
+    """
+
+    data: str
+    network: str
+    epochs: int
+    batch: int
+    lr: float
+    sigma: float | None = None
+    epsilon: float | None = None
+    clip: float = 1.0
+    clipping: str = "flat"
+    momentum: float = 0.0
+    decay: bool = False
+    method: str = ""
+    report: bool = False
+    seed: int = field(default=0)
+
+    def but(self, **changes: Any) -> Run:
+        """The same run with other values."""
+        return Run(**{**asdict(self), **changes})
+
+
+class Model(L.LightningModule):
+    """A network, cross-entropy and SGD.
+
+    Args:
+        run: its description.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        torch.manual_seed(run.seed)  # weights only
+        self.net, self.run = NETWORKS[run.network](), run
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        return torch.nn.functional.cross_entropy(self.net(inputs), labels)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.run.lr, momentum=self.run.momentum)
+        if not self.run.decay:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, total_iters=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+
+@torch.no_grad()
+def accuracy(network: torch.nn.Module, records: TensorDataset) -> float:
+    """Share of records whose largest logit is their label's."""
+    inputs, labels = records.tensors
+    hits = [(network(x).argmax(1) == y).sum() for x, y in zip(inputs.split(1000), labels.split(1000), strict=True)]
+    return float(sum(hits)) / len(labels)
+
+
+def commit() -> str:
+    """The short name of the checkout's commit, with a plus if Python files of the benchmarks differ from it."""
+    here = Path(__file__).parent
+    name = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
+    ).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "*.py"], cwd=here, capture_output=True, text=True).stdout
+    return name + ("+" if changed.strip() else "")
+
+
+def machine() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} thread(s)"
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Train once and judge once, after the last epoch.
+
+    Returns:
+        ``accuracy``, ``epsilon`` by accountant at delta 1e-5, ``sigma``, ``steps``, ``seconds`` of wall clock and of the processor.
+    """
+    began, work = time.perf_counter(), time.process_time()
+    split, strategy = split_of(run.data, report=run.report), None
+    known = (run.epsilon, run.epochs, run.batch, len(split.train), run.method)
+    sigma = run.sigma if run.epsilon is None else _calibrated.get(known)
+    if sigma is not None or run.epsilon is not None:
+        noise = {"target_epsilon": run.epsilon} if sigma is None else {"noise_multiplier": sigma}
+        strategy = DPStrategy(
+            target_delta=DELTA,
+            max_grad_norm=run.clip,
+            clipping=run.clipping,
+            microbatch_size=MICROBATCH["cnn" in run.network],
+            **noise,
+        )
+    module, (name, _, value) = Model(run), run.method.rpartition(" ")
+    trainer = L.Trainer(
+        max_epochs=run.epochs,
+        strategy=strategy or "auto",
+        callbacks=[CALLBACKS[name](value, run.seed)] if name else [],
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(split.train, batch_size=run.batch, shuffle=True))
+    epsilons = {}
+    if strategy is not None:
+        if run.epsilon is not None:
+            _calibrated[known] = strategy.plan.noise_multiplier
+        epsilons = {name: make_accountant(name).epsilon_or_inf(strategy.ledger, DELTA) for name in ("pld", "rdp")}
+    return {
+        "accuracy": accuracy(module.net, split.held_out),
+        "epsilon": {name: round(value, 4) if math.isfinite(value) else "inf" for name, value in epsilons.items()},
+        "sigma": strategy.plan.noise_multiplier if strategy else None,
+        "steps": trainer.global_step,
+        "seconds": round(time.perf_counter() - began, 1),
+        "processor_seconds": round(time.process_time() - work, 1),
+    }
+
+
+class Results:
+    """The lines of a file, found by the description of their run.
+
+    Args:
+        path: of the JSON-lines file; created with the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.lines: dict[Run, dict[str, Any]] = {Run(**line["run"]): line for line in lines}
+
+    def add(self, run: Run, outcome: dict[str, Any]) -> None:
+        """Append a finished run."""
+        line = {
+            "run": asdict(run),
+            **outcome,
+            "machine": machine(),
+            "commit": commit(),
+            "day": time.strftime("%Y-%m-%d"),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines[run] = line
+
+    def accuracies(self, run: Run, seeds: Iterable[int]) -> dict[str, float]:
+        """Accuracy by seed, of the seeds that the file holds."""
+        found = {seed: self.lines.get(run.but(seed=seed)) for seed in seeds}
+        return {str(seed): line["accuracy"] for seed, line in found.items() if line is not None}
+
+    def mean(self, run: Run, seeds: Iterable[int]) -> Mean | None:
+        """Mean accuracy over the seeds that the file holds; None without any."""
+        values = self.accuracies(run, seeds)
+        return mean_of(values.values()) if values else None
+
+    def best(self, runs: Iterable[Run], seeds: Iterable[int]) -> Run | None:
+        """The run with the best mean accuracy on the validation records; None while one of them is missing."""
+        means = {run: self.mean(run, seeds) for run in runs}
+        if any(mean is None for mean in means.values()):
+            return None
+        return max(means, key=lambda run: means[run].value)  # type: ignore[union-attr]
+
+    def fill(self, runs: Iterable[Run], *, until: float = math.inf) -> bool:
+        """Run what is missing, in order, and start none after ``until`` (seconds since the epoch); True when nothing is missing."""
+        for run in runs:
+            if run in self.lines:
+                continue
+            if time.time() > until:
+                return False
+            self.add(run, execute(run))
+            print(
+                f"{time.strftime('%H:%M:%S')} {self.lines[run]['accuracy']:.4f} {self.lines[run]['seconds']:.0f} s {run}",
+                flush=True,
+            )
+        return True
