@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lightning_dp.fix import Fixed, fix  # at once: the import of the file `fix` would hide the function `fix`
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaptiveClipping",

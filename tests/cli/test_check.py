@@ -56,6 +56,7 @@ def test_inspection_changes_nothing() -> None:
 
 
 def test_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["check", f"{FILE}:Mixed"]) == 1
     text = capsys.readouterr().out
