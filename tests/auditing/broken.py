@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import Tensor
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample.engine import PerSampleEngine
-from lightning_dp.per_sample.rules import conv, linear
 from lightning_dp.sampling import indices
 from lightning_dp.step import couplings
 from lightning_dp.step.accumulator import Accumulator
@@ -137,9 +137,13 @@ def ledger_not_written(patch: pytest.MonkeyPatch) -> None:
 
 def norms_without_rounding(patch: pytest.MonkeyPatch) -> None:
     """A norm is the product's own, without what rounding may hide."""
-    for rules in (conv, linear):
-        patch.setattr(rules, "with_rounding", lambda squared, total, num_terms, **_: squared)
-        patch.setattr(rules, "gram_with_rounding", lambda products, inputs, backprops: products.clamp_min(0.0))
+    plain = {
+        "with_rounding": lambda squared, total, num_terms, **_: squared,
+        "gram_with_rounding": lambda products, inputs, backprops: products.clamp_min(0.0),
+    }
+    for module in [m for name, m in sys.modules.items() if name.startswith("lightning_dp.per_sample.")]:
+        for name, function in plain.items():
+            patch.setattr(module, name, function, raising=False)
 
 
 def optimizers_unguarded(patch: pytest.MonkeyPatch) -> None:
