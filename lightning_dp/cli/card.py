@@ -54,6 +54,7 @@ def card(options: argparse.Namespace) -> int:
             nonprivate_logs=notes.nonprivate_logs,
             audits=notes.audits,
             choices=notes.choices,
+            kept_apart=notes.kept_apart,
         )
     )
     return 0

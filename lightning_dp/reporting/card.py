@@ -42,6 +42,7 @@ class RunNotes:
         mechanisms: what callbacks decided over, one sentence each.
         audits: what audits of the run found, one line each.
         choices: what was chosen by un-noised figures while training, such as a learning rate, one entry each.
+        kept_apart: why samples are taken to be independent of each other, one entry per way.
     """
 
     seeded: bool = False
@@ -50,6 +51,7 @@ class RunNotes:
     mechanisms: tuple[str, ...] = ()
     audits: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    kept_apart: tuple[str, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """The notes as plain values, for a checkpoint."""
@@ -63,14 +65,14 @@ class RunNotes:
             ValueError: a field of another kind.
         """
         flags = [state.get(name, False) for name in ("seeded", "secure_rng")]
-        lists = [state.get(name, []) for name in ("nonprivate_logs", "mechanisms", "audits", "choices")]
+        lists = [state.get(name, []) for name in ("nonprivate_logs", "mechanisms", "audits", "choices", "kept_apart")]
         if not all(isinstance(flag, bool) for flag in flags) or not all(
             isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists
         ):
             raise ValueError(
                 f"Expected flags and lists of names as notes of a run, got {dict(state)!r}. Use an intact checkpoint."
             )
-        logs, mechanisms, audits, choices = map(tuple, lists)
+        logs, mechanisms, audits, choices, kept_apart = map(tuple, lists)
         return cls(
             seeded=flags[0],
             secure_rng=flags[1],
@@ -78,6 +80,7 @@ class RunNotes:
             mechanisms=mechanisms,
             audits=audits,
             choices=choices,
+            kept_apart=kept_apart,
         )
 
 
@@ -174,6 +177,7 @@ def privacy_card(
             "noise_over_steps": _noise_over_steps(ledger),
             "noise_generator": _generator(notes),
             "callbacks": list(notes.mechanisms),
+            "samples_kept_apart": list(notes.kept_apart),
         },
         "audits": list(notes.audits),
         "not_covered": [

@@ -52,6 +52,7 @@ def to_markdown(card: Mapping[str, Any], *, plot: str | None = None) -> str:
                 "clipping": f"`{mechanism['clipping']}`",
                 "noise": mechanism["noise_generator"],
                 "decided by callbacks": "; ".join(f"`{part}`" for part in mechanism["callbacks"]) or "nothing",
+                "samples kept apart": "; ".join(mechanism["samples_kept_apart"]) or "not stated",
             },
         ),
         _noise_table(mechanism["noise_over_steps"]),

@@ -23,6 +23,9 @@ NOT_COVERED = (
     "validation and test data",
     "hyper-parameters chosen by training on this data: in other runs, or by lr_find or scale_batch_size",
     "module state other than trained parameters, if it carries training data",
+    "the number of records, which counts as public, and exceptions that user code raises on some records",
+    "preprocessing with statistics of the data, such as means, vocabularies or selected features",
+    "more than one record of a person or series: each is hidden on its own",
 )
 
 
@@ -116,6 +119,7 @@ def privacy_statement(
     nonprivate_logs: Collection[str] = (),
     audits: Sequence[str] = (),
     choices: Collection[str] = (),
+    kept_apart: Sequence[str] = (),
 ) -> str:
     """The privacy statement of a run: what is promised, how it was computed, what is not covered.
 
@@ -127,6 +131,7 @@ def privacy_statement(
         nonprivate_logs: names of figures of the training data that were logged without noise.
         audits: what audits of this run found, a line each.
         choices: what was chosen by un-noised figures while training.
+        kept_apart: why samples are taken to be independent of each other.
     """
     lines = [summary_line(plan, ledger, accountant)]
     if ledger.num_steps:
@@ -137,6 +142,8 @@ def privacy_statement(
             f"  noise multiplier: {noise} times the sensitivity; clipping: {plan.clipping!r}",
             f"  expected batch size: {plan.expected_batch_size}",
         ]
+        if kept_apart:
+            lines.append(f"  samples kept apart: {'; '.join(kept_apart)}")
         if math.isinf(accountant.epsilon(ledger, plan.delta)):
             lines.append(f"  epsilon is infinite: {why_infinite(ledger)}. This run is not private.")
     if seeded:

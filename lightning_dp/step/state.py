@@ -44,6 +44,8 @@ class PrivacyState:
         self.nonprivate_logs: set[str] = set()
         self.audits: list[str] = []
         self.choices: set[str] = set()
+        self.checked_steps: list[int] = []
+        self._kept_apart: list[str] = []
         self.decided: tuple[str, ...] = ()
         self._seeded, self._secure = seeded, secure
         self._history: list[Ledger] = []
@@ -99,7 +101,21 @@ class PrivacyState:
             nonprivate_logs=self.nonprivate_logs,
             audits=self.audits,
             choices=self.choices,
+            kept_apart=self.kept_apart,
         )
+
+    @property
+    def kept_apart(self) -> list[str]:
+        """Why samples are taken to be independent of each other, one entry per way."""
+        steps = ", ".join(str(step + 1) for step in self.checked_steps)
+        checked = (
+            [f"checked on a few records before step{'s' * (len(self.checked_steps) > 1)} {steps}"] if steps else []
+        )
+        return list(dict.fromkeys([*self._kept_apart, *checked]))
+
+    def note_kept_apart(self, why: str) -> None:
+        """Take note of a reason, other than checks, to take samples as independent of each other."""
+        self._kept_apart = list(dict.fromkeys([*self._kept_apart, why]))
 
     def summary_line(self) -> str:
         """Return the one line that ends a fit."""
@@ -179,6 +195,7 @@ class PrivacyState:
             mechanisms=self.decided,
             audits=tuple(self.audits),
             choices=tuple(sorted(self.choices)),
+            kept_apart=tuple(self.kept_apart),
         )
 
     def take_notes(self, notes: RunNotes) -> None:
@@ -188,6 +205,7 @@ class PrivacyState:
         self.nonprivate_logs |= set(notes.nonprivate_logs)
         self.audits = list(dict.fromkeys([*notes.audits, *self.audits]))
         self.choices |= set(notes.choices)
+        self._kept_apart = list(dict.fromkeys([*notes.kept_apart, *self._kept_apart]))
         self.decided = notes.mechanisms
 
     def note_unledgered(self, global_step: int, optimizer_states: Iterable[Iterable[Any]]) -> None:

@@ -56,6 +56,7 @@ class Trial:
         """
         settings, step = self._step.settings, self._step
         self._checked_at = step.state.step
+        self._take_note()
         records = self._host.records(NUM_SPREAD)
         with self._sandbox.enter() as snapshot, self._runs.progress():
             if not settings.runs_samples_alone:
@@ -67,6 +68,16 @@ class Trial:
                     self._couplings.check_exchange(snapshot, records)
         if settings.check_per_sample and len(records) > 1:
             step.unchecked_public = set(settings.public_optimizers)
+
+    def _take_note(self) -> None:
+        """Note in the state why samples are taken to be independent."""
+        settings, state = self._step.settings, self._step.state
+        if settings.runs_samples_alone:
+            state.note_kept_apart("by construction, one sample runs at a time")
+        elif not settings.check_per_sample:
+            state.note_kept_apart("taken as said (check_per_sample=False)")
+        else:
+            state.checked_steps.append(state.step)
 
     def _learn_layout(self, snapshot: Snapshot, pair: list[Any]) -> None:
         """Learn the layout; where user code draws coins also under low and high ones, by which it may use other layers."""
@@ -95,6 +106,7 @@ class Trial:
         self._checked_at = number
         if not self._step.settings.check_per_sample:
             return
+        self._take_note()
         with self._sandbox.enter() as snapshot, self._runs.progress():
             few = self._host.records(NUM_FEW, seed=number)
             if len(few) > 1:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cli"
 CALLBACKS = [
-    *("AdaptiveClipping", "AutoThreshold", "ClippingScheduler", "EpsilonMonitor", "GradientDiagnostics"),
+    *("AdaptiveClipping", "AutoThreshold", "ClippingScheduler", "EpsilonMonitor", "FixModule", "GradientDiagnostics"),
     *("MagnitudePruning", "NoiseScheduler", "PrivacyAudit", "PrivacyBudget", "PrivacyCard"),
     *("PublishedAutoThreshold", "RandomSparsification", "SwitchToDP"),
 ]

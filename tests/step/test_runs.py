@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy
+from lightning_dp.reporting.card import privacy_card
+from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.step import runs
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from tests.helpers import Classifier, make_loader, make_trainer
@@ -86,3 +88,19 @@ def test_layers_that_a_coin_leaves_out_are_learned(memory: Any, tmp_path: Path) 
     trainer = make_trainer(DPStrategy(**options), tmp_path, max_epochs=4)
     trainer.fit(module, make_loader())
     assert trainer.global_step == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "checked on a few records before steps 1, 2, 10"),
+        ({"microbatch_size": 1}, "by construction, one sample runs at a time"),
+        ({"check_per_sample": False}, "taken as said (check_per_sample=False)"),
+    ],
+)
+def test_statement_says_why_samples_are_independent(options: Any, expected: str, tmp_path: Path) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", **options)
+    make_trainer(strategy, tmp_path, max_epochs=3).fit(Plain(), make_loader())
+    assert f"samples kept apart: {expected}" in strategy.privacy_statement()
+    card = privacy_card(strategy.plan, strategy.ledger, strategy.accountant, notes=strategy.state.notes)
+    assert f"| samples kept apart | {expected} |" in to_markdown(card)
