@@ -39,7 +39,12 @@ def epsilon(options: argparse.Namespace) -> int:
     """Prints the epsilon of a planned run."""
     plan = _plan(options, check.check_nonnegative("noise_multiplier", options.noise_multiplier))
     assert plan.steps is not None
-    ledger = Ledger(plan.neighboring_relation).extended(plan.runs(0, plan.steps))
+    if options.records_per_user is not None and plan.unit == "user":
+        raise ValueError(
+            f"Expected records_per_user for a run that protects records, got records_per_user={options.records_per_user} with "
+            "unit='user', whose epsilon holds for users already. Leave one out."
+        )
+    ledger = Ledger(plan.neighboring_relation, plan.unit).extended(plan.runs(0, plan.steps))
     answers: list[dict[str, Any]] = []
     for name in options.accountant or ACCOUNTANTS:
         try:
@@ -134,7 +139,8 @@ def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
     batch = check.check_count("batch_size", options.batch_size)
     if batch > size:
         raise ValueError(
-            f"Expected batch_size <= dataset_size, got batch_size={batch} and dataset_size={size}. A batch holds each record once."
+            f"Expected batch_size <= dataset_size, got batch_size={batch} and dataset_size={size}. A batch holds each {options.unit} "
+            "once."
         )
     steps_per_epoch = round(size / batch)  # as the strategy's loader
     if options.steps is None:
@@ -157,6 +163,7 @@ def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
         else constant(),
         neighboring_relation=options.neighboring_relation,
         batches_per_pass=None if poisson else steps_per_epoch,
+        unit=options.unit,
     )
 
 
@@ -176,7 +183,7 @@ def _user_note(plan: DPPlan) -> str:
 
 def _spent(plan: DPPlan, noise_multiplier: float) -> Ledger:
     assert plan.steps is not None
-    return Ledger(plan.neighboring_relation).extended(plan.runs(0, plan.steps, noise_multiplier))
+    return Ledger(plan.neighboring_relation, plan.unit).extended(plan.runs(0, plan.steps, noise_multiplier))
 
 
 def _calibrated(plan: DPPlan, target: float, accountant: Accountant) -> float:
@@ -187,7 +194,7 @@ def _calibrated(plan: DPPlan, target: float, accountant: Accountant) -> float:
         delta=plan.delta,
         accountant=accountant,
         runs=lambda sigma: plan.runs(0, stop, sigma),
-        history=Ledger(plan.neighboring_relation),
+        history=Ledger(plan.neighboring_relation, plan.unit),
     )
 
 
@@ -201,13 +208,14 @@ def _described(plan: DPPlan) -> dict[str, Any]:
         "steps",
         "delta",
         "neighboring_relation",
+        "unit",
     )
     return {name: getattr(plan, name) for name in names}
 
 
 def _title(plan: DPPlan) -> str:
     return (
-        f"{plan.steps} steps on {plan.dataset_size} records, expected batch size {plan.expected_batch_size}, "
+        f"{plan.steps} steps on {plan.dataset_size} {plan.unit}s, expected batch size {plan.expected_batch_size}, "
         f"{describe_sampling(plan)}, {plan.neighboring_relation}, delta {plan.delta:g}"
     )
 

@@ -89,7 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a planned run."""
-    parser.add_argument("--dataset-size", type=int, required=True, metavar="N", help="number of records")
+    parser.add_argument("--dataset-size", type=int, required=True, metavar="N", help="number of records, or of users")
+    parser.add_argument(
+        "--unit",
+        choices=["record", "user"],
+        default="record",
+        help="whose presence is hidden, and what N and B count (default: record)",
+    )
     parser.add_argument(
         "--batch-size", type=int, required=True, metavar="B", help="expected batch size, over all devices"
     )

@@ -22,7 +22,7 @@ class DrawnBatch(LogicalBatch):
     __slots__ = ("number", "source", "used")
 
     def __init__(self, batch: LogicalBatch, source: object, number: int) -> None:
-        super().__init__(batch.microbatches)
+        super().__init__(batch.microbatches, batch.owners)
         self.source, self.number, self.used = source, number, False
 
 

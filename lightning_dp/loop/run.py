@@ -137,16 +137,15 @@ class PrivateLoop(LoopFacts):
         rank, world_size = self._reduction.rank, self._reduction.world_size
         self._drawn = private_dataloader(
             loader,
-            sampling=settings.sampling,
-            microbatch_size=settings.microbatch_size,
+            **settings.drawing,
             rank=rank,
             world_size=world_size,
-            seed=settings.seed,
         )
         self._length = planned_length(*length, self._drawn.facts)
         self.state = state = PrivacyState(
             settings.neighboring_relation,
             make_accountant(settings.accountant),
+            unit=settings.protects,
             seeded=settings.seed is not None,
             secure=settings.secure_rng,
         )

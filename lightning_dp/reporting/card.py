@@ -105,7 +105,9 @@ def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[
     steps = sorted(
         ({1} if total else set()) | {math.ceil(total * place / places) for place in range(1, places + 1)} - {0}
     )
-    prefixes = ((step, Ledger(ledger.neighboring_relation).extended(first_steps(taken, step))) for step in steps)
+    prefixes = (
+        (step, Ledger(ledger.neighboring_relation, ledger.unit).extended(first_steps(taken, step))) for step in steps
+    )
     return [(step, accountant.epsilon(prefix, delta)) for step, prefix in prefixes]
 
 
@@ -146,9 +148,10 @@ def privacy_card(
         "definition": {
             "data_accesses": "one training run, all its steps, those of resumed runs and searches in the ledger included",
             "mechanism_output": "the trained parameters after every step",
-            "unit": "one record of the training set",
+            "unit": statement.describe_unit(plan),
+            "counted_as": plan.unit,
             "neighboring_relation": plan.neighboring_relation,
-            "neighboring_datasets": f"differ by {statement.RELATIONS[plan.neighboring_relation]}",
+            "neighboring_datasets": f"differ by {statement.describe_relation(plan.neighboring_relation, plan.unit)}",
             "dataset_size": plan.dataset_size,
         },
         "accounting": {
@@ -194,7 +197,7 @@ def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) ->
     return (
         f"The parameters after {ledger.num_steps} steps, and whatever is computed from them without the training data, are "
         f"(epsilon, delta)-differentially private with epsilon = {statement.describe_epsilon(epsilon)} and delta = {plan.delta:g}, for "
-        f"{statement.RELATIONS[plan.neighboring_relation]}.{caveat}"
+        f"{statement.describe_relation(plan.neighboring_relation, plan.unit)}.{caveat}"
     )
 
 
@@ -224,12 +227,12 @@ def _attacks(ledger: Ledger, accountant: Accountant) -> dict[str, Any]:
 def _assumptions(plan: DPPlan) -> str:
     if statement.amplifies_allocation(plan):
         return (
-            f"each record joins exactly one of the {plan.batches_per_pass} batches of a pass, uniformly and independently, as the "
+            f"each {plan.unit} joins exactly one of the {plan.batches_per_pass} batches of a pass, uniformly and independently, as the "
             "sampler draws them (random allocation); fresh Gaussian noise at every step"
         )
     if plan.sampling == "shuffle":
-        return "each record is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every step"
-    return "each record joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise at every step"
+        return f"each {plan.unit} is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every step"
+    return f"each {plan.unit} joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise at every step"
 
 
 def _generator(notes: RunNotes) -> str:

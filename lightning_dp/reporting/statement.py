@@ -14,9 +14,9 @@ from lightning_dp.clipping import Clipping
 from lightning_dp.step.plan import DPPlan
 
 RELATIONS = {
-    "add_or_remove_one": "adding or removing one record",
-    "replace_one": "replacing one record by another",
-    "zero_out": "replacing one record by one that contributes nothing",
+    "add_or_remove_one": "adding or removing {one}",
+    "replace_one": "replacing {one} by another",
+    "zero_out": "replacing {one} by one that contributes nothing",
 }
 NOT_COVERED = (
     "what training_step logs or prints (losses and metrics on training data), and checkpoints or stops chosen by it",
@@ -24,6 +24,24 @@ NOT_COVERED = (
     "hyper-parameters chosen by training on this data: in other runs, or by lr_find or scale_batch_size",
     "module state other than trained parameters, if it carries training data",
 )
+
+
+def describe_relation(relation: str, unit: str = "record") -> str:
+    """Return how neighbouring datasets differ, in words.
+
+    Example:
+        >>> describe_relation("add_or_remove_one", "user")
+        'adding or removing all records of one user'
+    """
+    return RELATIONS[relation].format(one="all records of one user" if unit == "user" else "one record")
+
+
+def describe_unit(plan: DPPlan) -> str:
+    """Return whose presence is hidden, in words."""
+    if plan.unit == "record":
+        return "one record of the training set"
+    most = plan.records_per_unit
+    return f"one user with all its records, of which at most {most} join a batch"
 
 
 def describe_epsilon(epsilon: float) -> str:
@@ -93,6 +111,7 @@ def stated_plan(state: Mapping[str, Any]) -> DPPlan:
             )
     fields = {name: state[name] for name in kinds if name != "clipping"}
     fields["batches_per_pass"] = state.get("batches_per_pass")  # plans of older versions claim no amplification
+    fields |= {"unit": state.get("unit", "record"), "records_per_unit": state.get("records_per_unit")}
     return DPPlan(**fields, clipping=cast(Clipping, _Described(state["clipping"])), steps_per_epoch=None)
 
 
@@ -101,8 +120,9 @@ def summary_line(plan: DPPlan, ledger: Ledger, accountant: Accountant) -> str:
     if ledger.num_steps == 0:
         return "Privacy: no steps recorded."
     epsilon = accountant.epsilon(ledger, plan.delta)
+    relation = describe_relation(plan.neighboring_relation, plan.unit)
     return (
-        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {RELATIONS[plan.neighboring_relation]}, "
+        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {relation}, "
         f"{describe_sampling(plan)}, accountant {plan.accountant}, {ledger.num_steps} steps."
     )
 
@@ -133,9 +153,9 @@ def privacy_statement(
         sigmas = sorted({entry.noise_multiplier for entry in (run.event for run in ledger.entries)})
         noise = f"{sigmas[0]:.4g}" if len(sigmas) == 1 else f"{sigmas[0]:.4g} to {sigmas[-1]:.4g}"
         lines += [
-            f"  unit: one record of the training set ({plan.dataset_size or 'unknown number of'} records)",
+            f"  unit: {describe_unit(plan)} ({plan.dataset_size or 'unknown number of'} {plan.unit}s)",
             f"  noise multiplier: {noise} times the sensitivity; clipping: {plan.clipping!r}",
-            f"  expected batch size: {plan.expected_batch_size}",
+            f"  expected batch size: {plan.expected_batch_size}" + (" users" if plan.unit == "user" else ""),
         ]
         if math.isinf(accountant.epsilon(ledger, plan.delta)):
             lines.append(f"  epsilon is infinite: {why_infinite(ledger)}. This run is not private.")

@@ -44,6 +44,14 @@ class LogicalBatch:
         self.owners: list[Tensor | None] = [None] * len(self.microbatches) if owners is None else list(owners)
 
     @property
+    def parts(self) -> list[tuple[int, Tensor | None, Any]]:
+        """Records, their owners and the batch of every microbatch (private)."""
+        return [
+            (count if owners is None else len(owners), owners, batch)
+            for (count, batch), owners in zip(self.microbatches, self.owners, strict=True)
+        ]
+
+    @property
     def num_samples(self) -> int:
         """Number of units over all microbatches (private)."""
         return sum(count for count, _ in self.microbatches)

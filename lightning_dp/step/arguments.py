@@ -9,9 +9,17 @@ from typing_extensions import TypedDict
 
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping
-from lightning_dp.sampling import SamplingFacts
+from lightning_dp.sampling import SamplingFacts, Unit
 from lightning_dp.step.run_length import RunLength
-from lightning_dp.step.settings import AccountantName, ClippingName, LossReduction, Relation, Sampling, Settings
+from lightning_dp.step.settings import (
+    AccountantName,
+    ClippingName,
+    LossReduction,
+    Relation,
+    Sampling,
+    Settings,
+    UnitGradient,
+)
 
 
 class PrivateArguments(TypedDict, total=False):
@@ -34,6 +42,9 @@ class PrivateArguments(TypedDict, total=False):
     seed: int | None
     loss_reduction: LossReduction
     tune_process: bool
+    unit: Unit | None
+    records_per_unit: int | None
+    unit_gradient: UnitGradient
 
 
 DEFAULTS: dict[str, Any] = {
@@ -54,6 +65,9 @@ DEFAULTS: dict[str, Any] = {
     "seed": None,
     "loss_reduction": "mean",
     "tune_process": True,
+    "unit": None,
+    "records_per_unit": None,
+    "unit_gradient": "mean",
 }
 #: Arguments of ``DPStrategy`` without a meaning here: one optimizer, which is private, and no ``self.log``.
 _OF_A_TRAINER: dict[str, Any] = {"public_optimizers": (), "strict_logging": False}

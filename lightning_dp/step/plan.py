@@ -47,7 +47,7 @@ class DPPlan:
 
     Args:
         sampling: "poisson" or "shuffle".
-        dataset_size: number of records n, or None for a stream of unknown length (under "shuffle").
+        dataset_size: number of units n, or None for a stream of unknown length (under "shuffle").
         expected_batch_size: B, the divisor of the noisy sum.
         sample_rate: q = B / n under "poisson"; None under "shuffle".
         steps: logical steps of the whole run, counted from its start; None when nothing bounds it.
@@ -61,8 +61,10 @@ class DPPlan:
         neighboring_relation: "add_or_remove_one", "replace_one" or "zero_out".
         is_private: logical step -> whether it is private; plain SGD, without bound and noise, where it is not.
         unsound: why no step of the run has a finite epsilon, whatever its noise; empty where they have.
-        batches_per_pass: t, the logical batches of a whole pass, if the sampler puts each record into exactly one of them,
+        batches_per_pass: t, the logical batches of a whole pass, if the sampler puts each unit into exactly one of them,
             drawn uniformly and independently; else None. A run may use fewer of them per pass (``steps_per_epoch``).
+        unit: "record" or "user": whose presence is hidden, and what n, q and B count.
+        records_per_unit: most records that a user brings to a logical batch; None for records.
 
     Example:
         >>> from lightning_dp.clipping import FlatClipping
@@ -88,6 +90,8 @@ class DPPlan:
     is_private: Callable[[int], bool] = every_step
     unsound: str = ""
     batches_per_pass: int | None = None
+    unit: str = "record"
+    records_per_unit: int | None = None
 
     @property
     def allocates(self) -> bool:
@@ -182,6 +186,8 @@ class DPPlan:
             "target_epsilon": self.target_epsilon,
             "accountant": self.accountant,
             "neighboring_relation": self.neighboring_relation,
+            "unit": self.unit,
+            "records_per_unit": self.records_per_unit,
             "schedule": self._schedule_fingerprint(),
         }
 

@@ -39,12 +39,12 @@ def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
                 "the number of records."
             )
         delta = default_delta(size)
-        _messages.info(f"target_delta={delta:g}, from 1 / (10 x {size} records) rounded down to a power of ten.")
+        _messages.info(f"target_delta={delta:g}, from 1 / (10 x {size} {facts.unit}s) rounded down to a power of ten.")
         return delta
     if size is not None and settings.target_delta >= 1 / size:
         _messages.warn(
-            f"target_delta={settings.target_delta:g} is meaningless for {size} records: publishing one record at random would "
-            f"meet it. Use well below 1/{size} = {1 / size:.1e}, for example {default_delta(size):g}."
+            f"target_delta={settings.target_delta:g} is meaningless for {size} {facts.unit}s: publishing one {facts.unit} at random "
+            f"would meet it. Use well below 1/{size} = {1 / size:.1e}, for example {default_delta(size):g}."
         )
     return settings.target_delta
 
@@ -78,8 +78,8 @@ def build_plan(
     """
     if restored is not None and restored["dataset_size"] != facts.dataset_size:
         raise PrivacyError(
-            f"Expected the {restored['dataset_size']} records of the run being resumed, got {facts.dataset_size}. Its ledger "
-            "speaks of that dataset only: resume on the same training set, or start a new run."
+            f"Expected the {restored['dataset_size']} {facts.unit}s of the run being resumed, got {facts.dataset_size}. Its ledger "
+            "holds for that dataset only: resume on the same training set, or start a new run."
         )
     if not facts.add_remove_changes_one_batch and settings.neighboring_relation == "add_or_remove_one":
         raise ValueError(
@@ -102,6 +102,8 @@ def build_plan(
         is_private=mechanisms.is_private(length),
         unsound=mechanisms.never_private,
         batches_per_pass=facts.batches_per_pass,
+        unit=facts.unit,
+        records_per_unit=facts.records_per_unit,
         target_epsilon=settings.target_epsilon,
         accountant=settings.accountant,
         neighboring_relation=settings.neighboring_relation,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from typing_extensions import Self
 
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping, make_clipping
+from lightning_dp.sampling import Unit
 
 #: What the strings among the arguments may be; command lines and editors read it.
 ClippingName = Literal["flat", "per_layer", "automatic", "psac", "none"]
@@ -15,6 +18,9 @@ AccountantName = Literal["pld", "rdp", "prv", "gdp", "tcdp"]
 Sampling = Literal["poisson", "shuffle"]
 Relation = Literal["add_or_remove_one", "replace_one", "zero_out"]
 LossReduction = Literal["mean", "sum"]
+UnitGradient = Literal["mean", "sum"]
+#: Settings that are arguments of ``private_dataloader``.
+_DRAWING = ("sampling", "microbatch_size", "seed", "unit", "records_per_unit")
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 
@@ -41,6 +47,14 @@ class Settings:
     public_optimizers: tuple[int, ...]
     strict_logging: bool
     tune_process: bool = True
+    unit: Unit | None = field(default=None, repr=False, compare=False)
+    records_per_unit: int | None = None
+    unit_gradient: str = "mean"
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Return the settings among some named values: those that a constructor was called with."""
+        return cls(**{each.name: arguments[each.name] for each in fields(cls)})
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant."""
@@ -69,6 +83,8 @@ class Settings:
         check.check_choice("neighboring_relation", self.neighboring_relation, RELATIONS)
         check.check_choice("memory", self.memory, ("fast", "lean"))
         check.check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
+        object.__setattr__(self, "public_optimizers", check_positions(self.public_optimizers))
+        self._check_unit()
         for name in ("check_per_sample", "allow_public_checkpoint", "secure_rng", "strict_logging", "tune_process"):
             check.check_flag(name, getattr(self, name))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
@@ -85,6 +101,31 @@ class Settings:
                 f"Expected a clipping that bounds each sample with target_epsilon={self.target_epsilon!r}, got "
                 f"clipping={self.clipping!r}. Without clipping epsilon is infinite: pass noise_multiplier instead."
             )
+
+    def _check_unit(self) -> None:
+        check.check_choice("unit_gradient", self.unit_gradient, ("mean", "sum"))
+        if self.records_per_unit is not None:
+            check.check_count("records_per_unit", self.records_per_unit)
+        elif self.unit is not None:
+            raise ValueError(
+                "Expected records_per_unit with a unit, got records_per_unit=None. Pass the most records that a user may bring to one "
+                "batch, such as 4."
+            )
+        elif self.unit_gradient != "mean":
+            raise ValueError(
+                f"Expected unit_gradient with a unit, got unit_gradient={self.unit_gradient!r} without one. Pass unit and "
+                "records_per_unit to protect users."
+            )
+
+    @property
+    def protects(self) -> str:
+        """Whose presence is hidden: "user" or "record"."""
+        return "record" if self.records_per_unit is None else "user"
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """Arguments of ``private_dataloader`` that are settings."""
+        return {name: getattr(self, name) for name in _DRAWING}
 
     def make_clipping(self) -> Clipping:
         """The clipping object that ``clipping`` and ``max_grad_norm`` describe."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dp.clipping import Clipping, NoClipping
@@ -128,9 +128,17 @@ class PrivateStep:
         if first_of_pass and self.settings.sampling == "shuffle":
             self.state.ledger.start_pass()
 
-    def microbatch(self, count: int, *, weight: float = 1.0, divisor: int = 1, further: bool = False) -> Microbatch:
-        """Return a context manager in which the user's forward and backward of some samples run."""
-        return Microbatch(self, count, weight, divisor, further)
+    def microbatch(
+        self,
+        count: int,
+        owners: Tensor | None = None,
+        *,
+        weight: float = 1.0,
+        divisor: int = 1,
+        further: bool = False,
+    ) -> Microbatch:
+        """Return a context manager in which the user's forward and backward of some records run."""
+        return Microbatch(self, count, owners, weight, divisor, further)
 
     def backward_done(self) -> None:
         """Check, after a backward, that every use of a private parameter was recorded."""
@@ -143,18 +151,20 @@ class PrivateStep:
         """Clip each sample of the microbatch and add it to the sum of an optimizer."""
         if optimizer not in self.accumulators or self.recording is None:
             return
-        accumulator, engine, scale = self.accumulators[optimizer], self.engine, self.recording.scale
+        accumulator, engine, recording = self.accumulators[optimizer], self.engine, self.recording
         self._begin_sum(optimizer)
-        if scale == 0.0:  # a sample that stands in for an empty batch must not even count
+        if recording.weight == 0.0:  # a sample that stands in for an empty batch must not even count
             engine.discard(accumulator.names)
             return
-        samples = Samples(engine, accumulator, scale, self.reduction)
+        samples = Samples(engine, accumulator, recording.scaled, self.reduction)
         contribution = accumulator.clipping.contribution(samples)  # factors or explicit vectors: one call, no branch
         contribution.add()
         if self.bound.num_statistics:
             accumulator.statistics.add_(self.bound.statistics(torch.linalg.vector_norm(samples.norms, dim=0)))
         if self.mechanisms.diagnostics.reads_sums:
-            diagnose(self.mechanisms.diagnostics, engine, accumulator, samples.norms, contribution.norms, scale)
+            diagnose(
+                self.mechanisms.diagnostics, engine, accumulator, samples.norms, contribution.norms, recording.scaled
+            )
         engine.discard(accumulator.names)
 
     @torch.no_grad()

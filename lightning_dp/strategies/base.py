@@ -20,6 +20,7 @@ from lightning_dp import _validate as check
 from lightning_dp.accounting import make_accountant
 from lightning_dp.clipping import Clipping
 from lightning_dp.noise import GaussianNoise
+from lightning_dp.sampling import Unit
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import checks, module_checks
 from lightning_dp.step.history import History, note_checkpoint, note_values, read_history
@@ -32,7 +33,7 @@ from lightning_dp.step.settings import (
     Relation,
     Sampling,
     Settings,
-    check_positions,
+    UnitGradient,
 )
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.strategies import _lightning, card_files, checkpoint_io, trainer_checks
@@ -72,34 +73,18 @@ class PrivateStrategy(TrainingInputs, Strategy):
         history: History = None,
         tune_process: bool = True,
         fix: bool = False,
+        unit: Unit | None = None,
+        records_per_unit: int | None = None,
+        unit_gradient: UnitGradient = "mean",
         **strategy_options: Any,
     ) -> None:
-        self.settings = settings = Settings(
-            noise_multiplier=noise_multiplier,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            max_grad_norm=max_grad_norm,
-            clipping=clipping,
-            accountant=accountant,
-            sampling=sampling,
-            microbatch_size=microbatch_size,
-            grad_sample=grad_sample,
-            neighboring_relation=neighboring_relation,
-            memory=memory,
-            check_per_sample=check_per_sample,
-            allow_public_checkpoint=allow_public_checkpoint,
-            secure_rng=secure_rng,
-            seed=seed,
-            loss_reduction=loss_reduction,
-            public_optimizers=check_positions(public_optimizers),
-            strict_logging=strict_logging,
-            tune_process=tune_process,
-        )
+        self.settings = settings = Settings.of(locals())
         check.check_keywords(strategy_options, trainer_checks.known_arguments(type(self)), owner=type(self).__name__)
         super().__init__(**strategy_options)
         self.state = PrivacyState(
             settings.neighboring_relation,
             make_accountant(settings.accountant),
+            unit=settings.protects,
             seeded=settings.seed is not None,
             secure=settings.secure_rng,
         )

@@ -51,12 +51,10 @@ class TrainingInputs(RunFacts, Strategy):
         trainer_checks.check_single_loader(trainer)
         loader = private_dataloader(
             dataloader,  # type: ignore[arg-type]
-            sampling=self.settings.sampling,
-            microbatch_size=self.settings.microbatch_size,
+            **trainer_checks.with_unit_ids(self.settings.drawing, trainer),
             accumulate=trainer.accumulate_grad_batches,
             rank=self.global_rank,
             world_size=self.world_size,
-            seed=self.settings.seed,
             num_batches_kept=trainer_checks.batches_kept(trainer),
             extra_records=self.mechanisms.extra_records,
         )

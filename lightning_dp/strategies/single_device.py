@@ -55,6 +55,11 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
         tune_process: tune the memory allocator and OpenMP threads of the process while a fit runs.
         fix: exchange layers that cannot be trained privately (BatchNorm), as ``lightning_dp.fix`` does, before the optimizers
             are made. It changes what such layers compute.
+        unit: protect users with all their records instead of single records: one id of a user per record (array, tensor or
+            list), or the key or position at which items hold it. Default: with ``records_per_unit``, the ``unit_ids`` of the
+            datamodule (an attribute or a method). Batch size, sample rate and delta then count users.
+        records_per_unit: most records G that a user brings to one batch, drawn anew for each batch; a public number.
+        unit_gradient: "mean" or "sum" over a user's records, clipped once.
         **strategy_options: what the Lightning strategy takes.
 
     Raises:

@@ -18,7 +18,8 @@ from torch import Tensor
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample.engine import PerSampleEngine
-from lightning_dp.sampling import indices
+from lightning_dp.sampling import LogicalBatch, indices
+from lightning_dp.sampling.batches import MicrobatchCollate
 from lightning_dp.step import couplings
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.couplings import Couplings
@@ -75,6 +76,18 @@ def clipping_after_summing(patch: pytest.MonkeyPatch) -> None:
         return whole, gradient, statistics
 
     patch.setattr(Accumulator, "payload", payload)
+
+
+def user_split_over_microbatches(patch: pytest.MonkeyPatch) -> None:
+    """Microbatches are full: the records of one user may be in several, and are clipped in each."""
+    collate = MicrobatchCollate.__call__
+
+    def splitting(self: MicrobatchCollate, samples: list[Any], sizes: list[int] | None = None) -> LogicalBatch:
+        most = self.microbatch_size or len(samples)
+        cut = [min(most, size - start) for size in sizes or () for start in range(0, size, most)]
+        return collate(self, samples, cut if sizes else None)
+
+    patch.setattr(MicrobatchCollate, "__call__", splitting)
 
 
 def divisor_by_realised_batch(patch: pytest.MonkeyPatch) -> None:
@@ -204,6 +217,11 @@ VARIANTS: dict[str, Variant] = {
         clipping_after_summing,
         checks.check_one_record_moves_the_sum_by_at_most_the_bound,
         "one record moves the sum by",
+    ),
+    "user_split_over_microbatches": Variant(
+        user_split_over_microbatches,
+        checks.check_one_user_moves_the_sum_by_at_most_the_bound,
+        "one user moves the sum by",
     ),
     "divisor_by_realised_batch": Variant(
         divisor_by_realised_batch, checks.check_the_divisor_is_the_expected_batch_size, "the noisy sum was divided by"

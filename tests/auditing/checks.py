@@ -132,6 +132,20 @@ def check_one_record_moves_the_sum_by_at_most_the_bound(tmp_path: Path) -> None:
         assert moved <= 1.5 * (1 + 1e-5), f"one record moves the sum by {moved:.3g}, the bound is 1.5"
 
 
+def check_one_user_moves_the_sum_by_at_most_the_bound(tmp_path: Path) -> None:
+    """Eight users and a ninth of seven records, in microbatches of two records: with it the sum moves by C at most. Exact."""
+    sums = []
+    for own in (0, 7):
+        features = torch.zeros(8 + own, 3)
+        features[:8, 0], features[8:, 0] = 5.0, -5.0
+        ids = [min(record, 8) for record in range(8 + own)]
+        strategy = Watching(noise_multiplier=1.0, max_grad_norm=1.5, microbatch_size=2, unit=ids, records_per_unit=7)
+        fit(strategy, tmp_path, LossIsLinear(3), DataLoader(TensorDataset(features), batch_size=len(set(ids))))
+        sums.append(strategy.clean[0])
+    moved = float((sums[1] - sums[0]).norm())
+    assert moved <= 1.5 * (1 + 1e-5), f"one user moves the sum by {moved:.3g}, the bound is 1.5"
+
+
 def check_the_divisor_is_the_expected_batch_size(tmp_path: Path) -> None:
     """p.grad is the noisy sum over 16 in each of 12 Poisson batches of 64 records, whatever their size. Exact."""
     strategy, recorder = Watching(noise_multiplier=1.0), Recorder()

@@ -211,3 +211,12 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     captured = capsys.readouterr().err
     assert message in captured
     assert captured.count("\n") == 1
+
+
+def test_users_are_counted_in_place_of_records(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["epsilon", *RUN, "--noise-multiplier", "1.1", "--accountant", "rdp", "--unit", "user"]
+    assert ask(capsys, *run)["unit"] == "user"
+    assert main(run) == 0
+    assert capsys.readouterr().out.startswith("6000 steps on 60000 users")
+    assert main([*run, "--records-per-user", "4"]) == 2
+    assert "Expected records_per_user for a run that protects records" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from lightning_dp.masks import GradientMask
 from lightning_dp.step.plan import SENSITIVITY_FACTOR
 from lightning_dp.step.step import PrivateStep
 from tests.step.composition.table import BOUNDS, CLIPPINGS, MASKS, NOISES, PHASES, Combination
-from tests.step.rig import STEPS, KnownNoise, Rig, Run
+from tests.step.rig import STEPS, KnownNoise, Rig, Run, make_settings
 
 #: Combinations that share clipping, mask and bound; each is run under every schedule of the noise and every phase.
 GROUPS = list(itertools.product(CLIPPINGS, MASKS, BOUNDS))
@@ -124,6 +124,47 @@ def check_step(rig: Rig, run: Run, combination: Combination, number: int, kinds:
     assert not bool((released[~live] != 0).any()), where
     if noise_stds and combination.clipping != "top_agg_plain":  # whose threshold zeroes what it noised
         assert bool((released[live] != 0).all()), where
+
+
+@pytest.mark.parametrize("unit_gradient", ["mean", "sum"])
+@pytest.mark.parametrize("names", LEGAL, ids="-".join)
+def test_contract_of_neighbouring_users(
+    names: Any, unit_gradient: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches that differ in a whole user, who brings three records of one kind: it moves a release as one sample does."""
+    monkeypatch.setattr(rig.step, "settings", make_settings(unit_gradient=unit_gradient, records_per_unit=3))
+    combination = Combination(names[0], names[1], "step", names[2])
+    owners, bounded = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3]), combination.clipping != "none"
+    with under(rig, combination) as run:
+        for number in range(STEPS):
+            release, where = run.begin(), f"{combination} at {number}"
+            found = [run.sum(rig.features, rig.labels, owners)]
+            for features, labels in records().values() if bounded else ():
+                own = [torch.cat([whole, part.repeat(3, *[1] * (part.dim() - 1))])
+                       for whole, part in ((rig.features, features), (rig.labels, labels))]  # fmt: skip
+                found.append(run.sum(*own, torch.cat([owners, torch.full((3,), 4)])))
+            for kind, (gradient, statistics) in zip(records(), found[1:], strict=False):
+                moved = float((gradient - found[0][0]).norm())
+                allowed = release.sensitivity + ROUNDING * float(found[0][0].norm())
+                assert moved <= allowed, (where, kind)
+                assert (moved > 0.01 * release.sensitivity) == (kind != "NaN"), (where, kind)
+                if combination.is_private and statistics.numel():
+                    both = (moved / allowed * release.sensitivity / release.noise_std) ** 2
+                    both += (float((statistics - found[0][1]).norm()) / release.statistics_std) ** 2
+                    assert both <= release.sigma**-2 * (1 + ROUNDING), (where, kind)
+            run.release()
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_one_record_per_user_is_the_record_level(clipping: str, rig: Rig) -> None:
+    """Bit for bit; so is a user whose records are all alike, up to rounding."""
+    with under(rig, Combination(clipping)) as run:
+        run.begin()
+        plain = run.sum(rig.features, rig.labels)
+        assert torch.equal(run.sum(rig.features, rig.labels, torch.arange(8))[0], plain[0])
+        twice = [tensor.repeat_interleave(2, 0) for tensor in (rig.features, rig.labels)]
+        doubled = run.sum(*twice, torch.arange(8).repeat_interleave(2))[0]
+        torch.testing.assert_close(doubled, plain[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("names", LEGAL, ids="-".join)
