@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_dp.accounting.events import LedgerEntry, PrivacyEvent, check_count, check_passes
+from lightning_dp.accounting.events import COUNTED, LedgerEntry, PrivacyEvent, check_count, check_passes
 
 _VERSION = 1
 _KEYS = {"version", "neighboring_relation", "lineage", "pass_open", "num_steps", "entries"}
@@ -94,7 +94,7 @@ def _read_entry(entry: Any) -> LedgerEntry:
 
 def _extra_keys(kind: Any) -> set[str]:
     """Return the keys that only some kinds have, so that entries of older kinds look as they always did."""
-    return {"num_batches"} if kind == "allocation" else set()
+    return {"num_batches"} if kind in COUNTED else set()
 
 
 def _check_keys(value: Any, keys: set[str], *, name: str) -> None:

@@ -117,10 +117,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sampling",
-        choices=["poisson", "shuffle"],
+        choices=["poisson", "shuffle", "cyclic"],
         default="poisson",
         help="default: poisson; shuffle: each record in one batch per pass (random allocation; without amplification under "
-        "another relation than add_or_remove_one)",
+        "another relation than add_or_remove_one); cyclic: the same batches in every pass, without amplification",
+    )
+    parser.add_argument(
+        "--correlated",
+        metavar="auto|DECAY|bands=P",
+        help="noise that is correlated between steps, with --sampling cyclic, which also stands for a stream in a fixed order",
     )
     parser.add_argument(
         "--neighboring-relation",

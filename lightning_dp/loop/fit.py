@@ -97,7 +97,7 @@ class LoopFit:
             Loss and samples of each microbatch. NOT private.
         """
         self._host.loss_fn, self._losses = loss_fn, []
-        self._begin(begins_pass)
+        self._begin(begins_pass, batch.position)
         for count, _, part in batch.parts:
             checks.check_rows(part, count, self._records.axes)
         if batch:
@@ -109,10 +109,10 @@ class LoopFit:
         self.step.finish(0)
         return self._losses
 
-    def _begin(self, begins_pass: bool) -> None:
+    def _begin(self, begins_pass: bool, position: int | None) -> None:
         """Begin a logical step; try the loss function before the first one, and again at public steps."""
         step, trial = self.step, self._trial
-        step.begin(first_of_pass=begins_pass)
+        step.begin(first_of_pass=begins_pass, position=position)
         step.state.check_budget()
         flags = _training_flags(self._model)
         if flags != self._flags:

@@ -176,6 +176,7 @@ def privacy_card(
             "noise_multiplier": plan.noise_multiplier,
             "noise_over_steps": _noise_over_steps(ledger),
             "noise_generator": _generator(notes),
+            "correlation": None if plan.correlation is None else plan.correlation.state_dict(),
             "callbacks": list(notes.mechanisms),
         },
         "audits": list(notes.audits),
@@ -230,7 +231,13 @@ def _assumptions(plan: DPPlan) -> str:
             f"each {plan.unit} joins exactly one of the {plan.batches_per_pass} batches of a pass, uniformly and independently, as the "
             "sampler draws them (random allocation); fresh Gaussian noise at every step"
         )
-    if plan.sampling == "shuffle":
+    if plan.correlation is not None:
+        known = plan.correlation
+        return (
+            f"each {plan.unit} takes part at most {known.passes} times, at least {known.separation} steps apart; noise "
+            f"{known.describe()}"
+        )
+    if plan.sampling != "poisson":
         return f"each {plan.unit} is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every step"
     return f"each {plan.unit} joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise at every step"
 

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_dp.accounting import ACCOUNTANTS, Accountant, Ledger
 from lightning_dp.clipping import Clipping
+from lightning_dp.step.correlation import Correlation
 from lightning_dp.step.plan import DPPlan
 
 RELATIONS = {
@@ -111,6 +112,8 @@ def stated_plan(state: Mapping[str, Any]) -> DPPlan:
             )
     fields = {name: state[name] for name in kinds if name != "clipping"}
     fields["batches_per_pass"] = state.get("batches_per_pass")  # plans of older versions claim no amplification
+    if state.get("correlation") is not None:
+        fields["correlation"] = Correlation.from_state_dict(state["correlation"])
     fields |= {"unit": state.get("unit", "record"), "records_per_unit": state.get("records_per_unit")}
     return DPPlan(**fields, clipping=cast(Clipping, _Described(state["clipping"])), steps_per_epoch=None)
 
@@ -157,6 +160,8 @@ def privacy_statement(
             f"  noise multiplier: {noise} times the sensitivity; clipping: {plan.clipping!r}",
             f"  expected batch size: {plan.expected_batch_size}" + (" users" if plan.unit == "user" else ""),
         ]
+        if plan.correlation is not None:
+            lines.append(f"  noise: {plan.correlation.describe()}")
         if math.isinf(accountant.epsilon(ledger, plan.delta)):
             lines.append(f"  epsilon is infinite: {why_infinite(ledger)}. This run is not private.")
     if seeded:
@@ -175,8 +180,8 @@ def describe_sampling(plan: DPPlan) -> str:
     """How batches are drawn, and what the accountant makes of it, in words."""
     if amplifies_allocation(plan):
         return f"shuffled batches (random allocation to {plan.batches_per_pass} batches per pass)"
-    if plan.sampling == "shuffle":
-        return "shuffled batches without amplification"
+    if plan.sampling != "poisson":
+        return f"{'cyclic' if plan.sampling == 'cyclic' else 'shuffled'} batches without amplification"
     return f"Poisson sampling at rate {plan.sample_rate:.4g}"
 
 

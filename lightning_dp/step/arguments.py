@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping
+from lightning_dp.noise.correlated import CorrelatedNoise
 from lightning_dp.sampling import SamplingFacts, Unit
 from lightning_dp.step.run_length import RunLength
 from lightning_dp.step.settings import (
@@ -45,6 +46,8 @@ class PrivateArguments(TypedDict, total=False):
     unit: Unit | None
     records_per_unit: int | None
     unit_gradient: UnitGradient
+    noise: CorrelatedNoise | None
+    fixed_order: bool
 
 
 DEFAULTS: dict[str, Any] = {
@@ -68,6 +71,8 @@ DEFAULTS: dict[str, Any] = {
     "unit": None,
     "records_per_unit": None,
     "unit_gradient": "mean",
+    "noise": None,
+    "fixed_order": False,
 }
 #: Arguments of ``DPStrategy`` without a meaning here: one optimizer, which is private, and no ``self.log``.
 _OF_A_TRAINER: dict[str, Any] = {"public_optimizers": (), "strict_logging": False}

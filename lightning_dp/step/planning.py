@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lightning_dp import _messages, schedules
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import SamplingFacts
+from lightning_dp.step.correlation import check_resumed, plan_correlation
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan, default_delta
 from lightning_dp.step.run_length import RunLength
@@ -26,6 +28,7 @@ _SAME_RUN = (
     "accountant",
     "neighboring_relation",
     "schedule",
+    "correlation",
 )
 
 
@@ -88,6 +91,8 @@ def build_plan(
             "changes a single batch: pass one of these, or give the dataset random access."
         )
     mechanisms.begin_run(length)
+    asked = settings.noise
+    correlation = None if asked is None else plan_correlation(asked, facts, mechanisms, length, restored)
     plan = DPPlan(
         sampling=facts.sampling,
         dataset_size=facts.dataset_size,
@@ -104,12 +109,14 @@ def build_plan(
         batches_per_pass=facts.batches_per_pass,
         unit=facts.unit,
         records_per_unit=facts.records_per_unit,
+        correlation=correlation,
         target_epsilon=settings.target_epsilon,
         accountant=settings.accountant,
         neighboring_relation=settings.neighboring_relation,
     )
     if settings.target_epsilon is not None:
-        plan = _with_noise(plan, _calibrated(plan, start, ledger, accountant, restored))
+        plan = replace(plan, noise_multiplier=_calibrated(plan, start, ledger, accountant, restored))
+    check_resumed(plan.state_dict(), restored, start)
     _check_noise_is_enough(plan, mechanisms, start)
     return plan
 
@@ -120,11 +127,6 @@ def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> 
     factors = [factor for factor, _ in schedules.runs(plan.schedule, start, max(start, stop))]
     if factors:
         mechanisms.bound.share_noise(plan.noise_multiplier * max(factors), plan.expected_batch_size)
-
-
-def _with_noise(plan: DPPlan, noise_multiplier: float) -> DPPlan:
-    fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    return DPPlan(**{**fields, "noise_multiplier": noise_multiplier})
 
 
 def _calibrated(

@@ -19,10 +19,10 @@ from lightning_dp import _messages
 from lightning_dp import _validate as check
 from lightning_dp.accounting import make_accountant
 from lightning_dp.clipping import Clipping
-from lightning_dp.noise import GaussianNoise
+from lightning_dp.noise import CorrelatedNoise, GaussianNoise
 from lightning_dp.sampling import Unit
 from lightning_dp.step import checkpoint as saved
-from lightning_dp.step import checks, module_checks
+from lightning_dp.step import checks, correlation, module_checks
 from lightning_dp.step.history import History, note_checkpoint, note_values, read_history
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.reduction import OneProcess, Reduction
@@ -76,6 +76,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
         unit: Unit | None = None,
         records_per_unit: int | None = None,
         unit_gradient: UnitGradient = "mean",
+        noise: CorrelatedNoise | None = None,
+        fixed_order: bool = False,
         **strategy_options: Any,
     ) -> None:
         self.settings = settings = Settings.of(locals())
@@ -158,7 +160,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
     @override
     def on_train_start(self) -> None:
         """Build the plan before the first step, so that a target that cannot be reached is an error and not a surprise."""
-        _ = self.plan
+        correlation.begin_order(self.plan.correlation, self.loader, self.state.steps_taken)
         self.state.decided = self.mechanisms.described()
         self.state.choices |= trainer_checks.choices_by_figures(self.trainer)
         super().on_train_start()

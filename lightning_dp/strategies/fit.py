@@ -122,7 +122,7 @@ class PrivateFit:
         self._host.arguments = (rest, kwargs)
         try:
             if self._begins_logical_batch():
-                self._begin()
+                self._begin(batch.position)
             if not batch:
                 return self._run_real(self._host.stand_in(), 1, weight=0.0)
             for count, _, part in batch.parts:
@@ -152,10 +152,11 @@ class PrivateFit:
         self._part = (self._part + 1) % parts
         return begins
 
-    def _begin(self) -> None:
+    def _begin(self, position: int | None) -> None:
         strategy, step = self._strategy, self.step
         _ = strategy.plan
-        step.begin(first_of_pass=strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared)
+        begins = strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared
+        step.begin(first_of_pass=begins, position=position)
         flags = [layer.training for layer in strategy.module.modules()]
         if flags != self._training_flags:
             trainer_checks.check_module(strategy.module, runs_samples_alone=strategy.settings.runs_samples_alone)

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_dp import _messages
 from lightning_dp.fix import fix
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, private_dataloader
-from lightning_dp.step import checks
+from lightning_dp.step import checks, correlation
 from lightning_dp.strategies import _lightning, trainer_checks
 from lightning_dp.strategies.facts import RunFacts
 
@@ -59,6 +59,9 @@ class TrainingInputs(RunFacts, Strategy):
             extra_records=self.mechanisms.extra_records,
         )
         checks.check_same_dataset(self._loader, loader)
+        if self.state.plan is not None:
+            correlation.check_reload(self.state.plan.correlation, self._loader, loader)
+            correlation.begin_order(self.state.plan.correlation, loader, self.state.steps_taken)
         if self._loader is not None and self._loader.facts != loader.facts:
             self.state.plan = None  # another batch size: another sample rate from here on
         self._loader = loader

@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_dp.accounting import PLDAccountant, gaussian_epsilon
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample.engine import PerSampleEngine
 from lightning_dp.sampling import LogicalBatch, indices
 from lightning_dp.sampling.batches import MicrobatchCollate
+from lightning_dp.sampling.indices import CyclicBatchSampler
 from lightning_dp.step import couplings
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.couplings import Couplings
@@ -144,6 +146,28 @@ def correlated_ranks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(indices, "_generator", lambda seed, rank, world_size: np.random.default_rng(5))
 
 
+def reshuffled_order(patch: pytest.MonkeyPatch) -> None:
+    """Records are dealt to batches again in every pass, while noise counts on the same order."""
+    iterate = CyclicBatchSampler.__iter__
+
+    def again(self: CyclicBatchSampler) -> Any:
+        self._groups = list(indices._bins(self._rng, self.steps_per_epoch, self.num_own))
+        return iterate(self)
+
+    patch.setattr(CyclicBatchSampler, "__iter__", again)
+
+
+def allocation_by_the_closed_form(patch: pytest.MonkeyPatch) -> None:
+    """The published closed form for one pass, with the Gaussian alone composed over passes."""
+
+    def epsilon_of(self: PLDAccountant, mechanisms: Any, neighboring_relation: str, delta: float) -> float:
+        ((_, sigma, num_batches), passes), *_ = mechanisms.items()
+        mu = math.sqrt(passes / num_batches) / sigma
+        return gaussian_epsilon(mu, delta) + (1 - 1 / num_batches) / (2 * sigma**2)
+
+    patch.setattr(PLDAccountant, "epsilon_of", epsilon_of)
+
+
 def ledger_not_written(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrivacyState, "record", lambda self, sigma: None)
 
@@ -240,6 +264,16 @@ VARIANTS: dict[str, Variant] = {
     ),
     "correlated_ranks": Variant(
         correlated_ranks, checks.check_ranks_draw_independently, "two ranks drew the same positions"
+    ),
+    "reshuffled_order": Variant(
+        reshuffled_order,
+        checks.check_records_come_back_as_the_noise_accounts_for,
+        "a record has sensitivity",
+    ),
+    "allocation_by_the_closed_form": Variant(
+        allocation_by_the_closed_form,
+        checks.check_shuffled_passes_cost_what_they_spend,
+        "at the claimed epsilon drawn passes have delta",
     ),
     "ledger_not_written": Variant(
         ledger_not_written, checks.check_every_release_is_in_the_ledger, "the ledger holds 0 of 8 releases"

@@ -101,11 +101,11 @@ class KnownNoise:
 
     def fill_(self, tensor: Tensor, std: float) -> Tensor:
         self.filled.append((tensor.numel(), std))
-        return tensor.copy_(self.pattern(tensor.numel()) * std)
+        return tensor.copy_((self.pattern(tensor.numel()) * std).view_as(tensor))
 
     def add_(self, tensor: Tensor, std: float) -> Tensor:
         self.added.append((tensor.numel(), std))
-        return tensor.add_(self.pattern(tensor.numel()), alpha=std)
+        return tensor.add_(self.pattern(tensor.numel()).view_as(tensor), alpha=std)
 
     def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
         """Nothing is drawn ahead."""
