@@ -21,6 +21,7 @@ __all__ = [
     "AutomaticClipping",
     "Clipping",
     "ClippingScheduler",
+    "CorrelatedNoise",
     "DPDDPStrategy",
     "DPPlan",
     "DPStrategy",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from lightning_dp.hf import PrivateTrainerMixin
     from lightning_dp.loop import PrivateLoop, make_private
     from lightning_dp.metrics import Epsilon
+    from lightning_dp.noise import CorrelatedNoise
     from lightning_dp.step.plan import DPPlan
     from lightning_dp.strategies import DPDDPStrategy, DPStrategy
 else:
@@ -121,6 +123,7 @@ else:
         "hf": "PrivateTrainerMixin",
         "loop": "PrivateLoop make_private",
         "metrics": "Epsilon",
+        "noise": "CorrelatedNoise",
         "step.plan": "DPPlan",
         "strategies": "DPDDPStrategy DPStrategy",
     }

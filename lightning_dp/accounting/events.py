@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, get_args
 
-EventKind = Literal["poisson", "gaussian", "shuffle", "allocation", "non_private"]
+EventKind = Literal["poisson", "gaussian", "shuffle", "allocation", "correlated", "non_private"]
 PlannedRun = Sequence[Any]  # (event, steps) or (event, steps, passes)
-_WITH_PASSES = ("shuffle", "allocation")
+_WITH_PASSES = ("shuffle", "allocation", "correlated")
+#: Kinds that say how many steps one pass holds at most.
+COUNTED = ("allocation", "correlated")
 
 
 class Mechanism(NamedTuple):
@@ -39,11 +41,13 @@ class PrivacyEvent:
     Args:
         kind: "poisson" (each sample joins with probability `sample_rate`), "gaussian" (every sample is in the
             batch), "shuffle" (every sample is in one batch of a pass; no amplification), "allocation" (every sample
-            joins one of the `num_batches` batches of a pass, drawn uniformly and independently), "non_private".
+            joins one of the `num_batches` batches of a pass, drawn uniformly and independently), "correlated" (noise that is
+            correlated between the steps of a run of `num_batches` steps: together they are one Gaussian; here the whole run
+            is the pass), "non_private".
         noise_multiplier: Standard deviation of the noise over the sensitivity, in [0, inf); 0 for "non_private".
         sample_rate: Probability that a sample joins, in [0, 1]; 1 for every kind but "poisson".
         reason: Why nothing is protected; for "non_private" only.
-        num_batches: Batches of a whole pass, at least 1; 1 for every kind but "allocation".
+        num_batches: Batches of a whole pass, at least 1; 1 for every kind but "allocation" and "correlated".
 
     Raises:
         ValueError: If a field is out of its range or does not belong to the kind.
@@ -93,10 +97,10 @@ class PrivacyEvent:
         if self.reason and self.kind != "non_private":
             raise ValueError(f'Expected a reason for kind="non_private" only, got reason={self.reason!r}.')
         object.__setattr__(self, "num_batches", check_count(self.num_batches, name="num_batches", minimum=1))
-        if self.kind != "allocation" and self.num_batches != 1:
+        if self.kind not in COUNTED and self.num_batches != 1:
             raise ValueError(
                 f"Expected num_batches=1 for kind={self.kind!r}, got num_batches={self.num_batches}. "
-                'Only kind="allocation" counts the batches of a pass.'
+                f"Only the kinds {COUNTED} count the batches of a pass."
             )
 
     @property
@@ -107,13 +111,14 @@ class PrivacyEvent:
     @property
     def steps_per_pass(self) -> int | None:
         """Most steps that one pass can hold; None if the kind does not say."""
-        return self.num_batches if self.kind == "allocation" else None
+        return self.num_batches if self.kind in COUNTED else None
 
     @property
     def mechanism(self) -> Mechanism:
         """The unit that is paid for a step, or for a pass of a kind that has passes."""
-        rate = 1 / self.num_batches if self.kind == "allocation" else self.sample_rate
-        return Mechanism(rate, self.noise_multiplier, self.num_batches)
+        if self.kind == "allocation":
+            return Mechanism(1 / self.num_batches, self.noise_multiplier, self.num_batches)
+        return Mechanism(self.sample_rate, self.noise_multiplier)
 
     def shares_pass(self, other: PrivacyEvent) -> bool:
         """Return whether both events can be steps of one pass."""
@@ -138,6 +143,11 @@ class PrivacyEvent:
     def allocation(cls, *, noise_multiplier: float, num_batches: int) -> PrivacyEvent:
         """Return the release of one batch of a pass in which each sample joins one of `num_batches` batches."""
         return cls("allocation", noise_multiplier, num_batches=num_batches)
+
+    @classmethod
+    def correlated(cls, *, noise_multiplier: float, num_steps: int) -> PrivacyEvent:
+        """Return one step of a run of `num_steps` steps whose noise is correlated, so that all of them are one Gaussian."""
+        return cls("correlated", noise_multiplier, num_batches=num_steps)
 
     @classmethod
     def non_private(cls, reason: str) -> PrivacyEvent:
@@ -178,7 +188,7 @@ def parse_run(run: PlannedRun) -> tuple[PrivacyEvent, int, int]:
     if not event.has_passes:
         if len(run) == 3 and run[2] != 0:
             raise ValueError(
-                f'Expected passes for kind="shuffle" or kind="allocation" only, got passes={run[2]} for {event.kind!r}.'
+                f"Expected passes for the kinds {_WITH_PASSES} only, got passes={run[2]} for kind={event.kind!r}."
             )
         return event, num_steps, 0
     least = -(-num_steps // event.steps_per_pass) if event.steps_per_pass else 1

@@ -29,6 +29,7 @@ from lightning_dp.errors import PrivacyError
 __all__ = ["NEIGHBORING_RELATIONS", "Ledger", "LedgerEntry", "Mechanism", "PrivacyEvent"]
 
 NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
+UNITS = ("record", "user")
 
 
 class Ledger:
@@ -42,16 +43,18 @@ class Ledger:
     "poisson" steps are Poisson-subsampled Gaussians and "gaussian" steps are Gaussians. The steps of one "shuffle" pass
     compose in parallel, because each sample is in exactly one of its batches: together they cost one Gaussian. The
     steps of one "allocation" pass cost less, because that batch is also drawn uniformly and in secret. A pass that is
-    cut short costs a whole one. A pass ends at `start_pass`, wherever a step of another kind is recorded, and once an
-    "allocation" pass has all its batches.
+    cut short costs a whole one. The steps of a run with "correlated" noise cost one Gaussian together, like a pass that is
+    as long as the run. A pass ends at `start_pass`, wherever a step of another kind is recorded, and once an "allocation"
+    pass or a "correlated" run has all its steps.
 
     Args:
         neighboring_relation: "add_or_remove_one"; "zero_out" (a sample is exchanged for one that contributes
             nothing: same numbers); "replace_one" (sensitivity is 2 C for contributions of norm at most C, and noise
             multipliers are relative to 2 C).
+        unit: Whose presence the noise hides: one "record", or one "user" with all its records.
 
     Raises:
-        ValueError: If the relation is unknown.
+        ValueError: If the relation or the unit is unknown.
 
     Example:
         >>> ledger = Ledger()
@@ -60,13 +63,16 @@ class Ledger:
         (100000, 1)
     """
 
-    def __init__(self, neighboring_relation: str = "add_or_remove_one") -> None:
+    def __init__(self, neighboring_relation: str = "add_or_remove_one", unit: str = "record") -> None:
         if neighboring_relation not in NEIGHBORING_RELATIONS:
             raise ValueError(
                 f"Expected neighboring_relation in {NEIGHBORING_RELATIONS}, "
                 f"got neighboring_relation={neighboring_relation!r}."
             )
+        if unit not in UNITS:
+            raise ValueError(f"Expected unit in {UNITS}, got unit={unit!r}.")
         self._neighboring_relation = neighboring_relation
+        self._unit = unit
         self._lineage = uuid.uuid4().hex
         self._entries: list[LedgerEntry] = []
         self._pass_open = False
@@ -75,6 +81,11 @@ class Ledger:
     def neighboring_relation(self) -> str:
         """What a neighbouring data set is; fixed for the life of the ledger."""
         return self._neighboring_relation
+
+    @property
+    def unit(self) -> str:
+        """Whose presence is hidden, "record" or "user"; fixed for the life of the ledger."""
+        return self._unit
 
     @property
     def lineage(self) -> str:
@@ -146,7 +157,7 @@ class Ledger:
 
     def copy(self) -> Ledger:
         """Return an independent ledger with the same history and lineage."""
-        other = Ledger(self._neighboring_relation)
+        other = Ledger(self._neighboring_relation, self._unit)
         other._lineage = self._lineage
         other._entries = list(self._entries)
         other._pass_open = self._pass_open
@@ -181,6 +192,10 @@ class Ledger:
             ledger.record(event, num_last)
         return ledger
 
+    def states_the_same(self, other: Ledger) -> bool:
+        """Return whether one epsilon can state what both ledgers hold: their relation and unit agree."""
+        return (self._neighboring_relation, self._unit) == (other._neighboring_relation, other._unit)
+
     def has_same_beginning(self, other: Ledger) -> bool:
         """Return whether `other` begins with the steps of this ledger, whatever its lineage.
 
@@ -198,9 +213,9 @@ class Ledger:
             other: The ledger that may have grown out of this one.
 
         Returns:
-            True if lineage, relation and every recorded step agree.
+            True if lineage, relation, unit and every recorded step agree.
         """
-        if (self._lineage, self._neighboring_relation) != (other._lineage, other._neighboring_relation):
+        if self._lineage != other._lineage or not self.states_the_same(other):
             return False
         finished, opened = (self._entries[:-1], self._entries[-1]) if self._pass_open else (self._entries, None)
         rest = list(other._entries)
@@ -245,7 +260,7 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         """Return the ledger as plain integers, floats, strings, lists and dictionaries."""
         return write_state(
-            LedgerState(self._neighboring_relation, self._lineage, self._pass_open, tuple(self._entries))
+            LedgerState(self._neighboring_relation, self._unit, self._lineage, self._pass_open, tuple(self._entries))
         )
 
     @classmethod
@@ -262,7 +277,7 @@ class Ledger:
         """
         try:
             parts = read_state(state)
-            ledger = cls(parts.neighboring_relation)
+            ledger = cls(parts.neighboring_relation, parts.unit)
             for entry in parts.entries:
                 ledger._check_relation(entry.event)
         except (ValueError, TypeError) as error:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_dp.accounting.events import LedgerEntry, PrivacyEvent, check_count, check_passes
+from lightning_dp.accounting.events import COUNTED, LedgerEntry, PrivacyEvent, check_count, check_passes
 
 _VERSION = 1
 _KEYS = {"version", "neighboring_relation", "lineage", "pass_open", "num_steps", "entries"}
@@ -17,6 +17,7 @@ class LedgerState(NamedTuple):
     """The contents of a ledger."""
 
     neighboring_relation: str
+    unit: str
     lineage: str
     pass_open: bool
     entries: tuple[LedgerEntry, ...]
@@ -24,9 +25,11 @@ class LedgerState(NamedTuple):
 
 def write_state(ledger: LedgerState) -> dict[str, Any]:
     """Return the contents as plain integers, floats, strings, lists and dictionaries."""
+    unit = {} if ledger.unit == "record" else {"unit": ledger.unit}  # ledgers of records look as they always did
     return {
         "version": _VERSION,
         "neighboring_relation": ledger.neighboring_relation,
+        **unit,
         "lineage": ledger.lineage,
         "pass_open": int(ledger.pass_open),
         "num_steps": sum(entry.num_steps for entry in ledger.entries),
@@ -44,7 +47,7 @@ def read_state(state: Mapping[str, Any]) -> LedgerState:
         ValueError: If a key is missing or unknown, or a value is out of range.
         TypeError: If a value has another type.
     """
-    _check_keys(state, _KEYS, name="state")
+    _check_keys(state, _KEYS | {"unit"} if isinstance(state, Mapping) and "unit" in state else _KEYS, name="state")
     if check_count(state["version"], name="version", minimum=0) != _VERSION:
         raise ValueError(f"Expected version={_VERSION}, got version={state['version']}.")
     if not isinstance(state["lineage"], str) or not re.fullmatch("[0-9a-f]{32}", state["lineage"]):
@@ -58,7 +61,8 @@ def read_state(state: Mapping[str, Any]) -> LedgerState:
     pass_open = check_count(state["pass_open"], name="pass_open", minimum=0)
     if pass_open > 1 or (pass_open and (not entries or entries[-1].num_passes != 1)):
         raise ValueError(f"Expected pass_open=1 only after an entry of one pass, got pass_open={pass_open}.")
-    return LedgerState(state["neighboring_relation"], state["lineage"], bool(pass_open), entries)
+    unit = state.get("unit", "record")
+    return LedgerState(state["neighboring_relation"], unit, state["lineage"], bool(pass_open), entries)
 
 
 def _write_entry(entry: LedgerEntry) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def _read_entry(entry: Any) -> LedgerEntry:
 
 def _extra_keys(kind: Any) -> set[str]:
     """Return the keys that only some kinds have, so that entries of older kinds look as they always did."""
-    return {"num_batches"} if kind == "allocation" else set()
+    return {"num_batches"} if kind in COUNTED else set()
 
 
 def _check_keys(value: Any, keys: set[str], *, name: str) -> None:

@@ -39,7 +39,7 @@ def user_epsilon(ledger: Ledger, delta: float, *, records_per_user: int, discret
         Epsilon in [0, inf]. Public.
 
     Raises:
-        ValueError: If an argument is out of range, or the relation is "replace_one".
+        ValueError: If an argument is out of range, the relation is "replace_one", or the ledger protects users already.
 
     Example:
         >>> from lightning_dp.accounting import PrivacyEvent
@@ -59,6 +59,11 @@ def user_epsilon(ledger: Ledger, delta: float, *, records_per_user: int, discret
         raise ValueError(
             'Expected neighboring_relation="add_or_remove_one" or "zero_out" for records_per_user, got "replace_one". '
             "The bound is for adding or removing a user's records."
+        )
+    if ledger.unit == "user":
+        raise ValueError(
+            f"Expected a run that protects records for records_per_user, got records_per_user={count} for one that protects users, "
+            "whose epsilon holds for them already. Leave it out."
         )
     accountant = LibraryAccountant(value_discretization_interval=discretization)
     for mechanism, times in ledger.mechanisms().items():

@@ -29,7 +29,7 @@ def scaled_ledger(ledger: Ledger, factor: float) -> Ledger:
         >>> scaled_ledger(ledger, 0.5).mechanisms()
         {Mechanism(sample_rate=1.0, noise_multiplier=1.0, num_batches=1): 3}
     """
-    scaled = Ledger(ledger.neighboring_relation)
+    scaled = Ledger(ledger.neighboring_relation, ledger.unit)
     for (rate, sigma, num_batches), count in ledger.mechanisms().items():
         if num_batches > 1:
             event = PrivacyEvent.allocation(noise_multiplier=sigma * factor, num_batches=num_batches)

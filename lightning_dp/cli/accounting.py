@@ -18,8 +18,10 @@ from lightning_dp.accounting import (
 from lightning_dp.callbacks.noise_scheduler import PublicSchedule
 from lightning_dp.cli import output
 from lightning_dp.clipping import FlatClipping
+from lightning_dp.noise.correlated import CorrelatedNoise
 from lightning_dp.reporting.statement import describe_epsilon, describe_sampling
 from lightning_dp.schedules import Schedule, constant
+from lightning_dp.step.correlation import Correlation
 from lightning_dp.step.mechanisms import RunLength
 from lightning_dp.step.plan import DPPlan, default_delta
 
@@ -39,7 +41,7 @@ def epsilon(options: argparse.Namespace) -> int:
     """Prints the epsilon of a planned run."""
     plan = _plan(options, check.check_nonnegative("noise_multiplier", options.noise_multiplier))
     assert plan.steps is not None
-    ledger = Ledger(plan.neighboring_relation).extended(plan.runs(0, plan.steps))
+    ledger = Ledger(plan.neighboring_relation, plan.unit).extended(plan.runs(0, plan.steps))
     answers: list[dict[str, Any]] = []
     for name in options.accountant or ACCOUNTANTS:
         try:
@@ -129,19 +131,54 @@ def parse_schedule(text: str, run: RunLength) -> Schedule:
     return PublicSchedule(kind, interval="epoch", **numbers)(run)
 
 
+def parse_noise(text: str) -> CorrelatedNoise:
+    """The noise that ``auto``, a decay or ``bands=P`` stands for.
+
+    Args:
+        text: as typed.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_noise("0.95"), parse_noise("bands=4").bands
+        (CorrelatedNoise(decay=0.95, bands=None), 4)
+    """
+    if text == "auto":
+        return CorrelatedNoise()
+    name, _, number = text.rpartition("=")
+    try:
+        if name in ("", "decay", "bands"):
+            return CorrelatedNoise(bands=int(number)) if name == "bands" else CorrelatedNoise(decay=float(number))
+    except ValueError as error:
+        if str(error).startswith("Expected"):
+            raise
+    raise ValueError(f"Expected auto, a decay or bands=P, got correlated={text!r}. Write auto, 0.95 or bands=4.")
+
+
 def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
     size = check.check_count("dataset_size", options.dataset_size)
     batch = check.check_count("batch_size", options.batch_size)
     if batch > size:
         raise ValueError(
-            f"Expected batch_size <= dataset_size, got batch_size={batch} and dataset_size={size}. A batch holds each record once."
+            f"Expected batch_size <= dataset_size, got batch_size={batch} and dataset_size={size}. A batch holds each {options.unit} "
+            "once."
         )
     steps_per_epoch = round(size / batch)  # as the strategy's loader
     if options.steps is None:
         steps = check.check_count("epochs", options.epochs) * steps_per_epoch
     else:
         steps = check.check_count("steps", options.steps)
-    poisson = options.sampling == "poisson"
+    poisson, correlation = options.sampling == "poisson", None
+    if options.correlated is not None:
+        if options.sampling != "cyclic" or options.schedule:
+            raise ValueError(
+                f"Expected sampling=cyclic without a schedule for correlated noise, got sampling={options.sampling} and "
+                f"schedule={options.schedule!r}. Its one privacy event needs a fixed order and the same noise in all steps."
+            )
+        passes = -(-steps // steps_per_epoch)
+        noise = parse_noise(options.correlated).planned(steps, steps_per_epoch, passes)
+        correlation = Correlation(noise, steps, steps_per_epoch, passes)
     return DPPlan(
         sampling=options.sampling,
         dataset_size=size,
@@ -156,7 +193,9 @@ def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
         if options.schedule
         else constant(),
         neighboring_relation=options.neighboring_relation,
-        batches_per_pass=None if poisson else steps_per_epoch,
+        batches_per_pass=steps_per_epoch if options.sampling == "shuffle" else None,
+        correlation=correlation,
+        unit=options.unit,
     )
 
 
@@ -169,14 +208,14 @@ def _note(accountant: str, plan: DPPlan) -> str:
 
 def _user_note(plan: DPPlan) -> str:
     """How the cost for a user was found."""
-    if plan.sampling == "shuffle":
+    if plan.sampling != "poisson":
         return "all of them in one batch of each pass, without amplification"
     return "mixture of Gaussians"
 
 
 def _spent(plan: DPPlan, noise_multiplier: float) -> Ledger:
     assert plan.steps is not None
-    return Ledger(plan.neighboring_relation).extended(plan.runs(0, plan.steps, noise_multiplier))
+    return Ledger(plan.neighboring_relation, plan.unit).extended(plan.runs(0, plan.steps, noise_multiplier))
 
 
 def _calibrated(plan: DPPlan, target: float, accountant: Accountant) -> float:
@@ -187,7 +226,7 @@ def _calibrated(plan: DPPlan, target: float, accountant: Accountant) -> float:
         delta=plan.delta,
         accountant=accountant,
         runs=lambda sigma: plan.runs(0, stop, sigma),
-        history=Ledger(plan.neighboring_relation),
+        history=Ledger(plan.neighboring_relation, plan.unit),
     )
 
 
@@ -201,14 +240,17 @@ def _described(plan: DPPlan) -> dict[str, Any]:
         "steps",
         "delta",
         "neighboring_relation",
+        "unit",
     )
-    return {name: getattr(plan, name) for name in names}
+    correlation = None if plan.correlation is None else plan.correlation.state_dict()
+    return {**{name: getattr(plan, name) for name in names}, "correlation": correlation}
 
 
 def _title(plan: DPPlan) -> str:
     return (
-        f"{plan.steps} steps on {plan.dataset_size} records, expected batch size {plan.expected_batch_size}, "
+        f"{plan.steps} steps on {plan.dataset_size} {plan.unit}s, expected batch size {plan.expected_batch_size}, "
         f"{describe_sampling(plan)}, {plan.neighboring_relation}, delta {plan.delta:g}"
+        + (f", noise {plan.correlation.describe()}" if plan.correlation is not None else "")
     )
 
 

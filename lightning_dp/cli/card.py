@@ -63,7 +63,7 @@ def card(options: argparse.Namespace) -> int:
 def _added_up(states: list[Any]) -> Ledger:
     """Return the ledger of all runs; checkpoints of one run count once."""
     ledgers = read_history([Ledger.from_state_dict(state) for state in states])
-    return ledgers[0] if len(ledgers) == 1 else joined(ledgers, ledgers[0].neighboring_relation)
+    return ledgers[0] if len(ledgers) == 1 else joined(ledgers, ledgers[0])
 
 
 def load(path: str) -> dict[str, Any]:

@@ -89,7 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a planned run."""
-    parser.add_argument("--dataset-size", type=int, required=True, metavar="N", help="number of records")
+    parser.add_argument("--dataset-size", type=int, required=True, metavar="N", help="number of records, or of users")
+    parser.add_argument(
+        "--unit",
+        choices=["record", "user"],
+        default="record",
+        help="whose presence is hidden, and what N and B count (default: record)",
+    )
     parser.add_argument(
         "--batch-size", type=int, required=True, metavar="B", help="expected batch size, over all devices"
     )
@@ -111,10 +117,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sampling",
-        choices=["poisson", "shuffle"],
+        choices=["poisson", "shuffle", "cyclic"],
         default="poisson",
         help="default: poisson; shuffle: each record in one batch per pass (random allocation; without amplification under "
-        "another relation than add_or_remove_one)",
+        "another relation than add_or_remove_one); cyclic: the same batches in every pass, without amplification",
+    )
+    parser.add_argument(
+        "--correlated",
+        metavar="auto|DECAY|bands=P",
+        help="noise that is correlated between steps, with --sampling cyclic, which also stands for a stream in a fixed order",
     )
     parser.add_argument(
         "--neighboring-relation",

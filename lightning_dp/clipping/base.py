@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -75,6 +75,22 @@ class Clipping(ABC):
             num_coordinates: P >= 1.
         """
         return self
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether groups carry noise of their own std; see ``noise_shares``."""
+        return False
+
+    def noise_shares(self, sizes: Sequence[int]) -> tuple[float, ...]:
+        """Return how noise is shared out between groups: its std in each, in units of ``sigma * sensitivity``.
+
+        Args:
+            sizes: active coordinates of each group.
+
+        Returns:
+            One factor per group; empty if the std is the same everywhere, which is the default.
+        """
+        return ()
 
     @abstractmethod
     def contribution(self, samples: Samples) -> Contribution:

@@ -6,7 +6,7 @@ import math
 
 from lightning_dp.accounting import Accountant, Ledger
 from lightning_dp.datalens.plan import DataLensPlan
-from lightning_dp.reporting.statement import RELATIONS, describe_epsilon
+from lightning_dp.reporting.statement import describe_epsilon, describe_relation
 
 _COVERED = "the generator's weights and every sample it makes, at any time of training; what DataLens logs"
 _NOT_COVERED = (
@@ -22,7 +22,7 @@ def summary_line(plan: DataLensPlan, ledger: Ledger, accountant: Accountant) -> 
         return "Privacy: no steps recorded."
     epsilon = accountant.epsilon(ledger, plan.delta)
     return (
-        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {RELATIONS[plan.neighboring_relation]}, "
+        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {describe_relation(plan.neighboring_relation)}, "
         f"no sampling, accountant {accountant.name}, {ledger.num_steps} steps."
     )
 

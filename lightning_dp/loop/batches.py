@@ -22,7 +22,8 @@ class DrawnBatch(LogicalBatch):
     __slots__ = ("number", "source", "used")
 
     def __init__(self, batch: LogicalBatch, source: object, number: int) -> None:
-        super().__init__(batch.microbatches)
+        super().__init__(batch.microbatches, batch.owners)
+        self.position = batch.position
         self.source, self.number, self.used = source, number, False
 
 
@@ -36,15 +37,19 @@ class LogicalBatches:
     Args:
         loader: draws the batches.
         steps_left: returns how many steps the run may still take.
+        begin: called when a pass begins.
     """
 
-    def __init__(self, loader: PrivateDataLoader, steps_left: Callable[[], float]) -> None:
-        self._loader, self._steps_left = loader, steps_left
+    def __init__(
+        self, loader: PrivateDataLoader, steps_left: Callable[[], float], begin: Callable[[], None] = lambda: None
+    ) -> None:
+        self._loader, self._steps_left, self._begin = loader, steps_left, begin
         self._numbers = itertools.count()
         self._current = -1
 
     def __iter__(self) -> Iterator[DrawnBatch]:
         number = next(self._numbers)
+        self._begin()
         for position, batch in enumerate(self._loader):
             if position and self._steps_left() == 0:
                 return

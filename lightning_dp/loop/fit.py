@@ -97,22 +97,22 @@ class LoopFit:
             Loss and samples of each microbatch. NOT private.
         """
         self._host.loss_fn, self._losses = loss_fn, []
-        self._begin(begins_pass)
-        for count, part in batch.microbatches:
+        self._begin(begins_pass, batch.position)
+        for count, _, part in batch.parts:
             checks.check_rows(part, count, self._records.axes)
         if batch:
-            *others, (count, last) = batch.microbatches
+            *others, (count, owners, last) = batch.parts
             self._run_further(others)
-            self._run(self._move(last), count)
+            self._run(self._move(last), count, owners)
         else:
             self._run(self._records.stand_in(), 1, weight=0.0)
         self.step.finish(0)
         return self._losses
 
-    def _begin(self, begins_pass: bool) -> None:
+    def _begin(self, begins_pass: bool, position: int | None) -> None:
         """Begin a logical step; try the loss function before the first one, and again at public steps."""
         step, trial = self.step, self._trial
-        step.begin(first_of_pass=begins_pass)
+        step.begin(first_of_pass=begins_pass, position=position)
         step.state.check_budget()
         flags = _training_flags(self._model)
         if flags != self._flags:
@@ -127,20 +127,22 @@ class LoopFit:
         elif trial.is_due(step.state.step, first_of_pass=begins_pass):
             trial.check_again(step.state.step)
 
-    def _run_further(self, microbatches: list[tuple[int, Any]]) -> None:
+    def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any]]) -> None:
         """Run all microbatches but the last, each from the same state, without effect."""
         if not microbatches:
             return
         snapshot = self._sandbox.snapshot()
-        for count, part in microbatches:
+        for count, owners, part in microbatches:
             with self._sandbox.enter(snapshot):
                 self.step.streams.begin()
-                self._run(self._move(part), count, further=True)
+                self._run(self._move(part), count, owners, further=True)
         snapshot.put_back()
 
-    def _run(self, batch: Any, count: int, *, weight: float = 1.0, further: bool = False) -> None:
+    def _run(
+        self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0, further: bool = False
+    ) -> None:
         """Run forward, backward and clipping of one microbatch."""
-        with self.step.microbatch(count, weight=weight, further=further):
+        with self.step.microbatch(count, owners, weight=weight, further=further):
             loss = self._host.loss_of(self._host.loss_fn(self._called, batch), count)
             loss.backward()  # type: ignore[no-untyped-call]
             self.step.backward_done()

@@ -25,6 +25,7 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import private_dataloader
 from lightning_dp.step import module_checks
 from lightning_dp.step.arguments import PrivateArguments, check_length, make_settings, planned_length
+from lightning_dp.step.correlation import begin_order
 from lightning_dp.step.history import History, read_history
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
@@ -137,22 +138,21 @@ class PrivateLoop(LoopFacts):
         rank, world_size = self._reduction.rank, self._reduction.world_size
         self._drawn = private_dataloader(
             loader,
-            sampling=settings.sampling,
-            microbatch_size=settings.microbatch_size,
+            **settings.drawing,
             rank=rank,
             world_size=world_size,
-            seed=settings.seed,
         )
         self._length = planned_length(*length, self._drawn.facts)
         self.state = state = PrivacyState(
             settings.neighboring_relation,
             make_accountant(settings.accountant),
+            unit=settings.protects,
             seeded=settings.seed is not None,
             secure=settings.secure_rng,
         )
         if history is not None:
             state.begin_after(read_history(history))
-        self.loader = LogicalBatches(self._drawn, lambda: steps_left(state))
+        self.loader = LogicalBatches(self._drawn, lambda: steps_left(state), self._begin_order)
         self._noise = GaussianNoise(
             seed=None if settings.seed is None else settings.seed * 1_000_003 + rank,
             secure=settings.secure_rng,
@@ -209,6 +209,11 @@ class PrivateLoop(LoopFacts):
         with kept_generators(self._device), self._guard.working(), self._around(), torch.enable_grad():
             self._losses = self._fit.run(batch, loss_fn or self._loss_fn, begins_pass=begins_pass)
         self._guard.released()
+
+    def _begin_order(self) -> None:
+        """Let the loader go on where the run stopped, if its noise needs the order of the data."""
+        if self.settings.noise is not None:
+            begin_order(self.plan.correlation, self._drawn, self.state.steps_taken)
 
     def _begin(self) -> LoopFit:
         """Check what was loaded, and make the private step."""

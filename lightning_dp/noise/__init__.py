@@ -1,6 +1,8 @@
 """Gaussian noise: who draws it, from which generator, and how early."""
 
+from lightning_dp.noise.correlated import CorrelatedNoise
 from lightning_dp.noise.gaussian import GaussianNoise
 from lightning_dp.noise.prefetch import has_spare_core
+from lightning_dp.noise.redrawn import CorrelatedGaussianNoise
 
-__all__ = ["GaussianNoise", "has_spare_core"]
+__all__ = ["CorrelatedGaussianNoise", "CorrelatedNoise", "GaussianNoise", "has_spare_core"]

@@ -6,7 +6,6 @@ Standard normals are drawn in ``sources.py``, on the CPU by the threads of ``cpu
 from __future__ import annotations
 
 import math
-import os
 import secrets
 from collections.abc import Callable
 
@@ -15,24 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_dp.noise.buffers import DEVICE_CHUNK, check_buffer, check_dtype, num_forks
 from lightning_dp.noise.cpu import CHUNK, NUM_STREAMS, CpuStreams
 from lightning_dp.noise.prefetch import NormalsAhead
 from lightning_dp.noise.sources import SECURE_DRAWS, normal_stream, secure_normals, secure_words
 
-_DEVICE_CHUNK = 1 << 24
 _SECURE_CHUNK = 1 << 16
 _GRID_BITS = 20  # the grid's step is at most std 2^-20: its own variance is below 1e-13 of the noise's
-
-_num_forks = 0
-
-
-def _count_fork() -> None:
-    global _num_forks
-    _num_forks += 1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_count_fork)
 
 
 class GaussianNoise:
@@ -128,7 +116,7 @@ class GaussianNoise:
             >>> bool(0.9 < noise.add_(sums, std=1.0).std() < 1.1)
             True
         """
-        _check_dtype(dtype)
+        check_dtype(dtype)
         self._refuse_the_parents_state()
         if device.type != "cpu" or num < CHUNK or self.secure or self.seeded or not self.tuned:
             return
@@ -155,7 +143,7 @@ class GaussianNoise:
                 the buffer's type would turn it into zero.
             Exception: what drawing beside other work raised, see ``prepare``.
         """
-        _check_buffer(tensor, std)
+        check_buffer(tensor, std)
         if std > 0:
             self._write(tensor.detach().view(-1), std, adds=True)
         return tensor
@@ -184,7 +172,7 @@ class GaussianNoise:
             >>> bool(sums.isfinite().all())
             True
         """
-        _check_buffer(tensor, std)
+        check_buffer(tensor, std)
         if std > 0:
             self._write(tensor.detach().view(-1), std, adds=False)
         else:
@@ -215,7 +203,7 @@ class GaussianNoise:
             >>> bool((noise.add_(torch.zeros(3), std=1.0) != 0).all())
             True
         """
-        if self._fork == _num_forks:  # else its threads are the parent's
+        if self._fork == num_forks():  # else its threads are the parent's
             self._streams.close()
             ahead, self._ahead = self._ahead, None
             if ahead is not None:
@@ -226,11 +214,11 @@ class GaussianNoise:
 
     def _refuse_the_parents_state(self) -> None:
         """In a forked child: begin anew, for the parent goes on with the same streams."""
-        if self._fork != _num_forks:
+        if self._fork != num_forks():
             self._start(None)
 
     def _start(self, seed: int | None) -> None:
-        self._fork = _num_forks
+        self._fork = num_forks()
         self._root = None if seed is None else np.random.SeedSequence(seed)
         self._streams = CpuStreams(self._children(NUM_STREAMS), tuned=self.tuned)
         self._ahead = None
@@ -252,8 +240,8 @@ class GaussianNoise:
         if not adds:
             flat.normal_(std=std, generator=generator)
             return
-        for start in range(0, flat.numel(), _DEVICE_CHUNK):
-            chunk = flat[start : start + _DEVICE_CHUNK]
+        for start in range(0, flat.numel(), DEVICE_CHUNK):
+            chunk = flat[start : start + DEVICE_CHUNK]
             chunk.add_(torch.empty_like(chunk).normal_(generator=generator), alpha=std)
 
     def _add_secure(self, flat: Tensor, std: float) -> None:
@@ -265,25 +253,6 @@ class GaussianNoise:
             noise *= std
             noise += chunk.cpu().numpy()
             chunk.copy_(torch.from_numpy(_on_grid(noise, grid)).to(flat.dtype))
-
-
-def _check_buffer(tensor: Tensor, std: float) -> None:
-    _check_dtype(tensor.dtype)
-    if not tensor.is_contiguous():
-        raise ValueError(f"Expected a contiguous buffer, got stride={tensor.stride()} for shape={tensor.shape}.")
-    if not 0 <= std < math.inf:
-        raise ValueError(f"Expected 0 <= std < inf, got std={std}.")
-    limits = torch.finfo(tensor.dtype)
-    if std != 0 and not limits.tiny <= std <= limits.max:
-        raise ValueError(f"Expected std within the range of {tensor.dtype}, got std={std}. Rescale the buffer.")
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"Expected a float32 or float64 buffer, got dtype={dtype}. Lower precision would round noise away: add it "
-            "before converting."
-        )
 
 
 def _on_grid(values: NDArray[np.float64], grid: float) -> NDArray[np.float64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,25 +12,13 @@ from torch import Tensor
 
 from lightning_dp import _validate as check
 from lightning_dp.errors import PrivacyError
+from lightning_dp.noise.buffers import DEVICE_CHUNK, check_buffer, num_forks
 from lightning_dp.noise.correlated import CorrelatedNoise
-from lightning_dp.noise.gaussian import _check_buffer
 from lightning_dp.noise.sources import normal_stream
 
 _MOST_SLICES = 8  # of a buffer on the CPU; how many there are depends on its size alone, never on the threads
 _SMALLEST_SLICE = 1 << 18  # coordinates: starting a stream takes as long as drawing about that many
 _CPU_CHUNK = 1 << 15  # coordinates drawn at a time: the scratch buffer stays in the processor's cache
-_DEVICE_CHUNK = 1 << 24
-
-_num_forks = 0
-
-
-def _count_fork() -> None:
-    global _num_forks
-    _num_forks += 1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_count_fork)
 
 
 class CorrelatedGaussianNoise:
@@ -129,15 +116,15 @@ class CorrelatedGaussianNoise:
         return (_fresh, (self.settings, self.steps - self._step))
 
     def _start(self, seed: int | None) -> None:
-        self._fork = _num_forks
+        self._fork = num_forks()
         self._seeded = seed is not None
         self._key = secrets.randbits(256) if seed is None else seed
         self._step = 0
         self._buffer: tuple[int, torch.dtype, torch.device] | None = None
 
     def _write(self, tensor: Tensor, std: float, *, adds: bool) -> Tensor:
-        _check_buffer(tensor, std)
-        if self._fork != _num_forks:  # a forked child: the parent goes on with the same key
+        check_buffer(tensor, std)
+        if self._fork != num_forks():  # a forked child: the parent goes on with the same key
             self.steps -= self._step
             self._start(None)
         if self._step >= self.steps:
@@ -193,8 +180,8 @@ class CorrelatedGaussianNoise:
 
     def _add_device(self, flat: Tensor, std: float, terms: list[tuple[float, int]]) -> None:
         generator = torch.Generator(device=flat.device)
-        for number, start in enumerate(range(0, flat.numel(), _DEVICE_CHUNK)):
-            chunk = flat[start : start + _DEVICE_CHUNK]
+        for number, start in enumerate(range(0, flat.numel(), DEVICE_CHUNK)):
+            chunk = flat[start : start + DEVICE_CHUNK]
             scratch = torch.empty_like(chunk)
             for r, step in terms:
                 generator.manual_seed(int(self._seed(step, number).generate_state(1, np.uint64)[0]))

@@ -68,8 +68,14 @@ class GradientEngine(ABC):
         """
 
     @abstractmethod
-    def begin(self, batch_size: int) -> None:
-        """Start a microbatch of that many samples: forget the last one, record from here on."""
+    def begin(self, batch_size: int, owners: Tensor | None = None) -> None:
+        """Start a microbatch: forget the last one, record from here on.
+
+        Args:
+            batch_size: records in it.
+            owners: of each record, the position of its user, ascending: then a sample is a user, and its gradient the sum of
+                those of its records. ``None``: each record is a sample.
+        """
 
     @abstractmethod
     def discard(self, names: Iterable[str] | None = None) -> None:

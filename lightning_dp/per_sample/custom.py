@@ -155,12 +155,12 @@ def _run(
     use = Use(source, source.keys, data.values(), None, out_axis)
     held = dict(zip(data, use.inputs, strict=True))
 
-    def in_rows(size: int) -> dict[str, Any]:
+    def in_rows(size: int, laid_out: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
         given = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
         for name, tensor in held.items():
             axis = axes[name]
             assert isinstance(axis, BatchAxis)
-            given[name] = axis.to_front(tensor, size, func.__name__)[0]
+            given[name] = laid_out(*axis.to_front(tensor, size, func.__name__))
         return given
 
     use.arguments = in_rows

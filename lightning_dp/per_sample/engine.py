@@ -17,6 +17,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.functions import pulled_back
+from lightning_dp.per_sample.joining import Joining
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Node, Region, view_of
 from lightning_dp.per_sample.plans import Learner
@@ -168,7 +169,7 @@ class PerSampleEngine(GradientEngine):
         self._recorder.listening = value
 
     @override
-    def begin(self, batch_size: int) -> None:
+    def begin(self, batch_size: int, owners: Tensor | None = None) -> None:
         if not batch_size >= 0:
             raise ValueError(f"Expected batch_size >= 0, got batch_size={batch_size}.")
         if self._parameters and not self.has_layout:
@@ -178,7 +179,7 @@ class PerSampleEngine(GradientEngine):
             )
         self.end()
         self._had_grad = {name for name, parameter in self._parameters.items() if parameter.grad is not None}
-        self._recorder.begin(batch_size)
+        self._recorder.begin(batch_size, None if owners is None else Joining(owners))
         self._tracker.start()
 
     @override
@@ -246,7 +247,7 @@ class PerSampleEngine(GradientEngine):
                     norms[name] = norms[name] + norm if name in norms else norm
             for name, grad in self._gathered(whole).items():
                 norms[name] = norm_of(grad, masks.get(name))
-            sums = self._new_norms(len(groups), self._recorder.batch_size)
+            sums = self._new_norms(len(groups), self._recorder.num_samples)
             for row, group in zip(sums, groups, strict=True):
                 for name in group:
                     if name in norms:
@@ -306,7 +307,7 @@ class PerSampleEngine(GradientEngine):
         with self._arithmetic():
             # what is cached may be in a buffer that the next microbatch overwrites
             grads = {name: grad.clone() for name, grad in self._computed(set(asked)).items()}
-            size = self._recorder.batch_size
+            size = self._recorder.num_samples
             return {
                 name: grads[name] if name in grads else zero_gradient(self._parameters[name], size) for name in asked
             }

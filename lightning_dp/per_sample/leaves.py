@@ -19,7 +19,7 @@ from lightning_dp.per_sample.arguments import replaced
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named
-from lightning_dp.per_sample.rules.base import Call, Rule, widen
+from lightning_dp.per_sample.rules.base import Call, Rule, sum_rows, widen
 from lightning_dp.per_sample.uses import Use, in_backward, tap
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class LeafRule(Rule):
         for call in calls:
             # of a complex function of parameters the gradient is complex
             grads = call.backprop if call.backprop.is_complex() else widen(call.backprop)
-            grads = grads.reshape(batch_size, *module)
+            grads = sum_rows(grads.reshape(len(grads), *module), call.multiplicity)
             total = grads if total is None else total + grads
         assert total is not None
         return {"copy": total}

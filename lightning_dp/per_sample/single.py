@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample.base import GradientEngine
+from lightning_dp.per_sample.joining import Joining
 from lightning_dp.per_sample.rules.base import squared_norm, widen
 from lightning_dp.per_sample.sources import zero_gradient
 
@@ -103,8 +104,10 @@ class SingleSampleEngine(GradientEngine):
         return collect
 
     @override
-    def begin(self, batch_size: int) -> None:
+    def begin(self, batch_size: int, owners: Tensor | None = None) -> None:
         """Start a microbatch of one sample (or none). What ``.grad`` held is put aside until :meth:`end`."""
+        if owners is not None:
+            batch_size = Joining(owners).num
         if batch_size not in (0, 1):
             raise ValueError(f"Expected at most one sample in a microbatch, got batch_size={batch_size}.")
         self.end()

@@ -131,23 +131,28 @@ class Source:
 
     def _add_made(self, call: Call, keys: frozenset[Hashable]) -> None:
         """Add the gradients of a further backprop."""
-        made = self.rule.per_sample(self.spec, [call], self.recorder.batch_size, {self.local[key] for key in keys})
+        made = self.rule.per_sample(self.spec, [call], self.recorder.num_samples, {self.local[key] for key in keys})
         for key in keys:
             grad = made[self.local[key]]
             self._made[key] = self._made[key] + grad if key in self._made else grad
 
     def _call(self, use: Use, backprop: Tensor) -> Call:
-        """Return a use with its rows sample-major, batch axis first."""
-        size = self.recorder.batch_size
+        """Return a use with its rows sample-major, batch axis first; the rows of one user are those of one sample."""
+        size, joining = self.recorder.batch_size, self.recorder.joining
         backprop, rows = use.out_axis.to_front(backprop, size, self.name)
+        if joining is not None:
+            backprop = joining.backprops(backprop, rows)
+        data = _as_it_is if joining is None else joining.data
+        rows_of_one = rows if joining is None else joining.rows(rows)
         if use.arguments is not None:
-            return Call((), use.arguments(size), backprop, backprop, rows)
+            return Call((), use.arguments(size, data), backprop, backprop, rows_of_one)
         if not use.inputs:
-            return Call((), {}, backprop, backprop, rows)
+            return Call((), {}, backprop, backprop, rows_of_one)
         assert use.in_axis is not None
         activation, in_rows = use.in_axis.to_front(use.inputs[0], size, self.name)
         assert rows == in_rows
-        return Call((activation,), {}, activation, backprop, rows)
+        activation = data(activation, rows)
+        return Call((activation,), {}, activation, backprop, rows_of_one)
 
     def groups(self) -> list[tuple[set[Hashable], list[Call]]]:
         """Return keys that saw the same backprops, with their calls."""
@@ -182,7 +187,7 @@ class Source:
         """Return gradients of shape ``(B, *shape)`` for those of the keys that are live."""
         grads: Grads = {}
         for wanted, calls in self._asked(keys):
-            made = self.rule.per_sample(self.spec, calls, self.recorder.batch_size, set(wanted))
+            made = self.rule.per_sample(self.spec, calls, self.recorder.num_samples, set(wanted))
             grads.update((wanted[local], grad) for local, grad in made.items())
         return grads
 
@@ -200,7 +205,7 @@ class Source:
         """Return squared norms ``(B,)`` of the (masked) gradients."""
         if self._materialise:
             return {key: norm_of(grad, masks.get(key)) for key, grad in self.cached(keys).items()}
-        size, cached = self.recorder.batch_size, self.memory()
+        size, cached = self.recorder.num_samples, self.memory()
         norms: Grads = {}
         for wanted, calls in self._asked(keys - cached.keys()):
             self._make_cached(wanted.values(), calls, cached)
@@ -222,7 +227,7 @@ class Source:
 
     def _make_cached(self, keys: Iterable[Hashable], calls: list[Call], cached: Grads) -> None:
         """Compute, of these keys, the gradients that are cached: the small ones and those that pay and have a buffer."""
-        size = self.recorder.batch_size
+        size = self.recorder.num_samples
         small = {self.local[key]: key for key in keys if self._is_small(key, calls)}
         if small:
             made = self.rule.per_sample(self.spec, calls, size, set(small))
@@ -240,7 +245,7 @@ class Source:
 
     def _active_entries(self, key: Hashable, calls: list[Call], mask: ParameterMask) -> Tensor | None:
         """Return the active entries of every sample's gradient, and cache them: if they are few, that pays and memory allows."""
-        local, size = self.local[key], self.recorder.batch_size
+        local, size = self.local[key], self.recorder.num_samples
         if not self.rule.prefers_active_entries(calls, size, local) or mask.share > MOST_ACTIVE:
             return None
         num = size * mask.num_active
@@ -260,12 +265,12 @@ class Source:
 
     def _is_small(self, key: Hashable, calls: list[Call]) -> bool:
         """Tell whether the gradients of a key take no more memory than the backprops they are computed from."""
-        size = self.recorder.batch_size * self.nodes[key].numel
+        size = self.recorder.num_samples * self.nodes[key].numel
         return size <= sum(call.backprop.numel() for call in calls)
 
     def _is_cached(self, key: Hashable, calls: list[Call]) -> bool:
         """Tell whether the gradients of a key, not small, are cached: where that pays and there is a buffer."""
-        size = self.recorder.batch_size
+        size = self.recorder.num_samples
         if self._workspace is None or not self.rule.materialises(self.spec, calls, size, self.local[key]):
             return False
         if self.rule.fills_buffers:
@@ -278,7 +283,7 @@ class Source:
         assert self._workspace is not None
         if not self.rule.fills_buffers:
             return None
-        backprop, shape = calls[0].backprop, (self.recorder.batch_size, *self.nodes[key].shape)
+        backprop, shape = calls[0].backprop, (self.recorder.num_samples, *self.nodes[key].shape)
         return self._workspace.take(key, shape, accumulation_dtype(backprop), backprop.device)
 
     def add_active_entries(
@@ -308,7 +313,7 @@ class Source:
                 calls = [_without(call, dead) for call in calls]
             targets = {local: out[key] for local, key in wanted.items()}
             mine = {local: masks[key] for local, key in wanted.items()}
-            added = self.rule.add_active_entries(self.spec, calls, factors, self.recorder.batch_size, targets, mine)
+            added = self.rule.add_active_entries(self.spec, calls, factors, self.recorder.num_samples, targets, mine)
             done |= {wanted[local] for local in added}
         return done
 
@@ -328,7 +333,11 @@ class Source:
             if dead is not None:
                 calls = [_without(call, dead) for call in calls]
             targets = {local: out[key] for local, key in wanted.items()}
-            self.rule.add_weighted_sum(self.spec, calls, factors, self.recorder.batch_size, targets)
+            self.rule.add_weighted_sum(self.spec, calls, factors, self.recorder.num_samples, targets)
+
+
+def _as_it_is(tensor: Tensor, rows: int) -> Tensor:
+    return tensor
 
 
 def _without(call: Call, dead: Tensor) -> Call:

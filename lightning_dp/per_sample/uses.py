@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_dp.errors import PrivacyError
 
 if TYPE_CHECKING:
+    from lightning_dp.per_sample.joining import Joining
     from lightning_dp.per_sample.layout import BatchAxis
     from lightning_dp.per_sample.sources import Source
 
@@ -38,22 +39,28 @@ def version_of(tensor: Tensor) -> int:
 
 
 class Recorder:
-    """State of one microbatch that all uses share: whether they count, the number of samples, the tap's source."""
+    """State of one microbatch that all uses share: whether they count, its records and samples, the tap's source."""
 
     def __init__(self) -> None:
         self.active = False
         self.listening = True
         self.generation = 0
         self.batch_size = 0
+        self.joining: Joining | None = None
         self.changes = 0
         self._sizes: dict[int, int] = {}
         self._taps: dict[torch.device, Tensor] = {}
 
-    def begin(self, batch_size: int) -> None:
-        """Record a microbatch of that many samples."""
-        self.batch_size = batch_size
+    def begin(self, batch_size: int, joining: Joining | None = None) -> None:
+        """Record a microbatch of that many records, each a sample unless some are joined to one."""
+        self.batch_size, self.joining = batch_size, joining
         self.active = True
         self._sizes = {}
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples: users if records have owners, else records."""
+        return self.batch_size if self.joining is None else self.joining.num
 
     def end(self) -> None:
         """Stop recording; uses of the microbatch that ends are refused from now on."""
@@ -107,8 +114,8 @@ class Use:
         self.inputs = [tensor.detach() for tensor in inputs]
         self.versions = [version_of(tensor) for tensor in self.inputs]
         self.in_axis, self.out_axis = in_axis, out_axis
-        # of a registered operation: returns its arguments with the rows of the samples first
-        self.arguments: Callable[[int], dict[str, Any]] | None = None
+        # of a registered operation: returns its arguments with the rows of the samples first, given how to lay them out
+        self.arguments: Callable[[int, Callable[[Tensor, int], Tensor]], dict[str, Any]] | None = None
         # backprops, each with the keys for which it counts
         self.parts: list[tuple[Tensor, frozenset[Hashable]]] = []
         self.done = False

@@ -108,7 +108,9 @@ def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[
     steps = sorted(
         ({1} if total else set()) | {math.ceil(total * place / places) for place in range(1, places + 1)} - {0}
     )
-    prefixes = ((step, Ledger(ledger.neighboring_relation).extended(first_steps(taken, step))) for step in steps)
+    prefixes = (
+        (step, Ledger(ledger.neighboring_relation, ledger.unit).extended(first_steps(taken, step))) for step in steps
+    )
     return [(step, accountant.epsilon(prefix, delta)) for step, prefix in prefixes]
 
 
@@ -149,9 +151,10 @@ def privacy_card(
         "definition": {
             "data_accesses": "one training run, all its steps, those of resumed runs and searches in the ledger included",
             "mechanism_output": "the trained parameters after every step",
-            "unit": "one record of the training set",
+            "unit": statement.describe_unit(plan),
+            "counted_as": plan.unit,
             "neighboring_relation": plan.neighboring_relation,
-            "neighboring_datasets": f"differ by {statement.RELATIONS[plan.neighboring_relation]}",
+            "neighboring_datasets": f"differ by {statement.describe_relation(plan.neighboring_relation, plan.unit)}",
             "dataset_size": plan.dataset_size,
         },
         "accounting": {
@@ -176,6 +179,7 @@ def privacy_card(
             "noise_multiplier": plan.noise_multiplier,
             "noise_over_steps": _noise_over_steps(ledger),
             "noise_generator": _generator(notes),
+            "correlation": None if plan.correlation is None else plan.correlation.state_dict(),
             "callbacks": list(notes.mechanisms),
             "samples_kept_apart": list(notes.kept_apart),
         },
@@ -183,7 +187,7 @@ def privacy_card(
         "not_covered": [
             *(f"logged without noise: {name}" for name in sorted(notes.nonprivate_logs)),
             *(f"chosen by un-noised figures: {choice}" for choice in notes.choices),
-            *statement.NOT_COVERED,
+            *statement.not_covered(plan),
         ],
         "software": {
             name: _version(name) for name in ("lightning-dp", "torch", "lightning", "opacus", "dp-accounting")
@@ -198,7 +202,7 @@ def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) ->
     return (
         f"The parameters after {ledger.num_steps} steps, and whatever is computed from them without the training data, are "
         f"(epsilon, delta)-differentially private with epsilon = {statement.describe_epsilon(epsilon)} and delta = {plan.delta:g}, for "
-        f"{statement.RELATIONS[plan.neighboring_relation]}.{caveat}"
+        f"{statement.describe_relation(plan.neighboring_relation, plan.unit)}.{caveat}"
     )
 
 
@@ -228,12 +232,18 @@ def _attacks(ledger: Ledger, accountant: Accountant) -> dict[str, Any]:
 def _assumptions(plan: DPPlan) -> str:
     if statement.amplifies_allocation(plan):
         return (
-            f"each record joins exactly one of the {plan.batches_per_pass} batches of a pass, uniformly and independently, as the "
+            f"each {plan.unit} joins exactly one of the {plan.batches_per_pass} batches of a pass, uniformly and independently, as the "
             "sampler draws them (random allocation); fresh Gaussian noise at every step"
         )
-    if plan.sampling == "shuffle":
-        return "each record is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every step"
-    return "each record joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise at every step"
+    if plan.correlation is not None:
+        known = plan.correlation
+        return (
+            f"each {plan.unit} takes part at most {known.passes} times, at least {known.separation} steps apart; noise "
+            f"{known.describe()}"
+        )
+    if plan.sampling != "poisson":
+        return f"each {plan.unit} is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every step"
+    return f"each {plan.unit} joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise at every step"
 
 
 def _generator(notes: RunNotes) -> str:

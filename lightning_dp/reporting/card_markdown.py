@@ -28,7 +28,7 @@ def to_markdown(card: Mapping[str, Any], *, plot: str | None = None) -> str:
                 "setting": f"{card['setting']}: whoever trains sees the records and is trusted",
                 "data accesses covered": definition["data_accesses"],
                 "what is protected": definition["mechanism_output"],
-                "unit": f"{definition['unit']} ({size} records)",
+                "unit": f"{definition['unit']} ({size} {definition['counted_as']}s)",
                 "neighbouring data sets": f"{definition['neighboring_datasets']} (`{definition['neighboring_relation']}`)",
             },
         ),
@@ -43,7 +43,7 @@ def to_markdown(card: Mapping[str, Any], *, plot: str | None = None) -> str:
                 "target epsilon": accounting["target_epsilon"] or "none: the noise was given",
             },
         ),
-        _attack_section(card["attacks"]),
+        _attack_section(card["attacks"], definition["counted_as"]),
         _table(
             "Mechanism",
             {
@@ -77,11 +77,11 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _attack_section(attacks: Mapping[str, Any]) -> str:
+def _attack_section(attacks: Mapping[str, Any], unit: str) -> str:
     """The largest success of any attack, beside epsilon."""
     lines = [
         "## Attacks\n",
-        "Whoever sees everything that was released, knows all other records and wants to tell whether one record was used:\n",
+        f"Whoever sees everything that was released, knows all other {unit}s and wants to tell whether one {unit} was used:\n",
         "| wrong claims (false positive rate) | right claims (true positive rate), at most |",
         "|---|---|",
         *(

@@ -11,12 +11,13 @@ from typing_extensions import override
 
 from lightning_dp.accounting import ACCOUNTANTS, Accountant, Ledger
 from lightning_dp.clipping import Clipping
+from lightning_dp.step.correlation import Correlation
 from lightning_dp.step.plan import DPPlan
 
 RELATIONS = {
-    "add_or_remove_one": "adding or removing one record",
-    "replace_one": "replacing one record by another",
-    "zero_out": "replacing one record by one that contributes nothing",
+    "add_or_remove_one": "adding or removing {one}",
+    "replace_one": "replacing {one} by another",
+    "zero_out": "replacing {one} by one that contributes nothing",
 }
 NOT_COVERED = (
     "what training_step logs or prints (losses and metrics on training data), and checkpoints or stops chosen by it",
@@ -25,8 +26,31 @@ NOT_COVERED = (
     "module state other than trained parameters, if it carries training data",
     "the number of records, which counts as public, and exceptions that user code raises on some records",
     "preprocessing with statistics of the data, such as means, vocabularies or selected features",
-    "more than one record of a person or series: each is hidden on its own",
 )
+_OTHER_RECORDS = "more than one record of a person or series: each is hidden on its own"
+
+
+def not_covered(plan: DPPlan) -> list[str]:
+    """Return what a run of this plan does not promise, one entry per kind."""
+    return [*NOT_COVERED, *([_OTHER_RECORDS] if plan.unit == "record" else [])]
+
+
+def describe_relation(relation: str, unit: str = "record") -> str:
+    """Return how neighbouring datasets differ, in words.
+
+    Example:
+        >>> describe_relation("add_or_remove_one", "user")
+        'adding or removing all records of one user'
+    """
+    return RELATIONS[relation].format(one="all records of one user" if unit == "user" else "one record")
+
+
+def describe_unit(plan: DPPlan) -> str:
+    """Return whose presence is hidden, in words."""
+    if plan.unit == "record":
+        return "one record of the training set"
+    most = plan.records_per_unit
+    return f"one user with all its records, of which at most {most} join a batch"
 
 
 def describe_epsilon(epsilon: float) -> str:
@@ -96,6 +120,9 @@ def stated_plan(state: Mapping[str, Any]) -> DPPlan:
             )
     fields = {name: state[name] for name in kinds if name != "clipping"}
     fields["batches_per_pass"] = state.get("batches_per_pass")  # plans of older versions claim no amplification
+    if state.get("correlation") is not None:
+        fields["correlation"] = Correlation.from_state_dict(state["correlation"])
+    fields |= {"unit": state.get("unit", "record"), "records_per_unit": state.get("records_per_unit")}
     return DPPlan(**fields, clipping=cast(Clipping, _Described(state["clipping"])), steps_per_epoch=None)
 
 
@@ -104,8 +131,9 @@ def summary_line(plan: DPPlan, ledger: Ledger, accountant: Accountant) -> str:
     if ledger.num_steps == 0:
         return "Privacy: no steps recorded."
     epsilon = accountant.epsilon(ledger, plan.delta)
+    relation = describe_relation(plan.neighboring_relation, plan.unit)
     return (
-        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {RELATIONS[plan.neighboring_relation]}, "
+        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {relation}, "
         f"{describe_sampling(plan)}, accountant {plan.accountant}, {ledger.num_steps} steps."
     )
 
@@ -138,10 +166,12 @@ def privacy_statement(
         sigmas = sorted({entry.noise_multiplier for entry in (run.event for run in ledger.entries)})
         noise = f"{sigmas[0]:.4g}" if len(sigmas) == 1 else f"{sigmas[0]:.4g} to {sigmas[-1]:.4g}"
         lines += [
-            f"  unit: one record of the training set ({plan.dataset_size or 'unknown number of'} records)",
+            f"  unit: {describe_unit(plan)} ({plan.dataset_size or 'unknown number of'} {plan.unit}s)",
             f"  noise multiplier: {noise} times the sensitivity; clipping: {plan.clipping!r}",
-            f"  expected batch size: {plan.expected_batch_size}",
+            f"  expected batch size: {plan.expected_batch_size}" + (" users" if plan.unit == "user" else ""),
         ]
+        if plan.correlation is not None:
+            lines.append(f"  noise: {plan.correlation.describe()}")
         if kept_apart:
             lines.append(f"  samples kept apart: {'; '.join(kept_apart)}")
         if math.isinf(accountant.epsilon(ledger, plan.delta)):
@@ -154,7 +184,7 @@ def privacy_statement(
         lines.append(f"    - logged without noise: {', '.join(sorted(nonprivate_logs))}")
     if choices:
         lines.append(f"    - chosen by un-noised figures: {', '.join(sorted(choices))}")
-    lines += [f"    - {item}" for item in NOT_COVERED]
+    lines += [f"    - {item}" for item in not_covered(plan)]
     return "\n".join(lines)
 
 
@@ -162,8 +192,8 @@ def describe_sampling(plan: DPPlan) -> str:
     """How batches are drawn, and what the accountant makes of it, in words."""
     if amplifies_allocation(plan):
         return f"shuffled batches (random allocation to {plan.batches_per_pass} batches per pass)"
-    if plan.sampling == "shuffle":
-        return "shuffled batches without amplification"
+    if plan.sampling != "poisson":
+        return f"{'cyclic' if plan.sampling == 'cyclic' else 'shuffled'} batches without amplification"
     return f"Poisson sampling at rate {plan.sample_rate:.4g}"
 
 

@@ -10,11 +10,13 @@ from lightning_dp.sampling.facts import SamplingFacts
 from lightning_dp.sampling.loader import PrivateDataLoader
 from lightning_dp.sampling.make import collate_samples, peek_samples, private_dataloader
 from lightning_dp.sampling.randomness import fresh_randomness
+from lightning_dp.sampling.units import Unit
 
 __all__ = [
     "LogicalBatch",
     "PrivateDataLoader",
     "SamplingFacts",
+    "Unit",
     "collate_samples",
     "fresh_randomness",
     "peek_samples",

@@ -37,11 +37,20 @@ class LogicalBatch:
         (2, 3, [None, None], False)
     """
 
-    __slots__ = ("microbatches", "owners")
+    __slots__ = ("microbatches", "owners", "position")
 
     def __init__(self, microbatches: Sequence[tuple[int, Any]], owners: Sequence[Tensor | None] | None = None) -> None:
         self.microbatches = list(microbatches)
         self.owners: list[Tensor | None] = [None] * len(self.microbatches) if owners is None else list(owners)
+        self.position: int | None = None  # of the logical batch in the order of the data, where that matters; public
+
+    @property
+    def parts(self) -> list[tuple[int, Tensor | None, Any]]:
+        """Records, their owners and the batch of every microbatch (private)."""
+        return [
+            (count if owners is None else len(owners), owners, batch)
+            for (count, batch), owners in zip(self.microbatches, self.owners, strict=True)
+        ]
 
     @property
     def num_samples(self) -> int:

@@ -42,6 +42,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._first = 0  # the position at which the assignment of this loader began
         self._num_passes = 0
         self._num_skipped = 0
+        self._pass_length: int | None = None  # logical batches of a pass over a stream whose order is accounted for
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return self._in_order() if self._is_ordered else self._items()
@@ -74,6 +75,7 @@ class PrivateDataLoader(DataLoader[Any]):
                 )
             length = steps_per_pass or self.facts.separation
             self._num_skipped = (step % length if length else step) * self.facts.accumulate
+            self._pass_length = length
         self.position = step
 
     def _start_cycle_at(self, step: int, sampler: CyclicBatchSampler) -> None:
@@ -105,6 +107,12 @@ class PrivateDataLoader(DataLoader[Any]):
             self.batch_sampler.position = self.position
         items = self._items()
         num_skipped, self._num_skipped = self._num_skipped, 0
+        done = self.position % self._pass_length if self._pass_length else 0
+        if self._pass_length and num_skipped != done * self.facts.accumulate:
+            raise PrivacyError(
+                f"The stream began again {done} steps into a pass of {self._pass_length}. Its records would come back sooner than "
+                "accounted for. Let it yield as many records as its length says, and take a step for each of its batches."
+            )
         if sum(1 for _ in itertools.islice(items, num_skipped)) < num_skipped:
             raise PrivacyError(
                 f"The stream ended before item {num_skipped}, where the run stopped. It does not yield what it yielded then: resume on "
@@ -113,6 +121,7 @@ class PrivateDataLoader(DataLoader[Any]):
         for number, item in enumerate(items, start=num_skipped):
             if number % self.facts.accumulate == 0:
                 self.position += 1
+            item.position = self.position - 1
             yield item
 
     def _items(self) -> Iterator[LogicalBatch]:

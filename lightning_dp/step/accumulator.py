@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_dp.clipping import Clipping
 from lightning_dp.masks import ParameterMask
-from lightning_dp.noise import GaussianNoise
+from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise
 from lightning_dp.system import tuning
 from lightning_dp.system.owners import is_shared
 
@@ -80,18 +80,48 @@ class Accumulator:
     def _new(self, size: int) -> Tensor:
         return torch.empty(size, dtype=self._dtype, device=self._device)
 
-    def begin_with_noise(self, noise: GaussianNoise, std: float, divisor: int = 1) -> None:
+    def begin_with_noise(
+        self,
+        noise: GaussianNoise | CorrelatedGaussianNoise,
+        std: float,
+        divisor: int = 1,
+        shares: Sequence[float] = (),
+    ) -> None:
         """Begins a sum with the noise of its release: the buffer is passed over once less than when it is added at the end.
 
         Args:
             noise: where it comes from.
             std: of a coordinate of the sum, from public state only.
             divisor: above 1, the gradient is held divided by it, noise included, and nothing is left to divide: once less again.
+            shares: factor of each group on the std; empty for none.
         """
         self._flat = self._fresh()
         self.statistics.zero_()
-        noise.fill_(self.gradient, std / divisor)
+        for part, factor in self.noise_parts(shares):
+            noise.fill_(part, std * factor / divisor)
         self.used, self.noise_std, self.divisor = True, std, divisor
+
+    def noise_parts(self, shares: Sequence[float]) -> list[tuple[Tensor, float]]:
+        """Return the parts of the gradient that carry noise of a std of their own, with its factor.
+
+        Args:
+            shares: factor of each group; empty for one part of factor 1.
+        """
+        if not shares:
+            return [(self.gradient, 1.0)]
+        factors = {name: share for group, share in zip(self.groups, shares, strict=True) for name in group}
+        return [(view, factors[name]) for name, view in self.views.items() if view.numel()]
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Active coordinates of every group."""
+        sizes = self._active_sizes
+        return [sum(sizes[name] for name in group) for group in self.groups]
+
+    @property
+    def _active_sizes(self) -> dict[str, int]:
+        sizes = dict(zip(self.names, self._sizes, strict=True))
+        return sizes | {name: mask.num_active for name, mask in self.masks.items()}
 
     @property
     def gradient(self) -> Tensor:
@@ -108,8 +138,7 @@ class Accumulator:
         """Accumulation targets by parameter name: a view of its shape, or a 1-D view of its active coordinates if masked."""
         if self.active is None:
             return self.views_of(self.gradient)
-        sizes = {name: p.numel() for name, p in self.parameters.items()}
-        sizes |= {name: mask.num_active for name, mask in self.masks.items()}
+        sizes = self._active_sizes
         parts = dict(zip(sizes, torch.split(self.gradient, list(sizes.values())), strict=True))
         return {n: part if n in self.masks else part.view_as(self.parameters[n]) for n, part in parts.items()}
 

@@ -9,9 +9,18 @@ from typing_extensions import TypedDict
 
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping
-from lightning_dp.sampling import SamplingFacts
+from lightning_dp.noise.correlated import CorrelatedNoise
+from lightning_dp.sampling import SamplingFacts, Unit
 from lightning_dp.step.run_length import RunLength
-from lightning_dp.step.settings import AccountantName, ClippingName, LossReduction, Relation, Sampling, Settings
+from lightning_dp.step.settings import (
+    AccountantName,
+    ClippingName,
+    LossReduction,
+    Relation,
+    Sampling,
+    Settings,
+    UnitGradient,
+)
 
 
 class PrivateArguments(TypedDict, total=False):
@@ -34,6 +43,11 @@ class PrivateArguments(TypedDict, total=False):
     seed: int | None
     loss_reduction: LossReduction
     tune_process: bool
+    unit: Unit | None
+    records_per_unit: int | None
+    unit_gradient: UnitGradient
+    noise: CorrelatedNoise | None
+    fixed_order: bool
 
 
 DEFAULTS: dict[str, Any] = {
@@ -54,6 +68,11 @@ DEFAULTS: dict[str, Any] = {
     "seed": None,
     "loss_reduction": "mean",
     "tune_process": True,
+    "unit": None,
+    "records_per_unit": None,
+    "unit_gradient": "mean",
+    "noise": None,
+    "fixed_order": False,
 }
 #: Arguments of ``DPStrategy`` without a meaning here: one optimizer, which is private, and no ``self.log``.
 _OF_A_TRAINER: dict[str, Any] = {"public_optimizers": (), "strict_logging": False}

@@ -100,6 +100,11 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
             f"Expected neighboring_relation={saved.neighboring_relation!r} as in the checkpoint, got "
             f"{current.neighboring_relation!r}. One epsilon cannot speak of two relations: pass the checkpoint's."
         )
+    if saved.unit != current.unit:
+        raise PrivacyError(
+            f"Expected a checkpoint of a run that protects each {current.unit}, got one that protects each {saved.unit}. One epsilon "
+            "cannot state two units: pass the unit and records_per_unit of the checkpoint's run."
+        )
     plan = state["plan"]
     if plan is not None and not (isinstance(plan, dict) and "dataset_size" in plan and "noise_multiplier" in plan):
         raise PrivacyError(

@@ -217,7 +217,7 @@ def check_same_dataset(previous: PrivateDataLoader | None, loader: PrivateDataLo
     """
     if previous is not None and previous.facts.dataset_size != loader.facts.dataset_size:
         raise PrivacyError(
-            f"Expected the training set to keep its {previous.facts.dataset_size} records during the run, got "
+            f"Expected the training set to keep its {previous.facts.dataset_size} {loader.facts.unit}s during the run, got "
             f"{loader.facts.dataset_size}. The sample rate that the ledger holds would be wrong: keep the dataset fixed."
         )
 

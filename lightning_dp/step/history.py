@@ -64,22 +64,27 @@ def _ledger_of(path: Any) -> Ledger:
     return Ledger.from_state_dict(checkpoint[saved.KEY]["ledger"])
 
 
-def joined(ledgers: Iterable[Ledger], neighboring_relation: str) -> Ledger:
+def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
     """Return one ledger that holds the releases of all runs: their costs compose.
 
     Args:
         ledgers: of earlier runs on the same data.
-        neighboring_relation: of the run that goes on.
+        own: of the run that goes on; its relation and unit are those of the result.
 
     Raises:
-        PrivacyError: a ledger of another relation.
+        PrivacyError: a ledger of another relation or unit.
     """
-    total = Ledger(neighboring_relation)
+    total = Ledger(own.neighboring_relation, own.unit)
     for ledger in ledgers:
-        if ledger.neighboring_relation != neighboring_relation:
+        if ledger.neighboring_relation != own.neighboring_relation:
             raise PrivacyError(
-                f"Expected a history under neighboring_relation={neighboring_relation!r}, got {ledger.neighboring_relation!r}. One "
+                f"Expected a history under neighboring_relation={own.neighboring_relation!r}, got {ledger.neighboring_relation!r}. One "
                 "epsilon cannot state two relations: pass the same relation to all runs."
+            )
+        if ledger.unit != own.unit:
+            raise PrivacyError(
+                f"Expected a history that protects each {own.unit}, got one that protects each {ledger.unit}. One epsilon cannot state "
+                "two units: pass the same unit to all runs."
             )
         total = total.extended(
             (entry.event, entry.num_steps, entry.num_passes) if entry.num_passes else (entry.event, entry.num_steps)

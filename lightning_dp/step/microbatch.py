@@ -5,30 +5,49 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
     from lightning_dp.step.step import PrivateStep
 
 
 class Microbatch:
-    """One forward and backward of the user's code on some samples of a logical batch; a context manager.
+    """One forward and backward of the user's code on some records of a logical batch; a context manager.
+
+        g_i = scale_i * gradient of the back-propagated loss with respect to the rows of sample i
+
+    **Guarantee**: ``g_i`` is the gradient of the loss of record i, or of user i: the mean or the sum over its records.
 
     Args:
         step: the private step.
-        count: samples.
-        weight: 0 makes the samples contribute exactly nothing, as those that stand in for an empty batch.
+        count: records.
+        owners: of each record, the position of its user, ascending; None if each record is a sample.
+        weight: 0 makes the records contribute exactly nothing, as those that stand in for an empty batch.
         divisor: number that the host divides the loss by before its backward.
         further: whether this is not the logical batch's one real call, so that no optimizer steps on it.
     """
 
-    def __init__(self, step: PrivateStep, count: int, weight: float, divisor: int, further: bool) -> None:
-        self._step = step
+    def __init__(
+        self, step: PrivateStep, count: int, owners: Tensor | None, weight: float, divisor: int, further: bool
+    ) -> None:
+        self._step, self._owners = step, owners
         self.count, self.weight, self.further = count, weight, further
         mean = step.settings.loss_reduction == "mean"
-        self.scale = weight * (count if mean else 1) * divisor
+        self._scale: float | Tensor = weight * (count if mean else 1) * divisor
+        if owners is not None and step.settings.unit_gradient == "mean":
+            self._scale = self._scale / torch.bincount(owners.cpu()).double()
         self.collected: set[int] = set()
 
+    def scaled(self, values: Tensor, divisor: int = 1) -> Tensor:
+        """Return ``values * scale / divisor`` for values of shape (..., B), one column per sample."""
+        factor = self._scale / divisor
+        if isinstance(factor, Tensor):
+            factor = factor.to(values.dtype).to(values.device)
+        return values * factor
+
     def __enter__(self) -> Microbatch:
-        self._step.engine.begin(self.count)
+        self._step.engine.begin(self.count, self._owners)
         self._step.recording = self
         return self
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from lightning_dp.noise import GaussianNoise, has_spare_core
+from lightning_dp.errors import PrivacyError
+from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise, has_spare_core
 from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.correlation import Correlation
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import Release
 
@@ -15,12 +17,48 @@ class ReleaseNoise:
     noise of exactly the release's standard deviations, whether it was drawn before or after the samples were added.
 
     Args:
-        noise: source of the noise.
+        noise: source of independent noise.
         reduction: says which share of the noise this rank adds.
+        seed: of correlated noise, for tests.
     """
 
-    def __init__(self, noise: GaussianNoise, reduction: Reduction) -> None:
-        self.source, self._reduction = noise, reduction
+    def __init__(self, noise: GaussianNoise, reduction: Reduction, seed: int | None = None) -> None:
+        self.source, self._reduction, self._seed = noise, reduction, seed
+        self._correlated: CorrelatedGaussianNoise | None = None
+        self._began_at = 0
+
+    @property
+    def since(self) -> int:
+        """Steps before this one in the history of correlated noise."""
+        return 0 if self._correlated is None else self._correlated.step
+
+    @property
+    def _drawn(self) -> GaussianNoise | CorrelatedGaussianNoise:
+        return self.source if self._correlated is None else self._correlated
+
+    def follow(self, correlation: Correlation | None, step: int) -> None:
+        """Begin a logical step: correlated noise begins an empty history with a run, and with each resumption of it.
+
+        Args:
+            correlation: of the plan.
+            step: logical steps released so far.
+
+        Raises:
+            PrivacyError: noise was drawn that no step has released.
+        """
+        if correlation is None:
+            self._correlated = None
+            return
+        if self._correlated is None or step == 0:
+            self._correlated = CorrelatedGaussianNoise(
+                correlation.noise, steps=correlation.steps - step, seed=self._seed
+            )
+            self._began_at = step
+        if self._began_at + self._correlated.step != step:
+            raise PrivacyError(
+                f"{self._correlated.step} draws of correlated noise belong to {step - self._began_at} steps, so noise would be "
+                "cancelled in the wrong step. A step was given up after its noise was drawn: resume from a checkpoint."
+            )
 
     def begin(self, accumulator: Accumulator, release: Release, *, first: bool, divisor: int) -> None:
         """Initialise a buffer to which nothing was added yet, with the noise of its release where that may come first.
@@ -34,8 +72,9 @@ class ReleaseNoise:
         if accumulator.used:
             return
         accumulator.used = True
-        if release.noise_std > 0 and first:
-            accumulator.begin_with_noise(self.source, release.noise_std * self._reduction.noise_share, divisor)
+        if release.drawn_std > 0 and first:
+            std = release.drawn_std * self._reduction.noise_share
+            accumulator.begin_with_noise(self._drawn, std, divisor, release.shares)
 
     def add(self, accumulator: Accumulator, release: Release, *, alone: bool) -> None:
         """Add the noise that the accumulator lacks.
@@ -47,9 +86,11 @@ class ReleaseNoise:
         """
         gradient, share = accumulator.gradient, self._reduction.noise_share
         if accumulator.noise_std is None:
-            self.source.add_(gradient, release.noise_std * share)
-        assert accumulator.noise_std in (None, release.noise_std * share), "the buffer began with other noise"
+            for part, factor in accumulator.noise_parts(release.shares):
+                self._drawn.add_(part, release.drawn_std * share * factor)
+        assert accumulator.noise_std in (None, release.drawn_std * share), "the buffer began with other noise"
         if accumulator.num_statistics:
             self.source.add_(accumulator.statistics, release.statistics_std * share)
-        if release.noise_std > 0 and alone and has_spare_core():
+        independent = self._correlated is None and not release.shares
+        if release.drawn_std > 0 and alone and independent and has_spare_core():
             self.source.prepare(gradient.numel(), gradient.dtype, gradient.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,11 +41,11 @@ def diagnose(
     accumulator: Accumulator,
     norms_GB: Tensor,
     kept_norms_B: Tensor,
-    scale: float,
+    scaled: Callable[[Tensor], Tensor],
 ) -> None:
     """Add a microbatch to the un-noised figures: the raw sum as well as the clipped one. NOT private."""
     raw = accumulator.gradient.new_zeros(accumulator.num_coordinates)
     ones = norms_GB.isfinite().all(0).to(norms_GB.dtype).repeat(len(accumulator.groups), 1)
-    engine.accumulate(ones * scale, accumulator.groups, accumulator.views_of(raw))
+    engine.accumulate(scaled(ones), accumulator.groups, accumulator.views_of(raw))
     active = raw if accumulator.active is None else raw[accumulator.active]
     diagnostics.add(active, torch.linalg.vector_norm(norms_GB, dim=0), kept_norms_B)

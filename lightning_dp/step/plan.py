@@ -12,6 +12,7 @@ from typing import Any
 from lightning_dp import schedules
 from lightning_dp.accounting import PrivacyEvent
 from lightning_dp.clipping import Clipping
+from lightning_dp.step.correlation import Correlation
 
 Schedule = Callable[[int], float]
 Run = tuple[PrivacyEvent, int] | tuple[PrivacyEvent, int, int]
@@ -46,10 +47,10 @@ class DPPlan:
     **Guarantee**: every field is public knowledge; no value here depends on a batch, a norm or a generator's state.
 
     Args:
-        sampling: "poisson" or "shuffle".
-        dataset_size: number of records n, or None for a stream of unknown length (under "shuffle").
+        sampling: "poisson", "shuffle" or "cyclic".
+        dataset_size: number of units n, or None for a stream of unknown length (under "shuffle").
         expected_batch_size: B, the divisor of the noisy sum.
-        sample_rate: q = B / n under "poisson"; None under "shuffle".
+        sample_rate: q = B / n under "poisson"; None under "shuffle" and "cyclic".
         steps: logical steps of the whole run, counted from its start; None when nothing bounds it.
         steps_per_epoch: logical steps of one epoch; None when unknown.
         noise_multiplier: sigma_0, noise std over sensitivity before the schedule; 0 means epsilon is infinite.
@@ -61,8 +62,11 @@ class DPPlan:
         neighboring_relation: "add_or_remove_one", "replace_one" or "zero_out".
         is_private: logical step -> whether it is private; plain SGD, without bound and noise, where it is not.
         unsound: why no step of the run has a finite epsilon, whatever its noise; empty where they have.
-        batches_per_pass: t, the logical batches of a whole pass, if the sampler puts each record into exactly one of them,
+        batches_per_pass: t, the logical batches of a whole pass, if the sampler puts each unit into exactly one of them,
             drawn uniformly and independently; else None. A run may use fewer of them per pass (``steps_per_epoch``).
+        unit: "record" or "user": whose presence is hidden, and what n, q and B count.
+        records_per_unit: most records that a user brings to a logical batch; None for records.
+        correlation: of the noise between steps; None if it is independent.
 
     Example:
         >>> from lightning_dp.clipping import FlatClipping
@@ -88,6 +92,9 @@ class DPPlan:
     is_private: Callable[[int], bool] = every_step
     unsound: str = ""
     batches_per_pass: int | None = None
+    unit: str = "record"
+    records_per_unit: int | None = None
+    correlation: Correlation | None = None
 
     @property
     def allocates(self) -> bool:
@@ -123,7 +130,9 @@ class DPPlan:
             return PrivacyEvent.non_private(self.unsound)
         if not self.clipping.bounded:
             return PrivacyEvent.non_private("no clipping: one sample is unbounded")
-        if self.sampling == "shuffle":
+        if self.correlation is not None:
+            return PrivacyEvent.correlated(noise_multiplier=sigma, num_steps=self.correlation.steps)
+        if self.sampling != "poisson":
             if self.allocates:
                 assert self.batches_per_pass is not None
                 return PrivacyEvent.allocation(noise_multiplier=sigma, num_batches=self.batches_per_pass)
@@ -134,8 +143,9 @@ class DPPlan:
     def runs(self, start: int, stop: int, noise_multiplier: float | None = None) -> list[Run]:
         """Events of the logical steps ``start <= t < stop`` as runs of equal ones, for calibration and look-ahead.
 
-        Under "shuffle" each run lies within one pass over the data. It says whether it begins that pass or continues it, so
-        a pass whose sigma changes counts once, with its smallest sigma. The first run always begins a pass.
+        Correlated noise makes the whole run one pass. Under "shuffle" and "cyclic" each run is part of one pass over the data.
+        It says whether it begins that pass or continues it, so a pass whose sigma changes counts once, with its smallest sigma.
+        The first run always begins a pass, unless noise is correlated.
 
         Args:
             start: first logical step.
@@ -145,6 +155,8 @@ class DPPlan:
         sigma = self.noise_multiplier if noise_multiplier is None else noise_multiplier
         planned: list[Run] = []
         steps_per_pass, begin = self.steps_per_epoch or 1, start
+        if self.correlation is not None:
+            steps_per_pass, begin = self.correlation.steps, 0
         for factor, count in schedules.runs(self.schedule, start, stop):
             for first, steps in self._phases(start, count):
                 event, end = self.event_of(sigma * factor, first), first + steps
@@ -182,6 +194,9 @@ class DPPlan:
             "target_epsilon": self.target_epsilon,
             "accountant": self.accountant,
             "neighboring_relation": self.neighboring_relation,
+            "unit": self.unit,
+            "records_per_unit": self.records_per_unit,
+            "correlation": None if self.correlation is None else self.correlation.state_dict(),
             "schedule": self._schedule_fingerprint(),
         }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lightning_dp import _messages, schedules
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import SamplingFacts
+from lightning_dp.step.correlation import check_resumed, plan_correlation
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan, default_delta
 from lightning_dp.step.run_length import RunLength
@@ -26,6 +28,7 @@ _SAME_RUN = (
     "accountant",
     "neighboring_relation",
     "schedule",
+    "correlation",
 )
 
 
@@ -39,12 +42,12 @@ def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
                 "the number of records."
             )
         delta = default_delta(size)
-        _messages.info(f"target_delta={delta:g}, from 1 / (10 x {size} records) rounded down to a power of ten.")
+        _messages.info(f"target_delta={delta:g}, from 1 / (10 x {size} {facts.unit}s) rounded down to a power of ten.")
         return delta
     if size is not None and settings.target_delta >= 1 / size:
         _messages.warn(
-            f"target_delta={settings.target_delta:g} is meaningless for {size} records: publishing one record at random would "
-            f"meet it. Use well below 1/{size} = {1 / size:.1e}, for example {default_delta(size):g}."
+            f"target_delta={settings.target_delta:g} is meaningless for {size} {facts.unit}s: publishing one {facts.unit} at random "
+            f"would meet it. Use well below 1/{size} = {1 / size:.1e}, for example {default_delta(size):g}."
         )
     return settings.target_delta
 
@@ -78,8 +81,8 @@ def build_plan(
     """
     if restored is not None and restored["dataset_size"] != facts.dataset_size:
         raise PrivacyError(
-            f"Expected the {restored['dataset_size']} records of the run being resumed, got {facts.dataset_size}. Its ledger "
-            "speaks of that dataset only: resume on the same training set, or start a new run."
+            f"Expected the {restored['dataset_size']} {facts.unit}s of the run being resumed, got {facts.dataset_size}. Its ledger "
+            "holds for that dataset only: resume on the same training set, or start a new run."
         )
     if not facts.add_remove_changes_one_batch and settings.neighboring_relation == "add_or_remove_one":
         raise ValueError(
@@ -88,6 +91,8 @@ def build_plan(
             "changes a single batch: pass one of these, or give the dataset random access."
         )
     mechanisms.begin_run(length)
+    asked = settings.noise
+    correlation = None if asked is None else plan_correlation(asked, facts, mechanisms, length, restored)
     plan = DPPlan(
         sampling=facts.sampling,
         dataset_size=facts.dataset_size,
@@ -102,12 +107,16 @@ def build_plan(
         is_private=mechanisms.is_private(length),
         unsound=mechanisms.never_private,
         batches_per_pass=facts.batches_per_pass,
+        unit=facts.unit,
+        records_per_unit=facts.records_per_unit,
+        correlation=correlation,
         target_epsilon=settings.target_epsilon,
         accountant=settings.accountant,
         neighboring_relation=settings.neighboring_relation,
     )
     if settings.target_epsilon is not None:
-        plan = _with_noise(plan, _calibrated(plan, start, ledger, accountant, restored))
+        plan = replace(plan, noise_multiplier=_calibrated(plan, start, ledger, accountant, restored))
+    check_resumed(plan.state_dict(), restored, start)
     _check_noise_is_enough(plan, mechanisms, start)
     return plan
 
@@ -118,11 +127,6 @@ def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> 
     factors = [factor for factor, _ in schedules.runs(plan.schedule, start, max(start, stop))]
     if factors:
         mechanisms.bound.share_noise(plan.noise_multiplier * max(factors), plan.expected_batch_size)
-
-
-def _with_noise(plan: DPPlan, noise_multiplier: float) -> DPPlan:
-    fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    return DPPlan(**{**fields, "noise_multiplier": noise_multiplier})
 
 
 def _calibrated(

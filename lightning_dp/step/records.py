@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from lightning_dp.sampling import PrivateDataLoader, collate_samples, peek_samples
+from lightning_dp.sampling.checks import dataset_length
 from lightning_dp.step import checks
 from lightning_dp.step.randomness import kept_generators
 
@@ -42,7 +43,7 @@ class TrainingRecords:
         loader = self.loader
         if isinstance(loader.dataset, IterableDataset):
             return peek_samples(loader, num)
-        size = loader.facts.dataset_size or 0
+        size = self._num_records or 0
         positions = np.random.default_rng(seed).choice(size, size=min(num, size), replace=False)
         return [loader.dataset[int(position)] for position in positions]
 
@@ -80,6 +81,12 @@ class TrainingRecords:
             world_size: ranks.
             limit: the ``microbatch_size`` of the settings.
         """
+        facts, each = self.loader.facts, self.loader.facts.records_per_unit or 1
+        drawn = max(1, facts.expected_batch_size // (world_size * facts.accumulate)) * each
+        return min(drawn, limit or drawn, self._num_records or drawn)
+
+    @property
+    def _num_records(self) -> int | None:
+        """Records of the training set; None if unknown."""
         facts = self.loader.facts
-        drawn = max(1, facts.expected_batch_size // (world_size * facts.accumulate))
-        return min(drawn, limit or drawn, facts.dataset_size or drawn)
+        return dataset_length(self.loader.dataset) if facts.unit == "user" else facts.dataset_size

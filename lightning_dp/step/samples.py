@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -21,24 +22,27 @@ class Samples:
     Args:
         engine: has recorded the microbatch.
         accumulator: sum of one private optimizer.
-        scale: factor from the gradients that the engine has recorded to those of one sample's loss.
+        scaled: from norms or factors of shape (..., B) as the engine has recorded the gradients to those of a sample's own loss;
+            with a divisor.
         reduction: adds up norms of parts that other ranks hold.
     """
 
-    def __init__(self, engine: GradientEngine, accumulator: Accumulator, scale: float, reduction: Reduction) -> None:
-        self._engine, self._accumulator, self._scale, self._reduction = engine, accumulator, scale, reduction
+    def __init__(
+        self, engine: GradientEngine, accumulator: Accumulator, scaled: Callable[..., Tensor], reduction: Reduction
+    ) -> None:
+        self._engine, self._accumulator, self._scaled, self._reduction = engine, accumulator, scaled, reduction
 
     @cached_property
     def norms(self) -> Tensor:
         """L2 norms of the active coordinates per group and sample, shape (G, B). Private."""
         squared = self._engine.squared_norms(self._accumulator.groups, self._accumulator.masks)
-        return self._reduction.combine_norms(squared).sqrt() * self._scale
+        return self._scaled(self._reduction.combine_norms(squared).sqrt())
 
     @property
     def gradients(self) -> Tensor:
         """Whole gradients, shape (B, P). Private."""
         grads = self._engine.per_sample_gradients(self._accumulator.names)
-        return torch.cat([grad.flatten(1) for grad in grads.values()], 1) * self._scale
+        return self._scaled(torch.cat([grad.flatten(1) for grad in grads.values()], 1).mT).mT
 
     @property
     def active(self) -> Tensor | None:
@@ -48,7 +52,7 @@ class Samples:
     def add_weighted(self, factors_GB: Tensor) -> None:
         """Add the sum of ``factor * gradient`` over the samples to the accumulator."""
         accumulator = self._accumulator
-        weights = factors_GB * (self._scale / accumulator.divisor)
+        weights = self._scaled(factors_GB, accumulator.divisor)
         weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
         self._engine.accumulate(weights, accumulator.groups, accumulator.views, accumulator.masks, accumulator.scratch)
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from typing_extensions import Self
 
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping, make_clipping
+from lightning_dp.noise.correlated import CorrelatedNoise
+from lightning_dp.sampling import Unit
+from lightning_dp.sampling.checks import SAMPLINGS
 
 #: What the strings among the arguments may be; command lines and editors read it.
 ClippingName = Literal["flat", "per_layer", "automatic", "psac", "none"]
 AccountantName = Literal["pld", "rdp", "prv", "gdp", "tcdp"]
-Sampling = Literal["poisson", "shuffle"]
+Sampling = Literal["poisson", "shuffle", "cyclic"]
 Relation = Literal["add_or_remove_one", "replace_one", "zero_out"]
 LossReduction = Literal["mean", "sum"]
+UnitGradient = Literal["mean", "sum"]
+#: Settings that are arguments of ``private_dataloader``.
+_DRAWING = ("sampling", "microbatch_size", "seed", "unit", "records_per_unit", "fixed_order")
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 
@@ -41,6 +49,16 @@ class Settings:
     public_optimizers: tuple[int, ...]
     strict_logging: bool
     tune_process: bool = True
+    unit: Unit | None = field(default=None, repr=False, compare=False)
+    records_per_unit: int | None = None
+    unit_gradient: str = "mean"
+    noise: CorrelatedNoise | None = None
+    fixed_order: bool = False
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Return the settings among some named values: those that a constructor was called with."""
+        return cls(**{each.name: arguments[each.name] for each in fields(cls)})
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant."""
@@ -62,13 +80,16 @@ class Settings:
             check.check_probability("target_delta", self.target_delta, "Pass less than one over the number of records.")
         check.check_positive("max_grad_norm", self.max_grad_norm)
         check.check_scale("max_grad_norm", self.max_grad_norm, 1e-20, 1e20)
-        check.check_choice("sampling", self.sampling, ("poisson", "shuffle"))
+        check.check_choice("sampling", self.sampling, SAMPLINGS)
         if self.microbatch_size is not None:
             check.check_count("microbatch_size", self.microbatch_size)
         check.check_choice("grad_sample", self.grad_sample, ("auto", "materialize"))
         check.check_choice("neighboring_relation", self.neighboring_relation, RELATIONS)
         check.check_choice("memory", self.memory, ("fast", "lean"))
         check.check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
+        object.__setattr__(self, "public_optimizers", check_positions(self.public_optimizers))
+        self._check_unit()
+        self._check_noise()
         for name in ("check_per_sample", "allow_public_checkpoint", "secure_rng", "strict_logging", "tune_process"):
             check.check_flag(name, getattr(self, name))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
@@ -85,6 +106,53 @@ class Settings:
                 f"Expected a clipping that bounds each sample with target_epsilon={self.target_epsilon!r}, got "
                 f"clipping={self.clipping!r}. Without clipping epsilon is infinite: pass noise_multiplier instead."
             )
+
+    def _check_unit(self) -> None:
+        check.check_choice("unit_gradient", self.unit_gradient, ("mean", "sum"))
+        if self.records_per_unit is not None:
+            check.check_count("records_per_unit", self.records_per_unit)
+        elif self.unit is not None:
+            raise ValueError(
+                "Expected records_per_unit with a unit, got records_per_unit=None. Pass the most records that a user may bring to one "
+                "batch, such as 4."
+            )
+        elif self.unit_gradient != "mean":
+            raise ValueError(
+                f"Expected unit_gradient with a unit, got unit_gradient={self.unit_gradient!r} without one. Pass unit and "
+                "records_per_unit to protect users."
+            )
+
+    def _check_noise(self) -> None:
+        check.check_flag("fixed_order", self.fixed_order)
+        if self.noise is None:
+            return
+        if not isinstance(self.noise, CorrelatedNoise):
+            raise TypeError(
+                f"Expected noise to be a CorrelatedNoise or None, got {type(self.noise).__name__}. Pass CorrelatedNoise() for data in "
+                "a fixed order."
+            )
+        if self.sampling == "poisson":
+            raise ValueError(
+                "Expected data in a fixed order with correlated noise, got sampling='poisson'. Noise that cancels between steps needs "
+                "units that come back at a known distance: use sampling='cyclic', or 'shuffle' for a stream."
+            )
+        if self.secure_rng:
+            raise ValueError(
+                "Expected secure_rng=False with correlated noise, got secure_rng=True. Its noise is drawn again from a key in place of "
+                "being kept, which the cryptographic generator cannot do: leave one out."
+            )
+
+    @property
+    def protects(self) -> str:
+        """Whose presence is hidden: "user" or "record"."""
+        return "record" if self.records_per_unit is None else "user"
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """Arguments of ``private_dataloader`` that are settings."""
+        # what is public holds only for relations that keep the other records in place
+        public = self.sampling == "cyclic" and self.neighboring_relation != "add_or_remove_one"
+        return {"public_assignment": 0 if public else None, **{name: getattr(self, name) for name in _DRAWING}}
 
     def make_clipping(self) -> Clipping:
         """The clipping object that ``clipping`` and ``max_grad_norm`` describe."""

@@ -28,12 +28,15 @@ class PrivacyState:
     Args:
         neighboring_relation: of the ledger.
         accountant: computes epsilon.
+        unit: "record" or "user", of the ledger.
         seeded: whether sampling and noise follow from a seed that the user gave.
         secure: whether the noise comes from a cryptographic generator.
     """
 
-    def __init__(self, neighboring_relation: str, accountant: Accountant, *, seeded: bool, secure: bool) -> None:
-        self.ledger = Ledger(neighboring_relation)
+    def __init__(
+        self, neighboring_relation: str, accountant: Accountant, *, seeded: bool, secure: bool, unit: str = "record"
+    ) -> None:
+        self.ledger = Ledger(neighboring_relation, unit)
         self.accountant = accountant
         self.plan: Any = None
         self.restored_plan: dict[str, Any] | None = None
@@ -59,7 +62,7 @@ class PrivacyState:
         Args:
             ledgers: theirs; an empty list states that they had no record in common with this run.
         """
-        self.ledger = joined(ledgers, self.ledger.neighboring_relation)
+        self.ledger = joined(ledgers, self.ledger)
         self._history, self._history_given = ledgers, True
 
     def check_history(self, module: nn.Module) -> None:
@@ -255,7 +258,7 @@ class PrivacyState:
             PrivacyError: no ledger, a damaged one, one that is too short, or one of another run.
         """
         fresh = bool(self._history) and not self._own_steps
-        current = Ledger(self.ledger.neighboring_relation) if fresh else self.ledger
+        current = Ledger(self.ledger.neighboring_relation, self.ledger.unit) if fresh else self.ledger
         found = saved.load(checkpoint, current=current, allow_public=allow_public, one_step_a_batch=one_step_a_batch)
         if fresh and not self.ledger.has_same_beginning(found.ledger):
             raise PrivacyError(

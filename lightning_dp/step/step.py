@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dp.clipping import Clipping, NoClipping
@@ -24,6 +24,7 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import GradientEngine, make_engine
 from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.correlation import check_mask_may_change, check_position, check_releases
 from lightning_dp.step.history import carry, note_values
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.microbatch import Microbatch
@@ -77,7 +78,8 @@ class PrivateStep:
         self.module, self.optimizers = module, list(optimizers)
         self.settings, self.state, self.mechanisms = settings, state, mechanisms
         self.reduction, self.automatic = reduction, automatic
-        self.noise = ReleaseNoise(noise, reduction)
+        seed = None if settings.seed is None else settings.seed * 1_000_003 + reduction.rank
+        self.noise = ReleaseNoise(noise, reduction, seed)
         self.clipping: Clipping = settings.make_clipping()
         self.engine: GradientEngine = make_engine(
             module,
@@ -85,7 +87,7 @@ class PrivateStep:
             memory=settings.memory,
             microbatch_size=settings.microbatch_size,
         )
-        self.streams = RandomStreams(None if settings.seed is None else settings.seed * 1_000_003 + reduction.rank)
+        self.streams = RandomStreams(seed)
         self.parameters = PrivateParameters(module, self.optimizers, settings.public_optimizers)
         self.releases: dict[int, Release] = {}
         self.bound: Bound = mechanisms.bound
@@ -97,6 +99,12 @@ class PrivateStep:
         self._released: set[int] = set()
         self.engine.attach()
         self._refresh()
+        if settings.noise is not None:
+            check_releases(
+                automatic=automatic,
+                num_private_optimizers=len(self.accumulators),
+                shares_noise=self.clipping.shares_noise,
+            )
 
     @property
     def accumulators(self) -> dict[int, Accumulator]:
@@ -110,13 +118,18 @@ class PrivateStep:
 
     # ---------------------------------------------------------------- the step, in the order of the data
 
-    def begin(self, *, first_of_pass: bool) -> None:
+    def begin(self, *, first_of_pass: bool, position: int | None = None) -> None:
         """Begin a logical batch: what its release will be is settled here, from public state.
 
         Args:
             first_of_pass: whether the loader begins a pass over the data with it.
+            position: number of the batch in the order of the data, where that matters.
         """
         self.state.begin_step()
+        correlation = self.plan.correlation
+        if correlation is not None:
+            check_position(position, self.state.step)
+        self.noise.follow(correlation, self.state.step)
         self._refresh()
         self._settle()
         self.streams.begin()
@@ -125,12 +138,21 @@ class PrivateStep:
             accumulator.reset()
             if self.automatic:
                 accumulator.drop_grads()
-        if first_of_pass and self.settings.sampling == "shuffle":
+        begins = first_of_pass if correlation is None else self.state.step == 0
+        if begins and self.settings.sampling != "poisson":
             self.state.ledger.start_pass()
 
-    def microbatch(self, count: int, *, weight: float = 1.0, divisor: int = 1, further: bool = False) -> Microbatch:
-        """Return a context manager in which the user's forward and backward of some samples run."""
-        return Microbatch(self, count, weight, divisor, further)
+    def microbatch(
+        self,
+        count: int,
+        owners: Tensor | None = None,
+        *,
+        weight: float = 1.0,
+        divisor: int = 1,
+        further: bool = False,
+    ) -> Microbatch:
+        """Return a context manager in which the user's forward and backward of some records run."""
+        return Microbatch(self, count, owners, weight, divisor, further)
 
     def backward_done(self) -> None:
         """Check, after a backward, that every use of a private parameter was recorded."""
@@ -143,18 +165,20 @@ class PrivateStep:
         """Clip each sample of the microbatch and add it to the sum of an optimizer."""
         if optimizer not in self.accumulators or self.recording is None:
             return
-        accumulator, engine, scale = self.accumulators[optimizer], self.engine, self.recording.scale
+        accumulator, engine, recording = self.accumulators[optimizer], self.engine, self.recording
         self._begin_sum(optimizer)
-        if scale == 0.0:  # a sample that stands in for an empty batch must not even count
+        if recording.weight == 0.0:  # a sample that stands in for an empty batch must not even count
             engine.discard(accumulator.names)
             return
-        samples = Samples(engine, accumulator, scale, self.reduction)
+        samples = Samples(engine, accumulator, recording.scaled, self.reduction)
         contribution = accumulator.clipping.contribution(samples)  # factors or explicit vectors: one call, no branch
         contribution.add()
         if self.bound.num_statistics:
             accumulator.statistics.add_(self.bound.statistics(torch.linalg.vector_norm(samples.norms, dim=0)))
         if self.mechanisms.diagnostics.reads_sums:
-            diagnose(self.mechanisms.diagnostics, engine, accumulator, samples.norms, contribution.norms, scale)
+            diagnose(
+                self.mechanisms.diagnostics, engine, accumulator, samples.norms, contribution.norms, recording.scaled
+            )
         engine.discard(accumulator.names)
 
     @torch.no_grad()
@@ -232,6 +256,16 @@ class PrivateStep:
         known = self.accumulators[optimizer].parameters if optimizer in self.accumulators else {}
         checks.check_no_raw_gradients(optimizer, self.optimizers[optimizer], known, self.module)
 
+    def noise_stds(self) -> dict[str, float]:
+        """Return the std of the noise on a coordinate of each parameter's private gradient, of this logical step; public."""
+        size = self.plan.expected_batch_size
+        return {
+            name: release.std_of_group(number) / size
+            for index, release in self.releases.items()
+            for number, group in enumerate(self.accumulators[index].groups)
+            for name in group
+        }
+
     def check_released(self) -> None:
         """Check, at the end of a fit, that backprops were not all for nothing.
 
@@ -284,6 +318,7 @@ class PrivateStep:
             accumulator.clipping = self.bound.clipping(base, step, len(accumulator.groups))
         version = tuple(mask.version(step) for mask in mechanisms.masks)
         if any(accumulator.mask_version != version for accumulator in self.accumulators.values()):
+            check_mask_may_change(self.noise.since)
             parameters = {name: p for acc in self.accumulators.values() for name, p in acc.parameters.items()}
             masks = [mask.live(step, parameters) for mask in mechanisms.masks]
             for accumulator in self.accumulators.values():
@@ -292,9 +327,11 @@ class PrivateStep:
             index: plan_release(
                 self.plan,
                 step,
-                sensitivity=accumulator.sensitivity,
+                clipping=accumulator.clipping,
+                sizes=accumulator.group_sizes,
                 bound=self.bound,
                 num_releases=len(self.accumulators),
+                since=self.noise.since,
             )
             for index, accumulator in self.accumulators.items()
         }

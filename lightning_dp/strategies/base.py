@@ -19,9 +19,10 @@ from lightning_dp import _messages
 from lightning_dp import _validate as check
 from lightning_dp.accounting import make_accountant
 from lightning_dp.clipping import Clipping
-from lightning_dp.noise import GaussianNoise
+from lightning_dp.noise import CorrelatedNoise, GaussianNoise
+from lightning_dp.sampling import Unit
 from lightning_dp.step import checkpoint as saved
-from lightning_dp.step import checks, module_checks
+from lightning_dp.step import checks, correlation, module_checks
 from lightning_dp.step.history import History, note_checkpoint, note_values, read_history
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.reduction import OneProcess, Reduction
@@ -32,7 +33,7 @@ from lightning_dp.step.settings import (
     Relation,
     Sampling,
     Settings,
-    check_positions,
+    UnitGradient,
 )
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.strategies import _lightning, card_files, checkpoint_io, trainer_checks
@@ -72,34 +73,20 @@ class PrivateStrategy(TrainingInputs, Strategy):
         history: History = None,
         tune_process: bool = True,
         fix: bool = False,
+        unit: Unit | None = None,
+        records_per_unit: int | None = None,
+        unit_gradient: UnitGradient = "mean",
+        noise: CorrelatedNoise | None = None,
+        fixed_order: bool = False,
         **strategy_options: Any,
     ) -> None:
-        self.settings = settings = Settings(
-            noise_multiplier=noise_multiplier,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            max_grad_norm=max_grad_norm,
-            clipping=clipping,
-            accountant=accountant,
-            sampling=sampling,
-            microbatch_size=microbatch_size,
-            grad_sample=grad_sample,
-            neighboring_relation=neighboring_relation,
-            memory=memory,
-            check_per_sample=check_per_sample,
-            allow_public_checkpoint=allow_public_checkpoint,
-            secure_rng=secure_rng,
-            seed=seed,
-            loss_reduction=loss_reduction,
-            public_optimizers=check_positions(public_optimizers),
-            strict_logging=strict_logging,
-            tune_process=tune_process,
-        )
+        self.settings = settings = Settings.of(locals())
         check.check_keywords(strategy_options, trainer_checks.known_arguments(type(self)), owner=type(self).__name__)
         super().__init__(**strategy_options)
         self.state = PrivacyState(
             settings.neighboring_relation,
             make_accountant(settings.accountant),
+            unit=settings.protects,
             seeded=settings.seed is not None,
             secure=settings.secure_rng,
         )
@@ -173,7 +160,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
     @override
     def on_train_start(self) -> None:
         """Build the plan before the first step, so that a target that cannot be reached is an error and not a surprise."""
-        _ = self.plan
+        correlation.begin_order(self.plan.correlation, self.loader, self.state.steps_taken)
         self.state.decided = self.mechanisms.described()
         self.state.choices |= trainer_checks.choices_by_figures(self.trainer)
         super().on_train_start()

@@ -86,6 +86,16 @@ class RunFacts:
         """The accumulators of the fit under way, by position of their private optimizer; empty outside of fit."""
         return MappingProxyType({} if self._fit is None else self._fit.step.accumulators)
 
+    @property
+    def noise_std(self) -> Mapping[str, float]:
+        """Std of the noise on one coordinate of ``p.grad``, by parameter name; public. Empty outside of fit.
+
+            sigma_t C / B, for every parameter unless clipping shares noise out between groups
+
+        It is that of the logical step under way, so that an optimizer can tell signal from noise.
+        """
+        return MappingProxyType({} if self._fit is None else self._fit.step.noise_stds())
+
     def epsilon(self, delta: float | None = None) -> float:
         """Return the epsilon spent so far, from the ledger. It is public: it depends on public settings only.
 

@@ -122,15 +122,15 @@ class PrivateFit:
         self._host.arguments = (rest, kwargs)
         try:
             if self._begins_logical_batch():
-                self._begin()
+                self._begin(batch.position)
             if not batch:
                 return self._run_real(self._host.stand_in(), 1, weight=0.0)
-            for count, part in batch.microbatches:
+            for count, _, part in batch.parts:
                 checks.check_rows(part, count, self._host.axes)
-            *others, (count, _) = batch.microbatches
+            *others, (count, owners, _) = batch.parts
             if others:
                 self._run_further(others)
-            return self._run_real(self._on_device, count)
+            return self._run_real(self._on_device, count, owners)
         except StopIteration as error:  # Lightning would take it for the end of the data and go on without this step
             raise RuntimeError(
                 "training_step raised StopIteration; Lightning would take this for the end of the data. Catch it inside "
@@ -152,10 +152,11 @@ class PrivateFit:
         self._part = (self._part + 1) % parts
         return begins
 
-    def _begin(self) -> None:
+    def _begin(self, position: int | None) -> None:
         strategy, step = self._strategy, self.step
         _ = strategy.plan
-        step.begin(first_of_pass=strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared)
+        begins = strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared
+        step.begin(first_of_pass=begins, position=position)
         flags = [layer.training for layer in strategy.module.modules()]
         if flags != self._training_flags:
             trainer_checks.check_module(strategy.module, runs_samples_alone=strategy.settings.runs_samples_alone)
@@ -169,14 +170,14 @@ class PrivateFit:
         if step.unchecked_public:
             self._trial.check_public()
 
-    def _run_further(self, microbatches: list[tuple[int, Any]]) -> None:
+    def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any]]) -> None:
         """Run all microbatches but that of the real call, each from the same state, without effect."""
         snapshot, step = self._sandbox.snapshot(), self.step
         counts = None if step.automatic else Counts(self._strategy)
-        for count, batch in microbatches:
+        for count, owners, batch in microbatches:
             with self._sandbox.enter(snapshot):
                 step.streams.begin()
-                with step.microbatch(count, further=True) as microbatch:
+                with step.microbatch(count, owners, further=True) as microbatch:
                     output = self._call(self._strategy.to_device(batch), count, weight=1.0)
                     loss = self._host.loss_of(output, count) if step.automatic else None
                     if loss is not None:
@@ -192,13 +193,13 @@ class PrivateFit:
         elif self.step.settings.check_per_sample and microbatch.collected < self.step.accumulators.keys():
             self._trial.check_steps(microbatch.collected, counts.back_in)
 
-    def _run_real(self, batch: Any, count: int, *, weight: float = 1.0) -> Any:
+    def _run_real(self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0) -> Any:
         """Run the one call of a logical batch that has effect; under automatic optimization its backward is Lightning's."""
         step, automatic = self.step, self.step.automatic
         counts = None if automatic else Counts(self._strategy)
         divisor = self._strategy.trainer.accumulate_grad_batches if automatic else 1
         with ExitStack() as until_backward:
-            microbatch = until_backward.enter_context(step.microbatch(count, weight=weight, divisor=divisor))
+            microbatch = until_backward.enter_context(step.microbatch(count, owners, weight=weight, divisor=divisor))
             with self._logs.muted() if weight == 0.0 and step.reduction.world_size == 1 else ExitStack():
                 output = self._call(batch, count, weight=weight)
             if automatic:

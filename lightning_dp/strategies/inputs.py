@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_dp import _messages
 from lightning_dp.fix import fix
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, private_dataloader
-from lightning_dp.step import checks
+from lightning_dp.step import checks, correlation
 from lightning_dp.strategies import _lightning, trainer_checks
 from lightning_dp.strategies.facts import RunFacts
 
@@ -51,16 +51,17 @@ class TrainingInputs(RunFacts, Strategy):
         trainer_checks.check_single_loader(trainer)
         loader = private_dataloader(
             dataloader,  # type: ignore[arg-type]
-            sampling=self.settings.sampling,
-            microbatch_size=self.settings.microbatch_size,
+            **trainer_checks.with_unit_ids(self.settings.drawing, trainer),
             accumulate=trainer.accumulate_grad_batches,
             rank=self.global_rank,
             world_size=self.world_size,
-            seed=self.settings.seed,
             num_batches_kept=trainer_checks.batches_kept(trainer),
             extra_records=self.mechanisms.extra_records,
         )
         checks.check_same_dataset(self._loader, loader)
+        if self.state.plan is not None:
+            correlation.check_reload(self.state.plan.correlation, self._loader, loader)
+            correlation.begin_order(self.state.plan.correlation, loader, self.state.steps_taken)
         if self._loader is not None and self._loader.facts != loader.facts:
             self.state.plan = None  # another batch size: another sample rate from here on
         self._loader = loader

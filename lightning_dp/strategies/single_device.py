@@ -33,7 +33,8 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
         max_grad_norm: clipping norm C > 0 of one sample's gradient.
         clipping: "flat", "per_layer", "automatic", "psac", "none" or a ``Clipping``.
         accountant: "pld" (tight), "rdp", "prv", "gdp" (nothing sampled) or "tcdp" (a loose cross-check).
-        sampling: "poisson", or "shuffle": each record in exactly one batch per pass. Streams need "shuffle".
+        sampling: "poisson"; "shuffle": each record in exactly one batch per pass (streams need it); or "cyclic": the same
+            batches in every pass, for correlated noise.
         microbatch_size: at most so many samples on the device at once; results do not depend on it. 1 runs each sample alone
             and supports every module. Default: the whole logical batch at once.
         grad_sample: "auto", or "materialize" for plain per-sample gradients of every layer (the reference).
@@ -55,6 +56,14 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
         tune_process: tune the memory allocator and OpenMP threads of the process while a fit runs.
         fix: exchange layers that cannot be trained privately (BatchNorm), as ``lightning_dp.fix`` does, before the optimizers
             are made. It changes what such layers compute.
+        unit: protect users with all their records instead of single records: one id of a user per record (array, tensor or
+            list), or the key or position at which items hold it. Default: with ``records_per_unit``, the ``unit_ids`` of the
+            datamodule (an attribute or a method). Batch size, sample rate and delta then count users.
+        records_per_unit: most records G that a user brings to one batch, drawn anew for each batch; a public number.
+        unit_gradient: "mean" or "sum" over a user's records, clipped once.
+        noise: ``CorrelatedNoise()`` for data in a fixed order ("cyclic", or a stream): noise that cancels between steps. The
+            whole run is one privacy event; it can be cut short but not extended. Default: independent noise.
+        fixed_order: promise that a stream yields its records in the same order in every pass.
         **strategy_options: what the Lightning strategy takes.
 
     Raises:

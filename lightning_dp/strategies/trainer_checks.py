@@ -100,6 +100,23 @@ def batches_kept(trainer: pl.Trainer) -> int | None:
     return math.ceil(overfit / trainer.accumulate_grad_batches) if overfit else None
 
 
+def with_unit_ids(options: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any]:
+    """Return options of the private loader with the unit that the datamodule gives, where users are protected without one.
+
+    Raises:
+        ValueError: no unit, and no datamodule that gives one.
+    """
+    if options["unit"] is not None or options["records_per_unit"] is None:
+        return options
+    ids = getattr(trainer.datamodule, "unit_ids", None)  # type: ignore[attr-defined]
+    if ids is None:
+        raise ValueError(
+            f"Expected a unit with records_per_unit={options['records_per_unit']}, got unit=None and no datamodule with unit_ids. Pass "
+            "unit=<key of the items, or one id per record>, or define unit_ids in the datamodule."
+        )
+    return {**options, "unit": ids() if callable(ids) else ids}
+
+
 def choices_by_figures(trainer: pl.Trainer) -> set[str]:
     """Return what schedulers and callbacks choose by figures that carry no noise, for the privacy statement."""
     plateaus = {

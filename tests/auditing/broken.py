@@ -15,10 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_dp.accounting import PLDAccountant, gaussian_epsilon
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample.engine import PerSampleEngine
-from lightning_dp.sampling import indices
+from lightning_dp.sampling import LogicalBatch, indices
+from lightning_dp.sampling.batches import MicrobatchCollate
+from lightning_dp.sampling.indices import CyclicBatchSampler
 from lightning_dp.step import couplings
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.couplings import Couplings
@@ -77,6 +80,18 @@ def clipping_after_summing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Accumulator, "payload", payload)
 
 
+def user_split_over_microbatches(patch: pytest.MonkeyPatch) -> None:
+    """Microbatches are full: the records of one user may be in several, and are clipped in each."""
+    collate = MicrobatchCollate.__call__
+
+    def splitting(self: MicrobatchCollate, samples: list[Any], sizes: list[int] | None = None) -> LogicalBatch:
+        most = self.microbatch_size or len(samples)
+        cut = [min(most, size - start) for size in sizes or () for start in range(0, size, most)]
+        return collate(self, samples, cut if sizes else None)
+
+    patch.setattr(MicrobatchCollate, "__call__", splitting)
+
+
 def divisor_by_realised_batch(patch: pytest.MonkeyPatch) -> None:
     take, write_grads, seen = PrivateFit.take, Accumulator.write_grads, {"samples": 1}
 
@@ -129,6 +144,28 @@ def same_noise_every_step(patch: pytest.MonkeyPatch) -> None:
 def correlated_ranks(patch: pytest.MonkeyPatch) -> None:
     """One seed on all ranks."""
     patch.setattr(indices, "_generator", lambda seed, rank, world_size: np.random.default_rng(5))
+
+
+def reshuffled_order(patch: pytest.MonkeyPatch) -> None:
+    """Records are dealt to batches again in every pass, while noise counts on the same order."""
+    iterate = CyclicBatchSampler.__iter__
+
+    def again(self: CyclicBatchSampler) -> Any:
+        self._groups = list(indices._bins(self._rng, self.steps_per_epoch, self.num_own))
+        return iterate(self)
+
+    patch.setattr(CyclicBatchSampler, "__iter__", again)
+
+
+def allocation_by_the_closed_form(patch: pytest.MonkeyPatch) -> None:
+    """The published closed form for one pass, with the Gaussian alone composed over passes."""
+
+    def epsilon_of(self: PLDAccountant, mechanisms: Any, neighboring_relation: str, delta: float) -> float:
+        ((_, sigma, num_batches), passes), *_ = mechanisms.items()
+        mu = math.sqrt(passes / num_batches) / sigma
+        return gaussian_epsilon(mu, delta) + (1 - 1 / num_batches) / (2 * sigma**2)
+
+    patch.setattr(PLDAccountant, "epsilon_of", epsilon_of)
 
 
 def ledger_not_written(patch: pytest.MonkeyPatch) -> None:
@@ -205,6 +242,11 @@ VARIANTS: dict[str, Variant] = {
         checks.check_one_record_moves_the_sum_by_at_most_the_bound,
         "one record moves the sum by",
     ),
+    "user_split_over_microbatches": Variant(
+        user_split_over_microbatches,
+        checks.check_one_user_moves_the_sum_by_at_most_the_bound,
+        "one user moves the sum by",
+    ),
     "divisor_by_realised_batch": Variant(
         divisor_by_realised_batch, checks.check_the_divisor_is_the_expected_batch_size, "the noisy sum was divided by"
     ),
@@ -222,6 +264,16 @@ VARIANTS: dict[str, Variant] = {
     ),
     "correlated_ranks": Variant(
         correlated_ranks, checks.check_ranks_draw_independently, "two ranks drew the same positions"
+    ),
+    "reshuffled_order": Variant(
+        reshuffled_order,
+        checks.check_records_come_back_as_the_noise_accounts_for,
+        "a record has sensitivity",
+    ),
+    "allocation_by_the_closed_form": Variant(
+        allocation_by_the_closed_form,
+        checks.check_shuffled_passes_cost_what_they_spend,
+        "at the claimed epsilon drawn passes have delta",
     ),
     "ledger_not_written": Variant(
         ledger_not_written, checks.check_every_release_is_in_the_ledger, "the ledger holds 0 of 8 releases"

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp import DPStrategy, RandomSparsification
+from lightning_dp import CorrelatedNoise, DPStrategy, RandomSparsification
 from lightning_dp.sampling import private_dataloader
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.noising import ReleaseNoise
 from lightning_dp.step.reduction import AllReduce
+from tests.accounting.allocation_reference import sampled_delta, sampled_ratios
 from tests.auditing.models import DELTA, Idle, audited
 from tests.helpers import Recorder, make_loader, make_trainer
 
@@ -33,6 +36,7 @@ class Watching(DPStrategy):
         self.clean: list[Tensor] = []
         self.noisy: list[Tensor] = []
         self.masks: list[list[Tensor | None]] = [[]]
+        self.drawn_stds: list[float] = []
 
     def setup(self, trainer: Any) -> None:
         super().setup(trainer)
@@ -40,6 +44,7 @@ class Watching(DPStrategy):
         step.noise_comes_first = lambda: False  # so that there is a sum without noise to look at
         before(step, "collect", lambda optimizer=0: self.masks[-1].append(active(step.accumulators[optimizer])))
         before(step.noise, "add", lambda accumulator, release, **_: self.clean.append(accumulator.gradient.clone()))
+        before(step.noise, "add", lambda accumulator, release, **_: self.drawn_stds.append(release.drawn_std))
         after(step.reduction, "reduce", lambda accumulator: self.noisy.append(accumulator.flat.clone()))
         after(step, "release", lambda optimizer=0: self.masks.append([]))
 
@@ -130,6 +135,51 @@ def check_one_record_moves_the_sum_by_at_most_the_bound(tmp_path: Path) -> None:
             sums.append(strategy.clean[0])
         moved = float((sums[1] - sums[0]).norm())
         assert moved <= 1.5 * (1 + 1e-5), f"one record moves the sum by {moved:.3g}, the bound is 1.5"
+
+
+def check_one_user_moves_the_sum_by_at_most_the_bound(tmp_path: Path) -> None:
+    """Eight users and a ninth of seven records, in microbatches of two records: with it the sum moves by C at most. Exact."""
+    sums = []
+    for own in (0, 7):
+        features = torch.zeros(8 + own, 3)
+        features[:8, 0], features[8:, 0] = 5.0, -5.0
+        ids = [min(record, 8) for record in range(8 + own)]
+        strategy = Watching(noise_multiplier=1.0, max_grad_norm=1.5, microbatch_size=2, unit=ids, records_per_unit=7)
+        fit(strategy, tmp_path, LossIsLinear(3), DataLoader(TensorDataset(features), batch_size=len(set(ids))))
+        sums.append(strategy.clean[0])
+    moved = float((sums[1] - sums[0]).norm())
+    assert moved <= 1.5 * (1 + 1e-5), f"one user moves the sum by {moved:.3g}, the bound is 1.5"
+
+
+def check_records_come_back_as_the_noise_accounts_for(tmp_path: Path) -> None:
+    """8 passes of 4 cyclic batches of 64 one-hot records: no record is in steps of which C makes more than sens(C). Exact."""
+    strategy = Watching(noise_multiplier=1.0, sampling="cyclic", noise=CorrelatedNoise(decay=0.9))
+    loader = DataLoader(TensorDataset(torch.eye(64)), batch_size=16)
+    fit(strategy, tmp_path, LossIsLinear(64), loader, epochs=8)
+    known = strategy.plan.correlation
+    present = (torch.stack(strategy.clean) != 0).double()  # steps x records
+    assert present.sum(0).tolist() == [8] * 64
+    matrix = scipy.linalg.toeplitz(known.noise.coefficients(32), [1.0] + [0.0] * 31)
+    largest = float((torch.from_numpy(matrix) @ present).norm(dim=0).max())
+    covered = known.sensitivity
+    assert largest <= covered * (1 + 1e-9), f"a record has sensitivity {largest:.3g}, the noise covers {covered:.3g}"
+    assert largest >= covered * (1 - 1e-9), f"the noise covers {covered:.3g}, no record has more than {largest:.3g}"
+
+
+def check_shuffled_passes_cost_what_they_spend(tmp_path: Path) -> None:
+    """20 passes of 5 shuffled batches at sigma 1: 200,000 drawn passes do not exceed delta at the claimed epsilon.
+
+    False alarm below 1e-7 per direction: 5.3 standard errors.
+    """
+    delta, strategy = (
+        0.01,
+        DPStrategy(noise_multiplier=1.0, target_delta=0.01, sampling="shuffle", check_per_sample=False),
+    )
+    fit(strategy, tmp_path, Idle(10), make_loader(60, 12), epochs=20)
+    ratios = sampled_ratios(1.0, 5, 20, 200_000, np.random.default_rng(3))
+    for direction in ("add", "remove"):
+        mean, error = sampled_delta(ratios, direction, strategy.epsilon())
+        assert mean - 5.3 * error <= delta, f"at the claimed epsilon drawn passes have delta {mean:.3g} ({direction})"
 
 
 def check_the_divisor_is_the_expected_batch_size(tmp_path: Path) -> None:

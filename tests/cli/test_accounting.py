@@ -211,3 +211,40 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     captured = capsys.readouterr().err
     assert message in captured
     assert captured.count("\n") == 1
+
+
+def test_users_are_counted_in_place_of_records(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["epsilon", *RUN, "--noise-multiplier", "1.1", "--accountant", "rdp", "--unit", "user"]
+    assert ask(capsys, *run)["unit"] == "user"
+    assert main(run) == 0
+    assert capsys.readouterr().out.startswith("6000 steps on 60000 users")
+    assert main([*run, "--records-per-user", "4"]) == 2
+    assert "Expected a run that protects records for records_per_user" in capsys.readouterr().err
+
+
+def test_correlated_noise_is_one_gaussian(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--dataset-size", "1000", "--batch-size", "100", "--epochs", "10", "--delta", "1e-5", "--sampling", "cyclic"]
+    reply = ask(capsys, "epsilon", *run, "--noise-multiplier", "1", "--correlated", "0.9")
+    assert reply["correlation"] == {"decay": 0.9, "bands": None, "steps": 100, "separation": 10, "passes": 10}
+    assert answers(reply)["gdp"]["epsilon"] == pytest.approx(gaussian_epsilon(1.0, 1e-5))
+    independent = answers(ask(capsys, "epsilon", *run, "--noise-multiplier", "1"))
+    assert independent["gdp"]["epsilon"] == pytest.approx(gaussian_epsilon(10**0.5, 1e-5))
+    found = answers(ask(capsys, "calibrate", *run, "--target-epsilon", "2", "--correlated", "bands=4"))
+    assert 1.98 <= found["pld"]["epsilon"] <= 2.0
+    assert main(["epsilon", *run, "--noise-multiplier", "1", "--correlated", "auto"]) == 0
+    assert "correlated between steps (decay 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--correlated", "0.9"], "Expected sampling=cyclic without a schedule for correlated noise"),
+        (["--sampling", "cyclic", "--correlated", "bends=3"], "Expected auto, a decay or bands=P"),
+        (["--sampling", "cyclic", "--correlated", "1.5"], "Expected 0 <= decay < 1"),
+    ],
+)
+def test_correlated_noise_is_refused_by_reason(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["epsilon", *RUN, "--noise-multiplier", "1", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -96,6 +96,24 @@ def test_command_line_alone(cli: Any, tmp_path: Path) -> None:
     assert trainer.callbacks[0].refresh == 2
 
 
+def test_correlated_noise_on_the_command_line(cli: Any) -> None:
+    trainer = cli(
+        "fit",
+        "--trainer.strategy=lightning_dp.DPStrategy",
+        "--trainer.strategy.noise_multiplier=1",
+        "--trainer.strategy.sampling=cyclic",
+        "--trainer.strategy.noise.decay=0.9",
+        "--trainer.strategy.clipping=lightning_dp.PerLayerClipping",
+        "--trainer.strategy.clipping.group_weights={'*.weight': 2.0, '*': 1.0}",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.limit_val_batches=0",
+        "--trainer.enable_checkpointing=false",
+    )
+    assert trainer.strategy.plan.correlation.noise == lightning_dp.CorrelatedNoise(decay=0.9)
+    assert trainer.strategy.plan.clipping.group_weights == {"*.weight": 2.0, "*": 1.0}
+
+
 def test_printed_config_holds_every_argument(cli: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli("fit", "--config", str(EXAMPLE / "dp.yaml"), "--trainer.strategy.memory=lean", "--print_config")

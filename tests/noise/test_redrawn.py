@@ -46,7 +46,7 @@ def small_slices(patch: pytest.MonkeyPatch) -> None:
     """Several slices, chunks and threads with small buffers."""
     patch.setattr(redrawn, "_SMALLEST_SLICE", 100)
     patch.setattr(redrawn, "_CPU_CHUNK", 64)
-    patch.setattr(redrawn, "_DEVICE_CHUNK", 128)
+    patch.setattr(redrawn, "DEVICE_CHUNK", 128)
 
 
 def on_device_path(patch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ def make_settings(**options: Any) -> Settings:
         "loss_reduction": "mean",
         "public_optimizers": (),
         "strict_logging": False,
+        "unit": None,
+        "records_per_unit": None,
+        "unit_gradient": "mean",
     }
     return Settings(**{**defaults, **options})
 
@@ -98,11 +101,11 @@ class KnownNoise:
 
     def fill_(self, tensor: Tensor, std: float) -> Tensor:
         self.filled.append((tensor.numel(), std))
-        return tensor.copy_(self.pattern(tensor.numel()) * std)
+        return tensor.copy_((self.pattern(tensor.numel()) * std).view_as(tensor))
 
     def add_(self, tensor: Tensor, std: float) -> Tensor:
         self.added.append((tensor.numel(), std))
-        return tensor.add_(self.pattern(tensor.numel()), alpha=std)
+        return tensor.add_(self.pattern(tensor.numel()).view_as(tensor), alpha=std)
 
     def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
         """Nothing is drawn ahead."""
@@ -171,11 +174,11 @@ class Run:
         self.step.begin(first_of_pass=True)
         return self.step.releases[0]
 
-    def sum(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gradient and statistics after these samples, as sums, instead of those of an earlier call."""
+    def sum(self, features: Tensor, labels: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return gradient and statistics after these samples, or these records of users, instead of those of an earlier call."""
         accumulator = self.step.accumulators[0]
         accumulator.reset()
-        with self.step.microbatch(len(features)):
+        with self.step.microbatch(len(features), owners):
             self._rig.loss(features, labels).backward()
             self.step.backward_done()
             self.step.collect()

@@ -16,14 +16,17 @@ from torch import Tensor
 
 import lightning_dp
 from lightning_dp.accounting import ACCOUNTANTS, Accountant
-from lightning_dp.clipping import Clipping, top_agg
+from lightning_dp.clipping import Clipping, PerLayerClipping, top_agg
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.masks import GradientMask
 from lightning_dp.step.plan import SENSITIVITY_FACTOR
 from lightning_dp.step.step import PrivateStep
-from tests.step.composition.table import BOUNDS, CLIPPINGS, MASKS, NOISES, PHASES, Combination
-from tests.step.rig import STEPS, KnownNoise, Rig, Run
+from tests.step.composition import table
+from tests.step.composition.table import BOUNDS, MASKS, NOISES, PHASES, Combination
+from tests.step.rig import STEPS, KnownNoise, Rig, Run, make_settings
 
+#: With noise that is shared out between groups, which is drawn in several parts.
+CLIPPINGS = {**table.CLIPPINGS, "per_layer_least": lambda: PerLayerClipping(0.5, noise="least")}
 #: Combinations that share clipping, mask and bound; each is run under every schedule of the noise and every phase.
 GROUPS = list(itertools.product(CLIPPINGS, MASKS, BOUNDS))
 LEGAL = [names for names in GROUPS if not Combination(names[0], names[1], bound=names[2]).refusal]
@@ -102,28 +105,79 @@ def check_step(rig: Rig, run: Run, combination: Combination, number: int, kinds:
             others[kind] = run.sum(torch.cat([rig.features, features]), torch.cat([rig.labels, labels]))
     rig.noise.forget()
     gradient, statistics = run.sum(rig.features, rig.labels)
+    stds = stds_of(rig.noise.filled, run.step.accumulators[0].divisor)
+    weights = release.drawn_std / stds if stds.numel() else torch.ones(())
     for kind, other in others.items():
-        moved, counted = float((other[0] - gradient).norm()), float((other[1] - statistics).norm())
+        moved, counted = float(((other[0] - gradient) * weights).norm()), float((other[1] - statistics).norm())
         # float32 sums are rounded relative to noise and sum
-        allowed = release.sensitivity + ROUNDING * float(gradient.norm())
+        allowed = release.sensitivity + ROUNDING * float((gradient * weights).norm())
         assert moved <= allowed, (where, kind)
         assert (moved > 0.01 * release.sensitivity) == (kind != "NaN"), (where, kind)
         if combination.is_private and statistics.numel():
-            both = (moved / allowed * release.sensitivity / release.noise_std) ** 2
+            both = (moved / allowed * release.sensitivity / release.drawn_std) ** 2
             both += (counted / release.statistics_std) ** 2
             assert counted > 0, (where, kind)
             assert both <= release.sigma**-2 * (1 + ROUNDING), (where, kind)
     # the noise: once per active coordinate, with the std that the release states
-    first, divisor = rig.noise.filled, run.step.accumulators[0].divisor
-    noise_stds = [] if release.noise_std == 0 else [pytest.approx(release.noise_std, rel=1e-12)]
-    assert [std * divisor for _, std in first] == noise_stds, where
-    assert [num for num, _ in first] == [int(live.sum())] * len(noise_stds), where
+    assert stds.numel() == (int(live.sum()) if release.noise_std else 0), where
+    if release.noise_std:
+        assert float(stds.square().mean().sqrt()) == pytest.approx(release.noise_std, rel=1e-12), where
+        several = len(set(run.step.accumulators[0].group_sizes) - {0}) > 1
+        assert (len(set(stds.tolist())) > 1) == bool(release.shares and several), where
     released = run.release()
     statistics_stds = [std for std in [release.statistics_std] if std > 0]
     assert [std for _, std in rig.noise.added if std > 0] == statistics_stds, where
     assert not bool((released[~live] != 0).any()), where
-    if noise_stds and combination.clipping != "top_agg_plain":  # whose threshold zeroes what it noised
+    if release.noise_std and combination.clipping != "top_agg_plain":  # whose threshold zeroes what it noised
         assert bool((released[live] != 0).all()), where
+
+
+def stds_of(draws: list[tuple[int, float]], divisor: int = 1) -> Tensor:
+    """Std of the noise of every coordinate, in their order."""
+    return torch.cat(
+        [torch.full((num,), std * divisor, dtype=torch.float64) for num, std in draws] or [torch.zeros(0).double()]
+    )
+
+
+@pytest.mark.parametrize("unit_gradient", ["mean", "sum"])
+@pytest.mark.parametrize("names", LEGAL, ids="-".join)
+def test_contract_of_neighbouring_users(
+    names: Any, unit_gradient: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches that differ in a whole user, who brings three records of one kind: it moves a release as one sample does."""
+    monkeypatch.setattr(rig.step, "settings", make_settings(unit_gradient=unit_gradient, records_per_unit=3))
+    combination = Combination(names[0], names[1], "step", names[2])
+    owners, bounded = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3]), combination.clipping != "none"
+    with under(rig, combination) as run:
+        for number in range(STEPS):
+            release, where = run.begin(), f"{combination} at {number}"
+            found = [run.sum(rig.features, rig.labels, owners)]
+            for features, labels in records().values() if bounded else ():
+                own = [torch.cat([whole, part.repeat(3, *[1] * (part.dim() - 1))])
+                       for whole, part in ((rig.features, features), (rig.labels, labels))]  # fmt: skip
+                found.append(run.sum(*own, torch.cat([owners, torch.full((3,), 4)])))
+            for kind, (gradient, statistics) in zip(records(), found[1:], strict=False):
+                moved = float((gradient - found[0][0]).norm())
+                allowed = release.sensitivity + ROUNDING * float(found[0][0].norm())
+                assert moved <= allowed, (where, kind)
+                assert (moved > 0.01 * release.sensitivity) == (kind != "NaN"), (where, kind)
+                if combination.is_private and statistics.numel():
+                    both = (moved / allowed * release.sensitivity / release.drawn_std) ** 2
+                    both += (float((statistics - found[0][1]).norm()) / release.statistics_std) ** 2
+                    assert both <= release.sigma**-2 * (1 + ROUNDING), (where, kind)
+            run.release()
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_one_record_per_user_is_the_record_level(clipping: str, rig: Rig) -> None:
+    """Bit for bit; so is a user whose records are all alike, up to rounding."""
+    with under(rig, Combination(clipping)) as run:
+        run.begin()
+        plain = run.sum(rig.features, rig.labels)
+        assert torch.equal(run.sum(rig.features, rig.labels, torch.arange(8))[0], plain[0])
+        twice = [tensor.repeat_interleave(2, 0) for tensor in (rig.features, rig.labels)]
+        doubled = run.sum(*twice, torch.arange(8).repeat_interleave(2))[0]
+        torch.testing.assert_close(doubled, plain[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("names", LEGAL, ids="-".join)
@@ -138,14 +192,15 @@ def test_noise_drawn_first_is_noise_added_last(names: Any, rig: Rig, monkeypatch
             gradients.append([])
             stds = []
             for _ in range(STEPS):
-                stds.append(run.begin().noise_std)
+                release = run.begin()
+                stds += [release.drawn_std * share for share in release.shares or (1.0,) if share]
                 run.sum(rig.features, rig.labels)
                 gradients[-1].append(run.release())
             ledgers.append(run.step.state.ledger.entries)
             filled.append(len(rig.noise.filled))
             added.append([std for _, std in rig.noise.added])
     assert ledgers[0] == ledgers[1]
-    assert filled == [STEPS, 0]
+    assert (filled[0] >= STEPS, filled[1]) == (True, 0)
     assert all(std in added[1] and std not in added[0] for std in stds)
     for one, other in zip(*gradients, strict=True):
         assert float((one - other).norm()) <= 1e-4 * float(other.norm())
@@ -166,8 +221,10 @@ def test_relation_scales_every_noise(clipping: str, relation: str, rig: Rig) -> 
                 run.sum(rig.features, rig.labels)
                 run.release()
                 stds.append([release.noise_std, release.statistics_std])
-                drawn = [std for _, std in rig.noise.filled] + [std for _, std in rig.noise.added if std > 0]
-                assert len(drawn) == sum(std > 0 for std in stds[-1])
+                num = int(run.live().sum())
+                drawn = stds_of([draw for draw in rig.noise.filled + rig.noise.added if draw[1] > 0])
+                assert drawn.numel() in (num, num + 1)
+                assert bool((drawn[num:] == release.statistics_std).all())
         assert stds[1] == pytest.approx([std * SENSITIVITY_FACTOR[relation] for std in stds[0]])
         assert stds[0][0] > 0
 

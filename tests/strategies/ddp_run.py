@@ -133,6 +133,12 @@ def main() -> None:
     fit(module, DataLoader(make_dataset(), batch_size=32), [recorder], strategy=strategy, max_epochs=1)
     seen["sum"] = recorder.before_step[0]
 
+    # the same for users of 1 and 7 records: each is clipped once, on one rank
+    recorder, ids = Recorder(), [2 * (record // 8) + (record % 8 > 0) for record in range(64)]
+    strategy = DPDDPStrategy(noise_multiplier=0.0, max_grad_norm=0.7, microbatch_size=5, unit=ids, records_per_unit=7)
+    fit(Classifier(lr=0.0), DataLoader(make_dataset(), batch_size=8), [recorder], strategy=strategy, max_epochs=1)
+    seen["users"] = recorder.before_step[0]
+
     # who is drawn: positions by rank; a batch of one record is often empty on one rank and not on the other; four passes reach
     # the module, and the same loader hands out 76 more
     module = Writing()

@@ -78,6 +78,22 @@ def test_sum_over_ranks_and_microbatches_is_the_clipped_sum_of_all(ranks: list[d
         torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
 
 
+def test_users_are_clipped_once_over_ranks_and_microbatches(ranks: list[dict[str, Any]]) -> None:
+    """16 users of 1 and 7 records: the mean gradient of each, clipped, whatever rank it is on."""
+    features, labels = make_dataset().tensors
+    first, rest = torch.arange(0, 64, 8), torch.arange(64).reshape(8, 8)[:, 1:]
+    users = [*first[:, None], *rest]
+    total = {name: torch.zeros_like(gradient) for name, gradient in ranks[0]["users"].items()}
+    for records in users:
+        module = Classifier()
+        module.training_step((features[records], labels[records]), 0).backward()
+        norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
+        for name, parameter in module.named_parameters():
+            total[name] += parameter.grad * min(1.0, 0.7 / float(norm)) / 16
+    for name, gradient in ranks[0]["users"].items():
+        torch.testing.assert_close(gradient, total[name], rtol=1e-4, atol=1e-6)
+
+
 def test_one_all_reduce_a_logical_step(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         assert seen["reduced"] == (8, 8, 53)

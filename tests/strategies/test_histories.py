@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_dp import DPStrategy, PrivacyBudget, PrivacyError
+from lightning_dp.accounting import Ledger
 from lightning_dp.step.history import joined
 from tests.helpers import Classifier, make_loader, make_trainer
 
@@ -140,7 +141,7 @@ def test_the_card_command_adds_up_runs(tmp_path: Path, capsys: pytest.CaptureFix
     runs = [run(Classifier(), tmp_path) for _ in paths]
     for each, path in zip(runs, paths, strict=True):
         each.trainer.save_checkpoint(path)
-    spent = runs[0].accountant.epsilon(joined([each.ledger for each in runs], "add_or_remove_one"), 1e-3)
+    spent = runs[0].accountant.epsilon(joined([each.ledger for each in runs], Ledger()), 1e-3)
     for given, steps in ((paths, 8), (paths[:1] * 2, 4)):
         assert main(["card", *given]) == 0
         said = capsys.readouterr().out
