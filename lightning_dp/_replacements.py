@@ -14,6 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from lightning_dp.system.torch_private import replace_children
+
 
 class _Exchange(NamedTuple):
     old: nn.Module  # kept alive: its id is a key
@@ -50,10 +52,11 @@ def _exchanged(module: nn.Module, name: str, done: dict[int, _Exchange], changes
         if any(hooks for attribute, hooks in vars(module).items() if attribute.endswith("_hooks")):
             changes[-1] += "; hooks registered on it were not carried over"
         return replacement
-    for child_name, child in [*module._modules.items()]:
+    children = replace_children(module)
+    for child_name, child in [*children.items()]:
         if child is not None:
             path = f"{name}.{child_name}" if name else child_name
-            module._modules[child_name] = _exchanged(child, path, done, changes)
+            children[child_name] = _exchanged(child, path, done, changes)
     return module
 
 

@@ -78,38 +78,44 @@ def test_optional_and_slow_packages_are_imported_where_they_are_used() -> None:
     assert not [path.name for path in PACKAGE.rglob("*.py") if "opacus" in imported_at_once(path)]
 
 
-def loaded(code: str) -> set[str]:
-    """Packages in ``sys.modules`` once a new process has run some code."""
-    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
-    command = [sys.executable, "-W", "ignore", "-c", code]
+def loaded(*stages: str) -> list[set[str]]:
+    """Packages in ``sys.modules`` once a new process has run some code, after each part of it."""
+    told = "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})\n"
+    command = [sys.executable, "-W", "ignore", "-c", told.join([*stages, ""])]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=PACKAGE.parent)
-    return set(done.stdout.splitlines()[-1].split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_package_imports_nothing_slow() -> None:
-    assert not loaded("import lightning_dp") & {"torch", "numpy", *SLOW, *LIGHTNING}
+def test_each_part_loads_what_it_needs() -> None:
+    """The package alone nothing slow; every module of the core no lightning, also not through a third party; the shells all.
 
-
-def test_core_loads_without_lightning() -> None:
-    """Every module of it, also not through a third party; and opacus is left to the calls that need it."""
+    opacus is left to the calls that need it.
+    """
     modules = [".".join(("lightning_dp", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in CORE]
     wanted = {name.removesuffix(".__init__") for name in modules}
     folders = "accounting auditing clipping datalens loop masks noise per_sample reporting sampling step system"
     assert {f"lightning_dp.{name}" for name in folders.split()} <= wanted
-    names = loaded(f"import importlib\nfor name in {sorted(wanted)!r}: importlib.import_module(name)")
-    assert "lightning_dp" in names
-    assert not names & {"opacus", *LIGHTNING}
-
-
-def test_shells_load_on_first_use() -> None:
-    """A public name and a subpackage, each as an attribute of a package that was imported alone."""
-    code = (
-        "import lightning_dp, lightning_dp.fix\n"
+    package, core, shells = loaded(
+        "import lightning_dp",
+        f"import importlib\nfor name in {sorted(wanted)!r}: importlib.import_module(name)",
+        # a public name and a subpackage, each as an attribute of the package
         "assert lightning_dp.callbacks.EpsilonMonitor is lightning_dp.EpsilonMonitor\n"
         "assert lightning_dp.datalens.DataLens.__doc__\n"
-        "assert callable(lightning_dp.fix)"  # not its file, which was imported by name
+        "assert callable(lightning_dp.fix)",  # not its file, which was imported by name
     )
-    assert "lightning" in loaded(code)
+    assert not package & {"torch", "numpy", *SLOW, *LIGHTNING}
+    assert "torch" in core
+    assert not core & {"opacus", *LIGHTNING}
+    assert "lightning" in shells
+
+
+PILLARS = ["accounting", "auditing", "clipping", "masks", "noise", "per_sample", "sampling"]
+
+
+@pytest.mark.parametrize("pillar", PILLARS)
+def test_pillars_do_not_know_the_step(pillar: str) -> None:
+    names = set().union(*(imported(path) for path in (PACKAGE / pillar).rglob("*.py")))
+    assert not {name for name in names if name.startswith(("lightning_dp.step", "lightning_dp.loop"))}
 
 
 @pytest.mark.parametrize("package", [lightning_dp, datalens], ids=lambda package: package.__name__)
@@ -127,15 +133,9 @@ def test_public_names_are_documented() -> None:
 #: Reads of private attributes that a folder may still hold; lower a number, never raise it. Not listed: none.
 FOREIGN_READS = {
     "per_sample": 29,  # torch's counts of changes, its recurrent kernels, and what a backward keeps
-    "_replacements.py": 3,
-    "step": 5,  # torch's count of changes of a tensor, which buffers a module saves, and compiled modules
-    "system": 3,  # owners.py asks torch how many own a buffer
-    "datalens": 2,
-    "strategies": 2,
-    "sampling": 1,
 }
 #: Files that exist to touch private API of Lightning and torch, one function each.
-SEAMS = {"strategies/_lightning.py", "system/owners.py"}
+SEAMS = {"strategies/_lightning.py", "system/owners.py", "system/torch_private.py"}
 #: Public although they begin with an underscore: methods of named tuples.
 PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields", "_make"}
 

@@ -23,7 +23,7 @@ from lightning_dp.accounting.events import (
     check_event,
     parse_run,
 )
-from lightning_dp.accounting.ledger_state import LedgerState, read_state, write_state
+from lightning_dp.accounting.ledger_state import LedgerState, begins, read_state, write_state
 from lightning_dp.errors import PrivacyError
 
 __all__ = ["NEIGHBORING_RELATIONS", "Ledger", "LedgerEntry", "Mechanism", "PrivacyEvent"]
@@ -202,9 +202,7 @@ class Ledger:
         Args:
             other: The ledger of a run that may have begun with this history.
         """
-        unnamed = self.copy()
-        unnamed._lineage = other._lineage
-        return unnamed.is_prefix_of(other)
+        return begins(self._contents._replace(lineage=other._lineage), other._contents)
 
     def is_prefix_of(self, other: Ledger) -> bool:
         """Return whether `other` is this history or a continuation of it.
@@ -215,27 +213,7 @@ class Ledger:
         Returns:
             True if lineage, relation, unit and every recorded step agree.
         """
-        if self._lineage != other._lineage or not self.states_the_same(other):
-            return False
-        finished, opened = (self._entries[:-1], self._entries[-1]) if self._pass_open else (self._entries, None)
-        rest = list(other._entries)
-        for entry in finished:
-            if not rest or rest[0].event != entry.event:
-                return False
-            head = rest.pop(0)
-            num_steps, num_passes = head.num_steps - entry.num_steps, head.num_passes - entry.num_passes
-            if min(num_steps, num_passes) < 0 or (num_steps == 0 and num_passes > 0):
-                return False
-            if num_steps:
-                rest.insert(0, LedgerEntry(head.event, num_steps, num_passes))
-        if opened is None:
-            return True
-        return (
-            bool(rest)
-            and rest[0].event.shares_pass(opened.event)
-            and rest[0].event.noise_multiplier <= opened.event.noise_multiplier
-            and rest[0].num_steps >= opened.num_steps
-        )
+        return begins(self._contents, other._contents)
 
     def mechanisms(self) -> dict[Mechanism, int]:
         """Return what is paid: the number of times that each mechanism was run.
@@ -259,9 +237,11 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ledger as plain integers, floats, strings, lists and dictionaries."""
-        return write_state(
-            LedgerState(self._neighboring_relation, self._unit, self._lineage, self._pass_open, tuple(self._entries))
-        )
+        return write_state(self._contents)
+
+    @property
+    def _contents(self) -> LedgerState:
+        return LedgerState(self._neighboring_relation, self._unit, self._lineage, self._pass_open, tuple(self._entries))
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Ledger:

@@ -102,3 +102,36 @@ def _check_keys(value: Any, keys: set[str], *, name: str) -> None:
         raise TypeError(f"Expected a dictionary, got {name} of type {type(value).__name__}.")
     if set(value) != keys:
         raise ValueError(f"Expected keys {sorted(keys)}, got {name} with keys {sorted(map(str, value))}.")
+
+
+def begins(one: LedgerState, other: LedgerState) -> bool:
+    """Return whether a history, perhaps with its last pass under way, is the beginning of another.
+
+    Args:
+        one: The shorter history.
+        other: The history that may have grown out of it.
+
+    Returns:
+        True if lineage, relation, unit and every recorded step agree.
+    """
+    if (one.lineage, one.neighboring_relation, one.unit) != (other.lineage, other.neighboring_relation, other.unit):
+        return False
+    finished, opened = (one.entries[:-1], one.entries[-1]) if one.pass_open else (one.entries, None)
+    rest = list(other.entries)
+    for entry in finished:
+        if not rest or rest[0].event != entry.event:
+            return False
+        head = rest.pop(0)
+        num_steps, num_passes = head.num_steps - entry.num_steps, head.num_passes - entry.num_passes
+        if min(num_steps, num_passes) < 0 or (num_steps == 0 and num_passes > 0):
+            return False
+        if num_steps:
+            rest.insert(0, LedgerEntry(head.event, num_steps, num_passes))
+    if opened is None:
+        return True
+    return (
+        bool(rest)
+        and rest[0].event.shares_pass(opened.event)
+        and rest[0].event.noise_multiplier <= opened.event.noise_multiplier
+        and rest[0].num_steps >= opened.num_steps
+    )

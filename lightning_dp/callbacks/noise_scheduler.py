@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from lightning_dp import _validate as check
 from lightning_dp.callbacks._strategy import private_strategy
+from lightning_dp.run_length import RunLength
 from lightning_dp.schedules import Schedule, make_schedule
-from lightning_dp.step.run_length import RunLength
 
 Kind = Literal["constant", "linear", "time", "step", "exponential", "cosine"]
 KINDS: tuple[str, ...] = get_args(Kind)

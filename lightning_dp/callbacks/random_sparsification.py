@@ -14,7 +14,7 @@ from lightning_dp import _validate as check
 from lightning_dp.callbacks._strategy import private_strategy, write_to_loggers
 from lightning_dp.masks import RandomMask
 from lightning_dp.masks.random import COOLINGS, Cooling, check_cooling, check_rate, check_seed
-from lightning_dp.step.run_length import RunLength
+from lightning_dp.run_length import RunLength
 
 
 class RandomSparsification(Callback):

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_dp import _validate as check
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.step.run_length import RunLength
+from lightning_dp.run_length import RunLength
 
 
 class SwitchToDP(Callback):

@@ -18,8 +18,8 @@ from typing_extensions import override
 from lightning_dp import _validate as check
 from lightning_dp import schedules
 from lightning_dp.clipping import AutomaticClipping, Clipping
+from lightning_dp.run_length import RunLength
 from lightning_dp.schedules import Schedule
-from lightning_dp.step.run_length import RunLength
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -120,32 +121,8 @@ class DataLens(DataLensRun):
         seed: int | None = None,
         optimizer: MakeOptimizer | None = None,
     ) -> None:
-        super().__init__(
-            DataLensSettings(
-                num_teachers=num_teachers,
-                top_k=top_k,
-                sigma=sigma,
-                threshold=threshold,
-                target_epsilon=target_epsilon,
-                target_delta=target_delta,
-                z_dim=z_dim,
-                num_classes=num_classes,
-                batch_size=batch_size,
-                alpha=alpha,
-                lr=lr,
-                teacher_lr=teacher_lr,
-                betas=betas,
-                d_steps=d_steps,
-                pretrain_steps=pretrain_steps,
-                signs=signs,
-                teacher_batch_size=teacher_batch_size,
-                teacher_chunk_size=teacher_chunk_size,
-                accountant=accountant,
-                public_seed=public_seed,
-                secure_rng=secure_rng,
-                seed=seed,
-            )
-        )
+        given = locals()
+        super().__init__(DataLensSettings(**{each.name: given[each.name] for each in fields(DataLensSettings)}))
         self.save_hyperparameters(ignore=["generator", "discriminator", "optimizer", "seed"])
         check_discriminator(discriminator)
         self.automatic_optimization = False

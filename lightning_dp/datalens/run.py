@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_dp.accounting import Accountant, Ledger, make_accountant
+from lightning_dp.accounting import make_accountant
 from lightning_dp.datalens import statement, trainer_checks
 from lightning_dp.datalens.plan import DataLensPlan
 from lightning_dp.datalens.release import VoteRelease
@@ -17,6 +17,7 @@ from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.teachers import Teachers
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
+from lightning_dp.step.facts import StateFacts
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import default_delta
 from lightning_dp.step.state import PrivacyState
@@ -33,7 +34,7 @@ class _EndOnException(pl.Callback):
         pl_module.end_fit()
 
 
-class DataLensRun(pl.LightningModule):
+class DataLensRun(StateFacts, pl.LightningModule):
     """What ``EpsilonMonitor``, ``PrivacyBudget`` and checkpoints work with; see ``DataLens``.
 
     Args:
@@ -73,25 +74,10 @@ class DataLensRun(pl.LightningModule):
             self.settle_limit()
         return self.state.plan  # type: ignore[no-any-return]
 
-    @property
-    def ledger(self) -> Ledger:
-        """The ledger: what was released so far."""
-        return self.state.ledger
-
-    @property
-    def accountant(self) -> Accountant:
-        """The accountant: computes epsilon from the ledger."""
-        return self.state.accountant
-
     def settle_limit(self) -> float:
         """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
         self.last_allowed_step = self.mechanisms.limit.last_step(self)
         return self.last_allowed_step
-
-    @property
-    def steps_taken(self) -> int:
-        """Steps of this run that have released votes."""
-        return self.state.steps_taken
 
     @property
     def last_allowed_step(self) -> float:

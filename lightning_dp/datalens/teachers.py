@@ -13,8 +13,9 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from lightning_dp.datalens.shards import Shards, public_generator
 from lightning_dp.datalens.votes import top_k_votes
+from lightning_dp.system.torch_private import NormWithStatistics
 
-_NORMS = (nn.modules.batchnorm._NormBase,)
+_NORMS = (NormWithStatistics,)
 State = dict[str, Tensor]
 
 

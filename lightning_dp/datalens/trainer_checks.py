@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -19,6 +18,7 @@ from torch.utils.data import (
 
 from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.shards import StepsOver
+from lightning_dp.strategies._lightning import MultiProcessingLauncher, start_method
 from lightning_dp.strategies.base import PrivateStrategy
 from lightning_dp.strategies.trainer_checks import check_precision
 
@@ -38,9 +38,9 @@ def check_trainer(trainer: pl.Trainer, settings: DataLensSettings) -> None:
             f"Expected `Trainer(strategy='auto')` or 'ddp' with DataLens, got {type(strategy).__name__}. The teachers are split "
             "over the ranks of DDP."
         )
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if isinstance(strategy.launcher, MultiProcessingLauncher):
         raise ValueError(
-            f"Expected `Trainer(strategy='ddp')` with DataLens, got start_method={strategy.launcher._start_method!r}. Processes that "
+            f"Expected `Trainer(strategy='ddp')` with DataLens, got start_method={start_method(strategy.launcher)!r}. Processes that "
             "are spawned or forked keep the ledger to themselves, and epsilon would be lost when they end."
         )
     check_precision(str(trainer.precision))

@@ -16,6 +16,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_dp.system.torch_private import wrapped_sampler
+
 SAMPLINGS = ("poisson", "shuffle", "cyclic")
 _HOW = "Leave `sampler` and `batch_sampler` out (`shuffle=True` is fine): the private loader draws the samples itself."
 
@@ -200,5 +202,5 @@ def _unwrap(sampler: Sampler[Any] | Any) -> Any:
         "DistributedSamplerWrapper",
         "UnrepeatedDistributedSamplerWrapper",
     ):
-        return getattr(sampler.dataset, "_sampler", sampler)
+        return wrapped_sampler(sampler)
     return sampler

@@ -10,8 +10,8 @@ from typing_extensions import TypedDict
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping
 from lightning_dp.noise.correlated import CorrelatedNoise
+from lightning_dp.run_length import RunLength
 from lightning_dp.sampling import SamplingFacts, Unit
-from lightning_dp.step.run_length import RunLength
 from lightning_dp.step.settings import (
     AccountantName,
     ClippingName,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_dp import schedules
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise.correlated import CorrelatedNoise
+from lightning_dp.run_length import RunLength
 from lightning_dp.sampling import PrivateDataLoader, SamplingFacts
-from lightning_dp.step.run_length import RunLength
 
 if TYPE_CHECKING:
     from lightning_dp.step.mechanisms import Mechanisms

@@ -33,11 +33,11 @@ from lightning_dp.clipping import Clipping
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.masks import GradientMask
 from lightning_dp.reporting.files import CardFiles
+from lightning_dp.run_length import RunLength
 from lightning_dp.schedules import Schedule
 from lightning_dp.step.diagnostics import Diagnostics
 from lightning_dp.step.limit import Limit
 from lightning_dp.step.plan import every_step
-from lightning_dp.step.run_length import RunLength
 
 __all__ = ["CardFiles", "Mechanisms", "RunLength"]
 

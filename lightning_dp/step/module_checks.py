@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_dp._replacements import can_replace
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.independence import find_unsupported
+from lightning_dp.system.torch_private import is_compiled
 
 
 def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
@@ -31,7 +32,7 @@ def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
             f"Expected real parameters, got {complex_ones[0]!r} of a complex type. Norms and noise are those of real numbers: keep "
             "real and imaginary part as two real parameters and join them by torch.complex."
         )
-    if getattr(module, "_compiler_ctx", None) is not None or hasattr(module, "_orig_mod"):
+    if is_compiled(module):
         raise ValueError(
             f"Expected an eager module, got {type(module).__name__} through torch.compile. The hooks that record per-sample "
             "gradients do not reach into a compiled graph: pass the module itself."

@@ -8,11 +8,11 @@ from typing import Any
 from lightning_dp import _messages, schedules
 from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
 from lightning_dp.errors import PrivacyError
+from lightning_dp.run_length import RunLength
 from lightning_dp.sampling import SamplingFacts
 from lightning_dp.step.correlation import check_resumed, plan_correlation
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan, default_delta
-from lightning_dp.step.run_length import RunLength
 from lightning_dp.step.settings import Settings
 
 #: What two plans must share for the noise of the first to be kept when the second resumes it.

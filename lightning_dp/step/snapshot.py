@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dp.system.torch_private import num_changes
+
 #: Attributes of every module that are not the user's state: hooks, and the dictionaries that are followed by themselves.
 _MACHINERY = frozenset(nn.Module().__dict__) - {
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
@@ -168,7 +170,7 @@ class _KeptTensor:
         self.is_leaf, self.requires_grad = tensor.is_leaf, tensor.requires_grad
         self.memory = _memory_of(self.alias)
         self.value = self.memory.clone()
-        self.version = _version_of(tensor)
+        self.version = num_changes(tensor)
         self._step = self.value.numel() // 1024 if self.value.numel() > _LARGE and self.value.is_contiguous() else 0
 
     def put_back(self, *, quick: bool) -> None:
@@ -181,11 +183,11 @@ class _KeptTensor:
         now = tensor.detach()
         if _place_of(now) != _place_of(alias):
             tensor.data = alias
-        elif quick and self._step and _version_of(tensor) == self.version and self._sample_is_same():
+        elif quick and self._step and num_changes(tensor) == self.version and self._sample_is_same():
             return
         if not same_values(self.memory, self.value):
             self.memory.copy_(self.value)
-            self.version = _version_of(tensor)
+            self.version = num_changes(tensor)
         if tensor.is_leaf and tensor.requires_grad != self.requires_grad:
             tensor.requires_grad_(self.requires_grad)
 
@@ -203,10 +205,6 @@ def _memory_of(tensor: Tensor) -> Tensor:
         return tensor
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((span,), (1,)) if span < tensor.numel() else tensor
-
-
-def _version_of(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _generator_restorer(generator: Any) -> Callable[[], None]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.snapshot import same_values
+from lightning_dp.system.torch_private import saved_buffers
 
 #: Relative difference of two gradients of one record that counts as rounding.
 ROUNDING = 1e-6
@@ -24,10 +25,7 @@ Gradients = dict[str, Tensor]
 def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
     """Return copies of what a checkpoint holds: parameters, persistent buffers, numbers of optimizers and schedulers."""
     state: dict[str, Any] = {name: p.detach().clone() for name, p in module.named_parameters()}
-    for prefix, part in module.named_modules():
-        for name, value in part._buffers.items():
-            if value is not None and name not in part._non_persistent_buffers_set:
-                state[f"{prefix}.{name}" if prefix else name] = value.detach().clone()
+    state |= {name: value.detach().clone() for name, value in saved_buffers(module)}
     for number, other in enumerate(others):
         for index, group in enumerate(getattr(other, "param_groups", ())):
             for name, value in group.items():

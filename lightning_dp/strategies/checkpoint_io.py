@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.core import strip_protocol
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -42,7 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or not isinstance(get_filesystem(path), LocalFileSystem):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        place = Path(LocalFileSystem._strip_protocol(os.fspath(path)))
+        place = Path(strip_protocol(os.fspath(path)))
         partial = place.with_name(place.name + PARTIAL)
         content = io.BytesIO()
         torch.save(checkpoint, content)

@@ -9,46 +9,28 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_dp.accounting import Accountant, Ledger
-from lightning_dp.reporting.card import RunNotes
 from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.facts import StateFacts
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.planning import build_plan
 from lightning_dp.step.settings import Settings
-from lightning_dp.step.state import PrivacyState
 from lightning_dp.strategies.run_length import run_length
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.fit import PrivateFit
 
 
-class RunFacts:
-    """Plan, ledger, epsilon and statement of a private strategy, and what callbacks may ask it for."""
+class RunFacts(StateFacts):
+    """What users and callbacks read of a private strategy."""
 
     settings: Settings
-    state: PrivacyState
     mechanisms: Mechanisms
     lightning_module: pl.LightningModule | None
     optimizers: list[Any]
     _loader: PrivateDataLoader | None
     _fit: PrivateFit | None
-
-    @property
-    def ledger(self) -> Ledger:
-        """The ledger: what was released so far."""
-        return self.state.ledger
-
-    @property
-    def accountant(self) -> Accountant:
-        """The accountant: computes epsilon from the ledger."""
-        return self.state.accountant
-
-    @property
-    def steps_taken(self) -> int:
-        """Logical steps of this run that have released noise; schedules are functions of this number."""
-        return self.state.steps_taken
 
     @property
     def plan(self) -> DPPlan:
@@ -96,24 +78,6 @@ class RunFacts:
         """
         return MappingProxyType({} if self._fit is None else self._fit.step.noise_stds())
 
-    def epsilon(self, delta: float | None = None) -> float:
-        """Return the epsilon spent so far, from the ledger. It is public: it depends on public settings only.
-
-        Args:
-            delta: in (0, 1); default: the plan's.
-
-        Raises:
-            ValueError: no steps recorded, which is not the same as epsilon 0.
-        """
-        if self.ledger.num_steps and delta is None:
-            delta = self.plan.delta
-        return self.state.epsilon(delta)
-
-    def privacy_statement(self) -> str:
-        """Return what holds for whom: epsilon and delta, relation, sampling, accountant, and what is not covered."""
-        _ = self.plan
-        return self.state.privacy_statement()
-
     @property
     def audits(self) -> list[str]:
         """Results of audits, one line each, which the privacy statement names."""
@@ -149,11 +113,6 @@ class RunFacts:
         """
         assert self._fit is not None
         return self._fit.losses(records, loss)
-
-    @property
-    def notes(self) -> RunNotes:
-        """Facts of the run that the privacy card names in addition to plan and ledger."""
-        return self.state.notes
 
     @property
     def trainer(self) -> pl.Trainer:

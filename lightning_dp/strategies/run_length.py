@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_dp.run_length import RunLength
 from lightning_dp.sampling import SamplingFacts
-from lightning_dp.step.run_length import RunLength
 from lightning_dp.strategies import _lightning
 
 

@@ -17,7 +17,7 @@ from lightning_dp.clipping.bounds import (
     QuantileBound,
     ScheduledBound,
 )
-from lightning_dp.step.run_length import RunLength
+from lightning_dp.run_length import RunLength
 
 BASE = FlatClipping(2.0)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_dp.accounting import make_accountant
 from lightning_dp.clipping import Clipping, FlatClipping
+from lightning_dp.run_length import RunLength
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.reduction import OneProcess
-from lightning_dp.step.run_length import RunLength
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.step.step import PrivateStep

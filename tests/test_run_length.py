@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_dp.step.run_length import RunLength
+from lightning_dp.run_length import RunLength
 
 
 def test_lengths_that_are_known_are_returned() -> None:

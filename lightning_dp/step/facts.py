@@ -1,0 +1,58 @@
+"""StateFacts: what users read of a private run, whatever owns its PrivacyState."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_dp.accounting import Accountant, Ledger
+from lightning_dp.reporting.card import RunNotes
+from lightning_dp.step.state import PrivacyState
+
+
+class StateFacts:
+    """Ledger, epsilon and statement of a private run: a base class of strategies, loops and DataLens."""
+
+    state: PrivacyState
+
+    @property
+    def plan(self) -> Any:
+        """The public settings of the run."""
+        raise NotImplementedError
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger: what was released so far."""
+        return self.state.ledger
+
+    @property
+    def accountant(self) -> Accountant:
+        """The accountant: computes epsilon from the ledger."""
+        return self.state.accountant
+
+    @property
+    def notes(self) -> RunNotes:
+        """Facts of the run that the privacy card names in addition to plan and ledger."""
+        return self.state.notes
+
+    @property
+    def steps_taken(self) -> int:
+        """Logical steps of this run that have released noise; schedules are functions of this number."""
+        return self.state.steps_taken
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Return the epsilon spent so far, from the ledger. It is public: it depends on public settings only.
+
+        Args:
+            delta: in (0, 1); default: the plan's.
+
+        Raises:
+            ValueError: no steps recorded, which is not the same as epsilon 0.
+        """
+        if self.ledger.num_steps and delta is None:
+            delta = self.plan.delta
+        return self.state.epsilon(delta)
+
+    def privacy_statement(self) -> str:
+        """Return what holds for whom: epsilon and delta, relation, sampling, accountant, and what is not covered."""
+        _ = self.plan
+        return self.state.privacy_statement()

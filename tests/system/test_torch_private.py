@@ -1,0 +1,59 @@
+"""What is private of torch, and of Lightning's samplers, still means what the package takes it for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
+from torch import nn
+from torch.utils.data import SequentialSampler
+
+from lightning_dp.system import torch_private
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d])
+def test_norms_with_statistics_have_one_base(kind: type[nn.Module]) -> None:
+    assert isinstance(kind(3), torch_private.NormWithStatistics)
+    assert isinstance(nn.LazyBatchNorm1d(), torch_private.NormWithStatistics)
+    assert not isinstance(nn.LayerNorm(3), torch_private.NormWithStatistics)
+
+
+def test_replace_children_changes_the_module() -> None:
+    shared = nn.Linear(2, 2)
+    module = nn.Sequential(shared, shared)
+    children = torch_private.replace_children(module)
+    assert list(children) == ["0", "1"]  # a module that is registered twice is there twice
+    children["1"] = nn.ReLU()
+    assert isinstance(module[1], nn.ReLU)
+    assert module[0] is shared
+
+
+def test_is_compiled_tells_compiled_modules() -> None:
+    module = nn.Linear(2, 2)
+    assert not torch_private.is_compiled(module)
+    assert torch_private.is_compiled(torch.compile(module, backend="eager"))
+
+
+def test_num_changes_counts_writes_in_place() -> None:
+    tensor = torch.zeros(2)
+    before = torch_private.num_changes(tensor)
+    tensor.add_(1)
+    assert torch_private.num_changes(tensor) == before + 1
+    with torch.inference_mode():
+        assert torch_private.num_changes(torch.zeros(2)) == -1
+
+
+def test_saved_buffers_are_those_of_the_state_dict() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    module.register_buffer("kept", torch.ones(1))
+    module[1].register_buffer("dropped", torch.ones(1), persistent=False)
+    module[1].register_buffer("absent", None)
+    found = dict(torch_private.saved_buffers(module))
+    assert found.keys() == module.state_dict().keys() - dict(module.named_parameters()).keys()
+    assert found["kept"] is module.kept
+
+
+def test_wrapped_sampler_is_the_users_own() -> None:
+    sampler = SequentialSampler(range(4))
+    wrapper = UnrepeatedDistributedSamplerWrapper(sampler, num_replicas=1, rank=0)
+    assert torch_private.wrapped_sampler(wrapper) is sampler
