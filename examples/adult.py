@@ -5,7 +5,8 @@
 
 The question is whether a person earned more than 50,000 dollars in 1994. A number is scaled by limits of the census form and a
 category becomes one column of 0 or 1 from the published list: a minimum, a mean or a list of the values that occur would be
-another release of the data. 76 % of the test records earn less, so 0.76 is what a constant answer scores.
+another release of the data. Batch, rate, length and bound were searched on training records (`benchmarks/recipes.py`). 76 % of
+the test records earn less, so 0.76 is what a constant answer scores.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Census(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         made = stand_in() if self.synthetic else data.load("adult")
-        self.train_set = TensorDataset(torch.tensor(made.train_inputs), torch.tensor(made.train_labels).float())
-        self.test_set = TensorDataset(torch.tensor(made.test_inputs), torch.tensor(made.test_labels).float())
+        self.train_set = TensorDataset(torch.tensor(made.train_inputs), torch.tensor(made.train_labels))
+        self.test_set = TensorDataset(torch.tensor(made.test_inputs), torch.tensor(made.test_labels))
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True)
@@ -50,31 +51,28 @@ class Census(L.LightningDataModule):
 
 
 class Income(L.LightningModule):
-    """Logistic regression that starts at zero; the rate falls to zero over the run."""
+    """A linear classifier that starts at zero, trained by SGD."""
 
     def __init__(self, lr: float) -> None:
         super().__init__()
-        self.lr, self.linear = lr, nn.Linear(readers.ADULT_WIDTH, 1)
+        self.lr, self.linear = lr, nn.Linear(readers.ADULT_WIDTH, 2)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         self.accuracy, self.auroc = BinaryAccuracy(), BinaryAUROC()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         records, labels = batch
-        return nn.functional.binary_cross_entropy_with_logits(self.linear(records)[:, 0], labels)
+        return nn.functional.cross_entropy(self.linear(records), labels)
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         records, labels = batch
-        scores = self.linear(records)[:, 0].sigmoid()
+        scores = self.linear(records).softmax(dim=1)[:, 1]
         self.accuracy(scores, labels)
-        self.auroc(scores, labels.long())
+        self.auroc(scores, labels)
         self.log_dict({"test_accuracy": self.accuracy, "test_auroc": self.auroc})
 
-    def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
-        steps = int(self.trainer.estimated_stepping_batches)
-        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, total_iters=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 def stand_in() -> data.Data:
@@ -91,7 +89,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=EPSILON)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=4.0)
+    parser.add_argument("--lr", type=float, default=1.0)
     parser.add_argument("--smoke", action="store_true", help="a synthetic stand-in in place of the data, ten epochs")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data is in memory
