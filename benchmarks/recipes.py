@@ -1,7 +1,7 @@
 """Search of private training recipes on validation records, and their accuracy on the test split.
 
     python benchmarks/recipes.py --minutes 60    # extends recipes.jsonl
-    python benchmarks/recipes.py --report        # the tables of docs/recipes.md, printed
+    python benchmarks/recipes.py --report        # the tables of docs/recipes.md, no runs
 
 The search, written down before it ran: at epsilon 3 one number after the other is tried over its grid (rate, epochs, batch,
 clipping bound, decay of the rate, momentum), the best mean accuracy of the seeds of the search on the validation records is
@@ -24,11 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.readme import write_section
 from benchmarks.runs import Results, Run
 from benchmarks.stats import markdown_table
 from benchmarks.tasks import be_quiet
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "recipes.md"
 SEARCH_SEEDS, SEEDS = (100,), (0, 1, 2)
 GRIDS: dict[str, tuple[float, ...]] = {
     "lr": (0.5, 1.0, 2.0, 4.0),
@@ -163,7 +165,19 @@ def table(task: Task, results: Results) -> str:
         "validation, %",
         "test, % (seeds)",
     ]
-    return f"{task.title}\n\n{markdown_table(header, rows)}\n"
+    return f"**{task.title}**\n\n{markdown_table(header, rows)}\n"
+
+
+def seconds(results: Results) -> str:
+    """One sentence on all runs of the file."""
+    lines = results.lines.values()
+    machines = sorted({line["machine"] for line in lines})
+    commits = list(dict.fromkeys(line["commit"] for line in lines))
+    return (
+        f"\n{len(lines)} runs, {sum(line['processor_seconds'] for line in lines) / 60:.0f} minutes of one core and "
+        f"{sum(line['seconds'] for line in lines) / 60:.0f} of wall clock on a machine that others used ({'; '.join(machines)}); "
+        f"commits {', '.join(commits)}. Each run is a line of `benchmarks/recipes.jsonl`."
+    )
 
 
 def main() -> None:
@@ -171,7 +185,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="no run starts after so many")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--epsilons", type=int, default=3, help="how many of 3, 1 and 8, in this order")
-    parser.add_argument("--report", action="store_true", help="no runs: print the tables")
+    parser.add_argument("--report", action="store_true", help="no runs: the tables of docs/recipes.md")
     options = parser.parse_args()
     be_quiet()
     results, until = Results(HERE / "recipes.jsonl"), time.time() + 60 * options.minutes
@@ -181,8 +195,7 @@ def main() -> None:
                 results.fill([run.but(report=True, seed=seed) for seed in SEEDS], until=until)
         except Unfinished:
             print(f"{task.title}: the time budget ended; call again")
-    for name in options.tasks:
-        print(table(TASKS[name], results))
+    write_section("recipes", "\n".join(table(task, results) for task in TASKS.values()) + seconds(results), readme=PAGE)
 
 
 if __name__ == "__main__":
