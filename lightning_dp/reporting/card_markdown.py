@@ -12,7 +12,7 @@ NUM_LISTED = 12
 
 
 def to_markdown(card: Mapping[str, Any], *, plot: str | None = None) -> str:
-    """The card for people.
+    """Return the card as Markdown.
 
     Args:
         card: what ``privacy_card`` returned.
@@ -77,7 +77,7 @@ def _cell(value: object) -> str:
 
 
 def _attack_section(attacks: Mapping[str, Any]) -> str:
-    """The largest success of any attack, beside epsilon."""
+    """Return the section on the largest success of any attack."""
     lines = [
         "## Attacks\n",
         "Whoever sees everything that was released, knows all other records and wants to tell whether one record was used:\n",

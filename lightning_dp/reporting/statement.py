@@ -1,4 +1,4 @@
-"""What a run may say about its privacy, and what it must not leave out."""
+"""The privacy statement of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_COVERED = (
 
 
 def describe_epsilon(epsilon: float) -> str:
-    """An epsilon as text, rounded up so that it never understates.
+    """Return an epsilon as text, rounded up so that it never understates.
 
     Example:
         >>> describe_epsilon(1.23001), describe_epsilon(math.inf)
@@ -40,7 +40,7 @@ def describe_epsilon(epsilon: float) -> str:
 
 
 def describe_share(share: float) -> str:
-    """A share in percent, rounded up so that it never understates.
+    """Return a share in percent, rounded up so that it never understates.
 
     Example:
         >>> describe_share(0.0182985), describe_share(1e-3), describe_share(1.0)
@@ -64,7 +64,7 @@ class _Described:
 
 
 def stated_plan(state: Mapping[str, Any]) -> DPPlan:
-    """The plan that a checkpoint holds, as far as a statement needs it: its schedule and clipping cannot be run again.
+    """Return the plan that a checkpoint holds, as far as a statement needs it: its schedule and clipping cannot be run again.
 
     Args:
         state: what ``DPPlan.state_dict`` returned.
@@ -117,7 +117,7 @@ def privacy_statement(
     audits: Sequence[str] = (),
     choices: Collection[str] = (),
 ) -> str:
-    """The privacy statement of a run: what is promised, how it was computed, what is not covered.
+    """Return the privacy statement of a run: what is promised, how it was computed, what is not covered.
 
     Args:
         plan: the public settings.
@@ -152,7 +152,7 @@ def privacy_statement(
 
 
 def describe_sampling(plan: DPPlan) -> str:
-    """How batches are drawn, and what the accountant makes of it, in words."""
+    """Return in words how batches are drawn and accounted for."""
     if amplifies_allocation(plan):
         return f"shuffled batches (random allocation to {plan.batches_per_pass} batches per pass)"
     if plan.sampling == "shuffle":
@@ -161,7 +161,7 @@ def describe_sampling(plan: DPPlan) -> str:
 
 
 def amplifies_allocation(plan: DPPlan) -> bool:
-    """Whether passes are random allocations and the plan's accountant counts them as less than one Gaussian each."""
+    """Tell whether passes are random allocations and the plan's accountant counts them as less than one Gaussian each."""
     return plan.allocates and ACCOUNTANTS[plan.accountant].amplifies_from < math.inf
 
 

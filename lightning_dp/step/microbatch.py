@@ -15,7 +15,7 @@ class Microbatch:
     Args:
         step: the private step.
         count: samples.
-        weight: 0 makes the samples contribute exactly nothing, as those that stand in for an empty batch.
+        weight: 0 makes the samples contribute exactly nothing, as the dummy sample of an empty batch.
         divisor: number that the host divides the loss by before its backward.
         further: whether this is not the logical batch's one real call, so that no optimizer steps on it.
     """

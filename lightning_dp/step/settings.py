@@ -20,7 +20,7 @@ RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the user asked for; ``PrivateStep`` documents every field."""
+    """The user's settings; ``DPStrategy`` documents every field."""
 
     noise_multiplier: float | None
     target_epsilon: float | None
@@ -43,7 +43,7 @@ class Settings:
     tune_process: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant."""
+        """Check every argument."""
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ValueError(
                 "Expected exactly one of noise_multiplier and target_epsilon, got "
@@ -87,12 +87,12 @@ class Settings:
             )
 
     def make_clipping(self) -> Clipping:
-        """The clipping object that ``clipping`` and ``max_grad_norm`` describe."""
+        """Return the clipping object that ``clipping`` and ``max_grad_norm`` describe."""
         return make_clipping(self.clipping, self.max_grad_norm)
 
     @property
     def runs_samples_alone(self) -> bool:
-        """Whether every microbatch has one sample, so that plain autograd gives its gradient."""
+        """True if every microbatch has one sample, so that plain autograd gives its gradient."""
         return self.microbatch_size == 1
 
 

@@ -145,7 +145,7 @@ class PrivateStep:
             return
         accumulator, engine, scale = self.accumulators[optimizer], self.engine, self.recording.scale
         self._begin_sum(optimizer)
-        if scale == 0.0:  # a sample that stands in for an empty batch must not even count
+        if scale == 0.0:  # the dummy sample of an empty batch must not even count
             engine.discard(accumulator.names)
             return
         samples = Samples(engine, accumulator, scale, self.reduction)
