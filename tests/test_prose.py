@@ -27,7 +27,7 @@ BANNED = re.compile(
 VAGUE = re.compile(r"(What|Where|Whether|Which|Who|How|When|It|Its|This|That|They|Their)\b")
 #: First words of classes and properties that are verbs.
 VERBS = re.compile(
-    r"(Adds|Asks|Brings|Changes|Checks|Computes|Counts|Draws|Gives|Hands|Holds|Keeps|Leaves|Logs|Makes|Moves|Raised|Reads|Refuses|"
+    r"(Adds|Asks|Brings|Calls|Called|Changes|Checks|Computes|Counts|Draws|Gives|Hands|Holds|Keeps|Leaves|Logs|Makes|Moves|Raised|Reads|Refuses|"
     r"Removes|Returns?|Runs|Sets|Stands|Stops|Stores|Takes|Tells?|Trains|Turns|Watches|Writes)\b"
 )
 
