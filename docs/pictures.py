@@ -67,7 +67,7 @@ class Run:
             self.rows = list(csv.DictReader((Path(trainer.logger.log_dir) / "metrics.csv").read_text().splitlines()))
 
     def curve(self, key: str) -> Curve:
-        """Steps and values of one logged figure."""
+        """Return steps and values of one logged figure."""
         points = [(int(row["step"]), float(row[key])) for row in self.rows if row.get(key)]
         steps, values = zip(*points, strict=True)
         return list(steps), list(values)

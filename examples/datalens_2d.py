@@ -3,7 +3,7 @@
     python examples/datalens_2d.py            # under 90 s on two cores
     python examples/datalens_2d.py --smoke    # a few steps of everything
 
-500 teachers see 20 of the 10,000 points each; only the generator that their noisy votes trained is released. Beside it, at
+500 teachers see 20 of the 10,000 points each; only the generator that their noisy votes trained is released. For comparison, at
 the same epsilon for the same relation: a DP-GAN, whose discriminator is trained with DPStrategy and whose generator sees
 the discriminator only. Both are asked the same question: what does a classifier learn from their samples about real ones?
 """
@@ -100,14 +100,14 @@ def downstream_accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor
 
 
 def points(num: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Labelled points of the mixture; all lie in [-1, 1] squared, which is public."""
+    """Labelled points of the mixture; all are in [-1, 1] squared, which is public."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(CENTRES), (num,), generator=random)
     return (CENTRES[labels] + SPREAD * torch.randn(num, 2, generator=random)).clamp(-1, 1), labels
 
 
 def class_accuracy(made: tuple[Tensor, Tensor]) -> float:
-    """Share of the samples that lie nearest to the centre of the class they were asked to be."""
+    """Share of the samples that are nearest to the centre of the class they were asked to be."""
     return float((torch.cdist(made[0], CENTRES).argmin(1) == made[1]).double().mean())
 
 

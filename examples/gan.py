@@ -29,7 +29,7 @@ NOISE, FAKES = 10, 130
 
 
 class GAN(L.LightningModule):
-    """Two small perceptrons that are told the digit, stepped by hand."""
+    """Two small perceptrons that see the digit, stepped by hand."""
 
     def __init__(self) -> None:
         super().__init__()

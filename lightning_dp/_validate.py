@@ -57,7 +57,7 @@ def check_probability(name: str, value: Any, hint: str = "Pass a number strictly
 
 
 def check_count(name: str, value: Any, hint: str = "Pass a whole number, 1 or above.") -> int:
-    """A whole number of at least one."""
+    """Check that a value is a whole number of at least one."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"Expected {name} to be a whole number, {_given(name, value)} {hint}")
     if value < 1:
@@ -74,7 +74,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def check_positions(name: str, values: Any, hint: str) -> tuple[int, ...]:
-    """A sequence of positions 0, 1, ..."""
+    """Return a sequence of positions 0, 1, ... as a tuple."""
     positions = tuple(values) if isinstance(values, (list, tuple, set, frozenset, range)) else (None,)
     if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in positions):
         raise ValueError(f"Expected {name} to hold positions 0, 1, ..., {_given(name, values)} {hint}")
@@ -82,7 +82,7 @@ def check_positions(name: str, values: Any, hint: str) -> tuple[int, ...]:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """``True`` or ``False``."""
+    """Check that a value is ``True`` or ``False``."""
     if not isinstance(value, bool):
         raise TypeError(f"Expected {name} to be True or False, {_given(name, value)} Pass one of these.")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PrivacyError(RuntimeError):
-    """Raised where continuing would void the privacy guarantee.
+    """An error for states in which continuing would void the privacy guarantee.
 
     Wrong arguments raise ``ValueError`` or ``TypeError``; this error is for what is only seen while training runs:
     a parameter used where its per-sample gradient cannot be known, a loss that mixes samples, a checkpoint without a

@@ -46,7 +46,7 @@ _ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 class PrivateTrainerMixin(Base):  # type: ignore[misc]
-    """Makes a transformers ``Trainer`` private; epsilon is in its log, the ledger in its checkpoints.
+    """A mixin that makes a transformers ``Trainer`` private; epsilon is in its log, the ledger in its checkpoints.
 
     **Guarantee**: that of ``PrivateLoop``. The log holds no training loss, unless ``log_loss`` asks for
     "nonprivate/loss". NOT covered: evaluations, and checkpoints chosen by them.
@@ -110,7 +110,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
                 )
         if resume_from_checkpoint and not self.args.ignore_data_skip:
             raise ValueError(
-                "Expected TrainingArguments(ignore_data_skip=True) to resume, got ignore_data_skip=False. Batches are drawn afresh, "
+                "Expected TrainingArguments(ignore_data_skip=True) to resume, got ignore_data_skip=False. Batches are drawn again, "
                 "so there are none to skip."
             )
         self._checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None

@@ -125,7 +125,7 @@ def run_two_ranks(
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest memory that an operation makes anew while this is entered: ``elements``."""
+    """Elements of the largest memory that an operation allocates while this is entered: ``elements``."""
 
     def __init__(self) -> None:
         super().__init__()

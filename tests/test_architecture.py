@@ -22,7 +22,7 @@ SHELL_FILES = {
     "datalens/module.py",
     "datalens/run.py",
     "datalens/trainer_checks.py",
-}  # the core of DataLens is beside them
+}  # the core of DataLens is next to them
 CORE = sorted(
     path
     for path in PACKAGE.rglob("*.py")
@@ -58,7 +58,7 @@ def test_core_never_imports_lightning(path: Path) -> None:
     assert not {name for name in names if name.startswith(("lightning_dp.strategies", "lightning_dp.callbacks"))}
 
 
-def test_optional_and_slow_packages_are_imported_where_they_are_used() -> None:
+def test_optional_packages_are_imported_where_used() -> None:
     """Neither an import of a part of this package nor its help waits for them."""
     optional = {
         "matplotlib",

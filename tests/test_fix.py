@@ -157,7 +157,7 @@ class Model(LightningModule):
         return self.norm(self.attention(x, x, x)[0].expand(-1, 3, -1).mT)
 
 
-def test_fix_works_inside_a_lightning_module_and_a_second_time_changes_nothing() -> None:
+def test_fix_of_a_lightning_module_is_idempotent() -> None:
     model = trained(Model(width=32))
     kept = {name: child for name, child in model.named_modules() if name in {"", "body", "body.0", "norm", "accuracy"}}
     fixed, changes = fix(model)

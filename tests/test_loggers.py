@@ -1,4 +1,4 @@
-"""Epsilon in the loggers that people use, read back from their files, and the privacy card beside them."""
+"""Epsilon in the loggers that people use, read back from their files, and the privacy card next to them."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def readme(tmp_path: Path) -> Path:
     return page
 
 
-def test_write_section_replaces_what_is_between_its_markers_and_nothing_else(readme: Path) -> None:
+def test_write_section_replaces_its_section_only(readme: Path) -> None:
     write_section("pruning", "old", readme=readme)
     write_section("utility", "  first  \n", readme=readme)
     once = readme.read_text()
@@ -60,7 +60,7 @@ def test_write_section_replaces_what_is_between_its_markers_and_nothing_else(rea
     assert readme.read_text() == once.replace("old", "new")
 
 
-def test_write_section_refuses_a_section_that_is_not_there_exactly_once(readme: Path) -> None:
+def test_write_section_refuses_missing_or_repeated_sections(readme: Path) -> None:
     with pytest.raises(ValueError, match=r"one section 'other' in README.md"):
         write_section("other", "text", readme=readme)
     readme.write_text(readme.read_text() * 2)

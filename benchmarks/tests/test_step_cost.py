@@ -62,7 +62,7 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     assert "times faster: mlp (functorch 1.40)." in text
 
 
-def test_a_step_is_called_faster_than_opacus_only_where_all_its_modes_were_tried() -> None:
+def test_claim_over_opacus_needs_all_its_modes() -> None:
     held: dict[str, Any] = {"time": {"ours": figures(1.0), "ghost": figures(1.6)}, "memory": {}, "failed": {}}
     held["time"] |= {"hooks": figures(2.0), "functorch": figures(2.0)}
     assert "| 1.60 ? [≥ 1.5] (ghost) |" in page_of(held)
@@ -106,7 +106,7 @@ def test_every_machine_has_a_table_and_figures_of_its_own() -> None:
     assert "| 3.00 ✗ [≤ 1.4] |" in page[second:]
 
 
-def test_the_least_takes_the_cheaper_of_products_and_kept_gradients_in_each_layer() -> None:
+def test_least_cost_takes_the_cheaper_way_in_each_layer() -> None:
     cost = Cost(parameters=10, layers=[LayerCost(600, 0, 100), LayerCost(200, 0, 100), LayerCost(50, 0, 0)])
     rates = {"mult_per_ms": 10.0, "bytes_per_ms": 4.0}
     # kept, written and read: 2 * 100 / 4; products: 200 / 10 and 50 / 10; the mean is added to the noise: 40 / 4
@@ -118,7 +118,7 @@ def test_rates_are_those_of_a_product_and_of_reading(monkeypatch: pytest.MonkeyP
     assert measure_rates() == {"mult_per_ms": 1024**3 / 2.0, "bytes_per_ms": 2**26 / 2.0}
 
 
-def test_draws_are_measured_on_a_buffer_of_all_trained_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_are_measured_for_all_trained_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, float]] = []
     monkeypatch.setattr(GaussianNoise, "fill_", lambda self, sums, std: seen.append((sums.numel(), std)))
     taken = measure_noise(CASES["lora"])
@@ -151,7 +151,7 @@ def test_cases_for_a_gpu_are_left_out_elsewhere(
 
 
 @pytest.mark.slow
-def test_a_process_tells_when_steps_began_and_why_a_mode_does_not_run() -> None:
+def test_process_says_when_steps_began_and_why_a_mode_fails() -> None:
     served = (
         "from benchmarks.step_processes import serve\n"
         "began = lambda case, mode, steps, warmup: [float(steps), float(warmup), 1 / (mode != 'bad')]\n"

@@ -44,7 +44,7 @@ class RatioLaw:
         offset: Index of the first point.
         masses: Probability of each point.
         at_zero: Probability of S = 0: infinite loss for "add".
-        beyond: Mean that lies at infinity at no probability: infinite loss for "remove".
+        beyond: Mean at infinity that has no probability: infinite loss for "remove".
     """
 
     step: float
@@ -60,7 +60,7 @@ class RatioLaw:
 
     @property
     def mean(self) -> float:
-        """E S, what lies at infinity included."""
+        """E S, the part at infinity included."""
         return float(self.masses @ np.exp(self.log_points)) + self.beyond
 
 

@@ -1,4 +1,4 @@
-"""What a privacy loss means for an attack: its error rates and its advantage."""
+"""Error rates and advantage of attacks, from a privacy loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every accountant has in common: ledger in, epsilon out."""
+"""The base class of accountants: ledger in, epsilon out."""
 
 from __future__ import annotations
 

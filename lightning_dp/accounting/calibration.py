@@ -1,4 +1,4 @@
-"""How much noise a budget needs, and how many steps it allows."""
+"""Calibration: the noise that a budget needs, and the steps that it allows."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class ComposedLoss:
         start = max(0, -self.offset)  # losses below 0 never count
         if start >= self.masses.size:
             return 0.0
-        index = start + int(np.searchsorted(-self.divergences[start:], -delta))  # first point at which delta is met
+        index = start + int(np.searchsorted(-self.divergences[start:], -delta))  # first point at which delta is reached
         excess = self.infinite + float(self.masses[index:].sum()) - delta
         if excess <= 0:  # delta alone is more than all that may be lost
             return 0.0

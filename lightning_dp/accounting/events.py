@@ -105,7 +105,7 @@ class PrivacyEvent:
 
     @property
     def has_passes(self) -> bool:
-        """Whether steps of this kind are paid by the pass over the data."""
+        """True if steps of this kind are paid by the pass over the data."""
         return self.kind in _WITH_PASSES
 
     @property

@@ -1,4 +1,4 @@
-"""What was released on the private data: runs of equal events, small enough for every checkpoint.
+"""The ledger of releases on the private data: runs of equal events, small enough for every checkpoint.
 
 One entry is one run: an event, how many steps it was taken and, where batches are shuffled, over how many passes.
 A hundred thousand equal steps are one entry. Accountants read the ledger through `Ledger.mechanisms`, which states
@@ -79,7 +79,7 @@ class Ledger:
 
     @property
     def neighboring_relation(self) -> str:
-        """What a neighbouring data set is; fixed for the life of the ledger."""
+        """The relation between neighbouring datasets; fixed for the life of the ledger."""
         return self._neighboring_relation
 
     @property

@@ -30,7 +30,7 @@ Spectrum = npt.NDArray[np.complex128]
 
 _MAX_INTERVAL = 1e-2
 _MAX_SIZE = 1 << 20
-_LOG_WINDOW_TAIL = -37.0  # log of the mass that may lie beyond either end of the window
+_LOG_WINDOW_TAIL = -37.0  # log of the mass that may be beyond either end of the window
 _ROUNDING = float(np.finfo(float).eps)  # of the transform of one release, as a mass
 _FIXED_ERROR = math.exp(_LOG_WINDOW_TAIL) + 64 * _ROUNDING  # window, and the transforms that every query makes
 _CACHED_MASSES = 1 << 23  # 64 MiB
@@ -148,7 +148,7 @@ class PLDAccountant(Accountant):
         return 2.0 ** math.floor(math.log2(interval))
 
     def _window(self, releases: Mechanisms, pair: Direction, interval: float) -> tuple[int, int]:
-        """Return grid indices between which all but exp(_LOG_WINDOW_TAIL) of the loss lies, from Chernoff's bound."""
+        """Return grid indices that enclose all but exp(_LOG_WINDOW_TAIL) of the loss, from Chernoff's bound."""
         layouts = {key: self._layout(key, pair, interval) for key in releases}
         low = sum(count * layouts[key].offset for key, count in releases.items())
         high = sum(count * (layouts[key].offset + layouts[key].size - 1) for key, count in releases.items())

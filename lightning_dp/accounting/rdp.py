@@ -28,7 +28,7 @@ _ROUNDING = 1e-14  # the divergences of tiny rates are differences of numbers ne
 
 @contextmanager
 def _without_skipped_orders() -> Iterator[None]:
-    """Drops the library's line for each order it skips: the minimum over the others is a bound all the same."""
+    """Drop the library's line for each order that it skips, because the minimum over the others is still a bound."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "Excluding this order" not in record.getMessage()

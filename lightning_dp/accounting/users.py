@@ -1,4 +1,4 @@
-"""What a run that protects single records costs a user who has several."""
+"""The cost of a run that protects single records to a user who has several."""
 
 from __future__ import annotations
 

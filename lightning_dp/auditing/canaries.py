@@ -34,21 +34,21 @@ class Sum(Protocol):
 
     @property
     def gradient(self) -> Tensor:
-        """What was added so far to live coordinates."""
+        """Sums added so far to live coordinates."""
 
     def add_at(self, positions: Tensor, values: Tensor) -> None:
         """Add values at positions of the gradient, below P; what is masked is left out."""
 
     @property
     def statistics(self) -> Tensor:
-        """What was counted so far."""
+        """Counts so far."""
 
     @property
     def sensitivity(self) -> float:
         """S."""
 
     def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
-        """What a release of the live coordinates holds at positions of the gradient, 0 where masked."""
+        """Return the entries of a release at positions of the gradient; masked ones are 0."""
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Return one view per parameter on a buffer of shape (P,)."""
@@ -78,7 +78,7 @@ class Canaries:
 
 
 class GradientCanaries(Canaries):
-    """m canaries, each in the data by a fair coin, whose gradients are long and lie in coordinates of their own.
+    """m canaries, each in the data by a fair coin, whose gradients are long and have coordinates of their own.
 
         g_j = +-norm S e_{k(j, 1)} ... +-norm S e_{k(j, G)}      one coordinate a group, no two canaries share one
         score_j = sum_t ln(1 - q_t + q_t exp(L_tj)),     L_tj = (<G~_t, u_tj> - |u_tj|^2 / 2) / std_t^2
@@ -246,7 +246,7 @@ class _Places:
             )
 
     def fits(self, sums: Sum) -> bool:
-        """Whether the sum still has the coordinates that were chosen from."""
+        """Tell whether the sum still has the coordinates that were chosen from."""
         same: bool = self._names == sums.names and self._size == sums.num_coordinates
         return same and self._device == sums.gradient.device
 

@@ -215,7 +215,7 @@ def operating_points(in_scores: ArrayLike, out_scores: ArrayLike) -> Sequence[tu
 
 
 def _turns_left(first: tuple[int, int], middle: tuple[int, int], last: tuple[int, int]) -> bool:
-    """Whether the middle point lies on or below the line of the others (true positives upwards)."""
+    """Tell whether the middle point is on or below the line of the others (true positives upwards)."""
     rise, run = middle[0] - first[0], middle[1] - first[1]
     next_rise, next_run = last[0] - middle[0], last[1] - middle[1]
     return next_rise * run >= rise * next_run

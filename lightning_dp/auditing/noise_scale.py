@@ -1,4 +1,4 @@
-"""How much noise a run can have had at most, from one run whose canaries do not disturb each other."""
+"""Upper bounds on the noise of a run, from one run whose canaries do not disturb each other."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lightning_dp.accounting import gaussian_epsilon
 from lightning_dp.auditing.estimates import check_delta, check_scores, operating_points
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
-"""Which shares of the canaries are guessed on, unless told otherwise."""
+"""Shares of the canaries that are guessed on by default."""
 _TOLERANCE = 1e-9
 _LARGEST = 1e3
 

@@ -1,4 +1,4 @@
-"""What an audit found, beside what was claimed."""
+"""The bounds that an audit found, next to the claim."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class AuditResult:
 
     @property
     def refutes_claim(self) -> bool:
-        """Whether the claimed epsilon is too small, at the confidence given."""
+        """True if the claimed epsilon is too small, at the confidence given."""
         return self.epsilon_lower > self.claimed_epsilon
 
     def describe(self) -> str:
-        """The result in one line.
+        """Return the result in one line.
 
         Example:
             >>> AuditResult(kind="gradient", num_canaries=1000, num_included=512, confidence=0.95, delta=1e-5,

@@ -1,4 +1,4 @@
-"""What callbacks need of a private strategy, and how they find it."""
+"""The interface of a private strategy to callbacks, and the search for it."""
 
 from __future__ import annotations
 

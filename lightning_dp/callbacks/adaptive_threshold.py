@@ -13,13 +13,13 @@ from lightning_dp.clipping.bounds import Bound, NoisyGradientBound, PublishedBou
 
 
 class _BoundCallback(Callback):
-    """Hands a rule for the bound to the strategy, and keeps its state in the checkpoint."""
+    """A callback that hands a rule for the bound to the strategy, and keeps its state in the checkpoint."""
 
     bound: Bound
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Hands the rule to the strategy; a new run begins with the strategy's bound."""
+        """Hand the rule to the strategy when a stage begins; a new run begins with the strategy's bound."""
         if stage == "fit":
             if trainer.global_step == 0:
                 self.bound.reset()  # a checkpoint, if there is one, is read after this
@@ -29,22 +29,22 @@ class _BoundCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called when a training batch ends. Logs the bound, which is public."""
+        """Log the bound, which is public, when a training batch ends."""
         pl_module.log_dict(self.bound.figures, batch_size=1)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The bound so far."""
+        """Return the bound so far."""
         return self.bound.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it back when a run resumes."""
+        """Restore the bound when a run resumes."""
         self.bound.load_state_dict(state_dict)
 
 
 class AutoThreshold(_BoundCallback):
-    """Sets the clipping bound of a step from the noisy gradient of the step before: free of cost.
+    """A clipping bound that follows the noisy gradient of the step before: free of cost.
 
         C_{t+1} = clip(W sqrt(max(||g~_t||^2 - d sigma_t^2 C_t^2 / B^2, 0)), C_min, C_max)
 
@@ -74,7 +74,7 @@ class AutoThreshold(_BoundCallback):
 
 
 class AdaptiveClipping(_BoundCallback):
-    """Moves the clipping bound to a quantile of the per-sample gradient norms, and pays for the count.
+    """A clipping bound that moves to a quantile of the per-sample gradient norms, and pays for the count.
 
         b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
         z_gradient = (z^-2 - (2 s_b)^-2)^(-1/2)

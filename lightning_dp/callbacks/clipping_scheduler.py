@@ -14,7 +14,7 @@ from lightning_dp.clipping.bounds import ScheduledBound
 
 
 class ClippingScheduler(Callback):
-    """Changes the clipping bound over the run.
+    """A public schedule of the clipping bound.
 
         C_e = C_0 f(e),   e = epoch // every_n_epochs
 
@@ -54,6 +54,6 @@ class ClippingScheduler(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Hands the schedule to the strategy."""
+        """Hand the schedule to the strategy when a stage begins."""
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, bound=ScheduledBound(self.schedule))

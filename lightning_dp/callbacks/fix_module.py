@@ -11,7 +11,7 @@ from lightning_dp.fix import fix
 
 
 class FixModule(Callback):
-    """Calls ``lightning_dp.fix`` on the module in ``setup``: for packages whose own ``fit`` makes module and Trainer.
+    """A callback that applies ``lightning_dp.fix`` in ``setup``, for packages whose own ``fit`` makes module and Trainer.
 
     Layers that the module makes later, in its own ``setup`` or ``configure_model``, are not seen: use
     ``DPStrategy(fix=True)`` for them. Works with every strategy, so that a plain run can train the same layers.
@@ -32,7 +32,7 @@ class FixModule(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins, before optimizers are made and weights are loaded. Exchanges the layers."""
+        """Replace layers when a stage begins, before optimizers are made and weights are loaded."""
         changes = fix(pl_module).changes
         self.changes += changes
         for change in changes:

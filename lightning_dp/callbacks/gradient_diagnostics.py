@@ -1,4 +1,4 @@
-"""What clipping and noise do to the gradient, logged without noise: for study."""
+"""Effects of clipping and noise on the gradient, logged without noise: for study."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_dp.step.diagnostics import ClippingDiagnostics
 
 
 class GradientDiagnostics(Callback):
-    """Logs un-noised figures of every logical batch: not private, and named so.
+    """Un-noised figures of every logical batch: not private, and named so.
 
         nonprivate/clip_fraction    share of samples that clipping shortened
         nonprivate/clipping_bias    cosine between the clipped and the raw sum
@@ -42,7 +42,7 @@ class GradientDiagnostics(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Asks the strategy for the figures."""
+        """Ask the strategy for the figures when a stage begins."""
         if stage == "fit":
             self._diagnostics = ClippingDiagnostics()
             private_strategy(trainer, self).mechanisms.add(self, diagnostics=self._diagnostics)
@@ -51,7 +51,7 @@ class GradientDiagnostics(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called when a training batch ends. Logs the figures of the last logical batch."""
+        """Log the figures of the last logical batch when a training batch ends."""
         steps = private_strategy(trainer, self).steps_taken
         if steps % self.every_n_steps == 0:
             figures = {f"nonprivate/{name}": value for name, value in self._diagnostics.take().items()}

@@ -20,7 +20,7 @@ from lightning_dp.masks.random import check_seed
 
 
 class MagnitudePruning(Callback):
-    """Trains the largest weights only; the others are set to 0 or keep their value.
+    """A mask that trains the largest weights only; the others are set to 0 or keep their value.
 
         m = 1 on the largest |w|;   "prune": theta_0 = m theta;   g_i <- m g_i before clipping, noise only where m = 1
 
@@ -100,7 +100,7 @@ class MagnitudePruning(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Hands the mask to the strategy; a new run begins without masks."""
+        """Hand the mask to the strategy when a stage begins; a new run begins without masks."""
         if stage == "fit":
             if trainer.global_step == 0:
                 self._mask, self._draws = MagnitudeMask(), 0
@@ -109,7 +109,7 @@ class MagnitudePruning(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins. Draws the masks unless a checkpoint brought them."""
+        """Draw the masks when training begins, unless a checkpoint brought them."""
         if self._draws == 0 and self.source != "noisy":
             self._draw(trainer, pl_module, draws=1)
         self._hold(pl_module)
@@ -118,39 +118,39 @@ class MagnitudePruning(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when an epoch begins. Draws what a run interrupted at the end of the last epoch has not."""
+        """Draw masks that are due when an epoch begins, because the last run was interrupted before it drew them."""
         self._draw_if_due(trainer, pl_module, trainer.current_epoch)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when an epoch ends. Draws masks from the noisy weights when they are due."""
+        """Draw masks from the noisy weights when an epoch ends, if they are due."""
         self._draw_if_due(trainer, pl_module, trainer.current_epoch + 1)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage ends. Lets go of weights and optimizers."""
+        """Release references to weights and optimizers when a stage ends."""
         self._let_go()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called when a run is interrupted. Lets go of weights and optimizers."""
+        """Release references to weights and optimizers when a run is interrupted."""
         self._let_go()
 
     @property
     @override
     def state_key(self) -> str:
-        """Differs between callbacks that prune differently."""
+        """A key that differs between callbacks that prune differently."""
         names = ("amount", "source", "scope", "mode", "scores", "every_n_epochs", "seed")
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The masks, eight coordinates a byte."""
+        """Return the masks, eight coordinates per byte."""
         return {"mask": self._mask.state_dict(), "draws": self._draws}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The masks of the run that goes on."""
+        """Restore the masks of the run that goes on."""
         self._mask, self._draws = MagnitudeMask.from_state_dict(state_dict["mask"]), state_dict["draws"]
 
     def _draw_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs_done: int) -> None:
@@ -176,7 +176,7 @@ class MagnitudePruning(Callback):
 
     @torch.no_grad()
     def _hold(self, pl_module: pl.LightningModule) -> None:
-        """Takes note of what removed weights are to be, and makes them so."""
+        """Note the values that removed weights keep, and set them."""
         parameters = dict(pl_module.named_parameters())
         self._held = []
         for name, mask in self._mask.masks.items():
@@ -192,7 +192,7 @@ class MagnitudePruning(Callback):
 
     @torch.no_grad()
     def _restore(self, *_: object) -> None:
-        """Puts removed weights back, after each step of an optimizer."""
+        """Set removed weights back after each step of an optimizer."""
         for parameter, removed, value in self._held:
             if value is None:
                 parameter.masked_fill_(removed, 0)

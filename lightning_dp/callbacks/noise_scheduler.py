@@ -48,7 +48,7 @@ class PublicSchedule:
         make_schedule(kind, factor=factor, rate=rate, every=1, over=1)
 
     def __call__(self, run: RunLength) -> Schedule:
-        """The schedule of a run.
+        """Return the schedule of a run.
 
         Raises:
             ValueError: it counts epochs, or runs to the end, of a run whose length is unknown.
@@ -63,7 +63,7 @@ class PublicSchedule:
 
 
 class NoiseScheduler(Callback):
-    """Changes the noise multiplier over the run.
+    """A public schedule of the noise multiplier.
 
         sigma_e = sigma_0 f(e),   e = epoch // every_n_epochs  (or step // every_n_epochs with ``interval="step"``)
 
@@ -114,6 +114,6 @@ class NoiseScheduler(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Hands the schedule to the strategy, before its plan is built."""
+        """Hand the schedule to the strategy when a stage begins, before its plan is built."""
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, noise_schedule=self.schedule)

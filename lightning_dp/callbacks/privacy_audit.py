@@ -25,7 +25,7 @@ Loss = Callable[[pl.LightningModule, Any], Tensor]
 
 
 class PrivacyAudit(Callback):
-    """Audits a private run while it trains: canaries are put in by fair coins, and what their traces say bounds epsilon.
+    """An audit of a private run while it trains: canaries join by fair coins, and their traces bound epsilon from below.
 
         canary j is in iff its coin says so;  score_j from what the run releases;  guess the coins from the scores
 
@@ -91,7 +91,7 @@ class PrivacyAudit(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Flips the coins, the same on every rank, and hands the canaries to the strategy."""
+        """Flip the coins when a stage begins, the same on every rank, and hand the canaries to the strategy."""
         if stage != "fit":
             return
         strategy = private_strategy(trainer, self)
@@ -120,14 +120,14 @@ class PrivacyAudit(Callback):
 
     @property
     def included(self) -> NDArray[np.bool_]:
-        """Which canaries are in, shape (m,). Public."""
+        """Flags of the canaries that are in, shape (m,). Public."""
         if self._gradients is not None:
             return self._gradients.included
         return coins(self.num_canaries, self._root)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins. Chooses coordinates, or reads the loss of every canary for the first time."""
+        """Choose coordinates when training begins, or read the loss of every canary for the first time."""
         strategy = private_strategy(trainer, self)
         if self._gradients is not None:
             for index, sums in strategy.accumulators.items():
@@ -139,7 +139,7 @@ class PrivacyAudit(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training ends. Guesses the coins, logs the bounds and tells the privacy statement."""
+        """Guess the coins when training ends, log the bounds and enter them in the privacy statement."""
         strategy = private_strategy(trainer, self)
         if strategy.ledger.num_steps == 0:
             return
@@ -184,7 +184,7 @@ class PrivacyAudit(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them back when a run resumes: a canary that was in stays in."""
+        """Restore coins and losses when a run resumes: a canary that was in stays in."""
         gradients = state_dict["gradients"]
         same = len(gradients["scores"]) == self.num_canaries if gradients is not None else True
         if (gradients is None) != (self._gradients is None) or not same:
@@ -199,7 +199,7 @@ class PrivacyAudit(Callback):
 
 
 def _training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
-    """What ``training_step`` says of a batch of one."""
+    """Return the loss of ``training_step`` for a batch of one."""
     output = module.training_step(batch, 0)
     loss = output["loss"] if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):

@@ -16,7 +16,7 @@ from lightning_dp.step.limit import EpsilonLimit
 
 
 class PrivacyBudget(Callback):
-    """Stops training before the step with which epsilon would exceed a budget.
+    """A budget of epsilon: training stops before the step that would exceed it.
 
     How many steps fit is computed once from the public plan and the ledger: the largest N with
     ``epsilon(ledger + N planned steps, delta) <= epsilon``. After step N the Trainer is asked to stop; should anything
@@ -43,14 +43,14 @@ class PrivacyBudget(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Gives the run its limit, which then holds in a learning-rate search too."""
+        """Give the run its limit when a stage begins, so that it holds in a learning-rate search too."""
         if stage == "fit":
             limit = EpsilonLimit(self.epsilon, self.delta)
             ledger_holder(trainer, self).mechanisms.add(self, limit=limit)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins. Computes how many steps fit, and refuses a run with none."""
+        """Compute how many steps fit when training begins, and refuse a run with none."""
         strategy = ledger_holder(trainer, self)
         stop = strategy.plan.steps
         if strategy.settle_limit() <= strategy.steps_taken and (stop is None or strategy.steps_taken < stop):
@@ -63,7 +63,7 @@ class PrivacyBudget(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called when a training batch ends. Stops the Trainer when the next step would not fit."""
+        """Stop the Trainer when a training batch ends and the next step would not fit."""
         strategy = ledger_holder(trainer, self)
         remaining = strategy.plan.steps is None or strategy.steps_taken < strategy.plan.steps
         if strategy.steps_taken >= strategy.last_allowed_step and remaining and not trainer.should_stop:
@@ -74,12 +74,12 @@ class PrivacyBudget(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage ends. Lifts the limit."""
+        """Lift the limit when a stage ends."""
         ledger_holder(trainer, self).mechanisms.remove(self)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called when a run is interrupted. Lifts the limit."""
+        """Lift the limit when a run is interrupted."""
         ledger_holder(trainer, self).mechanisms.remove(self)
 
     def _spent(self, strategy: LedgerHolder) -> str:

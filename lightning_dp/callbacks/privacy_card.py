@@ -15,7 +15,7 @@ from lightning_dp.reporting.files import CardFiles
 
 
 class PrivacyCard(Callback):
-    """Writes what a run may say about its privacy at the end of ``fit``: ``privacy_card.json``, ``.md`` and ``.svg``.
+    """The privacy card, written at the end of ``fit``: ``privacy_card.json``, ``.md`` and ``.svg``.
 
     A private strategy writes the card by itself into the logger's directory. Use this callback to say where, to have one
     without a logger (it then goes to ``default_root_dir``), or to switch it off. Nothing is written under ``fast_dev_run``
@@ -49,7 +49,7 @@ class PrivacyCard(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Tells the strategy where to write the card when training ends."""
+        """Set when a stage begins where the strategy writes the card at the end of training."""
         if stage == "fit":
             files = CardFiles(self.enabled, self.dirpath, fallback=trainer.default_root_dir)
             private_strategy(trainer, self).mechanisms.add(self, card=files)

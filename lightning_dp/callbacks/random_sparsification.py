@@ -18,12 +18,12 @@ from lightning_dp.run_length import RunLength
 
 
 class RandomSparsification(Callback):
-    """Leaves a random set of gradient coordinates out, more and more of them as training goes on.
+    """A mask that leaves out a random set of gradient coordinates, more and more of them as training goes on.
 
         g_i[Z] = 0 before clipping,   noise[Z] = 0,   |Z| = int(r P),   r = final_rate * schedule(progress)
 
     Clipping then keeps more of what is live, the noise has (1 - r) of its energy, and the all-reduce of several processes
-    carries live coordinates only. The set is the same for all samples and ranks, and drawn anew at every ``refresh``: between
+    carries live coordinates only. The set is the same for all samples and ranks, and drawn again at every ``refresh``: between
     optimizer steps only, never between the microbatches or accumulated batches of one step. Logged whenever the mask
     changes: ``privacy/sparsification_rate``, the fraction this callback masks, and ``communication/bytes_per_step``, what
     one rank sends a step.
@@ -78,13 +78,13 @@ class RandomSparsification(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Hands the mask to the strategy, which asks it at the start of each logical batch."""
+        """Hand the mask to the strategy when a stage begins; the strategy asks it at the start of each logical batch."""
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, mask=self._make_mask)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins. Takes note of the step from which on changes of the mask are logged."""
+        """Note when training begins from which step on changes of the mask are logged."""
         self._seen = (private_strategy(trainer, self).steps_taken, None)
 
     def _make_mask(self, length: RunLength) -> RandomMask:
@@ -115,7 +115,7 @@ class RandomSparsification(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called when a training batch ends. Logs what the mask leaves out, when it has changed."""
+        """Log the fraction that the mask leaves out when a training batch ends, if it has changed."""
         strategy, mask = private_strategy(trainer, self), self._mask
         assert mask is not None
         steps, (last, known) = strategy.steps_taken, self._seen

@@ -14,7 +14,7 @@ from lightning_dp.run_length import RunLength
 
 
 class SwitchToDP(Callback):
-    """Trains by plain SGD until an epoch and privately from there on, or the other way round: for study only.
+    """A switch from plain SGD to private training at an epoch, or the other way round: for study only.
 
     A plain step has neither bound nor noise; the sum of raw gradients is divided by the expected batch size all the same.
 
@@ -44,7 +44,7 @@ class SwitchToDP(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a stage begins. Hands the phases to the strategy, before its plan is built."""
+        """Hand the phases to the strategy when a stage begins, before its plan is built."""
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, is_private=self._phases)
 

@@ -38,7 +38,7 @@ ALLOCATION_NOTES = {"pld": NOTES["pld"], "rdp": "valid but loose for random allo
 
 
 def epsilon(options: argparse.Namespace) -> int:
-    """Prints the epsilon of a planned run."""
+    """Print the epsilon of a planned run."""
     plan = _plan(options, check.check_nonnegative("noise_multiplier", options.noise_multiplier))
     assert plan.steps is not None
     ledger = Ledger(plan.neighboring_relation, plan.unit).extended(plan.runs(0, plan.steps))
@@ -69,7 +69,7 @@ def epsilon(options: argparse.Namespace) -> int:
 
 
 def calibrate(options: argparse.Namespace) -> int:
-    """Prints the noise that a budget needs."""
+    """Print the noise that a budget needs."""
     target = check.check_positive("target_epsilon", options.target_epsilon)
     plan = _plan(options, 1.0)
     answers: list[dict[str, Any]] = []
@@ -100,7 +100,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
 
 def parse_schedule(text: str, run: RunLength) -> Schedule:
-    """The schedule that ``KIND[:FACTOR or rate=RATE[:EVERY_N_EPOCHS]]`` stands for.
+    """Return the schedule that ``KIND[:FACTOR or rate=RATE[:EVERY_N_EPOCHS]]`` names.
 
     Args:
         text: as typed.
@@ -200,14 +200,14 @@ def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
 
 
 def _note(accountant: str, plan: DPPlan) -> str:
-    """What a reader should know of an answer."""
+    """Return the note on an answer."""
     if plan.allocates:
         return ALLOCATION_NOTES.get(accountant, "upper bound: a pass counts as one Gaussian, without amplification")
     return NOTES[accountant]
 
 
 def _user_note(plan: DPPlan) -> str:
-    """How the cost for a user was found."""
+    """Return how the cost for a user was found."""
     if plan.sampling != "poisson":
         return "all of them in one batch of each pass, without amplification"
     return "mixture of Gaussians"

@@ -67,7 +67,7 @@ def _added_up(states: list[Any]) -> Ledger:
 
 
 def load(path: str) -> dict[str, Any]:
-    """A checkpoint of a private run, read without executing anything in it.
+    """Read a checkpoint of a private run without executing anything in it.
 
     Raises:
         ValueError: it cannot be read, or holds no ledger.

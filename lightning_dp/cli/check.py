@@ -21,7 +21,7 @@ NOT_SEEN = "Not seen from here: functions inside forward and the loss. The indep
 
 
 def check(options: argparse.Namespace) -> int:
-    """Prints the layers; returns 1 where one of them must change."""
+    """Print the layers; return 1 if one of them must change."""
     module = load(options.target, options.init)
     layers = inspect(module)
     problems = [layer for layer in layers if layer.problem]
@@ -47,7 +47,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def load(target: str, init: str | None) -> nn.Module:
-    """The module that ``FILE.py:NAME`` or ``package.module:NAME`` names: a class, a function that makes one, or the module.
+    """Return the module that ``FILE.py:NAME`` or ``package.module:NAME`` names: a class, a function that makes one, or the module.
 
     Args:
         target: as typed.

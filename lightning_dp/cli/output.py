@@ -14,17 +14,17 @@ GAP = "  "
 
 
 def write(text: str) -> None:
-    """One block of text on the standard output."""
+    """Write one block of text to the standard output."""
     sys.stdout.write(text + "\n")
 
 
 def write_json(value: Any) -> None:
-    """Plain values for machines: strict JSON, in which an infinite number must come as a string."""
+    """Write plain values for machines as strict JSON, in which an infinite number must be a string."""
     write(json.dumps(value, indent=2, allow_nan=False))
 
 
 def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table as wide as the terminal at most; the last column takes what the others leave, and is wrapped."""
+    """Write a table as wide as the terminal at most; the last column takes the remaining width and is wrapped."""
     if find_spec("rich") is None:
         write(plain_table(columns, rows, shutil.get_terminal_size().columns))
         return
@@ -41,7 +41,7 @@ def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
-    """The same without rich.
+    """Return the table as plain text.
 
     Example:
         >>> print(plain_table(["name", "note"], [["pld", "tight, and the default"]], width=18))

@@ -24,7 +24,7 @@ SAFE_SIDE = 1 - 2.0**-22
 
 
 class Clipping(ABC):
-    """How one sample's gradient is bounded before it joins the sum.
+    """The bound on one sample's gradient before it joins the sum.
 
     There are two kinds: ``FactorClipping`` scales each gradient, ``ExplicitClipping`` computes a vector from it.
 
@@ -112,7 +112,7 @@ class Clipping(ABC):
     @property
     @abstractmethod
     def gives_mean(self) -> bool:
-        """Whether the gradient is the mean of the contributions: then it may be summed up as one from the start."""
+        """True if the gradient is the mean of the contributions: then it may be summed up as one from the start."""
 
     def finish(self, noisy: Tensor, expected_batch_size: int, out: Tensor) -> None:
         """Turn the noisy sum into the gradient: post-processing.

@@ -24,7 +24,7 @@ from lightning_dp.schedules import Schedule
 
 @dataclass(frozen=True)
 class NoisyRelease:
-    """What a step has released: public from here on.
+    """The released values of a step: public from here on.
 
     Args:
         squared_norm: ``||G~||^2`` of the noisy sum over live coordinates.
@@ -61,7 +61,7 @@ class Bound:
 
     @property
     def sees_releases(self) -> bool:
-        """Whether every release is shown to ``observe``."""
+        """True if every release is shown to ``observe``."""
         return self.learns or self.num_statistics > 0
 
     @property

@@ -101,7 +101,7 @@ def _places_of_largest(magnitudes: Tensor, top_k: int) -> Tensor:
 
 
 def threshold_votes(noisy_sums: Tensor, threshold: float) -> Tensor:
-    """The direction that the noisy sums of votes agree on.
+    """Return the direction that the noisy sums of votes agree on.
 
         u[j] = sign(s[j]) where |s[j]| > threshold, else 0
 

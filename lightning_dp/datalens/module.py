@@ -163,7 +163,7 @@ class DataLens(DataLensRun):
             self._teachers.learn(fakes, labels, positions)
 
     def _noisy_votes(self, samples: Tensor, labels: Tensor) -> Tensor:
-        """What all teachers of all ranks vote on these samples, with noise, shape (B, D)."""
+        """Return the noisy votes of all teachers of all ranks on these samples, shape (B, D)."""
         assert self._teachers is not None
         assert self._release is not None
         sums = self._teachers.sum_of_votes(
@@ -194,7 +194,7 @@ class DataLens(DataLensRun):
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        """The generator's optimizer; the teachers have their own, which Lightning never sees."""
+        """Return the generator's optimizer; the teachers have their own, which Lightning never sees."""
         if self._make_optimizer is not None:
             return self._make_optimizer(self.generator.parameters())
         return torch.optim.Adam(self.generator.parameters(), lr=self.settings.lr, betas=self.settings.betas)
@@ -205,7 +205,7 @@ class DataLens(DataLensRun):
     def generate(
         self, num: int, labels: Tensor | int | None = None, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Samples of the generator: post-processing, as private as its weights.
+        """Draw samples of the generator: post-processing, as private as its weights.
 
         Args:
             num: how many, >= 1.
@@ -245,7 +245,7 @@ class DataLens(DataLensRun):
 
     @override
     def on_train_start(self) -> None:
-        """Reads this rank's shards and prepares its teachers."""
+        """Read this rank's shards and prepare its teachers."""
         settings, world_size = self.settings, self.trainer.world_size
         self._tuning.start(on_cpu=self.device.type == "cpu")
         if world_size > 1:

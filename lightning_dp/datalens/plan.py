@@ -1,4 +1,4 @@
-"""What is public about a DataLens run, and what it costs."""
+"""The public facts of a DataLens run, and its cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAME_RUN = ("dataset_size", "num_teachers", "top_k", "batch_size", "steps", "de
 
 
 def sensitivity(top_k: int, batch_size: int) -> float:
-    """How far the vote sums of one step move, in L2, when one record is replaced: ``2 sqrt(k B)``.
+    """Return how far the vote sums of one step move, in L2, when one record is replaced: ``2 sqrt(k B)``.
 
     One record is in one shard, one shard in one teacher; its vote on each of the B generated samples has norm at most
     ``sqrt(k)`` before and after.
@@ -103,7 +103,7 @@ class DataLensPlan:
         return self.noise_multiplier
 
     def event(self, step: int) -> PrivacyEvent:
-        """What the ledger is told of a step: a Gaussian release that every record takes part in."""
+        """Return the event of a step: a Gaussian release that every record takes part in."""
         return PrivacyEvent.gaussian(noise_multiplier=self.sigma(step))
 
     def runs(self, start: int, stop: int) -> list[Run]:
@@ -111,14 +111,14 @@ class DataLensPlan:
         return [(self.event(start), stop - start)] if stop > start else []
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan as plain values, for a checkpoint and for comparison on resume."""
+        """Return the plan as plain values, for a checkpoint and for comparison on resume."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {**fields, "noise_multiplier": self.noise_multiplier}
 
     def calibrated(
         self, *, start: int, ledger: Ledger, accountant: Accountant, restored: dict[str, Any] | None = None
     ) -> DataLensPlan:
-        """The same plan with the least noise that keeps the whole run within ``target_epsilon``.
+        """Return the plan with the least noise that keeps the whole run within ``target_epsilon``.
 
         Args:
             start: step at which this fit begins (above 0 after a resume).

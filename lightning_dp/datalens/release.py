@@ -14,7 +14,7 @@ from lightning_dp.noise import GaussianNoise
 
 
 class VoteRelease:
-    """Turns the sums of the teachers' votes into noisy sums, and writes the ledger before it does.
+    """The release of noisy sums of the teachers' votes, each written to the ledger first.
 
         s = sum_i v_i + N(0, noise_std^2 I)
 
@@ -48,7 +48,7 @@ class VoteRelease:
         Args:
             sums: this rank's teachers' votes, summed, shape (B, D), float32, contiguous; changed in place.
             plan: the public settings.
-            ledger: is told of the release.
+            ledger: records the release.
             accountant: previews epsilon.
             step: number of the step in this run.
             last_allowed_step: steps that a budget allows; infinite without one.
@@ -60,7 +60,7 @@ class VoteRelease:
         Raises:
             PrivacyError: a budget or the target would be exceeded; nothing has been drawn or recorded then.
         """
-        assert sums.shape[0] == plan.batch_size, "the ledger speaks of exactly this many generated samples"
+        assert sums.shape[0] == plan.batch_size, "the ledger states exactly this many generated samples"
         refuse_over_budget(plan, ledger, accountant, step=step, last_allowed_step=last_allowed_step)
         ledger.record(plan.event(step))
         self._noise.add_(sums, plan.noise_std / math.sqrt(self.world_size))

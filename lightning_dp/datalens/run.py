@@ -35,7 +35,7 @@ class _EndOnException(pl.Callback):
 
 
 class DataLensRun(StateFacts, pl.LightningModule):
-    """What ``EpsilonMonitor``, ``PrivacyBudget`` and checkpoints work with; see ``DataLens``.
+    """The interface to ``EpsilonMonitor``, ``PrivacyBudget`` and checkpoints; see ``DataLens``.
 
     Args:
         settings: what the user asked for.
@@ -102,7 +102,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
         return self.state.epsilon(delta)
 
     def privacy_statement(self) -> str:
-        """What holds for whom, in a few lines."""
+        """Return the privacy statement in a few lines."""
         return statement.privacy_statement(
             self.plan, self.ledger, self.accountant, seeded=self.settings.seed is not None
         )
@@ -114,7 +114,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
         size = len(trainer_checks.dataset_of(trainer))
         if self._dataset_size not in (None, size):
             raise PrivacyError(
-                f"Expected the {self._dataset_size} records that the ledger speaks of, got {size}. Go on with the same training "
+                f"Expected the {self._dataset_size} records of the ledger's dataset, got {size}. Go on with the same training "
                 "set, or make a new DataLens."
             )
         self._dataset_size = size
@@ -150,7 +150,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Checks the Trainer before any data is touched."""
+        """Check the Trainer before any data is touched."""
         if stage != "fit":
             return
         trainer_checks.check_trainer(self.trainer, self.settings)
@@ -186,12 +186,12 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds ledger, plan and step. Teachers and shards are nowhere in a checkpoint."""
+        """Add ledger, plan and step. Teachers and shards are nowhere in a checkpoint."""
         checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Reads them back; refuses a checkpoint without a ledger."""
+        """Restore ledger, plan and step; refuse a checkpoint without a ledger."""
         if saved.KEY not in checkpoint:
             raise PrivacyError(
                 "Expected a checkpoint with a privacy ledger, got one without: what its weights have seen is unknown. Weights "
@@ -202,5 +202,5 @@ class DataLensRun(StateFacts, pl.LightningModule):
             self._dataset_size = self.state.restored_plan["dataset_size"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle or a copy holds: everything but the teachers."""
+        """Return the state of a pickle or a copy: everything but the teachers."""
         return {**super().__getstate__(), "_teachers": None}

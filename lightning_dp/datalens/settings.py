@@ -11,7 +11,7 @@ from lightning_dp.datalens.votes import SIGNS
 
 @dataclass(frozen=True, kw_only=True)
 class DataLensSettings:
-    """What the user asked for; ``DataLens`` documents every field."""
+    """The user's settings; ``DataLens`` documents every field."""
 
     num_teachers: int
     top_k: int

@@ -1,4 +1,4 @@
-"""Who sees what: disjoint shards by index, and the public randomness that everything but the noise comes from."""
+"""Disjoint shards by index, and the source of all public randomness (everything but the noise)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _READ_AT_ONCE = 4096  # records
 
 
 def public_generator(seed: int, *purpose: int) -> torch.Generator:
-    """A generator of public randomness, the same on every rank: shards, initial weights, the inputs of the student.
+    """Return a generator of public randomness, the same on every rank: shards, initial weights, the inputs of the student.
 
     Args:
         seed: the public seed, >= 0.
@@ -132,7 +132,7 @@ def _form(value: Any) -> str:
 
 
 class StepsOver(Sequence[int]):
-    """Stands in for a DataLoader where only the number of steps of an epoch matters.
+    """A replacement for a DataLoader where only the number of steps of an epoch matters.
 
     The teachers read the records once; the batches that a loader would collate in every step are not used. This loader
     makes none.

@@ -1,4 +1,4 @@
-"""What a DataLens run may say about its privacy, and what it must not leave out."""
+"""The privacy statement of a DataLens run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def summary_line(plan: DataLensPlan, ledger: Ledger, accountant: Accountant) -> 
 
 
 def privacy_statement(plan: DataLensPlan, ledger: Ledger, accountant: Accountant, *, seeded: bool = False) -> str:
-    """The privacy statement of a run: what is promised, how it was computed, what is not covered."""
+    """Return the privacy statement of a run: what is promised, how it was computed, what is not covered."""
     lines = [summary_line(plan, ledger, accountant)]
     if ledger.num_steps:
         lines += [

@@ -114,7 +114,7 @@ class Teachers:
         signs: str = "sign",
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The votes of all these teachers on each of the student's samples, summed.
+        """Return the votes of all these teachers on each of the student's samples, summed.
 
             g_i = - d/dx BCE(D_i(x, y), 1),  sum over i of top_k_votes(g_i)
 
@@ -172,7 +172,7 @@ def check_discriminator(discriminator: nn.Module) -> None:
 
 
 def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:
-    """A copy with initial weights of its own, drawn from the public seed on the CPU."""
+    """Return a copy with initial weights of its own, drawn from the public seed on the CPU."""
     fresh = copy.deepcopy(discriminator).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(public_generator(seed, 1, number).initial_seed())
@@ -184,5 +184,5 @@ def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:
 
 
 def _as_read(stacked: Tensor) -> Tensor:
-    """Stacked matrices transposed: stored so, they lie as ``x W^T`` reads them and as their gradient comes out."""
+    """Stacked matrices, transposed: stored in the order in which ``x W^T`` reads them and their gradient is returned."""
     return stacked.mT if stacked.dim() == 3 else stacked

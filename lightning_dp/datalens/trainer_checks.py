@@ -1,4 +1,4 @@
-"""What DataLens needs of a Trainer and its loader, each refused by the name the user wrote."""
+"""Checks of a Trainer and its loader for DataLens; a refusal uses the name that the user wrote."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_trainer(trainer: pl.Trainer, settings: DataLensSettings) -> None:
 
 
 def dataset_of(trainer: pl.Trainer) -> Any:
-    """The map-style dataset behind the Trainer's one training loader.
+    """Return the map-style dataset behind the Trainer's one training loader.
 
     Raises:
         ValueError: several loaders, a stream, or a sampler that leaves records out or weighs them.
@@ -85,5 +85,5 @@ def dataset_of(trainer: pl.Trainer) -> Any:
 
 
 def collate_of(trainer: pl.Trainer) -> Callable[[list[Any]], Any] | None:
-    """The loader's collate function, if it has one."""
+    """Return the loader's collate function, if it has one."""
     return getattr(trainer.train_dataloader, "collate_fn", None)

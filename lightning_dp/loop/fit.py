@@ -25,7 +25,7 @@ from lightning_dp.step.trial import Trial
 
 
 class LoopFit:
-    """Runs the user's loss function on logical batches, as the private step needs it.
+    """A runner of the user's loss function on logical batches, as the private step needs it.
 
     A logical batch of k microbatches runs the loss function k times: the last call is the real one, whose effects stay;
     the others run in the sandbox. Where nobody was drawn the real call runs on one record of weight 0.

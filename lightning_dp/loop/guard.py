@@ -17,7 +17,7 @@ ADVICE = "Let the private run make the gradient first: step(batch), or backward(
 
 
 class ReleaseGuard(StepGuard):
-    """Refuses optimizer steps on anything but the gradient of the last release.
+    """A guard that refuses optimizer steps on anything but the gradient of the last release.
 
     Raw gradients are refused where autograd writes them; gradients that somebody put in place of the released ones are
     refused when an optimizer steps. Changing a released gradient in place (clipping it, say) is post-processing.

@@ -92,7 +92,7 @@ class LoopHost:
 
 
 class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Takes note of the types of all results while it is entered."""
+    """A context that notes the types of all results."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ NOT_PUBLIC = (
 
 
 class MagnitudeMask(GradientMask):
-    """Keeps the masks it was given until it is given others.
+    """A mask that stays as given until it is given another.
 
     **Guarantee**: as public as what the masks were made of; see ``magnitude_masks``.
 
@@ -56,16 +56,16 @@ class MagnitudeMask(GradientMask):
 
     @override
     def version(self, step: int) -> Hashable:
-        """How often the masks have changed."""
+        """Count the changes of the masks."""
         return self.count
 
     @override
     def live(self, step: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """The masks of those parameters that have one."""
+        """Return the masks of those parameters that have one."""
         return {name: self.masks[name].to(p.device) for name, p in parameters.items() if name in self.masks}
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks as plain values, eight coordinates a byte."""
+        """Return the masks as plain values, eight coordinates per byte."""
         bits = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in self.masks.items()}
         return {
             "count": self.count,
@@ -74,7 +74,7 @@ class MagnitudeMask(GradientMask):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MagnitudeMask:
-        """What ``state_dict`` was made of, with the same version."""
+        """Restore the masks that ``state_dict`` was made of, with the same version."""
         masks = {}
         for name, saved in state["masks"].items():
             bits = np.unpackbits(saved["bits"].cpu().numpy(), count=math.prod(saved["shape"]))

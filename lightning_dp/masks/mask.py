@@ -1,4 +1,4 @@
-"""What a mask of the gradient is, and how a random set of coordinates is drawn."""
+"""The base class of masks, and the draw of a random set of coordinates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class GradientMask(ABC):
-    """Which coordinates are live in a logical step: a function of public state only.
+    """A choice of the coordinates that are live in a logical step: a function of public state only.
 
         g_i <- m g_i before clipping;  noise only where m = 1;  p.grad = 0 elsewhere
 

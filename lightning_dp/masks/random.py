@@ -27,7 +27,7 @@ def cosine(progress: float) -> float:
 
 
 def constant(progress: float) -> float:
-    """The final rate from the first step on."""
+    """Return the final rate from the first step on."""
     return 1.0
 
 
@@ -35,7 +35,7 @@ COOLINGS: dict[str, Cooling] = {"linear": linear, "cosine": cosine, "constant": 
 
 
 class RandomMask(GradientMask):
-    """Leaves out a random set of coordinates, drawn anew every ``refresh_steps`` logical steps.
+    """A mask of a random set of coordinates, drawn again every ``refresh_steps`` logical steps.
 
         i = step // refresh_steps,   r(i) = final_rate * schedule(min(i / (num_refreshes - 1), 1)),   Z = int(r(i) P)
 
@@ -98,7 +98,7 @@ class RandomMask(GradientMask):
 
     @override
     def version(self, step: int) -> Hashable:
-        """The index of the refresh; -1 while nothing is masked."""
+        """Return the index of the refresh; -1 while nothing is masked."""
         return step // self.refresh_steps if self.rate(step) > 0 else -1
 
     @override
@@ -136,14 +136,14 @@ def check_rate(final_rate: float) -> float:
 
 
 def check_cooling(schedule: str | Cooling) -> Cooling:
-    """A cooling by its name, or a user's own."""
+    """Return a cooling by its name, or a user's own."""
     if callable(schedule):
         return schedule
     return COOLINGS[check.check_choice("schedule", schedule, COOLINGS)]
 
 
 def check_seed(seed: int) -> int:
-    """A whole number of at least zero."""
+    """Check that a value is a whole number of at least zero."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"Expected seed to be a whole number, got seed={seed!r}. Pass 0 or above: the mask is public.")
     if seed < 0:

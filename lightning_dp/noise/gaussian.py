@@ -87,11 +87,11 @@ class GaussianNoise:
 
     @property
     def seeded(self) -> bool:
-        """Whether the noise follows from a seed given by the user, who must then keep it secret."""
+        """True if the noise follows from a seed given by the user, who must then keep it secret."""
         return self._root is not None
 
     def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Begin to draw ``num`` standard normals beside other work, for the next call of ``add_`` or ``fill_``.
+        """Begin to draw ``num`` standard normals during other work, for the next call of ``add_`` or ``fill_``.
 
         That call uses them if its buffer has ``num`` coordinates of that type on that device; any other throws them away
         and draws its own. Does nothing where it would not help or could not be repeated: on other devices than the CPU,
@@ -112,7 +112,7 @@ class GaussianNoise:
         Example:
             >>> noise = GaussianNoise()
             >>> noise.prepare(100_000, torch.float32, torch.device("cpu"))
-            >>> sums = torch.zeros(100_000)  # work that the drawing goes on beside
+            >>> sums = torch.zeros(100_000)  # work during which the drawing goes on
             >>> bool(0.9 < noise.add_(sums, std=1.0).std() < 1.1)
             True
         """
@@ -141,7 +141,7 @@ class GaussianNoise:
             TypeError: another type of tensor.
             ValueError: a buffer that is not contiguous, or a ``std`` that is negative, not finite, or so small that
                 the buffer's type would turn it into zero.
-            Exception: what drawing beside other work raised, see ``prepare``.
+            Exception: what drawing during other work raised, see ``prepare``.
         """
         check_buffer(tensor, std)
         if std > 0:
@@ -213,7 +213,7 @@ class GaussianNoise:
         return (_fresh, (self.secure, self.tuned))
 
     def _refuse_the_parents_state(self) -> None:
-        """In a forked child: begin anew, for the parent goes on with the same streams."""
+        """Begin with new streams in a forked child, because the parent goes on with the old ones."""
         if self._fork != num_forks():
             self._start(None)
 

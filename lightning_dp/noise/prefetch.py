@@ -24,7 +24,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class NormalsAhead:
-    """Draws standard normals in a thread of its own, into a buffer that is reused.
+    """A thread that draws standard normals into a buffer that is reused.
 
     **Guarantee**: every number drawn is handed out at most once: it is spent before it is handed out, and what does not
     fit what is asked for is thrown away. No number depends on anything but the generator.
@@ -78,7 +78,7 @@ class NormalsAhead:
 
 
 def has_spare_core() -> bool:
-    """Tell whether a core is free beside those that torch computes on; else drawing holds up the work that it runs beside.
+    """Tell whether a core is free in addition to those that torch computes on; else drawing delays the work that runs with it.
 
     False where ``OMP_NUM_THREADS`` or ``OMP_THREAD_LIMIT`` is set: then the user has said how many threads compute.
     """

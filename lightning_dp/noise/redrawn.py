@@ -64,7 +64,7 @@ class CorrelatedGaussianNoise:
 
     @property
     def seeded(self) -> bool:
-        """Whether the noise follows from a seed given by the user, who must then keep it secret."""
+        """True if the noise follows from a seed given by the user, who must then keep it secret."""
         return self._seeded
 
     @property

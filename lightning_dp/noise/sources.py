@@ -53,7 +53,7 @@ def normal_stream(seed: np.random.SeedSequence, *, tuned: bool = True) -> Stream
 
 
 def threads_that_pay(num_threads: int) -> int:
-    """Return on how many threads to draw beside so many that wait awake: MKL's one takes as long as two that take turns."""
+    """Return on how many threads to draw while so many wait awake: MKL's one takes as long as two that take turns."""
     return 1 if num_threads <= 2 and _mkl_generator() is not None else num_threads
 
 
@@ -107,7 +107,7 @@ def _torch_stream(seed: np.random.SeedSequence) -> Stream:
 
 
 def _has_known_layout() -> bool:
-    """Whether torch's CPU generator keeps its state as ``_torch_stream`` writes it: seen from what a known seed leaves there."""
+    """Tell whether torch's CPU generator keeps its state as ``_torch_stream`` writes it: seen from what a known seed leaves there."""
     seed = 5489
     state = torch.Generator().manual_seed(seed).get_state().numpy()
     if state.size != _STATE_BYTES:

@@ -32,7 +32,7 @@ class GradientEngine(ABC):
     @property
     @abstractmethod
     def has_layout(self) -> bool:
-        """Whether the engine knows which axis of every use of a private parameter runs over the samples."""
+        """True if the engine knows which axis of every use of a private parameter runs over the samples."""
 
     @abstractmethod
     def attach(self) -> None:
@@ -64,7 +64,7 @@ class GradientEngine(ABC):
             more: keep what was learned before, and add what these runs use beyond it.
 
         Raises:
-            PrivacyError: the samples that a private parameter meets cannot be told apart.
+            PrivacyError: the samples that a private parameter meets cannot be distinguished.
         """
 
     @abstractmethod

@@ -39,6 +39,7 @@ def instance_norm_of_running(
     *options: Any,
     **more: Any,
 ) -> Any:
+    """Compute an instance norm with running statistics; weight and bias act on its result."""
     return scaled(func(input, running_mean, running_var, None, None, *options, **more), weight, bias)
 
 
@@ -54,6 +55,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
+    """Compute a batch norm with fixed statistics; weight and bias act on its result."""
     if training:
         raise PrivacyError(
             "Expected layers that keep samples apart, got batch_norm in training mode, which mixes them. lightning_dp.fix replaces "
@@ -63,6 +65,7 @@ def batch_norm(
 
 
 def matmul(tracker: Tracker, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+    """Compute a product with a parameter as a linear layer, if its shape allows."""
     if func.__name__ == "__rmatmul__":
         a, b = b, a
     tracked = is_tracked(a), is_tracked(b)
@@ -80,12 +83,14 @@ def matmul(tracker: Tracker, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 
 
 def addmm(tracker: Tracker, func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """Compute ``bias + a @ b`` as a linear layer, if its arguments allow."""
     if beta == alpha == 1 and bias.dim() == 1 and not is_tracked(a):
         return F.linear(a, b.mT, bias)
     return beta * bias + alpha * (a @ b)
 
 
 def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
+    """Select rows of a parameter by a tensor of indices as an embedding does."""
     one = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     if isinstance(one, Tensor) and one.dtype in (torch.int64, torch.int32) and one.dim():
         return rows(tensor, one)
@@ -93,18 +98,21 @@ def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
 
 
 def index_select(tracker: Tracker, func: Any, input: Any, dim: int, index: Any) -> Any:
+    """Select rows of a parameter as an embedding does."""
     if is_tracked(input) and dim == 0 and input.dim() and not is_tracked(index):
         return rows(input, index)
     return tracker.primitive(func, (input, dim, index), {})
 
 
 def rows(table: Any, index: Tensor) -> Tensor:
+    """Return rows of a table, by indices that may be negative."""
     flat = table.reshape(table.shape[0], -1)
     rows = F.embedding(index.long().remainder(len(table)), flat)
     return rows if table.dim() == 2 else rows.reshape(*index.shape, *table.shape[1:])
 
 
 def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) -> Any:
+    """Write a function of parameters into a tensor of data, out of place where the index is a mask."""
     if is_tracked(tensor) or not is_tracked(value):
         return tracker.primitive(func, (tensor, index, value), {})
     if isinstance(index, Tensor) and index.dtype == torch.bool:
@@ -119,6 +127,7 @@ def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) ->
 
 
 def broadcast_tensors(tracker: Tracker, func: Any, *tensors: Any) -> Any:
+    """Expand tensors to their common shape."""
     if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
         tensors = tuple(tensors[0])
     shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))  # type: ignore[no-untyped-call]
@@ -126,6 +135,7 @@ def broadcast_tensors(tracker: Tracker, func: Any, *tensors: Any) -> Any:
 
 
 def prelu(tracker: Tracker, func: Any, input: Any, weight: Any) -> Any:
+    """Compute ``max(x, 0) + weight min(x, 0)``."""
     if is_tracked(input):
         return tracker.primitive(func, (input, weight), {})
     if weight.numel() > 1:
@@ -136,6 +146,7 @@ def prelu(tracker: Tracker, func: Any, input: Any, weight: Any) -> Any:
 def embedding_of_weight(
     tracker: Tracker, func: Any, weight: Any, indices: Any, padding_idx: int = -1, *options: Any, **more: Any
 ) -> Any:
+    """Compute an embedding whose weight is the first argument."""
     return F.embedding(indices, weight, padding_idx if padding_idx >= 0 else None)
 
 
@@ -154,6 +165,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
+    """Compute the sum, mean or maximum over the rows of each sample's bag."""
     if weight.dtype == torch.long:  # the old order
         input, weight = weight, input
     if input.dim() != 2:
@@ -180,6 +192,7 @@ def embedding_bag(
 def lstm_cell(
     tracker: Tracker, func: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
 ) -> Any:
+    """Compute one step of an LSTM."""
     hidden, cell = hx
     i, f, g, o = (F.linear(input, w_ih, b_ih) + F.linear(hidden, w_hh, b_hh)).chunk(4, -1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
@@ -189,6 +202,7 @@ def lstm_cell(
 def gru_cell(
     tracker: Tracker, func: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
 ) -> Any:
+    """Compute one step of a GRU."""
     r, z, n = F.linear(input, w_ih, b_ih).chunk(3, -1)
     hr, hz, hn = F.linear(hx, w_hh, b_hh).chunk(3, -1)
     new = (n + (r + hr).sigmoid() * hn).tanh()
@@ -198,11 +212,13 @@ def gru_cell(
 def rnn_cell(
     tracker: Tracker, func: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
 ) -> Any:
+    """Compute one step of a plain recurrent network."""
     total = F.linear(input, w_ih, b_ih) + F.linear(hx, w_hh, b_hh)
     return total.tanh() if func.__name__ == "rnn_tanh_cell" else total.relu()
 
 
 def bilinear(tracker: Tracker, func: Any, one: Any, other: Any, weight: Any, bias: Any = None) -> Any:
+    """Compute a bilinear layer as a linear one of the products of its inputs."""
     if is_tracked(one) or is_tracked(other):
         return tracker.primitive(func, (one, other, weight, bias), {})
     products = (one.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2)
@@ -235,6 +251,7 @@ def entered(func: Any) -> Any:
 
 
 def transposed(tracker: Tracker, func: Any, tensor: Any, *_: Any) -> Any:
+    """Compute ``.T``, ``.mT``, ``.H``, ``.mH``, ``.real`` or ``.imag``."""
     name = func.__self__.__name__
     if name in ("real", "imag"):
         return tracker.primitive(getattr(torch, name), (tensor,), {})

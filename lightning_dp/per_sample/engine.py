@@ -161,7 +161,7 @@ class PerSampleEngine(GradientEngine):
 
     @property
     def listening(self) -> bool:
-        """Whether backwards count."""
+        """True if backwards count."""
         return self._recorder.listening
 
     @listening.setter

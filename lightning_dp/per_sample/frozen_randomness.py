@@ -80,7 +80,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._dropouts.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs one operation, replacing what it draws."""
+        """Run one operation, replacing its random draws."""
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
@@ -116,7 +116,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _by_place(like: torch.Tensor) -> torch.Tensor:
-    """Fixed numbers in (0, 1) that look drawn, one for each place in row-major order."""
+    """Return fixed numbers in (0, 1) that look drawn, one for each index in row-major order."""
     places = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
     return ((torch.sin(places * 12.9898 + 1.0) * 43758.5453).frac().abs() * 0.98 + 0.01).view(like.shape)
 

@@ -48,7 +48,7 @@ def compare_with_singles(
     Args:
         batched: parameter name to per-sample gradients, shape ``(B, *shape)``, randomness off. Private.
         singles: for each of the ``B`` samples parameter name to gradient, shape ``(*shape)``, of its own loss. Private.
-            A name that one side lacks counts as zero there. Asked for one by one, and let go of before the next.
+            A name that one side lacks counts as zero there. Asked for one by one, and freed before the next.
         scale: makes ``batched`` gradients of the sum over samples of the loss: ``B`` for a mean loss.
         dtype: type the forward ran in, ``torch.bfloat16`` under "bf16-mixed"; by default the coarsest of the gradients.
         rtol: allowed difference, in (0, inf); by default chosen by ``dtype``.
@@ -133,7 +133,7 @@ def _why_never_private(module: nn.Module) -> str:
 
 
 def _why_not_together(module: nn.Module) -> str:
-    """Say why samples of one forward cannot be told apart; "" where they can."""
+    """Return why samples of one forward cannot be distinguished; "" if they can."""
     kind = type(module).__name__
     alone = getattr(module, "normalises_samples_alone", False)  # of a subclass that `fix` has changed
     if isinstance(module, _BatchNorm) and not alone and (_trains(module) or module.running_mean is None):

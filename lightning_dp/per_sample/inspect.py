@@ -1,4 +1,4 @@
-"""How each layer of a module would be trained privately, seen without data."""
+"""Inspection of the layers of a module without data: how each would be trained privately."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerReport:
     Args:
         name: qualified name; "" is the module itself.
         kind: name of its class.
-        num_trainable: trainable parameters that hang on the layer itself.
+        num_trainable: trainable parameters of the layer itself.
         handling: how its per-sample gradients come about, or why there is nothing to do.
         problem: why it cannot be trained privately as it is; "" where it can.
         fix: what ``lightning_dp.fix`` would do; "" for nothing.
@@ -79,7 +79,7 @@ def inspect(module: nn.Module) -> list[LayerReport]:
 
 
 def _split(change: str) -> tuple[str, str]:
-    """The layer's name and the rest of a sentence of ``fix``."""
+    """Return the layer's name and the rest of a sentence of ``fix``."""
     name, _, rest = change.partition(": ")
     return name, rest
 
@@ -117,7 +117,7 @@ def _handling(layer: nn.Module, own: list[nn.Parameter], trainable: list[nn.Para
 
 
 def _shared(module: nn.Module) -> dict[str, str]:
-    """What to add for layers that share a trainable parameter with another one."""
+    """Return the note on layers that share a trainable parameter with another one."""
     places: dict[int, list[str]] = {}
     for name, layer in module.named_modules():
         for parameter in layer.parameters(recurse=False):

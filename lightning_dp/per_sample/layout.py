@@ -1,6 +1,6 @@
-"""Where a call carries the samples: batch axis and rows of one sample, learned from two batch sizes.
+"""The layout of a call: batch axis and rows of one sample, inferred from two batch sizes.
 
-Legend: ``B`` samples, ``K`` rows of one sample, "sample-major": the ``K`` rows of a sample lie next to each other.
+Legend: ``B`` samples, ``K`` rows of one sample, "sample-major": the ``K`` rows of a sample are next to each other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BatchAxis:
     sample_major: bool | None = None
 
     def rows_of_one(self, tensor: Tensor, batch_size: int, where: str) -> int:
-        """Return ``K`` of this tensor at this batch size; ``PrivacyError`` if the samples cannot be told apart."""
+        """Return ``K`` of this tensor at this batch size; ``PrivacyError`` if the samples cannot be distinguished."""
         if tensor.dim() <= self.axis:
             raise PrivacyError(
                 f"Expected a tensor with the batch in axis {self.axis}, got shape={tuple(tensor.shape)} in {where}. "
@@ -42,7 +42,7 @@ class BatchAxis:
         return self.rows_in(tensor.shape[self.axis], batch_size, where)
 
     def rows_in(self, length: int, batch_size: int, where: str) -> int:
-        """Return ``K`` of an axis of this length; ``PrivacyError`` if the samples cannot be told apart."""
+        """Return ``K`` of an axis of this length; ``PrivacyError`` if the samples cannot be distinguished."""
         if batch_size == 0:
             return self.multiplicity
         rows, rest = divmod(length, batch_size)
@@ -178,7 +178,7 @@ def _solve_call(first: Observation, second: Observation, sizes: tuple[int, int])
             inputs[i] = BatchAxis(axis.axis, axis.multiplicity, order)
     known = {a.sample_major for a in inputs if isinstance(a, BatchAxis) and a.sample_major is not None}
     if len(known) == 1:
-        # the rows of an output lie as those of the input they were made from
+        # the rows of an output have the order of those of the input they were made from
         order = known.pop()
         inputs = [_with_order(axis, order) for axis in inputs]
         outputs = [_with_order(axis, order) for axis in outputs]

@@ -56,7 +56,7 @@ class Node:
 
     @property
     def is_view(self) -> bool:
-        """Whether its entries are entries of one parameter, each at most once."""
+        """True if its entries are entries of one parameter, each at most once."""
         return self.key is not self
 
 

@@ -1,4 +1,4 @@
-"""What each torch function does with a private parameter: nothing, a rule, several simpler operations, or the general way."""
+"""The table of torch functions: each has a rule, runs simpler operations, goes the general way, or needs nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Operation(NamedTuple):
-    """How an operation is run; a composite one runs simpler operations, which report themselves."""
+    """An entry of the table of operations; a composite one runs simpler operations, which report themselves."""
 
     run: Callable[[Tracker, Any, Any, Any], Any]
     is_composite: bool = False

@@ -167,7 +167,7 @@ class Observer:
 
 
 class Learner:
-    """Runs the user's forward at two sizes until every operation is understood.
+    """A learner that runs the user's forward at two sizes until every operation is understood.
 
     Args:
         tracker: follows the parameters.
@@ -187,7 +187,7 @@ class Learner:
             names: qualified names of the parameters that are followed.
 
         Raises:
-            PrivacyError: the samples that an operation works on cannot be told apart.
+            PrivacyError: the samples that an operation works on cannot be distinguished.
         """
         known = Learned(names=names)
         for _ in range(_MOST_PASSES):

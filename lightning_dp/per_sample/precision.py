@@ -13,7 +13,7 @@ import torch
 def exact_arithmetic(device_type: str) -> Iterator[None]:
     """Compute in full precision inside; the user's settings hold again outside.
 
-    A norm from Gram matrices and a weighted sum from another product speak of the same gradient only up to their
+    A norm from Gram matrices and a weighted sum from another product agree on the gradient only up to their
     rounding. With TF32 or bfloat16 products that is 1e-3 of terms which may cancel: enough to void a sensitivity.
 
     Args:

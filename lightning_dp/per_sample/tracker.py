@@ -91,6 +91,7 @@ class Tracker:
                 del self.sources[key]
 
     def number(self, what: Hashable) -> int:
+        """Return the number of a lineage, the next free one if it is new."""
         return self._lineages.setdefault(what, len(self._lineages))
 
     def node_of(self, thing: Any) -> Node | None:

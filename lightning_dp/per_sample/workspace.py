@@ -17,7 +17,7 @@ SHARE = 0.95
 """Largest size of all kept buffers together, as a share of what a step without privacy holds anyway (see ``limit``)."""
 
 _SPARE = 1.125
-"""Room for larger Poisson batches to come, so that buffers are seldom made anew."""
+"""Margin for larger Poisson batches, so that buffers are seldom made again."""
 
 
 class Workspace:
@@ -48,7 +48,7 @@ class Workspace:
         return sum(buffer.nbytes for buffer in self._buffers.values()) + sum(self._admitted.values())
 
     def take(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return the buffer of that key, of that shape and with arbitrary values; None where there is no room for it.
+        """Return the buffer of that key, of that shape and with arbitrary values; None if it does not fit.
 
         Args:
             key: one owner a key: what it was given before is overwritten.
@@ -68,7 +68,7 @@ class Workspace:
         return held[:size].view(*shape)
 
     def admits(self, key: Hashable, num_bytes: int) -> bool:
-        """Tell whether there is room for a tensor made elsewhere, and from now on reckon with it."""
+        """Tell whether a tensor made elsewhere fits, and count it from now on."""
         if num_bytes > self._admitted.pop(key, 0) and num_bytes > self._limit() - self.num_bytes:
             return False
         self._admitted[key] = num_bytes

@@ -1,1 +1,1 @@
-"""What a run says of its privacy: statement, card and their files."""
+"""Statement and card of a run, and their files."""

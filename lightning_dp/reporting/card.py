@@ -33,7 +33,7 @@ COMPUTED_BY = {"rdp": "dp-accounting", "prv": "opacus"}
 
 @dataclass(frozen=True, kw_only=True)
 class RunNotes:
-    """What a card says of a run beyond its plan and ledger.
+    """Notes of a card in addition to plan and ledger.
 
     Args:
         seeded: sampling and noise came from a known seed, which voids the promise against those who know it.
@@ -54,12 +54,12 @@ class RunNotes:
     kept_apart: tuple[str, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
-        """The notes as plain values, for a checkpoint."""
+        """Return the notes as plain values, for a checkpoint."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> RunNotes:
-        """The notes that a checkpoint holds; what it does not hold is what a run without callbacks has.
+        """Return the notes that a checkpoint holds; missing ones are those of a run without callbacks.
 
         Raises:
             ValueError: a field of another kind.
@@ -207,7 +207,7 @@ def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) ->
 
 
 def _noise_over_steps(ledger: Ledger) -> list[dict[str, Any]]:
-    """Runs of equal noise; the open pass of a shuffled run is an entry of its own in the ledger, but not here."""
+    """Return runs of equal noise; the open pass of a shuffled run is an entry of its own in the ledger, but not here."""
     return [
         {"steps": sum(run.num_steps for run in runs), "noise_multiplier": event.noise_multiplier, "note": event.reason}
         for event, runs in itertools.groupby(ledger.entries, key=lambda run: run.event)

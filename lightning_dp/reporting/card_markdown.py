@@ -12,7 +12,7 @@ NUM_LISTED = 12
 
 
 def to_markdown(card: Mapping[str, Any], *, plot: str | None = None) -> str:
-    """The card for people.
+    """Return the card as Markdown.
 
     Args:
         card: what ``privacy_card`` returned.
@@ -78,7 +78,7 @@ def _cell(value: object) -> str:
 
 
 def _attack_section(attacks: Mapping[str, Any], unit: str) -> str:
-    """The largest success of any attack, beside epsilon."""
+    """Return the section on the largest success of any attack."""
     lines = [
         "## Attacks\n",
         f"Whoever sees everything that was released, knows all other {unit}s and wants to tell whether one {unit} was used:\n",

@@ -14,7 +14,7 @@ _EPSILON, _TARGET, _ATTACK = "tab:blue", "tab:red", "tab:orange"
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Tell whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 

@@ -1,4 +1,4 @@
-"""What a run may say about its privacy, and what it must not leave out."""
+"""The privacy statement of a run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def describe_unit(plan: DPPlan) -> str:
 
 
 def describe_epsilon(epsilon: float) -> str:
-    """An epsilon as text, rounded up so that it never understates.
+    """Return an epsilon as text, rounded up so that it never understates.
 
     Example:
         >>> describe_epsilon(1.23001), describe_epsilon(math.inf)
@@ -67,7 +67,7 @@ def describe_epsilon(epsilon: float) -> str:
 
 
 def describe_share(share: float) -> str:
-    """A share in percent, rounded up so that it never understates.
+    """Return a share in percent, rounded up so that it never understates.
 
     Example:
         >>> describe_share(0.0182985), describe_share(1e-3), describe_share(1.0)
@@ -91,7 +91,7 @@ class _Described:
 
 
 def stated_plan(state: Mapping[str, Any]) -> DPPlan:
-    """The plan that a checkpoint holds, as far as a statement needs it: its schedule and clipping cannot be run again.
+    """Return the plan that a checkpoint holds, as far as a statement needs it: its schedule and clipping cannot be run again.
 
     Args:
         state: what ``DPPlan.state_dict`` returned.
@@ -149,7 +149,7 @@ def privacy_statement(
     choices: Collection[str] = (),
     kept_apart: Sequence[str] = (),
 ) -> str:
-    """The privacy statement of a run: what is promised, how it was computed, what is not covered.
+    """Return the privacy statement of a run: what is promised, how it was computed, what is not covered.
 
     Args:
         plan: the public settings.
@@ -189,7 +189,7 @@ def privacy_statement(
 
 
 def describe_sampling(plan: DPPlan) -> str:
-    """How batches are drawn, and what the accountant makes of it, in words."""
+    """Return in words how batches are drawn and accounted for."""
     if amplifies_allocation(plan):
         return f"shuffled batches (random allocation to {plan.batches_per_pass} batches per pass)"
     if plan.sampling != "poisson":
@@ -198,7 +198,7 @@ def describe_sampling(plan: DPPlan) -> str:
 
 
 def amplifies_allocation(plan: DPPlan) -> bool:
-    """Whether passes are random allocations and the plan's accountant counts them as less than one Gaussian each."""
+    """Tell whether passes are random allocations and the plan's accountant counts them as less than one Gaussian each."""
     return plan.allocates and ACCOUNTANTS[plan.accountant].amplifies_from < math.inf
 
 

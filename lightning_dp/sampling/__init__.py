@@ -1,4 +1,4 @@
-"""Which records meet in which step, and how they reach the training step.
+"""The draw of the records of each step, and their way to the training step.
 
 Read in this order: ``indices`` (the random draws), ``units`` (users with several records), ``batches`` (one item of the
 loader), ``fetch`` and ``randomness`` (how it is read), ``facts`` (what is public), ``checks`` (which loaders cannot be made

@@ -1,4 +1,4 @@
-"""Which loaders cannot be made private: what was found, why, and what to do instead."""
+"""Checks of loaders: each refusal says what was found, why, and what to do instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an item is read: between torch's loader and the user's dataset, in the process that reads."""
+"""The reading of items, between torch's loader and the user's dataset, in the process that reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_it_is(batch: Any) -> Any:
 
 
 def reads_many(dataset: Any) -> bool:
-    """Whether ``DataLoader`` would read a whole list of indices at once from this dataset."""
+    """Tell whether ``DataLoader`` would read a whole list of indices at once from this dataset."""
     return bool(getattr(dataset, "__getitems__", None))
 
 
@@ -31,7 +31,7 @@ def read(dataset: Any, indices: list[int]) -> list[Any]:
 
     Raises:
         TypeError: the dataset reads many samples at once and did not return one for each index, so that samples cannot
-            be told apart.
+            be distinguished.
     """
     if not indices:
         return []
@@ -48,7 +48,7 @@ def read(dataset: Any, indices: list[int]) -> list[Any]:
 
 
 class _Before:
-    """Takes the dataset's part in a loader's iterator, and passes as the dataset in all else.
+    """A wrapper that replaces the dataset in a loader's iterator, and passes as the dataset in all else.
 
     Class, length, items and attributes are the dataset's, so a ``worker_init_fn`` that prepares
     ``get_worker_info().dataset`` still works.
@@ -85,7 +85,7 @@ class _Before:
 
 
 class BeforeRecords(_Before):
-    """Reads and collates one item of a dataset with random access: the whole of it under fresh randomness.
+    """A fetcher of one item of a dataset with random access: reading and collating use fresh randomness.
 
     **Guarantee**: see ``fresh_randomness``; the entropy is that of the item's ``Draw``.
 
@@ -111,7 +111,7 @@ class BeforeRecords(_Before):
 
 
 class BeforeStream(_Before):
-    """Reads a stream whose records torch's loader cuts into items: each item under fresh randomness.
+    """A fetcher of a stream whose records torch's loader cuts into items: each item uses fresh randomness.
 
     The loader asks for ``batch_size`` records one by one and then for their collated batch. The randomness begins with
     the first of them and ends with ``collate``, or where the stream ends or raises.

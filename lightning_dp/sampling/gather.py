@@ -11,7 +11,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 
 class Gather:
-    """Stands before a ``TensorDataset``, or a ``Subset`` of one, whose samples ``default_collate`` makes a batch of.
+    """A wrapper of a ``TensorDataset``, or a ``Subset`` of one, whose samples ``default_collate`` makes a batch of.
 
     To read 256 samples one by one and to stack them takes about a millisecond, to gather them a tenth of that. Its samples
     are the indices themselves; :meth:`collate` makes of them, bit for bit, the batch that the two would have made.

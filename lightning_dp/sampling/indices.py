@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from lightning_dp.sampling.units import Units
 
-_CHOICES, _ENTROPY = 1, 2  # children of a rank's seed, beside the stream of its draws
+_CHOICES, _ENTROPY = 1, 2  # children of a rank's seed, in addition to the stream of its draws
 
 
 def _generator(seed: int | None, rank: int, world_size: int) -> np.random.Generator:

@@ -69,11 +69,11 @@ class Accumulator:
         return self._flat
 
     def _fresh(self) -> Tensor:
-        """Returns a buffer with arbitrary values: without a mask the memory of the last gradients, where that is free."""
+        """Return a buffer with arbitrary values: without a mask the memory of the last gradients, if that is free."""
         return self._memory_of_gradients() if self.active is None else self._new(self.num_active + self.num_statistics)
 
     def _memory_of_gradients(self) -> Tensor:
-        """Returns P + S arbitrary numbers: those that the last gradients lie in if nobody else has them."""
+        """Return P + S arbitrary numbers: the memory of the last gradients if nobody else holds it."""
         held, self._handed_out = self._handed_out, None
         return self._new(self.num_coordinates + self.num_statistics) if held is None or is_shared(held) else held
 
@@ -153,12 +153,12 @@ class Accumulator:
         return self._scratch
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """Returns a view a parameter on a buffer of shape (P,)."""
+        """Return one view per parameter on a buffer of shape (P,)."""
         parts = torch.split(flat, self._sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def holds(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Whether this buffer was made for exactly these parameters, where they are now."""
+        """Tell whether this buffer was made for exactly these parameters, where they are now."""
         return (
             len(parameters) == len(self.parameters)
             and all(self.parameters.get(name) is parameter for name, parameter in parameters.items())
@@ -207,7 +207,7 @@ class Accumulator:
         self.gradient.add_(total if self.active is None else total[self.active])
 
     def add_at(self, positions: Tensor, values: Tensor) -> None:
-        """Adds values at positions of the gradient, indices below P; what is masked is left out."""
+        """Add values at positions of the gradient, indices below P; masked ones are left out."""
         if self._active_indices is not None:
             positions, present = self._among_active(positions)
             positions, values = positions[present], values[present]
@@ -225,7 +225,7 @@ class Accumulator:
             parameter.grad = None
 
     def payload(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns what is released, in one buffer: all of it, the active coordinates, and the statistics (two views)."""
+        """Return what is released, in one buffer: all of it, the active coordinates, and the statistics (two views)."""
         return self.flat, self.gradient, self.statistics
 
     def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class Accumulator:
         return torch.where(present, noisy[found], 0.0)
 
     def _among_active(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns where positions of the gradient are among the active coordinates, and whether they are there at all."""
+        """Return the indices of positions of the gradient among the active coordinates, and whether they are active."""
         assert self._active_indices is not None
         found = torch.searchsorted(self._active_indices, positions).clamp(max=len(self._active_indices) - 1)
         return found, self._active_indices[found] == positions

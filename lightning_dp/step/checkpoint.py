@@ -21,7 +21,7 @@ WEIGHTS = "weights"
 
 
 class Restored(NamedTuple):
-    """What a checkpoint says about the privacy spent.
+    """The privacy spent, as a checkpoint holds it.
 
     Args:
         ledger: the one to go on with.
@@ -37,7 +37,7 @@ class Restored(NamedTuple):
 
 
 def dump(ledger: Ledger, plan: Any, step: int, *, global_step: int, unledgered: int, notes: RunNotes) -> dict[str, Any]:
-    """The privacy state as plain values. The noise generator's state is never part of it: noise used twice cancels out."""
+    """Return the privacy state as plain values. The noise generator's state is never part of it: noise used twice cancels out."""
     return {
         "version": VERSION,
         "ledger": ledger.state_dict(),
@@ -50,7 +50,7 @@ def dump(ledger: Ledger, plan: Any, step: int, *, global_step: int, unledgered: 
 
 
 def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one_step_a_batch: bool) -> Restored:
-    """Reads ledger, plan and logical step from a checkpoint.
+    """Read ledger, plan and logical step from a checkpoint.
 
     Args:
         checkpoint: the loaded Lightning checkpoint.
@@ -98,7 +98,7 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
     if saved.neighboring_relation != current.neighboring_relation:
         raise PrivacyError(
             f"Expected neighboring_relation={saved.neighboring_relation!r} as in the checkpoint, got "
-            f"{current.neighboring_relation!r}. One epsilon cannot speak of two relations: pass the checkpoint's."
+            f"{current.neighboring_relation!r}. One epsilon cannot state two relations: pass the checkpoint's."
         )
     if saved.unit != current.unit:
         raise PrivacyError(
@@ -122,13 +122,13 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
 
 
 def optimizer_steps(checkpoint: Mapping[str, Any]) -> int:
-    """The most steps that a checkpoint shows any optimizer to have taken: Lightning's count, and the optimizers' own."""
+    """Return the most steps that a checkpoint shows any optimizer to have taken: Lightning's count, and the optimizers' own."""
     states = [state.get("state", {}).values() for state in checkpoint.get("optimizer_states", ())]
     return max([int(checkpoint.get("global_step", 0)), *(most_steps(state) for state in states)])
 
 
 def most_steps(states: Iterable[Any]) -> int:
-    """The largest ``step`` that an optimizer's per-parameter states hold; 0 where they count none."""
+    """Return the largest ``step`` in an optimizer's per-parameter states; 0 if they count none."""
     counts = [state["step"] for state in states if isinstance(state, Mapping) and "step" in state]
     return max((int(count) for count in counts if isinstance(count, (int, float, Tensor))), default=0)
 
@@ -138,7 +138,7 @@ def _is_count(value: Any) -> bool:
 
 
 def load_notes(checkpoint: dict[str, Any]) -> RunNotes:
-    """What else the run of a checkpoint with a ledger has to say of itself.
+    """Return the notes of the run of a checkpoint with a ledger.
 
     Raises:
         PrivacyError: the notes cannot be read.

@@ -21,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 class Couplings:
-    """Checks that samples are independent, by runs in the sandbox on records from all over the training set.
+    """A check that samples are independent, by runs in the sandbox on records from all over the training set.
 
     Args:
         runs: run the user's step.
@@ -113,7 +113,7 @@ class Couplings:
         except Exception:  # the user's code refuses such a record
             return
         swapped[0] = spare
-        self._compare(snapshot, base, swapped, 0, draws, "exchanged beside an infinite one")
+        self._compare(snapshot, base, swapped, 0, draws, "exchanged next to an infinite one")
 
     def exchange_one(self, snapshot: Snapshot, records: list[Any], *, seed: int, spoil: bool = False) -> None:
         """Exchange one sample of a batch of the real size, with real draws."""

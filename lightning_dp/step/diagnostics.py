@@ -35,7 +35,7 @@ class Diagnostics:
 
 
 class ClippingDiagnostics(Diagnostics):
-    """What clipping and noise did to one logical batch.
+    """Effects of clipping and noise on one logical batch.
 
         clip_fraction   = share of samples whose contribution is shorter than their gradient
         clipping_bias   = cos(sum of clipped gradients, sum of raw gradients)

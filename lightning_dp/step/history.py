@@ -114,7 +114,7 @@ def note_values(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _print_of(parameter: nn.Parameter) -> Any:
-    """Return a few of a parameter's values, by which copies are told; None where other parameters may well have the same."""
+    """Return a few of a parameter's values, by which copies are recognised; None where other parameters may well have the same."""
     flat = parameter.detach().flatten()
     if flat.numel() < _FEWEST or type(flat) is not Tensor or flat.is_meta:
         return None

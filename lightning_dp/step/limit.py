@@ -1,4 +1,4 @@
-"""How many logical steps a run may take: no limit, or as many as a budget of epsilon pays for."""
+"""The limit of logical steps of a run: none, or as many as a budget of epsilon pays for."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Spending(Protocol):
 
     @property
     def accountant(self) -> Accountant:
-        """Computes epsilon."""
+        """An object that computes epsilon."""
 
     @property
     def plan(self) -> PublicPlan:

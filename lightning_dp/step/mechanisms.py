@@ -70,7 +70,7 @@ _OFF: dict[str, Any] = {
 
 
 class Mechanisms:
-    """What callbacks ask of one fit; whatever nobody asks for is an object that does nothing.
+    """Requests of callbacks for one fit; whatever nobody requests is an object that does nothing.
 
     **Guarantee**: holds public settings and rules over public state only.
 
@@ -233,7 +233,7 @@ class Mechanisms:
 
     @property
     def sometimes_plain(self) -> bool:
-        """Whether some steps may be plain SGD."""
+        """True if some steps may be plain SGD."""
         return any("is_private" in asked for _, asked in self._asked.values())
 
     def check(self, clipping: Clipping, *, target_epsilon: float | None, num_private_optimizers: int) -> None:

@@ -23,7 +23,7 @@ class Microbatch:
         step: the private step.
         count: records.
         owners: of each record, the position of its user, ascending; None if each record is a sample.
-        weight: 0 makes the records contribute exactly nothing, as those that stand in for an empty batch.
+        weight: 0 makes the records contribute exactly nothing, as the dummy record of an empty batch.
         divisor: number that the host divides the loss by before its backward.
         further: whether this is not the logical batch's one real call, so that no optimizer steps on it.
     """

@@ -11,7 +11,7 @@ from lightning_dp.step.release import Release
 
 
 class ReleaseNoise:
-    """Draws the noise that a release states, once per release.
+    """The noise that a release states, drawn once per release.
 
     **Guarantee**: after :meth:`add` every coordinate and every statistic of the accumulator holds this rank's share of
     noise of exactly the release's standard deviations, whether it was drawn before or after the samples were added.

@@ -98,7 +98,7 @@ class DPPlan:
 
     @property
     def allocates(self) -> bool:
-        """Whether a pass is accounted as random allocation; if not, a shuffled pass is accounted without amplification."""
+        """True if a pass is accounted as random allocation; if not, a shuffled pass is accounted without amplification."""
         return (
             self.sampling == "shuffle"
             and self.batches_per_pass is not None
@@ -119,11 +119,11 @@ class DPPlan:
         return self.relation_factor * self.clipping.sensitivity(num_groups)
 
     def event(self, step: int) -> PrivacyEvent:
-        """What the ledger is told of logical step ``step``."""
+        """Return the event of logical step ``step``."""
         return self.event_of(self.sigma(step), step)
 
     def event_of(self, sigma: float, step: int) -> PrivacyEvent:
-        """The event of a release with noise multiplier ``sigma`` in logical step ``step``."""
+        """Return the event of a release with noise multiplier ``sigma`` in logical step ``step``."""
         if not self.is_private(step):
             return PrivacyEvent.non_private("a step of plain SGD: neither bound nor noise")
         if self.unsound:
@@ -143,7 +143,7 @@ class DPPlan:
     def runs(self, start: int, stop: int, noise_multiplier: float | None = None) -> list[Run]:
         """Events of the logical steps ``start <= t < stop`` as runs of equal ones, for calibration and look-ahead.
 
-        Correlated noise makes the whole run one pass. Under "shuffle" and "cyclic" each run is part of one pass over the data.
+        Correlated noise makes the whole run one pass. Under "shuffle" and "cyclic" each run is within one pass over the data.
         It says whether it begins that pass or continues it, so a pass whose sigma changes counts once, with its smallest sigma.
         The first run always begins a pass, unless noise is correlated.
 
@@ -180,7 +180,7 @@ class DPPlan:
         return [(start + low, high - low) for low, high in itertools.pairwise(cuts)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan as plain values, for a checkpoint and for comparison on resume."""
+        """Return the plan as plain values, for a checkpoint and for comparison on resume."""
         return {
             "sampling": self.sampling,
             "dataset_size": self.dataset_size,

@@ -33,7 +33,7 @@ _SAME_RUN = (
 
 
 def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
-    """The delta of the run; a warning where it promises nothing."""
+    """Return the delta of the run; warn if it promises nothing."""
     size = facts.dataset_size
     if settings.target_delta is None:
         if size is None:
@@ -63,7 +63,7 @@ def build_plan(
     accountant: Accountant,
     restored: dict[str, Any] | None,
 ) -> DPPlan:
-    """Builds the plan, calibrating the noise when a target is given.
+    """Build the plan, calibrating the noise if a target is given.
 
     Args:
         settings: what the user asked for.
@@ -77,12 +77,12 @@ def build_plan(
 
     Raises:
         PrivacyError: the dataset's size differs from the resumed run's.
-        ValueError: a target with an unbounded run, or one that cannot be met.
+        ValueError: a target with an unbounded run, or one that cannot be reached.
     """
     if restored is not None and restored["dataset_size"] != facts.dataset_size:
         raise PrivacyError(
             f"Expected the {restored['dataset_size']} {facts.unit}s of the run being resumed, got {facts.dataset_size}. Its ledger "
-            "holds for that dataset only: resume on the same training set, or start a new run."
+            "is for that dataset only: resume on the same training set, or start a new run."
         )
     if not facts.add_remove_changes_one_batch and settings.neighboring_relation == "add_or_remove_one":
         raise ValueError(
@@ -122,7 +122,7 @@ def build_plan(
 
 
 def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> None:
-    """A statistic with too little noise of its own is refused before the first step, not in the middle of the schedule."""
+    """Refuse a statistic with too little noise of its own before the first step, not in the middle of the schedule."""
     stop = start + 1 if plan.steps is None else plan.steps
     factors = [factor for factor, _ in schedules.runs(plan.schedule, start, max(start, stop))]
     if factors:

@@ -12,7 +12,7 @@ from lightning_dp.step.step import PrivateStep
 
 
 class Probe:
-    """Takes the gradients of a run in the sandbox where a real run would step its optimizers.
+    """A probe that takes the gradients of a run in the sandbox where a real run would step its optimizers.
 
     Args:
         step: the private step.

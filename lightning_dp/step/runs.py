@@ -64,7 +64,7 @@ class Host(Protocol):
 
     @property
     def shows_progress(self) -> bool:
-        """Whether a progress bar may be shown."""
+        """True if a progress bar may be shown."""
 
     @property
     def batch_size(self) -> int:
@@ -88,7 +88,7 @@ class Host(Protocol):
 
 
 class TrialRuns:
-    """Runs the user's step on records within the sandbox.
+    """A runner of the user's step on records within the sandbox.
 
     Args:
         step: the private step.

@@ -20,7 +20,7 @@ USE_OPTIMIZERS = "Step through self.optimizers(), with self.manual_backward for 
 
 
 class StepGuard:
-    """Refuses every optimizer step that the private step has not released a gradient for.
+    """A guard that refuses every optimizer step that the private step has not released a gradient for.
 
     A hook on all optimizers of the process while a fit runs, so that also those are seen which a module keeps for itself.
 
@@ -83,7 +83,7 @@ class StepGuard:
 
 
 class Sandbox:
-    """Runs user code so that nothing of it remains.
+    """A context for user code that leaves no trace.
 
     Within :meth:`enter`: no optimizer steps (see ``StepGuard``); ``.grad`` of every parameter is None at the start.
     Afterwards: all state of module, optimizers and schedulers has the value that it had (see ``Snapshot``), ``.grad`` and the

@@ -28,7 +28,7 @@ RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the user asked for; ``PrivateStep`` documents every field."""
+    """The user's settings; ``DPStrategy`` documents every field."""
 
     noise_multiplier: float | None
     target_epsilon: float | None
@@ -61,7 +61,7 @@ class Settings:
         return cls(**{each.name: arguments[each.name] for each in fields(cls)})
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant."""
+        """Check every argument."""
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ValueError(
                 "Expected exactly one of noise_multiplier and target_epsilon, got "
@@ -155,12 +155,12 @@ class Settings:
         return {"public_assignment": 0 if public else None, **{name: getattr(self, name) for name in _DRAWING}}
 
     def make_clipping(self) -> Clipping:
-        """The clipping object that ``clipping`` and ``max_grad_norm`` describe."""
+        """Return the clipping object that ``clipping`` and ``max_grad_norm`` describe."""
         return make_clipping(self.clipping, self.max_grad_norm)
 
     @property
     def runs_samples_alone(self) -> bool:
-        """Whether every microbatch has one sample, so that plain autograd gives its gradient."""
+        """True if every microbatch has one sample, so that plain autograd gives its gradient."""
         return self.microbatch_size == 1
 
 

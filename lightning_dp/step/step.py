@@ -167,7 +167,7 @@ class PrivateStep:
             return
         accumulator, engine, recording = self.accumulators[optimizer], self.engine, self.recording
         self._begin_sum(optimizer)
-        if recording.weight == 0.0:  # a sample that stands in for an empty batch must not even count
+        if recording.weight == 0.0:  # the dummy sample of an empty batch must not even count
             engine.discard(accumulator.names)
             return
         samples = Samples(engine, accumulator, recording.scaled, self.reduction)

@@ -23,7 +23,7 @@ NUM_SPREAD, NUM_FEW = 9, 3
 
 
 class Trial:
-    """Runs the user's step on a few records, without effect, and judges what it sees.
+    """Trial runs of the user's step on a few records, without effect, and the checks on them.
 
     Args:
         step: the private step.

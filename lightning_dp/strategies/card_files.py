@@ -1,4 +1,4 @@
-"""Where the privacy card of a run goes, and how it gets there."""
+"""The files of a run's privacy card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JSON, MARKDOWN, PLOT = "privacy_card.json", "privacy_card.md", "privacy_card.svg
 
 
 def logger_directory(trainer: pl.Trainer) -> str | None:
-    """The directory of the first logger's run, on every rank; None where there is no logger that has one."""
+    """Return the directory of the first logger's run, on every rank; None if no logger has one."""
     directory: str | None = None
     if trainer.loggers:
         logger = trainer.loggers[0]
@@ -36,7 +36,7 @@ def logger_directory(trainer: pl.Trainer) -> str | None:
 
 
 def write(trainer: pl.Trainer, strategy: PrivateStrategy, files: CardFiles) -> str | None:
-    """Writes the card as JSON, Markdown and, with matplotlib, a plot; rank 0 only. Call it on every rank.
+    """Write the card as JSON, Markdown and, with matplotlib, a plot; rank 0 only. Call it on every rank.
 
     A file that cannot be written is a warning: the training that it describes is done.
 

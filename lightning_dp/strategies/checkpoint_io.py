@@ -23,19 +23,19 @@ PARTIAL = ".partial"
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, forces it to the disk, and then moves it there in one step.
+    """A checkpoint IO that writes next to the target, forces the file to the disk, and then moves it there in one step.
 
     A resume reads the ledger from the checkpoint: half a file, or the half of a file that was there before, would lose
     what has been spent. Lightning's own writer prepares the file in the temporary directory, and the move from there is a
     copy where that is another file system. Only local paths are handled here; remote stores replace objects as a whole.
 
     **Guarantee**: after a crash at any moment, the file at ``path`` is the one that was there before or the new one,
-    complete. Where the write fails (a full disk, say) the old one stays and what was written beside it is removed.
+    complete. Where the write fails (a full disk, say) the old one stays and what was written next to it is removed.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes the checkpoint; see the class.
+        """Write the checkpoint; see the class.
 
         Raises:
             OSError: the file could not be written; what was at ``path`` is untouched.

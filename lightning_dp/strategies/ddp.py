@@ -17,7 +17,7 @@ from lightning_dp.strategies.single_device import DPStrategy
 
 
 class _LedgerLauncher(_lightning.MultiProcessingLauncher):
-    """Brings the privacy state back from spawned or forked processes, together with the weights."""
+    """A launcher that brings the privacy state back from spawned or forked processes, together with the weights."""
 
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:

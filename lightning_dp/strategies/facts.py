@@ -127,7 +127,7 @@ class RunFacts(StateFacts):
 
     @property
     def is_on_trial(self) -> bool:
-        """Whether user code runs in the sandbox now, where nothing that it does has effect."""
+        """True if user code runs in the sandbox now, where nothing that it does has effect."""
         return self._fit is not None and self._fit.on_trial
 
     @property

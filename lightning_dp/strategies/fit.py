@@ -92,7 +92,7 @@ class PrivateFit:
 
     @property
     def on_trial(self) -> bool:
-        """Whether user code runs in the sandbox now, so that no optimizer may step."""
+        """True if user code runs in the sandbox now, so that no optimizer may step."""
         return self.guard.in_sandbox > 0
 
     # ---------------------------------------------------------------- one logical batch

@@ -34,7 +34,7 @@ class LightningHost:
 
     @property
     def shows_progress(self) -> bool:
-        """Whether the Trainer shows a progress bar, on this rank."""
+        """True if the Trainer shows a progress bar, on this rank."""
         return self._strategy.trainer.progress_bar_callback is not None and self._strategy.trainer.is_global_zero
 
     @property

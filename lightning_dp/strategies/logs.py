@@ -1,4 +1,4 @@
-"""What is logged while training: listed in the privacy statement, and dropped under ``strict_logging``."""
+"""A watch on logs while training: names for the privacy statement, and their removal under ``strict_logging``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NON_PRIVATE = "nonprivate/"
 
 
 class TrainingLogs:
-    """Stands between the hooks of the training loop and everything that shows what they log.
+    """A filter between the hooks of the training loop and everything that shows what they log.
 
     Under way from ``self.log`` and ``self.log_dict``, in any hook of a module or a callback that runs while training, a
     figure passes one collection, out of which Lightning fills loggers, progress bar and ``callback_metrics``; this object
@@ -61,7 +61,7 @@ class TrainingLogs:
 
     @contextmanager
     def in_training_step(self) -> Iterator[None]:
-        """The user's ``training_step`` runs inside: what it hands to a logger itself is seen, too."""
+        """Enter a context in which the user's ``training_step`` runs, so that what it hands to a logger itself is seen too."""
         self._in_step = True
         try:
             yield

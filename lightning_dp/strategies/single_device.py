@@ -92,7 +92,7 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
 
     @property
     def num_nodes(self) -> int:
-        """Always 1."""
+        """The number of nodes: always 1."""
         return 1
 
     @num_nodes.setter

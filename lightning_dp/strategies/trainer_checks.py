@@ -1,4 +1,4 @@
-"""What a Trainer may not ask for together with a private step, each refused by the name the user wrote."""
+"""Checks of Trainer and module; a refusal uses the name that the user wrote."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def check_not_nested(batch: Any) -> None:
 
 
 def batches_kept(trainer: pl.Trainer) -> int | None:
-    """How many logical batches ``overfit_batches`` keeps, or None for the whole training set."""
+    """Return how many logical batches ``overfit_batches`` keeps, or None for the whole training set."""
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     return math.ceil(overfit / trainer.accumulate_grad_batches) if overfit else None
 

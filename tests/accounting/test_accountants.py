@@ -61,7 +61,7 @@ def test_epsilon_meets_the_reference_table(name, case):
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(0.9, 3.156), (0.8, 5.330), (0.5, 359.0)])
-def test_schedule_costs_more_than_its_equivalent_constant_multiplier(factor, expected):
+def test_schedule_costs_more_than_a_constant_multiplier(factor, expected):
     sigmas = [1.5 * factor**index for index in range(4)]
     accountant = make_accountant("pld")
     epsilon = accountant.epsilon(ledger_of(*((poisson(sigma, 0.01), 1500) for sigma in sigmas)), DELTA)
@@ -109,7 +109,7 @@ def test_zero_out_costs_what_add_or_remove_costs():
 
 
 @pytest.mark.parametrize("name", list(ACCOUNTANTS))
-def test_unsampled_epsilon_under_replace_one_is_the_plain_gaussians(name):
+def test_unsampled_replace_one_is_the_plain_gaussian(name):
     run = (PrivacyEvent("gaussian", 2.0), 4)
     accountant = make_accountant(name)
     assert accountant.epsilon(ledger_of(run, relation="replace_one"), DELTA) == accountant.epsilon(
@@ -130,7 +130,7 @@ def test_pld_agrees_with_dp_accounting(case, relation):
 
 
 @pytest.mark.parametrize("name", ["rdp", "prv"])
-def test_poisson_under_replace_one_is_refused_where_no_bound_is_known(name):
+def test_poisson_replace_one_without_a_bound_is_refused(name):
     with pytest.raises(ValueError, match=f'"replace_one", got accountant=.{name}.*Use accountant="pld"'):
         make_accountant(name).epsilon(ledger_of((poisson(1.0, 0.1), 1), relation="replace_one"), DELTA)
 

@@ -137,7 +137,7 @@ def test_step_of_another_kind_ends_the_pass():
     assert ledger.mechanisms() == {Mechanism(1.0, 2.0): 2, Mechanism(0.01, 1.1): 1}
 
 
-def test_allocation_pass_costs_one_mechanism_with_its_smallest_multiplier():
+def test_allocation_pass_costs_its_smallest_multiplier():
     ledger = Ledger()
     ledger.record(TEN, 5)
     ledger.record(LOW_TEN)
@@ -242,7 +242,7 @@ def test_extended_counts_planned_passes(runs, paid):
     assert longer.num_steps == 4 + sum(run[1] for run in runs)
 
 
-def test_extended_pass_that_turns_quiet_costs_its_smallest_multiplier():
+def test_extended_pass_costs_its_smallest_multiplier():
     assert Ledger().extended([(LOUD, 10, 5), (QUIET, 3, 0)]).mechanisms() == {
         Mechanism(1.0, 2.0): 4,
         Mechanism(1.0, 1.0): 1,
@@ -444,7 +444,7 @@ def test_allocation_state_edited_by_hand_is_refused(key, value):
         Ledger.from_state_dict(edited)
 
 
-def test_allocation_state_under_another_relation_or_without_batches_is_refused():
+def test_allocation_state_that_does_not_fit_is_refused():
     edited = allocation_state()
     edited["neighboring_relation"] = "replace_one"
     with pytest.raises(PrivacyError, match='kind="allocation", got neighboring_relation="replace_one"'):

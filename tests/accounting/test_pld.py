@@ -178,7 +178,7 @@ def test_extreme_releases_stay_bounds(sample_rate, noise_multiplier, relation):
         assert 0 <= epsilon <= unsampled * (1 + 1e-3) + 1e-6
 
 
-def test_delta_below_the_rounding_is_bounded_by_renyi_divergences():
+def test_delta_below_rounding_is_bounded_by_renyi():
     ledger = Ledger().extended([(poisson(1.0, 0.01), 100_000)])
     assert make_accountant("pld").epsilon(ledger, 1e-30) == make_accountant("rdp").epsilon(ledger, 1e-30) < math.inf
 

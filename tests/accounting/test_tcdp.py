@@ -50,14 +50,14 @@ def test_sampled_releases_add_up_step_by_step():
     assert epsilon((poisson(4.0, 0.01), 5_000)) == pytest.approx(0.203125 + 2 * math.sqrt(0.203125 * LOG), rel=1e-12)
 
 
-def test_truncation_decides_where_the_best_order_lies_beyond_omega():
+def test_truncation_decides_if_the_best_order_exceeds_omega():
     # rho' = 13 x 0.0025 x 0.08 = 0.0026; omega = log(20) / 0.32 = 9.3617; (omega - 1)^2 rho' = 0.182 < 11.5
     omega = math.log(20) / 0.32
     assert epsilon((poisson(2.5, 0.05), 1)) == pytest.approx(0.0026 * omega + LOG / (omega - 1), rel=1e-12)
     assert epsilon((poisson(2.5, 0.05), 1)) > 0.0026 + 2 * math.sqrt(0.0026 * LOG)
 
 
-def test_composition_takes_the_smallest_omega_of_the_sampled_and_all_rhos():
+def test_composition_takes_smallest_omega_and_all_rhos():
     # rho: 13 x 0.0025 x 0.08, 100 x 13 x 1e-4 / 18, 2 / 200; omega: 9.3617, 20.7, none
     runs = [(poisson(2.5, 0.05), 1), (poisson(3.0, 0.01), 100), (PrivacyEvent.gaussian(noise_multiplier=10.0), 2)]
     rho, omega = 0.0026 + 0.13 / 18 + 0.01, math.log(20) / 0.32
@@ -122,7 +122,7 @@ def divergence(rate, sigma, order, direction):
 @pytest.mark.parametrize("rate", [1e-3, 0.01, 0.1])
 @pytest.mark.parametrize("sigma", [2.2361, 3.0, 6.0, 20.0])
 @pytest.mark.parametrize("direction", ["remove", "add"])
-def test_lemma_bounds_the_divergences_of_a_poisson_sampled_gaussian(rate, sigma, direction):
+def test_lemma_bounds_divergences_of_a_sampled_gaussian(rate, sigma, direction):
     """Up to omega, in both directions; 13 is not wasteful by more than its share: 1 would not do."""
     rho = 1 / (2 * sigma**2)
     omega = math.log(1 / rate) / (4 * rho)
@@ -183,7 +183,7 @@ def test_calibration_is_close_below_the_target(target, shape):
     assert epsilon((poisson(sigma * 0.98, rate), steps)) > target
 
 
-def test_calibration_of_a_schedule_keeps_its_last_plateau_within_the_lemma():
+def test_calibrated_last_plateau_stays_within_the_lemma():
     def runs(sigma):
         return [(poisson(sigma * 0.8**plateau, 0.01), 2500) for plateau in range(4)]
 

@@ -53,7 +53,7 @@ class Variant:
 
 
 def scaled_noise(factor: float) -> Callable[[pytest.MonkeyPatch], None]:
-    """Noise of ``factor`` times the std that the ledger speaks of."""
+    """Noise of ``factor`` times the std that the ledger states."""
 
     def breaks(patch: pytest.MonkeyPatch) -> None:
         add_, fill_ = GaussianNoise.add_, GaussianNoise.fill_

@@ -192,7 +192,7 @@ def check_the_divisor_is_the_expected_batch_size(tmp_path: Path) -> None:
 
 
 def check_one_mask_holds_for_a_logical_batch(tmp_path: Path) -> None:
-    """Microbatches of 4, half of the coordinates masked anew at every step: all of a batch see one mask, batches differ.
+    """Microbatches of 4, half of the coordinates masked at random at every step: all of a batch see one mask, batches differ.
 
     Exact, but for two masks of 1,000 of 2,053 coordinates being equal by chance: below 1e-300.
     """

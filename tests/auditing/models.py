@@ -17,7 +17,7 @@ ALMOST_SURE = 1 - 1e-5
 
 
 class Idle(Classifier):
-    """A classifier with ``num_idle`` parameters beside it whose gradient is zero for every record."""
+    """A classifier with ``num_idle`` more parameters whose gradient is zero for every record."""
 
     def __init__(self, num_idle: int = 1000, lr: float = 0.01) -> None:
         super().__init__(lr=lr)

@@ -52,7 +52,7 @@ def test_a_long_gradient_is_added_whole_where_nothing_clips() -> None:
     assert float(added.abs().max()) == pytest.approx(20.0)
 
 
-def test_small_groups_are_left_out_and_too_many_canaries_are_refused() -> None:
+def test_small_groups_and_too_many_canaries_are_refused() -> None:
     """Groups of 35 and 48 coordinates under per-layer clipping; all 83 in one under flat."""
     added = joined(GradientCanaries(40), make_sum(PerLayerClipping(2.0)))
     assert not added[:35].any()
@@ -142,7 +142,7 @@ def test_two_releases_on_one_batch_share_their_membership() -> None:
     np.testing.assert_allclose(canaries.scores, np.log(1 - q + q * np.exp(total)), rtol=1e-3, atol=1e-4)
 
 
-def test_a_checkpoint_keeps_coins_and_scores_but_not_who_comes_next() -> None:
+def test_checkpoint_keeps_coins_and_scores_not_the_next_draw() -> None:
     canaries, sums = GradientCanaries(30), make_sum()
     joined(canaries, sums)
     canaries.observe(0, sums, sums.gradient.clone(), 1.0)

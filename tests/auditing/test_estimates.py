@@ -53,7 +53,7 @@ def test_the_bound_is_wrong_no_more_often_than_it_says(leak: float, too_sure: bo
 
 @pytest.mark.parametrize("mu", [0.5, 1.0, 3.0])
 def test_the_gaussian_bound_is_tight_and_below(mu: float) -> None:
-    """Scores at the quantiles of N(0, 1) and N(mu, 1): no chance involved. A scale of 2/3 or 3/2 lies outside."""
+    """Scores at the quantiles of N(0, 1) and N(mu, 1): no chance involved. A scale of 2/3 or 3/2 is outside."""
     quantiles = norm.ppf((np.arange(20_000) + 0.5) / 20_000)
     bound = epsilon_gdp(quantiles + mu, quantiles, threshold=mu / 2, delta=1e-5, confidence=0.95)
     assert 0.91 * gaussian_epsilon(mu, 1e-5) < bound < gaussian_epsilon(mu, 1e-5)
@@ -78,7 +78,7 @@ def test_operating_points_are_the_corners_of_the_concave_hull() -> None:
     assert (points[0], points[-1]) == ((0, 0), (40, 30))
     assert set(points) <= set(every)
     for (low_tp, low_fp), (high_tp, high_fp) in itertools.pairwise(points):
-        for tp, fp in every:  # none lies above any edge
+        for tp, fp in every:  # none is above any edge
             assert (tp - low_tp) * (high_fp - low_fp) <= (high_tp - low_tp) * (fp - low_fp)
     slopes = [(b[0] - a[0]) / max(b[1] - a[1], 1e-9) for a, b in itertools.pairwise(points)]
     assert all(first > second for first, second in itertools.pairwise(slopes))

@@ -27,7 +27,7 @@ def lower_bound(right: int, canaries: int = 1000) -> float:
     return gaussian_epsilon(max(0.0, -2 * math.sqrt(2) * torch.erfinv(torch.tensor(2 * wrong - 1)).item()), DELTA)
 
 
-def test_the_sound_build_is_below_its_claim_and_above_three_tenths_of_it(tmp_path: Path) -> None:
+def test_audit_of_the_sound_build_is_near_its_claim(tmp_path: Path) -> None:
     """Worst case (gradient space, white box), q = 1, mu = 2, 1,000 canaries: right guesses are Bin(1000, Phi(1)).
 
     From that distribution: P[bound < 0.3 claim] < 1e-12, and P[bound > claim] <= 1e-5 by the bound's own confidence.
@@ -133,7 +133,7 @@ def input_canaries(num: int) -> list[Any]:
     return [(torch.nn.functional.one_hot(torch.tensor(i), num).float(), torch.tensor(1.0)) for i in range(num)]
 
 
-def test_input_canaries_that_are_learned_by_heart_refute_a_claim_of_nothing(tmp_path: Path) -> None:
+def test_memorised_input_canaries_refute_a_claim_of_zero(tmp_path: Path) -> None:
     """Hardly any noise, 400 canaries of their own directions: every coin is guessed, so the bound is that of 400 out of 400."""
     audit = PrivacyAudit(canaries=input_canaries(400), confidence=0.95)
     strategy = DPStrategy(noise_multiplier=1e-3, target_delta=1e-7, accountant="rdp")

@@ -40,7 +40,7 @@ def check_cancelling_positions_stay_within_the_bound(tmp_path: Path) -> None:
 
 
 def check_no_raw_step_goes_through(tmp_path: Path) -> None:
-    """A module that steps its own optimizer, beside private training, is refused before anything moves."""
+    """A module that steps its own optimizer during private training is refused before anything moves."""
 
     class Own(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

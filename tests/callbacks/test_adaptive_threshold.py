@@ -61,9 +61,7 @@ def test_auto_threshold_follows_the_last_noisy_gradient(
     assert math.isfinite(strategy.epsilon())
 
 
-def test_auto_threshold_sees_the_sum_wherever_its_noise_was_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_threshold_sees_the_sum_with_its_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum that begins with its noise is not held as a mean where a bound learns from it: the same bounds under one seed."""
     found, observe = [], NoisyGradientBound.observe
     for first in (True, False):
@@ -128,7 +126,7 @@ def test_an_empty_batch_counts_nothing_and_is_noised(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("sigmas", [[2.0, 2.0], [0.5, 4.0]], ids=["from the start", "later in the schedule"])
-def test_too_little_noise_on_the_count_is_refused_before_the_first_step(
+def test_too_little_count_noise_is_refused_at_first(
     sigmas: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = NoiseSpy(monkeypatch)
@@ -139,7 +137,7 @@ def test_too_little_noise_on_the_count_is_refused_before_the_first_step(
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.5])
-def test_published_threshold_scales_what_is_released_and_says_that_it_is_not_private(
+def test_published_threshold_says_it_is_not_private(
     weight: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G~ = C (sum_i g_i / (||g_i|| + gamma) + N(0, sigma^2)) with C = W mean ||g_i||, over B."""
@@ -216,7 +214,7 @@ def test_threshold_arguments(make: Any, message: str) -> None:
         make()
 
 
-def test_tcdp_accounts_for_a_run_and_refuses_where_its_lemma_does_not_hold(tmp_path: Path) -> None:
+def test_tcdp_refuses_where_its_lemma_does_not_hold(tmp_path: Path) -> None:
     def run(**options: Any) -> float:
         strategy = DPStrategy(target_delta=1e-5, accountant="tcdp", check_per_sample=False, **options)
         trainer = make_trainer(strategy, tmp_path, callbacks=[NoiseScheduler("step", factor=0.9)])

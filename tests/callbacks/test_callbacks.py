@@ -69,10 +69,10 @@ def test_epsilon_names_checkpoints(tmp_path: Path) -> None:
     ],
     ids=["max_steps", "budget", "within an epoch", "every_n_train_steps", "no validation"],
 )
-def test_epsilon_in_a_file_name_is_that_of_the_weights_in_the_file(
+def test_epsilon_in_a_file_name_is_that_of_its_weights(
     tmp_path: Path, options: dict[str, Any], saving: dict[str, Any], steps: list[int]
 ) -> None:
-    """Also where steps between two logged values lie before the end: a name must not promise less than was spent."""
+    """Also where steps between two logged values are before the end: a name must not promise less than was spent."""
     saved = ModelCheckpoint(dirpath=tmp_path, filename="{step}-{epsilon:.3f}", save_top_k=-1, **saving)
     callbacks = [EpsilonMonitor(every_n_steps=50), *options.pop("callbacks", []), saved]
     trainer = make_trainer(rdp(), tmp_path, enable_checkpointing=True, callbacks=callbacks, **options)

@@ -69,7 +69,7 @@ def fit(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mode", ["prune", "freeze"])
 @pytest.mark.parametrize(("scope", "scores"), [("global", "magnitude"), ("layer", "magnitude"), ("global", "random")])
-def test_removed_weights_stay_where_they_are_and_the_others_train(
+def test_removed_weights_stay_and_the_others_train(
     scope: str, scores: str, mode: str, optimizer: str, tmp_path: Path
 ) -> None:
     """Neither momentum nor weight decay moves them; noise and gradient are on the others, biases included."""
@@ -92,7 +92,7 @@ def test_removed_weights_stay_where_they_are_and_the_others_train(
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("mode", ["prune", "freeze"])
-def test_noisy_source_looks_at_the_noisy_weights_of_each_round_of_epochs(mode: str, every: int, tmp_path: Path) -> None:
+def test_noisy_source_scores_by_the_noisy_weights(mode: str, every: int, tmp_path: Path) -> None:
     """Dense until the first round has ended; each mask is that of the weights as they were then, and of nothing else."""
     pruning = MagnitudePruning(0.4, source="noisy", every_n_epochs=every, mode=mode)
     steps, *_ = fit(tmp_path, pruning, max_epochs=4)
@@ -110,7 +110,7 @@ def test_noisy_source_looks_at_the_noisy_weights_of_each_round_of_epochs(mode: s
     assert int((~drawn[0]).sum()) == int(0.4 * 45)
 
 
-def test_public_source_scores_by_the_reference_and_trains_its_own_weights(tmp_path: Path) -> None:
+def test_public_source_scores_by_the_reference(tmp_path: Path) -> None:
     torch.manual_seed(5)
     reference = {name: torch.randn_like(value) for name, value in weights(Classifier()).items()}
     steps, *_ = fit(tmp_path, MagnitudePruning(0.6, source="public", reference=reference, mode="freeze"))
@@ -126,7 +126,7 @@ def test_public_source_scores_by_the_reference_and_trains_its_own_weights(tmp_pa
 def test_a_resumed_run_keeps_the_masks_and_the_frozen_values(
     mode: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Resumed with a module of other initial weights: masks are those of the checkpoint, not drawn anew."""
+    """Resumed with a module of other initial weights: masks are those of the checkpoint, not drawn again."""
     first, _, _, trainer = fit(tmp_path, MagnitudePruning(0.5, mode=mode, **options))
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     other = Classifier()
@@ -155,9 +155,7 @@ def test_a_new_run_draws_its_own_masks(tmp_path: Path) -> None:
     assert not torch.equal(first.live(0)[PRUNABLE[0]], second.live(0)[PRUNABLE[0]])
 
 
-def test_ledger_is_what_it_is_without_pruning_and_noise_is_on_live_weights_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pruning_keeps_the_ledger_and_noises_live_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = NoiseSpy(monkeypatch)
     *_, pruned, _ = fit(tmp_path, MagnitudePruning(0.5))
     dense = private()
@@ -221,9 +219,7 @@ def test_pruning_arguments(arguments: dict[str, Any], error: type[Exception], me
         MagnitudePruning(**{"amount": 0.5, **arguments})
 
 
-def test_what_does_not_fit_the_module_is_refused_before_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_misfit_with_the_module_is_refused_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = NoiseSpy(monkeypatch)
     with pytest.raises(ValueError, match=r"got none for 'network\.0\.weight'"):
         fit(tmp_path, MagnitudePruning(0.5, source="public", reference={}))

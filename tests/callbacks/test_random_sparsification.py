@@ -28,7 +28,7 @@ def private(**options: Any) -> DPStrategy:
 
 
 class Steps(Recorder):
-    """Keeps the weights around each optimizer step, beside its gradients."""
+    """Keeps the weights around each optimizer step, in addition to its gradients."""
 
     def __init__(self, fail_at: int | None = None, stop_at: int | None = None) -> None:
         super().__init__()
@@ -82,9 +82,7 @@ def test_masked_weights_stand_still_and_live_ones_move(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 4])
 @pytest.mark.parametrize("refresh", range(1, 11))
-def test_no_step_has_a_live_coordinate_without_noise_or_a_masked_one_with_a_gradient(
-    tmp_path: Path, refresh: int, accumulate: int
-) -> None:
+def test_live_coordinates_are_noised_and_masked_ones_zero(tmp_path: Path, refresh: int, accumulate: int) -> None:
     """A mask redrawn within a logical batch would release about a quarter of the coordinates without noise."""
     rate, num_steps = 0.5, refresh + 1
     steps, strategy, _ = fit(

@@ -81,7 +81,7 @@ def test_noise_and_ledger_follow_the_schedule(
 
 
 @pytest.mark.parametrize(("kind", "interval"), PAIRS)
-def test_bound_follows_the_schedule_and_the_ledger_does_not_change(
+def test_bound_follows_the_schedule_ledger_stays(
     kind: str, interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy, strategy = NoiseSpy(monkeypatch), quick(noise_multiplier=2.0)
@@ -93,7 +93,7 @@ def test_bound_follows_the_schedule_and_the_ledger_does_not_change(
 
 @pytest.mark.parametrize("kind", ["step", "time", "cosine", "function"])
 def test_target_is_calibrated_over_the_whole_schedule(kind: str, tmp_path: Path) -> None:
-    """Within 1 % and never above; with the noise of the first step throughout the target would not be met."""
+    """Within 1 % and never above; with the noise of the first step throughout the target would not be reached."""
     strategy = quick(target_epsilon=2.0)
     trainer = make_trainer(strategy, tmp_path, max_epochs=4, callbacks=[NoiseScheduler(**KINDS[kind][0])])
     trainer.fit(Classifier(), make_loader())
@@ -121,7 +121,7 @@ class Planned(L.Callback):
 def test_reference_epsilons(factor: float, reference: float | None, equivalent: float | None, tmp_path: Path) -> None:
     """Q = 0.01, 60 epochs of 100 steps, delta 1e-5, four plateaus from sigma 1.5: three digits, out of a planned run.
 
-    The constant case is composed anew by dp_accounting. The "equivalent" constant sigma would understate all others.
+    The constant case is composed by dp_accounting. The "equivalent" constant sigma would understate all others.
     """
     planned, strategy = Planned(), DPStrategy(noise_multiplier=1.5, target_delta=1e-5)
     scheduler = NoiseScheduler("step", factor=factor, every_n_epochs=15)
@@ -167,7 +167,7 @@ def test_scheduler_arguments(make: Any, arguments: dict[str, Any], error: type[E
 
 @pytest.mark.parametrize("make", [NoiseScheduler, ClippingScheduler])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_function_without_a_usable_value_ends_the_run_before_that_step(
+def test_schedule_without_a_usable_value_ends_the_run(
     make: Any, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = NoiseSpy(monkeypatch)

@@ -43,7 +43,7 @@ def test_protocol_is_met(make: Any, names: set[str]) -> None:
     assert public(names) <= {*dir(type(holder)), *vars(holder)}
 
 
-def test_private_parameters_and_accumulators_leave_public_ones_out(tmp_path: Path) -> None:
+def test_accumulators_leave_public_parameters_out(tmp_path: Path) -> None:
     seen: list[tuple[set[str], set[str]]] = []
 
     class Look(L.Callback):

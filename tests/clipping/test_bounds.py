@@ -87,7 +87,7 @@ def test_gradient_and_count_together_have_the_noise_of_the_step(sigma: float, co
     assert gradient_sigma**-2 + (0.5 / std) ** 2 == pytest.approx(sigma**-2)
 
 
-def test_default_noise_of_the_count_leaves_the_gradient_its_share() -> None:
+def test_default_count_noise_leaves_the_gradient_its_share() -> None:
     gradient_sigma, std = QuantileBound().share_noise(9.8, 32)
     assert std == 9.8
     assert gradient_sigma == pytest.approx(9.8 * (4 / 3) ** 0.5)
@@ -114,7 +114,7 @@ def test_quantile_converges_to_the_quantile() -> None:
     assert rule.value == pytest.approx(float(norms.median()), rel=0.05)
 
 
-def test_published_bound_is_the_mean_norm_of_the_batch_and_unsound() -> None:
+def test_published_bound_is_the_batch_mean_norm_and_unsound() -> None:
     rule = PublishedBound(weight=2.0)
     assert "un-noised function of the batch" in rule.unsound
     first, second = rule.statistics(torch.tensor([1.0, 3.0])), rule.statistics(torch.tensor([5.0, math.inf]))

@@ -109,9 +109,7 @@ def test_contract_scaled_moves_the_sensitivity_and_what_is_added(
 
 
 @pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
-def test_contract_scaled_by_one_changes_nothing_and_bad_factors_are_refused(
-    clipping: Clipping, num_groups: int
-) -> None:
+def test_contract_scaled_by_one_is_equal_bad_factors_refused(clipping: Clipping, num_groups: int) -> None:
     assert clipping.scaled(1.0) == clipping
     for factor in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"0 < factor < inf, got factor={factor}"):
@@ -130,7 +128,7 @@ def test_scaled_moves_every_bound_and_keeps_the_rest() -> None:
 
 
 @pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
-def test_contract_finish_is_one_product_with_the_expected_batch_size(clipping: Clipping, num_groups: int) -> None:
+def test_contract_finish_divides_by_expected_batch_size(clipping: Clipping, num_groups: int) -> None:
     noisy = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     expected = noisy * (1 / 7)
     out = torch.full_like(noisy, math.nan)

@@ -119,7 +119,7 @@ def test_psac_formula() -> None:
     torch.testing.assert_close(layers, torch.tensor([expected]).T / 2, rtol=1e-6, atol=0)
 
 
-def test_psac_weight_rises_then_falls_while_the_contribution_only_grows() -> None:
+def test_psac_weight_rises_then_falls_contribution_grows() -> None:
     """Largest at sqrt(gamma) - gamma; AUTO-S falls throughout and so lifts the smallest gradients most."""
     gamma = 0.01
     peak = math.sqrt(gamma) - gamma

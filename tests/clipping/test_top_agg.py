@@ -72,7 +72,7 @@ def test_what_a_sample_chooses_does_not_depend_on_the_others(clipping: TopAgg) -
             assert torch.equal(clipping.contributions(among_others, live)[0], together[i])
 
 
-def test_stochastic_vote_has_norm_sqrt_k_where_fewer_coordinates_are_not_zero() -> None:
+def test_stochastic_vote_of_few_coordinates_has_norm_sqrt_k() -> None:
     one = torch.tensor([[0.0, 0.0, -2.0, 0.0, 0.0]])
     assert float(TopAgg(4).contributions(one).norm()) == 2.0
     assert TopAgg(4, sign="plain").contributions(one).tolist() == [[0.0, 0.0, -1.0, 0.0, 0.0]]
@@ -100,7 +100,7 @@ def test_kept_values_are_clipped_only_beyond_the_bound() -> None:
 
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
-def test_stochastic_sign_is_unbiased_for_the_gradient_over_its_largest_coordinate(wrong: float) -> None:
+def test_stochastic_sign_is_unbiased(wrong: float) -> None:
     """E v = g / b. 40,000 samples, 4 coordinates, 5 standard errors: false alarm below 3e-6; other scales are refused."""
     gradient = torch.tensor([0.5, -0.25, 1.0, 0.1])
     mean = TopAgg(4).contributions(gradient.expand(40_000, 4)).mean(0)
@@ -130,7 +130,7 @@ def test_coins_of_a_forked_process_are_its_own(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("clipping", KINDS, ids=str)
-def test_a_broken_or_zero_sample_adds_nothing_and_leaves_the_others_alone(clipping: TopAgg) -> None:
+def test_broken_or_zero_samples_add_nothing(clipping: TopAgg) -> None:
     grads_BP = gradients(6, 5)
     grads_BP[1, 0], grads_BP[2, 4], grads_BP[3, 2], grads_BP[4] = math.nan, math.inf, -math.inf, 0.0
     for live in (None, torch.tensor([False, True, True, True, False])):
@@ -188,7 +188,7 @@ def test_finish_divides_by_batch_and_root_of_k() -> None:
             torch.testing.assert_close(out, torch.tensor(expected), rtol=1e-6, atol=0)
 
 
-def test_unanimous_votes_give_the_same_gradient_with_and_without_a_threshold() -> None:
+def test_unanimous_votes_do_not_depend_on_the_threshold() -> None:
     sums = TopAgg(4, sign="plain").contributions(gradients(1, 9).expand(10, 9)).sum(0)
     plain, thresholded = torch.empty(9), torch.empty(9)
     TopAgg(4).finish(sums, 10, plain)

@@ -54,7 +54,7 @@ def make_model(**options: Any) -> DataLens:
 
 
 def fit(model: DataLens, tmp_path: Any, *, loader: Any = None, resume: Any = None, **options: Any) -> Any:
-    """Fits four steps an epoch, one epoch unless told otherwise; returns the Trainer."""
+    """Fits four steps an epoch, one epoch by default; returns the Trainer."""
     trainer = make_trainer("auto", tmp_path, **options)
     loader = StepsOver(make_records(), 4) if loader is None else loader
     trainer.fit(model, loader, ckpt_path=resume, weights_only=True if resume else None)

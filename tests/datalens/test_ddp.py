@@ -20,7 +20,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_two_ranks(Path(__file__).with_name("ddp_run.py"), tmp_path_factory, weights_only=True)
 
 
-def test_teachers_are_split_and_their_votes_are_those_of_one_process(
+def test_split_teachers_vote_as_one_process(
     ranks: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first step, before rounding in the generator's averaged gradients can tell the runs apart."""
@@ -40,7 +40,7 @@ def test_teachers_are_split_and_their_votes_are_those_of_one_process(
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, 2**0.5, 0.5**0.5])
 def test_noise_is_there_exactly_once(ranks: list[dict[str, Any]], wrong: float) -> None:
-    """60 steps x 120 coordinates of std 1e4, beside which 5 votes are nothing; false alarm 2e-8."""
+    """60 steps x 120 coordinates of std 1e4, next to which 5 votes are nothing; false alarm 2e-8."""
     noise = ranks[0]["noise"]
     assert noise.shape == (60, 40, 3)
     assert has_std(noise, 1e4 * wrong) == (wrong == 1.0)

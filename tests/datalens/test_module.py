@@ -59,7 +59,7 @@ def test_one_ledger_entry_a_step_with_any_loader(tmp_path: Path, batch_size: int
         assert text in model.privacy_statement()
 
 
-def test_monitor_logs_epsilon_and_nothing_before_the_noise_is_logged(tmp_path: Path) -> None:
+def test_monitor_logs_epsilon_first(tmp_path: Path) -> None:
     model = make_model()
     monitor = EpsilonMonitor(every_n_steps=3)
     trainer = fit(model, tmp_path, max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[monitor])
@@ -120,7 +120,7 @@ def test_cost_is_said_before_any_noise_is_drawn(
     assert any(f"epsilon={spent(3):.4g} at delta=1e-05 after 3 steps" in message for message in said)
 
 
-def test_checkpoints_hold_the_generator_and_nothing_of_teachers_or_records(tmp_path: Path) -> None:
+def test_checkpoints_hold_no_teachers_and_no_records(tmp_path: Path) -> None:
     model = make_model()
     fit(model, tmp_path, **saving(tmp_path))
     checkpoint = torch.load(tmp_path / "epoch=0-step=4.ckpt", weights_only=True)
@@ -184,7 +184,7 @@ def test_a_released_checkpoint_knows_its_epsilon(tmp_path: Path) -> None:
 def test_checkpoints_that_cannot_be_trusted_are_refused(tmp_path: Path) -> None:
     fit(make_model(), tmp_path, **saving(tmp_path))
     path = tmp_path / "epoch=0-step=4.ckpt"
-    with pytest.raises(PrivacyError, match="60 records that the ledger speaks of, got 59"):
+    with pytest.raises(PrivacyError, match="60 records of the ledger's dataset, got 59"):
         fit(make_model(), tmp_path, max_epochs=2, resume=path, loader=StepsOver(make_records(59), 4))
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["lightning_dp"]
@@ -207,7 +207,7 @@ def test_another_dataset_is_refused_in_a_later_fit_too(tmp_path: Path) -> None:
     networks = dict(zip(("generator", "discriminator"), make_networks(), strict=True))
     loaded = DataLens.load_from_checkpoint(tmp_path / "epoch=0-step=4.ckpt", weights_only=True, **networks)
     for later in (model, loaded):
-        with pytest.raises(PrivacyError, match="60 records that the ledger speaks of, got 59"):
+        with pytest.raises(PrivacyError, match="60 records of the ledger's dataset, got 59"):
             fit(later, tmp_path, loader=StepsOver(make_records(59), 4))
         assert later.ledger.num_steps == 4
 

@@ -104,7 +104,7 @@ def test_stacked_teachers_are_the_loop_over_teachers(kind: str) -> None:
     assert torch.equal(votes, expected)
 
 
-def test_no_noise_no_threshold_all_coordinates_is_majority_sign_descent() -> None:
+def test_top_agg_without_noise_is_majority_sign_descent() -> None:
     from lightning_dp.accounting import Ledger, make_accountant
     from tests.datalens.test_release import make_plan
 
@@ -141,8 +141,8 @@ def test_ranks_split_the_same_teachers() -> None:
 
 @pytest.mark.parametrize("replacement", [0.0, 50.0, -1e30, math.inf, math.nan])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_replacing_one_record_moves_the_votes_by_2_sqrt_k_at_most(replacement: float, top_k: int) -> None:
-    """Training included; whatever stands in the record, only its own teacher changes."""
+def test_replaced_record_moves_votes_by_2_sqrt_k_at_most(replacement: float, top_k: int) -> None:
+    """Training included; whatever the record holds, only its own teacher changes."""
     torch.manual_seed(0)
     net, shards = discriminator(), random_shards()
     other = Shards(shards.features.clone(), shards.labels.clone())

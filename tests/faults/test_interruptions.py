@@ -87,7 +87,7 @@ def check_next_fit(trainer: Any, strategy: DPStrategy, module: Any, recorder: Re
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_an_exception_in_a_hook_leaves_no_sum_and_a_ledger_of_what_was_released(tmp_path: Path, hook: str) -> None:
+def test_exception_in_a_hook_leaves_ledger_and_no_sum(tmp_path: Path, hook: str) -> None:
     strategy, recorder = noiseless(), Counter()
     module = Interrupted(hook, ValueError("by the user"))
     trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=3)
@@ -119,7 +119,7 @@ def test_ctrl_c_leaves_no_sum_and_a_ledger_of_what_was_released(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
-def test_a_checkpoint_saved_by_the_exception_covers_what_was_released(tmp_path: Path, hook: str) -> None:
+def test_checkpoint_of_an_exception_covers_all_releases(tmp_path: Path, hook: str) -> None:
     """The release is in the ledger before its gradient is anywhere, so the emergency checkpoint may hold one more, never fewer."""
     saving = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, filename="{step}", every_n_epochs=100)
     strategy = noiseless()

@@ -65,7 +65,7 @@ def check(folder: Path, found: list[dict[str, Any]]) -> None:
 
 
 def resumed_run(folder: Path, truth: int) -> None:
-    """What follows the last death: epsilon speaks of all of it."""
+    """After the last death, epsilon covers all releases."""
     strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp", check_per_sample=False)
     trainer = make_trainer(strategy, folder, max_steps=truth + 3, max_epochs=-1)
     trainer.fit(Classifier(), make_loader(), ckpt_path=folder / "last.ckpt", weights_only=True)

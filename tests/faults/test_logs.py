@@ -92,7 +92,7 @@ def make(name: str, **options: Any) -> Any:
     return strategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp", **options)
 
 
-def test_strict_logging_shows_nothing_of_the_training_data_that_is_not_named_so(tmp_path: Path) -> None:
+def test_strict_logging_drops_unnamed_training_figures(tmp_path: Path) -> None:
     shown, trainer = shown_by(tmp_path, make("single", strict_logging=True))
     assert not shown & LEAKS
     assert shown == NAMED | OURS | ALLOWED
@@ -102,7 +102,7 @@ def test_strict_logging_shows_nothing_of_the_training_data_that_is_not_named_so(
     assert "train_loss" not in statement
 
 
-def test_without_it_the_statement_names_everything_that_was_logged(tmp_path: Path) -> None:
+def test_statement_names_everything_that_was_logged(tmp_path: Path) -> None:
     shown, trainer = shown_by(tmp_path, make("single"))
     assert shown == LEAKS | NAMED | OURS | ALLOWED
     assert trainer.strategy.nonprivate_logs == LEAKS | NAMED

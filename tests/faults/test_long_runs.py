@@ -30,7 +30,7 @@ def saved_bytes(value: Any) -> int:
 
 
 @pytest.mark.parametrize("num_sigmas", [1, 10])
-def test_a_hundred_thousand_steps_keep_ledger_and_checkpoint_small(num_sigmas: int) -> None:
+def test_ledger_stays_small_over_a_hundred_thousand_steps(num_sigmas: int) -> None:
     """One step at a time, with epsilon asked for on the way; what is kept is that of two steps a sigma, but for digits."""
     ledger, short, accountant = Ledger(), Ledger(), make_accountant("rdp")
     epsilons, kept = [], []
@@ -81,7 +81,7 @@ def long_run(folder: Path) -> tuple[list[int], list[int], int, int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use as Linux tells it")
-def test_a_real_run_of_thousands_of_steps_stays_as_small_as_it_began(tmp_path: Path) -> None:
+def test_run_of_thousands_of_steps_stays_small(tmp_path: Path) -> None:
     """From step 1,000 to step 3,000 less than 8 MB more, where one kept sum a step would be 32 MB; files within 1 %.
 
     In a process of its own: the heap of one that has run other tests may grow by a block of theirs at any time.

@@ -50,7 +50,7 @@ def random_mask(final_rate: float = 0.5, **options: Any) -> RandomMask:
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9, 0.99])
-def test_random_mask_leaves_out_exactly_the_rate_of_all_coordinates(rate: float) -> None:
+def test_random_mask_leaves_out_exactly_its_rate(rate: float) -> None:
     parameters = parameters_of(network())
     total = sum(p.numel() for p in parameters.values())
     mask = random_mask(rate)
@@ -105,7 +105,7 @@ def test_random_mask_layers_differ() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_random_mask_is_the_same_on_every_rank_and_after_a_resume(scope: str) -> None:
+def test_random_mask_is_equal_on_ranks_and_after_a_resume(scope: str) -> None:
     parameters, options = parameters_of(network()), {"refresh_steps": 3, "scope": scope, "seed": 5}
     whole = [flat_mask(random_mask(**options), step, parameters) for step in range(12)]
     torch.manual_seed(77)

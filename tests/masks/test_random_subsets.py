@@ -33,7 +33,7 @@ def test_every_subset_is_equally_likely(size: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("weight", [2 / 3, 3 / 2])
-def test_subset_test_rejects_one_position_drawn_too_rarely_or_too_often(weight: float) -> None:
+def test_subset_test_rejects_a_position_of_wrong_frequency(weight: float) -> None:
     """The same 6,000 draws and the same rate of false alarms."""
     generator = np.random.default_rng(0)
     probabilities = np.array([weight, 1, 1, 1, 1, 1, 1]) / (weight + 6)

@@ -61,7 +61,7 @@ def series() -> list[Record]:
 
 
 def visits() -> list[Record]:
-    """A user's history of five items, an item, and whether they met; records of unequal weight."""
+    """A user's history of five items, an item, and whether it was chosen; records of unequal weight."""
     source = generator()
     return [
         {

@@ -331,7 +331,7 @@ print("done")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_forks_while_drawing_and_the_end_of_the_program_do_not_hang() -> None:
+def test_forks_while_drawing_do_not_hang() -> None:
     command = [sys.executable, "-c", FORKS_WHILE_DRAWING]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -142,7 +142,7 @@ def test_untracked_use_is_found_and_leaves_no_raw_gradient(how: str) -> None:
     assert weight.grad is None
 
 
-def test_a_raw_gradient_of_an_untracked_use_is_gone_before_any_hook_runs() -> None:
+def test_raw_gradient_of_an_untracked_use_reaches_no_hook() -> None:
     module = Net()
     engine = make_engine(module, _loss(module), _data(3))
     engine.begin(4)

@@ -157,7 +157,7 @@ def test_conv_of_two_map_sizes_does_not_take_gram_matrices() -> None:
 
 
 @pytest.mark.parametrize(("kernel", "stride", "sizes"), [(3, 1, [64]), (3, 2, [16] * 4), (7, 1, [4]), (2, 2, [16])])
-def test_gram_matrices_are_never_larger_than_those_of_the_unfolded_input(
+def test_gram_matrices_are_at_most_those_of_unfolding(
     kernel: int, stride: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -250,7 +250,7 @@ def test_conv_accumulates_in_float32_or_better(route: Route, dtype: torch.dtype)
             torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-4, atol=1e-4)
 
 
-def test_route_is_gram_only_for_norms_of_small_maps_in_wide_layers() -> None:
+def test_gram_route_is_for_small_maps_in_wide_layers() -> None:
     wide = ConvShape(device="cpu", groups=1, in_width=2304, out_width=256, positions=16, kernel=9)
     assert choose_route(wide, norms_only=True) == "gram"
     assert choose_route(wide, norms_only=False) == "unfold"

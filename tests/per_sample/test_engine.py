@@ -60,8 +60,8 @@ def test_engine_in_float32_agrees_with_batches_of_one() -> None:
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("grad_sample", ["auto", "materialize"])
-def test_engine_under_bfloat16_autocast_keeps_norms_and_sums_in_float32(grad_sample: str) -> None:
-    """Norm and sum speak of one gradient to float32 rounding, though backprops are bfloat16."""
+def test_engine_under_bfloat16_keeps_norms_in_float32(grad_sample: str) -> None:
+    """Norm and sum are of one gradient to float32 rounding, though backprops are bfloat16."""
     module = _mixed()
     data = torch.randn(6, 2, 6, 6)
 

@@ -105,7 +105,7 @@ def test_compare_names_the_worst_parameters_and_suspects() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(RTOL))
-def test_compare_tolerance_is_relative_to_the_largest_gradient_over_all_parameters(dtype: torch.dtype) -> None:
+def test_compare_tolerance_is_relative_to_the_largest_gradient(dtype: torch.dtype) -> None:
     # sample 1 has the largest norm, 5, over two parameters; the difference is put into sample 0
     batched = {"a": torch.tensor([[1.0], [3.0]]).double(), "b": torch.tensor([[1.0], [4.0]]).double()}
     for share, differs in ((0.8, False), (1.2, True)):
@@ -216,7 +216,7 @@ def test_find_unsupported_names_the_layer_and_why(layer: nn.Module, why: str) ->
     assert [name for name, _, _ in find_unsupported(layer)] == [""]
 
 
-def test_find_unsupported_of_samples_run_alone_names_only_state_changed_without_noise() -> None:
+def test_find_unsupported_alone_names_only_changed_state() -> None:
     layers = nn.ModuleList(layer for layer, _ in UNSUPPORTED)
     found = find_unsupported(layers, runs_samples_alone=True)
     assert [(type(layer).__name__, "without noise" in why) for _, layer, why in found] == [

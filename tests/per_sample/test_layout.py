@@ -85,7 +85,7 @@ def test_lengths_may_differ_from_the_learned_ones(how: str) -> None:
 
 
 class Unclear(nn.Module):
-    """Calls whose samples cannot be told apart."""
+    """Calls whose samples cannot be distinguished."""
 
     def __init__(self, how: str) -> None:
         super().__init__()

@@ -107,7 +107,7 @@ def test_gram_norm_over_blocks_of_positions(positions: int) -> None:
     torch.testing.assert_close(gram_squared_norm(a, g), torch.bmm(g.mT, a).square().sum((1, 2)))
 
 
-def test_gram_norm_is_not_reported_far_below_the_true_one_when_terms_cancel() -> None:
+def test_gram_norm_of_cancelling_terms_is_not_too_small() -> None:
     """In float32 a sum that cancels to its rounding may come out 0 or negative; the bound keeps it sound."""
     torch.manual_seed(0)
     a = torch.randn(1, 1, 50).repeat(200, 2, 1)
@@ -128,7 +128,7 @@ def test_norm_counts_squares_that_vanish_next_to_huge_ones() -> None:
 
 @pytest.mark.parametrize("huge", ["inputs", "backprops"])
 def test_a_sample_with_a_huge_factor_is_not_finite_under_a_mask(huge: str) -> None:
-    """The squares beside it may have vanished: its norm cannot be told."""
+    """The squares next to it may have vanished: its norm is unknown."""
     sides = {"inputs": torch.full((2, 4), 1e-24), "backprops": torch.full((2, 3), 1e-24)}
     sides[huge][1] = 1e17
     call = Call((sides["inputs"],), {}, sides["inputs"], sides["backprops"])
@@ -137,7 +137,7 @@ def test_a_sample_with_a_huge_factor_is_not_finite_under_a_mask(huge: str) -> No
     assert norms.isfinite().tolist() == [True, False]
 
 
-def test_weighted_sum_of_zero_factor_is_zero_for_rows_that_are_not_finite() -> None:
+def test_weighted_sum_ignores_broken_rows_of_factor_zero() -> None:
     module = nn.Linear(3, 2)
     data = torch.randn(4, 3)
     data[1] = torch.inf
@@ -165,7 +165,7 @@ def test_transposed_linear_of_gpt2(shape: tuple[int, ...]) -> None:
     assert {type(source.rule) for source in engine._tracker.sources.values()} == {LinearRule}
 
 
-def test_subclasses_and_patched_layers_are_followed_by_what_they_compute() -> None:
+def test_subclasses_are_followed_by_what_they_compute() -> None:
     class Scaled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)

@@ -95,7 +95,7 @@ def test_norm_keeps_a_non_finite_sample_to_itself(
     torch.testing.assert_close(got, 0.5 * expected[0] + 2 * expected[2])
 
 
-def test_instance_norm_uses_and_leaves_running_statistics_in_evaluation() -> None:
+def test_instance_norm_keeps_running_statistics_in_eval() -> None:
     layer = nn.InstanceNorm1d(4, affine=True, track_running_stats=True, dtype=F64)
     layer(3 + torch.randn(8, 4, 6, dtype=F64))
     layer.eval()

@@ -71,7 +71,7 @@ def test_single_agrees_with_plain_autograd_for_any_module() -> None:
         engine.end()
 
 
-def test_single_never_leaves_a_raw_gradient_and_puts_the_old_one_back() -> None:
+def test_single_leaves_no_raw_gradient_and_restores_the_old() -> None:
     module = nn.Linear(2, 1)
     engine = _engine(module)
     old = torch.ones_like(module.weight)

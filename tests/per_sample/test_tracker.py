@@ -32,7 +32,7 @@ def _data(*shape: int) -> Tensor:
 
 
 class Bare(nn.Module):
-    """One bare parameter beside two layers; input ``(B, 4, 3)``."""
+    """One bare parameter and two layers; input ``(B, 4, 3)``."""
 
     SHAPES: ClassVar = {
         "class token": (1, 1, 3),

@@ -216,7 +216,7 @@ def test_no_tensor_of_the_parameters_size_is_made(module: nn.Module, data: Tenso
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_wide_embedding_never_makes_a_gradient_of_its_size_a_sample(memory: str, masked: bool) -> None:
+def test_wide_embedding_makes_no_gradient_of_its_size(memory: str, masked: bool) -> None:
     """Also not under a mask, where the norms of other layers are taken from per-sample gradients."""
     entries, size = 20_000, 6
     module = nn.Embedding(entries, 4)
@@ -300,7 +300,7 @@ def test_passes_one_after_the_other_add_up(monkeypatch: pytest.MonkeyPatch, shar
 def test_room_is_counted_for_what_is_kept_elsewhere() -> None:
     workspace = Workspace(lambda: 100.0)
     assert workspace.admits("a", 60)
-    assert workspace.admits("a", 60)  # again: the same room
+    assert workspace.admits("a", 60)  # again: the same memory
     assert not workspace.admits("b", 60)
     assert workspace.take("c", (11,), torch.float32, CPU) is None
     assert workspace.num_bytes == 60
@@ -309,7 +309,7 @@ def test_room_is_counted_for_what_is_kept_elsewhere() -> None:
     assert workspace.take("c", (20,), torch.float32, CPU) is not None
 
 
-def test_where_torch_does_not_tell_a_graph_may_be_gone_through_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_backward_is_allowed_where_torch_shows_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
     module, data = network(), data_of(6)
     checks.assert_engine_agrees(module, loss_of(module), data)

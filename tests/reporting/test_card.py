@@ -220,7 +220,7 @@ def test_curve_is_the_epsilon_of_each_prefix(kind: str) -> None:
     assert points[80] > points[40] > 0
 
 
-def test_card_of_random_allocation_names_it_and_joins_equal_noise() -> None:
+def test_card_names_random_allocation_and_joins_equal_noise() -> None:
     plan = stated_plan(
         {**_state(), "sampling": "shuffle", "sample_rate": None, "batches_per_pass": 10, "accountant": "pld"}
     )

@@ -1,4 +1,4 @@
-"""What stands between torch's loader and the user's dataset: it passes as the dataset, also in workers."""
+"""The wrapper between torch's loader and the user's dataset: it passes as the dataset, also in workers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_what_stands_before_a_dataset_passes_as_it() -> None:
     ],
     ids=["records", "stream"],
 )
-def test_what_stands_before_a_dataset_can_be_sent_to_spawned_workers(before: Any) -> None:
+def test_dataset_wrapper_can_be_sent_to_spawned_workers(before: Any) -> None:
     """As the pair of dataset and collate function that a worker gets: they must still share their randomness."""
     if isinstance(before, IterableDataset):
         stream, collate = pickle.loads(pickle.dumps((before, before.collate)))

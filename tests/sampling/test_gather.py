@@ -104,7 +104,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_may_do_something_of_its_own_is_read_sample_by_sample(name: str) -> None:
+def test_datasets_of_other_kinds_are_read_sample_by_sample(name: str) -> None:
     assert Gather.of(OTHERS[name](), default_collate) is None
 
 

@@ -139,7 +139,7 @@ def test_poisson_at_q_one_takes_all_records() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_shuffle_puts_every_record_in_exactly_one_batch_of_a_pass(world_size: int) -> None:
+def test_shuffle_puts_every_record_in_one_batch_per_pass(world_size: int) -> None:
     for _ in range(5):
         passes = [
             index_batches(4, 50, 12 // world_size, sampling="shuffle", rank=rank, world_size=world_size)

@@ -162,7 +162,7 @@ def test_loaders_that_cannot_be_private_are_refused(case: str, sampling: str) ->
         private_dataloader(loader, sampling=sampling)
 
 
-def test_expected_batch_counts_ranks_and_parts_against_the_dataset() -> None:
+def test_expected_batch_counts_ranks_and_accumulation() -> None:
     with pytest.raises(ValueError, match=r"got 24 \(batch_size=4 x world_size=3 x accumulate=2\) for 20 records"):
         private_dataloader(DataLoader(DATA, batch_size=4), accumulate=2, world_size=3)
 

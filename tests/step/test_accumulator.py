@@ -182,7 +182,7 @@ def test_what_is_masked_is_never_added_up() -> None:
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_under_a_mask_the_gradients_memory_is_used_again_unless_somebody_holds_it(kept: bool) -> None:
+def test_masked_gradients_memory_is_reused_unless_held(kept: bool) -> None:
     sums = make_sums()
     sums.set_masks([{"weight": torch.eye(2, 3, dtype=torch.bool)}], (1,))
     release(sums, 4.0)

@@ -32,7 +32,7 @@ def make_plan(**options: Any) -> DPPlan:
 @pytest.mark.parametrize(
     ("size", "delta"), [(1, 0.1), (10, 0.01), (1437, 1e-5), (50_000, 1e-6), (60_000, 1e-6), (10**9, 1e-10)]
 )
-def test_default_delta_is_a_power_of_ten_at_most_a_tenth_of_one_over_n(size: int, delta: float) -> None:
+def test_default_delta_is_a_power_of_ten_below_one_over_ten_n(size: int, delta: float) -> None:
     assert default_delta(size) == delta
     assert delta <= 1 / (10 * size) * (1 + 1e-9) < 10 * delta * (1 + 1e-9)
 
@@ -95,7 +95,7 @@ def test_random_allocation_needs_fair_draws_and_the_relation() -> None:
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp", "prv", "gdp", "tcdp"])
-def test_statement_claims_amplification_where_the_accountant_has_it(accountant: str) -> None:
+def test_statement_claims_only_amplification_accounted_for(accountant: str) -> None:
     plan = make_plan(sampling="shuffle", sample_rate=None, batches_per_pass=10, accountant=accountant)
     ledger = Ledger().extended(plan.runs(0, 20))
     whole = Ledger().extended([(PrivacyEvent.gaussian(noise_multiplier=2.0), 2)])

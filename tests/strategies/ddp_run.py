@@ -176,7 +176,7 @@ def main() -> None:
     seen["mixed"] = {"noise": torch.stack(watch.noise), "std": watch.std, "counts": watch.counts}
     seen["mixed"]["sizes"] = [len(positions) for positions in module.drawn]
 
-    # a public generator beside a private discriminator: replicas stay equal
+    # a public generator next to a private discriminator: replicas stay equal
     module = GAN()
     strategy = DPDDPStrategy(noise_multiplier=1.0, public_optimizers=[0])
     fit(module, DataLoader(make_dataset(), batch_size=2), strategy=strategy, max_epochs=1)

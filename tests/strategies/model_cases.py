@@ -61,7 +61,7 @@ def tokens() -> Dataset:
 
 
 class Case(NamedTuple):
-    """A module, made anew each time, with its dataset and what its strategy needs to be told."""
+    """A module, made for each test, with its dataset and the arguments of its strategy."""
 
     module: Callable[[], L.LightningModule]
     dataset: Callable[[], Any]

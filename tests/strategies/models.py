@@ -219,7 +219,7 @@ class Recurrent(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A frozen layer with a trainable product of two thin ones beside it, as LoRA has."""
+    """A frozen layer with a trainable product of two thin ones added to it, as LoRA has."""
 
     def __init__(self) -> None:
         super().__init__()

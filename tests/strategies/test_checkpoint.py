@@ -196,7 +196,7 @@ def test_an_exception_in_user_code_leaves_no_partial_sum(tmp_path: Path) -> None
         torch.testing.assert_close(total, expected[name], rtol=1e-3, atol=1e-7)
 
 
-def test_a_resume_from_within_an_accumulation_never_sums_parts_of_two_logical_batches(tmp_path: Path) -> None:
+def test_resume_within_an_accumulation_sums_no_two_batches(tmp_path: Path) -> None:
     """At q = 1 every record is in every logical batch: a sum over parts of two would hold some record twice."""
 
     class Constant(Classifier):

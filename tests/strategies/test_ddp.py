@@ -34,7 +34,7 @@ def test_noise_of_the_reduced_gradient_is_there_exactly_once(ranks: list[dict[st
 
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
-def test_masked_gradient_and_count_share_the_noise_of_a_step_once(ranks: list[dict[str, Any]], wrong: float) -> None:
+def test_masked_gradient_and_count_share_one_noise(ranks: list[dict[str, Any]], wrong: float) -> None:
     """400 steps of B = 4 at z = 1, so s_b = 1 and z_g = (1 - 1/4)^-1/2; z under 5 (false alarm < 1e-5).
 
     Noise of both ranks, or of half, would be sqrt(2) off.
@@ -72,7 +72,7 @@ def test_ledger_and_epsilon_speak_of_the_whole_batch(ranks: list[dict[str, Any]]
         assert seen["resumed"] == 24
 
 
-def test_sum_over_ranks_and_microbatches_is_the_clipped_sum_of_all(ranks: list[dict[str, Any]]) -> None:
+def test_sum_over_ranks_is_the_clipped_sum_of_all(ranks: list[dict[str, Any]]) -> None:
     expected = clipped_sum(Classifier(), *make_dataset().tensors, max_grad_norm=1.4)
     for name, gradient in ranks[0]["sum"].items():
         torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
@@ -99,7 +99,7 @@ def test_one_all_reduce_a_logical_step(ranks: list[dict[str, Any]]) -> None:
         assert seen["reduced"] == (8, 8, 53)
 
 
-def test_ranks_with_different_numbers_of_microbatches_log_together(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_with_unequal_microbatches_log_together(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["synced"] == ranks[1]["synced"]
     steps, size = ranks[0]["synced"]
     assert steps == 4 * 3

@@ -110,7 +110,7 @@ class Weighted(Classifier):
 
 
 @pytest.mark.parametrize("module", [Centred, Contrastive, Mixup, Summed, Weighted])
-def test_losses_that_mix_samples_are_refused_before_the_first_step(tmp_path: Any, module: type) -> None:
+def test_losses_that_mix_samples_are_refused_at_first(tmp_path: Any, module: type) -> None:
     strategy = DPStrategy(noise_multiplier=1.0)
     with pytest.raises(PrivacyError, match="network"):
         make_trainer(strategy, tmp_path).fit(module(), make_loader())

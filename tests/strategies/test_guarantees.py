@@ -137,7 +137,7 @@ def test_microbatches_reach_the_device_one_at_a_time(tmp_path: Path, automatic: 
     assert events[-7:] == [*[("moved", 16), ("trained", 16)] * 3, ("trained", 16)]
 
 
-def test_no_private_gradient_is_computed_without_noise_being_paid_for(tmp_path: Path) -> None:
+def test_every_private_gradient_is_noised_and_paid_for(tmp_path: Path) -> None:
     """Every step of the optimizer is in the ledger, whatever the Trainer does between: sanity check, validation, two fits."""
     steps: list[int] = []
 

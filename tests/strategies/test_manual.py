@@ -1,4 +1,4 @@
-"""Manual optimization: one optimizer, a public one beside a private one, several private ones."""
+"""Manual optimization: one optimizer, a public one next to a private one, several private ones."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_empty_batches_step_in_manual_mode_too(tmp_path: Any) -> None:
     assert strategy.ledger.num_steps == trainer.global_step == 64
 
 
-def test_a_sample_that_stands_in_for_an_empty_batch_contributes_nothing(tmp_path: Any) -> None:
+def test_dummy_sample_of_an_empty_batch_contributes_nothing(tmp_path: Any) -> None:
     recorder = Recorder()
     strategy = DPStrategy(noise_multiplier=0.0)
     make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(Manual(lr=0.0), make_loader(batch_size=1))
@@ -117,7 +117,7 @@ def test_two_private_optimizers_on_one_batch_are_one_event(tmp_path: Any) -> Non
     assert entry.event.noise_multiplier == pytest.approx(1.5)
     draws = torch.stack([s["network.0.weight"].flatten() for s in recorder.before_step[1::2]]).double() * 16 / 0.2
     spread = float(draws.var(0).mean())
-    # 30 coordinates x 100 draws: the sample variance lies within 8 % (4 standard errors plus the clipped signal's share)
+    # 30 coordinates x 100 draws: the sample variance is within 8 % (4 standard errors plus the clipped signal's share)
     assert spread == pytest.approx(2 * 1.5**2, rel=0.16)
 
 
@@ -203,7 +203,7 @@ def test_gradients_kept_over_batches_are_refused(tmp_path: Any) -> None:
         make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Accumulating(), make_loader())
 
 
-def test_a_discriminator_left_with_the_generators_gradient_is_zeroed_by_its_own_zero_grad(tmp_path: Any) -> None:
+def test_zero_grad_clears_what_the_generators_pass_left(tmp_path: Any) -> None:
     """What the generator's loss sent into the discriminator must not be part of the discriminator's step."""
     recorder = Recorder()
 

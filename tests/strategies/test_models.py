@@ -296,7 +296,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_private_is_refused_before_anything_is_released(tmp_path: Any, name: str) -> None:
+def test_modules_not_private_are_refused_before_a_release(tmp_path: Any, name: str) -> None:
     case, message = REFUSED[name]
     module = case.module()
     before = copy.deepcopy(module.state_dict())

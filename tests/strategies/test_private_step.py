@@ -36,9 +36,7 @@ def clipped_sum(module: Classifier, features: Tensor, labels: Tensor, max_grad_n
 
 @pytest.mark.parametrize("microbatch_size", MICROBATCHES)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_step_without_noise_is_the_clipped_sum_over_the_expected_batch_size(
-    tmp_path: Any, microbatch_size: int | None, accumulate: int
-) -> None:
+def test_step_without_noise_is_the_clipped_mean(tmp_path: Any, microbatch_size: int | None, accumulate: int) -> None:
     """Every record is in the batch (q = 1), so the sum is known; C = 1.4 clips some samples and not others."""
     module, dataset = Classifier(lr=0.0), make_dataset()
     norms = [
@@ -99,7 +97,7 @@ class Silent(Classifier):
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0])
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
-def test_every_coordinate_carries_noise_of_exactly_the_stated_std(tmp_path: Any, sigma: float, wrong: float) -> None:
+def test_every_coordinate_carries_noise_of_the_stated_std(tmp_path: Any, sigma: float, wrong: float) -> None:
     """53 coordinates x 100 steps; the variance's z-score must stay under 5 (false alarm < 1e-6) and reject 2/3 and 3/2."""
     recorder = Recorder()
     strategy = DPStrategy(noise_multiplier=sigma, max_grad_norm=0.7)
@@ -115,7 +113,7 @@ def test_every_coordinate_carries_noise_of_exactly_the_stated_std(tmp_path: Any,
 
 
 def test_extreme_samples_contribute_at_most_the_clipping_norm(tmp_path: Any) -> None:
-    """Zero, huge, infinite and NaN samples beside one ordinary one: each adds at most C, the bad ones nothing."""
+    """Zero, huge, infinite and NaN samples with one ordinary one: each adds at most C, the bad ones nothing."""
     features = torch.tensor([0.0, 1e30, math.inf, math.nan, 1.0])[:, None].repeat(1, NUM_FEATURES)
     dataset = torch.utils.data.TensorDataset(features, torch.tensor([0, 1, 2, 0, 1]))
 
@@ -138,9 +136,7 @@ def test_extreme_samples_contribute_at_most_the_clipping_norm(tmp_path: Any) -> 
     torch.testing.assert_close(total["network.bias"], expected)
 
 
-def test_no_sample_adds_more_than_the_bound_where_factors_are_tiny(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiny_factors_keep_every_sample_within_the_bound(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of 1e18 under C = 1.3e-20: divided by the batch size from the start, the factor would be a coarse subnormal."""
     monkeypatch.setattr(GaussianNoise, "fill_", lambda self, tensor, std: tensor.zero_())
     bound, seen = 1.3e-20, []
@@ -157,7 +153,7 @@ def test_no_sample_adds_more_than_the_bound_where_factors_are_tiny(
     assert all(0 <= contribution <= bound for contribution in seen)
 
 
-def test_an_empty_batch_runs_user_code_once_is_noised_and_counted(tmp_path: Any) -> None:
+def test_empty_batch_runs_once_is_noised_and_counted(tmp_path: Any) -> None:
     """Q = 1/64 at batch size 1: about 37 % of the batches are empty; one record of weight 0 runs in their place."""
     calls: list[int] = []
 
@@ -227,9 +223,7 @@ def test_a_weight_penalty_in_the_loss_is_refused(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_the_ledger_holds_a_step_before_anything_of_it_is_released(
-    first: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ledger_holds_a_step_before_its_release(first: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise drawn when the batch began is written down where it is spent; added to the sum, where it is drawn."""
     strategy = DPStrategy(noise_multiplier=1.5, secure_rng=not first)
     drawn: dict[str, list[int]] = {"add_": [], "fill_": []}
@@ -265,7 +259,7 @@ def test_clipping_that_changes_within_a_batch_is_refused(tmp_path: Any, monkeypa
 
 
 @pytest.mark.parametrize("spare", [False, True])
-def test_noise_drawn_beside_the_forward_has_the_same_scale_and_never_comes_twice(
+def test_noise_drawn_early_has_its_scale_and_is_used_once(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, spare: bool
 ) -> None:
     """Chi-square over 40,000 coordinates a step, false-alarm rate 2e-8 a step; noise is 1000 times what a sample adds."""

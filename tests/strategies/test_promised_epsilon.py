@@ -18,7 +18,7 @@ from tests.strategies.test_manual import Manual, TwoOptimizers
 from tests.strategies.test_soundness import rdp
 
 
-def test_a_reloaded_loader_with_another_batch_size_is_accounted_as_such(tmp_path: Path) -> None:
+def test_reloaded_loader_is_accounted_with_its_batch_size(tmp_path: Path) -> None:
     class Growing(Classifier):
         def train_dataloader(self) -> DataLoader:
             return make_loader(batch_size=16 if self.trainer.current_epoch == 0 else 32)
@@ -29,7 +29,7 @@ def test_a_reloaded_loader_with_another_batch_size_is_accounted_as_such(tmp_path
     assert strategy.plan.expected_batch_size == 32
 
 
-def test_a_search_for_the_batch_size_is_accounted_and_refused_under_a_target(tmp_path: Path) -> None:
+def test_batch_size_search_is_accounted_or_refused(tmp_path: Path) -> None:
     class Sized(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -92,9 +92,7 @@ def test_shuffled_passes_cut_short_are_planned_one_by_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("callbacks", [[], [PrivacyBudget(50.0)]])
-def test_unplanned_steps_on_one_batch_are_refused_where_a_limit_was_promised(
-    tmp_path: Path, callbacks: list[Any]
-) -> None:
+def test_unplanned_steps_are_refused_under_a_limit(tmp_path: Path, callbacks: list[Any]) -> None:
     class Thrice(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:
             for _ in range(3):

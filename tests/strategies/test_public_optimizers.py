@@ -1,4 +1,4 @@
-"""Public optimizers beside private ones: whenever they step, that their gradients are free of the data is checked."""
+"""Public optimizers next to private ones: whenever they step, that their gradients are free of the data is checked."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def rdp(**options: Any) -> DPStrategy:
 # ---------------------------------------------------------------- raw gradients
 
 
-def test_a_discriminator_switched_off_and_on_is_noised_at_every_step(tmp_path: Path) -> None:
+def test_discriminator_frozen_and_thawed_is_always_noised(tmp_path: Path) -> None:
     """WGAN style: requires_grad goes off at the end of each training step and on at the top of the next."""
 
     class Switching(Manual):
@@ -66,7 +66,7 @@ def test_a_layer_outside_the_module_is_refused(tmp_path: Path) -> None:
         make_trainer(rdp(), tmp_path).fit(Hidden(), make_loader())
 
 
-def test_an_exhausted_iterator_in_the_step_is_not_the_end_of_the_data(tmp_path: Path) -> None:
+def test_exhausted_iterator_in_the_step_is_an_error(tmp_path: Path) -> None:
     """Lightning takes a StopIteration under manual optimization for the end of the data: the step would silently not be taken."""
 
     class Exhausted(Manual):
@@ -92,7 +92,7 @@ def test_several_steps_a_batch_in_microbatches_are_refused(tmp_path: Path, micro
 
 
 def test_a_step_that_skips_bad_batches_is_refused(tmp_path: Path) -> None:
-    """Whether the others count would hang on one sample."""
+    """Whether the others count would depend on one sample."""
 
     class Skipping(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

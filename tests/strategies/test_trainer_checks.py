@@ -140,7 +140,7 @@ class Stream(IterableDataset):
         return iter(make_dataset())
 
 
-def test_a_stream_is_refused_under_poisson_and_trains_when_shuffled(tmp_path: Any) -> None:
+def test_stream_is_refused_under_poisson_and_trains_shuffled(tmp_path: Any) -> None:
     with pytest.raises((ValueError, TypeError), match='sampling="shuffle"'):
         make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Classifier(), DataLoader(Stream(), batch_size=16))
     adding = DPStrategy(noise_multiplier=3.0, sampling="shuffle", target_delta=1e-3)

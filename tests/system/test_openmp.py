@@ -1,4 +1,4 @@
-"""The threads that wait for torch's next computation: they end when told to, and no result depends on it."""
+"""The threads that wait for torch's next computation: they end on request, and no result depends on it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pause(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("pause")
-def test_the_threads_end_and_the_next_computation_starts_new_ones() -> None:
+def test_threads_end_and_the_next_computation_starts_new() -> None:
     before = compute()
     working = len(list(TASKS.iterdir()))
     assert end_waiting_threads()

@@ -1,4 +1,4 @@
-"""What a rule for a layer family is: from one activation and one backprop to per-sample gradients.
+"""The base class of rules: from one activation and one backprop to per-sample gradients.
 
 Shape legend: ``B`` samples of a microbatch, ``K`` rows of one sample, ``R = B * K`` rows (sample-major).
 """
@@ -32,7 +32,7 @@ class Call:
         kwargs: keyword arguments as ``forward`` saw them.
         activation: main input, shape ``(B * K, ...)``, detached.
         backprop: gradient of the loss with respect to the output, shape ``(B * K, ...)``, same row order.
-        multiplicity: ``K >= 1``: rows of one sample, which lie next to each other. More than one when time steps or
+        multiplicity: ``K >= 1``: rows of one sample, which are next to each other. More than one when time steps or
             augmented views were folded into the batch axis.
 
     Example:

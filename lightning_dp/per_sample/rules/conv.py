@@ -52,7 +52,7 @@ _WEIGHT_GRADIENTS = {1: nn_grad.conv1d_weight, 2: nn_grad.conv2d_weight, 3: nn_g
 
 
 class ConvShape(NamedTuple):
-    """What the choice of a route may depend on: public sizes only.
+    """The public sizes that the choice of a route may depend on.
 
     Args:
         device: device type, such as ``"cpu"``.

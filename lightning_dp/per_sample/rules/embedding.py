@@ -74,7 +74,7 @@ class EmbeddingRule(Rule):
         assert isinstance(module, nn.Embedding)
         tokens, backprops = _tokens(module, calls, batch_size)
         scaled = (backprops * factors.to(backprops.dtype).reshape(-1, 1, 1)).flatten(0, 1)
-        # one row of the sum for every row met: no tensor of the size of the vocabulary
+        # one row of the sum for every row used: no tensor of the size of the vocabulary
         out["weight"].index_add_(0, tokens.flatten(), scaled.to(out["weight"].dtype))
 
     @override

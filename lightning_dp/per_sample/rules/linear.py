@@ -181,7 +181,7 @@ class LinearRule(Rule):
 def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield samples with their inputs ``(b, T, d)`` and backprops ``(b, T, p)`` of all calls, in the accumulation type.
 
-    Several calls are copied together a few samples at a time, so that no copy of all of them is ever made. The copies lie
+    Several calls are copied together a few samples at a time, so that no copy of all of them is ever made. The copies are
     where those of the last block lay.
     """
     inputs = [_split(call.activation, batch_size) for call in calls]

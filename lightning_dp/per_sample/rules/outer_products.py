@@ -20,7 +20,7 @@ _LARGE = 1e6
 """Squared norms above this make squares that have vanished in the other factor count."""
 
 _HUGE = 1e30
-"""Squared norms above this make them count so much that no norm under a mask can be told."""
+"""Squared norms above which rounding leaves no norm under a mask."""
 
 _GRAM_BLOCK = 128
 """Positions of a block of Gram matrices, of which those above the diagonal are left out: they are symmetric."""
@@ -57,7 +57,7 @@ def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
         gram_g = torch.bmm(backprops_BTp[:, low:high], backprops_BTp[:, low:].mT)
         for gram, found in zip((gram_a, gram_g), squares, strict=True):
             found.append(gram.diagonal(dim1=1, dim2=2).clone())
-        gram_a[:, :, : high - low].mul_(0.5)  # the block on the diagonal is symmetric, the others are met once
+        gram_a[:, :, : high - low].mul_(0.5)  # the block on the diagonal is symmetric, the others are visited once
         total += 2 * torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1))
     widths = (inputs_BTd.shape[2], backprops_BTp.shape[2])
     sides = (at_least_tiny(torch.cat(found, 1).sqrt(), width) for found, width in zip(squares, widths, strict=True))

@@ -24,7 +24,7 @@ OUT = Path(sys.argv[1])
 
 
 class Nothing(Classifier):
-    """No gradient at all: every norm is 0, and what is released beside the count is noise."""
+    """No gradient at all: every norm is 0, and what is released in addition to the count is noise."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(torch.zeros_like(batch[0])).sum(1).mean() * 0.0

@@ -76,7 +76,7 @@ PHASES: dict[str, Callable[[], list[L.Callback]]] = {
     "to_dp": lambda: [SwitchToDP(1)],
     "from_dp": lambda: [SwitchToDP(1, reverse=True)],
 }
-#: What has no finite epsilon, whatever stands beside it.
+#: What has no finite epsilon, whatever is combined with it.
 UNSOUND = {"none", "published", "to_dp", "from_dp"}
 
 
@@ -176,12 +176,12 @@ class NoiseSpy:
 
     @property
     def gradients(self) -> list[Draw]:
-        """Draws over gradients, which lie at the beginning of a release."""
+        """Draws over gradients, which are at the beginning of a release."""
         return [draw for draw in self.draws if draw.offset == 0]
 
     @property
     def statistics(self) -> list[Draw]:
-        """Draws over statistics, which lie behind; none where there are none."""
+        """Draws over statistics, which are at its end; none where there are none."""
         return [draw for draw in self.draws if draw.offset > 0]
 
 

@@ -81,7 +81,7 @@ def test_lamb_steps_by_its_trust_ratio(tmp_path: Any) -> None:
     assert math.isfinite(strategy.epsilon())
 
 
-def test_votes_are_taken_a_microbatch_at_a_time_and_noised_everywhere(tmp_path: Any, monkeypatch: Any) -> None:
+def test_votes_by_microbatch_are_noised_everywhere(tmp_path: Any, monkeypatch: Any) -> None:
     """No more per-sample gradients at hand than a microbatch has samples; noise on all coordinates, voted on or not."""
     sizes, spy = [], NoiseSpy(monkeypatch)
     contributions = TopAgg.contributions

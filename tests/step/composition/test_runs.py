@@ -223,7 +223,7 @@ def test_a_learned_bound_may_follow_a_plain_phase(tmp_path: Any, bound: Any) -> 
     assert [run.event.kind for run in strategy.ledger.entries] == ["non_private", "poisson"]
 
 
-def test_what_a_hook_writes_to_masked_gradients_is_gone_at_the_next_step(tmp_path: Any) -> None:
+def test_hook_writes_to_masked_gradients_do_not_last(tmp_path: Any) -> None:
     """SGD with Nesterov momentum and ``foreach`` adds to ``p.grad`` in place too."""
     zeros: list[int] = []
 

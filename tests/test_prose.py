@@ -1,0 +1,67 @@
+"""Plain English: no word that was hard to read, summaries that say what a thing is, names of tests that fit on a line."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("lightning_dp", "tests", "docs", "examples")
+SOURCES = sorted(
+    path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.name != Path(__file__).name
+)
+PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
+#: Words and idioms that had to be read twice. Names in backticks are free.
+BANNED = re.compile(
+    r"\b(rooms?(?!:)|anew|afresh|hangs? on|speaks? of|lies?|lying|besides?|told|met|lets? go of"
+    r"|stands? (in|beside|between|there)|an? (view|norm|gradient|row|entry) a (parameter|sample|step|record|layer))\b",
+    re.IGNORECASE,
+)
+#: First words of a summary that leave open what it is about.
+VAGUE = re.compile(r"(What|Where|Whether|Which|Who|How|When|It|Its|This|That|They|Their)\b")
+#: First words of classes and properties that are verbs.
+VERBS = re.compile(
+    r"(Adds|Asks|Brings|Calls|Called|Changes|Checks|Computes|Counts|Draws|Gives|Hands|Holds|Keeps|Leaves|Logs|Makes|Moves|Raised|Reads|Refuses|"
+    r"Removes|Returns?|Runs|Sets|Stands|Stops|Stores|Takes|Tells?|Trains|Turns|Watches|Writes)\b"
+)
+
+
+def prose_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield numbered lines: all of a page, and the strings and comments of a source file."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        yield from enumerate(text.splitlines(), 1)
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT or tokenize.tok_name[token.type] in ("STRING", "FSTRING_MIDDLE"):
+            yield from enumerate(token.string.splitlines(), token.start[0])
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_prose_has_no_banned_word(path: Path) -> None:
+    lines = [(number, re.sub(r"`+[^`]*`+", "", line)) for number, line in prose_of(path)]
+    assert [(number, found[0]) for number, line in lines if (found := BANNED.search(line))] == []
+
+
+def test_summaries_begin_with_a_verb_or_a_noun() -> None:
+    """Ruff's D401 sees verbs of functions; here are the rest: modules, classes and properties."""
+    found = []
+    for path in (ROOT / "lightning_dp").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+                decorators = "" if isinstance(node, ast.Module) else " ".join(map(ast.unparse, node.decorator_list))
+                is_noun = isinstance(node, ast.ClassDef) or "property" in decorators
+                if VAGUE.match(text) or (is_noun and VERBS.match(text)):
+                    found.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert found == []
+
+
+def test_names_of_tests_have_at_most_60_characters() -> None:
+    names = re.findall(r"def (test_\w+)", "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
+    assert [name for name in names if len(name) > 60] == []
