@@ -132,7 +132,7 @@ def parse_schedule(text: str, run: RunLength) -> Schedule:
 
 
 def parse_noise(text: str) -> CorrelatedNoise:
-    """The noise that ``auto``, a decay or ``bands=P`` stands for.
+    """Return the noise that ``auto``, a decay or ``bands=P`` stands for.
 
     Args:
         text: as typed.
