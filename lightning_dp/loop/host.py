@@ -31,7 +31,7 @@ class LoopHost:
         batch_size: records of a real microbatch, as expected.
     """
 
-    shows_progress = True
+    shows_progress, skips, has_epoch_end = True, False, False
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, records: TrainingRecords, *, reduction: str, batch_size: int
@@ -66,6 +66,20 @@ class LoopHost:
                 "loss_fn is given, outside of torch.no_grad."
             )
         return loss
+
+    def skips_on(self, record: Any) -> bool:
+        """Return False: a plain loop has no hooks."""
+        return False
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a loss."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def end_batch(self, output: Any) -> None:
+        """Do nothing: a plain loop has no hooks."""
+
+    def end_epoch(self) -> None:
+        """Do nothing: a plain loop has no hooks."""
 
     def others(self) -> list[Any]:
         """Return the optimizer."""

@@ -36,20 +36,27 @@ class Couplings:
 
     def check_state(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that what a step leaves behind does not depend on the records."""
+        host = self._runs.host
 
-        def run(batches: list[list[Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        def run(batches: list[list[Any]], *, ends: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
             state: dict[str, Any] = {}
             try:
                 for number, batch in enumerate(batches):
                     probe = self._runs.run(batch, Draws(), engine=False)
                     if number == 0:
-                        state = state_check.saved_state(self._runs.step.module, self._runs.host.others())
+                        if ends:
+                            host.end_epoch()
+                        state = state_check.saved_state(self._runs.step.module, host.others())
+                        state["the answer of on_train_batch_start"] = host.skips
             finally:
                 snapshot.put_back()
             return state, probe.private
 
         three = (records * 3)[:3] if len(records) < 3 else records[:3]
-        state_check.check_state(run, three, together=not self._runs.step.settings.runs_samples_alone)
+        together = not self._runs.step.settings.runs_samples_alone
+        state_check.check_state(run, three, together=together)
+        if host.has_epoch_end:
+            state_check.check_state(lambda batches: run(batches, ends=True), three, together=together)
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Compare the per-sample gradients of a batch with those of its samples run alone."""

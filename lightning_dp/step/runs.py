@@ -79,6 +79,25 @@ class Host(Protocol):
     def loss_of(self, output: Any, count: int) -> Tensor | None:
         """Return the loss of an output as a scalar, if the host back-propagates it."""
 
+    skips: bool
+    """Whether the last run asked for the rest of the epoch to be skipped."""
+
+    def skips_on(self, record: Any) -> bool:
+        """Tell whether user code asks for the rest of the epoch to be skipped, for one record alone."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a loss, with the hooks around it."""
+
+    def end_batch(self, output: Any) -> None:
+        """Call the hooks that end a batch."""
+
+    @property
+    def has_epoch_end(self) -> bool:
+        """True if user code does something at the end of an epoch."""
+
+    def end_epoch(self) -> None:
+        """Call the hooks that end an epoch."""
+
     def others(self) -> list[Any]:
         """Return optimizers and schedulers."""
 
@@ -140,10 +159,11 @@ class TrialRuns:
             if step.automatic:
                 loss = self.host.loss_of(output, len(records))
                 if loss is not None and loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    self.host.backward(loss)
                 if engine:
                     step.engine.check_tracked()
                 probe.collect(0)
+            self.host.end_batch(output)
         if self._bar is not None:
             self._bar.update()
         return probe

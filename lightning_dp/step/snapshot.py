@@ -39,6 +39,12 @@ _LARGE = 2**14
 """Elements above which a quick comparison looks at about 1,000 of a tensor's elements."""
 
 
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of one module that are the user's state, without parameters, buffers and submodules."""
+    machinery = _OUTSIDE | _MACHINERY | {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+    return {name: value for name, value in vars(module).items() if name not in machinery}
+
+
 class Snapshot:
     """Values of all state that is reachable from some roots.
 

@@ -107,12 +107,24 @@ class Trial:
         if not self._step.settings.check_per_sample:
             return
         self._take_note()
-        with self._sandbox.enter() as snapshot, self._runs.progress():
-            few = self._host.records(NUM_FEW, seed=number)
-            if len(few) > 1:
-                self._couplings.check_state(snapshot, few)
-            if not self._step.settings.runs_samples_alone:
+        self.check_state(number)
+        if not self._step.settings.runs_samples_alone:
+            with self._sandbox.enter() as snapshot, self._runs.progress():
                 self._couplings.exchange_one(snapshot, self._couplings.real_records(number), seed=number)
+
+    def check_state(self, seed: int = 0) -> None:
+        """Check, outside of a real step, that what user code leaves behind does not depend on the records.
+
+        Args:
+            seed: chooses the records.
+
+        Raises:
+            PrivacyError: it does.
+        """
+        few = self._host.records(NUM_FEW, seed=seed) if self._step.settings.check_per_sample else []
+        if len(few) > 1:
+            with self._sandbox.enter() as snapshot, self._runs.progress():
+                self._couplings.check_state(snapshot, few)
 
     def check_public(self) -> None:
         """Check that a public optimizer's gradient changes neither with the batch nor with how many samples it holds.
@@ -157,6 +169,23 @@ class Trial:
                         "Expected training_step to return None for every sample or for none, got None for a batch and a loss for "
                         "one sample alone. One sample could switch off all others: return the loss (a sample that is not finite "
                         "contributes zero anyway), or use microbatch_size=1."
+                    )
+
+    def check_end_of_epoch(self) -> None:
+        """Check, where user code has skipped the rest of an epoch, that it does so whatever the records are.
+
+        Raises:
+            PrivacyError: it does not, so the number of steps would tell something about the records.
+        """
+        if not self._step.settings.check_per_sample:
+            return
+        for record in self._host.records(NUM_FEW):
+            with self._sandbox.enter():
+                if not self._host.skips_on(record):
+                    raise PrivacyError(
+                        "Expected on_train_batch_start to skip the rest of an epoch whatever the records are, got -1 for a batch and "
+                        "another answer for one record alone. The number of steps would depend on the data: let counts or the "
+                        "weights decide."
                     )
 
     def check_steps(self, real: set[int], counts: Any) -> None:

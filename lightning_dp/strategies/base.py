@@ -170,6 +170,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         """Report what was spent, and write the privacy card next to the logger's files."""
         super().on_train_end()
         assert self._fit is not None
+        self._fit.check_callbacks()
         self._fit.step.check_released()
         card_files.write(self.trainer, self, self.mechanisms.card)
         _messages.info(self.state.summary_line())
@@ -243,6 +244,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Add ledger, plan and logical step to the checkpoint; the weights keep the plain module's keys."""
+        if self._fit is not None:
+            self._fit.check_callbacks()
         note_values(self.module.parameters())
         checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
         super().save_checkpoint(checkpoint, filepath, storage_options)

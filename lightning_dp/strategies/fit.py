@@ -68,7 +68,7 @@ class PrivateFit:
         )
         self.guard = StepGuard(self.step.parameters.is_private)
         self._host = LightningHost(strategy)
-        self._sandbox = Sandbox(module, self.guard, self._host.others, self._quiet)
+        self._sandbox = Sandbox(module, self.guard, self._host.reachable, self._quiet)
         self._trial = Trial(self.step, self._host, self._sandbox)
         self._logs = TrainingLogs(trainer, strategy.state.nonprivate_logs, strict=strategy.settings.strict_logging)
         self._watch()
@@ -80,6 +80,8 @@ class PrivateFit:
         for both in self._optimizers_and_wrappers():
             for optimizer in both:
                 optimizer.__dict__.pop("zero_grad", None)
+        self._strategy.module.__dict__.pop("on_train_batch_start", None)
+        self._host.hooks.unwatch()
         _lightning.restore_transfer_hook(self._strategy.module)
         self._logs.detach()
         restore_generators(self._generators, self._device)
@@ -103,6 +105,16 @@ class PrivateFit:
         self._on_device = self._strategy.to_device(batch.microbatches[-1][1]) if batch else self._host.empty_batch()
         return self._on_device
 
+    def check_callbacks(self) -> None:
+        """Check, where a callback has begun to change the module, that what it writes does not depend on the records.
+
+        Raises:
+            PrivacyError: it does.
+        """
+        if self._host.hooks.due:
+            self._host.hooks.due = False
+            self._trial.check_state()
+
     def run(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code on a logical batch; return what the real call returned.
 
@@ -120,6 +132,7 @@ class PrivateFit:
                 "one again. Optimizers that call their closure several times cannot be used: take SGD, Adam or AdamW."
             )
         self._host.arguments = (rest, kwargs)
+        self.check_callbacks()
         try:
             if self._begins_logical_batch():
                 self._begin(batch.position)
@@ -248,9 +261,24 @@ class PrivateFit:
             for optimizer in both if index not in self._strategy.settings.public_optimizers else ():
                 optimizer.__dict__["zero_grad"] = self._discarding(index, optimizer.zero_grad)
         module = self._strategy.module
+        if is_overridden("on_train_batch_start", module):
+            module.__dict__["on_train_batch_start"] = self._checking_skips(module.on_train_batch_start)
+        self._host.hooks.watch(lambda: self.on_trial)
         owners = [module, self._strategy.trainer.datamodule]  # type: ignore[attr-defined]
         if any(owner is not None and is_overridden("on_before_batch_transfer", owner) for owner in owners):
             _lightning.replace_transfer_hook(module, lambda batch: isinstance(batch, LogicalBatch))
+
+    def _checking_skips(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``on_train_batch_start`` of the module; where it ends an epoch, this may not depend on the records."""
+
+        @functools.wraps(hook)
+        def begin_batch(*args: Any, **kwargs: Any) -> Any:
+            answer = hook(*args, **kwargs)
+            if isinstance(answer, int) and answer == -1 and not self.on_trial:
+                self._trial.check_end_of_epoch()
+            return answer
+
+        return begin_batch
 
     def _optimizers_and_wrappers(self) -> list[tuple[Optimizer, Any]]:
         """Return each optimizer with Lightning's wrapper of it, which is what manual optimization hands to the user."""

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from lightning_dp.step import checks
 from lightning_dp.step.records import TrainingRecords
 from lightning_dp.strategies import _lightning
+from lightning_dp.strategies.hooks import EPOCH_END, UserHooks, outputs_of
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -29,6 +30,8 @@ class LightningHost:
     def __init__(self, strategy: PrivateStrategy) -> None:
         self._strategy = strategy
         self._held: TrainingRecords | None = None
+        self.hooks = UserHooks(strategy)
+        self._batch: Any = None
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the ``training_step`` that is under way."""
 
@@ -64,14 +67,52 @@ class LightningHost:
         """Return optimizers and schedulers."""
         return [*self._strategy.optimizers, *(config.scheduler for config in self._strategy.lr_scheduler_configs)]
 
+    def reachable(self) -> list[Any]:
+        """Return everything whose state is put back after a trial: also callbacks that take part in it."""
+        return [*self.others(), *(vars(callback) for callback in self.hooks.writing)]
+
     def records(self, num: int, seed: int = 0) -> list[Any]:
         """Return records from all over a dataset with random access, the first ones of a stream."""
         return self._records.take(num, seed)
 
     def run(self, records: list[Any]) -> Any:
-        """Run ``training_step`` on records, collated and moved as Lightning does."""
+        """Run ``training_step`` on records, collated and moved as Lightning does, after the hooks that see the batch."""
         rest, kwargs = self.arguments
-        return self._strategy.call_training_step(self.batch_of(records), rest, kwargs)
+        self._batch = self.batch_of(records)
+        self.skips = self._skips(self._batch)
+        return self._strategy.call_training_step(self._batch, rest, kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a loss, between the hooks that see it."""
+        self.hooks.call("on_before_backward", loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.hooks.call("on_after_backward")
+
+    def end_batch(self, output: Any) -> None:
+        """Call the hooks that end a batch."""
+        self.hooks.call("on_train_batch_end", outputs_of(output), self._batch, self._batch_idx)
+        self._batch = None
+
+    @property
+    def has_epoch_end(self) -> bool:
+        """True if user code does something at the end of an epoch."""
+        return self.hooks.has(EPOCH_END)
+
+    def end_epoch(self) -> None:
+        """Call the hooks that end an epoch."""
+        self.hooks.call(EPOCH_END)
+
+    def skips_on(self, record: Any) -> bool:
+        """Tell whether the hooks that begin a batch ask for the rest of the epoch to be skipped, for one record alone."""
+        return self._skips(self.batch_of([record]))
+
+    def _skips(self, batch: Any) -> bool:
+        answers = self.hooks.call("on_train_batch_start", batch, self._batch_idx)
+        return any(isinstance(answer, int) and answer == -1 for answer in answers)
+
+    @property
+    def _batch_idx(self) -> int:
+        return self._strategy.trainer.fit_loop.batch_idx
 
     def learn_rows(self) -> None:
         """Find the tensors of a collated batch that have one row per record."""

@@ -32,6 +32,7 @@ from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.strategies.fit import PrivateFit
+from lightning_dp.strategies.hooks import UserHooks
 from tests.auditing import checks, user_code
 
 Check = Callable[[Path], None]
@@ -196,6 +197,10 @@ def state_unchecked(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Couplings, "check_state", lambda self, snapshot, records: None)
 
 
+def hooks_not_run(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(UserHooks, "call", lambda self, name, *args: [])
+
+
 def coins_in_the_middle(patch: pytest.MonkeyPatch) -> None:
     """Low and high coins are the middle one."""
     patch.setattr(couplings, "LOW", couplings.MIDDLE)
@@ -291,6 +296,9 @@ VARIANTS: dict[str, Variant] = {
     ),
     "state_unchecked": Variant(
         state_unchecked, user_code.check_state_from_records_is_refused, "state written from records was accepted"
+    ),
+    "hooks_not_run": Variant(
+        hooks_not_run, user_code.check_state_from_hooks_is_refused, "state written in a hook was accepted"
     ),
     "coins_in_the_middle": Variant(
         coins_in_the_middle, user_code.check_rare_coins_are_refused, "a coin that mixes the batch was accepted"

@@ -89,6 +89,21 @@ def check_state_from_records_is_refused(tmp_path: Path) -> None:
         _refused(Following, make_loader(), tmp_path, "state written from records", microbatch_size=microbatch_size)
 
 
+def check_state_from_hooks_is_refused(tmp_path: Path) -> None:
+    """A buffer that follows the batch mean, written after each batch."""
+
+    class Following(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(NUM_FEATURES))
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if len(batch[0]):
+                self.mean.mul_(0.9).add_(0.1 * batch[0].mean(0))
+
+    _refused(Following, make_loader(), tmp_path, "state written in a hook")
+
+
 def check_rare_coins_are_refused(tmp_path: Path) -> None:
     """A batch that is mixed with probability 0.1, and one that is not mixed with probability 0.1."""
 

@@ -1,0 +1,153 @@
+"""Hooks of the user's that see a batch, or what was computed from it.
+
+Those of the module run on trial as ``training_step`` does. Those of callbacks may write files or lists of their own, so they run on
+trial only once they have changed the module in a real batch, which is watched.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.step.snapshot import plain_attributes
+from lightning_dp.system.torch_private import num_changes
+
+if TYPE_CHECKING:
+    from lightning_dp.strategies.base import PrivateStrategy
+
+#: Packages whose callbacks are not the user's; they write no state from records into the module.
+_KNOWN = ("lightning.", "pytorch_lightning.", "lightning_dp.")
+#: Called at the end of an epoch, in which values that were collected batch by batch may be written into the module.
+EPOCH_END = "on_train_epoch_end"
+_HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end", EPOCH_END)
+_PLACES = 16  # values of a tensor that are compared, for what is written through ``.data``
+
+
+class UserHooks:
+    """The hooks of a module and of the user's own callbacks.
+
+    **Guarantee**: what a hook writes into the module is checked as what ``training_step`` writes: of the module before the first
+    step, of a callback when it first writes, before the next step or checkpoint. Not watched: callbacks of Lightning, of this
+    package, and those that are derived from one of them. Not run on trial: hooks around an optimizer's step, which sees no
+    gradient there.
+
+    Args:
+        strategy: of the Trainer.
+    """
+
+    def __init__(self, strategy: PrivateStrategy) -> None:
+        self._strategy = strategy
+        self._reported: set[str] = set()
+        self._watched = [c for c in getattr(strategy.trainer, "callbacks", []) if not _is_known(type(c))]
+        self.writing: list[pl.Callback] = []
+        """Callbacks that have changed the module, and take part in trials since."""
+        self.due = False
+        """Whether one has begun to, and no check has run since."""
+
+    def has(self, name: str) -> bool:
+        """Tell whether the module has a hook, or a callback that takes part in trials."""
+        return any(True for _ in self._with(name))
+
+    def call(self, name: str, *args: Any) -> list[Any]:
+        """Call a hook on trial, in Lightning's order, and return the answers.
+
+        Raises:
+            PrivacyError: a callback that writes into the module cannot run on trial.
+        """
+        answers = []
+        for owner, hook in self._with(name):
+            label = f"{type(owner).__name__}.{name}"
+            try:
+                answers.append(hook(*args))
+            except PrivacyError:
+                raise
+            except Exception as error:
+                problem = f"Expected {label} to run on a few records alone, got {type(error).__name__}: {error}."
+                if owner in self.writing:
+                    raise PrivacyError(
+                        f"{problem} It changes the module, and this cannot be checked: leave it out."
+                    ) from error
+                if label not in self._reported:
+                    self._reported.add(label)
+                    warnings.warn(f"{problem} What it writes from a batch is not checked.", stacklevel=2)
+        return answers
+
+    def watch(self, is_on_trial: Callable[[], bool]) -> None:
+        """Watch the hooks of callbacks; once one has changed the module, it takes part in trials, and a check is due.
+
+        Args:
+            is_on_trial: whether user code runs in the sandbox.
+        """
+        module = self._strategy.module
+        for callback in self._watched:
+            for name in _HOOKS:
+                if getattr(type(callback), name) is not getattr(pl.Callback, name):
+                    callback.__dict__[name] = self._watching(getattr(callback, name), module, callback, is_on_trial)
+
+    def unwatch(self) -> None:
+        """Leave the callbacks as they were."""
+        for callback in self._watched:
+            for name in _HOOKS:
+                callback.__dict__.pop(name, None)
+
+    def _watching(
+        self, hook: Callable[..., Any], module: nn.Module, callback: pl.Callback, is_on_trial: Callable[[], bool]
+    ) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if callback in self.writing or is_on_trial():
+                return hook(*args, **kwargs)
+            before = _marks_of(module)
+            answer = hook(*args, **kwargs)
+            if _marks_of(module) != before:
+                self.writing.append(callback)
+                self.due = True
+            return answer
+
+        return watched
+
+    def _with(self, name: str) -> Iterator[tuple[Any, Any]]:
+        trainer, module = self._strategy.trainer, self._strategy.lightning_module
+        for callback in self.writing:
+            if getattr(type(callback), name) is not getattr(pl.Callback, name):
+                yield callback, functools.partial(getattr(callback, name), trainer, module)
+        if module is not None and is_overridden(name, module):
+            yield module, getattr(module, name)
+
+
+def _marks_of(module: nn.Module) -> list[Any]:
+    """Return what tells, quickly, whether a tensor or an attribute of a module has changed."""
+    marks: list[Any] = []
+    for tensor in (*module.parameters(), *module.buffers()):
+        flat = tensor.detach().reshape(-1)
+        few = flat[:: max(1, len(flat) // _PLACES)][:_PLACES].tolist()
+        marks.append((num_changes(tensor), tensor.data_ptr(), repr(few)))
+    for part in module.modules():
+        for name, value in plain_attributes(part).items():
+            marks.append((name, id(value), len(value) if isinstance(value, Sized) else 0))
+    return marks
+
+
+def outputs_of(output: Any) -> Any:
+    """Return what Lightning hands to ``on_train_batch_end`` for an output of ``training_step``."""
+    if output is None:
+        return {}
+    found = output if isinstance(output, Mapping) else {"loss": output}
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, dict(found))
+
+
+def _is_known(kind: type) -> bool:
+    """Tell whether a class of callbacks is Lightning's or this package's, or is derived from one of theirs."""
+    return any(
+        base.__module__.startswith(_KNOWN) and base is not pl.Callback
+        for base in kind.__mro__
+        if issubclass(base, pl.Callback)
+    )
