@@ -1,14 +1,15 @@
 """Hooks of the user's that see a batch, or what was computed from it.
 
-Those of the module run on trial as ``training_step`` does. Those of callbacks may write files or lists of their own, so they run on
-trial only once they have changed the module in a real batch, which is watched.
+Those of the module run on trial as ``training_step`` does. Those of callbacks, and those that end an epoch, may write files or lists
+of their own, so they run on trial only once they have changed the module in earnest, which is watched.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 _KNOWN = ("lightning.", "pytorch_lightning.", "lightning_dp.")
 #: Called at the end of an epoch, in which values that were collected batch by batch may be written into the module.
 EPOCH_END = "on_train_epoch_end"
+#: Hooks that are watched.
 _HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end", EPOCH_END)
+_CONTAINERS = (MutableSequence, MutableMapping, MutableSet, deque)
 _PLACES = 16  # values of a tensor that are compared, for what is written through ``.data``
 
 
@@ -47,10 +50,15 @@ class UserHooks:
         self._strategy = strategy
         self._reported: set[str] = set()
         self._watched = [c for c in getattr(strategy.trainer, "callbacks", []) if not _is_known(type(c))]
-        self.writing: list[pl.Callback] = []
-        """Callbacks that have changed the module, and take part in trials since."""
+        self.writing: list[Any] = []
+        """Callbacks that have changed the module, and take part in trials since; the module, if the end of an epoch has changed it."""
         self.due = False
         """Whether one has begun to, and no check has run since."""
+
+    @property
+    def callbacks(self) -> list[pl.Callback]:
+        """The callbacks that take part in trials, which must leave them as they were."""
+        return [owner for owner in self.writing if isinstance(owner, pl.Callback)]
 
     def has(self, name: str) -> bool:
         """Tell whether the module has a hook, or a callback that takes part in trials."""
@@ -91,24 +99,27 @@ class UserHooks:
             for name in _HOOKS:
                 if getattr(type(callback), name) is not getattr(pl.Callback, name):
                     callback.__dict__[name] = self._watching(getattr(callback, name), module, callback, is_on_trial)
+        if is_overridden(EPOCH_END, module):
+            module.__dict__[EPOCH_END] = self._watching(module.on_train_epoch_end, module, module, is_on_trial)
 
     def unwatch(self) -> None:
         """Leave the callbacks as they were."""
         for callback in self._watched:
             for name in _HOOKS:
                 callback.__dict__.pop(name, None)
+        self._strategy.module.__dict__.pop(EPOCH_END, None)
 
     def _watching(
-        self, hook: Callable[..., Any], module: nn.Module, callback: pl.Callback, is_on_trial: Callable[[], bool]
+        self, hook: Callable[..., Any], module: nn.Module, owner: Any, is_on_trial: Callable[[], bool]
     ) -> Callable[..., Any]:
         @functools.wraps(hook)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if callback in self.writing or is_on_trial():
+            if owner in self.writing or is_on_trial():
                 return hook(*args, **kwargs)
             before = _marks_of(module)
             answer = hook(*args, **kwargs)
             if _marks_of(module) != before:
-                self.writing.append(callback)
+                self.writing.append(owner)
                 self.due = True
             return answer
 
@@ -116,10 +127,10 @@ class UserHooks:
 
     def _with(self, name: str) -> Iterator[tuple[Any, Any]]:
         trainer, module = self._strategy.trainer, self._strategy.lightning_module
-        for callback in self.writing:
+        for callback in self.callbacks:
             if getattr(type(callback), name) is not getattr(pl.Callback, name):
                 yield callback, functools.partial(getattr(callback, name), trainer, module)
-        if module is not None and is_overridden(name, module):
+        if module is not None and is_overridden(name, module) and (name != EPOCH_END or module in self.writing):
             yield module, getattr(module, name)
 
 
@@ -132,7 +143,13 @@ def _marks_of(module: nn.Module) -> list[Any]:
         marks.append((num_changes(tensor), tensor.data_ptr(), repr(few)))
     for part in module.modules():
         for name, value in plain_attributes(part).items():
-            marks.append((name, id(value), len(value) if isinstance(value, Sized) else 0))
+            marks.append(
+                (
+                    name,
+                    id(value),
+                    len(value) if isinstance(value, (MutableSequence, MutableMapping, MutableSet, deque)) else 0,
+                )
+            )
     return marks
 
 

@@ -69,7 +69,7 @@ class LightningHost:
 
     def reachable(self) -> list[Any]:
         """Return everything whose state is put back after a trial: also callbacks that take part in it."""
-        return [*self.others(), *(vars(callback) for callback in self.hooks.writing)]
+        return [*self.others(), *(vars(callback) for callback in self.hooks.callbacks)]
 
     def records(self, num: int, seed: int = 0) -> list[Any]:
         """Return records from all over a dataset with random access, the first ones of a stream."""
