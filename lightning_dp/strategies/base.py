@@ -245,6 +245,9 @@ class PrivateStrategy(TrainingInputs, Strategy):
         """Add ledger, plan and logical step to the checkpoint; the weights keep the plain module's keys."""
         note_values(self.module.parameters())
         checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
+        _lightning.drop_loader_states(
+            checkpoint
+        )  # they are empty, and a plain Trainer would look for a loader to take them
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
