@@ -66,16 +66,13 @@ class Ledger:
     def __init__(self, neighboring_relation: str = "add_or_remove_one", unit: str = "record") -> None:
         if neighboring_relation not in NEIGHBORING_RELATIONS:
             raise ValueError(
-                f"Expected neighboring_relation in {NEIGHBORING_RELATIONS}, "
-                f"got neighboring_relation={neighboring_relation!r}."
+                f"Expected neighboring_relation in {NEIGHBORING_RELATIONS}, got neighboring_relation={neighboring_relation!r}."
             )
         if unit not in UNITS:
             raise ValueError(f"Expected unit in {UNITS}, got unit={unit!r}.")
-        self._neighboring_relation = neighboring_relation
-        self._unit = unit
-        self._lineage = uuid.uuid4().hex
+        self._neighboring_relation, self._unit = neighboring_relation, unit
+        self._lineage, self._pass_open = uuid.uuid4().hex, False
         self._entries: list[LedgerEntry] = []
-        self._pass_open = False
 
     @property
     def neighboring_relation(self) -> str:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -142,19 +138,3 @@ def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None, coin:
         smaller = u < p
         return smaller.to(torch.get_default_dtype()) if isinstance(smaller, torch.Tensor) else float(smaller)
     return None
-
-
-@contextmanager
-def restored_randomness(seed: int | None = None) -> Iterator[None]:
-    """Restores torch's, numpy's and Python's global generators afterwards; seeds all three within, if asked."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng():
-            if seed is not None:
-                torch.manual_seed(seed)
-                np.random.seed(seed)  # noqa: NPY002
-                random.seed(seed)
-            yield
-    finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)

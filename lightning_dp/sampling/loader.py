@@ -28,14 +28,23 @@ class PrivateDataLoader(DataLoader[Any]):
     Args:
         dataset: the user's dataset.
         facts: what is public about the sampling.
+        batch_size: expected number of units in an item: the user's.
         seed: for tests: words that the random streams of a stream's items follow from.
         kwargs: arguments of ``torch.utils.data.DataLoader``.
     """
 
     def __init__(
-        self, dataset: Any, *, facts: SamplingFacts, seed: tuple[int, ...] | None = None, **kwargs: Any
+        self,
+        dataset: Any,
+        *,
+        facts: SamplingFacts,
+        batch_size: int | None,
+        seed: tuple[int, ...] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(dataset, **kwargs)
+        options: dict[str, Any] = kwargs if "batch_sampler" in kwargs else {**kwargs, "batch_size": batch_size}
+        super().__init__(dataset, **options)
+        self.__dict__["batch_size"] = batch_size  # torch would keep None with a batch sampler
         self.facts = facts
         self.position = 0  # logical batches handed out so far, where their order matters: a public number
         self._seed = seed

@@ -171,7 +171,7 @@ def private_dataloader(
         units=units,
         **options,
     )
-    return PrivateDataLoader(dataset, facts=facts, batch_sampler=sampler, **kept)
+    return PrivateDataLoader(dataset, facts=facts, batch_size=loader.batch_size, batch_sampler=sampler, **kept)
 
 
 def peek_samples(loader: DataLoader[Any], num: int) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
@@ -50,32 +51,8 @@ class PrivateArguments(TypedDict, total=False):
     fixed_order: bool
 
 
-DEFAULTS: dict[str, Any] = {
-    "noise_multiplier": None,
-    "target_epsilon": None,
-    "target_delta": None,
-    "max_grad_norm": 1.0,
-    "clipping": "flat",
-    "accountant": "pld",
-    "sampling": "poisson",
-    "microbatch_size": None,
-    "grad_sample": "auto",
-    "neighboring_relation": "add_or_remove_one",
-    "memory": "fast",
-    "check_per_sample": True,
-    "allow_public_checkpoint": False,
-    "secure_rng": False,
-    "seed": None,
-    "loss_reduction": "mean",
-    "tune_process": True,
-    "unit": None,
-    "records_per_unit": None,
-    "unit_gradient": "mean",
-    "noise": None,
-    "fixed_order": False,
-}
-#: Arguments of ``DPStrategy`` without a meaning here: one optimizer, which is private, and no ``self.log``.
-_OF_A_TRAINER: dict[str, Any] = {"public_optimizers": (), "strict_logging": False}
+#: Settings of a Trainer without a meaning here: there is one optimizer, which is private, and no ``self.log``.
+_OF_A_TRAINER = ("public_optimizers", "strict_logging")
 
 
 def make_settings(arguments: Mapping[str, Any], *, owner: str) -> Settings:
@@ -93,8 +70,9 @@ def make_settings(arguments: Mapping[str, Any], *, owner: str) -> Settings:
         >>> make_settings({"noise_multiplier": 1.0}, owner="make_private").max_grad_norm
         1.0
     """
-    check.check_keywords(arguments, [*DEFAULTS, "epochs", "steps", "history"], owner=owner)
-    return Settings(**{**DEFAULTS, **_OF_A_TRAINER, **arguments})
+    names = [each.name for each in fields(Settings) if each.name not in _OF_A_TRAINER]
+    check.check_keywords(arguments, [*names, "epochs", "steps", "history"], owner=owner)
+    return Settings(**arguments)
 
 
 def check_length(epochs: int | None, steps: int | None, settings: Settings) -> None:

@@ -30,24 +30,24 @@ RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 class Settings:
     """The user's settings; ``DPStrategy`` documents every field."""
 
-    noise_multiplier: float | None
-    target_epsilon: float | None
-    target_delta: float | None
-    max_grad_norm: float
-    clipping: str | Clipping
-    accountant: str
-    sampling: str
-    microbatch_size: int | None
-    grad_sample: Literal["auto", "materialize"]
-    neighboring_relation: str
-    memory: Literal["fast", "lean"]
-    check_per_sample: bool
-    allow_public_checkpoint: bool
-    secure_rng: bool
-    seed: int | None
-    loss_reduction: str
-    public_optimizers: tuple[int, ...]
-    strict_logging: bool
+    noise_multiplier: float | None = None
+    target_epsilon: float | None = None
+    target_delta: float | None = None
+    max_grad_norm: float = 1.0
+    clipping: str | Clipping = "flat"
+    accountant: str = "pld"
+    sampling: str = "poisson"
+    microbatch_size: int | None = None
+    grad_sample: Literal["auto", "materialize"] = "auto"
+    neighboring_relation: str = "add_or_remove_one"
+    memory: Literal["fast", "lean"] = "fast"
+    check_per_sample: bool = True
+    allow_public_checkpoint: bool = False
+    secure_rng: bool = False
+    seed: int | None = None
+    loss_reduction: str = "mean"
+    public_optimizers: tuple[int, ...] = ()
+    strict_logging: bool = False
     tune_process: bool = True
     unit: Unit | None = field(default=None, repr=False, compare=False)
     records_per_unit: int | None = None

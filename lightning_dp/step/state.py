@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_dp.accounting import Accountant, Ledger, PrivacyEvent
+from lightning_dp.accounting import Accountant, Ledger
 from lightning_dp.errors import PrivacyError
 from lightning_dp.reporting import statement
 from lightning_dp.reporting.card import RunNotes
@@ -154,19 +154,8 @@ class PrivacyState:
             )
         self.precision = precision
         spent = planned if math.isclose(combined, planned, rel_tol=1e-9) else combined
-        self._write(plan.event_of(spent, self.step), first=first)
-
-    def record_event(self, event: PrivacyEvent) -> None:
-        """Write an event that is a logical step by itself into the ledger, and go on to the next step."""
-        self._write(event, first=True)
-        self.step += 1
-
-    def _write(self, event: PrivacyEvent, *, first: bool) -> None:
         self._own_steps = True
-        if first:
-            self.ledger.record(event)
-        else:
-            self.ledger.amend_last(event)
+        (self.ledger.record if first else self.ledger.amend_last)(plan.event_of(spent, self.step))
 
     def check_budget(self) -> None:
         """Check that one more release is planned and affordable.

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dp.clipping import Clipping, NoClipping
+from lightning_dp.clipping import Clipping
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import GradientEngine, make_engine
 from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
-from lightning_dp.step.correlation import check_mask_may_change, check_position, check_releases
+from lightning_dp.step.correlation import check_position, check_releases
 from lightning_dp.step.history import carry, note_values
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.microbatch import Microbatch
@@ -33,10 +33,11 @@ from lightning_dp.step.observers import diagnose, learn
 from lightning_dp.step.parameters import PrivateParameters
 from lightning_dp.step.randomness import RandomStreams
 from lightning_dp.step.reduction import Reduction
-from lightning_dp.step.release import Release, plan_release
+from lightning_dp.step.release import Release
 from lightning_dp.step.samples import Samples
 from lightning_dp.step.sandbox import USE_OPTIMIZERS
 from lightning_dp.step.settings import Settings
+from lightning_dp.step.settling import settle
 from lightning_dp.step.state import PrivacyState
 
 
@@ -100,11 +101,8 @@ class PrivateStep:
         self.engine.attach()
         self._refresh()
         if settings.noise is not None:
-            check_releases(
-                automatic=automatic,
-                num_private_optimizers=len(self.accumulators),
-                shares_noise=self.clipping.shares_noise,
-            )
+            num, shares = len(self.accumulators), self.clipping.shares_noise
+            check_releases(automatic=automatic, num_private_optimizers=num, shares_noise=shares)
 
     @property
     def accumulators(self) -> dict[int, Accumulator]:
@@ -131,10 +129,11 @@ class PrivateStep:
             check_position(position, self.state.step)
         self.noise.follow(correlation, self.state.step)
         self._refresh()
-        self._settle()
+        accumulators, step, since = self.accumulators, self.state.step, self.noise.since
+        self.bound, self.releases = settle(accumulators, self.mechanisms, self.plan, step, since)
         self.streams.begin()
         self.mechanisms.canaries.begin(self.plan.sample_rate)
-        for accumulator in self.accumulators.values():
+        for accumulator in accumulators.values():
             accumulator.reset()
             if self.automatic:
                 accumulator.drop_grads()
@@ -176,9 +175,8 @@ class PrivateStep:
         if self.bound.num_statistics:
             accumulator.statistics.add_(self.bound.statistics(torch.linalg.vector_norm(samples.norms, dim=0)))
         if self.mechanisms.diagnostics.reads_sums:
-            diagnose(
-                self.mechanisms.diagnostics, engine, accumulator, samples.norms, contribution.norms, recording.scaled
-            )
+            observed = samples.norms, contribution.norms
+            diagnose(self.mechanisms.diagnostics, engine, accumulator, *observed, recording.scaled)
         engine.discard(accumulator.names)
 
     @torch.no_grad()
@@ -256,16 +254,6 @@ class PrivateStep:
         known = self.accumulators[optimizer].parameters if optimizer in self.accumulators else {}
         checks.check_no_raw_gradients(optimizer, self.optimizers[optimizer], known, self.module)
 
-    def noise_stds(self) -> dict[str, float]:
-        """Return the std of the noise on a coordinate of each parameter's private gradient, of this logical step; public."""
-        size = self.plan.expected_batch_size
-        return {
-            name: release.std_of_group(number) / size
-            for index, release in self.releases.items()
-            for number, group in enumerate(self.accumulators[index].groups)
-            for name in group
-        }
-
     def check_released(self) -> None:
         """Check, at the end of a fit, that backprops were not all for nothing.
 
@@ -308,30 +296,3 @@ class PrivateStep:
         seen = self.bound.sees_releases or self.mechanisms.canaries.reads_sums
         divisor = 1 if seen or not accumulator.clipping.gives_mean else self.plan.expected_batch_size
         self.noise.begin(accumulator, self.releases[optimizer], first=self.noise_comes_first(), divisor=divisor)
-
-    def _settle(self) -> None:
-        """Settle bound, masks and releases of this logical step: they hold until the next one begins."""
-        mechanisms, step, plain = self.mechanisms, self.state.step, not self.plan.is_private(self.state.step)
-        self.bound = Bound() if plain else mechanisms.bound
-        for accumulator in self.accumulators.values():
-            base = NoClipping() if plain else accumulator.base
-            accumulator.clipping = self.bound.clipping(base, step, len(accumulator.groups))
-        version = tuple(mask.version(step) for mask in mechanisms.masks)
-        if any(accumulator.mask_version != version for accumulator in self.accumulators.values()):
-            check_mask_may_change(self.noise.since)
-            parameters = {name: p for acc in self.accumulators.values() for name, p in acc.parameters.items()}
-            masks = [mask.live(step, parameters) for mask in mechanisms.masks]
-            for accumulator in self.accumulators.values():
-                accumulator.set_masks(masks, version)
-        self.releases = {
-            index: plan_release(
-                self.plan,
-                step,
-                clipping=accumulator.clipping,
-                sizes=accumulator.group_sizes,
-                bound=self.bound,
-                num_releases=len(self.accumulators),
-                since=self.noise.since,
-            )
-            for index, accumulator in self.accumulators.items()
-        }

@@ -20,6 +20,7 @@ __all__ = [
     "MultiProcessingLauncher",
     "apply_transfer_hook",
     "completed_steps",
+    "drop_loader_states",
     "fit_results",
     "is_saved_by_steps",
     "is_searching_learning_rate",
@@ -107,6 +108,12 @@ def training_sources(trainer: pl.Trainer) -> tuple[Any, Any]:
     """Return the combined loader of the fit, if it is made, and what the user gave as training loaders."""
     fit_loop = trainer.fit_loop
     return fit_loop._combined_loader, fit_loop._data_source.instance
+
+
+def drop_loader_states(checkpoint: dict[str, Any]) -> None:
+    """Remove the states of training loaders from a checkpoint that Lightning has put together."""
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    loop.get("state_dict", {}).pop("combined_loader", None)
 
 
 def is_searching_learning_rate(trainer: pl.Trainer) -> bool:

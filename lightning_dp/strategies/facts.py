@@ -16,6 +16,7 @@ from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.planning import build_plan
 from lightning_dp.step.settings import Settings
+from lightning_dp.step.settling import noise_stds
 from lightning_dp.strategies.run_length import run_length
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class RunFacts(StateFacts):
-    """What users and callbacks read of a private strategy."""
+    """Facts of a private strategy that users and callbacks read."""
 
     settings: Settings
     mechanisms: Mechanisms
@@ -76,7 +77,10 @@ class RunFacts(StateFacts):
 
         It is that of the logical step under way, so that an optimizer can tell signal from noise.
         """
-        return MappingProxyType({} if self._fit is None else self._fit.step.noise_stds())
+        if self._fit is None:
+            return {}
+        step = self._fit.step
+        return noise_stds(step.releases, step.accumulators, step.plan.expected_batch_size)
 
     @property
     def audits(self) -> list[str]:

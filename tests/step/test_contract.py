@@ -19,8 +19,11 @@ from lightning_dp.accounting import ACCOUNTANTS, Accountant
 from lightning_dp.clipping import Clipping, PerLayerClipping, top_agg
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.masks import GradientMask
+from lightning_dp.per_sample.leaves import LeafRule
+from lightning_dp.per_sample.rules import Rule, registered
 from lightning_dp.step.plan import SENSITIVITY_FACTOR
 from lightning_dp.step.step import PrivateStep
+from tests.clipping.table import CONTRACT
 from tests.step.composition import table
 from tests.step.composition.table import BOUNDS, MASKS, NOISES, PHASES, Combination
 from tests.step.rig import STEPS, KnownNoise, Rig, Run, make_settings
@@ -262,8 +265,9 @@ def asked_for(callbacks: Callable[[], list[Any]], what: str, rig: Rig) -> set[ty
         return {type(value) for value in (mechanisms.masks if what == "mask" else [mechanisms.bound])}
 
 
-def test_every_clipping_is_in_the_table() -> None:
+def test_every_clipping_is_in_the_tables() -> None:
     assert {type(make()) for make in CLIPPINGS.values()} == concrete(Clipping)
+    assert {type(clipping) for clipping, _ in CONTRACT} == concrete(Clipping)
 
 
 def test_every_mask_is_in_the_table(rig: Rig) -> None:
@@ -272,6 +276,11 @@ def test_every_mask_is_in_the_table(rig: Rig) -> None:
 
 def test_every_bound_is_in_the_table(rig: Rig) -> None:
     assert set().union(*(asked_for(make, "bound", rig) for make in BOUNDS.values())) == concrete(Bound) | {Bound}
+
+
+def test_every_rule_is_registered_or_the_one_for_leaves() -> None:
+    """``tests/per_sample/test_rounding.py`` runs its contract over these."""
+    assert concrete(Rule) == {*registered(), LeafRule}
 
 
 def test_every_accountant_is_in_the_registry() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.per_sample.frozen_randomness import FrozenRandomness, restored_randomness
+from lightning_dp.per_sample.frozen_randomness import FrozenRandomness
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, make_loader, make_trainer
 
 
@@ -67,15 +67,6 @@ def test_checks_leave_no_trace(tmp_path: Any) -> None:
     random.seed(9)
     after_one = random.random()
     assert after_one != random.random()
-
-
-def test_a_step_that_draws_sees_the_generators_as_they_were() -> None:
-    torch.manual_seed(4)
-    state = torch.get_rng_state()
-    with restored_randomness(seed=1):
-        torch.rand(5)
-        random.random()
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Centred(Classifier):

@@ -1,0 +1,102 @@
+"""The exchange test's parts: fingerprints differ where another sample's gradient does, and not from rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.step import exchange
+from tests.per_sample.checks import make_engine, run_batch
+
+SIZE = 4
+
+
+def fingerprint_of(x: Tensor, *, coupled: bool = False, leaves: int = 0) -> exchange.Fingerprint:
+    torch.manual_seed(3)
+    layer = nn.Linear(3, 2).double()
+
+    def loss(batch: Tensor) -> Tensor:
+        factor = batch.detach().mean() if coupled else 1.0
+        return (layer(batch).square() * factor).sum(1)
+
+    engine = make_engine(layer, loss, torch.ones(SIZE, 3, dtype=torch.float64))
+    run_batch(engine, loss, x, len(x))
+    weights = exchange.random_weights(len(x), leaves)
+    parameters = dict(layer.named_parameters())
+    found = [exchange.fingerprint(engine, list(parameters), weights, parameters)]
+    engine.end()
+    return exchange.join(found, 1.0, exchange.sizes_of(list(x)), frozenset(), len(x), leaves)
+
+
+def batches() -> tuple[Tensor, Tensor, Tensor]:
+    """A batch, the same with its first sample exchanged, and marks of those that stay."""
+    x = torch.randn(SIZE, 3, dtype=torch.float64)
+    other = x.clone()
+    other[0] = 5.0
+    return x, other, torch.arange(SIZE) > 0
+
+
+def test_independent_samples_agree_and_coupled_ones_differ() -> None:
+    x, other, stays = batches()
+    one, two = fingerprint_of(x), fingerprint_of(other)
+    assert exchange.same_shapes(one, two)
+    assert not torch.equal(one.norms[:, 0], two.norms[:, 0])
+    exchange.compare(one, two, stays, tolerance=1e-11, what="exchanged")
+    one, two = fingerprint_of(x, coupled=True), fingerprint_of(other, coupled=True)
+    with pytest.raises(PrivacyError, match="One sample of a batch was exchanged, and the gradients of 3 of 3 others"):
+        exchange.compare(one, two, stays, tolerance=1e-6, what="exchanged")
+
+
+def test_norms_of_a_smaller_batch_are_compared_too() -> None:
+    x, _, _ = batches()
+    stays = torch.arange(SIZE) < SIZE - 1
+    one, two = fingerprint_of(x, leaves=SIZE - 1), fingerprint_of(x[:-1], leaves=SIZE - 1)
+    exchange.compare(one, two, stays, tolerance=1e-5, what="left out")
+
+
+def test_another_direction_is_found_where_norms_agree() -> None:
+    x, other, stays = batches()
+    one, two = fingerprint_of(x), fingerprint_of(other)
+    two.sums[0] = {name: -total for name, total in two.sums[0].items()}
+    with pytest.raises(PrivacyError, match="the others' gradients point elsewhere"):
+        exchange.compare(one, two, stays, tolerance=1e-6, what="exchanged")
+
+
+def test_steps_and_missing_losses_are_compared() -> None:
+    x, other, stays = batches()
+    one, two = fingerprint_of(x), fingerprint_of(other)
+    two.stepped = frozenset({1})
+    with pytest.raises(PrivacyError, match="which optimizers step changes with it"):
+        exchange.compare(one, two, stays, tolerance=1e-6, what="exchanged")
+    two.stepped, two.norms = one.stepped, torch.zeros(0, SIZE)
+    with pytest.raises(PrivacyError, match="there is no loss any more"):
+        exchange.compare(one, two, stays, tolerance=1e-6, what="exchanged")
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_random_weights_leave_one_sample_out(size: int) -> None:
+    weights = exchange.random_weights(size, 2)
+    assert weights.shape == (2, size)
+    assert bool((weights[:, 2] == 0).all())
+    assert int((weights == 0).sum()) == 2
+    assert bool((weights < 0).any())
+    assert torch.equal(weights, exchange.random_weights(size, 2))
+
+
+def test_spoiled_record_has_its_floats_replaced() -> None:
+    record = {"x": torch.ones(2), "n": 3, "f": 0.5, "a": np.ones(2, np.float32), "i": np.arange(2), "s": "word"}
+    found = exchange.spoiled(record, 7.0)
+    assert found["x"].tolist() == found["a"].tolist() == [7.0, 7.0]
+    assert (found["n"], found["f"], found["s"], found["i"].tolist()) == (3, 7.0, "word", [0, 1])
+    assert exchange.has_floats(record)
+    assert not exchange.has_floats({"n": 3, "i": np.arange(2), "x": torch.arange(2)})
+
+
+def test_most_different_records_have_other_labels_or_lengths() -> None:
+    record = (torch.ones(3), 1)
+    others = [(torch.zeros(3), 1), (torch.zeros(3), 2), (torch.zeros(5), 1)]
+    assert exchange.most_different(record, others) == [others[1], others[2]]
+    assert exchange.most_different(record, others[:1]) == others[:1]

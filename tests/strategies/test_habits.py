@@ -1,0 +1,92 @@
+"""Habits of Lightning's users that a private strategy must not break."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp import DPStrategy, PrivacyError
+from tests.helpers import Classifier, make_loader, make_trainer
+
+
+def rdp(**options: Any) -> DPStrategy:
+    return DPStrategy(**{"noise_multiplier": 1.3, "target_delta": 1e-5, "accountant": "rdp", **options})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batch_size_of_the_loader_is_the_users(tmp_path: Path, accumulate: int) -> None:
+    trainer = make_trainer(rdp(), tmp_path, accumulate_grad_batches=accumulate)
+    trainer.fit(Classifier(), make_loader(batch_size=8))
+    assert trainer.train_dataloader.batch_size == 8
+    assert trainer.strategy.plan.expected_batch_size == 8 * accumulate
+
+
+def test_hooks_get_the_users_outputs_where_nothing_was_drawn(tmp_path: Path) -> None:
+    """Also on an empty batch, on which ``training_step`` runs on a stand-in."""
+    keys: list[set[str]] = []
+    sizes: list[int] = []
+
+    class Returning(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": super().training_step(batch, batch_idx), "num": len(batch[0])}
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            keys.append(set(outputs))
+            sizes.append(len(batch[1]))
+
+    make_trainer(rdp(), tmp_path).fit(Returning(), make_loader(batch_size=1))
+    assert 0 in sizes
+    assert keys == [{"loss", "num"}] * len(sizes)
+
+
+def scaled_loss(module: nn.Module, batch: Any, batch_idx: int, *, scale: float) -> Tensor:
+    return scale * nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+
+def test_training_step_may_be_a_partial(tmp_path: Path) -> None:
+    module = Classifier()
+    before = [p.detach().clone() for p in module.parameters()]
+    module.training_step = functools.partial(scaled_loss, module, scale=0.5)  # type: ignore[method-assign]
+    strategy = rdp()
+    make_trainer(strategy, tmp_path).fit(module, make_loader())
+    assert strategy.ledger.num_steps == 4
+    assert all(bool((p != old).any()) for p, old in zip(module.parameters(), before, strict=True))
+
+
+def test_a_module_without_optimizers_is_refused_in_words(tmp_path: Path) -> None:
+    """Nothing is released, and the weights stay: gradients without an optimizer would reach nobody but the user's own lines."""
+
+    class Still(Classifier):
+        def configure_optimizers(self) -> None:
+            return None
+
+    module, strategy = Still(), rdp()
+    before = [p.detach().clone() for p in module.parameters()]
+    trainer = make_trainer(strategy, tmp_path)
+    with (
+        pytest.warns(UserWarning, match="`LightningModule.configure_optimizers` returned `None`"),
+        pytest.raises(PrivacyError, match="no private optimizer has ever stepped, so nothing is trained"),
+    ):
+        trainer.fit(module, make_loader())
+    assert strategy.ledger.num_steps == 0
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+def test_load_checkpoint_before_a_module_is_attached(tmp_path: Path) -> None:
+    """A strategy by itself reads a file, private or not, as Lightning's own do."""
+    path = tmp_path / "last.ckpt"
+    trainer = make_trainer(rdp(), tmp_path)
+    trainer.fit(Classifier(), make_loader())
+    trainer.save_checkpoint(path)
+    strategy = rdp()
+    checkpoint = strategy.load_checkpoint(path, weights_only=True)
+    assert checkpoint["lightning_dp"]["ledger"]["num_steps"] == 4
+    assert strategy.ledger.num_steps == 0
+    (tmp_path / "broken.ckpt").write_bytes(path.read_bytes()[:500])
+    with pytest.raises(PrivacyError, match="cannot be read"):
+        strategy.load_checkpoint(tmp_path / "broken.ckpt", weights_only=True)

@@ -1,0 +1,211 @@
+"""Every private name of Lightning that the package touches still means what it takes it for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from lightning_dp.strategies import _lightning
+from tests.helpers import Classifier, make_loader, make_trainer
+
+
+class Asking(L.Callback):
+    """Runs a function in mid-fit, after each step."""
+
+    def __init__(self, ask: Any) -> None:
+        self.ask, self.answers = ask, []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self.answers.append(self.ask(trainer))
+
+
+def during_fit(tmp_path: Path, ask: Any, module: L.LightningModule | None = None, **options: Any) -> list[Any]:
+    asking = Asking(ask)
+    callbacks = [asking, *options.pop("callbacks", [])]
+    make_trainer("auto", tmp_path, callbacks=callbacks, **options).fit(module or Classifier(), make_loader())
+    return asking.answers
+
+
+class Manual(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_batch_of_logs_weighs_a_mean(tmp_path: Path) -> None:
+    """Two values, of weights 1 and 3."""
+
+    class Logging(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            _lightning.set_batch_of_logs(self.trainer, batch, 1 if batch_idx == 0 else 3)
+            self.log("value", float(batch_idx), on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    trainer = make_trainer("auto", tmp_path, limit_train_batches=2)
+    trainer.fit(Logging(), make_loader())
+    assert float(trainer.callback_metrics["value"]) == pytest.approx(3 / 4)
+
+
+def test_fit_results_hold_what_is_logged(tmp_path: Path) -> None:
+    class Logging(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("value", 1.0)
+            return super().training_step(batch, batch_idx)
+
+    names = during_fit(tmp_path, lambda trainer: [*_lightning.fit_results(trainer)], Logging())
+    assert all(any("value" in name for name in found) for found in names)
+
+
+def test_logger_step_counts_batches_that_stepped(tmp_path: Path) -> None:
+    assert during_fit(tmp_path, _lightning.logger_step, max_epochs=2) == list(range(8))
+    assert during_fit(tmp_path, _lightning.logger_step, accumulate_grad_batches=2) == [0, 0, 1, 1]
+
+
+def test_is_saved_by_steps_follows_the_interval(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=3)
+    options = {"callbacks": [saving], "enable_checkpointing": True}
+    assert during_fit(tmp_path, _lightning.is_saved_by_steps, **options) == [False, False, True, False]
+    assert during_fit(tmp_path, _lightning.is_saved_by_steps) == [False] * 4
+
+
+def test_transfer_hook_is_replaced_and_restored(tmp_path: Path) -> None:
+    class Doubling(Classifier):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] * 2, batch[1]
+
+    module = Doubling()
+    trainer = make_trainer("auto", tmp_path)
+    trainer.strategy.connect(module)
+    trainer._data_connector.attach_data(module, train_dataloaders=make_loader())
+    batch = (torch.ones(2, 6), torch.zeros(2))
+    assert bool((_lightning.apply_transfer_hook(module, batch)[0] == 2).all())
+    _lightning.replace_transfer_hook(module, lambda given: given is batch)
+    assert module._on_before_batch_transfer(batch, 0) is batch
+    assert bool((module._on_before_batch_transfer((torch.ones(1, 6), torch.ones(1)), 0)[0] == 2).all())
+    _lightning.restore_transfer_hook(module)
+    assert bool((module._on_before_batch_transfer(batch, 0)[0] == 2).all())
+
+
+def test_lightning_optimizers_are_those_of_manual_optimization(tmp_path: Path) -> None:
+    def same(trainer: L.Trainer) -> bool:
+        (wrapper,) = _lightning.lightning_optimizers(trainer.strategy)
+        return wrapper is trainer.lightning_module.optimizers() and wrapper.optimizer is trainer.optimizers[0]
+
+    assert during_fit(tmp_path, same, Manual()) == [True] * 4
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_without_progress_keeps_a_step_out_of_global_step(tmp_path: Path, quiet: bool) -> None:
+    class Twice(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            optimizer = self.optimizers()
+            if quiet:
+                with _lightning.without_progress(optimizer):
+                    optimizer.step()
+            else:
+                optimizer.step()
+
+    assert during_fit(tmp_path, lambda trainer: trainer.global_step, Twice())[-1] == (4 if quiet else 8)
+
+
+def test_completed_steps_are_behind_global_step(tmp_path: Path) -> None:
+    def put_back(trainer: L.Trainer) -> int:
+        _lightning.completed_steps(trainer).completed = 0
+        return trainer.global_step
+
+    assert during_fit(tmp_path, put_back, Manual()) == [0] * 4
+
+
+def test_training_sources_are_the_loaders(tmp_path: Path) -> None:
+    def sources(trainer: L.Trainer) -> tuple[bool, bool]:
+        combined, given = _lightning.training_sources(trainer)
+        return combined.flattened == [trainer.train_dataloader], given is trainer.train_dataloader
+
+    assert set(during_fit(tmp_path, sources)) == {(True, True)}
+
+
+def test_loader_states_are_dropped_from_a_checkpoint(tmp_path: Path) -> None:
+    class Stateful(torch.utils.data.DataLoader):
+        def state_dict(self) -> dict[str, int]:
+            return {"position": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise AssertionError(state)
+
+    found: list[tuple[bool, bool]] = []
+
+    class Saving(L.Callback):
+        def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            states = checkpoint["loops"]["fit_loop"]["state_dict"]
+            before = "combined_loader" in states
+            _lightning.drop_loader_states(checkpoint)
+            found.append((before, "combined_loader" in states))
+
+    trainer = make_trainer("auto", tmp_path, callbacks=[Saving()])
+    trainer.fit(Classifier(), Stateful(make_loader().dataset, batch_size=16))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert found == [(True, False)]
+    _lightning.drop_loader_states({})
+
+
+def test_is_searching_learning_rate_during_the_search_only(tmp_path: Path) -> None:
+    finder = LearningRateFinder(num_training_steps=5, update_attr=False)
+    found = during_fit(tmp_path, _lightning.is_searching_learning_rate, callbacks=[finder])
+    assert found[-4:] == [False] * 4
+    assert not any(found[-4:])
+    assert during_fit(tmp_path, _lightning.is_searching_learning_rate) == [False] * 4
+
+
+def test_launchers_are_read_and_set() -> None:
+    strategy = DDPStrategy(start_method="spawn", parallel_devices=[torch.device("cpu")])
+    assert _lightning.launcher_of(strategy) is None
+    launcher = _lightning.MultiProcessingLauncher(strategy, start_method="spawn")
+    _lightning.set_launcher(strategy, launcher)
+    assert _lightning.launcher_of(strategy) is strategy.launcher is launcher
+    assert _lightning.start_method(launcher) == "spawn"
+
+
+def test_start_equal_sends_parameters_and_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(_lightning, "_sync_module_states", sent.append)
+    module = nn.BatchNorm1d(2)
+    _lightning.start_equal(module)
+    assert sent == [module]
+
+
+def test_wrap_checkpoint_io_puts_the_writer_inside() -> None:
+    writer, own = TorchCheckpointIO(), TorchCheckpointIO()
+    assert _lightning.wrap_checkpoint_io(None, lambda: writer) is writer
+    assert _lightning.wrap_checkpoint_io(own, lambda: writer) is own
+    wrapper = AsyncCheckpointIO()
+    assert _lightning.wrap_checkpoint_io(wrapper, lambda: writer) is wrapper
+    assert wrapper.checkpoint_io is writer
+    taken = AsyncCheckpointIO(own)
+    _lightning.wrap_checkpoint_io(taken, lambda: writer)
+    assert taken.checkpoint_io is own
+
+
+def test_loaded_checkpoints_are_shown_with_their_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_lightning.saving, "_load_state", _lightning.saving._load_state)  # put back afterwards
+    trainer = make_trainer("auto", tmp_path)
+    trainer.fit(Classifier(), make_loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    shown: list[tuple[Any, int]] = []
+    _lightning.note_loaded_checkpoints(lambda module, checkpoint: shown.append((module, checkpoint["global_step"])))
+    module = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert shown == [(module, 4)]
