@@ -12,6 +12,7 @@ from lightning_dp.callbacks.privacy_budget import PrivacyBudget
 from lightning_dp.callbacks.privacy_card import PrivacyCard
 from lightning_dp.callbacks.random_sparsification import RandomSparsification
 from lightning_dp.callbacks.switch_to_dp import SwitchToDP
+from lightning_dp.strategies._lightning import serve_both
 
 __all__ = [
     "AdaptiveClipping",
@@ -29,3 +30,5 @@ __all__ = [
     "RandomSparsification",
     "SwitchToDP",
 ]
+
+serve_both()  # Trainers of pytorch_lightning take these callbacks, too

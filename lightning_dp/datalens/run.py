@@ -118,7 +118,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
                 "set, or make a new DataLens."
             )
         self._dataset_size = size
-        remaining = remaining_steps(trainer)
+        remaining = remaining_steps(trainer, trainer.accumulate_grad_batches)
         delta = default_delta(size) if settings.target_delta is None else settings.target_delta
         plan = DataLensPlan(
             dataset_size=size,

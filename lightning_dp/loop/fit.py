@@ -105,7 +105,7 @@ class LoopFit:
             self._run_further(others)
             self._run(self._move(last), count, owners)
         else:
-            self._run(self._records.stand_in(), 1, weight=0.0)
+            self._run(self._records.stand_in(self._trial.copies), self._trial.copies, weight=0.0)
         self.step.finish(0)
         return self._losses
 

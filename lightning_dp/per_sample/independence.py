@@ -8,7 +8,7 @@ comparison sees it whatever the reason is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ _PIECE = 2**18
 """Coordinates that are compared at a time, in float64."""
 
 _FIX = "lightning_dp.fix(module) replaces it"
+_OURS = (
+    "The gradient of the whole batch is that of its samples together, so no sample influences another: the per-sample gradient "
+    "of some operation is wrong, which is ours to mend. Until then use microbatch_size=1, and report the module."
+)
 _SINGLE = "use microbatch_size=1, which takes every sample by itself"
 
 
@@ -35,6 +39,7 @@ def compare_with_singles(
     dtype: torch.dtype | None = None,
     rtol: float | None = None,
     module: nn.Module | None = None,
+    adds_up: Callable[[], bool] | None = None,
 ) -> None:
     r"""Compare per-sample gradients of a batch with the gradients of its samples run alone.
 
@@ -53,6 +58,8 @@ def compare_with_singles(
         dtype: type the forward ran in, ``torch.bfloat16`` under "bf16-mixed"; by default the coarsest of the gradients.
         rtol: allowed difference, in (0, inf); by default chosen by ``dtype``.
         module: searched for layers that explain a difference.
+        adds_up: whether the gradient of the whole batch is that of its samples together; asked where gradients differ, to
+            tell samples that influence each other from a gradient that this package deals to the wrong sample.
 
     Raises:
         PrivacyError: where the gradients differ, with the parameters, the size and the likely cause, or where no
@@ -85,6 +92,8 @@ def compare_with_singles(
         if samples and not values.max().item() <= rtol * largest:
             index = int(values.argmax())
             worst[name] = (values[index].item() / largest if largest else math.inf, index)
+    if worst and adds_up is not None and adds_up():
+        raise PrivacyError(f"{_difference(worst, rtol)} {_OURS}")
     if worst:
         cause = _cause(totals_b[both_finite], totals_s[both_finite], totals_bs[both_finite], samples, max(rtol, 1e-3))
         raise PrivacyError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")
@@ -224,6 +233,11 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
             return (
                 f"All gradients are {middle:.4g} times as large, and the batch has {samples} samples: the loss is a "
                 "sum over the batch, not a mean. Return a mean over the batch, or a loss of shape (B,)."
+            )
+        if abs(middle - 1) <= 10 * tolerance:
+            return (
+                "Direction and size of each gradient nearly agree, so no cause is apparent. An operation may compute with less "
+                "precision in a batch than on one sample."
             )
         return (
             f"All gradients are {middle:.4g} times as large (batch of {samples}): the loss is divided by something "

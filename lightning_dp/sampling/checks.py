@@ -49,7 +49,8 @@ def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"Expected a torch.utils.data.DataLoader for training, got {type(loader).__name__}. Private sampling needs "
-            "to know dataset, batch size and collate function: return one DataLoader."
+            "to know dataset, batch size and collate function: return one DataLoader. An iterable of batches trains under "
+            'sampling="shuffle".'
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
@@ -158,7 +159,7 @@ def _check_sampler(loader: DataLoader[Any], num_samples: int) -> None:
             f"Expected the default batch sampler, got batch_sampler={type(loader.batch_sampler).__name__}. Which "
             f"records meet in a batch must be drawn independently. {_HOW}"
         )
-    sampler = _unwrap(loader.batch_sampler.sampler)
+    sampler = unwrap_sampler(loader.batch_sampler.sampler)
     kind = type(sampler)
     if isinstance(sampler, WeightedRandomSampler):
         raise ValueError(
@@ -196,7 +197,7 @@ def _num_drawn(sampler: Any) -> int:
     return len(sized)
 
 
-def _unwrap(sampler: Sampler[Any] | Any) -> Any:
+def unwrap_sampler(sampler: Sampler[Any] | Any) -> Any:
     """Look through the wrappers by which Lightning splits a user's own sampler over processes."""
     if isinstance(sampler, DistributedSampler) and type(sampler).__name__ in (
         "DistributedSamplerWrapper",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -15,6 +16,23 @@ from lightning_dp.sampling.facts import SamplingFacts
 from lightning_dp.sampling.fetch import BeforeRecords, BeforeStream, as_it_is
 from lightning_dp.sampling.gather import Gather
 from lightning_dp.sampling.indices import CyclicBatchSampler
+
+_KEPT = (
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",  # seeds the workers; the private draws do not use it
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+)
+
+
+def kept_options(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Return the arguments of a user's loader that have nothing to do with which records meet."""
+    return {name: getattr(loader, name) for name in _KEPT if name in inspect.signature(DataLoader).parameters}
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -46,6 +64,7 @@ class PrivateDataLoader(DataLoader[Any]):
         super().__init__(dataset, **options)
         self.__dict__["batch_size"] = batch_size  # torch would keep None with a batch sampler
         self.facts = facts
+        self.before_pass: Callable[[], None] | None = None
         self.position = 0  # logical batches handed out so far, where their order matters: a public number
         self._seed = seed
         self._first = 0  # the position at which the assignment of this loader began
@@ -53,7 +72,14 @@ class PrivateDataLoader(DataLoader[Any]):
         self._num_skipped = 0
         self._pass_length: int | None = None  # logical batches of a pass over a stream whose order is accounted for
 
+    def draw_as(self, other: PrivateDataLoader) -> None:
+        """Draw as another loader over the same dataset does, from the next pass on."""
+        self.facts = other.facts
+        self.__dict__["batch_sampler"] = other.batch_sampler
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.before_pass is not None:
+            self.before_pass()
         return self._in_order() if self._is_ordered else self._items()
 
     def start_at(self, step: int, *, steps_per_pass: int | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -14,20 +13,9 @@ from lightning_dp.sampling.checks import check_count, check_loader, check_option
 from lightning_dp.sampling.facts import map_facts, stream_facts
 from lightning_dp.sampling.fetch import read
 from lightning_dp.sampling.indices import CyclicBatchSampler, PoissonBatchSampler, ShuffleBatchSampler
-from lightning_dp.sampling.loader import PrivateDataLoader
+from lightning_dp.sampling.loader import PrivateDataLoader, kept_options
 from lightning_dp.sampling.units import Unit, Units, unit_ids
 
-_KEPT = (
-    "num_workers",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",  # seeds the workers; the private draws do not use it
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-)
 _SAMPLERS: dict[str, Any] = {
     "poisson": PoissonBatchSampler,
     "shuffle": ShuffleBatchSampler,
@@ -131,7 +119,7 @@ def private_dataloader(
         fixed_order=fixed_order,
         public_assignment=public_assignment,
     )
-    kept = {name: getattr(loader, name) for name in _KEPT if name in inspect.signature(DataLoader).parameters}
+    kept = kept_options(loader)
     kept["collate_fn"] = MicrobatchCollate(_user_collate(loader), microbatch_size)
     if is_stream:
         return PrivateDataLoader(

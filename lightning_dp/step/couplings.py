@@ -32,7 +32,8 @@ class Couplings:
 
     def real_records(self, seed: int) -> list[Any]:
         """Return records for a batch of the real size, and a few more."""
-        return self._runs.host.records(self._runs.host.batch_size + NUM_SMALL, seed=seed)
+        host = self._runs.host
+        return host.records(host.batch_size + NUM_SMALL, seed=seed)  # type: ignore[no-any-return]
 
     def check_state(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that what a step leaves behind does not depend on the records."""
@@ -54,9 +55,11 @@ class Couplings:
 
         three = (records * 3)[:3] if len(records) < 3 else records[:3]
         together = not self._runs.step.settings.runs_samples_alone
-        state_check.check_state(run, three, together=together)
+        state_check.check_state(run, three, together=together, copies=host.copies)
         if host.has_epoch_end:
-            state_check.check_state(lambda batches: run(batches, ends=True), three, together=together)
+            state_check.check_state(
+                lambda batches: run(batches, ends=True), three, together=together, copies=host.copies
+            )
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Compare the per-sample gradients of a batch with those of its samples run alone."""
@@ -78,7 +81,22 @@ class Couplings:
         dtypes = {gradient.dtype for gradient in batched.values()}
         tolerance = TOLERANCE[torch.float64 if dtypes == {torch.float64} else self._runs.host.narrow]
         alone = (run([record], engine=False).private for record in records)
-        compare_with_singles(batched, alone, scale=scale, rtol=tolerance, module=self._runs.step.module)
+
+        def adds_up() -> bool:
+            """Tell whether the gradient of the whole batch is that of its samples run alone, together."""
+            rest = {name: gradient * scale for name, gradient in run(records, engine=False).private.items()}
+            largest = 0.0
+            for record in records:
+                single = run([record], engine=False).private
+                largest = max(largest, sum(float(gradient.norm()) ** 2 for gradient in single.values()) ** 0.5)
+                rest |= {
+                    name: rest.get(name, torch.zeros_like(gradient)) - gradient for name, gradient in single.items()
+                }
+            distance: float = sum(float(gradient.norm()) ** 2 for gradient in rest.values()) ** 0.5
+            return distance <= tolerance * largest
+
+        module = self._runs.step.module
+        compare_with_singles(batched, alone, scale=scale, rtol=tolerance, module=module, adds_up=adds_up)
 
     def check_exchange(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Exchange one sample of a batch in several ways; see ``exchange``."""
@@ -96,7 +114,7 @@ class Couplings:
             if exchange.has_floats(few[middle]):
                 swapped[middle] = exchange.spoiled(few[middle], value)
                 self._compare(snapshot, base, swapped, middle, by_place, what, may_raise=True)
-        if last > 0:
+        if last + 1 > self._runs.host.copies:
             base = self._fingerprint(snapshot, few, last, by_place)
             self._compare(snapshot, base, few[:last], last, by_place, "left out", loose=True)
             self._exchange_beside_spoiled(snapshot, few, spare, by_place)

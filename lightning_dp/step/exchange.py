@@ -162,11 +162,20 @@ def compare(first: Fingerprint, second: Fingerprint, stays: Tensor, *, tolerance
 
 
 def _message(what: str, found: str) -> str:
+    if what.startswith("made"):  # exchanging it for an ordinary record changed nothing
+        causes = (
+            "Likely cause: a guard that skips, resets or clamps the loss of the whole batch where one sample is not finite or is "
+            "large; or a product with zero that lets NaN pass. Guard each sample's own loss."
+        )
+    else:
+        causes = (
+            "Likely causes: BatchNorm or other statistics over the batch; a contrastive loss, mixing or hard examples; a mean over all "
+            "tokens of the batch, or another denominator that samples share. Change the layer or the loss so that each sample has its "
+            "own."
+        )
     return (
         f"One sample of a batch was {what}, and {found}. Samples influence each other, so one record could move the sum by more "
-        "than the clipping norm. Likely causes: BatchNorm or other statistics over the batch; a contrastive loss, mixing or hard "
-        "examples; a mean over all tokens of the batch, or another denominator that samples share; a guard that skips or "
-        "clamps the loss of the whole batch. Change the layer or the loss so that each sample has its own."
+        f"than the clipping norm. {causes}"
     )
 
 

@@ -14,12 +14,18 @@ from lightning_dp.system.torch_private import is_compiled
 
 
 def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
-    """Refuses modules that cannot be private as they are, before any data is touched."""
+    """Refuse modules that cannot be private as they are now."""
+    check_parameters(module)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(
             f"Expected {type(module).__name__} to have trainable parameters, got none with requires_grad=True. Unfreeze at least "
             "one, or train without a private strategy."
         )
+    check_layers(module, runs_samples_alone=runs_samples_alone)
+
+
+def check_parameters(module: nn.Module) -> None:
+    """Refuse parameters that have no shape or are complex, and compiled modules."""
     lazy = [name for name, parameter in module.named_parameters() if isinstance(parameter, UninitializedParameter)]
     if lazy:
         raise ValueError(
@@ -37,16 +43,18 @@ def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
             f"Expected an eager module, got {type(module).__name__} through torch.compile. The hooks that record per-sample "
             "gradients do not reach into a compiled graph: pass the module itself."
         )
+
+
+def check_layers(module: nn.Module, *, runs_samples_alone: bool) -> None:
+    """Refuse layers that tie samples together, or store statistics of samples, in the mode that they are in now."""
     found = find_unsupported(module, runs_samples_alone=runs_samples_alone)
     if found:
         listed = "; ".join(
             f"{name or type(layer).__name__} ({type(layer).__name__}): {why}" for name, layer, why in found[:5]
         )
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise PrivacyError(
-            f"Expected layers that treat each sample alone, got {listed.rstrip('.')}{more}."
-            + _offer([layer for _, layer, _ in found])
-        )
+        offer = _offer([layer for _, layer, _ in found])
+        raise PrivacyError(f"Expected layers that treat each sample alone, got {listed.rstrip('.')}{more}.{offer}")
 
 
 def _offer(layers: list[nn.Module]) -> str:
@@ -95,8 +103,10 @@ def check_optimizers(optimizers: list[Optimizer], module: nn.Module, public: tup
                         f"{tuple(parameter.shape)} at position {position} that is not. It would never get a private gradient "
                         "(was the module moved, wrapped or replaced after the optimizer was made?): pass self.parameters()."
                     )
-                if owner.setdefault(id(parameter), index) != index:
+                other = owner.setdefault(id(parameter), index)
+                if (other in public) != (index in public):
                     raise ValueError(
-                        f"Expected each parameter in one optimizer, got one of shape {tuple(parameter.shape)} in optimizers "
-                        f"{owner[id(parameter)]} and {index}. Give it to one of them."
+                        f"Expected each parameter in private optimizers or in public ones, got one of shape "
+                        f"{tuple(parameter.shape)} in optimizers {other} and {index} with public_optimizers={public!r}. Give it "
+                        "to one of them."
                     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -22,6 +22,7 @@ class PrivateParameters:
     def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], public: Collection[int]) -> None:
         self._module, self._optimizers, self._public = module, optimizers, public
         self.accumulators: dict[int, Accumulator] = {}
+        self._taken: dict[str, set[int]] = {}  # parameters of several optimizers: who has collected its backprops
 
     def of(self, optimizer: int) -> dict[str, nn.Parameter]:
         """Return the parameters of one optimizer by qualified name, in the module's order.
@@ -61,6 +62,33 @@ class PrivateParameters:
             for name, p in self._module.named_parameters()
             if name in private or (p.requires_grad and name not in public)
         }
+
+    def collected(self, optimizer: int) -> list[str]:
+        """Return the parameters whose backprops nobody waits for any more, now that an optimizer has collected its own.
+
+        A parameter in several optimizers is part of the release of each.
+        """
+        names = self.accumulators[optimizer].names
+        if len(self.accumulators) == 1:
+            return names
+        done = []
+        for name in names:
+            owners = {index for index, other in self.accumulators.items() if name in other.parameters}
+            taken = self._taken.setdefault(name, set())
+            taken.add(optimizer)
+            if taken >= owners:
+                done.append(name)
+        self.forget(done)
+        return done
+
+    def names(self, optimizer: int) -> list[str]:
+        """Return the names of the parameters that a private optimizer trains; none for a public one."""
+        return self.accumulators[optimizer].names if optimizer in self.accumulators else []
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget who has collected the backprops of these parameters, which exist no more."""
+        for name in names:
+            self._taken.pop(name, None)
 
     def is_private(self, optimizer: Optimizer) -> bool:
         """Tell whether an optimizer holds a private parameter."""

@@ -68,11 +68,11 @@ class TrainingRecords:
         checks.check_rows(batch, len(records), self.axes)
         return self._move(batch)
 
-    def stand_in(self) -> Any:
-        """Return a batch of one record, for steps in which nobody was drawn."""
+    def stand_in(self, copies: int = 1) -> Any:
+        """Return a batch of one record, or of copies of it, for steps in which nobody was drawn."""
         if self._stand_in is None:
             self._stand_in = peek_samples(self.loader, 1)
-        return self.batch_of(self._stand_in)
+        return self.batch_of(self._stand_in * copies)
 
     def batch_size(self, world_size: int, limit: int | None) -> int:
         """Return the expected records of a real microbatch of one rank; at most the dataset.

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_dp.per_sample.frozen_randomness import FrozenRandomness
+from lightning_dp.step.foreign import ForeignCode
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import host_generators, seed_generators, seed_low_or_high
 from lightning_dp.step.sandbox import Sandbox
@@ -116,7 +117,10 @@ class TrialRuns:
     """
 
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
-        self.step, self.host, self.sandbox = step, host, sandbox
+        self.step, self.sandbox = step, sandbox
+        self.host = ForeignCode(
+            host, reduction=step.settings.loss_reduction, runs_alone=step.settings.runs_samples_alone
+        )
         self.has_coins = False
         """Whether user code has drawn anything that a coin decides, in any run."""
         self._bar: Any = None

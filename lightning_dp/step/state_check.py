@@ -60,7 +60,11 @@ def _close(left: Tensor, right: Tensor) -> bool:
 
 
 def check_state(
-    run: Callable[[list[list[Any]]], tuple[dict[str, Any], Gradients]], records: list[Any], *, together: bool
+    run: Callable[[list[list[Any]]], tuple[dict[str, Any], Gradients]],
+    records: list[Any],
+    *,
+    together: bool,
+    copies: int = 1,
 ) -> None:
     """Check that state after a step depends neither on which records it saw nor on how many.
 
@@ -68,14 +72,16 @@ def check_state(
         run: runs the step on one list of records after the other, without effect in the end, under the same randomness;
             returns the state after the first and the gradients of the last.
         records: three records of the training set.
-        together: whether a step may see two records at once.
+        together: whether a step may see several records at once.
+        copies: of a record that ``run`` takes where it gets one; another number of records must be more than these.
 
     Raises:
         PrivacyError: it does; the message names the state, or says that a later gradient changes.
     """
     first, second, third = records
     reference, gradients = run([[first], [third]])
-    for other, what in (([second], "another record"), ([first, second], "two records instead of one")):
+    more = [first] * copies + [second]
+    for other, what in (([second], "another record"), (more, f"{len(more)} records instead of {copies}")):
         if len(other) > 1 and not together:
             continue
         state, after = run([other, [third]])

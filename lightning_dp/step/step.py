@@ -167,7 +167,7 @@ class PrivateStep:
         accumulator, engine, recording = self.accumulators[optimizer], self.engine, self.recording
         self._begin_sum(optimizer)
         if recording.weight == 0.0:  # the dummy sample of an empty batch must not even count
-            engine.discard(accumulator.names)
+            engine.discard(self.parameters.collected(optimizer))
             return
         samples = Samples(engine, accumulator, recording.scaled, self.reduction)
         contribution = accumulator.clipping.contribution(samples)  # factors or explicit vectors: one call, no branch
@@ -177,7 +177,7 @@ class PrivateStep:
         if self.mechanisms.diagnostics.reads_sums:
             observed = samples.norms, contribution.norms
             diagnose(self.mechanisms.diagnostics, engine, accumulator, *observed, recording.scaled)
-        engine.discard(accumulator.names)
+        engine.discard(self.parameters.collected(optimizer))
 
     @torch.no_grad()
     def release(self, optimizer: int = 0) -> None:
@@ -244,10 +244,11 @@ class PrivateStep:
     def discard(self, optimizer: int) -> None:
         """Forget the backprops for an optimizer, as its ``zero_grad`` does."""
         self.unfinished.discard(optimizer)
+        self.parameters.forget(self.parameters.names(optimizer))
         if self.probe is not None:
             self.probe.discard(optimizer)
-        elif self.recording is not None and optimizer in self.accumulators:
-            self.engine.discard(self.accumulators[optimizer].names)
+        elif self.recording is not None:
+            self.engine.discard(self.parameters.names(optimizer))
 
     def check_grads(self, optimizer: int) -> None:
         """Check that nothing raw is left where an optimizer is about to step."""

@@ -34,8 +34,13 @@ class Trial:
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
         self._runs = TrialRuns(step, host, sandbox)
         self._couplings = Couplings(self._runs)
-        self._step, self._host, self._sandbox = step, host, sandbox
+        self._step, self._host, self._sandbox = step, self._runs.host, sandbox
         self._checked_at = 0
+
+    @property
+    def copies(self) -> int:
+        """Copies of a record that the user's step needs where it is to run on one record."""
+        return self._host.copies
 
     def is_due(self, number: int, *, first_of_pass: bool) -> bool:
         """Tell whether the checks are repeated at a logical step: the 2nd, 10th, 100th, ... and the first of a long epoch.
@@ -62,10 +67,7 @@ class Trial:
             if not settings.runs_samples_alone:
                 self._learn_layout(snapshot, (records * 2)[:2])
             if settings.check_per_sample and len(records) > 1:
-                self._couplings.check_state(snapshot, records)
-                if not settings.runs_samples_alone:
-                    self._couplings.check_alone(snapshot, records)
-                    self._couplings.check_exchange(snapshot, records)
+                self._host.attempt(lambda: self._check(snapshot, records), snapshot.put_back)
         if settings.check_per_sample and len(records) > 1:
             step.unchecked_public = set(settings.public_optimizers)
 
@@ -93,6 +95,12 @@ class Trial:
         if self._runs.has_coins:
             learn(Draws(coin=LOW))
             learn(Draws(coin=HIGH))
+
+    def _check(self, snapshot: Snapshot, records: list[Any]) -> None:
+        self._couplings.check_state(snapshot, records)
+        if not self._step.settings.runs_samples_alone:
+            self._couplings.check_alone(snapshot, records)
+            self._couplings.check_exchange(snapshot, records)
 
     def check_again(self, number: int) -> None:
         """Repeat, at a public step, what a later branch of the user's code may have changed.
@@ -124,7 +132,7 @@ class Trial:
         few = self._host.records(NUM_FEW, seed=seed) if self._step.settings.check_per_sample else []
         if len(few) > 1:
             with self._sandbox.enter() as snapshot, self._runs.progress():
-                self._couplings.check_state(snapshot, few)
+                self._host.attempt(lambda: self._couplings.check_state(snapshot, few), snapshot.put_back)
 
     def check_public(self) -> None:
         """Check that a public optimizer's gradient changes neither with the batch nor with how many samples it holds.
@@ -162,9 +170,15 @@ class Trial:
             PrivacyError: it does, so whether a sample counts depends on the samples around it.
         """
         for record in self._host.records(NUM_FEW):
-            with self._sandbox.enter():
-                seed_generators(0)
-                if self._host.run([record]) is not None:
+            with self._sandbox.enter() as snapshot:
+                found: list[Any] = []
+
+                def run(record: Any = record, found: list[Any] = found) -> None:
+                    seed_generators(0)
+                    found.append(self._host.run([record]))
+
+                self._host.attempt(run, snapshot.put_back)
+                if found[0] is not None:
                     raise PrivacyError(
                         "Expected training_step to return None for every sample or for none, got None for a batch and a loss for "
                         "one sample alone. One sample could switch off all others: return the loss (a sample that is not finite "
@@ -200,8 +214,14 @@ class Trial:
         """
         private = self._step.accumulators.keys()
         for record in self._host.records(NUM_FEW):
-            with self._sandbox.enter(), counts():
-                stepped = self._runs.run([record], Draws(real=True), engine=False).stepped & private
+            with self._sandbox.enter() as snapshot, counts():
+                seen: list[set[int]] = []
+
+                def run(record: Any = record, seen: list[set[int]] = seen) -> None:
+                    seen.append(self._runs.run([record], Draws(real=True), engine=False).stepped & private)
+
+                self._host.attempt(run, snapshot.put_back)
+            (stepped,) = seen
             if stepped != real:
                 raise PrivacyError(
                     f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a batch and of "

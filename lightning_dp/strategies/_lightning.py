@@ -5,23 +5,33 @@ A new minor version of Lightning that moves one of these breaks one function and
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core import saving
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
+
+_OURS, _THEIRS = "lightning.pytorch", "pytorch_lightning"
+_NOTES: list[Callable[[nn.Module, dict[str, Any]], None]] = []
 
 __all__ = [
     "MultiProcessingLauncher",
     "apply_transfer_hook",
+    "change_training_source",
     "completed_steps",
     "drop_loader_states",
     "fit_results",
+    "is_a",
+    "is_overridden",
     "is_saved_by_steps",
     "is_searching_learning_rate",
     "launcher_of",
@@ -30,14 +40,60 @@ __all__ = [
     "note_loaded_checkpoints",
     "replace_transfer_hook",
     "restore_transfer_hook",
+    "serve_both",
     "set_batch_of_logs",
     "set_launcher",
     "start_equal",
     "start_method",
-    "training_sources",
+    "twin",
+    "use_whole_loader",
     "without_progress",
     "wrap_checkpoint_io",
 ]
+
+
+def twin(kind: type) -> type | None:
+    """Return the class of ``pytorch_lightning`` that one of ``lightning.pytorch`` is a copy of; None if it is not in use.
+
+    Both packages hold the same code in two class trees.
+    """
+    if "pytorch_lightning" not in sys.modules or not kind.__module__.startswith(_OURS):
+        return None
+    module = importlib.import_module(_THEIRS + kind.__module__.removeprefix(_OURS))
+    return getattr(module, kind.__name__)  # type: ignore[no-any-return]
+
+
+def is_a(thing: object, kind: type) -> bool:
+    """Tell whether something is of a class of Lightning, in either package."""
+    other = twin(kind)
+    return isinstance(thing, kind) or (other is not None and isinstance(thing, other))
+
+
+def is_overridden(name: str, owner: object) -> bool:
+    """Tell whether a module, data module or callback of either package overrides a method."""
+    for kind in type(owner).__mro__:
+        if name in vars(kind):
+            return not kind.__module__.startswith((f"{_OURS}.", f"{_THEIRS}."))
+    return False
+
+
+def serve_both(strategy: type = object) -> None:
+    """Let Trainers of ``pytorch_lightning`` take a strategy and this package's callbacks, if that package is in use.
+
+    The strategy is registered with the abstract classes there. Callbacks get the class there as a further base.
+    """
+    for kind in strategy.__mro__:
+        other: Any = twin(kind)
+        if other is not None:
+            other.register(strategy)
+    other = twin(Callback)
+    if other is None:
+        return
+    for callback in Callback.__subclasses__():
+        if callback.__module__.startswith("lightning_dp.") and other not in callback.__mro__:
+            callback.__bases__ = (*callback.__bases__, other)
+    for note in _NOTES:
+        _watch_loading(importlib.import_module(f"{_THEIRS}.core.saving"), note)
 
 
 def set_batch_of_logs(trainer: pl.Trainer, batch: Any, batch_size: int | None) -> None:
@@ -104,10 +160,30 @@ def completed_steps(trainer: pl.Trainer) -> Any:
     return trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
 
 
-def training_sources(trainer: pl.Trainer) -> tuple[Any, Any]:
-    """Return the combined loader of the fit, if it is made, and what the user gave as training loaders."""
-    fit_loop = trainer.fit_loop
-    return fit_loop._combined_loader, fit_loop._data_source.instance
+def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], Any]) -> Callable[[], None]:
+    """Let Lightning see training data through ``change``; return what undoes it.
+
+    Args:
+        trainer: whose fit is set up.
+        change: gets what the user gave and whether its loaders are read one after the other; returns what Lightning sees.
+    """
+    source = trainer.fit_loop._data_source
+    original = source.dataloader
+
+    def dataloader() -> Any:
+        given = original()
+        if is_a(given, CombinedLoader):
+            return change(given.iterables, given._mode == "sequential")
+        return change(given, False)
+
+    source.__dict__["dataloader"] = dataloader
+    return lambda: _discard(source.__dict__.pop("dataloader", None))
+
+
+def use_whole_loader(trainer: pl.Trainer) -> Callable[[], None]:
+    """Let an epoch use the training loader to its end; return what undoes it."""
+    before, trainer.limit_train_batches = trainer.limit_train_batches, 1.0
+    return lambda: setattr(trainer, "limit_train_batches", before)
 
 
 def drop_loader_states(checkpoint: dict[str, Any]) -> None:
@@ -146,14 +222,22 @@ def wrap_checkpoint_io(held: Any, make: Callable[[], Any]) -> Any:
     """Return the checkpoint IO of a strategy: the user's, with an atomic writer inside where it takes one, else the writer."""
     if held is None:
         return make()
-    if isinstance(held, _WrappingCheckpointIO):
+    if is_a(held, _WrappingCheckpointIO):
         held.checkpoint_io = make()  # it takes none where the user gave it one
     return held
 
 
 def note_loaded_checkpoints(note: Callable[[nn.Module, dict[str, Any]], None]) -> None:
     """Show every module that ``load_from_checkpoint`` makes, with its checkpoint, to ``note``; patches Lightning for good."""
-    load = saving._load_state
+    _NOTES.append(note)
+    _watch_loading(saving, note)
+    serve_both()
+
+
+def _watch_loading(package: Any, note: Callable[[nn.Module, dict[str, Any]], None]) -> None:
+    load = package._load_state
+    if hasattr(load, "noted"):
+        return
 
     def watched(cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         made = load(cls, checkpoint, *args, **kwargs)
@@ -161,8 +245,13 @@ def note_loaded_checkpoints(note: Callable[[nn.Module, dict[str, Any]], None]) -
             note(made, checkpoint)
         return made
 
-    saving._load_state = watched
+    watched.noted = True  # type: ignore[attr-defined]
+    package._load_state = watched
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _discard(value: object) -> None:
     return None

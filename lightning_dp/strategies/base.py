@@ -83,6 +83,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         self.settings = settings = Settings.of(locals())
         check.check_keywords(strategy_options, trainer_checks.known_arguments(type(self)), owner=type(self).__name__)
         super().__init__(**strategy_options)
+        _lightning.serve_both(type(self))
         self.state = PrivacyState(
             settings.neighboring_relation,
             make_accountant(settings.accountant),
@@ -96,7 +97,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         self._noise: GaussianNoise | None = None
         self._tuning = ProcessTuning(settings.tune_process)
         self._fixes = check.check_flag("fix", fix)
-        self._loader, self._fit = None, None
+        self._loader, self._fit, self._undo = None, None, []
 
     # ---------------------------------------------------------------- set up and tear down
 
@@ -112,7 +113,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
             return
         self.fix_layers()
         trainer_checks.check_trainer(trainer, self.settings)
-        trainer_checks.check_module(self.module, runs_samples_alone=self.settings.runs_samples_alone)
+        trainer_checks.check_module(self.module)
+        self._take_training_data()
         self.state.check_history(self.module)
         self.state.begin_step()
         if self.state.plan is not None:
@@ -130,7 +132,9 @@ class PrivateStrategy(TrainingInputs, Strategy):
                 tuned=self.settings.tune_process,
             )
         self._tuning.start(on_cpu=self.root_device.type == "cpu")
-        _messages.info(self._tuning.describe())
+        for message in (self._tuning.describe(), trainer_checks.describe_clipping(trainer, self.module)):
+            if message:
+                _messages.info(message)
         self._fit = PrivateFit(self, self._noise)
 
     @override
@@ -141,6 +145,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
             self._fit = None
         if self._noise is not None:
             self._noise.close()
+        self._return_training_data()
         self._tuning.stop()
         self.mechanisms, self.state.last_allowed_step = Mechanisms(), math.inf
         super().teardown()
@@ -160,6 +165,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
     @override
     def on_train_start(self) -> None:
         """Build the plan before the first step, so that a target that cannot be reached is an error and not a surprise."""
+        module_checks.check_layers(self.module, runs_samples_alone=self.settings.runs_samples_alone)
         correlation.begin_order(self.plan.correlation, self.loader, self.state.steps_taken)
         self.state.decided = self.mechanisms.described()
         self.state.choices |= trainer_checks.choices_by_figures(self.trainer)
@@ -211,7 +217,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         fit = self._fit
         assert fit is not None
         if optimizer not in self.optimizers:  # Lightning's stand-in where configure_optimizers returned None
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
+            return self._step(optimizer, closure, model, **kwargs)
         index = self.optimizers.index(optimizer)
         if fit.on_trial:
             closure()
@@ -222,11 +228,15 @@ class PrivateStrategy(TrainingInputs, Strategy):
             with fit.guard.user_code():
                 output = closure()
             fit.step.finish(index)
+            fit.clip(optimizer)
             fit.guard.released()
             return output
 
         with fit.guard.stepping(optimizer):
-            return super().optimizer_step(optimizer, private_closure, model, **kwargs)
+            return self._step(optimizer, private_closure, model, **kwargs)
+
+    def _step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any, **kwargs: Any) -> Any:
+        return self.precision_plugin.optimizer_step(optimizer, model=model or self.module, closure=closure, **kwargs)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -15,6 +15,7 @@ from lightning_dp.reporting.card import privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.reporting.card_plot import can_plot, plot_card
 from lightning_dp.reporting.files import CardFiles
+from lightning_dp.strategies import _lightning
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -27,7 +28,7 @@ def logger_directory(trainer: pl.Trainer) -> str | None:
     directory: str | None = None
     if trainer.loggers:
         logger = trainer.loggers[0]
-        if isinstance(logger, (CSVLogger, TensorBoardLogger)):
+        if _lightning.is_a(logger, CSVLogger) or _lightning.is_a(logger, TensorBoardLogger):
             directory = logger.log_dir
         elif logger.save_dir is not None:
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"

@@ -8,20 +8,19 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch
-from lightning_dp.step import checks
+from lightning_dp.step import checks, module_checks
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.randomness import generator_states, restore_generators
 from lightning_dp.step.sandbox import Sandbox, StepGuard
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.trial import Trial
-from lightning_dp.strategies import _lightning, trainer_checks
+from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.host import Counts, LightningHost
 from lightning_dp.strategies.logs import TrainingLogs
 
@@ -51,6 +50,7 @@ class PrivateFit:
         self._part = 0
         self._prepared = False
         self._training_flags: list[bool] = []
+        self._clips: dict[int, Callable[[], None]] = {}
         self.step = PrivateStep(
             module,
             strategy.optimizers,
@@ -83,6 +83,7 @@ class PrivateFit:
         self._strategy.module.__dict__.pop("on_train_batch_start", None)
         self._host.hooks.unwatch()
         _lightning.restore_transfer_hook(self._strategy.module)
+        self._strategy.module.__dict__.pop("clip_gradients", None)
         self._logs.detach()
         restore_generators(self._generators, self._device)
 
@@ -137,7 +138,8 @@ class PrivateFit:
             if self._begins_logical_batch():
                 self._begin(batch.position)
             if not batch:
-                return self._run_real(self._host.stand_in(), 1, weight=0.0)
+                copies = self._trial.copies
+                return self._run_real(self._host.stand_in(copies), copies, weight=0.0)
             for count, _, part in batch.parts:
                 checks.check_rows(part, count, self._host.axes)
             *others, (count, owners, _) = batch.parts
@@ -171,8 +173,11 @@ class PrivateFit:
         begins = strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared
         step.begin(first_of_pass=begins, position=position)
         flags = [layer.training for layer in strategy.module.modules()]
+        flags += [parameter.requires_grad for parameter in strategy.module.parameters()]
         if flags != self._training_flags:
-            trainer_checks.check_module(strategy.module, runs_samples_alone=strategy.settings.runs_samples_alone)
+            # later a training step may hold everything frozen between two batches
+            check = module_checks.check_layers if self._training_flags else module_checks.check_module
+            check(strategy.module, runs_samples_alone=strategy.settings.runs_samples_alone)
             self._training_flags = flags
         if not (self._prepared and step.engine.has_layout):
             self._host.learn_rows()
@@ -261,11 +266,13 @@ class PrivateFit:
             for optimizer in both if index not in self._strategy.settings.public_optimizers else ():
                 optimizer.__dict__["zero_grad"] = self._discarding(index, optimizer.zero_grad)
         module = self._strategy.module
-        if is_overridden("on_train_batch_start", module):
+        if _lightning.is_overridden("on_train_batch_start", module):
             module.__dict__["on_train_batch_start"] = self._checking_skips(module.on_train_batch_start)
         self._host.hooks.watch(lambda: self.on_trial)
+        if not self.step.automatic:
+            module.__dict__["clip_gradients"] = self._clipping_later(module.clip_gradients)
         owners = [module, self._strategy.trainer.datamodule]  # type: ignore[attr-defined]
-        if any(owner is not None and is_overridden("on_before_batch_transfer", owner) for owner in owners):
+        if any(owner is not None and _lightning.is_overridden("on_before_batch_transfer", owner) for owner in owners):
             _lightning.replace_transfer_hook(module, lambda batch: isinstance(batch, LogicalBatch))
 
     def _checking_skips(self, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -280,6 +287,21 @@ class PrivateFit:
 
         return begin_batch
 
+    def _clipping_later(self, clip_gradients: Callable[..., None]) -> Callable[..., None]:
+        """Return ``clip_gradients`` that waits for the step of its optimizer: before it there is no private gradient."""
+
+        @functools.wraps(clip_gradients)
+        def clip_later(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            if not self.on_trial:
+                held = getattr(optimizer, "optimizer", optimizer)
+                self._clips[id(held)] = functools.partial(clip_gradients, held, *args, **kwargs)
+
+        return clip_later
+
+    def clip(self, optimizer: Optimizer) -> None:
+        """Clip a private gradient as ``clip_gradients`` was called for under manual optimization, once."""
+        self._clips.pop(id(optimizer), _nothing)()
+
     def _optimizers_and_wrappers(self) -> list[tuple[Optimizer, Any]]:
         """Return each optimizer with Lightning's wrapper of it, which is what manual optimization hands to the user."""
         return list(zip(self._strategy.optimizers, _lightning.lightning_optimizers(self._strategy), strict=True))
@@ -291,6 +313,10 @@ class PrivateFit:
             zero_grad(*args, **kwargs)
 
         return discard
+
+
+def _nothing() -> None:
+    return None
 
 
 def _with_loss(output: Any, loss: Tensor) -> Any:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Mutable
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.snapshot import plain_attributes
+from lightning_dp.strategies._lightning import is_overridden
 from lightning_dp.system.torch_private import num_changes
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class UserHooks:
     @property
     def callbacks(self) -> list[pl.Callback]:
         """The callbacks that take part in trials, which must leave them as they were."""
-        return [owner for owner in self.writing if isinstance(owner, pl.Callback)]
+        return [owner for owner in self.writing if owner is not self._strategy.module]
 
     def has(self, name: str) -> bool:
         """Tell whether the module has a hook, or a callback that takes part in trials."""
@@ -97,7 +97,7 @@ class UserHooks:
         module = self._strategy.module
         for callback in self._watched:
             for name in _HOOKS:
-                if getattr(type(callback), name) is not getattr(pl.Callback, name):
+                if is_overridden(name, callback):
                     callback.__dict__[name] = self._watching(getattr(callback, name), module, callback, is_on_trial)
         if is_overridden(EPOCH_END, module):
             module.__dict__[EPOCH_END] = self._watching(module.on_train_epoch_end, module, module, is_on_trial)
@@ -128,7 +128,7 @@ class UserHooks:
     def _with(self, name: str) -> Iterator[tuple[Any, Any]]:
         trainer, module = self._strategy.trainer, self._strategy.lightning_module
         for callback in self.callbacks:
-            if getattr(type(callback), name) is not getattr(pl.Callback, name):
+            if is_overridden(name, callback):
                 yield callback, functools.partial(getattr(callback, name), trainer, module)
         if module is not None and is_overridden(name, module) and (name != EPOCH_END or module in self.writing):
             yield module, getattr(module, name)
@@ -163,8 +163,4 @@ def outputs_of(output: Any) -> Any:
 
 def _is_known(kind: type) -> bool:
     """Tell whether a class of callbacks is Lightning's or this package's, or is derived from one of theirs."""
-    return any(
-        base.__module__.startswith(_KNOWN) and base is not pl.Callback
-        for base in kind.__mro__
-        if issubclass(base, pl.Callback)
-    )
+    return any(base.__module__.startswith(_KNOWN) and base.__name__ != "Callback" for base in kind.__mro__)

@@ -122,9 +122,9 @@ class LightningHost:
         """Return the loss of an output as a scalar."""
         return checks.scalar_loss(output, count, self._strategy.settings.loss_reduction)
 
-    def stand_in(self) -> Any:
-        """Return a batch of one record on the device, for steps in which no sample was drawn."""
-        return self._records.stand_in()
+    def stand_in(self, copies: int = 1) -> Any:
+        """Return a batch of one record, or of copies of it, on the device, for steps in which no sample was drawn."""
+        return self._records.stand_in(copies)
 
     def empty_batch(self) -> Any:
         """Return what hooks see when no sample was drawn: the user's batch structure with tensors of length 0."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_dp import _messages
 from lightning_dp.fix import fix
-from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, private_dataloader
+from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, one_loader, private_dataloader
 from lightning_dp.step import checks, correlation
 from lightning_dp.strategies import _lightning, trainer_checks
 from lightning_dp.strategies.facts import RunFacts
@@ -29,6 +29,7 @@ class TrainingInputs(RunFacts, Strategy):
     _loader: PrivateDataLoader | None
     _fit: PrivateFit | None
     _fixes: bool
+    _undo: list[Callable[[], None]]
 
     def fix_layers(self) -> None:
         """Exchange layers that cannot be trained privately, under ``fix=True``; a second call changes nothing."""
@@ -42,22 +43,32 @@ class TrainingInputs(RunFacts, Strategy):
         self.fix_layers()
         super().load_model_state_dict(checkpoint, strict)
 
+    def _take_training_data(self) -> None:
+        """See the training data of this fit, whatever its shape, as one loader."""
+        self._return_training_data()
+        self._undo = [_lightning.change_training_source(self.trainer, self._one_loader)]
+
+    def _return_training_data(self) -> None:
+        """Leave the Trainer as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _one_loader(self, given: Any, one_after_the_other: bool) -> Any:
+        return one_loader(given, sampling=self.settings.sampling, one_after_the_other=one_after_the_other)
+
     @override
     def process_dataloader(self, dataloader: object) -> object:
         """Replace the training loader by one that draws logical batches; every other loader passes as it is."""
         trainer = self.trainer
         if not (trainer.state.fn == TrainerFn.FITTING and trainer.state.stage == RunningStage.TRAINING):
             return dataloader
-        trainer_checks.check_single_loader(trainer)
-        loader = private_dataloader(
-            dataloader,  # type: ignore[arg-type]
-            **trainer_checks.with_unit_ids(self.settings.drawing, trainer),
-            accumulate=trainer.accumulate_grad_batches,
-            rank=self.global_rank,
-            world_size=self.world_size,
-            num_batches_kept=trainer_checks.batches_kept(trainer),
-            extra_records=self.mechanisms.extra_records,
-        )
+        overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+        if isinstance(overfit, float) and overfit > 0:
+            self._undo.append(_lightning.use_whole_loader(trainer))  # the private loader holds the share already
+        for parts in {*trainer_checks.accumulation(trainer).values()}:  # each must be possible before the first step
+            self._private(dataloader, parts)
+        loader = self._private(dataloader, trainer_checks.parts_now(trainer))
+        loader.before_pass = lambda: self._follow_accumulation(dataloader)
         checks.check_same_dataset(self._loader, loader)
         if self.state.plan is not None:
             correlation.check_reload(self.state.plan.correlation, self._loader, loader)
@@ -67,12 +78,35 @@ class TrainingInputs(RunFacts, Strategy):
         self._loader = loader
         return loader
 
+    def _private(self, dataloader: Any, parts: int) -> PrivateDataLoader:
+        trainer = self.trainer
+        return private_dataloader(
+            dataloader,
+            **trainer_checks.with_unit_ids(self.settings.drawing, trainer),
+            accumulate=parts,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            num_batches_kept=trainer_checks.batches_kept(trainer, dataloader, parts),
+            extra_records=self.mechanisms.extra_records,
+        )
+
+    def _follow_accumulation(self, dataloader: Any) -> None:
+        """Draw larger or smaller logical batches from this epoch on, where GradientAccumulationScheduler changes them."""
+        if self._loader is None or not trainer_checks.accumulation(self.trainer):
+            return
+        parts = trainer_checks.parts_now(self.trainer)
+        if parts != self._loader.facts.accumulate:
+            self._loader.draw_as(self._private(dataloader, parts))
+            self.state.plan = None
+            _messages.info(
+                f"Logical batches hold {self._loader.facts.expected_batch_size} records from here on, as expected."
+            )
+
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch; of a logical batch the last microbatch now, the others when they are used."""
         if isinstance(batch, LogicalBatch) and self._fit is not None:
             return self._fit.take(batch)
-        trainer_checks.check_not_nested(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def to_device(self, batch: Any) -> Any:

@@ -20,20 +20,24 @@ def run_length(trainer: pl.Trainer, facts: SamplingFacts, *, start: int) -> RunL
         facts: of the private loader.
         start: logical steps taken before.
     """
-    remaining = remaining_steps(trainer)
+    remaining = remaining_steps(trainer, facts.accumulate)
     return RunLength(
         steps=None if remaining is None else start + remaining, steps_per_epoch=_steps_per_pass(trainer, facts)
     )
 
 
-def remaining_steps(trainer: pl.Trainer) -> int | None:
-    """Return an upper bound on the logical steps that are still to come; None when nothing bounds them."""
+def remaining_steps(trainer: pl.Trainer, parts: int) -> int | None:
+    """Return an upper bound on the logical steps that are still to come; None when nothing bounds them.
+
+    Args:
+        trainer: its limits bound the run.
+        parts: batches that a logical batch is made of, now.
+    """
     fit_loop: Any = trainer.fit_loop
     bounds: list[int] = []
     if fit_loop.max_epochs is not None and fit_loop.max_epochs >= 0 and math.isfinite(fit_loop.max_batches):
-        parts = trainer.accumulate_grad_batches
         epochs, batches = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress.current
-        done = batches.ready // parts if epochs.ready > epochs.processed else 0
+        done = batches.completed // parts if epochs.ready > epochs.processed else 0
         per_epoch = math.ceil(fit_loop.max_batches / parts)
         bounds.append(max(0, fit_loop.max_epochs - epochs.processed) * per_epoch - min(done, per_epoch))
     if fit_loop.max_steps >= 0:
@@ -49,6 +53,6 @@ def remaining_steps(trainer: pl.Trainer) -> int | None:
 def _steps_per_pass(trainer: pl.Trainer, facts: SamplingFacts) -> int | None:
     """Return the logical steps until the loader begins again: fewer than a whole pass under ``limit_train_batches``."""
     batches = trainer.fit_loop.max_batches
-    limit = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
+    limit = math.ceil(batches / facts.accumulate) if math.isfinite(batches) else None
     known = [steps for steps in (facts.steps_per_epoch, limit) if steps is not None]
     return min(known) if known else None

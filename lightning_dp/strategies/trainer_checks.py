@@ -8,9 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step import module_checks
 from lightning_dp.step.settings import Settings
 from lightning_dp.strategies import _lightning
@@ -24,29 +22,33 @@ def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
             "Expected a bounded run with target_epsilon, got `Trainer(max_epochs=-1)` without max_steps. The noise is calibrated "
             "over all planned steps: set max_epochs or max_steps, or pass noise_multiplier."
         )
-    if trainer.gradient_clip_val:
-        raise ValueError(
-            f"Expected no `Trainer(gradient_clip_val=...)`, got gradient_clip_val={trainer.gradient_clip_val!r}. It would clip "
-            "the already private gradient: use DPStrategy(max_grad_norm=...), which bounds each sample."
-        )
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
-            "Expected no GradientAccumulationScheduler, got one in `Trainer(callbacks=...)`. It changes the batch size, and with "
-            "it the sample rate, during the run: use `Trainer(accumulate_grad_batches=k)`, microbatch_size or a larger batch."
-        )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if settings.target_epsilon is not None and any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
+    if settings.target_epsilon is not None and any(
+        _lightning.is_a(callback, BatchSizeFinder) for callback in callbacks
+    ):
         raise ValueError(
             "Expected a known batch size with target_epsilon, got a search for it (BatchSizeFinder, scale_batch_size). Its trials "
             "train on the data and would spend the target: search under noise_multiplier, or on public data."
         )
-    check_precision(str(trainer.precision))
-    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
-    if isinstance(overfit, float) and overfit > 0:
+    if accumulation(trainer) and (settings.noise is not None or settings.sampling == "cyclic"):
         raise ValueError(
-            f"Expected `Trainer(overfit_batches=...)` to be a whole number, got overfit_batches={overfit!r}. A fraction does not "
-            "say which records are sampled from: pass a number of batches."
+            "Expected batches of one size with correlated noise or cyclic sampling, got GradientAccumulationScheduler. Units would "
+            "come back sooner than accounted for: use `Trainer(accumulate_grad_batches=...)`."
         )
+    check_precision(str(trainer.precision))
+
+
+def describe_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    """Return what clipping by the Trainer or the module acts on; "" where there is none."""
+    if _lightning.is_overridden("configure_gradient_clipping", module):
+        name = "configure_gradient_clipping"
+    elif trainer.gradient_clip_val:
+        name = f"gradient_clip_val={trainer.gradient_clip_val}"
+    else:
+        return ""
+    return (
+        f"{name} acts on the private gradient, noise included. The gradient of each sample is clipped by max_grad_norm."
+    )
 
 
 def check_precision(precision: str) -> None:
@@ -58,11 +60,11 @@ def check_precision(precision: str) -> None:
         )
 
 
-def check_module(module: pl.LightningModule, *, runs_samples_alone: bool) -> None:
-    """Refuses modules that cannot be private as they are, before any data is touched."""
-    module_checks.check_module(module, runs_samples_alone=runs_samples_alone)
+def check_module(module: pl.LightningModule) -> None:
+    """Refuse what no hook of the fit could still mend; layers are looked at when training starts."""
+    module_checks.check_parameters(module)
     if (
-        is_overridden("training_step", module)
+        _lightning.is_overridden("training_step", module)
         and "dataloader_iter" in inspect.signature(module.training_step).parameters
     ):
         raise ValueError(
@@ -71,33 +73,45 @@ def check_module(module: pl.LightningModule, *, runs_samples_alone: bool) -> Non
         )
 
 
-def check_single_loader(trainer: pl.Trainer) -> None:
-    """Refuses several training loaders: which records form one sample of the data would be unclear."""
-    combined, source = _lightning.training_sources(trainer)
-    loaders = combined.flattened if combined is not None else [source]
-    if isinstance(source, (list, tuple, dict)) and len(source) > 1:
-        loaders = list(source)
-    if len(loaders) > 1:
-        raise ValueError(
-            f"Expected one training DataLoader, got {len(loaders)}. A logical batch is one Poisson sample of one dataset: join the "
-            "datasets (torch.utils.data.StackDataset or ConcatDataset) and return one loader."
-        )
+def batches_kept(trainer: pl.Trainer, loader: Any, parts: int) -> int | None:
+    """Return how many logical batches ``overfit_batches`` keeps, or None for the whole training set.
 
+    Args:
+        trainer: its ``overfit_batches`` is a number of batches, or a share of the loader's.
+        loader: of the user.
+        parts: batches that a logical batch is made of.
 
-def check_not_nested(batch: Any) -> None:
-    """Refuses a list or dictionary of loaders, which comes as a list or dictionary of logical batches."""
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
-    if any(isinstance(part, LogicalBatch) for part in parts):
-        raise ValueError(
-            f"Expected one training DataLoader, got it inside a {type(batch).__name__}. Return the loader itself from "
-            "train_dataloader, or pass it itself to fit."
-        )
-
-
-def batches_kept(trainer: pl.Trainer) -> int | None:
-    """Return how many logical batches ``overfit_batches`` keeps, or None for the whole training set."""
+    Raises:
+        ValueError: a share of less than one batch, or of a loader without a length.
+    """
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
-    return math.ceil(overfit / trainer.accumulate_grad_batches) if overfit else None
+    if isinstance(overfit, float) and overfit > 0:
+        try:
+            num_batches = len(loader)
+        except TypeError:
+            num_batches = 0
+        overfit = int(num_batches * trainer.overfit_batches)  # type: ignore[attr-defined]
+        if overfit < 1:
+            raise ValueError(
+                f"Expected at least one batch to overfit on, got overfit_batches={trainer.overfit_batches!r} of {num_batches} "  # type: ignore[attr-defined]
+                "batches. Pass a whole number of batches."
+            )
+    return math.ceil(overfit / parts) if overfit else None
+
+
+def accumulation(trainer: pl.Trainer) -> dict[int, int]:
+    """Return from which epoch on how many batches make a logical batch; {} unless it changes with the epoch."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if _lightning.is_a(callback, GradientAccumulationScheduler):
+            return {int(epoch): int(parts) for epoch, parts in callback.scheduling.items()}
+    return {}
+
+
+def parts_now(trainer: pl.Trainer) -> int:
+    """Return how many batches make a logical batch in this epoch."""
+    scheduled = accumulation(trainer)
+    begun = [epoch for epoch in scheduled if epoch <= trainer.current_epoch]
+    return scheduled[max(begun)] if begun else trainer.accumulate_grad_batches
 
 
 def with_unit_ids(options: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any]:

@@ -231,3 +231,20 @@ def test_find_unsupported_alone_names_only_changed_state() -> None:
 @pytest.mark.parametrize("layer", SUPPORTED, ids=lambda value: type(value).__name__)
 def test_find_unsupported_leaves_out_what_is_private(layer: nn.Module) -> None:
     assert find_unsupported(nn.Sequential(nn.Linear(2, 2), layer)) == []
+
+
+def test_a_difference_without_a_factor_has_no_cause() -> None:
+    grads = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    off = grads * torch.tensor([[1.0], [1.004]])
+    with pytest.raises(PrivacyError, match="nearly agree, so no cause is apparent") as error:
+        compare_with_singles({"w": off}, [{"w": grads[0]}, {"w": grads[1]}], rtol=1e-3)
+    assert "times as large" not in str(error.value)
+
+
+def test_a_wrong_rule_is_told_apart_from_coupled_samples() -> None:
+    grads = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    swapped, singles = {"w": grads.flip(0)}, [{"w": grads[0]}, {"w": grads[1]}]
+    with pytest.raises(PrivacyError, match=r"which is ours to mend. Until then use microbatch_size=1"):
+        compare_with_singles(swapped, singles, adds_up=lambda: True)
+    with pytest.raises(PrivacyError, match="samples influence each other"):
+        compare_with_singles(swapped, singles, adds_up=lambda: False)

@@ -235,12 +235,6 @@ def test_batch_norm_switched_to_training_later_is_refused(tmp_path: Path) -> Non
     assert strategy.ledger.num_steps == 4
 
 
-def test_a_list_of_one_loader_is_refused_by_name(tmp_path: Path) -> None:
-    for nested in ([make_loader()], {"a": make_loader()}):
-        with pytest.raises(ValueError, match="inside a"):
-            make_trainer(rdp(), tmp_path).fit(Classifier(), nested)
-
-
 def test_hooks_see_a_batch_of_length_zero_when_nothing_was_drawn(tmp_path: Path) -> None:
     sizes: list[int] = []
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from lightning_dp import DPDDPStrategy, DPStrategy, PrivacyError
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, make_dataset, make_loader, make_trainer
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 
 class Untouchable(torch.utils.data.Dataset):
@@ -72,11 +73,10 @@ def test_constructor_arguments(strategy: type, arguments: dict[str, Any], error:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gradient_clip_val": 0.5}, r"no `Trainer\(gradient_clip_val=...\)`, got gradient_clip_val=0.5"),
-        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "no GradientAccumulationScheduler"),
         ({"plugins": [MixedPrecision("16-mixed", "cpu")]}, r"precision='16-mixed'.*bf16-mixed"),
         ({"precision": "16-true"}, r"precision='16-true'"),
-        ({"overfit_batches": 0.5}, r"overfit_batches=...\)` to be a whole number"),
+        ({"overfit_batches": 0.1}, r"at least one batch to overfit on, got overfit_batches=0.1 of 4 batches"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1, 3: 5})]}, r"got 80 \(batch_size=16 x"),
     ],
 )
 def test_trainer_flags(tmp_path: Any, options: dict[str, Any], message: str) -> None:
@@ -103,7 +103,89 @@ def test_no_trainable_parameters(tmp_path: Any) -> None:
     module = Classifier()
     module.network.requires_grad_(False)
     with pytest.raises(ValueError, match="to have trainable parameters"):
-        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(module, DataLoader(Untouchable(), batch_size=16))
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(module, make_loader())
+
+
+class ClippedByHook(Classifier):
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **options: Any) -> None:
+        assert all(p.grad is not None for p in self.parameters())
+        self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="norm")
+
+
+@pytest.mark.parametrize("way", ["gradient_clip_val=0.01", "configure_gradient_clipping"])
+def test_clipping_acts_on_the_private_gradient_and_says_so(
+    way: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    by_trainer = way.startswith("gradient_clip_val")
+    module = Classifier(lr=1.0) if by_trainer else ClippedByHook(lr=1.0)
+    before = torch.cat([p.detach().clone().flatten() for p in module.parameters()])
+    recorder, options = Recorder(), {"gradient_clip_val": 0.01} if by_trainer else {}
+    strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=5)
+    with caplog.at_level(logging.INFO):
+        make_trainer(strategy, tmp_path, max_steps=1, callbacks=[recorder], **options).fit(module, make_loader())
+    after = torch.cat([p.detach().flatten() for p in module.parameters()])
+    assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-4)
+    private = torch.cat([g.flatten() for g in recorder.before_step[0].values()])
+    assert float(private.norm()) > 0.05  # the hook before the step sees it whole, and noised
+    torch.testing.assert_close((before - after) / 0.01, private / private.norm(), rtol=1e-3, atol=1e-5)
+    (said,) = [r.getMessage() for r in caplog.records if "acts on the private gradient" in r.getMessage()]
+    assert said.startswith(way)
+
+
+class Thawing(BaseFinetuning):
+    """Freezes the whole module in ``setup`` and thaws it in an epoch."""
+
+    def __init__(self, at_epoch: int) -> None:
+        super().__init__()
+        self.at_epoch = at_epoch
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.network[0] if self.at_epoch else pl_module)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == self.at_epoch:
+            self.make_trainable(pl_module)
+            if epoch:
+                optimizer.add_param_group({"params": list(pl_module.network[0].parameters())})
+
+
+class OverTrainable(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad] or self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("at_epoch", [0, 1])
+def test_layers_thawed_by_a_callback_are_noised_from_then_on(at_epoch: int, tmp_path: Any) -> None:
+    recorder, strategy = Recorder(), DPStrategy(noise_multiplier=1.0)
+    trainer = make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[Thawing(at_epoch), recorder])
+    trainer.fit(OverTrainable(), make_loader())
+    thawed = recorder.before_step[4 * at_epoch :]
+    assert ["network.0.weight" in seen for seen in recorder.before_step] == [False] * (8 - len(thawed)) + [True] * len(
+        thawed
+    )
+    assert all(float(seen["network.0.weight"].abs().min()) > 0 for seen in thawed)
+    assert strategy.ledger.num_steps == 8
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode:UserWarning")
+def test_layers_are_judged_in_the_mode_in_which_training_starts(tmp_path: Any) -> None:
+    class Evaluated(Classifier):
+        def on_fit_start(self) -> None:
+            self.network[1].requires_grad_(False).eval()
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(NUM_FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, NUM_CLASSES))
+
+    module = Evaluated(network())
+    make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(module, make_loader())
+    assert int(module.network[1].num_batches_tracked) == 0
+
+    class Thawed(Evaluated):
+        def on_train_epoch_start(self) -> None:
+            self.network[1].requires_grad_(self.current_epoch > 0)
+
+    with pytest.raises(PrivacyError, match="BatchNorm1d normalises with statistics of the batch when it trains"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, max_epochs=2).fit(Thawed(network()), make_loader())
 
 
 def test_optimizer_parameters_that_are_not_the_modules(tmp_path: Any) -> None:
@@ -150,13 +232,6 @@ def test_stream_is_refused_under_poisson_and_trains_shuffled(tmp_path: Any) -> N
     make_trainer(strategy, tmp_path, max_epochs=2).fit(Classifier(), DataLoader(Stream(), batch_size=16))
     assert strategy.ledger.num_steps == 8
     assert sum(run.num_passes for run in strategy.ledger.entries) == 2
-
-
-def test_several_loaders_are_refused(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match="one training DataLoader, got 2"):
-        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(
-            Classifier(), {"a": make_loader(), "b": make_loader()}
-        )
 
 
 def test_unbounded_run_with_a_target(tmp_path: Any) -> None:

@@ -1,0 +1,266 @@
+"""Training data in other shapes than one ``DataLoader`` over records, made into one: bulk loading, collections, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+
+from lightning_dp.sampling.checks import check_loader, dataset_length, unwrap_sampler
+from lightning_dp.sampling.fetch import read
+from lightning_dp.sampling.loader import kept_options
+
+
+def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) -> Any:
+    """Return training data in any shape as one loader over records; whatever is one already comes back as it is.
+
+    A list or dictionary of loaders becomes one loader whose batches have that structure. Record i is then made of item i of
+    each dataset: **who is protected is whoever brings item i to all of them**.
+
+    An iterable of collated batches becomes a stream of their rows, in the same batches.
+
+    Args:
+        given: a loader, an iterable of batches, or a list or dictionary of loaders.
+        sampling: "poisson", "shuffle" or "cyclic"; batches of an iterable need "shuffle".
+        one_after_the_other: whether the loaders would be read one after the other.
+
+    Returns:
+        A ``DataLoader``, or what was given where ``check_loader`` says why it is refused.
+
+    Raises:
+        TypeError: a collection with anything but loaders.
+        ValueError: loaders that cannot be parts of one record.
+
+    Example:
+        >>> joined = one_loader({"a": DataLoader(range(4), 2), "b": DataLoader(range(10, 14), 2)}, sampling="poisson")
+        >>> next(iter(joined))
+        {'a': tensor([0, 1]), 'b': tensor([10, 11])}
+    """
+    if not isinstance(given, (list, tuple, dict)):
+        return _recorded(given, sampling)
+    loaders, structure = tree_flatten(given, is_leaf=lambda node: not isinstance(node, (list, tuple, dict)))
+    if not loaders or not all(isinstance(loader, DataLoader) for loader in loaders):
+        kinds = sorted({type(loader).__name__ for loader in loaders})
+        raise TypeError(
+            f"Expected DataLoaders in the {type(given).__name__} of training data, got {', '.join(kinds) or 'none'}. Private sampling "
+            "needs the records behind each: return one DataLoader, or a collection of them."
+        )
+    return _joined([_recorded(loader, sampling) for loader in loaders], structure, sampling, one_after_the_other)
+
+
+def _recorded(loader: Any, sampling: str) -> Any:
+    """Return a loader over single records where the given one reads whole batches."""
+    if isinstance(loader, DataLoader):
+        in_bulk = isinstance(unwrap_sampler(loader.sampler), BatchSampler)
+        return _single_reads(loader) if in_bulk and type(loader).__iter__ is DataLoader.__iter__ else loader
+    if sampling == "shuffle" and isinstance(loader, Iterable):
+        return _rows_of(loader)
+    return loader
+
+
+# ---------------------------------------------------------------- bulk loading
+
+
+class _Positions(Dataset[Any]):
+    """The positions of a dataset, whose records are read in bulk when they are collated; attributes are the dataset's."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return dataset_length(self.dataset)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        return list(indices)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # a copy being built has no state yet
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class _ReadInBulk:
+    """Reads records at once and collates what comes back."""
+
+    def __init__(self, dataset: Any, collate_fn: Any) -> None:
+        self.dataset, self.collate_fn = dataset, collate_fn
+
+    def __call__(self, positions: list[int]) -> Any:
+        return self.collate_fn(self.dataset[positions])
+
+
+def _single_reads(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return the loader of ``DataLoader(dataset, sampler=BatchSampler(...), batch_size=None)`` over single positions."""
+    return DataLoader(
+        _Positions(loader.dataset),
+        batch_sampler=unwrap_sampler(loader.sampler),
+        collate_fn=_ReadInBulk(loader.dataset, loader.collate_fn),
+        **kept_options(loader),
+    )
+
+
+# ---------------------------------------------------------------- collections of loaders
+
+
+class _Parts(Dataset[Any]):
+    """Record i is made of item i of each dataset."""
+
+    def __init__(self, datasets: list[Any]) -> None:
+        self.datasets = datasets
+
+    def __len__(self) -> int:
+        return dataset_length(self.datasets[0])
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return tuple(dataset[index] for dataset in self.datasets)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Any, ...]]:
+        return list(zip(*(read(dataset, indices) for dataset in self.datasets), strict=True))
+
+
+class _CollateParts:
+    """Collates each part of the records by its own loader's function, into the structure of the loaders."""
+
+    def __init__(self, collates: list[Any], structure: TreeSpec) -> None:
+        self.collates, self.structure = collates, structure
+
+    def __call__(self, records: list[Any]) -> Any:
+        parts = zip(*records, strict=True) if len(self.collates) > 1 else [records]
+        batches = [collate(list(part)) for collate, part in zip(self.collates, parts, strict=True)]
+        return tree_unflatten(batches, self.structure)
+
+
+def _joined(
+    loaders: list[DataLoader[Any]], structure: TreeSpec, sampling: str, one_after_the_other: bool
+) -> DataLoader[Any]:
+    for loader in loaders:
+        check_loader(loader, sampling)
+    first, collate = loaders[0], _CollateParts([loader.collate_fn for loader in loaders], structure)
+    if len(loaders) == 1:
+        return _loader_like(first, first.dataset, collate)
+    if one_after_the_other:
+        raise ValueError(
+            f"Expected training loaders that are read together, got {len(loaders)} in mode='sequential'. A logical batch is drawn "
+            "from all records: join the datasets by torch.utils.data.ConcatDataset and return one loader."
+        )
+    if any(isinstance(loader.dataset, IterableDataset) for loader in loaders):
+        raise ValueError(
+            f"Expected datasets with random access in {len(loaders)} training loaders, got a stream. Item i of each is one record, "
+            "and the streams may not have the same order: join them in one IterableDataset."
+        )
+    sizes = [(dataset_length(loader.dataset), getattr(loader.batch_sampler, "batch_size", None)) for loader in loaders]
+    if len(set(sizes)) > 1:
+        listed = ", ".join(f"{size} records in batches of {batch_size}" for size, batch_size in sizes)
+        raise ValueError(
+            f"Expected {len(loaders)} training loaders of equal length and batch size, each a part of one record, got {listed}. Join "
+            "datasets of other records by torch.utils.data.ConcatDataset, or give both one length."
+        )
+    return _loader_like(first, _Parts([loader.dataset for loader in loaders]), collate)
+
+
+def _loader_like(loader: DataLoader[Any], dataset: Any, collate_fn: Any) -> DataLoader[Any]:
+    """Return a plain loader with the batches and workers of another one."""
+    options = kept_options(loader)
+    if loader.batch_sampler is None or isinstance(dataset, IterableDataset):
+        options |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    else:
+        options["batch_sampler"] = loader.batch_sampler
+    return DataLoader(dataset, collate_fn=collate_fn, **options)
+
+
+# ---------------------------------------------------------------- iterables of batches
+
+
+class RowsOfBatches(IterableDataset[Any]):
+    """The rows of the batches of an iterable, one after the other.
+
+    Args:
+        batches: yields batches of ``batch_size`` rows, the last one of a pass perhaps fewer.
+        batch_size: rows of a batch.
+    """
+
+    def __init__(self, batches: Iterable[Any], batch_size: int) -> None:
+        self.batches, self.batch_size = batches, batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        short = 0
+        for batch in self.batches:
+            rows = _rows(batch)
+            if short or len(rows) > self.batch_size:
+                raise ValueError(
+                    f"Expected batches of {self.batch_size} rows, as the first one has, but for the last, got {short or len(rows)}. "
+                    "The batch size is public: let the iterable yield batches of equal size."
+                )
+            short = len(rows) if len(rows) < self.batch_size else 0
+            yield from rows
+
+
+class _SizedRowsOfBatches(RowsOfBatches):
+    """The same of an iterable with a length; a shorter last batch counts as a whole one."""
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.batch_size  # type: ignore[arg-type]
+
+
+def _rows_of(batches: Any) -> DataLoader[Any]:
+    """Return a loader over the rows of an iterable of batches, which cuts them into the same batches again."""
+    iterator = iter(batches)
+    if iterator is batches:
+        raise ValueError(
+            f"Expected training data that can be read more than once, got a {type(batches).__name__}. Records are read before the "
+            "first step, too: return an object whose __iter__ begins again."
+        )
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError(f"Expected batches to train on, got none from {type(batches).__name__}. Check the data.")
+    kind = _SizedRowsOfBatches if hasattr(batches, "__len__") else RowsOfBatches
+    size = len(_rows(first))
+    return DataLoader(kind(batches, size), batch_size=size, collate_fn=_stacked)
+
+
+def _is_column(node: Any) -> bool:
+    """Tell whether a part of a batch has one entry per record: a tensor or array, or a list of words or numbers."""
+    if isinstance(node, (list, tuple)):
+        return bool(node) and all(isinstance(entry, (str, bytes, bool, int, float)) for entry in node)
+    return isinstance(node, (Tensor, np.ndarray)) and node.ndim > 0
+
+
+def _rows(batch: Any) -> list[Any]:
+    """Return the records of a collated batch.
+
+    Raises:
+        TypeError: a part of it has not one entry per record.
+    """
+    columns, structure = tree_flatten(batch, is_leaf=_is_column)
+    wrong = [column for column in columns if not _is_column(column)]
+    lengths = {len(column) for column in columns if _is_column(column)}
+    if wrong or len(lengths) != 1:
+        found = type(wrong[0]).__name__ if wrong else f"lengths {sorted(lengths)}"
+        raise TypeError(
+            f"Expected every part of a batch to have one row per record, got {found}. Records could not be told apart: "
+            "yield tensors of equal first length, or return a DataLoader."
+        )
+    return [tree_unflatten([column[row] for column in columns], structure) for row in range(lengths.pop())]
+
+
+def _stacked(rows: list[Any]) -> Any:
+    """Return the batch of some rows; tensors are stacked, words and numbers listed as they were."""
+    flattened = [tree_flatten(row) for row in rows]
+    columns = zip(*(leaves for leaves, _ in flattened), strict=True)
+    return tree_unflatten([_column(list(entries)) for entries in columns], flattened[0][1])
+
+
+def _column(entries: list[Any]) -> Any:
+    if isinstance(entries[0], Tensor):
+        return torch.stack(entries)
+    if isinstance(entries[0], (np.ndarray, np.generic)):
+        return np.stack(entries)
+    return entries

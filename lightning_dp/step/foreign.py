@@ -1,0 +1,96 @@
+"""ForeignCode: the user's step on trial, prepared for what it may raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_dp import _messages
+from lightning_dp.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from lightning_dp.step.runs import Host
+
+
+class OneAloneError(Exception):
+    """The user's step raised on one record alone; ``__cause__`` is what it raised."""
+
+
+class ForeignCode:
+    """A host whose step may raise: an exception is reported with the number of records that it was raised on.
+
+    A step that cannot run on one record (a metric over two records, a ``squeeze`` that drops the batch axis) is run on two
+    copies of it. A mean over two copies is the loss of the record itself; under ``reduction="sum"`` it is halved.
+
+    Args:
+        host: runs the step.
+        reduction: "mean" or "sum": how a scalar loss combines the samples.
+        runs_alone: whether training itself runs each record alone, so that copies would hide an error.
+    """
+
+    def __init__(self, host: Host, *, reduction: str, runs_alone: bool) -> None:
+        self._host, self._sums, self._runs_alone = host, reduction == "sum", runs_alone
+        self.copies = 1
+        """Copies of a record that are run where one record is to be run alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._host, name)
+
+    def run(self, records: list[Any]) -> Any:
+        """Run the step on records, or on copies of the only one.
+
+        Raises:
+            OneAloneError: the step raised on one record.
+        """
+        chosen = records * self.copies if len(records) == 1 else records
+        try:
+            return self._host.run(chosen)
+        except PrivacyError:
+            raise
+        except Exception as error:
+            if len(chosen) == 1 and not self._runs_alone:
+                raise OneAloneError from error
+            note(
+                error,
+                f"lightning_dp had called the training step on trial, without effect, with {_named(len(chosen), len(records))}.",
+            )
+            raise
+
+    def loss_of(self, output: Any, count: int) -> Tensor | None:
+        """Return the loss of an output as a scalar; that of copies is the loss of one of them."""
+        loss = self._host.loss_of(output, count)
+        return loss / self.copies if loss is not None and count == 1 and self._sums else loss
+
+    def attempt(self, check: Callable[[], None], put_back: Callable[[], None]) -> None:
+        """Run a check; if one record cannot run alone, run the check again with two copies of each such record.
+
+        Args:
+            check: runs the step.
+            put_back: puts back the state that a run which raised has left.
+        """
+        try:
+            check()
+        except OneAloneError as alone:
+            put_back()
+            self.copies, raised = 2, alone.__cause__
+        else:
+            return
+        check()
+        _messages.info(
+            f"The training step raised {type(raised).__name__} on one record alone ({str(raised)[:200]}), so the checks ran it on two "
+            "copies. Training raises, too, if a batch holds one record: Poisson sampling draws such batches where batches are small."
+        )
+
+
+def note(error: BaseException, text: str) -> None:
+    """Add a sentence to an exception, which Python shows below its message from version 3.11 on."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    error.__notes__ = [*notes, text]
+
+
+def _named(num: int, num_records: int) -> str:
+    if num > num_records:
+        return f"{num} copies of one record"
+    return f"{num} records" if num > 1 else "1 record"
