@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lightning_dp import DPStrategy, Ledger, PrivacyError, schedules
 from lightning_dp.accounting import make_accountant
 from lightning_dp.loop import PrivateLoop, make_private
 from lightning_dp.step.limit import EpsilonLimit
+from lightning_dp.step.settings import Settings
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_dataset
 from tests.reference import per_sample_gradients
 
