@@ -91,8 +91,8 @@ STUDIES = {
     "sparsification at epsilon 3": _sparse(3.0),
     "stages": Study(
         "Later epochs decide: privacy in the second half of a run costs more than in the first (Watson et al. 2023).",
-        "perceptron 784-128-10 with tanh, batch 1,024, 6 epochs, sigma 2 where private; only the arm that is private throughout is "
-        "a private run.",
+        "perceptron 784-128-10 with tanh, batch 1,024, 6 epochs, sigma 2 where private, one rate for both "
+        "halves; only the arm that is private throughout is a private run.",
         {
             "private throughout": SWITCH,
             "never private": SWITCH.but(sigma=None),
