@@ -7,7 +7,8 @@
 Each arm has its own learning rate: the best of one grid on the validation records with a seed that is not reported. Then each
 arm trains with the reported seeds on the whole training split and is judged once each on the test split. Written down before
 any run: a difference beyond two standard errors of the paired differences counts, a smaller one is open; a best rate at an
-end of the grid adds one rate there, at most twice; studies run in the order of this file until the time budget ends.
+end of the grid adds one rate there, at most twice; studies run in the order of this file until the time budget ends. Changed
+once, after validation accuracies of one arm and before any test accuracy: all grids of rates were raised.
 """
 
 from __future__ import annotations
@@ -60,11 +61,15 @@ def _sparse(epsilon: float) -> Study:
     dense = WIDE.but(epsilon=epsilon)
     return Study(
         "Random sparsification with gradual cooling to .9 beats dense DP-SGD with its best schedule of the rate (Zhu & Blaschko 2023).",
-        f"epsilon {epsilon:g}, convolutional network of 509,226 parameters, batch 2,048, 5 epochs (the paper: 48); dense with a "
-        "rate that falls to zero in a straight line.",
-        {"dense": dense, "sparse .9": dense.but(decay=False, method="sparse .9")},
-        (0.5, 1.0, 2.0),
-        (("sparse .9", "dense", 1),),
+        f"epsilon {epsilon:g}, convolutional network of 509,226 parameters, batch 2,048, 5 epochs (the paper: 48); the claim "
+        "holds only if it does against both schedules of the dense rate.",
+        {
+            "dense, rate to 0": dense,
+            "dense, constant rate": dense.but(decay=False),
+            "sparse .9": dense.but(decay=False, method="sparse .9"),
+        },
+        (4.0, 8.0, 16.0),
+        (("sparse .9", "dense, rate to 0", 1), ("sparse .9", "dense, constant rate", 1)),
     )
 
 
@@ -77,7 +82,7 @@ def _pruning(widths: tuple[int, ...] = (64, 512)) -> Study:
         "Heavy pruning before training helps large networks (Watson et al. 2023).",
         "perceptron 784-w-w-10, batch 2,048, 5 epochs, epsilon 3; the .9 of the weights smallest at the start are removed.",
         arms,
-        (0.5, 1.0, 2.0),
+        (1.0, 2.0, 4.0),
         tuple((f"width {w}, 0.9 pruned", f"width {w}", 1) for w in widths),
     )
 
@@ -86,15 +91,15 @@ STUDIES = {
     "sparsification at epsilon 3": _sparse(3.0),
     "stages": Study(
         "Later epochs decide: privacy in the second half of a run costs more than in the first (Watson et al. 2023).",
-        "perceptron 784-128-10 with tanh, batch 1,024, 6 epochs, sigma 2 where private; only the arm that is private throughout is "
-        "a private run.",
+        "perceptron 784-128-10 with tanh, batch 1,024, 6 epochs, sigma 2 where private, one rate for both "
+        "halves; only the arm that is private throughout is a private run.",
         {
             "private throughout": SWITCH,
             "never private": SWITCH.but(sigma=None),
             "private in the second half": SWITCH.but(method="private from 3"),
             "private in the first half": SWITCH.but(method="private until 3"),
         },
-        (0.25, 0.5, 1.0),
+        (0.5, 1.0, 2.0),
         (("private in the second half", "private in the first half", -1),),
     ),
     "schedules": Study(
@@ -102,7 +107,7 @@ STUDIES = {
         "(sound variants of Auto DP-SGD, Chilukoti et al. 2023).",
         "perceptron 784-128-10 with tanh, batch 1,024, 6 epochs, epsilon 3.",
         {"flat": FLAT, **{name: FLAT.but(method=name) for name in SCHEDULES}},
-        (0.5, 1.0, 2.0),
+        (1.0, 2.0, 4.0),
         tuple((name, "flat", 1) for name in SCHEDULES),
     ),
     "parts": Study(
@@ -113,7 +118,7 @@ STUDIES = {
             "clipping only": SWITCH.but(sigma=0.0),
             "noise only": SWITCH.but(clipping="none"),
         },
-        (0.25, 0.5, 1.0),
+        (0.5, 1.0, 2.0),
         (("clipping only", "noise only", -1),),
     ),
     "sparsification at epsilon 1": _sparse(1.0),

@@ -130,7 +130,7 @@ def recipes(task: Task, results: Results, until: float) -> Iterator[Run]:
 
 
 def table(task: Task, results: Results) -> str:
-    """Recipes and accuracies as Markdown; rows end where the search has not."""
+    """Recipes and accuracies as Markdown; the last row names the epsilons that were not searched."""
     rows = []
     try:
         for run in recipes(task, results, until=0.0):
@@ -153,7 +153,8 @@ def table(task: Task, results: Results) -> str:
                 ]
             )
     except Unfinished:
-        rows.append(["not searched", *[""] * 8])
+        left = [f"{epsilon:g}" for epsilon in (task.start.epsilon, *NEARBY)][len(rows) :]
+        rows.append([f"{' and '.join(left)}: not searched", *[""] * 8])
     header = [
         "epsilon",
         "batch",
