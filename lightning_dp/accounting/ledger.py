@@ -189,10 +189,6 @@ class Ledger:
             ledger.record(event, num_last)
         return ledger
 
-    def states_the_same(self, other: Ledger) -> bool:
-        """Return whether one epsilon can state what both ledgers hold: their relation and unit agree."""
-        return (self._neighboring_relation, self._unit) == (other._neighboring_relation, other._unit)
-
     def has_same_beginning(self, other: Ledger) -> bool:
         """Return whether `other` begins with the steps of this ledger, whatever its lineage.
 

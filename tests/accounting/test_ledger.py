@@ -459,3 +459,35 @@ def test_allocation_state_that_does_not_fit_is_refused():
 def test_state_that_is_no_dictionary_is_refused(value):
     with pytest.raises(PrivacyError, match="dictionary"):
         Ledger.from_state_dict(value)
+
+
+def test_ledgers_of_another_unit_are_another_history():
+    ledger = Ledger(unit="user")
+    ledger.record(A)
+    state = ledger.state_dict()
+    assert state["unit"] == "user"
+    assert Ledger.from_state_dict(state).unit == ledger.copy().unit == ledger.extended([(A, 1)]).unit == "user"
+    of_records = Ledger.from_state_dict({key: value for key, value in state.items() if key != "unit"})
+    assert of_records.unit == "record"
+    assert "unit" not in of_records.state_dict()
+    assert ledger.is_prefix_of(Ledger.from_state_dict(state))
+    assert not ledger.is_prefix_of(of_records)
+    with pytest.raises(ValueError, match="Expected unit in"):
+        Ledger(unit="household")
+    with pytest.raises(PrivacyError, match="Expected unit in"):
+        Ledger.from_state_dict({**state, "unit": "household"})
+
+
+def test_a_run_with_correlated_noise_costs_one_gaussian():
+    event = PrivacyEvent.correlated(noise_multiplier=2.0, num_steps=10)
+    ledger = Ledger()
+    for _ in range(7):
+        ledger.record(event)
+    assert ledger.mechanisms() == {(1.0, 2.0, 1): 1}
+    again = Ledger.from_state_dict(ledger.state_dict())
+    again.record(event, 3)  # a resumed run goes on with the open one
+    assert again.mechanisms() == {(1.0, 2.0, 1): 1}
+    again.record(event)  # one step more is another run
+    assert again.mechanisms() == {(1.0, 2.0, 1): 2}
+    assert ledger.extended([(event, 3, 0)]).mechanisms() == {(1.0, 2.0, 1): 1}
+    assert ledger.extended([(event, 3, 1)]).mechanisms() == {(1.0, 2.0, 1): 2}

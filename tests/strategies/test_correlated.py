@@ -309,10 +309,23 @@ def test_a_public_assignment_resumes_within_a_pass(tmp_path: Any) -> None:
 
 
 def test_a_second_fit_is_a_second_run(tmp_path: Any) -> None:
+    """Also if the first one was stopped half-way, so that its event has steps left."""
     strategy = make_strategy()
     for _ in range(2):
-        make_trainer(strategy, tmp_path, max_epochs=2).fit(Classifier(), make_loader())
+        stop = Stop(1, tmp_path / "half.ckpt")
+        make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[stop]).fit(Classifier(), make_loader())
+    assert strategy.ledger.num_steps == 8
     assert strategy.ledger.mechanisms() == {(1.0, 1.0, 1): 2}
+
+
+@STREAMS
+def test_a_pass_that_is_cut_short_begins_the_stream_again(tmp_path: Any) -> None:
+    """2 of 4 batches per pass: a record comes back after 2 steps, and batch 0 after batch 1."""
+    strategy = make_strategy(sampling="shuffle", neighboring_relation="zero_out", fixed_order=True)
+    released(strategy, tmp_path, loader=DataLoader(Stream(), batch_size=16), limit_train_batches=2)
+    known = strategy.plan.correlation
+    assert (known.steps, known.separation, known.passes) == (8, 2, 4)
+    assert strategy.ledger.num_steps == 8
 
 
 def test_a_loader_that_is_made_again_is_refused(tmp_path: Any) -> None:
