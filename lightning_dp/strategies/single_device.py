@@ -59,7 +59,7 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
         unit: protect users with all their records instead of single records: one id of a user per record (array, tensor or
             list), or the key or position at which items hold it. Default: with ``records_per_unit``, the ``unit_ids`` of the
             datamodule (an attribute or a method). Batch size, sample rate and delta then count users.
-        records_per_unit: most records G that a user brings to one batch, drawn anew for each batch; a public number.
+        records_per_unit: most records G that a user brings to one batch, drawn again for each batch; a public number.
         unit_gradient: "mean" or "sum" over a user's records, clipped once.
         noise: ``CorrelatedNoise()`` for data in a fixed order ("cyclic", or a stream): noise that cancels between steps. The
             whole run is one privacy event; it can be cut short but not extended. Default: independent noise.
