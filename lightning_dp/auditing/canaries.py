@@ -41,7 +41,7 @@ class Sum(Protocol):
 
     @property
     def statistics(self) -> Tensor:
-        """Counts so far."""
+        """Numbers counted so far."""
 
     @property
     def sensitivity(self) -> float:

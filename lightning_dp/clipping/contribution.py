@@ -36,7 +36,7 @@ class Samples(Protocol):
 
 
 class Contribution(ABC):
-    """What each sample of a microbatch adds to the sum.
+    """The contribution of each sample of a microbatch to the sum.
 
     **Guarantee**: no sample adds more than the sensitivity of the clipping that made it. Private.
     """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RunFacts(StateFacts):
-    """What users and callbacks read of a private strategy."""
+    """The facts of a private strategy that users and callbacks read."""
 
     settings: Settings
     mechanisms: Mechanisms
