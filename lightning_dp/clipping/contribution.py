@@ -53,7 +53,7 @@ class Contribution(ABC):
 
 @dataclass(frozen=True)
 class WeightedContribution(Contribution):
-    """Each sample's gradient times a factor per group.
+    """Contributions that are each sample's gradient times a factor per group.
 
     Args:
         samples: gradients of a microbatch.

@@ -14,7 +14,7 @@ from lightning_dp.system.torch_private import is_compiled
 
 
 def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
-    """Refuses modules that cannot be private as they are, before any data is touched."""
+    """Refuse modules that cannot be private as they are, before any data is touched."""
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(
             f"Expected {type(module).__name__} to have trainable parameters, got none with requires_grad=True. Unfreeze at least "
@@ -62,7 +62,7 @@ def _offer(layers: list[nn.Module]) -> str:
 
 
 def check_optimizers(optimizers: list[Optimizer], module: nn.Module, public: tuple[int, ...]) -> None:
-    """Refuses optimizers whose parameters are not the module's, or that call their closure many times."""
+    """Refuse optimizers whose parameters are not the module's, or that call their closure many times."""
     for index in public:
         if index >= len(optimizers):
             raise ValueError(

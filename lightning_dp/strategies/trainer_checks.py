@@ -17,7 +17,7 @@ from lightning_dp.strategies import _lightning
 
 
 def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
-    """Refuses Trainer flags under which the step would not be private, or its noise could not be calibrated."""
+    """Refuse Trainer flags under which the step would not be private, or its noise could not be calibrated."""
     fit_loop = trainer.fit_loop
     if settings.target_epsilon is not None and fit_loop.max_epochs == -1 and fit_loop.max_steps == -1:
         raise ValueError(
@@ -50,7 +50,7 @@ def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Refuses float16: scaled or overflowing gradients, skipped steps."""
+    """Refuse float16: scaled or overflowing gradients, skipped steps."""
     if precision in ("16-mixed", "16-true"):
         raise ValueError(
             f"Expected a precision with float32's range, got `Trainer(precision={precision!r})`. Its gradient scaler scales "
@@ -59,7 +59,7 @@ def check_precision(precision: str) -> None:
 
 
 def check_module(module: pl.LightningModule, *, runs_samples_alone: bool) -> None:
-    """Refuses modules that cannot be private as they are, before any data is touched."""
+    """Refuse modules that cannot be private as they are, before any data is touched."""
     module_checks.check_module(module, runs_samples_alone=runs_samples_alone)
     if (
         is_overridden("training_step", module)
@@ -72,7 +72,7 @@ def check_module(module: pl.LightningModule, *, runs_samples_alone: bool) -> Non
 
 
 def check_single_loader(trainer: pl.Trainer) -> None:
-    """Refuses several training loaders: which records form one sample of the data would be unclear."""
+    """Refuse several training loaders: which records form one sample of the data would be unclear."""
     combined, source = _lightning.training_sources(trainer)
     loaders = combined.flattened if combined is not None else [source]
     if isinstance(source, (list, tuple, dict)) and len(source) > 1:
@@ -85,7 +85,7 @@ def check_single_loader(trainer: pl.Trainer) -> None:
 
 
 def check_not_nested(batch: Any) -> None:
-    """Refuses a list or dictionary of loaders, which comes as a list or dictionary of logical batches."""
+    """Refuse a list or dictionary of loaders, which would give a list or dictionary of logical batches."""
     parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
     if any(isinstance(part, LogicalBatch) for part in parts):
         raise ValueError(
