@@ -153,7 +153,7 @@ def _new_within(kind: type[nn.Module]) -> nn.Module:
 
 
 class _GroupNormInstead(TorchFunctionMode):
-    """Calls group norm where batch norm is called.
+    """A group norm that is called where a batch norm was.
 
     Args:
         num_groups: of the channels.

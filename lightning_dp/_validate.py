@@ -13,7 +13,7 @@ def _given(name: str, value: Any) -> str:
 
 
 def check_number(name: str, value: Any) -> float:
-    """Refuses what is not a real number (a bool is not one), and returns it as a float."""
+    """Return a real number as a float; refuse anything else (a bool is not a number)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"Expected {name} to be a number, {_given(name, value)} Pass an int or a float.")
     try:
@@ -66,7 +66,7 @@ def check_count(name: str, value: Any, hint: str = "Pass a whole number, 1 or ab
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
-    """One of the named choices."""
+    """Check that a value is one of the named choices."""
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"Expected {name} to be one of {listed}, {_given(name, value)} Pick one of these.")

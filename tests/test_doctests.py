@@ -94,3 +94,10 @@ def test_readme_fits_on_two_screens() -> None:
 def test_citation_names_this_version() -> None:
     assert f"version: {lightning_dp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{lightning_dp.__version__}]" in TEXTS["CHANGELOG.md"]
+
+
+def test_changelog_names_tests_that_exist() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", TEXTS["CHANGELOG.md"])
+    assert [name for name in named if f"def {name}(" not in code] == []
+    assert all((ROOT / path).exists() for path in re.findall(r"`(tests/[\w/]+\.py)`", TEXTS["CHANGELOG.md"]))

@@ -81,7 +81,7 @@ class Ledger:
 
     @property
     def unit(self) -> str:
-        """Whose presence is hidden, "record" or "user"; fixed for the life of the ledger."""
+        """The unit whose presence is hidden, "record" or "user"; fixed for the life of the ledger."""
         return self._unit
 
     @property

@@ -32,7 +32,7 @@ def check_scores(name: str, scores: ArrayLike) -> Scores:
 
 
 def check_delta(delta: Any) -> float:
-    """``0 <= delta < 1``."""
+    """Check that ``0 <= delta < 1``."""
     if not 0 <= check.check_number("delta", delta) < 1:
         raise ValueError(f"Expected 0 <= delta < 1, got delta={delta}. Pass the delta that epsilon is claimed at.")
     return float(delta)

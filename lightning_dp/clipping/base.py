@@ -78,7 +78,7 @@ class Clipping(ABC):
 
     @property
     def shares_noise(self) -> bool:
-        """Whether groups carry noise of their own std; see ``noise_shares``."""
+        """True if groups carry noise of their own std; see ``noise_shares``."""
         return False
 
     def noise_shares(self, sizes: Sequence[int]) -> tuple[float, ...]:

@@ -103,7 +103,7 @@ class Bound:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the state of a checkpoint."""
 
 
 class ScheduledBound(Bound):

@@ -36,7 +36,7 @@ class Samples(Protocol):
 
 
 class Contribution(ABC):
-    """Contributions of the samples of a microbatch to the sum.
+    """The contribution of each sample of a microbatch to the sum.
 
     **Guarantee**: no sample adds more than the sensitivity of the clipping that made it. Private.
     """
@@ -53,7 +53,7 @@ class Contribution(ABC):
 
 @dataclass(frozen=True)
 class WeightedContribution(Contribution):
-    """Each sample's gradient times a factor per group.
+    """Contributions that are each sample's gradient times a factor per group.
 
     Args:
         samples: gradients of a microbatch.

@@ -26,7 +26,7 @@ _CHUNK = (
 
 @dataclass(frozen=True)
 class TopAgg(ExplicitClipping):
-    """Each sample votes +1 or -1 on the k coordinates in which its gradient is largest.
+    """Votes in place of gradients: +1 or -1 on the k coordinates in which a sample's gradient is largest.
 
         K_i = top-k of |g_i|;   v_i[j] = +1 with probability 1/2 + g_i[j] / (2 max|g_i|), else -1, for j in K_i, 0 elsewhere
         gradient = S / (B sqrt(k)),   S = sum_i v_i + N(0, (sigma sqrt(k))^2 I);   ||v_i|| = sqrt(k)

@@ -152,7 +152,7 @@ class DataLens(DataLensRun):
         self.log("datalens/agreed", direction.abs().mean(), batch_size=plan.batch_size)
 
     def _teach(self, num_updates: int, public: torch.Generator) -> None:
-        """Each teacher learns to tell its shard from the generator's samples."""
+        """Train each teacher to distinguish its shard from the generator's samples."""
         assert self._teachers is not None
         num_records = min(self.settings.teacher_batch_size, self.plan.shard_size)
         for _ in range(num_updates):
@@ -282,13 +282,13 @@ class DataLens(DataLensRun):
 
     @override
     def on_train_end(self) -> None:
-        """One line at the end of fit; the teachers are forgotten."""
+        """Log one line at the end of fit, and forget the teachers."""
         self.end_fit()
         rank_zero_info(statement.summary_line(self.plan, self.ledger, self.accountant))
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leaves training batches where they are: only the shards are used."""
+        """Leave training batches where they are: only the shards are used."""
         if self.trainer.training:
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)

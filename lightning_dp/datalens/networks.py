@@ -15,7 +15,7 @@ def _one_hot(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
 
 
 class MLPGenerator(nn.Module):
-    """From noise and label to one row of a table.
+    """A perceptron from noise and label to one row of a table.
 
     Args:
         z_dim: coordinates of the noise.
@@ -53,7 +53,7 @@ class MLPGenerator(nn.Module):
 
 
 class MLPDiscriminator(nn.Module):
-    """From one row and its label to a logit: real or not.
+    """A perceptron from one row and its label to a logit: real or not.
 
     Args:
         num_features: columns of the table.
@@ -84,7 +84,7 @@ class MLPDiscriminator(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """From noise and label to a square image in [-1, 1], by two transposed convolutions.
+    """A network from noise and label to a square image in [-1, 1], by two transposed convolutions.
 
     Args:
         z_dim: coordinates of the noise.
@@ -127,7 +127,7 @@ class ConvGenerator(nn.Module):
 
 
 class ConvDiscriminator(nn.Module):
-    """From a square image and its label to a logit, by two strided convolutions; the label comes as constant planes.
+    """A network from a square image and its label to a logit, by two strided convolutions; the label is given as constant planes.
 
     Args:
         image_size: height and width, a multiple of 4.

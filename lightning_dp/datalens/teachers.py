@@ -82,7 +82,7 @@ class Teachers:
         return sum(chunk.num_teachers for chunk in self._chunks)
 
     def learn(self, fakes: Tensor, labels: Tensor, positions: Tensor) -> None:
-        """One Adam update of every teacher: its own records against the student's.
+        """Update every teacher by one step of Adam: its own records against the student's.
 
             loss_i = mean BCE(D_i(records), 1) + mean BCE(D_i(fakes), 0)
 

@@ -26,7 +26,7 @@ _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler, BatchSampler)
 
 
 def check_trainer(trainer: pl.Trainer, settings: DataLensSettings) -> None:
-    """Refuses Trainer flags that DataLens cannot train under, or cannot be calibrated for."""
+    """Refuse Trainer flags that DataLens cannot train under, or cannot be calibrated for."""
     strategy = trainer.strategy
     if isinstance(strategy, PrivateStrategy):
         raise ValueError(

@@ -13,7 +13,7 @@ from lightning_dp.step.state import PrivacyState
 
 
 class LoopFacts(StateFacts):
-    """Facts of a private loop that users read."""
+    """The facts of a private loop that users read."""
 
     settings: Settings
     _losses: list[tuple[Tensor, int]]

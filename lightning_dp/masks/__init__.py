@@ -1,4 +1,4 @@
-"""Active coordinates of the gradient: public masks, the same for all samples and on all ranks."""
+"""Public masks of the gradient's coordinates, the same for all samples and on all ranks."""
 
 from lightning_dp.masks.magnitude import MagnitudeMask, magnitude_masks, prunable_names, public_weights
 from lightning_dp.masks.mask import GradientMask, random_subset

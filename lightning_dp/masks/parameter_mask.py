@@ -16,7 +16,7 @@ _SPARSE_SIDE = 64
 
 
 class ParameterMask:
-    """Active coordinates of one parameter: as booleans, indices and a sparse matrix.
+    """The active coordinates of one parameter: booleans, indices and a sparse matrix.
 
     A mask is made once per change; each form is computed when it is first read, and then kept.
 

@@ -1,4 +1,4 @@
-"""Draws correlated noise without keeping earlier draws: each is drawn again from a key and its step."""
+"""Correlated noise without memory of earlier draws: each is drawn again from a key and its step."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class SingleSampleEngine(GradientEngine):
 
     @override
     def accept_grads(self, names: Iterable[str]) -> None:
-        """Leave these parameters the ``.grad`` that they were given within a microbatch."""
+        """Keep the ``.grad`` that these parameters were given within a microbatch."""
         for name in names:
             self._before.pop(name, None)
 

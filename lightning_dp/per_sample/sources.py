@@ -122,7 +122,7 @@ class Source:
         use.release()
 
     def _make_at_once(self, call: Call, keys: frozenset[Hashable]) -> bool:
-        """Compute the gradients if all of them are to be cached: then nothing of the use needs to be."""
+        """Compute the gradients if all of them are cached, so that nothing else of the use is."""
         small = {key for key in keys if self._is_small(key, [call])}
         if not all(self._is_cached(key, [call]) for key in keys - small):
             return False

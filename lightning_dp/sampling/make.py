@@ -1,4 +1,4 @@
-"""From the user's ``DataLoader`` to the private one, and a look at its raw samples."""
+"""The private loader made from the user's ``DataLoader``, and a look at its raw samples."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ class DPPlan:
         }
 
     def _schedule_fingerprint(self) -> str:
-        """Tells two schedules apart that differ in any step of the run; empty where nothing bounds the run."""
+        """Return a key that differs between schedules that differ in any step; empty if nothing bounds the run."""
         if self.steps is None:
             return ""
         grouped = schedules.runs(self.schedule, 0, self.steps)

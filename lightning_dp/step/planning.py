@@ -1,4 +1,4 @@
-"""From the Trainer's limits and the user's settings to the frozen plan: how many steps, which delta, how much noise."""
+"""Planning: the frozen plan (steps, delta, noise) from the Trainer's limits and the user's settings."""
 
 from __future__ import annotations
 

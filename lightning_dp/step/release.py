@@ -29,7 +29,7 @@ class Release:
         sigma: noise multiplier of this release.
         noise_std: standard deviation of the noise on one coordinate of the sum, over all ranks; the root mean square over
             coordinates where groups carry noise of their own.
-        drawn_std: standard deviation of what is drawn anew in this step; other than ``noise_std`` for correlated noise only.
+        drawn_std: standard deviation of the fresh noise of this step; other than ``noise_std`` for correlated noise only.
         statistics_std: standard deviation of the noise on one statistic, over all ranks.
         sensitivity: S, the largest norm that one sample may add to the sum.
         shares: factor of each group on ``drawn_std``; empty if the std is the same on all coordinates.

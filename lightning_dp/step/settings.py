@@ -144,7 +144,7 @@ class Settings:
 
     @property
     def protects(self) -> str:
-        """Whose presence is hidden: "user" or "record"."""
+        """The unit whose presence is hidden: "user" or "record"."""
         return "record" if self.records_per_unit is None else "user"
 
     @property

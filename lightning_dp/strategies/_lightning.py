@@ -97,7 +97,7 @@ def serve_both(strategy: type = object) -> None:
 
 
 def set_batch_of_logs(trainer: pl.Trainer, batch: Any, batch_size: int | None) -> None:
-    """Say which batch ``self.log`` takes the weight of a mean from."""
+    """Set the batch whose size weights the means of ``self.log``."""
     results: Any = trainer._results
     results.batch, results.batch_size = batch, batch_size
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class RunFacts(StateFacts):
-    """Facts of a private strategy that users and callbacks read."""
+    """The facts of a private strategy that users and callbacks read."""
 
     settings: Settings
     mechanisms: Mechanisms

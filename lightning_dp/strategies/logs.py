@@ -46,7 +46,7 @@ class TrainingLogs:
             logger.__dict__["log_metrics"] = self._watched_metrics(logger.log_metrics)
 
     def detach(self) -> None:
-        """Leaves the Trainer and its loggers as they were."""
+        """Leave the Trainer and its loggers as they were."""
         for watched, name in ((self._results, "log"), *((logger, "log_metrics") for logger in self._loggers)):
             watched.__dict__.pop(name, None)
 

@@ -338,7 +338,7 @@ def test_a_loader_that_is_made_again_is_refused(tmp_path: Any) -> None:
         trainer.fit(Reloading())
 
 
-def test_cyclic_batches_under_independent_noise_cost_one_gaussian_per_pass(tmp_path: Any) -> None:
+def test_cyclic_batches_cost_one_gaussian_per_pass(tmp_path: Any) -> None:
     strategy = make_strategy(noise=None)
     released(strategy, tmp_path, max_epochs=3)
     assert strategy.ledger.mechanisms() == {(1.0, 1.0, 1): 3}
