@@ -258,9 +258,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
             self._fit.check_callbacks()
         note_values(self.module.parameters())
         checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
-        _lightning.drop_loader_states(
-            checkpoint
-        )  # they are empty, and a plain Trainer would look for a loader to take them
+        # they are empty, and a plain Trainer would look for loaders to take them
+        _lightning.drop_loader_states(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,30 @@ def test_batch_size_of_the_loader_is_the_users(tmp_path: Path, accumulate: int) 
     trainer.fit(Classifier(), make_loader(batch_size=8))
     assert trainer.train_dataloader.batch_size == 8
     assert trainer.strategy.plan.expected_batch_size == 8 * accumulate
+
+
+class Stopping(L.Callback):
+    """Saves a checkpoint in mid-epoch and ends the run there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def test_plain_trainer_resumes_a_private_run_in_mid_epoch(tmp_path: Path) -> None:
+    path = tmp_path / "half.ckpt"
+    module = Classifier()
+    make_trainer(rdp(), tmp_path, callbacks=[Stopping(path)], min_steps=1).fit(module, make_loader())
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == 2  # of four
+    plain = make_trainer("auto", tmp_path, max_epochs=2)
+    with pytest.warns(UserWarning, match="ended before the epoch ended and your dataloader is not resumable"):
+        plain.fit(Classifier(), make_loader(), ckpt_path=path, weights_only=True)
+    assert plain.global_step > 2
 
 
 def test_hooks_get_the_users_outputs_where_nothing_was_drawn(tmp_path: Path) -> None:
