@@ -85,9 +85,18 @@ class SingleSampleEngine(GradientEngine):
 
     @override
     def learn_layout(
-        self, run: Callable[[int], object], sizes: tuple[int, int] = (2, 5), *, more: bool = False
+        self,
+        run: Callable[[int], object],
+        sizes: tuple[int, int] = (2, 5),
+        *,
+        more: bool = False,
+        alike: bool = False,
     ) -> None:
         pass  # a microbatch of one sample needs no batch axis
+
+    @override
+    def see(self, batch: Any) -> None:
+        pass  # everything belongs to the one sample
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:

@@ -191,6 +191,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     def call_training_step(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the user's ``training_step``."""
+        if self._fit is not None:
+            self._fit.step.engine.see(batch)
         return super().training_step(batch, *rest, **kwargs)
 
     @override

@@ -690,5 +690,7 @@ def test_the_convolution_rule_needs_the_samples_first() -> None:
         w=drawn(1, 1, 1),
     )
     assert_engine_agrees(module, _loss(module), _data(4, 3), size=4)  # a weight for each sample
-    assert ConvRule().follows(None, 0, 3)
-    assert not ConvRule().follows(None, 1, 3)
+    spec = nn.Conv1d(1, 1, 1)
+    assert ConvRule().follows(spec, 0, 3)
+    assert not ConvRule().follows(spec, 1, 3)
+    assert not ConvRule().follows(spec, 0, 2)  # the channels of one sample
