@@ -13,6 +13,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine
+from tests.per_sample.rule_cases import CASES, Arranged
+from tests.per_sample.test_rounding import CLIPPINGS, added
+from tests.per_sample.test_rounding import record as cancelling
 
 Loss = Callable[[Any], Tensor]
 
@@ -509,3 +512,70 @@ def test_bags_by_offsets_agree_with_batches_of_one(mode: str, padding_idx: int |
         return (module["head"](module["bag"](text, offsets)).squeeze(1) - labels).square()
 
     assert assert_agrees(module, loss, batch_of).follows_owners
+
+
+class Looped(nn.Module):
+    """A case of the contract over rules, one sample at a time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.inner = Arranged(CASES[name], "positions")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.inner(row) for row in x.split(1)])
+
+
+OWNED_CASES = [
+    "linear, Gram matrices",
+    "linear, products",
+    "linear, cached",
+    "embedding",
+    "conv2d, grouped",
+    "conv2d, Gram matrices",
+    "layer norm",
+    "group norm",
+    "elementwise",
+    "weight norm",
+]
+
+
+@pytest.mark.parametrize("name", OWNED_CASES)
+def test_owned_rows_that_cancel_keep_to_the_bound(name: str) -> None:
+    """The contract of ``test_rounding`` where rows belong to samples by an index."""
+    torch.manual_seed(0)
+    module = Looped(name)
+    x, backprop = cancelling(module.inner, 1e9, 5, torch.float32)
+    like = torch.rand_like(x) if x.is_floating_point() else torch.randint_like(x, 9)
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (module(batch[0]) * batch[1]).flatten(1).sum(1)
+
+    engine = make(module, loss, lambda chosen: (like[chosen], backprop[chosen]))
+    assert engine.follows_owners
+    record(engine, loss, (x, backprop), 3)
+    for clipping in CLIPPINGS:
+        assert added(engine, module, clipping, {}) <= 1 + 1e-5, clipping
+    engine.end()
+
+
+def test_a_graph_that_is_not_finite_reaches_no_other() -> None:
+    torch.manual_seed(0)
+    module, data = GCN("gcn"), [_graph(seed) for seed in range(4)]
+    for unused in (module.of_edges.weight, module.of_edges.bias, module.att):
+        unused.requires_grad_(False)
+    engine = make(module, module, lambda chosen: _collate_graphs([data[i] for i in chosen]))
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    sums = []
+    for value in (0.0, torch.nan):
+        batch = _collate_graphs(data)
+        batch["x"] = torch.where(batch["batch"][:, None] == 1, value, batch["x"])
+        record(engine, module, batch, 4)
+        norms = engine.squared_norms([names])
+        assert norms.isfinite()[0].tolist() == [True, value == 0.0, True, True]
+        out = {name: torch.zeros_like(module.get_parameter(name)) for name in names}
+        engine.accumulate(torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=norms.dtype), [names], out)
+        sums.append(out)
+        engine.end()
+    for name in names:
+        assert bool(sums[1][name].isfinite().all())
+        torch.testing.assert_close(sums[0][name], sums[1][name], rtol=1e-12, atol=1e-12)
