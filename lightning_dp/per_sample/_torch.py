@@ -54,6 +54,16 @@ def is_compiled(module: Any) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def norms_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the L2 norms of tensors, in one call."""
+    return list(torch._foreach_norm(tensors))
+
+
+def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> None:
+    """Add ``factor * tensor`` to each target, in one call."""
+    torch._foreach_add_(targets, tensors, alpha=factor)
+
+
 def fused_kernel(kind: str) -> Callable[..., Any]:
     """Return the recurrent kernel of that name, such as ``"lstm"``."""
     kernel: Callable[..., Any] = getattr(torch._VF, kind)
