@@ -77,7 +77,7 @@ class LoopFit:
             optimizer,
             self._records,
             reduction=settings.loss_reduction,
-            batch_size=self._records.batch_size(reduction.world_size, settings.microbatch_size),
+            batch_size=self._records.batch_size(reduction.world_size, settings.samples_at_once),
         )
         self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext)
         self._trial = Trial(self.step, self._host, self._sandbox)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.errors import PrivacyError
 
-WAY_OUT = "microbatch_size=1 works for any module"
+WAY_OUT = "grad_sample='single' works for any module"
 
 
 @dataclass(frozen=True)

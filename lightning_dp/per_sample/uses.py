@@ -121,7 +121,7 @@ class Use:
         if torch.is_grad_enabled():
             raise PrivacyError(
                 f"Expected a backward without create_graph, got create_graph=True through {source.name}. "
-                "Gradient penalties need second derivatives, which only microbatch_size=1 supports."
+                "Gradient penalties need second derivatives, which only grad_sample='single' supports."
             )
         if self.done:
             raise PrivacyError(
@@ -156,7 +156,7 @@ class Use:
             if num_changes(tensor) != version:
                 raise PrivacyError(
                     f"Expected the input of {self.source.name} to stay as it was until the backward, got one "
-                    "modified in place. Use the out-of-place operation there; microbatch_size=1 shows where."
+                    "modified in place. Use the out-of-place operation there; grad_sample='single' shows where."
                 )
 
 

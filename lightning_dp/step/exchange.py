@@ -172,7 +172,7 @@ def _message(what: str, found: str) -> str:
         causes = (
             "Likely causes: BatchNorm or other statistics over the batch; a contrastive loss, mixing or hard examples; a mean over all "
             "tokens of the batch, or another denominator that samples share. Change the layer or the loss so that each sample has its "
-            "own."
+            "own; where samples share no more than a denominator, per_sample_loss=True counts each record's own loss."
         )
     return (
         f"One sample of a batch was {what}, and {found}. Samples influence each other, so one record could move the sum by more "

@@ -185,7 +185,7 @@ class Trial:
                     raise PrivacyError(
                         "Expected training_step to return None for every sample or for none, got None for a batch and a loss for "
                         "one sample alone. One sample could switch off all others: return the loss (a sample that is not finite "
-                        "contributes zero anyway), or use microbatch_size=1."
+                        "contributes zero anyway)."
                     )
 
     def check_end_of_epoch(self) -> None:
