@@ -1,4 +1,4 @@
-"""Which rows of a batch's tensors belong to which sample: by position, by an index that the batch holds, or as the user says.
+"""Owners of the rows of a batch's tensors: by position, by an index that the batch holds, or as the user says.
 
 axis of B entries        entry b belongs to sample b
 list of B things         thing b belongs to sample b
@@ -29,7 +29,7 @@ _DEEPEST = 5
 
 
 class BatchOwners:
-    """What was seen of the batches of a run: the tensors whose rows have owners at every size.
+    """Knowledge of the batches of a run: the tensors whose rows have owners at every size.
 
     Args:
         module: may have an attribute or a method ``sample_of_row(batch)``.
@@ -47,12 +47,12 @@ class BatchOwners:
 
     @property
     def was_seen(self) -> bool:
-        """Whether a batch was seen at all."""
+        """True if a batch was seen at all."""
         return self._kinds is not None
 
     @property
     def has_indices(self) -> bool:
-        """Whether batches say by an index, or as a list, what belongs to whom."""
+        """True if batches say by an index, or as a list, what belongs to whom."""
         return any(name != "sample" or axis == "each" for kinds in (self._kinds or {}).values() for axis, name in kinds)
 
     def forget(self) -> None:

@@ -88,7 +88,7 @@ def register_rule(
 
         reporting.__name__ = operation.__name__
         operation.apply = staticmethod(reporting)  # type: ignore[method-assign]
-        operations.add(reporting, operations.Operation(run))
+        operations.add(reporting, operations.Operation(run, keeps_rows=True))
 
         def remove() -> None:
             operations.add(reporting, None)
@@ -98,7 +98,7 @@ def register_rule(
                 operation.apply = before  # type: ignore[method-assign]
 
         return remove
-    operations.add(operation, operations.Operation(run))
+    operations.add(operation, operations.Operation(run, keeps_rows=True))
     return lambda: operations.add(operation, None)
 
 

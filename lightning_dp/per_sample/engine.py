@@ -225,7 +225,7 @@ class PerSampleEngine(GradientEngine):
 
     @property
     def follows_owners(self) -> bool:
-        """Whether rows belong to samples by an index that is followed through the step, not by their positions."""
+        """True if rows belong to samples by an index that is followed through the step, not by their positions."""
         return self._follows_owners
 
     @override

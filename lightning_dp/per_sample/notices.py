@@ -1,4 +1,4 @@
-"""What the user is told once about how a module's per-sample gradients come about."""
+"""Notices, for the user, of what differs from plain training of a module."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Learned:
 
     @property
     def has_folds(self) -> bool:
-        """Whether several rows of a sample are folded into the batch axis of some use."""
+        """True if several rows of a sample are folded into the batch axis of some use."""
         return any(axis.multiplicity > 1 for axis in self._axes())
 
     def _axes(self) -> Iterator[BatchAxis]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import PerSampleEngine
+from lightning_dp.per_sample import PerSampleEngine, register_rule
 from tests.per_sample.rule_cases import CASES, Arranged
 from tests.per_sample.test_rounding import CLIPPINGS, added
 from tests.per_sample.test_rounding import record as cancelling
@@ -579,3 +579,63 @@ def test_a_graph_that_is_not_finite_reaches_no_other() -> None:
     for name in names:
         assert bool(sums[1][name].isfinite().all())
         torch.testing.assert_close(sums[0][name], sums[1][name], rtol=1e-12, atol=1e-12)
+
+
+def test_graphs_of_one_user_count_as_one_sample() -> None:
+    torch.manual_seed(0)
+    module, data = GCN("gcn"), [_graph(seed) for seed in range(4)]
+    for unused in (module.of_edges.weight, module.of_edges.bias, module.att):
+        unused.requires_grad_(False)
+    engine = make(module, module, lambda chosen: _collate_graphs([data[i] for i in chosen]))
+    record(engine, module, _collate_graphs(data), 4)
+    alone = engine.per_sample_gradients()
+    engine.end()
+    engine.begin(4, torch.tensor([0, 0, 0, 1]))
+    batch = _collate_graphs(data)
+    engine.see(batch)
+    module(batch).sum().backward()
+    names = list(alone)
+    norms = engine.squared_norms([names])
+    for name, grads in engine.per_sample_gradients().items():
+        expected = torch.stack([alone[name][:3].sum(0), alone[name][3]])
+        torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-10)
+    total = torch.stack([torch.stack([g[:3].sum(0), g[3]]).flatten(1).square().sum(1) for g in alone.values()]).sum(0)
+    torch.testing.assert_close(norms[0], total, rtol=1e-9, atol=1e-9)
+    engine.end()
+
+
+class _Scaled(torch.autograd.Function):
+    """Multiplies rows by a gain, without a word to torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        return x * gain
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, gain = ctx.saved_tensors
+        return grads[0] * gain, (grads[0] * x).sum(0)
+
+
+def test_registered_rules_take_rows_of_unequal_number() -> None:
+    torch.manual_seed(0)
+    gain = nn.Parameter(torch.rand(3, dtype=torch.float64))
+    module = nn.ModuleDict({"head": nn.Linear(3, 2)}).double()
+    module.gain = gain
+    bags = [_features(1 + 2 * i, 3, seed=i) for i in range(4)]
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        rows = module["head"](_Scaled.apply(torch.cat(batch), gain))  # type: ignore[no-untyped-call]
+        return torch.stack([bag.square().sum() for bag in rows.split([len(bag) for bag in batch])])
+
+    remove = register_rule(
+        _Scaled,
+        lambda values, backprop: {"gain": backprop * values["x"]},
+        arguments=("x", "gain"),
+        parameters=("gain",),
+    )
+    try:
+        assert assert_agrees(module, loss, lambda chosen: [bags[i] for i in chosen]).follows_owners
+    finally:
+        remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -61,6 +62,7 @@ def test_an_own_view_is_no_view() -> None:
     assert alone.data_ptr() == base.data_ptr()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
 def test_compiled_modules_are_found() -> None:
     in_place = nn.Linear(2, 2)
     assert not _torch.is_compiled(in_place)
