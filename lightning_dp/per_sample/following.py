@@ -111,7 +111,7 @@ class Follower(TorchFunctionMode):
             self._written[results[0].untyped_storage().data_ptr()] = self._time
         for tensor, one in zip(results, each, strict=False):
             if not isinstance(tensor, Reporting):
-                self.note(tensor, one)
+                self.note(tensor, one if _fits(tensor, one) else Mixed(name))
 
     def _changes(self, tensor: Tensor, after: Owners) -> bool:
         """Tell whether what is written in place may give other views of the same memory other owners."""
@@ -155,3 +155,10 @@ class Follower(TorchFunctionMode):
         with torch.no_grad(), unfollowed():
             out = func(*args, **kwargs)
             return self._result(func, func.__name__, args, kwargs, out)
+
+
+def _fits(tensor: Tensor, owners: Owners) -> bool:
+    """Tell whether owners have one entry for each row of a tensor."""
+    if not isinstance(owners, Rows) or owners.axis is None:
+        return True
+    return owners.axis < tensor.dim() and tensor.shape[owners.axis] == len(owners.index)

@@ -21,7 +21,7 @@ _UNARY = """relu relu6 gelu sigmoid tanh exp exp2 expm1 log log1p log2 log10 sqr
     logical_and logical_or logical_xor bitwise_not isnan isinf isfinite nan_to_num round floor ceil trunc frac sign sgn dropout
     feature_dropout alpha_dropout feature_alpha_dropout native_dropout bernoulli logit long int bool detach threshold hardshrink
     softshrink tanhshrink rrelu lgamma digamma invert __invert__ __neg__ __abs__ __pos__ tril triu cpu cuda requires_grad_ data real
-    imag prelu view_as_real"""
+    imag prelu"""
 _MOVES = """__getitem__ index_select gather take take_along_dim cat concat concatenate stack hstack vstack split split_with_sizes
     tensor_split chunk unsafe_chunk unsafe_split unbind narrow select transpose swapaxes swapdims movedim moveaxis permute t T mT H mH
     adjoint view reshape flatten unflatten ravel squeeze unsqueeze expand repeat repeat_interleave tile broadcast_to flip fliplr flipud
@@ -29,12 +29,12 @@ _MOVES = """__getitem__ index_select gather take take_along_dim cat concat conca
 _PICKS = """__getitem__ index_select gather take take_along_dim repeat_interleave masked_select _pack_padded_sequence
     _pad_packed_sequence"""
 _REDUCES = """sum nansum mean nanmean amax amin prod logsumexp softmax log_softmax cumsum cumprod cummax cummin logcumsumexp any all
-    argmax argmin sort argsort median nanmedian var std count_nonzero max min var_mean std_mean aminmax diff"""
-_REDUCES_SECOND = "norm vector_norm linalg_norm linalg_vector_norm topk kthvalue quantile renorm"
+    argmax argmin sort argsort median nanmedian var std count_nonzero max min var_mean std_mean aminmax"""
+_REDUCES_SECOND = "norm vector_norm linalg_norm linalg_vector_norm topk kthvalue"
 _IMAGES = """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
     adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d group_norm instance_norm
-    batch_norm pad constant_pad_nd upsample_nearest1d upsample_nearest2d upsample_bilinear2d pixel_shuffle pixel_unshuffle glu"""
+    batch_norm upsample_nearest1d upsample_nearest2d upsample_bilinear2d pixel_shuffle pixel_unshuffle glu"""
 _MAKES_CONSTANTS = """zeros_like ones_like rand_like randn_like randint_like empty_like new_zeros new_ones new_empty zero_ arange zeros
     ones empty eye linspace logspace rand randn randint randperm tril_indices triu_indices normal uniform_ normal_ hann_window
     hamming_window full new_full full_like"""
@@ -42,7 +42,7 @@ _MAKES_CONSTANTS = """zeros_like ones_like rand_like randn_like randint_like emp
 _REDUCING = {**dict.fromkeys(_REDUCES.split(), 1), **dict.fromkeys(_REDUCES_SECOND.split(), 2)}
 """Names of operations that compute over some axes, with the position of the argument that names these."""
 
-_LAST_AXIS = frozenset(("sort", "argsort", "topk", "kthvalue", "diff"))
+_LAST_AXIS = frozenset(("sort", "argsort", "topk", "kthvalue"))
 _ADDING = frozenset(("scatter_add", "index_add", "scatter_reduce", "index_reduce", "scatter", "index_copy"))
 CONSTANTS = frozenset(_MAKES_CONSTANTS.split())
 """Names of operations whose result holds no data."""
@@ -97,7 +97,7 @@ def _reduced(step: Step) -> Found:
     at = _REDUCING[name]
     default = -1 if name in _LAST_AXIS else None
     over = step.kwargs.get("dim", step.kwargs.get("axis", step.args[at] if len(step.args) > at else default))
-    named = () if over is None else (over,) if isinstance(over, int) else tuple(over)
+    named = () if over is None or isinstance(over, bool) else (over,) if isinstance(over, int) else tuple(over)
     axes = {axis % max(1, tensor.dim()) for axis in named or range(tensor.dim())}
     if rows.axis is None:
         return rows
@@ -165,8 +165,18 @@ def _layer_norm(step: Step) -> Found:
     return found[1] if found[1].axis < found[0].dim() - len(shape) else MIXED
 
 
+def _padded(step: Step) -> Found:
+    """Rows stay where they are if only axes after theirs are padded, or cut: a shift of rows changes no length."""
+    found, sides = _alone(step), step.args[1] if len(step.args) > 1 else step.kwargs["pad"]
+    if found is None or found[1].axis is None or found[1].axis >= found[0].dim() - len(sides) // 2:
+        return MIXED
+    return found[1]
+
+
 def _of_images(step: Step) -> Found:
     found = _alone(step)
+    if step.func.__name__ == "batch_norm" and step.kwargs.get("training", step.args[5:6] != (False,)):
+        return MIXED  # statistics of the batch
     if found is None or found[1].axis != 0 or _first(step.out).shape[:1] != found[0].shape[:1]:
         return MIXED
     return found[1]
@@ -195,6 +205,9 @@ def _moved(step: Step) -> Found:
             upto = rows.axis + 1
             if step.out.shape[:upto] == tensor.shape[:upto]:
                 return rows
+    counts = name == "repeat_interleave" and len(step.args) + len(step.kwargs) == 1
+    if counts or any(isinstance(option, torch.dtype) for option in step.args):
+        return MIXED  # numbers that are read as counts, or bits as other numbers
     labels = {id(t): _labels_of(t, by_id.get(id(t)), step.identity, narrow=_goes_by_rows(step, t, by_id)) for t in data}
     args, kwargs = replaced(step.args, step.kwargs, lambda t: labels.get(id(t), t))
     if name == "_pad_packed_sequence":
@@ -302,6 +315,7 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(_IMAGES.split(), _of_images),
     **dict.fromkeys(_ADDING, _added),
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
     "linear": _linear,
     "einsum": _einsum,
     "embedding": _embedding,

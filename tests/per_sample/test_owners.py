@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
 
 from lightning_dp.errors import PrivacyError
@@ -410,6 +411,14 @@ class Mixing(nn.Module):
             rows = (rows @ rows.T) @ rows
         elif self.how == "shift":
             rows = rows + rows.roll(1, 0)
+        elif self.how == "padding":
+            rows = rows + F.pad(rows, (0, 0, 1, -1))
+        elif self.how == "batch norm":
+            rows = F.batch_norm(rows, None, None, training=True)
+        elif self.how == "variance":
+            rows = rows / rows.var(True)
+        elif self.how == "counts":
+            rows = rows * torch.repeat_interleave(rows.detach().abs().sum(1).long() + 1)[: len(rows), None]
         elif self.how == "view":
             kept = torch.zeros_like(rows)
             view = kept.view(-1)
@@ -420,7 +429,9 @@ class Mixing(nn.Module):
         return self.layer(rows).squeeze(1)
 
 
-@pytest.mark.parametrize("how", ["softmax", "sum", "products", "shift", "view", "numpy"])
+@pytest.mark.parametrize(
+    "how", ["softmax", "sum", "products", "shift", "padding", "batch norm", "variance", "counts", "view", "numpy"]
+)
 def test_rows_that_meet_across_samples_are_refused(how: str) -> None:
     module, sets = Mixing(how), [_features(2 + i, 2, seed=i) for i in range(3)]
 
