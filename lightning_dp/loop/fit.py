@@ -77,10 +77,11 @@ class LoopFit:
             optimizer,
             self._records,
             reduction=settings.loss_reduction,
-            batch_size=self._records.batch_size(reduction.world_size, settings.microbatch_size),
+            batch_size=self._records.batch_size(reduction.world_size, settings.samples_at_once),
         )
         self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext)
         self._trial = Trial(self.step, self._host, self._sandbox)
+        self._host.see = self.step.engine.see
         self._prepared = False
         self._flags = _training_flags(model)
         self._losses: list[tuple[Tensor, int]] = []
@@ -143,6 +144,7 @@ class LoopFit:
     ) -> None:
         """Run forward, backward and clipping of one microbatch."""
         with self.step.microbatch(count, owners, weight=weight, further=further):
+            self.step.engine.see(batch)
             loss = self._host.loss_of(self._host.loss_fn(self._called, batch), count)
             loss.backward()  # type: ignore[no-untyped-call]
             self.step.backward_done()

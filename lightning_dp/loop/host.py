@@ -39,6 +39,8 @@ class LoopHost:
         self._model, self._optimizer, self._records, self._reduction = model, optimizer, records, reduction
         self.batch_size = batch_size
         self.loss_fn: LossFunction = _no_loss
+        self.see: Callable[[Any], None] = lambda batch: None
+        """Called with each batch before the loss function runs on it."""
         self.narrow = torch.float32
         """Narrowest type in which the loss function computes; ``find_types`` sets it."""
 
@@ -48,7 +50,9 @@ class LoopHost:
 
     def run(self, records: list[Any]) -> Any:
         """Return what the loss function gives for collated records."""
-        return self.loss_fn(self._model, self._records.batch_of(records))
+        batch = self._records.batch_of(records)
+        self.see(batch)
+        return self.loss_fn(self._model, batch)
 
     def loss_of(self, output: Any, count: int) -> Tensor:
         """Return what the loss function gave as a scalar that can be back-propagated.

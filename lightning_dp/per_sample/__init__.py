@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_dp import _messages
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.custom import register_rule
-from lightning_dp.per_sample.engine import GradSample, Memory, PerSampleEngine
+from lightning_dp.per_sample.engine import Memory, PerSampleEngine
+from lightning_dp.per_sample.notices import notices
 from lightning_dp.per_sample.single import SingleSampleEngine
 
 __all__ = ["GradientEngine", "PerSampleEngine", "SingleSampleEngine", "make_engine", "register_rule"]
 
 
-def make_engine(
-    module: nn.Module, *, grad_sample: GradSample, memory: Memory, microbatch_size: int | None
-) -> GradientEngine:
+def make_engine(module: nn.Module, *, grad_sample: str, memory: Memory, microbatch_size: int | None) -> GradientEngine:
     """Return the engine for microbatches of that size: plain autograd for single samples, rules on operations for more.
 
     Args:
         module: the user's module.
-        grad_sample: ``"auto"`` or ``"materialize"``.
+        grad_sample: "auto" and "rules" use rules on operations; "materialize" makes full per-sample gradients.
         memory: ``"fast"`` or ``"lean"``.
         microbatch_size: most samples of a microbatch; None for no limit.
     """
+    for notice in notices(module, runs_samples_alone=microbatch_size == 1):
+        _messages.info(notice)
     if microbatch_size == 1:
         return SingleSampleEngine(module)
-    return PerSampleEngine(module, grad_sample=grad_sample, memory=memory)
+    return PerSampleEngine(module, grad_sample="materialize" if grad_sample == "materialize" else "auto", memory=memory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def learn_layout(
-        self, run: Callable[[int], object], sizes: tuple[int, int] = (2, 5), *, more: bool = False
+        self, run: Callable[[int], object], sizes: tuple[int, int] = (2, 5), *, more: bool = False, alike: bool = False
     ) -> None:
         """Infer which axis of every use of a private parameter runs over the samples, from runs at two sizes.
 
@@ -62,9 +63,21 @@ class GradientEngine(ABC):
                 ten times.
             sizes: two different sizes, at least 2.
             more: keep what was learned before, and add what these runs use beyond it.
+            alike: whether these samples have equal shapes, so that they do not show whether others have as many rows.
 
         Raises:
             PrivacyError: the samples that a private parameter meets cannot be distinguished.
+        """
+
+    @abstractmethod
+    def see(self, batch: Any) -> None:
+        """Take note of the batch that the user's step is about to run on: its rows have owners.
+
+        Args:
+            batch: collated and on its device.
+
+        Raises:
+            PrivacyError: an index of owners that does not fit the number of samples.
         """
 
     @abstractmethod

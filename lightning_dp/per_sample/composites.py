@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import is_view, unreported
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, is_tracked
+from lightning_dp.per_sample.owned import Rows
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -120,7 +122,7 @@ def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) ->
         tensor.copy_(torch.where(where, value, tensor))
         return None
     target = tensor[index]
-    if not target._is_view():
+    if not is_view(target):
         return tracker.primitive(func, (tensor, index, value), {})
     target.copy_(value)
     return None
@@ -169,9 +171,17 @@ def embedding_bag(
     if weight.dtype == torch.long:  # the old order
         input, weight = weight, input
     if input.dim() != 2:
-        raise PrivacyError(
-            f"Expected an embedding bag of shape (samples, entries), got input of shape {tuple(input.shape)} with offsets. Pad the "
-            f"bags to one length and give padding_idx; {WAY_OUT}."
+        return _bags_by_offsets(
+            tracker,
+            input,
+            weight,
+            offsets,
+            mode,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+            max_norm,
+            scale_grad_by_freq,
         )
     rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
     used = None if padding_idx is None else (input != padding_idx).unsqueeze(2)
@@ -187,6 +197,46 @@ def embedding_bag(
     if mode == "sum":
         return total
     return total / (input.shape[1] if used is None else used.sum(1).clamp_min(1))
+
+
+def _bags_by_offsets(
+    tracker: Tracker,
+    input: Tensor,
+    weight: Any,
+    offsets: Tensor,
+    mode: str,
+    weights: Any,
+    has_last: bool,
+    padding_idx: int | None,
+    max_norm: float | None,
+    scale_grad_by_freq: bool,
+) -> Any:
+    """Return bags of unequal size: an entry belongs to the sample that its bag belongs to."""
+    follower = tracker.follower
+    if follower is None:
+        raise PrivacyError(
+            f"Expected bags whose samples are known, got input of shape {tuple(input.shape)} with offsets. The batch must hold the "
+            f"offsets, one for each sample; {WAY_OUT}."
+        )
+    starts = offsets[:-1] if has_last else offsets
+    bags = torch.searchsorted(starts, torch.arange(len(input), device=input.device), right=True) - 1
+    num, width = len(starts), weight.shape[1]
+    owners = follower.owners_of(starts)
+    if isinstance(owners, Rows):
+        entries = owners.index[bags] if owners.axis == 0 else owners.index.expand(len(input))
+        follower.note(input, Rows(0, entries))
+        follower.note(bags, Rows(0, entries))
+    rows = F.embedding(input, weight, padding_idx, max_norm, 2.0, scale_grad_by_freq)
+    used = rows.new_ones(len(input)) if padding_idx is None else (input != padding_idx).to(rows.dtype)
+    if mode == "max":
+        kept = rows.masked_fill((used == 0).unsqueeze(1), -torch.inf)
+        top = rows.new_full((num, width), -torch.inf).scatter_reduce(0, bags.unsqueeze(1).expand_as(rows), kept, "amax")
+        return top.masked_fill(top == -torch.inf, 0.0)
+    scaled = rows * used.unsqueeze(1) if weights is None else rows * (used * weights).unsqueeze(1)
+    total = rows.new_zeros(num, width).index_add(0, bags, scaled)
+    if mode == "sum":
+        return total
+    return total / rows.new_zeros(num).index_add(0, bags, used).clamp_min(1).unsqueeze(1)
 
 
 def lstm_cell(
@@ -232,7 +282,7 @@ def watch(tracker: Tracker, func: Any, tensor: Any, *args: Any) -> Any:
             f"Expected no hooks on functions of private parameters, got {func.__name__} on {tensor.node.name!r}: it would see "
             f"gradients that are not private. Register it on the output of the layer; {WAY_OUT}."
         )
-    with torch._C.DisableTorchFunctionSubclass():
+    with unreported():
         return func(tensor, *args)
 
 

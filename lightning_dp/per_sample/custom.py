@@ -13,11 +13,13 @@ from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import operations
+from lightning_dp.per_sample._torch import in_backward
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis
 from lightning_dp.per_sample.nodes import Reporting
+from lightning_dp.per_sample.owned import OwnedAxis
 from lightning_dp.per_sample.rules.base import Call, Rule, sum_rows, widen
 from lightning_dp.per_sample.tracker import Tracker
-from lightning_dp.per_sample.uses import Use, in_backward, tap_output
+from lightning_dp.per_sample.uses import Use, tap_output
 
 Gradients = Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]]
 
@@ -86,7 +88,7 @@ def register_rule(
 
         reporting.__name__ = operation.__name__
         operation.apply = staticmethod(reporting)  # type: ignore[method-assign]
-        operations.add(reporting, operations.Operation(run))
+        operations.add(reporting, operations.Operation(run, keeps_rows=True))
 
         def remove() -> None:
             operations.add(reporting, None)
@@ -96,8 +98,11 @@ def register_rule(
                 operation.apply = before  # type: ignore[method-assign]
 
         return remove
-    operations.add(operation, operations.Operation(run))
+    operations.add(operation, operations.Operation(run, keeps_rows=True))
     return lambda: operations.add(operation, None)
+
+
+AXES = (BatchAxis, OwnedAxis)
 
 
 class _Registered(Rule):
@@ -142,7 +147,7 @@ def _run(
     if plan is None:
         return tracker.general(func, args, kwargs)
     out_axis = plan.outputs[0]
-    if len(plan.outputs) != 1 or not isinstance(out_axis, BatchAxis):
+    if len(plan.outputs) != 1 or not isinstance(out_axis, AXES):
         raise PrivacyError(f"Expected a result with a batch axis of {func.__name__}, got none. {WAY_OUT}.")
     axes = dict(zip([name for name, value in values.items() if isinstance(value, Tensor)], plan.inputs, strict=True))
     plain = [values[name].detach() if name in nodes else value for name, value in values.items()]
@@ -151,7 +156,7 @@ def _run(
     source = tracker.source(rule, shapes, func.__name__, nodes)
     if not in_backward():
         source.calls += 1
-    data = {name: values[name] for name, axis in axes.items() if isinstance(axis, BatchAxis)}
+    data = {name: values[name] for name, axis in axes.items() if isinstance(axis, AXES)}
     use = Use(source, source.keys, data.values(), None, out_axis)
     held = dict(zip(data, use.inputs, strict=True))
 
@@ -159,7 +164,7 @@ def _run(
         given = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
         for name, tensor in held.items():
             axis = axes[name]
-            assert isinstance(axis, BatchAxis)
+            assert isinstance(axis, AXES)
             given[name] = laid_out(*axis.to_front(tensor, size, func.__name__))
         return given
 

@@ -15,7 +15,9 @@ from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample._torch import unfollowed, unreported
 from lightning_dp.per_sample.base import GradientEngine
+from lightning_dp.per_sample.batch_owners import BatchOwners
 from lightning_dp.per_sample.functions import pulled_back
 from lightning_dp.per_sample.joining import Joining
 from lightning_dp.per_sample.layout import WAY_OUT
@@ -77,6 +79,9 @@ class PerSampleEngine(GradientEngine):
         self._known_disjoint: dict[Hashable, bool] = {}
         self._whole: dict[str, Tensor] = {}  # gradients of parameters that are used in several ways
         self._whole_at = -1
+        self._batch_owners = BatchOwners(module)
+        self._learning_size: int | None = None
+        self._follows_owners = False
 
     @override
     def attach(self) -> None:
@@ -138,26 +143,97 @@ class PerSampleEngine(GradientEngine):
     @property
     @override
     def has_layout(self) -> bool:
+        if self._follows_owners:
+            return True
         learned = self._tracker.learned
         return learned is not None and self._parameters.keys() <= learned.names
 
     @override
     def learn_layout(
-        self, run: Callable[[int], object], sizes: tuple[int, int] = (2, 5), *, more: bool = False
+        self,
+        run: Callable[[int], object],
+        sizes: tuple[int, int] = (2, 5),
+        *,
+        more: bool = False,
+        alike: bool = False,
     ) -> None:
         if not (len(sizes) == 2 and min(sizes) >= 2 and sizes[0] != sizes[1]):
             raise ValueError(f"Expected two different sizes of at least 2, got sizes={tuple(sizes)}.")
         self.end()
+        if not more:
+            self._follows_owners = False
+            self._batch_owners.forget()
         grads = {parameter: parameter.grad for parameter in self._module.parameters()}
+
+        def run_of(size: int) -> None:
+            self._learning_size = size
+            run(size)
+
         try:
             with torch.enable_grad():
-                learner = Learner(self._tracker, run, (sizes[0], sizes[1]))
-                learned = learner.learn(set(self._parameters))
-            before = self._tracker.learned
-            self._tracker.learned = before.joined(learned) if more and before is not None else learned
+                if more and self._follows_owners:
+                    self._try_owners(run, sizes)
+                    return
+                learner = Learner(self._tracker, run_of, (sizes[0], sizes[1]))
+                try:
+                    learned = learner.learn(set(self._parameters))
+                except PrivacyError as error:
+                    self._learning_size, self._tracker.learned = None, None
+                    try:
+                        self._try_owners(run, sizes)
+                    except PrivacyError as second:
+                        text = f"{error} Nor can rows be followed to their samples: {second}"
+                        raise PrivacyError(text) from error
+                else:
+                    before = self._tracker.learned
+                    self._tracker.learned = before.joined(learned) if more and before is not None else learned
+                    self._settle_rows(run, sizes, alike=alike)
         finally:
+            self._learning_size = None
             for parameter, grad in grads.items():
                 parameter.grad = grad
+
+    def _try_owners(self, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
+        """Run the user's forward with rows followed to their owners, where positions do not tell them."""
+        self._follows_owners = True
+        try:
+            for size in sizes:
+                self.begin(size)
+                run(size)
+                self.end()
+        except PrivacyError:
+            self._follows_owners = False
+            self.end()
+            raise
+
+    def _settle_rows(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool) -> None:
+        """Make sure that each sample has K rows, where several rows of a sample were seen folded into the batch axis."""
+        learned = self._tracker.learned
+        assert learned is not None
+        if not learned.has_folds or not self._batch_owners.was_seen:
+            return
+        self._learning_size, self._tracker.num_misplaced = None, 0
+        try:
+            self._try_owners(run, sizes)
+        except (
+            PrivacyError
+        ):  # owners cannot be followed, and the records do not show whether K is common: it stays what it is
+            if alike:
+                learned.pin()
+            return
+        self._follows_owners = self._tracker.num_misplaced > 0 or self._batch_owners.has_indices
+
+    @property
+    def follows_owners(self) -> bool:
+        """True if rows belong to samples by an index that is followed through the step, not by their positions."""
+        return self._follows_owners
+
+    @override
+    def see(self, batch: Any) -> None:
+        if self._learning_size is not None:
+            self._batch_owners.learn(batch, self._learning_size)
+        elif self._tracker.follower is not None:
+            self._batch_owners.note(batch, self._tracker.follower)
 
     @property
     def listening(self) -> bool:
@@ -181,6 +257,8 @@ class PerSampleEngine(GradientEngine):
         self._had_grad = {name for name, parameter in self._parameters.items() if parameter.grad is not None}
         self._recorder.begin(batch_size, None if owners is None else Joining(owners))
         self._tracker.start()
+        if self._follows_owners:
+            self._tracker.follow(batch_size, [*self._module.buffers()])
 
     @override
     def discard(self, names: Iterable[str] | None = None) -> None:
@@ -209,7 +287,7 @@ class PerSampleEngine(GradientEngine):
 
     @override
     def check_tracked(self) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
+        with unreported():
             set_since = {name for name, p in self._parameters.items() if p.grad is not None} - self._had_grad
         untracked = sorted(self._untracked | self._tracker.untracked | set_since)
         self._untracked, self._tracker.untracked = set(), set()
@@ -401,5 +479,5 @@ class PerSampleEngine(GradientEngine):
     @override
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        with torch._C.DisableTorchFunctionSubclass(), super()._arithmetic():
+        with unfollowed(), super()._arithmetic():
             yield

@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self, override
 
+from lightning_dp.per_sample._torch import arguments_of
+
 _DROPOUTS = {
     getattr(owner, name)
     for owner, names in (
@@ -80,11 +82,10 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        arguments = func._schema.arguments
+        name, arguments = arguments_of(func)
         # arguments that equal their default are not passed on
         named = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
         named |= {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if "dropout_p" in named:

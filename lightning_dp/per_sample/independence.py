@@ -26,9 +26,9 @@ _PIECE = 2**18
 _FIX = "lightning_dp.fix(module) replaces it"
 _OURS = (
     "The gradient of the whole batch is that of its samples together, so no sample influences another: the per-sample gradient "
-    "of some operation is wrong, which is ours to mend. Until then use microbatch_size=1, and report the module."
+    "of some operation is wrong, which is ours to mend. Until then use grad_sample='single', and report the module."
 )
-_SINGLE = "use microbatch_size=1, which takes every sample by itself"
+_SINGLE = "pass per_sample_loss=True, by which each record's own loss counts: another objective, as the statement says"
 
 
 def compare_with_singles(
@@ -106,7 +106,7 @@ def find_unsupported(module: nn.Module, *, runs_samples_alone: bool = False) -> 
 
     Args:
         module: the module to search, itself included.
-        runs_samples_alone: with ``microbatch_size=1`` only layers that change their state without noise are left.
+        runs_samples_alone: with ``grad_sample="single"`` only layers that change their state without noise are left.
 
     Returns:
         One entry a submodule, in the order of ``named_modules()``; the name of the module itself is "".
@@ -223,8 +223,7 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
         return (
             "No factor a sample explains it: samples influence each other. Likely causes: BatchNorm or another layer "
             "with statistics over the batch; a contrastive loss or another term over pairs of samples; a layout whose "
-            "first axis is not the batch; randomness that is drawn in forward. Change the layer or the loss, or "
-            f"{_SINGLE}."
+            "first axis is not the batch; randomness that is drawn in forward. Change the layer or the loss."
         )
     low, high = ratios.min().item(), ratios.max().item()
     middle = ratios.mean().item()

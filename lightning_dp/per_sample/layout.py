@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.errors import PrivacyError
 
-WAY_OUT = "microbatch_size=1 works for any module"
+WAY_OUT = "grad_sample='single' works for any module"
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class BatchAxis:
         axis: position of the axis.
         multiplicity: ``K``, its length a sample when it was learned. More than one for folded time steps or views.
         sample_major: whether the ``K`` rows of a sample are neighbours; ``None`` if ``K = 1``.
+        is_pinned: whether ``K`` must stay what it was when it was learned, since nothing shows that others are common to all samples.
     """
 
     axis: int
     multiplicity: int = 1
     sample_major: bool | None = None
+    is_pinned: bool = field(default=False, compare=False)
 
     def rows_of_one(self, tensor: Tensor, batch_size: int, where: str) -> int:
         """Return ``K`` of this tensor at this batch size; ``PrivacyError`` if the samples cannot be distinguished."""
@@ -46,8 +48,8 @@ class BatchAxis:
         if batch_size == 0:
             return self.multiplicity
         rows, rest = divmod(length, batch_size)
-        folded_anew = rows != 1 and self.multiplicity == 1 and batch_size != 1
-        if rest or rows == 0 or folded_anew:
+        changed = (self.multiplicity == 1 and batch_size != 1) or self.is_pinned
+        if rest or rows == 0 or (changed and rows != self.multiplicity):
             raise PrivacyError(
                 f"Expected axis {self.axis} to hold {self.multiplicity} row(s) for each of {batch_size} samples, "
                 f"got length={length} in {where}. Each sample must own the same number of rows; {WAY_OUT}."

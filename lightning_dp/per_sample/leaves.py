@@ -15,12 +15,13 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import in_backward
 from lightning_dp.per_sample.arguments import replaced
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named
 from lightning_dp.per_sample.rules.base import Call, Rule, sum_rows, widen
-from lightning_dp.per_sample.uses import Use, in_backward, tap
+from lightning_dp.per_sample.uses import Use, tap
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -41,7 +42,7 @@ class LeafRule(Rule):
         return {"copy": total}
 
 
-_LEAF = LeafRule()
+LEAF = LeafRule()
 
 
 def padded_shape(shape: Sequence[int], axis: BatchAxis, num_axes: int) -> tuple[int, ...] | None:
@@ -122,7 +123,7 @@ def copies_of(
     tracker: Tracker, tensor: Tensor, node: Node, make: Callable[[Tensor], Tensor], axis: BatchAxis
 ) -> Tensor:
     """Return expanded copies of a tensor, whose gradient goes to its source."""
-    source = tracker.source(_LEAF, node.shape, "copies", {"copy": node})
+    source = tracker.source(LEAF, node.shape, "copies", {"copy": node})
     if not in_backward():
         source.calls += 1
     return tap(make(tensor.detach()), Use(source, source.keys, (), None, axis))

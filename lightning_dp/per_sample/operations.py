@@ -26,10 +26,17 @@ if TYPE_CHECKING:
 
 
 class Operation(NamedTuple):
-    """An entry of the table of operations; a composite one runs simpler operations, which report themselves."""
+    """An entry of the table of operations.
+
+    Args:
+        run: runs the operation.
+        is_composite: whether that runs simpler operations, which report themselves.
+        keeps_rows: whether the rows of the result are those of the first argument that holds data.
+    """
 
     run: Callable[[Tracker, Any, Any, Any], Any]
     is_composite: bool = False
+    keeps_rows: bool = False
 
 
 _ARITHMETIC = """add sub mul div pow rsub truediv rdiv rtruediv radd rmul rpow idiv itruediv iadd isub imul ipow eq ne lt le gt ge

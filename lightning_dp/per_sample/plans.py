@@ -8,7 +8,7 @@ of their parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import in_backward
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import (
@@ -29,7 +30,6 @@ from lightning_dp.per_sample.layout import (
     tensors_of,
 )
 from lightning_dp.per_sample.nodes import Reporting
-from lightning_dp.per_sample.uses import in_backward
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -67,6 +67,22 @@ class Learned:
         both = Learned(plans, self.spread | other.spread, self.names | other.names)
         both.settle()
         return both
+
+    @property
+    def has_folds(self) -> bool:
+        """True if several rows of a sample are folded into the batch axis of some use."""
+        return any(axis.multiplicity > 1 for axis in self._axes())
+
+    def _axes(self) -> Iterator[BatchAxis]:
+        for plans in self.plans.values():
+            for plan in plans:
+                if isinstance(plan, CallLayout):
+                    yield from (axis for axis in (*plan.inputs, *plan.outputs) if isinstance(axis, BatchAxis))
+
+    def pin(self) -> None:
+        """From here on each sample must have as many rows as were seen."""
+        for axis in self._axes():
+            object.__setattr__(axis, "is_pinned", axis.multiplicity > 1)
 
     def settle(self) -> None:
         """Note the operations whose uses are all alike."""

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import fused_kernel, unreported
 from lightning_dp.per_sample.layout import WAY_OUT
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ ORDERS = WeakTensorKeyDictionary()
 def note_order(module: Any, args: Any, kwargs: Any) -> None:
     """Forward pre-hook of recurrent modules: note in which order a packed sequence holds the samples."""
     given = args[0] if args else kwargs.get("input")
-    if isinstance(given, torch.nn.utils.rnn.PackedSequence):
+    if isinstance(given, PackedSequence):
         ORDERS[given.batch_sizes] = given.sorted_indices
 
 
@@ -159,14 +161,17 @@ class _Weights(NamedTuple):
     hr: Any
 
 
-def _run_layer(kind: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights) -> tuple[Tensor, Tensor | None]:
+def _run_layer(
+    tracker: Tracker, kind: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights
+) -> tuple[Tensor, Tensor | None]:
     """Run one layer in one direction over ``(B, T, features)``; return its outputs and, of an LSTM, its cells."""
     plain = [weight.detach() for weight in weights if weight is not None]
     options = (weights.b_ih is not None, 1, 0.0, False, False, True)
-    fused: Any = getattr(torch._VF, kind)
+    fused = fused_kernel(kind)
     with torch.no_grad():
         state = h0.unsqueeze(0).detach() if c0 is None else (h0.unsqueeze(0).detach(), c0.unsqueeze(0).detach())
         out = fused(x.detach(), state, plain, *options)[0]
+    tracker.hand_on(x, out)
     gates_x = F.linear(x, weights.ih, weights.b_ih)
     gates_h = F.linear(torch.cat([h0.detach().unsqueeze(1), out[:, :-1]], 1), weights.hh, weights.b_hh)
     projected = None
@@ -179,6 +184,7 @@ def _run_layer(kind: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _We
     outputs: tuple[Tensor, Tensor | None] = _Time.apply(  # type: ignore[no-untyped-call]
         gates_x, gates_h, projected, h0, c0, kind, out, weights.hh.detach(), hr
     )
+    tracker.hand_on(x, *outputs)
     return outputs
 
 
@@ -201,7 +207,7 @@ def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
     """Run ``torch.lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``, padded or packed."""
     kind = func.__name__
     if not any(weight.requires_grad for part in args if isinstance(part, (list, tuple)) for weight in part):
-        with torch._C.DisableTorchFunctionSubclass():
+        with unreported():
             return func(*args)
     packed = isinstance(args[3], (list, tuple))
     lengths = order = None
@@ -213,7 +219,7 @@ def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
                 f"show the order of the samples. {WAY_OUT}."
             )
         order = ORDERS[batch_sizes]
-        x, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, True, 0.0, len(batch_sizes))
+        x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=True)
         if order is not None:
             back = order.argsort()
             x, lengths = x.index_select(0, back), lengths.index_select(0, back.cpu())
@@ -237,7 +243,7 @@ def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
             weights = _Weights(own[0], own[1], b_ih, b_hh, hr)
             initial = [one[index] for one in states]
             given = _turned(x, lengths) if direction else x
-            out, cells = _run_layer(kind, given, initial[0], initial[1] if len(initial) > 1 else None, weights)
+            out, cells = _run_layer(tracker, kind, given, initial[0], initial[1] if len(initial) > 1 else None, weights)
             last[0].append(_last(out, lengths))
             if cells is not None:
                 last[1].append(_last(cells, lengths))
@@ -252,4 +258,4 @@ def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
     if order is not None:
         x, lengths = x.index_select(0, order), lengths.index_select(0, order)
         finals = [final.index_select(1, order) for final in finals]
-    return (torch._VF._pack_padded_sequence(x, lengths.cpu(), True)[0], *finals)
+    return (pack_padded_sequence(x, lengths.cpu(), batch_first=True).data, *finals)

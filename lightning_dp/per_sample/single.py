@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample._torch import add_scaled, norms_of
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.joining import Joining
-from lightning_dp.per_sample.rules.base import squared_norm, widen
+from lightning_dp.per_sample.rules.base import LONGEST_SUM, squared_norm, widen
 from lightning_dp.per_sample.sources import zero_gradient
 
 
@@ -85,9 +86,18 @@ class SingleSampleEngine(GradientEngine):
 
     @override
     def learn_layout(
-        self, run: Callable[[int], object], sizes: tuple[int, int] = (2, 5), *, more: bool = False
+        self,
+        run: Callable[[int], object],
+        sizes: tuple[int, int] = (2, 5),
+        *,
+        more: bool = False,
+        alike: bool = False,
     ) -> None:
         pass  # a microbatch of one sample needs no batch axis
+
+    @override
+    def see(self, batch: Any) -> None:
+        pass  # everything belongs to the one sample
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
@@ -154,8 +164,15 @@ class SingleSampleEngine(GradientEngine):
         with self._arithmetic():
             norms = self._new_norms(len(groups), self._size)
             for row, group in zip(norms, groups, strict=True):
+                small: list[Tensor] = []
                 for name, grad in self._received(group):
-                    row += squared_norm((masks[name].select(grad) if name in masks else grad).unsqueeze(0))
+                    active = masks[name].select(grad) if name in masks else grad
+                    if active.numel() <= LONGEST_SUM:
+                        small.append(active)
+                    else:
+                        row += squared_norm(active.unsqueeze(0))
+                if small:  # one call for all of them: their overhead is most of what a small model costs
+                    row += torch.stack([norm.to(row.dtype) for norm in norms_of(small)]).square().sum()
             return norms
 
     @override
@@ -170,9 +187,17 @@ class SingleSampleEngine(GradientEngine):
         masks = masks or {}
         with self._arithmetic():
             for row, group in zip(factors, groups, strict=True):
-                for name, grad in self._received(group):
-                    active = masks[name].select(grad) if name in masks else grad
-                    out[name].add_(torch.where(row[0] == 0, 0.0, active * row[0].to(grad.dtype)))
+                parts = {
+                    name: masks[name].select(grad) if name in masks else grad for name, grad in self._received(group)
+                }
+                if not parts:
+                    continue
+                if row.device.type == "cpu":
+                    if float(row[0]):
+                        add_scaled([out[name] for name in parts], [*parts.values()], float(row[0]))
+                    continue
+                for name, active in parts.items():  # without waiting for the device
+                    out[name].add_(torch.where(row[0] == 0, 0.0, active * row[0].to(active.dtype)))
 
     @override
     def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:

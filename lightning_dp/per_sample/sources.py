@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample.nodes import Node
+from lightning_dp.per_sample.owned import OwnedAxis, laid_out
 from lightning_dp.per_sample.precision import exact_arithmetic
 from lightning_dp.per_sample.rules.base import (
     Call,
@@ -104,7 +105,7 @@ class Source:
 
     def received(self, use: Use) -> None:
         """Compute the gradients at once if that frees memory; called within the backward."""
-        if self._materialise or self.uses != [use] or len(use.parts) != 1:
+        if self._materialise or self.uses != [use] or len(use.parts) != 1 or isinstance(use.out_axis, OwnedAxis):
             return
         backprop, keys = use.parts[0]
         shapes = (use.inputs[0].shape if use.inputs else None, backprop.shape, keys)
@@ -154,16 +155,43 @@ class Source:
         activation = data(activation, rows)
         return Call((activation,), {}, activation, backprop, rows_of_one)
 
+    def _joined(self, parts: list[tuple[Use, Tensor]]) -> Call:
+        """Return uses whose rows belong to samples by an index as one, with equally many rows for each sample."""
+        size = self.recorder.batch_size
+        axes = [use.out_axis for use, _ in parts if isinstance(use.out_axis, OwnedAxis)]
+        index = torch.cat([axis.index for axis in axes])
+        sides = [[axis.rows(backprop) for axis, (_, backprop) in zip(axes, parts, strict=True)]]
+        if parts[0][0].inputs:
+            sides.append([axis.rows(use.inputs[0]) for axis, (use, _) in zip(axes, parts, strict=True)])
+        (backprop, rows), *inputs = (laid_out(side, index, size) for side in sides)
+        joining = self.recorder.joining
+        if joining is not None:
+            backprop = joining.backprops(backprop, rows)
+            inputs = [(joining.data(tensor, rows), rows) for tensor, _ in inputs]
+            rows = joining.rows(rows)
+        if not inputs:
+            return Call((), {}, backprop, backprop, rows)
+        return Call((inputs[0][0],), {}, inputs[0][0], backprop, rows)
+
     def groups(self) -> list[tuple[set[Hashable], list[Call]]]:
         """Return keys that saw the same backprops, with their calls."""
         if self._groups_at == self.recorder.changes:
             return self._groups
         calls: dict[Hashable, list[Call]] = {}
+        owned: dict[Any, list[tuple[Use, Tensor]]] = {}
         for use in self.uses:
             for backprop, keys in use.parts:
+                if isinstance(use.out_axis, OwnedAxis) and use.arguments is None:
+                    shapes = [use.out_axis.rows(one).shape[1:] for one in (*use.inputs, backprop)]
+                    owned.setdefault((keys, *shapes), []).append((use, backprop))
+                    continue
                 call = self._call(use, backprop)
                 for key in keys:
                     calls.setdefault(key, []).append(call)
+        for (keys, *_), parts in owned.items():
+            call = self._joined(parts)
+            for key in keys:
+                calls.setdefault(key, []).append(call)
         merged: dict[tuple[int, ...], tuple[set[Hashable], list[Call]]] = {}
         for key, mine in calls.items():
             merged.setdefault(tuple(map(id, mine)), (set(), mine))[0].add(key)

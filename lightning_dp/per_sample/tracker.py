@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import leaves
+from lightning_dp.per_sample import leaves, owned_uses
+from lightning_dp.per_sample._torch import in_backward, unreported
 from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, reporting_class
@@ -23,7 +25,7 @@ from lightning_dp.per_sample.operations import ALIGNED, Bound, Operation, operat
 from lightning_dp.per_sample.plans import Key, Learned, Observer
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.sources import Source
-from lightning_dp.per_sample.uses import Recorder, Use, in_backward, tap_output
+from lightning_dp.per_sample.uses import Recorder, Use, tap_output
 from lightning_dp.per_sample.workspace import Workspace
 
 
@@ -52,6 +54,9 @@ class Tracker:
         self.function_class: type[Function] = reporting_class(Function, self)
         self._replaced: list[tuple[Tensor, type[Any]]] = []
         self._eager: Any = None
+        self.follower: Follower | None = None
+        self.num_misplaced = 0
+        """Uses whose rows belong to other samples than their positions say, as far as both are known."""
 
     # parameters
 
@@ -77,8 +82,23 @@ class Tracker:
             self._eager = torch.compiler.set_stance("force_eager")
             self._eager.__enter__()
 
+    def follow(self, size: int, constants: list[Tensor]) -> None:
+        """Follow the owners of rows through every operation, until :meth:`stop`."""
+        self.follower = Follower(self, size, constants)
+        self.follower.__enter__()  # type: ignore[no-untyped-call]
+
+    def hand_on(self, tensor: Tensor, *results: Tensor | None) -> None:
+        """Give the owners of a tensor's rows to results that were computed from it in a way that does not report itself."""
+        if self.follower is not None:
+            for result in results:
+                if result is not None:
+                    self.follower.note(result, self.follower.owners_of(tensor))
+
     def stop(self) -> None:
         """Make the parameters ordinary ones again and forget every use."""
+        if self.follower is not None:
+            self.follower.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.follower = None
         for parameter, plain in self._replaced:
             parameter.__class__ = plain
         self._replaced, self.stand_ins = [], {}
@@ -139,7 +159,7 @@ class Tracker:
             or not (self.recorder.active or observer)
             or (observer is None and not torch.is_grad_enabled())
         ):
-            with torch._C.DisableTorchFunctionSubclass():
+            with unreported():
                 return func(*args, **kwargs)
         if operation.is_composite:
             return operation.run(self, func, args, kwargs)
@@ -147,7 +167,7 @@ class Tracker:
 
     def run_one(self, operation: Operation, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation that is not composite."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with unreported():
             if self.observer is not None:
                 return self.observer.observe(self, func, args, kwargs)
             return operation.run(self, func, args, kwargs)
@@ -169,6 +189,8 @@ class Tracker:
             nodes["weight"] = weight_node
         if bias_node is not None:
             nodes["bias"] = bias_node
+        if self.follower is not None:
+            return owned_uses.use(self, func, args, kwargs, rule, bound, nodes)
         first = weight_node or bias_node
         assert first is not None
         plan = self.plan_of(func, first, (tensor,))
@@ -214,6 +236,8 @@ class Tracker:
         if not tracked:
             return func(*args, **kwargs)
         nodes = [node for _, node in tracked]
+        if self.follower is not None:
+            return owned_uses.general(self, func, args, kwargs, tensors, tracked)
         assert self.learned is not None
         if len(tracked) == len(tensors):
             if (func.__name__, nodes[0].lineage) not in self.learned.spread:
@@ -238,15 +262,17 @@ class Tracker:
 
     def plan_of(self, func: Any, node: Node, tensors: Sequence[Tensor]) -> CallLayout | None:
         """Return the layout of an operation; None where it sees no samples."""
+        if self.follower is not None:
+            return owned_uses.plan_of(self, func, node, tensors)
         assert self.learned is not None
-        found = self.learned.plan((func.__name__, node.lineage), self._index, tensors, self.recorder.batch_size)
+        found = self.learned.plan((func.__name__, node.lineage), self.next_index, tensors, self.recorder.batch_size)
         if isinstance(found, str):
             raise PrivacyError(
                 f"Expected {func.__name__} to meet {node.name!r} in a way that was learned, {found} {WAY_OUT}."
             )
         return found
 
-    def _index(self, key: Key) -> int | None:
+    def next_index(self, key: Key) -> int | None:
         """Return how many operations of a kind came before, and count one more; None in a recomputation."""
         if in_backward():
             return None

@@ -15,27 +15,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import is_view, keeps_graph, own_view
+from lightning_dp.system.torch_private import num_changes
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.joining import Joining
     from lightning_dp.per_sample.layout import BatchAxis
+    from lightning_dp.per_sample.owned import OwnedAxis
     from lightning_dp.per_sample.sources import Source
-
-
-def in_backward() -> bool:
-    """Tell whether autograd is running a backward now: a forward in it is a recomputation (checkpointing)."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def keeps_graph() -> bool:
-    """Tell whether the backward under way keeps its graph for another one (``retain_graph=True``) or may do so."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or bool(ask())
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return the counter of in-place changes; inference tensors have none."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 class Recorder:
@@ -105,14 +92,14 @@ class Use:
         source: Source,
         keys: frozenset[Hashable],
         inputs: Iterable[Tensor],
-        in_axis: BatchAxis | None,
-        out_axis: BatchAxis,
+        in_axis: BatchAxis | OwnedAxis | None,
+        out_axis: BatchAxis | OwnedAxis,
     ) -> None:
         self.source = source
         self.keys = keys
         self.generation = source.recorder.generation
         self.inputs = [tensor.detach() for tensor in inputs]
-        self.versions = [version_of(tensor) for tensor in self.inputs]
+        self.versions = [num_changes(tensor) for tensor in self.inputs]
         self.in_axis, self.out_axis = in_axis, out_axis
         # of a registered operation: returns its arguments with the rows of the samples first, given how to lay them out
         self.arguments: Callable[[int, Callable[[Tensor, int], Tensor]], dict[str, Any]] | None = None
@@ -134,7 +121,7 @@ class Use:
         if torch.is_grad_enabled():
             raise PrivacyError(
                 f"Expected a backward without create_graph, got create_graph=True through {source.name}. "
-                "Gradient penalties need second derivatives, which only microbatch_size=1 supports."
+                "Gradient penalties need second derivatives, which only grad_sample='single' supports."
             )
         if self.done:
             raise PrivacyError(
@@ -166,10 +153,10 @@ class Use:
     def check_unchanged(self) -> None:
         """Raise ``PrivacyError`` if an input was changed in place since the operation ran."""
         for tensor, version in zip(self.inputs, self.versions, strict=True):
-            if version_of(tensor) != version:
+            if num_changes(tensor) != version:
                 raise PrivacyError(
                     f"Expected the input of {self.source.name} to stay as it was until the backward, got one "
-                    "modified in place. Use the out-of-place operation there; microbatch_size=1 shows where."
+                    "modified in place. Use the out-of-place operation there; grad_sample='single' shows where."
                 )
 
 
@@ -204,7 +191,7 @@ def tap_output(output: Tensor, use: Use) -> Tensor:
     """
     if not output.requires_grad:
         return tap(output, use)
-    if output._is_view():
-        output = torch.ops.aten._unsafe_view.default(output, output.shape)
+    if is_view(output):
+        output = own_view(output)
     output.register_hook(use.receive)  # type: ignore[no-untyped-call]
     return output

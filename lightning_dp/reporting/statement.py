@@ -119,6 +119,7 @@ def stated_plan(state: Mapping[str, Any]) -> DPPlan:
                 "lightning_dp: use an intact one."
             )
     fields = {name: state[name] for name in kinds if name != "clipping"}
+    fields["per_sample_loss"] = state.get("per_sample_loss", False) is True
     fields["batches_per_pass"] = state.get("batches_per_pass")  # plans of older versions claim no amplification
     if state.get("correlation") is not None:
         fields["correlation"] = Correlation.from_state_dict(state["correlation"])
@@ -174,6 +175,8 @@ def privacy_statement(
             lines.append(f"  noise: {plan.correlation.describe()}")
         if kept_apart:
             lines.append(f"  samples kept apart: {'; '.join(kept_apart)}")
+        if plan.per_sample_loss:
+            lines.append("  objective: the loss of each record by itself (per_sample_loss), not the loss of a batch")
         if math.isinf(accountant.epsilon(ledger, plan.delta)):
             lines.append(f"  epsilon is infinite: {why_infinite(ledger)}. This run is not private.")
     if seeded:

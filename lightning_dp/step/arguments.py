@@ -16,6 +16,7 @@ from lightning_dp.sampling import SamplingFacts, Unit
 from lightning_dp.step.settings import (
     AccountantName,
     ClippingName,
+    GradSample,
     LossReduction,
     Relation,
     Sampling,
@@ -35,7 +36,7 @@ class PrivateArguments(TypedDict, total=False):
     accountant: AccountantName
     sampling: Sampling
     microbatch_size: int | None
-    grad_sample: Literal["auto", "materialize"]
+    grad_sample: GradSample
     neighboring_relation: Relation
     memory: Literal["fast", "lean"]
     check_per_sample: bool
@@ -49,6 +50,7 @@ class PrivateArguments(TypedDict, total=False):
     unit_gradient: UnitGradient
     noise: CorrelatedNoise | None
     fixed_order: bool
+    per_sample_loss: bool
 
 
 #: Settings of a Trainer without a meaning here: there is one optimizer, which is private, and no ``self.log``.

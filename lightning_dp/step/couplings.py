@@ -63,7 +63,7 @@ class Couplings:
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Compare the per-sample gradients of a batch with those of its samples run alone."""
-        records = _different(records)[:NUM_ALONE]
+        records = differing(records)[:NUM_ALONE]
         for coin in (MIDDLE, LOW, HIGH):
             try:
                 self._compare_alone(snapshot, records, coin)
@@ -195,7 +195,7 @@ class Couplings:
         return exchange.join(probe.found, scale, exchange.sizes_of(records), frozenset(probe.stepped), size, place)
 
 
-def _different(records: list[Any]) -> list[Any]:
+def differing(records: list[Any]) -> list[Any]:
     """Return the records in an order that begins with different lengths and counts."""
     seen: set[Any] = set()
     first: list[Any] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.batch_owners import shapes_in
 
 #: Allowed relative difference of the others' gradients, by type: where shapes stay equal, and where they change.
 TOLERANCE = {torch.float64: (1e-11, 1e-5), torch.float32: (2e-6, 1e-4), torch.bfloat16: (1e-3, 5e-2)}
@@ -171,7 +172,7 @@ def _message(what: str, found: str) -> str:
         causes = (
             "Likely causes: BatchNorm or other statistics over the batch; a contrastive loss, mixing or hard examples; a mean over all "
             "tokens of the batch, or another denominator that samples share. Change the layer or the loss so that each sample has its "
-            "own."
+            "own; where samples share no more than a denominator, per_sample_loss=True counts each record's own loss."
         )
     return (
         f"One sample of a batch was {what}, and {found}. Samples influence each other, so one record could move the sum by more "
@@ -210,7 +211,10 @@ def shape_of(record: Any) -> Any:
     shapes: list[Any] = []
 
     def look(leaf: Any) -> Any:
-        shapes.append(tuple(leaf.shape) if hasattr(leaf, "shape") else len(leaf) if hasattr(leaf, "__len__") else None)
+        inside = () if hasattr(leaf, "shape") or isinstance(leaf, str) else shapes_in(leaf)
+        shapes.append(
+            inside or (tuple(leaf.shape) if hasattr(leaf, "shape") else len(leaf) if hasattr(leaf, "__len__") else None)
+        )
         return leaf
 
     tree_map(look, record)

@@ -67,6 +67,7 @@ class DPPlan:
         unit: "record" or "user": whose presence is hidden, and what n, q and B count.
         records_per_unit: most records that a user brings to a logical batch; None for records.
         correlation: of the noise between steps; None if it is independent.
+        per_sample_loss: whether each record's own loss counts, computed on that record alone, instead of the batch's loss.
 
     Example:
         >>> from lightning_dp.clipping import FlatClipping
@@ -95,6 +96,7 @@ class DPPlan:
     unit: str = "record"
     records_per_unit: int | None = None
     correlation: Correlation | None = None
+    per_sample_loss: bool = False
 
     @property
     def allocates(self) -> bool:
@@ -197,6 +199,7 @@ class DPPlan:
             "unit": self.unit,
             "records_per_unit": self.records_per_unit,
             "correlation": None if self.correlation is None else self.correlation.state_dict(),
+            "per_sample_loss": self.per_sample_loss,
             "schedule": self._schedule_fingerprint(),
         }
 

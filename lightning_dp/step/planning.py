@@ -113,6 +113,7 @@ def build_plan(
         target_epsilon=settings.target_epsilon,
         accountant=settings.accountant,
         neighboring_relation=settings.neighboring_relation,
+        per_sample_loss=settings.per_sample_loss,
     )
     if settings.target_epsilon is not None:
         plan = replace(plan, noise_multiplier=_calibrated(plan, start, ledger, accountant, restored))

@@ -21,6 +21,7 @@ Sampling = Literal["poisson", "shuffle", "cyclic"]
 Relation = Literal["add_or_remove_one", "replace_one", "zero_out"]
 LossReduction = Literal["mean", "sum"]
 UnitGradient = Literal["mean", "sum"]
+GradSample = Literal["auto", "rules", "single", "materialize"]
 #: Settings that are arguments of ``private_dataloader``.
 _DRAWING = ("sampling", "microbatch_size", "seed", "unit", "records_per_unit", "fixed_order")
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
@@ -38,7 +39,7 @@ class Settings:
     accountant: str = "pld"
     sampling: str = "poisson"
     microbatch_size: int | None = None
-    grad_sample: Literal["auto", "materialize"] = "auto"
+    grad_sample: GradSample = "auto"
     neighboring_relation: str = "add_or_remove_one"
     memory: Literal["fast", "lean"] = "fast"
     check_per_sample: bool = True
@@ -54,6 +55,7 @@ class Settings:
     unit_gradient: str = "mean"
     noise: CorrelatedNoise | None = None
     fixed_order: bool = False
+    per_sample_loss: bool = False
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -83,14 +85,21 @@ class Settings:
         check.check_choice("sampling", self.sampling, SAMPLINGS)
         if self.microbatch_size is not None:
             check.check_count("microbatch_size", self.microbatch_size)
-        check.check_choice("grad_sample", self.grad_sample, ("auto", "materialize"))
+        check.check_choice("grad_sample", self.grad_sample, ("auto", "rules", "single", "materialize"))
         check.check_choice("neighboring_relation", self.neighboring_relation, RELATIONS)
         check.check_choice("memory", self.memory, ("fast", "lean"))
         check.check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
         object.__setattr__(self, "public_optimizers", check_positions(self.public_optimizers))
         self._check_unit()
         self._check_noise()
-        for name in ("check_per_sample", "allow_public_checkpoint", "secure_rng", "strict_logging", "tune_process"):
+        for name in (
+            "check_per_sample",
+            "allow_public_checkpoint",
+            "secure_rng",
+            "strict_logging",
+            "tune_process",
+            "per_sample_loss",
+        ):
             check.check_flag(name, getattr(self, name))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise ValueError(
@@ -99,6 +108,11 @@ class Settings:
         if self.seed is not None and self.secure_rng:
             raise ValueError(
                 f"Expected secure_rng=True without a seed, got seed={self.seed!r}. A seed makes the noise predictable; drop one."
+            )
+        if self.per_sample_loss and self.grad_sample in ("rules", "materialize"):
+            raise ValueError(
+                f"Expected grad_sample 'auto' or 'single' with per_sample_loss=True, got grad_sample={self.grad_sample!r}. Each "
+                "record runs alone, so that the loss is its own: leave grad_sample out."
             )
         clipping = self.make_clipping()
         if not clipping.bounded and self.target_epsilon is not None:
@@ -152,7 +166,8 @@ class Settings:
         """Arguments of ``private_dataloader`` that are settings."""
         # what is public holds only for relations that keep the other records in place
         public = self.sampling == "cyclic" and self.neighboring_relation != "add_or_remove_one"
-        return {"public_assignment": 0 if public else None, **{name: getattr(self, name) for name in _DRAWING}}
+        given = {name: getattr(self, name) for name in _DRAWING}
+        return {"public_assignment": 0 if public else None, **given, "microbatch_size": self.samples_at_once}
 
     def make_clipping(self) -> Clipping:
         """Return the clipping object that ``clipping`` and ``max_grad_norm`` describe."""
@@ -161,7 +176,12 @@ class Settings:
     @property
     def runs_samples_alone(self) -> bool:
         """True if every microbatch has one sample, so that plain autograd gives its gradient."""
-        return self.microbatch_size == 1
+        return self.microbatch_size == 1 or self.grad_sample == "single" or self.per_sample_loss
+
+    @property
+    def samples_at_once(self) -> int | None:
+        """Most samples of a microbatch; None for no limit."""
+        return 1 if self.runs_samples_alone else self.microbatch_size
 
 
 def check_positions(positions: Sequence[int]) -> tuple[int, ...]:

@@ -86,7 +86,7 @@ class PrivateStep:
             module,
             grad_sample=settings.grad_sample,
             memory=settings.memory,
-            microbatch_size=settings.microbatch_size,
+            microbatch_size=settings.samples_at_once,
         )
         self.streams = RandomStreams(seed)
         self.parameters = PrivateParameters(module, self.optimizers, settings.public_optimizers)
@@ -236,7 +236,7 @@ class PrivateStep:
             optimizer,
             unfinished=optimizer in self.unfinished,
             again=self.recording.further and optimizer in self.recording.collected,
-            microbatch_size=self.settings.microbatch_size,
+            microbatch_size=self.settings.samples_at_once,
         )
         self.recording.collected.add(optimizer)
         self.collect(optimizer)

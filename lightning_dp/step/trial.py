@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step.couplings import Couplings
+from lightning_dp.step import exchange
+from lightning_dp.step.couplings import Couplings, differing
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import seed_generators
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, Host, TrialRuns
@@ -65,7 +66,8 @@ class Trial:
         records = self._host.records(NUM_SPREAD)
         with self._sandbox.enter() as snapshot, self._runs.progress():
             if not settings.runs_samples_alone:
-                self._learn_layout(snapshot, (records * 2)[:2])
+                # records that differ show whether all of them have as many rows
+                self._learn_layout(snapshot, (differing(records) * 2)[:2])
             if settings.check_per_sample and len(records) > 1:
                 self._host.attempt(lambda: self._check(snapshot, records), snapshot.put_back)
         if settings.check_per_sample and len(records) > 1:
@@ -89,6 +91,7 @@ class Trial:
                 lambda size: self._runs.again(snapshot, (pair * size)[:size], draws),
                 sizes=LAYOUT_SIZES,
                 more=draws.coin != MIDDLE,
+                alike=exchange.shape_of(pair[0]) == exchange.shape_of(pair[1]),
             )
 
         learn(Draws())
@@ -182,7 +185,7 @@ class Trial:
                     raise PrivacyError(
                         "Expected training_step to return None for every sample or for none, got None for a batch and a loss for "
                         "one sample alone. One sample could switch off all others: return the loss (a sample that is not finite "
-                        "contributes zero anyway), or use microbatch_size=1."
+                        "contributes zero anyway)."
                     )
 
     def check_end_of_epoch(self) -> None:

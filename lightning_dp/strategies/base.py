@@ -29,6 +29,7 @@ from lightning_dp.step.reduction import OneProcess, Reduction
 from lightning_dp.step.settings import (
     AccountantName,
     ClippingName,
+    GradSample,
     LossReduction,
     Relation,
     Sampling,
@@ -60,7 +61,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         accountant: AccountantName = "pld",
         sampling: Sampling = "poisson",
         microbatch_size: int | None = None,
-        grad_sample: Literal["auto", "materialize"] = "auto",
+        grad_sample: GradSample = "auto",
         neighboring_relation: Relation = "add_or_remove_one",
         memory: Literal["fast", "lean"] = "fast",
         check_per_sample: bool = True,
@@ -72,6 +73,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         strict_logging: bool = False,
         history: History = None,
         tune_process: bool = True,
+        per_sample_loss: bool = False,
         fix: bool = False,
         unit: Unit | None = None,
         records_per_unit: int | None = None,
@@ -191,6 +193,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     def call_training_step(self, batch: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the user's ``training_step``."""
+        if self._fit is not None:
+            self._fit.step.engine.see(batch)
         return super().training_step(batch, *rest, **kwargs)
 
     @override

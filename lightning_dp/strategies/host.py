@@ -61,7 +61,7 @@ class LightningHost:
     @property
     def batch_size(self) -> int:
         """Records of a real microbatch, as expected; at most the dataset."""
-        return self._records.batch_size(self._strategy.world_size, self._strategy.settings.microbatch_size)
+        return self._records.batch_size(self._strategy.world_size, self._strategy.settings.samples_at_once)
 
     def others(self) -> list[Any]:
         """Return optimizers and schedulers."""

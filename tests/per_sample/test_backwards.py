@@ -137,7 +137,7 @@ def test_untracked_use_is_found_and_leaves_no_raw_gradient(how: str) -> None:
     engine = make_engine(module, loss, _data(3))
     if how == "after accumulation":
         weight.grad = torch.zeros_like(weight)
-    with pytest.raises(PrivacyError, match=r"\['first.weight'\].*microbatch_size=1"):
+    with pytest.raises(PrivacyError, match=r"\['first.weight'\].*grad_sample='single'"):
         run_batch(engine, loss, _data(3), 4)
     assert weight.grad is None
 

@@ -25,6 +25,7 @@ from lightning_dp.clipping import (
 )
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, rules
 from lightning_dp.per_sample.leaves import LeafRule
+from lightning_dp.per_sample.rules import Rule
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.reduction import OneProcess
 from lightning_dp.step.samples import Samples
@@ -176,6 +177,15 @@ def test_every_registered_rule_has_a_case() -> None:
         run_batch(engine, lambda batch, module=module: module(batch).flatten(1).sum(1), x, 4)
         covered |= {type(source.rule) for source in engine._tracker.sources.values()}
     assert covered == {*rules.registered(), LeafRule}
+    assert covered == {
+        kind for kind in _kinds_of(Rule) if not kind.__name__.startswith("_")
+    }  # those of users are in test_custom
+
+
+def _kinds_of(kind: type) -> set[type]:
+    """Every class below one, in this package."""
+    below = {one for child in kind.__subclasses__() for one in (child, *_kinds_of(child))}
+    return {one for one in below if one.__module__.startswith("lightning_dp.")}
 
 
 def test_every_clipping_by_factor_is_tried() -> None:

@@ -270,7 +270,7 @@ def test_a_loop_over_the_samples_is_refused() -> None:
             return torch.stack([row * self.gain for row in x])
 
     module = Branches().double()
-    with pytest.raises(PrivacyError, match=r"mul of 'gain'.*called 2 times with 2 samples.*microbatch_size=1"):
+    with pytest.raises(PrivacyError, match=r"mul of 'gain'.*called 2 times with 2 samples.*grad_sample='single'"):
         make_engine(module, _loss(module), _data(3))
 
 
@@ -568,7 +568,7 @@ def test_uses_that_do_not_report_themselves_are_found(scripted: bool, derived: b
         lambda m, x: m.layer(x) + function(x, 2 * m.w if derived else m.w), w=drawn(3, 2), layer=nn.Linear(3, 2)
     )
     engine = make_engine(module, _loss(module), _data(4, 3))
-    with pytest.raises(PrivacyError, match=r"\['w'\]: a torch.autograd.Function.*microbatch_size=1"):
+    with pytest.raises(PrivacyError, match=r"\['w'\]: a torch.autograd.Function.*grad_sample='single'"):
         run_batch(engine, _loss(module), _data(4, 3), 4)
     assert module.w.grad is None
 
@@ -690,5 +690,7 @@ def test_the_convolution_rule_needs_the_samples_first() -> None:
         w=drawn(1, 1, 1),
     )
     assert_engine_agrees(module, _loss(module), _data(4, 3), size=4)  # a weight for each sample
-    assert ConvRule().follows(None, 0, 3)
-    assert not ConvRule().follows(None, 1, 3)
+    spec = nn.Conv1d(1, 1, 1)
+    assert ConvRule().follows(spec, 0, 3)
+    assert not ConvRule().follows(spec, 1, 3)
+    assert not ConvRule().follows(spec, 0, 2)  # the channels of one sample

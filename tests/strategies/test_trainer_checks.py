@@ -54,7 +54,7 @@ class Untouchable(torch.utils.data.Dataset):
         ({"noise_multiplier": 1.0, "sampling": "uniform"}, ValueError, "'poisson', 'shuffle'"),
         ({"noise_multiplier": 1.0, "microbatch_size": 0}, ValueError, "microbatch_size >= 1"),
         ({"noise_multiplier": 1.0, "microbatch_size": 2.0}, TypeError, "microbatch_size to be a whole number"),
-        ({"noise_multiplier": 1.0, "grad_sample": "ghost"}, ValueError, "'auto', 'materialize'"),
+        ({"noise_multiplier": 1.0, "grad_sample": "ghost"}, ValueError, "'auto', 'rules', 'single', 'materialize'"),
         ({"noise_multiplier": 1.0, "memory": "tiny"}, ValueError, "'fast', 'lean'"),
         ({"noise_multiplier": 1.0, "neighboring_relation": "swap"}, ValueError, "neighboring_relation"),
         ({"noise_multiplier": 1.0, "check_per_sample": 1}, TypeError, "check_per_sample to be True or False"),

@@ -19,7 +19,7 @@ from lightning_dp.masks.parameter_mask import ParameterMask
 BLOCK_ELEMENTS = {"cpu": 2**19}
 """Elements of a temporary that stays in a processor's cache; other devices are better off with few large ones."""
 
-_LONGEST_SUM = 4096
+LONGEST_SUM = 4096
 """Squares that are added up one by one in the norms' type."""
 
 
@@ -77,14 +77,14 @@ def squared_norm(grads: Tensor) -> Tensor:
     16 million equal numbers by 0.7 % of its squared norm).
     """
     flat = grads.reshape(grads.shape[0], -1).contiguous() if grads.shape[0] else grads.new_zeros(0, 1)
-    if flat.shape[1] <= _LONGEST_SUM:
+    if flat.shape[1] <= LONGEST_SUM:
         return _norms(flat).square()
     block = _block_of(flat.shape[1])
     if block:
         parts = _norms(flat.view(len(flat), -1, block))
     else:
         parts = torch.stack(
-            [_norms(flat[:, low : low + _LONGEST_SUM]) for low in range(0, flat.shape[1], _LONGEST_SUM)], 1
+            [_norms(flat[:, low : low + LONGEST_SUM]) for low in range(0, flat.shape[1], LONGEST_SUM)], 1
         )
     return parts.to(_widest(flat)).square().sum(1).to(flat.dtype)
 
@@ -101,7 +101,7 @@ def _widest(tensor: Tensor) -> torch.dtype:
 @lru_cache
 def _block_of(size: int) -> int:
     """Return the largest length of blocks into which so many numbers can be cut without a rest; 0 where they are short."""
-    return next((block for block in range(_LONGEST_SUM, _LONGEST_SUM // 8, -1) if size % block == 0), 0)
+    return next((block for block in range(LONGEST_SUM, LONGEST_SUM // 8, -1) if size % block == 0), 0)
 
 
 def masked_squared_norm(grads: Tensor, mask: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,10 @@ class ConvRule(Rule):
         >>> ConvRule().per_sample(layer, [call], 2, {"weight"})["weight"].shape
         torch.Size([2, 4, 3, 3, 3])
     """
+
+    @override
+    def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
+        return axis == 0 and num_axes == len(spec.kernel_size) + 2
 
     @override
     def per_sample(
@@ -228,15 +232,25 @@ def _prepared(conv: Conv, call: Call) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     x = x.to(backprop.dtype)
     zeros_left = tuple(0 for _ in conv.kernel_size)
     if conv.padding_mode != "zeros":
-        return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), backprop, zeros_left
+        return F.pad(x, _sides(conv), mode=conv.padding_mode), backprop, zeros_left
     if not isinstance(conv.padding, str):
         return x, backprop, tuple(conv.padding)
     # "same" and "valid": both sides of every axis, last axis first; "same" may need one more on the right
-    sides = conv._reversed_padding_repeated_twice
+    sides = _sides(conv)
     left, right = tuple(sides[-2::-2]), tuple(sides[::-2])
     if left == right:
         return x, backprop, left
     return F.pad(x, sides), backprop, zeros_left
+
+
+def _sides(conv: Conv) -> list[int]:
+    """Return the padding of both sides of every axis, last axis first, as ``F.pad`` takes it."""
+    if conv.padding == "valid":
+        return [0] * (2 * len(conv.kernel_size))
+    if isinstance(conv.padding, str):
+        totals = [step * (size - 1) for step, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    return [side for size in reversed(conv.padding) for side in (int(size), int(size))]
 
 
 def _native_gradient(

@@ -1,0 +1,249 @@
+"""Owners of the rows of a batch's tensors: by position, by an index that the batch holds, or as the user says.
+
+axis of B entries        entry b belongs to sample b
+list of B things         thing b belongs to sample b
+``sample_of_row``        in the batch or on the module: an index for the tensors with as many rows, or one by name of a tensor
+``batch`` or ``ptr``     of a batch of graphs: an index for its nodes; an edge belongs to the graph of its first node
+``PackedSequence``       an index from its ``batch_sizes``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.following import Follower
+from lightning_dp.per_sample.owned import MIXED, Owners, Rows
+
+Path = tuple[Any, ...]
+Kind = tuple[Any, str]
+"""Axis and name of an index; axis "each" for a list with one thing for each sample."""
+
+KEY = "sample_of_row"
+_DEEPEST = 5
+
+
+class BatchOwners:
+    """Knowledge of the batches of a run: the tensors whose rows have owners at every size.
+
+    Args:
+        module: may have an attribute or a method ``sample_of_row(batch)``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._kinds: dict[Path, set[Kind]] | None = None
+
+    def learn(self, batch: Any, size: int) -> None:
+        """Take note of a batch of that many samples: only what holds for all of them counts."""
+        seen = dict(_kinds_of(batch, size, self._indices(batch, size)))
+        known = self._kinds
+        self._kinds = seen if known is None else {path: seen[path] & known[path] for path in seen.keys() & known.keys()}
+
+    @property
+    def was_seen(self) -> bool:
+        """True if a batch was seen at all."""
+        return self._kinds is not None
+
+    @property
+    def has_indices(self) -> bool:
+        """True if batches say by an index, or as a list, what belongs to whom."""
+        return any(name != "sample" or axis == "each" for kinds in (self._kinds or {}).values() for axis, name in kinds)
+
+    def forget(self) -> None:
+        """Begin again to learn."""
+        self._kinds = None
+
+    def note(self, batch: Any, follower: Follower) -> None:
+        """Note the owners on the tensors of a batch.
+
+        Raises:
+            PrivacyError: an index that does not fit the number of samples.
+        """
+        known, size = self._kinds or {}, follower.size
+        indices = self._indices(batch, size)
+        follower.known = [*indices.values()]
+        by_path = dict(_kinds_of(batch, size, indices))
+        settled: list[Path] = []
+        for path, thing in _walk(batch):
+            if any(path[: len(done)] == done for done in settled):
+                continue
+            kinds = known.get(path, set()) & by_path.get(path, set())
+            if any(axis == "each" for axis, _ in kinds):
+                settled.append(path)
+                for sample, one in enumerate(thing):
+                    for _, tensor in _walk(one):
+                        if isinstance(tensor, Tensor):
+                            follower.note(tensor, Rows(None, follower.identity(tensor.device)[sample : sample + 1]))
+            elif isinstance(thing, PackedSequence):
+                if kinds:
+                    _note_packed(thing, follower)
+            elif isinstance(thing, Tensor):
+                follower.note(thing, _owners_of(path, kinds, thing, follower, indices))
+
+    def _indices(self, batch: Any, size: int) -> dict[str, Tensor]:
+        """Return the indices that a batch holds by name."""
+        found: dict[str, Tensor] = {}
+        given = getattr(self._module, KEY, None)
+        given = given(batch) if callable(given) else given
+        if given is not None:
+            _add_given(found, given, size, f"the module's {KEY}")
+        for path, container in _containers(batch):
+            if KEY in container:
+                _add_given(found, container[KEY], size, KEY)
+            if _is_graph(container):
+                nodes = _nodes_of(container, size)
+                found[f"nodes {path}"] = nodes
+                edges = container.get("edge_index")
+                if isinstance(edges, Tensor) and edges.dim() == 2 and len(edges) == 2 and not edges.is_floating_point():
+                    found[f"edges {path}"] = nodes[edges[0]]
+        return found
+
+
+def _owners_of(
+    path: Path, kinds: set[Kind], tensor: Tensor, follower: Follower, indices: Mapping[str, Tensor]
+) -> Owners:
+    """Return the owners of a tensor of a batch; mixed where nothing says whose its rows are."""
+    if not kinds:
+        return MIXED
+    axis, name = min(kinds, key=lambda kind: _rank(path, kind[1]))
+    if name == "sample":
+        return Rows(axis, follower.identity(tensor.device), is_identity=True)
+    return Rows(axis, indices[name])
+
+
+def _note_packed(packed: PackedSequence, follower: Follower) -> None:
+    follower.note(packed.data, Rows(0, _packed(packed)))
+    if packed.sorted_indices is not None and packed.unsorted_indices is not None:
+        follower.note(packed.sorted_indices, Rows(0, packed.sorted_indices))
+        identity = follower.identity(packed.unsorted_indices.device)
+        follower.note(packed.unsorted_indices, Rows(0, identity, is_identity=True))
+
+
+def _add_given(found: dict[str, Tensor], given: Any, size: int, where: str) -> None:
+    for name, index in given.items() if isinstance(given, Mapping) else [("", given)]:
+        index = torch.as_tensor(index)
+        _check_index(index, size, f"{where}[{name!r}]" if name else where)
+        found[f"given {name}"] = index.long()
+
+
+def _check_index(index: Tensor, size: int, where: str) -> None:
+    whole = index.dim() == 1 and not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
+    if not whole or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size):
+        got = f"shape={tuple(index.shape)}, dtype={index.dtype}" + (f", max={int(index.max())}" if whole else "")
+        raise PrivacyError(
+            f"Expected {where} to give each row one of {size} samples by its position 0 to {size - 1}, got {got}. The collate "
+            "function must hold as many samples as were drawn, in their order."
+        )
+
+
+def _is_graph(container: Mapping[str, Any]) -> bool:
+    return ("batch" in container or "ptr" in container) and any("edge" in str(key) for key in container)
+
+
+def _nodes_of(container: Mapping[str, Any], size: int) -> Tensor:
+    """Return the graph of every node."""
+    batch, ptr = container.get("batch"), container.get("ptr")
+    if isinstance(ptr, Tensor):
+        counts = ptr.diff()
+        if not isinstance(batch, Tensor):
+            batch = torch.arange(len(counts), device=ptr.device).repeat_interleave(counts)
+        num = len(counts)
+    else:
+        num = int(batch.max()) + 1 if isinstance(batch, Tensor) and batch.numel() else 0
+    if not isinstance(batch, Tensor) or num != size:
+        raise PrivacyError(
+            f"Expected a batch of {size} graphs as drawn, got {num}. The collate function drops or adds records, so rows would be "
+            "dealt to the wrong ones: filter the dataset before fit instead."
+        )
+    _check_index(batch, size, "batch")
+    return batch.long()
+
+
+def _packed(packed: PackedSequence) -> Tensor:
+    """Return the sample of every row of a packed sequence."""
+    order = packed.sorted_indices
+    if order is None:
+        order = torch.arange(int(packed.batch_sizes[0]), device=packed.data.device)
+    return torch.cat([order[: int(num)] for num in packed.batch_sizes])
+
+
+def _kinds_of(batch: Any, size: int, indices: Mapping[str, Tensor]) -> Iterator[tuple[Path, set[Kind]]]:
+    """Yield what each thing in a batch may be, by its lengths."""
+    for path, thing in _walk(batch):
+        kinds: set[Kind] = set()
+        if isinstance(thing, PackedSequence):
+            if int(thing.batch_sizes[0]) == size:
+                kinds.add((0, "packed"))
+        elif not isinstance(thing, Tensor):
+            if len(thing) == size:
+                kinds.add(("each", "sample"))
+        elif thing.dim():
+            if thing.shape[0] == size:
+                kinds.add((0, "sample"))
+            for name, index in indices.items():
+                if name.startswith("given ") and name != "given " and name != f"given {path[-1] if path else ''}":
+                    continue
+                if thing.shape[0] == len(index):
+                    kinds.add((0, name))
+                elif name.startswith("edges") and thing.dim() == 2 and thing.shape == (2, len(index)):
+                    kinds.add((1, name))
+        yield path, kinds
+
+
+def _rank(path: Path, name: str) -> int:
+    """Return the order of preference where lengths leave several."""
+    of_edges = bool(path) and ("edge" in str(path[-1]) or path[-1] == "E")
+    kind = name.split(" ")[0]
+    order = (
+        ["given", "packed", "edges", "nodes", "sample"] if of_edges else ["given", "packed", "nodes", "sample", "edges"]
+    )
+    return order.index(kind) * 2 - (name != "given " and kind == "given")
+
+
+def shapes_in(thing: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the tensors in a record or batch, in a fixed order."""
+    return tuple(tuple(value.shape) for _, value in _walk(thing) if isinstance(value, Tensor))
+
+
+def _walk(thing: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield the tensors, packed sequences, lists and tuples of a batch, with their paths."""
+    if isinstance(thing, (Tensor, PackedSequence)):
+        yield path, thing
+        return
+    if isinstance(thing, (list, tuple)):
+        yield path, thing
+    if len(path) < _DEEPEST:
+        for key, value in _items(thing):
+            yield from _walk(value, (*path, key))
+
+
+def _containers(thing: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield mappings and objects with attributes."""
+    if isinstance(thing, (Tensor, PackedSequence)) or len(path) >= _DEEPEST:
+        return
+    items = dict(_items(thing))
+    if not isinstance(thing, (list, tuple)) or hasattr(thing, "_fields"):
+        yield path, {str(key): value for key, value in items.items()}
+    for key, value in items.items():
+        yield from _containers(value, (*path, key))
+
+
+def _items(thing: Any) -> Iterator[tuple[Any, Any]]:
+    """Return what is in a container: of a mapping, a sequence, a graph, or an object with attributes."""
+    if isinstance(thing, Mapping):
+        yield from thing.items()
+    elif isinstance(thing, tuple) and hasattr(thing, "_fields"):
+        yield from zip(thing._fields, thing, strict=True)
+    elif isinstance(thing, (list, tuple)):
+        yield from enumerate(thing)
+    elif hasattr(thing, "keys") and hasattr(thing, "__getitem__"):  # as torch_geometric's Data has it
+        keys = thing.keys() if callable(thing.keys) else thing.keys
+        yield from ((key, thing[key]) for key in keys)
+    elif hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, type)) and not callable(thing):
+        yield from vars(thing).items()

@@ -1,0 +1,164 @@
+"""Follow the owners of rows through all operations of a step, where positions do not tell them.
+
+Graphs, sets and loops over samples have no axis with equally many rows for each sample. There every tensor that holds data carries
+a note of its owners; an operation hands it on to its result (moves.py). It costs some microseconds for each operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.composites import entered
+from lightning_dp.per_sample.moves import CONSTANTS, Step, handler_of, moved_entries, owners_after
+from lightning_dp.per_sample.nodes import Reporting, is_tracked
+from lightning_dp.per_sample.operations import IN_PLACE, operation_of
+from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
+
+if TYPE_CHECKING:
+    from lightning_dp.per_sample.tracker import Tracker
+
+_entered = functools.cache(entered)
+
+
+class Follower(TorchFunctionMode):
+    """Notes, on every tensor that an operation makes, which samples own its rows.
+
+    **Guarantee**: a tensor without a note, which came from outside or through something that reports no operations, counts as
+    mixed: no parameter may meet it. What is written in place through a view makes all other views of that memory mixed.
+
+    Args:
+        tracker: follows the parameters.
+        size: samples of the microbatch.
+        constants: buffers of the module: they hold no data.
+    """
+
+    def __init__(self, tracker: Tracker, size: int, constants: list[Tensor]) -> None:
+        super().__init__()
+        self.tracker, self.size = tracker, size
+        self.known: list[Tensor] = []
+        """Indices that the batch holds, for rows that nothing was written to."""
+        self._constants = {id(tensor) for tensor in constants}
+        self._identities: dict[torch.device, Tensor] = {}
+        self._notes: dict[int, tuple[weakref.ref[Tensor], int, Owners]] = {}
+        self._written: dict[int, int] = {}
+        self._time = 0
+
+    def identity(self, device: torch.device) -> Tensor:
+        """Return ``0 ... B - 1``, the same tensor each time."""
+        if device not in self._identities:
+            self._identities[device] = torch.arange(self.size, device=device)
+        return self._identities[device]
+
+    def note(self, tensor: Tensor, owners: Owners) -> None:
+        """Say who owns a tensor."""
+        self._notes[id(tensor)] = (weakref.ref(tensor), self._time, owners)
+
+    def owners_of(self, tensor: Tensor) -> Owners:
+        """Return who owns a tensor; None for a constant."""
+        if is_tracked(tensor) or isinstance(tensor, nn.Parameter) or id(tensor) in self._constants:
+            return None
+        note = self._notes.get(id(tensor))
+        if note is None or note[0]() is not tensor:
+            return MIXED
+        if self._written and self._written.get(tensor.untyped_storage().data_ptr(), 0) > note[1]:
+            return Mixed("a view of memory that was written in place")
+        return note[2]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name: str = getattr(func, "__name__", "")
+        if any(isinstance(tensor, Reporting) for tensor in tensors_in(args, kwargs)):
+            operation = operation_of(func)
+            if operation is not None and operation.is_composite and torch.is_grad_enabled():
+                with self:
+                    return operation.run(self.tracker, func, args, kwargs)
+        elif isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional" and not handler_of(name):
+            with self:
+                return _entered(func)(*args, **kwargs)
+        if name == "__iter__":
+            with self:
+                return iter(torch.unbind(args[0], 0))
+        out = func(*args, **kwargs)
+        if type(out) is torch.Size:
+            return out
+        if isinstance(out, (Tensor, list, tuple)) or name in ("__setitem__", "__set__"):
+            if name == "__get__":
+                name = func.__self__.__name__
+            with unfollowed():
+                self._note_result(func, name, args, kwargs, out)
+        return out
+
+    def _note_result(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        results = [args[0]] if out is None else [out] if isinstance(out, Tensor) else [*tensors_in(tuple(out), {})]
+        if not results:
+            return
+        owners = self._result(func, name, args, kwargs, results[0] if out is None else out)
+        if owners is MIXED:
+            owners = Mixed(name)
+        each = owners if isinstance(owners, list) else [owners] * len(results)
+        in_place = bool(args) and results[0] is args[0] and bool(IN_PLACE.fullmatch(name))
+        if (in_place or kwargs.get("out") is not None) and self._changes(results[0], each[0]):
+            self._time += 1
+            self._written[results[0].untyped_storage().data_ptr()] = self._time
+        for tensor, one in zip(results, each, strict=False):
+            if not isinstance(tensor, Reporting):
+                self.note(tensor, one if _fits(tensor, one) else Mixed(name))
+
+    def _changes(self, tensor: Tensor, after: Owners) -> bool:
+        """Tell whether what is written in place may give other views of the same memory other owners."""
+        before = self.owners_of(tensor)
+        if before is after or (before is None and after is None):
+            return False
+        if isinstance(before, Rows) and isinstance(after, Rows):
+            return before.axis != after.axis or not torch.equal(before.index, after.index)
+        return True
+
+    def _result(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
+        """Return the owners of a result, or of each tensor of it."""
+        if name in CONSTANTS:
+            return None
+        tensors = [*tensors_in(args, kwargs)]
+        found = [(tensor, self.owners_of(tensor)) for tensor in tensors]
+        if not tensors:
+            return MIXED
+        # an index of unknown owners only says where the rows of others go
+        entries = {id(tensor) for tensor in moved_entries(name, args)} or {id(tensor) for tensor in tensors}
+        for tensor, owners in found:
+            if isinstance(owners, Mixed) and (id(tensor) in entries or self._are_constant(found, entries)):
+                return owners
+        owned = [(tensor, owners) for tensor, owners in found if isinstance(owners, Rows)]
+        if not owned:
+            return None
+        if handler_of(name) is None and (known := operation_of(func)) is not None and known.keeps_rows:
+            return owned[0][1]
+        try:
+            step = Step(func, args, kwargs, out, owned, self.identity(owned[0][0].device), self.known)
+            return owners_after(step, name)
+        except (IndexError, RuntimeError, TypeError, ValueError):  # arguments given in a way that is not known here
+            return MIXED
+
+    @staticmethod
+    def _are_constant(found: list[tuple[Tensor, Owners]], entries: set[int]) -> bool:
+        return all(owners is None for tensor, owners in found if id(tensor) in entries)
+
+    def result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the owners of what an operation would give."""
+        with torch.no_grad(), unfollowed():
+            out = func(*args, **kwargs)
+            return self._result(func, func.__name__, args, kwargs, out)
+
+
+def _fits(tensor: Tensor, owners: Owners) -> bool:
+    """Tell whether owners have one entry for each row of a tensor."""
+    if not isinstance(owners, Rows) or owners.axis is None:
+        return True
+    return owners.axis < tensor.dim() and tensor.shape[owners.axis] == len(owners.index)

@@ -1,0 +1,39 @@
+"""Notices, for the user, of what differs from plain training of a module."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_dp.per_sample._torch import is_compiled
+
+
+def notices(module: nn.Module, *, runs_samples_alone: bool) -> list[str]:
+    """Return what differs from plain training of this module, one sentence each.
+
+    Args:
+        module: the user's module.
+        runs_samples_alone: whether each sample runs by itself, through plain autograd.
+
+    Example:
+        >>> [text[:28] for text in notices(nn.Embedding(3, 2, sparse=True), runs_samples_alone=True)]
+        ['Embeddings with sparse=True ']
+    """
+    found = []
+    sparse = [
+        name or "the module itself" for name, layer in module.named_modules() if getattr(layer, "sparse", False) is True
+    ]
+    if sparse:
+        found.append(
+            f"Embeddings with sparse=True get dense gradients ({_listed(sparse)}): noise is added to every coordinate."
+        )
+    compiled = [name or "the module itself" for name, layer in module.named_modules() if is_compiled(layer)]
+    if compiled and not runs_samples_alone:
+        found.append(
+            f"Compiled submodules run eagerly ({_listed(compiled)}): compiled code does not report what it does with parameters. "
+            "grad_sample='single' keeps them compiled."
+        )
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

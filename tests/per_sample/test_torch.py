@@ -1,0 +1,84 @@
+"""Private API of torch: each function does what its one line says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_dp.per_sample import _torch
+
+
+class Seen(TorchFunctionMode):
+    """Counts the operations that report themselves."""
+
+    num = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.num += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Tracked(Tensor):
+    """Counts the operations that a tensor reports."""
+
+    num = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        cls.num += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_operations_report_themselves_to_nobody_where_told() -> None:
+    tensor = torch.ones(2).as_subclass(Tracked)
+    Tracked.num = 0
+    with Seen() as seen:
+        with _torch.unreported():
+            torch.add(tensor, 1)
+        assert (Tracked.num, seen.num) == (0, 1)
+        with _torch.unfollowed():
+            torch.add(tensor, 1)
+        assert (Tracked.num, seen.num) == (0, 1)
+
+
+def test_a_backward_is_seen_with_what_it_keeps() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    for keep in (True, False):
+        y = x * 2
+        y.register_hook(lambda grad: seen.append((_torch.in_backward(), _torch.keeps_graph())))
+        y.sum().backward(retain_graph=keep)
+    assert not _torch.in_backward()
+    assert seen == [(True, True), (True, False)]
+
+
+def test_an_own_view_is_no_view() -> None:
+    base = torch.ones(4, requires_grad=True) * 2
+    assert _torch.is_view(base[:2])
+    alone = _torch.own_view(base[:2])
+    assert not _torch.is_view(alone)
+    assert alone.data_ptr() == base.data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
+def test_compiled_modules_are_found() -> None:
+    in_place = nn.Linear(2, 2)
+    assert not _torch.is_compiled(in_place)
+    in_place.compile()
+    assert _torch.is_compiled(in_place)
+    assert _torch.is_compiled(torch.compile(nn.Linear(2, 2)))
+
+
+def test_norms_and_sums_of_several_tensors() -> None:
+    tensors, targets = [torch.full((4,), 3.0), torch.full((9,), 2.0)], [torch.ones(4), torch.ones(9)]
+    assert [float(norm) for norm in _torch.norms_of(tensors)] == [6.0, 6.0]
+    _torch.add_scaled(targets, tensors, 0.5)
+    assert [float(target[0]) for target in targets] == [2.5, 2.0]
+
+
+def test_schemas_and_kernels_are_named() -> None:
+    name, arguments = _torch.arguments_of(torch.ops.aten.add_.Tensor)
+    assert (name, [argument.name for argument in arguments]) == ("add", ["self", "other", "alpha"])
+    assert _torch.fused_kernel("lstm") is torch._VF.lstm
