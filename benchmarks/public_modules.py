@@ -144,7 +144,9 @@ def deepar_pf(arguments: dict[str, Any]) -> None:
 @case("pytorch-forecasting")
 def tide(arguments: dict[str, Any]) -> None:
     """TiDE."""
-    forecasting("TiDEModel", arguments, hidden_size=16)
+    from pytorch_forecasting import SMAPE
+
+    forecasting("TiDEModel", arguments, hidden_size=16, loss=SMAPE())  # the default is one object of all models
 
 
 def gluonts(name: str, arguments: dict[str, Any], **options: Any) -> None:
@@ -153,7 +155,7 @@ def gluonts(name: str, arguments: dict[str, Any], **options: Any) -> None:
 
     from gluonts.dataset.pandas import PandasDataset
 
-    table = series()
+    table = series().astype({"value": np.float32})
     table.index = np.tile(np.datetime64("2020-01-01") + np.arange(40), 6)
     data = PandasDataset.from_long_dataframe(table, target="value", item_id="series", freq="D")
     kind = getattr(importlib.import_module("gluonts.torch"), name)
