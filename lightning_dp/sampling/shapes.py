@@ -88,7 +88,7 @@ class _Positions(Dataset[Any]):
 
 
 class _ReadInBulk:
-    """Reads records at once and collates what comes back."""
+    """A fetcher that reads records at once and collates what is returned."""
 
     def __init__(self, dataset: Any, collate_fn: Any) -> None:
         self.dataset, self.collate_fn = dataset, collate_fn
@@ -245,7 +245,7 @@ def _rows(batch: Any) -> list[Any]:
     if wrong or len(lengths) != 1:
         found = type(wrong[0]).__name__ if wrong else f"lengths {sorted(lengths)}"
         raise TypeError(
-            f"Expected every part of a batch to have one row per record, got {found}. Records could not be told apart: "
+            f"Expected every part of a batch to have one row per record, got {found}. Records could not be distinguished: "
             "yield tensors of equal first length, or return a DataLoader."
         )
     return [tree_unflatten([column[row] for column in columns], structure) for row in range(lengths.pop())]

@@ -70,7 +70,7 @@ def _offer(layers: list[nn.Module]) -> str:
 
 
 def check_optimizers(optimizers: list[Optimizer], module: nn.Module, public: tuple[int, ...]) -> None:
-    """Refuses optimizers whose parameters are not the module's, or that call their closure many times."""
+    """Refuse optimizers whose parameters are not the module's, or that call their closure many times."""
     for index in public:
         if index >= len(optimizers):
             raise ValueError(

@@ -15,7 +15,7 @@ from lightning_dp.strategies import _lightning
 
 
 def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
-    """Refuses Trainer flags under which the step would not be private, or its noise could not be calibrated."""
+    """Refuse Trainer flags under which the step would not be private, or its noise could not be calibrated."""
     fit_loop = trainer.fit_loop
     if settings.target_epsilon is not None and fit_loop.max_epochs == -1 and fit_loop.max_steps == -1:
         raise ValueError(
@@ -52,7 +52,7 @@ def describe_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> str:
 
 
 def check_precision(precision: str) -> None:
-    """Refuses float16: scaled or overflowing gradients, skipped steps."""
+    """Refuse float16: scaled or overflowing gradients, skipped steps."""
     if precision in ("16-mixed", "16-true"):
         raise ValueError(
             f"Expected a precision with float32's range, got `Trainer(precision={precision!r})`. Its gradient scaler scales "

@@ -106,7 +106,7 @@ def test_bulk_loading_with_a_sampler_of_its_own_is_refused() -> None:
         private_dataloader(one_loader(bulk(40, 8, RandomSampler(range(20))), sampling="poisson"))
 
 
-def test_datasets_read_in_bulk_keep_their_attributes_and_are_copied() -> None:
+def test_datasets_read_in_bulk_keep_attributes_and_copy() -> None:
     dataset = one_loader(bulk(40, 8), sampling="poisson").dataset
     assert len(dataset.values) == len(dataset) == 40
     for other in (copy.deepcopy(dataset), pickle.loads(pickle.dumps(dataset))):
@@ -217,7 +217,7 @@ def test_an_iterable_of_batches_is_a_stream_of_its_rows() -> None:
         ((batch for batch in [torch.zeros(2, 1)]), ValueError, "read more than once, got a generator"),
     ],
 )
-def test_iterables_whose_records_cannot_be_told_apart_are_refused(
+def test_iterables_of_indistinct_records_are_refused(
     batches: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -103,7 +103,7 @@ def test_what_a_step_raises_on_trial_is_reported_as_ours(tmp_path: Any) -> None:
     assert note == "lightning_dp had called the training step on trial, without effect, with 2 records."
 
 
-def test_a_step_that_needs_two_is_not_doubled_where_training_runs_one(tmp_path: Any) -> None:
+def test_step_that_needs_two_is_not_doubled_for_one(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="Needs at least two") as error:
         fit(NeedsTwo(), tmp_path, microbatch_size=1)
     assert error.value.__notes__[0].endswith("with 1 record.")
@@ -196,7 +196,7 @@ def test_frozen_mappings_and_objects_in_outputs_train(tmp_path: Any) -> None:
 
 
 class Scaled(Classifier):
-    """Parameters of its own beside dropout and random draws."""
+    """Parameters of its own, with dropout and random draws."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -225,7 +225,7 @@ def test_an_epoch_that_a_count_cuts_short_is_free(tmp_path: Any) -> None:
     assert fit(Skipping(), tmp_path, epochs=2).ledger.num_steps == 4
 
 
-def test_callbacks_that_leave_the_module_alone_run_in_real_batches_only(tmp_path: Any) -> None:
+def test_callbacks_run_in_real_batches_only(tmp_path: Any) -> None:
     lines: list[float] = []
 
     class Prints(L.Callback):

@@ -279,7 +279,7 @@ class InTurns(SharedWeights):
         first.step()
 
 
-def test_a_shared_parameter_waits_for_no_optimizer_of_an_earlier_batch(tmp_path: Any) -> None:
+def test_shared_parameter_waits_for_no_earlier_optimizer(tmp_path: Any) -> None:
     recorder = Recorder()
     strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1e3)
     make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(InTurns(backwards=1), make_loader())
@@ -292,7 +292,7 @@ def test_a_shared_parameter_waits_for_no_optimizer_of_an_earlier_batch(tmp_path:
     assert all(float(seen["network.2.weight"].abs().max()) > 0 for seen in firsts)
 
 
-def test_each_release_of_a_shared_parameter_is_clipped_and_noised(tmp_path: Any) -> None:
+def test_shared_parameter_is_clipped_and_noised_each_time(tmp_path: Any) -> None:
     """Two releases a step, each with noise of sigma sqrt(2), cost one event at sigma; their noise is drawn apart."""
     recorder = Recorder()
     strategy = DPStrategy(noise_multiplier=1.5, max_grad_norm=1e-3)
@@ -314,7 +314,7 @@ def test_each_release_of_a_shared_parameter_is_clipped_and_noised(tmp_path: Any)
     assert abs(float(together.mean())) < 0.15 * 4.5
 
 
-def test_a_parameter_in_a_public_and_a_private_optimizer_is_refused(tmp_path: Any) -> None:
+def test_parameter_in_public_and_private_optimizer_is_refused(tmp_path: Any) -> None:
     strategy = DPStrategy(noise_multiplier=1.0, public_optimizers=[1])
     with pytest.raises(ValueError, match=r"in private optimizers or in public ones, got one of shape .* 0 and 1"):
         make_trainer(strategy, tmp_path).fit(SharedWeights(backwards=2), make_loader())
