@@ -1,7 +1,8 @@
 """What holds on a GPU, and what a private step costs there: run ``python -m benchmarks.gpu_check`` (under eight minutes).
 
-Correctness: per-sample gradients against batch-of-one autograd, the noise's standard deviation, and fits with all checks in
-float32 and bf16-mixed. Cost: step time and peak memory of three models in bf16 at batch 64, against a plain step, in pairs.
+Correctness: per-sample gradients against batch-of-one autograd, the noise's standard deviation, fits with all checks in
+float32 and bf16-mixed, and the sum of a sharded module against that of a whole one. Cost: step time and peak memory of three
+models in bf16 at batch 64, against a plain step, in pairs; and of Opacus' faster mode on two models that it can run.
 """
 
 from __future__ import annotations
@@ -134,6 +135,67 @@ def fits() -> dict[str, str]:
     return found
 
 
+def sharded() -> float:
+    """Return the relative difference between the released sums of a sharded module on one device and of a whole one."""
+    import lightning as L
+    from torch.distributed.fsdp import fully_shard
+
+    from lightning_dp import DPFSDPStrategy, DPStrategy
+
+    class Classifier(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 4))
+            self.released = torch.zeros(0)
+
+        def configure_model(self) -> None:
+            if self.device_mesh is not None:
+                for layer in (self.network[0], self.network[3], self.network):
+                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.network(batch[0]), batch[1])
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            gradients: list[Any] = [parameter.grad for parameter in self.parameters()]
+            whole = [gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient for gradient in gradients]
+            self.released = torch.cat([gradient.flatten() for gradient in whole]).clone()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(64, 16), torch.randint(0, 4, (64,)))
+    found = []
+    for kind in (DPStrategy, DPFSDPStrategy):
+        module = Classifier()
+        trainer = L.Trainer(
+            max_steps=1, strategy=kind(noise_multiplier=0.0, target_delta=1e-4), devices=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(data, batch_size=64))
+        found.append(module.released)
+    torch.distributed.destroy_process_group()
+    return float((found[1] - found[0]).norm() / found[0].norm())
+
+
+def peer(name: str) -> dict[str, float | str]:
+    """Return the time of a step of Opacus over a plain one on a case of step_cost.py, by mode; a mode that fails says so."""
+    from benchmarks import step_cost
+    from benchmarks.cases import CASES
+
+    case = CASES["mlp" if SMALL else name]
+    plain = step_cost.run(case, "plain", 3).seconds_a_step(step_cost.WARMUP)
+    found: dict[str, float | str] = {}
+    for mode in ("ghost", "hooks"):
+        try:
+            found[mode] = step_cost.run(case, mode, 3).seconds_a_step(step_cost.WARMUP) / plain
+        except Exception as error:
+            found[mode] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def cost(shape: tuple[int, int, int, int, int]) -> dict[str, float]:
     """Return time and peak memory of a private step over a plain one, medians of pairs."""
     depth, width, heads, tokens, vocabulary = (1, 32, 2, 8, shape[4] and 50) if SMALL else shape
@@ -183,8 +245,14 @@ def main() -> None:
     """Run everything and print one JSON object per part; a part that fails says so."""
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
     print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
-    parts: dict[str, Callable[[], Any]] = {"engine": check_engine, "noise": check_noise, "fits": fits}
+    parts: dict[str, Callable[[], Any]] = {
+        "engine": check_engine,
+        "noise": check_noise,
+        "fits": fits,
+        "sharded": sharded,
+    }
     parts |= {title: (lambda shape=shape: cost(shape)) for title, shape in MODELS.items()}
+    parts |= {f"Opacus, {name}": (lambda name=name: peer(name)) for name in ("vit", "bert")}
     for title, part in parts.items():
         try:
             result = part()

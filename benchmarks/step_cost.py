@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                       # the whole table: step_cost.json, and its section of README.md
     python benchmarks/step_cost.py --cases mlp --pairs 7 --modes ours
+    python benchmarks/step_cost.py --device cuda         # the same on a GPU, or an error where there is none
 
 Step against step, both in a Lightning Trainer with automatic optimization, noise and optimizer included. A and B run in
 turn, each in a process of its own; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best
@@ -291,6 +292,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of stepping on each side of a pair, about")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", default="wall", choices=CLOCKS)
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda"), help="cuda: fail where there is no GPU")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "step_cost.json")
@@ -301,6 +303,8 @@ def main() -> None:
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
+    if options.device == "cuda" and DEVICE.type != "cuda":
+        parser.error("Expected a GPU for --device cuda, got none. Leave the option out to measure on the CPU.")
     if options.memory:
         print(*measure_memory(CASES[options.memory[0]], options.memory[1]))
         return

@@ -23,6 +23,7 @@ __all__ = [
     "ClippingScheduler",
     "CorrelatedNoise",
     "DPDDPStrategy",
+    "DPFSDPStrategy",
     "DPPlan",
     "DPStrategy",
     "Epsilon",
@@ -91,7 +92,7 @@ if TYPE_CHECKING:
     from lightning_dp.metrics import Epsilon
     from lightning_dp.noise import CorrelatedNoise
     from lightning_dp.step.plan import DPPlan
-    from lightning_dp.strategies import DPDDPStrategy, DPStrategy
+    from lightning_dp.strategies import DPDDPStrategy, DPFSDPStrategy, DPStrategy
 else:
     _SUBMODULES = (
         *(
@@ -125,7 +126,7 @@ else:
         "metrics": "Epsilon",
         "noise": "CorrelatedNoise",
         "step.plan": "DPPlan",
-        "strategies": "DPDDPStrategy DPStrategy",
+        "strategies": "DPDDPStrategy DPFSDPStrategy DPStrategy",
     }
     _SOURCES = {name: source for source, names in _NAMES_BY_SOURCE.items() for name in names.split()}
 

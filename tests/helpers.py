@@ -132,9 +132,14 @@ class Largest(TorchDispatchMode):
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if _has_memory(t)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+            if _has_memory(tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
         return result
+
+
+def _has_memory(thing: Any) -> bool:
+    """Whether something is a tensor with memory of its own: a distributed one only holds another that has."""
+    return isinstance(thing, Tensor) and not hasattr(thing, "to_local")

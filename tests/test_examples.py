@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-#: Run in processes of their own: one starts itself a second time, the others load transformers.
-SLOW = {"hf_trainer", "text_lora", "two_processes"}
+#: Run in processes of their own: two start themselves a second time, the others load transformers.
+SLOW = {"fsdp", "hf_trainer", "text_lora", "two_processes"}
 #: tests/datalens/test_examples.py runs these.
 ELSEWHERE = {"datalens_2d", "datalens_digits"}
 NAMES = {path.stem for path in EXAMPLES.glob("*.py")} - ELSEWHERE

@@ -17,6 +17,7 @@ from lightning_dp.callbacks._strategy import private_strategy
 from lightning_dp.masks import MagnitudeMask, magnitude_masks, prunable_names, public_weights
 from lightning_dp.masks.magnitude import NOT_PUBLIC
 from lightning_dp.masks.random import check_seed
+from lightning_dp.step.local import local_part, own_rows, whole_of
 
 
 class MagnitudePruning(Callback):
@@ -167,7 +168,7 @@ class MagnitudePruning(Callback):
                 "Expected trainable weights of two dimensions or more with MagnitudePruning, got a module without any that a private "
                 "optimizer holds. Unfreeze some, or leave the callback out."
             )
-        weights: Mapping[str, Tensor] = parameters
+        weights: Mapping[str, Tensor] = {name: whole_of(parameters[name]) for name in prunable}
         if self.reference is not None:
             weights = public_weights(self.reference, {name: parameters[name] for name in prunable})
         masks = magnitude_masks(weights, self.amount, self.scope, prunable, self.scores, self.seed)
@@ -186,18 +187,20 @@ class MagnitudePruning(Callback):
                     "Resume with the same module."
                 )
             parameter = parameters[name]
-            value = parameter.detach().clone() if self.mode == "freeze" else None
-            self._held.append((parameter, mask.logical_not().to(parameter.device), value))
+            value = local_part(parameter).detach().clone() if self.mode == "freeze" else None
+            removed = own_rows(mask.logical_not(), parameter).to(parameter.device)
+            self._held.append((parameter, removed, value))
         self._restore()
 
     @torch.no_grad()
     def _restore(self, *_: object) -> None:
         """Set removed weights back after each step of an optimizer."""
         for parameter, removed, value in self._held:
+            part = local_part(parameter)
             if value is None:
-                parameter.masked_fill_(removed, 0)
+                part.masked_fill_(removed, 0)
             else:
-                parameter.copy_(torch.where(removed, value, parameter))
+                part.copy_(torch.where(removed, value, part))
 
     def _let_go(self) -> None:
         for hook in self._hooks:

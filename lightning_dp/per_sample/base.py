@@ -6,7 +6,7 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -44,8 +44,12 @@ class GradientEngine(ABC):
         """Remove every hook; a second call changes nothing."""
 
     @abstractmethod
-    def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def set_parameters(self, parameters: Mapping[str, nn.Parameter], gathered: Collection[str] = ()) -> None:
         """Set the private parameters: qualified name (the first of ``named_parameters``) to parameter.
+
+        Args:
+            parameters: what the forward computes with.
+            gathered: names of those that the module holds during its forward alone, as sharded modules do.
 
         Raises:
             PrivacyError: a parameter is not one of the module.
@@ -97,6 +101,15 @@ class GradientEngine(ABC):
     @abstractmethod
     def has_backprops(self, names: Iterable[str]) -> bool:
         """Tell whether a backprop is waiting for any of these parameters."""
+
+    def recomputed(self) -> set[str]:
+        """Return the parameters of which values are read again after the backward, to pull gradients back."""
+        return set()
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Types of the private parameters as the forward computes with them."""
+        return {parameter.dtype for parameter in self._parameters.values()}
 
     @abstractmethod
     def accept_grads(self, names: Iterable[str]) -> None:

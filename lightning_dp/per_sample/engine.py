@@ -5,7 +5,7 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -121,14 +121,14 @@ class PerSampleEngine(GradientEngine):
         self._guards = []
 
     @override
-    def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def set_parameters(self, parameters: Mapping[str, nn.Parameter], gathered: Collection[str] = ()) -> None:
         if self._parameters.keys() == parameters.keys() and all(
             self._parameters[name] is parameter for name, parameter in parameters.items()
         ):
             return
         self.end()
         held = {id(parameter) for parameter in self._module.parameters()}
-        missing = sorted(name for name, parameter in parameters.items() if id(parameter) not in held)
+        missing = sorted(name for name, p in parameters.items() if id(p) not in held and name not in gathered)
         if missing:
             raise PrivacyError(
                 f"Expected every private parameter to be a parameter of the module, got {missing} outside of it. "
@@ -280,6 +280,11 @@ class PerSampleEngine(GradientEngine):
     @override
     def has_backprops(self, names: Iterable[str]) -> bool:
         return not self._parts(set(names)).keys().isdisjoint(names)
+
+    @override
+    def recomputed(self) -> set[str]:
+        live = [source.nodes[key] for source in self._tracker.sources.values() for key in source.live()]
+        return {name for node in live if not node.is_view for name in node.names}
 
     @override
     def accept_grads(self, names: Iterable[str]) -> None:

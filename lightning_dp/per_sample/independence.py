@@ -40,6 +40,7 @@ def compare_with_singles(
     rtol: float | None = None,
     module: nn.Module | None = None,
     adds_up: Callable[[], bool] | None = None,
+    total: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
 ) -> None:
     r"""Compare per-sample gradients of a batch with the gradients of its samples run alone.
 
@@ -60,6 +61,7 @@ def compare_with_singles(
         module: searched for layers that explain a difference.
         adds_up: whether the gradient of the whole batch is that of its samples together; asked where gradients differ, to
             tell samples that influence each other from a gradient that this package deals to the wrong sample.
+        total: adds figures by parameter over the processes, where each holds a part of the gradients.
 
     Raises:
         PrivacyError: where the gradients differ, with the parameters, the size and the likely cause, or where no
@@ -73,6 +75,7 @@ def compare_with_singles(
     if rtol is not None and not 0 < rtol < math.inf:
         raise ValueError(f"Expected rtol in (0, inf), got rtol={rtol}.")
     sums, samples, seen = _sums_of(batched, singles, scale)
+    sums = dict(total(sums))
     dtype = dtype or max(seen, key=lambda kind: RTOL.get(kind, 0.0), default=torch.float32)
     rtol = RTOL.get(dtype, RTOL[torch.float32]) if rtol is None else rtol
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class SingleSampleEngine(GradientEngine):
         self._handles = []
 
     @override
-    def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def set_parameters(self, parameters: Mapping[str, nn.Parameter], gathered: Collection[str] = ()) -> None:
         if self._parameters.keys() == parameters.keys() and all(
             self._parameters[name] is parameter for name, parameter in parameters.items()
         ):

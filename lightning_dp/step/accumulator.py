@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_dp.clipping import Clipping
 from lightning_dp.masks import ParameterMask
 from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise
+from lightning_dp.step.local import as_gradient, local_part
 from lightning_dp.system import tuning
 from lightning_dp.system.owners import is_shared
 
@@ -41,8 +42,8 @@ class Accumulator:
         self.groups = clipping.groups(self.parameters)
         first = next(iter(self.parameters.values()))
         double = any(parameter.dtype == torch.float64 for parameter in self.parameters.values())
-        self._shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        self._sizes = [parameter.numel() for parameter in self.parameters.values()]
+        self._shapes = {name: local_part(parameter).shape for name, parameter in self.parameters.items()}
+        self._sizes = [shape.numel() for shape in self._shapes.values()]
         self.num_coordinates = sum(self._sizes)
         self.num_statistics = num_statistics
         self._device = first.device
@@ -86,6 +87,7 @@ class Accumulator:
         std: float,
         divisor: int = 1,
         shares: Sequence[float] = (),
+        share: float = 1.0,
     ) -> None:
         """Begins a sum with the noise of its release: the buffer is passed over once less than when it is added at the end.
 
@@ -94,23 +96,29 @@ class Accumulator:
             std: of a coordinate of the sum, from public state only.
             divisor: above 1, the gradient is held divided by it, noise included, and nothing is left to divide: once less again.
             shares: factor of each group on the std; empty for none.
+            share: factor on the std that this process adds to what every process holds.
         """
         self._flat = self._fresh()
         self.statistics.zero_()
-        for part, factor in self.noise_parts(shares):
+        for part, factor in self.noise_parts(shares, share):
             noise.fill_(part, std * factor / divisor)
         self.used, self.noise_std, self.divisor = True, std, divisor
 
-    def noise_parts(self, shares: Sequence[float]) -> list[tuple[Tensor, float]]:
+    def noise_parts(self, shares: Sequence[float], share: float = 1.0) -> list[tuple[Tensor, float]]:
         """Return the parts of the gradient that carry noise of a std of their own, with its factor.
 
         Args:
             shares: factor of each group; empty for one part of factor 1.
+            share: a further factor, on what every process holds.
         """
         if not shares:
-            return [(self.gradient, 1.0)]
-        factors = {name: share for group, share in zip(self.groups, shares, strict=True) for name in group}
-        return [(view, factors[name]) for name, view in self.views.items() if view.numel()]
+            return [(self.gradient, share)]
+        factors = self.factors_by_name(shares)
+        return [(view, factors[name] * share) for name, view in self.views.items() if view.numel()]
+
+    def factors_by_name(self, shares: Sequence[float]) -> dict[str, float]:
+        """Return the factor of the group of each parameter."""
+        return {name: share for group, share in zip(self.groups, shares, strict=True) for name in group}
 
     @property
     def group_sizes(self) -> list[int]:
@@ -140,7 +148,7 @@ class Accumulator:
             return self.views_of(self.gradient)
         sizes = self._active_sizes
         parts = dict(zip(sizes, torch.split(self.gradient, list(sizes.values())), strict=True))
-        return {n: part if n in self.masks else part.view_as(self.parameters[n]) for n, part in parts.items()}
+        return {n: part if n in self.masks else part.view(self._shapes[n]) for n, part in parts.items()}
 
     @property
     def scratch(self) -> dict[str, Tensor]:
@@ -191,6 +199,11 @@ class Accumulator:
     def sensitivity(self) -> float:
         """The largest norm that one sample adds under the clipping in force."""
         return self.clipping.sensitivity(len(self.groups))
+
+    @property
+    def masks_of_norms(self) -> dict[str, ParameterMask]:
+        """Masks of whole per-sample gradients by parameter name."""
+        return self.masks
 
     @property
     def num_active(self) -> int:
@@ -266,6 +279,6 @@ class Accumulator:
             whole.index_copy_(0, self._active_indices, noisy)
         for name, gradient in self.views_of(whole[: self.num_coordinates]).items():
             parameter = self.parameters[name]
-            parameter.grad = gradient.to(parameter.dtype) if parameter.requires_grad else None
+            parameter.grad = as_gradient(gradient.to(parameter.dtype), parameter) if parameter.requires_grad else None
         self._handed_out = whole if self._takes_back else None
         self._forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,10 +56,15 @@ class Couplings:
 
         three = (records * 3)[:3] if len(records) < 3 else records[:3]
         together = not self._runs.step.settings.runs_samples_alone
-        state_check.check_state(run, three, together=together, copies=host.copies)
+        anywhere = self._runs.step.reduction.any
+        state_check.check_state(run, three, together=together, copies=host.copies, anywhere=anywhere)
         if host.has_epoch_end:
             state_check.check_state(
-                lambda batches: run(batches, ends=True), three, together=together, copies=host.copies
+                lambda batches: run(batches, ends=True),
+                three,
+                together=together,
+                copies=host.copies,
+                anywhere=anywhere,
             )
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
@@ -79,8 +85,14 @@ class Couplings:
         scale = len(records) if self._runs.step.settings.loss_reduction == "mean" else 1
         batched = run(records, engine=True).private
         dtypes = {gradient.dtype for gradient in batched.values()}
-        tolerance = TOLERANCE[torch.float64 if dtypes == {torch.float64} else self._runs.host.narrow]
+        tolerance = TOLERANCE[torch.float64 if dtypes == {torch.float64} else self._runs.narrow]
         alone = (run([record], engine=False).private for record in records)
+
+        step = self._runs.step
+
+        def length(gradients: dict[str, Tensor]) -> float:
+            squares = {name: gradient.double().square().sum() for name, gradient in gradients.items()}
+            return math.sqrt(sum(float(square) for square in step.reduction.total(squares).values()))
 
         def adds_up() -> bool:
             """Tell whether the gradient of the whole batch is that of its samples run alone, together."""
@@ -88,15 +100,21 @@ class Couplings:
             largest = 0.0
             for record in records:
                 single = run([record], engine=False).private
-                largest = max(largest, sum(float(gradient.norm()) ** 2 for gradient in single.values()) ** 0.5)
+                largest = max(largest, length(single))
                 rest |= {
                     name: rest.get(name, torch.zeros_like(gradient)) - gradient for name, gradient in single.items()
                 }
-            distance: float = sum(float(gradient.norm()) ** 2 for gradient in rest.values()) ** 0.5
-            return distance <= tolerance * largest
+            return length(rest) <= tolerance * largest
 
-        module = self._runs.step.module
-        compare_with_singles(batched, alone, scale=scale, rtol=tolerance, module=module, adds_up=adds_up)
+        compare_with_singles(
+            batched,
+            alone,
+            scale=scale,
+            rtol=tolerance,
+            module=step.module,
+            adds_up=adds_up,
+            total=step.reduction.total,
+        )
 
     def check_exchange(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Exchange one sample of a batch in several ways; see ``exchange``."""
@@ -175,20 +193,21 @@ class Couplings:
             if may_raise:  # the user's code refuses such a record: an exception, which the guarantee does not cover
                 return
             raise
-        narrow = torch.float64 if base.norms.dtype == torch.float64 else self._runs.host.narrow
+        narrow = torch.float64 if base.norms.dtype == torch.float64 else self._runs.narrow
         stays = torch.arange(base.norms.shape[1], device=base.norms.device) != place
         exact, rough = exchange.TOLERANCE[narrow]
         same_shape = exchange.same_shapes(base, other) and not loose
-        exchange.compare(base, other, stays, tolerance=exact if same_shape else rough, what=what)
+        tolerance, total = exact if same_shape else rough, self._runs.step.reduction.total
+        exchange.compare(base, other, stays, tolerance=tolerance, what=what, total=total)
 
     def _fingerprint(self, snapshot: Snapshot, records: list[Any], place: int, draws: Draws) -> exchange.Fingerprint:
         """Run the engine on records and return what their gradients look like without the one at ``place``."""
         step, size = self._runs.step, len(records)
         weights = exchange.random_weights(size, place)
-        parameters: dict[str, Tensor] = dict(step.module.named_parameters())
+        known: dict[str, Tensor] = dict(step.module.named_parameters())
 
         def read(names: list[str]) -> Any:
-            return exchange.fingerprint(step.engine, names, weights, parameters)
+            return exchange.fingerprint(step.reduction, step.engine, weights, {name: known[name] for name in names})
 
         probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
         scale = size if step.settings.loss_reduction == "mean" else 1

@@ -6,6 +6,7 @@ found that a comparison with single runs cannot resolve.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.batch_owners import shapes_in
+from lightning_dp.step.reduction import Reduction
 
 #: Allowed relative difference of the others' gradients, by type: where shapes stay equal, and where they change.
 TOLERANCE = {torch.float64: (1e-11, 1e-5), torch.float32: (2e-6, 1e-4), torch.bfloat16: (1e-3, 5e-2)}
@@ -47,25 +49,23 @@ def random_weights(size: int, leaves: int) -> Tensor:
 
 
 def fingerprint(
-    engine: Any, names: list[str], weights: Tensor, parameters: dict[str, Tensor]
+    reduction: Reduction, engine: Any, weights: Tensor, parameters: dict[str, Tensor]
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Return norms per parameter and sample, and weighted sums over samples of gradients scaled to equal length.
 
     Args:
+        reduction: says what this process holds of a sum.
         engine: recorded the batch.
-        names: private parameters of one optimizer.
         weights: (directions, B); 0 leaves a sample out.
-        parameters: private parameters by name.
+        parameters: private parameters of one optimizer by name.
     """
-    norms = engine.squared_norms([[name] for name in names]).sqrt()
+    norms = reduction.squared_norms(engine, [[name] for name in parameters]).sqrt()
     total = norms.nan_to_num(nan=0.0, posinf=0.0).square().sum(0).sqrt()
     usable = (total > 0) & norms.isfinite().all(0)
     sums = []
     for row in weights.to(norms):
         factors = torch.where(usable, row / total.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
-        out = {name: torch.zeros_like(parameters[name], dtype=norms.dtype) for name in names}
-        engine.accumulate(factors[None], [names], out)
-        sums.append(out)
+        sums.append(reduction.weighted_sum(engine, factors, parameters))
     return norms, sums
 
 
@@ -128,7 +128,15 @@ def same_shapes(first: Fingerprint, second: Fingerprint) -> bool:
     return bool(first.shapes == second.shapes)
 
 
-def compare(first: Fingerprint, second: Fingerprint, stays: Tensor, *, tolerance: float, what: str) -> None:
+def compare(
+    first: Fingerprint,
+    second: Fingerprint,
+    stays: Tensor,
+    *,
+    tolerance: float,
+    what: str,
+    total: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> None:
     """Check that the samples that stay have the same gradients in two batches.
 
     Args:
@@ -137,6 +145,7 @@ def compare(first: Fingerprint, second: Fingerprint, stays: Tensor, *, tolerance
         stays: (B,) marks the samples of the first batch that the second one holds too.
         tolerance: allowed difference, relative to a sample's own gradient.
         what: was done to the one that does not stay.
+        total: adds figures by parameter over the processes, where each holds a part of the sums.
 
     Raises:
         PrivacyError: a sample's gradient depends on another one.
@@ -149,15 +158,16 @@ def compare(first: Fingerprint, second: Fingerprint, stays: Tensor, *, tolerance
         raise PrivacyError(_message(what, "there is no loss any more, or there is one now"))
     if norms.numel() == 0:
         return
-    total = norms.nan_to_num().square().sum(0).sqrt()
-    differs = (norms - others).abs() > tolerance * total
+    lengths = norms.nan_to_num().square().sum(0).sqrt()
+    differs = (norms - others).abs() > tolerance * lengths
     differs |= norms.isfinite() != others.isfinite()
     if bool(differs.any()):
-        worst = ((norms - others).abs() / total.clamp_min(1e-300)).nan_to_num(nan=float("inf")).max()
+        worst = ((norms - others).abs() / lengths.clamp_min(1e-300)).nan_to_num(nan=float("inf")).max()
         raise PrivacyError(_message(what, f"the gradients of {int(differs.any(0).sum())} of {norms.shape[1]} others differ by "
                                           f"up to {float(worst):.2g} of their length"))  # fmt: skip
     for one, other in zip(first.sums, second.sums, strict=True):
-        distance = sum(float((one[name].double() - other[name].double()).square().sum()) for name in one) ** 0.5
+        squares = {name: (one[name].double() - other[name].double()).square().sum() for name in one}
+        distance = sum(float(square) for square in total(squares).values()) ** 0.5
         if not distance <= 4 * tolerance * norms.shape[1]:
             raise PrivacyError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
 

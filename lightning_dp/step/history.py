@@ -55,7 +55,8 @@ def _ledger_of(path: Any) -> Ledger:
             f"Expected history to hold ledgers or paths of checkpoints, got {type(path).__name__}. Pass strategy.ledger, "
             "'last.ckpt', or a list of them."
         )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    file = os.path.join(path, "meta.pt") if os.path.isdir(path) else path  # a folder is a sharded checkpoint
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or saved.KEY not in checkpoint:
         raise PrivacyError(
             f"Expected a checkpoint with a privacy ledger in history, got {os.fspath(path)!r} without one. What its weights have "
@@ -115,9 +116,10 @@ def note_values(parameters: Iterable[nn.Parameter]) -> None:
 
 def _print_of(parameter: nn.Parameter) -> Any:
     """Return a few of a parameter's values, by which copies are recognised; None where other parameters may well have the same."""
-    flat = parameter.detach().flatten()
-    if flat.numel() < _FEWEST or type(flat) is not Tensor or flat.is_meta:
+    value = parameter.detach()
+    if value.numel() < _FEWEST or type(value) is not Tensor or value.is_meta:
         return None
+    flat = value.flatten()
     places = torch.linspace(0, flat.numel() - 1, _PLACES, dtype=torch.float64).long()
     values = tuple(flat[places.to(flat.device)].double().tolist())
     return (tuple(parameter.shape), values) if len(set(values)) >= _FEWEST else None

@@ -73,8 +73,8 @@ class ReleaseNoise:
             return
         accumulator.used = True
         if release.drawn_std > 0 and first:
-            std = release.drawn_std * self._reduction.noise_share
-            accumulator.begin_with_noise(self._drawn, std, divisor, release.shares)
+            share = self._reduction.noise_share
+            accumulator.begin_with_noise(self._drawn, release.drawn_std, divisor, release.shares, share)
 
     def add(self, accumulator: Accumulator, release: Release, *, alone: bool) -> None:
         """Add the noise that the accumulator lacks.
@@ -84,13 +84,13 @@ class ReleaseNoise:
             release: the same object as in :meth:`begin`.
             alone: whether it is the only accumulator of a step, so that the next noise may be drawn during the next forward.
         """
-        gradient, share = accumulator.gradient, self._reduction.noise_share
+        parts = accumulator.noise_parts(release.shares, self._reduction.noise_share)
         if accumulator.noise_std is None:
-            for part, factor in accumulator.noise_parts(release.shares):
-                self._drawn.add_(part, release.drawn_std * share * factor)
-        assert accumulator.noise_std in (None, release.drawn_std * share), "the buffer began with other noise"
+            for part, factor in parts:
+                self._drawn.add_(part, release.drawn_std * factor)
+        assert accumulator.noise_std in (None, release.drawn_std), "the buffer began with other noise"
         if accumulator.num_statistics:
-            self.source.add_(accumulator.statistics, release.statistics_std * share)
-        independent = self._correlated is None and not release.shares
-        if release.drawn_std > 0 and alone and independent and has_spare_core():
+            self.source.add_(accumulator.statistics, release.statistics_std * self._reduction.noise_share)
+        gradient, independent = accumulator.gradient, self._correlated is None and not release.shares
+        if release.drawn_std > 0 and alone and independent and len(parts) == 1 and has_spare_core():
             self.source.prepare(gradient.numel(), gradient.dtype, gradient.device)

@@ -11,10 +11,13 @@ from lightning_dp.clipping.bounds import Bound, NoisyRelease
 from lightning_dp.per_sample import GradientEngine
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.diagnostics import Diagnostics
+from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import Release
 
 
-def learn(bound: Bound, accumulator: Accumulator, release: Release, expected_batch_size: int) -> float:
+def learn(
+    bound: Bound, accumulator: Accumulator, reduction: Reduction, release: Release, expected_batch_size: int
+) -> float:
     """Show a noisy release to a clipping bound that learns from it: post-processing.
 
     Returns:
@@ -22,11 +25,12 @@ def learn(bound: Bound, accumulator: Accumulator, release: Release, expected_bat
     """
     if not bound.sees_releases:
         return 1.0
-    statistics, gradient = tuple(accumulator.statistics.tolist()), accumulator.gradient
+    statistics = tuple(accumulator.statistics.tolist())
+    squared_norm, num_live = reduction.squared_norm(accumulator)
     bound.observe(
         NoisyRelease(
-            squared_norm=float(torch.linalg.vector_norm(gradient.double())) ** 2,
-            num_live=gradient.numel(),
+            squared_norm=squared_norm,
+            num_live=num_live,
             noise_std=release.noise_std,
             expected_batch_size=expected_batch_size,
             statistics=statistics,

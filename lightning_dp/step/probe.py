@@ -65,9 +65,9 @@ class Probe:
         elif self._read is not None:
             self.found.append(self._read(names))
         elif self._engine:
-            self.private |= step.engine.per_sample_gradients(names)
+            self.private |= step.reduction.per_sample_gradients(step.engine, names)
         else:
-            self.private |= {name: self._raw[name] for name in names if name in self._raw}
+            self.private |= step.reduction.parts({name: self._raw[name] for name in names if name in self._raw})
 
     def discard(self, optimizer: int) -> None:
         """Forget gradients, as ``zero_grad`` does."""

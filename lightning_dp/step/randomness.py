@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,3 +96,21 @@ def kept_generators(device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore_generators(states, device)
+
+
+def generator_restorer(generator: Any) -> Callable[[], Any]:
+    """Return a function that puts the state of a generator of torch, numpy or Python back."""
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        return lambda: generator.set_state(state)
+    if isinstance(generator, random.SystemRandom):  # has no state
+        return lambda: None
+    if isinstance(generator, random.Random):
+        python_state = generator.getstate()
+        return lambda: generator.setstate(python_state)
+    if isinstance(generator, np.random.RandomState):
+        legacy_state = generator.get_state()
+        return lambda: generator.set_state(legacy_state)
+    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+    numpy_state = copy.deepcopy(bits.state)
+    return lambda: setattr(bits, "state", numpy_state)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Protocol
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.clipping import Clipping
+from lightning_dp.errors import PrivacyError
+from lightning_dp.masks import ParameterMask
 from lightning_dp.step.accumulator import Accumulator
 
 
@@ -22,30 +26,69 @@ class Reduction(Protocol):
     """Number of this process in the group."""
     world_size: int
     """Processes of the group."""
+    is_sharded: bool
+    """Whether forwards communicate, so that every rank has to run the same ones, and hold parts of the parameters."""
+
+    # what every rank has to do alike where forwards communicate
 
     def same_count(self, num: int) -> int:
         """Return the number of microbatches that every rank runs: ``num``, or the maximum where forwards communicate."""
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank; call it before a branch that could differ between ranks."""
+        """Return whether a flag is set on any rank where forwards communicate; else the flag of this rank."""
+
+    def settle(self) -> None:
+        """Bring the module into its state between two steps: no parameter is gathered."""
+
+    def recover(self) -> None:
+        """Do so after an exception in the middle of the user's code, which is caught."""
+
+    # what differs where parameters are sharded
+
+    def watch(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Tell an engine which tensors the module computes with."""
 
     def make_accumulator(
         self, parameters: Mapping[str, nn.Parameter], clipping: Clipping, num_statistics: int
     ) -> Accumulator:
         """Return the accumulator of one private optimizer."""
 
-    def combine_norms(self, squared_norms: Tensor) -> Tensor:
-        """Return squared norms of whole gradients from those of the parts that this rank holds, shape (G, B)."""
+    def squared_norms(
+        self, engine: Any, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
+    ) -> Tensor:
+        """Return the squared norms of whole per-sample gradients, shape (G, B)."""
+
+    def accumulate(self, engine: Any, weights: Tensor | None, accumulator: Accumulator) -> None:
+        """Add the weighted sum of the gradients of a microbatch, shape (G, B); None for one that counts as nothing."""
+
+    # the release
+
+    @property
+    def noise_share(self) -> float:
+        """Factor on the std of the noise of what every rank holds."""
 
     def reduce(self, accumulator: Accumulator) -> None:
         """Add the accumulators of all ranks, each with its share of the noise."""
 
-    @property
-    def noise_share(self) -> float:
-        """Factor on the std of the noise that one rank adds."""
+    def squared_norm(self, accumulator: Accumulator) -> tuple[float, int]:
+        """Return the squared norm of a reduced gradient, over all ranks' parts, and its number of coordinates."""
 
     def average(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Average the gradients of a public optimizer over the ranks."""
+
+    # trials: every rank runs the same records, and compares what it holds of the gradients
+
+    def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return what this rank compares of per-sample gradients, ``(B, *part)`` for each parameter."""
+
+    def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what this rank compares of a weighted sum of gradients, ``factors`` of shape (B,)."""
+
+    def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what this rank compares of gradients that autograd has made."""
+
+    def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return figures by parameter, added over the parts that the ranks compare."""
 
 
 class OneProcess:
@@ -54,6 +97,7 @@ class OneProcess:
     rank = 0
     world_size = 1
     noise_share = 1.0
+    is_sharded = False
 
     def same_count(self, num: int) -> int:
         """Return ``num``."""
@@ -63,21 +107,67 @@ class OneProcess:
         """Return the flag."""
         return flag
 
+    def settle(self) -> None:
+        """Do nothing: parameters are whole at all times."""
+
+    def recover(self) -> None:
+        """Do nothing."""
+
+    def watch(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Hand over the parameters themselves."""
+        engine.set_parameters(parameters)
+
     def make_accumulator(
         self, parameters: Mapping[str, nn.Parameter], clipping: Clipping, num_statistics: int
     ) -> Accumulator:
         """Return an accumulator over whole parameters."""
         return Accumulator(parameters, clipping, num_statistics)
 
-    def combine_norms(self, squared_norms: Tensor) -> Tensor:
-        """Return the norms: this process holds whole gradients."""
-        return squared_norms
+    def squared_norms(
+        self, engine: Any, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
+    ) -> Tensor:
+        """Return the norms that the engine finds: this process holds whole gradients."""
+        norms: Tensor = engine.squared_norms(groups, masks)
+        return norms
+
+    def accumulate(self, engine: Any, weights: Tensor | None, accumulator: Accumulator) -> None:
+        """Add the sum to the accumulator at once."""
+        if weights is not None:
+            engine.accumulate(weights, accumulator.groups, accumulator.views, accumulator.masks, accumulator.scratch)
 
     def reduce(self, accumulator: Accumulator) -> None:
         """Leave the sum as it is."""
 
+    def squared_norm(self, accumulator: Accumulator) -> tuple[float, int]:
+        """Return the squared norm of the gradient."""
+        return squared_length(accumulator.gradient), accumulator.num_active
+
     def average(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Leave the gradients as they are."""
+
+    def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return whole per-sample gradients."""
+        gradients: dict[str, Tensor] = engine.per_sample_gradients(names)
+        return gradients
+
+    def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the whole sum."""
+        out = {name: torch.zeros_like(parameter, dtype=factors.dtype) for name, parameter in parameters.items()}
+        engine.accumulate(factors[None], [list(parameters)], out)
+        return out
+
+    def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients."""
+        return dict(gradients)
+
+    def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the figures as they are."""
+        return dict(parts)
+
+
+def squared_length(tensor: Tensor) -> float:
+    """Return the squared norm of a tensor, added up in float64."""
+    return float(torch.linalg.vector_norm(tensor.double())) ** 2
 
 
 class AllReduce(OneProcess):
@@ -100,25 +190,14 @@ class AllReduce(OneProcess):
         return 1 / math.sqrt(self.world_size)
 
     @override
-    def any(self, flag: bool) -> bool:
-        found = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found)
-
-    @override
     def reduce(self, accumulator: Accumulator) -> None:
         """Add the buffers of all ranks: clipped sums, each with its rank's share of the noise.
 
         Raises:
             RuntimeError: another process died, hung or fell behind.
         """
-        try:
+        with communicating("the sum of a logical step"):
             dist.all_reduce(accumulator.flat)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"Expected every rank to take part in the sum of a logical step, got {error}. Another process died, hung or fell "
-                "behind: end what is left of the run and resume all of them from the newest checkpoint, whose ledger is whole."
-            ) from error
 
     @override
     def average(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -131,3 +210,29 @@ class AllReduce(OneProcess):
         parts = torch.split(flat, [math.prod(p.shape) for p in parameters.values()])
         for parameter, part in zip(parameters.values(), parts, strict=True):
             parameter.grad = part.view_as(parameter)
+
+
+#: Words of what the back ends of torch raise where another process is lost.
+_LOST = re.compile("gloo|nccl|connection|socket|timed? ?out|broken pipe", re.IGNORECASE)
+
+
+@contextmanager
+def communicating(what: str, *, among_others: bool = False) -> Iterator[None]:
+    """Say what it means when another process does not take part in a communication.
+
+    Args:
+        what: communicates.
+        among_others: whether what is inside may also fail for other reasons, which are raised as they are.
+
+    Raises:
+        RuntimeError: another process died, hung or fell behind.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if among_others and (isinstance(error, PrivacyError) or not _LOST.search(str(error))):
+            raise
+        raise RuntimeError(
+            f"Expected every rank to take part in {what}, got {error}. Another process died, hung or fell "
+            "behind: end what is left of the run and resume all of them from the newest checkpoint, whose ledger is whole."
+        ) from error

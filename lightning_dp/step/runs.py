@@ -125,6 +125,11 @@ class TrialRuns:
         """Whether user code has drawn anything that a coin decides, in any run."""
         self._bar: Any = None
 
+    @property
+    def narrow(self) -> torch.dtype:
+        """Narrowest type in which the step computes."""
+        return torch.bfloat16 if torch.bfloat16 in self.step.engine.dtypes else self.host.narrow
+
     @contextmanager
     def progress(self) -> Iterator[None]:
         """Show how many runs are done, once they take longer than a few seconds; nothing remains on the screen."""
@@ -146,6 +151,9 @@ class TrialRuns:
         """Run the step on records, and put the state back: several runs share one sandbox."""
         try:
             return self.run(records, draws, engine=engine, read=read)
+        except Exception:
+            self.step.reduction.recover()
+            raise
         finally:
             snapshot.put_back()
 
@@ -159,13 +167,17 @@ class TrialRuns:
             if engine:
                 stack.enter_context(step.microbatch(len(records)))
             output = self.host.run(records)
-            self.has_coins |= (frozen is not None and frozen.drew) or host_generators() != before
+            drew = (frozen is not None and frozen.drew) or host_generators() != before
+            self.has_coins = step.reduction.any(self.has_coins or drew)
             if step.automatic:
                 loss = self.host.loss_of(output, len(records))
-                if loss is not None and loss.requires_grad:
+                if loss is not None and not loss.requires_grad:
+                    loss = None
+                if not step.reduction.any(loss is None) and loss is not None:
                     self.host.backward(loss)
                 if engine:
                     step.engine.check_tracked()
+                step.reduction.settle()
                 probe.collect(0)
             self.host.end_batch(output)
         if self._bar is not None:

@@ -24,7 +24,7 @@ class Samples:
         accumulator: sum of one private optimizer.
         scaled: from norms or factors of shape (..., B) as the engine has recorded the gradients to those of a sample's own loss;
             with a divisor.
-        reduction: adds up norms of parts that other ranks hold.
+        reduction: computes norms and sums where ranks hold parts of them.
     """
 
     def __init__(
@@ -35,8 +35,9 @@ class Samples:
     @cached_property
     def norms(self) -> Tensor:
         """L2 norms of the active coordinates per group and sample, shape (G, B). Private."""
-        squared = self._engine.squared_norms(self._accumulator.groups, self._accumulator.masks)
-        return self._scaled(self._reduction.combine_norms(squared).sqrt())
+        accumulator = self._accumulator
+        squared = self._reduction.squared_norms(self._engine, accumulator.groups, accumulator.masks_of_norms)
+        return self._scaled(squared.sqrt())
 
     @property
     def gradients(self) -> Tensor:
@@ -54,7 +55,9 @@ class Samples:
         accumulator = self._accumulator
         weights = self._scaled(factors_GB, accumulator.divisor)
         weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
-        self._engine.accumulate(weights, accumulator.groups, accumulator.views, accumulator.masks, accumulator.scratch)
+        if self._reduction.is_sharded:
+            _ = self.norms  # every rank communicates for them, whether they are read or not
+        self._reduction.accumulate(self._engine, weights, accumulator)
 
     def add_sum(self, total_P: Tensor) -> None:
         """Add an explicit sum of contributions to the accumulator."""

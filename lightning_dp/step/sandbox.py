@@ -48,6 +48,17 @@ class StepGuard:
             self._handle = None
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Watch no steps within the block: torch makes the state of an optimizer by a step of length 0."""
+        watched = self._handle is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if watched:
+                self.start()
+
+    @contextmanager
     def stepping(self, optimizer: Optimizer) -> Iterator[None]:
         """Expect the step of an optimizer; others may step within it only once its gradient is released."""
         self._expected.append(optimizer)
@@ -94,16 +105,23 @@ class Sandbox:
         guard: over optimizer steps.
         others: optimizers and schedulers.
         quiet: context manager that silences logs and progress of the host.
+        settle: brings the module into its state between two steps.
     """
 
     def __init__(
-        self, module: nn.Module, guard: StepGuard, others: Callable[[], Iterable[Any]], quiet: Callable[[], Any]
+        self,
+        module: nn.Module,
+        guard: StepGuard,
+        others: Callable[[], Iterable[Any]],
+        quiet: Callable[[], Any],
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._module, self._guard, self._others, self._quiet = module, guard, others, quiet
+        self._settle = settle
 
     def snapshot(self) -> Snapshot:
         """Return the values of all state of module, optimizers and schedulers."""
-        return Snapshot([self._module, *self._others()])
+        return Snapshot([self._module, *self._others()], self._settle)
 
     @contextmanager
     def enter(self, snapshot: Snapshot | None = None) -> Iterator[Snapshot]:
@@ -113,6 +131,7 @@ class Sandbox:
             snapshot: the state to put back, if it was taken already; several runs on one snapshot compare large tensors
                 quickly, and the one who took it puts back exactly at the end.
         """
+        self._settle()
         taken = self.snapshot() if snapshot is None else snapshot
         gradients = [(parameter, parameter.grad) for parameter in self._module.parameters()]
         device = next((parameter.device for parameter, _ in gradients), torch.device("cpu"))

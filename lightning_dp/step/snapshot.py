@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import types
 from collections import deque
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dp.step.local import local_part
+from lightning_dp.step.randomness import generator_restorer
 from lightning_dp.system.torch_private import num_changes
 
 #: Attributes of every module that are not the user's state: hooks, and the dictionaries that are followed by themselves.
@@ -28,7 +29,9 @@ _CONSTANT = (
     types.FunctionType, types.BuiltinFunctionType, types.MethodType, Dataset, DataLoader,
 )  # fmt: skip
 #: Packages whose objects are not followed: they are no state of the user's, or lead to everything else.
-_FOREIGN = ("lightning.", "pytorch_lightning.", "lightning_dp.", "logging", "threading", "_thread", "weakref", "_io")
+_FOREIGN = (
+    "lightning.", "pytorch_lightning.", "lightning_dp.", "torch.distributed", "logging", "threading", "_thread", "weakref", "_io",
+)  # fmt: skip
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 _EMPTY = object()
 """Value of a slot that was never set."""
@@ -57,6 +60,7 @@ class Snapshot:
 
     Args:
         roots: modules, optimizers, schedulers.
+        settle: brings modules into their state between two steps; called before anything is kept or put back.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -69,8 +73,10 @@ class Snapshot:
         ([1.0], False)
     """
 
-    def __init__(self, roots: Iterable[Any]) -> None:
-        self._restore: list[Callable[[], None]] = []
+    def __init__(self, roots: Iterable[Any], settle: Callable[[], None] = lambda: None) -> None:
+        self._settle = settle
+        settle()
+        self._restore: list[Callable[[], Any]] = []
         self._tensors: list[_KeptTensor] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used again
         for root in roots:
@@ -83,6 +89,7 @@ class Snapshot:
             quick: of a large tensor whose version has not moved compare about 1,000 elements only. What this misses, the
                 next exact call finds.
         """
+        self._settle()
         with torch.no_grad():
             for restore in self._restore:
                 restore()
@@ -94,11 +101,11 @@ class Snapshot:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            self._tensors.append(_KeptTensor(value))
+            self._keep_tensor(value)
         elif isinstance(value, np.ndarray):
             self._keep_array(value)
         elif isinstance(value, _GENERATORS):
-            self._restore.append(_generator_restorer(value))
+            self._restore.append(generator_restorer(value))
         elif isinstance(value, MutableMapping):
             self._keep(value, dict(value), _refill_mapping)
             self._follow_all([*value.values()], depth)
@@ -130,6 +137,12 @@ class Snapshot:
             self._follow_all(list(before.values()), depth)
         for name in _slots(type(owner)):
             self._keep_slot(owner, name, depth)
+
+    def _keep_tensor(self, tensor: Tensor) -> None:
+        part, requires_grad = local_part(tensor), tensor.requires_grad
+        self._tensors.append(_KeptTensor(part))
+        if part is not tensor:
+            self._restore.append(lambda: tensor.requires_grad_(requires_grad))
 
     def _keep_slot(self, owner: Any, name: str, depth: int) -> None:
         value = getattr(owner, name, _EMPTY)
@@ -213,23 +226,6 @@ def _memory_of(tensor: Tensor) -> Tensor:
     return tensor.as_strided((span,), (1,)) if span < tensor.numel() else tensor
 
 
-def _generator_restorer(generator: Any) -> Callable[[], None]:
-    if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: _discard(generator.set_state(state))
-    if isinstance(generator, random.SystemRandom):  # has no state
-        return lambda: None
-    if isinstance(generator, random.Random):
-        python_state = generator.getstate()
-        return lambda: generator.setstate(python_state)
-    if isinstance(generator, np.random.RandomState):
-        legacy_state = generator.get_state()
-        return lambda: generator.set_state(legacy_state)
-    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
-    numpy_state = copy.deepcopy(bits.state)
-    return lambda: setattr(bits, "state", numpy_state)
-
-
 def _slots(kind: type) -> list[str]:
     """Return the names of all slots of a class, private ones as Python mangles them."""
     found: list[str] = []
@@ -239,10 +235,6 @@ def _slots(kind: type) -> list[str]:
             private = name.startswith("__") and not name.endswith("__")
             found.append(f"_{each.__name__.lstrip('_')}{name}" if private else name)
     return [name for name in found if name not in ("__dict__", "__weakref__")]
-
-
-def _discard(value: object) -> None:
-    return None
 
 
 def _reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.step.local import local_part
 from lightning_dp.step.snapshot import same_values
 from lightning_dp.system.torch_private import saved_buffers
 
@@ -24,7 +25,7 @@ Gradients = dict[str, Tensor]
 
 def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
     """Return copies of what a checkpoint holds: parameters, persistent buffers, numbers of optimizers and schedulers."""
-    state: dict[str, Any] = {name: p.detach().clone() for name, p in module.named_parameters()}
+    state: dict[str, Any] = {name: local_part(p).detach().clone() for name, p in module.named_parameters()}
     state |= {name: value.detach().clone() for name, value in saved_buffers(module)}
     for number, other in enumerate(others):
         for index, group in enumerate(getattr(other, "param_groups", ())):
@@ -65,6 +66,7 @@ def check_state(
     *,
     together: bool,
     copies: int = 1,
+    anywhere: Callable[[bool], bool] = bool,
 ) -> None:
     """Check that state after a step depends neither on which records it saw nor on how many.
 
@@ -74,6 +76,7 @@ def check_state(
         records: three records of the training set.
         together: whether a step may see several records at once.
         copies: of a record that ``run`` takes where it gets one; another number of records must be more than these.
+        anywhere: tells whether a flag is set on any of the processes that run this check together.
 
     Raises:
         PrivacyError: it does; the message names the state, or says that a later gradient changes.
@@ -86,13 +89,13 @@ def check_state(
             continue
         state, after = run([other, [third]])
         names = list(changed(reference, state))
-        if names:
+        if anywhere(bool(names)):
             raise PrivacyError(
                 f"training_step leaves {_listed(names)} with another value after {what}. Such state is saved and read by later "
                 "steps without noise. Compute it on public data before fit, make it follow the weights alone, or leave it out "
                 "(check_per_sample=False accepts it, outside the guarantee)."
             )
-        if not _same_gradients(gradients, after):
+        if anywhere(not _same_gradients(gradients, after)):
             raise PrivacyError(
                 f"The gradient of a record changes with what training_step saw before: it differs after {what}. Some object keeps "
                 "values of earlier records (a queue, a running mean, a cache) and a later loss reads them without noise. "
@@ -115,5 +118,5 @@ def _same_gradients(left: Gradients, right: Gradients) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
+    shown = ", ".join(repr(name) for name in names[:3]) or "state of another rank"
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -85,7 +85,7 @@ class PrivateStep:
         self.engine: GradientEngine = make_engine(
             module,
             grad_sample=settings.grad_sample,
-            memory=settings.memory,
+            memory="lean" if reduction.is_sharded else settings.memory,  # "fast" may cache whole gradients
             microbatch_size=settings.samples_at_once,
         )
         self.streams = RandomStreams(seed)
@@ -123,6 +123,7 @@ class PrivateStep:
             first_of_pass: whether the loader begins a pass over the data with it.
             position: number of the batch in the order of the data, where that matters.
         """
+        self.reduction.settle()
         self.state.begin_step()
         correlation = self.plan.correlation
         if correlation is not None:
@@ -167,6 +168,7 @@ class PrivateStep:
         accumulator, engine, recording = self.accumulators[optimizer], self.engine, self.recording
         self._begin_sum(optimizer)
         if recording.weight == 0.0:  # the dummy sample of an empty batch must not even count
+            self.reduction.accumulate(engine, None, accumulator)
             engine.discard(self.parameters.collected(optimizer))
             return
         samples = Samples(engine, accumulator, recording.scaled, self.reduction)
@@ -184,6 +186,7 @@ class PrivateStep:
         """Write the ledger entry, add the noise that is missing, sum over ranks and hand out ``p.grad``."""
         accumulator, release = self.accumulators[optimizer], self.releases[optimizer]
         canaries = self.mechanisms.canaries
+        self.reduction.settle()
         self.state.check_budget()
         checks.check_settled(accumulator.sensitivity, release.sensitivity)
         self._begin_sum(optimizer)
@@ -193,7 +196,7 @@ class PrivateStep:
         self.noise.add(accumulator, release, alone=len(self.accumulators) == 1)
         self.reduction.reduce(accumulator)
         canaries.observe(optimizer, accumulator, accumulator.gradient, release.noise_std)
-        rescale = learn(self.bound, accumulator, release, self.plan.expected_batch_size)
+        rescale = learn(self.bound, accumulator, self.reduction, release, self.plan.expected_batch_size)
         if optimizer not in self._released:
             carry(accumulator.parameters.values(), self.state.ledger)
             self._released.add(optimizer)
@@ -283,9 +286,8 @@ class PrivateStep:
         """Follow layers that were frozen or unfrozen since the last step."""
         num_statistics = self.mechanisms.bound.num_statistics
         make = self.reduction.make_accumulator
-        self.engine.set_parameters(
-            self.parameters.refresh(lambda parameters: make(parameters, self.clipping, num_statistics))
-        )
+        watched = self.parameters.refresh(lambda parameters: make(parameters, self.clipping, num_statistics))
+        self.reduction.watch(self.engine, watched)
 
     def noise_comes_first(self) -> bool:
         """Tell whether a sum may begin with its noise: not if secure noise rounds the sum, or diagnostics read it."""

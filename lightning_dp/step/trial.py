@@ -181,7 +181,7 @@ class Trial:
                     found.append(self._host.run([record]))
 
                 self._host.attempt(run, snapshot.put_back)
-                if found[0] is not None:
+                if self._step.reduction.any(found[0] is not None):
                     raise PrivacyError(
                         "Expected training_step to return None for every sample or for none, got None for a batch and a loss for "
                         "one sample alone. One sample could switch off all others: return the loss (a sample that is not finite "
@@ -225,7 +225,7 @@ class Trial:
 
                 self._host.attempt(run, snapshot.put_back)
             (stepped,) = seen
-            if stepped != real:
+            if self._step.reduction.any(stepped != real):
                 raise PrivacyError(
                     f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a batch and of "
                     f"{sorted(stepped)} on one sample alone. One sample could switch off all others: let batch_idx or a count "

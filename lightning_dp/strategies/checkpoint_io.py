@@ -72,7 +72,7 @@ def reading(path: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, PrivacyError):
         raise
     except (OSError, EOFError, RuntimeError) as error:
         raise PrivacyError(

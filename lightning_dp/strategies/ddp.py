@@ -52,6 +52,29 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
         Abadi et al. 2016, Deep Learning with Differential Privacy, Algorithm 1.
     """
 
+    #: Options of ``DistributedDataParallel`` that are accepted: they tune a wrapper that is not used here.
+    options_without_effect = (
+        "broadcast_buffers", "bucket_cap_mb", "check_reduction", "find_unused_parameters", "gradient_as_bucket_view",
+        "static_graph",
+    )  # fmt: skip
+
+    @override
+    def setup_environment(self) -> None:
+        """Start the processes; refuse first what would change the sum over ranks of a ``DistributedDataParallel``."""
+        refused = {
+            "ddp_comm_hook": self._ddp_comm_hook,
+            "ddp_comm_state": self._ddp_comm_state,
+            "ddp_comm_wrapper": self._ddp_comm_wrapper,
+            "model_averaging_period": self._model_averaging_period,
+        }
+        for name, value in refused.items():
+            if value is not None:
+                raise ValueError(
+                    f"Expected no {name}, got {name}={value!r}. Gradients are clipped and summed once per step without "
+                    "DistributedDataParallel, so it would never be called: leave it out."
+                )
+        super().setup_environment()
+
     @override
     def make_reduction(self) -> Reduction:
         return AllReduce(self.global_rank, self.world_size, self.root_device)
@@ -81,10 +104,11 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
         return None if self.root_device.type in ("cpu", "mps") else [self.root_device.index]
 
 
-def _arguments_of(documented: type) -> str:
-    """Return the section on arguments of a class's docstring: both strategies take the same."""
-    text = documented.__doc__ or ""
-    return text[text.index("    Args:\n") : text.index("\n\n    Raises:")]
+def document(kind: type) -> None:
+    """Fill in the section on arguments of a strategy's docstring: all strategies take the same."""
+    text = DPStrategy.__doc__ or ""
+    arguments = text[text.index("    Args:\n") : text.index("\n\n    Raises:")]
+    kind.__doc__ = (kind.__doc__ or "").replace("    Args:\n        ARGUMENTS", arguments)
 
 
-DPDDPStrategy.__doc__ = (DPDDPStrategy.__doc__ or "").replace("    Args:\n        ARGUMENTS", _arguments_of(DPStrategy))
+document(DPDDPStrategy)

@@ -68,7 +68,7 @@ class PrivateFit:
         )
         self.guard = StepGuard(self.step.parameters.is_private)
         self._host = LightningHost(strategy)
-        self._sandbox = Sandbox(module, self.guard, self._host.reachable, self._quiet)
+        self._sandbox = Sandbox(module, self.guard, self._host.reachable, self._quiet, self.step.reduction.settle)
         self._trial = Trial(self.step, self._host, self._sandbox)
         self._logs = TrainingLogs(trainer, strategy.state.nonprivate_logs, strict=strategy.settings.strict_logging)
         self._watch()
@@ -137,14 +137,16 @@ class PrivateFit:
         try:
             if self._begins_logical_batch():
                 self._begin(batch.position)
+            for count, _, part in batch.parts:
+                checks.check_rows(part, count, self._host.axes)
+            num = max(1, len(batch.parts))
+            others = [None] * (self.step.reduction.same_count(num) - num) + batch.parts[:-1]
+            if others:
+                self._run_further(others)
             if not batch:
                 copies = self._trial.copies
                 return self._run_real(self._host.stand_in(copies), copies, weight=0.0)
-            for count, _, part in batch.parts:
-                checks.check_rows(part, count, self._host.axes)
-            *others, (count, owners, _) = batch.parts
-            if others:
-                self._run_further(others)
+            count, owners, _ = batch.parts[-1]
             return self._run_real(self._on_device, count, owners)
         except StopIteration as error:  # Lightning would take it for the end of the data and go on without this step
             raise RuntimeError(
@@ -188,27 +190,41 @@ class PrivateFit:
         if step.unchecked_public:
             self._trial.check_public()
 
-    def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any]]) -> None:
-        """Run all microbatches but that of the real call, each from the same state, without effect."""
+    def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any] | None]) -> None:
+        """Run all microbatches but that of the real call, each from the same state, without effect.
+
+        Args:
+            microbatches: None where another rank has one more than this one: a record of weight 0 is run for it.
+        """
         snapshot, step = self._sandbox.snapshot(), self.step
         counts = None if step.automatic else Counts(self._strategy)
-        for count, owners, batch in microbatches:
+        for given in microbatches:
+            weight, (count, owners, records) = (
+                (1.0, given) if given is not None else (0.0, (self._trial.copies, None, None))
+            )
             with self._sandbox.enter(snapshot):
                 step.streams.begin()
-                with step.microbatch(count, owners, further=True) as microbatch:
-                    output = self._call(self._strategy.to_device(batch), count, weight=1.0)
-                    loss = self._host.loss_of(output, count) if step.automatic else None
+                batch = self._host.stand_in(count) if given is None else self._strategy.to_device(records)
+                with step.microbatch(count, owners, weight=weight, further=True) as microbatch:
+                    output = self._call(batch, count, weight=weight)
+                    loss = self._loss_of(output, count) if step.automatic else None
                     if loss is not None:
                         self._strategy.backward(loss, None)
             self._check_steps(microbatch, output, counts)
         snapshot.put_back()
 
+    def _loss_of(self, output: Any, count: int) -> Tensor | None:
+        """Return the loss, or None if there is none here, or on any rank that has to run the same backward."""
+        loss = self._host.loss_of(output, count)
+        return None if self.step.reduction.any(loss is None) else loss
+
     def _check_steps(self, microbatch: Microbatch, output: Any, counts: Counts | None) -> None:
         """Check, where a microbatch gave no loss or no step, that this does not depend on the samples."""
+        anywhere = self.step.reduction.any
         if counts is None:
-            if output is None and microbatch.count > 1:
+            if anywhere(output is None and microbatch.count > 1):
                 self._trial.check_skip()
-        elif self.step.settings.check_per_sample and microbatch.collected < self.step.accumulators.keys():
+        elif self.step.settings.check_per_sample and anywhere(microbatch.collected < self.step.accumulators.keys()):
             self._trial.check_steps(microbatch.collected, counts.back_in)
 
     def _run_real(self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0) -> Any:
@@ -221,7 +237,7 @@ class PrivateFit:
             with self._logs.muted() if weight == 0.0 and step.reduction.world_size == 1 else ExitStack():
                 output = self._call(batch, count, weight=weight)
             if automatic:
-                loss = self._host.loss_of(output, count)
+                loss = self._loss_of(output, count)
                 if loss is not None:
                     until_backward.pop_all()
                 else:

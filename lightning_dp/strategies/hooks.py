@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.step.local import local_part
 from lightning_dp.step.snapshot import plain_attributes
 from lightning_dp.strategies._lightning import is_overridden
 from lightning_dp.system.torch_private import num_changes
@@ -137,7 +138,7 @@ class UserHooks:
 def _marks_of(module: nn.Module) -> list[Any]:
     """Return what tells, quickly, whether a tensor or an attribute of a module has changed."""
     marks: list[Any] = []
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in map(local_part, (*module.parameters(), *module.buffers())):
         flat = tensor.detach().reshape(-1)
         few = flat[:: max(1, len(flat) // _PLACES)][:_PLACES].tolist()
         marks.append((num_changes(tensor), tensor.data_ptr(), repr(few)))

@@ -152,7 +152,7 @@ def _is_public(name: str) -> bool:
 
 def known_arguments(kind: type) -> list[str]:
     """Return the names of all arguments of a strategy: ours, and those of the Lightning strategy below it."""
-    names: list[str] = []
+    names: list[str] = [*getattr(kind, "options_without_effect", ())]
     for each in kind.__mro__:
         init = vars(each).get("__init__")
         if init is not None and each is not object:

@@ -14,14 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_dp import DPDDPStrategy
-from tests.helpers import Classifier, make_dataset, make_trainer
+from lightning_dp import DPDDPStrategy, DPFSDPStrategy
+from tests.helpers import make_dataset, make_trainer
+from tests.strategies.sharded import Sharded, plain
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
-OUT, VICTIM, HOW = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+OUT, VICTIM, HOW, IS_SHARDED = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "sharded"
 
 
-class Dying(Classifier):
+class Dying(Sharded):
     """Its third step is the last of one rank."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -31,7 +32,8 @@ class Dying(Classifier):
 
 def main() -> None:
     (OUT / f"pid{RANK}").write_text(str(os.getpid()))
-    strategy = DPDDPStrategy(
+    kind = DPFSDPStrategy if IS_SHARDED else DPDDPStrategy
+    strategy = kind(
         noise_multiplier=1.0,
         target_delta=1e-3,
         accountant="rdp",
@@ -40,7 +42,7 @@ def main() -> None:
     )
     trainer = make_trainer(strategy, OUT, devices=2, max_epochs=50)
     try:
-        trainer.fit(Dying(), DataLoader(make_dataset(), batch_size=8))
+        trainer.fit(Dying(plain()), DataLoader(make_dataset(), batch_size=8))
     except RuntimeError as error:
         (OUT / f"error{RANK}").write_text(f"{error}\n{strategy.ledger.num_steps} {trainer.global_step}")
         raise

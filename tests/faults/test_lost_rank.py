@@ -14,11 +14,11 @@ import pytest
 SCRIPT = Path(__file__).with_name("lost_rank_run.py")
 
 
-def run(folder: Path, victim: int, how: str) -> tuple[str, float]:
+def run(folder: Path, victim: int, how: str, kind: str = "replicated") -> tuple[str, float]:
     """Returns what the survivor said, and how many seconds after the start it was gone."""
     start = time.monotonic()
     launched = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), str(victim), how],
+        [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), str(victim), how, kind],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -49,4 +49,16 @@ def test_the_other_rank_ends_and_says_why(tmp_path: Path, victim: int, how: str)
     assert "resume all of them from the newest checkpoint" in said
     releases, steps = map(int, said.split()[-2:])
     assert releases == steps + 1 == 3
+    assert seconds < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_the_other_rank_of_a_sharded_run_ends_and_says_why(tmp_path: Path, how: str) -> None:
+    """Forwards communicate, so it is noticed before the release."""
+    said, seconds = run(tmp_path, 1, how, "sharded")
+    assert "Expected every rank to take part in" in said
+    assert "resume all of them from the newest checkpoint" in said
+    releases, steps = map(int, said.split()[-2:])
+    assert releases == steps == 2
     assert seconds < 100

@@ -217,9 +217,7 @@ def test_an_iterable_of_batches_is_a_stream_of_its_rows() -> None:
         ((batch for batch in [torch.zeros(2, 1)]), ValueError, "read more than once, got a generator"),
     ],
 )
-def test_iterables_of_indistinct_records_are_refused(
-    batches: Any, error: type[Exception], message: str
-) -> None:
+def test_iterables_of_indistinct_records_are_refused(batches: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         list(private_dataloader(one_loader(batches, sampling="shuffle"), sampling="shuffle"))
 

@@ -45,8 +45,6 @@ def test_one_process_leaves_everything_as_it_is() -> None:
     assert accumulator.flat.tolist() == [3.0] * 11  # nine coordinates and two statistics
     reduction.average(parameters)
     assert all(bool((p.grad == 1).all()) for p in layer.parameters())
-    norms = torch.rand(1, 4)
-    assert reduction.combine_norms(norms) is norms
     assert (reduction.rank, reduction.world_size, reduction.noise_share) == (0, 1, 1.0)
     assert [reduction.any(flag) for flag in (True, False)] == [True, False]
     assert reduction.same_count(3) == 3

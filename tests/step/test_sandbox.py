@@ -270,3 +270,20 @@ def test_run_on_a_shared_snapshot_compares_quickly() -> None:
     with sandbox.enter():
         add(module.sums)
     assert int(module.sums.sum()) == 0
+
+
+def test_paused_guard_watches_again_afterwards() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    guard = StepGuard(lambda optimizer: True)
+    with guard.paused():
+        optimizer.step()
+    optimizer.step()  # it was not watching before
+    guard.start()
+    try:
+        with guard.paused():
+            optimizer.step()
+        with pytest.raises(PrivacyError, match="SGD stepped private parameters by itself"):
+            optimizer.step()
+    finally:
+        guard.stop()

@@ -1,0 +1,98 @@
+"""Units of a sharded module (FSDP2): which parameters are gathered, used and freed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from lightning_dp.step.local import is_sharded
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module to which ``fully_shard`` was applied.
+
+    Args:
+        module: gathers and frees its parameters.
+        whole: qualified name to the tensor that a forward computes with; its memory is there while the unit is gathered.
+    """
+
+    module: Any
+    whole: dict[str, nn.Parameter]
+
+    @contextmanager
+    def gathered(self, wanted: bool = True) -> Iterator[None]:
+        """Gather the parameters within the block, if wanted; every rank must want the same."""
+        if wanted:
+            self.module.unshard()
+        try:
+            yield
+        finally:
+            if wanted:
+                self.module.reshard()
+
+
+def find_units(module: nn.Module) -> list[Unit]:
+    """Return the units of a module that have parameters of their own, outer ones first.
+
+    Every unit is gathered once: the tensors that a forward computes with exist from then on, and stay the same objects.
+
+    Args:
+        module: the user's; all of its sharded parameters belong to a unit.
+    """
+    sharded = {name: parameter for name, parameter in module.named_parameters() if is_sharded(parameter)}
+    units: list[Unit] = []
+    known: set[str] = set()
+    for each in module.modules():
+        if is_unit(each):
+            unit = Unit(each, {})
+            with unit.gathered():
+                now = dict(module.named_parameters())
+                unit.whole.update(
+                    {name: now[name] for name, p in sharded.items() if now[name] is not p and name not in known}
+                )
+            known |= unit.whole.keys()
+            if unit.whole:
+                units.append(unit)
+    return units
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Tell whether ``fully_shard`` was applied to this module."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def roots(module: nn.Module) -> list[Any]:
+    """Return the outermost units of a module."""
+    if is_unit(module):
+        return [module]
+    return [root for child in module.children() for root in roots(child)]
+
+
+def settle(module: nn.Module) -> None:
+    """Free whatever is gathered."""
+    for each in module.modules():
+        if is_unit(each):
+            each.reshard()  # type: ignore[operator]
+
+
+def recover(module: nn.Module) -> None:
+    """Free whatever is gathered after an exception in the middle of a forward or backward."""
+    for root in roots(module):
+        with suppress(AttributeError):  # no forward has begun yet, or a torch before 2.13, which has no recovery
+            root.reset_iter_state()
+    settle(module)
+
+
+def start_equal(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, and its values of parameters that are not sharded."""
+    replicated = [parameter for parameter in module.parameters() if not is_sharded(parameter)]
+    for tensor in [*replicated, *module.buffers()]:
+        dist.broadcast(tensor.detach(), src=0)

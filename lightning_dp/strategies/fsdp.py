@@ -1,0 +1,138 @@
+"""Private training of a module that no single device can hold: parameters sharded over N processes (FSDP2)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dp.accounting import Ledger
+from lightning_dp.step.reduction import Reduction, communicating
+from lightning_dp.step.shard_checks import check_sharded
+from lightning_dp.step.shards import Shards
+from lightning_dp.step.units import start_equal
+from lightning_dp.strategies import sharded_files
+from lightning_dp.strategies.base import PrivateStrategy
+from lightning_dp.strategies.ddp import document
+
+
+class _WholeFolders(ModelParallelStrategy):
+    """Lightning's strategy, with sharded checkpoints that are whole whenever a process dies."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if not self._save_distributed_checkpoint or storage_options is not None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        sharded_files.save(checkpoint, path, is_first=self.is_global_zero, barrier=self.barrier)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if self.is_global_zero:
+            sharded_files.recover(path)
+        self.barrier()
+        checkpoint = super().load_checkpoint(path, weights_only)
+        if path.is_dir():
+            sharded_files.check(checkpoint, path)
+        return checkpoint
+
+
+class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
+    """Differentially private training of a LightningModule whose parameters are sharded over several processes (FSDP2).
+
+    The module applies ``torch.distributed.fsdp.fully_shard`` in ``configure_model``, as for Lightning's
+    ``ModelParallelStrategy``; nothing else changes. Every rank clips its own samples, and the clipped sums of one unit at a time
+    are scattered: a rank holds the sum, the noise and the gradient of its own rows alone. ``batch_size`` of the loader is per
+    process, so that ``expected_batch_size = batch_size x world_size x accumulate_grad_batches``.
+
+    **Guarantee**: that of ``DPStrategy``, for the data of all ranks together.
+
+    Refused: ``tensor_parallel_size`` above 1, hybrid sharding, ``CPUOffloadPolicy``, ``microbatch_size=1``, ``TopAgg``, public
+    optimizers, correlated noise, ``fix=True``, canaries in gradient space, ``GradientDiagnostics``. ``memory`` is always "lean".
+
+    Args:
+        ARGUMENTS
+
+    Raises:
+        ValueError: for arguments out of range.
+        TypeError: for arguments of the wrong kind.
+
+    References:
+        Abadi et al. 2016, Deep Learning with Differential Privacy, Algorithm 1.
+    """
+
+    @override
+    def setup_environment(self) -> None:
+        """Start the processes; all of them are one data-parallel group."""
+        if self._tensor_parallel_size not in ("auto", 1):
+            raise ValueError(
+                f"Expected tensor_parallel_size=1, got tensor_parallel_size={self._tensor_parallel_size!r}. A rank would hold parts of "
+                "samples, and norms of parts do not add up in sequence-parallel layers: shard over all devices."
+            )
+        if self._fixes:
+            raise ValueError(
+                "Expected fix=False with sharded parameters, got fix=True. Layers would be replaced after they were sharded: call "
+                "lightning_dp.fix in configure_model, before fully_shard."
+            )
+        self._tensor_parallel_size = 1
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @override
+    def make_reduction(self) -> Reduction:
+        return Shards(self.module, self.global_rank, self.world_size, self.root_device)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Check the sharded module, start what is replicated from rank 0's state, and make the optimizers."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_sharded(
+                self.module, self.settings, self.mechanisms, world_size=self.world_size, device=self.root_device
+            )
+            start_equal(self.module)
+            self.state.ledger = Ledger.from_state_dict(self.broadcast(self.ledger.state_dict()))
+        super().setup_optimizers(trainer)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of an optimizer, in parts or whole; torch makes a missing one by a step of length 0."""
+        with self._optimizers_may_step():
+            return super().optimizer_state(optimizer)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read weights, optimizers and ledger back into any number of processes."""
+        with self._optimizers_may_step():
+            return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _optimizers_may_step(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._fit is None else self._fit.guard.paused()
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over ranks, but not within the sandbox: logs are silent there."""
+        return tensor if self.is_on_trial else super().reduce(tensor, group, reduce_op)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a logical batch; forwards communicate, so that a process that died is noticed here."""
+        with communicating("a forward", among_others=True):
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Back-propagate one microbatch; backwards communicate as well."""
+        with communicating("a backward", among_others=True):
+            return super().backward(*args, **kwargs)
+
+
+document(DPFSDPStrategy)

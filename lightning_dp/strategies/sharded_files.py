@@ -1,0 +1,116 @@
+"""Sharded checkpoints: folders that are whole whenever a process dies, with the ledger next to the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.step import checkpoint as saved
+from lightning_dp.strategies.checkpoint_io import PARTIAL
+
+#: Ends the name of the folder that is being replaced; it is used again if a death has left nothing in its place.
+OLD = ".old"
+#: File of a folder that holds everything but tensors; it is written last.
+META = "meta.pt"
+
+
+def save(checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Callable[[], None]) -> None:
+    """Write a checkpoint to a folder; every rank calls it.
+
+    Each rank writes its part of the weights into a new folder beside the old one, the first rank then the rest, and moves the
+    folder into its place. The privacy state is written twice: with the weights, and with the rest.
+
+    **Guarantee**: after a death of any process at any moment :func:`recover` finds the old folder or the new one, complete.
+
+    Args:
+        checkpoint: of Lightning, with the privacy state in it; its tensors are taken out.
+        path: of the folder.
+        is_first: whether this is the first rank.
+        barrier: returns once all ranks have called it.
+    """
+    partial = _beside(path, PARTIAL)
+    if is_first:
+        recover(path)
+        _remove(partial)
+        partial.mkdir(parents=True)
+    barrier()
+    state = {"state_dict": checkpoint.pop("state_dict"), saved.KEY: _bytes_of(checkpoint[saved.KEY])}
+    for index, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
+        state[f"optimizer_{index}"] = optimizer_state
+    save_parts(state, checkpoint_id=partial)
+    barrier()
+    if is_first:
+        with (partial / f"{META}{PARTIAL}").open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (partial / f"{META}{PARTIAL}").replace(partial / META)
+        _remove(_beside(path, OLD))
+        if path.exists():
+            path.replace(_beside(path, OLD))
+        partial.replace(path)
+        _remove(_beside(path, OLD))
+    barrier()
+
+
+def recover(path: Path) -> None:
+    """Finish the move that a death has interrupted: put the new folder, else the old one, where none is left.
+
+    Args:
+        path: of the folder, as it was to be saved.
+    """
+    if path.exists():
+        return
+    partial, old = _beside(path, PARTIAL), _beside(path, OLD)
+    if old.exists():
+        (partial if (partial / META).exists() else old).replace(path)
+
+
+def check(checkpoint: dict[str, Any], path: Path) -> None:
+    """Check that the weights of a folder and the rest of it were written together; every rank calls it.
+
+    Args:
+        checkpoint: what was read from the folder but for its tensors.
+        path: of the folder.
+
+    Raises:
+        PrivacyError: the ledger that was written with the weights is another one.
+    """
+    found = FileSystemReader(path).read_metadata().state_dict_metadata.get(saved.KEY)
+    if found is None and saved.KEY not in checkpoint:
+        return  # not of a private strategy: what that means is said elsewhere
+    held = {saved.KEY: torch.empty(getattr(found, "size", 0), dtype=torch.uint8)}
+    if found is not None:
+        load(held, checkpoint_id=path)
+    if saved.KEY not in checkpoint or not torch.equal(held[saved.KEY], _bytes_of(checkpoint[saved.KEY])):
+        raise PrivacyError(
+            f"Expected the ledger that was written with the weights of {path.name}, got another one in {META}. Files of two "
+            "checkpoints were mixed, so what the weights have spent is unknown: use an intact checkpoint."
+        )
+
+
+def _bytes_of(state: dict[str, Any]) -> Tensor:
+    """Return a privacy state as a tensor of bytes, equal for equal states."""
+    return torch.frombuffer(bytearray(json.dumps(state, sort_keys=True, default=str).encode()), dtype=torch.uint8)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

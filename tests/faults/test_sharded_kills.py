@@ -1,0 +1,25 @@
+"""kill -9 at every operation on files of a sharded checkpoint: the old folder or the new one is there, complete (I7)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("sharded_kills_run.py")
+
+
+def test_no_death_leaves_half_a_folder(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    deaths = [json.loads(line) for line in (tmp_path / "deaths.jsonl").read_text().splitlines()]
+    assert len(deaths) > 10
+    for death in deaths[:-1]:
+        assert death["code"] == signal.SIGKILL, death
+        assert death["steps"] in (death["before"], death["before"] + 1), death
+        assert death["found"] == [death["steps"]], death  # weights, optimizer and ledger are of one moment
+    assert deaths[-1]["code"] == 0
+    assert any("run.ckpt" not in death["left"] for death in deaths)  # one of them was between the two moves
+    assert any(death["steps"] > death["before"] for death in deaths[:-1])

@@ -1,0 +1,219 @@
+"""Two gloo processes with sharded parameters: they release what one process releases, and talk alike whatever they drew."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_dp import AutoThreshold, DPFSDPStrategy, DPStrategy
+from tests.helpers import Classifier, Recorder, make_dataset, make_trainer, run_two_ranks
+from tests.strategies.sharded import CASES, Sharded, plain
+from tests.strategies.test_private_step import clipped_sum
+
+SCRIPT = Path(__file__).with_name("fsdp_run.py")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks wrote down."""
+    return run_two_ranks(SCRIPT, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def folder(ranks: list[dict[str, Any]]) -> Path:
+    """The folder of the processes' checkpoints."""
+    return Path(ranks[0]["folder"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_release_the_sum_of_one_process(ranks: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
+    """All 64 records take part, without noise."""
+    network, _, options, callbacks, trainer_options = CASES[name]
+    recorder: Any = Recorder()
+    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=0.7, **options)
+    batch_size = 64 // trainer_options.get("accumulate_grad_batches", 1)
+    module: L.LightningModule = Sharded(network(), lr=0.0)
+    trainer = make_trainer(strategy, tmp_path, max_steps=1, callbacks=[*callbacks(), recorder], **trainer_options)
+    trainer.fit(module, DataLoader(make_dataset(), batch_size=batch_size))
+    expected = recorder.before_step[0]
+    rtol, atol = (5e-2, 1e-3) if name == "bfloat16" else (1e-5, 1e-7)
+    for seen in ranks:
+        assert seen["sums"][name].keys() == expected.keys()
+        for parameter, gradient in expected.items():
+            assert bool(gradient.any())
+            torch.testing.assert_close(seen["sums"][name][parameter], gradient, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
+def test_noise_is_there_once_on_rows_and_on_replicas(ranks: list[dict[str, Any]], wrong: float) -> None:
+    """40 steps x 53 sharded and 3 replicated coordinates; z under 5 (false alarm < 1e-6)."""
+    assert torch.equal(ranks[0]["noise"], ranks[1]["noise"])
+    noise = ranks[0]["noise"].double() * 64 / wrong
+    assert noise.shape == (40, 56)
+    z = float((noise.square().sum() - noise.numel()) / math.sqrt(2 * noise.numel()))
+    assert (abs(z) < 5) == (wrong == 1.0)
+
+
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
+def test_every_coordinate_carries_noise_once(ranks: list[dict[str, Any]], wrong: float) -> None:
+    """4,000 releases of every row of each rank and of 3 replicated coordinates; z under 5.5 (false alarm 59 x 4e-8)."""
+    for seen in ranks:
+        noise = seen["releases"].double() / 1.5 / wrong
+        z = (noise.square().sum(0) - len(noise)) / math.sqrt(2 * len(noise))
+        assert bool((z.abs() < 5.5).all()) == (wrong == 1.0)
+        assert bool((z.abs() < 5.5).any()) == (wrong == 1.0)
+
+
+def test_rows_have_streams_of_their_own_and_replicas_one_sum(ranks: list[dict[str, Any]]) -> None:
+    """53 coordinates over both ranks; correlations of any two under 6 standard errors (false alarm 1,378 x 2e-9)."""
+    first, second = (seen["releases"] for seen in ranks)
+    assert torch.equal(first[:, -3:], second[:, -3:])
+    rows = torch.cat([first[:, :-3], second[:, :-3]], 1)
+    assert rows.shape == (4000, 53)
+    correlation = torch.corrcoef(rows.double().T) - torch.eye(53)
+    assert float(correlation.abs().max()) < 6 / math.sqrt(4000)
+
+
+def test_empty_and_unequal_batches_keep_ranks_together(ranks: list[dict[str, Any]]) -> None:
+    """40 steps over batches of 2 records a rank on average, in microbatches of 2: many are empty on one rank."""
+    first, second = (seen["training"] for seen in ranks)
+    assert first["steps"] == second["steps"] == (40, 40)
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["epsilon"] == second["epsilon"]
+    assert first["epsilon"][0] == pytest.approx(first["epsilon"][1])
+
+
+def test_module_on_the_meta_device_is_trained(ranks: list[dict[str, Any]]) -> None:
+    first, second = (seen["meta"] for seen in ranks)
+    assert first["steps"] == second["steps"] == 4
+    assert bool(first["weights"].isfinite().all())
+    assert first["weights"].unique().numel() > 40
+    assert torch.equal(first["weights"], second["weights"])
+
+
+def test_record_that_is_not_finite_counts_as_nothing(ranks: list[dict[str, Any]]) -> None:
+    features, labels = make_dataset().tensors
+    kept = torch.arange(64) != 7
+    expected = clipped_sum(Classifier(), features[kept], labels[kept], max_grad_norm=1.0)
+    for seen in ranks:
+        for name, gradient in seen["spoiled"].items():
+            torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
+
+
+def test_step_without_a_loss_is_taken_by_all_ranks_or_refused(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["skipped"]["everywhere"] == 4
+        assert (
+            "PrivacyError: Expected training_step to return None for every sample or for none"
+            in (seen["skipped"]["on one rank"])
+        )
+
+
+def test_microbatch_gathers_twice_and_scatters_once(ranks: list[dict[str, Any]]) -> None:
+    """Three microbatches of a module of P parameters; flags that keep ranks together are a few whole numbers."""
+    num_parameters = 6 * 64 + 64 + 64 * 64 + 64 + 64 * 4 + 4
+    for seen in ranks:
+        sent = seen["communication"]["sent"]
+        assert sum(sent["all_gather"]) == 3 * 2 * num_parameters
+        assert sum(sent["reduce_scatter"]) == 3 * num_parameters
+        assert sum(sent["all_reduce"]) <= 3 * 10
+
+
+def test_sums_take_a_share_of_the_model_and_one_unit(ranks: list[dict[str, Any]]) -> None:
+    num_parameters, unit = 6 * 64 + 64 + 64 * 64 + 64 + 64 * 4 + 4, 64 * 64 + 64
+    for seen in ranks:
+        assert seen["communication"]["own"] == num_parameters // 2
+        assert seen["communication"]["largest"] == unit
+
+
+def test_target_budget_and_statement_hold_for_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    first, second = (seen["planned"] for seen in ranks)
+    assert first == second
+    assert 2.9 < first["target"] <= 3.0
+    assert "Privacy: (epsilon=" in first["statement"]
+    assert first["budget"][0] <= 2.5
+    assert 0 < first["budget"][1] < 200
+
+
+def test_resume_goes_on_with_ledger_and_weights(ranks: list[dict[str, Any]]) -> None:
+    """Also after a death between the two renames of a move, and from a whole file."""
+    for seen in ranks:
+        saving = seen["saving"]
+        assert saving["steps"] == [8, 12, 8]
+        assert saving["from full"] == 12
+        assert len(saving["lineages"]) == 1
+        for name, weight in saving["weights"].items():
+            assert torch.equal(weight, saving["recovered"][name])
+        assert saving["mixed"].startswith(
+            "PrivacyError: Expected the ledger that was written with the weights of mixed.ckpt"
+        )
+
+
+def test_whole_checkpoint_loads_in_a_plain_module(ranks: list[dict[str, Any]], folder: Path) -> None:
+    checkpoint = torch.load(folder / "full.ckpt", weights_only=True)
+    module = Classifier()
+    module.load_state_dict(checkpoint["state_dict"])
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, ranks[0]["saving"]["weights"][name])
+    assert checkpoint["lightning_dp"]["ledger"]["num_steps"] == 8
+
+
+def test_history_reads_the_folder_of_a_sharded_run(ranks: list[dict[str, Any]], folder: Path) -> None:
+    assert ranks
+    strategy = DPStrategy(noise_multiplier=1.0, history=folder / "parts.ckpt")
+    assert strategy.ledger.num_steps == 8
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_resumes(ranks: list[dict[str, Any]], folder: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), "resumed_alone"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = torch.load(folder / "alone0.pt", weights_only=False)["resumed_alone"]
+    assert alone["world_size"] == 1
+    assert alone["steps"] == 12
+    for name, weight in ranks[0]["saving"]["weights"].items():
+        assert torch.equal(alone["weights"][name], weight)
+
+
+def test_learned_bounds_see_the_gradient_of_all_ranks(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The bound that follows the norm is that of one process; the one that counts is the same everywhere."""
+    learned = AutoThreshold()
+    trainer = make_trainer(DPStrategy(noise_multiplier=0.0), tmp_path, callbacks=[learned], max_epochs=2)
+    trainer.fit(Sharded(plain(), lr=0.0), DataLoader(make_dataset(), batch_size=64))
+    first, second = (seen["planned"] for seen in ranks)
+    assert first["learned"] == second["learned"] == pytest.approx(learned.bound.value, rel=1e-5)
+    assert first["counted"] == second["counted"] != 1.0
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no unit", "ValueError: Expected Whole.configure_model to shard the module"),
+        ("single", "ValueError: Expected samples to run together in a sharded module, got microbatch_size=1"),
+        ("top_agg", "a sharded module"),
+        ("public", "ValueError: Expected private optimizers only in a sharded module"),
+        ("stream", "Expected a map-style dataset for Poisson sampling"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_on_every_rank(ranks: list[dict[str, Any]], what: str, message: str) -> None:
+    for seen in ranks:
+        assert message in seen["refused"][what]
+
+
+def test_tensor_parallel_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="Expected tensor_parallel_size=1, got tensor_parallel_size=2"):
+        DPFSDPStrategy(noise_multiplier=1.0, tensor_parallel_size=2).setup_environment()
+
+
+def test_layers_are_not_replaced_once_they_are_sharded() -> None:
+    with pytest.raises(ValueError, match="Expected fix=False with sharded parameters, got fix=True"):
+        DPFSDPStrategy(noise_multiplier=1.0, fix=True).setup_environment()
