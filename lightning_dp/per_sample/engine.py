@@ -182,8 +182,7 @@ class PerSampleEngine(GradientEngine):
                     try:
                         self._try_owners(run, sizes)
                     except PrivacyError as second:
-                        text = f"{error} Nor can rows be followed to their samples: {second}"
-                        raise PrivacyError(text) from error
+                        raise PrivacyError(f"{error} Nor can rows be followed to their samples: {second}") from error
                 else:
                     before = self._tracker.learned
                     self._tracker.learned = before.joined(learned) if more and before is not None else learned

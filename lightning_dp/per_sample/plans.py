@@ -80,7 +80,7 @@ class Learned:
                     yield from (axis for axis in (*plan.inputs, *plan.outputs) if isinstance(axis, BatchAxis))
 
     def pin(self) -> None:
-        """From here on each sample must have as many rows as were seen."""
+        """Require from here on that each sample has as many rows as were seen."""
         for axis in self._axes():
             object.__setattr__(axis, "is_pinned", axis.multiplicity > 1)
 

@@ -1,4 +1,4 @@
-"""What a sharded module may not ask for, each refused by name before any data is touched."""
+"""Refusals of what a sharded module may not ask for, by name, before any data is touched."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def remaining_steps(trainer: pl.Trainer, parts: int) -> int | None:
     bounds: list[int] = []
     if fit_loop.max_epochs is not None and fit_loop.max_epochs >= 0 and math.isfinite(fit_loop.max_batches):
         epochs, batches = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress.current
-        done = batches.completed // parts if epochs.ready > epochs.processed else 0
+        done = batches.processed // parts if epochs.ready > epochs.processed else 0
         per_epoch = math.ceil(fit_loop.max_batches / parts)
         bounds.append(max(0, fit_loop.max_epochs - epochs.processed) * per_epoch - min(done, per_epoch))
     if fit_loop.max_steps >= 0:

@@ -28,7 +28,7 @@ META = "meta.pt"
 def save(checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Callable[[], None]) -> None:
     """Write a checkpoint to a folder; every rank calls it.
 
-    Each rank writes its part of the weights into a new folder beside the old one, the first rank then the rest, and moves the
+    Each rank writes its part of the weights into a new folder next to the old one, the first rank then the rest, and moves the
     folder into its place. The privacy state is written twice: with the weights, and with the rest.
 
     **Guarantee**: after a death of any process at any moment :func:`recover` finds the old folder or the new one, complete.

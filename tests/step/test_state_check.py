@@ -57,7 +57,7 @@ def test_state_that_follows_records_or_their_number_is_refused() -> None:
     with pytest.raises(PrivacyError, match="leaves 'memory' with another value after another record"):
         check_state(runner(lambda batch: batch[0], lambda batches: 2.0), RECORDS, together=True)
     counting = runner(len, lambda batches: 2.0)
-    with pytest.raises(PrivacyError, match="leaves 'memory' with another value after two records instead of one"):
+    with pytest.raises(PrivacyError, match="leaves 'memory' with another value after 2 records instead of 1"):
         check_state(counting, RECORDS, together=True)
     check_state(counting, RECORDS, together=False)  # no step sees two records
 

@@ -88,7 +88,7 @@ def fit(
 
 
 class Partly(Sharded):
-    """Beside the sharded network a parameter that no unit gathers: every rank holds all of it."""
+    """A sharded network, and a parameter that no unit gathers: every rank holds all of it."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(plain(), **options)
