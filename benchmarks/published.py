@@ -102,8 +102,7 @@ rounded up; ours are valid for the same runs. "From memory" marks figures whose 
 
 {runs}
 
-Differences to the sources: initial weights are PyTorch's; batches are Poisson samples (TF Privacy's tutorial shuffled them and
-accounted for Poisson samples); MNIST pixels are scaled by the published mean and standard deviation, or by 255 for the rows of
+Differences to the sources: initial weights are PyTorch's; batches are Poisson samples; MNIST pixels are scaled by the published mean and standard deviation, or by 255 for the rows of
 TF Privacy; convolutions use the channels-last memory layout. Rows without figures of ours were not run: {missing}.
 """
 
