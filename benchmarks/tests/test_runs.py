@@ -128,7 +128,7 @@ def test_published_page_says_what_was_not_run(tmp_path: Path) -> None:
     results.add(published.MNIST.but(seed=1), outcome(0.94))
     page = published.page(results)
     assert "| 94.50 ± 0.50 (2) | 1.19 | 0.83 | 0.92 |" in page
-    assert "not run: MNIST, sigma 1.1, 60 epochs;" in page
+    assert "Not run: MNIST, sigma 1.1, 60 epochs;" in page
 
 
 @pytest.fixture
