@@ -158,6 +158,12 @@ def verdict(first: Mapping[str, float], second: Mapping[str, float], sign: int) 
     return f"{100 * value:+.2f} ± {100 * error:.2f}", says
 
 
+def at_end(arm: Run, best: Run, results: Results) -> bool:
+    """Whether the best rate of an arm is the smallest or the largest that was tried."""
+    tried = [run.lr for run in results.lines if run == arm.but(lr=run.lr, seed=SEARCH_SEED)]
+    return best.lr in (min(tried), max(tried))
+
+
 def section(name: str, results: Results) -> str:
     """One study as Markdown."""
     study = STUDIES[name]
@@ -166,21 +172,20 @@ def section(name: str, results: Results) -> str:
         best = chosen(study, results, until=0.0)
     except Unfinished:
         return text + "Not run.\n"
+    ends = [arm for arm, run in best.items() if at_end(study.arms[arm], run, results)]
     rows, seconds = [], 0.0
     for arm, run in best.items():
         mean, lines = results.mean(run, SEEDS), [results.lines.get(run.but(seed=seed)) for seed in SEEDS]
         spent = {line["epsilon"].get("pld", "inf") for line in lines if line}
         seconds += sum(line["seconds"] for line in lines if line)
         shown = f"{100 * mean.value:.2f} ± {100 * mean.error:.2f} ({mean.count})" if mean else "not run"
-        rows.append([arm, f"{run.lr:g}", shown, ", ".join(str(value) for value in sorted(spent, key=str))])
+        rate = f"{run.lr:g}" + (", an end of the grid" if arm in ends else "")
+        rows.append([arm, rate, shown, ", ".join(str(value) for value in sorted(spent, key=str))])
     pairs = []
     for first, second, sign in study.pairs:
-        pairs.append(
-            [
-                f"{first} minus {second}",
-                *verdict(results.accuracies(best[first], SEEDS), results.accuracies(best[second], SEEDS), sign),
-            ]
-        )
+        figure, says = verdict(results.accuracies(best[first], SEEDS), results.accuracies(best[second], SEEDS), sign)
+        open_end = {first, second} & set(ends)
+        pairs.append([f"{first} minus {second}", figure, "open: a rate at an end of the grid" if open_end else says])
     return (
         text
         + markdown_table(["arm", "rate", "test accuracy, % (seeds)", "epsilon (PLD)"], rows)

@@ -97,6 +97,23 @@ def test_chosen_arms_report_on_the_test_split(executed: list[Run], tmp_path: Pat
     assert all(run.seed == claims.SEARCH_SEED and not run.report for run in executed)
 
 
+def test_section_leaves_a_rate_at_an_end_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arms = {"low": RUN, "high": RUN.but(method="sparse .9")}
+    study = claims.Study("claim", "setting", arms, (1.0, 2.0, 4.0), (("high", "low", 1),))
+    monkeypatch.setitem(claims.STUDIES, "made up", study)
+    results = Results(tmp_path / "lines")
+    for arm, run in arms.items():
+        for rate in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
+            peak = 16.0 if arm == "high" else 2.0
+            results.add(run.but(lr=rate, seed=claims.SEARCH_SEED), outcome(0.8 - abs(rate - peak) / 100))
+        for seed in claims.SEEDS:
+            results.add(run.but(lr=peak, seed=seed, report=True), outcome(0.7 + seed / 1000 + (arm == "high") / 10))
+    text = claims.section("made up", results)
+    assert "| low | 2 |" in text
+    assert "| high | 16, an end of the grid |" in text
+    assert "| high minus low | +10.00 ± 0.00 | open: a rate at an end of the grid |" in text
+
+
 @pytest.mark.parametrize(("second", "sign", "says"), [(0.8, 1, "holds"), (0.8, -1, "does not hold"), (0.9, 1, "open")])
 def test_verdict_follows_sign_and_error(second: float, sign: int, says: str) -> None:
     noise = {"0": 0.001, "1": -0.001, "2": 0.0005}
@@ -111,7 +128,7 @@ def test_published_page_says_what_was_not_run(tmp_path: Path) -> None:
     results.add(published.MNIST.but(seed=1), outcome(0.94))
     page = published.page(results)
     assert "| 94.50 ± 0.50 (2) | 1.19 | 0.83 | 0.92 |" in page
-    assert "not run: MNIST, sigma 1.1, 60 epochs;" in page
+    assert "Not run: MNIST, sigma 1.1, 60 epochs;" in page
 
 
 @pytest.fixture
