@@ -101,8 +101,8 @@ class PrivateStep:
         self.engine.attach()
         self._refresh()
         if settings.noise is not None:
-            num, shares = len(self.accumulators), self.clipping.shares_noise
-            check_releases(automatic=automatic, num_private_optimizers=num, shares_noise=shares)
+            shares = self.clipping.shares_noise
+            check_releases(automatic=automatic, num_private_optimizers=len(self.accumulators), shares_noise=shares)
 
     @property
     def accumulators(self) -> dict[int, Accumulator]:
@@ -284,8 +284,7 @@ class PrivateStep:
 
     def _refresh(self) -> None:
         """Follow layers that were frozen or unfrozen since the last step."""
-        num_statistics = self.mechanisms.bound.num_statistics
-        make = self.reduction.make_accumulator
+        make, num_statistics = self.reduction.make_accumulator, self.mechanisms.bound.num_statistics
         watched = self.parameters.refresh(lambda parameters: make(parameters, self.clipping, num_statistics))
         self.reduction.watch(self.engine, watched)
 
@@ -296,6 +295,6 @@ class PrivateStep:
     def _begin_sum(self, optimizer: int) -> None:
         """Initialise the accumulator before its first sample."""
         accumulator = self.accumulators[optimizer]
-        seen = self.bound.sees_releases or self.mechanisms.canaries.reads_sums
-        divisor = 1 if seen or not accumulator.clipping.gives_mean else self.plan.expected_batch_size
+        seen = self.bound.sees_releases or self.mechanisms.canaries.reads_sums or not accumulator.clipping.gives_mean
+        divisor = 1 if seen else self.plan.expected_batch_size
         self.noise.begin(accumulator, self.releases[optimizer], first=self.noise_comes_first(), divisor=divisor)

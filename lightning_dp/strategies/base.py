@@ -232,7 +232,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
             with fit.guard.user_code():
                 output = closure()
             fit.step.finish(index)
-            fit.clip(optimizer)
+            fit.patches.clip(optimizer)
             fit.guard.released()
             return output
 

@@ -1,15 +1,13 @@
-"""PrivateFit: one call of ``Trainer.fit``: the private step, the user's code around it, and what is patched meanwhile."""
+"""PrivateFit: one call of ``Trainer.fit``: the private step, and the user's code around it."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
@@ -23,6 +21,7 @@ from lightning_dp.step.trial import Trial
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.host import Counts, LightningHost
 from lightning_dp.strategies.logs import TrainingLogs
+from lightning_dp.strategies.patches import Patches
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -50,7 +49,6 @@ class PrivateFit:
         self._part = 0
         self._prepared = False
         self._training_flags: list[bool] = []
-        self._clips: dict[int, Callable[[], None]] = {}
         self.step = PrivateStep(
             module,
             strategy.optimizers,
@@ -71,19 +69,17 @@ class PrivateFit:
         self._sandbox = Sandbox(module, self.guard, self._host.reachable, self._quiet, self.step.reduction.settle)
         self._trial = Trial(self.step, self._host, self._sandbox)
         self._logs = TrainingLogs(trainer, strategy.state.nonprivate_logs, strict=strategy.settings.strict_logging)
-        self._watch()
+        self.patches = Patches(strategy, self.step, self._trial, lambda: self.on_trial)
+        self.guard.start()
+        self.patches.apply()
+        self._host.hooks.watch(lambda: self.on_trial)
 
     def close(self) -> None:
         """Undo everything that was patched, and put the global generators back to where they were before the fit."""
         self.step.close()
         self.guard.stop()
-        for both in self._optimizers_and_wrappers():
-            for optimizer in both:
-                optimizer.__dict__.pop("zero_grad", None)
-        self._strategy.module.__dict__.pop("on_train_batch_start", None)
+        self.patches.undo()
         self._host.hooks.unwatch()
-        _lightning.restore_transfer_hook(self._strategy.module)
-        self._strategy.module.__dict__.pop("clip_gradients", None)
         self._logs.detach()
         restore_generators(self._generators, self._device)
 
@@ -272,67 +268,6 @@ class PrivateFit:
             step.collect(0)
             if not microbatch.further:
                 microbatch.__exit__(None, None, None)
-
-    # ---------------------------------------------------------------- what is patched
-
-    def _watch(self) -> None:
-        """Follow ``zero_grad`` of private optimizers, and keep logical batches from a user's transfer hook."""
-        self.guard.start()
-        for index, both in enumerate(self._optimizers_and_wrappers()):
-            for optimizer in both if index not in self._strategy.settings.public_optimizers else ():
-                optimizer.__dict__["zero_grad"] = self._discarding(index, optimizer.zero_grad)
-        module = self._strategy.module
-        if _lightning.is_overridden("on_train_batch_start", module):
-            module.__dict__["on_train_batch_start"] = self._checking_skips(module.on_train_batch_start)
-        self._host.hooks.watch(lambda: self.on_trial)
-        if not self.step.automatic:
-            module.__dict__["clip_gradients"] = self._clipping_later(module.clip_gradients)
-        owners = [module, self._strategy.trainer.datamodule]  # type: ignore[attr-defined]
-        if any(owner is not None and _lightning.is_overridden("on_before_batch_transfer", owner) for owner in owners):
-            _lightning.replace_transfer_hook(module, lambda batch: isinstance(batch, LogicalBatch))
-
-    def _checking_skips(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``on_train_batch_start`` of the module; where it ends an epoch, this may not depend on the records."""
-
-        @functools.wraps(hook)
-        def begin_batch(*args: Any, **kwargs: Any) -> Any:
-            answer = hook(*args, **kwargs)
-            if isinstance(answer, int) and answer == -1 and not self.on_trial:
-                self._trial.check_end_of_epoch()
-            return answer
-
-        return begin_batch
-
-    def _clipping_later(self, clip_gradients: Callable[..., None]) -> Callable[..., None]:
-        """Return ``clip_gradients`` that waits for the step of its optimizer: before it there is no private gradient."""
-
-        @functools.wraps(clip_gradients)
-        def clip_later(optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            if not self.on_trial:
-                held = getattr(optimizer, "optimizer", optimizer)
-                self._clips[id(held)] = functools.partial(clip_gradients, held, *args, **kwargs)
-
-        return clip_later
-
-    def clip(self, optimizer: Optimizer) -> None:
-        """Clip a private gradient as ``clip_gradients`` was called for under manual optimization, once."""
-        self._clips.pop(id(optimizer), _nothing)()
-
-    def _optimizers_and_wrappers(self) -> list[tuple[Optimizer, Any]]:
-        """Return each optimizer with Lightning's wrapper of it, which is what manual optimization hands to the user."""
-        return list(zip(self._strategy.optimizers, _lightning.lightning_optimizers(self._strategy), strict=True))
-
-    def _discarding(self, index: int, zero_grad: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(zero_grad)
-        def discard(*args: Any, **kwargs: Any) -> None:
-            self.step.discard(index)
-            zero_grad(*args, **kwargs)
-
-        return discard
-
-
-def _nothing() -> None:
-    return None
 
 
 def _with_loss(output: Any, loss: Tensor) -> Any:

@@ -1,0 +1,98 @@
+"""Patches: what a fit changes in the user's objects and Lightning's, until it ends; ``docs/patched.md`` lists them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from lightning_dp.sampling import LogicalBatch
+from lightning_dp.step.step import PrivateStep
+from lightning_dp.step.trial import Trial
+from lightning_dp.strategies import _lightning
+
+if TYPE_CHECKING:
+    from lightning_dp.strategies.base import PrivateStrategy
+
+
+class Patches:
+    """Methods of module and optimizers that are replaced on the instance while a fit runs.
+
+    Args:
+        strategy: of the Trainer.
+        step: forgets what was back-propagated where ``zero_grad`` is called.
+        trial: judges an epoch that user code ends early.
+        is_on_trial: whether user code runs in the sandbox.
+    """
+
+    def __init__(
+        self, strategy: PrivateStrategy, step: PrivateStep, trial: Trial, is_on_trial: Callable[[], bool]
+    ) -> None:
+        self._strategy, self._step, self._trial, self._is_on_trial = strategy, step, trial, is_on_trial
+        self._clips: dict[int, Callable[[], None]] = {}
+
+    def apply(self) -> None:
+        """Replace the methods."""
+        for index, both in enumerate(self._optimizers_and_wrappers()):
+            for optimizer in both if index not in self._strategy.settings.public_optimizers else ():
+                optimizer.__dict__["zero_grad"] = self._discarding(index, optimizer.zero_grad)
+        module = self._strategy.module
+        if _lightning.is_overridden("on_train_batch_start", module):
+            module.__dict__["on_train_batch_start"] = self._checking_skips(module.on_train_batch_start)
+        if not self._step.automatic:
+            module.__dict__["clip_gradients"] = self._clipping_later(module.clip_gradients)
+        owners = [module, self._strategy.trainer.datamodule]  # type: ignore[attr-defined]
+        if any(owner is not None and _lightning.is_overridden("on_before_batch_transfer", owner) for owner in owners):
+            _lightning.replace_transfer_hook(module, lambda batch: isinstance(batch, LogicalBatch))
+
+    def undo(self) -> None:
+        """Give all objects their own methods back."""
+        for both in self._optimizers_and_wrappers():
+            for optimizer in both:
+                optimizer.__dict__.pop("zero_grad", None)
+        _lightning.restore_transfer_hook(self._strategy.module)
+        for name in ("on_train_batch_start", "clip_gradients"):
+            self._strategy.module.__dict__.pop(name, None)
+
+    def clip(self, optimizer: Optimizer) -> None:
+        """Clip a private gradient as ``clip_gradients`` was called for under manual optimization, once."""
+        clip = self._clips.pop(id(optimizer), None)
+        if clip is not None:
+            clip()
+
+    def _checking_skips(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``on_train_batch_start`` of the module; where it ends an epoch, this may not depend on the records."""
+
+        @functools.wraps(hook)
+        def begin_batch(*args: Any, **kwargs: Any) -> Any:
+            answer = hook(*args, **kwargs)
+            if isinstance(answer, int) and answer == -1 and not self._is_on_trial():
+                self._trial.check_end_of_epoch()
+            return answer
+
+        return begin_batch
+
+    def _clipping_later(self, clip_gradients: Callable[..., None]) -> Callable[..., None]:
+        """Return ``clip_gradients`` that waits for the step of its optimizer: before it there is no private gradient."""
+
+        @functools.wraps(clip_gradients)
+        def clip_later(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            if not self._is_on_trial():
+                held = getattr(optimizer, "optimizer", optimizer)
+                self._clips[id(held)] = functools.partial(clip_gradients, held, *args, **kwargs)
+
+        return clip_later
+
+    def _optimizers_and_wrappers(self) -> list[tuple[Optimizer, Any]]:
+        """Return each optimizer with Lightning's wrapper of it, which is what manual optimization hands to the user."""
+        return list(zip(self._strategy.optimizers, _lightning.lightning_optimizers(self._strategy), strict=True))
+
+    def _discarding(self, index: int, zero_grad: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(zero_grad)
+        def discard(*args: Any, **kwargs: Any) -> None:
+            self._step.discard(index)
+            zero_grad(*args, **kwargs)
+
+        return discard
