@@ -178,6 +178,8 @@ class PerSampleEngine(GradientEngine):
                 try:
                     learned = learner.learn(set(self._parameters))
                 except PrivacyError as error:
+                    if more:  # what these runs would add is unclear: a use of it is refused when it comes
+                        return
                     self._learning_size, self._tracker.learned = None, None
                     try:
                         self._try_owners(run, sizes)
@@ -204,6 +206,12 @@ class PerSampleEngine(GradientEngine):
             self._follows_owners = False
             self.end()
             raise
+        except RecursionError as error:  # an operation that is made of itself, seen through both ways to follow it
+            self._follows_owners = False
+            self.end()
+            raise PrivacyError(
+                "Expected operations whose rows can be followed to their samples, got one without end."
+            ) from error
 
     def _settle_rows(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool) -> None:
         """Make sure that each sample has K rows, where several rows of a sample were seen folded into the batch axis."""

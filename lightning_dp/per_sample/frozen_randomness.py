@@ -19,13 +19,15 @@ _DROPOUTS = {
         (torch, "dropout dropout_ alpha_dropout alpha_dropout_ feature_dropout feature_dropout_"),
         (torch, "feature_alpha_dropout feature_alpha_dropout_"),
         (F, "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"),
+        (F, "scaled_dot_product_attention multi_head_attention_forward"),
+        (torch, "lstm gru rnn_tanh rnn_relu"),
     )
     for name in names.split()
 }
 
 
 class _InDropout(TorchFunctionMode):
-    """Notes while a dropout runs: its draws are its own, whatever operations it is made of on a device."""
+    """Notes while a dropout runs, or a layer that has one: its draws are its own, whatever operations it is made of on a device."""
 
     def __init__(self) -> None:
         super().__init__()

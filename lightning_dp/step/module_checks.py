@@ -25,7 +25,12 @@ def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
 
 
 def check_parameters(module: nn.Module) -> None:
-    """Refuse parameters that have no shape or are complex, and compiled modules."""
+    """Refuse modules without parameters, parameters that have no shape or are complex, and compiled modules."""
+    if next(module.parameters(), None) is None:
+        raise ValueError(
+            f"Expected {type(module).__name__} to have trainable parameters, got no parameters at all. Make them in __init__, setup "
+            "or configure_model, or train without a private strategy."
+        )
     lazy = [name for name, parameter in module.named_parameters() if isinstance(parameter, UninitializedParameter)]
     if lazy:
         raise ValueError(

@@ -236,16 +236,19 @@ def note_loaded_checkpoints(note: Callable[[nn.Module, dict[str, Any]], None]) -
 
 def _watch_loading(package: Any, note: Callable[[nn.Module, dict[str, Any]], None]) -> None:
     load = package._load_state
-    if hasattr(load, "noted"):
+    if hasattr(load, "notes"):
+        if note not in load.notes:
+            load.notes.append(note)
         return
 
     def watched(cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         made = load(cls, checkpoint, *args, **kwargs)
         if isinstance(made, nn.Module):
-            note(made, checkpoint)
+            for each in watched.notes:  # type: ignore[attr-defined]
+                each(made, checkpoint)
         return made
 
-    watched.noted = True  # type: ignore[attr-defined]
+    watched.notes = [note]  # type: ignore[attr-defined]
     package._load_state = watched
 
 

@@ -190,6 +190,7 @@ def step_of(kind, sigma):
         "gaussian": PrivacyEvent.gaussian(noise_multiplier=sigma),
         "shuffle": PrivacyEvent.shuffle(noise_multiplier=sigma),
         "allocation": PrivacyEvent.allocation(noise_multiplier=sigma, num_batches=20),
+        "correlated": PrivacyEvent.correlated(noise_multiplier=sigma, num_steps=20),
         "non_private": PrivacyEvent.non_private("no clipping"),
     }[kind]
 

@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
     "CLIP, each image with captions of its own": Case(lambda: OwnCaptions(clip()), choices),
 }
 
-ALONE = "microbatch_size=1"
+ALONE = "grad_sample='single'"
 REFUSED: dict[str, tuple[Case, str]] = {
     "ResNet": (Case(lambda: FineTuning(resnet()), lambda: images(32)), r"BatchNorm2d normalises .*lightning_dp\.fix"),
     "GPT-2's own loss": (

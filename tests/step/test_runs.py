@@ -61,7 +61,7 @@ def test_coins_are_tried_where_some_are_drawn(
 def test_progress_of_long_checks_is_shown(
     shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runs, "SILENT_FOR", 1e-6)
+    monkeypatch.setattr(runs, "SILENT_FOR", 0.0)
     threads = set(threading.enumerate())
     fit(Plain(), tmp_path, enable_progress_bar=shown)
     assert ("Checking on a few records that samples are independent" in capsys.readouterr().err) == shown

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning as L
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
@@ -93,8 +94,20 @@ def nested() -> Dataset:
     return [{"inputs": ((a, b), {"scale": a.sum()}), "y": y} for a, b, y in pairs]  # type: ignore[return-value]
 
 
+class OneByOne(nn.Module):
+    """Calls its layer once for each record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(row) for row in x])
+
+
 CASES: dict[str, Case] = {
     "linear": classifier(lambda: nn.Linear(NUM_FEATURES, NUM_CLASSES), vectors),
+    "a call for each record": classifier(OneByOne, vectors),
     "in-place activation after the first layer": classifier(lambda: mlp(nn.ReLU(inplace=True)), vectors),
     "layer norm": classifier(lambda: mlp(nn.LayerNorm(WIDTH), nn.GELU()), vectors),
     "RMS norm": classifier(lambda: mlp(nn.RMSNorm(WIDTH), nn.GELU()), vectors),

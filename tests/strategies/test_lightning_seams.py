@@ -131,14 +131,6 @@ def test_completed_steps_are_behind_global_step(tmp_path: Path) -> None:
     assert during_fit(tmp_path, put_back, Manual()) == [0] * 4
 
 
-def test_training_sources_are_the_loaders(tmp_path: Path) -> None:
-    def sources(trainer: L.Trainer) -> tuple[bool, bool]:
-        combined, given = _lightning.training_sources(trainer)
-        return combined.flattened == [trainer.train_dataloader], given is trainer.train_dataloader
-
-    assert set(during_fit(tmp_path, sources)) == {(True, True)}
-
-
 def test_loader_states_are_dropped_from_a_checkpoint(tmp_path: Path) -> None:
     class Stateful(torch.utils.data.DataLoader):
         def state_dict(self) -> dict[str, int]:
@@ -201,7 +193,9 @@ def test_wrap_checkpoint_io_puts_the_writer_inside() -> None:
 
 
 def test_loaded_checkpoints_are_shown_with_their_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lightning.saving, "_load_state", _lightning.saving._load_state)  # put back afterwards
+    load: Any = _lightning.saving._load_state
+    monkeypatch.setattr(load, "notes", [*load.notes])  # put back afterwards
+    monkeypatch.setattr(_lightning, "_NOTES", [])
     trainer = make_trainer("auto", tmp_path)
     trainer.fit(Classifier(), make_loader())
     trainer.save_checkpoint(tmp_path / "last.ckpt")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import Recorder, make_trainer
-from tests.strategies.model_cases import CASES, Case, classifier, fixed, tokens, vectors
+from tests.strategies.model_cases import CASES, Case, classifier, tokens, vectors
 from tests.strategies.models import (
     NUM_CLASSES,
     NUM_FEATURES,
@@ -25,7 +25,6 @@ from tests.strategies.models import (
     VOCABULARY,
     WIDTH,
     Apply,
-    Packed,
     Task,
     mlp,
 )
@@ -236,17 +235,6 @@ class Opaque(nn.Module):
         return self.head(Hidden.apply(x, self.weight).tanh())
 
 
-class OneByOne(nn.Module):
-    """Calls its layer once for each record."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(NUM_FEATURES, NUM_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.layer(row) for row in x])
-
-
 TOGETHER, SCALED = "samples influence each other", "samples share a denominator"
 REFUSED: dict[str, tuple[Case, str]] = {
     "batch norm": (
@@ -269,17 +257,9 @@ REFUSED: dict[str, tuple[Case, str]] = {
         CASES["linear"]._replace(options={"loss_reduction": "sum"}),
         "something that depends on the batch's size",
     ),
-    "packed sequences, fixed": (
-        fixed(Packed, tokens),
-        "its axis 0 is no multiple of the batch size.*microbatch_size=1",
-    ),
     "function of autograd": (
         classifier(Opaque, vectors),
-        r"another use for \['network\.weight'\]: a torch\.autograd\.Function.*microbatch_size=1",
-    ),
-    "a call for each record": (
-        classifier(OneByOne, vectors),
-        r"linear of 'network\.layer\.weight'.*called 2 times with 2 samples and 3 times with 3.*microbatch_size=1",
+        r"another use for \['network\.weight'\]: a torch\.autograd\.Function.*grad_sample='single'",
     ),
     "penalty on weights": (
         Case(lambda: Penalised(mlp()), vectors),
@@ -308,7 +288,7 @@ def test_modules_not_private_are_refused_before_a_release(tmp_path: Any, name: s
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["function of autograd", "a call for each record", "penalty on weights"])
+@pytest.mark.parametrize("name", ["function of autograd", "penalty on weights"])
 def test_samples_run_alone_need_no_support(tmp_path: Any, name: str) -> None:
     """What is refused above for want of per-sample gradients trains with microbatch_size=1."""
     check_step(REFUSED[name][0], tmp_path, microbatch_size=1)
