@@ -100,7 +100,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "bernoulli" and "p" not in named:
             named["p"] = named["self"].clone()
         result = func(*args, **kwargs)
-        if not isinstance(result, torch.Tensor):
+        if not isinstance(result, torch.Tensor) or result.is_meta:
             return result
         if self._dropouts.depth:
             return result.fill_(float(named["p"])) if name == "bernoulli" else result

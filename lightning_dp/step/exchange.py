@@ -41,9 +41,9 @@ class Fingerprint:
 
 
 def random_weights(size: int, leaves: int) -> Tensor:
-    """Return (2, size) fixed weights of random sign; 0 for the sample that does not stay."""
-    weights = torch.from_numpy(np.random.default_rng(7).uniform(0.5, 1.5, (2, max(size, leaves + 1))))
-    weights[1] *= torch.where(torch.arange(weights.shape[1]) % 3 == 0, -1.0, 1.0)
+    """Return (1, size) fixed weights, a third of them negative; 0 for the sample that does not stay."""
+    weights = torch.from_numpy(np.random.default_rng(7).uniform(0.5, 1.5, (1, max(size, leaves + 1))))
+    weights *= torch.where(torch.arange(weights.shape[1]) % 3 == 0, -1.0, 1.0)
     weights[:, leaves] = 0.0
     return weights[:, :size]
 
@@ -88,7 +88,7 @@ def join(
         leaves: the sample that does not stay.
     """
     norms = torch.cat([norms for norms, _ in found]) * scale if found else torch.zeros(0, size)
-    sums: list[dict[str, Tensor]] = [{} for _ in range(2)]
+    sums: list[dict[str, Tensor]] = [{} for _ in (found[0][1] if found else ())]
     for _, directions in found:
         for total, part in zip(sums, directions, strict=True):
             total.update(part)
