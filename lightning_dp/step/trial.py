@@ -44,15 +44,16 @@ class Trial:
         return self._host.copies
 
     def is_due(self, number: int, *, first_of_pass: bool) -> bool:
-        """Tell whether the checks are repeated at a logical step: the 2nd, 10th, 100th, ... and the first of a long epoch.
+        """Tell whether the checks are repeated: at the 2nd, 10th and 100th logical step, then in the first of an epoch.
+
+        After the 100th, 1,000 steps pass between two checks; where epochs are longer than 10,000, a check is due after as many.
 
         Args:
             number: of the logical step, from 0.
             first_of_pass: whether a pass over the data begins with it.
         """
-        if number <= self._checked_at:
-            return False
-        return number == 1 or str(number + 1).strip("0") == "1" or (first_of_pass and number - self._checked_at >= 100)
+        since = number - self._checked_at
+        return since > 0 and (number in (1, 9, 99) or since >= (1_000 if first_of_pass else 10_000))
 
     def prepare(self) -> None:
         """Learn the layout, and check on records from all over the training set that samples are independent.

@@ -91,7 +91,7 @@ def test_parameters_are_forgotten_when_they_are_freed() -> None:
     assert len(history._carried) == before + 2
     del module
     gc.collect()
-    assert len(history._carried) == before
+    assert len(history._carried) <= before  # others may have been freed with them
 
 
 def test_copies_of_trained_weights_are_known_by_their_values() -> None:

@@ -16,6 +16,7 @@ from lightning_dp.reporting.card import privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.step import runs
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
+from lightning_dp.step.trial import Trial
 from tests.helpers import Classifier, make_loader, make_trainer
 
 
@@ -104,3 +105,15 @@ def test_statement_says_why_samples_are_independent(options: Any, expected: str,
     assert f"samples kept apart: {expected}" in strategy.privacy_statement()
     card = privacy_card(strategy.plan, strategy.ledger, strategy.accountant, notes=strategy.state.notes)
     assert f"| samples kept apart | {expected} |" in to_markdown(card)
+
+
+def test_checks_are_repeated_at_public_steps() -> None:
+    """Three times in 1,000 steps, then at the first step of an epoch after 1,000 more, or after 10,000."""
+    trial = object.__new__(Trial)
+    due = []
+    trial._checked_at = 0
+    for number in range(30_000):
+        if trial.is_due(number, first_of_pass=number % 700 == 0 and number < 5_000):
+            due.append(number + 1)
+            trial._checked_at = number
+    assert due == [2, 10, 100, 1_401, 2_801, 4_201, 14_201, 24_201]
