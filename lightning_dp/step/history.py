@@ -132,12 +132,13 @@ def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         carry(module.parameters(), Ledger.from_state_dict(state["ledger"]))
 
 
-def check_history(module: nn.Module, known: Iterable[str], *, given: bool) -> None:
+def check_history(module: nn.Module, known: Iterable[str], *, given: bool, resumed: Ledger | None = None) -> None:
     """Check that what earlier runs have spent on a module's parameters is counted.
 
     Args:
         module: about to be trained.
         known: lineages of the ledgers that the run counts.
+        resumed: ledger of the run that goes on; each process of several began one of its own, of which a checkpoint holds the first.
         given: whether the user passed ``history``, perhaps empty: then it is taken as said.
 
     Raises:
@@ -150,7 +151,13 @@ def check_history(module: nn.Module, known: Iterable[str], *, given: bool) -> No
         reference, ledgers, _ = _carried.get(id(parameter), (None, {}, None))
         if reference is None or reference() is not parameter:
             ledgers = _values.get(_print_of(parameter), {})
-        missing = [ledger for lineage, ledger in ledgers.items() if lineage not in lineages and ledger.num_steps]
+        missing = [
+            ledger
+            for lineage, ledger in ledgers.items()
+            if lineage not in lineages
+            and ledger.num_steps
+            and not (resumed is not None and ledger.has_same_beginning(resumed))
+        ]
         if missing:
             raise PrivacyError(
                 f"{name!r} was trained by an earlier private run of {missing[0].num_steps} steps, which this strategy would not "

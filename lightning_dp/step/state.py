@@ -68,7 +68,7 @@ class PrivacyState:
     def check_history(self, module: nn.Module) -> None:
         """Check that earlier private runs of a module's parameters are counted; see ``history.check_history``."""
         known = [self.ledger.lineage, *(ledger.lineage for ledger in self._history)]
-        check_history(module, known, given=self._history_given)
+        check_history(module, known, given=self._history_given, resumed=self.ledger)
 
     # ---------------------------------------------------------------- what has been spent
 
