@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Packages whose callbacks are not the user's; they write no state from records into the module.
 _KNOWN = ("lightning.", "pytorch_lightning.", "lightning_dp.")
+#: Classes of Lightning whose hooks are the user's.
+_OPEN = ("Callback", "LambdaCallback")
 #: Called at the end of an epoch, in which values that were collected batch by batch may be written into the module.
 EPOCH_END = "on_train_epoch_end"
 #: Hooks that are watched.
@@ -51,6 +53,7 @@ class UserHooks:
         self._strategy = strategy
         self._reported: set[str] = set()
         self._watched = [c for c in getattr(strategy.trainer, "callbacks", []) if not _is_known(type(c))]
+        self._own: list[tuple[Any, str, Any]] = []  # what hooks were before, on the instance
         self.writing: list[Any] = []
         """Callbacks that have changed the module, and take part in trials since; the module, if the end of an epoch has changed it."""
         self.due = False
@@ -98,16 +101,20 @@ class UserHooks:
         module = self._strategy.module
         for callback in self._watched:
             for name in _HOOKS:
-                if is_overridden(name, callback):
+                if _has(name, callback):
+                    self._own.append((callback, name, vars(callback).get(name)))
                     callback.__dict__[name] = self._watching(getattr(callback, name), module, callback, is_on_trial)
         if is_overridden(EPOCH_END, module):
             module.__dict__[EPOCH_END] = self._watching(module.on_train_epoch_end, module, module, is_on_trial)
 
     def unwatch(self) -> None:
         """Leave the callbacks as they were."""
-        for callback in self._watched:
-            for name in _HOOKS:
+        while self._own:
+            callback, name, own = self._own.pop()
+            if own is None:
                 callback.__dict__.pop(name, None)
+            else:
+                callback.__dict__[name] = own
         self._strategy.module.__dict__.pop(EPOCH_END, None)
 
     def _watching(
@@ -129,7 +136,7 @@ class UserHooks:
     def _with(self, name: str) -> Iterator[tuple[Any, Any]]:
         trainer, module = self._strategy.trainer, self._strategy.lightning_module
         for callback in self.callbacks:
-            if is_overridden(name, callback):
+            if _has(name, callback):
                 yield callback, functools.partial(getattr(callback, name), trainer, module)
         if module is not None and is_overridden(name, module) and (name != EPOCH_END or module in self.writing):
             yield module, getattr(module, name)
@@ -162,6 +169,11 @@ def outputs_of(output: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, dict(found))
 
 
+def _has(name: str, callback: pl.Callback) -> bool:
+    """Tell whether a callback has a hook of its own; that of a ``LambdaCallback`` is an attribute of the instance."""
+    return name in vars(callback) or is_overridden(name, callback)
+
+
 def _is_known(kind: type) -> bool:
     """Tell whether a class of callbacks is Lightning's or this package's, or is derived from one of theirs."""
-    return any(base.__module__.startswith(_KNOWN) and base.__name__ != "Callback" for base in kind.__mro__)
+    return any(base.__module__.startswith(_KNOWN) and base.__name__ not in _OPEN for base in kind.__mro__)

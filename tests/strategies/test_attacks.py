@@ -207,6 +207,17 @@ def test_a_statistic_of_the_batch_from_a_hook_is_refused(tmp_path: Any) -> None:
         fit(Centred(), tmp_path)
 
 
+def test_state_written_by_a_lambda_callback_is_refused(tmp_path: Any) -> None:
+    def write(trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        module.saved.copy_(batch[0].mean(0))
+
+    callback = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=write)
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    with pytest.raises(PrivacyError, match="with another value after"):
+        make_trainer(strategy, tmp_path, callbacks=[callback]).fit(Hooked(), make_loader())
+    assert callback.on_train_batch_end is write
+
+
 @pytest.mark.parametrize("since", [0, 1, 3])
 def test_an_epoch_that_the_data_cut_short_is_refused(since: int, tmp_path: Any) -> None:
     class Skipping(Classifier):
