@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import DPStrategy
 from lightning_dp.errors import PrivacyError
+from tests.helpers import make_trainer
 from tests.per_sample.test_owners import GCN, Graphs, Loop, _collate_graphs, _graph
 
 
@@ -31,16 +32,7 @@ class Training(L.LightningModule):
 
 def fit(module: nn.Module, data: Any, collate: Any = None, **options: Any) -> DPStrategy:
     strategy = DPStrategy(**{"noise_multiplier": 1.0, "seed": 0, **options})
-    trainer = L.Trainer(
-        max_epochs=1,
-        strategy=strategy,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(strategy, None)
     trainer.fit(Training(module), DataLoader(data, batch_size=4, collate_fn=collate))
     return strategy
 

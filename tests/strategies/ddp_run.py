@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp import AdaptiveClipping, DPDDPStrategy, EpsilonMonitor, RandomSparsification
-from tests.helpers import NUM_FEATURES, Classifier, Recorder, make_dataset
+from tests.helpers import NUM_FEATURES, Classifier, Recorder, make_dataset, make_trainer
 from tests.strategies.test_manual import GAN
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -31,18 +31,8 @@ def fit(
     strategy: Any = None,
     **options: Any,
 ) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy or DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp"),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        default_root_dir=OUT,
-        **options,
-    )
+    strategy = strategy or DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    trainer = make_trainer(strategy, OUT, devices=2, callbacks=list(callbacks), **options)
     trainer.fit(module, loader, ckpt_path=resume, weights_only=True if resume else None)
     return trainer
 

@@ -35,7 +35,7 @@ from lightning_dp.step.noising import ReleaseNoise
 from lightning_dp.step.release import Release
 from lightning_dp.step.shards import Shards
 from lightning_dp.step.step import PrivateStep
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, Largest, make_dataset
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, Largest, make_dataset, make_trainer
 from tests.strategies.sharded import CASES, Sharded, plain
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -71,18 +71,8 @@ def fit(
     resume: Any = None,
     **options: Any,
 ) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=DEVICES,
-        strategy=strategy or private(),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        default_root_dir=OUT,
-        **options,
-    )
+    options = {"max_epochs": None, "devices": DEVICES, "callbacks": list(callbacks), **options}
+    trainer = make_trainer(strategy or private(), OUT, **options)
     trainer.fit(module, loader, ckpt_path=resume, weights_only=True if resume else None)
     return trainer
 

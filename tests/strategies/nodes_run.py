@@ -9,12 +9,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_dp import DPDDPStrategy, DPFSDPStrategy
-from tests.helpers import make_dataset
+from tests.helpers import make_dataset, make_trainer
 from tests.strategies.sharded import Sharded, plain
 
 OUT = Path(sys.argv[1])
@@ -30,18 +29,7 @@ class Logging(Sharded):
 
 def fit(strategy: Any) -> dict[str, Any]:
     module = Logging(plain(), optimizer=torch.optim.Adam, lr=0.05)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        num_nodes=2,
-        devices=1,
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=OUT,
-        max_epochs=5,
-    )
+    trainer = make_trainer(strategy, OUT, num_nodes=2, max_epochs=5)
     trainer.fit(module, DataLoader(make_dataset(), batch_size=8))
     weights: list[Any] = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters()]
     return {

@@ -7,29 +7,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import lightning as L
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch.utils.data import DataLoader
 
 from lightning_dp import DPDDPStrategy
-from tests.helpers import Classifier, make_dataset
+from tests.helpers import Classifier, make_dataset, make_trainer
 
 
 def main() -> None:
     out, start_method = Path(sys.argv[1]), sys.argv[2]
     accelerator_connector._IS_INTERACTIVE = start_method == "fork"  # as in a notebook, where nothing else is allowed
     strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", start_method=start_method)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=out,
-    )
+    trainer = make_trainer(strategy, out, devices=2)
     trainer.fit(Classifier(), DataLoader(make_dataset(), batch_size=8))
     trainer.save_checkpoint(out / "after.ckpt")
     assert strategy.epsilon() > 0

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import AdaptiveClipping, AutoThreshold, DPDDPStrategy, MagnitudePruning, RandomSparsification, TopAgg
 from lightning_dp.clipping.bounds import NoisyGradientBound, NoisyRelease, QuantileBound
-from tests.helpers import Classifier, Recorder, make_dataset
+from tests.helpers import Classifier, Recorder, make_dataset, make_trainer
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 OUT = Path(sys.argv[1])
@@ -70,18 +70,7 @@ def fit(module: L.LightningModule, callbacks: list[Any], batch_size: int, epochs
     strategy = DPDDPStrategy(
         **{"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", "check_per_sample": False, **options}
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*callbacks, recorder],
-        default_root_dir=OUT,
-        max_epochs=epochs,
-    )
+    trainer = make_trainer(strategy, OUT, devices=2, callbacks=[*callbacks, recorder], max_epochs=epochs)
     trainer.fit(module, DataLoader(make_dataset(), batch_size=batch_size))
     return [torch.cat([gradient.flatten() for gradient in step.values()]) for step in recorder.before_step]
 
