@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
+from lightning_dp.step.snapshot import few_values
 
 History = Ledger | str | os.PathLike[str] | Sequence[Any] | None
 """What ``history=`` takes."""
@@ -119,9 +120,7 @@ def _print_of(parameter: nn.Parameter) -> Any:
     value = parameter.detach()
     if value.numel() < _FEWEST or type(value) is not Tensor or value.is_meta:
         return None
-    flat = value.flatten()
-    places = torch.linspace(0, flat.numel() - 1, _PLACES, dtype=torch.float64).long()
-    values = tuple(flat[places.to(flat.device)].double().tolist())
+    values = tuple(few_values(value, _PLACES).tolist())
     return (tuple(parameter.shape), values) if len(set(values)) >= _FEWEST else None
 
 

@@ -48,6 +48,13 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in machinery}
 
 
+def few_values(tensor: Tensor, num: int) -> Tensor:
+    """Return ``num`` values spread evenly over a tensor, in float64; none of an empty one."""
+    flat = tensor.detach().flatten()
+    places = torch.linspace(0, flat.numel() - 1, num if flat.numel() else 0, dtype=torch.float64).long()
+    return flat[places.to(flat.device)].double()
+
+
 class Snapshot:
     """Values of all state that is reachable from some roots.
 

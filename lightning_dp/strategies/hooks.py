@@ -1,7 +1,7 @@
 """Hooks of the user's that see a batch, or what was computed from it.
 
 Those of the module run on trial as ``training_step`` does. Those of callbacks, and those that end an epoch, may write files or lists
-of their own, so they run on trial only once they have changed the module in earnest, which is watched.
+of their own, so they run on trial only once they have changed the module outside of a trial, which is watched.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Mutable
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.local import local_part
-from lightning_dp.step.snapshot import plain_attributes
+from lightning_dp.step.snapshot import few_values, plain_attributes, same_values
 from lightning_dp.strategies._lightning import is_overridden
 from lightning_dp.system.torch_private import num_changes
 
@@ -99,23 +100,20 @@ class UserHooks:
             is_on_trial: whether user code runs in the sandbox.
         """
         module = self._strategy.module
-        for callback in self._watched:
-            for name in _HOOKS:
-                if _has(name, callback):
-                    self._own.append((callback, name, vars(callback).get(name)))
-                    callback.__dict__[name] = self._watching(getattr(callback, name), module, callback, is_on_trial)
-        if is_overridden(EPOCH_END, module):
-            module.__dict__[EPOCH_END] = self._watching(module.on_train_epoch_end, module, module, is_on_trial)
+        for owner, names in (*((callback, _HOOKS) for callback in self._watched), (module, (EPOCH_END,))):
+            for name in names:
+                if _has(name, owner):
+                    self._own.append((owner, name, vars(owner).get(name)))
+                    owner.__dict__[name] = self._watching(getattr(owner, name), module, owner, is_on_trial)
 
     def unwatch(self) -> None:
-        """Leave the callbacks as they were."""
+        """Leave callbacks and module as they were."""
         while self._own:
-            callback, name, own = self._own.pop()
+            owner, name, own = self._own.pop()
             if own is None:
-                callback.__dict__.pop(name, None)
+                owner.__dict__.pop(name, None)
             else:
-                callback.__dict__[name] = own
-        self._strategy.module.__dict__.pop(EPOCH_END, None)
+                owner.__dict__[name] = own
 
     def _watching(
         self, hook: Callable[..., Any], module: nn.Module, owner: Any, is_on_trial: Callable[[], bool]
@@ -126,7 +124,7 @@ class UserHooks:
                 return hook(*args, **kwargs)
             before = _marks_of(module)
             answer = hook(*args, **kwargs)
-            if _marks_of(module) != before:
+            if not _are_same(before, _marks_of(module)):
                 self.writing.append(owner)
                 self.due = True
             return answer
@@ -142,23 +140,22 @@ class UserHooks:
             yield module, getattr(module, name)
 
 
-def _marks_of(module: nn.Module) -> list[Any]:
-    """Return what tells, quickly, whether a tensor or an attribute of a module has changed."""
-    marks: list[Any] = []
-    for tensor in map(local_part, (*module.parameters(), *module.buffers())):
-        flat = tensor.detach().reshape(-1)
-        few = flat[:: max(1, len(flat) // _PLACES)][:_PLACES].tolist()
-        marks.append((num_changes(tensor), tensor.data_ptr(), repr(few)))
+def _marks_of(module: nn.Module) -> tuple[list[Any], Tensor]:
+    """Return what tells, quickly, whether a tensor or an attribute of a module has changed: marks, and a few values.
+
+    The values are joined on one device, so that they are compared by one transfer.
+    """
+    tensors = [local_part(tensor) for tensor in (*module.parameters(), *module.buffers())]
+    marks: list[Any] = [(num_changes(tensor), tensor.data_ptr()) for tensor in tensors]
     for part in module.modules():
         for name, value in plain_attributes(part).items():
-            marks.append(
-                (
-                    name,
-                    id(value),
-                    len(value) if isinstance(value, (MutableSequence, MutableMapping, MutableSet, deque)) else 0,
-                )
-            )
-    return marks
+            marks.append((name, id(value), len(value) if isinstance(value, _CONTAINERS) else 0))
+    few = [few_values(tensor, _PLACES) for tensor in tensors]
+    return marks, torch.cat([values.to(few[0].device) for values in few]) if few else torch.empty(0)
+
+
+def _are_same(before: tuple[list[Any], Tensor], after: tuple[list[Any], Tensor]) -> bool:
+    return before[0] == after[0] and same_values(before[1], after[1])
 
 
 def outputs_of(output: Any) -> Any:
@@ -169,9 +166,9 @@ def outputs_of(output: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, dict(found))
 
 
-def _has(name: str, callback: pl.Callback) -> bool:
-    """Tell whether a callback has a hook of its own; that of a ``LambdaCallback`` is an attribute of the instance."""
-    return name in vars(callback) or is_overridden(name, callback)
+def _has(name: str, owner: Any) -> bool:
+    """Tell whether a callback or module has a hook of its own; that of a ``LambdaCallback`` is an attribute of the instance."""
+    return name in vars(owner) or is_overridden(name, owner)
 
 
 def _is_known(kind: type) -> bool:
