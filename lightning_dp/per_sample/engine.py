@@ -202,13 +202,12 @@ class PerSampleEngine(GradientEngine):
                 self.begin(size)
                 run(size)
                 self.end()
-        except PrivacyError:
+        except (PrivacyError, RecursionError) as error:
+            # a recursion: some operation is made of itself, seen by both ways to follow it
             self._follows_owners = False
             self.end()
-            raise
-        except RecursionError as error:  # an operation that is made of itself, seen through both ways to follow it
-            self._follows_owners = False
-            self.end()
+            if isinstance(error, PrivacyError):
+                raise
             raise PrivacyError(
                 "Expected operations whose rows can be followed to their samples, got one without end."
             ) from error
@@ -222,10 +221,8 @@ class PerSampleEngine(GradientEngine):
         self._learning_size, self._tracker.num_misplaced = None, 0
         try:
             self._try_owners(run, sizes)
-        except (
-            PrivacyError
-        ):  # owners cannot be followed, and the records do not show whether K is common: it stays what it is
-            if alike:
+        except PrivacyError:
+            if alike:  # owners cannot be followed, and such records do not show whether K is common: it stays as it is
                 learned.pin()
             return
         self._follows_owners = self._tracker.num_misplaced > 0 or self._batch_owners.has_indices

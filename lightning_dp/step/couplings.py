@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Couplings:
         """Check that what a step leaves behind does not depend on the records."""
         host = self._runs.host
 
-        def run(batches: list[list[Any]], *, ends: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        def run(batches: list[list[Any]], *, ends: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
             state: dict[str, Any] = {}
             try:
                 for number, batch in enumerate(batches):
@@ -55,16 +56,14 @@ class Couplings:
             return state, probe.private
 
         three = (records * 3)[:3] if len(records) < 3 else records[:3]
-        together = not self._runs.step.settings.runs_samples_alone
-        anywhere = self._runs.step.reduction.any
-        state_check.check_state(run, three, together=together, copies=host.copies, anywhere=anywhere)
-        if host.has_epoch_end:
+        step = self._runs.step
+        for ends in (False, True) if host.has_epoch_end else (False,):
             state_check.check_state(
-                lambda batches: run(batches, ends=True),
+                partial(run, ends=ends),
                 three,
-                together=together,
+                together=not step.settings.runs_samples_alone,
                 copies=host.copies,
-                anywhere=anywhere,
+                anywhere=step.reduction.any,
             )
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:

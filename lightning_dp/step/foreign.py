@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ from lightning_dp.errors import PrivacyError
 
 if TYPE_CHECKING:
     from lightning_dp.step.runs import Host
+
+T = TypeVar("T")
 
 
 class OneAloneError(Exception):
@@ -63,25 +65,24 @@ class ForeignCode:
         loss = self._host.loss_of(output, count)
         return loss / self.copies if loss is not None and count == 1 and self._sums else loss
 
-    def attempt(self, check: Callable[[], None], put_back: Callable[[], None]) -> None:
-        """Run a check; if one record cannot run alone, run the check again with two copies of each such record.
+    def attempt(self, check: Callable[[], T], put_back: Callable[[], None]) -> T:
+        """Run a check and return its answer; if one record cannot run alone, run the check again with two copies of each such record.
 
         Args:
             check: runs the step.
             put_back: puts back the state that a run which raised has left.
         """
         try:
-            check()
+            return check()
         except OneAloneError as alone:
             put_back()
             self.copies, raised = 2, alone.__cause__
-        else:
-            return
-        check()
+        answer = check()
         _messages.info(
             f"The training step raised {type(raised).__name__} on one record alone ({str(raised)[:200]}), so the checks ran it on two "
             "copies. Training raises, too, if a batch holds one record: Poisson sampling draws such batches where batches are small."
         )
+        return answer
 
 
 def note(error: BaseException, text: str) -> None:

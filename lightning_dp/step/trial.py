@@ -5,6 +5,7 @@ The batch axis of every layer, whether samples are independent, and whether an o
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from lightning_dp.errors import PrivacyError
@@ -175,19 +176,17 @@ class Trial:
         """
         for record in self._host.records(NUM_FEW):
             with self._sandbox.enter() as snapshot:
-                found: list[Any] = []
-
-                def run(record: Any = record, found: list[Any] = found) -> None:
-                    seed_generators(0)
-                    found.append(self._host.run([record]))
-
-                self._host.attempt(run, snapshot.put_back)
-                if self._step.reduction.any(found[0] is not None):
+                output = self._host.attempt(partial(self._output_of, record), snapshot.put_back)
+                if self._step.reduction.any(output is not None):
                     raise PrivacyError(
                         "Expected training_step to return None for every sample or for none, got None for a batch and a loss for "
                         "one sample alone. One sample could switch off all others: return the loss (a sample that is not finite "
                         "contributes zero anyway)."
                     )
+
+    def _output_of(self, record: Any) -> Any:
+        seed_generators(0)
+        return self._host.run([record])
 
     def check_end_of_epoch(self) -> None:
         """Check, where user code has skipped the rest of an epoch, that it does so whatever the records are.
@@ -218,14 +217,9 @@ class Trial:
         """
         private = self._step.accumulators.keys()
         for record in self._host.records(NUM_FEW):
+            run = partial(self._runs.run, [record], Draws(real=True), engine=False)
             with self._sandbox.enter() as snapshot, counts():
-                seen: list[set[int]] = []
-
-                def run(record: Any = record, seen: list[set[int]] = seen) -> None:
-                    seen.append(self._runs.run([record], Draws(real=True), engine=False).stepped & private)
-
-                self._host.attempt(run, snapshot.put_back)
-            (stepped,) = seen
+                stepped = self._host.attempt(run, snapshot.put_back).stepped & private
             if self._step.reduction.any(stepped != real):
                 raise PrivacyError(
                     f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a batch and of "

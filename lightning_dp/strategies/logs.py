@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from lightning_dp.metrics import Epsilon
+from lightning_dp.strategies._lightning import fit_results
 
 #: Begins the names under which this package logs functions of public settings, and audits.
 PUBLIC = ("privacy/", "audit/", "communication/")
@@ -39,7 +40,7 @@ class TrainingLogs:
         self.found, self.strict = found, strict
         self.dropped: set[str] = set()
         self._in_step = self._is_muted = False
-        self._results: Any = trainer.fit_loop.epoch_loop._results
+        self._results: Any = fit_results(trainer)
         self._loggers = list(trainer.loggers)
         self._results.__dict__["log"] = self._watched_log(self._results.log)
         for logger in self._loggers:
