@@ -145,7 +145,7 @@ def unpack(archive: Path, files: Iterable[str], folder: Path) -> None:
 
 
 def package_files(name: str) -> dict[str, bytes]:
-    """Return the checked files of a package by base name; fetch what the cache lacks.
+    """Return the checked files of a package by base name; fetch those missing from the cache.
 
     Args:
         name: key of ``PACKAGES``.

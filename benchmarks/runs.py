@@ -1,7 +1,7 @@
 """Training runs on real data as lines of a JSON file: described, run once, resumed where the file ends.
 
 A line holds the description of a run and what it gave: accuracy, epsilon by two accountants, seconds, machine, commit. A
-queue runs what the file lacks, in its order, until its time budget is used; a second call does the rest.
+queue does the runs missing from the file, in its order, until its time budget is used; a second call does the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""State left behind by a step: what a checkpoint holds, and what may not depend on the records."""
+"""State left by a step: the state that a checkpoint holds does not depend on the records."""
 
 from __future__ import annotations
 
