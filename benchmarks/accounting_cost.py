@@ -111,8 +111,8 @@ def section(results: dict[str, Any]) -> str:
     ]
     for row in results["queries"]:
         lines.append(
-            f"| {row['history']} | {row['accountant']} | {row['from_scratch']:.1f} | {row['median']:.2f} | {row['slowest']:.2f} "
-            f"| {LIMITS_MS[row['accountant']]:.0f} |"
+            f"| {row['history']} | {row['accountant']} | {row['from_scratch']:.1f} | {row['median']:.2f} | "
+            f"{row['slowest']:.2f} | {LIMITS_MS[row['accountant']]:.0f} |"
         )
     lines += [
         "",
@@ -130,9 +130,10 @@ def section(results: dict[str, Any]) -> str:
     worst = max(results["calibrations"]["constant"], key=lambda row: row["seconds"])
     lines += [
         "",
-        f"Constant: targets {', '.join(map(str, results['targets']))}; sample rates {', '.join(map(str, results['rates']))}; "
-        f"{', '.join(map(str, results['steps']))} steps; the slowest is epsilon {worst['target']:g} at q {worst['sample_rate']:g} over "
-        f"{worst['steps']} steps. A schedule: 100 sigmas of 100 steps, each 1 % below the one before, at q 0.01.",
+        f"Constant: targets {', '.join(map(str, results['targets']))}; sample rates "
+        f"{', '.join(map(str, results['rates']))}; {', '.join(map(str, results['steps']))} steps; the slowest is "
+        f"epsilon {worst['target']:g} at q {worst['sample_rate']:g} over {worst['steps']} steps. A schedule: 100 "
+        "sigmas of 100 steps, each 1 % below the one before, at q 0.01.",
     ]
     return "\n".join(lines)
 

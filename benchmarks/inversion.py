@@ -1,9 +1,9 @@
 """Gradient inversion: what an observer of one released gradient can tell of the image behind it.
 
-The release is the library's own: a private step of ``DPStrategy`` over a data set of one image (q = 1), read where a user's
-``on_before_optimizer_step`` would read it. The observer is as strong as it gets: knows the weights, the label, the mask, the
-clipping bound and the noise's std s, has other images of the kind (their mean and covariance make a prior), and looks for
-the most likely image:
+The release is the library's own: a private step of ``DPStrategy`` over a data set of one image (q = 1), read where a
+user's ``on_before_optimizer_step`` would read it. The observer is as strong as it gets: knows the weights, the label,
+the mask, the clipping bound and the noise's std s, has other images of the kind (their mean and covariance make a
+prior), and looks for the most likely image:
 
     x^ = argmin_x || m (clip(m g(x)) - released) ||^2 + s^2 (x - mean)^T covariance^-1 (x - mean)
 
@@ -84,7 +84,9 @@ def live_coordinates(module: Classifier, rate: float, seed: int) -> Tensor:
 
 
 def clipped_gradients(seed: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Returns images (N, 64), labels (N,) and masks (N, P) -> clipped gradients (N, P), differentiable in the images."""
+    """Returns images (N, 64), labels (N,) and masks (N, P) -> clipped gradients (N, P), differentiable in the
+    images.
+    """
     module = Classifier(TASKS["digits"].make_network, lr=1.0, seed=seed).net
     weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
 

@@ -3,8 +3,8 @@
     python benchmarks/method_cost.py                          # all: method_cost.json, and its section of README.md
     python benchmarks/method_cost.py --methods pruning --pairs 7
 
-Pairs of runs in turn, as in ``step_cost.py``: the transformer there, DP-SGD with flat clipping against the same with the
-method. What a call measures is merged into the JSON file, method by method.
+Pairs of runs in turn, as in ``step_cost.py``: the transformer there, DP-SGD with flat clipping against the same with
+the method. What a call measures is merged into the JSON file, method by method.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ def section(results: dict[str, Any]) -> str:
     """The table in words."""
     named, mask = results["environment"], results["mask_ms"]
     lines = [
-        f"Measured on {named['device']} ({named['processor']}), torch {named['torch']}. Medians of pairs, against the same private "
-        "step with flat clipping; smallest and largest pair in brackets. The processor's clock counts the time of the process, on a "
-        "machine that others use as well; the wall's clock is that of a machine to itself.",
+        f"Measured on {named['device']} ({named['processor']}), torch {named['torch']}. Medians of pairs, against the "
+        "same private step with flat clipping; smallest and largest pair in brackets. The processor's clock counts "
+        "the time of the process, on a machine that others use as well; the wall's clock is that of a machine to "
+        "itself.",
         "",
         "| method | step, to flat clipping | goal | clock, threads |",
         "|---|---|---|---|",
@@ -112,9 +113,9 @@ def section(results: dict[str, Any]) -> str:
     flat = [found[f"{BASE}_ms"] for found in results["time"].values()]
     lines += [
         "",
-        f"A step with flat clipping takes {min(flat):.0f} to {max(flat):.0f} ms. A new random mask takes {mask:.0f} ms, once a refresh "
-        "(an epoch by default) and on top of the figure above. TopAgg needs every per-sample gradient at hand and the k largest of "
-        "each: `microbatch_size` bounds its memory.",
+        f"A step with flat clipping takes {min(flat):.0f} to {max(flat):.0f} ms. A new random mask takes {mask:.0f} "
+        "ms, once a refresh (an epoch by default) and on top of the figure above. TopAgg needs every per-sample "
+        "gradient at hand and the k largest of each: `microbatch_size` bounds its memory.",
     ]
     return "\n".join(lines)
 

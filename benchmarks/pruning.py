@@ -5,8 +5,8 @@
     python benchmarks/pruning.py --report            # section and plots from the file, no runs
 
 The claims are those of the abstract; the settings are ours: a perceptron 64-width-10, SGD, epsilon 1 at delta 1e-5.
-Ablations need a noise multiplier in place of a target: it is the one that the target would have given. Learning rates are
-chosen on validation records with seeds that are not reported.
+Ablations need a noise multiplier in place of a target: it is the one that the target would have given. Learning rates
+are chosen on validation records with seeds that are not reported.
 """
 
 from __future__ import annotations

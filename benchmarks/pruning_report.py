@@ -71,7 +71,8 @@ def stages_text(study: Results) -> str:
     rows = [[name, mean_of(first[name].values()), mean_of(last[name].values())] for name in arms]
     return _study(
         "1. DP-SGD is slower early, but the later stage decides on the end.",
-        f"One switch after {half} epochs; all at learning rate {study['lr']:g}, the best for DP-SGD; {len(plain)} seeds.",
+        f"One switch after {half} epochs; all at learning rate {study['lr']:g}, the best for DP-SGD; {len(plain)} "
+        "seeds.",
         parts,
         markdown_table(["", f"after {early} epochs", "at the end"], rows),
         verdict(parts),
@@ -162,8 +163,9 @@ def masks_text(study: Results) -> str:
     own = "\n".join(str(part) for part in controls)
     left = kept_of_output_layer(study["width"], float(HEAVY))
     why = (
-        f"Ranked over the whole network, the initial magnitudes leave {100 * left:.0f} % of the output layer at {HEAVY} removed: torch "
-        "draws the weights of a layer with more inputs from a narrower range. A network without an output layer learns nothing."
+        f"Ranked over the whole network, the initial magnitudes leave {100 * left:.0f} % of the output layer at "
+        f"{HEAVY} removed: torch draws the weights of a layer with more inputs from a narrower range. A network "
+        "without an output layer learns nothing."
     )
     return (
         f"{text}\n\nControls at {HEAVY} removed:\n\n{own}\n\n{why}\n\n"
@@ -214,10 +216,11 @@ TEXTS: dict[str, Callable[[Results], str]] = {
 def section(results: Results) -> str:
     """The section of the README."""
     intro = (
-        "The claims are those of the abstract of Watson et al. 2023, arXiv 2311.06839; the settings are ours: digits, a perceptron "
-        "64-width-10, SGD, the noise of epsilon 1 at delta 1e-5. Test accuracy after the last epoch, mean and standard error over "
-        "seeds; a part of a claim holds if its paired difference is above 0 by more than two standard errors. Arms without noise or "
-        "clipping are not private. A small network on 8x8 images says little about the large ones that the paper is about."
+        "The claims are those of the abstract of Watson et al. 2023, arXiv 2311.06839; the settings are ours: digits, "
+        "a perceptron 64-width-10, SGD, the noise of epsilon 1 at delta 1e-5. Test accuracy after the last epoch, "
+        "mean and standard error over seeds; a part of a claim holds if its paired difference is above 0 by more than "
+        "two standard errors. Arms without noise or clipping are not private. A small network on 8x8 images says "
+        "little about the large ones that the paper is about."
     )
     missing = [name for name in TEXTS if name not in results]
     note = [f"Not run yet (`python benchmarks/pruning.py --studies ...`): {listed(missing)}."] if missing else []

@@ -3,8 +3,8 @@
     python -m benchmarks.public_modules nbeats tft    # in an environment that holds the package of these cases
     python -m benchmarks.public_modules --table       # writes public_modules.md from all results so far
 
-Each case is toy-sized and trains as its package's own documentation does. The package is a guest: nothing of it is changed.
-The ratio of step times is measured on whatever else the machine does: a hint, not a figure.
+Each case is toy-sized and trains as its package's own documentation does. The package is a guest: nothing of it is
+changed. The ratio of step times is measured on whatever else the machine does: a hint, not a figure.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def series(num: int = 6, length: int = 40) -> Any:
         {
             "series": np.repeat([f"s{i}" for i in range(num)], length),
             "time": np.tile(np.arange(length), num),
-            "value": np.concatenate([np.sin(np.arange(length) / (2 + i)) + 0.1 * rng.normal(size=length) for i in range(num)]),
+            "value": np.concatenate(
+                [np.sin(np.arange(length) / (2 + i)) + 0.1 * rng.normal(size=length) for i in range(num)]
+            ),
         }
     )  # fmt: skip
 
@@ -346,7 +348,8 @@ def unet2d(arguments: dict[str, Any]) -> None:
     from diffusers import DDPMScheduler, UNet2DModel
 
     model = UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
+        norm_num_groups=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     scheduler = DDPMScheduler(num_train_timesteps=50)
@@ -443,8 +446,8 @@ def wav2vec2(arguments: dict[str, Any]) -> None:
 
     config = Wav2Vec2Config(
         **SMALL, conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(8, 3), num_feat_extract_layers=2, num_labels=3,
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True,
-        classifier_proj_size=8, apply_spec_augment=False,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, feat_extract_norm="layer",
+        do_stable_layer_norm=True, classifier_proj_size=8, apply_spec_augment=False,
     )  # fmt: skip
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(64, 400), torch.arange(64) % 3), batch_size=BATCH)
@@ -553,7 +556,8 @@ def table() -> str:
     lines = [
         "# Public packages, unchanged",
         "",
-        "Made by `python -m benchmarks.public_modules`. Ratios of step times come from a shared machine: hints, not figures.",
+        "Made by `python -m benchmarks.public_modules`. Ratios of step times come from a shared machine: hints, not "
+        "figures.",
         "",
         "| package | model | trains | way | step to plain | message |",
         "|---|---|---|---|---|---|",

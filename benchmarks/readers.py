@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-#: Column -> public bounds of a number: printed in the survey's description or limits of the census form, not taken from the data.
+#: Column -> public bounds of a number: printed in the survey's description or limits of the census form, not taken from
+#: the data.
 ADULT_BOUNDS = {
     "age": (17, 90),
     "education-num": (1, 16),
@@ -21,10 +22,15 @@ ADULT_BOUNDS = {
 ADULT_LOGARITHMIC = ("capital-gain", "capital-loss")
 #: Column -> its categories, as the survey's description lists them; anything else (a question mark) has no category.
 ADULT_CATEGORIES = {
-    "workclass": "Private, Self-emp-not-inc, Self-emp-inc, Federal-gov, Local-gov, State-gov, Without-pay, Never-worked",
-    "marital-status": "Married-civ-spouse, Divorced, Never-married, Separated, Widowed, Married-spouse-absent, Married-AF-spouse",
-    "occupation": "Tech-support, Craft-repair, Other-service, Sales, Exec-managerial, Prof-specialty, Handlers-cleaners, "
-    "Machine-op-inspct, Adm-clerical, Farming-fishing, Transport-moving, Priv-house-serv, Protective-serv, Armed-Forces",
+    "workclass": (
+        "Private, Self-emp-not-inc, Self-emp-inc, Federal-gov, Local-gov, State-gov, Without-pay, Never-worked"
+    ),
+    "marital-status": (
+        "Married-civ-spouse, Divorced, Never-married, Separated, Widowed, Married-spouse-absent, Married-AF-spouse"
+    ),
+    "occupation": "Tech-support, Craft-repair, Other-service, Sales, Exec-managerial, Prof-specialty, "
+    "Handlers-cleaners, Machine-op-inspct, Adm-clerical, Farming-fishing, Transport-moving, Priv-house-serv, "
+    "Protective-serv, Armed-Forces",
     "relationship": "Wife, Own-child, Husband, Not-in-family, Other-relative, Unmarried",
     "race": "White, Asian-Pac-Islander, Amer-Indian-Eskimo, Other, Black",
     "sex": "Female, Male",
@@ -91,8 +97,8 @@ def mnist_pickle(content: bytes) -> list[tuple[np.ndarray, np.ndarray]]:
 def adult(text: str) -> tuple[np.ndarray, np.ndarray]:
     """Return rows of the census as numbers and whether the income exceeds 50,000 dollars.
 
-    Numbers go to [-1, 1] by ``ADULT_BOUNDS``; each category becomes one column of 0 or 1. The sampling weight ``fnlwgt`` and the
-    words of ``education`` (its number says the same) are left out. Nothing depends on another row.
+    Numbers go to [-1, 1] by ``ADULT_BOUNDS``; each category becomes one column of 0 or 1. The sampling weight
+    ``fnlwgt`` and the words of ``education`` (its number says the same) are left out. Nothing depends on another row.
     """
     rows = [
         dict(zip(ADULT_COLUMNS, (item.strip() for item in line.split(",")), strict=True))

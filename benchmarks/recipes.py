@@ -3,13 +3,13 @@
     python benchmarks/recipes.py --minutes 60    # extends recipes.jsonl
     python benchmarks/recipes.py --report        # the tables of docs/recipes.md, no runs
 
-The search, written down before it ran: at epsilon 3 one number after the other is tried over its grid (rate, epochs, batch,
-clipping bound, decay of the rate, momentum), the best mean accuracy of the seeds of the search on the validation records is
-kept, ties go to the first tried. While the best value of rate, epochs or batch is at an end of its grid, the grid grows by one
-value at that end, at most twice. When the bound or the momentum changes, the rate changes with it so that the size of a step
-stays. Epsilon 1 and 8 start from the recipe for 3 and search the rate only, around the best for 3 (rate and epochs were
-planned; after eight runs it was seen that two cores carry no more). Then each recipe trains on the whole training split with
-seeds that the search did not use, and is judged once each on the test split.
+The search, written down before it ran: at epsilon 3 one number after the other is tried over its grid (rate, epochs,
+batch, clipping bound, decay of the rate, momentum), the best mean accuracy of the seeds of the search on the validation
+records is kept, ties go to the first tried. While the best value of rate, epochs or batch is at an end of its grid, the
+grid grows by one value at that end, at most twice. When the bound or the momentum changes, the rate changes with it so
+that the size of a step stays. Epsilon 1 and 8 start from the recipe for 3 and search the rate only, around the best for
+3 (rate and epochs were planned; after eight runs it was seen that two cores carry no more). Then each recipe trains on
+the whole training split with seeds that the search did not use, and is judged once each on the test split.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def seconds(results: Results) -> str:
     commits = list(dict.fromkeys(line["commit"] for line in lines))
     return (
         f"\n{len(lines)} runs, {sum(line['processor_seconds'] for line in lines) / 60:.0f} minutes of one core and "
-        f"{sum(line['seconds'] for line in lines) / 60:.0f} of wall clock on a machine that others used ({'; '.join(machines)}); "
-        f"commits {', '.join(commits)}. Each run is a line of `benchmarks/recipes.jsonl`."
+        f"{sum(line['seconds'] for line in lines) / 60:.0f} of wall clock on a machine that others used "
+        f"({'; '.join(machines)}); commits {', '.join(commits)}. Each run is a line of `benchmarks/recipes.jsonl`."
     )
 
 

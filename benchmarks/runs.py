@@ -1,7 +1,7 @@
 """Training runs on real data as lines of a JSON file: described, run once, resumed where the file ends.
 
-A line holds the description of a run and what it gave: accuracy, epsilon by two accountants, seconds, machine, commit. A
-queue does the runs missing from the file, in its order, until its time budget is used; a second call does the rest.
+A line holds the description of a run and what it gave: accuracy, epsilon by two accountants, seconds, machine, commit.
+A queue does the runs missing from the file, in its order, until its time budget is used; a second call does the rest.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def execute(run: Run) -> dict[str, Any]:
     """Train once and judge once, after the last epoch.
 
     Returns:
-        ``accuracy``, ``epsilon`` by accountant at delta 1e-5, ``sigma``, ``steps``, ``seconds`` of wall clock and of the processor.
+        ``accuracy``, ``epsilon`` by accountant at delta 1e-5, ``sigma``, ``steps``, ``seconds`` of wall clock and of
+        the processor.
     """
     began, work = time.perf_counter(), time.process_time()
     split, strategy = split_of(run.data, report=run.report), None
@@ -237,7 +238,9 @@ class Results:
         return max(means, key=lambda run: means[run].value)  # type: ignore[union-attr]
 
     def fill(self, runs: Iterable[Run], *, until: float = math.inf) -> bool:
-        """Run what is missing, in order, and start none after ``until`` (seconds since the epoch); True when nothing is missing."""
+        """Run what is missing, in order, and start none after ``until`` (seconds since the epoch); True when nothing is
+        missing.
+        """
         for run in runs:
             if run in self.lines:
                 continue
@@ -245,7 +248,8 @@ class Results:
                 return False
             self.add(run, execute(run))
             print(
-                f"{time.strftime('%H:%M:%S')} {self.lines[run]['accuracy']:.4f} {self.lines[run]['seconds']:.0f} s {run}",
+                f"{time.strftime('%H:%M:%S')} {self.lines[run]['accuracy']:.4f} {self.lines[run]['seconds']:.0f} s "
+                f"{run}",
                 flush=True,
             )
         return True

@@ -4,8 +4,8 @@
     python benchmarks/sparsification.py --report   # section and plots from the file
 
 Bytes are counted where the collective is called: whatever operation of ``torch.distributed`` a process issues during
-``Trainer.fit`` with two gloo processes, by whoever, is intercepted and the size of its tensors added up, step by step. What
-the library logs as ``communication/bytes_per_step`` is noted beside it.
+``Trainer.fit`` with two gloo processes, by whoever, is intercepted and the size of its tensors added up, step by step.
+What the library logs as ``communication/bytes_per_step`` is noted beside it.
 """
 
 from __future__ import annotations

@@ -49,11 +49,11 @@ def bytes_text(results: Results) -> str:
     agree = sum(step["bytes"] == step["logged"] for step in steps)
     return "\n\n".join(
         [
-            f"**Bytes.** Digits, {counted['parameters']} parameters in float32, two {counted['backend']} processes, cooling to .9; "
-            "all collective operations of a step, by whoever they were called:",
+            f"**Bytes.** Digits, {counted['parameters']} parameters in float32, two {counted['backend']} processes, "
+            "cooling to .9; all collective operations of a step, by whoever they were called:",
             markdown_table(["masked", "bytes counted", "bytes logged", "share of dense"], rows),
-            f"A dense step sends {dense:.0f} bytes a rank. The count falls with the rate: it differs from "
-            f"(1 - rate) x dense by at most {100 * off:.2f} % of dense, and equals the logged figure in {agree} of {len(steps)} "
+            f"A dense step sends {dense:.0f} bytes a rank. The count falls with the rate: it differs from (1 - rate) x "
+            f"dense by at most {100 * off:.2f} % of dense, and equals the logged figure in {agree} of {len(steps)} "
             "masks.",
             "![bytes a step against the rate](sparsification.png)",
         ]
@@ -90,13 +90,14 @@ def inversion_text(results: Results) -> str:
     works = "works" if noiseless.verdict == "lower" else "does NOT work"
     return "\n\n".join(
         [
-            f"**Gradient inversion.** {inversion['images']} training images, {inversion['seeds']} seeds each; one step on one image, "
-            "delta 1e-5; the attack is in `inversion.py`. MSE of pixels between 0 and 1, mean and standard error over the "
-            'images; "found": the reconstruction\'s nearest training image is the right one.',
+            f"**Gradient inversion.** {inversion['images']} training images, {inversion['seeds']} seeds each; one step "
+            "on one image, delta 1e-5; the attack is in `inversion.py`. MSE of pixels between 0 and 1, mean and "
+            'standard error over the images; "found": the reconstruction\'s nearest training image is the right '
+            "one.",
             markdown_table(header, rows),
-            f"Guessing the mean of other images costs {guess.text(4)}. Without noise the attack {works} (dense {rows[0][1]}). At "
-            f"the same epsilon sparsification makes the error higher at: {listed(named['higher'])}; lower at: "
-            f"{listed(named['lower'])}; within noise at: {listed(named['within noise'])}.",
+            f"Guessing the mean of other images costs {guess.text(4)}. Without noise the attack {works} (dense "
+            f"{rows[0][1]}). At the same epsilon sparsification makes the error higher at: {listed(named['higher'])}; "
+            f"lower at: {listed(named['lower'])}; within noise at: {listed(named['within noise'])}.",
             "Noise alone already defeats this attack, that is, the dense error is not below that of guessing, at: "
             f"{listed([_named(e) for e in useless['0']])}. The same holds sparsified at: "
             f"{listed([_named(e) for e in useless['0.9']])}.",

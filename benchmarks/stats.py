@@ -73,7 +73,9 @@ def difference(first: Mapping[str, float], second: Mapping[str, float]) -> Diffe
 
 
 def chance_of_false_call(count: int) -> float:
-    """How often |mean| exceeds the threshold though both sides are equal: Student's t with ``count - 1`` degrees of freedom."""
+    """How often |mean| exceeds the threshold though both sides are equal: Student's t with ``count - 1`` degrees of
+    freedom.
+    """
     return float(2 * stats.t.sf(THRESHOLD, count - 1))
 
 

@@ -6,19 +6,19 @@
 
 Step against step, both in a Lightning Trainer with automatic optimization, noise and optimizer included. A and B run in
 turn, each in a process of its own; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best
-case. Batches have a fixed size on all sides, so that all do the same work. ``kept`` is the step without privacy that has what
-a private fit has besides: freed memory is kept from step to step (``allocator.py``, on a CPU), and the rows of a batch are
-gathered at once (``sampling/gather.py``).
+case. Batches have a fixed size on all sides, so that all do the same work. ``kept`` is the step without privacy that
+has what a private fit has besides: freed memory is kept from step to step (``allocator.py``, on a CPU), and the rows of
+a batch are gathered at once (``sampling/gather.py``).
 
 Peak memory comes from a process of its own a case: highest resident size (on a GPU: highest allocated memory) from the
-second batch to the last, less what was resident before the model was made, in a process that has loaded everything the mode
-needs. The first batch is a peak of its own, ``first_bytes``: before it, once a run, the independence check holds the
-gradients of a few samples. What a call measures is merged into the JSON file, mode by mode, beside what was measured in the
-same environment; figures of another processor or another version are kept apart and have a table of their own, with the
-days on which they were measured: code changes, and not every machine is at hand to measure it anew.
+second batch to the last, less what was resident before the model was made, in a process that has loaded everything the
+mode needs. The first batch is a peak of its own, ``first_bytes``: before it, once a run, the independence check holds
+the gradients of a few samples. What a call measures is merged into the JSON file, mode by mode, beside what was
+measured in the same environment; figures of another processor or another version are kept apart and have a table of
+their own, with the days on which they were measured: code changes, and not every machine is at hand to measure it anew.
 
-On a machine that others use as well, ``--clock processor --threads 1`` counts the processor time of the process in place of
-the time that goes by: what others take is not in it, nor is what a second thread would save.
+On a machine that others use as well, ``--clock processor --threads 1`` counts the processor time of the process in
+place of the time that goes by: what others take is not in it, nor is what a second thread would save.
 """
 
 from __future__ import annotations

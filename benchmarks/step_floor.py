@@ -1,21 +1,25 @@
 """Where the floor of a private step is: multiplications and bytes, counted from the shapes of every layer.
 
-Legend: ``B`` samples, ``T`` positions of a sample (of a convolution: ``S`` of its input), ``d`` in, ``p`` out, ``P`` trainable
-parameters.
+Legend: ``B`` samples, ``T`` positions of a sample (of a convolution: ``S`` of its input), ``d`` in, ``p`` out, ``P``
+trainable parameters.
 
     native step        3 B T d p multiplications a layer: forward, input gradient, weight gradient
     norms, T = 1       B (d + p): nothing beside it
-    norms, T > 1       Gram matrices, B T (T + 1) / 2 (d + p), half of each for symmetry; a convolution's from those of its
+    norms, T > 1       Gram matrices, B T (T + 1) / 2 (d + p), half of each for symmetry; a convolution's from those of
+    its
                        channels, B (S (S + 1) / 2 d + T (T + 1) / 2 p), where that is less
-    or kept            the per-sample gradients, B T d p, replace the weight gradient, and 4 B d p bytes are written and, when
+    or kept            the per-sample gradients, B T d p, replace the weight gradient, and 4 B d p bytes are written
+    and, when
                        they are summed up, read (once, if norms are taken while they are in the cache)
     norms under a mask B d p at T = 1, where (g^2)^T M (a^2) is a matrix product; else the per-sample gradients
-    release            P normal draws, and 8 P bytes: noise divided by the batch size, written, and read when the mean is added
+    release            P normal draws, and 8 P bytes: noise divided by the batch size, written, and read when the mean
+    is added
 
-What P draws take, written into a buffer of that size, is measured by ``step_cost.py``, and so is how fast the machine multiplies
-and reads at best. With these, the least time of a step: that without privacy, the draws, what is left of the release, and
-of each layer the cheaper of Gram matrices and kept gradients. Left out is what has no product: normalisation layers, biases,
-embeddings, optimizers, the interpreter. So no step is faster, and one that takes longer is not by that proven to be slow.
+What P draws take, written into a buffer of that size, is measured by ``step_cost.py``, and so is how fast the machine
+multiplies and reads at best. With these, the least time of a step: that without privacy, the draws, what is left of the
+release, and of each layer the cheaper of Gram matrices and kept gradients. Left out is what has no product:
+normalisation layers, biases, embeddings, optimizers, the interpreter. So no step is faster, and one that takes longer
+is not by that proven to be slow.
 """
 
 from __future__ import annotations
@@ -125,11 +129,12 @@ def _half(positions: int) -> int:
 def counts_section(names: Iterable[str]) -> str:
     """The counts of these cases as a table."""
     lines = [
-        "What is counted here is the least that a private step adds, layer by layer (`benchmarks/step_floor.py`): norms from Gram "
-        "matrices, or the bytes of the per-sample gradients where these are kept in their place; under a mask the norms "
-        "need a product of the size of a weight gradient; and the release draws a normal for each parameter and passes over "
-        "them. Above, *least* is what the cheaper of these takes, layer by layer, at the highest rates that the machine was seen to "
-        "multiply and read at, with the fastest of 25 draws, beside a step without privacy; what has no product is left out of it.",
+        "What is counted here is the least that a private step adds, layer by layer (`benchmarks/step_floor.py`): "
+        "norms from Gram matrices, or the bytes of the per-sample gradients where these are kept in their place; "
+        "under a mask the norms need a product of the size of a weight gradient; and the release draws a normal for "
+        "each parameter and passes over them. Above, *least* is what the cheaper of these takes, layer by layer, at "
+        "the highest rates that the machine was seen to multiply and read at, with the fastest of 25 draws, beside a "
+        "step without privacy; what has no product is left out of it.",
         "",
         "| case | parameters, M | native, M mult. | norms | norms under a mask | kept instead, MB | release, MB |",
         "|---|---|---|---|---|---|---|",

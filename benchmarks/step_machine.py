@@ -1,4 +1,6 @@
-"""The machine that steps are timed on: what it is, how fast it draws, multiplies and reads, and the figures held of it."""
+"""The machine that steps are timed on: what it is, how fast it draws, multiplies and reads, and the figures held of
+it.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "opacus": opacus.__version__,
-        "processor": f"{processor} ({torch.backends.cpu.get_cpu_capability()})",  # one name stands for several generations
+        # one name stands for several generations
+        "processor": f"{processor} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "noise": "mkl-random" if importlib.util.find_spec("mkl_random") else "torch",
@@ -70,7 +73,9 @@ def environment() -> dict[str, str]:
 
 
 def machine_in(results: dict[str, Any], named: dict[str, str], day: str) -> dict[str, Any]:
-    """The figures that were measured in this environment, and no others, with the days of all measurements, this one too."""
+    """The figures that were measured in this environment, and no others, with the days of all measurements, this one
+    too.
+    """
     machines: list[dict[str, Any]] = results["machines"]
     machine = next((machine for machine in machines if machine["environment"] == named), None)
     if machine is None:

@@ -1,7 +1,8 @@
-"""Each side of a pair in a process of its own, so that neither finds what the other changed: allocator, libraries, caches.
+"""Each side of a pair in a process of its own, so that neither finds what the other changed: allocator, libraries,
+caches.
 
-A process waits for its turn without computing. Lines of JSON go both ways: (case, mode, steps, warm-up) in; when each step
-began, or why the mode does not run, out.
+A process waits for its turn without computing. Lines of JSON go both ways: (case, mode, steps, warm-up) in; when each
+step began, or why the mode does not run, out.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ def step_page(results: dict[str, Any]) -> str:
     names = [name for name in CASES if any(name in machine["cases"] for machine in results["machines"])]
     return "\n\n".join(
         [
-            "Medians of pairs, each side in a process of its own, against the same step without privacy; a goal in brackets, "
-            "with a cross where it is missed and a question mark where a mode of Opacus that might be faster was not measured. Sparse "
-            "to dense is measured in pairs of the two. Each machine's figures are of the code of the days they name.",
+            "Medians of pairs, each side in a process of its own, against the same step without privacy; a goal in "
+            "brackets, with a cross where it is missed and a question mark where a mode of Opacus that might be "
+            "faster was not measured. Sparse to dense is measured in pairs of the two. Each machine's figures are of "
+            "the code of the days they name.",
             *(machine_section(machine) for machine in results["machines"]),
             "### Counts\n\n" + counts_section(names),
         ]
@@ -39,24 +40,24 @@ def machine_section(machine: dict[str, Any]) -> str:
         + f". Noise on the CPU is drawn by {named['noise']}. "
         + _clocks(machine),
         "",
-        "| case | plain, ms | draws, ms | plain and draws | least | time | time, lean | memory | memory, lean | sparse to dense "
-        "| best Opacus to ours |",
+        "| case | plain, ms | draws, ms | plain and draws | least | time | time, lean | memory | memory, lean | "
+        "sparse to dense | best Opacus to ours |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     measured = {name: machine["cases"][name] for name in CASES if name in machine["cases"]}
     lines += [_row(CASES[name], held, machine.get("rates")) for name, held in measured.items()]
     lines += [
         "",
-        "All modes, time (and memory); kept is the step without privacy that keeps freed memory and gathers the rows of its "
-        "batches, as a private fit does; a dash is what was not measured:",
+        "All modes, time (and memory); kept is the step without privacy that keeps freed memory and gathers the rows "
+        "of its batches, as a private fit does; a dash is what was not measured:",
         "",
         *_modes(measured),
     ]
     lines += ["", *_bounds(measured)]
     first = [(name, held["memory"]["ours"]) for name, held in measured.items() if "ours" in held["memory"]]
     lines += [""] + [
-        "Memory is the peak of the steps after the first. Before that one, once a run, the independence check holds the "
-        "gradients of three samples; its peak, in MB beside that of a step without privacy: "
+        "Memory is the peak of the steps after the first. Before that one, once a run, the independence check holds "
+        "the gradients of three samples; its peak, in MB beside that of a step without privacy: "
         + ", ".join(f"{name} {one['first_bytes'] / 1e6:.0f} ({one['plain_bytes'] / 1e6:.0f})" for name, one in first)
         + "."
     ] * bool(first)
@@ -147,17 +148,20 @@ def _clocks(machine: dict[str, Any]) -> str:
 
 
 def _bounds(measured: dict[str, Any]) -> list[str]:
-    """What the figures above leave out: a plain step with the same allocator, and peers that leave too little to gain."""
+    """What the figures above leave out: a plain step with the same allocator, and peers that leave too little to
+    gain.
+    """
     pairs = [(name, time_of(held, "ours"), time_of(held, "kept")) for name, held in measured.items()]
     same = [f"{name} {ours / kept:.2f}" for name, ours, kept in pairs if ours and kept]
     peers = [(name, best_peer(held)) for name, held in measured.items()]
     near = [f"{name} ({peer[0]} {peer[1]:.2f})" for name, peer in peers if peer and peer[1] < SPEEDUP_GOAL]
     lines = [
-        f"Time against a step without privacy that keeps freed memory and gathers its batches as well: {', '.join(same)}."
+        "Time against a step without privacy that keeps freed memory and gathers its batches as well: "
+        f"{', '.join(same)}."
     ] * bool(same)
     return lines + [
-        f"Where Opacus itself takes less than {SPEEDUP_GOAL:g} times a step without privacy, one that cost nothing more than "
-        f"that would not be {SPEEDUP_GOAL:g} times faster: {', '.join(near)}."
+        f"Where Opacus itself takes less than {SPEEDUP_GOAL:g} times a step without privacy, one that cost nothing "
+        f"more than that would not be {SPEEDUP_GOAL:g} times faster: {', '.join(near)}."
     ] * bool(near)
 
 

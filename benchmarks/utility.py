@@ -4,9 +4,10 @@
     python benchmarks/utility.py --datasets digits --epsilons 1 --methods flat AUTO-S --seeds 5
     python benchmarks/utility.py --report                         # table and plot from the file, no runs
 
-Rates are chosen on validation records, with two seeds that are not reported. Then a run a reported seed trains on the whole
-training split and is judged once, after its last epoch, on the test split. Sampling and noise come from the operating
-system's entropy, so a seed fixes split, weights and masks only. Finished runs are kept: a second call does the rest.
+Rates are chosen on validation records, with two seeds that are not reported. Then a run a reported seed trains on the
+whole training split and is judged once, after its last epoch, on the test split. Sampling and noise come from the
+operating system's entropy, so a seed fixes split, weights and masks only. Finished runs are kept: a second call does
+the rest.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ SECONDS_BETWEEN_SAVES = 5.0
 Results = dict[str, Any]
 
 
-#: noise multipliers that ``target_epsilon`` has led to in this process, by what they depend on: the second run need not search
+#: noise multipliers that ``target_epsilon`` has led to in this process, by what they depend on: the second run need not
+#: search
 _calibrated: dict[tuple[Any, ...], float] = {}
 
 

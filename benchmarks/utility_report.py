@@ -101,8 +101,9 @@ def against_baseline(results: Results) -> Iterator[str]:
         if counts["lower"][name] > counts["higher"][name]
     ]
     yield (
-        f"- Over the {num_cells} cells: better than flat clipping in all: {listed(always)}. More often better than worse: "
-        f"{listed(often)}. More often worse than better: {listed(rarely)}. The other methods: as often one as the other."
+        f"- Over the {num_cells} cells: better than flat clipping in all: {listed(always)}. More often better than "
+        f"worse: {listed(often)}. More often worse than better: {listed(rarely)}. The other methods: as often one as "
+        "the other."
     )
 
 
@@ -139,26 +140,28 @@ def caveats(results: Results) -> str:
     chance = chance_of_false_call(min(seeds))
     counted = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     return (
-        f"{counted} seeds; a difference is called one beyond {THRESHOLD:g} standard errors of the paired differences. Between equals "
-        f"that happens in {100 * chance:.0f} % of comparisons, so about {chance * comparisons:.0f} of the {comparisons} against flat "
-        "clipping are chance, and a single call is no proof. The errors are of seeds on one split, not of the choice of the "
-        f"test records. Every run ended at {100 * min(spent):.1f} to {100 * max(spent):.1f} % of its epsilon. Best rate at an end of "
-        f"the grid: {listed(ends)}. Not finished: {listed(missing)}."
+        f"{counted} seeds; a difference is called one beyond {THRESHOLD:g} standard errors of the paired differences. "
+        f"Between equals that happens in {100 * chance:.0f} % of comparisons, so about {chance * comparisons:.0f} of "
+        f"the {comparisons} against flat clipping are chance, and a single call is no proof. The errors are of seeds "
+        f"on one split, not of the choice of the test records. Every run ended at {100 * min(spent):.1f} to "
+        f"{100 * max(spent):.1f} % of its epsilon. Best rate at an end of the grid: {listed(ends)}. Not finished: "
+        f"{listed(missing)}."
     )
 
 
 def section(results: Results) -> str:
     """The section of the README."""
     sizes = "; ".join(
-        f"{task.name}: {len(task.for_report.train)} training and {task.test_size} test records, batch {task.batch_size}, "
-        f"{task.epochs} epochs, {sum(p.numel() for p in task.make_network().parameters())} parameters"
+        f"{task.name}: {len(task.for_report.train)} training and {task.test_size} test records, batch "
+        f"{task.batch_size}, {task.epochs} epochs, {sum(p.numel() for p in task.make_network().parameters())} "
+        "parameters"
         for task in TASKS.values()
         if task.name in datasets_of(results)
     )
     intro = (
-        "Accuracy on the test split after the last epoch, mean and standard error. Delta 1e-5, SGD without momentum, bound 1. Each "
-        "method has its own best rate of one public grid, chosen on validation records with seeds that are not reported; that "
-        f"choice is not covered by epsilon. {sizes}."
+        "Accuracy on the test split after the last epoch, mean and standard error. Delta 1e-5, SGD without momentum, "
+        "bound 1. Each method has its own best rate of one public grid, chosen on validation records with seeds that "
+        f"are not reported; that choice is not covered by epsilon. {sizes}."
     )
     parts = [intro, *tables(results), "\n".join(against_baseline(results)), "\n".join(against_controls(results))]
     picture = "![accuracy of each method at both epsilons](utility.png)"

@@ -19,7 +19,8 @@ FEATURES = 81 * 49
 def morlet(size: int, scale: float, angle: float, slant: float = 0.5) -> tuple[Tensor, Tensor]:
     """Return the real and the imaginary part of a Morlet wavelet of zero mean on a ``size x size`` grid.
 
-    exp(-(u^2 + slant^2 v^2) / (2 scale^2)) (exp(3 i pi u / (4 scale)) - kappa), (u, v) rotated by ``angle``, absolute sum 1.
+    exp(-(u^2 + slant^2 v^2) / (2 scale^2)) (exp(3 i pi u / (4 scale)) - kappa), (u, v) rotated by ``angle``, absolute
+    sum 1.
     """
     axis = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -46,11 +47,12 @@ def _modulus(maps: Tensor, bank: Tensor) -> Tensor:
 
 @torch.no_grad()
 def waves(images: Tensor) -> Tensor:
-    """Return scattering features of images in [0, 1]: wavelet moduli of two scales, their second order, each averaged over 4 x 4.
+    """Return scattering features of images in [0, 1]: wavelet moduli of two scales, their second order, each averaged
+    over 4 x 4.
 
-    81 maps of 7 x 7 from 28 x 28: the image, 8 + 8 orientations, and 64 pairs. Groups of three maps are then normalised within
-    the image (zero mean, unit variance), so a record's features depend on this record alone: fixed functions of one record
-    cost no privacy.
+    81 maps of 7 x 7 from 28 x 28: the image, 8 + 8 orientations, and 64 pairs. Groups of three maps are then normalised
+    within the image (zero mean, unit variance), so a record's features depend on this record alone: fixed functions of
+    one record cost no privacy.
 
     Args:
         images: of shape ``(n, 1, 28, 28)``.

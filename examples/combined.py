@@ -7,7 +7,8 @@
 - ``NoiseScheduler`` lowers the noise in four plateaus; ``target_epsilon`` is calibrated over the whole schedule.
 - ``RandomSparsification`` leaves more and more random coordinates out, and with them their noise.
 
-Each is one line in the Trainer; the ledger takes all of them into account. Differences in accuracy below 0.02 are noise.
+Each is one line in the Trainer; the ledger takes all of them into account. Differences in accuracy below 0.02 are
+noise.
 """
 
 from __future__ import annotations

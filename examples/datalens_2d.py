@@ -3,9 +3,10 @@
     python examples/datalens_2d.py            # under 90 s on two cores
     python examples/datalens_2d.py --smoke    # a few steps of everything
 
-500 teachers see 20 of the 10,000 points each; only the generator that their noisy votes trained is released. For comparison, at
-the same epsilon for the same relation: a DP-GAN, whose discriminator is trained with DPStrategy and whose generator sees
-the discriminator only. Both are asked the same question: what does a classifier learn from their samples about real ones?
+500 teachers see 20 of the 10,000 points each; only the generator that their noisy votes trained is released. For
+comparison, at the same epsilon for the same relation: a DP-GAN, whose discriminator is trained with DPStrategy and
+whose generator sees the discriminator only. Both are asked the same question: what does a classifier learn from their
+samples about real ones?
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ def describe(name: str, made: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
     off = statistics.mean(float((g.mean(0) - c).norm()) for g, c in zip(groups, CENTRES, strict=True))
     spread = statistics.mean(float(g.std(0).mean()) for g in groups)
     return (
-        f"{name:22s} right class {class_accuracy(made):.3f}, centres off by {off:.3f}, spread {spread:.3f} (real {SPREAD}), "
-        f"trained on it and tested on real points {downstream_accuracy(made, test):.3f}"
+        f"{name:22s} right class {class_accuracy(made):.3f}, centres off by {off:.3f}, spread {spread:.3f} (real "
+        f"{SPREAD}), trained on it and tested on real points {downstream_accuracy(made, test):.3f}"
     )
 
 

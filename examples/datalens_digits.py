@@ -4,10 +4,10 @@
     python examples/datalens_digits.py --smoke    # a few steps of everything
 
 Read the result before you use either method on a small data set. A generator needs thousands of steps for recognisable
-digits, also without any noise; a budget pays for a few hundred noisy ones. Votes are sums over teachers, so the signal grows
-with the number of records while the noise does not: 1437 records are about a fortieth of MNIST. The example prints what a
-classifier learns from the samples. Seen in several runs: 0.97 on real images, about 0.6 without noise, and at epsilon 10
-between 0.06 and 0.21 for both private methods, which is guessing (0.1) by another name.
+digits, also without any noise; a budget pays for a few hundred noisy ones. Votes are sums over teachers, so the signal
+grows with the number of records while the noise does not: 1437 records are about a fortieth of MNIST. The example
+prints what a classifier learns from the samples. Seen in several runs: 0.97 on real images, about 0.6 without noise,
+and at epsilon 10 between 0.06 and 0.21 for both private methods, which is guessing (0.1) by another name.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python examples/digits.py            # three seeds, under a minute on two cores
     python examples/digits.py --smoke    # one short run
 
-The module and the datamodule know nothing of privacy: take ``strategy=`` and ``EpsilonMonitor`` away and they train as ever.
+The module and the datamodule know nothing of privacy: take ``strategy=`` and ``EpsilonMonitor`` away and they train as
+ever.
 """
 
 from __future__ import annotations

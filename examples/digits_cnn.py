@@ -3,8 +3,8 @@
     python examples/digits_cnn.py            # under half a minute on two cores
     python examples/digits_cnn.py --smoke    # three epochs
 
-Each logical batch (512 samples expected) is computed 64 samples at a time (``microbatch_size``): the noise, the ledger and the
-result are those of the whole batch. GroupNorm stands where BatchNorm would: it treats each sample alone.
+Each logical batch (512 samples expected) is computed 64 samples at a time (``microbatch_size``): the noise, the ledger
+and the result are those of the whole batch. GroupNorm stands where BatchNorm would: it treats each sample alone.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python examples/fabric_loop.py --devices 2   # two processes: one all-reduce per step
     python examples/fabric_loop.py --smoke       # two epochs
 
-``dp.setup`` takes the place of ``fabric.setup`` and ``fabric.setup_dataloaders``, ``dp.backward(loss_fn, batch)`` that of
-``fabric.backward(loss)``: the loss function also runs on microbatches, and where nobody was drawn.
+``dp.setup`` takes the place of ``fabric.setup`` and ``fabric.setup_dataloaders``, ``dp.backward(loss_fn, batch)`` that
+of ``fabric.backward(loss)``: the loss function also runs on microbatches, and where nobody was drawn.
 """
 
 from __future__ import annotations

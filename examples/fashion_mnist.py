@@ -3,9 +3,10 @@
     python examples/fashion_mnist.py            # about 5 minutes; fetches 31 MB with apt-get the first time
     python examples/fashion_mnist.py --smoke    # a synthetic stand-in, no data
 
-Features that are fixed in advance cost no privacy, and the noise is added to 39,700 weights only. Batch, rate, length and bound
-were searched at epsilon 3 on 10,000 of the training images (`benchmarks/recipes.py`), never on the test images. The model is
-trained on all 60,000 and judged once. Almost every gradient is longer than the bound, so rate times bound is what counts.
+Features that are fixed in advance cost no privacy, and the noise is added to 39,700 weights only. Batch, rate, length
+and bound were searched at epsilon 3 on 10,000 of the training images (`benchmarks/recipes.py`), never on the test
+images. The model is trained on all 60,000 and judged once. Almost every gradient is longer than the bound, so rate
+times bound is what counts.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class Linear(L.LightningModule):
 
 
 def stand_in() -> data.Data:
-    """SYNTHETIC images, 600 to train and 200 to test: each class is a bar at an angle of its own, with random pixels."""
+    """SYNTHETIC images, 600 to train and 200 to test: each class is a bar at an angle of its own, with random
+    pixels.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(800) % 10
     y, x = torch.meshgrid(torch.linspace(-1, 1, 28), torch.linspace(-1, 1, 28), indexing="ij")

@@ -3,8 +3,8 @@
     python examples/fsdp.py            # about a minute
     python examples/fsdp.py --smoke    # two epochs
 
-Each process holds half of every weight, of the optimizer's state and of the noise. It gathers one block at a time, clips its own
-samples, and hands out the sum of a block at once. The checkpoint is a folder with a part of each process.
+Each process holds half of every weight, of the optimizer's state and of the noise. It gathers one block at a time,
+clips its own samples, and hands out the sum of a block at once. The checkpoint is a folder with a part of each process.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""A GAN under privacy: only the discriminator sees data, so only its optimizer is private; the generator learns from it.
+"""A GAN under privacy: only the discriminator sees data, so only its optimizer is private; the generator learns from
+it.
 
     python examples/gan.py            # about half a minute
     python examples/gan.py --smoke    # a few steps
 
-``public_optimizers=[0]`` says that the generator's optimizer is never fed by the data (checked at the first batch). What the
-generator makes is post-processing of noisy releases: pictures may be published, as many as you like, at the same epsilon.
-1400 steps at epsilon 10 buy noisy pictures whose means resemble the digits', not pictures that pass for digits.
+``public_optimizers=[0]`` says that the generator's optimizer is never fed by the data (checked at the first batch).
+What the generator makes is post-processing of noisy releases: pictures may be published, as many as you like, at the
+same epsilon. 1400 steps at epsilon 10 buy noisy pictures whose means resemble the digits', not pictures that pass for
+digits.
 """
 
 from __future__ import annotations

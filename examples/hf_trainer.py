@@ -1,10 +1,11 @@
-"""The Trainer of Hugging Face's transformers, made private by a mixin: a tiny BERT, epsilon in the log, and a resumed run.
+"""The Trainer of Hugging Face's transformers, made private by a mixin: a tiny BERT, epsilon in the log, and a resumed
+run.
 
     python examples/hf_trainer.py            # half a minute on two cores
     python examples/hf_trainer.py --smoke    # two epochs
 
-The weights are random and the sentences synthetic: nothing is downloaded. The first half of the run is stopped and resumed from
-its checkpoint; the ledger goes on.
+The weights are random and the sentences synthetic: nothing is downloaded. The first half of the run is stopped and
+resumed from its checkpoint; the ledger goes on.
 """
 
 from __future__ import annotations

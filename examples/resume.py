@@ -3,9 +3,9 @@
     python examples/resume.py            # about 10 seconds
     python examples/resume.py --smoke    # fewer epochs
 
-The ledger is part of every checkpoint. Resuming reads it, so steps taken before the crash stay paid; the noise generator is
-not in it, since noise used twice would cancel out. The steps between the checkpoint and the crash were never released
-(their weights are gone); had you published anything made from them, they would have to be paid too.
+The ledger is part of every checkpoint. Resuming reads it, so steps taken before the crash stay paid; the noise
+generator is not in it, since noise used twice would cancel out. The steps between the checkpoint and the crash were
+never released (their weights are gone); had you published anything made from them, they would have to be paid too.
 """
 
 from __future__ import annotations

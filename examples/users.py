@@ -1,10 +1,11 @@
-"""Ten records of one person: what a run that protects records costs them, and a run that protects people at the same epsilon.
+"""Ten records of one person: what a run that protects records costs them, and a run that protects people at the same
+epsilon.
 
     python examples/users.py            # four runs, under a minute on two cores
     python examples/users.py --smoke    # two short runs
 
-scikit-learn's 8x8 digits were written by people who filled in forms, and images of one form follow each other in the file. Ten
-images in a row count as one person here: 149 people train, 30 others test.
+scikit-learn's 8x8 digits were written by people who filled in forms, and images of one form follow each other in the
+file. Ten images in a row count as one person here: 149 people train, 30 others test.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     epochs = 3 if options.smoke else 20
     print(
-        "| protects | epsilon of a record | epsilon of a person with 10 records | noise | accuracy |\n|---|---|---|---|---|"
+        "| protects | epsilon of a record | epsilon of a person with 10 records | noise | accuracy "
+        "|\n|---|---|---|---|---|"
     )
     for epsilon in (4.0,) if options.smoke else (2.0, 4.0):
         records = DPStrategy(target_epsilon=epsilon, target_delta=DELTA)

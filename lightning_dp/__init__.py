@@ -115,8 +115,9 @@ else:
         "accounting": "Ledger PrivacyEvent",
         "auditing": "AuditResult",
         "callbacks": (
-            "AdaptiveClipping AutoThreshold ClippingScheduler EpsilonMonitor FixModule GradientDiagnostics MagnitudePruning "
-            "NoiseScheduler PrivacyAudit PrivacyBudget PrivacyCard PublishedAutoThreshold RandomSparsification SwitchToDP"
+            "AdaptiveClipping AutoThreshold ClippingScheduler EpsilonMonitor FixModule GradientDiagnostics "
+            "MagnitudePruning NoiseScheduler PrivacyAudit PrivacyBudget PrivacyCard PublishedAutoThreshold "
+            "RandomSparsification SwitchToDP"
         ),
         "clipping": "AutomaticClipping Clipping FlatClipping NoClipping PSACClipping PerLayerClipping TopAgg",
         "errors": "PrivacyError",

@@ -1,4 +1,6 @@
-"""The layers that ``fix`` puts in, and how each is made from the one that it replaces. Imported when ``fix`` is called."""
+"""The layers that ``fix`` puts in, and how each is made from the one that it replaces. Imported when ``fix`` is
+called.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class _Exchange(NamedTuple):
 
 
 def replace(module: nn.Module, changes: list[str]) -> nn.Module:
-    """Exchange layers inside the module, add a sentence for each to ``changes``, and return the module or its replacement."""
+    """Exchange layers inside the module, add a sentence for each to ``changes``, and return the module or its
+    replacement.
+    """
     return _exchanged(module, "", {}, changes)
 
 

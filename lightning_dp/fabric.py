@@ -33,8 +33,8 @@ class FabricPrivacy:
     A loss alone could not be private: the loss function also runs on a few records to check that samples are
     independent, on each microbatch, and on one record of weight 0 where nobody was drawn.
 
-    **Guarantee**: that of ``PrivateLoop``, for the data of all ranks together. Gradients are summed once per step; the model
-    is never wrapped in ``DistributedDataParallel``. ``batch_size`` of the loader is per process.
+    **Guarantee**: that of ``PrivateLoop``, for the data of all ranks together. Gradients are summed once per step; the
+    model is never wrapped in ``DistributedDataParallel``. ``batch_size`` of the loader is per process.
 
     Args:
         epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
@@ -76,7 +76,8 @@ class FabricPrivacy:
     def setup(
         self, fabric: Fabric, model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any]
     ) -> tuple[Any, Any, LogicalBatches]:
-        """Set up model, optimizer and loader as ``fabric.setup`` and ``fabric.setup_dataloaders`` do, without DDP's wrapper.
+        """Set up model, optimizer and loader as ``fabric.setup`` and ``fabric.setup_dataloaders`` do, without DDP's
+        wrapper.
 
         Args:
             fabric: launched.
@@ -122,8 +123,8 @@ class FabricPrivacy:
         """
         if self._loop is None:
             raise RuntimeError(
-                "FabricPrivacy has no model yet, so there is nothing to train or report. Call dp.setup(fabric, model, optimizer, "
-                "loader) first."
+                "FabricPrivacy has no model yet, so there is nothing to train or report. Call dp.setup(fabric, model, "
+                "optimizer, loader) first."
             )
         return self._loop
 
@@ -140,8 +141,9 @@ class FabricPrivacy:
         """
         if not callable(loss_fn):
             raise TypeError(
-                f"Expected backward(loss_fn, batch) with a function (model, batch) -> loss, got {type(loss_fn).__name__}. A loss "
-                "cannot be computed again for microbatches and checks: pass the function that computes it."
+                "Expected backward(loss_fn, batch) with a function (model, batch) -> loss, got "
+                f"{type(loss_fn).__name__}. A loss cannot be computed again for microbatches and checks: pass the "
+                "function that computes it."
             )
         self.loop.backward(batch, loss_fn)
 
@@ -216,14 +218,15 @@ def check_fabric(fabric: Fabric) -> None:
     """
     if not isinstance(fabric.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(
-            f"Expected Fabric on one device or with DDP, got {type(fabric.strategy).__name__}. It shards or replicates the model in "
-            "a way that per-sample gradients do not follow: use Fabric(devices=1) or Fabric(strategy='ddp')."
+            f"Expected Fabric on one device or with DDP, got {type(fabric.strategy).__name__}. It shards or replicates "
+            "the model in a way that per-sample gradients do not follow: use Fabric(devices=1) or "
+            "Fabric(strategy='ddp')."
         )
     precision = str(fabric.strategy.precision.precision)
     if precision in _UNSUPPORTED_PRECISION:
         raise ValueError(
-            f"Expected a precision with float32's range, got Fabric(precision={precision!r}). Scaled or overflowing gradients would "
-            "be clipped: use precision='bf16-mixed'."
+            f"Expected a precision with float32's range, got Fabric(precision={precision!r}). Scaled or overflowing "
+            "gradients would be clipped: use precision='bf16-mixed'."
         )
 
 

@@ -1,6 +1,7 @@
 """Replace the layers of a module that cannot be trained privately.
 
-This file is light, because the package binds the name ``fix`` when it is first imported: the layers are in ``_replacements.py``.
+This file is light, because the package binds the name ``fix`` when it is first imported: the layers are in
+``_replacements.py``.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def fix(module: nn.Module) -> Fixed:
     InstanceNorm, tracking              itself, without running statistics: the same in training
     ==================================  ===================================================================
 
-    Group norm computes something else than batch norm: train or fine-tune. A subclass without a ``forward`` of its own is
-    treated as its base. Recurrent layers and attention need no replacement.
+    Group norm computes something else than batch norm: train or fine-tune. A subclass without a ``forward`` of its own
+    is treated as its base. Recurrent layers and attention need no replacement.
 
     The submodules are exchanged inside the given module, no copy is made: a LightningModule keeps its hyperparameters,
     metrics and hooks. Only a module that is itself such a layer comes back as another object. Call it before optimizers

@@ -1,4 +1,6 @@
-"""PrivateTrainerMixin: private training with the Trainer of Hugging Face's transformers, which this file never imports at once."""
+"""PrivateTrainerMixin: private training with the Trainer of Hugging Face's transformers, which this file never imports
+at once.
+"""
 
 from __future__ import annotations
 
@@ -106,12 +108,13 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"Expected a checkpoint in output_dir={self.args.output_dir!r}, got none. Train without resume_from_checkpoint."
+                    f"Expected a checkpoint in output_dir={self.args.output_dir!r}, got none. Train without "
+                    "resume_from_checkpoint."
                 )
         if resume_from_checkpoint and not self.args.ignore_data_skip:
             raise ValueError(
-                "Expected TrainingArguments(ignore_data_skip=True) to resume, got ignore_data_skip=False. Batches are drawn again, "
-                "so there are none to skip."
+                "Expected TrainingArguments(ignore_data_skip=True) to resume, got ignore_data_skip=False. Batches are "
+                "drawn again, so there are none to skip."
             )
         self._checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
@@ -125,8 +128,8 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         epochs, steps = self.args.num_train_epochs, self.args.max_steps
         if steps <= 0 and epochs != int(epochs):
             raise ValueError(
-                f"Expected whole epochs, got num_train_epochs={epochs}. The noise is planned over whole passes: pass a whole number, "
-                "or max_steps."
+                f"Expected whole epochs, got num_train_epochs={epochs}. The noise is planned over whole passes: pass a "
+                "whole number, or max_steps."
             )
         self.create_optimizer()
         loader = DataLoader(
@@ -187,8 +190,8 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse to search: every trial trains on the data, and its epsilon would not be counted."""
         raise ValueError(
-            "Expected no hyperparameter_search under a private Trainer, got a call. Each trial spends privacy that no ledger would "
-            "hold: search on public data, or train each trial with history=..."
+            "Expected no hyperparameter_search under a private Trainer, got a call. Each trial spends privacy that no "
+            "ledger would hold: search on public data, or train each trial with history=..."
         )
 
 
@@ -218,19 +221,20 @@ def check_arguments(args: Any) -> None:
         value = getattr(args, name, allowed[0])
         if getattr(value, "value", value) not in allowed:
             raise ValueError(
-                f"Expected TrainingArguments({name}={allowed[0]!r}) for private training, got {name}={value!r}. {advice}"
+                f"Expected TrainingArguments({name}={allowed[0]!r}) for private training, got {name}={value!r}. "
+                f"{advice}"
             )
     if "lomo" in str(getattr(args.optim, "value", args.optim)):
         raise ValueError(
-            f"Expected an optimizer that steps after the backward, got optim={args.optim!r}. It updates weights on raw gradients: use "
-            "'adamw_torch' or 'sgd'."
+            f"Expected an optimizer that steps after the backward, got optim={args.optim!r}. It updates weights on raw "
+            "gradients: use 'adamw_torch' or 'sgd'."
         )
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise PrivacyError(
-            f"Expected a checkpoint of a private run, got {str(path.parent)!r} without {STATE}. What its weights have spent is "
-            "unknown: resume from a checkpoint of a private run."
+            f"Expected a checkpoint of a private run, got {str(path.parent)!r} without {STATE}. What its weights have "
+            "spent is unknown: resume from a checkpoint of a private run."
         )
     return torch.load(path, weights_only=True)

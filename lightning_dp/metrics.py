@@ -26,10 +26,10 @@ class Epsilon(Metric):
     ``compute()`` is ``accountant.epsilon(ledger, delta)``; NaN while no steps are recorded, which is not epsilon 0.
 
     **Guarantee**: resetting the metric, as Lightning does every epoch, never touches the ledger. The value depends on
-    public settings only. It is the same on every rank, so nothing is reduced. Copies (``clone``, ``deepcopy``, also as part
-    of a module or a ``MetricCollection``) read the same ledger, so none of them reports an epsilon that is out of date. A
-    pickle holds no ledger: what is loaded from it refuses to compute. Processes that are spawned are an exception: the
-    metric follows the run that is sent along with it.
+    public settings only. It is the same on every rank, so nothing is reduced. Copies (``clone``, ``deepcopy``, also as
+    part of a module or a ``MetricCollection``) read the same ledger, so none of them reports an epsilon that is out of
+    date. A pickle holds no ledger: what is loaded from it refuses to compute. Processes that are spawned are an
+    exception: the metric follows the run that is sent along with it.
 
     Args:
         source: a private strategy (its ledger, also after a resume) or a ``Ledger``.
@@ -62,7 +62,8 @@ class Epsilon(Metric):
         self.delta = check.check_probability("delta", delta)
         if not isinstance(source, Ledger) and not isinstance(getattr(source, "ledger", None), Ledger):
             raise TypeError(
-                f"Expected a private strategy or a Ledger, got {type(source).__name__}. Pass trainer.strategy or its ledger."
+                f"Expected a private strategy or a Ledger, got {type(source).__name__}. Pass trainer.strategy or its "
+                "ledger."
             )
         self._source = source
         chosen = getattr(source, "accountant", "pld") if accountant is None else accountant
@@ -80,8 +81,8 @@ class Epsilon(Metric):
         """
         if self._source is None:
             raise PrivacyError(
-                "This Epsilon was unpickled without the ledger of its run, so its value would be out of date. Make another one: "
-                "Epsilon(trainer.strategy, delta=...)."
+                "This Epsilon was unpickled without the ledger of its run, so its value would be out of date. Make "
+                "another one: Epsilon(trainer.strategy, delta=...)."
             )
         return self._source if isinstance(self._source, Ledger) else self._source.ledger
 

@@ -248,8 +248,8 @@ def make_schedule(
     """Return the schedule that a name stands for.
 
     Args:
-        kind: "constant", "linear", "time", "step", "exponential", "cosine", or a function from the number of the interval
-            ``e = t // every`` to a factor on sigma.
+        kind: "constant", "linear", "time", "step", "exponential", "cosine", or a function from the number of the
+            interval ``e = t // every`` to a factor on sigma.
         factor: on sigma: of one interval ("step", "exponential"), or at the end of the run ("linear", "cosine").
         rate: on the variance, as in the paper ("linear", "time", "step", "exponential").
         every: steps of one interval, >= 1.
@@ -285,7 +285,8 @@ def make_schedule(
             raise ValueError(f"Expected factor alone with kind='cosine', got factor=None, rate={rate}.")
         return cosine(factor, over, every)
     raise ValueError(
-        f"Expected kind to be 'constant', 'linear', 'time', 'step', 'exponential', 'cosine' or a function, got kind={kind!r}."
+        "Expected kind to be 'constant', 'linear', 'time', 'step', 'exponential', 'cosine' or a function, got "
+        f"kind={kind!r}."
     )
 
 

@@ -1,4 +1,5 @@
-"""Settings for every test: one thread, because a second one waits longer than small tensors take; the same weights each time.
+"""Settings for every test: one thread, because a second one waits longer than small tensors take; the same weights each
+time.
 
 A test that needs an optional package which is missing is skipped with the reason.
 """

@@ -1,4 +1,6 @@
-"""Run by test_fabric.py in two processes: each case trains under Fabric's DDP, and each rank writes down what it saw."""
+"""Run by test_fabric.py in two processes: each case trains under Fabric's DDP, and each rank writes down what it
+saw.
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def loaded(*stages: str) -> list[set[str]]:
 
 
 def test_each_part_loads_what_it_needs() -> None:
-    """The package alone nothing slow; every module of the core no lightning, also not through a third party; the shells all.
+    """The package alone nothing slow; every module of the core no lightning, also not through a third party; the shells
+    all.
 
     opacus is left to the calls that need it.
     """
@@ -163,7 +164,9 @@ def is_own(node: ast.AST) -> bool:
 
 
 def foreign_reads(source: str) -> list[str]:
-    """``x._name`` and ``getattr(x, "_name")`` where x is neither self nor cls, and the name is not from the same file."""
+    """``x._name`` and ``getattr(x, "_name")`` where x is neither self nor cls, and the name is not from the same
+    file.
+    """
     tree = ast.parse(source)
     own, found = private_names_of(tree), []
     for node in ast.walk(tree):

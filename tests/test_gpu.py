@@ -1,4 +1,6 @@
-"""What benchmarks/gpu_check.py checks, held to bounds: on a GPU with ``-m gpu``, in small on the CPU with ``-m slow``."""
+"""What benchmarks/gpu_check.py checks, held to bounds: on a GPU with ``-m gpu``, in small on the CPU with ``-m
+slow``.
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ def read_mlflow(directory: Path) -> Points:
 
 
 def read_wandb(directory: Path) -> Points:
-    """From the log of an offline run: blocks of 32 KiB after a header of 7 bytes, records with checksum, size and kind."""
+    """From the log of an offline run: blocks of 32 KiB after a header of 7 bytes, records with checksum, size and
+    kind.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = directory.parents[1].glob("wandb/offline-run-*/run-*.wandb")

@@ -132,7 +132,9 @@ def test_noise_has_the_planned_std() -> None:
 
 
 def test_empty_batches_step_and_count() -> None:
-    """One record of weight 0 runs instead: noise, ledger entry and optimizer step as ever, and a gradient of exactly zero."""
+    """One record of weight 0 runs instead: noise, ledger entry and optimizer step as ever, and a gradient of exactly
+    zero.
+    """
     model, seen = make_model(), []
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:

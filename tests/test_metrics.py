@@ -149,7 +149,9 @@ def test_strategy_in_a_pickle_is_left_out(tmp_path: Any) -> None:
 
 
 def test_spawned_process_keeps_the_strategy_of_its_own() -> None:
-    """What is sent to a process at its start belongs together: the metric follows the strategy that was sent with it."""
+    """What is sent to a process at its start belongs together: the metric follows the strategy that was sent with
+    it.
+    """
     run = Run()
     process = multiprocessing.get_context("spawn").Process(target=follow, args=(run, Epsilon(run, 1e-5, "gdp")))
     process.start()

@@ -1,4 +1,6 @@
-"""A test of something optional is skipped, with the reason, if its package is missing; every other missing module fails."""
+"""A test of something optional is skipped, with the reason, if its package is missing; every other missing module
+fails.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Plain English: no word that was hard to read, summaries that say what a thing is, names of tests that fit on a line."""
+"""Plain English: no word that was hard to read, summaries that say what a thing is, names of tests that fit on a
+line.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ BANNED = re.compile(
 VAGUE = re.compile(r"(Each|From|Whose|What|Where|Whether|Which|Who|How|When|It|Its|This|That|They|Their)\b")
 #: Verbs that do not command.
 THIRD_PERSON = re.compile(
-    r"(Adds|Asks|Brings|Called|Calls|Changes|Checks(?! of)|Computes|Counts|Draws|Gives|Hands|Holds|Keeps|Leaves|Logs|Makes|"
-    r"Moves|Raised|Reads|Refuses|Removes|Returns|Runs|Sets|Stands|Stops|Stores|Takes|Tells|Trains|Turns|Writes)\b"
+    r"(Adds|Asks|Brings|Called|Calls|Changes|Checks(?! of)|Computes|Counts|Draws|Gives|Hands|Holds|Keeps|Leaves|Logs|"
+    r"Makes|Moves|Raised|Reads|Refuses|Removes|Returns|Runs|Sets|Stands|Stops|Stores|Takes|Tells|Trains|Turns|Writes)\b"
 )
 COMMANDS, ARTICLES = re.compile(r"(Check|Get|Return|Tell)\b"), re.compile(r"(An?|One|The)\b")
 

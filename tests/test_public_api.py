@@ -1,6 +1,7 @@
 """Names and signatures of everything public, frozen in ``public_api.txt``.
 
-After an intended change, write the table again and read its diff: ``python -m tests.test_public_api > tests/public_api.txt``
+After an intended change, write the table again and read its diff: ``python -m tests.test_public_api >
+tests/public_api.txt``
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def signature(function: Any) -> str:
 
 
 def members(kind: type) -> list[str]:
-    """Our public methods and properties: no fields, no hooks of Lightning or torch, nothing that a public base declares."""
+    """Our public methods and properties: no fields, no hooks of Lightning or torch, nothing that a public base
+    declares.
+    """
     public = [value for each in lightning_dp.__all__ if isinstance(value := getattr(lightning_dp, each), type)]
     bases = [base for base in kind.__mro__ if base is kind or base not in public]
     ours = [base for base in bases if base.__module__.startswith("lightning_dp")]

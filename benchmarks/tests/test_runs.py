@@ -1,4 +1,6 @@
-"""Queues, searches, splits and pages of the benchmarks on real data, with made-up outcomes: nothing is trained or fetched."""
+"""Queues, searches, splits and pages of the benchmarks on real data, with made-up outcomes: nothing is trained or
+fetched.
+"""
 
 from __future__ import annotations
 

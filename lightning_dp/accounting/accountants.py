@@ -22,8 +22,8 @@ def make_accountant(name: str) -> Accountant:
 
     Args:
         name: "pld" (tight), "rdp" (cheap), "prv" (opacus' numerical bound), "gdp" (exact, nothing subsampled) or
-            "tcdp" (a loose closed form, to cross-check with). Only "pld" and "rdp" know random allocation; to the others
-            such a pass is one Gaussian, an upper bound without amplification.
+            "tcdp" (a loose closed form, to cross-check with). Only "pld" and "rdp" know random allocation; to the
+            others such a pass is one Gaussian, an upper bound without amplification.
 
     Raises:
         ValueError: If the name is unknown.

@@ -7,10 +7,10 @@ with x ~ N(0, sigma^2 I_t) the noise of its t batches, the likelihood ratio of t
     with against without the sample ("remove"):  delta(epsilon) = E[max(S - e^epsilon, 0)]
     without against with the sample ("add"):     delta(epsilon) = E[max(1 - e^epsilon S, 0)]
 
-Both are expectations of convex functions of S. A law on the points exp(step x k) is made by splitting every mass between
-its two neighbours such that mass and mean are kept. That makes every such expectation larger, never smaller, and stays
-so when independent laws are added. The error is of second order in the step: t lognormal laws are added by halves, on
-steps that shrink with the spread of the partial sums.
+Both are expectations of convex functions of S. A law on the points exp(step x k) is made by splitting every mass
+between its two neighbours such that mass and mean are kept. That makes every such expectation larger, never smaller,
+and stays so when independent laws are added. The error is of second order in the step: t lognormal laws are added by
+halves, on steps that shrink with the spread of the partial sums.
 
 References:
     Feldman and Shenfeld (2025), "Privacy Amplification by Random Allocation": the mechanism and its dominating pair.
@@ -171,8 +171,8 @@ def _add_pairs(
 ) -> None:
     """Add the pairs of points whose indices differ by least <= d <= most to the law of the sum, so many times.
 
-    exp(step a) + exp(step (a - d)) = exp(step a + log(1 + exp(-step d))) is split between the points a + k and a + k + 1
-    with k and the shares depending on d alone, so the pairs of one k are a short convolution.
+    exp(step a) + exp(step (a - d)) = exp(step a + log(1 + exp(-step d))) is split between the points a + k and a + k +
+    1 with k and the shares depending on d alone, so the pairs of one k are a short convolution.
     """
     step, growth = larger.step, math.expm1(larger.step)
     first_a, num_a, first_b, num_b = larger.offset, larger.masses.size, smaller.offset, smaller.masses.size

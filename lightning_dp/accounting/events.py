@@ -41,9 +41,9 @@ class PrivacyEvent:
     Args:
         kind: "poisson" (each sample joins with probability `sample_rate`), "gaussian" (every sample is in the
             batch), "shuffle" (every sample is in one batch of a pass; no amplification), "allocation" (every sample
-            joins one of the `num_batches` batches of a pass, drawn uniformly and independently), "correlated" (noise that is
-            correlated between the steps of a run of `num_batches` steps: together they are one Gaussian; here the whole run
-            is the pass), "non_private".
+            joins one of the `num_batches` batches of a pass, drawn uniformly and independently), "correlated" (noise
+            that is correlated between the steps of a run of `num_batches` steps: together they are one Gaussian; here
+            the whole run is the pass), "non_private".
         noise_multiplier: Standard deviation of the noise over the sensitivity, in [0, inf); 0 for "non_private".
         sample_rate: Probability that a sample joins, in [0, 1]; 1 for every kind but "poisson".
         reason: Why nothing is protected; for "non_private" only.
@@ -146,7 +146,9 @@ class PrivacyEvent:
 
     @classmethod
     def correlated(cls, *, noise_multiplier: float, num_steps: int) -> PrivacyEvent:
-        """Return one step of a run of `num_steps` steps whose noise is correlated, so that all of them are one Gaussian."""
+        """Return one step of a run of `num_steps` steps whose noise is correlated, so that all of them are one
+        Gaussian.
+        """
         return cls("correlated", noise_multiplier, num_batches=num_steps)
 
     @classmethod

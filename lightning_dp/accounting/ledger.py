@@ -43,9 +43,9 @@ class Ledger:
     "poisson" steps are Poisson-subsampled Gaussians and "gaussian" steps are Gaussians. The steps of one "shuffle" pass
     compose in parallel, because each sample is in exactly one of its batches: together they cost one Gaussian. The
     steps of one "allocation" pass cost less, because that batch is also drawn uniformly and in secret. A pass that is
-    cut short costs a whole one. The steps of a run with "correlated" noise cost one Gaussian together, like a pass that is
-    as long as the run. A pass ends at `start_pass`, wherever a step of another kind is recorded, and once an "allocation"
-    pass or a "correlated" run has all its steps.
+    cut short costs a whole one. The steps of a run with "correlated" noise cost one Gaussian together, like a pass that
+    is as long as the run. A pass ends at `start_pass`, wherever a step of another kind is recorded, and once an
+    "allocation" pass or a "correlated" run has all its steps.
 
     Args:
         neighboring_relation: "add_or_remove_one"; "zero_out" (a sample is exchanged for one that contributes
@@ -66,7 +66,8 @@ class Ledger:
     def __init__(self, neighboring_relation: str = "add_or_remove_one", unit: str = "record") -> None:
         if neighboring_relation not in NEIGHBORING_RELATIONS:
             raise ValueError(
-                f"Expected neighboring_relation in {NEIGHBORING_RELATIONS}, got neighboring_relation={neighboring_relation!r}."
+                f"Expected neighboring_relation in {NEIGHBORING_RELATIONS}, got "
+                f"neighboring_relation={neighboring_relation!r}."
             )
         if unit not in UNITS:
             raise ValueError(f"Expected unit in {UNITS}, got unit={unit!r}.")

@@ -47,8 +47,8 @@ class RDPAccountant(Accountant):
 
     Guarantee: an upper bound under "add_or_remove_one" and "zero_out"; under "replace_one" for releases without
     sampling only. Passes under random allocation are bounded too, but loosely: epsilon is commonly two to four
-    times that of "pld", and more for many passes. One vector of divergences is cached for each distinct mechanism, for all
-    accountants together, so a query costs a sum of vectors.
+    times that of "pld", and more for many passes. One vector of divergences is cached for each distinct mechanism, for
+    all accountants together, so a query costs a sum of vectors.
 
     Example:
         >>> from lightning_dp.accounting import Ledger, PrivacyEvent

@@ -47,8 +47,8 @@ def tcdp_epsilon(rho: float, omega: float, delta: float) -> float:
         raise ValueError(f"Expected 0 <= rho < inf, got rho={rho}. It is 1 / (2 sigma^2) for a Gaussian.")
     if not omega > 1:
         raise ValueError(
-            f"Expected omega > 1, got omega={omega}: no order is bounded, so no epsilon is. Sample at a lower rate, or use "
-            'accountant="pld".'
+            f"Expected omega > 1, got omega={omega}: no order is bounded, so no epsilon is. Sample at a lower rate, or "
+            'use accountant="pld".'
         )
     if rho == 0 and omega == math.inf:
         return 0.0
@@ -68,8 +68,8 @@ class TCDPAccountant(Accountant):
     Guarantee: an upper bound under "add_or_remove_one" and "zero_out", several times that of "pld". The lemma behind
     the sampled form holds for q <= 0.1 and rho <= 0.1, a noise multiplier of at least sqrt(5) = 2.24; sampled releases
     beyond are refused. Releases without sampling have no such limit: they add their rho, and leave omega to the sampled
-    ones. Under "replace_one" Poisson sampling is refused. A noise multiplier calibrated with this accountant is at least
-    2.24, also where the target would allow less noise.
+    ones. Under "replace_one" Poisson sampling is refused. A noise multiplier calibrated with this accountant is at
+    least 2.24, also where the target would allow less noise.
 
     Example:
         >>> from lightning_dp.accounting import PrivacyEvent
@@ -80,8 +80,8 @@ class TCDPAccountant(Accountant):
 
     References:
         Bun, Dwork, Rothblum and Steinke (2018), "Composable and Versatile Privacy via Truncated CDP", composition and
-        amplification by subsampling. The proof bounds (1 - q) B + q A against (1 - q) B + q A' for A, A', B close to one
-        another; a Poisson sample with and without one record is the case A' = B.
+        amplification by subsampling. The proof bounds (1 - q) B + q A against (1 - q) B + q A' for A, A', B close to
+        one another; a Poisson sample with and without one record is the case A' = B.
     """
 
     name = "tcdp"
@@ -115,11 +115,12 @@ def _check_lemma(sample_rate: float, noise_multiplier: float, rho: float) -> Non
     """Raise ValueError where the amplification lemma does not apply."""
     if not sample_rate <= _MAX_RATE:
         raise ValueError(
-            f"Expected sample_rate <= {_MAX_RATE} for accountant='tcdp', got sample_rate={sample_rate}: its amplification lemma "
-            'ends there. Use accountant="pld".'
+            f"Expected sample_rate <= {_MAX_RATE} for accountant='tcdp', got sample_rate={sample_rate}: its "
+            'amplification lemma ends there. Use accountant="pld".'
         )
     if not rho <= _MAX_RHO:
         raise ValueError(
             f"Expected noise_multiplier >= 2.24 (rho <= {_MAX_RHO}) for accountant='tcdp', got "
-            f'noise_multiplier={noise_multiplier} (rho={rho:.4g}): its amplification lemma ends there. Use accountant="pld".'
+            f"noise_multiplier={noise_multiplier} (rho={rho:.4g}): its amplification lemma ends there. "
+            'Use accountant="pld".'
         )

@@ -62,8 +62,8 @@ def user_epsilon(ledger: Ledger, delta: float, *, records_per_user: int, discret
         )
     if ledger.unit == "user":
         raise ValueError(
-            f"Expected a run that protects records for records_per_user, got records_per_user={count} for one that protects users, "
-            "whose epsilon holds for them already. Leave it out."
+            f"Expected a run that protects records for records_per_user, got records_per_user={count} for one that "
+            "protects users, whose epsilon holds for them already. Leave it out."
         )
     accountant = LibraryAccountant(value_discretization_interval=discretization)
     for mechanism, times in ledger.mechanisms().items():

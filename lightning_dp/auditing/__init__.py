@@ -1,7 +1,8 @@
 """Lower confidence bounds on epsilon: is what is claimed also what is kept?
 
-Read in this order: ``estimates`` (many runs), ``one_run`` (many canaries in one run), ``noise_scale`` (one run, canaries
-apart), ``canaries`` and ``records`` (what is put in), ``result`` (all of it together). ``PrivacyAudit`` puts them to work.
+Read in this order: ``estimates`` (many runs), ``one_run`` (many canaries in one run), ``noise_scale`` (one run,
+canaries apart), ``canaries`` and ``records`` (what is put in), ``result`` (all of it together). ``PrivacyAudit`` puts
+them to work.
 """
 
 from lightning_dp.auditing.canaries import Canaries, GradientCanaries

@@ -155,8 +155,8 @@ class GradientCanaries(Canaries):
         """
         if sample_rate is None:
             raise PrivacyError(
-                "Expected sampling='poisson' with canaries in gradient space, got batches of another kind. They must be sampled as "
-                "records are: pass sampling='poisson', or audit with input canaries."
+                "Expected sampling='poisson' with canaries in gradient space, got batches of another kind. They must "
+                "be sampled as records are: pass sampling='poisson', or audit with input canaries."
             )
         self._fold()
         self._sample_rate = sample_rate

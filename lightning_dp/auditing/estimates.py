@@ -26,7 +26,8 @@ def check_scores(name: str, scores: ArrayLike) -> Scores:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or bool(np.isnan(values).any()):
         raise ValueError(
-            f"Expected {name} to be a non-empty vector without NaN, got {name} of shape {values.shape}. Pass one score for each canary."
+            f"Expected {name} to be a non-empty vector without NaN, got {name} of shape {values.shape}. Pass one score "
+            "for each canary."
         )
     return values
 
@@ -113,8 +114,9 @@ def epsilon_clopper_pearson(
 
     with Clopper-Pearson upper bounds for both rates, each at half of 1 - confidence.
 
-    **Guarantee**: above the true epsilon at ``delta`` with probability at most ``1 - confidence``, provided that the scores
-    are independent and the threshold does not depend on them. At most about ln(2 n / 5) for n scores, however bad the leak.
+    **Guarantee**: above the true epsilon at ``delta`` with probability at most ``1 - confidence``, provided that the
+    scores are independent and the threshold does not depend on them. At most about ln(2 n / 5) for n scores, however
+    bad the leak.
 
     Args:
         in_scores: scores with the canary, shape (n,).
@@ -152,15 +154,16 @@ def epsilon_clopper_pearson(
 def epsilon_gdp(
     in_scores: ArrayLike, out_scores: ArrayLike, *, threshold: float, delta: float, confidence: float = 0.95
 ) -> float:
-    """Return a lower confidence bound on the epsilon of a mechanism that is Gaussian: far tighter than one threshold alone.
+    """Return a lower confidence bound on the epsilon of a mechanism that is Gaussian: far tighter than one threshold
+    alone.
 
         mu >= Phi^-1(1 - FPR) - Phi^-1(FNR),     epsilon = that of a mu-GDP mechanism at delta
 
     with Clopper-Pearson upper bounds for both rates, each at half of 1 - confidence.
 
-    **Guarantee**: as ``epsilon_clopper_pearson``, but ONLY for mechanisms whose trade-off function is that of a Gaussian:
-    compositions of Gaussians without subsampling. One point of the curve stands for all of it; for subsampled Gaussians
-    the value may exceed the true epsilon.
+    **Guarantee**: as ``epsilon_clopper_pearson``, but ONLY for mechanisms whose trade-off function is that of a
+    Gaussian: compositions of Gaussians without subsampling. One point of the curve stands for all of it; for subsampled
+    Gaussians the value may exceed the true epsilon.
 
     Args:
         in_scores: scores with the canary, shape (n,).
@@ -189,7 +192,8 @@ def epsilon_gdp(
 
 
 def operating_points(in_scores: ArrayLike, out_scores: ArrayLike) -> Sequence[tuple[int, int]]:
-    """Return (true positives, false positives) at the thresholds worth trying: the corners of the ROC curve's concave hull.
+    """Return (true positives, false positives) at the thresholds worth trying: the corners of the ROC curve's concave
+    hull.
 
     Args:
         in_scores: scores with the canary, shape (n,).

@@ -30,8 +30,8 @@ def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, epsil
         beta = P[B >= v],   B ~ Bin(r, e^epsilon / (1 + e^epsilon))
         p = beta + 2 m delta max_{i = 1..v} (P[B >= v - i] - beta) / i
 
-    **Guarantee**: P[at least v right guesses] <= p for every (epsilon, delta)-private algorithm and every rule that guesses
-    from its output, each canary being in by a fair coin. No independence of the canaries' effects is needed.
+    **Guarantee**: P[at least v right guesses] <= p for every (epsilon, delta)-private algorithm and every rule that
+    guesses from its output, each canary being in by a fair coin. No independence of the canaries' effects is needed.
 
     Args:
         num_canaries: m.
@@ -52,8 +52,8 @@ def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, epsil
     """
     if not 0 <= num_correct <= num_guesses <= num_canaries or num_guesses < 1:
         raise ValueError(
-            f"Expected 0 <= num_correct <= num_guesses <= num_canaries, got {num_correct}, {num_guesses}, {num_canaries}. Count "
-            "right guesses among guesses."
+            f"Expected 0 <= num_correct <= num_guesses <= num_canaries, got {num_correct}, {num_guesses}, "
+            f"{num_canaries}. Count right guesses among guesses."
         )
     rate = float(expit(epsilon))
     exact = float(binom.sf(num_correct - 1, num_guesses, rate))
@@ -142,8 +142,8 @@ def epsilon_one_run(
     For each share s the s m / 2 highest scores are guessed "in" and the s m / 2 lowest "out"; the best of the K bounds
     counts, each at (1 - confidence) / K.
 
-    **Guarantee**: above the true epsilon at ``delta`` with probability at most ``1 - confidence``, if each canary was in by
-    a fair coin of its own. The rule never looks at the coins, so nothing else is assumed.
+    **Guarantee**: above the true epsilon at ``delta`` with probability at most ``1 - confidence``, if each canary was
+    in by a fair coin of its own. The rule never looks at the coins, so nothing else is assumed.
 
     Args:
         scores: shape (m,); high speaks for "in".
@@ -217,8 +217,8 @@ def epsilon_one_run_all_thresholds(
 
     Thresholds are the K corners of the ROC curve's concave hull, each tried at (1 - confidence) / K.
 
-    **Guarantee**: that of ``epsilon_one_run`` at each threshold; but K and the corners follow from the coins, so that over
-    all thresholds the confidence is nominal. Where it must hold, use ``epsilon_one_run``.
+    **Guarantee**: that of ``epsilon_one_run`` at each threshold; but K and the corners follow from the coins, so that
+    over all thresholds the confidence is nominal. Where it must hold, use ``epsilon_one_run``.
 
     Args:
         in_scores: scores of canaries that were in.
@@ -248,7 +248,8 @@ def _guesses(
     values, coins = check_scores("scores", scores), np.asarray(included)
     if coins.dtype != np.bool_ or coins.shape != values.shape:
         raise ValueError(
-            f"Expected included to be booleans of shape {values.shape}, got {coins.dtype} of shape {coins.shape}. Pass a coin a score."
+            f"Expected included to be booleans of shape {values.shape}, got {coins.dtype} of shape {coins.shape}. Pass "
+            "a coin a score."
         )
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(

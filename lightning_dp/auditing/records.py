@@ -50,8 +50,8 @@ def random_records(like: Any, num: int, *, num_classes: int = 2, seed: int | Non
         if isinstance(leaf, int):
             return int(torch.randint(classes, (), generator=generator))
         raise TypeError(
-            f"Expected a record of tensors and whole numbers, got a {type(leaf).__name__} in it. Make the canaries yourself and pass "
-            "them to PrivacyAudit(canaries=...)."
+            f"Expected a record of tensors and whole numbers, got a {type(leaf).__name__} in it. Make the canaries "
+            "yourself and pass them to PrivacyAudit(canaries=...)."
         )
 
     return [tree_map(draw, like) for _ in range(check.check_count("num", num))]

@@ -63,8 +63,8 @@ class AuditResult:
         lower = math.floor(self.epsilon_lower * 1e4) / 1e4
         verdict = "; THE CLAIM IS REFUTED" if self.refutes_claim else ""
         return (
-            f"audited with {self.num_canaries} {self.kind} canaries: epsilon >= {lower:.5g} at delta {self.delta:g} with confidence "
-            f"{self.confidence:g} (claimed: {describe_epsilon(self.claimed_epsilon)}){verdict}"
+            f"audited with {self.num_canaries} {self.kind} canaries: epsilon >= {lower:.5g} at delta {self.delta:g} "
+            f"with confidence {self.confidence:g} (claimed: {describe_epsilon(self.claimed_epsilon)}){verdict}"
         )
 
 

@@ -62,8 +62,9 @@ def private_strategy(trainer: pl.Trainer, callback: object) -> PrivateStrategy:
     strategy: Any = trainer.strategy
     if not isinstance(getattr(strategy, "mechanisms", None), Mechanisms):
         raise TypeError(
-            f"Expected `Trainer(strategy=DPStrategy(...))` with {type(callback).__name__}, got {type(strategy).__name__}. The callback "
-            "reads the ledger of a private strategy: pass DPStrategy or DPDDPStrategy, or leave the callback out."
+            f"Expected `Trainer(strategy=DPStrategy(...))` with {type(callback).__name__}, got "
+            f"{type(strategy).__name__}. The callback reads the ledger of a private strategy: pass DPStrategy or "
+            "DPDDPStrategy, or leave the callback out."
         )
     return cast(PrivateStrategy, strategy)
 

@@ -50,8 +50,9 @@ class AutoThreshold(_BoundCallback):
 
     with g~ the noisy mean gradient, d its live coordinates, B the expected batch size. C_0 is the strategy's bound.
 
-    **Guarantee**: post-processing of noisy releases: sensitivity and noise follow C_t, the ledger is unchanged. The value
-    is logged as ``privacy/max_grad_norm`` and is public. At much noise the estimate is often 0, and C_t then C_min.
+    **Guarantee**: post-processing of noisy releases: sensitivity and noise follow C_t, the ledger is unchanged. The
+    value is logged as ``privacy/max_grad_norm`` and is public. At much noise the estimate is often 0, and C_t then
+    C_min.
 
     Args:
         weight: W > 0. A mean of clipped gradients is shorter than their bound, so W <= 1 can only shrink it.
@@ -80,8 +81,8 @@ class AdaptiveClipping(_BoundCallback):
         z_gradient = (z^-2 - (2 s_b)^-2)^(-1/2)
 
     **Guarantee**: the count is centred, so one sample moves it by 1/2, and it is released with the gradient: together
-    they have the noise multiplier z of the plan, and the ledger is unchanged. Under per-layer clipping the norm is that of
-    the whole gradient and all bounds move together. The bound is logged as ``privacy/max_grad_norm`` and is public.
+    they have the noise multiplier z of the plan, and the ledger is unchanged. Under per-layer clipping the norm is that
+    of the whole gradient and all bounds move together. The bound is logged as ``privacy/max_grad_norm`` and is public.
 
     Args:
         quantile: wanted share of gradients below the bound, in (0, 1).

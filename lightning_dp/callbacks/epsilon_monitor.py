@@ -17,9 +17,9 @@ from lightning_dp.strategies._lightning import is_saved_by_steps
 class EpsilonMonitor(Callback):
     """A monitor that logs ``epsilon``, ``privacy/delta`` and ``privacy/noise_multiplier`` while training.
 
-    ``epsilon`` is the epsilon spent so far at ``delta``, over every step the ledger holds (resumed runs and learning-rate
-    searches included). It is logged every ``every_n_steps`` logical steps, at the end of each epoch, also one that is cut short, and
-    before each validation and each checkpoint by ``every_n_train_steps``: the epsilon in
+    ``epsilon`` is the epsilon spent so far at ``delta``, over every step the ledger holds (resumed runs and
+    learning-rate searches included). It is logged every ``every_n_steps`` logical steps, at the end of each epoch, also
+    one that is cut short, and before each validation and each checkpoint by ``every_n_train_steps``: the epsilon in
     ``ModelCheckpoint(filename="{epoch}-{epsilon:.2f}")`` is that of the saved weights, and
     ``EarlyStopping(monitor="epsilon")`` sees it. (Checkpoints by ``train_time_interval`` bear the last value logged.)
 

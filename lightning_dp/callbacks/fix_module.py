@@ -11,7 +11,8 @@ from lightning_dp.fix import fix
 
 
 class FixModule(Callback):
-    """A callback that applies ``lightning_dp.fix`` in ``setup``, for packages whose own ``fit`` makes module and Trainer.
+    """A callback that applies ``lightning_dp.fix`` in ``setup``, for packages whose own ``fit`` makes module and
+    Trainer.
 
     Layers that the module makes later, in its own ``setup`` or ``configure_model``, are not seen: use
     ``DPStrategy(fix=True)`` for them. Works with every strategy, so that a plain run can train the same layers.

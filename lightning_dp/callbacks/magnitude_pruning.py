@@ -25,20 +25,20 @@ class MagnitudePruning(Callback):
 
         m = 1 on the largest |w|;   "prune": theta_0 = m theta;   g_i <- m g_i before clipping, noise only where m = 1
 
-    The masks are drawn from public weights, the same for all samples and ranks, and are part of checkpoints. Prunable are
-    trainable weights of two dimensions or more that a private optimizer holds: matrices, kernels, embeddings; not biases and
-    norm layers. After every optimizer step the removed weights are put back to where they were, so that neither
-    momentum nor weight decay moves them.
+    The masks are drawn from public weights, the same for all samples and ranks, and are part of checkpoints. Prunable
+    are trainable weights of two dimensions or more that a private optimizer holds: matrices, kernels, embeddings; not
+    biases and norm layers. After every optimizer step the removed weights are put back to where they were, so that
+    neither momentum nor weight decay moves them.
 
     **Guarantee**: the accountant is unchanged, since the masks are public (initial or publicly trained weights) or
     post-processing of noisy weights of this run. NOT private: weights that were trained on the private data without
-    differential privacy, whether the module begins with them or ``reference`` holds them. That cannot be detected; weights
-    of another private run add its epsilon.
+    differential privacy, whether the module begins with them or ``reference`` holds them. That cannot be detected;
+    weights of another private run add its epsilon.
 
     Args:
         amount: fraction of the prunable weights to remove, in (0, 1): ``int(amount P)`` of them.
-        source: "initial" (the weights at the start of the run), "public" (``reference``), or "noisy" (the weights of this run
-            after every ``every_n_epochs`` epochs; dense until the first).
+        source: "initial" (the weights at the start of the run), "public" (``reference``), or "noisy" (the weights of
+            this run after every ``every_n_epochs`` epochs; dense until the first).
         scope: "global" ranks all prunable weights together, "layer" each tensor by itself.
         mode: "prune" sets removed weights to 0, "freeze" keeps their values.
         scores: "magnitude", or "random" for the control.
@@ -47,7 +47,8 @@ class MagnitudePruning(Callback):
         seed: of the random scores, >= 0; public.
 
     Raises:
-        ValueError: for arguments out of range or that do not belong together, or a reference that does not fit the module.
+        ValueError: for arguments out of range or that do not belong together, or a reference that does not fit the
+            module.
         TypeError: for data, modules or callables as scores, or when the Trainer's strategy is not a private one.
 
     Example:
@@ -80,8 +81,8 @@ class MagnitudePruning(Callback):
         self.scores = check.check_choice("scores", scores, ("magnitude", "random"))
         if (source == "noisy") != (every_n_epochs is not None):
             raise ValueError(
-                f"Expected every_n_epochs with source='noisy' and with no other, got every_n_epochs={every_n_epochs!r} with "
-                f"source={source!r}. Only noisy weights are looked at again."
+                f"Expected every_n_epochs with source='noisy' and with no other, got every_n_epochs={every_n_epochs!r} "
+                f"with source={source!r}. Only noisy weights are looked at again."
             )
         self.every_n_epochs = None if every_n_epochs is None else check.check_count("every_n_epochs", every_n_epochs)
         if reference is not None and not isinstance(reference, Mapping):
@@ -90,8 +91,8 @@ class MagnitudePruning(Callback):
             )
         if (source == "public") != (reference is not None):
             raise ValueError(
-                f"Expected reference with source='public' and with no other, got reference={reference and 'a state dict'!r} with "
-                f"source={source!r}. Pass both or neither."
+                "Expected reference with source='public' and with no other, got "
+                f"reference={reference and 'a state dict'!r} with source={source!r}. Pass both or neither."
             )
         self.reference = reference
         self.seed = check_seed(seed)
@@ -165,8 +166,8 @@ class MagnitudePruning(Callback):
         prunable = [name for name in prunable_names(pl_module) if name in parameters]
         if not prunable:
             raise ValueError(
-                "Expected trainable weights of two dimensions or more with MagnitudePruning, got a module without any that a private "
-                "optimizer holds. Unfreeze some, or leave the callback out."
+                "Expected trainable weights of two dimensions or more with MagnitudePruning, got a module without any "
+                "that a private optimizer holds. Unfreeze some, or leave the callback out."
             )
         weights: Mapping[str, Tensor] = {name: whole_of(parameters[name]) for name in prunable}
         if self.reference is not None:
@@ -183,8 +184,8 @@ class MagnitudePruning(Callback):
         for name, mask in self._mask.masks.items():
             if name not in parameters or parameters[name].shape != mask.shape:
                 raise ValueError(
-                    f"Expected the module that the masks in the checkpoint were drawn for, got none or another shape for {name!r}. "
-                    "Resume with the same module."
+                    "Expected the module that the masks in the checkpoint were drawn for, got none or another shape "
+                    f"for {name!r}. Resume with the same module."
                 )
             parameter = parameters[name]
             value = local_part(parameter).detach().clone() if self.mode == "freeze" else None

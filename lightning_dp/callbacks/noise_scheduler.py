@@ -77,8 +77,8 @@ class NoiseScheduler(Callback):
     | "cosine" | half a cosine from 1 to factor at the end of the run | - |
     | a function | called with e, returns the factor on sigma | - |
 
-    Four plateaus of "step" with a factor of 0.8 to 0.9 are a good default. Under ``target_epsilon`` sigma_0 is calibrated
-    over the whole schedule.
+    Four plateaus of "step" with a factor of 0.8 to 0.9 are a good default. Under ``target_epsilon`` sigma_0 is
+    calibrated over the whole schedule.
 
     **Guarantee**: the schedule is public; each step is written into the ledger with its own sigma. No epsilon of an
     "equivalent constant sigma" is ever reported: it would be too small.

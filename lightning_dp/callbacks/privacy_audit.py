@@ -25,29 +25,33 @@ Loss = Callable[[pl.LightningModule, Any], Tensor]
 
 
 class PrivacyAudit(Callback):
-    """An audit of a private run while it trains: canaries join by fair coins, and their traces bound epsilon from below.
+    """An audit of a private run while it trains: canaries join by fair coins, and their traces bound epsilon from
+    below.
 
         canary j is in iff its coin says so;  score_j from what the run releases;  guess the coins from the scores
 
-    Many right guesses refute small epsilons. In gradient space (the default) canaries are gradients, long and in coordinates
-    of their own, clipped and added as samples' are; the score is the likelihood ratio of inner products with every noisy
-    gradient: the worst case. In input space (``canaries``) they are records of the training set; the score is how far
-    the loss on them fell. At the end of fit ``audit/epsilon_lower``, ``audit/epsilon`` (the claim), ``audit/delta`` and
-    ``audit/confidence`` go to the loggers and to ``trainer.callback_metrics``, ``result`` holds all of it, and the privacy
-    statement says so.
+    Many right guesses refute small epsilons. In gradient space (the default) canaries are gradients, long and in
+    coordinates of their own, clipped and added as samples' are; the score is the likelihood ratio of inner products
+    with every noisy gradient: the worst case. In input space (``canaries``) they are records of the training set; the
+    score is how far the loss on them fell. At the end of fit ``audit/epsilon_lower``, ``audit/epsilon`` (the claim),
+    ``audit/delta`` and ``audit/confidence`` go to the loggers and to ``trainer.callback_metrics``, ``result`` holds all
+    of it, and the privacy statement says so.
 
     **Guarantee**: ``epsilon_lower`` exceeds a true claim with probability at most ``1 - confidence``. A bound below the
     claim proves nothing: it is what this attack found. The claim itself holds for every real record as it does without
     canaries: they are public additional records, the sums move by as much with a real record as before, and what is
-    logged is computed from releases and coins alone. They do cost accuracy: audit a run of its own, or with few canaries.
+    logged is computed from releases and coins alone. They do cost accuracy: audit a run of its own, or with few
+    canaries.
 
     Args:
         num_canaries: m >= 2 canaries in gradient space; 1000 unless ``canaries`` are given.
-        canaries: records as the training set holds them, that are NOT in it (see ``lightning_dp.auditing.random_records`` and
-            ``mislabelled``): an audit in input space. About half of them join the training set, whose size counts them.
+        canaries: records as the training set holds them, that are NOT in it (see
+            ``lightning_dp.auditing.random_records`` and ``mislabelled``): an audit in input space. About half of them
+            join the training set, whose size counts them.
         confidence: in (0, 1).
         norm: length of a gradient canary before clipping, in units of the sensitivity.
-        loss: (module, batch) -> loss of a batch of one canary, for input space; default: what ``training_step`` returns.
+        loss: (module, batch) -> loss of a batch of one canary, for input space; default: what ``training_step``
+            returns.
 
     Raises:
         ValueError: arguments out of range; ``sampling="shuffle"`` or ``TopAgg`` with gradient canaries.
@@ -72,7 +76,8 @@ class PrivacyAudit(Callback):
     ) -> None:
         if num_canaries is not None and canaries is not None:
             raise ValueError(
-                f"Expected num_canaries or canaries, got num_canaries={num_canaries} and {len(canaries)} canaries. Pass one of them."
+                f"Expected num_canaries or canaries, got num_canaries={num_canaries} and {len(canaries)} canaries. "
+                "Pass one of them."
             )
         wanted = len(canaries) if canaries is not None else 1000 if num_canaries is None else num_canaries
         if check.check_count("num_canaries", wanted) < 2:
@@ -97,13 +102,14 @@ class PrivacyAudit(Callback):
         strategy = private_strategy(trainer, self)
         if self._records is None and strategy.settings.sampling != "poisson":
             raise ValueError(
-                f"Expected sampling='poisson' with canaries in gradient space, got sampling={strategy.settings.sampling!r}. They are "
-                "sampled as records are: pass sampling='poisson', or records as PrivacyAudit(canaries=...)."
+                "Expected sampling='poisson' with canaries in gradient space, got "
+                f"sampling={strategy.settings.sampling!r}. They are sampled as records are: pass sampling='poisson', "
+                "or records as PrivacyAudit(canaries=...)."
             )
         if self._records is not None and self._loss is _training_loss and not pl_module.automatic_optimization:
             raise ValueError(
-                "Expected a loss for canaries in input space under manual optimization, got loss=None. training_step would step the "
-                "optimizers: pass PrivacyAudit(loss=lambda module, batch: ...)."
+                "Expected a loss for canaries in input space under manual optimization, got loss=None. training_step "
+                "would step the optimizers: pass PrivacyAudit(loss=lambda module, batch: ...)."
             )
         self.result, self._losses_before = None, []
         self._root = strategy.broadcast(secrets.token_hex(32))
@@ -114,7 +120,9 @@ class PrivacyAudit(Callback):
             strategy.mechanisms.add(self, extra_records=self._joining)
 
     def _joining(self) -> list[Any]:
-        """Return the records that are in; called when data is set up, so that a resumed run has its own coins by then."""
+        """Return the records that are in; called when data is set up, so that a resumed run has its own coins by
+        then.
+        """
         assert self._records is not None
         return [record for record, joins in zip(self._records, self.included, strict=True) if joins]
 
@@ -189,8 +197,8 @@ class PrivacyAudit(Callback):
         same = len(gradients["scores"]) == self.num_canaries if gradients is not None else True
         if (gradients is None) != (self._gradients is None) or not same:
             raise PrivacyError(
-                f"Expected the canaries of the run being resumed, got {self.num_canaries} others. Coins are flipped once a run: pass "
-                "the same PrivacyAudit, or leave it out."
+                f"Expected the canaries of the run being resumed, got {self.num_canaries} others. Coins are flipped "
+                "once a run: pass the same PrivacyAudit, or leave it out."
             )
         self._root, self._losses_before = state_dict["root"], list(state_dict["losses_before"])
         if gradients is not None:
@@ -204,6 +212,7 @@ def _training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
     loss = output["loss"] if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"Expected training_step to return a loss for a canary, got {type(loss).__name__}. Pass PrivacyAudit(loss=...)."
+            f"Expected training_step to return a loss for a canary, got {type(loss).__name__}. Pass "
+            "PrivacyAudit(loss=...)."
         )
     return loss.mean()

@@ -69,7 +69,8 @@ class PrivacyBudget(Callback):
         if strategy.steps_taken >= strategy.last_allowed_step and remaining and not trainer.should_stop:
             trainer.should_stop = True
             rank_zero_info(
-                f"PrivacyBudget: stopped after {strategy.steps_taken} steps; the next would exceed epsilon={self.epsilon:g}."
+                f"PrivacyBudget: stopped after {strategy.steps_taken} steps; the next would exceed "
+                f"epsilon={self.epsilon:g}."
             )
 
     @override

@@ -22,24 +22,24 @@ class RandomSparsification(Callback):
 
         g_i[Z] = 0 before clipping,   noise[Z] = 0,   |Z| = int(r P),   r = final_rate * schedule(progress)
 
-    Clipping then keeps more of what is live, the noise has (1 - r) of its energy, and the all-reduce of several processes
-    carries live coordinates only. The set is the same for all samples and ranks, and drawn again at every ``refresh``: between
-    optimizer steps only, never between the microbatches or accumulated batches of one step. Logged whenever the mask
-    changes: ``privacy/sparsification_rate``, the fraction this callback masks, and ``communication/bytes_per_step``, what
-    one rank sends a step.
+    Clipping then keeps more of what is live, the noise has (1 - r) of its energy, and the all-reduce of several
+    processes carries live coordinates only. The set is the same for all samples and ranks, and drawn again at every
+    ``refresh``: between optimizer steps only, never between the microbatches or accumulated batches of one step. Logged
+    whenever the mask changes: ``privacy/sparsification_rate``, the fraction this callback masks, and
+    ``communication/bytes_per_step``, what one rank sends a step.
 
-    **Guarantee**: the mask depends on ``seed`` and the step only. It is public randomness, so the ledger is what it is without
-    it: no privacy cost, and no amplification by sparsification either. A resumed run has the same masks if its planned
-    length is the same.
+    **Guarantee**: the mask depends on ``seed`` and the step only. It is public randomness, so the ledger is what it is
+    without it: no privacy cost, and no amplification by sparsification either. A resumed run has the same masks if its
+    planned length is the same.
 
     Use it with SGD, the pairing that is tested: Adam's second moment decays on coordinates that are left out, and their
-    first updates afterwards explode. Less noise and less progress a step are partly what a learning-rate decay gives: the
-    fair control is dense training with one.
+    first updates afterwards explode. Less noise and less progress a step are partly what a learning-rate decay gives:
+    the fair control is dense training with one.
 
     Args:
         final_rate: fraction r* of coordinates left out in the end, in [0, 1); 0 is the dense control.
-        schedule: "linear" (gradual cooling: dense at first), "cosine", "constant", or a callable from the progress of the
-            run in [0, 1] to a fraction of ``final_rate`` in [0, 1].
+        schedule: "linear" (gradual cooling: dense at first), "cosine", "constant", or a callable from the progress of
+            the run in [0, 1] to a fraction of ``final_rate`` in [0, 1].
         refresh: "epoch", or the number of logical steps that share a mask.
         scope: "global" draws from all coordinates at once, "layer" the same fraction in each parameter tensor.
         seed: of the masks, >= 0; public.
@@ -52,7 +52,8 @@ class RandomSparsification(Callback):
         >>> sparsification = RandomSparsification(final_rate=0.9)
 
     References:
-        Zhu & Blaschko 2023, Improving Differentially Private SGD via Randomly Sparsified Gradients, TMLR, arXiv 2112.00845.
+        Zhu & Blaschko 2023, Improving Differentially Private SGD via Randomly Sparsified Gradients, TMLR, arXiv
+        2112.00845.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class RandomSparsification(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hand the mask to the strategy when a stage begins; the strategy asks it at the start of each logical batch."""
+        """Hand the mask to the strategy when a stage begins; the strategy asks it at the start of each logical
+        batch.
+        """
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, mask=self._make_mask)
 

@@ -16,10 +16,11 @@ from lightning_dp.run_length import RunLength
 class SwitchToDP(Callback):
     """A switch from plain SGD to private training at an epoch, or the other way round: for study only.
 
-    A plain step has neither bound nor noise; the sum of raw gradients is divided by the expected batch size all the same.
+    A plain step has neither bound nor noise; the sum of raw gradients is divided by the expected batch size all the
+    same.
 
-    No guarantee: plain steps publish what they saw, and private steps after or before them do not take it back. The ledger
-    holds them as what they are, so epsilon is infinite for the whole run.
+    No guarantee: plain steps publish what they saw, and private steps after or before them do not take it back. The
+    ledger holds them as what they are, so epsilon is infinite for the whole run.
 
     Args:
         at_epoch: the first epoch of the second phase, >= 0.

@@ -125,8 +125,8 @@ def parse_schedule(text: str, run: RunLength) -> Schedule:
             numbers["every_n_epochs"] = int(rest[1])
     except ValueError:
         raise ValueError(
-            f"Expected a schedule KIND[:FACTOR[:EVERY_N_EPOCHS]], got schedule={text!r}. Write step:0.9:15, or step:rate=0.81:15 "
-            "for a rate on the variance."
+            f"Expected a schedule KIND[:FACTOR[:EVERY_N_EPOCHS]], got schedule={text!r}. Write step:0.9:15, or "
+            "step:rate=0.81:15 for a rate on the variance."
         ) from None
     return PublicSchedule(kind, interval="epoch", **numbers)(run)
 
@@ -161,8 +161,8 @@ def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
     batch = check.check_count("batch_size", options.batch_size)
     if batch > size:
         raise ValueError(
-            f"Expected batch_size <= dataset_size, got batch_size={batch} and dataset_size={size}. A batch holds each {options.unit} "
-            "once."
+            f"Expected batch_size <= dataset_size, got batch_size={batch} and dataset_size={size}. A batch holds each "
+            f"{options.unit} once."
         )
     steps_per_epoch = round(size / batch)  # as the strategy's loader
     if options.steps is None:
@@ -173,8 +173,9 @@ def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
     if options.correlated is not None:
         if options.sampling != "cyclic" or options.schedule:
             raise ValueError(
-                f"Expected sampling=cyclic without a schedule for correlated noise, got sampling={options.sampling} and "
-                f"schedule={options.schedule!r}. Its one privacy event needs a fixed order and the same noise in all steps."
+                f"Expected sampling=cyclic without a schedule for correlated noise, got sampling={options.sampling} "
+                f"and schedule={options.schedule!r}. Its one privacy event needs a fixed order and the same noise in "
+                "all steps."
             )
         passes = -(-steps // steps_per_epoch)
         noise = parse_noise(options.correlated).planned(steps, steps_per_epoch, passes)

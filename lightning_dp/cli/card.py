@@ -80,12 +80,13 @@ def load(path: str) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"Expected a checkpoint of plain values (torch.load with weights_only=True), got {path!r}: {first} Save it without "
-            "objects among its hyper-parameters and callback states."
+            f"Expected a checkpoint of plain values (torch.load with weights_only=True), got {path!r}: {first} Save it "
+            "without objects among its hyper-parameters and callback states."
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(saved.KEY), dict):
         raise ValueError(
-            f"Expected a checkpoint with a privacy ledger, got {path!r} without. It was not written under a private strategy."
+            f"Expected a checkpoint with a privacy ledger, got {path!r} without. It was not written under a private "
+            "strategy."
         )
     if not {"ledger", "plan"} <= checkpoint[saved.KEY].keys():
         raise ValueError(f"Expected ledger and plan in the checkpoint, got {path!r} with less. Use an intact one.")

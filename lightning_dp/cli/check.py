@@ -17,7 +17,10 @@ from torch import nn
 from lightning_dp.cli import output
 from lightning_dp.per_sample.inspect import inspect
 
-NOT_SEEN = "Not seen from here: functions inside forward and the loss. The independence check at the first batch of a run sees them."
+NOT_SEEN = (
+    "Not seen from here: functions inside forward and the loss. The independence check at the first batch of a run "
+    "sees them."
+)
 
 
 def check(options: argparse.Namespace) -> int:
@@ -47,7 +50,8 @@ def check(options: argparse.Namespace) -> int:
 
 
 def load(target: str, init: str | None) -> nn.Module:
-    """Return the module that ``FILE.py:NAME`` or ``package.module:NAME`` names: a class, a function that makes one, or the module.
+    """Return the module that ``FILE.py:NAME`` or ``package.module:NAME`` names: a class, a function that makes one, or
+    the module.
 
     Args:
         target: as typed.

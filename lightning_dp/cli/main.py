@@ -106,8 +106,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedule",
         metavar="KIND[:FACTOR[:EVERY]]",
-        help="of the noise, as NoiseScheduler: step:0.9:15 multiplies sigma by 0.9 after every 15 epochs; step:rate=0.81:15 "
-        "multiplies its variance",
+        help="of the noise, as NoiseScheduler: step:0.9:15 multiplies sigma by 0.9 after every 15 epochs; "
+        "step:rate=0.81:15 multiplies its variance",
     )
     parser.add_argument(
         "--accountant",
@@ -119,13 +119,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--sampling",
         choices=["poisson", "shuffle", "cyclic"],
         default="poisson",
-        help="default: poisson; shuffle: each record in one batch per pass (random allocation; without amplification under "
-        "another relation than add_or_remove_one); cyclic: the same batches in every pass, without amplification",
+        help="default: poisson; shuffle: each record in one batch per pass (random allocation; without amplification "
+        "under another relation than add_or_remove_one); cyclic: the same batches in every pass, without "
+        "amplification",
     )
     parser.add_argument(
         "--correlated",
         metavar="auto|DECAY|bands=P",
-        help="noise that is correlated between steps, with --sampling cyclic, which also stands for a stream in a fixed order",
+        help="noise that is correlated between steps, with --sampling cyclic, which also stands for a stream in a "
+        "fixed order",
     )
     parser.add_argument(
         "--neighboring-relation",

@@ -26,8 +26,8 @@ class NormalisingClipping(FactorClipping):
 
         f = R / divisor(||g_i||),   divisor(x) >= x;   per layer R / sqrt(G)
 
-    **Guarantee**: see ``Clipping``; sensitivity R. Where the divisor is below 1e-15 the contribution is zero: a norm that
-    small cannot be computed in float32.
+    **Guarantee**: see ``Clipping``; sensitivity R. Where the divisor is below 1e-15 the contribution is zero: a norm
+    that small cannot be computed in float32.
     """
 
     gamma: float = 0.01

@@ -231,5 +231,6 @@ def check_groups(num_groups: int, expected: int | None) -> None:
     if num_groups < 1 or (expected is not None and num_groups != expected):
         wanted = "at least 1" if expected is None else str(expected)
         raise ValueError(
-            f"Expected {wanted} group(s) of parameters, got num_groups={num_groups}. Take the groups from this clipping's groups()."
+            f"Expected {wanted} group(s) of parameters, got num_groups={num_groups}. Take the groups from this "
+            "clipping's groups()."
         )

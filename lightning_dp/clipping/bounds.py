@@ -1,7 +1,7 @@
 """Bounds of the clipping: fixed, by a public schedule, or learned from noisy releases.
 
-Legend: ``C_t`` bound of logical step t, ``C_0`` the bound the user gave, ``B`` expected batch size, ``d`` live coordinates,
-``z`` total noise multiplier of a step.
+Legend: ``C_t`` bound of logical step t, ``C_0`` the bound the user gave, ``B`` expected batch size, ``d`` live
+coordinates, ``z`` total noise multiplier of a step.
 """
 
 from __future__ import annotations
@@ -215,8 +215,8 @@ class QuantileBound(_LearnedBound):
         b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
         z_gradient = (z^-2 - (2 s_b)^-2)^(-1/2)
 
-    **Guarantee**: one sample moves the centred count by 1/2, so the count alone has noise multiplier 2 s_b, and gradient
-    and count together have z: the event of the step is unchanged and the count is paid for.
+    **Guarantee**: one sample moves the centred count by 1/2, so the count alone has noise multiplier 2 s_b, and
+    gradient and count together have z: the event of the step is unchanged and the count is paid for.
 
     Args:
         quantile: wanted share of norms below the bound, in (0, 1).
@@ -254,8 +254,8 @@ class QuantileBound(_LearnedBound):
             return 0.0, std
         if not 2 * std > noise_multiplier:
             raise ValueError(
-                f"Expected 2 x count_noise > the noise multiplier {noise_multiplier:.4g}, got count_noise={std:.4g}. The count "
-                "alone would cost more than the whole step: raise count_noise, or leave it out."
+                f"Expected 2 x count_noise > the noise multiplier {noise_multiplier:.4g}, got count_noise={std:.4g}. "
+                "The count alone would cost more than the whole step: raise count_noise, or leave it out."
             )
         return (noise_multiplier**-2 - (2 * std) ** -2) ** -0.5, std
 
@@ -271,7 +271,8 @@ class PublishedBound(Bound):
 
         G~ = C (sum_i g_i / (||g_i|| + gamma) + N(0, sigma^2)),     C = W mean_i ||g_i|| over THIS batch
 
-    No guarantee: the scale of the noise is an un-noised function of the batch and reveals it; the divergence is unbounded.
+    No guarantee: the scale of the noise is an un-noised function of the batch and reveals it; the divergence is
+    unbounded.
 
     Args:
         weight: W > 0.

@@ -16,9 +16,11 @@ def make_clipping(spec: str | Clipping, max_grad_norm: float) -> Clipping:
     """Return the clipping that a name stands for; a ``Clipping`` is returned as it is.
 
     Args:
-        spec: "flat", "per_layer", "automatic", "psac", "none", or an object (``TopAgg`` has no name: its k must be given).
+        spec: "flat", "per_layer", "automatic", "psac", "none", or an object (``TopAgg`` has no name: its k must be
+            given).
         max_grad_norm: R for "flat" and "per_layer", the nominal scale for "none". "automatic" and "psac" are the
-            R-independent forms and do not use it; give ``AutomaticClipping(max_grad_norm=...)`` for the R-dependent one.
+            R-independent forms and do not use it; give ``AutomaticClipping(max_grad_norm=...)`` for the R-dependent
+            one.
 
     Returns:
         The clipping.

@@ -22,12 +22,13 @@ class PerLayerClipping(FactorClipping):
 
         f_l = min(1, R_l / ||g_il||);   R_l = R / sqrt(G) unless given
 
-    One group is one module that owns parameters (all names equal up to the last dot), or what a pattern of ``groups`` matches.
-    Noise may be shared out between groups. With d_l active coordinates, any stds sigma_l with
-    ``sum_l (R_l / sigma_l)^2 <= sigma^-2`` give one Gaussian mechanism of multiplier sigma; the least total noise is at
+    One group is one module that owns parameters (all names equal up to the last dot), or what a pattern of ``groups``
+    matches. Noise may be shared out between groups. With d_l active coordinates, any stds sigma_l with ``sum_l (R_l /
+    sigma_l)^2 <= sigma^-2`` give one Gaussian mechanism of multiplier sigma; the least total noise is at
 
-        noise="least":  sigma_l^2 = sigma^2 (R_l / sqrt(d_l)) sum_j R_j sqrt(d_j),    total sigma^2 (sum_l R_l sqrt(d_l))^2
-        noise="equal":  sigma_l^2 = sigma^2 sum_j R_j^2,                              total sigma^2 (sum_l R_l^2)(sum_l d_l)
+        noise="least":  sigma_l^2 = sigma^2 (R_l / sqrt(d_l)) sum_j R_j sqrt(d_j),    total sigma^2 (sum_l R_l
+        sqrt(d_l))^2 noise="equal":  sigma_l^2 = sigma^2 sum_j R_j^2,                              total sigma^2 (sum_l
+        R_l^2)(sum_l d_l)
 
     **Guarantee**: see ``Clipping``; sensitivity sqrt(sum_l R_l^2), which is R for the default bounds.
 
@@ -35,10 +36,11 @@ class PerLayerClipping(FactorClipping):
         max_grad_norm: R, the bound over all groups, finite and > 0; not used where ``max_grad_norms`` is given.
         max_grad_norms: the bounds R_l: one a group in the order of ``groups``, or a mapping from module name (the
             parameters' name up to the last dot, "" for the root) to bound. ``None``: R / sqrt(G) each.
-        noise: "equal", the same std on every coordinate, or "least", the smallest total noise of equal privacy: less on large
-            groups, more on small ones.
-        group_weights: mapping from pattern of parameter names ("encoder.*") to the relative size w_l of the group's bound, in place
-            of modules: ``R_l = R w_l / sqrt(sum_j w_j^2)``. The first pattern that matches a parameter counts.
+        noise: "equal", the same std on every coordinate, or "least", the smallest total noise of equal privacy: less on
+            large groups, more on small ones.
+        group_weights: mapping from pattern of parameter names ("encoder.*") to the relative size w_l of the group's
+            bound, in place of modules: ``R_l = R w_l / sqrt(sum_j w_j^2)``. The first pattern that matches a parameter
+            counts.
 
     Raises:
         ValueError: a bound out of range; bounds that do not match the groups; a parameter without a group.
@@ -69,8 +71,9 @@ class PerLayerClipping(FactorClipping):
         if self.group_weights is not None:
             if self.max_grad_norms is not None or not self.group_weights:
                 raise ValueError(
-                    f"Expected patterns with weights in group_weights and no max_grad_norms, got group_weights={self.group_weights!r} "
-                    f"and max_grad_norms={self.max_grad_norms!r}. Give bounds in one way."
+                    "Expected patterns with weights in group_weights and no max_grad_norms, got "
+                    f"group_weights={self.group_weights!r} and max_grad_norms={self.max_grad_norms!r}. Give bounds in "
+                    "one way."
                 )
             object.__setattr__(
                 self, "group_weights", {key: check.check_positive(key, w) for key, w in self.group_weights.items()}
@@ -180,7 +183,8 @@ def by_pattern(parameters: Iterable[str], patterns: Iterable[str]) -> list[list[
         matching = [pattern for pattern in groups if fnmatchcase(parameter, pattern)]
         if not matching:
             raise ValueError(
-                f"Expected a pattern of group_weights for every trainable parameter, got none for {parameter!r}. Add '*' for the rest."
+                f"Expected a pattern of group_weights for every trainable parameter, got none for {parameter!r}. Add "
+                "'*' for the rest."
             )
         groups[matching[0]].append(parameter)
     empty = [pattern for pattern, group in groups.items() if not group]

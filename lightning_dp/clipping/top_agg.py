@@ -28,20 +28,20 @@ _CHUNK = (
 class TopAgg(ExplicitClipping):
     """Votes in place of gradients: +1 or -1 on the k coordinates in which a sample's gradient is largest.
 
-        K_i = top-k of |g_i|;   v_i[j] = +1 with probability 1/2 + g_i[j] / (2 max|g_i|), else -1, for j in K_i, 0 elsewhere
-        gradient = S / (B sqrt(k)),   S = sum_i v_i + N(0, (sigma sqrt(k))^2 I);   ||v_i|| = sqrt(k)
+        K_i = top-k of |g_i|;   v_i[j] = +1 with probability 1/2 + g_i[j] / (2 max|g_i|), else -1, for j in K_i, 0
+        elsewhere gradient = S / (B sqrt(k)),   S = sum_i v_i + N(0, (sigma sqrt(k))^2 I);   ||v_i|| = sqrt(k)
         vote_threshold=beta:   gradient = u / sqrt(k),   u = sign(S) where |S| > beta B, else 0
 
     The scale of u is that of S / B where all samples agree, so a learning rate keeps its meaning. With
-    ``keep_values`` the k largest values themselves are kept and clipped to R: u_i = min(1, R / ||top-k(g_i)||) top-k(g_i),
-    gradient = S / B.
+    ``keep_values`` the k largest values themselves are kept and clipped to R: u_i = min(1, R / ||top-k(g_i)||)
+    top-k(g_i), gradient = S / B.
 
-    **Guarantee**: see ``Clipping``; sensitivity sqrt(k) whatever the coins, R with ``keep_values``. A sample's vote has norm
-    sqrt(k) exactly if k live coordinates are not zero, and with stochastic signs whenever any is not zero and k are live.
-    A gradient that is zero or not finite casts no vote. WHICH coordinates a sample chose is private, so all P coordinates
-    need the noise. Choosing the top k of the un-noised sum of a batch would reveal the sum and is not offered; the vote
-    threshold acts on the noisy one. The coins come from the operating system's entropy, not from torch's generator, and no
-    privacy rests on them.
+    **Guarantee**: see ``Clipping``; sensitivity sqrt(k) whatever the coins, R with ``keep_values``. A sample's vote has
+    norm sqrt(k) exactly if k live coordinates are not zero, and with stochastic signs whenever any is not zero and k
+    are live. A gradient that is zero or not finite casts no vote. WHICH coordinates a sample chose is private, so all P
+    coordinates need the noise. Choosing the top k of the un-noised sum of a batch would reveal the sum and is not
+    offered; the vote threshold acts on the noisy one. The coins come from the operating system's entropy, not from
+    torch's generator, and no privacy rests on them.
 
     Args:
         k: an int >= 1 is a number of coordinates; a float in (0, 1] is a fraction of the private ones, so 1.0 is all of
@@ -79,7 +79,8 @@ class TopAgg(ExplicitClipping):
         if isinstance(self.k, float):
             if not 0 < self.k <= 1:
                 raise ValueError(
-                    f"Expected a float k in (0, 1], got k={self.k}. It is a fraction; an int is a number of coordinates."
+                    f"Expected a float k in (0, 1], got k={self.k}. It is a fraction; an int is a number of "
+                    "coordinates."
                 )
         else:
             check.check_count("k", self.k)
@@ -89,8 +90,8 @@ class TopAgg(ExplicitClipping):
             check.check_nonnegative("vote_threshold", self.vote_threshold)
             if self.keep_values:
                 raise ValueError(
-                    f"Expected no vote threshold with keep_values=True, got vote_threshold={self.vote_threshold}. Values are not "
-                    "votes: leave one of them out."
+                    f"Expected no vote threshold with keep_values=True, got vote_threshold={self.vote_threshold}. "
+                    "Values are not votes: leave one of them out."
                 )
         check_bound("max_grad_norm", self.max_grad_norm)
 
@@ -107,8 +108,8 @@ class TopAgg(ExplicitClipping):
             return replace(self, max_grad_norm=self.max_grad_norm * factor)
         if factor != 1:
             raise ValueError(
-                f"Expected factor=1 for votes, which have no bound to move, got factor={factor}. Use TopAgg(keep_values=True), or "
-                "another clipping."
+                f"Expected factor=1 for votes, which have no bound to move, got factor={factor}. Use "
+                "TopAgg(keep_values=True), or another clipping."
             )
         return self
 
@@ -119,8 +120,8 @@ class TopAgg(ExplicitClipping):
             return replace(self, k=max(1, round(self.k * num_coordinates)))
         if self.k > num_coordinates:
             raise ValueError(
-                f"Expected k <= {num_coordinates}, the number of private coordinates, got k={self.k}. Lower k, or pass a "
-                "fraction."
+                f"Expected k <= {num_coordinates}, the number of private coordinates, got k={self.k}. Lower k, or pass "
+                "a fraction."
             )
         return self
 
@@ -129,7 +130,8 @@ class TopAgg(ExplicitClipping):
     def contributions(self, grads_BP: Tensor, active: Tensor | None = None) -> Tensor:
         if grads_BP.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"Expected float32 or float64 gradients, got dtype={grads_BP.dtype}. Convert them: votes are summed in float32."
+                f"Expected float32 or float64 gradients, got dtype={grads_BP.dtype}. Convert them: votes are summed in "
+                "float32."
             )
         if grads_BP.ndim != 2:
             raise ValueError(
@@ -142,8 +144,8 @@ class TopAgg(ExplicitClipping):
         if active is not None:
             if active.shape != (num_coordinates,) or active.dtype != torch.bool:
                 raise ValueError(
-                    f"Expected active as {num_coordinates} booleans, got shape={tuple(active.shape)} and dtype={active.dtype}. "
-                    "Pass one for each coordinate of the gradients."
+                    f"Expected active as {num_coordinates} booleans, got shape={tuple(active.shape)} and "
+                    f"dtype={active.dtype}. Pass one for each coordinate of the gradients."
                 )
             indices = active.nonzero().squeeze(1)
             num_chosen = min(num_chosen, len(indices))
@@ -172,7 +174,9 @@ class TopAgg(ExplicitClipping):
 
     @override
     def finish(self, noisy: Tensor, expected_batch_size: int, out: Tensor) -> None:
-        """Turn the noisy sum into the gradient: S / (B sqrt(k)), u / sqrt(k) with a threshold, S / B with kept values."""
+        """Turn the noisy sum into the gradient: S / (B sqrt(k)), u / sqrt(k) with a threshold, S / B with kept
+        values.
+        """
         if self.keep_values:
             super().finish(noisy, expected_batch_size, out)
             return
@@ -185,6 +189,7 @@ class TopAgg(ExplicitClipping):
     def _num_chosen(self) -> int:
         if isinstance(self.k, float):
             raise ValueError(
-                f"Expected k as a number of coordinates, got the fraction k={self.k}. Settle it first: for_coordinates(P)."
+                f"Expected k as a number of coordinates, got the fraction k={self.k}. Settle it first: "
+                "for_coordinates(P)."
             )
         return self.k

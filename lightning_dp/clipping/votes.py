@@ -29,15 +29,16 @@ def top_k_votes(
         v[j] = sign(g[j]) for the k largest |g[j]|, 0 elsewhere
         signs="stochastic": v[j] = +1 with probability 1/2 + g[j] / (2 b), else -1, with b = max |g|
 
-    **Guarantee**: ``||v|| <= sqrt(k)`` for every input, zero, huge, infinite and NaN ones included; equality for a finite
-    gradient with at least k coordinates that are not zero. A gradient that is not finite, or zero, casts no vote. The votes
-    are NOT private: which coordinates they stand on, and their signs, come from the data.
+    **Guarantee**: ``||v|| <= sqrt(k)`` for every input, zero, huge, infinite and NaN ones included; equality for a
+    finite gradient with at least k coordinates that are not zero. A gradient that is not finite, or zero, casts no
+    vote. The votes are NOT private: which coordinates they stand on, and their signs, come from the data.
 
     Args:
         gradients: shape (..., D), any floating type; each row is voted on alone.
         top_k: k, from 1 to D.
         signs: "sign" or "stochastic".
-        generator: draws the coins of "stochastic", on its own device; ``None``: torch's on the CPU. They need not be secret.
+        generator: draws the coins of "stochastic", on its own device; ``None``: torch's on the CPU. They need not be
+            secret.
 
     Returns:
         Votes in {-1, 0, +1}, shape (..., D), float32, or float64 for gradients of that type. Not private.
@@ -66,7 +67,8 @@ def top_k_votes(
 
 
 def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the k coordinates of largest magnitude of each row, and where they are; zeros for a row that is not finite.
+    """Return the k coordinates of largest magnitude of each row, and where they are; zeros for a row that is not
+    finite.
 
     Args:
         gradients: shape (..., D), any floating type.
@@ -82,8 +84,8 @@ def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     dimension = gradients.shape[-1]
     if top_k > dimension:
         raise ValueError(
-            f"Expected top_k <= {dimension}, the coordinates of one sample, got top_k={top_k}. Lower top_k; more votes also "
-            "need more noise."
+            f"Expected top_k <= {dimension}, the coordinates of one sample, got top_k={top_k}. Lower top_k; more votes "
+            "also need more noise."
         )
     grads = gradients if gradients.dtype == torch.float64 else gradients.float()
     chosen = _places_of_largest(grads.abs(), top_k)
@@ -93,7 +95,9 @@ def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _places_of_largest(magnitudes: Tensor, top_k: int) -> Tensor:
-    """Return where the k largest of each row are, in no order; numpy's selection takes half of torch's time on a CPU."""
+    """Return where the k largest of each row are, in no order; numpy's selection takes half of torch's time on a
+    CPU.
+    """
     if magnitudes.device.type != "cpu" or top_k <= _FEW:
         return magnitudes.topk(top_k, dim=-1, sorted=False).indices
     first = magnitudes.shape[-1] - top_k
@@ -123,10 +127,11 @@ def threshold_votes(noisy_sums: Tensor, threshold: float) -> Tensor:
 
 
 def coin_generator(device: torch.device) -> torch.Generator:
-    """Return this process's generator of coins on a device, seeded from the operating system's entropy when first asked for.
+    """Return this process's generator of coins on a device, seeded from the operating system's entropy when first asked
+    for.
 
-    **Guarantee**: apart from torch's own generators, which it neither reads nor moves, and from that of a parent or child
-    process. No privacy rests on it: any coins whatever keep ``||v|| <= sqrt(k)``.
+    **Guarantee**: apart from torch's own generators, which it neither reads nor moves, and from that of a parent or
+    child process. No privacy rests on it: any coins whatever keep ``||v|| <= sqrt(k)``.
 
     Args:
         device: where the coins are needed.

@@ -31,23 +31,23 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 class DataLens(DataLensRun):
     """A private generator, trained by the noisy votes of discriminators that each see their own shard of the data.
 
-    A step: every teacher takes ``d_steps`` Adam updates on its shard against the generator's samples; then B new samples
-    ``x = G(z, y)`` are voted on,
+    A step: every teacher takes ``d_steps`` Adam updates on its shard against the generator's samples; then B new
+    samples ``x = G(z, y)`` are voted on,
 
         s = sum_i v_i + N(0, sigma^2 I),   u = sign(s) where |s| > threshold x N, else 0
 
-    with ``v_i`` the signs of the k largest coordinates of teacher i's ``-d/dx BCE(D_i(x, y), 1)``; the generator takes one
-    optimizer step on ``MSE(G(z, y), x + alpha u)``.
+    with ``v_i`` the signs of the k largest coordinates of teacher i's ``-d/dx BCE(D_i(x, y), 1)``; the generator takes
+    one optimizer step on ``MSE(G(z, y), x + alpha u)``.
 
     Train it with a plain ``Trainer`` (one device, or ``strategy="ddp"`` with the teachers split over the ranks) on any
     map-style dataset of ``(features, label)``. ``EpsilonMonitor``, ``PrivacyBudget`` and checkpoints work as with
     ``DPStrategy``. The batches of the loader are not used, only its dataset and its length: see ``StepsOver``.
 
-    **Guarantee**: the generator, all its samples and all that this class logs are (epsilon, delta)-differentially private at
-    ``epsilon(delta)`` under replacing one record: it changes one shard, hence one teacher, hence the vote sums of one step by
-    at most ``2 sqrt(k B)``. Each step is one Gaussian release without sampling, and exact accounting gives
-    ``mu^2 = steps x 4 k B / sigma^2``. Teachers and shards are no part of ``state_dict``, of checkpoints or of pickles. NOT
-    covered: validation data, and choices made by looking at the private data.
+    **Guarantee**: the generator, all its samples and all that this class logs are (epsilon, delta)-differentially
+    private at ``epsilon(delta)`` under replacing one record: it changes one shard, hence one teacher, hence the vote
+    sums of one step by at most ``2 sqrt(k B)``. Each step is one Gaussian release without sampling, and exact
+    accounting gives ``mu^2 = steps x 4 k B / sigma^2``. Teachers and shards are no part of ``state_dict``, of
+    checkpoints or of pickles. NOT covered: validation data, and choices made by looking at the private data.
 
     Args:
         generator: ``generator(z, labels)`` -> samples of the shape of one record's features. What is released.
@@ -69,8 +69,8 @@ class DataLens(DataLensRun):
         pretrain_steps: updates of each teacher when a fit begins.
         signs: "sign", or "stochastic" (unbiased coins).
         teacher_batch_size: records of its shard, and as many generated samples, that a teacher sees in one update.
-        teacher_chunk_size: teachers computed at once; bounds the memory of activations and gradients. No effect on results
-            with "sign".
+        teacher_chunk_size: teachers computed at once; bounds the memory of activations and gradients. No effect on
+            results with "sign".
         accountant: "gdp" (exact), "pld", "rdp" or "prv".
         public_seed: of shards, initial teachers, z and labels; may be known to everyone.
         secure_rng: draw the noise from a cryptographic generator.
@@ -83,7 +83,8 @@ class DataLens(DataLensRun):
 
     Example:
         >>> from lightning_dp.datalens import MLPDiscriminator, MLPGenerator
-        >>> model = DataLens(MLPGenerator(4, 2), MLPDiscriminator(2), num_teachers=500, top_k=1, target_epsilon=1.0, z_dim=4)
+        >>> generator, discriminator = MLPGenerator(4, 2), MLPDiscriminator(2)
+        >>> model = DataLens(generator, discriminator, num_teachers=500, top_k=1, target_epsilon=1.0, z_dim=4)
         >>> features, labels = model.generate(3)
         >>> features.shape
         torch.Size([3, 2])
@@ -234,7 +235,9 @@ class DataLens(DataLensRun):
         return torch.cat(parts), drawn
 
     def save_samples(self, path: str | Path, num: int, labels: Tensor | int | None = None, **csv_options: Any) -> None:
-        """Generate samples and write them: a table to ``.csv`` (options of ``write_csv``), tensors to any other name."""
+        """Generate samples and write them: a table to ``.csv`` (options of ``write_csv``), tensors to any other
+        name.
+        """
         features, drawn = self.generate(num, labels)
         if Path(path).suffix == ".csv":
             write_csv(path, features, drawn if self.settings.num_classes > 1 else None, **csv_options)

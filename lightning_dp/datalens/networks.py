@@ -58,8 +58,8 @@ class MLPDiscriminator(nn.Module):
     Args:
         num_features: columns of the table.
         num_classes: labels it is conditioned on.
-        hidden: width of the two hidden layers: narrow, for a teacher has few records, and what a step costs grows with the
-            teachers' widths times their number.
+        hidden: width of the two hidden layers: narrow, for a teacher has few records, and what a step costs grows with
+            the teachers' widths times their number.
 
     As input: features of shape (B, ...), flattened; labels of shape (B,). As output: logits, shape (B, 1).
     """
@@ -93,13 +93,15 @@ class ConvGenerator(nn.Module):
         num_classes: labels it is conditioned on.
         width: channels before the image.
 
-    As input: z of shape (B, z_dim), labels of shape (B,). As output: images, shape (B, channels, image_size, image_size).
+    As input: z of shape (B, z_dim), labels of shape (B,). As output: images, shape (B, channels, image_size,
+    image_size).
 
     Raises:
         ValueError: an image size that is no multiple of 4.
 
     References:
-        Radford, Metz and Chintala 2016, Unsupervised Representation Learning with DCGAN (group for batch normalisation here).
+        Radford, Metz and Chintala 2016, Unsupervised Representation Learning with DCGAN (group for batch normalisation
+        here).
     """
 
     def __init__(
@@ -127,7 +129,8 @@ class ConvGenerator(nn.Module):
 
 
 class ConvDiscriminator(nn.Module):
-    """A network from a square image and its label to a logit, by two strided convolutions; the label is given as constant planes.
+    """A network from a square image and its label to a logit, by two strided convolutions; the label is given as
+    constant planes.
 
     Args:
         image_size: height and width, a multiple of 4.
@@ -135,7 +138,8 @@ class ConvDiscriminator(nn.Module):
         num_classes: labels it is conditioned on.
         width: channels after the first convolution.
 
-    As input: images of shape (B, channels, image_size, image_size), labels of shape (B,). As output: logits, shape (B, 1).
+    As input: images of shape (B, channels, image_size, image_size), labels of shape (B,). As output: logits, shape (B,
+    1).
 
     Raises:
         ValueError: an image size that is no multiple of 4.
@@ -165,6 +169,7 @@ class ConvDiscriminator(nn.Module):
 def _quarter(image_size: int) -> tuple[int, int]:
     if image_size < 4 or image_size % 4:
         raise ValueError(
-            f"Expected image_size to be a multiple of 4, got image_size={image_size}. Pad or crop the images, or write a network."
+            f"Expected image_size to be a multiple of 4, got image_size={image_size}. Pad or crop the images, or write "
+            "a network."
         )
     return image_size // 4, image_size // 4

@@ -70,8 +70,8 @@ class DataLensPlan:
         accountant: name of the accountant.
 
     Example:
-        >>> plan = DataLensPlan(dataset_size=10_000, num_teachers=500, top_k=1, batch_size=4, noise_std=8.0, threshold=0.2,
-        ...                     steps=100, delta=1e-6)
+        >>> plan = DataLensPlan(dataset_size=10_000, num_teachers=500, top_k=1, batch_size=4, noise_std=8.0,
+        ...                     threshold=0.2, steps=100, delta=1e-6)
         >>> plan.event(0)
         PrivacyEvent(kind='gaussian', noise_multiplier=2.0, sample_rate=1.0, reason='', num_batches=1)
     """
@@ -133,8 +133,8 @@ class DataLensPlan:
             return self
         if self.steps is None:
             raise ValueError(
-                "Expected a known number of steps with target_epsilon, got an unbounded run. The noise is calibrated over all "
-                "planned steps: set `Trainer(max_steps=...)` or max_epochs, or pass sigma."
+                "Expected a known number of steps with target_epsilon, got an unbounded run. The noise is calibrated "
+                "over all planned steps: set `Trainer(max_steps=...)` or max_epochs, or pass sigma."
             )
         now = self.state_dict()
         if restored is not None and restored["spent"] == ledger.num_steps and _same(restored, now):

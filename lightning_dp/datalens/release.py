@@ -19,8 +19,8 @@ class VoteRelease:
         s = sum_i v_i + N(0, noise_std^2 I)
 
     **Guarantee**: every coordinate gets noise, also those that no teacher voted on. With W ranks each adds 1/W of the
-    variance to its own teachers' sum before the sums are added up, so the total has the noise exactly once. The entry is in
-    the ledger before any noise is drawn; a release that a budget forbids raises before both.
+    variance to its own teachers' sum before the sums are added up, so the total has the noise exactly once. The entry
+    is in the ledger before any noise is drawn; a release that a budget forbids raises before both.
 
     Args:
         world_size: number of ranks W.
@@ -79,14 +79,14 @@ def refuse_over_budget(
     """Raise PrivacyError if one more step is not allowed, or would take epsilon beyond the plan's target."""
     if step >= last_allowed_step:
         raise PrivacyError(
-            f"Expected to stop after {last_allowed_step} steps, where the privacy budget ends, got one more. Something kept the "
-            "Trainer going (min_epochs or min_steps?): lower it, or raise the budget."
+            f"Expected to stop after {last_allowed_step} steps, where the privacy budget ends, got one more. Something "
+            "kept the Trainer going (min_epochs or min_steps?): lower it, or raise the budget."
         )
     if plan.target_epsilon is None:
         return
     epsilon = accountant.epsilon(ledger.extended(plan.runs(step, step + 1)), plan.delta)
     if not epsilon <= plan.target_epsilon:
         raise PrivacyError(
-            f"Expected epsilon <= {plan.target_epsilon:g} after this step, got epsilon={epsilon:.6g}. The noise was chosen for "
-            f"{plan.steps} steps: plan more before training begins, or raise target_epsilon."
+            f"Expected epsilon <= {plan.target_epsilon:g} after this step, got epsilon={epsilon:.6g}. The noise was "
+            f"chosen for {plan.steps} steps: plan more before training begins, or raise target_epsilon."
         )

@@ -114,8 +114,8 @@ class DataLensRun(StateFacts, pl.LightningModule):
         size = len(trainer_checks.dataset_of(trainer))
         if self._dataset_size not in (None, size):
             raise PrivacyError(
-                f"Expected the {self._dataset_size} records of the ledger's dataset, got {size}. Go on with the same training "
-                "set, or make a new DataLens."
+                f"Expected the {self._dataset_size} records of the ledger's dataset, got {size}. Go on with the same "
+                "training set, or make a new DataLens."
             )
         self._dataset_size = size
         remaining = remaining_steps(trainer, trainer.accumulate_grad_batches)
@@ -143,9 +143,9 @@ class DataLensRun(StateFacts, pl.LightningModule):
             return
         ledger = self.ledger.extended(plan.runs(self.state.step, plan.steps))
         rank_zero_info(
-            f"DataLens: {plan.num_teachers} teachers with {plan.shard_size} records each, noise {plan.noise_std:.5g} on each sum "
-            f"of votes; epsilon={self.accountant.epsilon(ledger, plan.delta):.4g} at delta={plan.delta:g} after "
-            f"{ledger.num_steps} steps."
+            f"DataLens: {plan.num_teachers} teachers with {plan.shard_size} records each, noise {plan.noise_std:.5g} "
+            f"on each sum of votes; epsilon={self.accountant.epsilon(ledger, plan.delta):.4g} at delta={plan.delta:g} "
+            f"after {ledger.num_steps} steps."
         )
 
     @override
@@ -194,8 +194,8 @@ class DataLensRun(StateFacts, pl.LightningModule):
         """Restore ledger, plan and step; refuse a checkpoint without a ledger."""
         if saved.KEY not in checkpoint:
             raise PrivacyError(
-                "Expected a checkpoint with a privacy ledger, got one without: what its weights have seen is unknown. Weights "
-                "trained on public data can be loaded into the generator itself, before DataLens is made."
+                "Expected a checkpoint with a privacy ledger, got one without: what its weights have seen is unknown. "
+                "Weights trained on public data can be loaded into the generator itself, before DataLens is made."
             )
         self.state.load(checkpoint, allow_public=False, one_step_a_batch=False)
         if self.state.restored_plan is not None:

@@ -34,8 +34,8 @@ def write_csv(
 
         with bounds: value = low + (feature + 1) / 2 x (high - low)
 
-    **Guarantee**: post-processing of the samples, provided that ``bounds`` are public: minima and maxima of the private data
-    are not.
+    **Guarantee**: post-processing of the samples, provided that ``bounds`` are public: minima and maxima of the private
+    data are not.
 
     Args:
         path: file to write.

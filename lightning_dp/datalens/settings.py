@@ -56,12 +56,13 @@ class DataLensSettings:
             check.check_positive(name, getattr(self, name))
         if not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
             raise ValueError(
-                f"Expected two betas in [0, 1), got betas={self.betas!r}. They are those of Adam, for example (0.5, 0.999)."
+                f"Expected two betas in [0, 1), got betas={self.betas!r}. They are those of Adam, for example (0.5, "
+                "0.999)."
             )
         if not 0 <= check.check_number("threshold", self.threshold) < 1:
             raise ValueError(
-                f"Expected 0 <= threshold < 1, got threshold={self.threshold!r}. It is a fraction of the teachers; their "
-                "votes alone never exceed all of them."
+                f"Expected 0 <= threshold < 1, got threshold={self.threshold!r}. It is a fraction of the teachers; "
+                "their votes alone never exceed all of them."
             )
         check.check_choice("signs", self.signs, SIGNS)
         check.check_flag("secure_rng", self.secure_rng)
@@ -73,5 +74,6 @@ class DataLensSettings:
                 raise ValueError(f"Expected {name} to be a whole number >= 0, got {name}={value!r}. Pass 0 or above.")
         if self.seed is not None and self.secure_rng:
             raise ValueError(
-                f"Expected secure_rng=True without a seed, got seed={self.seed!r}. A seed makes the noise predictable; drop one."
+                f"Expected secure_rng=True without a seed, got seed={self.seed!r}. A seed makes the noise predictable; "
+                "drop one."
             )

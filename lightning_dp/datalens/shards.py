@@ -15,7 +15,8 @@ _READ_AT_ONCE = 4096  # records
 
 
 def public_generator(seed: int, *purpose: int) -> torch.Generator:
-    """Return a generator of public randomness, the same on every rank: shards, initial weights, the inputs of the student.
+    """Return a generator of public randomness, the same on every rank: shards, initial weights, the inputs of the
+    student.
 
     Args:
         seed: the public seed, >= 0.
@@ -28,9 +29,9 @@ def public_generator(seed: int, *purpose: int) -> torch.Generator:
 def partition(num_records: int, num_teachers: int, seed: int = 0) -> Tensor:
     """Cut the data into one shard a teacher, by index.
 
-    **Guarantee**: disjoint: every record is in one shard at most. The shards are a function of the two sizes and the public
-    seed, never of the records, so replacing one record changes one shard. The ``num_records % num_teachers`` records left
-    over are used by no teacher.
+    **Guarantee**: disjoint: every record is in one shard at most. The shards are a function of the two sizes and the
+    public seed, never of the records, so replacing one record changes one shard. The ``num_records % num_teachers``
+    records left over are used by no teacher.
 
     Args:
         num_records: n.
@@ -49,8 +50,8 @@ def partition(num_records: int, num_teachers: int, seed: int = 0) -> Tensor:
     """
     if num_records < num_teachers:
         raise ValueError(
-            f"Expected num_teachers <= {num_records}, the number of records, got num_teachers={num_teachers}. A teacher needs at "
-            "least one record; ten or more are better."
+            f"Expected num_teachers <= {num_records}, the number of records, got num_teachers={num_teachers}. A "
+            "teacher needs at least one record; ten or more are better."
         )
     shard_size = num_records // num_teachers
     order = torch.randperm(num_records, generator=public_generator(seed, 0))
@@ -99,8 +100,8 @@ def read_shards(
     features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     if not bool(((labels >= 0) & (labels < num_classes)).all()):
         raise ValueError(
-            f"Expected labels from 0 to {num_classes - 1}, got num_classes={num_classes} and a label outside. Pass the number of "
-            "classes, and labels that count from 0."
+            f"Expected labels from 0 to {num_classes - 1}, got num_classes={num_classes} and a label outside. Pass the "
+            "number of classes, and labels that count from 0."
         )
     return Shards(features.view(*indices.shape, *features.shape[1:]), labels.view(indices.shape))
 
@@ -113,8 +114,8 @@ def _features_and_labels(batch: Any, num_classes: int) -> tuple[Tensor, Tensor]:
         labels = torch.zeros(len(features), dtype=torch.long)
     if not (isinstance(features, Tensor) and features.is_floating_point() and isinstance(labels, Tensor)):
         raise TypeError(
-            "Expected records (features, label) with floating-point features, or features alone with num_classes=1, got "
-            f"{_form(batch)}. Wrap the dataset so that its items have this form."
+            "Expected records (features, label) with floating-point features, or features alone with num_classes=1, "
+            f"got {_form(batch)}. Wrap the dataset so that its items have this form."
         )
     if num_classes == 1:
         labels = torch.zeros(len(features), dtype=torch.long)

@@ -22,8 +22,9 @@ def summary_line(plan: DataLensPlan, ledger: Ledger, accountant: Accountant) -> 
         return "Privacy: no steps recorded."
     epsilon = accountant.epsilon(ledger, plan.delta)
     return (
-        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for {describe_relation(plan.neighboring_relation)}, "
-        f"no sampling, accountant {accountant.name}, {ledger.num_steps} steps."
+        f"Privacy: (epsilon={describe_epsilon(epsilon)}, delta={plan.delta:g}) for "
+        f"{describe_relation(plan.neighboring_relation)}, no sampling, accountant {accountant.name}, "
+        f"{ledger.num_steps} steps."
     )
 
 
@@ -34,8 +35,8 @@ def privacy_statement(plan: DataLensPlan, ledger: Ledger, accountant: Accountant
         lines += [
             f"  unit: one record of the training set ({plan.dataset_size} records, {plan.num_teachers} teachers with "
             f"{plan.shard_size} each)",
-            f"  noise on each sum of votes: {plan.noise_std:.5g}, for {plan.num_teachers} teachers with {plan.top_k} votes on "
-            f"each of {plan.batch_size} samples a step",
+            f"  noise on each sum of votes: {plan.noise_std:.5g}, for {plan.num_teachers} teachers with {plan.top_k} "
+            f"votes on each of {plan.batch_size} samples a step",
         ]
         if math.isinf(accountant.epsilon(ledger, plan.delta)):
             lines.append("  epsilon is infinite: some step had no noise. This run is not private.")

@@ -33,16 +33,17 @@ class _Chunk(NamedTuple):
 class Teachers:
     """Discriminators on disjoint shards, stacked and vmapped.
 
-    **Guarantee**: teacher i is a function of its own shard, public randomness and the student's outputs; nothing flows from
-    one teacher to another (a shard that makes one teacher's numbers infinite or NaN leaves the others as they are). NOT
-    private: weights, votes, losses. This object is no ``nn.Module``, so no checkpoint of a module that holds it contains it.
+    **Guarantee**: teacher i is a function of its own shard, public randomness and the student's outputs; nothing flows
+    from one teacher to another (a shard that makes one teacher's numbers infinite or NaN leaves the others as they
+    are). NOT private: weights, votes, losses. This object is no ``nn.Module``, so no checkpoint of a module that holds
+    it contains it.
 
     Memory: the parameters of all teachers with two moments each, and the activations of ``chunk_size`` teachers.
 
     Args:
-        discriminator: ``discriminator(features, labels)`` -> logits of shape (B,) or (B, 1); a template, not trained itself.
-            Each teacher draws its own initial weights with the ``reset_parameters`` of the layers; parameters of layers
-            without one start from the template's values.
+        discriminator: ``discriminator(features, labels)`` -> logits of shape (B,) or (B, 1); a template, not trained
+            itself. Each teacher draws its own initial weights with the ``reset_parameters`` of the layers; parameters
+            of layers without one start from the template's values.
         shards: the records of these teachers.
         numbers: each teacher's number in the whole run, for its initial weights.
         lr: learning rate of Adam.
@@ -164,8 +165,8 @@ def check_discriminator(discriminator: nn.Module) -> None:
     for name, layer in discriminator.named_modules():
         if isinstance(layer, _NORMS) and (layer.track_running_stats or "Batch" in type(layer).__name__):
             raise ValueError(
-                f"Expected a discriminator without batch statistics, got {type(layer).__name__} at {name!r}. Use GroupNorm or "
-                "LayerNorm, or no normalisation."
+                f"Expected a discriminator without batch statistics, got {type(layer).__name__} at {name!r}. Use "
+                "GroupNorm or LayerNorm, or no normalisation."
             )
     if not any(parameter.requires_grad for parameter in discriminator.parameters()):
         raise ValueError("Expected a discriminator with trainable parameters, got none with requires_grad=True.")
@@ -184,5 +185,7 @@ def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:
 
 
 def _as_read(stacked: Tensor) -> Tensor:
-    """Stacked matrices, transposed: stored in the order in which ``x W^T`` reads them and their gradient is returned."""
+    """Stacked matrices, transposed: stored in the order in which ``x W^T`` reads them and their gradient is
+    returned.
+    """
     return stacked.mT if stacked.dim() == 3 else stacked

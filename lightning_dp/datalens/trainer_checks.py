@@ -30,29 +30,31 @@ def check_trainer(trainer: pl.Trainer, settings: DataLensSettings) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, PrivateStrategy):
         raise ValueError(
-            f"Expected a plain `Trainer(strategy='auto')` with DataLens, got {type(strategy).__name__}. DataLens draws its own "
-            "noise and keeps its own ledger: leave the private strategy out."
+            f"Expected a plain `Trainer(strategy='auto')` with DataLens, got {type(strategy).__name__}. DataLens draws "
+            "its own noise and keeps its own ledger: leave the private strategy out."
         )
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(
-            f"Expected `Trainer(strategy='auto')` or 'ddp' with DataLens, got {type(strategy).__name__}. The teachers are split "
-            "over the ranks of DDP."
+            f"Expected `Trainer(strategy='auto')` or 'ddp' with DataLens, got {type(strategy).__name__}. The teachers "
+            "are split over the ranks of DDP."
         )
     if isinstance(strategy.launcher, MultiProcessingLauncher):
         raise ValueError(
-            f"Expected `Trainer(strategy='ddp')` with DataLens, got start_method={start_method(strategy.launcher)!r}. Processes that "
-            "are spawned or forked keep the ledger to themselves, and epsilon would be lost when they end."
+            f"Expected `Trainer(strategy='ddp')` with DataLens, got start_method={start_method(strategy.launcher)!r}. "
+            "Processes that are spawned or forked keep the ledger to themselves, and epsilon would be lost when they "
+            "end."
         )
     check_precision(str(trainer.precision))
     if settings.num_teachers < trainer.world_size:
         raise ValueError(
-            f"Expected at least one teacher a rank, got num_teachers={settings.num_teachers} on {trainer.world_size} ranks."
+            f"Expected at least one teacher a rank, got num_teachers={settings.num_teachers} on {trainer.world_size} "
+            "ranks."
         )
     fit_loop = trainer.fit_loop
     if settings.target_epsilon is not None and fit_loop.max_epochs == -1 and fit_loop.max_steps == -1:
         raise ValueError(
-            "Expected a bounded run with target_epsilon, got `Trainer(max_epochs=-1)` without max_steps. The noise is calibrated "
-            "over all planned steps: set max_epochs or max_steps, or pass sigma."
+            "Expected a bounded run with target_epsilon, got `Trainer(max_epochs=-1)` without max_steps. The noise is "
+            "calibrated over all planned steps: set max_epochs or max_steps, or pass sigma."
         )
 
 
@@ -67,19 +69,20 @@ def dataset_of(trainer: pl.Trainer) -> Any:
         return loader.dataset
     if not isinstance(loader, DataLoader):
         raise ValueError(
-            f"Expected one training DataLoader, or StepsOver(dataset, steps_per_epoch), got {type(loader).__name__}. The shards "
-            "are cut from one map-style dataset."
+            f"Expected one training DataLoader, or StepsOver(dataset, steps_per_epoch), got {type(loader).__name__}. "
+            "The shards are cut from one map-style dataset."
         )
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"Expected a map-style dataset, got {type(dataset).__name__}. Shards are cut by index: read the stream into a list."
+            f"Expected a map-style dataset, got {type(dataset).__name__}. Shards are cut by index: read the stream "
+            "into a list."
         )
     for sampler in (loader.sampler, loader.batch_sampler):
         if sampler is not None and not isinstance(sampler, _WHOLE):
             raise ValueError(
-                f"Expected a loader over all records, got a {type(sampler).__name__}. The teachers read the dataset itself: pass "
-                "torch.utils.data.Subset(dataset, indices) to leave records out."
+                f"Expected a loader over all records, got a {type(sampler).__name__}. The teachers read the dataset "
+                "itself: pass torch.utils.data.Subset(dataset, indices) to leave records out."
             )
     return dataset
 

@@ -77,18 +77,18 @@ class LogicalBatches:
         """
         if not isinstance(batch, LogicalBatch):
             raise TypeError(
-                f"Expected a batch of the private loader, got {type(batch).__name__}. Iterate over the loader that this run made, "
-                "since epsilon is computed for its way of drawing."
+                f"Expected a batch of the private loader, got {type(batch).__name__}. Iterate over the loader that "
+                "this run made, since epsilon is computed for its way of drawing."
             )
         if not isinstance(batch, DrawnBatch) or batch.source is not self:
             raise PrivacyError(
-                "Expected a batch that this run's loader drew, got one of another loader. Epsilon would be computed for other "
-                "draws than those used: iterate over this run's loader."
+                "Expected a batch that this run's loader drew, got one of another loader. Epsilon would be computed "
+                "for other draws than those used: iterate over this run's loader."
             )
         if batch.used:
             raise PrivacyError(
-                "This batch was used for a step already, so its records would count twice while the ledger assumes fresh draws. "
-                "Take the next batch of the loader."
+                "This batch was used for a step already, so its records would count twice while the ledger assumes "
+                "fresh draws. Take the next batch of the loader."
             )
         batch.used = True
         begins, self._current = batch.number != self._current, batch.number

@@ -31,7 +31,9 @@ class LoopFacts(StateFacts):
 
     @property
     def nonprivate_loss(self) -> float:
-        """Mean loss of the last logical batch, NaN if nobody was drawn. NOT private: the statement names it once it is read."""
+        """Mean loss of the last logical batch, NaN if nobody was drawn. NOT private: the statement names it once it is
+        read.
+        """
         self.state.nonprivate_logs.add("nonprivate_loss")
         num = sum(count for _, count in self._losses)
         mean = self.settings.loss_reduction == "mean"

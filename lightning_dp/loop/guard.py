@@ -83,8 +83,8 @@ class ReleaseGuard(StepGuard):
             return
         parameter.grad = None
         raise PrivacyError(
-            "A backward outside of the private run wrote a raw gradient into a private parameter, which the next step would use. "
-            f"{ADVICE} For other gradients use torch.autograd.grad."
+            "A backward outside of the private run wrote a raw gradient into a private parameter, which the next step "
+            f"would use. {ADVICE} For other gradients use torch.autograd.grad."
         )
 
     @override
@@ -94,6 +94,6 @@ class ReleaseGuard(StepGuard):
             if parameter.grad is not None and parameter.grad is not self._gradients.get(id(parameter)):
                 parameter.grad = None
                 raise PrivacyError(
-                    f"{type(optimizer).__name__} was about to step on a gradient that was put in place of the private one, so "
-                    f"weights would move without noise. Change p.grad in place only. {ADVICE}"
+                    f"{type(optimizer).__name__} was about to step on a gradient that was put in place of the private "
+                    f"one, so weights would move without noise. Change p.grad in place only. {ADVICE}"
                 )

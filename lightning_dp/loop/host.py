@@ -66,8 +66,8 @@ class LoopHost:
             raise TypeError("Expected loss_fn to return a loss tensor, got None. Return the loss of shape () or (B,).")
         if not loss.requires_grad:
             raise ValueError(
-                "Expected a loss with a gradient, got one that depends on no trainable parameter. Compute it from the model that "
-                "loss_fn is given, outside of torch.no_grad."
+                "Expected a loss with a gradient, got one that depends on no trainable parameter. Compute it from the "
+                "model that loss_fn is given, outside of torch.no_grad."
             )
         return loss
 
@@ -90,7 +90,9 @@ class LoopHost:
         return [self._optimizer]
 
     def reachable(self) -> list[Any]:
-        """Return everything whose state is put back after a trial: the optimizer, and objects that the loss function holds."""
+        """Return everything whose state is put back after a trial: the optimizer, and objects that the loss function
+        holds.
+        """
         return [self._optimizer, *held_by(self.loss_fn)]
 
     def find_types(self) -> None:
@@ -103,8 +105,9 @@ class LoopHost:
             self.run(self.records(2))
         if torch.float16 in seen.types:
             raise ValueError(
-                "Expected a loss function that computes with float32's range, got float16. Its gradients overflow or are scaled, "
-                "which clipping would see: use bfloat16, as in torch.autocast(device, dtype=torch.bfloat16)."
+                "Expected a loss function that computes with float32's range, got float16. Its gradients overflow or "
+                "are scaled, which clipping would see: use bfloat16, as in torch.autocast(device, "
+                "dtype=torch.bfloat16)."
             )
         self.narrow = torch.bfloat16 if torch.bfloat16 in seen.types else torch.float32
 

@@ -57,8 +57,8 @@ def make_private(
         model: on its device already; nothing of it is changed but hooks, until ``close``.
         optimizer: any torch optimizer over parameters of the model.
         loader: its dataset, collate function, batch size and workers are used; its order is not.
-        loss_fn: (model, batch) -> mean loss of shape () or per-sample losses of shape (B,). It runs more often than once per
-            step, on other batches too, so it must change nothing outside of the model.
+        loss_fn: (model, batch) -> mean loss of shape () or per-sample losses of shape (B,). It runs more often than
+            once per step, on other batches too, so it must change nothing outside of the model.
         epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
         steps: planned logical steps of the whole run.
         history: what earlier runs have spent on the same data, as ``DPStrategy`` takes it.
@@ -76,7 +76,8 @@ def make_private(
         >>> loader = DataLoader(data, batch_size=8)
         >>> def loss_fn(model, batch):
         ...     return model(batch[0]).square().mean()
-        >>> with make_private(model, optimizer, loader, loss_fn, epochs=1, target_epsilon=2.0, target_delta=1e-3) as private:
+        >>> budget = {"target_epsilon": 2.0, "target_delta": 1e-3}
+        >>> with make_private(model, optimizer, loader, loss_fn, epochs=1, **budget) as private:
         ...     for batch in private.loader:
         ...         private.step(batch)
         >>> private.epsilon() <= 2.0
@@ -127,8 +128,8 @@ class PrivateLoop(LoopFacts):
         running = _open.get(model, lambda: None)()
         if running is not None:
             raise RuntimeError(
-                "The model belongs to another private run that is open, whose hooks would record this one too. Call close() on it, "
-                "or leave its with block, first."
+                "The model belongs to another private run that is open, whose hooks would record this one too. Call "
+                "close() on it, or leave its with block, first."
             )
         self.settings, self.mechanisms = settings, Mechanisms()
         self._model, self._called, self._optimizer, self._loss_fn = model, called or model, optimizer, loss_fn
@@ -200,7 +201,8 @@ class PrivateLoop(LoopFacts):
         """
         if not self._finalizer.alive:
             raise RuntimeError(
-                "The private run is closed, so nothing records the gradients of samples. Make a new one with history=<this run>."
+                "The private run is closed, so nothing records the gradients of samples. Make a new one with "
+                "history=<this run>."
             )
         begins_pass = self.loader.use(batch)
         _ = self.plan
@@ -281,7 +283,8 @@ class PrivateLoop(LoopFacts):
         """
         if self._fit is not None:
             raise RuntimeError(
-                "This run has taken steps, and what they spent cannot be undone by loading. Load into a new run, before its first step."
+                "This run has taken steps, and what they spent cannot be undone by loading. Load into a new run, "
+                "before its first step."
             )
         saving.load(self.state, state)
         self.state.plan, self._loaded = None, state

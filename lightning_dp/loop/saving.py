@@ -1,4 +1,6 @@
-"""Privacy state of a loop, which the user saves apart from model and optimizer: written, read, and compared with them."""
+"""Privacy state of a loop, which the user saves apart from model and optimizer: written, read, and compared with
+them.
+"""
 
 from __future__ import annotations
 
@@ -53,15 +55,15 @@ def check_loaded(
     taken = saved.most_steps(optimizer.state.values())
     if loaded is not None and loaded.get(saved.WEIGHTS) != digest(model):
         raise PrivacyError(
-            "The weights are not those that the loaded privacy state was saved with, so they may have been trained for more steps "
-            "than the ledger holds. Load model, optimizer and privacy state of one moment."
+            "The weights are not those that the loaded privacy state was saved with, so they may have been trained "
+            "for more steps than the ledger holds. Load model, optimizer and privacy state of one moment."
         )
     known = state.ledger.num_steps + state.unledgered if loaded is None else int(loaded["global_step"])
     if taken > known and not settings.allow_public_checkpoint:
         raise PrivacyError(
-            f"The optimizer has taken {taken} steps and the ledger knows of {known}, so epsilon would be understated. Call "
-            "load_state_dict with the privacy state of the same moment, or pass allow_public_checkpoint=True if these steps never "
-            "saw the private data."
+            f"The optimizer has taken {taken} steps and the ledger knows of {known}, so epsilon would be understated. "
+            "Call load_state_dict with the privacy state of the same moment, or pass allow_public_checkpoint=True if "
+            "these steps never saw the private data."
         )
     if loaded is None:
         state.note_unledgered(taken, ())

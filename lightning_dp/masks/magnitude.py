@@ -20,8 +20,8 @@ _NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 #: What is wrong with scores from anything but public weights.
 NOT_PUBLIC = (
-    "Scores computed from the private data are not public, and neither is a mask made of them: pass source='initial', 'noisy', or "
-    "'public' with reference=<state dict of a model trained on public data>."
+    "Scores computed from the private data are not public, and neither is a mask made of them: pass source='initial', "
+    "'noisy', or 'public' with reference=<state dict of a model trained on public data>."
 )
 
 
@@ -125,10 +125,10 @@ def magnitude_masks(
 
         m = 1 where |w| is among the largest P - int(amount P), over all prunable weights or within each tensor
 
-    **Guarantee**: exactly ``int(amount P)`` weights are removed; of equal ones the first go first, so the same weights give
-    the same masks on every rank and device. The masks are a function of ``weights``: public if these are (initial weights,
-    weights trained on public data), post-processing if they are noisy ones. Weights trained on the private data without
-    differential privacy are NOT public, which cannot be detected.
+    **Guarantee**: exactly ``int(amount P)`` weights are removed; of equal ones the first go first, so the same weights
+    give the same masks on every rank and device. The masks are a function of ``weights``: public if these are (initial
+    weights, weights trained on public data), post-processing if they are noisy ones. Weights trained on the private
+    data without differential privacy are NOT public, which cannot be detected.
 
     Args:
         weights: name -> weights to score.
@@ -201,8 +201,8 @@ def public_weights(reference: Mapping[str, Tensor], parameters: Mapping[str, nn.
             )
         if weight.shape != parameter.shape:
             raise ValueError(
-                f"Expected reference[{name!r}] of shape {tuple(parameter.shape)}, got shape {tuple(weight.shape)}. Pass the state "
-                "dict of the same module."
+                f"Expected reference[{name!r}] of shape {tuple(parameter.shape)}, got shape {tuple(weight.shape)}. "
+                "Pass the state dict of the same module."
             )
     return {name: reference[name] for name in parameters}
 

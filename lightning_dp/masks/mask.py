@@ -17,8 +17,8 @@ class GradientMask(ABC):
 
     **Guarantee**: a masked coordinate is zero for every possible sample, so it needs no noise, and the mask is known to
     everyone, so the ledger is the same as without it: no cost, and no amplification either. This holds for masks that
-    depend on public seeds, public weights and earlier noisy weights, never on private data; it holds only while all of a
-    logical batch sees one mask.
+    depend on public seeds, public weights and earlier noisy weights, never on private data; it holds only while all of
+    a logical batch sees one mask.
     """
 
     @abstractmethod
@@ -38,15 +38,16 @@ class GradientMask(ABC):
             parameters: the private parameters by qualified name, in the module's order.
 
         Returns:
-            name -> bool tensor of the parameter's shape, on its device, True where live. What is not named is wholly live.
+            name -> bool tensor of the parameter's shape, on its device, True where live. What is not named is wholly
+            live.
         """
 
 
 def random_subset(size: int, count: int, entropy: Sequence[int]) -> NDArray[np.bool_]:
     """Draw ``count`` of ``size`` positions, uniformly without replacement.
 
-    Positions are drawn with replacement until enough distinct ones are marked, never more at once than are missing: every
-    set of ``count`` is equally likely. Of the set and its complement the smaller is drawn.
+    Positions are drawn with replacement until enough distinct ones are marked, never more at once than are missing:
+    every set of ``count`` is equally likely. Of the set and its complement the smaller is drawn.
 
     **Guarantee**: a function of the arguments only; no global generator is read or moved.
 

@@ -39,15 +39,17 @@ class RandomMask(GradientMask):
 
         i = step // refresh_steps,   r(i) = final_rate * schedule(min(i / (num_refreshes - 1), 1)),   Z = int(r(i) P)
 
-    Of the P coordinates of the private parameters, biases included, Z are masked: uniform, without replacement, fresh at
-    every refresh. After the planned refreshes the rate stays where it ended. A run with one refresh has the last rate.
+    Of the P coordinates of the private parameters, biases included, Z are masked: uniform, without replacement, fresh
+    at every refresh. After the planned refreshes the rate stays where it ended. A run with one refresh has the last
+    rate.
 
-    **Guarantee**: a function of (seed, i) and of the parameters' shapes, so all ranks and a resumed run have the same mask.
-    It reads no global generator and is the same on every device. The seed is public: masks are public randomness.
+    **Guarantee**: a function of (seed, i) and of the parameters' shapes, so all ranks and a resumed run have the same
+    mask. It reads no global generator and is the same on every device. The seed is public: masks are public randomness.
 
     Args:
         final_rate: fraction r* of coordinates masked in the end, in [0, 1).
-        schedule: "linear", "cosine", "constant", or a callable from the progress in [0, 1] to a fraction of r* in [0, 1].
+        schedule: "linear", "cosine", "constant", or a callable from the progress in [0, 1] to a fraction of r* in [0,
+            1].
         refresh_steps: logical steps that share a mask, >= 1.
         num_refreshes: refreshes of the whole run (F E), >= 1; progress is counted over them.
         scope: "global" draws Z of all coordinates; "layer" draws int(r P_l) in each parameter tensor.
@@ -91,8 +93,8 @@ class RandomMask(GradientMask):
         fraction = float(self.schedule(progress))
         if not 0 <= fraction <= 1:
             raise ValueError(
-                f"Expected a schedule with values in [0, 1], got {fraction} at progress={progress:g}. It scales final_rate: return "
-                "a fraction of it."
+                f"Expected a schedule with values in [0, 1], got {fraction} at progress={progress:g}. It scales "
+                "final_rate: return a fraction of it."
             )
         return self.final_rate * fraction
 
@@ -130,7 +132,8 @@ def check_rate(final_rate: float) -> float:
     """``0 <= final_rate < 1``; 0 is the dense control."""
     if not 0 <= check.check_number("final_rate", final_rate) < 1:
         raise ValueError(
-            f"Expected 0 <= final_rate < 1, got final_rate={final_rate}. It is the fraction of coordinates left out in the end."
+            f"Expected 0 <= final_rate < 1, got final_rate={final_rate}. It is the fraction of coordinates left out in "
+            "the end."
         )
     return float(final_rate)
 

@@ -54,7 +54,8 @@ class CorrelatedNoise:
         (15.27, 70.75)
 
     References:
-        Kalinin et al. 2026, arXiv 2601.22334 (lambda-CGD). Kalinin, McKenna, Upadhyay and Lampert 2025, arXiv 2505.12128 (BISR).
+        Kalinin et al. 2026, arXiv 2601.22334 (lambda-CGD). Kalinin, McKenna, Upadhyay and Lampert 2025, arXiv
+        2505.12128 (BISR).
     """
 
     decay: float | Literal["auto"] | None = None
@@ -150,20 +151,23 @@ class CorrelatedNoise:
         return self.sensitivity(steps, separation, passes) * self.rmse(steps)
 
     def std_factor(self, step: int) -> float:
-        """Return std of a coordinate of v over that of z, ``step`` steps (>= 0) after the run or its last restart began."""
+        """Return std of a coordinate of v over that of z, ``step`` steps (>= 0) after the run or its last restart
+        began.
+        """
         return math.sqrt(sum(r**2 for r in self.inverse[: step + 1]))
 
 
 def toeplitz_sensitivity(
     coefficients: NDArray[np.float64], separation: int, passes: int, restarts: Sequence[int] = ()
 ) -> float:
-    """Return the L2 sensitivity of ``C G`` to one record, C lower-triangular Toeplitz, or block-diagonal after restarts.
+    """Return the L2 sensitivity of ``C G`` to one record, C lower-triangular Toeplitz, or block-diagonal after
+    restarts.
 
         max over t_1, t_2, ... of || sum_j C e_{t_j} ||_2,   at most ``passes`` of them, t_{j+1} - t_j >= separation
 
     For coefficients that are >= 0 and do not increase, earliest and densest is worst: within one block of C the columns
-    o, o + b, o + 2b, ... after the first allowed o. Without restarts that is ``|| sum_{j<k} C e_{1+jb} ||``. With them, a
-    dynamic programme over blocks shares the uses out. Every entry of C only loses by a restart, so the result never
+    o, o + b, o + 2b, ... after the first allowed o. Without restarts that is ``|| sum_{j<k} C e_{1+jb} ||``. With them,
+    a dynamic programme over blocks shares the uses out. Every entry of C only loses by a restart, so the result never
     grows. Other coefficients are replaced by ``max_{i' >= i} |c_i'|``, an upper bound.
 
     **Guarantee**: an upper bound for contributions of norm at most 1 in any direction; exact for coefficients >= 0 that
@@ -185,15 +189,17 @@ def toeplitz_sensitivity(
     edges = [0, *sorted(set(restarts)), steps]
     if steps < 1 or not np.isfinite(coefficients).all() or (restarts and not 0 < edges[1] <= edges[-2] < steps):
         raise ValueError(
-            f"Expected finite coefficients and restarts within the run, got restarts={tuple(restarts)} for {steps} steps. "
-            "Pass the first column of C, and steps after the first."
+            f"Expected finite coefficients and restarts within the run, got restarts={tuple(restarts)} for {steps} "
+            "steps. Pass the first column of C, and steps after the first."
         )
     if (coefficients < 0).any() or (np.diff(coefficients) > 0).any():
         coefficients = np.maximum.accumulate(np.abs(coefficients)[::-1])[::-1]
 
     @functools.cache
     def energies(uses: int) -> NDArray[np.float64]:
-        """Squared norm of the sum of the columns 0, b, 2b, ... (``uses`` of them) within the first i rows, for i = 0 ... n."""
+        """Squared norm of the sum of the columns 0, b, 2b, ... (``uses`` of them) within the first i rows, for i = 0
+        ... n.
+        """
         rows = -(-steps // separation)
         padded = np.zeros(rows * separation)
         padded[:steps] = coefficients

@@ -1,7 +1,7 @@
 """Draw noise into buffers on the CPU: four streams, on as many threads as pay.
 
-Gain of the threads: 1.86 million values take 5.5 ms on two threads in place of 8.2 on one, 6.4 million 19.8 in place of 26.7
-(AMD EPYC with AVX2, MKL's generator, 2026-11-27; what that saves of a step is in ``system/openmp.py``).
+Gain of the threads: 1.86 million values take 5.5 ms on two threads in place of 8.2 on one, 6.4 million 19.8 in place of
+26.7 (AMD EPYC with AVX2, MKL's generator, 2026-11-27; what that saves of a step is in ``system/openmp.py``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class CpuStreams:
 
     Args:
         seeds: one per stream.
-        tuned: draw on several threads, and have torch's generator start from a state written by hand. Which numbers a seed gives
-            does not depend on the threads, but it does on the generator.
+        tuned: draw on several threads, and have torch's generator start from a state written by hand. Which numbers a
+            seed gives does not depend on the threads, but it does on the generator.
     """
 
     def __init__(self, seeds: Sequence[np.random.SeedSequence], *, tuned: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Gaussian noise from the operating system's entropy: its scale, its rounding, and that no value is used twice.
 
-Standard normals are drawn in ``sources.py``, on the CPU by the threads of ``cpu.py``, and ahead of time in ``prefetch.py``.
+Standard normals are drawn in ``sources.py``, on the CPU by the threads of ``cpu.py``, and ahead of time in
+``prefetch.py``.
 """
 
 from __future__ import annotations
@@ -27,39 +28,43 @@ class GaussianNoise:
     """Independent Gaussian noise for every coordinate of a buffer, in place.
 
         add_:  tensor[j] += N(0, std^2)   for every j
-        fill_: tensor[j]  = N(0, std^2)   for every j: what is summed up in the buffer afterwards is noisy from the start
+        fill_: tensor[j]  = N(0, std^2)   for every j: what is summed up in the buffer afterwards is noisy from the
+        start
 
     Fast variant (default). CPU: four streams, each started from 256 bits of the operating system's entropy: MKL's ARS-5
-    if the package ``mkl-random`` is installed (extra ``fast``; 1.6 times as fast on one thread), else torch's generator with its whole
-    state filled. float32 noise ends at 6.2 standard deviations from MKL (one value of 2^32 is -8.3) and at 5.8 from torch.
-    Other devices: the device's own torch generator, seeded with 64 bits from the operating system.
+    if the package ``mkl-random`` is installed (extra ``fast``; 1.6 times as fast on one thread), else torch's generator
+    with its whole state filled. float32 noise ends at 6.2 standard deviations from MKL (one value of 2^32 is -8.3) and
+    at 5.8 from torch. Other devices: the device's own torch generator, seeded with 64 bits from the operating system.
 
     Secure variant (``secure=True``): uniform bits from a cryptographic generator (AES-256 in counter mode under a key
     from the operating system if the package ``cryptography`` is installed, else ``os.urandom`` itself, slower); each
     value is half the sum of four independent Box-Muller normals in float64, so that the grid of the
-    floating-point numbers of a single draw cannot be read off the result; it is added in float64 on the CPU, and the sum is
-    rounded to the nearest multiple of a public grid:
+    floating-point numbers of a single draw cannot be read off the result; it is added in float64 on the CPU, and the
+    sum is rounded to the nearest multiple of a public grid:
 
         tensor[j] = grid round((tensor[j] + N(0, std^2)) / grid),   grid = 2^(floor(log2 std) - 20)
 
-    Every released value is a whole number of steps between 2^-21 std and 2^-20 std, whatever was in the buffer: bits below
-    the grid, which would tell which numbers were added, do not exist. The rounding to the buffer's type that follows sees
-    the grid's value only. Cost: about 0.3 microseconds a coordinate, some hundred times the fast variant's.
+    Every released value is a whole number of steps between 2^-21 std and 2^-20 std, whatever was in the buffer: bits
+    below the grid, which would tell which numbers were added, do not exist. The rounding to the buffer's type that
+    follows sees the grid's value only. Cost: about 0.3 microseconds a coordinate, some hundred times the fast
+    variant's.
 
     **Guarantee**: every coordinate gets its own noise of standard deviation ``std``; no value is ever used twice, by
     this object, by a copy, or by a forked child. ``torch.manual_seed``, ``numpy.random.seed`` and ``seed_everything``
     neither fix nor move it. Its state cannot be saved: pickling or copying gives a generator with fresh entropy, also
     where the original had a seed, for noise used twice cancels out. Not covered: an adversary who sees the generator's
-    memory; sums of contributions that were rounded before they got here; values beyond 2^31 ``std``, which float64 cannot
-    keep on the grid; and, for the fast variant, low bits (see above) and one who can reconstruct a generator that is not
-    cryptographic.
+    memory; sums of contributions that were rounded before they got here; values beyond 2^31 ``std``, which float64
+    cannot keep on the grid; and, for the fast variant, low bits (see above) and one who can reconstruct a generator
+    that is not cryptographic.
 
     Args:
-        seed: for tests only: whoever knows it can subtract the noise. ``None``: the operating system's entropy. The same seed
-            gives the same noise whatever the number of threads, but another one with ``mkl-random`` than without.
+        seed: for tests only: whoever knows it can subtract the noise. ``None``: the operating system's entropy. The
+            same seed gives the same noise whatever the number of threads, but another one with ``mkl-random`` than
+            without.
         secure: whether to use the cryptographic variant.
-        tuned: False draws in the calling thread alone, never ahead, ends no threads of OpenMP, and takes numpy's generator in
-            place of torch's with a state written by hand. The distribution is the same; a seed gives other noise.
+        tuned: False draws in the calling thread alone, never ahead, ends no threads of OpenMP, and takes numpy's
+            generator in place of torch's with a state written by hand. The distribution is the same; a seed gives other
+            noise.
 
     Raises:
         ValueError: a seed together with ``secure=True``.
@@ -93,9 +98,10 @@ class GaussianNoise:
     def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
         """Begin to draw ``num`` standard normals during other work, for the next call of ``add_`` or ``fill_``.
 
-        That call uses them if its buffer has ``num`` coordinates of that type on that device; any other throws them away
-        and draws its own. Does nothing where it would not help or could not be repeated: on other devices than the CPU,
-        for fewer than 2^15 values, for the secure variant, and under a seed. Holds one more buffer of that size and type.
+        That call uses them if its buffer has ``num`` coordinates of that type on that device; any other throws them
+        away and draws its own. Does nothing where it would not help or could not be repeated: on other devices than the
+        CPU, for fewer than 2^15 values, for the secure variant, and under a seed. Holds one more buffer of that size
+        and type.
 
         **Guarantee**: private like noise drawn in the call: what is drawn depends on the generator alone, each value is
         used at most once, and a forked child, a copy and a pickle have none of them.
@@ -107,7 +113,8 @@ class GaussianNoise:
 
         Raises:
             TypeError: another type.
-            Exception: what drawing raised, if values of another number or type were being drawn; else the next call raises it.
+            Exception: what drawing raised, if values of another number or type were being drawn; else the next call
+                raises it.
 
         Example:
             >>> noise = GaussianNoise()
@@ -152,8 +159,8 @@ class GaussianNoise:
     def fill_(self, tensor: Tensor, std: float) -> Tensor:
         """Write N(0, std^2) into every coordinate, in place of what was there: cheaper than to add it to a sum later.
 
-        **Guarantee**: see the class. What is added to the buffer afterwards, bounded as ``std`` was calibrated to, is as private
-        as a sum to which the noise was added at the end; but for the secure variant: its grid is lost.
+        **Guarantee**: see the class. What is added to the buffer afterwards, bounded as ``std`` was calibrated to, is
+        as private as a sum to which the noise was added at the end; but for the secure variant: its grid is lost.
 
         Args:
             tensor: as for :meth:`add_`; its values are not read.

@@ -1,7 +1,8 @@
 """Draw standard normals while other work runs, before they are asked for.
 
-Gain where a core is free: not measured. Without a free core it costs time: 26.9 ms in place of 24 for a step of the benchmark's
-MLP (2 cores, 2 threads, 2026-11-25), because OpenMP waits for the thread whose core was taken. So :func:`has_spare_core` is asked.
+Gain where a core is free: not measured. Without a free core it costs time: 26.9 ms in place of 24 for a step of the
+benchmark's MLP (2 cores, 2 threads, 2026-11-25), because OpenMP waits for the thread whose core was taken. So
+:func:`has_spare_core` is asked.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class NormalsAhead:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        # one thread, so that a draw never meets the one before, and one that is kept: starting it takes longer than a chunk
+        # one thread, so that a draw never meets the one before, and one that is kept: starting it takes longer than a
+        # chunk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="normals-ahead")
         self._buffer = torch.empty(0)
         self._drawn: Future[Tensor] | None = None
@@ -50,7 +52,8 @@ class NormalsAhead:
         self._drawn = self._thread.submit(self._fill, num, dtype)
 
     def take(self, num: int, dtype: torch.dtype) -> Tensor | None:
-        """Return what was drawn if it is ``num`` numbers of that type, waiting for it; else throw it away and return None.
+        """Return what was drawn if it is ``num`` numbers of that type, waiting for it; else throw it away and return
+        None.
 
         Raises:
             Exception: whatever drawing raised.
@@ -78,7 +81,8 @@ class NormalsAhead:
 
 
 def has_spare_core() -> bool:
-    """Tell whether a core is free in addition to those that torch computes on; else drawing delays the work that runs with it.
+    """Tell whether a core is free in addition to those that torch computes on; else drawing delays the work that runs
+    with it.
 
     False where ``OMP_NUM_THREADS`` or ``OMP_THREAD_LIMIT`` is set: then the user has said how many threads compute.
     """

@@ -30,12 +30,12 @@ class CorrelatedGaussianNoise:
     ``z_t`` follows from a key and t, and is drawn p times. Only a scratch buffer of fixed size is kept, nothing of the
     buffer's size. If sum_t ``x_t`` has sensitivity sens(C) after C, ``std`` is sigma * sens(C) * (bound of step t).
 
-    **Guarantee**: ``z`` of two steps, objects, ranks or coordinates are independent; each is standard normal. The key is
-    256 bits of the operating system's entropy; it is never saved. A copy, a pickle and a forked child get a key of their
-    own and begin an empty history (C becomes block-diagonal, which never raises its sensitivity). Global seeds have no
-    influence. The same buffer size, type and device hold for the whole history: a smaller mask would leave coordinates
-    whose earlier noise is not cancelled, so a change raises. Not covered: what ``GaussianNoise`` names for its fast
-    variant; there is no secure variant.
+    **Guarantee**: ``z`` of two steps, objects, ranks or coordinates are independent; each is standard normal. The key
+    is 256 bits of the operating system's entropy; it is never saved. A copy, a pickle and a forked child get a key of
+    their own and begin an empty history (C becomes block-diagonal, which never raises its sensitivity). Global seeds
+    have no influence. The same buffer size, type and device hold for the whole history: a smaller mask would leave
+    coordinates whose earlier noise is not cancelled, so a change raises. Not covered: what ``GaussianNoise`` names for
+    its fast variant; there is no secure variant.
 
     Args:
         settings: planned settings (no ``decay="auto"``).
@@ -129,14 +129,15 @@ class CorrelatedGaussianNoise:
             self._start(None)
         if self._step >= self.steps:
             raise PrivacyError(
-                f"The planned {self.steps} steps of correlated noise are drawn. One privacy event covers exactly these, so a further "
-                "release would not be accounted for. Plan a longer run from its start."
+                f"The planned {self.steps} steps of correlated noise are drawn. One privacy event covers exactly "
+                "these, so a further release would not be accounted for. Plan a longer run from its start."
             )
         kind = (tensor.numel(), tensor.dtype, tensor.device)
         if self._buffer not in (None, kind):
             raise PrivacyError(
-                f"The buffer of correlated noise changed from {self._buffer} to {kind}. Noise of earlier steps would not be "
-                "cancelled where it was added. Keep mask, type and device for the whole run, or use independent noise."
+                f"The buffer of correlated noise changed from {self._buffer} to {kind}. Noise of earlier steps would "
+                "not be cancelled where it was added. Keep mask, type and device for the whole run, or use "
+                "independent noise."
             )
         self._buffer = kind
         flat = tensor.detach().view(-1)

@@ -86,8 +86,9 @@ def _mkl_generator() -> Callable[..., Any] | None:
         # a library that cannot be loaded raises what it likes, and torch's generator is as private
         if not (isinstance(error, ModuleNotFoundError) and error.name == "mkl_random"):
             warnings.warn(
-                f"Expected a working mkl-random, got {type(error).__name__}: {error}. torch's generator draws the noise, "
-                "more slowly: reinstall the package (pip install --force-reinstall mkl-random mkl) or remove it.",
+                f"Expected a working mkl-random, got {type(error).__name__}: {error}. torch's generator draws the "
+                "noise, more slowly: reinstall the package (pip install --force-reinstall mkl-random mkl) or remove "
+                "it.",
                 stacklevel=2,
             )
         return None
@@ -107,7 +108,9 @@ def _torch_stream(seed: np.random.SeedSequence) -> Stream:
 
 
 def _has_known_layout() -> bool:
-    """Tell whether torch's CPU generator keeps its state as ``_torch_stream`` writes it: seen from what a known seed leaves there."""
+    """Tell whether torch's CPU generator keeps its state as ``_torch_stream`` writes it: seen from what a known seed
+    leaves there.
+    """
     seed = 5489
     state = torch.Generator().manual_seed(seed).get_state().numpy()
     if state.size != _STATE_BYTES:

@@ -21,8 +21,8 @@ class GradientEngine(ABC):
     """Norms and weighted sums of the gradients of every sample of a microbatch.
 
     **Guarantee**: between :meth:`begin` and :meth:`end` no raw gradient stays in a private parameter's ``.grad``;
-    ``gradient_i`` is the gradient of the loss as back-propagated with respect to what sample i's rows contributed. A sample
-    with factor 0 contributes exactly zero, whatever it holds. Everything returned is private.
+    ``gradient_i`` is the gradient of the loss as back-propagated with respect to what sample i's rows contributed. A
+    sample with factor 0 contributes exactly zero, whatever it holds. Everything returned is private.
     """
 
     listening: bool
@@ -90,8 +90,8 @@ class GradientEngine(ABC):
 
         Args:
             batch_size: records in it.
-            owners: of each record, the position of its user, ascending: then a sample is a user, and its gradient the sum of
-                those of its records. ``None``: each record is a sample.
+            owners: of each record, the position of its user, ascending: then a sample is a user, and its gradient the
+                sum of those of its records. ``None``: each record is a sample.
         """
 
     @abstractmethod
@@ -139,9 +139,10 @@ class GradientEngine(ABC):
             masks: of parameters of which the active coordinates alone count.
 
         Returns:
-            Shape ``(G, B)``, float32 (float64 if a private parameter is). Not finite where a gradient is not. Private. Where
-            :meth:`accumulate` takes another way to the gradient, the rounding between the two ways is in the norm: what a
-            sample adds is never longer than its factor times its norm, to 1e-5, also where the parts of its gradient cancel.
+            Shape ``(G, B)``, float32 (float64 if a private parameter is). Not finite where a gradient is not. Private.
+            Where :meth:`accumulate` takes another way to the gradient, the rounding between the two ways is in the
+            norm: what a sample adds is never longer than its factor times its norm, to 1e-5, also where the parts of
+            its gradient cancel.
         """
 
     @abstractmethod
@@ -158,8 +159,8 @@ class GradientEngine(ABC):
         Args:
             factors: shape ``(G, B)``, finite. A factor of 0 drops the sample, even a non-finite one.
             groups: names of the parameters of each group.
-            out: accumulation targets by parameter name: of the parameter's shape, or 1-D over the active coordinates if the
-                parameter has a mask.
+            out: accumulation targets by parameter name: of the parameter's shape, or 1-D over the active coordinates if
+                the parameter has a mask.
             masks: as for :meth:`squared_norms`.
             scratch: buffers of the shape of masked parameters and of the type of ``out``, for sums of which the active
                 entries are then taken; they may be overwritten. Allocated if None.
@@ -167,7 +168,9 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return the gradient of every sample, shape ``(B, *shape)`` per parameter; zeros where no backprop arrived. Private."""
+        """Return the gradient of every sample, shape ``(B, *shape)`` per parameter; zeros where no backprop arrived.
+        Private.
+        """
 
     def _new_norms(self, num_groups: int, batch_size: int) -> Tensor:
         """Return zeros in the type and on the device of the norms, shape ``(G, B)``."""

@@ -2,9 +2,9 @@
 
 axis of B entries        entry b belongs to sample b
 list of B things         thing b belongs to sample b
-``sample_of_row``        in the batch or on the module: an index for the tensors with as many rows, or one by name of a tensor
-``batch`` or ``ptr``     of a batch of graphs: an index for its nodes; an edge belongs to the graph of its first node
-``PackedSequence``       an index from its ``batch_sizes``
+``sample_of_row``        in the batch or on the module: an index for the tensors with as many rows, or one by name of a
+tensor ``batch`` or ``ptr``     of a batch of graphs: an index for its nodes; an edge belongs to the graph of its first
+node ``PackedSequence``       an index from its ``batch_sizes``
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def _check_index(index: Tensor, size: int, where: str) -> None:
     if not whole or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size):
         got = f"shape={tuple(index.shape)}, dtype={index.dtype}" + (f", max={int(index.max())}" if whole else "")
         raise PrivacyError(
-            f"Expected {where} to give each row one of {size} samples by its position 0 to {size - 1}, got {got}. The collate "
-            "function must hold as many samples as were drawn, in their order."
+            f"Expected {where} to give each row one of {size} samples by its position 0 to {size - 1}, got {got}. The "
+            "collate function must hold as many samples as were drawn, in their order."
         )
 
 
@@ -158,8 +158,8 @@ def _nodes_of(container: Mapping[str, Any], size: int) -> Tensor:
         num = int(batch.max()) + 1 if isinstance(batch, Tensor) and batch.numel() else 0
     if not isinstance(batch, Tensor) or num != size:
         raise PrivacyError(
-            f"Expected a batch of {size} graphs as drawn, got {num}. The collate function drops or adds records, so rows would be "
-            "dealt to the wrong ones: filter the dataset before fit instead."
+            f"Expected a batch of {size} graphs as drawn, got {num}. The collate function drops or adds records, so "
+            "rows would be dealt to the wrong ones: filter the dataset before fit instead."
         )
     _check_index(batch, size, "batch")
     return batch.long()

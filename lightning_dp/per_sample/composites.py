@@ -60,8 +60,8 @@ def batch_norm(
     """Compute a batch norm with fixed statistics; weight and bias act on its result."""
     if training:
         raise PrivacyError(
-            "Expected layers that keep samples apart, got batch_norm in training mode, which mixes them. lightning_dp.fix replaces "
-            "it by a layer that works."
+            "Expected layers that keep samples apart, got batch_norm in training mode, which mixes them. "
+            "lightning_dp.fix replaces it by a layer that works."
         )
     return scaled(F.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps), weight, bias)
 
@@ -215,8 +215,8 @@ def _bags_by_offsets(
     follower = tracker.follower
     if follower is None:
         raise PrivacyError(
-            f"Expected bags whose samples are known, got input of shape {tuple(input.shape)} with offsets. The batch must hold the "
-            f"offsets, one for each sample; {WAY_OUT}."
+            f"Expected bags whose samples are known, got input of shape {tuple(input.shape)} with offsets. The batch "
+            f"must hold the offsets, one for each sample; {WAY_OUT}."
         )
     starts = offsets[:-1] if has_last else offsets
     bags = torch.searchsorted(starts, torch.arange(len(input), device=input.device), right=True) - 1
@@ -276,11 +276,13 @@ def bilinear(tracker: Tracker, func: Any, one: Any, other: Any, weight: Any, bia
 
 
 def watch(tracker: Tracker, func: Any, tensor: Any, *args: Any) -> Any:
-    """Let hooks be registered on parameters, where no gradient arrives, but not on functions of parameters, where raw ones do."""
+    """Let hooks be registered on parameters, where no gradient arrives, but not on functions of parameters, where raw
+    ones do.
+    """
     if isinstance(tensor, Function):
         raise PrivacyError(
-            f"Expected no hooks on functions of private parameters, got {func.__name__} on {tensor.node.name!r}: it would see "
-            f"gradients that are not private. Register it on the output of the layer; {WAY_OUT}."
+            f"Expected no hooks on functions of private parameters, got {func.__name__} on {tensor.node.name!r}: it "
+            f"would see gradients that are not private. Register it on the output of the layer; {WAY_OUT}."
         )
     with unreported():
         return func(tensor, *args)

@@ -29,19 +29,20 @@ def register_rule(
 ) -> Callable[[], None]:
     """Register how per-sample gradients of an operation are computed.
 
-    An operation without a rule is mapped over the samples where torch can do that. A ``torch.autograd.Function`` does not report its
-    uses of private parameters at all; with a rule it does.
+    An operation without a rule is mapped over the samples where torch can do that. A ``torch.autograd.Function`` does
+    not report its uses of private parameters at all; with a rule it does.
 
-    **Guarantee**: none about the rule itself. A wrong one is found by the comparison with single samples at the first batch of a run,
-    which tries ordinary inputs only: where terms cancel, the sum of the rows of a sample must still be what its norm is taken from
-    (it is, for everything that ``gradients`` returns).
+    **Guarantee**: none about the rule itself. A wrong one is found by the comparison with single samples at the first
+    batch of a run, which tries ordinary inputs only: where terms cancel, the sum of the rows of a sample must still be
+    what its norm is taken from (it is, for everything that ``gradients`` returns).
 
     Args:
-        operation: a function with one tensor as its result that torch dispatches (``__torch_function__``), or a subclass of
-            ``torch.autograd.Function`` whose ``forward`` takes positional arguments.
-        gradients: called as ``gradients(values, backprop)`` without autograd. ``values`` holds the arguments by name: tensors with
-            a batch axis have it first, with ``R`` rows. ``backprop`` is the gradient of the loss with respect to the result,
-            ``(R, ...)``. It returns, for each parameter, one gradient for each row, ``(R, *parameter.shape)``.
+        operation: a function with one tensor as its result that torch dispatches (``__torch_function__``), or a
+            subclass of ``torch.autograd.Function`` whose ``forward`` takes positional arguments.
+        gradients: called as ``gradients(values, backprop)`` without autograd. ``values`` holds the arguments by name:
+            tensors with a batch axis have it first, with ``R`` rows. ``backprop`` is the gradient of the loss with
+            respect to the result, ``(R, ...)``. It returns, for each parameter, one gradient for each row, ``(R,
+            *parameter.shape)``.
         arguments: names of the operation's positional arguments, in order.
         parameters: those of them that may be private parameters.
 

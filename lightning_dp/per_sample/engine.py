@@ -47,7 +47,8 @@ class PerSampleEngine(GradientEngine):
             always makes it (reference).
         memory: ``"fast"`` keeps per-sample gradients from the norms to the weighted sum where that is fastest, in
             buffers of at most the size of the layers' inputs and outputs, the parameters and their gradients;
-            ``"lean"`` caches only what is smaller than the backprops, and the gradients of parameters that are used in several ways.
+            ``"lean"`` caches only what is smaller than the backprops, and the gradients of parameters that are used in
+            several ways.
 
     Example:
         >>> layer = nn.Linear(3, 1)
@@ -213,7 +214,9 @@ class PerSampleEngine(GradientEngine):
             ) from error
 
     def _settle_rows(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool) -> None:
-        """Make sure that each sample has K rows, where several rows of a sample were seen folded into the batch axis."""
+        """Make sure that each sample has K rows, where several rows of a sample were seen folded into the batch
+        axis.
+        """
         learned = self._tracker.learned
         assert learned is not None
         if not learned.has_folds or not self._batch_owners.was_seen:
@@ -276,8 +279,8 @@ class PerSampleEngine(GradientEngine):
                     gone.add(key)
                 elif not chosen.isdisjoint(node.names) and key in source.live():
                     raise PrivacyError(
-                        f"Expected the parameters of {node.name!r} in one optimizer, got some in another. Their gradients come "
-                        "from one computation; train them together."
+                        f"Expected the parameters of {node.name!r} in one optimizer, got some in another. Their "
+                        "gradients come from one computation; train them together."
                     )
             source.discard(frozenset(gone))
 
@@ -304,8 +307,9 @@ class PerSampleEngine(GradientEngine):
             for name in untracked:
                 self._parameters[name].grad = None
             raise PrivacyError(
-                f"Expected private parameters to be used in operations that report themselves, got a gradient of another use for "
-                f"{untracked}: a torch.autograd.Function, a scripted or compiled function, an extension. {WAY_OUT}."
+                "Expected private parameters to be used in operations that report themselves, got a gradient of "
+                f"another use for {untracked}: a torch.autograd.Function, a scripted or compiled function, an "
+                f"extension. {WAY_OUT}."
             )
         for source in self._tracker.sources.values():
             for use in source.uses:
@@ -413,10 +417,11 @@ class PerSampleEngine(GradientEngine):
     def _sorted(
         self, names: set[str], masks: Mapping[str, ParameterMask]
     ) -> tuple[dict[Source, dict[Hashable, tuple[str, Region | None]]], set[str]]:
-        """Return the sources that give norms and sums of disjoint parts of parameters, and the parameters that need all of it.
+        """Return the sources that give norms and sums of disjoint parts of parameters, and the parameters that need all
+        of it.
 
-        A parameter that is seen through views needs all of it under a mask: the masked norm and the masked sum of a view come
-        from different products, whose rounding no norm covers.
+        A parameter that is seen through views needs all of it under a mask: the masked norm and the masked sum of a
+        view come from different products, whose rounding no norm covers.
         """
         views: dict[Source, dict[Hashable, tuple[str, Region | None]]] = {}
         whole: set[str] = set()

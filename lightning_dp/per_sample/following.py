@@ -1,7 +1,8 @@
 """Follow the owners of rows through all operations of a step, where positions do not tell them.
 
-Graphs, sets and loops over samples have no axis with equally many rows for each sample. There every tensor that holds data carries
-a note of its owners; an operation hands it on to its result (moves.py). It costs some microseconds for each operation.
+Graphs, sets and loops over samples have no axis with equally many rows for each sample. There every tensor that holds
+data carries a note of its owners; an operation hands it on to its result (moves.py). It costs some microseconds for
+each operation.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ _entered = functools.cache(entered)
 class Follower(TorchFunctionMode):
     """Notes, on every tensor that an operation makes, which samples own its rows.
 
-    **Guarantee**: a tensor without a note, which came from outside or through something that reports no operations, counts as
-    mixed: no parameter may meet it. What is written in place through a view makes all other views of that memory mixed.
+    **Guarantee**: a tensor without a note, which came from outside or through something that reports no operations,
+    counts as mixed: no parameter may meet it. What is written in place through a view makes all other views of that
+    memory mixed.
 
     Args:
         tracker: follows the parameters.

@@ -27,7 +27,9 @@ _DROPOUTS = {
 
 
 class _InDropout(TorchFunctionMode):
-    """Notes while a dropout runs, or a layer that has one: its draws are its own, whatever operations it is made of on a device."""
+    """Notes while a dropout runs, or a layer that has one: its draws are its own, whatever operations it is made of on
+    a device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,16 +51,17 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Dropout is off. Permutations become a cyclic shift, which mixes whatever can be mixed. Other draws of values:
 
     - by default the same value in every entry (uniform: the quantile ``coin`` of its range; integers likewise; normal:
-      ``mean + std / 2``, or two deviations off for a low or high coin; Bernoulli: its probability, or ``coin < p`` for a
-      low or high coin), so that a sample sees the same draw alone and in any row of a batch;
-    - with ``by_place`` a fixed value for each entry of the drawn tensor, whatever was drawn before, so that a further row
-      changes what a mean over rows is (Bernoulli: ``u < p`` with such a value u).
+      ``mean + std / 2``, or two deviations off for a low or high coin; Bernoulli: its probability, or ``coin < p`` for
+      a low or high coin), so that a sample sees the same draw alone and in any row of a batch;
+    - with ``by_place`` a fixed value for each entry of the drawn tensor, whatever was drawn before, so that a further
+      row changes what a mean over rows is (Bernoulli: ``u < p`` with such a value u).
 
     Draws of places with replacement (multinomial) stay random.
 
     Args:
         by_place: see above.
-        coin: quantile in (0, 1) of every uniform draw: a low and a high one take the branches that a middle one does not.
+        coin: quantile in (0, 1) of every uniform draw: a low and a high one take the branches that a middle one does
+            not.
     """
 
     def __init__(self, *, by_place: bool = False, coin: float = 0.5) -> None:

@@ -1,8 +1,8 @@
 """Functions of private parameters: how they come about, and how per-sample gradients are pulled back through them.
 
-A function of parameters is an ordinary result of autograd, connected to a stand-in of each parameter. The pull-back is a
-vector-Jacobian product of that graph, mapped over the samples. Where it is a view its entries are entries of the parameter, and
-no pull-back is needed.
+A function of parameters is an ordinary result of autograd, connected to a stand-in of each parameter. The pull-back is
+a vector-Jacobian product of that graph, mapped over the samples. Where it is a view its entries are entries of the
+parameter, and no pull-back is needed.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ _PIECE = 2**18
 
 _FIX = "lightning_dp.fix(module) replaces it"
 _OURS = (
-    "The gradient of the whole batch is that of its samples together, so no sample influences another: the per-sample gradient "
-    "of some operation is wrong, which is ours to mend. Until then use grad_sample='single', and report the module."
+    "The gradient of the whole batch is that of its samples together, so no sample influences another: the per-sample "
+    "gradient of some operation is wrong, which is ours to mend. Until then use grad_sample='single', and report the "
+    "module."
 )
 _SINGLE = "pass per_sample_loss=True, by which each record's own loss counts: another objective, as the statement says"
 
@@ -59,8 +60,8 @@ def compare_with_singles(
         dtype: type the forward ran in, ``torch.bfloat16`` under "bf16-mixed"; by default the coarsest of the gradients.
         rtol: allowed difference, in (0, inf); by default chosen by ``dtype``.
         module: searched for layers that explain a difference.
-        adds_up: whether the gradient of the whole batch is that of its samples together; asked where gradients differ, to
-            tell samples that influence each other from a gradient that this package deals to the wrong sample.
+        adds_up: whether the gradient of the whole batch is that of its samples together; asked where gradients differ,
+            to tell samples that influence each other from a gradient that this package deals to the wrong sample.
         total: adds figures by parameter over the processes, where each holds a part of the gradients.
 
     Raises:
@@ -238,8 +239,8 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
             )
         if abs(middle - 1) <= 10 * tolerance:
             return (
-                "Direction and size of each gradient nearly agree, so no cause is apparent. An operation may compute with less "
-                "precision in a batch than on one sample."
+                "Direction and size of each gradient nearly agree, so no cause is apparent. An operation may compute "
+                "with less precision in a batch than on one sample."
             )
         return (
             f"All gradients are {middle:.4g} times as large (batch of {samples}): the loss is divided by something "

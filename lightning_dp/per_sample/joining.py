@@ -1,7 +1,8 @@
 """Records of a microbatch that count as one sample, because one user owns them.
 
-The gradient of a user is the sum of the gradients of its records. Their rows are laid out next to each other, equally many for
-every user, so that a rule sees the ``K`` rows of one sample: norms come from Gram matrices wherever those of records do.
+The gradient of a user is the sum of the gradients of its records. Their rows are laid out next to each other, equally
+many for every user, so that a rule sees the ``K`` rows of one sample: norms come from Gram matrices wherever those of
+records do.
 
 Legend: ``N`` records, ``U`` users, ``M`` most records of one user, ``K`` rows of one record.
 """
@@ -15,8 +16,8 @@ from torch import Tensor
 class Joining:
     """Layout in which the rows of each user are those of one sample.
 
-    Users with fewer records than others are filled up with rows of their own and backprops of zero, which add nothing to any
-    gradient. If all users have equally many records, nothing is copied.
+    Users with fewer records than others are filled up with rows of their own and backprops of zero, which add nothing
+    to any gradient. If all users have equally many records, nothing is copied.
 
     Args:
         owners: int64, shape ``(N,)``: position 0 ... U - 1 of the user who owns each record, ascending.
@@ -36,7 +37,8 @@ class Joining:
         steps = owners.cpu().diff(prepend=torch.tensor([-1])) if len(owners) else owners
         if not bool(((steps == 0) | (steps == 1)).all()) or (len(owners) and int(owners[0]) != 0):
             raise ValueError(
-                f"Expected ascending owners from 0 on without a gap, got owners={owners.tolist()}. Sort the records by user."
+                f"Expected ascending owners from 0 on without a gap, got owners={owners.tolist()}. Sort the records by "
+                "user."
             )
         counts = torch.bincount(owners.cpu())
         self.num = len(counts)

@@ -26,7 +26,8 @@ class BatchAxis:
         axis: position of the axis.
         multiplicity: ``K``, its length a sample when it was learned. More than one for folded time steps or views.
         sample_major: whether the ``K`` rows of a sample are neighbours; ``None`` if ``K = 1``.
-        is_pinned: whether ``K`` must stay what it was when it was learned, since nothing shows that others are common to all samples.
+        is_pinned: whether ``K`` must stay what it was when it was learned, since nothing shows that others are common
+            to all samples.
     """
 
     axis: int
@@ -198,8 +199,8 @@ def solve_axis(a: torch.Size, b: torch.Size, sizes: tuple[int, int]) -> Axis:
         reason = f"two axes change with the batch size: {tuple(a)} to {tuple(b)}"
         if all((a[i], b[i]) == sizes for i in changed):
             reason += (
-                ", so each sample meets all others, as in a contrastive loss; no bound for one sample exists there (give "
-                "each record negatives of its own)"
+                ", so each sample meets all others, as in a contrastive loss; no bound for one sample exists there "
+                "(give each record negatives of its own)"
             )
         return Unclear(reason)
     axis = changed[0]

@@ -1,6 +1,7 @@
 """Uses without a rule: each sample gets a copy of the parameter of its own, whose gradient is the sample's.
 
-Elementwise operations broadcast the copies along the batch axis of their output; every other operation is mapped over the samples.
+Elementwise operations broadcast the copies along the batch axis of their output; every other operation is mapped over
+the samples.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ LEAF = LeafRule()
 
 
 def padded_shape(shape: Sequence[int], axis: BatchAxis, num_axes: int) -> tuple[int, ...] | None:
-    """Return the shape of a tensor that broadcasts to ``num_axes`` axes; None if it has entries of its own along the batch axis."""
+    """Return the shape of a tensor that broadcasts to ``num_axes`` axes; None if it has entries of its own along the
+    batch axis.
+    """
     padded = (1,) * (num_axes - len(shape)) + tuple(shape)
     return padded if len(padded) == num_axes and padded[axis.axis] == 1 else None
 
@@ -138,7 +141,9 @@ def aligned(
     tracked: list[tuple[Tensor, Node]],
     tensors: Sequence[Tensor],
 ) -> Any:
-    """Run an elementwise operation on copies that broadcast along its batch axis; ``NotImplemented`` where they cannot."""
+    """Run an elementwise operation on copies that broadcast along its batch axis; ``NotImplemented`` where they
+    cannot.
+    """
     axis, size = plan.outputs[0], tracker.recorder.batch_size
     assert isinstance(axis, BatchAxis)
     num_axes = max(tensor.dim() for tensor in tensors)
@@ -196,7 +201,9 @@ def spread(tracker: Tracker, func: Any, args: Any, kwargs: Any, plan: CallLayout
 
 
 def _repeated_once(func: Any, args: Any, kwargs: Any, axis: int, size: int) -> tuple[Any, Any] | None:
-    """Return the arguments with which ``repeat`` and ``expand`` give the rows of one sample; None for other operations."""
+    """Return the arguments with which ``repeat`` and ``expand`` give the rows of one sample; None for other
+    operations.
+    """
     if func.__name__ not in ("repeat", "expand") or kwargs:
         return None
     sizes = [*args[1]] if len(args) == 2 and not isinstance(args[1], int) else [*args[1:]]

@@ -1,7 +1,7 @@
 """Owners of the result of an operation, from the owners of what it was given.
 
-An operation that is not listed has a result of unknown owners, unless all it was given belongs to one sample. So a missing entry
-costs speed (another way to per-sample gradients is taken), never a guarantee.
+An operation that is not listed has a result of unknown owners, unless all it was given belongs to one sample. So a
+missing entry costs speed (another way to per-sample gradients is taken), never a guarantee.
 """
 
 from __future__ import annotations
@@ -16,28 +16,42 @@ from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed, merged
 
-_UNARY = """relu relu6 gelu sigmoid tanh exp exp2 expm1 log log1p log2 log10 sqrt rsqrt abs absolute neg negative sin cos tan erf
-    erfc silu mish softplus elu selu celu leaky_relu hardtanh hardswish hardsigmoid logsigmoid log_sigmoid square reciprocal logical_not
-    logical_and logical_or logical_xor bitwise_not isnan isinf isfinite nan_to_num round floor ceil trunc frac sign sgn dropout
-    feature_dropout alpha_dropout feature_alpha_dropout native_dropout bernoulli logit long int bool detach threshold hardshrink
-    softshrink tanhshrink rrelu lgamma digamma invert __invert__ __neg__ __abs__ __pos__ tril triu cpu cuda requires_grad_ data real
-    imag prelu"""
-_MOVES = """__getitem__ index_select gather take take_along_dim cat concat concatenate stack hstack vstack split split_with_sizes
-    tensor_split chunk unsafe_chunk unsafe_split unbind narrow select transpose swapaxes swapdims movedim moveaxis permute t T mT H mH
-    adjoint view reshape flatten unflatten ravel squeeze unsqueeze expand repeat repeat_interleave tile broadcast_to flip fliplr flipud
-    roll rot90 diagonal unfold masked_select expand_as view_as reshape_as select_scatter _pack_padded_sequence _pad_packed_sequence"""
-_PICKS = """__getitem__ index_select gather take take_along_dim repeat_interleave masked_select _pack_padded_sequence
-    _pad_packed_sequence"""
-_REDUCES = """sum nansum mean nanmean amax amin prod logsumexp softmax log_softmax cumsum cumprod cummax cummin logcumsumexp any all
-    argmax argmin sort argsort median nanmedian var std count_nonzero max min var_mean std_mean aminmax"""
+_UNARY = """
+    relu relu6 gelu sigmoid tanh exp exp2 expm1 log log1p log2 log10 sqrt rsqrt abs absolute neg negative sin cos tan
+    erf erfc silu mish softplus elu selu celu leaky_relu hardtanh hardswish hardsigmoid logsigmoid log_sigmoid square
+    reciprocal logical_not logical_and logical_or logical_xor bitwise_not isnan isinf isfinite nan_to_num round floor
+    ceil trunc frac sign sgn dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout bernoulli logit
+    long int bool detach threshold hardshrink softshrink tanhshrink rrelu lgamma digamma invert __invert__ __neg__
+    __abs__ __pos__ tril triu cpu cuda requires_grad_ data real imag prelu
+"""
+_MOVES = """
+    __getitem__ index_select gather take take_along_dim cat concat concatenate stack hstack vstack split
+    split_with_sizes tensor_split chunk unsafe_chunk unsafe_split unbind narrow select transpose swapaxes swapdims
+    movedim moveaxis permute t T mT H mH adjoint view reshape flatten unflatten ravel squeeze unsqueeze expand repeat
+    repeat_interleave tile broadcast_to flip fliplr flipud roll rot90 diagonal unfold masked_select expand_as view_as
+    reshape_as select_scatter _pack_padded_sequence _pad_packed_sequence
+"""
+_PICKS = """
+    __getitem__ index_select gather take take_along_dim repeat_interleave masked_select _pack_padded_sequence
+    _pad_packed_sequence
+"""
+_REDUCES = """
+    sum nansum mean nanmean amax amin prod logsumexp softmax log_softmax cumsum cumprod cummax cummin logcumsumexp any
+    all argmax argmin sort argsort median nanmedian var std count_nonzero max min var_mean std_mean aminmax
+"""
 _REDUCES_SECOND = "norm vector_norm linalg_norm linalg_vector_norm topk kthvalue"
-_IMAGES = """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
-    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d group_norm instance_norm
-    batch_norm upsample_nearest1d upsample_nearest2d upsample_bilinear2d pixel_shuffle pixel_unshuffle glu"""
-_MAKES_CONSTANTS = """zeros_like ones_like rand_like randn_like randint_like empty_like new_zeros new_ones new_empty zero_ arange zeros
-    ones empty eye linspace logspace rand randn randint randperm tril_indices triu_indices normal uniform_ normal_ hann_window
-    hamming_window full new_full full_like"""
+_IMAGES = """
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d group_norm instance_norm batch_norm upsample_nearest1d upsample_nearest2d upsample_bilinear2d
+    pixel_shuffle pixel_unshuffle glu
+"""
+_MAKES_CONSTANTS = """
+    zeros_like ones_like rand_like randn_like randint_like empty_like new_zeros new_ones new_empty zero_ arange zeros
+    ones empty eye linspace logspace rand randn randint randperm tril_indices triu_indices normal uniform_ normal_
+    hann_window hamming_window full new_full full_like
+"""
 
 _REDUCING = {**dict.fromkeys(_REDUCES.split(), 1), **dict.fromkeys(_REDUCES_SECOND.split(), 2)}
 """Names of operations that compute over some axes, with the position of the argument that names these."""
@@ -325,7 +339,9 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
 
 
 def moved_entries(name: str, args: Any) -> list[Tensor]:
-    """Return the arguments whose entries are in the result of an operation that takes an index; none for other operations."""
+    """Return the arguments whose entries are in the result of an operation that takes an index; none for other
+    operations.
+    """
     if name.rstrip("_") in _ADDING:
         return [tensor for tensor in (args[0], args[3] if len(args) > 3 else None) if isinstance(tensor, Tensor)]
     if name in _PICKS.split() and args:

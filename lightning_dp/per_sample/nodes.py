@@ -1,8 +1,9 @@
-"""Tracked tensors: private parameters, and functions of private parameters, that report every operation they take part in.
+"""Tracked tensors: private parameters, and functions of private parameters, that report every operation they take part
+in.
 
-A private parameter becomes a tracked tensor by a change of its class: the object stays the same one, so that every reference to it
-(tied layers, lists, optimizers) is followed. A function of private parameters is a tensor of its own class that stays connected,
-by autograd, to stand-ins of its parameters.
+A private parameter becomes a tracked tensor by a change of its class: the object stays the same one, so that every
+reference to it (tied layers, lists, optimizers) is followed. A function of private parameters is a tensor of its own
+class that stays connected, by autograd, to stand-ins of its parameters.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ def notices(module: nn.Module, *, runs_samples_alone: bool) -> list[str]:
     compiled = [name or "the module itself" for name, layer in module.named_modules() if is_compiled(layer)]
     if compiled and not runs_samples_alone:
         found.append(
-            f"Compiled submodules run eagerly ({_listed(compiled)}): compiled code does not report what it does with parameters. "
-            "grad_sample='single' keeps them compiled."
+            f"Compiled submodules run eagerly ({_listed(compiled)}): compiled code does not report what it does with "
+            "parameters. grad_sample='single' keeps them compiled."
         )
     return found
 

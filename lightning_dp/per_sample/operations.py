@@ -39,20 +39,20 @@ class Operation(NamedTuple):
     keeps_rows: bool = False
 
 
-_ARITHMETIC = """add sub mul div pow rsub truediv rdiv rtruediv radd rmul rpow idiv itruediv iadd isub imul ipow eq ne lt le gt ge
-    and or xor"""
-_ELEMENTWISE = """subtract multiply divide true_divide floor_divide float_power where lerp lerp_ addcmul addcmul_ addcdiv addcdiv_
-    maximum minimum fmax fmin clamp clamp_ clip clip_ clamp_min clamp_max fmod remainder atan2 arctan2 hypot logaddexp logaddexp2
-    xlogy copysign greater less greater_equal less_equal not_equal isclose copy_ masked_fill masked_fill_ expand_as
-    scaled_dot_product_attention"""
+_ARITHMETIC = """add sub mul div pow rsub truediv rdiv rtruediv radd rmul rpow idiv itruediv iadd isub imul ipow eq ne
+    lt le gt ge and or xor"""
+_ELEMENTWISE = """subtract multiply divide true_divide floor_divide float_power where lerp lerp_ addcmul addcmul_
+    addcdiv addcdiv_ maximum minimum fmax fmin clamp clamp_ clip clip_ clamp_min clamp_max fmod remainder atan2 arctan2
+    hypot logaddexp logaddexp2 xlogy copysign greater less greater_equal less_equal not_equal isclose copy_ masked_fill
+    masked_fill_ expand_as scaled_dot_product_attention"""
 _COPIES = "to float double half bfloat16 type type_as clone contiguous"
-_WITHOUT_GRADIENT = """detach detach_ size dim ndimension numel nelement stride storage_offset data_ptr untyped_storage storage
-    element_size is_contiguous is_floating_point is_complex is_signed is_pinned is_shared is_same_size is_set_to get_device item
-    tolist numpy equal allclose __len__ __repr__ __format__ __str__ __hash__ __bool__ __int__ __float__ __complex__ __index__
-    __contains__ __array__ __dir__ __deepcopy__ __reduce_ex__ __reduce__ __setstate__ __set__ __delete__ __dlpack__
-    __dlpack_device__ register_post_accumulate_grad_hook requires_grad_ backward zero_ result_type can_cast zeros_like ones_like
-    empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor share_memory_
-    pin_memory is_nonzero has_names _is_view is_inference record_stream"""
+_WITHOUT_GRADIENT = """detach detach_ size dim ndimension numel nelement stride storage_offset data_ptr untyped_storage
+    storage element_size is_contiguous is_floating_point is_complex is_signed is_pinned is_shared is_same_size is_set_to
+    get_device item tolist numpy equal allclose __len__ __repr__ __format__ __str__ __hash__ __bool__ __int__ __float__
+    __complex__ __index__ __contains__ __array__ __dir__ __deepcopy__ __reduce_ex__ __reduce__ __setstate__ __set__
+    __delete__ __dlpack__ __dlpack_device__ register_post_accumulate_grad_hook requires_grad_ backward zero_ result_type
+    can_cast zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty
+    new_full new_tensor share_memory_ pin_memory is_nonzero has_names _is_view is_inference record_stream"""
 
 ALIGNED = frozenset(
     [f"__{name}__" for name in _ARITHMETIC.split()]
@@ -131,8 +131,8 @@ def _embedding(
     if (max_norm is not None or scale_grad_by_freq) and weight.requires_grad:
         raise PrivacyError(
             f"Expected an embedding without max_norm and scale_grad_by_freq, got max_norm={max_norm} and "
-            f"scale_grad_by_freq={scale_grad_by_freq}. They change weights or gradients by the tokens of the whole batch; leave them "
-            "out."
+            f"scale_grad_by_freq={scale_grad_by_freq}. They change weights or gradients by the tokens of the whole "
+            "batch; leave them out."
         )
     spec = _spec(nn.Embedding, *weight.shape, padding_idx)
     return Bound((input, weight, None), spec, lambda func, w, b: func(input, w, padding_idx, max_norm))

@@ -67,7 +67,8 @@ def compare(tracker: Tracker, func: Any, node: Node, tensors: Sequence[Tensor], 
 
 def _refuse(func: Any, nodes: Iterable[Node], rows: Mixed) -> NoReturn:
     raise PrivacyError(
-        f"Expected {func.__name__} of {named(nodes)} to meet rows of known samples, got rows that come from {rows.by}. {WAY_OUT}."
+        f"Expected {func.__name__} of {named(nodes)} to meet rows of known samples, got rows that come from {rows.by}. "
+        f"{WAY_OUT}."
     )
 
 

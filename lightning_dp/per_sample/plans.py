@@ -1,9 +1,9 @@
 """Learn, from runs at two batch sizes, which operations of private parameters see samples, and along which axes.
 
-An operation whose tensors all keep their shapes sees constants (positions, masks): its result is a function of parameters, and is
-followed from then on in further runs, until nothing new is found. An operation on parameters alone whose result has a batch axis
-(``expand``) repeats them for every sample. All others are uses. Operations are matched by order, among those of their kind on one
-of their parameters.
+An operation whose tensors all keep their shapes sees constants (positions, masks): its result is a function of
+parameters, and is followed from then on in further runs, until nothing new is found. An operation on parameters alone
+whose result has a batch axis (``expand``) repeats them for every sample. All others are uses. Operations are matched by
+order, among those of their kind on one of their parameters.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Learned:
     _common: dict[Key, Plan] = field(default_factory=dict)
 
     def joined(self, other: Learned) -> Learned:
-        """Return what was learned in either of two ways to run: of an operation, the plans of the run with more uses of it."""
+        """Return what was learned in either of two ways to run: of an operation, the plans of the run with more uses of
+        it.
+        """
         plans = {
             key: max(self.plans.get(key, []), other.plans.get(key, []), key=len)
             for key in {**self.plans, **other.plans}
@@ -108,13 +110,19 @@ class Learned:
             at = index(key)
             plans = self.plans.get(key)
             if plans is None:
-                return "got its first call later. Let the first batch use every layer (no layer dropped, no branch skipped);"
+                return (
+                    "got its first call later. Let the first batch use every layer (no layer dropped, no branch "
+                    "skipped);"
+                )
             if at is not None and at < len(plans) and _fits(plans[at], tensors, size):
                 found = plans[at]
             else:
                 fitting = [plan for plan in plans if _fits(plan, tensors, size)]
                 if not fitting or not all(_alike(fitting[0], other) for other in fitting[1:]):
-                    return f"got tensors of shapes {[tuple(t.shape) for t in tensors]}, unlike those of {len(plans)} uses seen."
+                    return (
+                        f"got tensors of shapes {[tuple(t.shape) for t in tensors]}, unlike those of {len(plans)} "
+                        "uses seen."
+                    )
                 found = fitting[0]
         if isinstance(found, Unclear):
             return f"but {found.reason}."
@@ -216,7 +224,8 @@ class Learner:
                 return found
             known = found
         raise PrivacyError(
-            f"Expected to understand the uses of private parameters in {_MOST_PASSES} runs, got new ones in each. {WAY_OUT}."
+            f"Expected to understand the uses of private parameters in {_MOST_PASSES} runs, got new ones in each. "
+            f"{WAY_OUT}."
         )
 
     def _observe(self, size: int, known: Learned) -> Observer:
@@ -275,9 +284,9 @@ class Learner:
                     continue
                 if key in pending:
                     raise PrivacyError(
-                        f"Expected {labels[key]} to meet tensors with a batch axis, got one without a batch axis through which a "
-                        "gradient flows. A penalty on weights belongs into the optimizer's weight_decay; a statistic of the "
-                        f"batch mixes its samples; {WAY_OUT}."
+                        f"Expected {labels[key]} to meet tensors with a batch axis, got one without a batch axis "
+                        "through which a gradient flows. A penalty on weights belongs into the optimizer's "
+                        f"weight_decay; a statistic of the batch mixes its samples; {WAY_OUT}."
                     )
                 raise PrivacyError(
                     f"Expected to see which samples {labels[key]} works on, but {plan.reason}. Give it one batch axis; "
@@ -298,8 +307,9 @@ class Learner:
             calls = again.get(key, [])
             if i < len(calls) and _same(first[key][i].inputs[j], calls[i].inputs[j]):
                 raise PrivacyError(
-                    f"Expected {labels[key]} to meet constants or tensors with a batch axis, got one without a batch axis whose "
-                    f"values change with the batch: its samples are mixed. Give it the batch axis; {WAY_OUT}."
+                    f"Expected {labels[key]} to meet constants or tensors with a batch axis, got one without a batch "
+                    "axis whose values change with the batch: its samples are mixed. Give it the batch axis; "
+                    f"{WAY_OUT}."
                 )
 
 

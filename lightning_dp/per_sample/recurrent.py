@@ -4,10 +4,11 @@ With all hidden states known from the fused forward, the gates of all times are 
 
     gates_x = x W_ih^T + b_ih,    gates_h = h_prev W_hh^T + b_hh,
 
-whose per-sample gradients have a rule. The backward through time gives their backprops; it needs a few elementwise operations and
-one product with ``W_hh`` for each time.
+whose per-sample gradients have a rule. The backward through time gives their backprops; it needs a few elementwise
+operations and one product with ``W_hh`` for each time.
 
-Shape legend: ``B`` samples, ``T`` times, ``H`` hidden features, ``P`` features of the output (``H`` without projection).
+Shape legend: ``B`` samples, ``T`` times, ``H`` hidden features, ``P`` features of the output (``H`` without
+projection).
 """
 
 from __future__ import annotations
@@ -215,8 +216,8 @@ def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
         data, batch_sizes, state, flat, has_biases, num_layers, dropout, train, bidirectional = args
         if batch_sizes not in ORDERS:
             raise PrivacyError(
-                f"Expected packed sequences in calls of nn.LSTM, nn.GRU and nn.RNN only, got a direct call of {kind}, which does not "
-                f"show the order of the samples. {WAY_OUT}."
+                f"Expected packed sequences in calls of nn.LSTM, nn.GRU and nn.RNN only, got a direct call of {kind}, "
+                f"which does not show the order of the samples. {WAY_OUT}."
             )
         order = ORDERS[batch_sizes]
         x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=True)

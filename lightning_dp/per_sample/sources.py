@@ -1,8 +1,8 @@
 """Per-sample gradients of the tensors of one operation, from its uses: in full, as squared norms, as a weighted sum.
 
-Where that frees memory the gradients are computed within the backward, as soon as the backprop is there: then neither input nor
-backprop is kept, and a backward holds no more than one without privacy. What needs the whole batch in another form (Gram matrices,
-several uses) waits for the end of the backward. ``B`` samples.
+Where that frees memory the gradients are computed within the backward, as soon as the backprop is there: then neither
+input nor backprop is kept, and a backward holds no more than one without privacy. What needs the whole batch in another
+form (Gram matrices, several uses) waits for the end of the backward. ``B`` samples.
 
 A key names the tensor that a gradient belongs to: the qualified name of a parameter, or a node (nodes.py).
 """
@@ -254,7 +254,9 @@ class Source:
         return norms
 
     def _make_cached(self, keys: Iterable[Hashable], calls: list[Call], cached: Grads) -> None:
-        """Compute, of these keys, the gradients that are cached: the small ones and those that pay and have a buffer."""
+        """Compute, of these keys, the gradients that are cached: the small ones and those that pay and have a
+        buffer.
+        """
         size = self.recorder.num_samples
         small = {self.local[key]: key for key in keys if self._is_small(key, calls)}
         if small:
@@ -272,7 +274,9 @@ class Source:
                 cached[key] = buffer
 
     def _active_entries(self, key: Hashable, calls: list[Call], mask: ParameterMask) -> Tensor | None:
-        """Return the active entries of every sample's gradient, and cache them: if they are few, that pays and memory allows."""
+        """Return the active entries of every sample's gradient, and cache them: if they are few, that pays and memory
+        allows.
+        """
         local, size = self.local[key], self.recorder.num_samples
         if not self.rule.prefers_active_entries(calls, size, local) or mask.share > MOST_ACTIVE:
             return None

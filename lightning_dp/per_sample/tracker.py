@@ -1,7 +1,8 @@
 """Follow private parameters through the operations of a step.
 
-An operation on parameters alone gives a function of parameters. An operation that meets tensors with a batch axis is a use: it has
-a rule, or the parameter is expanded to a copy for each sample. Which of them it is was learned from two batch sizes (plans.py).
+An operation on parameters alone gives a function of parameters. An operation that meets tensors with a batch axis is a
+use: it has a rule, or the parameter is expanded to a copy for each sample. Which of them it is was learned from two
+batch sizes (plans.py).
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class Tracker:
         self.follower.__enter__()  # type: ignore[no-untyped-call]
 
     def hand_on(self, tensor: Tensor, *results: Tensor | None) -> None:
-        """Give the owners of a tensor's rows to results that were computed from it in a way that does not report itself."""
+        """Give the owners of a tensor's rows to results that were computed from it in a way that does not report
+        itself.
+        """
         if self.follower is not None:
             for result in results:
                 if result is not None:
@@ -125,14 +128,16 @@ class Tracker:
         if node is not None and (thing.requires_grad or self.observer is not None):  # type: ignore[attr-defined]
             if node.generation not in (-1, self.recorder.generation):
                 raise PrivacyError(
-                    f"Expected functions of parameters to be computed in each batch, got {node.name!r} of an earlier one. "
-                    "Compute it in training_step."
+                    f"Expected functions of parameters to be computed in each batch, got {node.name!r} of an earlier "
+                    "one. Compute it in training_step."
                 )
             return node
         return None
 
     def stand_in(self, node: Node, parameter: Tensor) -> Tensor:
-        """Return the leaf that functions of a parameter are connected to; a gradient that reaches it was not followed."""
+        """Return the leaf that functions of a parameter are connected to; a gradient that reaches it was not
+        followed.
+        """
         name = node.names[0]
         if name not in self.stand_ins:
             if self.observer is not None:
@@ -230,7 +235,9 @@ class Tracker:
         return source
 
     def general(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation that has no rule: derive a function of parameters, or expand the parameters to the samples."""
+        """Run an operation that has no rule: derive a function of parameters, or expand the parameters to the
+        samples.
+        """
         tensors = [*tensors_in(args, kwargs)]
         tracked = [(tensor, node) for tensor in tensors if (node := self.node_of(tensor)) is not None]
         if not tracked:
@@ -248,8 +255,8 @@ class Tracker:
             mine = {id(tensor) for tensor, _ in tracked}
             if any(tensor.requires_grad and id(tensor) not in mine for tensor in tensors):
                 raise PrivacyError(
-                    f"Expected {func.__name__} to meet {named(nodes)} as it did when its layout was learned, got a tensor "
-                    f"that requires grad. {WAY_OUT}."
+                    f"Expected {func.__name__} to meet {named(nodes)} as it did when its layout was learned, got a "
+                    f"tensor that requires grad. {WAY_OUT}."
                 )
             return derive(self, func, args, kwargs)
         if len(plan.inputs) != len(tensors):
@@ -282,6 +289,6 @@ class Tracker:
     def unbatched(self, func: Any, nodes: Any) -> Any:
         """Raise for an operation that does not keep the samples apart."""
         raise PrivacyError(
-            f"Expected {func.__name__} of {named(nodes)} to keep the samples apart, got one that mixes them: its batch axis is one "
-            f"that it computes over, or is missing. Give the samples an axis of their own; {WAY_OUT}."
+            f"Expected {func.__name__} of {named(nodes)} to keep the samples apart, got one that mixes them: its batch "
+            f"axis is one that it computes over, or is missing. Give the samples an axis of their own; {WAY_OUT}."
         )

@@ -1,8 +1,8 @@
 """One use of private parameters in an operation: its input, and the backprops that reach its output.
 
-While an operation runs, its private parameters are detached values. Its output gets a hook (or, where nothing before it requires a
-gradient, a tap) which hands the backprop to the use. A use enters its source's list with its first backprop, so that uses without
-a backward cost nothing and die with their graph.
+While an operation runs, its private parameters are detached values. Its output gets a hook (or, where nothing before it
+requires a gradient, a tap) which hands the backprop to the use. A use enters its source's list with its first backprop,
+so that uses without a backward cost nothing and die with their graph.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def tap(output: Tensor, use: Use) -> Tensor:
 def tap_output(output: Tensor, use: Use) -> Tensor:
     """As :func:`tap`, cheaper, for an output that is fresh and not saved for its own backward.
 
-    A hook is enough where an in-place operation moves it along. On a view it would stay on a dead branch of the graph, and a tensor
-    that requires no grad cannot have one.
+    A hook is enough where an in-place operation moves it along. On a view it would stay on a dead branch of the graph,
+    and a tensor that requires no grad cannot have one.
     """
     if not output.requires_grad:
         return tap(output, use)

@@ -149,7 +149,9 @@ def privacy_card(
         "epsilon": _plain(epsilon),
         "delta": plan.delta,
         "definition": {
-            "data_accesses": "one training run, all its steps, those of resumed runs and searches in the ledger included",
+            "data_accesses": (
+                "one training run, all its steps, those of resumed runs and searches in the ledger included"
+            ),
             "mechanism_output": "the trained parameters after every step",
             "unit": statement.describe_unit(plan),
             "counted_as": plan.unit,
@@ -200,14 +202,16 @@ def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) ->
         return f"This run is NOT differentially private: {statement.why_infinite(ledger)}."
     caveat = " A seed was set: nothing here holds against someone who knows it." if notes.seeded else ""
     return (
-        f"The parameters after {ledger.num_steps} steps, and whatever is computed from them without the training data, are "
-        f"(epsilon, delta)-differentially private with epsilon = {statement.describe_epsilon(epsilon)} and delta = {plan.delta:g}, for "
-        f"{statement.describe_relation(plan.neighboring_relation, plan.unit)}.{caveat}"
+        f"The parameters after {ledger.num_steps} steps, and whatever is computed from them without the training data, "
+        f"are (epsilon, delta)-differentially private with epsilon = {statement.describe_epsilon(epsilon)} and delta = "
+        f"{plan.delta:g}, for {statement.describe_relation(plan.neighboring_relation, plan.unit)}.{caveat}"
     )
 
 
 def _noise_over_steps(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return runs of equal noise; the open pass of a shuffled run is an entry of its own in the ledger, but not here."""
+    """Return runs of equal noise; the open pass of a shuffled run is an entry of its own in the ledger, but not
+    here.
+    """
     return [
         {"steps": sum(run.num_steps for run in runs), "noise_multiplier": event.noise_multiplier, "note": event.reason}
         for event, runs in itertools.groupby(ledger.entries, key=lambda run: run.event)
@@ -232,8 +236,8 @@ def _attacks(ledger: Ledger, accountant: Accountant) -> dict[str, Any]:
 def _assumptions(plan: DPPlan) -> str:
     if statement.amplifies_allocation(plan):
         return (
-            f"each {plan.unit} joins exactly one of the {plan.batches_per_pass} batches of a pass, uniformly and independently, as the "
-            "sampler draws them (random allocation); fresh Gaussian noise at every step"
+            f"each {plan.unit} joins exactly one of the {plan.batches_per_pass} batches of a pass, uniformly and "
+            "independently, as the sampler draws them (random allocation); fresh Gaussian noise at every step"
         )
     if plan.correlation is not None:
         known = plan.correlation
@@ -242,8 +246,14 @@ def _assumptions(plan: DPPlan) -> str:
             f"{known.describe()}"
         )
     if plan.sampling != "poisson":
-        return f"each {plan.unit} is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every step"
-    return f"each {plan.unit} joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise at every step"
+        return (
+            f"each {plan.unit} is in one batch of a pass (no amplification is claimed); fresh Gaussian noise at every "
+            "step"
+        )
+    return (
+        f"each {plan.unit} joins each batch independently (Poisson), as the sampler draws them; fresh Gaussian noise "
+        "at every step"
+    )
 
 
 def _generator(notes: RunNotes) -> str:

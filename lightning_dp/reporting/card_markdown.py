@@ -29,7 +29,9 @@ def to_markdown(card: Mapping[str, Any], *, plot: str | None = None) -> str:
                 "data accesses covered": definition["data_accesses"],
                 "what is protected": definition["mechanism_output"],
                 "unit": f"{definition['unit']} ({size} {definition['counted_as']}s)",
-                "neighbouring data sets": f"{definition['neighboring_datasets']} (`{definition['neighboring_relation']}`)",
+                "neighbouring data sets": (
+                    f"{definition['neighboring_datasets']} (`{definition['neighboring_relation']}`)"
+                ),
             },
         ),
         _table(
@@ -81,7 +83,8 @@ def _attack_section(attacks: Mapping[str, Any], unit: str) -> str:
     """Return the section on the largest success of any attack."""
     lines = [
         "## Attacks\n",
-        f"Whoever sees everything that was released, knows all other {unit}s and wants to tell whether one {unit} was used:\n",
+        f"Whoever sees everything that was released, knows all other {unit}s and wants to tell whether one {unit} was "
+        "used:\n",
         "| wrong claims (false positive rate) | right claims (true positive rate), at most |",
         "|---|---|",
         *(
@@ -89,8 +92,9 @@ def _attack_section(attacks: Mapping[str, Any], unit: str) -> str:
             for wrong, right in attacks["largest_true_positive_rates"]
         ),
         "",
-        f"The largest advantage, right claims less wrong ones, is {statement.describe_share(attacks['largest_advantage'])}. "
-        f"Computed from {attacks['computed_from']}, for any attack.",
+        "The largest advantage, right claims less wrong ones, is "
+        f"{statement.describe_share(attacks['largest_advantage'])}. Computed from {attacks['computed_from']}, for any "
+        "attack.",
     ]
     return "\n".join(lines)
 

@@ -91,7 +91,8 @@ class _Described:
 
 
 def stated_plan(state: Mapping[str, Any]) -> DPPlan:
-    """Return the plan that a checkpoint holds, as far as a statement needs it: its schedule and clipping cannot be run again.
+    """Return the plan that a checkpoint holds, as far as a statement needs it: its schedule and clipping cannot be run
+    again.
 
     Args:
         state: what ``DPPlan.state_dict`` returned.
@@ -115,8 +116,8 @@ def stated_plan(state: Mapping[str, Any]) -> DPPlan:
     for name, kind in kinds.items():
         if name not in state or not isinstance(state[name], kind):
             raise ValueError(
-                f"Expected an intact plan, got {name}={state.get(name)!r}. The checkpoint is damaged or of another version of "
-                "lightning_dp: use an intact one."
+                f"Expected an intact plan, got {name}={state.get(name)!r}. The checkpoint is damaged or of another "
+                "version of lightning_dp: use an intact one."
             )
     fields = {name: state[name] for name in kinds if name != "clipping"}
     fields["per_sample_loss"] = state.get("per_sample_loss", False) is True
@@ -201,7 +202,9 @@ def describe_sampling(plan: DPPlan) -> str:
 
 
 def amplifies_allocation(plan: DPPlan) -> bool:
-    """Tell whether passes are random allocations and the plan's accountant counts them as less than one Gaussian each."""
+    """Tell whether passes are random allocations and the plan's accountant counts them as less than one Gaussian
+    each.
+    """
     return plan.allocates and ACCOUNTANTS[plan.accountant].amplifies_from < math.inf
 
 

@@ -1,8 +1,8 @@
 """The draw of the records of each step, and their way to the training step.
 
 Read in this order: ``indices`` (the random draws), ``units`` (users with several records), ``batches`` (one item of the
-loader), ``fetch`` and ``randomness`` (how it is read), ``facts`` (what is public), ``checks`` (which loaders cannot be made
-private, and why), ``shapes`` (training data that is not one loader), ``loader``, ``make`` (put them together).
+loader), ``fetch`` and ``randomness`` (how it is read), ``facts`` (what is public), ``checks`` (which loaders cannot be
+made private, and why), ``shapes`` (training data that is not one loader), ``loader``, ``make`` (put them together).
 """
 
 from lightning_dp.sampling.batches import LogicalBatch

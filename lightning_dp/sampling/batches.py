@@ -26,10 +26,10 @@ class LogicalBatch:
     **Guarantee**: a user's records are all in one microbatch. How many samples there are, whose, and which, is private.
 
     Args:
-        microbatches: pairs (number of units >= 1, the batch as the user's ``collate_fn`` made it). A unit is a record, or
-            a user with some records.
-        owners: for each microbatch, an int64 tensor of shape (records,): the position 0 ... units - 1 of the user to whom
-            each record belongs, ascending. ``None`` for a microbatch whose units are records, and for all of them.
+        microbatches: pairs (number of units >= 1, the batch as the user's ``collate_fn`` made it). A unit is a record,
+            or a user with some records.
+        owners: for each microbatch, an int64 tensor of shape (records,): the position 0 ... units - 1 of the user to
+            whom each record belongs, ascending. ``None`` for a microbatch whose units are records, and for all of them.
 
     Example:
         >>> batch = LogicalBatch([(2, "ab"), (1, "c")])

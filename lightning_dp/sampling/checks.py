@@ -49,8 +49,8 @@ def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"Expected a torch.utils.data.DataLoader for training, got {type(loader).__name__}. Private sampling needs "
-            "to know dataset, batch size and collate function: return one DataLoader. An iterable of batches trains under "
-            'sampling="shuffle".'
+            "to know dataset, batch size and collate function: return one DataLoader. An iterable of batches trains "
+            'under sampling="shuffle".'
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
@@ -83,8 +83,8 @@ def check_options(
     """Raise ValueError for options of ``private_dataloader`` that do not go together, or not with the dataset."""
     if has_extra_records and (is_stream or num_batches_kept is not None):
         raise ValueError(
-            "Expected a whole dataset with random access for extra_records, got a stream or a part of one. Canaries need their "
-            "place among the records: audit with gradient canaries, and without overfit_batches."
+            "Expected a whole dataset with random access for extra_records, got a stream or a part of one. Canaries "
+            "need their place among the records: audit with gradient canaries, and without overfit_batches."
         )
     if is_stream and num_batches_kept is not None:
         raise ValueError(
@@ -98,16 +98,18 @@ def check_options(
         )
     if is_stream and has_unit:
         raise ValueError(
-            "Expected a dataset with random access for a unit, got a stream. Users are drawn before their records are read: give the "
-            "dataset random access, or join each user's records to one record."
+            "Expected a dataset with random access for a unit, got a stream. Users are drawn before their records are "
+            "read: give the dataset random access, or join each user's records to one record."
         )
     if fixed_order and not is_stream:
         raise ValueError(
-            'Expected fixed_order for a stream only, got fixed_order=True for data with random access. Use sampling="cyclic".'
+            "Expected fixed_order for a stream only, got fixed_order=True for data with random access. Use "
+            'sampling="cyclic".'
         )
     if public_assignment is not None and (sampling != "cyclic" or public_assignment < 0):
         raise ValueError(
-            f'Expected a public_assignment >= 0 for sampling="cyclic" only, got public_assignment={public_assignment} for '
+            f'Expected a public_assignment >= 0 for sampling="cyclic" only, got '
+            f"public_assignment={public_assignment} for "
             f"sampling={sampling!r}. Leave it out."
         )
 
@@ -136,8 +138,8 @@ def _check_iterable(loader: DataLoader[Any], sampling: str) -> None:
         )
     if sampling == "cyclic":
         raise TypeError(
-            f"Expected a map-style dataset for cyclic sampling, got the IterableDataset {name}. Its order is its own. Use "
-            'sampling="shuffle", with fixed_order=True if it yields the same order in every pass.'
+            f"Expected a map-style dataset for cyclic sampling, got the IterableDataset {name}. Its order is its own. "
+            'Use sampling="shuffle", with fixed_order=True if it yields the same order in every pass.'
         )
     if loader.batch_size is None:
         raise ValueError(_no_batch_size(name))

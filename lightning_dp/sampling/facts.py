@@ -16,15 +16,15 @@ class SamplingFacts:
 
     Args:
         sampling: "poisson", "shuffle" or "cyclic".
-        dataset_size: number of units n sampled from: records, or users; ``None`` if unknown (an iterable dataset without
-            length).
+        dataset_size: number of units n sampled from: records, or users; ``None`` if unknown (an iterable dataset
+            without length).
         expected_batch_size: units B expected in a logical batch, over all ranks and parts: the divisor of the sum.
         sample_rate: q = B / n for "poisson"; ``None`` for "shuffle" and "cyclic".
         steps_per_epoch: logical batches in a pass; ``None`` if unknown.
         add_remove_changes_one_batch: whether one unit more or less changes one batch of a pass by one unit. False
             for iterable datasets, whose batches are cut in order: a record added moves all that follow. False for
-            "cyclic" with a public assignment: it is one of positions, and those behind a removed record shift. Then only
-            the relations that keep the other records in place change a single batch.
+            "cyclic" with a public assignment: it is one of positions, and those behind a removed record shift. Then
+            only the relations that keep the other records in place change a single batch.
         accumulate: items that one logical batch is handed out in.
         separation: logical steps after which a unit comes back, exactly; ``None`` where that is random or not promised.
         fixed_order: whether the order is the same in every pass.
@@ -69,11 +69,13 @@ class SamplingFacts:
             if self.steps_per_epoch is not None and steps <= self.steps_per_epoch:
                 return 1
             raise ValueError(
-                f"Expected fixed_order=True and a stream with a length for {steps} steps, got fixed_order={self.fixed_order} and "
-                f"{self.steps_per_epoch} steps in a pass. Promise that every pass has the same order, or train for one pass."
+                f"Expected fixed_order=True and a stream with a length for {steps} steps, got "
+                f"fixed_order={self.fixed_order} and {self.steps_per_epoch} steps in a pass. Promise that every pass "
+                "has the same order, or train for one pass."
             )
         raise ValueError(
-            f'Expected data in a fixed order, got sampling="{self.sampling}" over data with random access. Use sampling="cyclic".'
+            f'Expected data in a fixed order, got sampling="{self.sampling}" over data with random access. '
+            'Use sampling="cyclic".'
         )
 
 

@@ -116,8 +116,8 @@ class BeforeStream(_Before):
     The loader asks for ``batch_size`` records one by one and then for their collated batch. The randomness begins with
     the first of them and ends with ``collate``, or where the stream ends or raises.
 
-    **Guarantee**: see ``fresh_randomness``; the entropy is the operating system's, or follows from the seed, the worker and
-    the number of the item.
+    **Guarantee**: see ``fresh_randomness``; the entropy is the operating system's, or follows from the seed, the worker
+    and the number of the item.
 
     Args:
         dataset: iterable dataset.

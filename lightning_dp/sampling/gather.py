@@ -13,8 +13,9 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 class Gather:
     """A wrapper of a ``TensorDataset``, or a ``Subset`` of one, whose samples ``default_collate`` makes a batch of.
 
-    To read 256 samples one by one and to stack them takes about a millisecond, to gather them a tenth of that. Its samples
-    are the indices themselves; :meth:`collate` makes of them, bit for bit, the batch that the two would have made.
+    To read 256 samples one by one and to stack them takes about a millisecond, to gather them a tenth of that. Its
+    samples are the indices themselves; :meth:`collate` makes of them, bit for bit, the batch that the two would have
+    made.
 
     Args:
         dataset: its tensors' rows are samples.
@@ -27,7 +28,9 @@ class Gather:
 
     @classmethod
     def of(cls, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> Gather | None:
-        """Return one for a dataset and the user's collate function, or None where either may do something of its own."""
+        """Return one for a dataset and the user's collate function, or None where either may do something of its
+        own.
+        """
         indices: Tensor | None = None
         while type(dataset) is Subset:
             mine = _integers(dataset.indices)

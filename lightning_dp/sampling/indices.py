@@ -161,7 +161,8 @@ class ShuffleBatchSampler(_PrivateBatchSampler):
     places, so that many batches change by two records. Here exactly one batch of a pass changes, by exactly one unit.
 
     **Guarantee**: one unit contributes to one step of a pass. The step is uniform over the ``steps_per_epoch`` logical
-    batches, independent of all other units and ranks, and drawn again in each pass. Batch sizes and members are private.
+    batches, independent of all other units and ranks, and drawn again in each pass. Batch sizes and members are
+    private.
 
     Args:
         dataset_size: number of units n >= 1 over all ranks.
@@ -186,12 +187,13 @@ class CyclicBatchSampler(_PrivateBatchSampler):
     comes back after exactly b steps, as correlated noise needs it.
 
     **Guarantee**: a unit takes part in the steps g, g + b, g + 2b, ... and in no other, for a g that does not depend on
-    the data. Accounted without amplification, so the secrecy of g is never used for the units themselves. It is used for
-    add-or-remove: a public assignment goes by position, and removing a record shifts all behind it to other groups.
-    Hence the assignment is drawn in secret by default, is never saved, and a process that resumes in mid-pass cannot know
-    it. ``public_assignment`` fixes it by a number that may be saved and published; then only the relations that keep the
-    other records in place ("zero_out", "replace_one") hold. Between two passes a new secret assignment may follow if the
-    noise begins an empty history: within each block of C the separation is b, and no unit takes part more often.
+    the data. Accounted without amplification, so the secrecy of g is never used for the units themselves. It is used
+    for add-or-remove: a public assignment goes by position, and removing a record shifts all behind it to other groups.
+    Hence the assignment is drawn in secret by default, is never saved, and a process that resumes in mid-pass cannot
+    know it. ``public_assignment`` fixes it by a number that may be saved and published; then only the relations that
+    keep the other records in place ("zero_out", "replace_one") hold. Between two passes a new secret assignment may
+    follow if the noise begins an empty history: within each block of C the separation is b, and no unit takes part more
+    often.
 
     Args:
         dataset_size: number of units n >= 1 over all ranks.
@@ -225,8 +227,8 @@ class CyclicBatchSampler(_PrivateBatchSampler):
     def __getstate__(self) -> dict[str, Any]:
         if not self.reproducible:
             raise TypeError(
-                "A cyclic sampler with a secret assignment cannot be copied or pickled: the copy would hold the assignment, or go on "
-                "with another one in mid-pass. Make a new loader."
+                "A cyclic sampler with a secret assignment cannot be copied or pickled: the copy would hold the "
+                "assignment, or go on with another one in mid-pass. Make a new loader."
             )
         return super().__getstate__()
 

@@ -39,9 +39,10 @@ class PrivateDataLoader(DataLoader[Any]):
     """A ``DataLoader`` over a private batch sampler; make one with ``private_dataloader``.
 
     ``loader.dataset`` is the user's own object. The user's code reads and collates each item under random streams that
-    begin with fresh entropy (see ``fresh_randomness``), in workers and in this process, where the streams around it stay
-    as they were. ``state_dict`` is empty by intent: after a resume the draws come from fresh randomness and nothing that
-    depends on data is kept in a checkpoint; that the method exists tells Lightning that the loader can be resumed.
+    begin with fresh entropy (see ``fresh_randomness``), in workers and in this process, where the streams around it
+    stay as they were. ``state_dict`` is empty by intent: after a resume the draws come from fresh randomness and
+    nothing that depends on data is kept in a checkpoint; that the method exists tells Lightning that the loader can be
+    resumed.
 
     Args:
         dataset: the user's dataset.
@@ -87,9 +88,9 @@ class PrivateDataLoader(DataLoader[Any]):
 
         Does nothing for "poisson", and for "shuffle" with random access, whose draws have no position.
 
-        **Guarantee**: records come back at the separation that ``facts`` states, or an error is raised. "cyclic" takes the
-        group of that step; in mid-pass only if the assignment is known (public, or of this process). A stream in a fixed
-        order is read up to that step, and what was read is dropped.
+        **Guarantee**: records come back at the separation that ``facts`` states, or an error is raised. "cyclic" takes
+        the group of that step; in mid-pass only if the assignment is known (public, or of this process). A stream in a
+        fixed order is read up to that step, and what was read is dropped.
 
         Args:
             step: logical steps released so far, >= 0.
@@ -104,9 +105,9 @@ class PrivateDataLoader(DataLoader[Any]):
         elif isinstance(self.dataset, IterableDataset):
             if step > 0 and not self.facts.fixed_order:
                 raise PrivacyError(
-                    f"The stream begins with its first record, but {step} steps of the run are done. Its records would come back "
-                    "sooner than accounted for. Promise fixed_order=True if every pass has the same order, so that it can be read "
-                    "up to there."
+                    f"The stream begins with its first record, but {step} steps of the run are done. Its records would "
+                    "come back sooner than accounted for. Promise fixed_order=True if every pass has the same order, "
+                    "so that it can be read up to there."
                 )
             length = steps_per_pass or self.facts.separation
             self._num_skipped = (step % length if length else step) * self.facts.accumulate
@@ -119,9 +120,10 @@ class PrivateDataLoader(DataLoader[Any]):
             return
         if done:
             raise PrivacyError(
-                f"Step {step} is {done} steps into a pass of {sampler.steps_per_epoch}, and the secret assignment of that pass ended "
-                "with its process. Records would come back sooner than accounted for. Resume from a checkpoint between two passes, or "
-                'train with neighboring_relation="zero_out", whose assignment is public.'
+                f"Step {step} is {done} steps into a pass of {sampler.steps_per_epoch}, and the secret assignment of "
+                "that pass ended with its process. Records would come back sooner than accounted for. Resume from a "
+                'checkpoint between two passes, or train with neighboring_relation="zero_out", whose assignment is '
+                "public."
             )
         self._first = step
 
@@ -145,13 +147,14 @@ class PrivateDataLoader(DataLoader[Any]):
         done = self.position % self._pass_length if self._pass_length else 0
         if self._pass_length and num_skipped != done * self.facts.accumulate:
             raise PrivacyError(
-                f"The stream began again {done} steps into a pass of {self._pass_length}. Its records would come back sooner than "
-                "accounted for. Let it yield as many records as its length says, and take a step for each of its batches."
+                f"The stream began again {done} steps into a pass of {self._pass_length}. Its records would come back "
+                "sooner than accounted for. Let it yield as many records as its length says, and take a step for each "
+                "of its batches."
             )
         if sum(1 for _ in itertools.islice(items, num_skipped)) < num_skipped:
             raise PrivacyError(
-                f"The stream ended before item {num_skipped}, where the run stopped. It does not yield what it yielded then: resume on "
-                "the same data."
+                f"The stream ended before item {num_skipped}, where the run stopped. It does not yield what it yielded "
+                "then: resume on the same data."
             )
         for number, item in enumerate(items, start=num_skipped):
             if number % self.facts.accumulate == 0:

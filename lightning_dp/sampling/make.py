@@ -51,16 +51,16 @@ def private_dataloader(
     over all ranks together. "shuffle" with a map-style dataset: each unit joins exactly one logical batch of a pass,
     drawn uniformly and independently of the others. "cyclic": the same logical batch in every pass. "shuffle" with an
     iterable dataset: order and batches are the dataset's own; that it yields each record once a pass, over all workers
-    and ranks, and with ``fixed_order`` in the same order, is its promise and cannot be checked here, and adding a record
-    shifts those behind it (see ``SamplingFacts.add_remove_changes_one_batch``). Sizes and members of batches are private;
-    the number of items is public and the same on all ranks. The user's sampler order and ``drop_last`` have no meaning
-    here and are not used (an iterable dataset keeps both).
+    and ranks, and with ``fixed_order`` in the same order, is its promise and cannot be checked here, and adding a
+    record shifts those behind it (see ``SamplingFacts.add_remove_changes_one_batch``). Sizes and members of batches are
+    private; the number of items is public and the same on all ranks. The user's sampler order and ``drop_last`` have no
+    meaning here and are not used (an iterable dataset keeps both).
 
     Args:
         loader: the user's loader; its dataset, collate function, workers and pinning are kept.
         sampling: "poisson", "shuffle" or "cyclic".
-        microbatch_size: most samples on the device at once, >= 1; ``None`` for no limit. A user is never split: one with
-            more records goes alone.
+        microbatch_size: most samples on the device at once, >= 1; ``None`` for no limit. A user is never split: one
+            with more records goes alone.
         accumulate: items one logical batch is handed out in, >= 1.
         rank: this process, 0 <= rank < world_size; it samples the units rank, rank + world_size, ...
         world_size: number of processes, >= 1.
@@ -68,8 +68,8 @@ def private_dataloader(
         num_batches_kept: use only the first ``num_batches_kept * B`` units (for overfitting checks); ``None``: all.
         extra_records: public records that follow those of the dataset, sampled and collated as they are: n counts them,
             each as a user of its own.
-        unit: whose presence is hidden if not each record's: one id of a user per record (array, tensor, list), or the key
-            (of mappings) or position (of tuples) at which items hold it; see ``unit_ids``. ``None``: the record's.
+        unit: whose presence is hidden if not each record's: one id of a user per record (array, tensor, list), or the
+            key (of mappings) or position (of tuples) at which items hold it; see ``unit_ids``. ``None``: the record's.
         records_per_unit: G >= 1, most records that a user brings to a logical batch; with ``unit`` only.
         fixed_order: promise that a stream has the same order in every pass.
         public_assignment: for "cyclic": a number, the same on all ranks, that fixes who is in which group and may be
@@ -80,8 +80,9 @@ def private_dataloader(
 
     Raises:
         TypeError: not a plain ``DataLoader``, or a dataset that cannot be sampled this way.
-        ValueError: a sampler with a meaning of its own, no batch size, or fewer units than a batch expects; extra records
-            for a dataset without random access, or together with ``num_batches_kept``; options that do not go together.
+        ValueError: a sampler with a meaning of its own, no batch size, or fewer units than a batch expects; extra
+            records for a dataset without random access, or together with ``num_batches_kept``; options that do not go
+            together.
 
     Example:
         >>> private = private_dataloader(DataLoader(range(100), batch_size=20), accumulate=2)

@@ -1,4 +1,6 @@
-"""Training data in other shapes than one ``DataLoader`` over records, made into one: bulk loading, collections, batches."""
+"""Training data in other shapes than one ``DataLoader`` over records, made into one: bulk loading, collections,
+batches.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from lightning_dp.sampling.loader import kept_options
 def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) -> Any:
     """Return training data in any shape as one loader over records; whatever is one already comes back as it is.
 
-    A list or dictionary of loaders becomes one loader whose batches have that structure. Record i is then made of item i of
-    each dataset: **who is protected is whoever brings item i to all of them**.
+    A list or dictionary of loaders becomes one loader whose batches have that structure. Record i is then made of item
+    i of each dataset: **who is protected is whoever brings item i to all of them**.
 
     An iterable of collated batches becomes a stream of their rows, in the same batches.
 
@@ -47,8 +49,8 @@ def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) 
     if not loaders or not all(isinstance(loader, DataLoader) for loader in loaders):
         kinds = sorted({type(loader).__name__ for loader in loaders})
         raise TypeError(
-            f"Expected DataLoaders in the {type(given).__name__} of training data, got {', '.join(kinds) or 'none'}. Private sampling "
-            "needs the records behind each: return one DataLoader, or a collection of them."
+            f"Expected DataLoaders in the {type(given).__name__} of training data, got {', '.join(kinds) or 'none'}. "
+            "Private sampling needs the records behind each: return one DataLoader, or a collection of them."
         )
     return _joined([_recorded(loader, sampling) for loader in loaders], structure, sampling, one_after_the_other)
 
@@ -67,7 +69,9 @@ def _recorded(loader: Any, sampling: str) -> Any:
 
 
 class _Positions(Dataset[Any]):
-    """The positions of a dataset, whose records are read in bulk when they are collated; attributes are the dataset's."""
+    """The positions of a dataset, whose records are read in bulk when they are collated; attributes are the
+    dataset's.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -98,7 +102,9 @@ class _ReadInBulk:
 
 
 def _single_reads(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return the loader of ``DataLoader(dataset, sampler=BatchSampler(...), batch_size=None)`` over single positions."""
+    """Return the loader of ``DataLoader(dataset, sampler=BatchSampler(...), batch_size=None)`` over single
+    positions.
+    """
     return DataLoader(
         _Positions(loader.dataset),
         batch_sampler=unwrap_sampler(loader.sampler),
@@ -148,20 +154,21 @@ def _joined(
         return _loader_like(first, first.dataset, collate)
     if one_after_the_other:
         raise ValueError(
-            f"Expected training loaders that are read together, got {len(loaders)} in mode='sequential'. A logical batch is drawn "
-            "from all records: join the datasets by torch.utils.data.ConcatDataset and return one loader."
+            f"Expected training loaders that are read together, got {len(loaders)} in mode='sequential'. A logical "
+            "batch is drawn from all records: join the datasets by torch.utils.data.ConcatDataset and return one "
+            "loader."
         )
     if any(isinstance(loader.dataset, IterableDataset) for loader in loaders):
         raise ValueError(
-            f"Expected datasets with random access in {len(loaders)} training loaders, got a stream. Item i of each is one record, "
-            "and the streams may not have the same order: join them in one IterableDataset."
+            f"Expected datasets with random access in {len(loaders)} training loaders, got a stream. Item i of each is "
+            "one record, and the streams may not have the same order: join them in one IterableDataset."
         )
     sizes = [(dataset_length(loader.dataset), getattr(loader.batch_sampler, "batch_size", None)) for loader in loaders]
     if len(set(sizes)) > 1:
         listed = ", ".join(f"{size} records in batches of {batch_size}" for size, batch_size in sizes)
         raise ValueError(
-            f"Expected {len(loaders)} training loaders of equal length and batch size, each a part of one record, got {listed}. Join "
-            "datasets of other records by torch.utils.data.ConcatDataset, or give both one length."
+            f"Expected {len(loaders)} training loaders of equal length and batch size, each a part of one record, got "
+            f"{listed}. Join datasets of other records by torch.utils.data.ConcatDataset, or give both one length."
         )
     return _loader_like(first, _Parts([loader.dataset for loader in loaders]), collate)
 
@@ -196,8 +203,8 @@ class RowsOfBatches(IterableDataset[Any]):
             rows = _rows(batch)
             if short or len(rows) > self.batch_size:
                 raise ValueError(
-                    f"Expected batches of {self.batch_size} rows, as the first one has, but for the last, got {short or len(rows)}. "
-                    "The batch size is public: let the iterable yield batches of equal size."
+                    f"Expected batches of {self.batch_size} rows, as the first one has, but for the last, got "
+                    f"{short or len(rows)}. The batch size is public: let the iterable yield batches of equal size."
                 )
             short = len(rows) if len(rows) < self.batch_size else 0
             yield from rows
@@ -215,8 +222,8 @@ def _rows_of(batches: Any) -> DataLoader[Any]:
     iterator = iter(batches)
     if iterator is batches:
         raise ValueError(
-            f"Expected training data that can be read more than once, got a {type(batches).__name__}. Records are read before the "
-            "first step, too: return an object whose __iter__ begins again."
+            f"Expected training data that can be read more than once, got a {type(batches).__name__}. Records are read "
+            "before the first step, too: return an object whose __iter__ begins again."
         )
     first = next(iterator, None)
     if first is None:
@@ -245,8 +252,8 @@ def _rows(batch: Any) -> list[Any]:
     if wrong or len(lengths) != 1:
         found = type(wrong[0]).__name__ if wrong else f"lengths {sorted(lengths)}"
         raise TypeError(
-            f"Expected every part of a batch to have one row per record, got {found}. Records could not be distinguished: "
-            "yield tensors of equal first length, or return a DataLoader."
+            f"Expected every part of a batch to have one row per record, got {found}. Records could not be "
+            "distinguished: yield tensors of equal first length, or return a DataLoader."
         )
     return [tree_unflatten([column[row] for column in columns], structure) for row in range(lengths.pop())]
 

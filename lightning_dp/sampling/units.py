@@ -43,14 +43,15 @@ class Units:
         for record, identity in enumerate(ids):
             if identity is None or identity != identity:
                 raise ValueError(
-                    f"Expected an id for every record, got {identity!r} for record {record}. Give records without a user an id of "
-                    "their own."
+                    f"Expected an id for every record, got {identity!r} for record {record}. Give records without a "
+                    "user an id of their own."
                 )
             try:
                 owners[record] = numbers.setdefault(identity, len(numbers))
             except TypeError as error:
                 raise TypeError(
-                    f"Expected ids that can be hashed, got {type(identity).__name__} for record {record}. Pass numbers or strings."
+                    f"Expected ids that can be hashed, got {type(identity).__name__} for record {record}. Pass numbers "
+                    "or strings."
                 ) from error
         self.most = most
         self._records = np.argsort(owners, kind="stable")
@@ -131,8 +132,8 @@ def _column(dataset: Any, unit: int | str) -> list[Any] | None:
 def _read(dataset: Any, size: int, unit: int | str, warn: bool) -> list[Any]:
     if warn:
         warnings.warn(
-            f"Reading all {size} records once to find their users at {unit!r}, since {type(dataset).__name__} keeps no such column. "
-            "Pass the ids as an array to start at once.",
+            f"Reading all {size} records once to find their users at {unit!r}, since {type(dataset).__name__} keeps no "
+            "such column. Pass the ids as an array to start at once.",
             stacklevel=4,
         )
     ids = []
@@ -142,8 +143,8 @@ def _read(dataset: Any, size: int, unit: int | str, warn: bool) -> list[Any]:
                 found = dataset[index][unit]
             except (KeyError, IndexError, TypeError) as error:
                 raise ValueError(
-                    f"Expected items that hold their user's id at unit={unit!r}, got {type(error).__name__} for record {index} of "
-                    f"{type(dataset).__name__}. Pass the ids as an array."
+                    f"Expected items that hold their user's id at unit={unit!r}, got {type(error).__name__} for record "
+                    f"{index} of {type(dataset).__name__}. Pass the ids as an array."
                 ) from error
             ids.append(found.item() if hasattr(found, "item") else found)
     return ids

@@ -18,17 +18,17 @@ from lightning_dp.system.owners import is_shared
 class Accumulator:
     """One flat buffer with a part a parameter: noise, scaling and the all-reduce are one call each.
 
-    It holds L coordinates of the gradient, behind them S statistics. Without a mask L is P, and the buffer of a step becomes
-    that step's gradients once it is noised. Under a mask it holds active coordinates alone, in their order: inactive ones are
-    never noised, never sent, and zero in every gradient. The next step takes the gradients' memory back if by then
-    nobody holds one of them, and fresh memory otherwise: no more is held than without privacy.
+    It holds L coordinates of the gradient, behind them S statistics. Without a mask L is P, and the buffer of a step
+    becomes that step's gradients once it is noised. Under a mask it holds active coordinates alone, in their order:
+    inactive ones are never noised, never sent, and zero in every gradient. The next step takes the gradients' memory
+    back if by then nobody holds one of them, and fresh memory otherwise: no more is held than without privacy.
 
     It begins with the noise of its release (``begin_with_noise``), then maybe as a mean from the start, or with zeros.
 
-    **Guarantee**: ``flat`` holds private sums, not to be released before ``lightning_dp.noise`` is in all of them; so does
-    ``scratch``, which never is: it is cleared before the gradients are written there. No
-    ``p.grad`` aliases it before, and after it was handed out it is written again only when this object is its last owner, so a
-    gradient that a user kept never shows a later sum, and neither a hook nor ``zero_grad`` can reach one.
+    **Guarantee**: ``flat`` holds private sums, not to be released before ``lightning_dp.noise`` is in all of them; so
+    does ``scratch``, which never is: it is cleared before the gradients are written there. No ``p.grad`` aliases it
+    before, and after it was handed out it is written again only when this object is its last owner, so a gradient that
+    a user kept never shows a later sum, and neither a hook nor ``zero_grad`` can reach one.
 
     Args:
         parameters: qualified name -> parameter, all on one device.
@@ -89,12 +89,14 @@ class Accumulator:
         shares: Sequence[float] = (),
         share: float = 1.0,
     ) -> None:
-        """Begins a sum with the noise of its release: the buffer is passed over once less than when it is added at the end.
+        """Begins a sum with the noise of its release: the buffer is passed over once less than when it is added at the
+        end.
 
         Args:
             noise: where it comes from.
             std: of a coordinate of the sum, from public state only.
-            divisor: above 1, the gradient is held divided by it, noise included, and nothing is left to divide: once less again.
+            divisor: above 1, the gradient is held divided by it, noise included, and nothing is left to divide: once
+                less again.
             shares: factor of each group on the std; empty for none.
             share: factor on the std that this process adds to what every process holds.
         """
@@ -143,7 +145,9 @@ class Accumulator:
 
     @property
     def views(self) -> dict[str, Tensor]:
-        """Accumulation targets by parameter name: a view of its shape, or a 1-D view of its active coordinates if masked."""
+        """Accumulation targets by parameter name: a view of its shape, or a 1-D view of its active coordinates if
+        masked.
+        """
         if self.active is None:
             return self.views_of(self.gradient)
         sizes = self._active_sizes
@@ -260,7 +264,8 @@ class Accumulator:
         return found, self._active_indices[found] == positions
 
     def write_grads(self, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
-        """``p.grad = finish(noisy) rescale``, 0 where masked, or ``noisy`` where it is the mean. Call it on noised sums only.
+        """``p.grad = finish(noisy) rescale``, 0 where masked, or ``noisy`` where it is the mean. Call it on noised sums
+        only.
 
         The gradients are views of one buffer, which is theirs from here on.
 

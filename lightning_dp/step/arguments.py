@@ -96,8 +96,8 @@ def check_length(epochs: int | None, steps: int | None, settings: Settings) -> N
         raise ValueError(f"Expected at most one of epochs and steps, got epochs={epochs} and steps={steps}. Pass one.")
     if epochs is None and steps is None and settings.target_epsilon is not None:
         raise ValueError(
-            f"Expected epochs or steps with target_epsilon={settings.target_epsilon:g}, got neither. The noise is calibrated over "
-            "all planned steps: pass one of them, or noise_multiplier."
+            f"Expected epochs or steps with target_epsilon={settings.target_epsilon:g}, got neither. The noise is "
+            "calibrated over all planned steps: pass one of them, or noise_multiplier."
         )
 
 
@@ -115,8 +115,8 @@ def planned_length(epochs: int | None, steps: int | None, facts: SamplingFacts) 
     if epochs is not None:
         if facts.steps_per_epoch is None:
             raise ValueError(
-                f"Expected steps for a stream without a length, got epochs={epochs}. How many steps an epoch has is unknown: pass "
-                "steps=..., or give the dataset a length."
+                f"Expected steps for a stream without a length, got epochs={epochs}. How many steps an epoch has is "
+                "unknown: pass steps=..., or give the dataset a length."
             )
         steps = epochs * facts.steps_per_epoch
     return RunLength(steps=steps, steps_per_epoch=facts.steps_per_epoch)

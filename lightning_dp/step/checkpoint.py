@@ -37,7 +37,9 @@ class Restored(NamedTuple):
 
 
 def dump(ledger: Ledger, plan: Any, step: int, *, global_step: int, unledgered: int, notes: RunNotes) -> dict[str, Any]:
-    """Return the privacy state as plain values. The noise generator's state is never part of it: noise used twice cancels out."""
+    """Return the privacy state as plain values. The noise generator's state is never part of it: noise used twice
+    cancels out.
+    """
     return {
         "version": VERSION,
         "ledger": ledger.state_dict(),
@@ -54,46 +56,48 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
 
     Args:
         checkpoint: the loaded Lightning checkpoint.
-        current: the strategy's ledger; steps it holds beyond the checkpoint's are kept (a learning-rate search restores the
-            weights, not the data).
+        current: the strategy's ledger; steps it holds beyond the checkpoint's are kept (a learning-rate search restores
+            the weights, not the data).
         allow_public: accept a checkpoint without a ledger as public.
-        one_step_a_batch: whether every optimizer step is a logical batch of its own (automatic optimization), so that the
-            ledger must hold at least as many.
+        one_step_a_batch: whether every optimizer step is a logical batch of its own (automatic optimization), so that
+            the ledger must hold at least as many.
 
     Raises:
-        PrivacyError: no ledger, a damaged one, one that holds fewer steps than the checkpoint was trained for, one of another
-            run, or another relation between neighbouring datasets.
+        PrivacyError: no ledger, a damaged one, one that holds fewer steps than the checkpoint was trained for, one of
+            another run, or another relation between neighbouring datasets.
     """
     state = checkpoint.get(KEY)
     if state is None:
         if allow_public:
             return Restored(current, None, 0, max(0, optimizer_steps(checkpoint) - current.num_steps))
         raise PrivacyError(
-            "Expected a checkpoint with a privacy ledger, got one without: it was not written under a private strategy. If it never "
-            "saw the private data, pass DPStrategy(allow_public_checkpoint=True); else its privacy loss is unknown."
+            "Expected a checkpoint with a privacy ledger, got one without: it was not written under a private "
+            "strategy. If it never saw the private data, pass DPStrategy(allow_public_checkpoint=True); else its "
+            "privacy loss is unknown."
         )
     if not isinstance(state, dict) or state.get("version") != VERSION or set(state) - {WEIGHTS} != _KEYS:
         raise PrivacyError(
-            f"Expected the privacy state of a checkpoint in version {VERSION}, got {_describe(state)}. The checkpoint is damaged or "
-            "of another version of lightning_dp: use an intact one."
+            f"Expected the privacy state of a checkpoint in version {VERSION}, got {_describe(state)}. The checkpoint "
+            "is damaged or of another version of lightning_dp: use an intact one."
         )
     saved = Ledger.from_state_dict(state["ledger"])
     step, unledgered = state["step"], state["unledgered"]
     if not _is_count(step) or step > saved.num_steps:
         raise PrivacyError(
-            f"Expected a logical step between 0 and the ledger's {saved.num_steps}, got step={step!r}. The checkpoint is damaged: "
-            "use an intact one."
+            f"Expected a logical step between 0 and the ledger's {saved.num_steps}, got step={step!r}. The checkpoint "
+            "is damaged: use an intact one."
         )
     if not _is_count(unledgered) or state["global_step"] != checkpoint.get("global_step"):
         raise PrivacyError(
-            f"Expected the privacy state of global_step={checkpoint.get('global_step')!r}, got one of {state['global_step']!r} with "
-            f"unledgered={unledgered!r}. State and weights are not of one moment: use an intact checkpoint."
+            f"Expected the privacy state of global_step={checkpoint.get('global_step')!r}, got one of "
+            f"{state['global_step']!r} with unledgered={unledgered!r}. State and weights are not of one moment: use an "
+            "intact checkpoint."
         )
     taken = optimizer_steps(checkpoint) - unledgered
     if one_step_a_batch and taken > saved.num_steps:
         raise PrivacyError(
-            f"Expected a ledger of at least the {taken} steps that the optimizer has taken, got {saved.num_steps}. Epsilon would be "
-            "understated: use an intact checkpoint."
+            f"Expected a ledger of at least the {taken} steps that the optimizer has taken, got {saved.num_steps}. "
+            "Epsilon would be understated: use an intact checkpoint."
         )
     if saved.neighboring_relation != current.neighboring_relation:
         raise PrivacyError(
@@ -102,13 +106,15 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
         )
     if saved.unit != current.unit:
         raise PrivacyError(
-            f"Expected a checkpoint of a run that protects each {current.unit}, got one that protects each {saved.unit}. One epsilon "
-            "cannot state two units: pass the unit and records_per_unit of the checkpoint's run."
+            f"Expected a checkpoint of a run that protects each {current.unit}, got one that protects each "
+            f"{saved.unit}. One epsilon cannot state two units: pass the unit and records_per_unit of the checkpoint's "
+            "run."
         )
     plan = state["plan"]
     if plan is not None and not (isinstance(plan, dict) and "dataset_size" in plan and "noise_multiplier" in plan):
         raise PrivacyError(
-            f"Expected the saved plan to be a dictionary, got {_describe(plan)}. The checkpoint is damaged: use an intact one."
+            f"Expected the saved plan to be a dictionary, got {_describe(plan)}. The checkpoint is damaged: use an "
+            "intact one."
         )
     plan = plan and {**plan, "spent": saved.num_steps}
     if current.num_steps == 0 or current.is_prefix_of(saved):
@@ -116,13 +122,15 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
     if saved.is_prefix_of(current):
         return Restored(current, plan, step, unledgered)
     raise PrivacyError(
-        f"Expected a checkpoint of this strategy's own run, got one of another ({saved.num_steps} steps), while the strategy already "
-        f"holds {current.num_steps} steps. Pass a fresh DPStrategy to the Trainer that resumes."
+        f"Expected a checkpoint of this strategy's own run, got one of another ({saved.num_steps} steps), while the "
+        f"strategy already holds {current.num_steps} steps. Pass a fresh DPStrategy to the Trainer that resumes."
     )
 
 
 def optimizer_steps(checkpoint: Mapping[str, Any]) -> int:
-    """Return the most steps that a checkpoint shows any optimizer to have taken: Lightning's count, and the optimizers' own."""
+    """Return the most steps that a checkpoint shows any optimizer to have taken: Lightning's count, and the optimizers'
+    own.
+    """
     states = [state.get("state", {}).values() for state in checkpoint.get("optimizer_states", ())]
     return max([int(checkpoint.get("global_step", 0)), *(most_steps(state) for state in states)])
 

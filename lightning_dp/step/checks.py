@@ -41,8 +41,8 @@ def scalar_loss(output: Any, count: int, reduction: str, source: str = "training
     if loss.dim() == 1 and loss.shape[0] % count == 0:
         return reduced(loss, reduction)
     raise ValueError(
-        f"Expected a loss of shape () or (B,) with B={count} samples, got shape {tuple(loss.shape)}. Reduce it over everything "
-        "but the samples."
+        f"Expected a loss of shape () or (B,) with B={count} samples, got shape {tuple(loss.shape)}. Reduce it over "
+        "everything but the samples."
     )
 
 
@@ -80,8 +80,8 @@ def check_rows(batch: Any, count: int, axes: tuple[str, ...]) -> None:
     wrong = [rows.get(path) for path in axes if rows.get(path) != count]
     if wrong:
         raise PrivacyError(
-            f"Expected a batch of {count} records as drawn, got {wrong[0]} rows. The collate function drops or adds records, and "
-            "gradients would be attributed to the wrong ones: filter the dataset before fit instead."
+            f"Expected a batch of {count} records as drawn, got {wrong[0]} rows. The collate function drops or adds "
+            "records, and gradients would be attributed to the wrong ones: filter the dataset before fit instead."
         )
 
 
@@ -109,8 +109,8 @@ def reached(loss: Tensor) -> Iterator[None]:
         handle.remove()
     if not seen:
         raise PrivacyError(
-            "Expected the module's backward to back-propagate the loss, got none that did. The weights would move on noise alone: call "
-            "loss.backward() in the override of backward, or leave the override out."
+            "Expected the module's backward to back-propagate the loss, got none that did. The weights would move on "
+            "noise alone: call loss.backward() in the override of backward, or leave the override out."
         )
 
 
@@ -122,8 +122,8 @@ def check_accumulation(parts: int, planned: int) -> None:
     """
     if parts != planned:
         raise PrivacyError(
-            f"Expected accumulate_grad_batches={planned} as when the data was set up, got {parts}. Parts of several logical batches "
-            "would be summed, and one sample may be in each of them: set it before fit."
+            f"Expected accumulate_grad_batches={planned} as when the data was set up, got {parts}. Parts of several "
+            "logical batches would be summed, and one sample may be in each of them: set it before fit."
         )
 
 
@@ -141,14 +141,15 @@ def check_counts_once(optimizer: int, *, unfinished: bool, again: bool, microbat
     """
     if unfinished:
         raise PrivacyError(
-            f"Expected each batch's gradients to be stepped or zeroed within its own training_step, got gradients of an earlier "
-            f"batch in optimizer {optimizer}. A sample could count twice in one step: use a larger batch_size (microbatch_size "
-            "bounds the memory), or call zero_grad before manual_backward."
+            "Expected each batch's gradients to be stepped or zeroed within its own training_step, got gradients of "
+            f"an earlier batch in optimizer {optimizer}. A sample could count twice in one step: use a larger "
+            "batch_size (microbatch_size bounds the memory), or call zero_grad before manual_backward."
         )
     if again:
         raise PrivacyError(
-            f"Expected one step of optimizer {optimizer} per batch under microbatch_size={microbatch_size}, got a second one on the "
-            "same microbatch. Each sample would enter the sum twice: step once, or leave microbatch_size out."
+            f"Expected one step of optimizer {optimizer} per batch under microbatch_size={microbatch_size}, got a "
+            "second one on the same microbatch. Each sample would enter the sum twice: step once, or leave "
+            "microbatch_size out."
         )
 
 
@@ -174,8 +175,9 @@ def check_no_raw_gradients(
                 names = [name for name, p in module.named_parameters() if p is parameter]
                 raise PrivacyError(
                     f"Expected every gradient that optimizer {optimizer} steps on to be private, got a raw one of "
-                    f"{names[0] if names else 'a parameter that is not in the module'!r}. It became trainable within the step: "
-                    "change requires_grad in on_train_epoch_start or on_train_batch_start, and register layers in the module."
+                    f"{names[0] if names else 'a parameter that is not in the module'!r}. It became trainable within "
+                    "the step: change requires_grad in on_train_epoch_start or on_train_batch_start, and register "
+                    "layers in the module."
                 )
 
 
@@ -191,8 +193,9 @@ def check_settled(now: float, settled: float) -> None:
     """
     if now != settled:
         raise PrivacyError(
-            f"Expected a sensitivity of {settled:.6g} as settled when the batch began, got {now:.6g}. The noise would not fit the "
-            "sum: change clipping and noise between batches, in on_train_epoch_start or on_train_batch_start."
+            f"Expected a sensitivity of {settled:.6g} as settled when the batch began, got {now:.6g}. The noise would "
+            "not fit the sum: change clipping and noise between batches, in on_train_epoch_start or "
+            "on_train_batch_start."
         )
 
 
@@ -204,8 +207,8 @@ def check_tried(optimizer: int, untried: Collection[int]) -> None:
     """
     if optimizer in untried:
         raise PrivacyError(
-            f"Expected public optimizer {optimizer} to step where it was tried, got its first step on a batch whose trial did not "
-            "step it. Whether it sees the data is unknown: let batch_idx alone decide when it steps."
+            f"Expected public optimizer {optimizer} to step where it was tried, got its first step on a batch whose "
+            "trial did not step it. Whether it sees the data is unknown: let batch_idx alone decide when it steps."
         )
 
 
@@ -217,8 +220,9 @@ def check_same_dataset(previous: PrivateDataLoader | None, loader: PrivateDataLo
     """
     if previous is not None and previous.facts.dataset_size != loader.facts.dataset_size:
         raise PrivacyError(
-            f"Expected the training set to keep its {previous.facts.dataset_size} {loader.facts.unit}s during the run, got "
-            f"{loader.facts.dataset_size}. The sample rate that the ledger holds would be wrong: keep the dataset fixed."
+            f"Expected the training set to keep its {previous.facts.dataset_size} {loader.facts.unit}s during the run, "
+            f"got {loader.facts.dataset_size}. The sample rate that the ledger holds would be wrong: keep the dataset "
+            "fixed."
         )
 
 

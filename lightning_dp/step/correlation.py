@@ -22,8 +22,9 @@ _INDEPENDENT = "use independent noise (noise=None)"
 class Correlation:
     """Correlated noise of one planned run: ``v_t = sum_j r_j z_{t-j}`` in place of independent ``z_t``.
 
-    **Guarantee**: with noise ``sigma * sensitivity`` times the bound on one contribution, all steps together are one Gaussian
-    mechanism of multiplier sigma, if every unit takes part at most ``passes`` times, at least ``separation`` steps apart.
+    **Guarantee**: with noise ``sigma * sensitivity`` times the bound on one contribution, all steps together are one
+    Gaussian mechanism of multiplier sigma, if every unit takes part at most ``passes`` times, at least ``separation``
+    steps apart.
 
     Args:
         noise: planned settings.
@@ -90,8 +91,8 @@ def plan_correlation(
     """
     if length.steps is None:
         raise ValueError(
-            "Expected a bounded run with correlated noise, got steps=None. Its one privacy event covers a planned number of steps: "
-            "set max_epochs or max_steps."
+            "Expected a bounded run with correlated noise, got steps=None. Its one privacy event covers a planned "
+            "number of steps: set max_epochs or max_steps."
         )
     steps = max(1, length.steps)
     _check_mechanisms(mechanisms, length, steps)
@@ -111,18 +112,19 @@ def plan_correlation(
 def _check_mechanisms(mechanisms: Mechanisms, length: RunLength, steps: int) -> None:
     if len(schedules.runs(mechanisms.noise_schedule(length), 0, steps)) > 1 or mechanisms.sometimes_plain:
         raise ValueError(
-            "Expected the same noise multiplier in all steps with correlated noise, got a schedule or plain steps. Noise of earlier "
-            f"steps is cancelled later, so its scale must stay: leave the callback out, or {_INDEPENDENT}."
+            "Expected the same noise multiplier in all steps with correlated noise, got a schedule or plain steps. "
+            "Noise of earlier steps is cancelled later, so its scale must stay: leave the callback out, or "
+            f"{_INDEPENDENT}."
         )
     if any(len({mask.version(step) for step in range(steps)}) > 1 for mask in mechanisms.masks):
         raise ValueError(
-            "Expected one mask for the whole run with correlated noise, got one that changes. Noise that is masked later would not be "
-            f"cancelled: keep the mask constant, or {_INDEPENDENT}."
+            "Expected one mask for the whole run with correlated noise, got one that changes. Noise that is masked "
+            f"later would not be cancelled: keep the mask constant, or {_INDEPENDENT}."
         )
     if mechanisms.bound.num_statistics:
         raise ValueError(
-            "Expected a bound without noisy counts with correlated noise, got one that counts. The counts would need noise of their "
-            f"own in every step: use a fixed or scheduled bound, or {_INDEPENDENT}."
+            "Expected a bound without noisy counts with correlated noise, got one that counts. The counts would need "
+            f"noise of their own in every step: use a fixed or scheduled bound, or {_INDEPENDENT}."
         )
 
 
@@ -144,9 +146,9 @@ def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, st
     if differing:
         name = differing[0]
         raise PrivacyError(
-            f"Expected {name}={restored.get(name)!r} as in the run being resumed, got {name}={now.get(name)!r}. Correlated noise is "
-            "one privacy event for the whole planned run, which can be cut short but neither extended nor changed: resume with the "
-            "same settings and length."
+            f"Expected {name}={restored.get(name)!r} as in the run being resumed, got {name}={now.get(name)!r}. "
+            "Correlated noise is one privacy event for the whole planned run, which can be cut short but neither "
+            "extended nor changed: resume with the same settings and length."
         )
 
 
@@ -163,14 +165,14 @@ def check_releases(*, automatic: bool, num_private_optimizers: int, shares_noise
     """
     if shares_noise:
         raise ValueError(
-            'Expected the same noise on all coordinates with correlated noise, got PerLayerClipping(noise="least"). Earlier noise is '
-            f"drawn again for the whole gradient at once: pass noise='equal' there, or {_INDEPENDENT}."
+            'Expected the same noise on all coordinates with correlated noise, got PerLayerClipping(noise="least"). '
+            f"Earlier noise is drawn again for the whole gradient at once: pass noise='equal' there, or {_INDEPENDENT}."
         )
     if not automatic or num_private_optimizers > 1:
         got = "manual optimization" if not automatic else f"{num_private_optimizers} private optimizers"
         raise ValueError(
-            f"Expected automatic optimization with one private optimizer for correlated noise, got {got}. Noise is cancelled from step "
-            f"to step, so each batch must make exactly one release: {_INDEPENDENT}."
+            f"Expected automatic optimization with one private optimizer for correlated noise, got {got}. Noise is "
+            f"cancelled from step to step, so each batch must make exactly one release: {_INDEPENDENT}."
         )
 
 
@@ -185,8 +187,8 @@ def check_mask_may_change(since: int) -> None:
     """
     if since:
         raise PrivacyError(
-            f"The gradient mask changed after {since} steps with correlated noise. Noise of earlier steps would not be cancelled where "
-            f"it was added: keep the mask for the whole run, or {_INDEPENDENT}."
+            f"The gradient mask changed after {since} steps with correlated noise. Noise of earlier steps would not be "
+            f"cancelled where it was added: keep the mask for the whole run, or {_INDEPENDENT}."
         )
 
 
@@ -215,9 +217,10 @@ def check_reload(correlation: Correlation | None, before: PrivateDataLoader | No
         return
     if loader.facts.sampling == "cyclic" and loader.facts.add_remove_changes_one_batch:
         raise PrivacyError(
-            "The training loader was made again during a run with correlated noise, which draws another secret assignment to batches. "
-            "Units would come back sooner than accounted for: leave reload_dataloaders_every_n_epochs out, or pass "
-            "neighboring_relation='zero_out', whose assignment is public."
+            "The training loader was made again during a run with correlated noise, which draws another secret "
+            "assignment to batches. Units would come back sooner than accounted for: leave "
+            "reload_dataloaders_every_n_epochs out, or pass neighboring_relation='zero_out', whose assignment is "
+            "public."
         )
 
 
@@ -233,6 +236,7 @@ def check_position(position: int | None, step: int) -> None:
     """
     if position != step:
         raise PrivacyError(
-            f"Logical step {step} got the batch at position {position} of the order of the data. Its units would come back sooner "
-            "than the correlated noise accounts for. Take one step for every batch of the private loader, in its order."
+            f"Logical step {step} got the batch at position {position} of the order of the data. Its units would come "
+            "back sooner than the correlated noise accounts for. Take one step for every batch of the private loader, "
+            "in its order."
         )

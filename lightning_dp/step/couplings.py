@@ -143,7 +143,9 @@ class Couplings:
         self.exchange_one(snapshot, self.real_records(0), seed=0, spoil=True)
 
     def _exchange_beside_spoiled(self, snapshot: Snapshot, few: list[Any], spare: Any, draws: Draws) -> None:
-        """Exchange the first sample of a batch in which another is infinite: code that replaces such a one copies others."""
+        """Exchange the first sample of a batch in which another is infinite: code that replaces such a one copies
+        others.
+        """
         middle, swapped = len(few) // 2, list(few)
         if not exchange.has_floats(few[middle]):
             return

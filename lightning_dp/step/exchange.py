@@ -29,7 +29,8 @@ class Fingerprint:
 
     Args:
         norms: (parameters, B) norms of the gradients of each sample's own loss. Private.
-        sums: per random direction, parameter -> weighted sum over the samples that stay, scaled to equal length. Private.
+        sums: per random direction, parameter -> weighted sum over the samples that stay, scaled to equal length.
+            Private.
         shapes: of the samples that stay and of the one that does not.
         stepped: optimizers that stepped.
     """
@@ -163,8 +164,10 @@ def compare(
     differs |= norms.isfinite() != others.isfinite()
     if bool(differs.any()):
         worst = ((norms - others).abs() / lengths.clamp_min(1e-300)).nan_to_num(nan=float("inf")).max()
-        raise PrivacyError(_message(what, f"the gradients of {int(differs.any(0).sum())} of {norms.shape[1]} others differ by "
-                                          f"up to {float(worst):.2g} of their length"))  # fmt: skip
+        number = f"{int(differs.any(0).sum())} of {norms.shape[1]}"
+        raise PrivacyError(
+            _message(what, f"the gradients of {number} others differ by up to {float(worst):.2g} of their length")
+        )
     for one, other in zip(first.sums, second.sums, strict=True):
         squares = {name: (one[name].double() - other[name].double()).square().sum() for name in one}
         distance = sum(float(square) for square in total(squares).values()) ** 0.5
@@ -175,18 +178,19 @@ def compare(
 def _message(what: str, found: str) -> str:
     if what.startswith("made"):  # exchanging it for an ordinary record changed nothing
         causes = (
-            "Likely cause: a guard that skips, resets or clamps the loss of the whole batch where one sample is not finite or is "
-            "large; or a product with zero that lets NaN pass. Guard each sample's own loss."
+            "Likely cause: a guard that skips, resets or clamps the loss of the whole batch where one sample is not "
+            "finite or is large; or a product with zero that lets NaN pass. Guard each sample's own loss."
         )
     else:
         causes = (
-            "Likely causes: BatchNorm or other statistics over the batch; a contrastive loss, mixing or hard examples; a mean over all "
-            "tokens of the batch, or another denominator that samples share. Change the layer or the loss so that each sample has its "
-            "own; where samples share no more than a denominator, per_sample_loss=True counts each record's own loss."
+            "Likely causes: BatchNorm or other statistics over the batch; a contrastive loss, mixing or hard "
+            "examples; a mean over all tokens of the batch, or another denominator that samples share. Change the "
+            "layer or the loss so that each sample has its own; where samples share no more than a denominator, "
+            "per_sample_loss=True counts each record's own loss."
         )
     return (
-        f"One sample of a batch was {what}, and {found}. Samples influence each other, so one record could move the sum by more "
-        f"than the clipping norm. {causes}"
+        f"One sample of a batch was {what}, and {found}. Samples influence each other, so one record could move the "
+        f"sum by more than the clipping norm. {causes}"
     )
 
 

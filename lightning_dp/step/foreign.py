@@ -23,8 +23,8 @@ class OneAloneError(Exception):
 class ForeignCode:
     """A host whose step may raise: an exception is reported with the number of records that it was raised on.
 
-    A step that cannot run on one record (a metric over two records, a ``squeeze`` that drops the batch axis) is run on two
-    copies of it. A mean over two copies is the loss of the record itself; under ``reduction="sum"`` it is halved.
+    A step that cannot run on one record (a metric over two records, a ``squeeze`` that drops the batch axis) is run on
+    two copies of it. A mean over two copies is the loss of the record itself; under ``reduction="sum"`` it is halved.
 
     Args:
         host: runs the step.
@@ -56,7 +56,8 @@ class ForeignCode:
                 raise OneAloneError from error
             note(
                 error,
-                f"lightning_dp had called the training step on trial, without effect, with {_named(len(chosen), len(records))}.",
+                "lightning_dp had called the training step on trial, without effect, with "
+                f"{_named(len(chosen), len(records))}.",
             )
             raise
 
@@ -66,7 +67,8 @@ class ForeignCode:
         return loss / self.copies if loss is not None and count == 1 and self._sums else loss
 
     def attempt(self, check: Callable[[], T], put_back: Callable[[], None]) -> T:
-        """Run a check and return its answer; if one record cannot run alone, run the check again with two copies of each such record.
+        """Run a check and return its answer; if one record cannot run alone, run the check again with two copies of
+        each such record.
 
         Args:
             check: runs the step.
@@ -79,8 +81,9 @@ class ForeignCode:
             self.copies, raised = 2, alone.__cause__
         answer = check()
         _messages.info(
-            f"The training step raised {type(raised).__name__} on one record alone ({str(raised)[:200]}), so the checks ran it on two "
-            "copies. Training raises, too, if a batch holds one record: Poisson sampling draws such batches where batches are small."
+            f"The training step raised {type(raised).__name__} on one record alone ({str(raised)[:200]}), so the "
+            "checks ran it on two copies. Training raises, too, if a batch holds one record: Poisson sampling draws "
+            "such batches where batches are small."
         )
         return answer
 

@@ -22,7 +22,8 @@ Lineages = dict[str, Ledger]
 
 _PLACES, _FEWEST = 16, 4  # values that are compared, and how many of them must differ to tell a copy
 
-#: id of a parameter -> the parameter (weakly), the ledgers of the runs that have trained it, and its values before the first.
+#: id of a parameter -> the parameter (weakly), the ledgers of the runs that have trained it, and its values before the
+#: first.
 _carried: dict[int, tuple[Any, Lineages, Any]] = {}
 #: values of a parameter at the end of a run or in a checkpoint -> the ledgers of the runs that have trained it
 _values: dict[Any, Lineages] = {}
@@ -53,15 +54,15 @@ def read_history(history: Any) -> list[Ledger]:
 def _ledger_of(path: Any) -> Ledger:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(
-            f"Expected history to hold ledgers or paths of checkpoints, got {type(path).__name__}. Pass strategy.ledger, "
-            "'last.ckpt', or a list of them."
+            f"Expected history to hold ledgers or paths of checkpoints, got {type(path).__name__}. Pass "
+            "strategy.ledger, 'last.ckpt', or a list of them."
         )
     file = os.path.join(path, "meta.pt") if os.path.isdir(path) else path  # a folder is a sharded checkpoint
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or saved.KEY not in checkpoint:
         raise PrivacyError(
-            f"Expected a checkpoint with a privacy ledger in history, got {os.fspath(path)!r} without one. What its weights have "
-            "spent is unknown: pass a checkpoint that was written under a private strategy."
+            f"Expected a checkpoint with a privacy ledger in history, got {os.fspath(path)!r} without one. What its "
+            "weights have spent is unknown: pass a checkpoint that was written under a private strategy."
         )
     return Ledger.from_state_dict(checkpoint[saved.KEY]["ledger"])
 
@@ -80,13 +81,14 @@ def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
     for ledger in ledgers:
         if ledger.neighboring_relation != own.neighboring_relation:
             raise PrivacyError(
-                f"Expected a history under neighboring_relation={own.neighboring_relation!r}, got {ledger.neighboring_relation!r}. One "
-                "epsilon cannot state two relations: pass the same relation to all runs."
+                f"Expected a history under neighboring_relation={own.neighboring_relation!r}, got "
+                f"{ledger.neighboring_relation!r}. One epsilon cannot state two relations: pass the same relation to "
+                "all runs."
             )
         if ledger.unit != own.unit:
             raise PrivacyError(
-                f"Expected a history that protects each {own.unit}, got one that protects each {ledger.unit}. One epsilon cannot state "
-                "two units: pass the same unit to all runs."
+                f"Expected a history that protects each {own.unit}, got one that protects each {ledger.unit}. One "
+                "epsilon cannot state two units: pass the same unit to all runs."
             )
         total = total.extended(
             (entry.event, entry.num_steps, entry.num_passes) if entry.num_passes else (entry.event, entry.num_steps)
@@ -116,7 +118,9 @@ def note_values(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _print_of(parameter: nn.Parameter) -> Any:
-    """Return a few of a parameter's values, by which copies are recognised; None where other parameters may well have the same."""
+    """Return a few of a parameter's values, by which copies are recognised; None where other parameters may well have
+    the same.
+    """
     value = parameter.detach()
     if value.numel() < _FEWEST or type(value) is not Tensor or value.is_meta:
         return None
@@ -137,11 +141,13 @@ def check_history(module: nn.Module, known: Iterable[str], *, given: bool, resum
     Args:
         module: about to be trained.
         known: lineages of the ledgers that the run counts.
-        resumed: ledger of the run that goes on; each process of several began one of its own, of which a checkpoint holds the first.
+        resumed: ledger of the run that goes on; each process of several began one of its own, of which a checkpoint
+            holds the first.
         given: whether the user passed ``history``, perhaps empty: then it is taken as said.
 
     Raises:
-        PrivacyError: a parameter, or the one that it is a copy of, was trained by a private run whose ledger is not counted.
+        PrivacyError: a parameter, or the one that it is a copy of, was trained by a private run whose ledger is not
+            counted.
     """
     if given:
         return
@@ -159,7 +165,7 @@ def check_history(module: nn.Module, known: Iterable[str], *, given: bool, resum
         ]
         if missing:
             raise PrivacyError(
-                f"{name!r} was trained by an earlier private run of {missing[0].num_steps} steps, which this strategy would not "
-                "count, so epsilon would be understated. Pass DPStrategy(history=earlier.ledger) or history='its.ckpt' to add it, "
-                "or history=[] if the two runs have no record in common."
+                f"{name!r} was trained by an earlier private run of {missing[0].num_steps} steps, which this strategy "
+                "would not count, so epsilon would be understated. Pass DPStrategy(history=earlier.ledger) or "
+                "history='its.ckpt' to add it, or history=[] if the two runs have no record in common."
             )

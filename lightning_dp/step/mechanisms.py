@@ -9,12 +9,12 @@ Every mechanism is public or is paid for; what each does to the release of a log
 | ``TopAgg`` | sqrt(k); R with kept values | all: whose top k is private | sigma_t S | the same |
 | schedule of the noise | - | - | sigma_t = sigma_0 f(t) | every sigma_t counts with its own steps |
 | schedule of the bound, ``AutoThreshold`` | S x C_t / C_0 | - | follows S | unchanged |
-| ``AdaptiveClipping`` | S x C_t / C_0 | one more: the count | z_g S, and s_b on the count | unchanged: both make up sigma_t |
-| sparsification, pruning | S, norms under the mask | where all masks are true | 0 on masked ones: 0 for every sample | - |
+| ``AdaptiveClipping`` | S x C_t / C_0 | one more: the count | z_g S; s_b on the count | unchanged: both give sigma_t |
+| sparsification, pruning | S, norms under the mask | where all masks are true | 0 on masked ones, as every sample | - |
 | "replace_one" | 2 S | - | follows S | unchanged |
 | several private optimizers (m) | S each | - | sqrt(m) sigma_t S each | one event of sigma_t |
 | gradient canaries of ``PrivacyAudit`` | S: public records, clipped and added as real ones | - | - | unchanged |
-| ``PublishedAutoThreshold``, plain steps of ``SwitchToDP``, no clipping, sigma 0 | none | - | - | non-private: epsilon is infinite |
+| ``PublishedAutoThreshold``, plain steps, no clipping, sigma 0 | none | - | - | non-private: infinite epsilon |
 
 Masks combine by "and". A mask and a bound are settled before the first sample of a logical batch and hold until it is
 released: microbatches and accumulated batches all see the same. Two rules for one thing (two bounds, two schedules of
@@ -128,8 +128,8 @@ class Mechanisms:
         """
         if self._begun:
             raise RuntimeError(
-                f"{type(owner).__name__} asked for a mechanism after the plan of the run was made, so the plan would not include it. "
-                "Call strategy.mechanisms.add in the callback's setup."
+                f"{type(owner).__name__} asked for a mechanism after the plan of the run was made, so the plan would "
+                "not include it. Call strategy.mechanisms.add in the callback's setup."
             )
         given = {
             "noise_schedule": noise_schedule,
@@ -147,8 +147,8 @@ class Mechanisms:
             for other, others in self._asked.values():
                 if other is not owner and what in others:
                     raise ValueError(
-                        f"Expected one callback for {_NAMES[what]}, got {type(other).__name__} and {type(owner).__name__}. Leave "
-                        "one of them out."
+                        f"Expected one callback for {_NAMES[what]}, got {type(other).__name__} and "
+                        f"{type(owner).__name__}. Leave one of them out."
                     )
         self._asked[id(owner)] = owner, asked
 
@@ -245,24 +245,25 @@ class Mechanisms:
         if target_epsilon is not None and (self.never_private or self.sometimes_plain):
             what = self.never_private or "steps of plain SGD"
             raise ValueError(
-                f"Expected private steps only with target_epsilon={target_epsilon:g}, got {what}. Epsilon is infinite, so there is "
-                "nothing to calibrate to: pass noise_multiplier."
+                f"Expected private steps only with target_epsilon={target_epsilon:g}, got {what}. Epsilon is infinite, "
+                "so there is nothing to calibrate to: pass noise_multiplier."
             )
         if self.diagnostics.reads_sums and num_private_optimizers > 1:
             raise ValueError(
-                f"Expected one private optimizer with {self._owner('diagnostics')}, got {num_private_optimizers}. Its figures "
-                "describe one sum of gradients: leave the callback out, or use one optimizer."
+                f"Expected one private optimizer with {self._owner('diagnostics')}, got {num_private_optimizers}. Its "
+                "figures describe one sum of gradients: leave the callback out, or use one optimizer."
             )
         if self.canaries.needs_factors:
             clipping.check_scales(
                 "canaries in gradient space",
-                "It would have to see each canary's whole gradient: pass PrivacyAudit(canaries=...), records that pass through the "
-                "model.",
+                "It would have to see each canary's whole gradient: pass PrivacyAudit(canaries=...), records that "
+                "pass through the model.",
             )
         if self.canaries.needs_factors and clipping.shares_noise:
             raise ValueError(
-                'Expected the same noise on all coordinates with canaries in gradient space, got PerLayerClipping(noise="least"). '
-                "Their scores are those of one std: pass noise='equal' there, or PrivacyAudit(canaries=...)."
+                "Expected the same noise on all coordinates with canaries in gradient space, got "
+                "PerLayerClipping(noise=\"least\"). Their scores are those of one std: pass noise='equal' there, or "
+                "PrivacyAudit(canaries=...)."
             )
         if not self.bound.is_fixed:
             self._check_bound(clipping, self._owner("bound"), num_private_optimizers)
@@ -270,16 +271,16 @@ class Mechanisms:
     def _check_bound(self, clipping: Clipping, owner: str, num_private_optimizers: int) -> None:
         if not clipping.bounded:
             raise ValueError(
-                f"Expected a clipping with a bound for {owner} to move, got {clipping.name!r}. Pass clipping='flat', or leave the "
-                "callback out."
+                f"Expected a clipping with a bound for {owner} to move, got {clipping.name!r}. Pass clipping='flat', "
+                "or leave the callback out."
             )
         if self.bound.unsound:
             clipping.check_scales(owner, "It replaces the clipping by its own scaling.")
         clipping.scaled(0.5)
         if self.bound.learns and num_private_optimizers > 1:
             raise ValueError(
-                f"Expected one private optimizer with {owner}, got {num_private_optimizers}. Each release would move the bound of "
-                "the others: use ClippingScheduler, or one optimizer."
+                f"Expected one private optimizer with {owner}, got {num_private_optimizers}. Each release would move "
+                "the bound of the others: use ClippingScheduler, or one optimizer."
             )
 
 

@@ -18,8 +18,8 @@ def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
     check_parameters(module)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(
-            f"Expected {type(module).__name__} to have trainable parameters, got none with requires_grad=True. Unfreeze at least "
-            "one, or train without a private strategy."
+            f"Expected {type(module).__name__} to have trainable parameters, got none with requires_grad=True. "
+            "Unfreeze at least one, or train without a private strategy."
         )
     check_layers(module, runs_samples_alone=runs_samples_alone)
 
@@ -28,25 +28,25 @@ def check_parameters(module: nn.Module) -> None:
     """Refuse modules without parameters, parameters that have no shape or are complex, and compiled modules."""
     if next(module.parameters(), None) is None:
         raise ValueError(
-            f"Expected {type(module).__name__} to have trainable parameters, got no parameters at all. Make them in __init__, setup "
-            "or configure_model, or train without a private strategy."
+            f"Expected {type(module).__name__} to have trainable parameters, got no parameters at all. Make them in "
+            "__init__, setup or configure_model, or train without a private strategy."
         )
     lazy = [name for name, parameter in module.named_parameters() if isinstance(parameter, UninitializedParameter)]
     if lazy:
         raise ValueError(
-            f"Expected parameters with a shape, got {lazy[0]!r} of a lazy layer that has not run yet. Give the layer its sizes, or run "
-            "the module once on data that is public before fit."
+            f"Expected parameters with a shape, got {lazy[0]!r} of a lazy layer that has not run yet. Give the layer "
+            "its sizes, or run the module once on data that is public before fit."
         )
     complex_ones = [name for name, parameter in module.named_parameters() if parameter.is_complex()]
     if complex_ones:
         raise ValueError(
-            f"Expected real parameters, got {complex_ones[0]!r} of a complex type. Norms and noise are those of real numbers: keep "
-            "real and imaginary part as two real parameters and join them by torch.complex."
+            f"Expected real parameters, got {complex_ones[0]!r} of a complex type. Norms and noise are those of real "
+            "numbers: keep real and imaginary part as two real parameters and join them by torch.complex."
         )
     if is_compiled(module):
         raise ValueError(
-            f"Expected an eager module, got {type(module).__name__} through torch.compile. The hooks that record per-sample "
-            "gradients do not reach into a compiled graph: pass the module itself."
+            f"Expected an eager module, got {type(module).__name__} through torch.compile. The hooks that record "
+            "per-sample gradients do not reach into a compiled graph: pass the module itself."
         )
 
 
@@ -69,8 +69,8 @@ def _offer(layers: list[nn.Module]) -> str:
         return ""
     which = "them" if fixed == len(layers) else f"{fixed} of these {len(layers)}"
     return (
-        " `module, changes = lightning_dp.fix(module)` before the optimizer is made, or `DPStrategy(fix=True)`, replaces "
-        f"{which} and says what it changed."
+        " `module, changes = lightning_dp.fix(module)` before the optimizer is made, or `DPStrategy(fix=True)`, "
+        f"replaces {which} and says what it changed."
     )
 
 
@@ -79,39 +79,40 @@ def check_optimizers(optimizers: list[Optimizer], module: nn.Module, public: tup
     for index in public:
         if index >= len(optimizers):
             raise ValueError(
-                f"Expected public_optimizers below {len(optimizers)}, got public_optimizers={public!r}. configure_optimizers "
-                f"returned {len(optimizers)} optimizer(s), counted from 0."
+                f"Expected public_optimizers below {len(optimizers)}, got public_optimizers={public!r}. "
+                f"configure_optimizers returned {len(optimizers)} optimizer(s), counted from 0."
             )
     if optimizers and len(set(public)) == len(optimizers):
         raise ValueError(
-            f"Expected at least one private optimizer, got public_optimizers={public!r} of {len(optimizers)}. With every "
-            "optimizer public nothing is private: leave out the one that sees the data."
+            f"Expected at least one private optimizer, got public_optimizers={public!r} of {len(optimizers)}. With "
+            "every optimizer public nothing is private: leave out the one that sees the data."
         )
     known = {id(parameter) for parameter in module.parameters()}
     owner: dict[int, int] = {}
     for index, optimizer in enumerate(optimizers):
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
-                "Expected an optimizer that takes one gradient a step, got LBFGS. It runs its closure many times on one batch, "
-                "each a release of its own: use SGD, Adam or AdamW."
+                "Expected an optimizer that takes one gradient a step, got LBFGS. It runs its closure many times on "
+                "one batch, each a release of its own: use SGD, Adam or AdamW."
             )
         if isinstance(optimizer, torch.optim.SparseAdam):
             raise ValueError(
-                "Expected an optimizer for dense gradients, got SparseAdam. Noise is on every coordinate, so a private gradient is "
-                "never sparse: use Adam, and Embedding(sparse=False)."
+                "Expected an optimizer for dense gradients, got SparseAdam. Noise is on every coordinate, so a "
+                "private gradient is never sparse: use Adam, and Embedding(sparse=False)."
             )
         for group in optimizer.param_groups:
             for position, parameter in enumerate(group["params"]):
                 if id(parameter) not in known:
                     raise ValueError(
-                        f"Expected every parameter of {type(optimizer).__name__} to be one of the module's, got one of shape "
-                        f"{tuple(parameter.shape)} at position {position} that is not. It would never get a private gradient "
-                        "(was the module moved, wrapped or replaced after the optimizer was made?): pass self.parameters()."
+                        f"Expected every parameter of {type(optimizer).__name__} to be one of the module's, got one of "
+                        f"shape {tuple(parameter.shape)} at position {position} that is not. It would never get a "
+                        "private gradient (was the module moved, wrapped or replaced after the optimizer was made?): "
+                        "pass self.parameters()."
                     )
                 other = owner.setdefault(id(parameter), index)
                 if (other in public) != (index in public):
                     raise ValueError(
-                        f"Expected each parameter in private optimizers or in public ones, got one of shape "
-                        f"{tuple(parameter.shape)} in optimizers {other} and {index} with public_optimizers={public!r}. Give it "
-                        "to one of them."
+                        "Expected each parameter in private optimizers or in public ones, got one of shape "
+                        f"{tuple(parameter.shape)} in optimizers {other} and {index} with "
+                        f"public_optimizers={public!r}. Give it to one of them."
                     )

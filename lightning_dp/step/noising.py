@@ -56,8 +56,9 @@ class ReleaseNoise:
             self._began_at = step
         if self._began_at + self._correlated.step != step:
             raise PrivacyError(
-                f"{self._correlated.step} draws of correlated noise belong to {step - self._began_at} steps, so noise would be "
-                "cancelled in the wrong step. A step was given up after its noise was drawn: resume from a checkpoint."
+                f"{self._correlated.step} draws of correlated noise belong to {step - self._began_at} steps, so noise "
+                "would be cancelled in the wrong step. A step was given up after its noise was drawn: resume from a "
+                "checkpoint."
             )
 
     def begin(self, accumulator: Accumulator, release: Release, *, first: bool, divisor: int) -> None:
@@ -82,7 +83,8 @@ class ReleaseNoise:
         Args:
             accumulator: of one private optimizer, with all samples added.
             release: the same object as in :meth:`begin`.
-            alone: whether it is the only accumulator of a step, so that the next noise may be drawn during the next forward.
+            alone: whether it is the only accumulator of a step, so that the next noise may be drawn during the next
+                forward.
         """
         parts = accumulator.noise_parts(release.shares, self._reduction.noise_share)
         if accumulator.noise_std is None:

@@ -62,12 +62,14 @@ class DPPlan:
         neighboring_relation: "add_or_remove_one", "replace_one" or "zero_out".
         is_private: logical step -> whether it is private; plain SGD, without bound and noise, where it is not.
         unsound: why no step of the run has a finite epsilon, whatever its noise; empty where they have.
-        batches_per_pass: t, the logical batches of a whole pass, if the sampler puts each unit into exactly one of them,
-            drawn uniformly and independently; else None. A run may use fewer of them per pass (``steps_per_epoch``).
+        batches_per_pass: t, the logical batches of a whole pass, if the sampler puts each unit into exactly one of
+            them, drawn uniformly and independently; else None. A run may use fewer of them per pass
+            (``steps_per_epoch``).
         unit: "record" or "user": whose presence is hidden, and what n, q and B count.
         records_per_unit: most records that a user brings to a logical batch; None for records.
         correlation: of the noise between steps; None if it is independent.
-        per_sample_loss: whether each record's own loss counts, computed on that record alone, instead of the batch's loss.
+        per_sample_loss: whether each record's own loss counts, computed on that record alone, instead of the batch's
+            loss.
 
     Example:
         >>> from lightning_dp.clipping import FlatClipping
@@ -100,7 +102,9 @@ class DPPlan:
 
     @property
     def allocates(self) -> bool:
-        """True if a pass is accounted as random allocation; if not, a shuffled pass is accounted without amplification."""
+        """True if a pass is accounted as random allocation; if not, a shuffled pass is accounted without
+        amplification.
+        """
         return (
             self.sampling == "shuffle"
             and self.batches_per_pass is not None
@@ -117,7 +121,9 @@ class DPPlan:
         return SENSITIVITY_FACTOR[self.neighboring_relation]
 
     def sensitivity(self, num_groups: int) -> float:
-        """L2 sensitivity of the clipped sum under the plan's neighbouring relation, at the bound the run starts with."""
+        """L2 sensitivity of the clipped sum under the plan's neighbouring relation, at the bound the run starts
+        with.
+        """
         return self.relation_factor * self.clipping.sensitivity(num_groups)
 
     def event(self, step: int) -> PrivacyEvent:
@@ -145,9 +151,9 @@ class DPPlan:
     def runs(self, start: int, stop: int, noise_multiplier: float | None = None) -> list[Run]:
         """Events of the logical steps ``start <= t < stop`` as runs of equal ones, for calibration and look-ahead.
 
-        Correlated noise makes the whole run one pass. Under "shuffle" and "cyclic" each run is within one pass over the data.
-        It says whether it begins that pass or continues it, so a pass whose sigma changes counts once, with its smallest sigma.
-        The first run always begins a pass, unless noise is correlated.
+        Correlated noise makes the whole run one pass. Under "shuffle" and "cyclic" each run is within one pass over the
+        data. It says whether it begins that pass or continues it, so a pass whose sigma changes counts once, with its
+        smallest sigma. The first run always begins a pass, unless noise is correlated.
 
         Args:
             start: first logical step.

@@ -38,16 +38,17 @@ def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
     if settings.target_delta is None:
         if size is None:
             raise ValueError(
-                "Expected target_delta for a dataset without a length, got target_delta=None. Pass a delta well below one over "
-                "the number of records."
+                "Expected target_delta for a dataset without a length, got target_delta=None. Pass a delta well below "
+                "one over the number of records."
             )
         delta = default_delta(size)
         _messages.info(f"target_delta={delta:g}, from 1 / (10 x {size} {facts.unit}s) rounded down to a power of ten.")
         return delta
     if size is not None and settings.target_delta >= 1 / size:
         _messages.warn(
-            f"target_delta={settings.target_delta:g} is meaningless for {size} {facts.unit}s: publishing one {facts.unit} at random "
-            f"would meet it. Use well below 1/{size} = {1 / size:.1e}, for example {default_delta(size):g}."
+            f"target_delta={settings.target_delta:g} is meaningless for {size} {facts.unit}s: publishing one "
+            f"{facts.unit} at random would meet it. Use well below 1/{size} = {1 / size:.1e}, for example "
+            f"{default_delta(size):g}."
         )
     return settings.target_delta
 
@@ -81,14 +82,15 @@ def build_plan(
     """
     if restored is not None and restored["dataset_size"] != facts.dataset_size:
         raise PrivacyError(
-            f"Expected the {restored['dataset_size']} {facts.unit}s of the run being resumed, got {facts.dataset_size}. Its ledger "
-            "is for that dataset only: resume on the same training set, or start a new run."
+            f"Expected the {restored['dataset_size']} {facts.unit}s of the run being resumed, got "
+            f"{facts.dataset_size}. Its ledger is for that dataset only: resume on the same training set, or start a "
+            "new run."
         )
     if not facts.add_remove_changes_one_batch and settings.neighboring_relation == "add_or_remove_one":
         raise ValueError(
             "Expected neighboring_relation='replace_one' or 'zero_out' for a stream under sampling='shuffle', got "
-            "'add_or_remove_one'. One record more in a stream shifts all later batches, so only a record exchanged in its place "
-            "changes a single batch: pass one of these, or give the dataset random access."
+            "'add_or_remove_one'. One record more in a stream shifts all later batches, so only a record exchanged in "
+            "its place changes a single batch: pass one of these, or give the dataset random access."
         )
     mechanisms.begin_run(length)
     asked = settings.noise
@@ -136,8 +138,9 @@ def _calibrated(
     stop = plan.steps
     if stop is None:
         raise ValueError(
-            "Expected a known number of steps with target_epsilon, got a stream without a length and no max_steps. The noise is "
-            "calibrated over all planned steps: set `Trainer(max_steps=...)`, give the dataset a length, or pass noise_multiplier."
+            "Expected a known number of steps with target_epsilon, got a stream without a length and no max_steps. "
+            "The noise is calibrated over all planned steps: set `Trainer(max_steps=...)`, give the dataset a length, "
+            "or pass noise_multiplier."
         )
     assert plan.target_epsilon is not None
     now = plan.state_dict()
@@ -160,7 +163,7 @@ def _calibrated(
         history=ledger,
     )
     _messages.info(
-        f"noise_multiplier={noise_multiplier:.4g}, calibrated to epsilon <= {plan.target_epsilon:g} at delta={plan.delta:g} over "
-        f"{stop - start} steps ({plan.accountant})."
+        f"noise_multiplier={noise_multiplier:.4g}, calibrated to epsilon <= {plan.target_epsilon:g} at "
+        f"delta={plan.delta:g} over {stop - start} steps ({plan.accountant})."
     )
     return noise_multiplier

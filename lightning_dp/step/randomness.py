@@ -16,8 +16,8 @@ import torch
 class RandomStreams:
     """Seeds for the global generators of torch, numpy and Python.
 
-    Dropout, augmentation and whatever else user code draws begin every logical batch from here, so that no draw depends on
-    how many samples earlier batches had.
+    Dropout, augmentation and whatever else user code draws begin every logical batch from here, so that no draw depends
+    on how many samples earlier batches had.
 
     **Guarantee**: without ``seed`` every seed is fresh from the operating system: ``seed_everything`` neither fixes nor
     moves what is drawn while training.
@@ -40,8 +40,8 @@ class RandomStreams:
 def seed_generators(seed: int) -> None:
     """Seed the global generators of torch (all devices), numpy and Python.
 
-    Without an accelerator ``torch.manual_seed`` would note a stack trace for each kind of device: 3 to 7 ms, against 0.02 ms for
-    the generator alone (2 cores, 2026-11-28).
+    Without an accelerator ``torch.manual_seed`` would note a stack trace for each kind of device: 3 to 7 ms, against
+    0.02 ms for the generator alone (2 cores, 2026-11-28).
     """
     if torch.accelerator.is_available():
         torch.manual_seed(seed)

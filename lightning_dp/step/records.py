@@ -33,8 +33,8 @@ class TrainingRecords:
     def take(self, num: int, seed: int = 0) -> list[Any]:
         """Return records from all over a dataset with random access, the first ones of a stream.
 
-        The positions are pseudo-random and always the same for a seed, so that neither sorted nor periodic data makes the
-        records alike.
+        The positions are pseudo-random and always the same for a seed, so that neither sorted nor periodic data makes
+        the records alike.
 
         Args:
             num: records; fewer if the dataset has fewer.

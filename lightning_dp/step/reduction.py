@@ -32,7 +32,9 @@ class Reduction(Protocol):
     # what every rank has to do alike where forwards communicate
 
     def same_count(self, num: int) -> int:
-        """Return the number of microbatches that every rank runs: ``num``, or the maximum where forwards communicate."""
+        """Return the number of microbatches that every rank runs: ``num``, or the maximum where forwards
+        communicate.
+        """
 
     def any(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank where forwards communicate; else the flag of this rank."""
@@ -233,6 +235,6 @@ def communicating(what: str, *, among_others: bool = False) -> Iterator[None]:
         if among_others and (isinstance(error, PrivacyError) or not _LOST.search(str(error))):
             raise
         raise RuntimeError(
-            f"Expected every rank to take part in {what}, got {error}. Another process died, hung or fell "
-            "behind: end what is left of the run and resume all of them from the newest checkpoint, whose ledger is whole."
+            f"Expected every rank to take part in {what}, got {error}. Another process died, hung or fell behind: end "
+            "what is left of the run and resume all of them from the newest checkpoint, whose ledger is whole."
         ) from error

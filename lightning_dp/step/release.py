@@ -19,17 +19,18 @@ class Release:
         drawn_std = z_g F S sens,     statistics_std = s_b F,     F = 2 under "replace_one", else 1
         noise_std = drawn_std, or drawn_std sqrt(sum_j r_j^2) if noise is correlated between steps
 
-    with ``S`` the sensitivity of the clipped sum, and ``z_g``, ``s_b`` the shares of the noise multiplier ``sigma`` that the
-    clipping bound gives to the gradient and to its statistics (``z_g = sigma`` without statistics). ``sens`` is that of
-    correlated noise, 1 for independent noise.
+    with ``S`` the sensitivity of the clipped sum, and ``z_g``, ``s_b`` the shares of the noise multiplier ``sigma``
+    that the clipping bound gives to the gradient and to its statistics (``z_g = sigma`` without statistics). ``sens``
+    is that of correlated noise, 1 for independent noise.
 
     **Guarantee**: every field is a function of public state, settled before the first sample of the batch is looked at.
 
     Args:
         sigma: noise multiplier of this release.
-        noise_std: standard deviation of the noise on one coordinate of the sum, over all ranks; the root mean square over
-            coordinates where groups carry noise of their own.
-        drawn_std: standard deviation of the fresh noise of this step; other than ``noise_std`` for correlated noise only.
+        noise_std: standard deviation of the noise on one coordinate of the sum, over all ranks; the root mean square
+            over coordinates where groups carry noise of their own.
+        drawn_std: standard deviation of the fresh noise of this step; other than ``noise_std`` for correlated noise
+            only.
         statistics_std: standard deviation of the noise on one statistic, over all ranks.
         sensitivity: S, the largest norm that one sample may add to the sum.
         shares: factor of each group on ``drawn_std``; empty if the std is the same on all coordinates.
@@ -67,7 +68,8 @@ def plan_release(
         clipping: in force.
         sizes: active coordinates of each group of parameters.
         bound: clipping bound in force, which may need a share of the noise for its statistics.
-        num_releases: m, private optimizers; each gets noise of multiplier ``sigma_t sqrt(m)``, so that all cost one event.
+        num_releases: m, private optimizers; each gets noise of multiplier ``sigma_t sqrt(m)``, so that all cost one
+            event.
         since: steps before this one in the history of correlated noise.
     """
     sigma = plan.sigma(step) * num_releases**0.5

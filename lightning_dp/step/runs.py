@@ -33,7 +33,8 @@ class _Bar(tqdm):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Draws:
-    """The random draws of one run on trial: torch's are held still (see ``FrozenRandomness``), the others follow a seed.
+    """The random draws of one run on trial: torch's are held still (see ``FrozenRandomness``), the others follow a
+    seed.
 
     Args:
         seed: of the global generators.

@@ -22,8 +22,8 @@ class Samples:
     Args:
         engine: has recorded the microbatch.
         accumulator: sum of one private optimizer.
-        scaled: from norms or factors of shape (..., B) as the engine has recorded the gradients to those of a sample's own loss;
-            with a divisor.
+        scaled: from norms or factors of shape (..., B) as the engine has recorded the gradients to those of a sample's
+            own loss; with a divisor.
         reduction: computes norms and sums where ranks hold parts of them.
     """
 

@@ -16,13 +16,17 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.snapshot import Snapshot
 
-USE_OPTIMIZERS = "Step through self.optimizers(), with self.manual_backward for the backward: only such a step gets a private gradient."
+USE_OPTIMIZERS = (
+    "Step through self.optimizers(), with self.manual_backward for the backward: only such a step gets a private "
+    "gradient."
+)
 
 
 class StepGuard:
     """A guard that refuses every optimizer step that the private step has not released a gradient for.
 
-    A hook on all optimizers of the process while a fit runs, so that also those are seen which a module keeps for itself.
+    A hook on all optimizers of the process while a fit runs, so that also those are seen which a module keeps for
+    itself.
 
     Args:
         is_private: whether an optimizer holds a private parameter.
@@ -86,7 +90,8 @@ class StepGuard:
         kind = type(optimizer).__name__
         if self.in_sandbox:
             raise PrivacyError(
-                f"{kind} stepped by itself while your step ran on trial, so weights would move on raw gradients. {self._advice}"
+                f"{kind} stepped by itself while your step ran on trial, so weights would move on raw gradients. "
+                f"{self._advice}"
             )
         if self._open or (self._expected and optimizer is self._expected[-1]) or not self._is_private(optimizer):
             return
@@ -97,8 +102,8 @@ class Sandbox:
     """A context for user code that leaves no trace.
 
     Within :meth:`enter`: no optimizer steps (see ``StepGuard``); ``.grad`` of every parameter is None at the start.
-    Afterwards: all state of module, optimizers and schedulers has the value that it had (see ``Snapshot``), ``.grad`` and the
-    global generators too.
+    Afterwards: all state of module, optimizers and schedulers has the value that it had (see ``Snapshot``), ``.grad``
+    and the global generators too.
 
     Args:
         module: the user's.

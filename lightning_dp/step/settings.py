@@ -67,8 +67,8 @@ class Settings:
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ValueError(
                 "Expected exactly one of noise_multiplier and target_epsilon, got "
-                f"noise_multiplier={self.noise_multiplier!r} and target_epsilon={self.target_epsilon!r}. Pass the noise, or "
-                "the epsilon it should be calibrated to."
+                f"noise_multiplier={self.noise_multiplier!r} and target_epsilon={self.target_epsilon!r}. Pass the "
+                "noise, or the epsilon it should be calibrated to."
             )
         if self.noise_multiplier is not None:
             check.check_nonnegative(
@@ -107,12 +107,14 @@ class Settings:
             )
         if self.seed is not None and self.secure_rng:
             raise ValueError(
-                f"Expected secure_rng=True without a seed, got seed={self.seed!r}. A seed makes the noise predictable; drop one."
+                f"Expected secure_rng=True without a seed, got seed={self.seed!r}. A seed makes the noise predictable; "
+                "drop one."
             )
         if self.per_sample_loss and self.grad_sample in ("rules", "materialize"):
             raise ValueError(
-                f"Expected grad_sample 'auto' or 'single' with per_sample_loss=True, got grad_sample={self.grad_sample!r}. Each "
-                "record runs alone, so that the loss is its own: leave grad_sample out."
+                "Expected grad_sample 'auto' or 'single' with per_sample_loss=True, got "
+                f"grad_sample={self.grad_sample!r}. Each record runs alone, so that the loss is its own: leave "
+                "grad_sample out."
             )
         clipping = self.make_clipping()
         if not clipping.bounded and self.target_epsilon is not None:
@@ -127,13 +129,13 @@ class Settings:
             check.check_count("records_per_unit", self.records_per_unit)
         elif self.unit is not None:
             raise ValueError(
-                "Expected records_per_unit with a unit, got records_per_unit=None. Pass the most records that a user may bring to one "
-                "batch, such as 4."
+                "Expected records_per_unit with a unit, got records_per_unit=None. Pass the most records that a user "
+                "may bring to one batch, such as 4."
             )
         elif self.unit_gradient != "mean":
             raise ValueError(
-                f"Expected unit_gradient with a unit, got unit_gradient={self.unit_gradient!r} without one. Pass unit and "
-                "records_per_unit to protect users."
+                f"Expected unit_gradient with a unit, got unit_gradient={self.unit_gradient!r} without one. Pass unit "
+                "and records_per_unit to protect users."
             )
 
     def _check_noise(self) -> None:
@@ -142,18 +144,19 @@ class Settings:
             return
         if not isinstance(self.noise, CorrelatedNoise):
             raise TypeError(
-                f"Expected noise to be a CorrelatedNoise or None, got {type(self.noise).__name__}. Pass CorrelatedNoise() for data in "
-                "a fixed order."
+                f"Expected noise to be a CorrelatedNoise or None, got {type(self.noise).__name__}. Pass "
+                "CorrelatedNoise() for data in a fixed order."
             )
         if self.sampling == "poisson":
             raise ValueError(
-                "Expected data in a fixed order with correlated noise, got sampling='poisson'. Noise that cancels between steps needs "
-                "units that come back at a known distance: use sampling='cyclic', or 'shuffle' for a stream."
+                "Expected data in a fixed order with correlated noise, got sampling='poisson'. Noise that cancels "
+                "between steps needs units that come back at a known distance: use sampling='cyclic', or 'shuffle' "
+                "for a stream."
             )
         if self.secure_rng:
             raise ValueError(
-                "Expected secure_rng=False with correlated noise, got secure_rng=True. Its noise is drawn again from a key in place of "
-                "being kept, which the cryptographic generator cannot do: leave one out."
+                "Expected secure_rng=False with correlated noise, got secure_rng=True. Its noise is drawn again from "
+                "a key in place of being kept, which the cryptographic generator cannot do: leave one out."
             )
 
     @property
@@ -193,8 +196,8 @@ def check_positions(positions: Sequence[int]) -> tuple[int, ...]:
     """
     if not isinstance(positions, Sequence):
         raise TypeError(
-            f"Expected public_optimizers to be a list of positions, got public_optimizers={positions!r}. Pass [0] for the first "
-            "optimizer that configure_optimizers returns."
+            f"Expected public_optimizers to be a list of positions, got public_optimizers={positions!r}. Pass [0] for "
+            "the first optimizer that configure_optimizers returns."
         )
     advice = "Pass the place of each public optimizer in what configure_optimizers returns."
     return check.check_positions("public_optimizers", positions, advice)

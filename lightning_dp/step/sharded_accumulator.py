@@ -59,7 +59,9 @@ class ShardedAccumulator(Accumulator):
 
     @override
     def noise_parts(self, shares: Sequence[float], share: float = 1.0) -> list[tuple[Tensor, float]]:
-        """Return parts of the gradient with the factor on their noise: all of it on own rows, a share on what is replicated."""
+        """Return parts of the gradient with the factor on their noise: all of it on own rows, a share on what is
+        replicated.
+        """
         if shares:
             factors, own = self.factors_by_name(shares), set(self.sharded)
             return [(v, factors[n] * (1.0 if n in own else share)) for n, v in self.views.items() if v.numel()]

@@ -23,11 +23,12 @@ from lightning_dp.step.sharded_accumulator import ShardedAccumulator
 class Shards(AllReduce):
     """Reduction by one reduce-scatter per parameter and microbatch: a rank keeps the sum of its own rows.
 
-    Forwards and backwards gather the parameters unit by unit, and a rank holds whole samples: norms need no communication. The
-    weighted sum is made for one unit at a time, in full, in float32, and scattered at once.
+    Forwards and backwards gather the parameters unit by unit, and a rank holds whole samples: norms need no
+    communication. The weighted sum is made for one unit at a time, in full, in float32, and scattered at once.
 
-    **Guarantee**: every rank makes the same collectives in the same order, whatever samples it drew. Own rows carry noise of
-    the full std, from the stream of this rank alone; what is replicated, of std / sqrt(W) on each rank, added up once a step.
+    **Guarantee**: every rank makes the same collectives in the same order, whatever samples it drew. Own rows carry
+    noise of the full std, from the stream of this rank alone; what is replicated, of std / sqrt(W) on each rank, added
+    up once a step.
 
     Args:
         module: the user's, sharded with ``fully_shard``, on its device.
@@ -144,7 +145,9 @@ class Shards(AllReduce):
         return [*parts, (rest, units.Unit(None, {}), False)] if rest else parts
 
     def _segments(self, names: Sequence[str], like: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return zeros for the sums of a unit: flat and padded to equal rows on all ranks, and views of the parameters' shapes."""
+        """Return zeros for the sums of a unit: flat and padded to equal rows on all ranks, and views of the parameters'
+        shapes.
+        """
         shapes = {name: self._shape(name) for name in names}
         lengths = []
         for name, shape in shapes.items():
@@ -158,7 +161,9 @@ class Shards(AllReduce):
         return self._sharded[name].shape if name in self._sharded else self._module.get_parameter(name).shape
 
     def _scattered(self, name: str, segment: Tensor) -> Tensor:
-        """Return the sum over all ranks of the rows of this one, flat; of a replicated parameter what this rank adds to it."""
+        """Return the sum over all ranks of the rows of this one, flat; of a replicated parameter what this rank adds to
+        it.
+        """
         if name not in self._sharded:
             return segment
         parameter: Any = self._sharded[name]

@@ -17,7 +17,8 @@ from lightning_dp.step.local import local_part
 from lightning_dp.step.randomness import generator_restorer
 from lightning_dp.system.torch_private import num_changes
 
-#: Attributes of every module that are not the user's state: hooks, and the dictionaries that are followed by themselves.
+#: Attributes of every module that are not the user's state: hooks, and the dictionaries that are followed by
+#: themselves.
 _MACHINERY = frozenset(nn.Module().__dict__) - {
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
 }  # fmt: skip
@@ -25,12 +26,13 @@ _MACHINERY = frozenset(nn.Module().__dict__) - {
 _OUTSIDE = frozenset({"log", "log_dict", "_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"})
 #: Types whose values cannot change.
 _CONSTANT = (
-    bool, int, float, complex, str, bytes, type(None), type, range, torch.dtype, torch.device, torch.Size, types.ModuleType,
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType, Dataset, DataLoader,
+    bool, int, float, complex, str, bytes, type(None), type, range, torch.dtype, torch.device, torch.Size,
+    types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, Dataset, DataLoader,
 )  # fmt: skip
 #: Packages whose objects are not followed: they are no state of the user's, or lead to everything else.
 _FOREIGN = (
-    "lightning.", "pytorch_lightning.", "lightning_dp.", "torch.distributed", "logging", "threading", "_thread", "weakref", "_io",
+    "lightning.", "pytorch_lightning.", "lightning_dp.", "torch.distributed", "logging", "threading", "_thread",
+    "weakref", "_io",
 )  # fmt: skip
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 _EMPTY = object()
@@ -93,8 +95,8 @@ class Snapshot:
         """Give everything the value that it had; what has not changed is not written to.
 
         Args:
-            quick: of a large tensor whose version has not moved compare about 1,000 elements only. What this misses, the
-                next exact call finds.
+            quick: of a large tensor whose version has not moved compare about 1,000 elements only. What this misses,
+                the next exact call finds.
         """
         self._settle()
         with torch.no_grad():
@@ -226,7 +228,9 @@ def _place_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _memory_of(tensor: Tensor) -> Tensor:
-    """Return a tensor over the same memory that can be written to: of one whose elements overlap, its memory in a row."""
+    """Return a tensor over the same memory that can be written to: of one whose elements overlap, its memory in a
+    row.
+    """
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return tensor
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

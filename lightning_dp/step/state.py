@@ -22,8 +22,8 @@ class PrivacyState:
 
     It outlives a call of fit: the ledger never forgets a step, and a later fit goes on with it.
 
-    **Guarantee**: holds public values only. An entry is written before anything that it pays for is released; releases on
-    one logical batch are one entry of their combined precision ``sum_k sigma_k^-2``.
+    **Guarantee**: holds public values only. An entry is written before anything that it pays for is released; releases
+    on one logical batch are one entry of their combined precision ``sum_k sigma_k^-2``.
 
     Args:
         neighboring_relation: of the ledger.
@@ -149,8 +149,9 @@ class PrivacyState:
             plan.target_epsilon is not None or math.isfinite(self.last_allowed_step)
         ):
             raise PrivacyError(
-                "Expected each private optimizer to step once per batch under target_epsilon or PrivacyBudget, got a further step "
-                "on the same batch. It costs privacy that was not planned for: step once, or pass noise_multiplier and no budget."
+                "Expected each private optimizer to step once per batch under target_epsilon or PrivacyBudget, got a "
+                "further step on the same batch. It costs privacy that was not planned for: step once, or pass "
+                "noise_multiplier and no budget."
             )
         self.precision = precision
         spent = planned if math.isclose(combined, planned, rel_tol=1e-9) else combined
@@ -166,13 +167,13 @@ class PrivacyState:
         plan: DPPlan = self.plan
         if plan.target_epsilon is not None and plan.steps is not None and self.step >= plan.steps:
             raise PrivacyError(
-                f"Expected at most the {plan.steps} planned steps under target_epsilon={plan.target_epsilon:g}, got one more. The "
-                "noise was calibrated to these: set max_epochs or max_steps before fit, not during it."
+                f"Expected at most the {plan.steps} planned steps under target_epsilon={plan.target_epsilon:g}, got "
+                "one more. The noise was calibrated to these: set max_epochs or max_steps before fit, not during it."
             )
         if self.precision == 0.0 and self.step >= self.last_allowed_step:
             raise PrivacyError(
-                f"Expected to stop after {self.last_allowed_step} steps, where the privacy budget ends, got one more. Something kept "
-                "the Trainer going (min_epochs or min_steps?): lower it, or raise the budget."
+                f"Expected to stop after {self.last_allowed_step} steps, where the privacy budget ends, got one more. "
+                "Something kept the Trainer going (min_epochs or min_steps?): lower it, or raise the budget."
             )
 
     # ---------------------------------------------------------------- across processes and checkpoints
@@ -251,8 +252,9 @@ class PrivacyState:
         found = saved.load(checkpoint, current=current, allow_public=allow_public, one_step_a_batch=one_step_a_batch)
         if fresh and not self.ledger.has_same_beginning(found.ledger):
             raise PrivacyError(
-                "Expected a checkpoint of a run that began with the same history, got one whose ledger begins otherwise. What the "
-                "earlier runs spent would be lost: pass the history that its run was given, or leave history out."
+                "Expected a checkpoint of a run that began with the same history, got one whose ledger begins "
+                "otherwise. What the earlier runs spent would be lost: pass the history that its run was given, or "
+                "leave history out."
             )
         notes = saved.load_notes(checkpoint) if saved.KEY in checkpoint else None
         self.ledger, self.restored_plan, self.step, self.unledgered = found

@@ -1,7 +1,7 @@
 """State check: what a step leaves behind must not depend on the records it saw (guarantee I2).
 
-State that a checkpoint holds is compared itself. Other state (lists, running means, objects of the user's) is judged by what
-it does: the gradient of a third record after each.
+State that a checkpoint holds is compared itself. Other state (lists, running means, objects of the user's) is judged by
+what it does: the gradient of a third record after each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Gradients = dict[str, Tensor]
 
 
 def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
-    """Return copies of what a checkpoint holds: parameters, persistent buffers, numbers of optimizers and schedulers."""
+    """Return copies of what a checkpoint holds: parameters, persistent buffers, numbers of optimizers and
+    schedulers.
+    """
     state: dict[str, Any] = {name: local_part(p).detach().clone() for name, p in module.named_parameters()}
     state |= {name: value.detach().clone() for name, value in saved_buffers(module)}
     for number, other in enumerate(others):
@@ -91,15 +93,15 @@ def check_state(
         names = list(changed(reference, state))
         if anywhere(bool(names)):
             raise PrivacyError(
-                f"training_step leaves {_listed(names)} with another value after {what}. Such state is saved and read by later "
-                "steps without noise. Compute it on public data before fit, make it follow the weights alone, or leave it out "
-                "(check_per_sample=False accepts it, outside the guarantee)."
+                f"training_step leaves {_listed(names)} with another value after {what}. Such state is saved and read "
+                "by later steps without noise. Compute it on public data before fit, make it follow the weights "
+                "alone, or leave it out (check_per_sample=False accepts it, outside the guarantee)."
             )
         if anywhere(not _same_gradients(gradients, after)):
             raise PrivacyError(
-                f"The gradient of a record changes with what training_step saw before: it differs after {what}. Some object keeps "
-                "values of earlier records (a queue, a running mean, a cache) and a later loss reads them without noise. "
-                "Leave it out, or compute it on public data before fit."
+                f"The gradient of a record changes with what training_step saw before: it differs after {what}. Some "
+                "object keeps values of earlier records (a queue, a running mean, a cache) and a later loss reads "
+                "them without noise. Leave it out, or compute it on public data before fit."
             )
 
 

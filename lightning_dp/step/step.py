@@ -266,8 +266,8 @@ class PrivateStep:
         """
         if self.seen_backprops and not self._released:
             raise PrivacyError(
-                "Backprops arrived, but no private optimizer has ever stepped, so nothing is trained and the ledger is empty. "
-                f"{USE_OPTIMIZERS}"
+                "Backprops arrived, but no private optimizer has ever stepped, so nothing is trained and the ledger "
+                f"is empty. {USE_OPTIMIZERS}"
             )
 
     def leave_open(self) -> None:

@@ -47,7 +47,8 @@ class Trial:
     def is_due(self, number: int, *, first_of_pass: bool) -> bool:
         """Tell whether the checks are repeated: at the 2nd, 10th and 100th logical step, then in the first of an epoch.
 
-        After the 100th, 1,000 steps pass between two checks; where epochs are longer than 10,000, a check is due after as many.
+        After the 100th, 1,000 steps pass between two checks; where epochs are longer than 10,000, a check is due after
+        as many.
 
         Args:
             number: of the logical step, from 0.
@@ -86,7 +87,9 @@ class Trial:
             state.checked_steps.append(state.step)
 
     def _learn_layout(self, snapshot: Snapshot, pair: list[Any]) -> None:
-        """Learn the layout; where user code draws coins also under low and high ones, by which it may use other layers."""
+        """Learn the layout; where user code draws coins also under low and high ones, by which it may use other
+        layers.
+        """
 
         def learn(draws: Draws) -> None:
             self._step.engine.learn_layout(
@@ -162,9 +165,10 @@ class Trial:
                 bound = 1e-5 * (1e-8 + float(gradient.abs().max()))
                 if name not in other.public or float((gradient - other.public[name]).abs().max()) > bound:
                     raise PrivacyError(
-                        f"Expected the gradients of public_optimizers={positions!r} to be free of the data, got one for {name!r} "
-                        f"that changes with {what}. Leave the optimizer out of public_optimizers, or keep data and batch size "
-                        "out of its loss (a generator draws a fixed number of fakes for its own step)."
+                        f"Expected the gradients of public_optimizers={positions!r} to be free of the data, got one "
+                        f"for {name!r} that changes with {what}. Leave the optimizer out of public_optimizers, or keep "
+                        "data and batch size out of its loss (a generator draws a fixed number of fakes for its own "
+                        "step)."
                     )
         self._step.unchecked_public -= found[0].stepped
 
@@ -179,9 +183,9 @@ class Trial:
                 output = self._host.attempt(partial(self._output_of, record), snapshot.put_back)
                 if self._step.reduction.any(output is not None):
                     raise PrivacyError(
-                        "Expected training_step to return None for every sample or for none, got None for a batch and a loss for "
-                        "one sample alone. One sample could switch off all others: return the loss (a sample that is not finite "
-                        "contributes zero anyway)."
+                        "Expected training_step to return None for every sample or for none, got None for a batch and "
+                        "a loss for one sample alone. One sample could switch off all others: return the loss (a "
+                        "sample that is not finite contributes zero anyway)."
                     )
 
     def _output_of(self, record: Any) -> Any:
@@ -200,9 +204,9 @@ class Trial:
             with self._sandbox.enter():
                 if not self._host.skips_on(record):
                     raise PrivacyError(
-                        "Expected on_train_batch_start to skip the rest of an epoch whatever the records are, got -1 for a batch and "
-                        "another answer for one record alone. The number of steps would depend on the data: let counts or the "
-                        "weights decide."
+                        "Expected on_train_batch_start to skip the rest of an epoch whatever the records are, got -1 "
+                        "for a batch and another answer for one record alone. The number of steps would depend on the "
+                        "data: let counts or the weights decide."
                     )
 
     def check_steps(self, real: set[int], counts: Any) -> None:
@@ -222,7 +226,7 @@ class Trial:
                 stepped = self._host.attempt(run, snapshot.put_back).stepped & private
             if self._step.reduction.any(stepped != real):
                 raise PrivacyError(
-                    f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a batch and of "
-                    f"{sorted(stepped)} on one sample alone. One sample could switch off all others: let batch_idx or a count "
-                    "decide when to step (a sample that is not finite contributes zero anyway)."
+                    f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a "
+                    f"batch and of {sorted(stepped)} on one sample alone. One sample could switch off all others: let "
+                    "batch_idx or a count decide when to step (a sample that is not finite contributes zero anyway)."
                 )

@@ -19,7 +19,8 @@ class Unit:
 
     Args:
         module: gathers and frees its parameters.
-        whole: qualified name to the tensor that a forward computes with; its memory is there while the unit is gathered.
+        whole: qualified name to the tensor that a forward computes with; its memory is there while the unit is
+            gathered.
     """
 
     module: Any

@@ -53,7 +53,8 @@ __all__ = [
 
 
 def twin(kind: type) -> type | None:
-    """Return the class of ``pytorch_lightning`` that one of ``lightning.pytorch`` is a copy of; None if it is not in use.
+    """Return the class of ``pytorch_lightning`` that one of ``lightning.pytorch`` is a copy of; None if it is not in
+    use.
 
     Both packages hold the same code in two class trees.
     """
@@ -124,7 +125,9 @@ def apply_transfer_hook(module: pl.LightningModule, batch: Any) -> Any:
 
 
 def replace_transfer_hook(module: pl.LightningModule, passes: Callable[[Any], bool]) -> None:
-    """Let batches pass Lightning's call of the transfer hook untouched if ``passes`` says so; see ``restore_transfer_hook``."""
+    """Let batches pass Lightning's call of the transfer hook untouched if ``passes`` says so; see
+    ``restore_transfer_hook``.
+    """
     original = module._on_before_batch_transfer
 
     def on_before_batch_transfer(batch: Any, dataloader_idx: int = 0) -> Any:
@@ -165,7 +168,8 @@ def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], An
 
     Args:
         trainer: whose fit is set up.
-        change: gets what the user gave and whether its loaders are read one after the other; returns what Lightning sees.
+        change: gets what the user gave and whether its loaders are read one after the other; returns what Lightning
+            sees.
     """
     source = trainer.fit_loop._data_source
     original = source.dataloader
@@ -219,7 +223,9 @@ def start_method(launcher: Any) -> Any:
 
 
 def wrap_checkpoint_io(held: Any, make: Callable[[], Any]) -> Any:
-    """Return the checkpoint IO of a strategy: the user's, with an atomic writer inside where it takes one, else the writer."""
+    """Return the checkpoint IO of a strategy: the user's, with an atomic writer inside where it takes one, else the
+    writer.
+    """
     if held is None:
         return make()
     if is_a(held, _WrappingCheckpointIO):
@@ -228,7 +234,9 @@ def wrap_checkpoint_io(held: Any, make: Callable[[], Any]) -> Any:
 
 
 def note_loaded_checkpoints(note: Callable[[nn.Module, dict[str, Any]], None]) -> None:
-    """Show every module that ``load_from_checkpoint`` makes, with its checkpoint, to ``note``; patches Lightning for good."""
+    """Show every module that ``load_from_checkpoint`` makes, with its checkpoint, to ``note``; patches Lightning for
+    good.
+    """
     _NOTES.append(note)
     _watch_loading(saving, note)
     serve_both()

@@ -1,4 +1,6 @@
-"""PrivateStrategy: the mixin that turns a Lightning strategy into a private one. One Lightning hook is one call of the step."""
+"""PrivateStrategy: the mixin that turns a Lightning strategy into a private one. One Lightning hook is one call of the
+step.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +168,9 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def on_train_start(self) -> None:
-        """Build the plan before the first step, so that a target that cannot be reached is an error and not a surprise."""
+        """Build the plan before the first step, so that a target that cannot be reached is an error and not a
+        surprise.
+        """
         module_checks.check_layers(self.module, runs_samples_alone=self.settings.runs_samples_alone)
         correlation.begin_order(self.plan.correlation, self.loader, self.state.steps_taken)
         self.state.decided = self.mechanisms.described()
@@ -187,7 +191,9 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run forward, backward and clipping of every microbatch; of the last one only the forward, the rest is Lightning's."""
+        """Run forward, backward and clipping of every microbatch; of the last one only the forward, the rest is
+        Lightning's.
+        """
         assert self._fit is not None
         return self._fit.run(args[1:], kwargs)
 

@@ -26,8 +26,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """A checkpoint IO that writes next to the target, forces the file to the disk, and then moves it there in one step.
 
     A resume reads the ledger from the checkpoint: half a file, or the half of a file that was there before, would lose
-    what has been spent. Lightning's own writer prepares the file in the temporary directory, and the move from there is a
-    copy where that is another file system. Only local paths are handled here; remote stores replace objects as a whole.
+    what has been spent. Lightning's own writer prepares the file in the temporary directory, and the move from there is
+    a copy where that is another file system. Only local paths are handled here; remote stores replace objects as a
+    whole.
 
     **Guarantee**: after a crash at any moment, the file at ``path`` is the one that was there before or the new one,
     complete. Where the write fails (a full disk, say) the old one stays and what was written next to it is removed.
@@ -58,8 +59,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
             raise OSError(
                 error.errno,
-                f"Expected to write the checkpoint {place.name}, got {error.strerror!r}. What was in its place is untouched: free some "
-                "space or choose another dirpath, and resume from the newest checkpoint",
+                f"Expected to write the checkpoint {place.name}, got {error.strerror!r}. What was in its place is "
+                "untouched: free some space or choose another dirpath, and resume from the newest checkpoint",
             ) from error
 
 
@@ -76,6 +77,6 @@ def reading(path: Any) -> Iterator[None]:
         raise
     except (OSError, EOFError, RuntimeError) as error:
         raise PrivacyError(
-            f"Expected a whole checkpoint, got {Path(str(path)).name}, which cannot be read: {error}. What its run has spent is "
-            "unknown: resume from an intact one."
+            f"Expected a whole checkpoint, got {Path(str(path)).name}, which cannot be read: {error}. What its run has "
+            "spent is unknown: resume from an intact one."
         ) from error

@@ -1,4 +1,6 @@
-"""Private training in N processes on any number of nodes: one all-reduce per logical step, no DistributedDataParallel."""
+"""Private training in N processes on any number of nodes: one all-reduce per logical step, no
+DistributedDataParallel.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """Start every replica from rank 0's state; the module is not wrapped, since gradients are summed once per step."""
+        """Start every replica from rank 0's state; the module is not wrapped, since gradients are summed once per
+        step.
+        """
         _lightning.start_equal(self.module)
         self.state.ledger = Ledger.from_state_dict(self.broadcast(self.ledger.state_dict()))
 

@@ -97,7 +97,9 @@ class PrivateFit:
     # ---------------------------------------------------------------- one logical batch
 
     def take(self, batch: LogicalBatch) -> Any:
-        """Return the microbatch of the real call on the device: the last one, or one of length 0 if no sample was drawn."""
+        """Return the microbatch of the real call on the device: the last one, or one of length 0 if no sample was
+        drawn.
+        """
         self._batch = batch
         self._on_device = self._strategy.to_device(batch.microbatches[-1][1]) if batch else self._host.empty_batch()
         return self._on_device
@@ -125,8 +127,9 @@ class PrivateFit:
         batch, self._batch = self._batch, None
         if batch is None:
             raise PrivacyError(
-                "Expected one training_step for each logical batch, got a batch that the private loader did not draw, or the same "
-                "one again. Optimizers that call their closure several times cannot be used: take SGD, Adam or AdamW."
+                "Expected one training_step for each logical batch, got a batch that the private loader did not draw, "
+                "or the same one again. Optimizers that call their closure several times cannot be used: take SGD, "
+                "Adam or AdamW."
             )
         self._host.arguments = (rest, kwargs)
         self.check_callbacks()
@@ -146,15 +149,16 @@ class PrivateFit:
             return self._run_real(self._on_device, count, owners)
         except StopIteration as error:  # Lightning would take it for the end of the data and go on without this step
             raise RuntimeError(
-                "training_step raised StopIteration; Lightning would take this for the end of the data. Catch it inside "
-                "training_step."
+                "training_step raised StopIteration; Lightning would take this for the end of the data. Catch it "
+                "inside training_step."
             ) from error
 
     def _begins_logical_batch(self) -> bool:
-        """Tell whether the sums begin again: where the loader begins to hand out a logical batch, and where Lightning has stepped.
+        """Tell whether the sums begin again: where the loader begins to hand out a logical batch, and where Lightning
+        has stepped.
 
-        The two agree, but not after a resume from within an accumulation: the loader starts over there. Parts of two logical
-        batches must never be summed, since one sample may be in both.
+        The two agree, but not after a resume from within an accumulation: the loader starts over there. Parts of two
+        logical batches must never be summed, since one sample may be in both.
         """
         trainer = self._strategy.trainer
         index, parts = trainer.fit_loop.batch_idx, trainer.accumulate_grad_batches
@@ -224,7 +228,9 @@ class PrivateFit:
             self._trial.check_steps(microbatch.collected, counts.back_in)
 
     def _run_real(self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0) -> Any:
-        """Run the one call of a logical batch that has effect; under automatic optimization its backward is Lightning's."""
+        """Run the one call of a logical batch that has effect; under automatic optimization its backward is
+        Lightning's.
+        """
         step, automatic = self.step, self.step.automatic
         counts = None if automatic else Counts(self._strategy)
         divisor = self._strategy.trainer.accumulate_grad_batches if automatic else 1

@@ -49,14 +49,15 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
     """Differentially private training of a LightningModule whose parameters are sharded over several processes (FSDP2).
 
     The module applies ``torch.distributed.fsdp.fully_shard`` in ``configure_model``, as for Lightning's
-    ``ModelParallelStrategy``; nothing else changes. Every rank clips its own samples, and the clipped sums of one unit at a time
-    are scattered: a rank holds the sum, the noise and the gradient of its own rows alone. ``batch_size`` of the loader is per
-    process, so that ``expected_batch_size = batch_size x world_size x accumulate_grad_batches``.
+    ``ModelParallelStrategy``; nothing else changes. Every rank clips its own samples, and the clipped sums of one unit
+    at a time are scattered: a rank holds the sum, the noise and the gradient of its own rows alone. ``batch_size`` of
+    the loader is per process, so that ``expected_batch_size = batch_size x world_size x accumulate_grad_batches``.
 
     **Guarantee**: that of ``DPStrategy``, for the data of all ranks together.
 
-    Refused: ``tensor_parallel_size`` above 1, hybrid sharding, ``CPUOffloadPolicy``, ``microbatch_size=1``, ``TopAgg``, public
-    optimizers, correlated noise, ``fix=True``, canaries in gradient space, ``GradientDiagnostics``. ``memory`` is always "lean".
+    Refused: ``tensor_parallel_size`` above 1, hybrid sharding, ``CPUOffloadPolicy``, ``microbatch_size=1``, ``TopAgg``,
+    public optimizers, correlated noise, ``fix=True``, canaries in gradient space, ``GradientDiagnostics``. ``memory``
+    is always "lean".
 
     Args:
         ARGUMENTS
@@ -74,13 +75,14 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
         """Start the processes; all of them are one data-parallel group."""
         if self._tensor_parallel_size not in ("auto", 1):
             raise ValueError(
-                f"Expected tensor_parallel_size=1, got tensor_parallel_size={self._tensor_parallel_size!r}. A rank would hold parts of "
-                "samples, and norms of parts do not add up in sequence-parallel layers: shard over all devices."
+                f"Expected tensor_parallel_size=1, got tensor_parallel_size={self._tensor_parallel_size!r}. A rank "
+                "would hold parts of samples, and norms of parts do not add up in sequence-parallel layers: shard "
+                "over all devices."
             )
         if self._fixes:
             raise ValueError(
-                "Expected fix=False with sharded parameters, got fix=True. Layers would be replaced after they were sharded: call "
-                "lightning_dp.fix in configure_model, before fully_shard."
+                "Expected fix=False with sharded parameters, got fix=True. Layers would be replaced after they were "
+                "sharded: call lightning_dp.fix in configure_model, before fully_shard."
             )
         self._tensor_parallel_size = 1
         if self._data_parallel_size == "auto":

@@ -1,7 +1,8 @@
 """Hooks of the user's that see a batch, or what was computed from it.
 
-Those of the module run on trial as ``training_step`` does. Those of callbacks, and those that end an epoch, may write files or lists
-of their own, so they run on trial only once they have changed the module outside of a trial, which is watched.
+Those of the module run on trial as ``training_step`` does. Those of callbacks, and those that end an epoch, may write
+files or lists of their own, so they run on trial only once they have changed the module outside of a trial, which is
+watched.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ _PLACES = 16  # values of a tensor that are compared, for what is written throug
 class UserHooks:
     """The hooks of a module and of the user's own callbacks.
 
-    **Guarantee**: what a hook writes into the module is checked as what ``training_step`` writes: of the module before the first
-    step, of a callback when it first writes, before the next step or checkpoint. Not watched: callbacks of Lightning, of this
-    package, and those that are derived from one of them. Not run on trial: hooks around an optimizer's step, which sees no
-    gradient there.
+    **Guarantee**: what a hook writes into the module is checked as what ``training_step`` writes: of the module before
+    the first step, of a callback when it first writes, before the next step or checkpoint. Not watched: callbacks of
+    Lightning, of this package, and those that are derived from one of them. Not run on trial: hooks around an
+    optimizer's step, which sees no gradient there.
 
     Args:
         strategy: of the Trainer.
@@ -56,7 +57,9 @@ class UserHooks:
         self._watched = [c for c in getattr(strategy.trainer, "callbacks", []) if not _is_known(type(c))]
         self._own: list[tuple[Any, str, Any]] = []  # what hooks were before, on the instance
         self.writing: list[Any] = []
-        """Callbacks that have changed the module, and take part in trials since; the module, if the end of an epoch has changed it."""
+        """Callbacks that have changed the module, and take part in trials since; the module, if the end of an epoch has
+        changed it.
+        """
         self.due = False
         """Whether one has begun to, and no check has run since."""
 
@@ -167,7 +170,9 @@ def outputs_of(output: Any) -> Any:
 
 
 def _has(name: str, owner: Any) -> bool:
-    """Tell whether a callback or module has a hook of its own; that of a ``LambdaCallback`` is an attribute of the instance."""
+    """Tell whether a callback or module has a hook of its own; that of a ``LambdaCallback`` is an attribute of the
+    instance.
+    """
     return name in vars(owner) or is_overridden(name, owner)
 
 

@@ -76,7 +76,9 @@ class LightningHost:
         return self._records.take(num, seed)
 
     def run(self, records: list[Any]) -> Any:
-        """Run ``training_step`` on records, collated and moved as Lightning does, after the hooks that see the batch."""
+        """Run ``training_step`` on records, collated and moved as Lightning does, after the hooks that see the
+        batch.
+        """
         rest, kwargs = self.arguments
         self._batch = self.batch_of(records)
         self.skips = self._skips(self._batch)
@@ -103,7 +105,9 @@ class LightningHost:
         self.hooks.call(EPOCH_END)
 
     def skips_on(self, record: Any) -> bool:
-        """Tell whether the hooks that begin a batch ask for the rest of the epoch to be skipped, for one record alone."""
+        """Tell whether the hooks that begin a batch ask for the rest of the epoch to be skipped, for one record
+        alone.
+        """
         return self._skips(self.batch_of([record]))
 
     def _skips(self, batch: Any) -> bool:

@@ -91,7 +91,9 @@ class TrainingInputs(RunFacts, Strategy):
         )
 
     def _follow_accumulation(self, dataloader: Any) -> None:
-        """Draw larger or smaller logical batches from this epoch on, where GradientAccumulationScheduler changes them."""
+        """Draw larger or smaller logical batches from this epoch on, where GradientAccumulationScheduler changes
+        them.
+        """
         if self._loader is None or not trainer_checks.accumulation(self.trainer):
             return
         parts = trainer_checks.parts_now(self.trainer)

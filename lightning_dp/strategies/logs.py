@@ -22,13 +22,13 @@ class TrainingLogs:
     """A filter between the hooks of the training loop and everything that shows what they log.
 
     Under way from ``self.log`` and ``self.log_dict``, in any hook of a module or a callback that runs while training, a
-    figure passes one collection, out of which Lightning fills loggers, progress bar and ``callback_metrics``; this object
-    watches that collection. Calls of ``logger.log_metrics`` are watched within ``training_step``.
+    figure passes one collection, out of which Lightning fills loggers, progress bar and ``callback_metrics``; this
+    object watches that collection. Calls of ``logger.log_metrics`` are watched within ``training_step``.
 
-    **Guarantee**: with ``strict=True`` no such figure gets further, unless its name begins with ``nonprivate/``. Left alone:
-    validation and test figures, the ``Epsilon`` metric, and what this package logs by itself: ``epsilon`` and names under
-    ``privacy/``, ``audit/`` and ``communication/``. NOT seen: ``print``, files, ``logger.experiment``, and values that user
-    code keeps in its own objects.
+    **Guarantee**: with ``strict=True`` no such figure gets further, unless its name begins with ``nonprivate/``. Left
+    alone: validation and test figures, the ``Epsilon`` metric, and what this package logs by itself: ``epsilon`` and
+    names under ``privacy/``, ``audit/`` and ``communication/``. NOT seen: ``print``, files, ``logger.experiment``, and
+    values that user code keeps in its own objects.
 
     Args:
         trainer: the Trainer that fits.
@@ -62,7 +62,9 @@ class TrainingLogs:
 
     @contextmanager
     def in_training_step(self) -> Iterator[None]:
-        """Enter a context in which the user's ``training_step`` runs, so that what it hands to a logger itself is seen too."""
+        """Enter a context in which the user's ``training_step`` runs, so that what it hands to a logger itself is seen
+        too.
+        """
         self._in_step = True
         try:
             yield

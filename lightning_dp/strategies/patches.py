@@ -75,7 +75,9 @@ class Patches:
         return begin_batch
 
     def _clipping_later(self, clip_gradients: Callable[..., None]) -> Callable[..., None]:
-        """Return ``clip_gradients`` that waits for the step of its optimizer: before it there is no private gradient."""
+        """Return ``clip_gradients`` that waits for the step of its optimizer: before it there is no private
+        gradient.
+        """
 
         @functools.wraps(clip_gradients)
         def clip_later(optimizer: Any, *args: Any, **kwargs: Any) -> None:

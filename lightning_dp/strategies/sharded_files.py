@@ -28,10 +28,11 @@ META = "meta.pt"
 def save(checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Callable[[], None]) -> None:
     """Write a checkpoint to a folder; every rank calls it.
 
-    Each rank writes its part of the weights into a new folder next to the old one, the first rank then the rest, and moves the
-    folder into its place. The privacy state is written twice: with the weights, and with the rest.
+    Each rank writes its part of the weights into a new folder next to the old one, the first rank then the rest, and
+    moves the folder into its place. The privacy state is written twice: with the weights, and with the rest.
 
-    **Guarantee**: after a death of any process at any moment :func:`recover` finds the old folder or the new one, complete.
+    **Guarantee**: after a death of any process at any moment :func:`recover` finds the old folder or the new one,
+    complete.
 
     Args:
         checkpoint: of Lightning, with the privacy state in it; its tensors are taken out.
@@ -95,8 +96,8 @@ def check(checkpoint: dict[str, Any], path: Path) -> None:
         load(held, checkpoint_id=path)
     if saved.KEY not in checkpoint or not torch.equal(held[saved.KEY], _bytes_of(checkpoint[saved.KEY])):
         raise PrivacyError(
-            f"Expected the ledger that was written with the weights of {path.name}, got another one in {META}. Files of two "
-            "checkpoints were mixed, so what the weights have spent is unknown: use an intact checkpoint."
+            f"Expected the ledger that was written with the weights of {path.name}, got another one in {META}. Files "
+            "of two checkpoints were mixed, so what the weights have spent is unknown: use an intact checkpoint."
         )
 
 

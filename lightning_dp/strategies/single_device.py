@@ -17,58 +17,60 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
 
         G~ = sum_{i in S_t} factor_i g_i + N(0, (sigma_t C)^2 I),     p.grad = G~ / expected_batch_size
 
-    where ``g_i`` is the gradient of one sample's loss and ``||factor_i g_i|| <= C``. The module and the datamodule are what
-    they were; checkpoints keep the plain module's keys.
+    where ``g_i`` is the gradient of one sample's loss and ``||factor_i g_i|| <= C``. The module and the datamodule are
+    what they were; checkpoints keep the plain module's keys.
 
     **Guarantee**: the weights after any number of steps are (epsilon, delta)-differentially private at
     ``epsilon(delta)``, for the relation between neighbouring datasets in ``neighboring_relation``, provided that the
     forward pass treats samples independently (checked at the first batch) and that no state of the module but its
-    parameters carries data. NOT covered: what ``training_step`` logs, validation data, and choices made by looking at either.
+    parameters carries data. NOT covered: what ``training_step`` logs, validation data, and choices made by looking at
+    either.
 
     Three groups of arguments: the promise (to ``allow_public_checkpoint``), its cost (to ``tune_process``), the checks.
 
     Args:
         target_epsilon: calibrate the noise so that the whole planned run ends at this epsilon or just below.
-        noise_multiplier: noise std over sensitivity, >= 0. Exactly one of this and ``target_epsilon``; 0 is a legal ablation
-            whose epsilon is infinite.
+        noise_multiplier: noise std over sensitivity, >= 0. Exactly one of this and ``target_epsilon``; 0 is a legal
+            ablation whose epsilon is infinite.
         target_delta: delta, in (0, 1). Default: 1 / (10 x dataset size) rounded down to a power of ten; printed.
         neighboring_relation: "add_or_remove_one", "replace_one" (doubles the sensitivity) or "zero_out".
-        unit: protect users with all their records instead of single records: one id of a user per record (array, tensor or
-            list), or the key or position at which items hold it. Default: with ``records_per_unit``, the ``unit_ids`` of the
-            datamodule (an attribute or a method). Batch size, sample rate and delta then count users.
+        unit: protect users with all their records instead of single records: one id of a user per record (array, tensor
+            or list), or the key or position at which items hold it. Default: with ``records_per_unit``, the
+            ``unit_ids`` of the datamodule (an attribute or a method). Batch size, sample rate and delta then count
+            users.
         records_per_unit: most records G that a user brings to one batch, drawn again for each batch; a public number.
-        history: what earlier private runs on the same data have spent: a ``Ledger``, a strategy, the path of a checkpoint, or a
-            list of these. It counts towards target and budget. A module that an earlier private run trained is refused
-            without it; ``[]`` states that the runs have no record in common.
-        public_optimizers: positions, in what ``configure_optimizers`` returns, of optimizers whose parameters never receive a
-            gradient from the data (a GAN's generator). Checked at the first batch.
+        history: what earlier private runs on the same data have spent: a ``Ledger``, a strategy, the path of a
+            checkpoint, or a list of these. It counts towards target and budget. A module that an earlier private run
+            trained is refused without it; ``[]`` states that the runs have no record in common.
+        public_optimizers: positions, in what ``configure_optimizers`` returns, of optimizers whose parameters never
+            receive a gradient from the data (a GAN's generator). Checked at the first batch.
         secure_rng: draw the noise from a cryptographic generator against floating-point attacks (slower).
         seed: for tests only: makes sampling and noise predictable, which voids the guarantee against those who know it.
         allow_public_checkpoint: accept a checkpoint without a ledger, asserting that it never saw private data.
         max_grad_norm: clipping norm C > 0 of one sample's gradient.
         clipping: "flat", "per_layer", "automatic", "psac", "none" or a ``Clipping``.
-        sampling: "poisson"; "shuffle": each record in exactly one batch per pass (streams need it); or "cyclic": the same
-            batches in every pass, for correlated noise.
-        noise: ``CorrelatedNoise()`` for data in a fixed order ("cyclic", or a stream): noise that cancels between steps. The
-            whole run is one privacy event; it can be cut short but not extended. Default: independent noise.
+        sampling: "poisson"; "shuffle": each record in exactly one batch per pass (streams need it); or "cyclic": the
+            same batches in every pass, for correlated noise.
+        noise: ``CorrelatedNoise()`` for data in a fixed order ("cyclic", or a stream): noise that cancels between
+            steps. The whole run is one privacy event; it can be cut short but not extended. Default: independent noise.
         fixed_order: promise that a stream yields its records in the same order in every pass.
         unit_gradient: "mean" or "sum" over a user's records, clipped once.
         accountant: "pld" (tight), "rdp", "prv", "gdp" (nothing sampled) or "tcdp" (a loose cross-check).
-        microbatch_size: at most so many samples on the device at once; results do not depend on it. 1 runs each sample alone
-            and supports every module. Default: the whole logical batch at once.
+        microbatch_size: at most so many samples on the device at once; results do not depend on it. 1 runs each sample
+            alone and supports every module. Default: the whole logical batch at once.
         memory: "fast" or "lean".
-        grad_sample: "auto"; "rules" on operations, for whole batches; "single", one record at a time by plain autograd, for any
-            module; or "materialize" for plain per-sample gradients of every layer (the reference).
+        grad_sample: "auto"; "rules" on operations, for whole batches; "single", one record at a time by plain autograd,
+            for any module; or "materialize" for plain per-sample gradients of every layer (the reference).
         loss_reduction: "mean" or "sum": how a scalar loss combines the samples. A loss of shape (B,) needs neither.
-        fix: exchange layers that cannot be trained privately (BatchNorm), as ``lightning_dp.fix`` does, before the optimizers
-            are made. It changes what such layers compute.
-        per_sample_loss: let each record's own loss count, computed on that record alone, where the loss of a batch shares a
-            denominator (padded tokens). This is another objective than the loss of the batch, and slower.
+        fix: exchange layers that cannot be trained privately (BatchNorm), as ``lightning_dp.fix`` does, before the
+            optimizers are made. It changes what such layers compute.
+        per_sample_loss: let each record's own loss count, computed on that record alone, where the loss of a batch
+            shares a denominator (padded tokens). This is another objective than the loss of the batch, and slower.
         tune_process: tune the memory allocator and OpenMP threads of the process while a fit runs.
         check_per_sample: at the first batch, compare a few per-sample gradients with each sample run alone.
-        strict_logging: drop what hooks of the training loop log (``self.log``, ``self.log_dict``, and ``log_metrics`` of a
-            logger within ``training_step``) unless it is named ``nonprivate/...``; validation logs and epsilon stay. What was
-            logged without noise is named in ``privacy_statement()`` either way.
+        strict_logging: drop what hooks of the training loop log (``self.log``, ``self.log_dict``, and ``log_metrics``
+            of a logger within ``training_step``) unless it is named ``nonprivate/...``; validation logs and epsilon
+            stay. What was logged without noise is named in ``privacy_statement()`` either way.
         **strategy_options: what the Lightning strategy takes.
 
     Raises:
@@ -90,8 +92,8 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
         if devices is not None and len(devices) > 1:
             raise ValueError(
-                f"Expected one device, got `Trainer(devices={len(devices)})`. DPStrategy trains on one: use DPDDPStrategy, which "
-                "takes the same arguments, or `Trainer(devices=1)`."
+                f"Expected one device, got `Trainer(devices={len(devices)})`. DPStrategy trains on one: use "
+                "DPDDPStrategy, which takes the same arguments, or `Trainer(devices=1)`."
             )
         self._devices = devices
 
@@ -104,8 +106,8 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
     def num_nodes(self, num_nodes: int) -> None:
         if num_nodes > 1:
             raise ValueError(
-                f"Expected one node, got `Trainer(num_nodes={num_nodes})`. DPStrategy trains on one device: use DPDDPStrategy, which "
-                "takes the same arguments."
+                f"Expected one node, got `Trainer(num_nodes={num_nodes})`. DPStrategy trains on one device: use "
+                "DPDDPStrategy, which takes the same arguments."
             )
 
     @property

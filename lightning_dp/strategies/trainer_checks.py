@@ -19,21 +19,23 @@ def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
     fit_loop = trainer.fit_loop
     if settings.target_epsilon is not None and fit_loop.max_epochs == -1 and fit_loop.max_steps == -1:
         raise ValueError(
-            "Expected a bounded run with target_epsilon, got `Trainer(max_epochs=-1)` without max_steps. The noise is calibrated "
-            "over all planned steps: set max_epochs or max_steps, or pass noise_multiplier."
+            "Expected a bounded run with target_epsilon, got `Trainer(max_epochs=-1)` without max_steps. The noise is "
+            "calibrated over all planned steps: set max_epochs or max_steps, or pass noise_multiplier."
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if settings.target_epsilon is not None and any(
         _lightning.is_a(callback, BatchSizeFinder) for callback in callbacks
     ):
         raise ValueError(
-            "Expected a known batch size with target_epsilon, got a search for it (BatchSizeFinder, scale_batch_size). Its trials "
-            "train on the data and would spend the target: search under noise_multiplier, or on public data."
+            "Expected a known batch size with target_epsilon, got a search for it (BatchSizeFinder, "
+            "scale_batch_size). Its trials train on the data and would spend the target: search under "
+            "noise_multiplier, or on public data."
         )
     if accumulation(trainer) and (settings.noise is not None or settings.sampling == "cyclic"):
         raise ValueError(
-            "Expected batches of one size with correlated noise or cyclic sampling, got GradientAccumulationScheduler. Units would "
-            "come back sooner than accounted for: use `Trainer(accumulate_grad_batches=...)`."
+            "Expected batches of one size with correlated noise or cyclic sampling, got "
+            "GradientAccumulationScheduler. Units would come back sooner than accounted for: use "
+            "`Trainer(accumulate_grad_batches=...)`."
         )
     check_precision(str(trainer.precision))
 
@@ -55,8 +57,8 @@ def check_precision(precision: str) -> None:
     """Refuse float16: scaled or overflowing gradients, skipped steps."""
     if precision in ("16-mixed", "16-true"):
         raise ValueError(
-            f"Expected a precision with float32's range, got `Trainer(precision={precision!r})`. Its gradient scaler scales "
-            "what is clipped and skips steps: use precision='bf16-mixed'."
+            f"Expected a precision with float32's range, got `Trainer(precision={precision!r})`. Its gradient scaler "
+            "scales what is clipped and skips steps: use precision='bf16-mixed'."
         )
 
 
@@ -68,8 +70,8 @@ def check_module(module: pl.LightningModule) -> None:
         and "dataloader_iter" in inspect.signature(module.training_step).parameters
     ):
         raise ValueError(
-            "Expected training_step(self, batch, batch_idx), got training_step(self, dataloader_iter). A step that draws its own "
-            "batches cannot be sampled privately: take the batch as an argument."
+            "Expected training_step(self, batch, batch_idx), got training_step(self, dataloader_iter). A step that "
+            "draws its own batches cannot be sampled privately: take the batch as an argument."
         )
 
 
@@ -90,11 +92,11 @@ def batches_kept(trainer: pl.Trainer, loader: Any, parts: int) -> int | None:
             num_batches = len(loader)
         except TypeError:
             num_batches = 0
-        overfit = int(num_batches * trainer.overfit_batches)  # type: ignore[attr-defined]
+        share, overfit = overfit, int(num_batches * overfit)
         if overfit < 1:
             raise ValueError(
-                f"Expected at least one batch to overfit on, got overfit_batches={trainer.overfit_batches!r} of {num_batches} "  # type: ignore[attr-defined]
-                "batches. Pass a whole number of batches."
+                f"Expected at least one batch to overfit on, got overfit_batches={share} of {num_batches} batches. "
+                "Pass a whole number of batches."
             )
     return math.ceil(overfit / parts) if overfit else None
 
@@ -115,7 +117,8 @@ def parts_now(trainer: pl.Trainer) -> int:
 
 
 def with_unit_ids(options: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any]:
-    """Return options of the private loader with the unit that the datamodule gives, where users are protected without one.
+    """Return options of the private loader with the unit that the datamodule gives, where users are protected without
+    one.
 
     Raises:
         ValueError: no unit, and no datamodule that gives one.
@@ -125,8 +128,8 @@ def with_unit_ids(options: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any
     ids = getattr(trainer.datamodule, "unit_ids", None)  # type: ignore[attr-defined]
     if ids is None:
         raise ValueError(
-            f"Expected a unit with records_per_unit={options['records_per_unit']}, got unit=None and no datamodule with unit_ids. Pass "
-            "unit=<key of the items, or one id per record>, or define unit_ids in the datamodule."
+            f"Expected a unit with records_per_unit={options['records_per_unit']}, got unit=None and no datamodule "
+            "with unit_ids. Pass unit=<key of the items, or one id per record>, or define unit_ids in the datamodule."
         )
     return {**options, "unit": ids() if callable(ids) else ids}
 

@@ -22,8 +22,8 @@ def huge_pages(tensor: Tensor) -> Tensor:
     For buffers that are kept for long: making a huge page takes long where memory is scattered.
 
     Args:
-        tensor: contiguous. Nothing is done on another device or system, for less than one huge page, or while a fit with
-            ``tune_process=False`` runs.
+        tensor: contiguous. Nothing is done on another device or system, for less than one huge page, or while a fit
+            with ``tune_process=False`` runs.
 
     Example:
         >>> import torch

@@ -1,12 +1,14 @@
-"""End the threads that torch computes on while they wait for its next computation, so that noise can be drawn on their cores.
+"""End the threads that torch computes on while they wait for its next computation, so that noise can be drawn on their
+cores.
 
-Gain: a private step takes .73 of its time on the benchmark's embedding and .95 on its MLP, since two threads draw 6.4 million
-values in 19.8 ms in place of 26.7, and 1.86 million in 5.5 in place of 8.2 (AMD EPYC with AVX2, 2 threads, commit before against
-commit after, 11 pairs of ``benchmarks/step_cost.py`` on 2026-11-27).
+Gain: a private step takes .73 of its time on the benchmark's embedding and .95 on its MLP, since two threads draw 6.4
+million values in 19.8 ms in place of 26.7, and 1.86 million in 5.5 in place of 8.2 (AMD EPYC with AVX2, 2 threads,
+commit before against commit after, 11 pairs of ``benchmarks/step_cost.py`` on 2026-11-27).
 
-GNU's OpenMP, which torch uses on Linux, lets threads wait awake: they keep their cores busy for some milliseconds after a
-computation, so that the next one finds them ready. A thread of ours that draws numbers meanwhile takes turns with them. OpenMP 5.0
-has a call that ends them; the next computation starts new ones, which takes about a tenth of a millisecond for one.
+GNU's OpenMP, which torch uses on Linux, lets threads wait awake: they keep their cores busy for some milliseconds after
+a computation, so that the next one finds them ready. A thread of ours that draws numbers meanwhile takes turns with
+them. OpenMP 5.0 has a call that ends them; the next computation starts new ones, which takes about a tenth of a
+millisecond for one.
 """
 
 from __future__ import annotations
@@ -33,16 +35,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def can_end_waiting_threads() -> bool:
-    """Tell whether torch computes with a library that can end them, and the environment does not say how they shall wait."""
+    """Tell whether torch computes with a library that can end them, and the environment does not say how they shall
+    wait.
+    """
     return not _forked and not any(name in os.environ for name in _ENVIRONMENT) and _pause() is not None
 
 
 def end_waiting_threads() -> bool:
     """End the threads that wait for computations of the calling thread; return whether none is left to wait.
 
-    No result depends on it. Nothing is done, and the answer is no, if torch computes with another library than GNU's OpenMP, if
-    ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` is set, and in a forked child, which has its parent's list of threads but none of
-    them.
+    No result depends on it. Nothing is done, and the answer is no, if torch computes with another library than GNU's
+    OpenMP, if ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` is set, and in a forked child, which has its parent's list of
+    threads but none of them.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """Find out whether the memory of a tensor has a second owner, so that a buffer can be used again.
 
-Gain: not measured alone. A buffer of more than 32 MiB that is not used again costs a page fault for each of its pages in every
-step, whatever glibc's thresholds are.
+Gain: not measured alone. A buffer of more than 32 MiB that is not used again costs a page fault for each of its pages
+in every step, whatever glibc's thresholds are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import Tensor
 
 
 def _owners(tensor: Tensor) -> tuple[int, int]:
-    """Return how many tensors and how many Python objects refer to a tensor's memory; (0, 0) where torch does not tell."""
+    """Return how many tensors and how many Python objects refer to a tensor's memory; (0, 0) where torch does not
+    tell.
+    """
     count, storage = getattr(torch._C, "_storage_Use_Count", None), tensor.untyped_storage()
     return (0, 0) if count is None else (count(storage._cdata), sys.getrefcount(storage))
 
@@ -24,7 +26,8 @@ _ALONE = _owners(torch.zeros(1))
 def is_shared(tensor: Tensor) -> bool:
     """Tell whether the memory of a tensor has a second owner: a view, a gradient, an array.
 
-    True where torch does not tell, and on devices that work behind the program's back, where freed memory may still be read.
+    True where torch does not tell, and on devices that work behind the program's back, where freed memory may still be
+    read.
 
     Example:
         >>> tensor = torch.zeros(3)

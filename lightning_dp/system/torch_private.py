@@ -1,4 +1,6 @@
-"""Everything private of torch that the package touches outside of ``per_sample``: one function each, with a test of its own."""
+"""Everything private of torch that the package touches outside of ``per_sample``: one function each, with a test of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ NormWithStatistics: type[nn.Module] = nn.modules.batchnorm._NormBase
 
 
 def replace_children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return the submodules of a module by name, each as often as it is registered; what is written to it takes its place."""
+    """Return the submodules of a module by name, each as often as it is registered; what is written to it takes its
+    place.
+    """
     return module._modules
 
 
@@ -35,5 +39,7 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def wrapped_sampler(sampler: Any) -> Any:
-    """Return the sampler within one of the wrappers by which Lightning splits it over processes; the wrapper if there is none."""
+    """Return the sampler within one of the wrappers by which Lightning splits it over processes; the wrapper if there
+    is none.
+    """
     return getattr(sampler.dataset, "_sampler", sampler)

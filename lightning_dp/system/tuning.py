@@ -1,9 +1,9 @@
 """Tune the process while a fit runs, and undo it afterwards.
 
-What is tuned, each with its gain in its own file: glibc keeps freed memory (``allocator.py``), torch's waiting threads are ended
-before noise is drawn in threads (``openmp.py``, ``noise/cpu.py``), noise is drawn ahead (``noise/prefetch.py``), torch's generator
-starts from a state that is written by hand (``noise/sources.py``), buffers are used again (``owners.py``), and buffers that are
-kept for long have huge pages (``huge_pages.py``).
+What is tuned, each with its gain in its own file: glibc keeps freed memory (``allocator.py``), torch's waiting threads
+are ended before noise is drawn in threads (``openmp.py``, ``noise/cpu.py``), noise is drawn ahead
+(``noise/prefetch.py``), torch's generator starts from a state that is written by hand (``noise/sources.py``), buffers
+are used again (``owners.py``), and buffers that are kept for long have huge pages (``huge_pages.py``).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lightning_dp.system import allocator, openmp
 class ProcessTuning:
     """Everything process-wide that makes private fits faster, from ``start`` to ``stop``.
 
-    Two fits in one process may overlap: the memory settings are undone when the last of them stops. ``start`` and ``stop`` may
-    be called twice. A forked child begins without tuning, whatever its parent had.
+    Two fits in one process may overlap: the memory settings are undone when the last of them stops. ``start`` and
+    ``stop`` may be called twice. A forked child begins without tuning, whatever its parent had.
 
-    While a tuning with ``enabled=False`` runs, no buffer is used again and none gets huge pages. Noise has a switch of its own,
-    ``GaussianNoise(tuned=False)``, and ends its threads in ``GaussianNoise.close``.
+    While a tuning with ``enabled=False`` runs, no buffer is used again and none gets huge pages. Noise has a switch of
+    its own, ``GaussianNoise(tuned=False)``, and ends its threads in ``GaussianNoise.close``.
 
     Args:
         enabled: False leaves the process alone.
@@ -49,7 +49,9 @@ class ProcessTuning:
                 self._keeps_memory = self.enabled and on_cpu and allocator.keep_freed_memory()
 
     def stop(self) -> None:
-        """Undo it and return free memory to the system; do nothing if it has not begun, or another fit still needs it."""
+        """Undo it and return free memory to the system; do nothing if it has not begun, or another fit still needs
+        it.
+        """
         with _lock:
             if self not in _running:
                 return

@@ -1,4 +1,6 @@
-"""Passes under random allocation: the law of their likelihood ratio, the table of reference, and what composes with them."""
+"""Passes under random allocation: the law of their likelihood ratio, the table of reference, and what composes with
+them.
+"""
 
 import itertools
 import math

@@ -1,4 +1,6 @@
-"""Truncated concentrated accounting: its closed forms, where it refuses, that it is a bound, and calibration with it."""
+"""Truncated concentrated accounting: its closed forms, where it refuses, that it is a bound, and calibration with
+it.
+"""
 
 import math
 

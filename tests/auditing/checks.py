@@ -1,7 +1,8 @@
 """Checks of a build: each raises AssertionError, and says what it saw, where a guarantee does not hold.
 
-They look at runs from outside (what enters the noise, what leaves it, what the optimizer gets), so that they hold whatever
-the build is made of. ``broken.py`` lists builds that each must catch; false-alarm rates are per call on a sound build.
+They look at runs from outside (what enters the noise, what leaves it, what the optimizer gets), so that they hold
+whatever the build is made of. ``broken.py`` lists builds that each must catch; false-alarm rates are per call on a
+sound build.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from tests.helpers import Recorder, make_loader, make_trainer
 
 
 class Watching(DPStrategy):
-    """Writes down, for every release: what entered the noise, what left it, and under which masks samples were collected."""
+    """Writes down, for every release: what entered the noise, what left it, and under which masks samples were
+    collected.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"target_delta": DELTA, "check_per_sample": False, **options})
@@ -112,8 +115,8 @@ def fit(strategy: Any, tmp_path: Path, module: Any = None, loader: Any = None, e
 def check_the_audit_stays_below_the_claim(tmp_path: Path) -> None:
     """1,000 gradient canaries at q = 1 and mu = 2 (epsilon 10.0 at 1e-5): the bound is in [0.3, 1] of the claim.
 
-    False alarm below 1.1e-5: confidence 1 - 1e-5 above; below, see ``test_privacy_audit``. Two thirds of the noise (mu = 3)
-    give a bound above 10.0 but with probability 9e-7.
+    False alarm below 1.1e-5: confidence 1 - 1e-5 above; below, see ``test_privacy_audit``. Two thirds of the noise (mu
+    = 3) give a bound above 10.0 but with probability 9e-7.
     """
     audit, _ = audited(tmp_path, strategy=DPStrategy(noise_multiplier=2.0, target_delta=DELTA, check_per_sample=False))
     assert audit.result is not None
@@ -123,7 +126,9 @@ def check_the_audit_stays_below_the_claim(tmp_path: Path) -> None:
 
 
 def check_one_record_moves_the_sum_by_at_most_the_bound(tmp_path: Path) -> None:
-    """Eight records that pull one way and a ninth, huge, that pulls the other way: with it the sum moves by C at most. Exact."""
+    """Eight records that pull one way and a ninth, huge, that pulls the other way: with it the sum moves by C at most.
+    Exact.
+    """
     for ninth in (-1e3, -5.0, -0.5, 1e30, math.inf, math.nan):
         sums = []
         for records in ([5.0] * 8, [5.0] * 8 + [ninth]):
@@ -138,7 +143,9 @@ def check_one_record_moves_the_sum_by_at_most_the_bound(tmp_path: Path) -> None:
 
 
 def check_one_user_moves_the_sum_by_at_most_the_bound(tmp_path: Path) -> None:
-    """Eight users and a ninth of seven records, in microbatches of two records: with it the sum moves by C at most. Exact."""
+    """Eight users and a ninth of seven records, in microbatches of two records: with it the sum moves by C at most.
+    Exact.
+    """
     sums = []
     for own in (0, 7):
         features = torch.zeros(8 + own, 3)
@@ -152,7 +159,9 @@ def check_one_user_moves_the_sum_by_at_most_the_bound(tmp_path: Path) -> None:
 
 
 def check_records_come_back_as_the_noise_accounts_for(tmp_path: Path) -> None:
-    """8 passes of 4 cyclic batches of 64 one-hot records: no record is in steps of which C makes more than sens(C). Exact."""
+    """8 passes of 4 cyclic batches of 64 one-hot records: no record is in steps of which C makes more than sens(C).
+    Exact.
+    """
     strategy = Watching(noise_multiplier=1.0, sampling="cyclic", noise=CorrelatedNoise(decay=0.9))
     loader = DataLoader(TensorDataset(torch.eye(64)), batch_size=16)
     fit(strategy, tmp_path, LossIsLinear(64), loader, epochs=8)
@@ -192,7 +201,8 @@ def check_the_divisor_is_the_expected_batch_size(tmp_path: Path) -> None:
 
 
 def check_one_mask_holds_for_a_logical_batch(tmp_path: Path) -> None:
-    """Microbatches of 4, half of the coordinates masked at random at every step: all of a batch see one mask, batches differ.
+    """Microbatches of 4, half of the coordinates masked at random at every step: all of a batch see one mask, batches
+    differ.
 
     Exact, but for two masks of 1,000 of 2,053 coordinates being equal by chance: below 1e-300.
     """
@@ -216,7 +226,9 @@ def check_every_coordinate_carries_its_noise(tmp_path: Path) -> None:
 
 
 def check_noise_shares_of_ranks_add_up(tmp_path: Path) -> None:
-    """Two processes: together they add noise of std sigma C, z < 5 (false alarm 6e-7); twice or half of it is sqrt(2) off."""
+    """Two processes: together they add noise of std sigma C, z < 5 (false alarm 6e-7); twice or half of it is sqrt(2)
+    off.
+    """
     strategy = TwoRanks(noise_multiplier=0.8, max_grad_norm=1.5)
     fit(strategy, tmp_path)
     _check_std(torch.stack(strategy.noisy) - torch.stack(strategy.clean), 0.8 * 1.5)
@@ -230,7 +242,9 @@ def _check_std(noise: Tensor, std: float) -> None:
 
 
 def check_noise_is_new_at_every_step(tmp_path: Path) -> None:
-    """Correlation of the noise between any two of 8 steps over 2,053 coordinates: below 6 / sqrt(n), false alarm 28 x 2e-9."""
+    """Correlation of the noise between any two of 8 steps over 2,053 coordinates: below 6 / sqrt(n), false alarm 28 x
+    2e-9.
+    """
     strategy = Watching(noise_multiplier=1.0)
     fit(strategy, tmp_path, epochs=2)
     noise = torch.stack(strategy.noisy) - torch.stack(strategy.clean)
@@ -240,7 +254,9 @@ def check_noise_is_new_at_every_step(tmp_path: Path) -> None:
 
 
 def check_ranks_draw_independently(tmp_path: Path) -> None:
-    """Positions drawn by both of two ranks at once, 50 batches of 1,000 records a rank at q = .2: z < 6, false alarm 2e-9."""
+    """Positions drawn by both of two ranks at once, 50 batches of 1,000 records a rank at q = .2: z < 6, false alarm
+    2e-9.
+    """
     loaders = [private_dataloader(DataLoader(range(2000), batch_size=200), rank=rank, world_size=2) for rank in (0, 1)]
     drawn = torch.zeros(2, 50, 1000, dtype=torch.float64)
     for rank, loader in enumerate(loaders):

@@ -1,4 +1,6 @@
-"""Small modules of which an audit can see everything: parameters that no record touches, so that canaries have them alone."""
+"""Small modules of which an audit can see everything: parameters that no record touches, so that canaries have them
+alone.
+"""
 
 from __future__ import annotations
 

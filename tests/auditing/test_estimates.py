@@ -16,7 +16,9 @@ from lightning_dp.auditing.estimates import clopper_pearson_upper, error_rates, 
 
 
 def test_separated_scores_give_the_published_value() -> None:
-    """500 against 500, alpha .01: tensorflow_privacy's tests print 4.541915810224092, of which rounding has the last two digits."""
+    """500 against 500, alpha .01: tensorflow_privacy's tests print 4.541915810224092, of which rounding has the last
+    two digits.
+    """
     found = epsilon_clopper_pearson([1.0] * 500, [0.0] * 500, threshold=0.5, confidence=0.99)
     assert found == pytest.approx(4.541915810224092, abs=2e-14)
     rate = 0.005 ** (1 / 500)  # the closed form where nothing goes wrong

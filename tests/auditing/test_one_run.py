@@ -76,7 +76,9 @@ def test_the_p_value_is_the_formula(counts: tuple[int, int, int], epsilon: float
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
 @pytest.mark.parametrize("factor", [2 / 3, 1.0, 3 / 2])
 def test_randomised_response_is_refuted_as_rarely_as_stated(epsilon: float, factor: float) -> None:
-    """Exact, over all counts: each of 400 guesses is right with probability e^eps / (1 + e^eps). At 3/2 of it, almost always."""
+    """Exact, over all counts: each of 400 guesses is right with probability e^eps / (1 + e^eps). At 3/2 of it, almost
+    always.
+    """
     rate = expit(factor * epsilon)
     refuted = [v for v in range(401) if epsilon_of_counts(400, 400, v, delta=0.0, significance=0.05) > epsilon]
     probability = sum(binom.pmf(refuted, 400, rate))
@@ -85,7 +87,9 @@ def test_randomised_response_is_refuted_as_rarely_as_stated(epsilon: float, fact
 
 @pytest.mark.parametrize("mu", [0.5, 1.0, 2.0])
 def test_gaussian_mechanism_is_refuted_as_rarely_as_stated(mu: float) -> None:
-    """Exact: canaries apart, so right guesses are Bin(m, Phi(mu / 2)); both Gaussian bounds; half the noise is refuted."""
+    """Exact: canaries apart, so right guesses are Bin(m, Phi(mu / 2)); both Gaussian bounds; half the noise is
+    refuted.
+    """
     claimed, num, confidence = gaussian_epsilon(mu, 1e-5), 1000, 0.95
     for scale, limit in ((1.0, 0.05), (0.5, None)):
         counts = np.arange(num + 1)

@@ -44,7 +44,9 @@ def test_audit_of_the_sound_build_is_near_its_claim(tmp_path: Path) -> None:
 
 
 def test_the_sound_build_under_sampling(tmp_path: Path) -> None:
-    """Q = 1/4, sigma 1, 12 steps, 2,000 canaries: above claim with probability <= 1e-5; 0.3 is 8 standard errors away."""
+    """Q = 1/4, sigma 1, 12 steps, 2,000 canaries: above claim with probability <= 1e-5; 0.3 is 8 standard errors
+    away.
+    """
     audit, _ = audited(tmp_path, num_canaries=2000, noise_multiplier=1.0, batch_size=16, epochs=3)
     assert audit.result is not None
     assert 0.3 * audit.result.claimed_epsilon <= audit.result.epsilon_lower <= audit.result.claimed_epsilon
@@ -73,7 +75,9 @@ def test_what_is_logged_and_stated(tmp_path: Path) -> None:
 
 
 def test_real_records_enter_the_sum_as_they_do_without_canaries(tmp_path: Path) -> None:
-    """Without noise: the gradients with and without an audit differ by the canaries' coordinates and by nothing else."""
+    """Without noise: the gradients with and without an audit differ by the canaries' coordinates and by nothing
+    else.
+    """
     seen: list[dict[str, torch.Tensor]] = []
     for callbacks in ([], [PrivacyAudit(1000)]):
         recorder = Recorder()
@@ -134,7 +138,9 @@ def input_canaries(num: int) -> list[Any]:
 
 
 def test_memorised_input_canaries_refute_a_claim_of_zero(tmp_path: Path) -> None:
-    """Hardly any noise, 400 canaries of their own directions: every coin is guessed, so the bound is that of 400 out of 400."""
+    """Hardly any noise, 400 canaries of their own directions: every coin is guessed, so the bound is that of 400 out of
+    400.
+    """
     audit = PrivacyAudit(canaries=input_canaries(400), confidence=0.95)
     strategy = DPStrategy(noise_multiplier=1e-3, target_delta=1e-7, accountant="rdp")
     trainer = make_trainer(strategy, tmp_path, max_epochs=6, callbacks=[audit])

@@ -1,4 +1,6 @@
-"""Checks of what ordinary user code may do: each raises AssertionError where a build lets through what the guarantee excludes."""
+"""Checks of what ordinary user code may do: each raises AssertionError where a build lets through what the guarantee
+excludes.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ def check_couplings_of_real_batches_are_refused(tmp_path: Path) -> None:
 
 
 def check_refilled_records_are_refused(tmp_path: Path) -> None:
-    """A collate function that puts a copy of the first record in the place of one out of range: it may count many times."""
+    """A collate function that puts a copy of the first record in the place of one out of range: it may count many
+    times.
+    """
 
     def refilling(samples: list[Any]) -> Any:
         kept = [sample if float(sample[0].abs().max()) < 50.0 else samples[0] for sample in samples]
@@ -144,7 +148,9 @@ def check_refilled_records_are_refused(tmp_path: Path) -> None:
 
 
 def check_norm_and_sum_see_the_same_draws(tmp_path: Path) -> None:
-    """Layer drop by Python's generator, lean memory, gradients far above the bound: a record moves the sum by C at most."""
+    """Layer drop by Python's generator, lean memory, gradients far above the bound: a record moves the sum by C at
+    most.
+    """
 
     class Dropping(Classifier):
         def __init__(self) -> None:
@@ -164,7 +170,9 @@ def check_norm_and_sum_see_the_same_draws(tmp_path: Path) -> None:
 
 
 def check_draws_are_free_of_earlier_batches(tmp_path: Path) -> None:
-    """After ``seed_everything``, one or seven samples in the first batch: what the second one draws must not repeat. Exact."""
+    """After ``seed_everything``, one or seven samples in the first batch: what the second one draws must not repeat.
+    Exact.
+    """
     drawn: list[float] = []
 
     class Drawing(Classifier):

@@ -1,4 +1,6 @@
-"""Bounds that follow the run, under a Trainer: each step's bound from the releases before it, the noise of count and gradient."""
+"""Bounds that follow the run, under a Trainer: each step's bound from the releases before it, the noise of count and
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_auto_threshold_follows_the_last_noisy_gradient(
 
 
 def test_auto_threshold_sees_the_sum_with_its_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sum that begins with its noise is not held as a mean where a bound learns from it: the same bounds under one seed."""
+    """A sum that begins with its noise is not held as a mean where a bound learns from it: the same bounds under one
+    seed.
+    """
     found, observe = [], NoisyGradientBound.observe
     for first in (True, False):
         bounds: list[float] = []

@@ -93,7 +93,9 @@ def test_removed_weights_stay_and_the_others_train(
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("mode", ["prune", "freeze"])
 def test_noisy_source_scores_by_the_noisy_weights(mode: str, every: int, tmp_path: Path) -> None:
-    """Dense until the first round has ended; each mask is that of the weights as they were then, and of nothing else."""
+    """Dense until the first round has ended; each mask is that of the weights as they were then, and of nothing
+    else.
+    """
     pruning = MagnitudePruning(0.4, source="noisy", every_n_epochs=every, mode=mode)
     steps, *_ = fit(tmp_path, pruning, max_epochs=4)
     assert len(steps.gradients) == 16

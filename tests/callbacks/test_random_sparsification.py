@@ -1,4 +1,6 @@
-"""RandomSparsification under a Trainer: which coordinates move, which carry noise, what is logged, what a resume sees."""
+"""RandomSparsification under a Trainer: which coordinates move, which carry noise, what is logged, what a resume
+sees.
+"""
 
 from __future__ import annotations
 

@@ -145,7 +145,9 @@ def test_contract_scaling_clippings_do_not_depend_on_size(clipping: Clipping, nu
 
 @pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
 def test_contract_contribution_adds_what_it_states(clipping: Clipping, num_groups: int) -> None:
-    """Either factors or one explicit sum reaches the accumulator, and the stated norms are those of the contributions."""
+    """Either factors or one explicit sum reaches the accumulator, and the stated norms are those of the
+    contributions.
+    """
     samples = Given(torch.tensor([[0.0, 1e-3, 1.0, 50.0, torch.inf]]).repeat(num_groups, 1))
     contribution = clipping.contribution(samples)
     contribution.add()

@@ -1,4 +1,6 @@
-"""Noise that is shared out between groups: one Gaussian of the same multiplier with the least total; groups by pattern."""
+"""Noise that is shared out between groups: one Gaussian of the same multiplier with the least total; groups by
+pattern.
+"""
 
 from __future__ import annotations
 

@@ -101,7 +101,9 @@ def test_kept_values_are_clipped_only_beyond_the_bound() -> None:
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
 def test_stochastic_sign_is_unbiased(wrong: float) -> None:
-    """E v = g / b. 40,000 samples, 4 coordinates, 5 standard errors: false alarm below 3e-6; other scales are refused."""
+    """E v = g / b. 40,000 samples, 4 coordinates, 5 standard errors: false alarm below 3e-6; other scales are
+    refused.
+    """
     gradient = torch.tensor([0.5, -0.25, 1.0, 0.1])
     mean = TopAgg(4).contributions(gradient.expand(40_000, 4)).mean(0)
     expected = (gradient * wrong).clamp(-1, 1)

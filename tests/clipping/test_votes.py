@@ -75,7 +75,9 @@ def test_votes_stand_on_the_largest_coordinates_with_their_signs() -> None:
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
 def test_stochastic_sign_has_the_mean_of_its_definition(wrong: float) -> None:
-    """E v = g / max |g|. 40,000 draws of 4 coordinates, 5 standard errors: false alarm below 3e-6; other scales are refused."""
+    """E v = g / max |g|. 40,000 draws of 4 coordinates, 5 standard errors: false alarm below 3e-6; other scales are
+    refused.
+    """
     gradient = torch.tensor([0.5, -0.25, 1.0, 0.1])
     draws = top_k_votes(gradient.expand(40_000, 4), 4, signs="stochastic", generator=torch.Generator().manual_seed(2))
     expected = (gradient / gradient.abs().max() * wrong).clamp(-1, 1)

@@ -42,7 +42,9 @@ def has_std(sample: torch.Tensor, std: float) -> bool:
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_coordinates_that_nobody_voted_on_carry_the_same_noise(secure: bool) -> None:
-    """100 x 400 coordinates, half of them voted on by all. On the secure grid a 0 has a rate of 4e-7: more than 2 in < 1e-7 runs."""
+    """100 x 400 coordinates, half of them voted on by all. On the secure grid a 0 has a rate of 4e-7: more than 2 in <
+    1e-7 runs.
+    """
     votes = torch.zeros(100, 400)
     votes[:, ::2] = 10.0
     noisy = release(votes.clone(), Ledger("replace_one"), of=VoteRelease(secure=secure))

@@ -32,7 +32,9 @@ def test_shards_follow_from_sizes_and_seed() -> None:
 
 
 def test_shards_mix_the_order_of_the_dataset() -> None:
-    """A data set sorted by class must not give teachers of one class: 100 shards of 100 records, by 5 standard errors."""
+    """A data set sorted by class must not give teachers of one class: 100 shards of 100 records, by 5 standard
+    errors.
+    """
     share = (partition(10_000, 100) < 5000).double().mean(1)
     assert float((share - 0.5).abs().max()) < 5 * 0.5 / 10
 

@@ -1,9 +1,10 @@
-"""Run by test_kills.py: trains until it is killed, again and again, each time from the checkpoint that the last death left.
+"""Run by test_kills.py: trains until it is killed, again and again, each time from the checkpoint that the last death
+left.
 
-torch and Lightning are imported once. Each life is a fork of this process, made while it has a single thread; it dies by
-its own hand at a random one of the places below, or by its parent's at a random time. What it does to the weights goes into
-a journal that outlives it: one line ``before after`` (digests) for each step of the optimizer. How many releases made some
-weights can then be read off the journal, whatever any ledger says.
+torch and Lightning are imported once. Each life is a fork of this process, made while it has a single thread; it dies
+by its own hand at a random one of the places below, or by its parent's at a random time. What it does to the weights
+goes into a journal that outlives it: one line ``before after`` (digests) for each step of the optimizer. How many
+releases made some weights can then be read off the journal, whatever any ledger says.
 """
 
 from __future__ import annotations

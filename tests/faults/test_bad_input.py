@@ -1,7 +1,8 @@
 """Bad input in bulk: any arguments, data and modules are trained with an exact ledger, or refused in our words.
 
-Every example either runs, and then the ledger holds one entry for each gradient that a hook could see, at the noise and the
-rate that arithmetic says; or it raises one of our errors, ``Expected ..., got ...``, and nothing was released before it.
+Every example either runs, and then the ledger holds one entry for each gradient that a hook could see, at the noise and
+the rate that arithmetic says; or it raises one of our errors, ``Expected ..., got ...``, and nothing was released
+before it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def in_our_words(attempt: Callable[[], Any]) -> Any:
 
 
 def check_run(folder: Any, strategy: DPStrategy, module: L.LightningModule, loader: Any, **options: Any) -> bool:
-    """Fits three steps at most; returns whether it ran. What was released is in the ledger, at the noise that was asked for."""
+    """Fits three steps at most; returns whether it ran. What was released is in the ledger, at the noise that was asked
+    for.
+    """
     recorder = Recorder()
     sigma = strategy.settings.noise_multiplier
 

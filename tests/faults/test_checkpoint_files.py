@@ -108,7 +108,9 @@ def test_a_checkpoint_cut_short_is_refused(trained: Path, tmp_path: Path, share:
 
 
 def test_a_checkpoint_holds_plain_values_beside_its_tensors(trained: Path) -> None:
-    """No sum of clipped gradients, no generator: everything of ours is text and numbers, read with weights_only=True."""
+    """No sum of clipped gradients, no generator: everything of ours is text and numbers, read with
+    weights_only=True.
+    """
 
     def plain(value: Any) -> bool:
         if isinstance(value, dict):

@@ -31,7 +31,9 @@ def saved_bytes(value: Any) -> int:
 
 @pytest.mark.parametrize("num_sigmas", [1, 10])
 def test_ledger_stays_small_over_a_hundred_thousand_steps(num_sigmas: int) -> None:
-    """One step at a time, with epsilon asked for on the way; what is kept is that of two steps a sigma, but for digits."""
+    """One step at a time, with epsilon asked for on the way; what is kept is that of two steps a sigma, but for
+    digits.
+    """
     ledger, short, accountant = Ledger(), Ledger(), make_accountant("rdp")
     epsilons, kept = [], []
     for number in range(num_sigmas):
@@ -70,7 +72,9 @@ class Watch(L.Callback):
 
 
 def long_run(folder: Path) -> tuple[list[int], list[int], int, int]:
-    """3,000 steps: resident memory and sizes of checkpoints on the way, and what the ledger counts in how many entries."""
+    """3,000 steps: resident memory and sizes of checkpoints on the way, and what the ledger counts in how many
+    entries.
+    """
     watch = Watch()
     strategy = DPStrategy(noise_multiplier=2.0, target_delta=1e-5, accountant="rdp")
     trainer = make_trainer(strategy, folder, callbacks=[watch, EpsilonMonitor()], max_epochs=-1, max_steps=3_000)

@@ -1,4 +1,6 @@
-"""kill -9 at every operation on files of a sharded checkpoint: the old folder or the new one is there, complete (I7)."""
+"""kill -9 at every operation on files of a sharded checkpoint: the old folder or the new one is there, complete
+(I7).
+"""
 
 from __future__ import annotations
 

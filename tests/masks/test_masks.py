@@ -70,8 +70,8 @@ def test_random_mask_by_layer_leaves_out_the_rate_of_each_tensor(rate: float) ->
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_random_mask_reaches_every_coordinate_equally_often(scope: str) -> None:
-    """3,000 refreshes, P = 40: the scaled squares of the counts are chi-square with 39 (global) or 36 (four layers) degrees of
-    freedom; false alarms 1e-6, and rates off by 2/3 or 3/2 are rejected.
+    """3,000 refreshes, P = 40: the scaled squares of the counts are chi-square with 39 (global) or 36 (four layers)
+    degrees of freedom; false alarms 1e-6, and rates off by 2/3 or 3/2 are rejected.
     """
     parameters = {str(i): nn.Parameter(torch.zeros(10)) for i in range(4)}
     mask, refreshes, rate = random_mask(0.3, scope=scope), 3000, 0.3
@@ -88,7 +88,9 @@ def test_random_mask_reaches_every_coordinate_equally_often(scope: str) -> None:
 
 
 def test_random_masks_of_two_refreshes_are_independent() -> None:
-    """2,000 pairs, P = 200, Z = 100: overlaps are hypergeometric with mean 50 and std 3.54; false alarms 1e-6 (4.9 std)."""
+    """2,000 pairs, P = 200, Z = 100: overlaps are hypergeometric with mean 50 and std 3.54; false alarms 1e-6 (4.9
+    std).
+    """
     parameters = {"w": nn.Parameter(torch.zeros(200))}
     mask = random_mask(0.5)
     masks = [~flat_mask(mask, step, parameters) for step in range(2001)]

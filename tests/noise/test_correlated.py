@@ -39,7 +39,9 @@ def restarted(matrix: Matrix, restarts: tuple[int, ...]) -> Matrix:
 
 
 def brute_force(matrix: Matrix, separation: int, passes: int) -> float:
-    """The largest norm over all sets of steps that a record may take part in and all directions of its contributions."""
+    """The largest norm over all sets of steps that a record may take part in and all directions of its
+    contributions.
+    """
     gram, best = np.abs(matrix.T @ matrix), 0.0
     for count in range(1, passes + 1):
         for steps in itertools.combinations(range(len(matrix)), count):
@@ -160,7 +162,9 @@ def test_restarts_never_raise_the_sensitivity(noise: CorrelatedNoise, run: Any) 
 
 
 def test_other_coefficients_get_a_bound() -> None:
-    """Negative or increasing ones: their reverse cumulative maximum bounds every set of steps, with and without a restart."""
+    """Negative or increasing ones: their reverse cumulative maximum bounds every set of steps, with and without a
+    restart.
+    """
     for draw in range(20):
         column = np.random.default_rng(draw).normal(size=10)
         for restarts in ((), (4,)):
@@ -172,7 +176,9 @@ def test_other_coefficients_get_a_bound() -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_record_at_the_separation_moves_by_the_sensitivity(name: str) -> None:
-    """The same contribution of norm 1 at steps 0, b, 2b moves C G by sens in norm; half a separation more often, by more."""
+    """The same contribution of norm 1 at steps 0, b, 2b moves C G by sens in norm; half a separation more often, by
+    more.
+    """
     moved = np.zeros((24, 3))
     moved[::8] = [2 / 3, -1 / 3, 2 / 3]
     noise = SETTINGS[name]

@@ -83,7 +83,9 @@ def test_coordinates_are_uncorrelated(secure: bool) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK + 3])
 def test_every_coordinate_gets_its_own_noise(secure: bool, size: int) -> None:
-    """On the grid of the secure variant 0 and equal pairs happen: at rates 4e-7, and 1/2 size^2 2.7e-7; the bounds fail in < 1e-9."""
+    """On the grid of the secure variant 0 and equal pairs happen: at rates 4e-7, and 1/2 size^2 2.7e-7; the bounds fail
+    in < 1e-9.
+    """
     sample = draw(GaussianNoise(secure=secure), size, dtype=torch.float64)
     large = secure and size > 1000
     assert int((sample == 0).sum()) <= (8 if large else 0)

@@ -1,8 +1,8 @@
 """What the last bits of a noisy number say about the number under the noise (Mironov 2012).
 
 A float's last bits are finer the closer it is to zero. Noise near -1 has no bits below 2^-24 (float32) or 2^-53
-(float64), so 1 + noise has none either, however close to zero it comes; 0 + noise has. Neighbours then differ in a bit that
-no noise covers. On a public grid, both end at the same bit.
+(float64), so 1 + noise has none either, however close to zero it comes; 0 + noise has. Neighbours then differ in a bit
+that no noise covers. On a public grid, both end at the same bit.
 """
 
 from __future__ import annotations

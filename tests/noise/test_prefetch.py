@@ -284,7 +284,9 @@ def in_a_child(work: Callable[[], Tensor]) -> np.ndarray:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("again", [False, True], ids=["add", "prepare and add"])
 def test_a_forked_child_has_none_of_it(again: bool) -> None:
-    """The parent uses what it drew; of 1000 float32 values of the child some 0.01 are among the first 1000 by chance."""
+    """The parent uses what it drew; of 1000 float32 values of the child some 0.01 are among the first 1000 by
+    chance.
+    """
     noise = GaussianNoise()
     prepared(noise)
     noise.prepare(NUM, torch.float32, CPU)

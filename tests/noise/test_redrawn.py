@@ -87,7 +87,9 @@ def test_no_decay_equals_independent_noise_bit_for_bit(dtype: torch.dtype) -> No
 
 
 def covariance_is_right(values: torch.Tensor, settings: CorrelatedNoise, std: float) -> bool:
-    """Whiten with the claimed C: chi-square of all values (2e-8), and every covariance of two steps below 6 sigma (1e-7)."""
+    """Whiten with the claimed C: chi-square of all values (2e-8), and every covariance of two steps below 6 sigma
+    (1e-7).
+    """
     steps, size = values.shape
     white = torch.from_numpy(toeplitz(settings.coefficients(steps), steps)) @ values.double() / std
     low, high = stats.chi2.ppf([1e-8, 1 - 1e-8], df=white.numel())

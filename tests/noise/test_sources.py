@@ -75,7 +75,9 @@ def mkl_words(state: object) -> np.ndarray:
 
 
 def test_mkl_gets_256_bits_of_the_seed() -> None:
-    """Of 400 words of 32 random bits, every bit is set in some 200: in fewer than 100 or more than 300 with chance < 1e-20."""
+    """Of 400 words of 32 random bits, every bit is set in some 200: in fewer than 100 or more than 300 with chance <
+    1e-20.
+    """
     pytest.importorskip("mkl_random")
     words = []
     for _ in range(50):
@@ -92,7 +94,9 @@ def test_mkl_gets_256_bits_of_the_seed() -> None:
 @pytest.mark.parametrize("bit", [0, 13, 31])
 @pytest.mark.parametrize("word", range(4))
 def test_every_word_of_mkls_key_gives_another_stream(word: int, bit: int) -> None:
-    """No values in the same place (float64: none by chance), and no correlation: |r| < 5.3 / sqrt(n), false alarm 1e-7."""
+    """No values in the same place (float64: none by chance), and no correlation: |r| < 5.3 / sqrt(n), false alarm
+    1e-7.
+    """
     generator = pytest.importorskip("mkl_random").MKLRandomState
     words = some_seed().generate_state(8)
     other = words.copy()
@@ -167,7 +171,9 @@ DOUBLE = np.array([times(byte, 2) for byte in range(256)], np.uint8)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_mkls_normals(dtype: torch.dtype) -> None:
-    """Kolmogorov-Smirnov and chi-square over 400,000 values in chunks, lags about a chunk, two streams; false alarm 1e-6."""
+    """Kolmogorov-Smirnov and chi-square over 400,000 values in chunks, lags about a chunk, two streams; false alarm
+    1e-6.
+    """
     pytest.importorskip("mkl_random")
     first, second = (
         torch.cat([draws(stream, size, dtype) for size in [CHUNK] * 12 + [6784]]).double()
@@ -189,7 +195,9 @@ def test_mkls_normals(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_mkls_tails() -> None:
-    """4e7 values: |z| > 5 some 23 times, outside 2 to 60 with chance 2e-8 (Poisson); torch's cut at 5.77 is not there by 1e9."""
+    """4e7 values: |z| > 5 some 23 times, outside 2 to 60 with chance 2e-8 (Poisson); torch's cut at 5.77 is not there
+    by 1e9.
+    """
     pytest.importorskip("mkl_random")
     stream, values, beyond = normals.normal_stream(some_seed()), torch.empty(1 << 16), 0
     for _ in range(40_000_000 // values.numel()):

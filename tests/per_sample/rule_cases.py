@@ -104,8 +104,8 @@ class Arranged(nn.Module):
 
     Args:
         case: the layer.
-        how: "positions" of one call, several "calls", "rows" folded into the batch axis, or several "units": layers that
-            share their parameters.
+        how: "positions" of one call, several "calls", "rows" folded into the batch axis, or several "units": layers
+            that share their parameters.
     """
 
     def __init__(self, case: Case, how: str) -> None:

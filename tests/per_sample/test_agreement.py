@@ -1,4 +1,6 @@
-"""Every way to the same numbers: kept, lean and materialised, whole batches and microbatches, tied layers, drawn networks."""
+"""Every way to the same numbers: kept, lean and materialised, whole batches and microbatches, tied layers, drawn
+networks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Users as samples: the engine's gradient of a user is the sum of those of its records, for every rule and arrangement."""
+"""Users as samples: the engine's gradient of a user is the sum of those of its records, for every rule and
+arrangement.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,9 @@ def test_a_user_that_is_not_finite_reaches_no_other_user() -> None:
 
 
 def test_no_gradient_of_a_record_is_made_where_gram_matrices_do() -> None:
-    """2 users of 3 records at 4 positions and a layer of 300 x 300: nothing as large as one gradient is made for the norms."""
+    """2 users of 3 records at 4 positions and a layer of 300 x 300: nothing as large as one gradient is made for the
+    norms.
+    """
     torch.manual_seed(0)
     module = nn.Linear(300, 300)
     data = torch.randn(6, 4, 300)

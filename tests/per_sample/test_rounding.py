@@ -1,7 +1,8 @@
 """No record adds more than the bound where its contributions cancel: norm and sum round differently.
 
-Every rule, memory setting, mask and clipping, in one contract. A record consists of ``T`` contributions that add up to zero, or
-nearly so, of any size. The other samples have zero gradients, so all that is in the buffer is the record's contribution.
+Every rule, memory setting, mask and clipping, in one contract. A record consists of ``T`` contributions that add up to
+zero, or nearly so, of any size. The other samples have zero gradients, so all that is in the buffer is the record's
+contribution.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ CLIPPINGS: list[Clipping] = [
     PerLayerClipping(0.7),
     PSACClipping(gamma=0.0),
 ]
-#: Sizes of inputs and backprops, with the relative change of the largest contribution in units of rounding: the sum of all is
+#: Sizes of inputs and backprops, with the relative change of the largest contribution in units of rounding: the sum of
+#: all is
 #: zero, or somewhat above rounding.
 SIZES: dict[torch.dtype, list[tuple[float, float]]] = {
     torch.float32: [(1.0, 0), (1e9, 0), (1e9, 5), (1e9, 200), (3.3e12, 0), (3.3e12, 200), (1e21, 0)],
@@ -50,7 +52,9 @@ SIZES: dict[torch.dtype, list[tuple[float, float]]] = {
 
 
 def coefficients(num: int) -> Tensor:
-    """Numbers that add up to exactly zero: (3, 5, -8) times powers of two, in an order in which partial sums are large."""
+    """Numbers that add up to exactly zero: (3, 5, -8) times powers of two, in an order in which partial sums are
+    large.
+    """
     powers = 2.0 ** torch.tensor([0, 9, 4, 13, 2, 7, 11, 5])
     triples = [power * torch.tensor([3.0, 5.0, -8.0]) for power in powers[: (num + 2) // 3]]
     return torch.stack(triples, 1).flatten()[:num] if num % 3 == 0 else torch.cat([triples[0], torch.zeros(num - 3)])
@@ -99,7 +103,9 @@ def added(
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("name", CASES)
 def test_cancelling_records_keep_to_the_bound(name: str, how: str, way: dict[str, str]) -> None:
-    """Two clippings and a mask in turn at each size: between the arrangements of a case, every clipping meets every size."""
+    """Two clippings and a mask in turn at each size: between the arrangements of a case, every clipping meets every
+    size.
+    """
     turn = HOWS.index(how) + WAYS.index(way)
     for dtype, sizes in SIZES.items():
         module = Arranged(CASES[name], how).to(dtype)

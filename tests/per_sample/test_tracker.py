@@ -1,4 +1,6 @@
-"""Parameters used in any way: by a rule, as copies for the samples, through functions of parameters, or refused by name."""
+"""Parameters used in any way: by a rule, as copies for the samples, through functions of parameters, or refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -607,7 +609,7 @@ def test_parameters_that_meet_no_samples_are_refused(how: str) -> None:
 
     match = {
         "penalty": r"'sum\(square\(weight\)\)' to meet tensors with a batch axis.*weight_decay",
-        "pooled": r"linear of 'weight', 'bias'.*without a batch axis whose values change with the batch.*samples are mixed",
+        "pooled": r"linear of 'weight', 'bias'.*without a batch axis whose values change with.*samples are mixed",
         "statistic": r"mul of 'bias'.*without a batch axis.*a statistic of the batch mixes its samples",
     }[how]
     with pytest.raises(PrivacyError, match=match):

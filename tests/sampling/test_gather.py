@@ -1,4 +1,6 @@
-"""Rows gathered from whole tensors are, bit for bit, the samples read one by one and stacked; nothing else is gathered."""
+"""Rows gathered from whole tensors are, bit for bit, the samples read one by one and stacked; nothing else is
+gathered.
+"""
 
 from __future__ import annotations
 

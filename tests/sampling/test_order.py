@@ -123,7 +123,9 @@ def test_global_seeds_do_not_predict_groups() -> None:
 
 
 def test_ranks_have_groups_of_their_own() -> None:
-    """Group numbers of the 500 records of either rank: 5.3 sigma (false-alarm rate 1e-7); one stream for both gives 1."""
+    """Group numbers of the 500 records of either rank: 5.3 sigma (false-alarm rate 1e-7); one stream for both gives
+    1.
+    """
     groups = np.zeros((2, 500))
     for rank in (0, 1):
         for group, members in enumerate(batches(cyclic(1000, 50, rank=rank, world_size=2, seed=4))):

@@ -52,7 +52,9 @@ def test_every_user_joins_with_probability_q() -> None:
 
 
 def test_users_join_independently() -> None:
-    """P(i and j) = q^2 for all 45 pairs, 8,000 batches, 5.9 sigma; their number has the binomial's variance, 10 x .3 x .7."""
+    """P(i and j) = q^2 for all 45 pairs, 8,000 batches, 5.9 sigma; their number has the binomial's variance, 10 x .3 x
+    .7.
+    """
     joined = np.zeros((8000, 10))
     for row, batch in zip(joined, drawn_users(8000), strict=True):
         row[batch] = 1
@@ -86,7 +88,9 @@ def pairs_are_uniform(counts: Counter[tuple[int, ...]], num_pairs: int) -> bool:
 
 
 def test_records_are_a_uniform_subset_without_replacement() -> None:
-    """User 1 has 5 records, 10 pairs of them; about 2,400 draws. Neighbours only, or weights of 2/3 and 3/2, are rejected."""
+    """User 1 has 5 records, 10 pairs of them; about 2,400 draws. Neighbours only, or weights of 2/3 and 3/2, are
+    rejected.
+    """
     own = [record for record, user in enumerate(IDS) if user == 1]
     sampler: Any = users().batch_sampler
     counts: Counter[tuple[int, ...]] = Counter()

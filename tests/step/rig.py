@@ -96,7 +96,9 @@ class KnownNoise:
 
 
 class Rig:
-    """One private step that is set up again for every combination; only its engine, which knows no mechanism, is kept."""
+    """One private step that is set up again for every combination; only its engine, which knows no mechanism, is
+    kept.
+    """
 
     def __init__(self) -> None:
         torch.manual_seed(1)
@@ -123,7 +125,9 @@ class Rig:
 
     @contextmanager
     def under(self, clipping: Clipping, callbacks: Iterable[Any] = (), **plan: Any) -> Any:
-        """Begin a run: callbacks hand over what they ask for as under a Trainer, which is yielded for their later hooks."""
+        """Begin a run: callbacks hand over what they ask for as under a Trainer, which is yielded for their later
+        hooks.
+        """
         step, mechanisms = self.step, Mechanisms()
         self.module.load_state_dict(self._weights)
         self.noise.forget()
@@ -159,7 +163,9 @@ class Run:
         return self.step.releases[0]
 
     def sum(self, features: Tensor, labels: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return gradient and statistics after these samples, or these records of users, instead of those of an earlier call."""
+        """Return gradient and statistics after these samples, or these records of users, instead of those of an earlier
+        call.
+        """
         accumulator = self.step.accumulators[0]
         accumulator.reset()
         with self.step.microbatch(len(features), owners):

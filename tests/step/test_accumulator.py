@@ -157,7 +157,9 @@ def test_a_sum_that_is_held_as_its_mean_is_not_divided_again(released: bool) -> 
 
 
 def test_what_is_masked_is_never_added_up() -> None:
-    """Whole contributions, values at positions and a release, in the order of live coordinates; a new mask begins with nothing."""
+    """Whole contributions, values at positions and a release, in the order of live coordinates; a new mask begins with
+    nothing.
+    """
     sums = make_sums(num_statistics=1)
     live = {"weight": torch.tensor([[True, False, True], [False, False, True]]), "bias": torch.tensor([False, True])}
     sums.set_masks([live], (1,))

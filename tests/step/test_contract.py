@@ -77,7 +77,8 @@ def under(rig: Rig, combination: Combination, **plan: Any) -> Any:
 
 @pytest.mark.parametrize("names", LEGAL, ids="-".join)
 def test_contract_of_neighbouring_datasets(names: Any, rig: Rig) -> None:
-    """Two batches that differ in one record, at every step of every schedule and phase; noise comes first, as by default.
+    """Two batches that differ in one record, at every step of every schedule and phase; noise comes first, as by
+    default.
 
     All kinds of records join under one schedule of the noise, one kind in turn under each of the others.
     """
@@ -147,7 +148,9 @@ def stds_of(draws: list[tuple[int, float]], divisor: int = 1) -> Tensor:
 def test_contract_of_neighbouring_users(
     names: Any, unit_gradient: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two batches that differ in a whole user, who brings three records of one kind: it moves a release as one sample does."""
+    """Two batches that differ in a whole user, who brings three records of one kind: it moves a release as one sample
+    does.
+    """
     monkeypatch.setattr(rig.step, "settings", make_settings(unit_gradient=unit_gradient, records_per_unit=3))
     combination = Combination(names[0], names[1], "step", names[2])
     owners, bounded = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3]), combination.clipping != "none"

@@ -54,7 +54,9 @@ def test_independent_noise_has_no_history() -> None:
 
 @pytest.mark.parametrize("wrong", [1.0, 2**0.5, 0.5**0.5])
 def test_correlated_shares_of_two_ranks_add_up(wrong: float) -> None:
-    """Each rank draws its own stream with 1/2 of the variance: z < 5 over 3 steps of 4,000 coordinates (false alarm 6e-7)."""
+    """Each rank draws its own stream with 1/2 of the variance: z < 5 over 3 steps of 4,000 coordinates (false alarm
+    6e-7).
+    """
 
     class Rank(OneProcess):
         noise_share = 0.5**0.5

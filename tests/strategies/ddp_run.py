@@ -129,8 +129,8 @@ def main() -> None:
     fit(Classifier(lr=0.0), DataLoader(make_dataset(), batch_size=8), [recorder], strategy=strategy, max_epochs=1)
     seen["users"] = recorder.before_step[0]
 
-    # who is drawn: positions by rank; a batch of one record is often empty on one rank and not on the other; four passes reach
-    # the module, and the same loader hands out 76 more
+    # who is drawn: positions by rank; a batch of one record is often empty on one rank and not on the other; four
+    # passes reach the module, and the same loader hands out 76 more
     module = Writing()
     trainer = fit(module, DataLoader(Indexed(), batch_size=1), max_epochs=4)
     items = [item for _ in range(76) for item in trainer.train_dataloader]

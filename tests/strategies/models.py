@@ -1,4 +1,5 @@
-"""Small networks, steps and data, one for each way a module can be written; plain Lightning, without a thought of privacy.
+"""Small networks, steps and data, one for each way a module can be written; plain Lightning, without a thought of
+privacy.
 
 Shapes coincide where that could mislead: token sequences are as long as the dataset has records, and so as long as the
 batch when every record is in it.

@@ -1,4 +1,6 @@
-"""Run by test_nodes.py under torchrun, one process per node: trains replicated and sharded, and writes down what it saw."""
+"""Run by test_nodes.py under torchrun, one process per node: trains replicated and sharded, and writes down what it
+saw.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ def plain() -> nn.Module:
 
 
 class Scaled(nn.Module):
-    """A parameter of its own that no child unit gathers, a frozen layer, and a weight norm: a function of parameters."""
+    """A parameter of its own that no child unit gathers, a frozen layer, and a weight norm: a function of
+    parameters.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Correlated noise under a Trainer and in a loop: what is drawn, in which order of the data, what it costs, what is refused."""
+"""Correlated noise under a Trainer and in a loop: what is drawn, in which order of the data, what it costs, what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def z_of(values: Tensor, std: float) -> float:
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
 def test_noise_is_that_of_the_planned_mechanism(tmp_path: Any, wrong: float) -> None:
-    """100 steps of 53 coordinates: y = C v has independent entries of std sigma sens(C) C / B; z < 5 (false alarm 6e-7)."""
+    """100 steps of 53 coordinates: y = C v has independent entries of std sigma sens(C) C / B; z < 5 (false alarm
+    6e-7).
+    """
     strategy = make_strategy(noise_multiplier=0.7, max_grad_norm=1.5)
     found = released(strategy, tmp_path, max_epochs=25).double()
     known = strategy.plan.correlation
@@ -111,7 +115,9 @@ def test_the_whole_run_is_one_gaussian(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic", "psac"])
 def test_runs_on_neighbouring_data_differ_by_the_sensitivity(tmp_path: Any, clipping: str) -> None:
-    """A record that contributes nothing in one of them: C times the difference is at most drawn_std / sigma, at one record so."""
+    """A record that contributes nothing in one of them: C times the difference is at most drawn_std / sigma, at one
+    record so.
+    """
     sums, stds = [], set()
     for scale in (1e3, 0.0):
         features, _ = make_dataset().tensors

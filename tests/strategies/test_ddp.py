@@ -26,7 +26,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
 def test_noise_of_the_reduced_gradient_is_there_exactly_once(ranks: list[dict[str, Any]], wrong: float) -> None:
-    """120 steps x 53 coordinates; z under 5 (false alarm < 1e-6); noise drawn by both ranks or by half would be sqrt(2) off."""
+    """120 steps x 53 coordinates; z under 5 (false alarm < 1e-6); noise drawn by both ranks or by half would be sqrt(2)
+    off.
+    """
     noise = ranks[0]["noise"].double() * 64 / wrong
     assert noise.shape == (120, 53)
     z = (noise.square().sum() - noise.numel()) / math.sqrt(2 * noise.numel())
@@ -139,10 +141,11 @@ def test_started_processes_bring_their_ledger_home(tmp_path: Path, start_method:
 
 
 def test_union_over_ranks_is_one_poisson_sample(ranks: list[dict[str, Any]]) -> None:
-    """Q = 2/41 on each of 41 records over 1600 steps (round(1/q) = 20 a pass, 80 passes): frequencies, sizes, independence.
+    """Q = 2/41 on each of 41 records over 1600 steps (round(1/q) = 20 a pass, 80 passes): frequencies, sizes,
+    independence.
 
-    z of the variance of the sizes is under 5 (false alarm 2e-6, it leans to the right); divided by 3/2 or 2/3 it would be
-    8.4 or 12 standard errors off, so that such a scale is above 5 unless z is above 5 or below -5.
+    z of the variance of the sizes is under 5 (false alarm 2e-6, it leans to the right); divided by 3/2 or 2/3 it would
+    be 8.4 or 12 standard errors off, so that such a scale is above 5 unless z is above 5 or below -5.
     """
     drawn = torch.zeros(1600, 41, dtype=torch.float64)
     for rank, seen in enumerate(ranks):

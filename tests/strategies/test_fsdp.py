@@ -1,4 +1,6 @@
-"""Two gloo processes with sharded parameters: they release what one process releases, and talk alike whatever they drew."""
+"""Two gloo processes with sharded parameters: they release what one process releases, and talk alike whatever they
+drew.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a run promises as a whole: nothing predictable, nothing data-dependent of ours, no more on the device than was asked."""
+"""What a run promises as a whole: nothing predictable, nothing data-dependent of ours, no more on the device than was
+asked.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,9 @@ def test_microbatches_reach_the_device_one_at_a_time(tmp_path: Path, automatic: 
 
 
 def test_every_private_gradient_is_noised_and_paid_for(tmp_path: Path) -> None:
-    """Every step of the optimizer is in the ledger, whatever the Trainer does between: sanity check, validation, two fits."""
+    """Every step of the optimizer is in the ledger, whatever the Trainer does between: sanity check, validation, two
+    fits.
+    """
     steps: list[int] = []
 
     class Counting(torch.optim.SGD):

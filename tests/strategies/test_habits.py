@@ -84,7 +84,9 @@ def test_training_step_may_be_a_partial(tmp_path: Path) -> None:
 
 
 def test_a_module_without_optimizers_is_refused_in_words(tmp_path: Path) -> None:
-    """Nothing is released, and the weights stay: gradients without an optimizer would reach nobody but the user's own lines."""
+    """Nothing is released, and the weights stay: gradients without an optimizer would reach nobody but the user's own
+    lines.
+    """
 
     class Still(Classifier):
         def configure_optimizers(self) -> None:

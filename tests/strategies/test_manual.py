@@ -257,7 +257,9 @@ class SharedWeights(Manual):
 def test_a_parameter_in_two_optimizers_is_in_both_releases(
     tmp_path: Any, backwards: int, zero_between: bool, factor: float, microbatch_size: int | None
 ) -> None:
-    """Each step sees what a plain ``.grad`` would hold: the backwards since ``zero_grad``, whoever stepped in between."""
+    """Each step sees what a plain ``.grad`` would hold: the backwards since ``zero_grad``, whoever stepped in
+    between.
+    """
     recorder = Recorder()
     strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1e3, microbatch_size=microbatch_size)
     trainer = make_trainer(strategy, tmp_path, callbacks=[recorder])
@@ -308,7 +310,8 @@ def test_shared_parameter_is_clipped_and_noised_each_time(tmp_path: Any) -> None
         for start in (0, 1)
     )
     for draws in (firsts, seconds):
-        # 15 coordinates x 200 draws: the standard deviation within 4 standard errors of 1.3 %, and the clipped signal's share
+        # 15 coordinates x 200 draws: the standard deviation within 4 standard errors of 1.3 %, and the clipped signal's
+        # share
         assert float((draws - draws.mean(0)).std()) == pytest.approx(1.5 * math.sqrt(2), rel=0.1)
     together = (firsts - firsts.mean(0)) * (seconds - seconds.mean(0))
     assert abs(float(together.mean())) < 0.15 * 4.5

@@ -140,7 +140,9 @@ def test_other_ways_to_the_gradients_agree(tmp_path: Any, name: str, settings: d
 
 @pytest.mark.parametrize("name", CASES)
 def test_module_trains_as_it_is(tmp_path: Any, name: str) -> None:
-    """Three steps: each is in the ledger, moves what is trainable and nothing else, and leaves no trace in the module."""
+    """Three steps: each is in the ledger, moves what is trainable and nothing else, and leaves no trace in the
+    module.
+    """
     module, recorder = CASES[name].module(), Recorder()
     before, attributes = copy.deepcopy(module.state_dict()), traces(module)
     strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=5, **CASES[name].options)

@@ -98,7 +98,9 @@ class Silent(Classifier):
 @pytest.mark.parametrize("sigma", [0.5, 2.0])
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
 def test_every_coordinate_carries_noise_of_the_stated_std(tmp_path: Any, sigma: float, wrong: float) -> None:
-    """53 coordinates x 100 steps; the variance's z-score must stay under 5 (false alarm < 1e-6) and reject 2/3 and 3/2."""
+    """53 coordinates x 100 steps; the variance's z-score must stay under 5 (false alarm < 1e-6) and reject 2/3 and
+    3/2.
+    """
     recorder = Recorder()
     strategy = DPStrategy(noise_multiplier=sigma, max_grad_norm=0.7)
     make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=25).fit(Silent(), make_loader())
@@ -137,7 +139,9 @@ def test_extreme_samples_contribute_at_most_the_clipping_norm(tmp_path: Any) -> 
 
 
 def test_tiny_factors_keep_every_sample_within_the_bound(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of 1e18 under C = 1.3e-20: divided by the batch size from the start, the factor would be a coarse subnormal."""
+    """Gradients of 1e18 under C = 1.3e-20: divided by the batch size from the start, the factor would be a coarse
+    subnormal.
+    """
     monkeypatch.setattr(GaussianNoise, "fill_", lambda self, tensor, std: tensor.zero_())
     bound, seen = 1.3e-20, []
     for size in (1e18 + number * 3e16 for number in range(12)):
@@ -262,7 +266,9 @@ def test_clipping_that_changes_within_a_batch_is_refused(tmp_path: Any, monkeypa
 def test_noise_drawn_early_has_its_scale_and_is_used_once(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, spare: bool
 ) -> None:
-    """Chi-square over 40,000 coordinates a step, false-alarm rate 2e-8 a step; noise is 1000 times what a sample adds."""
+    """Chi-square over 40,000 coordinates a step, false-alarm rate 2e-8 a step; noise is 1000 times what a sample
+    adds.
+    """
     wide = nn.Sequential(nn.Linear(NUM_FEATURES, 4000), nn.Tanh(), nn.Linear(4000, NUM_CLASSES))
     handed_out: list[bool] = []
     take = NormalsAhead.take

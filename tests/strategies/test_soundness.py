@@ -1,4 +1,6 @@
-"""What a training step might do that would let one sample out un-noised, or make epsilon too small: refused, or paid."""
+"""What a training step might do that would let one sample out un-noised, or make epsilon too small: refused, or
+paid.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def test_a_layer_outside_the_module_is_refused(tmp_path: Path) -> None:
 
 
 def test_exhausted_iterator_in_the_step_is_an_error(tmp_path: Path) -> None:
-    """Lightning takes a StopIteration under manual optimization for the end of the data: the step would silently not be taken."""
+    """Lightning takes a StopIteration under manual optimization for the end of the data: the step would silently not be
+    taken.
+    """
 
     class Exhausted(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -139,7 +143,9 @@ def test_a_manual_step_that_hangs_on_the_loss_is_refused(tmp_path: Path, microba
 
 @pytest.mark.parametrize("count", ["batch_idx", "global_step", "own"])
 def test_a_manual_step_that_hangs_on_public_counts_is_free(tmp_path: Path, count: str) -> None:
-    """Two private optimizers in turn: the trial on single samples must see the counts, and leave the gradients, of its batch."""
+    """Two private optimizers in turn: the trial on single samples must see the counts, and leave the gradients, of its
+    batch.
+    """
     left: list[int] = []
 
     class InTurn(TwoOptimizers):

@@ -1,7 +1,8 @@
-"""What malloc does in a process of its own, asked step by step: ``python -m tests.system.probe STEP ...`` prints one line per step.
+"""What malloc does in a process of its own, asked step by step: ``python -m tests.system.probe STEP ...`` prints one
+line per step.
 
-A step begins or stops a tuning (``start``, ``start-2``, ``stop``, ``stop-2``), or asks: ``state``, ``describe``. ``fork`` runs the
-steps after it in a child. Nothing here imports torch, so that few blocks were freed before.
+A step begins or stops a tuning (``start``, ``start-2``, ``stop``, ``stop-2``), or asks: ``state``, ``describe``.
+``fork`` runs the steps after it in a child. Nothing here imports torch, so that few blocks were freed before.
 """
 
 from __future__ import annotations

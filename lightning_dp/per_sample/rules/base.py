@@ -73,8 +73,8 @@ def samples_a_block(size: int, elements: int, device: torch.device) -> int:
 def squared_norm(grads: Tensor) -> Tensor:
     """Return the squared norm of every sample: ``(B, ...) -> (B,)``; a non-finite row stays non-finite.
 
-    A long row is added up in blocks: squares all alike, added one by one in float32, may round the same way each time (a row of
-    16 million equal numbers by 0.7 % of its squared norm).
+    A long row is added up in blocks: squares all alike, added one by one in float32, may round the same way each time
+    (a row of 16 million equal numbers by 0.7 % of its squared norm).
     """
     flat = grads.reshape(grads.shape[0], -1).contiguous() if grads.shape[0] else grads.new_zeros(0, 1)
     if flat.shape[1] <= LONGEST_SUM:
@@ -100,7 +100,9 @@ def _widest(tensor: Tensor) -> torch.dtype:
 
 @lru_cache
 def _block_of(size: int) -> int:
-    """Return the largest length of blocks into which so many numbers can be cut without a rest; 0 where they are short."""
+    """Return the largest length of blocks into which so many numbers can be cut without a rest; 0 where they are
+    short.
+    """
     return next((block for block in range(LONGEST_SUM, LONGEST_SUM // 8, -1) if size % block == 0), 0)
 
 
@@ -140,8 +142,8 @@ class Rule(ABC):
     **Guarantee**: for every sample the three methods are about the same gradient: ``squared_norms`` is the squared norm
     of the rows of ``per_sample`` and ``add_weighted_sum`` adds them with the given factors, in float32 accumulation
     (float64 for float64 tensors). The result for a sample depends on that sample's rows only. What a sample adds to the
-    weighted sum is at most its factor times its reported norm, to 1e-5, also where its terms cancel: either both methods take
-    the same ``per_sample``, or the norms contain the rounding between the two ways (``rounding.py``).
+    weighted sum is at most its factor times its reported norm, to 1e-5, also where its terms cancel: either both
+    methods take the same ``per_sample``, or the norms contain the rounding between the two ways (``rounding.py``).
     """
 
     fills_buffers = False
@@ -217,8 +219,8 @@ class Rule(ABC):
     def prefers_active_entries(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
         """Tell whether a mask with few active entries is best served by :meth:`active_entries`.
 
-        It is if norms under a mask need the per-sample gradients anyway: norms and weighted sum then come from these entries
-        alone.
+        It is if norms under a mask need the per-sample gradients anyway: norms and weighted sum then come from these
+        entries alone.
         """
         return False
 
@@ -248,7 +250,8 @@ class Rule(ABC):
         out: Mapping[str, Tensor],
         masks: Mapping[str, ParameterMask],
     ) -> set[str]:
-        """Add the active entries of the weighted sum where that costs less than all of it; return the names for which it does.
+        """Add the active entries of the weighted sum where that costs less than all of it; return the names for which
+        it does.
 
         Args:
             module: the layer.

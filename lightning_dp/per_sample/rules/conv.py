@@ -41,7 +41,8 @@ BLOCK_ELEMENTS = 2**27
 # The same for what is unfolded on a CPU, where a block should stay in the cache.
 CACHED_ELEMENTS = 2**21
 
-# Weight entries of one group above which grouped convolutions lose to unfolding on a CPU (measured): at all, and a position.
+# Weight entries of one group above which grouped convolutions lose to unfolding on a CPU (measured): at all, and a
+# position.
 LARGE_WEIGHT = 2**17
 WEIGHTS_A_POSITION = 2**10
 
@@ -301,7 +302,9 @@ def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Para
 
 
 def _sum_of_lengths(conv: Conv, calls: Sequence[Call], batch_size: int) -> Tensor:
-    """Return ``sum_p |U_p| |g_p|`` over the positions of all rows and calls: shape ``(B,)``, the root over groups squared."""
+    """Return ``sum_p |U_p| |g_p|`` over the positions of all rows and calls: shape ``(B,)``, the root over groups
+    squared.
+    """
     sums: list[Tensor] = []
     for call in calls:
         x, backprop, padding = _prepared(conv, call)

@@ -120,8 +120,8 @@ def _equal_token_sums(tokens: Tensor, backprops: Tensor) -> _Rows:
 def _squared_norms(rows: _Rows) -> Tensor:
     """Return the squared norm of every sample, with the rounding of the weighted sum.
 
-    That adds the backprops of equal tokens one after the other, so the bound of ``rounding.py`` holds with their true number. A
-    row of one token is added as it is.
+    That adds the backprops of equal tokens one after the other, so the bound of ``rounding.py`` holds with their true
+    number. A row of one token is added as it is.
     """
     eps = torch.finfo(rows.lengths.dtype).eps
     errors = torch.where(rows.counts > 1, (rows.counts + 4) * eps * rows.lengths, 0.0)

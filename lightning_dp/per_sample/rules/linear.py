@@ -181,8 +181,8 @@ class LinearRule(Rule):
 def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield samples with their inputs ``(b, T, d)`` and backprops ``(b, T, p)`` of all calls, in the accumulation type.
 
-    Several calls are copied together a few samples at a time, so that no copy of all of them is ever made. The copies are
-    where those of the last block lay.
+    Several calls are copied together a few samples at a time, so that no copy of all of them is ever made. The copies
+    are where those of the last block lay.
     """
     inputs = [_split(call.activation, batch_size) for call in calls]
     backprops = [_split(call.backprop, batch_size) for call in calls]
@@ -203,7 +203,9 @@ def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Ten
 
 
 def _sums_over_positions(calls: Sequence[Call], batch_size: int) -> Tensor:
-    """Return the backprops of every sample added over positions and calls, shape ``(B, p)``, in the accumulation type."""
+    """Return the backprops of every sample added over positions and calls, shape ``(B, p)``, in the accumulation
+    type.
+    """
     sums: Tensor | None = None
     for backprop in (widen(_split(call.backprop, batch_size)) for call in calls):
         added = backprop[:, 0] if backprop.shape[1] == 1 else backprop.sum(1)

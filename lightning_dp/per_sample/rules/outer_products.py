@@ -46,7 +46,8 @@ def squared_norm_of_products(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tenso
 def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
     """Return ``|sum_t g_t a_t^T|^2 = sum_{s,t} (a_s . a_t)(g_s . g_t)`` for every sample, shape ``(B,)``.
 
-    **Guarantee**: the rounding of this sum, and that of the weighted sum, are added: a norm is never below what is added.
+    **Guarantee**: the rounding of this sum, and that of the weighted sum, are added: a norm is never below what is
+    added.
     """
     size, positions = inputs_BTd.shape[:2]
     total = inputs_BTd.new_zeros(size)
@@ -104,10 +105,11 @@ def products(lefts_BTp: Tensor, rights_BTd: Tensor) -> Iterator[tuple[slice, Ten
 
 
 def masked_outer_squared_norm(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor) -> Tensor:
-    """Return ``sum_{p,d} mask[p, d] left[p]^2 right[d]^2`` for every sample, shape ``(B,)``; infinity next to a huge vector.
+    """Return ``sum_{p,d} mask[p, d] left[p]^2 right[d]^2`` for every sample, shape ``(B,)``; infinity next to a huge
+    vector.
 
-    Squares that have vanished count if the other vector is large, so the most that they can be is added. Next to a huge vector
-    the sample counts as not finite, as one with NaN does.
+    Squares that have vanished count if the other vector is large, so the most that they can be is added. Next to a huge
+    vector the sample counts as not finite, as one with NaN does.
 
     Args:
         mask: of shape ``(p, d)``.
@@ -143,5 +145,7 @@ def masked_outer_sum(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor, f
 
 
 def _times(one: Tensor, other: Tensor) -> Tensor:
-    """Return the product of a transposed view with something, row by row: transposed on the way, not in a pass of its own."""
+    """Return the product of a transposed view with something, row by row: transposed on the way, not in a pass of its
+    own.
+    """
     return torch.mul(one, other, out=one.new_empty(one.shape))

@@ -1,22 +1,22 @@
 """The rounding between a reported norm and the weighted sum: a norm must not be smaller than what is really added.
 
-The norm of a sample's gradient ``sum_t g_t a_t^T`` and its share ``f sum_t g_t a_t^T`` of the weighted sum often come from
-different products. Where the terms cancel, both are rounding errors of their own: one may be 0 while the other is large. With
-the unit roundoff ``u = eps / 2`` and ``S = sum_t |a_t| |g_t|``,
+The norm of a sample's gradient ``sum_t g_t a_t^T`` and its share ``f sum_t g_t a_t^T`` of the weighted sum often come
+from different products. Where the terms cancel, both are rounding errors of their own: one may be 0 while the other is
+large. With the unit roundoff ``u = eps / 2`` and ``S = sum_t |a_t| |g_t|``,
 
     | |computed sum| / f - |true gradient| |  <= (T + 3) u S    T - 1 additions, in any order; scaling, product, buffer
     | computed norm - |true gradient| |       <= T u S          T - 1 additions, in any order; product
 
-so a computed norm with ``(T + 4) eps S`` added to it bounds what is added: :func:`with_rounding`. The bound holds for any
-partial sums, since each of them is at most ``f S``, and for any other samples in the same product.
+so a computed norm with ``(T + 4) eps S`` added to it bounds what is added: :func:`with_rounding`. The bound holds for
+any partial sums, since each of them is at most ``f S``, and for any other samples in the same product.
 
 Long sums are added up in blocks, lanes and threads, and their errors have both signs: the error that occurs grows like
-``sqrt(T) / 3``. So :func:`sum_error` grows up to 80 terms only. It stays below ``1e-5 S``, so that ordinary norms do not change
-visibly (``S`` is about ``sqrt(T)`` times the norm of a gradient whose terms do not cancel), and for 1,000 terms 80 is more than 8
-times the error that occurs.
+``sqrt(T) / 3``. So :func:`sum_error` grows up to 80 terms only. It stays below ``1e-5 S``, so that ordinary norms do
+not change visibly (``S`` is about ``sqrt(T)`` times the norm of a gradient whose terms do not cancel), and for 1,000
+terms 80 is more than 8 times the error that occurs.
 
-Nothing has to be added where norm and sum are taken from the same tensor of per-sample gradients: cached ones, those of small
-parameters, of expanded parameters and of recomputed modules, and single gradients.
+Nothing has to be added where norm and sum are taken from the same tensor of per-sample gradients: cached ones, those of
+small parameters, of expanded parameters and of recomputed modules, and single gradients.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from torch import Tensor
 _MOST_TERMS = 80
 
 GRAM_ERROR = 8
-"""Rounding of ``<A^T A, G^T G>`` in units of ``eps S^2``: entries of both matrices and their sum; 3 is the most measured, for
-vectors of up to 16,384 equal numbers."""
+"""Rounding of ``<A^T A, G^T G>`` in units of ``eps S^2``: entries of both matrices and their sum; 3 is the most
+measured, for vectors of up to 16,384 equal numbers.
+"""
 
 
 def sum_error(num_terms: int, dtype: torch.dtype) -> float:

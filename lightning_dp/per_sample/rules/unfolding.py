@@ -1,7 +1,7 @@
 """The unfolded input ``U`` of a convolution, and its Gram matrix without ``U``.
 
-Shape legend: ``N`` inputs, ``R`` rows, ``G`` groups, ``C`` channels of a group, ``W`` = C x kernel positions, ``K`` rows of
-one sample, ``P`` output positions.
+Shape legend: ``N`` inputs, ``R`` rows, ``G`` groups, ``C`` channels of a group, ``W`` = C x kernel positions, ``K``
+rows of one sample, ``P`` output positions.
 """
 
 from __future__ import annotations
@@ -53,15 +53,16 @@ def gram(x: Tensor) -> Tensor:
 
 
 def unfolded_gram(conv: Conv, x: Tensor, padding: tuple[int, ...], positions: Sequence[int]) -> Tensor:
-    """Return ``U^T U`` over output positions ``(K, *map)``, shape ``(N, P, P)``, for ``x`` of shape ``(N, C, K, *map)``.
+    """Return ``U^T U`` over output positions ``(K, *map)``, shape ``(N, P, P)``, for ``x`` of shape ``(N, C, K,
+    *map)``.
 
     Output position p reads input position ``s p + d k - pad`` at kernel position k, so with ``X = x^T x``
 
         (U^T U)_pq = sum_k X[s p + d k - pad, s q + d k - pad]
 
-    Along an axis, kernel positions that read the same residue modulo s read the same part of the input, at different shifts:
-    they share one product, and nothing is unfolded. Where these products are not smaller than that of ``U``, as with a kernel
-    no larger than the stride or nearly as large as the input, the input is unfolded.
+    Along an axis, kernel positions that read the same residue modulo s read the same part of the input, at different
+    shifts: they share one product, and nothing is unfolded. Where these products are not smaller than that of ``U``, as
+    with a kernel no larger than the stride or nearly as large as the input, the input is unfolded.
     """
     size, axes = x.shape[0], len(conv.kernel_size)
     kinds = list(itertools.product(*(_shifts(conv, padding, axis) for axis in range(axes))))

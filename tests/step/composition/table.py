@@ -119,7 +119,9 @@ class Combination:
         ]
 
     def make_strategy(self, **options: Any) -> DPStrategy:
-        """A strategy with its clipping; predictable unless a seed is given, and quick: without the check of the first batch."""
+        """A strategy with its clipping; predictable unless a seed is given, and quick: without the check of the first
+        batch.
+        """
         defaults: dict[str, Any] = {"target_delta": 1e-3, "accountant": "rdp", "seed": 0, "check_per_sample": False}
         if not {"noise_multiplier", "target_epsilon"} & options.keys():
             defaults["noise_multiplier"] = 2.0

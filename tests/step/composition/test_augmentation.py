@@ -1,4 +1,6 @@
-"""Augmentation multiplicity: K views of a sample, flattened into the batch, are one sample with one clipped gradient."""
+"""Augmentation multiplicity: K views of a sample, flattened into the batch, are one sample with one clipped
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_views_of_a_sample_are_clipped_together(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The independence check passes, and the sum is that of the clipped gradients of each sample's mean over its views."""
+    """The independence check passes, and the sum is that of the clipped gradients of each sample's mean over its
+    views.
+    """
     make_network, make_dataset = CASES[case]
     data = make_dataset()
     module = Augmenting(make_network(), lr=0.0)

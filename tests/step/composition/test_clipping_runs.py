@@ -70,7 +70,9 @@ def test_optimizers_without_a_scale_do_not_see_the_bound(
 
 
 def test_lamb_steps_by_its_trust_ratio(tmp_path: Any) -> None:
-    """A private gradient reaches a maintained LAMB as any gradient does: every tensor moves by the same share of its norm."""
+    """A private gradient reaches a maintained LAMB as any gradient does: every tensor moves by the same share of its
+    norm.
+    """
     module = Classifier(optimizer=lambda p, lr: optimizers()["lamb"](p, lr=lr), lr=0.01)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, clipping="automatic", seed=0)

@@ -137,7 +137,9 @@ def test_replacing_a_record_doubles_every_noise(
 def test_noise_drawn_first_is_the_noise_added_last(
     combination: Combination, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under one seed a sum that begins with its noise is the sum to which it is added: the same gradients up to rounding."""
+    """Under one seed a sum that begins with its noise is the sum to which it is added: the same gradients up to
+    rounding.
+    """
     gradients, ledgers, drawn, fill_ = [], [], [], GaussianNoise.fill_
     for first in (True, False):
         filled: list[float] = []
