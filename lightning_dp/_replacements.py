@@ -1,6 +1,4 @@
-"""The layers that ``fix`` puts in, and how each is made from the one that it replaces. Imported when ``fix`` is
-called.
-"""
+"""The replacement layers of ``fix``, and how each is made from the layer that it replaces. Imported by ``fix``."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def replace(module: nn.Module, changes: list[str]) -> nn.Module:
 
 
 def can_replace(layer: nn.Module) -> bool:
-    """Tell whether ``fix`` changes something about a layer, its submodules left aside."""
+    """Tell whether ``fix`` changes a layer itself, apart from its submodules."""
     if isinstance(layer, _BatchNorm):
         return not isinstance(layer, GroupNormWithin) and (
             _trains(layer) or layer.training or layer.running_mean is None
@@ -43,7 +41,7 @@ def can_replace(layer: nn.Module) -> bool:
 
 
 def _exchanged(module: nn.Module, name: str, done: dict[int, _Exchange], changes: list[str]) -> nn.Module:
-    """Return what replaces the module, its submodules exchanged; a module with several names is exchanged once."""
+    """Return the replacement of a module, submodules included; a module with several names is replaced once."""
     if id(module) in done:
         return done[id(module)].new
     kind = type(module).__name__
@@ -65,7 +63,7 @@ def _exchanged(module: nn.Module, name: str, done: dict[int, _Exchange], changes
 
 
 def _replaced(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that replaces this one (itself where nothing is to be done) and what changed."""
+    """Return the replacement of this module (or the module, if nothing must change) and the list of changes."""
     if isinstance(module, _BatchNorm) and any(is_lazy(p) for p in module.parameters(recurse=False)):
         raise ValueError(
             f"Expected layers with initialised parameters, got {name or 'module'}={type(module).__name__} without. Run "
@@ -89,7 +87,9 @@ def _computes_as_torch(norm: nn.Module) -> bool:
 
 
 def _num_groups(norm: nn.BatchNorm2d) -> int:
-    """At most 32 groups of at least 2 channels, or 16 where an input may have no positions to normalise over."""
+    """Return a number of groups: at most 32, of at least 2 channels each (16 if an input may have no positions to
+    normalise over).
+    """
     num_groups = math.gcd(32, norm.num_features)
     least = 2 if isinstance(norm, (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)) else 16
     while num_groups > 1 and norm.num_features // num_groups < least:
@@ -115,7 +115,7 @@ def _dropped(norm: nn.BatchNorm2d) -> str:
 
 
 def _group_norm_within(norm: nn.BatchNorm2d) -> tuple[nn.Module, str]:
-    """Let a subclass with a ``forward`` of its own compute that, with group norm where it calls batch norm."""
+    """Make a subclass with its own ``forward`` call group norm in place of batch norm."""
     groups, dropped = _num_groups(norm), _dropped(norm)
     norm.__class__ = _class_within(type(norm))
     norm.__dict__["_num_groups"] = groups
@@ -157,7 +157,7 @@ def _new_within(kind: type[nn.Module]) -> nn.Module:
 
 
 class _GroupNormInstead(TorchFunctionMode):
-    """A group norm that is called where a batch norm was.
+    """A mode in which each call of batch norm computes group norm.
 
     Args:
         num_groups: of the channels.
@@ -210,7 +210,7 @@ def _without_statistics(norm: _InstanceNorm) -> tuple[nn.Module, str]:
 
 
 def _like(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give the new module the old one's device, type and, for parameters of the same name, ``requires_grad``."""
+    """Copy device, dtype and, for parameters of the same name, ``requires_grad`` from the old module to the new one."""
     some = next(old.parameters(), next(old.buffers(), None))
     if some is not None:
         new.to(device=some.device, dtype=some.dtype)

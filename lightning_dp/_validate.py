@@ -23,7 +23,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_positive(name: str, value: Any, hint: str = "Pass a finite number above 0.") -> float:
-    """``0 < value < inf``."""
+    """Check that ``0 < value < inf``."""
     number = check_number(name, value)
     if not 0 < number < math.inf:
         raise ValueError(f"Expected 0 < {name} < inf, {_given(name, value)} {hint}")
@@ -31,7 +31,7 @@ def check_positive(name: str, value: Any, hint: str = "Pass a finite number abov
 
 
 def check_nonnegative(name: str, value: Any, hint: str = "Pass a finite number, 0 or above.") -> float:
-    """``0 <= value < inf``."""
+    """Check that ``0 <= value < inf``."""
     number = check_number(name, value)
     if not 0 <= number < math.inf:
         raise ValueError(f"Expected 0 <= {name} < inf, {_given(name, value)} {hint}")
@@ -39,7 +39,7 @@ def check_nonnegative(name: str, value: Any, hint: str = "Pass a finite number, 
 
 
 def check_scale(name: str, value: Any, low: float, high: float) -> float:
-    """``low <= value <= high``: so that products of a few such numbers are still numbers."""
+    """Check that ``low <= value <= high``, so that products of a few such numbers stay finite and nonzero."""
     number = check_number(name, value)
     if not low <= number <= high:
         raise ValueError(
@@ -49,7 +49,7 @@ def check_scale(name: str, value: Any, low: float, high: float) -> float:
 
 
 def check_probability(name: str, value: Any, hint: str = "Pass a number strictly between 0 and 1.") -> float:
-    """``0 < value < 1``."""
+    """Check that ``0 < value < 1``."""
     number = check_number(name, value)
     if not 0 < number < 1:
         raise ValueError(f"Expected 0 < {name} < 1, {_given(name, value)} {hint}")

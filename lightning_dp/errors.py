@@ -1,4 +1,4 @@
-"""The one exception of this package's own."""
+"""The only exception class of this package."""
 
 from __future__ import annotations
 

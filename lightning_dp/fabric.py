@@ -1,4 +1,4 @@
-"""FabricPrivacy: private training in a loop of your own under Lightning Fabric, on one device or with DDP."""
+"""FabricPrivacy: private training in the user's own loop under Lightning Fabric, on one device or with DDP."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _UNSUPPORTED_PRECISION = ("16-mixed", "16-true", "transformer-engine", "transfor
 
 
 class FabricPrivacy:
-    """Private training under Fabric: the loop stays yours, and ``backward`` takes the loss function instead of a loss.
+    """Private training under Fabric: the loop stays the user's, and ``backward`` takes the loss function instead of a
+    loss.
 
     A loss alone could not be private: the loss function also runs on a few records to check that samples are
     independent, on each microbatch, and on one record of weight 0 where nobody was drawn.
@@ -151,7 +152,7 @@ class FabricPrivacy:
 
     @property
     def mechanisms(self) -> Mechanisms:
-        """``mechanisms.add`` takes schedules, bounds, masks and limits between ``setup`` and the first step."""
+        """Mechanisms of the run: ``mechanisms.add`` takes schedules, bounds, masks and limits before the first step."""
         return self.loop.mechanisms
 
     @property
@@ -161,7 +162,7 @@ class FabricPrivacy:
 
     @property
     def ledger(self) -> Ledger:
-        """The ledger: what was released so far."""
+        """The ledger: all releases so far."""
         return self.loop.ledger
 
     @property
@@ -188,7 +189,7 @@ class FabricPrivacy:
         return self.loop.epsilon(delta)
 
     def privacy_statement(self) -> str:
-        """Return what holds for whom: epsilon and delta, relation, sampling, accountant, and what is not covered."""
+        """Return the privacy statement: epsilon and delta, relation, sampling, accountant, and what is not covered."""
         return self.loop.privacy_statement()
 
     # ---------------------------------------------------------------- saving, closing
@@ -198,7 +199,7 @@ class FabricPrivacy:
         return self.loop.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a saved run; ``fabric.load`` calls it. Load model and optimizer of the same moment too.
+        """Resume a saved run; ``fabric.load`` calls it. Load the model and optimizer saved with it too.
 
         Args:
             state: what ``state_dict`` returned.
@@ -206,7 +207,7 @@ class FabricPrivacy:
         self.loop.load_state_dict(state)
 
     def close(self) -> None:
-        """Take all hooks off the model; ledger and statement can still be read."""
+        """Remove all hooks from the model; ledger and statement stay readable."""
         self.loop.close()
 
 
@@ -231,7 +232,7 @@ def check_fabric(fabric: Fabric) -> None:
 
 
 def start_equal(model: nn.Module) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
+    """Copy the parameters and buffers of rank 0 to every rank."""
     if dist.is_available() and dist.is_initialized():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)
@@ -250,7 +251,7 @@ def _unwrapped(fabric: Fabric) -> Iterator[None]:
 
 @contextmanager
 def _in_fabric_backward() -> Iterator[None]:
-    """Allow backwards through a model of Fabric's without ``fabric.backward``; a scaler is refused already."""
+    """Allow backwards through a Fabric model without ``fabric.backward``; scalers are already refused."""
     before, wrappers._in_fabric_backward = wrappers._in_fabric_backward, True
     try:
         yield

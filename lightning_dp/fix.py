@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Fixed(NamedTuple):
-    """A fixed module and what was changed, one sentence a layer; empty where nothing had to be."""
+    """A fixed module and its changes, one sentence per layer; no sentence if nothing had to change."""
 
     module: nn.Module
     changes: list[str]

@@ -1,5 +1,5 @@
-"""PrivateTrainerMixin: private training with the Trainer of Hugging Face's transformers, which this file never imports
-at once.
+"""PrivateTrainerMixin: private training with the Trainer of Hugging Face's transformers, which is imported only when
+used.
 """
 
 from __future__ import annotations
@@ -160,16 +160,16 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         return torch.tensor(self.private.nonprivate_loss if self.log_loss else 0.0, device=self.args.device)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], None]:
-        """Return the next logical batch; how many items it has is private."""
+        """Return the next logical batch; its number of items is private."""
         batch = next(epoch_iterator, None)
         return ([] if batch is None else [batch]), None
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0: the number of operations tells how many tokens were drawn."""
+        """Return 0: the number of operations reveals how many tokens were drawn."""
         return 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log what is public, with epsilon; losses on training data only if ``log_loss`` asks for them."""
+        """Log public figures, with epsilon; log losses on training data only under ``log_loss``."""
         shown = {name: value for name, value in logs.items() if name not in ("loss", "train_loss")}
         if self.log_loss:
             shown |= {f"nonprivate/{name}": logs[name] for name in ("loss", "train_loss") if name in logs}
@@ -178,7 +178,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         super().log(shown, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the ledger first and then the weights, so that no folder holds weights without their ledger."""
+        """Save the ledger before the weights, so that no folder holds weights without their ledger."""
         if self._private is not None and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         super().save_model(output_dir, _internal_call)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to search: every trial trains on the data, and its epsilon would not be counted."""
+        """Refuse to search: every trial trains on the data, but its epsilon would not be counted."""
         raise ValueError(
             "Expected no hyperparameter_search under a private Trainer, got a call. Each trial spends privacy that no "
             "ledger would hold: search on public data, or train each trial with history=..."
@@ -196,7 +196,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
 
 
 class TrainerLoss:
-    """The Trainer's ``compute_loss`` as a loss function; of the Trainer itself no state is put back after trials.
+    """The Trainer's ``compute_loss`` as a loss function; trials do not restore the state of the Trainer itself.
 
     Args:
         trainer: holds model and arguments.

@@ -74,7 +74,7 @@ class Epsilon(Metric):
 
     @property
     def ledger(self) -> Ledger:
-        """Ledger that is read.
+        """The ledger that the metric reads.
 
         Raises:
             PrivacyError: the metric was unpickled.
@@ -97,7 +97,7 @@ class Epsilon(Metric):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle holds: no ledger, unless a process is spawned that gets the whole run."""
+        """Return the state for a pickle: without the ledger, except when a process is spawned for the whole run."""
         state: dict[str, Any] = super().__getstate__()
         return state if get_spawning_popen() is not None else {**state, "_source": None}
 
@@ -107,12 +107,12 @@ class Epsilon(Metric):
 
     @override
     def compute(self) -> Tensor:
-        """Return epsilon now, a float64 scalar; NaN while no steps are recorded."""
+        """Return the current epsilon, a float64 scalar; NaN before any step is recorded."""
         value = math.nan if self.ledger.num_steps == 0 else self._accountant.epsilon(self.ledger, self.delta)
         return torch.tensor(value, dtype=torch.float64)
 
     @override
     def reset(self) -> None:
-        """Leave the ledger as it is."""
+        """Do nothing: the ledger keeps its releases."""
         super().reset()
         self._update_count = 1

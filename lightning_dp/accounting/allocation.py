@@ -60,7 +60,7 @@ class RatioLaw:
 
     @property
     def mean(self) -> float:
-        """E S, the part at infinity included."""
+        """Mean of S, including the part at infinity."""
         return float(self.masses @ np.exp(self.log_points)) + self.beyond
 
 
@@ -103,7 +103,7 @@ def allocation_law(noise_multiplier: float, num_batches: int, parts: int) -> Rat
 
 
 def _lognormal(noise_multiplier: float, num_batches: int, step: float) -> RatioLaw:
-    """Return the split law of one summand, exp(x / sigma^2 - 1 / (2 sigma^2)) / t."""
+    """Return the law of one summand of S, exp(x / sigma^2 - 1 / (2 sigma^2)) / t, split onto the grid."""
     center, scale = -math.log(num_batches) - 0.5 / noise_multiplier**2, 1 / noise_multiplier
     first = math.floor((center - _REACH * scale) / step)
     last = math.ceil((center + (_REACH + scale) * scale) / step)
@@ -122,7 +122,7 @@ def _lognormal(noise_multiplier: float, num_batches: int, step: float) -> RatioL
 
 
 def _cells(z: Array) -> Array:
-    """Return the normal probabilities between successive points, each from the nearer tail."""
+    """Return the normal probabilities between successive points, each computed from the nearer tail."""
     return np.asarray(np.where(z[1:] <= 0, np.diff(ndtr(z)), -np.diff(ndtr(-z))))
 
 
@@ -169,7 +169,7 @@ def _add_pairs(
     most: int | None = None,
     times: float = 1.0,
 ) -> None:
-    """Add the pairs of points whose indices differ by least <= d <= most to the law of the sum, so many times.
+    """Add to the law of the sum all pairs of points whose indices differ by least <= d <= most.
 
     exp(step a) + exp(step (a - d)) = exp(step a + log(1 + exp(-step d))) is split between the points a + k and a + k +
     1 with k and the shares depending on d alone, so the pairs of one k are a short convolution.
@@ -211,7 +211,7 @@ def _add_pairs(
 
 
 def _trimmed(law: RatioLaw) -> RatioLaw:
-    """Return the law without its negligible ends: the lower one split with zero, the upper one with infinity."""
+    """Cut off the negligible ends of a law: split the lower one with zero and the upper one with infinity."""
     points = np.exp(law.log_points)
     means = law.masses * points
     low = int(np.searchsorted(np.cumsum(law.masses), _TAIL))
@@ -226,6 +226,6 @@ def _trimmed(law: RatioLaw) -> RatioLaw:
 
 
 def _normalized(law: RatioLaw) -> RatioLaw:
-    """Return the law with a mass of 1: t-fold sums would raise the rounding of one to the power t."""
+    """Return the law scaled to mass 1, because a t-fold sum would raise its rounding error to the power t."""
     masses = law.masses * ((1 - law.at_zero) / law.masses.sum())
     return RatioLaw(law.step, law.offset, masses, law.at_zero, law.beyond)

@@ -48,11 +48,11 @@ class Accountant(ABC):
         return self.epsilon_of(mechanisms, ledger.neighboring_relation, float(delta))
 
     def mechanisms_of(self, ledger: Ledger) -> Mechanisms:
-        """Return what is paid, with passes as one Gaussian each where this accountant has no better bound."""
+        """Return the mechanisms to pay for; without a better bound, a pass counts as one Gaussian."""
         return without_allocation(ledger.mechanisms(), below=self.amplifies_from)
 
     def epsilon_or_inf(self, ledger: Ledger, delta: float) -> float:
-        """Return `epsilon`, or inf where there is too little noise for this accountant to have a bound.
+        """Return `epsilon`, or inf if there is too little noise for a bound.
 
         Searches over noise multipliers ask this: it does not grow with the noise, and a finite answer is what `epsilon`
         returns.
@@ -70,16 +70,16 @@ class Accountant(ABC):
         return self.epsilon(ledger, delta)
 
     def coarse(self) -> Accountant:
-        """Return a cheaper accountant of much the same epsilon, to search with before this one decides."""
+        """Return a cheaper accountant with nearly the same epsilon, for searches; this one makes the final decision."""
         return self
 
     @abstractmethod
     def epsilon_of(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
-        """Return epsilon for at least one mechanism, every noise multiplier positive."""
+        """Return epsilon for at least one mechanism; every noise multiplier must be positive."""
 
 
 def split_unsampled(mechanisms: Mechanisms) -> tuple[float, Mechanisms]:
-    """Separate what every sample takes part in, which composes in closed form, from what is subsampled.
+    """Separate unsampled releases, which compose in closed form, from subsampled ones.
 
     mu^2 = sum over unsampled releases of 1 / noise_multiplier^2
 

@@ -145,7 +145,7 @@ def max_steps_within(
 
 @dataclass
 class _Bracket:
-    """Noise multipliers on both sides of the target, with their epsilons; None where none is known."""
+    """Noise multipliers on both sides of the target with their epsilons; None if unknown."""
 
     too_small: float | None = None
     above: float = math.inf
@@ -164,7 +164,7 @@ class _Bracket:
 
 
 def _bracket(epsilon_of: Callable[[float], float], bracket: _Bracket, target: float, *, start: float) -> _Bracket:
-    """Return the bracket with noise multipliers on both sides of the target, or one close to it, or the range's end."""
+    """Return noise multipliers on both sides of the target, or one close to it, or the end of the range."""
     sigma, reach = start, 1.02  # widened with every step
     while not bracket.is_close(target) and (bracket.too_small is None or bracket.enough is None):
         if sigma not in (bracket.too_small, bracket.enough):
@@ -195,7 +195,7 @@ def _solve(epsilon_of: Callable[[float], float], bracket: _Bracket, target: floa
 
 
 def _next_guess(too_small: float, above: float, enough: float, below: float, aim: float) -> float:
-    """Return a noise multiplier inside the bracket, from a power law through its ends where that is defined."""
+    """Return a noise multiplier inside the bracket, from a power law through its ends if it is defined."""
     share = 0.5
     if 0 < below < aim < above < math.inf:
         share = min(max(math.log(above / aim) / math.log(above / below), 0.02), 0.98)
@@ -203,7 +203,7 @@ def _next_guess(too_small: float, above: float, enough: float, below: float, aim
 
 
 def first_steps(runs: Sequence[PlannedRun], num_steps: int) -> list[PlannedRun]:
-    """Return the first steps of a plan; a cut run keeps the passes that its steps have started.
+    """Return the first steps of a plan; a shortened run keeps every pass that it has started.
 
     Args:
         runs: The plan, as items that `Ledger.extended` takes.

@@ -1,4 +1,4 @@
-"""The composed privacy loss on its grid, and what it says: epsilon, delta, and the error rates of any attack."""
+"""The composed privacy loss on a grid; it gives epsilon, delta, and the error rates of any attack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_dp.accounting.allocation import Array
 
 @dataclass(frozen=True)
 class ComposedLoss:
-    """Masses of a privacy loss on the points interval x (offset + i), with more mass at infinity.
+    """Masses of a privacy loss on the points interval x (offset + i), and one mass at infinity.
 
     delta(epsilon) = infinite + sum over losses l > epsilon of P[L = l] (1 - exp(epsilon - l))
 
@@ -32,7 +32,7 @@ class ComposedLoss:
 
     @cached_property
     def _damped(self) -> Array:
-        """Sums over j >= i of p_j exp(l_i - l_j)."""
+        """Sums of p_j exp(l_i - l_j) over j >= i, for every i."""
         return np.asarray(lfilter([1.0], [1.0, -math.exp(-self.interval)], self.masses[::-1])[::-1])
 
     @cached_property
@@ -42,7 +42,7 @@ class ComposedLoss:
         return np.append(np.cumsum(steps)[::-1], 0.0) + self.infinite
 
     def epsilon(self, delta: float) -> float:
-        """Return the least epsilon >= 0 at which the hockey-stick divergence is at most delta; inf if there is none."""
+        """Return the least epsilon >= 0 with hockey-stick divergence at most delta; inf if there is none."""
         if self.infinite >= delta:
             return math.inf
         start = max(0, -self.offset)  # losses below 0 never count

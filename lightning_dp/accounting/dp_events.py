@@ -10,7 +10,7 @@ from lightning_dp.accounting.events import Mechanism
 
 
 def to_dp_event(mechanisms: Mapping[Mechanism, int], *, replaces: bool = False) -> dp_accounting.DpEvent:
-    """Return what was paid as one event of dp-accounting.
+    """Return all mechanisms of a ledger as one event of dp-accounting.
 
     Noise multipliers of that library are relative to the bound C on one contribution. Under "replace_one" they are
     therefore twice ours, which is what its `PLDAccountant` with `REPLACE_ONE` expects; its `RdpAccountant` does not

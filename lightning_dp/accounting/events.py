@@ -1,4 +1,4 @@
-"""Releases of private data: one event a logical batch, and runs of equal events."""
+"""Releases of private data: one event per logical batch, and runs of equal events."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNTED = ("allocation", "correlated")
 
 
 class Mechanism(NamedTuple):
-    """The unit that is paid: one release, or one whole pass under random allocation.
+    """The unit of accounting: one release, or one whole pass under random allocation.
 
     Args:
         sample_rate: Probability that a sample is in a given batch, in (0, 1]; 1 / num_batches for a pass.
@@ -105,17 +105,17 @@ class PrivacyEvent:
 
     @property
     def has_passes(self) -> bool:
-        """True if steps of this kind are paid by the pass over the data."""
+        """True if steps of this kind are accounted per pass over the data."""
         return self.kind in _WITH_PASSES
 
     @property
     def steps_per_pass(self) -> int | None:
-        """Most steps that one pass can hold; None if the kind does not say."""
+        """Largest number of steps in one pass; None if the kind does not say."""
         return self.num_batches if self.kind in COUNTED else None
 
     @property
     def mechanism(self) -> Mechanism:
-        """The unit that is paid for a step, or for a pass of a kind that has passes."""
+        """The mechanism that is accounted for a step, or for a whole pass."""
         if self.kind == "allocation":
             return Mechanism(1 / self.num_batches, self.noise_multiplier, self.num_batches)
         return Mechanism(self.sample_rate, self.noise_multiplier)

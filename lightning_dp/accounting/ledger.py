@@ -148,7 +148,7 @@ class Ledger:
         self.record(event)
 
     def start_pass(self) -> None:
-        """Start a new pass over shuffled data: the steps that follow are paid apart from those before."""
+        """Start a new pass over shuffled data; later steps are accounted apart from earlier ones."""
         self._pass_open = False
         if len(self._entries) > 1:
             self._append(self._entries.pop())
@@ -162,7 +162,7 @@ class Ledger:
         return other
 
     def extended(self, runs: Iterable[PlannedRun]) -> Ledger:
-        """Return a copy to which planned runs are added.
+        """Return a copy with planned runs added.
 
         Args:
             runs: Items `(event, steps)` or `(event, steps, passes)`. `passes` is for kinds that have passes: the number
@@ -210,7 +210,7 @@ class Ledger:
         return begins(self._contents, other._contents)
 
     def mechanisms(self) -> dict[Mechanism, int]:
-        """Return what is paid: the number of times that each mechanism was run.
+        """Return how many times each mechanism was run.
 
         Parallel composition inside passes is used here; unsampled releases have rate 1; releases that nothing
         protects have multiplier 0; steps that no sample can join are left out.

@@ -1,4 +1,4 @@
-"""A ledger as plain values: what is written into checkpoints, and what is accepted back."""
+"""A ledger as plain values: writing it into checkpoints, and validating it when it is read."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _read_entry(entry: Any) -> LedgerEntry:
 
 
 def _extra_keys(kind: Any) -> set[str]:
-    """Return the keys that only some kinds have, so that entries of older kinds look as they always did."""
+    """Return the keys that only some kinds have, so that entries of older kinds keep their form."""
     return {"num_batches"} if kind in COUNTED else set()
 
 
@@ -105,7 +105,7 @@ def _check_keys(value: Any, keys: set[str], *, name: str) -> None:
 
 
 def begins(one: LedgerState, other: LedgerState) -> bool:
-    """Return whether a history, perhaps with its last pass under way, is the beginning of another.
+    """Return whether one history, perhaps with its last pass incomplete, is the beginning of another.
 
     Args:
         one: The shorter history.

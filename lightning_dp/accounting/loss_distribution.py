@@ -59,13 +59,13 @@ class GridLoss:
 
 
 def directions(neighboring_relation: str) -> tuple[Direction, ...]:
-    """Return the pairs (P, Q) that must both be bounded; without sampling, all of them are one."""
+    """Return the pairs (P, Q) that must both be bounded; without sampling one pair is enough."""
     return ("replace",) if neighboring_relation == "replace_one" else ("remove", "add")
 
 
 @dataclass(frozen=True)
 class LossNodes:
-    """The privacy loss of one release on a coarse quadrature, for what only guides the choice of the grid."""
+    """The privacy loss of one release on a coarse quadrature, used only to choose the grid."""
 
     losses: Array
     probabilities: Array
@@ -94,7 +94,7 @@ class LossNodes:
 
     @cached_property
     def span(self) -> float:
-        """Distance of the largest and the smallest loss that the grid has to hold."""
+        """Distance between the largest and the smallest loss that the grid has to hold."""
         return float(np.ptp(self.losses))
 
     def log_mgf(self, order: float, interval: float) -> float:
@@ -139,7 +139,7 @@ def discretize(mechanism: Mechanism, direction: Direction, interval: float, part
 
 
 def _on_grid(losses: Array, masses: Array, infinite: float, interval: float) -> GridLoss:
-    """Return point masses of P split onto multiples of `interval` such that the masses of Q are kept as well."""
+    """Split point masses of P onto multiples of `interval` so that the masses of Q are kept as well."""
     scaled = losses / interval
     below = np.floor(scaled)
     upper = masses * (np.expm1((below - scaled) * interval) / math.expm1(-interval))
@@ -204,7 +204,7 @@ def _log_mixture(exponent: Array, sample_rate: float) -> Array:
 
 
 def _inverse_loss(losses: Array, sample_rate: float, noise_multiplier: float, direction: Direction) -> Array:
-    """Return the z at which the loss takes the given values; it only places quadrature cells."""
+    """Return the z at which the loss takes the given values; it only determines quadrature cells."""
     shift = _shift(noise_multiplier, direction)
     if direction == "replace":
         half = np.abs(losses) / 2

@@ -39,7 +39,7 @@ _CACHED_POINTS = 1 << 22  # of spectra: 64 MiB
 
 @dataclass
 class _Composition:
-    """Product of the spectra of all releases but unsampled ones, for each direction, on one grid."""
+    """Product of the spectra of all subsampled releases, per direction, on one grid."""
 
     relation: str
     interval: float
@@ -103,7 +103,7 @@ class PLDAccountant(Accountant):
         return epsilon
 
     def composed_losses(self, mechanisms: Mechanisms, neighboring_relation: str) -> list[ComposedLoss]:
-        """Return the composed privacy loss in each direction that the relation asks for.
+        """Return the composed privacy loss for each direction of the neighbouring relation.
 
         Guarantee: the hockey-stick divergence of each is at least that of the composition, for every epsilon.
 
@@ -140,7 +140,7 @@ class PLDAccountant(Accountant):
         return losses
 
     def _interval(self, releases: Mechanisms, pair: Direction) -> float:
-        """Return a power of two that is fine against the loss of the average step."""
+        """Return a power of two that is small compared with the loss of the average step."""
         variance = sum(count * self._node(key, pair).variance for key, count in releases.items())
         step = math.sqrt(variance / sum(releases.values()))
         widest = max(self._node(key, pair).span for key in releases)
@@ -172,7 +172,7 @@ class PLDAccountant(Accountant):
     def _compose(
         self, subsampled: Mechanisms, relation: str, pairs: tuple[Direction, ...], interval: float, size: int
     ) -> _Composition:
-        """Return the product of spectra, multiplying only what is new since the last query where that is possible."""
+        """Return the product of spectra; multiply only the spectra added since the last query, if possible."""
         cached = self._composition
         if (
             cached is None
@@ -229,7 +229,7 @@ class PLDAccountant(Accountant):
 
 
 def _transform_size(length: int) -> int:
-    """Return the least 2^k or 3 x 2^(k-1) that is at least `length`: few sizes, so few changes of the grid."""
+    """Return the least 2^k or 3 x 2^(k-1) that is at least `length`; few sizes mean few changes of grid."""
     power = 1 << max(4, (length - 1).bit_length())
     return power * 3 // 4 if power * 3 // 4 >= length else power
 

@@ -1,4 +1,4 @@
-"""Opacus' accountant of privacy random variables, with the cases it cannot take answered here."""
+"""Opacus' accountant of privacy random variables; cases that it does not support are answered here."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _ROUNDING = 1e-14  # the divergences of tiny rates are differences of numbers ne
 
 @contextmanager
 def _without_skipped_orders() -> Iterator[None]:
-    """Drop the library's line for each order that it skips, because the minimum over the others is still a bound."""
+    """Drop the library's log line for each skipped order: the minimum over the others is still a bound."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "Excluding this order" not in record.getMessage()
@@ -99,7 +99,7 @@ def _poisson_divergences(key: Mechanism, orders: Array) -> Array:
 
 
 def _allocation_divergences(key: Mechanism, orders: Array) -> Array:
-    """Return bounds on the divergences of a pass, shape (2, orders), with S as in `allocation_law`.
+    """Return bounds on the divergences of a pass, shape (2, orders); S is that of `allocation_law`.
 
     remove: log E[S^a] / (a - 1), exact for integers; log E[S^a] is convex in a, so a chord bounds it in between
     add:    (a + t - 1) / (2 t sigma^2), because S is at least the geometric mean of its t terms

@@ -16,7 +16,7 @@ from lightning_dp.accounting.ledger import Ledger
 
 
 def user_epsilon(ledger: Ledger, delta: float, *, records_per_user: int, discretization: float = 1e-3) -> float:
-    """Return the epsilon of a record-level run for adding or removing all records of one user.
+    """Return the epsilon of a run with record-level privacy for adding or removing all records of one user.
 
     with the user     sum over k of Binomial(G, q)(k) N(k, sigma^2)
     without           N(0, sigma^2)

@@ -1,4 +1,4 @@
-"""Lower confidence bounds on epsilon: is what is claimed also what is kept?
+"""Lower confidence bounds on epsilon: do they contradict the epsilon that is claimed?
 
 Read in this order: ``estimates`` (many runs), ``one_run`` (many canaries in one run), ``noise_scale`` (one run,
 canaries apart), ``canaries`` and ``records`` (what is put in), ``result`` (all of it together). ``PrivacyAudit`` puts

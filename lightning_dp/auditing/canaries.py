@@ -1,4 +1,4 @@
-"""Canaries in gradient space: public records that the real ones do not notice, and what their traces say.
+"""Canaries in gradient space: public records that do not interact with real ones, and the scores of their traces.
 
 Legend: ``m`` canaries, ``G`` groups of parameters, ``P`` private coordinates, ``S`` sensitivity of the clipped sum.
 """
@@ -34,28 +34,28 @@ class Sum(Protocol):
 
     @property
     def gradient(self) -> Tensor:
-        """Sums added so far to live coordinates."""
+        """Sums added so far, over active coordinates."""
 
     def add_at(self, positions: Tensor, values: Tensor) -> None:
-        """Add values at positions of the gradient, below P; what is masked is left out."""
+        """Add values at positions of the gradient, each below P; masked positions are left out."""
 
     @property
     def statistics(self) -> Tensor:
-        """Numbers counted so far."""
+        """Statistics counted so far."""
 
     @property
     def sensitivity(self) -> float:
-        """S."""
+        """Largest norm that one sample adds."""
 
     def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
-        """Return the entries of a release at positions of the gradient; masked ones are 0."""
+        """Return the entries of a release at positions of the gradient; masked positions give 0."""
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Return one view per parameter on a buffer of shape (P,)."""
 
 
 class Canaries:
-    """Additional public records in every logical batch; this one has none, and is what "off" means.
+    """Additional public records in every logical batch. This base class has none and means "off".
 
     **Guarantee**: they are chosen without the data, and are sampled, clipped and added as records are. So adding or
     removing a real record moves the sum as it did without them, by S at most, and the noise, the divisor and the ledger
@@ -74,11 +74,11 @@ class Canaries:
         """Add the canaries of this batch to a sum that is about to be noised."""
 
     def observe(self, key: Hashable, sums: Sum, noisy: Tensor, noise_std: float) -> None:
-        """Read from a release what it says of each canary."""
+        """Update the score of each canary from a release."""
 
 
 class GradientCanaries(Canaries):
-    """m canaries, each in the data by a fair coin, whose gradients are long and have coordinates of their own.
+    """m canaries with long gradients in separate coordinates; each is in the data by a fair coin.
 
         g_j = +-norm S e_{k(j, 1)} ... +-norm S e_{k(j, G)}      one coordinate a group, no two canaries share one
         score_j = sum_t ln(1 - q_t + q_t exp(L_tj)),     L_tj = (<G~_t, u_tj> - |u_tj|^2 / 2) / std_t^2
@@ -130,12 +130,12 @@ class GradientCanaries(Canaries):
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """Log likelihood ratio of "in" against "out", shape (m,), over all releases so far. Public."""
+        """Log likelihood ratio of "in" against "out" over all releases so far, shape (m,). Public."""
         self._fold()
         return self._folded.copy()
 
     def place(self, key: Hashable, sums: Sum) -> None:
-        """Choose coordinates in one sum: in every group that has enough of them.
+        """Choose the canaries' coordinates in one sum, in every group that has enough of them.
 
         Raises:
             ValueError: no group has a live coordinate for each canary.
@@ -145,7 +145,7 @@ class GradientCanaries(Canaries):
             self._places[key] = _Places(sums, self.num_canaries, self._rng)
 
     def begin(self, sample_rate: float | None) -> None:
-        """Draw which canaries are in the logical batch that begins: of those that are in, each with probability q.
+        """Draw which canaries join the logical batch: each one whose coin says "in", with probability q.
 
         Args:
             sample_rate: q, that of a real record.
@@ -164,7 +164,7 @@ class GradientCanaries(Canaries):
         self._members = torch.from_numpy(self.included & drawn)
 
     def join(self, key: Hashable, sums: Sum, bound: Bound, *, adds: bool) -> None:
-        """Clip the canaries' gradients as samples' and add those of this batch's members.
+        """Clip the canaries' gradients like samples' and add those that are in this batch.
 
         Args:
             key: name of the sum.
@@ -189,7 +189,7 @@ class GradientCanaries(Canaries):
             sums.statistics.add_(bound.statistics(torch.linalg.vector_norm(norms_GM[:, members], dim=0)))
 
     def observe(self, key: Hashable, sums: Sum, noisy: Tensor, noise_std: float) -> None:
-        """Add what a release says of each canary: L of this batch.
+        """Add the log likelihood ratio of a release to the score of each canary.
 
         Args:
             key: name of the sum.
@@ -205,7 +205,7 @@ class GradientCanaries(Canaries):
         self._pending += ((seen_M - kept_GM.double().square().sum(0) / 2) / variance).cpu().numpy()
 
     def _fold(self) -> None:
-        """Finish a logical batch: its releases have one membership in common."""
+        """Finish a logical batch, whose releases share one membership of canaries."""
         q = self._sample_rate
         with np.errstate(divide="ignore"):
             absent = math.log1p(-q) if q < 1 else -math.inf
@@ -213,11 +213,11 @@ class GradientCanaries(Canaries):
         self._pending = np.zeros(self.num_canaries)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs. Who is in the next batch follows from fresh entropy, not from here."""
+        """Return the state that a resumed run needs. Members of the next batch follow from fresh entropy."""
         return {"root": self.root, "num_canaries": self.num_canaries, "norm": self.norm, "scores": self.scores.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the coins and the scores of a run that resumes; coordinates are chosen again."""
+        """Restore coins and scores when a run resumes; coordinates are chosen again."""
         self._begin(state["num_canaries"], state["norm"], state["root"])
         self._folded = np.array(state["scores"], dtype=np.float64)
 
@@ -246,12 +246,12 @@ class _Places:
             )
 
     def fits(self, sums: Sum) -> bool:
-        """Tell whether the sum still has the coordinates that were chosen from."""
+        """Tell whether the sum still has the coordinates from which these were chosen."""
         same: bool = self._names == sums.names and self._size == sums.num_coordinates
         return same and self._device == sums.gradient.device
 
     def present(self, live: Tensor | None) -> Tensor:
-        """Return 1 where a canary has a live coordinate in a group, else 0: shape (G, m)."""
+        """Return 1 if a canary has an active coordinate in a group, else 0; shape (G, m)."""
         present_GM = torch.zeros(self._num_groups, self._num_canaries, device=self._device)
         for group, positions in self.of.items():
             present_GM[group] = 1.0 if live is None else live[positions].float()
@@ -259,7 +259,7 @@ class _Places:
 
 
 def coins(num: int, root: str) -> NDArray[np.bool_]:
-    """Return fair coins that follow from hexadecimal digits: shape (num,).
+    """Return fair coins, shape (num,), that are determined by hexadecimal digits.
 
     Example:
         >>> coins(1000, "0a").sum() == coins(1000, "0a").sum()

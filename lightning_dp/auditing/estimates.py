@@ -1,4 +1,4 @@
-"""Lower bounds on epsilon from scores of two worlds: trained with a canary, and without it.
+"""Lower bounds on epsilon from the scores of models trained with a canary and without it.
 
 Every sample here must be an independent training run, or an independent canary. ``one_run`` needs no independence.
 """
@@ -22,7 +22,7 @@ Scores = NDArray[np.float64]
 
 
 def check_scores(name: str, scores: ArrayLike) -> Scores:
-    """Return scores as a float64 vector; refuse none at all, and NaN."""
+    """Return scores as a float64 vector; refuse an empty one and NaN."""
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or bool(np.isnan(values).any()):
         raise ValueError(
@@ -68,7 +68,7 @@ def clopper_pearson_upper(count: int, total: int, significance: float) -> float:
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """Upper confidence bounds on what a test of "was the canary in?" gets wrong; both hold together.
+    """Upper confidence bounds, valid together, on both error rates of the test "was the canary in?".
 
     Args:
         false_positive: bound on P[says in | out].
@@ -192,8 +192,7 @@ def epsilon_gdp(
 
 
 def operating_points(in_scores: ArrayLike, out_scores: ArrayLike) -> Sequence[tuple[int, int]]:
-    """Return (true positives, false positives) at the thresholds worth trying: the corners of the ROC curve's concave
-    hull.
+    """Return (true positives, false positives) at the corners of the ROC curve's concave hull.
 
     Args:
         in_scores: scores with the canary, shape (n,).
@@ -219,7 +218,7 @@ def operating_points(in_scores: ArrayLike, out_scores: ArrayLike) -> Sequence[tu
 
 
 def _turns_left(first: tuple[int, int], middle: tuple[int, int], last: tuple[int, int]) -> bool:
-    """Tell whether the middle point is on or below the line of the others (true positives upwards)."""
+    """Tell whether the middle point is on or below the line through the other two (true positives upwards)."""
     rise, run = middle[0] - first[0], middle[1] - first[1]
     next_rise, next_run = last[0] - middle[0], last[1] - middle[1]
     return next_rise * run >= rise * next_run

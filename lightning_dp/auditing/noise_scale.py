@@ -17,7 +17,7 @@ _PRECISION = 1e-3
 
 
 def scaled_ledger(ledger: Ledger, factor: float) -> Ledger:
-    """Return a copy of a ledger in which every release has ``factor`` times its noise.
+    """Return a copy of a ledger with the noise of every release multiplied by ``factor``.
 
     Args:
         ledger: what was released.

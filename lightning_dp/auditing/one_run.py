@@ -1,4 +1,4 @@
-"""Lower bounds on epsilon from ONE training run with many canaries, each in or out by a fair coin of its own.
+"""Lower bounds on epsilon from ONE training run with many canaries, each included by its own fair coin.
 
 Legend: ``m`` canaries, ``r`` guesses, ``v`` of them right. Canaries without a guess are abstained from.
 """
@@ -25,7 +25,7 @@ _LARGEST = 1e3
 
 
 def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, epsilon: float, delta: float) -> float:
-    """Return how likely so many right guesses are, at most, under (epsilon, delta)-differential privacy.
+    """Return an upper bound on the probability of so many right guesses under (epsilon, delta)-DP.
 
         beta = P[B >= v],   B ~ Bin(r, e^epsilon / (1 + e^epsilon))
         p = beta + 2 m delta max_{i = 1..v} (P[B >= v - i] - beta) / i
@@ -65,7 +65,7 @@ def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, epsil
 
 
 def one_run_gdp_gap(num_canaries: int, num_guesses: int, num_correct: int, mu: float, significance: float) -> float:
-    """Return by how much r / m falls short of what a mu-GDP algorithm would need: > 0 refutes it at ``significance``.
+    """Return the shortfall of r / m from what a mu-GDP algorithm needs; above 0 refutes mu at ``significance``.
 
     The recursion of the reference bounds, from v right guesses downwards, the mass on "at least so many right"; it ends
     with the smallest share of guesses under which v right ones have probability ``significance``.
@@ -213,7 +213,7 @@ def epsilon_one_run_gdp(
 def epsilon_one_run_all_thresholds(
     in_scores: ArrayLike, out_scores: ArrayLike, *, delta: float, confidence: float = 0.95
 ) -> float:
-    """Return the one-run bound at the best threshold above which canaries are guessed "in"; below, none is guessed.
+    """Return the best one-run bound over thresholds; scores above the threshold are guessed "in", others not at all.
 
     Thresholds are the K corners of the ROC curve's concave hull, each tried at (1 - confidence) / K.
 
@@ -265,7 +265,7 @@ def _guesses(
 
 
 def _largest_refuted(gap: Callable[[Any], float], at_least: float) -> float:
-    """Return the largest value up to which ``gap`` is > 0, from below; ``gap`` falls."""
+    """Return the largest value up to which ``gap``, a falling function, is above 0, rounded down."""
     if not gap(at_least) > 0:
         return at_least
     low, high = at_least, max(1.0, 2 * at_least)

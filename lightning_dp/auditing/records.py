@@ -1,4 +1,4 @@
-"""Canaries in input space: records that a model learns by heart or not at all."""
+"""Canaries in input space: records that a model can learn only by memorising them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def random_records(like: Any, num: int, *, num_classes: int = 2, seed: int | Non
 
 
 def mislabelled(records: Sequence[Any], *, num_classes: int, seed: int | None = None) -> list[Any]:
-    """Return pairs (input, label) with a wrong label each.
+    """Return pairs (input, label), each with a wrong label.
 
     **Guarantee**: none for the records given: they must NOT be in the training set (validation or public records are
     fine), or a record and its canary would count as two.

@@ -1,4 +1,4 @@
-"""The interface of a private strategy to callbacks, and the search for it."""
+"""The interface between a private strategy and callbacks, and the lookup of the strategy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LedgerHolder(Spending, Protocol):
         """Return the epsilon spent so far."""
 
     def settle_limit(self) -> float:
-        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
+        """Compute and return ``last_allowed_step`` from ``mechanisms.limit``, the plan and the current ledger."""
 
 
 class PrivateStrategy(LedgerHolder, Protocol):
@@ -37,7 +37,7 @@ class PrivateStrategy(LedgerHolder, Protocol):
 
     @property
     def accumulators(self) -> Mapping[int, Sum]:
-        """Accumulators by position of their private optimizer; read only."""
+        """Accumulators by index of their private optimizer; read only."""
 
     @property
     def bytes_per_step(self) -> int:
@@ -54,7 +54,7 @@ class PrivateStrategy(LedgerHolder, Protocol):
 
 
 def private_strategy(trainer: pl.Trainer, callback: object) -> PrivateStrategy:
-    """Return the Trainer's strategy.
+    """Return the Trainer's private strategy.
 
     Raises:
         TypeError: it does not train privately.
@@ -81,7 +81,7 @@ def ledger_holder(trainer: pl.Trainer, callback: object) -> LedgerHolder:
 
 
 def write_to_loggers(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Write figures to the loggers at once.
+    """Write figures to the loggers immediately.
 
     Figures held by ``self.log`` would be written again, out of date, at every step until they change.
     """

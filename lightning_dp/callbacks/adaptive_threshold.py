@@ -1,4 +1,4 @@
-"""Clipping bounds that follow the run: from noisy gradients, from a noisy quantile, and as published."""
+"""Clipping bounds that adapt during the run: to noisy gradients, to a noisy quantile, or as published."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _BoundCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the bound so far."""
+        """Return the current bound."""
         return self.bound.state_dict()
 
     @override
@@ -44,7 +44,7 @@ class _BoundCallback(Callback):
 
 
 class AutoThreshold(_BoundCallback):
-    """A clipping bound that follows the noisy gradient of the step before: free of cost.
+    """A clipping bound that follows the noisy gradient of the previous step, at no privacy cost.
 
         C_{t+1} = clip(W sqrt(max(||g~_t||^2 - d sigma_t^2 C_t^2 / B^2, 0)), C_min, C_max)
 
@@ -75,7 +75,7 @@ class AutoThreshold(_BoundCallback):
 
 
 class AdaptiveClipping(_BoundCallback):
-    """A clipping bound that moves to a quantile of the per-sample gradient norms, and pays for the count.
+    """A clipping bound that follows a quantile of the per-sample gradient norms; its noisy count costs privacy.
 
         b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
         z_gradient = (z^-2 - (2 s_b)^-2)^(-1/2)

@@ -47,7 +47,7 @@ class EpsilonMonitor(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the private strategy when a stage begins, or say that there is none."""
+        """Find the private strategy when a stage begins; raise if there is none."""
         if stage == "fit":
             ledger_holder(trainer, self)
             self._last_logged = -1
@@ -56,7 +56,7 @@ class EpsilonMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log epsilon when a training batch ends, if it is due or about to be read."""
+        """Log epsilon when a training batch ends, if it is due or a checkpoint is about to read it."""
         strategy = ledger_holder(trainer, self)
         due = self._last_logged < 0 or strategy.ledger.num_steps - self._last_logged >= self.every_n_steps
         ends = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
@@ -65,13 +65,13 @@ class EpsilonMonitor(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log epsilon when validation begins, so that checkpoints are named by the epsilon of their own weights."""
+        """Log epsilon when validation begins, so that checkpoint names match the weights that they hold."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._log(trainer, pl_module, ledger_holder(trainer, self))
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log epsilon when an epoch ends, also if it was cut short."""
+        """Log epsilon when an epoch ends, even if the epoch was cut short."""
         self._log(trainer, pl_module, ledger_holder(trainer, self))
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, strategy: LedgerHolder) -> None:

@@ -14,7 +14,7 @@ from lightning_dp.step.diagnostics import ClippingDiagnostics
 
 
 class GradientDiagnostics(Callback):
-    """Un-noised figures of every logical batch: not private, and named so.
+    """Un-noised figures of every logical batch; they are not private, and their names say so.
 
         nonprivate/clip_fraction    share of samples that clipping shortened
         nonprivate/clipping_bias    cosine between the clipped and the raw sum

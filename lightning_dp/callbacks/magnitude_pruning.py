@@ -1,4 +1,4 @@
-"""Pruning: only the largest weights train, chosen by public ones."""
+"""Pruning: only the largest weights train; they are chosen from public weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_dp.step.local import local_part, own_rows, whole_of
 
 
 class MagnitudePruning(Callback):
-    """A mask that trains the largest weights only; the others are set to 0 or keep their value.
+    """A mask that trains only the largest weights; all others are set to 0 or stay at their value.
 
         m = 1 on the largest |w|;   "prune": theta_0 = m theta;   g_i <- m g_i before clipping, noise only where m = 1
 
@@ -120,7 +120,7 @@ class MagnitudePruning(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw masks that are due when an epoch begins, because the last run was interrupted before it drew them."""
+        """Draw masks that are still due when an epoch begins, because the last run was interrupted."""
         self._draw_if_due(trainer, pl_module, trainer.current_epoch)
 
     @override
@@ -152,7 +152,7 @@ class MagnitudePruning(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the masks of the run that goes on."""
+        """Restore the masks when a run resumes."""
         self._mask, self._draws = MagnitudeMask.from_state_dict(state_dict["mask"]), state_dict["draws"]
 
     def _draw_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs_done: int) -> None:
@@ -178,7 +178,7 @@ class MagnitudePruning(Callback):
 
     @torch.no_grad()
     def _hold(self, pl_module: pl.LightningModule) -> None:
-        """Note the values that removed weights keep, and set them."""
+        """Record the values that removed weights keep, and set them."""
         parameters = dict(pl_module.named_parameters())
         self._held = []
         for name, mask in self._mask.masks.items():
@@ -195,7 +195,7 @@ class MagnitudePruning(Callback):
 
     @torch.no_grad()
     def _restore(self, *_: object) -> None:
-        """Set removed weights back after each step of an optimizer."""
+        """Reset removed weights after each optimizer step."""
         for parameter, removed, value in self._held:
             part = local_part(parameter)
             if value is None:

@@ -20,7 +20,7 @@ Interval = Literal["epoch", "step"]
 
 
 class PublicSchedule:
-    """A kind of schedule and its numbers, made into a function of the step once the length of the run is known.
+    """A kind of schedule with its numbers; it becomes a function of the step once the run length is known.
 
     Args:
         kind: one of ``KINDS``, or a function from the number of the interval (0, 1, ...) to a factor.
@@ -48,7 +48,7 @@ class PublicSchedule:
         make_schedule(kind, factor=factor, rate=rate, every=1, over=1)
 
     def __call__(self, run: RunLength) -> Schedule:
-        """Return the schedule of a run.
+        """Return the schedule for a run of this length.
 
         Raises:
             ValueError: it counts epochs, or runs to the end, of a run whose length is unknown.

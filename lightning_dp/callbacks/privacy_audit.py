@@ -25,8 +25,8 @@ Loss = Callable[[pl.LightningModule, Any], Tensor]
 
 
 class PrivacyAudit(Callback):
-    """An audit of a private run while it trains: canaries join by fair coins, and their traces bound epsilon from
-    below.
+    """An audit of a private run while it trains: a fair coin includes each canary, and their traces give a lower bound
+    on epsilon.
 
         canary j is in iff its coin says so;  score_j from what the run releases;  guess the coins from the scores
 
@@ -120,22 +120,20 @@ class PrivacyAudit(Callback):
             strategy.mechanisms.add(self, extra_records=self._joining)
 
     def _joining(self) -> list[Any]:
-        """Return the records that are in; called when data is set up, so that a resumed run has its own coins by
-        then.
-        """
+        """Return the included canary records; called when data is set up, so that a resumed run has its coins."""
         assert self._records is not None
         return [record for record, joins in zip(self._records, self.included, strict=True) if joins]
 
     @property
     def included(self) -> NDArray[np.bool_]:
-        """Flags of the canaries that are in, shape (m,). Public."""
+        """Flags of the included canaries, shape (m,). Public."""
         if self._gradients is not None:
             return self._gradients.included
         return coins(self.num_canaries, self._root)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose coordinates when training begins, or read the loss of every canary for the first time."""
+        """Choose coordinates when training begins, or compute the initial loss of every canary."""
         strategy = private_strategy(trainer, self)
         if self._gradients is not None:
             for index, sums in strategy.accumulators.items():
@@ -186,13 +184,13 @@ class PrivacyAudit(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Coins and scores so far: public. Who is in the next batch follows from fresh entropy."""
+        """Return coins and scores so far, which are public. Members of the next batch follow from fresh entropy."""
         gradients = None if self._gradients is None else self._gradients.state_dict()
         return {"root": self._root, "gradients": gradients, "losses_before": self._losses_before}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore coins and losses when a run resumes: a canary that was in stays in."""
+        """Restore coins and losses when a run resumes, so that the same canaries are included."""
         gradients = state_dict["gradients"]
         same = len(gradients["scores"]) == self.num_canaries if gradients is not None else True
         if (gradients is None) != (self._gradients is None) or not same:

@@ -43,14 +43,14 @@ class PrivacyBudget(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the run its limit when a stage begins, so that it holds in a learning-rate search too."""
+        """Give the run its limit when a stage begins, so that the limit also holds in a learning-rate search."""
         if stage == "fit":
             limit = EpsilonLimit(self.epsilon, self.delta)
             ledger_holder(trainer, self).mechanisms.add(self, limit=limit)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compute how many steps fit when training begins, and refuse a run with none."""
+        """Compute how many steps fit when training begins; refuse a run in which none fits."""
         strategy = ledger_holder(trainer, self)
         stop = strategy.plan.steps
         if strategy.settle_limit() <= strategy.steps_taken and (stop is None or strategy.steps_taken < stop):

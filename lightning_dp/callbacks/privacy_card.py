@@ -1,4 +1,4 @@
-"""The privacy card of a run, where you want it."""
+"""The privacy card of a run, in a folder that the user chooses."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PrivacyCard(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set when a stage begins where the strategy writes the card at the end of training."""
+        """Set the folder of the privacy card when a stage begins."""
         if stage == "fit":
             files = CardFiles(self.enabled, self.dirpath, fallback=trainer.default_root_dir)
             private_strategy(trainer, self).mechanisms.add(self, card=files)

@@ -18,7 +18,7 @@ from lightning_dp.run_length import RunLength
 
 
 class RandomSparsification(Callback):
-    """A mask that leaves out a random set of gradient coordinates, more and more of them as training goes on.
+    """A mask that leaves out a random set of gradient coordinates, which grows during training.
 
         g_i[Z] = 0 before clipping,   noise[Z] = 0,   |Z| = int(r P),   r = final_rate * schedule(progress)
 
@@ -79,15 +79,13 @@ class RandomSparsification(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hand the mask to the strategy when a stage begins; the strategy asks it at the start of each logical
-        batch.
-        """
+        """Hand the mask to the strategy when a stage begins; each logical batch reads it once."""
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, mask=self._make_mask)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note when training begins from which step on changes of the mask are logged."""
+        """Set, when training begins, the step from which changes of the mask are logged."""
         self._seen = (private_strategy(trainer, self).steps_taken, None)
 
     def _make_mask(self, length: RunLength) -> RandomMask:

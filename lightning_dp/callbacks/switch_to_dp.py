@@ -1,4 +1,4 @@
-"""Private and plain phases in one run, for study."""
+"""Private and non-private phases in one run, for study."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_dp.run_length import RunLength
 
 
 class SwitchToDP(Callback):
-    """A switch from plain SGD to private training at an epoch, or the other way round: for study only.
+    """A switch at an epoch from plain SGD to private training, or the reverse: for study only.
 
     A plain step has neither bound nor noise; the sum of raw gradients is divided by the expected batch size all the
     same.

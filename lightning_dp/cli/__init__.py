@@ -1,5 +1,5 @@
-"""The ``lightning-dp`` command: what noise costs, how much a budget needs, what a module needs, what a checkpoint
-promises.
+"""The ``lightning-dp`` command: the cost of noise, the noise for a budget, the layers of a module, the promise of a
+checkpoint.
 """
 
 from lightning_dp.cli.main import main

@@ -132,7 +132,7 @@ def parse_schedule(text: str, run: RunLength) -> Schedule:
 
 
 def parse_noise(text: str) -> CorrelatedNoise:
-    """Return the noise that ``auto``, a decay or ``bands=P`` stands for.
+    """Return the noise that ``auto``, a decay or ``bands=P`` describes.
 
     Args:
         text: as typed.
@@ -208,7 +208,7 @@ def _note(accountant: str, plan: DPPlan) -> str:
 
 
 def _user_note(plan: DPPlan) -> str:
-    """Return how the cost for a user was found."""
+    """Return a note on how the cost for a user was computed."""
     if plan.sampling != "poisson":
         return "all of them in one batch of each pass, without amplification"
     return "mixture of Gaussians"
@@ -260,7 +260,7 @@ def _schedule_note(options: argparse.Namespace) -> str:
 
 
 def _rounded_up(noise_multiplier: float) -> float:
-    """Five digits, never less noise than the target needs."""
+    """Return five digits of a noise multiplier, rounded up so that the target still holds."""
     digits = 4 - math.floor(math.log10(noise_multiplier))
     return float(math.ceil(noise_multiplier * 10**digits) / 10**digits)
 

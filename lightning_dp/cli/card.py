@@ -1,4 +1,4 @@
-"""``lightning-dp card``: what a checkpoint may say about its privacy, from the ledger and plan that it holds."""
+"""``lightning-dp card``: the privacy statement of a checkpoint, from its ledger and plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_dp.step.history import joined, read_history
 
 
 def card(options: argparse.Namespace) -> int:
-    """Print the statement, or the whole card, of one checkpoint, or of several runs on the same data added up."""
+    """Print the statement or the whole card of one checkpoint, or of several runs on the same data together."""
     checkpoints = [load(path) for path in options.checkpoint]
     state = checkpoints[-1][saved.KEY]
     ledger, notes = _added_up([each[saved.KEY]["ledger"] for each in checkpoints]), saved.load_notes(checkpoints[-1])
@@ -61,13 +61,13 @@ def card(options: argparse.Namespace) -> int:
 
 
 def _added_up(states: list[Any]) -> Ledger:
-    """Return the ledger of all runs; checkpoints of one run count once."""
+    """Return one ledger of all runs; checkpoints of the same run count once."""
     ledgers = read_history([Ledger.from_state_dict(state) for state in states])
     return ledgers[0] if len(ledgers) == 1 else joined(ledgers, ledgers[0])
 
 
 def load(path: str) -> dict[str, Any]:
-    """Read a checkpoint of a private run without executing anything in it.
+    """Read a checkpoint of a private run without executing any code in it.
 
     Raises:
         ValueError: it cannot be read, or holds no ledger.

@@ -1,4 +1,4 @@
-"""``lightning-dp check``: how each layer of a module would be trained privately, and what must change."""
+"""``lightning-dp check``: how each layer of a module would be trained privately, and which layers must change."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def check(options: argparse.Namespace) -> int:
 
 
 def load(target: str, init: str | None) -> nn.Module:
-    """Return the module that ``FILE.py:NAME`` or ``package.module:NAME`` names: a class, a function that makes one, or
-    the module.
+    """Return the module that ``FILE.py:NAME`` or ``package.module:NAME`` names: a class, a function that returns one,
+    or the module.
 
     Args:
         target: as typed.

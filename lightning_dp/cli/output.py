@@ -19,12 +19,12 @@ def write(text: str) -> None:
 
 
 def write_json(value: Any) -> None:
-    """Write plain values for machines as strict JSON, in which an infinite number must be a string."""
+    """Write plain values as strict JSON, with infinite numbers as strings."""
     write(json.dumps(value, indent=2, allow_nan=False))
 
 
 def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table as wide as the terminal at most; the last column takes the remaining width and is wrapped."""
+    """Write a table at most as wide as the terminal; the last column is wrapped."""
     if find_spec("rich") is None:
         write(plain_table(columns, rows, shutil.get_terminal_size().columns))
         return

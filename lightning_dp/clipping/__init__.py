@@ -1,4 +1,4 @@
-"""Per-sample clipping: what bounds one sample's share of the sum, and the sensitivity that follows.
+"""Per-sample clipping: the bound on one sample's contribution to the sum, and the resulting sensitivity.
 
 Read ``base.py`` (the contract) first; each other file is one kind.
 """

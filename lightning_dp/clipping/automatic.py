@@ -1,4 +1,4 @@
-"""Normalisation in place of clipping: AUTO-S, AUTO-V, and what all normalising kinds share."""
+"""Normalisation in place of clipping: AUTO-S, AUTO-V, and the code that all normalising clippings share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SMALLEST_DIVISOR = 1e-15
 
 @dataclass(frozen=True)
 class NormalisingClipping(FactorClipping):
-    """Every gradient is divided by a number at least as large as its norm.
+    """A clipping that divides every gradient by a number at least as large as its norm.
 
         f = R / divisor(||g_i||),   divisor(x) >= x;   per layer R / sqrt(G)
 
@@ -54,7 +54,7 @@ class NormalisingClipping(FactorClipping):
 
     @abstractmethod
     def _divisors(self, norms: Tensor) -> Tensor:
-        """Return numbers that are, also after rounding, at least the norms; NaN where there is none."""
+        """Return numbers that are at least the norms, also after rounding; NaN if there is none."""
 
     @override
     def _raw_factors(self, norms: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class NormalisingClipping(FactorClipping):
 
 @dataclass(frozen=True)
 class AutomaticClipping(NormalisingClipping):
-    """Normalise every gradient instead of clipping the large ones.
+    """Normalisation of every gradient, in place of clipping only the large ones.
 
         f = R / (||g_i|| + gamma)      AUTO-S;   gamma = 0 is AUTO-V, where a zero gradient stays zero
 

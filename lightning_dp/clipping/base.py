@@ -1,4 +1,4 @@
-"""The contract of every clipping: factors or contributions that bound one sample, and the sensitivity that follows.
+"""The contract of every clipping: factors or contributions that bound one sample, and the resulting sensitivity.
 
 Shapes: G groups of parameters, B samples, P private coordinates.
 """
@@ -38,7 +38,7 @@ class Clipping(ABC):
     bounded: ClassVar[bool] = True
 
     def groups(self, parameters: Iterable[str]) -> list[list[str]]:
-        """Return which parameters share a norm and a factor.
+        """Return the groups of parameters that share a norm and a factor.
 
         Args:
             parameters: names of the private parameters (or a mapping with these keys), in the module's order.
@@ -69,7 +69,7 @@ class Clipping(ABC):
         """
 
     def for_coordinates(self, num_coordinates: int) -> Clipping:
-        """Return the clipping with what depends on the number of private coordinates settled.
+        """Return the clipping, with its settings for this number of private coordinates.
 
         Args:
             num_coordinates: P >= 1.
@@ -78,11 +78,11 @@ class Clipping(ABC):
 
     @property
     def shares_noise(self) -> bool:
-        """True if groups carry noise of their own std; see ``noise_shares``."""
+        """True if groups carry noise with their own std; see ``noise_shares``."""
         return False
 
     def noise_shares(self, sizes: Sequence[int]) -> tuple[float, ...]:
-        """Return how noise is shared out between groups: its std in each, in units of ``sigma * sensitivity``.
+        """Return the std of the noise in each group, in units of ``sigma * sensitivity``.
 
         Args:
             sizes: active coordinates of each group.
@@ -94,7 +94,7 @@ class Clipping(ABC):
 
     @abstractmethod
     def contribution(self, samples: Samples) -> Contribution:
-        """Return what the samples of a microbatch add to the sum, to be added by its ``add``.
+        """Return the contribution of a microbatch's samples; its ``add`` adds it to the sum.
 
         Args:
             samples: their gradients, of which only what is needed is computed.
@@ -102,7 +102,7 @@ class Clipping(ABC):
 
     @abstractmethod
     def check_scales(self, owner: str, advice: str) -> None:
-        """Raise ValueError unless each sample is scaled by factors that follow from norms alone.
+        """Raise ValueError unless the factors of each sample depend on norms alone.
 
         Args:
             owner: what needs the factors, for the message.
@@ -112,7 +112,7 @@ class Clipping(ABC):
     @property
     @abstractmethod
     def gives_mean(self) -> bool:
-        """True if the gradient is the mean of the contributions: then it may be summed up as one from the start."""
+        """True if the gradient is the mean of the contributions, so that the sum may be divided from the start."""
 
     def finish(self, noisy: Tensor, expected_batch_size: int, out: Tensor) -> None:
         """Turn the noisy sum into the gradient: post-processing.
@@ -139,7 +139,7 @@ class FactorClipping(Clipping):
 
     @abstractmethod
     def _raw_factors(self, norms: Tensor) -> Tensor:
-        """Return factors for finite norms; what they are for others does not matter."""
+        """Return factors for finite norms; the values for other norms are ignored."""
 
     def factors(self, norms: Tensor) -> Tensor:
         """Return the factor of every sample in every group.
@@ -178,7 +178,7 @@ class FactorClipping(Clipping):
 
 
 class ExplicitClipping(Clipping):
-    """A clipping that computes, from the gradient of each sample, the vector that it adds.
+    """A clipping that computes an explicit contribution from each sample's gradient.
 
         u_i = contributions(g_i),   ||u_i|| <= sensitivity
 
@@ -187,7 +187,7 @@ class ExplicitClipping(Clipping):
 
     @abstractmethod
     def contributions(self, grads_BP: Tensor, active: Tensor | None = None) -> Tensor:
-        """Return what each sample adds to the sum.
+        """Return the contribution of each sample to the sum.
 
         Args:
             grads_BP: (B, P) per-sample gradients, float32 or float64, private.
@@ -221,13 +221,13 @@ def clip_factors(norms: Tensor, bound: float) -> Tensor:
 
 
 def check_bound(name: str, value: float) -> None:
-    """Raise ValueError unless bounds, also divided by sqrt(G), are exact numbers of float32's range."""
+    """Raise ValueError unless ``1e-30 <= value <= 1e30``, so that float32 also holds the bound divided by sqrt(G)."""
     if not 1e-30 <= value <= 1e30:
         raise ValueError(f"Expected 1e-30 <= {name} <= 1e30, got {name}={value}. Rescale the loss instead.")
 
 
 def check_groups(num_groups: int, expected: int | None) -> None:
-    """Raise ValueError unless the number of groups is the one expected (``None``: any from 1 on)."""
+    """Raise ValueError unless the number of groups is as expected (``None``: any number from 1 on)."""
     if num_groups < 1 or (expected is not None and num_groups != expected):
         wanted = "at least 1" if expected is None else str(expected)
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Bounds of the clipping: fixed, by a public schedule, or learned from noisy releases.
+"""Clipping bounds: fixed, by a public schedule, or learned from noisy releases.
 
 Legend: ``C_t`` bound of logical step t, ``C_0`` the bound the user gave, ``B`` expected batch size, ``d`` live
 coordinates, ``z`` total noise multiplier of a step.
@@ -24,7 +24,7 @@ from lightning_dp.schedules import Schedule
 
 @dataclass(frozen=True)
 class NoisyRelease:
-    """The released values of a step: public from here on.
+    """The released values of a step, which are public.
 
     Args:
         squared_norm: ``||G~||^2`` of the noisy sum over live coordinates.
@@ -42,7 +42,7 @@ class NoisyRelease:
 
 
 class Bound:
-    """The bound of a run; this one never changes, and is what "off" means.
+    """The clipping bound of a run. This base class never changes and means "off".
 
         C_t = C_0
 
@@ -70,14 +70,14 @@ class Bound:
         return {}
 
     def begin_run(self, length: RunLength) -> None:
-        """Settle what depends on the length of the run; called whenever its plan is made."""
+        """Set everything that depends on the run length; called whenever the plan is made."""
 
     def clipping(self, base: Clipping, step: int, num_groups: int) -> Clipping:
         """Return the clipping of a logical step; called once, before its first sample."""
         return base
 
     def statistics(self, norms_B: Tensor) -> Tensor:
-        """Return what a microbatch adds to the statistics, shape ``(num_statistics,)``. Private.
+        """Return the statistics of a microbatch, shape ``(num_statistics,)``. Private.
 
         Args:
             norms_B: norms of whole per-sample gradients; may be non-finite.
@@ -85,21 +85,21 @@ class Bound:
         return norms_B.new_zeros(0)
 
     def share_noise(self, noise_multiplier: float, expected_batch_size: int) -> tuple[float, float]:
-        """Return the noise multiplier of the gradient, and the noise std of each statistic at relation factor 1."""
+        """Return the noise multiplier of the gradient and the noise std of each statistic, at relation factor 1."""
         return noise_multiplier, 0.0
 
     def rescale(self, statistics: tuple[float, ...]) -> float:
-        """Return the factor on the finished gradient; 1 unless the rule is for study only."""
+        """Return the factor on the finished gradient: 1, except for rules that are for study only."""
         return 1.0
 
     def observe(self, release: NoisyRelease) -> None:
         """Learn from a release: post-processing."""
 
     def reset(self) -> None:
-        """Forget what other runs have released: their ledgers are not this one's."""
+        """Forget the releases of other runs, which are not in the ledger of this one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs: public values."""
+        """Return the state for a checkpoint: public values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ class ScheduledBound(Bound):
 
 
 class _LearnedBound(Bound):
-    """A bound kept as an absolute number between two limits.
+    """A bound that is stored as an absolute number between two limits.
 
     Args:
         minimum: smallest bound; default ``C_0 / 10``.
@@ -187,7 +187,7 @@ class _LearnedBound(Bound):
 
 
 class NoisyGradientBound(_LearnedBound):
-    """The bound follows the norm of the previous noisy gradient, its noise subtracted: free.
+    """A bound that follows the norm of the previous noisy gradient with its noise subtracted; free.
 
         C_{t+1} = clip(W sqrt(max(||g~_t||^2 - d std_t^2 / B^2, 0)), C_min, C_max),   g~_t = G~_t / B
 
@@ -210,7 +210,7 @@ class NoisyGradientBound(_LearnedBound):
 
 
 class QuantileBound(_LearnedBound):
-    """The bound follows a quantile of the gradient norms, counted under noise.
+    """A bound that follows a quantile of the gradient norms, counted under noise.
 
         b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
         z_gradient = (z^-2 - (2 s_b)^-2)^(-1/2)

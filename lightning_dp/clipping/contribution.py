@@ -1,4 +1,4 @@
-"""Contribution: what the samples of a microbatch add to the sum, as factors or explicitly.
+"""Contribution: the sum over a microbatch's samples, as factors or as explicit vectors.
 
 Shapes: G groups of parameters, B samples, P private coordinates.
 """
@@ -26,7 +26,7 @@ class Samples(Protocol):
 
     @property
     def active(self) -> Tensor | None:
-        """(P,) booleans, public: coordinates that may receive anything; None for all."""
+        """(P,) booleans, public: the active coordinates; None for all."""
 
     def add_weighted(self, factors_GB: Tensor) -> None:
         """Add the sum of ``factor * gradient`` over the samples to the accumulator."""
@@ -53,7 +53,7 @@ class Contribution(ABC):
 
 @dataclass(frozen=True)
 class WeightedContribution(Contribution):
-    """Contributions that are each sample's gradient times a factor per group.
+    """Contributions equal to each sample's gradient times one factor per group.
 
     Args:
         samples: gradients of a microbatch.
@@ -70,13 +70,13 @@ class WeightedContribution(Contribution):
         return norms
 
     def add(self) -> None:
-        """Add the weighted sum: no per-sample gradient is needed where a cheaper way exists."""
+        """Add the weighted sum; no per-sample gradient is materialized if a cheaper way exists."""
         self.samples.add_weighted(self.factors)
 
 
 @dataclass(frozen=True)
 class ExplicitContribution(Contribution):
-    """A vector per sample that is no multiple of its gradient.
+    """Contributions as one vector per sample, not a multiple of its gradient.
 
     Args:
         samples: gradients of a microbatch.

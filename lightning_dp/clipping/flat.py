@@ -14,7 +14,7 @@ from lightning_dp.clipping.base import FactorClipping, check_bound, check_groups
 
 @dataclass(frozen=True)
 class FlatClipping(FactorClipping):
-    """Clip the norm of the whole gradient.
+    """Clipping of the norm of the whole gradient.
 
         f = min(1, R / ||g_i||)
 

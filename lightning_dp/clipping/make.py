@@ -13,7 +13,7 @@ from lightning_dp.clipping.psac import PSACClipping
 
 
 def make_clipping(spec: str | Clipping, max_grad_norm: float) -> Clipping:
-    """Return the clipping that a name stands for; a ``Clipping`` is returned as it is.
+    """Return the clipping with a name; return a ``Clipping`` unchanged.
 
     Args:
         spec: "flat", "per_layer", "automatic", "psac", "none", or an object (``TopAgg`` has no name: its k must be

@@ -15,7 +15,7 @@ from lightning_dp.clipping.base import FactorClipping, check_bound, check_groups
 
 @dataclass(frozen=True)
 class NoClipping(FactorClipping):
-    """Leave finite gradients as they are: for ablations only.
+    """No clipping: finite gradients stay unchanged. For ablations only.
 
         f = 1
 

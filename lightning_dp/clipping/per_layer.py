@@ -1,4 +1,4 @@
-"""One bound for each module that owns parameters."""
+"""One clipping bound for each module with parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_dp.clipping.base import FactorClipping, check_bound, check_groups
 
 @dataclass(frozen=True)
 class PerLayerClipping(FactorClipping):
-    """Clip the norm of each module's gradient, or of each group of parameters, on its own.
+    """Separate clipping of the gradient norm of each module, or of each group of parameters.
 
         f_l = min(1, R_l / ||g_il||);   R_l = R / sqrt(G) unless given
 
@@ -157,7 +157,7 @@ class PerLayerClipping(FactorClipping):
 
 
 def by_module(parameters: Iterable[str]) -> dict[str, list[str]]:
-    """Return the parameters of each module that owns any, in their order: all names equal up to the last dot."""
+    """Group parameter names by module: the names in a group are equal up to their last dot."""
     owned: dict[str, list[str]] = {}
     for parameter in parameters:
         owned.setdefault(parameter.rpartition(".")[0], []).append(parameter)
@@ -165,7 +165,7 @@ def by_module(parameters: Iterable[str]) -> dict[str, list[str]]:
 
 
 def by_pattern(parameters: Iterable[str], patterns: Iterable[str]) -> list[list[str]]:
-    """Return the parameters that each pattern matches first.
+    """Group parameter names by the first pattern that matches them.
 
     Args:
         parameters: names.

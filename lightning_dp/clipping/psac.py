@@ -1,4 +1,4 @@
-"""Normalisation that does not blow up small gradients."""
+"""Normalisation that does not amplify small gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_dp.clipping.automatic import NormalisingClipping
 
 @dataclass(frozen=True)
 class PSACClipping(NormalisingClipping):
-    """Normalise with a weight that is not monotonic in the norm: per-sample adaptive clipping.
+    """Per-sample adaptive clipping: a normalisation whose weight is not monotonic in the norm.
 
         f = R / (||g_i|| + gamma / (||g_i|| + gamma))
 

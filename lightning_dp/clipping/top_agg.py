@@ -26,7 +26,7 @@ _CHUNK = (
 
 @dataclass(frozen=True)
 class TopAgg(ExplicitClipping):
-    """Votes in place of gradients: +1 or -1 on the k coordinates in which a sample's gradient is largest.
+    """Votes in place of gradients: +1 or -1 on the k largest coordinates of each sample's gradient.
 
         K_i = top-k of |g_i|;   v_i[j] = +1 with probability 1/2 + g_i[j] / (2 max|g_i|), else -1, for j in K_i, 0
         elsewhere gradient = S / (B sqrt(k)),   S = sum_i v_i + N(0, (sigma sqrt(k))^2 I);   ||v_i|| = sqrt(k)
@@ -163,7 +163,7 @@ class TopAgg(ExplicitClipping):
         return added_BP
 
     def _contributions(self, grads: Tensor, num_chosen: int) -> Tensor:
-        """Return what these samples add, choosing among all the coordinates given."""
+        """Return the contributions of these samples, chosen among all given coordinates."""
         if not self.keep_values:
             coins = coin_generator(grads.device) if self.sign == "stochastic" else None
             return top_k_votes(grads, num_chosen, signs=_SIGNS[self.sign], generator=coins)
@@ -174,7 +174,7 @@ class TopAgg(ExplicitClipping):
 
     @override
     def finish(self, noisy: Tensor, expected_batch_size: int, out: Tensor) -> None:
-        """Turn the noisy sum into the gradient: S / (B sqrt(k)), u / sqrt(k) with a threshold, S / B with kept
+        """Turn the noisy sum S into the gradient: S / (B sqrt(k)); u / sqrt(k) with a threshold; S / B with kept
         values.
         """
         if self.keep_values:

@@ -24,7 +24,7 @@ _coins: dict[tuple[int, torch.device], torch.Generator] = {}
 def top_k_votes(
     gradients: Tensor, top_k: int, *, signs: str = "sign", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Votes for the direction in which each gradient is largest.
+    """Return votes for the direction in which each gradient is largest.
 
         v[j] = sign(g[j]) for the k largest |g[j]|, 0 elsewhere
         signs="stochastic": v[j] = +1 with probability 1/2 + g[j] / (2 b), else -1, with b = max |g|
@@ -67,8 +67,7 @@ def top_k_votes(
 
 
 def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the k coordinates of largest magnitude of each row, and where they are; zeros for a row that is not
-    finite.
+    """Return the k largest magnitudes of each row and their indices; zeros for a non-finite row.
 
     Args:
         gradients: shape (..., D), any floating type.
@@ -95,8 +94,8 @@ def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _places_of_largest(magnitudes: Tensor, top_k: int) -> Tensor:
-    """Return where the k largest of each row are, in no order; numpy's selection takes half of torch's time on a
-    CPU.
+    """Return the indices of the k largest of each row, unordered. On a CPU, numpy's selection takes half of torch's
+    time.
     """
     if magnitudes.device.type != "cpu" or top_k <= _FEW:
         return magnitudes.topk(top_k, dim=-1, sorted=False).indices
@@ -127,8 +126,7 @@ def threshold_votes(noisy_sums: Tensor, threshold: float) -> Tensor:
 
 
 def coin_generator(device: torch.device) -> torch.Generator:
-    """Return this process's generator of coins on a device, seeded from the operating system's entropy when first asked
-    for.
+    """Return this process's generator of coins on a device, seeded by the operating system at its first use.
 
     **Guarantee**: apart from torch's own generators, which it neither reads nor moves, and from that of a parent or
     child process. No privacy rests on it: any coins whatever keep ``||v|| <= sqrt(k)``.

@@ -135,7 +135,7 @@ class DataLens(DataLensRun):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Teachers learn, vote; ledger and noise; the generator follows. The batch is not used."""
+        """Train the teachers, release their noisy votes, and step the generator. The batch is ignored."""
         settings, plan, public = self.settings, self.plan, self._public(_STEP)
         self._teach(settings.d_steps, public)
 
@@ -185,7 +185,7 @@ class DataLens(DataLensRun):
         )
 
     def _public(self, purpose: int, *more: int) -> torch.Generator:
-        """Public randomness of this step; the same on every rank unless the rank is part of the purpose."""
+        """Return the generator of public randomness of this step: equal on all ranks unless ``more`` names one."""
         return public_generator(self.settings.public_seed, purpose, self.state.step, *more)
 
     def _draw(self, num: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ class DataLens(DataLensRun):
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        """Return the generator's optimizer; the teachers have their own, which Lightning never sees."""
+        """Return the generator's optimizer; the teachers' optimizers are hidden from Lightning."""
         if self._make_optimizer is not None:
             return self._make_optimizer(self.generator.parameters())
         return torch.optim.Adam(self.generator.parameters(), lr=self.settings.lr, betas=self.settings.betas)
@@ -235,9 +235,7 @@ class DataLens(DataLensRun):
         return torch.cat(parts), drawn
 
     def save_samples(self, path: str | Path, num: int, labels: Tensor | int | None = None, **csv_options: Any) -> None:
-        """Generate samples and write them: a table to ``.csv`` (options of ``write_csv``), tensors to any other
-        name.
-        """
+        """Generate samples and write them: a table to ``.csv`` (options of ``write_csv``), else tensors."""
         features, drawn = self.generate(num, labels)
         if Path(path).suffix == ".csv":
             write_csv(path, features, drawn if self.settings.num_classes > 1 else None, **csv_options)
@@ -285,13 +283,13 @@ class DataLens(DataLensRun):
 
     @override
     def on_train_end(self) -> None:
-        """Log one line at the end of fit, and forget the teachers."""
+        """Log one line at the end of fit, and release the teachers."""
         self.end_fit()
         rank_zero_info(statement.summary_line(self.plan, self.ledger, self.accountant))
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave training batches where they are: only the shards are used."""
+        """Leave training batches on their device, because only the shards are used."""
         if self.trainer.training:
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -47,7 +47,7 @@ class MLPGenerator(nn.Module):
 
     @override
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Features of shape (B, num_features)."""
+        """Return features of shape (B, num_features)."""
         out: Tensor = self.layers(torch.cat([z, _one_hot(labels, self.num_classes, z)], dim=1))
         return out
 
@@ -77,7 +77,7 @@ class MLPDiscriminator(nn.Module):
 
     @override
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Logits of shape (B, 1)."""
+        """Return logits of shape (B, 1)."""
         flat = features.flatten(1)
         out: Tensor = self.layers(torch.cat([flat, _one_hot(labels, self.num_classes, flat)], dim=1))
         return out
@@ -122,15 +122,15 @@ class ConvGenerator(nn.Module):
 
     @override
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        """Images of shape (B, channels, image_size, image_size)."""
+        """Return images of shape (B, channels, image_size, image_size)."""
         start = self.start(torch.cat([z, _one_hot(labels, self.num_classes, z)], dim=1))
         out: Tensor = self.layers(start.view(-1, *self._shape))
         return out
 
 
 class ConvDiscriminator(nn.Module):
-    """A network from a square image and its label to a logit, by two strided convolutions; the label is given as
-    constant planes.
+    """A network from a square image and its label to a logit, by two strided convolutions; the label fills constant
+    planes.
 
     Args:
         image_size: height and width, a multiple of 4.
@@ -160,7 +160,7 @@ class ConvDiscriminator(nn.Module):
 
     @override
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Logits of shape (B, 1)."""
+        """Return logits of shape (B, 1)."""
         planes = _one_hot(labels, self.num_classes, images)[:, :, None, None].expand(-1, -1, *images.shape[2:])
         out: Tensor = self.layers(torch.cat([images, planes], dim=1))
         return out

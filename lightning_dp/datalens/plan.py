@@ -14,7 +14,7 @@ _SAME_RUN = ("dataset_size", "num_teachers", "top_k", "batch_size", "steps", "de
 
 
 def sensitivity(top_k: int, batch_size: int) -> float:
-    """Return how far the vote sums of one step move, in L2, when one record is replaced: ``2 sqrt(k B)``.
+    """Return the L2 distance by which replacing one record can move the vote sums of a step: ``2 sqrt(k B)``.
 
     One record is in one shard, one shard in one teacher; its vote on each of the B generated samples has norm at most
     ``sqrt(k)`` before and after.
@@ -27,7 +27,7 @@ def sensitivity(top_k: int, batch_size: int) -> float:
 
 
 def epsilon_after(steps: int, *, sigma: float, top_k: int, batch_size: int, delta: float) -> float:
-    """Exact epsilon of a number of steps, before any is taken.
+    """Return the exact epsilon of a number of steps, before any step is taken.
 
         mu^2 = steps x 4 k B / sigma^2,  epsilon from ``gaussian_epsilon(mu, delta)``
 
@@ -50,7 +50,7 @@ def epsilon_after(steps: int, *, sigma: float, top_k: int, batch_size: int, delt
 
 @dataclass(frozen=True, kw_only=True)
 class DataLensPlan:
-    """Everything public that one DataLens run is made of.
+    """All public facts of one DataLens run.
 
     A step releases the sums of all teachers' votes on B generated samples, ``s = sum_i v_i + N(0, noise_std^2 I)``: one
     Gaussian release of sensitivity ``2 sqrt(k B)``, the same as B releases of sensitivity ``2 sqrt(k)``.
@@ -95,11 +95,11 @@ class DataLensPlan:
 
     @property
     def shard_size(self) -> int:
-        """Records a teacher sees."""
+        """Number of records per teacher."""
         return self.dataset_size // self.num_teachers
 
     def sigma(self, step: int) -> float:
-        """Noise multiplier of a step; the same for all of them."""
+        """Noise multiplier of a step; the same for all steps."""
         return self.noise_multiplier
 
     def event(self, step: int) -> PrivacyEvent:
@@ -107,7 +107,7 @@ class DataLensPlan:
         return PrivacyEvent.gaussian(noise_multiplier=self.sigma(step))
 
     def runs(self, start: int, stop: int) -> list[Run]:
-        """Events of the steps ``start <= t < stop``, for look-ahead."""
+        """Return the events of the steps ``start <= t < stop``, for look-ahead."""
         return [(self.event(start), stop - start)] if stop > start else []
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The one place where votes leave the teachers: preview, ledger, noise, sum over ranks."""
+"""The only exit of votes from the teachers: preview, ledger, noise, sum over ranks."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class VoteRelease:
         return sums
 
     def close(self) -> None:
-        """End the threads that draw the noise; a later release starts them again."""
+        """End the threads that draw the noise; a later release starts new ones."""
         self._noise.close()
 
 
 def refuse_over_budget(
     plan: DataLensPlan, ledger: Ledger, accountant: Accountant, *, step: int, last_allowed_step: float
 ) -> None:
-    """Raise PrivacyError if one more step is not allowed, or would take epsilon beyond the plan's target."""
+    """Raise PrivacyError if one more step is not allowed, or if it would raise epsilon above the plan's target."""
     if step >= last_allowed_step:
         raise PrivacyError(
             f"Expected to stop after {last_allowed_step} steps, where the privacy budget ends, got one more. Something "

@@ -1,4 +1,4 @@
-"""One DataLens run: plan, ledger, what it costs, checkpoints; ``module.py`` holds the step."""
+"""One DataLens run: plan, ledger, cost, checkpoints; ``module.py`` holds the step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_dp.system import ProcessTuning
 
 
 class _EndOnException(pl.Callback):
-    """End a DataLens fit that raises: Lightning tells callbacks of exceptions, but not modules."""
+    """A callback that ends a DataLens fit that raises, because Lightning reports exceptions only to callbacks."""
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -60,7 +60,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     @property
     def plan(self) -> DataLensPlan:
-        """The public settings of the run; built, and its noise chosen, when it is first asked for after data setup.
+        """The public settings of the run; built, and its noise calibrated, at the first access after data setup.
 
         Raises:
             ValueError: no run has been set up yet, or the run cannot be planned.
@@ -75,7 +75,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
         return self.state.plan  # type: ignore[no-any-return]
 
     def settle_limit(self) -> float:
-        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
+        """Compute and return ``last_allowed_step`` from ``mechanisms.limit``, the plan and the current ledger."""
         self.last_allowed_step = self.mechanisms.limit.last_step(self)
         return self.last_allowed_step
 
@@ -138,7 +138,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
         return plan
 
     def _preview(self, plan: DataLensPlan) -> None:
-        """Says what the run will cost before any noise is drawn."""
+        """Log the cost of the run before any noise is drawn."""
         if plan.steps is None or plan.steps <= self.state.step:
             return
         ledger = self.ledger.extended(plan.runs(self.state.step, plan.steps))
@@ -167,16 +167,16 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     @override
     def teardown(self, stage: str) -> None:
-        """Lift the limit: it holds for one fit."""
+        """Lift the limit, which holds for one fit."""
         self.last_allowed_step = math.inf
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Have the end of a fit that raises seen."""
+        """Return the callback that ends a fit that raises."""
         return [_EndOnException()]
 
     def end_fit(self) -> None:
-        """Forget the teachers, end the threads, undo the tuning of the process."""
+        """Release the teachers, end the threads, undo the tuning of the process."""
         self._teachers = None
         if self._release is not None:
             self._release.close()
@@ -186,7 +186,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add ledger, plan and step. Teachers and shards are nowhere in a checkpoint."""
+        """Add ledger, plan and step. A checkpoint never holds teachers or shards."""
         checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
 
     @override
@@ -202,5 +202,5 @@ class DataLensRun(StateFacts, pl.LightningModule):
             self._dataset_size = self.state.restored_plan["dataset_size"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a pickle or a copy: everything but the teachers."""
+        """Return the state for a pickle or a copy: everything except the teachers."""
         return {**super().__getstate__(), "_teachers": None}

@@ -1,4 +1,4 @@
-"""Samples of the released generator, as files."""
+"""Files of samples from the released generator."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_csv(
     label_column: str = "label",
     bounds: Sequence[tuple[float, float]] | None = None,
 ) -> None:
-    """Write samples as a table, one row a sample.
+    """Write samples as a table, one row per sample.
 
         with bounds: value = low + (feature + 1) / 2 x (high - low)
 

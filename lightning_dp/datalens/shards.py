@@ -27,7 +27,7 @@ def public_generator(seed: int, *purpose: int) -> torch.Generator:
 
 
 def partition(num_records: int, num_teachers: int, seed: int = 0) -> Tensor:
-    """Cut the data into one shard a teacher, by index.
+    """Cut the data into one shard per teacher, by index.
 
     **Guarantee**: disjoint: every record is in one shard at most. The shards are a function of the two sizes and the
     public seed, never of the records, so replacing one record changes one shard. The ``num_records % num_teachers``
@@ -59,7 +59,7 @@ def partition(num_records: int, num_teachers: int, seed: int = 0) -> Tensor:
 
 
 class Shards(NamedTuple):
-    """The records of some teachers. Private.
+    """The records of a number of teachers. Private.
 
     Args:
         features: shape (teachers, shard size, ...), floating.
@@ -77,7 +77,7 @@ def read_shards(
     num_classes: int = 1,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> Shards:
-    """Read the records of some shards once, into memory.
+    """Read the records of given shards into memory once.
 
     Args:
         dataset: map-style, with items ``(features, label)``, or ``features`` alone when there is one class.
@@ -133,7 +133,7 @@ def _form(value: Any) -> str:
 
 
 class StepsOver(Sequence[int]):
-    """A replacement for a DataLoader where only the number of steps of an epoch matters.
+    """A replacement for a DataLoader of which only the number of steps per epoch matters.
 
     The teachers read the records once; the batches that a loader would collate in every step are not used. This loader
     makes none.

@@ -17,7 +17,7 @@ _NOT_COVERED = (
 
 
 def summary_line(plan: DataLensPlan, ledger: Ledger, accountant: Accountant) -> str:
-    """Epsilon, delta, relation, sampling, accountant and number of steps in one line."""
+    """Return epsilon, delta, relation, sampling, accountant and number of steps in one line."""
     if ledger.num_steps == 0:
         return "Privacy: no steps recorded."
     epsilon = accountant.epsilon(ledger, plan.delta)

@@ -1,4 +1,4 @@
-"""All teachers as one stacked model: they learn and vote in a few large operations, a chunk of them at a time."""
+"""All teachers as one stacked model: they learn and vote in a few large operations, one chunk of teachers at a time."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Teachers:
         return sum(chunk.num_teachers for chunk in self._chunks)
 
     def learn(self, fakes: Tensor, labels: Tensor, positions: Tensor) -> None:
-        """Update every teacher by one step of Adam: its own records against the student's.
+        """Update every teacher by one step of Adam: its own records against the student's samples.
 
             loss_i = mean BCE(D_i(records), 1) + mean BCE(D_i(fakes), 0)
 
@@ -115,7 +115,7 @@ class Teachers:
         signs: str = "sign",
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return the votes of all these teachers on each of the student's samples, summed.
+        """Return the sum of all teachers' votes on each of the student's samples.
 
             g_i = - d/dx BCE(D_i(x, y), 1),  sum over i of top_k_votes(g_i)
 
@@ -140,7 +140,7 @@ class Teachers:
         return sums
 
     def _logits(self, parameters: State, buffers: State, features: Tensor, labels: Tensor) -> Tensor:
-        """Logits of a chunk, shape (teachers, B), in float32."""
+        """Return the logits of a chunk, shape (teachers, B), in float32."""
         as_read = {name: _as_read(stored) for name, stored in parameters.items()}
 
         def of_one(parameters: State, buffers: State, features: Tensor, labels: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Teachers:
 
 
 def check_discriminator(discriminator: nn.Module) -> None:
-    """Refuse what cannot be stacked: layers that keep running statistics, and models without parameters.
+    """Refuse models that cannot be stacked: with layers that keep running statistics, or without parameters.
 
     Raises:
         ValueError: names the layer and what to use instead.
@@ -173,7 +173,7 @@ def check_discriminator(discriminator: nn.Module) -> None:
 
 
 def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:
-    """Return a copy with initial weights of its own, drawn from the public seed on the CPU."""
+    """Return a copy with its own initial weights, drawn from the public seed on the CPU."""
     fresh = copy.deepcopy(discriminator).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(public_generator(seed, 1, number).initial_seed())
@@ -185,7 +185,5 @@ def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:
 
 
 def _as_read(stacked: Tensor) -> Tensor:
-    """Stacked matrices, transposed: stored in the order in which ``x W^T`` reads them and their gradient is
-    returned.
-    """
+    """Return stacked matrices transposed in memory, in the order in which ``x W^T`` and its backward use them."""
     return stacked.mT if stacked.dim() == 3 else stacked

@@ -1,4 +1,4 @@
-"""Private training in a loop that the user writes: plain PyTorch, no Trainer, no import of lightning.
+"""Private training in the user's own loop: plain PyTorch, no Trainer, no import of lightning.
 
 Example::
 

@@ -1,4 +1,4 @@
-"""LogicalBatches: the loader of a loop that the user writes; each logical batch can be used once."""
+"""LogicalBatches: the loader of the user's own loop; each logical batch can be used once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, SamplingFacts
 
 
 class DrawnBatch(LogicalBatch):
-    """A logical batch that knows its loader and its pass over the data.
+    """A logical batch with a reference to its loader and its pass over the data.
 
     Args:
         batch: as the private loader drew it.
@@ -69,7 +69,7 @@ class LogicalBatches:
         return self._loader.dataset
 
     def use(self, batch: Any) -> bool:
-        """Use a batch up, and tell whether another pass over the data begins with it.
+        """Mark a batch as used, and tell whether another pass over the data begins with it.
 
         Raises:
             TypeError: not a batch of a private loader.

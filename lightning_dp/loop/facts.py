@@ -1,4 +1,4 @@
-"""LoopFacts: what a private loop says of itself."""
+"""LoopFacts: the public facts of a private loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoopFacts(StateFacts):
 
     @property
     def nonprivate_loss(self) -> float:
-        """Mean loss of the last logical batch, NaN if nobody was drawn. NOT private: the statement names it once it is
+        """Mean loss of the last logical batch, NaN if it was empty. NOT private: the statement names it once it is
         read.
         """
         self.state.nonprivate_logs.add("nonprivate_loss")
@@ -41,6 +41,6 @@ class LoopFacts(StateFacts):
 
 
 def steps_left(state: PrivacyState) -> float:
-    """Return how many steps the plan and the budget allow from here on; negative beyond the plan."""
+    """Return how many more steps the plan and the budget allow; negative beyond the plan."""
     planned = math.inf if state.plan is None or state.plan.steps is None else state.plan.steps
     return min(planned, state.last_allowed_step) - state.steps_taken

@@ -1,4 +1,4 @@
-"""LoopFit: the private step of a loop that the user writes, from its first batch on."""
+"""LoopFit: the private step of the user's own loop, from its first batch on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_dp.step.trial import Trial
 
 
 class LoopFit:
-    """A runner of the user's loss function on logical batches, as the private step needs it.
+    """A runner of the user's loss function on logical batches, for the private step.
 
     A logical batch of k microbatches runs the loss function k times: the last call is the real one, whose effects stay;
     the others run in the sandbox. Where nobody was drawn the real call runs on one record of weight 0.
@@ -111,7 +111,7 @@ class LoopFit:
         return self._losses
 
     def _begin(self, begins_pass: bool, position: int | None) -> None:
-        """Begin a logical step; try the loss function before the first one, and again at public steps."""
+        """Begin a logical step; run the loss function on trial before the first step, and again at public steps."""
         step, trial = self.step, self._trial
         step.begin(first_of_pass=begins_pass, position=position)
         step.state.check_budget()
@@ -129,7 +129,7 @@ class LoopFit:
             trial.check_again(step.state.step)
 
     def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any]]) -> None:
-        """Run all microbatches but the last, each from the same state, without effect."""
+        """Run all microbatches except the last in the sandbox, each from the same state."""
         if not microbatches:
             return
         snapshot = self._sandbox.snapshot()

@@ -1,4 +1,4 @@
-"""ReleaseGuard: optimizers step on released gradients only, in a loop that the user writes."""
+"""ReleaseGuard: optimizers of the user's own loop step on released gradients only."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ReleaseGuard(StepGuard):
         self._hooks, self._gradients = [], {}
 
     def _follow(self) -> None:
-        """Watch parameters that were added since, frozen ones included: they may be unfrozen."""
+        """Watch parameters that were added later, frozen ones included, because they may be unfrozen."""
         for parameter in self._model.parameters():
             if id(parameter) in self._parameters:
                 continue
@@ -63,7 +63,7 @@ class ReleaseGuard(StepGuard):
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Let the private step run the user's code; no optimizer may step meanwhile."""
+        """Let the private step run the user's code; no optimizer may step during it."""
         self._follow()
         self._working, self._open, self._gradients = True, False, {}
         try:

@@ -1,4 +1,4 @@
-"""LoopHost: runs the user's loss function on records for a trial."""
+"""LoopHost: runs the user's loss function on records, in trials and for real batches."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ class LoopHost:
         """Narrowest type in which the loss function computes; ``find_types`` sets it."""
 
     def records(self, num: int, seed: int = 0) -> list[Any]:
-        """Return a few records from all over the training set, always the same for a seed."""
+        """Return a few records spread over the training set, the same ones for the same seed."""
         return self._records.take(num, seed)
 
     def run(self, records: list[Any]) -> Any:
-        """Return what the loss function gives for collated records."""
+        """Return the output of the loss function on collated records."""
         batch = self._records.batch_of(records)
         self.see(batch)
         return self.loss_fn(self._model, batch)
 
     def loss_of(self, output: Any, count: int) -> Tensor:
-        """Return what the loss function gave as a scalar that can be back-propagated.
+        """Return the output of the loss function as a scalar that can be back-propagated.
 
         Raises:
             TypeError: something that is no loss.
@@ -90,13 +90,13 @@ class LoopHost:
         return [self._optimizer]
 
     def reachable(self) -> list[Any]:
-        """Return everything whose state is put back after a trial: the optimizer, and objects that the loss function
+        """Return all objects whose state is restored after a trial: the optimizer, and objects that the loss function
         holds.
         """
         return [self._optimizer, *held_by(self.loss_fn)]
 
     def find_types(self) -> None:
-        """Run the loss function on two records and take note of the narrowest type; call it in the sandbox.
+        """Run the loss function on two records and record the narrowest dtype; call it in the sandbox.
 
         Raises:
             ValueError: float16, whose gradients overflow or need scaling.
@@ -113,7 +113,7 @@ class LoopHost:
 
 
 class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context that notes the types of all results."""
+    """A context that records the dtypes of all results."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -145,7 +145,7 @@ def held_by(function: Any) -> list[Any]:
 
 
 def move_to(device: torch.device, batch: Any) -> Any:
-    """Move everything in a batch that has a ``to``."""
+    """Move everything in a batch that has a ``to`` method."""
     return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
 
 

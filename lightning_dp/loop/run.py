@@ -1,4 +1,4 @@
-"""PrivateLoop: one private run in a loop that the user writes, and ``make_private``, which makes one."""
+"""PrivateLoop: one private run in the user's own loop, and ``make_private``, which makes one."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def make_private(
 
 
 class PrivateLoop(LoopFacts):
-    """One private run in a loop that the user writes; a context manager. ``make_private`` makes one.
+    """One private run in the user's own loop; a context manager. ``make_private`` makes one.
 
     **Guarantee**: that of ``DPStrategy``. A step on any gradient but the released one is refused, as is a batch that
     another loader drew. NOT covered: ``nonprivate_loss``, and whatever else user code computes from the data.
@@ -213,12 +213,12 @@ class PrivateLoop(LoopFacts):
         self._guard.released()
 
     def _begin_order(self) -> None:
-        """Let the loader go on where the run stopped, if its noise needs the order of the data."""
+        """Let the loader resume at the right batch, if the noise needs the order of the data."""
         if self.settings.noise is not None:
             begin_order(self.plan.correlation, self._drawn, self.state.steps_taken)
 
     def _begin(self) -> LoopFit:
-        """Check what was loaded, and make the private step."""
+        """Check the loaded state, and make the private step."""
         saving.check_loaded(self._model, self._optimizer, self.state, self._loaded, self.settings)
         self.state.check_history(self._model)
         fit = LoopFit(
@@ -241,7 +241,7 @@ class PrivateLoop(LoopFacts):
 
     @property
     def plan(self) -> DPPlan:
-        """The public settings of the run; made, and its noise calibrated, when first asked for."""
+        """The public settings of the run; made, and its noise calibrated, at the first access."""
         state = self.state
         if state.plan is None:
             if self.mechanisms.extra_records:
@@ -272,7 +272,7 @@ class PrivateLoop(LoopFacts):
         return saving.dump(self._model, self._optimizer, self.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a saved run; load model and optimizer of the same moment too, before the next step.
+        """Resume a saved run; load the model and optimizer saved with it too, before the next step.
 
         Args:
             state: what ``state_dict`` returned.
@@ -290,7 +290,7 @@ class PrivateLoop(LoopFacts):
         self.state.plan, self._loaded = None, state
 
     def close(self) -> None:
-        """Take all hooks off the model and end the threads; ledger and statement can still be read."""
+        """Remove all hooks from the model and end the threads; ledger and statement stay readable."""
         self._finalizer()
         _open.pop(self._model, None)
 

@@ -1,6 +1,4 @@
-"""Privacy state of a loop, which the user saves apart from model and optimizer: written, read, and compared with
-them.
-"""
+"""The privacy state of a loop, which the user saves with model and optimizer: written, read, and compared with them."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ def dump(model: nn.Module, optimizer: Optimizer, state: PrivacyState) -> dict[st
 
 
 def load(state: PrivacyState, loaded: Any) -> None:
-    """Go on with a saved run.
+    """Resume a saved run.
 
     Args:
         state: of a run that took no steps, or is the saved one.
@@ -40,7 +38,7 @@ def load(state: PrivacyState, loaded: Any) -> None:
 def check_loaded(
     model: nn.Module, optimizer: Optimizer, state: PrivacyState, loaded: dict[str, Any] | None, settings: Settings
 ) -> None:
-    """Check that weights and optimizer are not of a later moment than the ledger.
+    """Check that weights and optimizer were not saved later than the ledger.
 
     Args:
         model: about to be trained.

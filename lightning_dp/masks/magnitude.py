@@ -1,4 +1,4 @@
-"""Pruning masks: the largest weights of public ones stay live."""
+"""Pruning masks: the largest of the public weights stay active."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOT_PUBLIC = (
 
 
 class MagnitudeMask(GradientMask):
-    """A mask that stays as given until it is given another.
+    """A mask that stays constant until it is replaced.
 
     **Guarantee**: as public as what the masks were made of; see ``magnitude_masks``.
 
@@ -47,7 +47,7 @@ class MagnitudeMask(GradientMask):
         self.count = count
 
     def replace(self, masks: Mapping[str, Tensor]) -> None:
-        """Take other masks from the next logical step on; equal ones keep the version."""
+        """Use other masks from the next logical step on; equal masks keep the version."""
         same = masks.keys() == self.masks.keys() and all(
             torch.equal(m, self.masks[n].to(m.device)) for n, m in masks.items()
         )
@@ -61,7 +61,7 @@ class MagnitudeMask(GradientMask):
 
     @override
     def live(self, step: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Return the masks of those parameters that have one."""
+        """Return the masks of the given parameters that have one."""
         return {name: self.masks[name].to(p.device) for name, p in parameters.items() if name in self.masks}
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class MagnitudeMask(GradientMask):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MagnitudeMask:
-        """Restore the masks that ``state_dict`` was made of, with the same version."""
+        """Restore the masks that ``state_dict`` saved, with the same version."""
         masks = {}
         for name, saved in state["masks"].items():
             bits = np.unpackbits(saved["bits"].cpu().numpy(), count=math.prod(saved["shape"]))
@@ -83,7 +83,7 @@ class MagnitudeMask(GradientMask):
 
 
 def prunable_names(module: nn.Module) -> list[str]:
-    """Name the weights that pruning may remove: trainable, of two dimensions or more, not in a norm layer, not a bias.
+    """Return the weights that pruning may remove: trainable, two or more dimensions, not in a norm layer, not a bias.
 
     Matrices, convolution kernels and embeddings are; so are bare parameters of that many dimensions (class tokens,
     positional embeddings). A norm layer is one of torch's, or a module whose class name ends in "norm".
@@ -121,7 +121,7 @@ def magnitude_masks(
     scores: str = "magnitude",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Keep the largest weights.
+    """Return masks that keep the largest weights.
 
         m = 1 where |w| is among the largest P - int(amount P), over all prunable weights or within each tensor
 
@@ -217,7 +217,7 @@ def _scores(name: str, weight: Tensor) -> Tensor:
 
 
 def _smallest(scores: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` smallest scores, of equal ones the first."""
+    """Mark the ``count`` smallest scores; of equal scores the first."""
     if count == 0:
         return torch.zeros(scores.shape, dtype=torch.bool)
     last = scores.kthvalue(count).values

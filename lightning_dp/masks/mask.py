@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class GradientMask(ABC):
-    """A choice of the coordinates that are live in a logical step: a function of public state only.
+    """A choice of the active coordinates of a logical step: a function of public state only.
 
         g_i <- m g_i before clipping;  noise only where m = 1;  p.grad = 0 elsewhere
 
@@ -23,7 +23,7 @@ class GradientMask(ABC):
 
     @abstractmethod
     def version(self, step: int) -> Hashable:
-        """Name the mask of a logical step: two steps with equal names have equal masks.
+        """Return a name for the mask of a logical step: two steps with equal names have equal masks.
 
         Args:
             step: logical step of the whole run, >= 0.

@@ -1,4 +1,4 @@
-"""ParameterMask: the active coordinates of one parameter, in each form that a step reads."""
+"""ParameterMask: the active coordinates of one parameter, in every form that a step reads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ParameterMask:
 
     @property
     def num_active(self) -> int:
-        """L: number of active coordinates."""
+        """Number of active coordinates, L."""
         return self.indices.numel()
 
     @property
@@ -64,7 +64,7 @@ class ParameterMask:
         return values.reshape(values.shape[0], self.active.numel()).index_select(1, self.indices)
 
     def next_matrix(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the matrix for a product that is repeated in each microbatch, or None if a dense product is better.
+        """Return the matrix for a product repeated in each microbatch, or None if a dense product is faster.
 
         Making the matrix takes as long as a product, so it is made when it is asked for a second time.
 
@@ -84,12 +84,12 @@ class ParameterMask:
         return self._matrix
 
     def matrix(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the matrix that :meth:`next_matrix` has made, or None if there is none of that type."""
+        """Return the matrix of that type that :meth:`next_matrix` has made, or None if there is none."""
         return self._matrix if self._matrix is not None and self._matrix.dtype == dtype else None
 
     @cached_property
     def _is_better_sparse(self) -> bool:
-        """At one active entry in ten MKL's sparse product takes two thirds of the time of a dense one."""
+        """True if a sparse product is faster: at one active entry in ten, MKL's takes two thirds of the dense time."""
         if self.active.device.type != "cpu" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
             return False
         return self.active.dim() == 2 and min(self.active.shape) >= _SPARSE_SIDE and self.share <= _SPARSE_SHARE

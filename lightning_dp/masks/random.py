@@ -1,4 +1,4 @@
-"""Random sparsification: a fresh random set of coordinates is left out between refreshes."""
+"""Random sparsification: a random set of coordinates is left out, and drawn again at each refresh."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Cooling = Callable[[float], float]
 
 
 def linear(progress: float) -> float:
-    """Gradual cooling: dense at first, the final rate at last."""
+    """Return the fraction of the final rate: it rises in a straight line from 0 to 1."""
     return progress
 
 
 def cosine(progress: float) -> float:
-    """Gradual cooling along half a cosine."""
+    """Return the fraction of the final rate: it rises along half a cosine from 0 to 1."""
     return (1 - math.cos(math.pi * progress)) / 2
 
 
 def constant(progress: float) -> float:
-    """Return the final rate from the first step on."""
+    """Return the fraction of the final rate: 1 from the first step on."""
     return 1.0
 
 
@@ -129,7 +129,7 @@ class RandomMask(GradientMask):
 
 
 def check_rate(final_rate: float) -> float:
-    """``0 <= final_rate < 1``; 0 is the dense control."""
+    """Check that ``0 <= final_rate < 1``; 0 is the dense control."""
     if not 0 <= check.check_number("final_rate", final_rate) < 1:
         raise ValueError(
             f"Expected 0 <= final_rate < 1, got final_rate={final_rate}. It is the fraction of coordinates left out in "
@@ -139,7 +139,7 @@ def check_rate(final_rate: float) -> float:
 
 
 def check_cooling(schedule: str | Cooling) -> Cooling:
-    """Return a cooling by its name, or a user's own."""
+    """Return a cooling by its name, or the user's own function."""
     if callable(schedule):
         return schedule
     return COOLINGS[check.check_choice("schedule", schedule, COOLINGS)]

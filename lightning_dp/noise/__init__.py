@@ -1,4 +1,4 @@
-"""Gaussian noise: who draws it, from which generator, and how early."""
+"""Gaussian noise: its generators, its threads, and drawing ahead of time."""
 
 from lightning_dp.noise.correlated import CorrelatedNoise
 from lightning_dp.noise.gaussian import GaussianNoise

@@ -1,4 +1,4 @@
-"""Buffers that noise is written into: which are accepted, how they are cut, and whether this process is a fork."""
+"""Buffers for noise: validity checks, slices, and detection of forked processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def num_forks() -> int:
-    """Return how many forks lead from the first process to this one: a generator of an earlier one is the parent's."""
+    """Return the number of forks between the first process and this one; a generator made before a fork is the
+    parent's.
+    """
     return _num_forks
 
 
@@ -46,7 +48,7 @@ def check_buffer(tensor: Tensor, std: float) -> None:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raise TypeError unless noise of this type is precise enough."""
+    """Raise TypeError unless noise of this dtype is precise enough."""
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"Expected a float32 or float64 buffer, got dtype={dtype}. Lower precision would round noise away: add it "

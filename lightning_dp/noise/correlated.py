@@ -78,7 +78,7 @@ class CorrelatedNoise:
             object.__setattr__(self, "decay", decay)
 
     def planned(self, steps: int, separation: int, passes: int) -> CorrelatedNoise:
-        """Return the settings with ``decay="auto"`` replaced by the decay of least ``loss`` for this run.
+        """Return the settings for this run, with ``decay="auto"`` replaced by the decay of least ``loss``.
 
         Args:
             steps: logical steps n of the whole run, >= 1.
@@ -135,7 +135,7 @@ class CorrelatedNoise:
         return toeplitz_sensitivity(self.coefficients(steps), separation, passes, restarts)
 
     def rmse(self, steps: int) -> float:
-        """Return the root mean square, over the steps, of the prefix sums of v per unit of the std of z.
+        """Return the root mean square, over steps, of the noise added so far, in units of the std of z.
 
         rmse^2 = (1/n) ||A C^-1||_F^2 = (1/n) sum_{j < n} (n - j) (r_0 + ... + r_j)^2,   A lower-triangular of ones
         """
@@ -151,16 +151,14 @@ class CorrelatedNoise:
         return self.sensitivity(steps, separation, passes) * self.rmse(steps)
 
     def std_factor(self, step: int) -> float:
-        """Return std of a coordinate of v over that of z, ``step`` steps (>= 0) after the run or its last restart
-        began.
-        """
+        """Return the std of v over the std of z, per coordinate, ``step`` steps (>= 0) after a start or restart."""
         return math.sqrt(sum(r**2 for r in self.inverse[: step + 1]))
 
 
 def toeplitz_sensitivity(
     coefficients: NDArray[np.float64], separation: int, passes: int, restarts: Sequence[int] = ()
 ) -> float:
-    """Return the L2 sensitivity of ``C G`` to one record, C lower-triangular Toeplitz, or block-diagonal after
+    """Return the L2 sensitivity of ``C G`` to one record; C is lower-triangular Toeplitz, block-diagonal after
     restarts.
 
         max over t_1, t_2, ... of || sum_j C e_{t_j} ||_2,   at most ``passes`` of them, t_{j+1} - t_j >= separation
@@ -197,8 +195,8 @@ def toeplitz_sensitivity(
 
     @functools.cache
     def energies(uses: int) -> NDArray[np.float64]:
-        """Squared norm of the sum of the columns 0, b, 2b, ... (``uses`` of them) within the first i rows, for i = 0
-        ... n.
+        """Return the squared norm of the sum of columns 0, b, 2b, ... (``uses`` of them) in the first i rows, for all
+        i.
         """
         rows = -(-steps // separation)
         padded = np.zeros(rows * separation)
@@ -209,7 +207,9 @@ def toeplitz_sensitivity(
 
     @functools.cache
     def largest(block: int, offset: int, left: int) -> float:
-        """Largest squared norm over the blocks from ``block`` on, whose first ``offset`` steps are not allowed."""
+        """Return the largest squared norm over the blocks from ``block`` on, which may not begin in the first
+        ``offset`` steps.
+        """
         if block == len(edges) - 1:
             return 0.0
         length = edges[block + 1] - edges[block]

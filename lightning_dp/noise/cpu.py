@@ -1,4 +1,4 @@
-"""Draw noise into buffers on the CPU: four streams, on as many threads as pay.
+"""Noise on the CPU: four streams, on as many threads as are faster.
 
 Gain of the threads: 1.86 million values take 5.5 ms on two threads in place of 8.2 on one, 6.4 million 19.8 in place of
 26.7 (AMD EPYC with AVX2, MKL's generator, 2026-11-27; what that saves of a step is in ``system/openmp.py``).
@@ -71,7 +71,7 @@ class CpuStreams:
             threads.shutdown()
 
     def _write_stream(self, number: int, flat: Tensor, std: float, *, adds: bool) -> None:
-        """Write every fourth chunk, beginning with the one of that number."""
+        """Write every fourth chunk, starting with the chunk of that number."""
         stream = self._streams[number]
         for start in range(number * CHUNK, flat.numel(), NUM_STREAMS * CHUNK):
             target = flat[start : start + CHUNK]
@@ -91,7 +91,8 @@ class CpuStreams:
 
 
 def _threads_for(num: int) -> int:
-    """Return on how many threads to draw so many numbers: drawing is the cost, and releases the interpreter.
+    """Return the number of threads to draw so many numbers on; drawing dominates the time, and releases the
+    interpreter.
 
     Never more than torch computes on, so that ``OMP_NUM_THREADS`` and ``torch.set_num_threads`` are limits here too.
     """

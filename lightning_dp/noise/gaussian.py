@@ -1,4 +1,4 @@
-"""Gaussian noise from the operating system's entropy: its scale, its rounding, and that no value is used twice.
+"""Gaussian noise from the operating system's entropy: its scale, its rounding, and single use of every value.
 
 Standard normals are drawn in ``sources.py``, on the CPU by the threads of ``cpu.py``, and ahead of time in
 ``prefetch.py``.
@@ -96,7 +96,7 @@ class GaussianNoise:
         return self._root is not None
 
     def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Begin to draw ``num`` standard normals during other work, for the next call of ``add_`` or ``fill_``.
+        """Start drawing ``num`` standard normals in the background, for the next call of ``add_`` or ``fill_``.
 
         That call uses them if its buffer has ``num`` coordinates of that type on that device; any other throws them
         away and draws its own. Does nothing where it would not help or could not be repeated: on other devices than the
@@ -157,7 +157,7 @@ class GaussianNoise:
 
     @torch.no_grad()
     def fill_(self, tensor: Tensor, std: float) -> Tensor:
-        """Write N(0, std^2) into every coordinate, in place of what was there: cheaper than to add it to a sum later.
+        """Overwrite every coordinate with N(0, std^2); cheaper than adding noise to a sum later.
 
         **Guarantee**: see the class. What is added to the buffer afterwards, bounded as ``std`` was calibrated to, is
         as private as a sum to which the noise was added at the end; but for the secure variant: its grid is lost.
@@ -202,7 +202,7 @@ class GaussianNoise:
             self._write_device(flat, std, adds=adds)
 
     def close(self) -> None:
-        """End the threads, and throw away what was drawn ahead. The noise can be used as before: threads start again.
+        """End the threads and discard numbers drawn ahead. A later call starts new threads.
 
         Example:
             >>> noise = GaussianNoise()
@@ -220,7 +220,7 @@ class GaussianNoise:
         return (_fresh, (self.secure, self.tuned))
 
     def _refuse_the_parents_state(self) -> None:
-        """Begin with new streams in a forked child, because the parent goes on with the old ones."""
+        """Start new streams in a forked child, because the parent continues the old ones."""
         if self._fork != num_forks():
             self._start(None)
 
@@ -233,7 +233,7 @@ class GaussianNoise:
         self._random_words = secure_words() if self.secure else None
 
     def _children(self, num: int) -> list[np.random.SeedSequence]:
-        """Return independent seeds: parts of the root under a seed, else each its own 256 bits of entropy."""
+        """Return independent seeds: children of the root under a seed, else 256 bits of entropy for each."""
         if self._root is not None:
             return self._root.spawn(num)
         return [np.random.SeedSequence(secrets.randbits(256)) for _ in range(num)]
@@ -263,7 +263,7 @@ class GaussianNoise:
 
 
 def _on_grid(values: NDArray[np.float64], grid: float) -> NDArray[np.float64]:
-    """Round to multiples of a power of two: exact, but for values of 2^52 steps and more, which stay as they are."""
+    """Round to multiples of a power of two, exactly; values of 2^52 steps and more stay unchanged."""
     near = np.abs(values) < grid * 2.0**52
     np.divide(values, grid, out=values, where=near)
     np.rint(values, out=values, where=near)

@@ -44,7 +44,7 @@ class NormalsAhead:
         self._wanted: tuple[int, torch.dtype] | None = None
 
     def draw(self, num: int, dtype: torch.dtype) -> None:
-        """Begin to draw ``num`` numbers; a second call for the same keeps the first, for nothing of it was used."""
+        """Start drawing ``num`` numbers; a second call for the same keeps the first, because nothing of it was used."""
         if self._drawn is not None and self._wanted == (num, dtype):
             return
         self.take(num, dtype)
@@ -52,8 +52,7 @@ class NormalsAhead:
         self._drawn = self._thread.submit(self._fill, num, dtype)
 
     def take(self, num: int, dtype: torch.dtype) -> Tensor | None:
-        """Return what was drawn if it is ``num`` numbers of that type, waiting for it; else throw it away and return
-        None.
+        """Wait for the numbers and return them if number and dtype match; else discard them and return None.
 
         Raises:
             Exception: whatever drawing raised.
@@ -65,7 +64,7 @@ class NormalsAhead:
         return normals if self._wanted == (num, dtype) else None
 
     def close(self) -> None:
-        """Throw away what was drawn and end the thread, which finishes its draw first."""
+        """Discard the numbers and end the thread, which finishes its draw first."""
         self._drawn = None
         self._thread.shutdown(cancel_futures=True)
 
@@ -81,8 +80,7 @@ class NormalsAhead:
 
 
 def has_spare_core() -> bool:
-    """Tell whether a core is free in addition to those that torch computes on; else drawing delays the work that runs
-    with it.
+    """Tell whether a core is free in addition to torch's own; without one, drawing delays the work that it overlaps.
 
     False where ``OMP_NUM_THREADS`` or ``OMP_THREAD_LIMIT`` is set: then the user has said how many threads compute.
     """

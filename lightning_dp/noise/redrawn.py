@@ -1,4 +1,4 @@
-"""Correlated noise without memory of earlier draws: each is drawn again from a key and its step."""
+"""Correlated noise without stored draws: each draw is repeated from a key and its step."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class CorrelatedGaussianNoise:
 
     @torch.no_grad()
     def add_(self, tensor: Tensor, std: float) -> Tensor:
-        """Add ``std * v_t`` to every coordinate, in place, and go on to the next step.
+        """Add ``std * v_t`` to every coordinate, in place, and advance to the next step.
 
         **Guarantee**: see the class. ``std`` must be public.
 
@@ -94,7 +94,7 @@ class CorrelatedGaussianNoise:
 
     @torch.no_grad()
     def fill_(self, tensor: Tensor, std: float) -> Tensor:
-        """Write ``std * v_t`` into every coordinate, in place of its values, and go on to the next step.
+        """Overwrite every coordinate with ``std * v_t``, and advance to the next step.
 
         Args:
             tensor: as for :meth:`add_`; its values are not read.

@@ -1,4 +1,4 @@
-"""Sources of standard normals, each started from the operating system's entropy.
+"""Sources of standard normals, each seeded from the operating system's entropy.
 
 Fast, on the CPU, the first of these that works here:
 
@@ -40,7 +40,7 @@ Stream = Callable[[Tensor, float], object]
 
 
 def normal_stream(seed: np.random.SeedSequence, *, tuned: bool = True) -> Stream:
-    """Return a stream of its own. Drawing releases the interpreter and starts no threads.
+    """Return an independent stream. Drawing releases the interpreter and starts no threads.
 
     Args:
         seed: where it starts.
@@ -53,7 +53,7 @@ def normal_stream(seed: np.random.SeedSequence, *, tuned: bool = True) -> Stream
 
 
 def threads_that_pay(num_threads: int) -> int:
-    """Return on how many threads to draw while so many wait awake: MKL's one takes as long as two that take turns."""
+    """Return the number of threads to draw on while that many wait: one of MKL's is as fast as two."""
     return 1 if num_threads <= 2 and _mkl_generator() is not None else num_threads
 
 
@@ -72,7 +72,7 @@ def _mkl_stream(generator: Callable[..., Any], seed: np.random.SeedSequence) -> 
 
 @functools.cache
 def _mkl_generator() -> Callable[..., Any] | None:
-    """Return the class of MKL's generators, or None where it is not installed or does not draw what it should."""
+    """Return the class of MKL's generators, or None if it is missing or fails its self-test."""
     try:
         from mkl_random import MKLRandomState
 
@@ -108,8 +108,8 @@ def _torch_stream(seed: np.random.SeedSequence) -> Stream:
 
 
 def _has_known_layout() -> bool:
-    """Tell whether torch's CPU generator keeps its state as ``_torch_stream`` writes it: seen from what a known seed
-    leaves there.
+    """Tell whether torch's CPU generator stores its state as ``_torch_stream`` writes it, by the state after a known
+    seed.
     """
     seed = 5489
     state = torch.Generator().manual_seed(seed).get_state().numpy()
