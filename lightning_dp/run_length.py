@@ -1,4 +1,4 @@
-"""The planned length of a run: all that schedules, masks and phases may depend on in addition to the step."""
+"""The planned length of a run: in addition to the step, the only input of schedules, masks and phases."""
 
 from __future__ import annotations
 

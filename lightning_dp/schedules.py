@@ -233,7 +233,7 @@ def cosine(final: float, over: int, every: int = 1) -> Schedule:
 
 @dataclass(frozen=True)
 class _Intervals:
-    """A function of the number of the interval."""
+    """A function of the index of the interval."""
 
     function: Callable[[int], float]
     every: int
@@ -245,7 +245,7 @@ class _Intervals:
 def make_schedule(
     kind: str | Callable[[int], float], *, factor: float | None, rate: float | None, every: int, over: int
 ) -> Schedule:
-    """Return the schedule that a name stands for.
+    """Return the schedule with a name.
 
     Args:
         kind: "constant", "linear", "time", "step", "exponential", "cosine", or a function from the number of the

@@ -17,18 +17,18 @@ def unreported() -> AbstractContextManager[None]:
 
 
 def unfollowed() -> AbstractContextManager[None]:
-    """Return a context in which operations report themselves to nobody: neither tracked tensors nor modes."""
+    """Return a context in which operations report neither to tracked tensors nor to modes."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return context
 
 
 def in_backward() -> bool:
-    """Tell whether autograd is running a backward now: a forward in it is a recomputation (checkpointing)."""
+    """Tell whether autograd is running a backward; a forward within it is a recomputation (checkpointing)."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def keeps_graph() -> bool:
-    """Tell whether the backward under way keeps its graph for another one (``retain_graph=True``) or may do so."""
+    """Tell whether the current backward keeps, or may keep, its graph for another one (``retain_graph=True``)."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or bool(ask())
 
@@ -39,7 +39,7 @@ def is_view(tensor: Tensor) -> bool:
 
 
 def own_view(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same memory that autograd does not count as a view."""
+    """Return a tensor over the same memory that autograd does not count as a view."""
     alone: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
     return alone
 

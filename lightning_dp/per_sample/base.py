@@ -1,4 +1,4 @@
-"""GradientEngine: what a private step asks of per-sample gradients, however they are computed.
+"""GradientEngine: the interface of a private step to per-sample gradients, however they are computed.
 
 Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 """
@@ -37,11 +37,11 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def attach(self) -> None:
-        """Register the hooks; a second call changes nothing."""
+        """Register the hooks; a second call does nothing."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Remove every hook; a second call changes nothing."""
+        """Remove every hook; a second call does nothing."""
 
     @abstractmethod
     def set_parameters(self, parameters: Mapping[str, nn.Parameter], gathered: Collection[str] = ()) -> None:
@@ -75,7 +75,7 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def see(self, batch: Any) -> None:
-        """Take note of the batch that the user's step is about to run on: its rows have owners.
+        """Record the batch that the user's step is about to run on, because its rows have owners.
 
         Args:
             batch: collated and on its device.
@@ -86,7 +86,7 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def begin(self, batch_size: int, owners: Tensor | None = None) -> None:
-        """Start a microbatch: forget the last one, record from here on.
+        """Start a microbatch: forget the previous one and record uses from now on.
 
         Args:
             batch_size: records in it.
@@ -103,17 +103,17 @@ class GradientEngine(ABC):
         """Tell whether a backprop is waiting for any of these parameters."""
 
     def recomputed(self) -> set[str]:
-        """Return the parameters of which values are read again after the backward, to pull gradients back."""
+        """Return the parameters whose values are read again after the backward, to pull gradients back."""
         return set()
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Types of the private parameters as the forward computes with them."""
+        """Dtypes of the private parameters in the forward."""
         return {parameter.dtype for parameter in self._parameters.values()}
 
     @abstractmethod
     def accept_grads(self, names: Iterable[str]) -> None:
-        """Take note that these parameters were given a ``.grad`` on purpose, within a microbatch: the private one."""
+        """Accept a ``.grad`` of these parameters within a microbatch, because it is the private one."""
 
     @abstractmethod
     def check_tracked(self) -> None:
@@ -126,7 +126,7 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def end(self) -> None:
-        """Free everything; until the next :meth:`begin` the module trains as if there were no engine."""
+        """Free everything; until the next :meth:`begin` the module trains as without an engine."""
 
     @abstractmethod
     def squared_norms(

@@ -1,4 +1,4 @@
-"""Owners of the rows of a batch's tensors: by position, by an index that the batch holds, or as the user says.
+"""Owners of the rows of a batch's tensors: by position, by an index in the batch, or as declared by the user.
 
 axis of B entries        entry b belongs to sample b
 list of B things         thing b belongs to sample b
@@ -29,7 +29,7 @@ _DEEPEST = 5
 
 
 class BatchOwners:
-    """Knowledge of the batches of a run: the tensors whose rows have owners at every size.
+    """Facts about the batches of a run: the tensors whose rows have owners at every batch size.
 
     Args:
         module: may have an attribute or a method ``sample_of_row(batch)``.
@@ -40,23 +40,23 @@ class BatchOwners:
         self._kinds: dict[Path, set[Kind]] | None = None
 
     def learn(self, batch: Any, size: int) -> None:
-        """Take note of a batch of that many samples: only what holds for all of them counts."""
+        """Record the structure of a batch of that many samples; only facts that hold for all batches remain."""
         seen = dict(_kinds_of(batch, size, self._indices(batch, size)))
         known = self._kinds
         self._kinds = seen if known is None else {path: seen[path] & known[path] for path in seen.keys() & known.keys()}
 
     @property
     def was_seen(self) -> bool:
-        """True if a batch was seen at all."""
+        """True if any batch was seen."""
         return self._kinds is not None
 
     @property
     def has_indices(self) -> bool:
-        """True if batches say by an index, or as a list, what belongs to whom."""
+        """True if batches name the owners of rows by an index or as a list."""
         return any(name != "sample" or axis == "each" for kinds in (self._kinds or {}).values() for axis, name in kinds)
 
     def forget(self) -> None:
-        """Begin again to learn."""
+        """Forget all batches and start learning again."""
         self._kinds = None
 
     def note(self, batch: Any, follower: Follower) -> None:
@@ -87,7 +87,7 @@ class BatchOwners:
                 follower.note(thing, _owners_of(path, kinds, thing, follower, indices))
 
     def _indices(self, batch: Any, size: int) -> dict[str, Tensor]:
-        """Return the indices that a batch holds by name."""
+        """Return the indices of owners in a batch, by name."""
         found: dict[str, Tensor] = {}
         given = getattr(self._module, KEY, None)
         given = given(batch) if callable(given) else given
@@ -108,7 +108,7 @@ class BatchOwners:
 def _owners_of(
     path: Path, kinds: set[Kind], tensor: Tensor, follower: Follower, indices: Mapping[str, Tensor]
 ) -> Owners:
-    """Return the owners of a tensor of a batch; mixed where nothing says whose its rows are."""
+    """Return the owners of a tensor of a batch; mixed if nothing names the owners of its rows."""
     if not kinds:
         return MIXED
     axis, name = min(kinds, key=lambda kind: _rank(path, kind[1]))
@@ -147,7 +147,7 @@ def _is_graph(container: Mapping[str, Any]) -> bool:
 
 
 def _nodes_of(container: Mapping[str, Any], size: int) -> Tensor:
-    """Return the graph of every node."""
+    """Return the graph index of every node."""
     batch, ptr = container.get("batch"), container.get("ptr")
     if isinstance(ptr, Tensor):
         counts = ptr.diff()
@@ -166,7 +166,7 @@ def _nodes_of(container: Mapping[str, Any], size: int) -> Tensor:
 
 
 def _packed(packed: PackedSequence) -> Tensor:
-    """Return the sample of every row of a packed sequence."""
+    """Return the sample index of every row of a packed sequence."""
     order = packed.sorted_indices
     if order is None:
         order = torch.arange(int(packed.batch_sizes[0]), device=packed.data.device)
@@ -174,7 +174,7 @@ def _packed(packed: PackedSequence) -> Tensor:
 
 
 def _kinds_of(batch: Any, size: int, indices: Mapping[str, Tensor]) -> Iterator[tuple[Path, set[Kind]]]:
-    """Yield what each thing in a batch may be, by its lengths."""
+    """Yield the possible kinds of each object in a batch, inferred from its lengths."""
     for path, thing in _walk(batch):
         kinds: set[Kind] = set()
         if isinstance(thing, PackedSequence):
@@ -197,7 +197,7 @@ def _kinds_of(batch: Any, size: int, indices: Mapping[str, Tensor]) -> Iterator[
 
 
 def _rank(path: Path, name: str) -> int:
-    """Return the order of preference where lengths leave several."""
+    """Return the order of preference if lengths allow several kinds."""
     of_edges = bool(path) and ("edge" in str(path[-1]) or path[-1] == "E")
     kind = name.split(" ")[0]
     order = (
@@ -235,7 +235,7 @@ def _containers(thing: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, A
 
 
 def _items(thing: Any) -> Iterator[tuple[Any, Any]]:
-    """Return what is in a container: of a mapping, a sequence, a graph, or an object with attributes."""
+    """Return the items of a container: a mapping, a sequence, a graph, or an object with attributes."""
     if isinstance(thing, Mapping):
         yield from thing.items()
     elif isinstance(thing, tuple) and hasattr(thing, "_fields"):

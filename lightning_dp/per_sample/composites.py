@@ -1,4 +1,4 @@
-"""Operations that are written out in simpler ones, which report themselves.
+"""Operations rewritten as simpler operations, which report themselves.
 
 Each function takes the tracker, the torch function, and that function's arguments.
 """
@@ -92,7 +92,7 @@ def addmm(tracker: Tracker, func: Any, bias: Any, a: Any, b: Any, *, beta: float
 
 
 def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
-    """Select rows of a parameter by a tensor of indices as an embedding does."""
+    """Select rows of a parameter by a tensor of indices, like an embedding."""
     one = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     if isinstance(one, Tensor) and one.dtype in (torch.int64, torch.int32) and one.dim():
         return rows(tensor, one)
@@ -100,7 +100,7 @@ def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
 
 
 def index_select(tracker: Tracker, func: Any, input: Any, dim: int, index: Any) -> Any:
-    """Select rows of a parameter as an embedding does."""
+    """Select rows of a parameter, like an embedding."""
     if is_tracked(input) and dim == 0 and input.dim() and not is_tracked(index):
         return rows(input, index)
     return tracker.primitive(func, (input, dim, index), {})
@@ -114,7 +114,7 @@ def rows(table: Any, index: Tensor) -> Tensor:
 
 
 def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) -> Any:
-    """Write a function of parameters into a tensor of data, out of place where the index is a mask."""
+    """Write a function of parameters into a tensor of data, out of place if the index is a mask."""
     if is_tracked(tensor) or not is_tracked(value):
         return tracker.primitive(func, (tensor, index, value), {})
     if isinstance(index, Tensor) and index.dtype == torch.bool:
@@ -211,7 +211,7 @@ def _bags_by_offsets(
     max_norm: float | None,
     scale_grad_by_freq: bool,
 ) -> Any:
-    """Return bags of unequal size: an entry belongs to the sample that its bag belongs to."""
+    """Return bags of unequal size; an entry belongs to the sample that owns its bag."""
     follower = tracker.follower
     if follower is None:
         raise PrivacyError(
@@ -268,7 +268,7 @@ def rnn_cell(
 
 
 def bilinear(tracker: Tracker, func: Any, one: Any, other: Any, weight: Any, bias: Any = None) -> Any:
-    """Compute a bilinear layer as a linear one of the products of its inputs."""
+    """Compute a bilinear layer as a linear layer over the products of its inputs."""
     if is_tracked(one) or is_tracked(other):
         return tracker.primitive(func, (one, other, weight, bias), {})
     products = (one.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2)
@@ -276,8 +276,8 @@ def bilinear(tracker: Tracker, func: Any, one: Any, other: Any, weight: Any, bia
 
 
 def watch(tracker: Tracker, func: Any, tensor: Any, *args: Any) -> Any:
-    """Let hooks be registered on parameters, where no gradient arrives, but not on functions of parameters, where raw
-    ones do.
+    """Allow hooks on parameters, which see no gradient, and refuse hooks on functions of parameters, which would see
+    raw ones.
     """
     if isinstance(tensor, Function):
         raise PrivacyError(
@@ -294,7 +294,9 @@ _BYPASS = dict.fromkeys(
 
 
 def entered(func: Any) -> Any:
-    """Return a Python function of ``torch.nn.functional`` that does not report itself, only what it calls."""
+    """Return a Python function of ``torch.nn.functional`` that does not report itself; the functions that it
+    calls do.
+    """
     inside = FunctionType(
         func.__code__, {**func.__globals__, **_BYPASS}, func.__name__, func.__defaults__, func.__closure__
     )

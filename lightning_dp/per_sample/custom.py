@@ -1,4 +1,4 @@
-"""Rules that users register for operations of their own."""
+"""Rules that users register for their own operations."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class _Registered(Rule):
 
 
 class _Shapes(dict[str, torch.Size]):
-    """Shapes of parameters by name, as a part of a key."""
+    """Shapes of parameters by name, as one element of a key."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))

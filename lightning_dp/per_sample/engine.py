@@ -99,7 +99,7 @@ class PerSampleEngine(GradientEngine):
             ]
 
     def _guard(self, name: str) -> Callable[[Tensor], None]:
-        """Return a hook that takes away, at once, a gradient which no use has seen."""
+        """Return a hook that immediately removes a gradient that no recorded use has seen."""
 
         def take(parameter: Tensor) -> None:
             if self._recorder.active and self._recorder.listening:
@@ -196,7 +196,7 @@ class PerSampleEngine(GradientEngine):
                 parameter.grad = grad
 
     def _try_owners(self, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
-        """Run the user's forward with rows followed to their owners, where positions do not tell them."""
+        """Run the user's forward and follow the owners of rows, because positions do not determine them."""
         self._follows_owners = True
         try:
             for size in sizes:
@@ -214,9 +214,7 @@ class PerSampleEngine(GradientEngine):
             ) from error
 
     def _settle_rows(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool) -> None:
-        """Make sure that each sample has K rows, where several rows of a sample were seen folded into the batch
-        axis.
-        """
+        """Check that each sample has K rows, if several rows per sample are folded into the batch axis."""
         learned = self._tracker.learned
         assert learned is not None
         if not learned.has_folds or not self._batch_owners.was_seen:
@@ -232,7 +230,7 @@ class PerSampleEngine(GradientEngine):
 
     @property
     def follows_owners(self) -> bool:
-        """True if rows belong to samples by an index that is followed through the step, not by their positions."""
+        """True if rows belong to samples by an index that is followed through the step, not by position."""
         return self._follows_owners
 
     @override
@@ -357,7 +355,7 @@ class PerSampleEngine(GradientEngine):
         masks = masks or {}
 
         def target(name: str, *, direct: bool = True) -> Tensor:
-            """Return the tensor to which the whole weighted sum of a parameter is added."""
+            """Return the tensor that receives the weighted sum of a whole parameter."""
             if name not in masks and direct:
                 return out[name]
             if scratch:
@@ -404,7 +402,7 @@ class PerSampleEngine(GradientEngine):
             }
 
     def _parts(self, names: set[str]) -> dict[str, list[tuple[Source, Node]]]:
-        """Return the tensors with backprops that are functions of each of these parameters, with their sources."""
+        """Return, by parameter, its derived tensors that received backprops, with their sources."""
         parts: dict[str, list[tuple[Source, Node]]] = {}
         for source in self._tracker.sources.values():
             for key in source.live():
@@ -417,8 +415,7 @@ class PerSampleEngine(GradientEngine):
     def _sorted(
         self, names: set[str], masks: Mapping[str, ParameterMask]
     ) -> tuple[dict[Source, dict[Hashable, tuple[str, Region | None]]], set[str]]:
-        """Return the sources that give norms and sums of disjoint parts of parameters, and the parameters that need all
-        of it.
+        """Return the sources of disjoint views of parameters, and the parameters whose whole gradient is needed.
 
         A parameter that is seen through views needs all of it under a mask: the masked norm and the masked sum of a
         view come from different products, whose rounding no norm covers.
@@ -450,7 +447,7 @@ class PerSampleEngine(GradientEngine):
         return self._known_disjoint[key]
 
     def _gathered(self, names: set[str]) -> dict[str, Tensor]:
-        """Return the per-sample gradients of parameters, all parts added: cross terms count."""
+        """Return per-sample gradients with all contributions added, because cross terms count."""
         if self._whole_at != self._recorder.changes:
             self._whole, self._whole_at = {}, self._recorder.changes
         # norms and weighted sum are taken from the same tensor: nothing is lost where parts cancel
@@ -485,7 +482,7 @@ class PerSampleEngine(GradientEngine):
         return total
 
     def _most_kept(self) -> float:
-        """Return the largest total size of kept gradients, in bytes: a share of what is in memory anyway."""
+        """Return the largest total size of cached gradients, in bytes: a share of the memory in use."""
         parameters = sum(parameter.nbytes for parameter in self._module.parameters())
         gradients = sum(parameter.nbytes for parameter in self._parameters.values())
         return SHARE * (self._recorder.num_bytes + parameters + gradients)

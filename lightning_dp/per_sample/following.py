@@ -1,4 +1,4 @@
-"""Follow the owners of rows through all operations of a step, where positions do not tell them.
+"""Follow the owners of rows through all operations of a step, if positions do not determine them.
 
 Graphs, sets and loops over samples have no axis with equally many rows for each sample. There every tensor that holds
 data carries a note of its owners; an operation hands it on to its result (moves.py). It costs some microseconds for
@@ -31,7 +31,7 @@ _entered = functools.cache(entered)
 
 
 class Follower(TorchFunctionMode):
-    """Notes, on every tensor that an operation makes, which samples own its rows.
+    """A mode that records, for every tensor that an operation returns, which samples own its rows.
 
     **Guarantee**: a tensor without a note, which came from outside or through something that reports no operations,
     counts as mixed: no parameter may meet it. What is written in place through a view makes all other views of that
@@ -61,11 +61,11 @@ class Follower(TorchFunctionMode):
         return self._identities[device]
 
     def note(self, tensor: Tensor, owners: Owners) -> None:
-        """Say who owns a tensor."""
+        """Record the owners of a tensor."""
         self._notes[id(tensor)] = (weakref.ref(tensor), self._time, owners)
 
     def owners_of(self, tensor: Tensor) -> Owners:
-        """Return who owns a tensor; None for a constant."""
+        """Return the owners of a tensor; None for a constant."""
         if is_tracked(tensor) or isinstance(tensor, nn.Parameter) or id(tensor) in self._constants:
             return None
         note = self._notes.get(id(tensor))
@@ -116,7 +116,7 @@ class Follower(TorchFunctionMode):
                 self.note(tensor, one if _fits(tensor, one) else Mixed(name))
 
     def _changes(self, tensor: Tensor, after: Owners) -> bool:
-        """Tell whether what is written in place may give other views of the same memory other owners."""
+        """Tell whether an in-place write may change the owners of other views of the same memory."""
         before = self.owners_of(tensor)
         if before is after or (before is None and after is None):
             return False
@@ -125,7 +125,7 @@ class Follower(TorchFunctionMode):
         return True
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
-        """Return the owners of a result, or of each tensor of it."""
+        """Return the owners of a result, or of each tensor in it."""
         if name in CONSTANTS:
             return None
         tensors = [*tensors_in(args, kwargs)]
@@ -153,7 +153,7 @@ class Follower(TorchFunctionMode):
         return all(owners is None for tensor, owners in found if id(tensor) in entries)
 
     def result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the owners of what an operation would give."""
+        """Return the owners that the result of an operation would have."""
         with torch.no_grad(), unfollowed():
             out = func(*args, **kwargs)
             return self._result(func, func.__name__, args, kwargs, out)

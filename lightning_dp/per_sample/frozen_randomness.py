@@ -1,4 +1,4 @@
-"""Randomness held still, so that a sample run alone and the same sample in a batch compute the same thing."""
+"""Fixed random draws, so that a sample run alone and the same sample in a batch compute the same values."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _DROPOUTS = {
 
 
 class _InDropout(TorchFunctionMode):
-    """Notes while a dropout runs, or a layer that has one: its draws are its own, whatever operations it is made of on
-    a device.
+    """A mode that records whether a dropout, or a layer with one, is running, whichever operations it uses on a
+    device.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class _InDropout(TorchFunctionMode):
 
 
 class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every random draw becomes a fixed value, so that two runs differ in their samples only.
+    """A mode that replaces every random draw by a fixed value, so that two runs differ only in their samples.
 
     Dropout is off. Permutations become a cyclic shift, which mixes whatever can be mixed. Other draws of values:
 
@@ -124,7 +124,7 @@ def _by_place(like: torch.Tensor) -> torch.Tensor:
 
 
 def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None, coin: float) -> Any:
-    """Return what replaces a draw, or None where it must stay random."""
+    """Return the replacement of a draw, or None if it must stay random."""
     u = coin if uniform is None else uniform
     if name in ("randn", "randn_like") or name.startswith("normal"):
         mean, std = named.get("mean", 0.0), named.get("std", 1.0)

@@ -1,4 +1,4 @@
-"""Functions of private parameters: how they come about, and how per-sample gradients are pulled back through them.
+"""Functions of private parameters: how they are built, and how per-sample gradients are pulled back through them.
 
 A function of parameters is an ordinary result of autograd, connected to a stand-in of each parameter. The pull-back is
 a vector-Jacobian product of that graph, mapped over the samples. Where it is a view its entries are entries of the
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def derive(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation on parameters and constants: the result is a function of parameters."""
+    """Run an operation on parameters and constants; its result is a function of parameters."""
     nodes: list[tuple[Node, Tensor]] = []
 
     def attached(tensor: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def derive(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, nodes: list[tuple[Node, Tensor]]) -> Any:
-    """Return the result of an operation on nodes as a function of parameters, or as it is where no gradient flows."""
+    """Return the result of an operation on nodes as a function of parameters, or unchanged if no gradient flows."""
     key = (func.__name__, tuple(node.lineage for node, _ in nodes))
     if args and (out is None or out is args[0]) and IN_PLACE.fullmatch(func.__name__):
         target: Any = args[0]
@@ -90,7 +90,7 @@ def _made(tracker: Tracker, func: Any, out: Tensor, key: Hashable, nodes: list[t
 
 
 def pulled_back(tracker: Tracker, node: Node, grads: Tensor) -> dict[str, Tensor]:
-    """Return per-sample gradients of the parameters of a node from those of the node, ``(B, *shape)`` each."""
+    """Return per-sample gradients of a node's parameters, ``(B, *shape)`` each, from those of the node."""
     assert node.value is not None
     names = [name for name in node.names if name in tracker.stand_ins]
     roots = [tracker.stand_ins[name] for name in names]

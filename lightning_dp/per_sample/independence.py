@@ -1,4 +1,4 @@
-"""Is the gradient of a sample its own? The comparison with samples run alone, and layers known not to be private.
+"""The comparison of a sample's gradient in a batch with its gradient alone, and layers known not to be private.
 
 Differential privacy bounds what one sample contributes. That needs per-sample gradients which depend on one sample
 only, and which are on the scale that the clipping norm is meant for. Both fail silently for a wrong loss or layer; the
@@ -104,7 +104,7 @@ def compare_with_singles(
 
 
 def find_unsupported(module: nn.Module, *, runs_samples_alone: bool = False) -> list[tuple[str, nn.Module, str]]:
-    """Return the submodules that cannot be trained privately as they are: (qualified name, module, why).
+    """Return the submodules that cannot be trained privately in their current form: (qualified name, module, why).
 
     **Guarantee**: an empty list does not mean that samples are independent: functions inside ``forward`` are not seen.
 
@@ -134,7 +134,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _why_never_private(module: nn.Module) -> str:
-    """Say which state the layer changes from samples without noise; "" for none."""
+    """Return the reason if the layer stores values of samples without noise; "" if it does not."""
     kind = type(module).__name__
     if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
         return f"{kind} normalises with statistics of the batch and stores them without noise; {_FIX} by GroupNorm."
@@ -146,7 +146,7 @@ def _why_never_private(module: nn.Module) -> str:
 
 
 def _why_not_together(module: nn.Module) -> str:
-    """Return why samples of one forward cannot be distinguished; "" if they can."""
+    """Return the reason if samples of one forward cannot be distinguished; "" if they can."""
     kind = type(module).__name__
     alone = getattr(module, "normalises_samples_alone", False)  # of a subclass that `fix` has changed
     if isinstance(module, _BatchNorm) and not alone and (_trains(module) or module.running_mean is None):
@@ -163,7 +163,7 @@ def _why_not_together(module: nn.Module) -> str:
 def _sums_of(
     batched: Mapping[str, Tensor], singles: Iterable[Mapping[str, Tensor]], scale: float
 ) -> tuple[dict[str, Tensor], int, set[torch.dtype]]:
-    """Return what :func:`_pair_sums` says of every parameter, ``(4, B)``, the number of samples and the types seen."""
+    """Return the pair sums of every parameter, ``(4, B)``, the number of samples and the dtypes seen."""
     rows: dict[str, dict[int, Tensor]] = {}
     seen, samples = {tensor.dtype for tensor in batched.values()}, 0
     for single in singles:
@@ -217,7 +217,7 @@ def _difference(worst: Mapping[str, tuple[float, int]], rtol: float) -> str:
 
 
 def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, tolerance: float) -> str:
-    """Say what a factor between the two gradients, the same or not for all samples, or none, points to."""
+    """Return the likely cause, given the factor between both gradients: equal for all samples, different, or none."""
     used = (totals_s > 0) & (totals_b > 0)
     batched, alone, product = totals_b[used], totals_s[used], totals_bs[used]
     ratios = product / alone

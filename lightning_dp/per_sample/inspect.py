@@ -1,4 +1,4 @@
-"""Inspection of the layers of a module without data: how each would be trained privately."""
+"""Inspection of a module's layers without data: how each would be trained privately."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def inspect(module: nn.Module) -> list[LayerReport]:
 
 
 def _split(change: str) -> tuple[str, str]:
-    """Return the layer's name and the rest of a sentence of ``fix``."""
+    """Return the two parts of a sentence of ``fix``: the layer's name and the rest."""
     name, _, rest = change.partition(": ")
     return name, rest
 

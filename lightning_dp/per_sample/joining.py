@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Joining:
-    """Layout in which the rows of each user are those of one sample.
+    """A layout that joins the rows of each user into one sample.
 
     Users with fewer records than others are filled up with rows of their own and backprops of zero, which add nothing
     to any gradient. If all users have equally many records, nothing is copied.
@@ -65,7 +65,7 @@ class Joining:
         return self._of_records(tensor, rows)[self._records.to(tensor.device)].flatten(0, 1)
 
     def backprops(self, tensor: Tensor, rows: int) -> Tensor:
-        """Return the backprops of all users as :meth:`data` does, with zeros where a user is filled up."""
+        """Return the backprops of all users in the layout of :meth:`data`, padded with zeros."""
         if self._is_even:
             return tensor
         taken = self._of_records(tensor, rows)[self._records.to(tensor.device)]

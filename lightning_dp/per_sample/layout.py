@@ -68,7 +68,7 @@ class BatchAxis:
         return tensor, rows
 
     def from_front(self, tensor: Tensor) -> Tensor:
-        """Return ``(B, K, ...)`` with its rows folded into the batch axis, in their order and place."""
+        """Return ``(B, K, ...)`` with its rows folded back into the batch axis, in their original order and axis."""
         if tensor.shape[1] > 1 and not self.sample_major:
             tensor = tensor.transpose(0, 1)
         return tensor.flatten(0, 1).movedim(0, self.axis)
@@ -76,7 +76,7 @@ class BatchAxis:
 
 @dataclass(frozen=True)
 class Unclear:
-    """A tensor or call whose batch axis could not be learned, and why."""
+    """A tensor or call whose batch axis could not be inferred, with the reason."""
 
     reason: str
 
@@ -87,13 +87,13 @@ Axis = BatchAxis | Unclear | None
 
 @dataclass(frozen=True)
 class CallLayout:
-    """The axes of one call: one entry a tensor of its arguments and of its output."""
+    """The axes of one call: one entry for each tensor of its arguments and of its output."""
 
     inputs: tuple[Axis, ...]
     outputs: tuple[Axis, ...]
 
     def agrees(self, other: CallLayout) -> bool:
-        """Tell whether both read every tensor the same way; the multiplicity may differ."""
+        """Tell whether two layouts have the same axes; the multiplicity may differ."""
 
         def same(a: Axis, b: Axis) -> bool:
             if isinstance(a, BatchAxis) and isinstance(b, BatchAxis):
@@ -128,7 +128,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 @dataclass
 class Observation:
-    """One call seen while the layout is learned."""
+    """One call seen while the layout is inferred."""
 
     inputs: list[Tensor]
     input_shapes: list[torch.Size]
@@ -219,7 +219,7 @@ def _with_order(axis: Axis, order: bool | None) -> Axis:
 
 
 def _row_order(first: Tensor, second: Tensor, axis: BatchAxis, sizes: tuple[int, int]) -> bool | None:
-    """Read from the values whether the rows are sample-major: the shared samples must hold the same rows."""
+    """Infer from the values whether rows are sample-major: the samples that both runs share must hold the same rows."""
     shared, rows = min(sizes), axis.multiplicity
     a, b = (
         (t.detach().movedim(axis.axis, 0) if not t.is_floating_point() else t.detach().float().movedim(axis.axis, 0))
@@ -243,7 +243,7 @@ def _row_order(first: Tensor, second: Tensor, axis: BatchAxis, sizes: tuple[int,
 
 
 def _settle_order(layouts: dict[Key, list[CallLayout] | Unclear]) -> dict[Key, list[CallLayout] | Unclear]:
-    """Give folded calls whose order the values do not show the order of the calls that do; else call them unclear."""
+    """Give folded calls of unclear row order the order of the other calls, or else call them unclear."""
     orders = {
         axis.sample_major
         for axis in _axes(layouts)

@@ -1,4 +1,4 @@
-"""Uses without a rule: each sample gets a copy of the parameter of its own, whose gradient is the sample's.
+"""Uses without a rule: each sample gets its own copy of the parameter, whose gradient is the sample's gradient.
 
 Elementwise operations broadcast the copies along the batch axis of their output; every other operation is mapped over
 the samples.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class LeafRule(Rule):
-    """The gradients of expanded copies: they are the per-sample gradients. The spec is the tensor's shape."""
+    """The rule of expanded copies: their gradients are the per-sample gradients. The spec is the tensor's shape."""
 
     @override
     def per_sample(self, module: Any, calls: Sequence[Call], batch_size: int, names: set[str]) -> dict[str, Tensor]:
@@ -47,22 +47,20 @@ LEAF = LeafRule()
 
 
 def padded_shape(shape: Sequence[int], axis: BatchAxis, num_axes: int) -> tuple[int, ...] | None:
-    """Return the shape of a tensor that broadcasts to ``num_axes`` axes; None if it has entries of its own along the
-    batch axis.
-    """
+    """Return the shape of a tensor broadcast to ``num_axes`` axes; None if it varies along the batch axis."""
     padded = (1,) * (num_axes - len(shape)) + tuple(shape)
     return padded if len(padded) == num_axes and padded[axis.axis] == 1 else None
 
 
 def along(value: Tensor, padded: Sequence[int], axis: int, size: int) -> Tensor:
-    """Return a copy for every sample along an axis that has length 1 in the padded shape."""
+    """Return one copy per sample along an axis that has length 1 in the padded shape."""
     shape = list(padded)
     shape[axis] = size
     return value.reshape(padded).expand(shape)
 
 
 def rows_along(copies: Tensor, axis: BatchAxis, rows: int) -> Tensor:
-    """Return the copies of the samples, one for each of ``K`` rows of a sample, in the order of the rows."""
+    """Return the samples' copies, each repeated for the ``K`` rows of its sample, in the order of the rows."""
     if rows == 1:
         return copies
     at = axis.axis + (1 if axis.sample_major else 0)
@@ -80,7 +78,7 @@ def mapped(
     size: int,
     where: str,
 ) -> Any:
-    """Return ``function(tensors)``, computed for every sample by itself.
+    """Return ``function(tensors)``, computed separately for every sample.
 
     Args:
         function: the operation.
@@ -117,7 +115,7 @@ def mapped(
 
 
 def constant(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation without following it: there are no samples."""
+    """Run an operation without following it, because there are no samples."""
     args, kwargs = replaced(args, kwargs, lambda tensor: tensor.detach() if isinstance(tensor, Reporting) else tensor)
     return func(*args, **kwargs)
 
@@ -125,7 +123,7 @@ def constant(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
 def copies_of(
     tracker: Tracker, tensor: Tensor, node: Node, make: Callable[[Tensor], Tensor], axis: BatchAxis
 ) -> Tensor:
-    """Return expanded copies of a tensor, whose gradient goes to its source."""
+    """Return expanded copies of a tensor; their gradient goes to its source."""
     source = tracker.source(LEAF, node.shape, "copies", {"copy": node})
     if not in_backward():
         source.calls += 1
@@ -141,8 +139,8 @@ def aligned(
     tracked: list[tuple[Tensor, Node]],
     tensors: Sequence[Tensor],
 ) -> Any:
-    """Run an elementwise operation on copies that broadcast along its batch axis; ``NotImplemented`` where they
-    cannot.
+    """Run an elementwise operation on copies along its batch axis; return ``NotImplemented`` if they do not
+    broadcast.
     """
     axis, size = plan.outputs[0], tracker.recorder.batch_size
     assert isinstance(axis, BatchAxis)
@@ -201,7 +199,7 @@ def spread(tracker: Tracker, func: Any, args: Any, kwargs: Any, plan: CallLayout
 
 
 def _repeated_once(func: Any, args: Any, kwargs: Any, axis: int, size: int) -> tuple[Any, Any] | None:
-    """Return the arguments with which ``repeat`` and ``expand`` give the rows of one sample; None for other
+    """Return the arguments that make ``repeat`` or ``expand`` give the rows of one sample; None for other
     operations.
     """
     if func.__name__ not in ("repeat", "expand") or kwargs:
@@ -222,7 +220,7 @@ def over_samples(
     tracked: list[tuple[Tensor, Node]],
     tensors: Sequence[Tensor],
 ) -> Any:
-    """Run an operation by a map over the samples, with copies of its parameters."""
+    """Run an operation by a map over the samples, with a copy of its parameters per sample."""
     nodes, size = [node for _, node in tracked], tracker.recorder.batch_size
     if size == 0:
         return constant(tracker, func, args, kwargs)

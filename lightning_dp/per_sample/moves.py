@@ -1,4 +1,4 @@
-"""Owners of the result of an operation, from the owners of what it was given.
+"""Owners of the result of an operation, computed from the owners of its arguments.
 
 An operation that is not listed has a result of unknown owners, unless all it was given belongs to one sample. So a
 missing entry costs speed (another way to per-sample gradients is taken), never a guarantee.
@@ -63,7 +63,7 @@ CONSTANTS = frozenset(_MAKES_CONSTANTS.split())
 
 
 class Step(NamedTuple):
-    """One operation that was run.
+    """One operation that has run.
 
     Args:
         func: the operation.
@@ -98,12 +98,12 @@ def _first(out: Any) -> Tensor:
 
 
 def _alone(step: Step) -> tuple[Tensor, Rows] | None:
-    """Return the one tensor that holds data and its owners; None where there are several."""
+    """Return the only tensor with data, and its owners; None if there are several."""
     return step.owned[0] if len(step.owned) == 1 else None
 
 
 def _reduced(step: Step) -> Found:
-    """Over some axes: the owners stay where these are not among them."""
+    """Return the owners after a reduction: unchanged if the reduced axes do not include theirs."""
     name = step.func.__name__.rstrip("_")
     if len(step.owned) > 1 or (len(step.args) > 1 and isinstance(step.args[1], Tensor)):
         return _entry_by_entry(step)
@@ -180,7 +180,7 @@ def _layer_norm(step: Step) -> Found:
 
 
 def _padded(step: Step) -> Found:
-    """Rows stay where they are if only axes after theirs are padded, or cut: a shift of rows changes no length."""
+    """Return the owners after padding: unchanged if only later axes are padded or cut."""
     found, sides = _alone(step), step.args[1] if len(step.args) > 1 else step.kwargs["pad"]
     if found is None or found[1].axis is None or found[1].axis >= found[0].dim() - len(sides) // 2:
         return MIXED
@@ -207,7 +207,7 @@ def _attention(step: Step) -> Found:
 
 
 def _moved(step: Step) -> Found:
-    """Entries that only change their places: what is done to them is done to their owners."""
+    """Return the owners after an operation that only moves entries, by applying it to the owners."""
     name, given = step.func.__name__, step.args[0] if step.args else next(iter(step.kwargs.values()))
     by_id = {id(tensor): rows for tensor, rows in step.owned}
     data = [*tensors_in((given,), {})]
@@ -241,7 +241,7 @@ def _moved(step: Step) -> Found:
 
 
 def _goes_by_rows(step: Step, tensor: Tensor, by_id: dict[int, Rows]) -> bool:
-    """Tell whether entries move along the axis of the owners alone, so that one label for each row is enough."""
+    """Tell whether entries move along the owners' axis only, so that one label per row is enough."""
     name, rows = step.func.__name__, by_id.get(id(tensor))
     if rows is None or rows.axis is None or len(step.args) < 2:
         return False
@@ -260,7 +260,7 @@ def _labels_of(tensor: Tensor, rows: Rows | None, identity: Tensor, *, narrow: b
 
 
 def _picked(step: Step, name: str) -> Found:
-    """Constants picked by data: the result belongs to whom the index belongs to."""
+    """Return the owners of constants that data select: the owners of the index."""
     found = _alone(step)
     if found is None:
         return MIXED
@@ -273,7 +273,7 @@ def _picked(step: Step, name: str) -> Found:
 
 
 def _written(step: Step) -> Found:
-    """``tensor[index] = value``."""
+    """Return the owners after ``tensor[index] = value``."""
     (target, index, value), by_id = step.args, {id(tensor): rows for tensor, rows in step.owned}
     labels = _labels_of(target, by_id.get(id(target)), step.identity, narrow=False).clone()
     if isinstance(value, Tensor):
@@ -284,7 +284,7 @@ def _written(step: Step) -> Found:
 
 
 def _added(step: Step) -> Found:
-    """Rows added up at the places that an index names: all that is added in one place must belong to one sample."""
+    """Return the owners after rows are added up by an index; mixed if one sum holds rows of several samples."""
     by_id = {id(tensor): rows for tensor, rows in step.owned}
     target, dim, index, source = step.args[:4]
     # constants that are counted belong to whom the index belongs to
@@ -339,9 +339,7 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
 
 
 def moved_entries(name: str, args: Any) -> list[Tensor]:
-    """Return the arguments whose entries are in the result of an operation that takes an index; none for other
-    operations.
-    """
+    """Return the arguments whose entries an indexed operation puts into its result; none for other operations."""
     if name.rstrip("_") in _ADDING:
         return [tensor for tensor in (args[0], args[3] if len(args) > 3 else None) if isinstance(tensor, Tensor)]
     if name in _PICKS.split() and args:
@@ -350,12 +348,12 @@ def moved_entries(name: str, args: Any) -> list[Tensor]:
 
 
 def handler_of(name: str) -> Callable[[Step], Found] | None:
-    """Return how owners go through an operation of that name; None where that is not known."""
+    """Return the function that computes owners for an operation of that name; None if unknown."""
     return _HANDLERS.get(name) or _HANDLERS.get(name.rstrip("_"))
 
 
 def owners_after(step: Step, name: str) -> Found:
-    """Return the owners of a result, or of each tensor of it."""
+    """Return the owners of a result, or of each tensor in it."""
     one = {rows.only for _, rows in step.owned}
     if len(one) == 1 and None not in one:
         return Rows(None, step.owned[0][1].index[:1])

@@ -1,5 +1,4 @@
-"""Tracked tensors: private parameters, and functions of private parameters, that report every operation they take part
-in.
+"""Tracked tensors: private parameters, and functions of them, that report every operation on them.
 
 A private parameter becomes a tracked tensor by a change of its class: the object stays the same one, so that every
 reference to it (tied layers, lists, optimizers) is followed. A function of private parameters is a tensor of its own
@@ -22,7 +21,7 @@ Region = tuple[int, torch.Size, tuple[int, ...]]
 
 
 class Node:
-    """A private parameter or a function of private parameters: what per-sample gradients are computed for.
+    """A private parameter or a function of private parameters, for which per-sample gradients are computed.
 
     Args:
         name: for messages.
@@ -57,12 +56,12 @@ class Node:
 
     @property
     def is_view(self) -> bool:
-        """True if its entries are entries of one parameter, each at most once."""
+        """True if it holds entries of one parameter, each at most once."""
         return self.key is not self
 
 
 class Reporting:
-    """Mixin of the classes of tracked tensors; each tracker has classes of its own."""
+    """A mixin for the classes of tracked tensors; each tracker has its own classes."""
 
     __slots__ = ()
 
@@ -86,12 +85,12 @@ class Function(Reporting, Tensor):
 
 
 def is_tracked(thing: Any) -> bool:
-    """Tell whether something is a private parameter that is followed, or a function of some."""
+    """Tell whether an object is a followed private parameter, or a function of such parameters."""
     return isinstance(thing, Reporting)
 
 
 def reporting_class(plain: type[Any], tracker: Tracker) -> type[Any]:
-    """Return the class of tracked tensors that are otherwise of a given class, such as ``nn.Parameter``."""
+    """Return the tracked variant of a tensor class, such as ``nn.Parameter``."""
     bases = (plain,) if issubclass(plain, Reporting) else (Reporting, plain)
     metaclass: Any = type(plain)
     made: type[Any] = metaclass(plain.__name__, bases, {"__slots__": (), "tracker": tracker, "plain": plain})
@@ -99,7 +98,7 @@ def reporting_class(plain: type[Any], tracker: Tracker) -> type[Any]:
 
 
 def region_of(view: Tensor, parameter: Tensor) -> Region | None:
-    """Return the index map of a view into its parameter; None where it is no view, or shows an entry twice.
+    """Return the index map of a view into its parameter; None if it is no view, or repeats an entry.
 
     Example:
         >>> weight = torch.zeros(4, 3)
@@ -122,7 +121,7 @@ def region_of(view: Tensor, parameter: Tensor) -> Region | None:
 
 
 def view_of(tensor: Tensor, region: Region | None) -> Tensor:
-    """Return the view of a contiguous tensor of the parameter's shape that a region names; all of it for None."""
+    """Return the view that a region describes of a tensor of the parameter's shape; the whole tensor for None."""
     if region is None:
         return tensor
     offset, shape, strides = region

@@ -1,4 +1,4 @@
-"""Notices, for the user, of what differs from plain training of a module."""
+"""Notices for the user about differences from non-private training of a module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_dp.per_sample._torch import is_compiled
 
 
 def notices(module: nn.Module, *, runs_samples_alone: bool) -> list[str]:
-    """Return what differs from plain training of this module, one sentence each.
+    """Return the differences from non-private training of this module, one sentence each.
 
     Args:
         module: the user's module.

@@ -1,4 +1,4 @@
-"""The table of torch functions: each has a rule, runs simpler operations, goes the general way, or needs nothing."""
+"""The table of torch functions: each has a rule, runs simpler operations, is handled generally, or needs nothing."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ _KNOWN: dict[Any, Operation | None] = {
 
 
 def add(func: Any, operation: Operation | None) -> None:
-    """Set how an operation is run; None for the way that it is run without a rule."""
+    """Set the handler of an operation; None for an operation without a rule."""
     if operation is None:
         _KNOWN.pop(func, None)
     else:
@@ -238,7 +238,7 @@ def add(func: Any, operation: Operation | None) -> None:
 
 
 def operation_of(func: Any) -> Operation | None:
-    """Return how an operation is run; None where no gradient flows through it."""
+    """Return the handler of an operation; None if no gradient flows through it."""
     try:
         return _KNOWN[func]
     except KeyError:

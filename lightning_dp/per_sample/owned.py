@@ -1,4 +1,4 @@
-"""Owners of rows: which sample each row of a tensor belongs to, and rows of unequal number laid out for a rule.
+"""Owners of rows: the sample that each row of a tensor belongs to, and rows of unequal number arranged for a rule.
 
 Legend: ``B`` samples, ``R`` rows, ``K`` most rows of one sample.
 """
@@ -36,7 +36,7 @@ class Rows:
         return self if axis == self.axis else Rows(axis, self.index, is_identity=self.is_identity)
 
     def labels(self, shape: torch.Size) -> Tensor:
-        """Return the owner of every entry of a tensor of that shape; no memory is taken."""
+        """Return the owner of every entry of a tensor of that shape, without using memory."""
         if self.axis is None:
             return self.index.expand(shape) if len(shape) else self.index[0]
         wide = [1] * len(shape)
@@ -45,7 +45,7 @@ class Rows:
 
 
 class Mixed(NamedTuple):
-    """Entries whose owners are not known, or several samples in one entry.
+    """Entries with unknown owners, or with several samples in one entry.
 
     Args:
         by: the operation that mixed them, for messages.
@@ -61,7 +61,7 @@ Owners = Rows | Mixed | None
 
 
 def compressed(labels: Tensor, identity: Tensor) -> Owners:
-    """Return the owners that labels say, if they vary along one axis at most.
+    """Return the owners given by labels, if they vary along at most one axis.
 
     Args:
         labels: owner of every entry.
@@ -127,7 +127,7 @@ def merged(owners: list[tuple[int, Rows]], num_axes: int) -> Owners:
 
 @dataclass(frozen=True)
 class OwnedAxis:
-    """The axis of a tensor whose entries belong to samples by an index; an unequal number to each of them.
+    """An axis whose entries belong to samples by an index, with an unequal number per sample.
 
     Args:
         axis: position of the axis; None for a tensor of one sample, which gets an axis of length 1.
@@ -142,12 +142,12 @@ class OwnedAxis:
         return tensor.unsqueeze(0) if self.axis is None else tensor.movedim(self.axis, 0)
 
     def to_front(self, tensor: Tensor, batch_size: int, where: str) -> tuple[Tensor, int]:
-        """Return rows of shape ``(B * K, ...)``, those of one sample next to each other, and ``K``."""
+        """Return rows of shape ``(B * K, ...)``, grouped by sample, and ``K``."""
         return laid_out([self.rows(tensor)], self.index, batch_size)
 
 
 def laid_out(parts: list[Tensor], index: Tensor, batch_size: int) -> tuple[Tensor, int]:
-    """Return the rows of several tensors as ``(B * K, ...)``: samples with fewer rows are filled up with zeros.
+    """Return the rows of several tensors as ``(B * K, ...)``; samples with fewer rows are padded with zeros.
 
     A row of zeros with a backprop of zeros adds nothing to any gradient.
 

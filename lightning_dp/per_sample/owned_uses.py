@@ -1,4 +1,4 @@
-"""Uses of parameters where owners of rows are followed: what ``Tracker.use`` and ``Tracker.general`` do then."""
+"""Uses of parameters while the owners of rows are followed: ``Tracker.use`` and ``Tracker.general`` in that mode."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def use(
 
 
 def compare(tracker: Tracker, func: Any, node: Node, tensors: Sequence[Tensor], rows: Rows) -> None:
-    """Count a use whose rows belong to other samples than the positions that were learned say."""
+    """Count uses whose rows belong to other samples than the inferred positions say."""
     if tracker.learned is None:
         return
     size = tracker.recorder.batch_size
@@ -73,7 +73,7 @@ def _refuse(func: Any, nodes: Iterable[Node], rows: Mixed) -> NoReturn:
 
 
 def _axis_for(rule: Rule, spec: Any, rows: Rows, tensor: Tensor) -> OwnedAxis | BatchAxis | None:
-    """Return the axis along which a rule sees rows; None where it cannot."""
+    """Return the axis of the rows for a rule; None if the rule cannot use it."""
     if rows.axis is not None and rule.follows(spec, rows.axis, tensor.dim()):
         if rows.is_identity:
             return BatchAxis(rows.axis)
@@ -127,7 +127,7 @@ def general(
 
 
 def _copy(tracker: Tracker, tensor: Tensor, node: Node, value: Tensor, axis: OwnedAxis | BatchAxis) -> Tensor:
-    """Return copies of a tensor, one for each row, whose gradient goes to its source."""
+    """Return one copy of a tensor per row; the copies' gradient goes to its source."""
     source = tracker.source(leaves.LEAF, node.shape, "copies", {"copy": node})
     if not in_backward():
         source.calls += 1
@@ -147,7 +147,7 @@ def _axis(rows: Rows) -> OwnedAxis | BatchAxis:
 def _aligned(
     tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows, num_axes: int, data: list[Tensor]
 ) -> dict[int, Tensor] | None:
-    """Return copies that broadcast along the rows; None where a parameter has entries of its own along them."""
+    """Return copies that broadcast along the rows; None if a parameter varies along them."""
     assert rows.axis is not None
     wide = next((tensor for tensor in data if tensor.dim() and tensor.is_floating_point()), None)
     repeated, copies = _repeated(tracker, tracked, rows), {}
@@ -168,7 +168,7 @@ def _aligned(
 
 
 def _repeated(tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows) -> dict[int, Tensor]:
-    """Return copies of parameters that the user has expanded along the rows, as ``token.expand(B, -1, -1)``."""
+    """Return copies of parameters that the user expands along the rows, as in ``token.expand(B, -1, -1)``."""
     copies: dict[int, Tensor] = {}
     axis, num = rows.axis, len(rows.index)
     assert axis is not None
@@ -192,7 +192,7 @@ def _over_samples(
     tracked: list[tuple[Tensor, Node]],
     found: Sequence[tuple[Tensor, Any]],
 ) -> Any:
-    """Map an operation over samples that have one row each; refuse it where their number differs."""
+    """Map an operation over samples with one row each; refuse it if their number of rows differs."""
     follower = tracker.follower
     assert follower is not None
     values = {id(tensor): tensor.detach() for tensor, _ in tracked}
@@ -214,7 +214,7 @@ def _over_samples(
 
 
 def plan_of(tracker: Tracker, func: Any, node: Node, tensors: Sequence[Tensor]) -> CallLayout | None:
-    """Return the layout of a registered operation: rows first in its result, as in its first tensor that holds data."""
+    """Return the layout of a registered operation: rows first in its result, as in its first data tensor."""
     assert tracker.follower is not None
     owners = [tracker.follower.owners_of(tensor) for tensor in tensors]
     for owner in owners:

@@ -1,4 +1,4 @@
-"""Learn, from runs at two batch sizes, which operations of private parameters see samples, and along which axes.
+"""Infer, from runs at two batch sizes, which operations of private parameters see samples, and along which axes.
 
 An operation whose tensors all keep their shapes sees constants (positions, masks): its result is a function of
 parameters, and is followed from then on in further runs, until nothing new is found. An operation on parameters alone
@@ -59,9 +59,7 @@ class Learned:
     _common: dict[Key, Plan] = field(default_factory=dict)
 
     def joined(self, other: Learned) -> Learned:
-        """Return what was learned in either of two ways to run: of an operation, the plans of the run with more uses of
-        it.
-        """
+        """Return the plans of two ways to run; for each operation, those of the run that uses it more often."""
         plans = {
             key: max(self.plans.get(key, []), other.plans.get(key, []), key=len)
             for key in {**self.plans, **other.plans}
@@ -72,7 +70,7 @@ class Learned:
 
     @property
     def has_folds(self) -> bool:
-        """True if several rows of a sample are folded into the batch axis of some use."""
+        """True if some use folds several rows of a sample into the batch axis."""
         return any(axis.multiplicity > 1 for axis in self._axes())
 
     def _axes(self) -> Iterator[BatchAxis]:
@@ -82,12 +80,12 @@ class Learned:
                     yield from (axis for axis in (*plan.inputs, *plan.outputs) if isinstance(axis, BatchAxis))
 
     def pin(self) -> None:
-        """Require from here on that each sample has as many rows as were seen."""
+        """Require from now on that each sample has as many rows as were seen."""
         for axis in self._axes():
             object.__setattr__(axis, "is_pinned", axis.multiplicity > 1)
 
     def settle(self) -> None:
-        """Note the operations whose uses are all alike."""
+        """Find the operations whose uses are all alike."""
         for key, plans in self.plans.items():
             if all(_alike(plans[0], other) for other in plans[1:]):
                 self._common[key] = plans[0]
@@ -95,7 +93,7 @@ class Learned:
     def plan(
         self, key: Key, index: Callable[[Key], int | None], tensors: Sequence[Tensor], size: int
     ) -> CallLayout | str | None:
-        """Return the plan of a use, or the reason why there is none.
+        """Return the plan of a use, or the reason for not having one.
 
         Args:
             key: of its operation.
@@ -150,7 +148,7 @@ def _fits(plan: Plan, tensors: Sequence[Tensor], size: int) -> bool:
 
 
 class Observer:
-    """Notes every operation of one run; what is known from earlier runs decides which results are followed."""
+    """A recorder of every operation of one run; earlier runs determine which results are followed."""
 
     def __init__(self, known: Learned) -> None:
         self.known = known
@@ -159,7 +157,7 @@ class Observer:
         self.outputs: dict[Key, list[Any]] = {}
 
     def observe(self, tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation and note its tensors."""
+        """Run an operation and record its tensors."""
         tensors = [*tensors_in(args, kwargs)]
         nodes = [tracker.node_of(tensor) for tensor in tensors]
         known = [(node, tensor) for node, tensor in zip(nodes, tensors, strict=True) if node is not None]
@@ -243,7 +241,7 @@ class Learner:
         return observer
 
     def _solved(self, observers: list[Observer]) -> tuple[Learned, list[Key]]:
-        """Return plans, and the operations that meet tensors without batch axis through which a gradient flows."""
+        """Return plans, and the operations that use tensors without a batch axis through which a gradient flows."""
         first, second = (dict(observer.seen) for observer in observers)
         learned, pending = Learned(), []
         for key in first.keys() & second.keys():
@@ -274,7 +272,7 @@ class Learner:
         return learned, pending
 
     def _check(self, observers: list[Observer], found: Learned, pending: list[Key]) -> None:
-        """Raise where an operation that trains is not understood, or sees values that change with the batch."""
+        """Raise if a trained operation is not understood, or uses values that change with the batch."""
         first, second = (observer.seen for observer in observers)
         labels = observers[0].labels | observers[1].labels
         for key, plans in found.plans.items():
@@ -314,7 +312,7 @@ class Learner:
 
 
 def _spread_plan(first: Observation, second: Observation, sizes: tuple[int, int]) -> Plan:
-    """Return the layout of a result that repeats a function of parameters for every sample; None where it does not."""
+    """Return the layout of a result that repeats a function of parameters per sample; None if it does not."""
     if first.output_shapes == second.output_shapes:
         return None
     if len(first.output_shapes) != 1 or len(second.output_shapes) != 1:

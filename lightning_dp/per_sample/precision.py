@@ -1,4 +1,4 @@
-"""The arithmetic of the engine: no autograd, no autocast, no shortened float32 products."""
+"""The arithmetic of the engine: no autograd, no autocast, no float32 products of reduced precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def exact_arithmetic(device_type: str) -> Iterator[None]:
-    """Compute in full precision inside; the user's settings hold again outside.
+    """Compute in full precision within the context; the user's settings are restored afterwards.
 
     A norm from Gram matrices and a weighted sum from another product agree on the gradient only up to their
     rounding. With TF32 or bfloat16 products that is 1e-3 of terms which may cancel: enough to void a sensitivity.
@@ -32,7 +32,7 @@ def exact_arithmetic(device_type: str) -> Iterator[None]:
 
 
 def _switches(device_type: str) -> list[tuple[Any, str, Any]]:
-    """Return (object, attribute, value for full precision) for what the device's products obey."""
+    """Return the precision switches of a device: (object, attribute, value for full precision)."""
     backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
         return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]

@@ -1,4 +1,4 @@
-"""Recurrent layers: the fused forward of torch, and a backward through time that shows linear layers with T positions.
+"""Recurrent layers: torch's fused forward, and a backward through time in which linear layers have T positions.
 
 With all hidden states known from the fused forward, the gates of all times are two linear layers,
 
@@ -34,14 +34,16 @@ ORDERS = WeakTensorKeyDictionary()
 
 
 def note_order(module: Any, args: Any, kwargs: Any) -> None:
-    """Forward pre-hook of recurrent modules: note in which order a packed sequence holds the samples."""
+    """Record, in a pre-hook of recurrent modules, the order of the samples in a packed sequence."""
     given = args[0] if args else kwargs.get("input")
     if isinstance(given, PackedSequence):
         ORDERS[given.batch_sizes] = given.sorted_indices
 
 
 class _Time(torch.autograd.Function):
-    """Backward through time of one layer in one direction; its forward hands on the outputs of the fused one."""
+    """The backward through time of one layer in one direction; its forward passes on the outputs of the fused
+    kernel.
+    """
 
     @staticmethod
     @override
@@ -165,7 +167,7 @@ class _Weights(NamedTuple):
 def _run_layer(
     tracker: Tracker, kind: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights
 ) -> tuple[Tensor, Tensor | None]:
-    """Run one layer in one direction over ``(B, T, features)``; return its outputs and, of an LSTM, its cells."""
+    """Run one layer in one direction over ``(B, T, features)``; return outputs and, for an LSTM, cells."""
     plain = [weight.detach() for weight in weights if weight is not None]
     options = (weights.b_ih is not None, 1, 0.0, False, False, True)
     fused = fused_kernel(kind)

@@ -1,4 +1,4 @@
-"""One sample at a time: plain autograd, for any module at all."""
+"""One sample at a time: plain autograd, for any module."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class SingleSampleEngine(GradientEngine):
 
     @override
     def begin(self, batch_size: int, owners: Tensor | None = None) -> None:
-        """Start a microbatch of one sample (or none). What ``.grad`` held is put aside until :meth:`end`."""
+        """Start a microbatch of at most one sample. The contents of ``.grad`` are set aside until :meth:`end`."""
         if owners is not None:
             batch_size = Joining(owners).num
         if batch_size not in (0, 1):
@@ -149,7 +149,7 @@ class SingleSampleEngine(GradientEngine):
 
     @override
     def end(self) -> None:
-        """Free the gradients; put back what ``.grad`` held before :meth:`begin`."""
+        """Free the gradients; restore the contents of ``.grad`` from before :meth:`begin`."""
         self._active = False
         self._grads = {}
         for name, grad in self._before.items():
@@ -206,7 +206,7 @@ class SingleSampleEngine(GradientEngine):
         return {**grads, **{name: grad.unsqueeze(0) for name, grad in self._received(asked)}}
 
     def _received(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the gradients of these parameters: nothing in an empty microbatch, or where no backward has reached."""
+        """Yield the gradients of these parameters: none in an empty microbatch or before a backward."""
         for name in names if self._size else ():
             if name in self._grads:
                 yield name, self._grads[name]

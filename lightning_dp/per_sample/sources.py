@@ -97,14 +97,14 @@ class Source:
         return found
 
     def discard(self, keys: frozenset[Hashable]) -> None:
-        """Drop the backprops received so far for these keys; uses still in a graph stay alive."""
+        """Drop the backprops received so far for these keys; uses that are still in a graph remain valid."""
         for use in self.uses:
             use.forget(keys)
         self.uses = [use for use in self.uses if use.parts]
         self._made = {key: grad for key, grad in self._made.items() if key not in keys}
 
     def received(self, use: Use) -> None:
-        """Compute the gradients at once if that frees memory; called within the backward."""
+        """Compute the gradients immediately if that frees memory; called within the backward."""
         if self._materialise or self.uses != [use] or len(use.parts) != 1 or isinstance(use.out_axis, OwnedAxis):
             return
         backprop, keys = use.parts[0]
@@ -123,7 +123,7 @@ class Source:
         use.release()
 
     def _make_at_once(self, call: Call, keys: frozenset[Hashable]) -> bool:
-        """Compute the gradients if all of them are cached, so that nothing else of the use is."""
+        """Compute the gradients if all are cached, so that the rest of the use can be freed."""
         small = {key for key in keys if self._is_small(key, [call])}
         if not all(self._is_cached(key, [call]) for key in keys - small):
             return False
@@ -131,14 +131,14 @@ class Source:
         return True
 
     def _add_made(self, call: Call, keys: frozenset[Hashable]) -> None:
-        """Add the gradients of a further backprop."""
+        """Add the gradients of another backprop."""
         made = self.rule.per_sample(self.spec, [call], self.recorder.num_samples, {self.local[key] for key in keys})
         for key in keys:
             grad = made[self.local[key]]
             self._made[key] = self._made[key] + grad if key in self._made else grad
 
     def _call(self, use: Use, backprop: Tensor) -> Call:
-        """Return a use with its rows sample-major, batch axis first; the rows of one user are those of one sample."""
+        """Return a use with its rows sample-major, batch axis first; the rows of one user form one sample."""
         size, joining = self.recorder.batch_size, self.recorder.joining
         backprop, rows = use.out_axis.to_front(backprop, size, self.name)
         if joining is not None:
@@ -156,7 +156,7 @@ class Source:
         return Call((activation,), {}, activation, backprop, rows_of_one)
 
     def _joined(self, parts: list[tuple[Use, Tensor]]) -> Call:
-        """Return uses whose rows belong to samples by an index as one, with equally many rows for each sample."""
+        """Return uses whose rows belong to samples by an index as one use, with equally many rows per sample."""
         size = self.recorder.batch_size
         axes = [use.out_axis for use, _ in parts if isinstance(use.out_axis, OwnedAxis)]
         index = torch.cat([axis.index for axis in axes])
@@ -174,7 +174,7 @@ class Source:
         return Call((inputs[0][0],), {}, inputs[0][0], backprop, rows)
 
     def groups(self) -> list[tuple[set[Hashable], list[Call]]]:
-        """Return keys that saw the same backprops, with their calls."""
+        """Return groups of keys that received the same backprops, with their calls."""
         if self._groups_at == self.recorder.changes:
             return self._groups
         calls: dict[Hashable, list[Call]] = {}
@@ -205,14 +205,14 @@ class Source:
                 yield wanted, calls
 
     def memory(self) -> Grads:
-        """Return the gradients that were computed since the last backprop arrived, to read and to add to."""
+        """Return the gradients computed since the last backprop, to read and to add to."""
         if self._cached_at != self.recorder.changes:
             self._cached, self._cached_at = {}, self.recorder.changes
         self._cached.update(self._made)
         return self._cached
 
     def per_sample(self, keys: set[Hashable]) -> Grads:
-        """Return gradients of shape ``(B, *shape)`` for those of the keys that are live."""
+        """Return gradients of shape ``(B, *shape)`` for the keys that received a backprop."""
         grads: Grads = {}
         for wanted, calls in self._asked(keys):
             made = self.rule.per_sample(self.spec, calls, self.recorder.num_samples, set(wanted))
@@ -220,7 +220,7 @@ class Source:
         return grads
 
     def cached(self, keys: set[Hashable]) -> Grads:
-        """Return the gradients, from memory where they were computed before and are allowed to stay."""
+        """Return the gradients, from memory if they were computed before and may stay there."""
         memory = self.memory()
         missing = keys - memory.keys()
         made = self.per_sample(missing) if missing else {}
@@ -254,7 +254,7 @@ class Source:
         return norms
 
     def _make_cached(self, keys: Iterable[Hashable], calls: list[Call], cached: Grads) -> None:
-        """Compute, of these keys, the gradients that are cached: the small ones and those that pay and have a
+        """Compute the cached gradients among these keys: small ones, and those that are faster cached and have a
         buffer.
         """
         size = self.recorder.num_samples
@@ -274,8 +274,8 @@ class Source:
                 cached[key] = buffer
 
     def _active_entries(self, key: Hashable, calls: list[Call], mask: ParameterMask) -> Tensor | None:
-        """Return the active entries of every sample's gradient, and cache them: if they are few, that pays and memory
-        allows.
+        """Return the active entries of every sample's gradient; cache them if they are few, useful, and fit in
+        memory.
         """
         local, size = self.local[key], self.recorder.num_samples
         if not self.rule.prefers_active_entries(calls, size, local) or mask.share > MOST_ACTIVE:
@@ -290,18 +290,18 @@ class Source:
         return entries
 
     def _memory_of_active(self) -> dict[tuple[Hashable, ParameterMask], Tensor]:
-        """Return the active entries of gradients that were computed since the last backprop arrived."""
+        """Return the active entries of the gradients computed since the last backprop."""
         if self._active_at != self.recorder.changes:
             self._active, self._active_at = {}, self.recorder.changes
         return self._active
 
     def _is_small(self, key: Hashable, calls: list[Call]) -> bool:
-        """Tell whether the gradients of a key take no more memory than the backprops they are computed from."""
+        """Tell whether the gradients of a key take no more memory than their backprops."""
         size = self.recorder.num_samples * self.nodes[key].numel
         return size <= sum(call.backprop.numel() for call in calls)
 
     def _is_cached(self, key: Hashable, calls: list[Call]) -> bool:
-        """Tell whether the gradients of a key, not small, are cached: where that pays and there is a buffer."""
+        """Tell whether a key's large gradients are cached: if that is faster and there is a buffer."""
         size = self.recorder.num_samples
         if self._workspace is None or not self.rule.materialises(self.spec, calls, size, self.local[key]):
             return False
@@ -311,7 +311,7 @@ class Source:
         return self._workspace.admits(key, num_bytes)
 
     def _buffer(self, key: Hashable, calls: list[Call]) -> Tensor | None:
-        """Return the buffer into which the gradients of a key are written in every microbatch, if there is one."""
+        """Return the buffer that holds the gradients of a key in every microbatch; None if there is none."""
         assert self._workspace is not None
         if not self.rule.fills_buffers:
             return None
@@ -325,7 +325,7 @@ class Source:
         factors: Tensor,
         dead: Tensor | None,
     ) -> set[Hashable]:
-        """Add the active entries of the weighted sum, if they can be had without the rest of it.
+        """Add the active entries of the weighted sum, if they can be computed without the other entries.
 
         Args:
             out: 1-D accumulation targets by key, for every masked key that is asked for and live.
@@ -373,7 +373,7 @@ def _as_it_is(tensor: Tensor, rows: int) -> Tensor:
 
 
 def _without(call: Call, dead: Tensor) -> Call:
-    """Return the call with the rows of dead samples set to zero: 0 times a non-finite row is not 0."""
+    """Return the call with the rows of dropped samples set to zero, because 0 times a non-finite row is not 0."""
     rows = dead.repeat_interleave(call.multiplicity) if call.multiplicity > 1 else dead
 
     def cleared(tensor: Tensor) -> Tensor:
@@ -391,7 +391,7 @@ def norm_of(grads: Tensor, mask: ParameterMask | None) -> Tensor:
 
 
 def add_combined(out: Tensor, grads: Tensor, factors: Tensor, dead: Tensor | None) -> None:
-    """Add ``sum_i factors[i] grads[i]`` to ``out``; in place, as one matrix-vector product, where types allow."""
+    """Add ``sum_i factors[i] grads[i]`` to ``out``; in place, as one matrix-vector product, if dtypes allow."""
     whole = dead is None and out.dtype == grads.dtype and out.is_contiguous() and grads.is_contiguous()
     if whole and out.numel() and grads.shape[0]:
         out.view(-1).addmv_(grads.view(grads.shape[0], -1).mT, factors.to(grads.dtype))
@@ -400,7 +400,7 @@ def add_combined(out: Tensor, grads: Tensor, factors: Tensor, dead: Tensor | Non
 
 
 def combine(grads: Tensor, factors: Tensor, dead: Tensor | None) -> Tensor:
-    """Return ``sum_i factors[i] grads[i]`` with the dead samples left out, whatever they hold."""
+    """Return ``sum_i factors[i] grads[i]`` without the dropped samples, even if their entries are not finite."""
     if dead is not None:
         grads = grads.masked_fill(dead.reshape(-1, *[1] * (grads.dim() - 1)), 0.0)
     total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, dims=1)

@@ -62,7 +62,7 @@ class Tracker:
     # parameters
 
     def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Say which parameters are followed."""
+        """Set the parameters that are followed."""
         self.stop()
         self.parameters = dict(parameters)
         self._nodes = {
@@ -71,7 +71,7 @@ class Tracker:
         self.sources = {}
 
     def start(self) -> None:
-        """Make the parameters report what is done with them."""
+        """Make the parameters report every operation on them."""
         self._counts, self.stand_ins, self.untracked = {}, {}, set()
         for parameter in self.parameters.values():
             plain = type(parameter)
@@ -89,16 +89,14 @@ class Tracker:
         self.follower.__enter__()  # type: ignore[no-untyped-call]
 
     def hand_on(self, tensor: Tensor, *results: Tensor | None) -> None:
-        """Give the owners of a tensor's rows to results that were computed from it in a way that does not report
-        itself.
-        """
+        """Copy the owners of a tensor's rows to results of a computation that does not report itself."""
         if self.follower is not None:
             for result in results:
                 if result is not None:
                     self.follower.note(result, self.follower.owners_of(tensor))
 
     def stop(self) -> None:
-        """Make the parameters ordinary ones again and forget every use."""
+        """Turn the parameters back into ordinary ones and forget every use."""
         if self.follower is not None:
             self.follower.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.follower = None
@@ -114,11 +112,11 @@ class Tracker:
                 del self.sources[key]
 
     def number(self, what: Hashable) -> int:
-        """Return the number of a lineage, the next free one if it is new."""
+        """Return the number of a lineage; a new lineage gets the next free number."""
         return self._lineages.setdefault(what, len(self._lineages))
 
     def node_of(self, thing: Any) -> Node | None:
-        """Return the node of a tracked tensor through which a gradient may flow; None for anything else."""
+        """Return the node of a tracked tensor through which a gradient may flow; None for other objects."""
         if not isinstance(thing, Reporting):
             return None
         if isinstance(thing, Function):
@@ -135,9 +133,7 @@ class Tracker:
         return None
 
     def stand_in(self, node: Node, parameter: Tensor) -> Tensor:
-        """Return the leaf that functions of a parameter are connected to; a gradient that reaches it was not
-        followed.
-        """
+        """Return the leaf that functions of a parameter connect to; a gradient that reaches it was not followed."""
         name = node.names[0]
         if name not in self.stand_ins:
             if self.observer is not None:
@@ -156,7 +152,7 @@ class Tracker:
     # operations
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation that a tracked tensor takes part in."""
+        """Run an operation on a tracked tensor."""
         operation = operation_of(func)
         observer = self.observer
         if (
@@ -178,7 +174,7 @@ class Tracker:
             return operation.run(self, func, args, kwargs)
 
     def primitive(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation that a composite one consists of, in the general way."""
+        """Run one operation of a composite one, with the general handler."""
         return self.run_one(Operation(lambda tracker, *given: tracker.general(*given)), func, args, kwargs)
 
     def use(self, func: Any, args: Any, kwargs: Any, rule: Rule, bound: Bound) -> Any:
@@ -268,7 +264,7 @@ class Tracker:
         return leaves.over_samples(self, func, args, kwargs, plan, tracked, tensors)
 
     def plan_of(self, func: Any, node: Node, tensors: Sequence[Tensor]) -> CallLayout | None:
-        """Return the layout of an operation; None where it sees no samples."""
+        """Return the layout of an operation; None if it sees no samples."""
         if self.follower is not None:
             return owned_uses.plan_of(self, func, node, tensors)
         assert self.learned is not None
@@ -280,14 +276,14 @@ class Tracker:
         return found
 
     def next_index(self, key: Key) -> int | None:
-        """Return how many operations of a kind came before, and count one more; None in a recomputation."""
+        """Return the number of earlier operations of a kind, and increment it; None in a recomputation."""
         if in_backward():
             return None
         self._counts[key] = self._counts.get(key, -1) + 1
         return self._counts[key]
 
     def unbatched(self, func: Any, nodes: Any) -> Any:
-        """Raise for an operation that does not keep the samples apart."""
+        """Raise PrivacyError for an operation that does not keep the samples apart."""
         raise PrivacyError(
             f"Expected {func.__name__} of {named(nodes)} to keep the samples apart, got one that mixes them: its batch "
             f"axis is one that it computes over, or is missing. Give the samples an axis of their own; {WAY_OUT}."

@@ -1,4 +1,4 @@
-"""One use of private parameters in an operation: its input, and the backprops that reach its output.
+"""One use of private parameters in an operation: its activation, and the backprops of its output.
 
 While an operation runs, its private parameters are detached values. Its output gets a hook (or, where nothing before it
 requires a gradient, a tap) which hands the backprop to the use. A use enters its source's list with its first backprop,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """State of one microbatch that all uses share: whether they count, its records and samples, the tap's source."""
+    """State of one microbatch that all its uses share."""
 
     def __init__(self) -> None:
         self.active = False
@@ -39,7 +39,7 @@ class Recorder:
         self._taps: dict[torch.device, Tensor] = {}
 
     def begin(self, batch_size: int, joining: Joining | None = None) -> None:
-        """Record a microbatch of that many records, each a sample unless some are joined to one."""
+        """Record a microbatch of that many records; each is a sample, unless ``joining`` joins several."""
         self.batch_size, self.joining = batch_size, joining
         self.active = True
         self._sizes = {}
@@ -50,18 +50,18 @@ class Recorder:
         return self.batch_size if self.joining is None else self.joining.num
 
     def end(self) -> None:
-        """Stop recording; uses of the microbatch that ends are refused from now on."""
+        """Stop recording; later calls on uses of this microbatch are refused."""
         self.active = False
         self.generation += 1
         self.changes += 1
 
     def count(self, tensor: Tensor) -> None:
-        """Add the size of an input or output to :attr:`num_bytes`; layers share them, so each counts once."""
+        """Add the size of an input or output to :attr:`num_bytes`; a tensor that layers share counts once."""
         self._sizes[tensor.data_ptr()] = tensor.nbytes
 
     @property
     def num_bytes(self) -> int:
-        """Size of the inputs and outputs of all uses of this microbatch."""
+        """Size of the inputs and outputs of all uses in this microbatch."""
         return sum(self._sizes.values())
 
     def tap_source(self, device: torch.device) -> Tensor:
@@ -72,7 +72,9 @@ class Recorder:
 
 
 class Use:
-    """One operation with private parameters: its input, the axes of the samples, and the backprops of its output."""
+    """One operation with private parameters: its activation, the axes of the samples, and the backprops of its
+    output.
+    """
 
     __slots__ = (
         "arguments",
@@ -108,7 +110,7 @@ class Use:
         self.done = False
 
     def receive(self, backprop: Tensor) -> None:
-        """Add a backprop. Backprops of several backwards add up."""
+        """Add a backprop; those of several backwards add up."""
         source = self.source
         recorder = source.recorder
         if not recorder.listening:
@@ -143,7 +145,7 @@ class Use:
         self.parts = [(backprop, left) for backprop, old in self.parts if (left := old - keys)]
 
     def release(self) -> None:
-        """Free everything but what a further backward through the same graph would need, if there may be one."""
+        """Free everything except what another backward through the same graph would need, if one may follow."""
         self.parts = []
         if not keeps_graph():
             self.done = True
@@ -161,7 +163,7 @@ class Use:
 
 
 class _Tap(torch.autograd.Function):
-    """Pass a tensor on as a fresh member of the graph; its gradient goes to a use, and further back."""
+    """An identity operation whose gradient goes to a use as well as further back."""
 
     @staticmethod
     @override
@@ -178,13 +180,13 @@ class _Tap(torch.autograd.Function):
 
 
 def tap(output: Tensor, use: Use) -> Tensor:
-    """Return the tensor for the user: the gradient of what is done with it goes to the use."""
+    """Return the tensor for the user, connected so that its gradient goes to the use."""
     tapped: Tensor = _Tap.apply(output, use.source.recorder.tap_source(output.device), use)  # type: ignore[no-untyped-call]
     return tapped
 
 
 def tap_output(output: Tensor, use: Use) -> Tensor:
-    """As :func:`tap`, cheaper, for an output that is fresh and not saved for its own backward.
+    """Do as :func:`tap`, but cheaper, for a fresh output that is not saved for its own backward.
 
     A hook is enough where an in-place operation moves it along. On a view it would stay on a dead branch of the graph,
     and a tensor that requires no grad cannot have one.

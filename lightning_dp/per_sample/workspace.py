@@ -1,4 +1,4 @@
-"""Memory for per-sample gradients that is used again in every step.
+"""Memory for per-sample gradients that is reused in every step.
 
 A fresh large buffer costs a page fault for every 4 KiB; writing into the one of the last step costs nothing extra.
 """
@@ -21,7 +21,7 @@ _SPARE = 1.125
 
 
 class Workspace:
-    """Buffers by key, whose total size stays within a limit.
+    """Buffers by key, with a limit on their total size.
 
     **Guarantee**: a buffer is handed out with whatever was in it: private values of an earlier microbatch. It must be
     written in full before it is read, and never leave the engine.
@@ -48,7 +48,7 @@ class Workspace:
         return sum(buffer.nbytes for buffer in self._buffers.values()) + sum(self._admitted.values())
 
     def take(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return the buffer of that key, of that shape and with arbitrary values; None if it does not fit.
+        """Return the buffer of that key and shape, with arbitrary values; None if it does not fit.
 
         Args:
             key: one owner a key: what it was given before is overwritten.
@@ -68,7 +68,7 @@ class Workspace:
         return held[:size].view(*shape)
 
     def admits(self, key: Hashable, num_bytes: int) -> bool:
-        """Tell whether a tensor made elsewhere fits, and count it from now on."""
+        """Tell whether an external tensor fits, and count it from now on if it does."""
         if num_bytes > self._admitted.pop(key, 0) and num_bytes > self._limit() - self.num_bytes:
             return False
         self._admitted[key] = num_bytes

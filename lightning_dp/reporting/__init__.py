@@ -1,1 +1,1 @@
-"""Statement and card of a run, and their files."""
+"""Privacy statement and privacy card of a run, and their files."""

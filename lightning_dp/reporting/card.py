@@ -33,7 +33,7 @@ COMPUTED_BY = {"rdp": "dp-accounting", "prv": "opacus"}
 
 @dataclass(frozen=True, kw_only=True)
 class RunNotes:
-    """Notes of a card in addition to plan and ledger.
+    """Notes for a card, in addition to plan and ledger.
 
     Args:
         seeded: sampling and noise came from a known seed, which voids the promise against those who know it.
@@ -59,7 +59,7 @@ class RunNotes:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> RunNotes:
-        """Return the notes that a checkpoint holds; missing ones are those of a run without callbacks.
+        """Return the notes that a checkpoint holds; a missing note is empty or False.
 
         Raises:
             ValueError: a field of another kind.
@@ -85,7 +85,7 @@ class RunNotes:
 
 
 def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[tuple[int, float]]:
-    """Epsilon after some of the steps, the first and the last included.
+    """Return epsilon after some of the steps, including the first and the last.
 
     Args:
         ledger: what was released.
@@ -117,7 +117,7 @@ def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[
 def privacy_card(
     plan: DPPlan, ledger: Ledger, accountant: Accountant, *, notes: RunNotes | None = None
 ) -> dict[str, Any]:
-    """Everything the card says, as plain values for JSON.
+    """Return all contents of the card, as plain values for JSON.
 
     **Guarantee**: holds public values only: settings and the ledger, nothing computed from the data.
 
@@ -209,9 +209,7 @@ def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) ->
 
 
 def _noise_over_steps(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return runs of equal noise; the open pass of a shuffled run is an entry of its own in the ledger, but not
-    here.
-    """
+    """Return runs of equal noise; the open pass of a shuffled run, a separate ledger entry, is merged."""
     return [
         {"steps": sum(run.num_steps for run in runs), "noise_multiplier": event.noise_multiplier, "note": event.reason}
         for event, runs in itertools.groupby(ledger.entries, key=lambda run: run.event)
@@ -219,7 +217,7 @@ def _noise_over_steps(ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def _attacks(ledger: Ledger, accountant: Accountant) -> dict[str, Any]:
-    """Largest true positive rates of any attack, at the rates that are stated and along a curve."""
+    """Return the largest true positive rates of any attack, at the stated rates and along a curve."""
     curve = [10 ** (place / _CURVE_POINTS) for place in range(-_CURVE_DECADES * _CURVE_POINTS, 1)]
     pld = accountant if isinstance(accountant, PLDAccountant) else None
     bounds = attack_bounds(ledger, [*FALSE_POSITIVE_RATES, *curve], accountant=pld)

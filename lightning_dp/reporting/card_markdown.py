@@ -1,4 +1,4 @@
-"""The privacy card for people to read."""
+"""The privacy card as Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Epsilon over the steps of a run and the success of attacks on it, as a picture; matplotlib is optional."""
+"""A plot of epsilon over the steps of a run and of the success of attacks; matplotlib is optional."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plot_card(
     delta: float,
     target: float | None = None,
 ) -> bytes | None:
-    """Draw epsilon over steps, and the largest true positive rate over the false positive rate.
+    """Plot epsilon over steps, and the largest true positive rate over the false positive rate.
 
     Args:
         points: pairs (step, epsilon); an epsilon may be the string "inf".

@@ -1,4 +1,4 @@
-"""Destination of the files that a run leaves about its privacy."""
+"""Destination of the files in which a run reports its privacy."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _OTHER_RECORDS = "more than one record of a person or series: each is hidden on 
 
 
 def not_covered(plan: DPPlan) -> list[str]:
-    """Return what a run of this plan does not promise, one entry per kind."""
+    """Return the exclusions from the promise of a run with this plan, one entry per kind."""
     return [*NOT_COVERED, *([_OTHER_RECORDS] if plan.unit == "record" else [])]
 
 
@@ -46,7 +46,7 @@ def describe_relation(relation: str, unit: str = "record") -> str:
 
 
 def describe_unit(plan: DPPlan) -> str:
-    """Return whose presence is hidden, in words."""
+    """Return the unit whose presence is hidden, in words."""
     if plan.unit == "record":
         return "one record of the training set"
     most = plan.records_per_unit
@@ -81,7 +81,7 @@ def describe_share(share: float) -> str:
 
 @dataclass(frozen=True)
 class _Described:
-    """A clipping of which only the description was kept."""
+    """A clipping of which only the description was saved."""
 
     text: str
 
@@ -91,8 +91,7 @@ class _Described:
 
 
 def stated_plan(state: Mapping[str, Any]) -> DPPlan:
-    """Return the plan that a checkpoint holds, as far as a statement needs it: its schedule and clipping cannot be run
-    again.
+    """Return the plan in a checkpoint, complete enough for a statement: its schedule and clipping cannot be run again.
 
     Args:
         state: what ``DPPlan.state_dict`` returned.
@@ -129,7 +128,7 @@ def stated_plan(state: Mapping[str, Any]) -> DPPlan:
 
 
 def summary_line(plan: DPPlan, ledger: Ledger, accountant: Accountant) -> str:
-    """Epsilon, delta, relation, sampling, accountant and number of steps in one line."""
+    """Return epsilon, delta, relation, sampling, accountant and number of steps in one line."""
     if ledger.num_steps == 0:
         return "Privacy: no steps recorded."
     epsilon = accountant.epsilon(ledger, plan.delta)
@@ -202,12 +201,10 @@ def describe_sampling(plan: DPPlan) -> str:
 
 
 def amplifies_allocation(plan: DPPlan) -> bool:
-    """Tell whether passes are random allocations and the plan's accountant counts them as less than one Gaussian
-    each.
-    """
+    """Tell whether passes are random allocations that the plan's accountant counts as less than one Gaussian each."""
     return plan.allocates and ACCOUNTANTS[plan.accountant].amplifies_from < math.inf
 
 
 def why_infinite(ledger: Ledger) -> str:
-    """Why no epsilon bounds what a ledger holds."""
+    """Return the reason why no epsilon bounds the releases in a ledger."""
     return "; ".join(sorted({run.event.reason for run in ledger.entries} - {""}) or ["some step had no noise"])

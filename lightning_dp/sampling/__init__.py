@@ -1,4 +1,4 @@
-"""The draw of the records of each step, and their way to the training step.
+"""Random draws of the records of each step, and their transport to the training step.
 
 Read in this order: ``indices`` (the random draws), ``units`` (users with several records), ``batches`` (one item of the
 loader), ``fetch`` and ``randomness`` (how it is read), ``facts`` (what is public), ``checks`` (which loaders cannot be

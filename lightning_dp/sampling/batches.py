@@ -1,4 +1,4 @@
-"""One item of a private loader: some samples, collated in microbatches that are small enough for the device."""
+"""One item of a private loader: a number of samples, collated in microbatches that fit on the device."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class LogicalBatch:
 
 
 class MicrobatchCollate:
-    """Cut a list of samples into microbatches and collate each with the user's function.
+    """A collate function that cuts samples into microbatches and collates each with the user's function.
 
     With m = ceil(samples / microbatch_size) microbatches, sizes differ by one at most. Users with several records are
     never split: each microbatch takes users until the next one would exceed the size; one with more records than that
@@ -105,7 +105,7 @@ class MicrobatchCollate:
         return LogicalBatch(microbatches, owners)
 
     def _cuts(self, counts: list[int]) -> list[int]:
-        """Return the units at which microbatches begin, and the number of units at the end."""
+        """Return the positions, counted in units, at which microbatches begin, and the total number of units."""
         units, records, most = len(counts), sum(counts), self.microbatch_size
         if most is None:
             return [0, units]

@@ -1,4 +1,4 @@
-"""Checks of loaders: each refusal says what was found, why, and what to do instead."""
+"""Checks of loaders: each refusal says what was found, why it is refused, and what to do instead."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_count(name: str, value: object, smallest: int) -> None:
 
 
 def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
-    """Return the loader if its way of drawing samples can be replaced by a private one.
+    """Return the loader, if private draws can replace its own.
 
     Args:
         loader: what the user gave.
@@ -80,7 +80,7 @@ def check_options(
     fixed_order: bool,
     public_assignment: int | None,
 ) -> None:
-    """Raise ValueError for options of ``private_dataloader`` that do not go together, or not with the dataset."""
+    """Raise ValueError for options of ``private_dataloader`` that conflict with each other or with the dataset."""
     if has_extra_records and (is_stream or num_batches_kept is not None):
         raise ValueError(
             "Expected a whole dataset with random access for extra_records, got a stream or a part of one. Canaries "
@@ -115,7 +115,7 @@ def check_options(
 
 
 def dataset_length(dataset: object) -> int:
-    """Return the number of records; it must be known and positive."""
+    """Return the number of records; raise if it is unknown or zero."""
     try:
         size = len(dataset)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError) as error:
@@ -200,7 +200,7 @@ def _num_drawn(sampler: Any) -> int:
 
 
 def unwrap_sampler(sampler: Sampler[Any] | Any) -> Any:
-    """Look through the wrappers by which Lightning splits a user's own sampler over processes."""
+    """Return the user's own sampler, without the wrappers by which Lightning splits it over processes."""
     if isinstance(sampler, DistributedSampler) and type(sampler).__name__ in (
         "DistributedSamplerWrapper",
         "UnrepeatedDistributedSamplerWrapper",

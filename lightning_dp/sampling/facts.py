@@ -1,4 +1,4 @@
-"""The public facts about a private loader's sampling: what accounting and planning need to know."""
+"""The public facts about a private loader's sampling, for accounting and planning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_dp.sampling.checks import dataset_length
 
 @dataclass(frozen=True)
 class SamplingFacts:
-    """Public description of how records, or whole users, reach the logical batches.
+    """Public description of how records, or whole users, are drawn into the logical batches.
 
     Args:
         sampling: "poisson", "shuffle" or "cyclic".
@@ -46,12 +46,12 @@ class SamplingFacts:
 
     @property
     def batches_per_pass(self) -> int | None:
-        """Logical batches of which each unit joins exactly one in a pass, by a fair draw; ``None`` if not drawn so."""
+        """Logical batches per pass, of which each unit joins one by a fair draw; ``None`` for other sampling."""
         drawn = self.sampling == "shuffle" and self.add_remove_changes_one_batch
         return self.steps_per_epoch if drawn else None
 
     def passes(self, steps: int) -> int:
-        """Return how often a unit takes part in the first ``steps`` logical steps, at most: k in sens(C).
+        """Return how often a unit participates in the first ``steps`` logical steps, at most: k in sens(C).
 
         Args:
             steps: logical steps of the planned run, >= 1.

@@ -1,4 +1,4 @@
-"""The reading of items, between torch's loader and the user's dataset, in the process that reads."""
+"""Reading of items in the loading process, between torch's loader and the user's dataset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_dp.sampling.randomness import fresh_randomness
 
 
 def as_it_is(batch: Any) -> Any:
-    """Return a batch that is collated already."""
+    """Return an already collated batch unchanged."""
     return batch
 
 
@@ -27,7 +27,7 @@ def reads_many(dataset: Any) -> bool:
 
 
 def read(dataset: Any, indices: list[int]) -> list[Any]:
-    """Return the samples at these indices; a dataset is never asked for none.
+    """Return the samples at these indices; no dataset is called with an empty list.
 
     Raises:
         TypeError: the dataset reads many samples at once and did not return one for each index, so that samples cannot
@@ -48,7 +48,7 @@ def read(dataset: Any, indices: list[int]) -> list[Any]:
 
 
 class _Before:
-    """A wrapper that replaces the dataset in a loader's iterator, and passes as the dataset in all else.
+    """A wrapper that replaces the dataset in a loader's iterator, and otherwise behaves like the dataset.
 
     Class, length, items and attributes are the dataset's, so a ``worker_init_fn`` that prepares
     ``get_worker_info().dataset`` still works.
@@ -85,7 +85,7 @@ class _Before:
 
 
 class BeforeRecords(_Before):
-    """A fetcher of one item of a dataset with random access: reading and collating use fresh randomness.
+    """A fetcher of one item of a dataset with random access; reading and collating use fresh randomness.
 
     **Guarantee**: see ``fresh_randomness``; the entropy is that of the item's ``Draw``.
 
@@ -111,7 +111,7 @@ class BeforeRecords(_Before):
 
 
 class BeforeStream(_Before):
-    """A fetcher of a stream whose records torch's loader cuts into items: each item uses fresh randomness.
+    """A fetcher of items from a stream; torch's loader groups its records, and each item uses fresh randomness.
 
     The loader asks for ``batch_size`` records one by one and then for their collated batch. The randomness begins with
     the first of them and ends with ``collate``, or where the stream ends or raises.
@@ -156,7 +156,7 @@ class BeforeStream(_Before):
             yield record
 
     def collate(self, samples: list[Any]) -> LogicalBatch:
-        """Return the logical batch of the records just read, and end their randomness."""
+        """Return the logical batch of the last records read, and end their random streams."""
         if self._scope is None:  # a shorter last item: the end of the stream has ended its randomness
             self._begin()
         try:

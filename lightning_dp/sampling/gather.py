@@ -1,4 +1,4 @@
-"""A batch of rows of whole tensors, read at once where the samples are such rows anyway."""
+"""A fast read of batches whose samples are rows of whole tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 
 class Gather:
-    """A wrapper of a ``TensorDataset``, or a ``Subset`` of one, whose samples ``default_collate`` makes a batch of.
+    """A wrapper of a ``TensorDataset``, or a ``Subset`` of one, that reads a batch of rows in one operation.
 
     To read 256 samples one by one and to stack them takes about a millisecond, to gather them a tenth of that. Its
     samples are the indices themselves; :meth:`collate` makes of them, bit for bit, the batch that the two would have
@@ -28,9 +28,7 @@ class Gather:
 
     @classmethod
     def of(cls, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> Gather | None:
-        """Return one for a dataset and the user's collate function, or None where either may do something of its
-        own.
-        """
+        """Return a wrapper for a dataset and the user's collate function, or None if either is customised."""
         indices: Tensor | None = None
         while type(dataset) is Subset:
             mine = _integers(dataset.indices)
@@ -48,7 +46,7 @@ class Gather:
         return indices
 
     def collate(self, samples: list[int]) -> list[Tensor]:
-        """Return the batch of these samples: a list with a tensor of shape (B, ...) for each of the dataset's."""
+        """Return the batch of these samples: a list with one tensor of shape (B, ...) per tensor of the dataset."""
         rows = torch.tensor(samples)
         if self.indices is not None:
             rows = self.indices[rows]

@@ -1,4 +1,4 @@
-"""The random draws: batch samplers that decide which record, or which user, is in which step."""
+"""The random draws: batch samplers that decide which record, or which user, joins which step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHOICES, _ENTROPY = 1, 2  # children of a rank's seed, in addition to the strea
 
 
 def _generator(seed: int | None, rank: int, world_size: int) -> np.random.Generator:
-    """Return rank's own stream: 256 bits of the system's entropy, or the rank's child of a seed.
+    """Return the random generator of a rank: 256 bits of the system's entropy, or the rank's child of a seed.
 
     Neither torch's nor numpy's global seed has any influence.
     """
@@ -30,7 +30,7 @@ def _generator(seed: int | None, rank: int, world_size: int) -> np.random.Genera
 
 
 class Draw(list[int]):
-    """Indices of the records of one item of the loader, on their way to the process that reads them.
+    """Indices of the records of one loader item, as passed to the reading process.
 
     Args:
         indices: into the dataset; private.
@@ -47,7 +47,7 @@ class Draw(list[int]):
 
 
 class _PrivateBatchSampler(Sampler[list[int]], ABC):
-    """Common part of the samplers: rank's own units ``rank, rank + W, ...`` and a stream that is never rewound.
+    """Shared base of the samplers: the rank's units ``rank, rank + W, ...`` and a generator that is never reset.
 
     A unit is a record, or a user with some records. A copy (pickle, ``copy``) of a sampler without a seed draws from
     fresh entropy, so that two copies never pick the same units.
@@ -94,7 +94,7 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
         return np.random.SeedSequence(self.seed, spawn_key=(self.rank, *key))
 
     def _records(self, own: NDArray[Any]) -> Draw:
-        """Map positions among the rank's own units to records of the dataset."""
+        """Map indices among the rank's units to records of the dataset."""
         units = own * self.world_size + self.rank
         self._num_draws += 1
         entropy = int.from_bytes(self._child(_ENTROPY, self._num_draws).generate_state(4).tobytes(), "little")
@@ -125,7 +125,8 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
 
 
 class PoissonBatchSampler(_PrivateBatchSampler):
-    """Every unit joins every logical batch independently with probability q = expected_batch_size / dataset_size.
+    """A sampler in which every unit joins every logical batch independently with q = expected_batch_size /
+    dataset_size.
 
         K ~ Binomial(own units, q);   the K members are a uniform subset without replacement
 
@@ -154,7 +155,7 @@ class PoissonBatchSampler(_PrivateBatchSampler):
 
 
 class ShuffleBatchSampler(_PrivateBatchSampler):
-    """Every unit joins exactly one item of a pass, chosen uniformly and independently of all other units.
+    """A sampler in which every unit joins exactly one item of a pass, chosen uniformly and independently.
 
     Balls into bins: sizes vary around the expected batch size. A random permutation cut into batches of fixed size
     looks similar but is not private in the same way: one record more or less there moves all that follow it to other
@@ -181,7 +182,7 @@ class ShuffleBatchSampler(_PrivateBatchSampler):
 
 
 class CyclicBatchSampler(_PrivateBatchSampler):
-    """Every unit belongs to one of b = ``steps_per_epoch`` groups for good, and step t takes group t mod b.
+    """A sampler with b = ``steps_per_epoch`` fixed groups of units; step t takes group t mod b.
 
     The group is drawn once, uniformly and independently of all other units. Every pass is the same, so that a unit
     comes back after exactly b steps, as correlated noise needs it.
@@ -234,7 +235,7 @@ class CyclicBatchSampler(_PrivateBatchSampler):
 
 
 def _bins(rng: np.random.Generator, num_bins: int, num: int) -> Iterator[NDArray[Any]]:
-    """Throw the numbers 0, ..., num - 1 into bins, and yield the members of each."""
+    """Assign the numbers 0, ..., num - 1 to bins at random, and yield the members of each bin."""
     return _grouped(rng.integers(num_bins, size=num), num_bins)
 
 

@@ -31,7 +31,7 @@ _KEPT = (
 
 
 def kept_options(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Return the arguments of a user's loader that have nothing to do with which records meet."""
+    """Return the arguments of a user's loader that do not affect which records meet."""
     return {name: getattr(loader, name) for name in _KEPT if name in inspect.signature(DataLoader).parameters}
 
 
@@ -74,7 +74,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._pass_length: int | None = None  # logical batches of a pass over a stream whose order is accounted for
 
     def draw_as(self, other: PrivateDataLoader) -> None:
-        """Draw as another loader over the same dataset does, from the next pass on."""
+        """Take over the sampling of another loader over the same dataset, from the next pass on."""
         self.facts = other.facts
         self.__dict__["batch_sampler"] = other.batch_sampler
 
@@ -84,7 +84,7 @@ class PrivateDataLoader(DataLoader[Any]):
         return self._in_order() if self._is_ordered else self._items()
 
     def start_at(self, step: int, *, steps_per_pass: int | None = None) -> None:
-        """Go on with the logical batch of step ``step``: what a resumed run must do before it reads.
+        """Continue with the logical batch of step ``step``; a resumed run must call this before it reads.
 
         Does nothing for "poisson", and for "shuffle" with random access, whose draws have no position.
 
@@ -139,7 +139,7 @@ class PrivateDataLoader(DataLoader[Any]):
         return isinstance(self.dataset, IterableDataset) or isinstance(self.batch_sampler, CyclicBatchSampler)
 
     def _in_order(self) -> Iterator[LogicalBatch]:
-        """Yield the items of a pass from ``position`` on, and count what is handed out, not what is read ahead."""
+        """Yield the items of a pass from ``position`` on, counting items handed out rather than items read ahead."""
         if isinstance(self.batch_sampler, CyclicBatchSampler):
             self.batch_sampler.position = self.position
         items = self._items()

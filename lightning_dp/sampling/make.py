@@ -164,7 +164,7 @@ def private_dataloader(
 
 
 def peek_samples(loader: DataLoader[Any], num: int) -> list[Any]:
-    """Return the first ``num`` samples before collating, read in this process; fewer if the dataset has fewer.
+    """Return the first ``num`` samples before collating, read in this process; fewer from a smaller dataset.
 
     **Guarantee**: none: the samples are raw private records. Nothing computed from them may be released.
 
@@ -209,7 +209,7 @@ def _user_collate(loader: DataLoader[Any]) -> Any:
 
 
 class _Records(Dataset[Any]):
-    """A sequence of records as a dataset."""
+    """A dataset over a sequence of records."""
 
     def __init__(self, records: Sequence[Any]) -> None:
         self.records = records

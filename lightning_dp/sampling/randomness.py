@@ -1,4 +1,4 @@
-"""Random streams of the user's code while data is read: fresh for every logical batch, undisturbed around it."""
+"""Random streams of the user's code during data loading: fresh for every logical batch, restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 @contextmanager
 def fresh_randomness(entropy: int) -> Iterator[None]:
-    """Run a block with the global generators started from ``entropy``, and put their earlier states back afterwards.
+    """Run a block with the global generators seeded from ``entropy``, and restore their states afterwards.
 
     **Guarantee**: what the block draws from the global generators of torch (the CPU's, and the current CUDA device's if
     CUDA is in use), numpy and Python follows from ``entropy`` alone: not from ``seed_everything``, nor from how many

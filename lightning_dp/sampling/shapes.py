@@ -1,4 +1,4 @@
-"""Training data in other shapes than one ``DataLoader`` over records, made into one: bulk loading, collections,
+"""Training data in other forms than one ``DataLoader`` over records, converted to one: bulk loading, collections,
 batches.
 """
 
@@ -19,7 +19,7 @@ from lightning_dp.sampling.loader import kept_options
 
 
 def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) -> Any:
-    """Return training data in any shape as one loader over records; whatever is one already comes back as it is.
+    """Return training data in any form as one loader over records; such a loader is returned unchanged.
 
     A list or dictionary of loaders becomes one loader whose batches have that structure. Record i is then made of item
     i of each dataset: **who is protected is whoever brings item i to all of them**.
@@ -56,7 +56,7 @@ def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) 
 
 
 def _recorded(loader: Any, sampling: str) -> Any:
-    """Return a loader over single records where the given one reads whole batches."""
+    """Return a loader over single records for a loader that reads whole batches."""
     if isinstance(loader, DataLoader):
         in_bulk = isinstance(unwrap_sampler(loader.sampler), BatchSampler)
         return _single_reads(loader) if in_bulk and type(loader).__iter__ is DataLoader.__iter__ else loader
@@ -69,9 +69,7 @@ def _recorded(loader: Any, sampling: str) -> Any:
 
 
 class _Positions(Dataset[Any]):
-    """The positions of a dataset, whose records are read in bulk when they are collated; attributes are the
-    dataset's.
-    """
+    """A dataset of positions; records are read in bulk when they are collated. Attributes are the wrapped dataset's."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -92,7 +90,7 @@ class _Positions(Dataset[Any]):
 
 
 class _ReadInBulk:
-    """A fetcher that reads records at once and collates what is returned."""
+    """A fetcher that reads records in bulk and collates the result."""
 
     def __init__(self, dataset: Any, collate_fn: Any) -> None:
         self.dataset, self.collate_fn = dataset, collate_fn
@@ -117,7 +115,7 @@ def _single_reads(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 class _Parts(Dataset[Any]):
-    """Record i is made of item i of each dataset."""
+    """A dataset whose record i combines item i of every dataset."""
 
     def __init__(self, datasets: list[Any]) -> None:
         self.datasets = datasets
@@ -133,7 +131,7 @@ class _Parts(Dataset[Any]):
 
 
 class _CollateParts:
-    """Collates each part of the records by its own loader's function, into the structure of the loaders."""
+    """A collate function that applies each loader's own function to its part, in the structure of the loaders."""
 
     def __init__(self, collates: list[Any], structure: TreeSpec) -> None:
         self.collates, self.structure = collates, structure
@@ -211,14 +209,14 @@ class RowsOfBatches(IterableDataset[Any]):
 
 
 class _SizedRowsOfBatches(RowsOfBatches):
-    """The same of an iterable with a length; a shorter last batch counts as a whole one."""
+    """The rows of the batches of an iterable with a length; a shorter last batch counts as a whole one."""
 
     def __len__(self) -> int:
         return len(self.batches) * self.batch_size  # type: ignore[arg-type]
 
 
 def _rows_of(batches: Any) -> DataLoader[Any]:
-    """Return a loader over the rows of an iterable of batches, which cuts them into the same batches again."""
+    """Return a loader over the rows of an iterable of batches, with the same batch boundaries."""
     iterator = iter(batches)
     if iterator is batches:
         raise ValueError(
@@ -234,7 +232,9 @@ def _rows_of(batches: Any) -> DataLoader[Any]:
 
 
 def _is_column(node: Any) -> bool:
-    """Tell whether a part of a batch has one entry per record: a tensor or array, or a list of words or numbers."""
+    """Tell whether one component of a batch has one entry per record: a tensor, an array, or a list of words or
+    numbers.
+    """
     if isinstance(node, (list, tuple)):
         return bool(node) and all(isinstance(entry, (str, bytes, bool, int, float)) for entry in node)
     return isinstance(node, (Tensor, np.ndarray)) and node.ndim > 0
@@ -259,7 +259,7 @@ def _rows(batch: Any) -> list[Any]:
 
 
 def _stacked(rows: list[Any]) -> Any:
-    """Return the batch of some rows; tensors are stacked, words and numbers listed as they were."""
+    """Return the batch of given rows; tensors are stacked, words and numbers stay in lists."""
     flattened = [tree_flatten(row) for row in rows]
     columns = zip(*(leaves for leaves, _ in flattened), strict=True)
     return tree_unflatten([_column(list(entries)) for entries in columns], flattened[0][1])

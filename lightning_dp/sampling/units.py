@@ -1,4 +1,4 @@
-"""Users who own several records: which records belong to whom, and which of them a user brings to a batch."""
+"""Users who own several records: the records of each user, and the choice of those that join a batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Unit = int | str | Sequence[Any] | Tensor | NDArray[Any]
 
 
 class Units:
-    """The records of every user, and how many of them a user brings at most.
+    """The records of every user, and the most records that a user contributes.
 
     **Guarantee**: whoever joins brings at least one and at most ``most`` records, a uniform subset without replacement,
     independent between users and steps. Who owns what is private.
@@ -61,7 +61,7 @@ class Units:
         return len(self._edges) - 1
 
     def choose(self, users: NDArray[Any], rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Return the records that these users bring, user by user, and how many each of them brings.
+        """Return the records chosen for these users, user by user, and the number for each of them.
 
         Args:
             users: numbers of the users, in the order of the batch.
@@ -82,7 +82,7 @@ class Units:
 
 
 def unit_ids(dataset: Any, size: int, unit: Unit, *, warn: bool) -> list[Any]:
-    """Return the id of the user of every record of a dataset.
+    """Return the user id of every record of a dataset.
 
     Items are read only if ``unit`` is a key or a position and the dataset keeps no such column: then each once, with a
     warning.
@@ -112,7 +112,7 @@ def unit_ids(dataset: Any, size: int, unit: Unit, *, warn: bool) -> list[Any]:
 
 
 def _column(dataset: Any, unit: int | str) -> list[Any] | None:
-    """Return a column that the dataset keeps, or None where its items must be read."""
+    """Return a column stored by the dataset, or None if its items must be read."""
     if type(dataset) is Subset:
         whole = _column(dataset.dataset, unit)
         return None if whole is None else [whole[index] for index in _plain(dataset.indices)]

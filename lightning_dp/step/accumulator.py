@@ -16,7 +16,7 @@ from lightning_dp.system.owners import is_shared
 
 
 class Accumulator:
-    """One flat buffer with a part a parameter: noise, scaling and the all-reduce are one call each.
+    """One flat buffer with a slice per parameter, so that noise, scaling and the all-reduce are one call each.
 
     It holds L coordinates of the gradient, behind them S statistics. Without a mask L is P, and the buffer of a step
     becomes that step's gradients once it is noised. Under a mask it holds active coordinates alone, in their order:
@@ -64,17 +64,19 @@ class Accumulator:
 
     @property
     def flat(self) -> Tensor:
-        """The buffer of this step, shape (L + S,); zeros where nothing was added yet."""
+        """The buffer of this step, shape (L + S,); zeros before the first addition."""
         if self._flat is None:
             self._flat = self._fresh().zero_()
         return self._flat
 
     def _fresh(self) -> Tensor:
-        """Return a buffer with arbitrary values: without a mask the memory of the last gradients, if that is free."""
+        """Return a buffer with arbitrary values; without a mask, reuse the memory of the last gradients if it
+        is free.
+        """
         return self._memory_of_gradients() if self.active is None else self._new(self.num_active + self.num_statistics)
 
     def _memory_of_gradients(self) -> Tensor:
-        """Return P + S arbitrary numbers: the memory of the last gradients if nobody else holds it."""
+        """Return P + S arbitrary numbers, in the memory of the last gradients if nothing else refers to it."""
         held, self._handed_out = self._handed_out, None
         return self._new(self.num_coordinates + self.num_statistics) if held is None or is_shared(held) else held
 
@@ -89,8 +91,7 @@ class Accumulator:
         shares: Sequence[float] = (),
         share: float = 1.0,
     ) -> None:
-        """Begins a sum with the noise of its release: the buffer is passed over once less than when it is added at the
-        end.
+        """Begin a sum with the noise of its release, which saves one pass over the buffer.
 
         Args:
             noise: where it comes from.
@@ -107,7 +108,7 @@ class Accumulator:
         self.used, self.noise_std, self.divisor = True, std, divisor
 
     def noise_parts(self, shares: Sequence[float], share: float = 1.0) -> list[tuple[Tensor, float]]:
-        """Return the parts of the gradient that carry noise of a std of their own, with its factor.
+        """Return the slices of the gradient that have their own noise std, each with its factor.
 
         Args:
             shares: factor of each group; empty for one part of factor 1.
@@ -119,7 +120,7 @@ class Accumulator:
         return [(view, factors[name] * share) for name, view in self.views.items() if view.numel()]
 
     def factors_by_name(self, shares: Sequence[float]) -> dict[str, float]:
-        """Return the factor of the group of each parameter."""
+        """Return, by parameter name, the factor of its group."""
         return {name: share for group, share in zip(self.groups, shares, strict=True) for name in group}
 
     @property
@@ -156,7 +157,7 @@ class Accumulator:
 
     @property
     def scratch(self) -> dict[str, Tensor]:
-        """Scratch buffers by parameter name, for sums of which the active entries are taken; empty without a mask."""
+        """Scratch buffers by parameter name, for sums whose active entries are then selected; empty without a mask."""
         return {} if self.active is None else self.views_of(self._whole()[: self.num_coordinates])
 
     def _whole(self) -> Tensor:
@@ -170,7 +171,7 @@ class Accumulator:
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def holds(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Tell whether this buffer was made for exactly these parameters, where they are now."""
+        """Tell whether this buffer was made for exactly these parameters, on their current device."""
         return (
             len(parameters) == len(self.parameters)
             and all(self.parameters.get(name) is parameter for name, parameter in parameters.items())
@@ -178,7 +179,7 @@ class Accumulator:
         )
 
     def set_masks(self, masks: Sequence[Mapping[str, Tensor]], version: tuple[Hashable, ...]) -> None:
-        """Set the active coordinates from here on, between two logical batches: those that are active in every mask.
+        """Set the active coordinates between two logical batches: those that are active in every mask.
 
         Args:
             masks: parameter name -> boolean tensor of its shape, True where active; what is not named is active.
@@ -201,7 +202,7 @@ class Accumulator:
 
     @property
     def sensitivity(self) -> float:
-        """The largest norm that one sample adds under the clipping in force."""
+        """The largest norm that one sample adds under the current clipping."""
         return self.clipping.sensitivity(len(self.groups))
 
     @property
@@ -216,7 +217,7 @@ class Accumulator:
 
     @property
     def payload_bytes(self) -> int:
-        """Size of what one rank hands to the all-reduce of a logical step."""
+        """Size of the buffer that one rank passes to the all-reduce of a logical step."""
         return (self.num_active + self.num_statistics) * self._dtype.itemsize
 
     def add(self, total: Tensor) -> None:
@@ -224,29 +225,29 @@ class Accumulator:
         self.gradient.add_(total if self.active is None else total[self.active])
 
     def add_at(self, positions: Tensor, values: Tensor) -> None:
-        """Add values at positions of the gradient, indices below P; masked ones are left out."""
+        """Add values at positions of the gradient, indices below P; masked positions are left out."""
         if self._active_indices is not None:
             positions, present = self._among_active(positions)
             positions, values = positions[present], values[present]
         self.gradient.index_add_(0, positions, values)
 
     def reset(self) -> None:
-        """Forgets whatever has been added; costs nothing where nothing has."""
+        """Forget all additions; free if there were none."""
         if self.used and self._flat is not None:
             self._flat.zero_()
         self.used, self.noise_std, self.divisor = False, None, 1
 
     def drop_grads(self) -> None:
-        """Frees the last step's gradients, as the optimizer's ``zero_grad`` would."""
+        """Free the last step's gradients, as the optimizer's ``zero_grad`` would."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def payload(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what is released, in one buffer: all of it, the active coordinates, and the statistics (two views)."""
+        """Return the released buffer: all of it, the active coordinates, and the statistics (two views)."""
         return self.flat, self.gradient, self.statistics
 
     def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
-        """Return what the active coordinates of a payload hold at positions of the gradient, 0 where masked.
+        """Return the values of a payload at positions of the gradient; masked positions give 0.
 
         Args:
             noisy: the active coordinates of the payload.
@@ -264,7 +265,7 @@ class Accumulator:
         return found, self._active_indices[found] == positions
 
     def write_grads(self, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
-        """``p.grad = finish(noisy) rescale``, 0 where masked, or ``noisy`` where it is the mean. Call it on noised sums
+        """Set ``p.grad = finish(noisy) rescale``, or ``noisy`` if it is already the mean; 0 if masked. Noised sums
         only.
 
         The gradients are views of one buffer, which is theirs from here on.

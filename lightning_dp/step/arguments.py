@@ -1,4 +1,4 @@
-"""Arguments of private training outside of a Trainer: those of ``DPStrategy``, with its defaults."""
+"""Arguments of private training without a Trainer: those of ``DPStrategy``, with its defaults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_dp.step.settings import (
 
 
 class PrivateArguments(TypedDict, total=False):
-    """Arguments that mean what they mean for ``DPStrategy``, which documents them."""
+    """Arguments with the same meaning as in ``DPStrategy``, which documents them."""
 
     noise_multiplier: float | None
     target_epsilon: float | None

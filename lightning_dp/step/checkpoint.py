@@ -1,4 +1,4 @@
-"""Ledger and plan in a Lightning checkpoint: what is written, what is accepted back."""
+"""Ledger and plan in a Lightning checkpoint: writing them, and validating them when they are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS = "weights"
 
 
 class Restored(NamedTuple):
-    """The privacy spent, as a checkpoint holds it.
+    """The privacy state restored from a checkpoint.
 
     Args:
         ledger: the one to go on with.
@@ -37,9 +37,7 @@ class Restored(NamedTuple):
 
 
 def dump(ledger: Ledger, plan: Any, step: int, *, global_step: int, unledgered: int, notes: RunNotes) -> dict[str, Any]:
-    """Return the privacy state as plain values. The noise generator's state is never part of it: noise used twice
-    cancels out.
-    """
+    """Return the privacy state as plain values, never the noise generator's state: noise used twice cancels out."""
     return {
         "version": VERSION,
         "ledger": ledger.state_dict(),
@@ -128,15 +126,13 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
 
 
 def optimizer_steps(checkpoint: Mapping[str, Any]) -> int:
-    """Return the most steps that a checkpoint shows any optimizer to have taken: Lightning's count, and the optimizers'
-    own.
-    """
+    """Return the largest number of steps that a checkpoint shows: Lightning's count, or any optimizer's own."""
     states = [state.get("state", {}).values() for state in checkpoint.get("optimizer_states", ())]
     return max([int(checkpoint.get("global_step", 0)), *(most_steps(state) for state in states)])
 
 
 def most_steps(states: Iterable[Any]) -> int:
-    """Return the largest ``step`` in an optimizer's per-parameter states; 0 if they count none."""
+    """Return the largest ``step`` in an optimizer's per-parameter states; 0 if it counts no steps."""
     counts = [state["step"] for state in states if isinstance(state, Mapping) and "step" in state]
     return max((int(count) for count in counts if isinstance(count, (int, float, Tensor))), default=0)
 
@@ -146,7 +142,7 @@ def _is_count(value: Any) -> bool:
 
 
 def load_notes(checkpoint: dict[str, Any]) -> RunNotes:
-    """Return the notes of the run of a checkpoint with a ledger.
+    """Return the run notes of a checkpoint with a ledger.
 
     Raises:
         PrivacyError: the notes cannot be read.

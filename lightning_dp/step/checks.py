@@ -1,4 +1,4 @@
-"""Checks of a private step, as functions: each raises where continuing would void the guarantee."""
+"""Checks of a private step, as functions: each raises if continuing would void the guarantee."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_dp.sampling import PrivateDataLoader
 
 
 def scalar_loss(output: Any, count: int, reduction: str, source: str = "training_step") -> Tensor | None:
-    """Return the loss of the user's step as a scalar; None if it returned none.
+    """Return the loss of the user's step as a scalar; None if the step returned none.
 
     Args:
         output: what the user's step returned.
@@ -47,7 +47,7 @@ def scalar_loss(output: Any, count: int, reduction: str, source: str = "training
 
 
 def reduced(losses: Tensor, reduction: str) -> Tensor:
-    """Return per-sample losses combined as ``loss_reduction`` says that a scalar loss combines them."""
+    """Return per-sample losses combined in the way that ``loss_reduction`` names."""
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
@@ -115,7 +115,7 @@ def reached(loss: Tensor) -> Iterator[None]:
 
 
 def check_accumulation(parts: int, planned: int) -> None:
-    """Check that a logical batch is still handed out in as many parts as planned.
+    """Check that a logical batch is still delivered in as many parts as planned.
 
     Raises:
         PrivacyError: ``accumulate_grad_batches`` changed.
@@ -156,7 +156,7 @@ def check_counts_once(optimizer: int, *, unfinished: bool, again: bool, microbat
 def check_no_raw_gradients(
     optimizer: int, stepping: Optimizer, known: Mapping[str, nn.Parameter], module: nn.Module
 ) -> None:
-    """Check that every gradient an optimizer is about to step on comes out of the release.
+    """Check that every gradient that an optimizer is about to use comes from the release.
 
     Args:
         optimizer: its position.
@@ -182,7 +182,7 @@ def check_no_raw_gradients(
 
 
 def check_settled(now: float, settled: float) -> None:
-    """Check that a sample may add no more to a sum than its noise was settled for.
+    """Check that a sample may add no more to a sum than its noise was calibrated for.
 
     Args:
         now: sensitivity of the sum under the clipping in force.

@@ -1,4 +1,4 @@
-"""Correlation: the public facts of a run whose noise is correlated between steps, and what such a run cannot do."""
+"""Correlation: the public facts of a run with correlated noise, and the features that such a run cannot use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Correlation:
 
     @property
     def sensitivity(self) -> float:
-        """sens(C), for contributions of norm at most 1."""
+        """Sensitivity sens(C), for contributions of norm at most 1."""
         return self.noise.sensitivity(self.steps, self.separation, self.passes)
 
     def describe(self) -> str:
@@ -61,7 +61,7 @@ class Correlation:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Correlation:
-        """Return what ``state_dict`` described.
+        """Return the correlation that ``state_dict`` saved.
 
         Raises:
             ValueError: values out of range.
@@ -129,7 +129,7 @@ def _check_mechanisms(mechanisms: Mechanisms, length: RunLength, steps: int) -> 
 
 
 def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, start: int) -> None:
-    """Check that a run with correlated noise goes on as it was planned.
+    """Check that a run with correlated noise resumes as it was planned.
 
     Args:
         now: the plan, as plain values.
@@ -153,7 +153,7 @@ def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, st
 
 
 def check_releases(*, automatic: bool, num_private_optimizers: int, shares_noise: bool) -> None:
-    """Check that every logical batch makes exactly one release, so that steps of the noise are steps of the data.
+    """Check that every logical batch makes exactly one release, so that steps of noise and of data coincide.
 
     Args:
         automatic: whether the host steps the one optimizer itself.
@@ -193,7 +193,7 @@ def check_mask_may_change(since: int) -> None:
 
 
 def begin_order(correlation: Correlation | None, loader: PrivateDataLoader, step: int) -> None:
-    """Let a loader go on with the batch of a logical step, if the noise is correlated.
+    """Let a loader resume at the batch of a logical step, if the noise is correlated.
 
     Args:
         correlation: of the plan.
@@ -225,7 +225,7 @@ def check_reload(correlation: Correlation | None, before: PrivateDataLoader | No
 
 
 def check_position(position: int | None, step: int) -> None:
-    """Check that a logical batch is the one whose turn it is.
+    """Check that a logical batch is the next one in the order of the data.
 
     Args:
         position: number of the batch in the order of the data.

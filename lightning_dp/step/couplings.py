@@ -1,4 +1,4 @@
-"""Couplings: does one sample's gradient, or the state after a step, depend on another sample?"""
+"""Couplings: checks that neither a sample's gradient nor the state after a step depends on another sample."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Couplings:
         self._runs = runs
 
     def real_records(self, seed: int) -> list[Any]:
-        """Return records for a batch of the real size, and a few more."""
+        """Return enough records for a batch of the real size and for the exchanges."""
         host = self._runs.host
         return host.records(host.batch_size + NUM_SMALL, seed=seed)  # type: ignore[no-any-return]
 
     def check_state(self, snapshot: Snapshot, records: list[Any]) -> None:
-        """Check that what a step leaves behind does not depend on the records."""
+        """Check that the state after a step does not depend on the records."""
         host = self._runs.host
 
         def run(batches: list[list[Any]], *, ends: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -94,7 +94,7 @@ class Couplings:
             return math.sqrt(sum(float(square) for square in step.reduction.total(squares).values()))
 
         def adds_up() -> bool:
-            """Tell whether the gradient of the whole batch is that of its samples run alone, together."""
+            """Tell whether the gradient of the whole batch equals the sum of its samples' gradients alone."""
             rest = {name: gradient * scale for name, gradient in run(records, engine=False).private.items()}
             largest = 0.0
             for record in records:
@@ -143,9 +143,7 @@ class Couplings:
         self.exchange_one(snapshot, self.real_records(0), seed=0, spoil=True)
 
     def _exchange_beside_spoiled(self, snapshot: Snapshot, few: list[Any], spare: Any, draws: Draws) -> None:
-        """Exchange the first sample of a batch in which another is infinite: code that replaces such a one copies
-        others.
-        """
+        """Exchange the first sample of a batch that holds an infinite record: code may replace that one by copies."""
         middle, swapped = len(few) // 2, list(few)
         if not exchange.has_floats(few[middle]):
             return
@@ -202,7 +200,7 @@ class Couplings:
         exchange.compare(base, other, stays, tolerance=tolerance, what=what, total=total)
 
     def _fingerprint(self, snapshot: Snapshot, records: list[Any], place: int, draws: Draws) -> exchange.Fingerprint:
-        """Run the engine on records and return what their gradients look like without the one at ``place``."""
+        """Run the engine on records and return the fingerprint of all gradients but the one at ``place``."""
         step, size = self._runs.step, len(records)
         weights = exchange.random_weights(size, place)
         known: dict[str, Tensor] = dict(step.module.named_parameters())
@@ -216,7 +214,7 @@ class Couplings:
 
 
 def differing(records: list[Any]) -> list[Any]:
-    """Return the records in an order that begins with different lengths and counts."""
+    """Return the records reordered so that the first ones have different lengths and counts."""
     seen: set[Any] = set()
     first: list[Any] = []
     rest: list[Any] = []

@@ -1,4 +1,4 @@
-"""Un-noised figures about clipping and noise, for study and only on request: they are not private."""
+"""Un-noised figures about clipping and noise, for study and only on request, because they are not private."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing_extensions import override
 
 
 class Diagnostics:
-    """Figures about each logical batch; this one has none, and is what "off" means."""
+    """Figures about each logical batch. This base class has none and means "off"."""
 
     reads_sums: ClassVar[bool] = False
     """Whether raw and clipped sums are shown to it, so that no sum may begin with its noise."""
@@ -26,7 +26,7 @@ class Diagnostics:
         """
 
     def summarise(self, clipped_sum: Tensor, noise_std: float) -> None:
-        """Finish a logical batch.
+        """Compute the figures at the end of a logical batch; do nothing when off.
 
         Args:
             clipped_sum: ``(d,)`` active coordinates, before noise.
@@ -69,7 +69,7 @@ class ClippingDiagnostics(Diagnostics):
 
     @override
     def summarise(self, clipped_sum: Tensor, noise_std: float) -> None:
-        """Compute the figures of the logical batch and forget it; an empty batch has none."""
+        """Compute the figures of the logical batch and reset; an empty batch has none."""
         if self._raw is None:
             return
         length = float(torch.linalg.vector_norm(clipped_sum))
@@ -82,6 +82,6 @@ class ClippingDiagnostics(Diagnostics):
         self._forget()
 
     def take(self) -> dict[str, float]:
-        """Return the figures of the last logical batch that had some, once, by name. NOT private."""
+        """Return, once, the figures of the last non-empty logical batch, by name. NOT private."""
         figures, self._figures = self._figures, {}
         return figures

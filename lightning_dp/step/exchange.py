@@ -1,4 +1,4 @@
-"""Exchange test: one sample of a batch is exchanged, and everybody else's gradient must stay as it was.
+"""Exchange test: one sample of a batch is exchanged, and the gradients of all others must stay the same.
 
 The arithmetic of the other rows is the same in both batches, so that the tolerance is rounding, and couplings are
 found that a comparison with single runs cannot resolve.
@@ -42,7 +42,7 @@ class Fingerprint:
 
 
 def random_weights(size: int, leaves: int) -> Tensor:
-    """Return (1, size) fixed weights, a third of them negative; 0 for the sample that does not stay."""
+    """Return (1, size) fixed weights, a third of them negative; 0 for the exchanged sample."""
     weights = torch.from_numpy(np.random.default_rng(7).uniform(0.5, 1.5, (1, max(size, leaves + 1))))
     weights *= torch.where(torch.arange(weights.shape[1]) % 3 == 0, -1.0, 1.0)
     weights[:, leaves] = 0.0
@@ -78,7 +78,7 @@ def join(
     size: int,
     leaves: int,
 ) -> Fingerprint:
-    """Return the fingerprint over all optimizers.
+    """Return one fingerprint for all optimizers.
 
     Args:
         found: per optimizer.
@@ -97,7 +97,9 @@ def join(
 
 
 def most_different(record: Any, others: list[Any]) -> list[Any]:
-    """Return at most two records: one that differs in its whole numbers (a label, say), and one of another length."""
+    """Return at most two records: one with the most different whole numbers (a label, say), and one of another
+    length.
+    """
     chosen = [other for other in others if _whole_numbers(other) != _whole_numbers(record)][:1]
     chosen += [other for other in others if shape_of(other) != shape_of(record)][:1]
     return chosen or others[:1]
@@ -125,7 +127,7 @@ def sizes_of(records: list[Any]) -> tuple[Any, ...]:
 
 
 def same_shapes(first: Fingerprint, second: Fingerprint) -> bool:
-    """Tell whether both batches have the same shapes, so that the arithmetic of the other rows is the same."""
+    """Tell whether both batches have the same shapes, so that the other rows have the same arithmetic."""
     return bool(first.shapes == second.shapes)
 
 
@@ -195,7 +197,7 @@ def _message(what: str, found: str) -> str:
 
 
 def spoiled(record: Any, value: float) -> Any:
-    """Return a record whose floating-point values are all replaced by one; the same record if it has none."""
+    """Return a record with all floating-point values replaced by one value; the same record if it has none."""
 
     def replaced(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -221,7 +223,7 @@ def has_floats(record: Any) -> bool:
 
 
 def shape_of(record: Any) -> Any:
-    """Return a value that tells records of different length or count apart."""
+    """Return a value that differs between records of different length or count."""
     shapes: list[Any] = []
 
     def look(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""StateFacts: what users read of a private run, whatever owns its PrivacyState."""
+"""StateFacts: the public facts of a private run, whichever object owns its PrivacyState."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StateFacts:
 
     @property
     def ledger(self) -> Ledger:
-        """The ledger: what was released so far."""
+        """The ledger: all releases so far."""
         return self.state.ledger
 
     @property
@@ -31,7 +31,7 @@ class StateFacts:
 
     @property
     def notes(self) -> RunNotes:
-        """Facts of the run that the privacy card names in addition to plan and ledger."""
+        """Facts of the run for the privacy card, in addition to plan and ledger."""
         return self.state.notes
 
     @property
@@ -53,6 +53,6 @@ class StateFacts:
         return self.state.epsilon(delta)
 
     def privacy_statement(self) -> str:
-        """Return what holds for whom: epsilon and delta, relation, sampling, accountant, and what is not covered."""
+        """Return the privacy statement: epsilon and delta, relation, sampling, accountant, and what is not covered."""
         _ = self.plan
         return self.state.privacy_statement()

@@ -1,4 +1,4 @@
-"""ForeignCode: the user's step on trial, prepared for what it may raise."""
+"""ForeignCode: the user's step on trial, with handling of its exceptions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class OneAloneError(Exception):
-    """The user's step raised on one record alone; ``__cause__`` is what it raised."""
+    """An error of the user's step on one record alone; ``__cause__`` is the original exception."""
 
 
 class ForeignCode:
-    """A host whose step may raise: an exception is reported with the number of records that it was raised on.
+    """A host whose step may raise; an exception reports the number of records that caused it.
 
     A step that cannot run on one record (a metric over two records, a ``squeeze`` that drops the batch axis) is run on
     two copies of it. A mean over two copies is the loss of the record itself; under ``reduction="sum"`` it is halved.
@@ -41,7 +41,7 @@ class ForeignCode:
         return getattr(self._host, name)
 
     def run(self, records: list[Any]) -> Any:
-        """Run the step on records, or on copies of the only one.
+        """Run the step on records, or on copies of a single record.
 
         Raises:
             OneAloneError: the step raised on one record.
@@ -62,13 +62,12 @@ class ForeignCode:
             raise
 
     def loss_of(self, output: Any, count: int) -> Tensor | None:
-        """Return the loss of an output as a scalar; that of copies is the loss of one of them."""
+        """Return the loss of an output as a scalar; the loss of copies is divided back to one of them."""
         loss = self._host.loss_of(output, count)
         return loss / self.copies if loss is not None and count == 1 and self._sums else loss
 
     def attempt(self, check: Callable[[], T], put_back: Callable[[], None]) -> T:
-        """Run a check and return its answer; if one record cannot run alone, run the check again with two copies of
-        each such record.
+        """Run a check and return its answer; if one record cannot run alone, repeat it with two copies of each record.
 
         Args:
             check: runs the step.
@@ -89,7 +88,7 @@ class ForeignCode:
 
 
 def note(error: BaseException, text: str) -> None:
-    """Add a sentence to an exception, which Python shows below its message from version 3.11 on."""
+    """Add a sentence to an exception; Python shows it below the message from version 3.11 on."""
     notes: list[str] = getattr(error, "__notes__", [])
     error.__notes__ = [*notes, text]
 

@@ -1,4 +1,4 @@
-"""History: what earlier runs have spent on the same data, and which parameters carry it."""
+"""History: the privacy spent by earlier runs on the same data, and the parameters that they trained."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _values: dict[Any, Lineages] = {}
 
 
 def read_history(history: Any) -> list[Ledger]:
-    """Return the ledgers of earlier runs; of two ledgers of one run the longer one.
+    """Return the ledgers of earlier runs; of two ledgers of the same run, the longer one.
 
     Args:
         history: a ``Ledger``, anything with a ``ledger`` (a strategy), the path of a checkpoint, or a list of these.
@@ -68,7 +68,7 @@ def _ledger_of(path: Any) -> Ledger:
 
 
 def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
-    """Return one ledger that holds the releases of all runs: their costs compose.
+    """Return one ledger with the releases of all runs, because their costs compose.
 
     Args:
         ledgers: of earlier runs on the same data.
@@ -99,7 +99,7 @@ def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
 
 
 def carry(parameters: Iterable[nn.Parameter], ledger: Ledger) -> None:
-    """Take note that a private run trains these parameters, before their values change."""
+    """Record that a private run trains these parameters, before their values change."""
     for parameter in parameters:
         key = id(parameter)
         if key not in _carried:
@@ -109,7 +109,7 @@ def carry(parameters: Iterable[nn.Parameter], ledger: Ledger) -> None:
 
 
 def note_values(parameters: Iterable[nn.Parameter]) -> None:
-    """Take note of what a private run has made of parameters, so that copies of them are known by their values."""
+    """Record the values of privately trained parameters, so that copies of them are recognised."""
     for parameter in parameters:
         reference, ledgers, before = _carried.get(id(parameter), (None, {}, None))
         now = _print_of(parameter)
@@ -118,8 +118,8 @@ def note_values(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _print_of(parameter: nn.Parameter) -> Any:
-    """Return a few of a parameter's values, by which copies are recognised; None where other parameters may well have
-    the same.
+    """Return a few values of a parameter, by which copies are recognised; None if other parameters may well
+    share them.
     """
     value = parameter.detach()
     if value.numel() < _FEWEST or type(value) is not Tensor or value.is_meta:
@@ -129,14 +129,14 @@ def _print_of(parameter: nn.Parameter) -> Any:
 
 
 def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Take note that a module was loaded from a checkpoint, if a private run wrote it."""
+    """Record that a module was loaded from a checkpoint, if a private run wrote it."""
     state = checkpoint.get(saved.KEY)
     if isinstance(state, dict) and "ledger" in state:
         carry(module.parameters(), Ledger.from_state_dict(state["ledger"]))
 
 
 def check_history(module: nn.Module, known: Iterable[str], *, given: bool, resumed: Ledger | None = None) -> None:
-    """Check that what earlier runs have spent on a module's parameters is counted.
+    """Check that the privacy spent by earlier runs on a module's parameters is counted.
 
     Args:
         module: about to be trained.

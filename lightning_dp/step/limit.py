@@ -30,15 +30,15 @@ class PublicPlan(Protocol):
         """Return the noise multiplier of a step."""
 
     def runs(self, start: int, stop: int) -> Sequence[Any]:
-        """Return the events of the steps ahead, as items that ``Ledger.extended`` takes."""
+        """Return the events of planned steps, as items that ``Ledger.extended`` takes."""
 
 
 class Spending(Protocol):
-    """A run as its budget sees it: plan, ledger and the steps taken so far."""
+    """The view of a run that a budget needs: plan, ledger and the steps taken so far."""
 
     @property
     def ledger(self) -> Ledger:
-        """Releases so far."""
+        """All releases so far."""
 
     @property
     def accountant(self) -> Accountant:
@@ -54,18 +54,18 @@ class Spending(Protocol):
 
 
 class Limit:
-    """Limit on the logical steps of a run; this one has none, and is what "off" means.
+    """A limit on the logical steps of a run. This base class has none and means "off".
 
     **Guarantee**: a function of the public plan and the ledger.
     """
 
     def last_step(self, run: Spending) -> float:
-        """Return how many logical steps the run may have taken when it ends, those taken already included."""
+        """Return the number of logical steps at which the run must end, including those already taken."""
         return math.inf
 
 
 class EpsilonLimit(Limit):
-    """Limit to the steps that a budget pays for.
+    """A limit to the steps that fit a budget.
 
         last_step = steps_taken + max {N : epsilon(ledger + next N planned steps, delta) <= epsilon}
 

@@ -1,4 +1,4 @@
-"""Parts of sharded tensors: what one process holds of a parameter, and gradients made of such parts."""
+"""Local parts of sharded tensors: the rows of a parameter on one process, and gradients made of such parts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether a tensor is distributed, so that a process may hold a part of it alone (a ``DTensor``)."""
+    """Tell whether a tensor is distributed (a ``DTensor``), so that a process may hold only a part of it."""
     return hasattr(tensor, "to_local")
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, over the same memory: its own rows of a sharded one, else the tensor.
+    """Return this process's part of a tensor, over the same memory: its rows if sharded, else the whole tensor.
 
     Example:
         >>> plain = torch.zeros(3)
@@ -29,7 +29,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def own_rows(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Return the rows of a whole tensor that belong to what this process holds of a parameter of its shape.
+    """Return the rows of a whole tensor that match this process's part of a parameter with the same shape.
 
     Args:
         whole: plain, of the parameter's shape.
@@ -43,7 +43,7 @@ def own_rows(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def as_gradient(part: Tensor, parameter: Tensor) -> Tensor:
-    """Return a gradient of a parameter from the part of it that this process holds."""
+    """Return a gradient of a parameter, made from this process's part of it."""
     if not is_sharded(parameter):
         return part
     from torch.distributed.tensor import DTensor
@@ -55,7 +55,7 @@ def as_gradient(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """Return all of a sharded tensor, in the memory of the CPU; else the tensor. Every process must ask for it."""
+    """Return the whole of a sharded tensor on the CPU; other tensors unchanged. Every process must call it."""
     if not is_sharded(tensor):
         return tensor
     distributed: Any = tensor.detach()

@@ -1,4 +1,4 @@
-"""Mechanisms that callbacks ask for: how they hand them over, and which of them can be combined.
+"""Mechanisms that callbacks request: how they register them, and which of them can be combined.
 
 Every mechanism is public or is paid for; what each does to the release of a logical step:
 
@@ -70,7 +70,7 @@ _OFF: dict[str, Any] = {
 
 
 class Mechanisms:
-    """Requests of callbacks for one fit; whatever nobody requests is an object that does nothing.
+    """Requests of callbacks for one fit; without a request, a mechanism is an object that does nothing.
 
     **Guarantee**: holds public settings and rules over public state only.
 
@@ -104,7 +104,7 @@ class Mechanisms:
         extra_records: Callable[[], Sequence[Any]] | None = None,
         card: CardFiles | None = None,
     ) -> None:
-        """Ask for mechanisms; callbacks do so in ``setup``.
+        """Request mechanisms; callbacks do so in ``setup``.
 
         Masks of several owners combine by "and"; of everything else there is one owner. A second call by the same owner
         replaces its first.
@@ -153,13 +153,13 @@ class Mechanisms:
         self._asked[id(owner)] = owner, asked
 
     def remove(self, owner: object) -> None:
-        """Drop what an owner has asked for, if anything."""
+        """Drop all requests of an owner."""
         self._asked.pop(id(owner), None)
 
     # ---------------------------------------------------------------- for the step
 
     def begin_run(self, length: RunLength) -> None:
-        """Settle what depends on the length of the run; called whenever its plan is made."""
+        """Set everything that depends on the run length; called whenever the plan is made."""
         self._begun = True
         self._masks = tuple(asked["mask"](length) for _, asked in self._asked.values() if "mask" in asked)
         self.bound.begin_run(length)
@@ -168,7 +168,7 @@ class Mechanisms:
         return next((asked[what] for _, asked in self._asked.values() if what in asked), _OFF[what])
 
     def _owner(self, what: str) -> str:
-        """Return the name of the callback that has asked for something."""
+        """Return the name of the callback that requested a mechanism."""
         return next(type(owner).__name__ for owner, asked in self._asked.values() if what in asked)
 
     @property
@@ -217,7 +217,7 @@ class Mechanisms:
         return self._get("card")  # type: ignore[no-any-return]
 
     def described(self) -> tuple[str, ...]:
-        """Return what callbacks decide over, with their public settings, for the privacy card."""
+        """Return the callbacks that made requests, with their public settings, for the privacy card."""
         return tuple(
             sorted(
                 f"{_NAMES[what]}: {_describe(owner)}"
@@ -237,7 +237,7 @@ class Mechanisms:
         return any("is_private" in asked for _, asked in self._asked.values())
 
     def check(self, clipping: Clipping, *, target_epsilon: float | None, num_private_optimizers: int) -> None:
-        """Refuse what cannot be combined, before any data is touched.
+        """Refuse combinations that are not supported, before any data is touched.
 
         Raises:
             ValueError: with the names of both sides and the way out.
@@ -285,7 +285,7 @@ class Mechanisms:
 
 
 def _describe(owner: object) -> str:
-    """Return a callback's name and plain public attributes, those of the objects that it holds included."""
+    """Return a callback's name and plain public attributes, including those of objects that it holds."""
     plain: dict[str, object] = {}
     for name, value in getattr(owner, "__dict__", {}).items():
         held = type(value).__module__.startswith("lightning_dp.") and hasattr(value, "__dict__")

@@ -14,7 +14,7 @@ from lightning_dp.system.torch_private import is_compiled
 
 
 def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
-    """Refuse modules that cannot be private as they are now."""
+    """Refuse modules that cannot be private in their current state."""
     check_parameters(module)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(
@@ -25,7 +25,7 @@ def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
 
 
 def check_parameters(module: nn.Module) -> None:
-    """Refuse modules without parameters, parameters that have no shape or are complex, and compiled modules."""
+    """Refuse modules without parameters, lazy or complex parameters, and compiled modules."""
     if next(module.parameters(), None) is None:
         raise ValueError(
             f"Expected {type(module).__name__} to have trainable parameters, got no parameters at all. Make them in "
@@ -51,7 +51,7 @@ def check_parameters(module: nn.Module) -> None:
 
 
 def check_layers(module: nn.Module, *, runs_samples_alone: bool) -> None:
-    """Refuse layers that tie samples together, or store statistics of samples, in the mode that they are in now."""
+    """Refuse layers that, in their current mode, mix samples or store statistics of them."""
     found = find_unsupported(module, runs_samples_alone=runs_samples_alone)
     if found:
         listed = "; ".join(
@@ -63,7 +63,7 @@ def check_layers(module: nn.Module, *, runs_samples_alone: bool) -> None:
 
 
 def _offer(layers: list[nn.Module]) -> str:
-    """Return how ``fix`` helps: only where it changes one of the layers."""
+    """Return advice to use ``fix``, but only if it changes one of the layers."""
     fixed = sum(map(can_replace, layers))
     if not fixed:
         return ""
@@ -75,7 +75,7 @@ def _offer(layers: list[nn.Module]) -> str:
 
 
 def check_optimizers(optimizers: list[Optimizer], module: nn.Module, public: tuple[int, ...]) -> None:
-    """Refuse optimizers whose parameters are not the module's, or that call their closure many times."""
+    """Refuse optimizers with parameters from outside the module, or that call their closure many times."""
     for index in public:
         if index >= len(optimizers):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Noise of a release: drawn before the sum where nothing has to see the sum without it, else added to it."""
+"""Noise of a release: drawn before the sum, unless the un-noised sum is needed; otherwise added to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_dp.step.release import Release
 
 
 class ReleaseNoise:
-    """The noise that a release states, drawn once per release.
+    """The noise of releases, drawn once per release.
 
     **Guarantee**: after :meth:`add` every coordinate and every statistic of the accumulator holds this rank's share of
     noise of exactly the release's standard deviations, whether it was drawn before or after the samples were added.
@@ -29,7 +29,7 @@ class ReleaseNoise:
 
     @property
     def since(self) -> int:
-        """Steps before this one in the history of correlated noise."""
+        """Number of earlier steps in the current history of correlated noise."""
         return 0 if self._correlated is None else self._correlated.step
 
     @property
@@ -37,7 +37,7 @@ class ReleaseNoise:
         return self.source if self._correlated is None else self._correlated
 
     def follow(self, correlation: Correlation | None, step: int) -> None:
-        """Begin a logical step: correlated noise begins an empty history with a run, and with each resumption of it.
+        """Begin a logical step. The history of correlated noise starts empty with each run and each resumption.
 
         Args:
             correlation: of the plan.
@@ -62,7 +62,7 @@ class ReleaseNoise:
             )
 
     def begin(self, accumulator: Accumulator, release: Release, *, first: bool, divisor: int) -> None:
-        """Initialise a buffer to which nothing was added yet, with the noise of its release where that may come first.
+        """Initialise an unused buffer with the noise of its release, if noise may come first.
 
         Args:
             accumulator: of one private optimizer.

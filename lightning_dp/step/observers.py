@@ -1,4 +1,4 @@
-"""Observers of a release: bounds that learn from it, and un-noised diagnostics on request."""
+"""Observers of a release: clipping bounds that learn from it, and un-noised diagnostics on request."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def diagnose(
     kept_norms_B: Tensor,
     scaled: Callable[[Tensor], Tensor],
 ) -> None:
-    """Add a microbatch to the un-noised figures: the raw sum as well as the clipped one. NOT private."""
+    """Add a microbatch, as a raw and as a clipped sum, to the un-noised figures. NOT private."""
     raw = accumulator.gradient.new_zeros(accumulator.num_coordinates)
     ones = norms_GB.isfinite().all(0).to(norms_GB.dtype).repeat(len(accumulator.groups), 1)
     engine.accumulate(scaled(ones), accumulator.groups, accumulator.views_of(raw))

@@ -1,4 +1,4 @@
-"""PrivateParameters: which parameters each optimizer trains now, and the accumulators of the private ones."""
+"""PrivateParameters: the parameters that each optimizer currently trains, and the private accumulators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_dp.step.accumulator import Accumulator
 
 
 class PrivateParameters:
-    """Parameters by optimizer, as layers are frozen and unfrozen.
+    """Parameters by optimizer, updated when layers are frozen or unfrozen.
 
     Args:
         module: the user's.
@@ -40,7 +40,7 @@ class PrivateParameters:
         }
 
     def refresh(self, make: Callable[[Mapping[str, nn.Parameter]], Accumulator]) -> dict[str, nn.Parameter]:
-        """Make the accumulators of what trains now, and return the parameters that the engine records.
+        """Make accumulators for the parameters that currently train; return the parameters to record.
 
         These are the private ones, and trainable ones that no optimizer holds: nothing may see their raw gradient.
 
@@ -64,7 +64,7 @@ class PrivateParameters:
         }
 
     def collected(self, optimizer: int) -> list[str]:
-        """Return the parameters whose backprops nobody waits for any more, now that an optimizer has collected its own.
+        """Return the parameters whose backprops are no longer needed, after an optimizer collected its own.
 
         A parameter in several optimizers is part of the release of each.
         """
@@ -86,7 +86,7 @@ class PrivateParameters:
         return self.accumulators[optimizer].names if optimizer in self.accumulators else []
 
     def forget(self, names: Iterable[str]) -> None:
-        """Forget who has collected the backprops of these parameters, which exist no more."""
+        """Forget which optimizers collected the backprops of these parameters, because these were freed."""
         for name in names:
             self._taken.pop(name, None)
 

@@ -1,4 +1,4 @@
-"""The public settings of a run, frozen: the sampler, the clipping, the noise and the ledger's events come from them."""
+"""The public settings of a run, frozen: they determine the sampler, the clipping, the noise and the ledger's events."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SENSITIVITY_FACTOR = {"add_or_remove_one": 1.0, "zero_out": 1.0, "replace_one": 
 
 
 def every_step(step: int) -> bool:
-    """All steps are private: what "never plain SGD" is."""
+    """Return True: every step is private. This default means "never plain SGD"."""
     return True
 
 
 def default_delta(dataset_size: int) -> float:
-    """``1 / (10 n)``, rounded down to a power of ten.
+    """Return ``1 / (10 n)``, rounded down to a power of ten.
 
     Example:
         >>> default_delta(60_000)
@@ -39,7 +39,7 @@ def default_delta(dataset_size: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class DPPlan:
-    """Everything public that one private training run is made of.
+    """All public facts of one private training run.
 
     A logical step ``t`` releases ``sum_i factor_i g_i + N(0, (sigma_t S)^2)`` with
     ``sigma_t = noise_multiplier * schedule(t)`` and ``S`` the sensitivity of the clipped sum.
@@ -112,12 +112,12 @@ class DPPlan:
         )
 
     def sigma(self, step: int) -> float:
-        """Noise multiplier of a logical step: public, a pure function of the step."""
+        """Return the noise multiplier of a logical step: public, a pure function of the step."""
         return self.noise_multiplier * self.schedule(step) if self.is_private(step) else 0.0
 
     @property
     def relation_factor(self) -> float:
-        """Sensitivity of the sum in units of what one sample can add: replacing a record counts twice."""
+        """Sensitivity of the sum in units of one sample's largest contribution: 2 if records are replaced, else 1."""
         return SENSITIVITY_FACTOR[self.neighboring_relation]
 
     def sensitivity(self, num_groups: int) -> float:
@@ -149,7 +149,8 @@ class DPPlan:
         return PrivacyEvent(kind="poisson", noise_multiplier=sigma, sample_rate=self.sample_rate)
 
     def runs(self, start: int, stop: int, noise_multiplier: float | None = None) -> list[Run]:
-        """Events of the logical steps ``start <= t < stop`` as runs of equal ones, for calibration and look-ahead.
+        """Return the events of the logical steps ``start <= t < stop`` as runs of equal ones, for calibration and
+        look-ahead.
 
         Correlated noise makes the whole run one pass. Under "shuffle" and "cyclic" each run is within one pass over the
         data. It says whether it begins that pass or continues it, so a pass whose sigma changes counts once, with its
@@ -180,7 +181,7 @@ class DPPlan:
         return planned
 
     def _phases(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Cut ``count`` steps from ``start`` on where private steps become plain ones, or the other way round."""
+        """Cut ``count`` steps from ``start`` on into phases of private and of plain steps."""
         if self.is_private is every_step:
             return [(start, count)]
         private = [self.is_private(step) for step in range(start, start + count)]
@@ -210,7 +211,7 @@ class DPPlan:
         }
 
     def _schedule_fingerprint(self) -> str:
-        """Return a key that differs between schedules that differ in any step; empty if nothing bounds the run."""
+        """Return a key that differs between schedules that differ in any step; empty if the run length is unbounded."""
         if self.steps is None:
             return ""
         grouped = schedules.runs(self.schedule, 0, self.steps)

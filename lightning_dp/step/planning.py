@@ -33,7 +33,7 @@ _SAME_RUN = (
 
 
 def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
-    """Return the delta of the run; warn if it promises nothing."""
+    """Return the delta of the run; warn if it is too large to promise anything."""
     size = facts.dataset_size
     if settings.target_delta is None:
         if size is None:
@@ -125,7 +125,7 @@ def build_plan(
 
 
 def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> None:
-    """Refuse a statistic with too little noise of its own before the first step, not in the middle of the schedule."""
+    """Refuse a statistic with too little noise before the first step, rather than in the middle of the schedule."""
     stop = start + 1 if plan.steps is None else plan.steps
     factors = [factor for factor, _ in schedules.runs(plan.schedule, start, max(start, stop))]
     if factors:

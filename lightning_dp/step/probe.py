@@ -1,4 +1,4 @@
-"""Probe: stands where optimizers would step while user code runs in the sandbox."""
+"""Probe: collects gradients in the sandbox at the points where optimizers would step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_dp.step.step import PrivateStep
 
 
 class Probe:
-    """A probe that takes the gradients of a run in the sandbox where a real run would step its optimizers.
+    """A probe that takes the gradients of a sandbox run at the points where a real run would step its optimizers.
 
     Args:
         step: the private step.
@@ -30,7 +30,7 @@ class Probe:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Take raw gradients away in the moment autograd has made them: no line of user code sees one."""
+        """Remove raw gradients as soon as autograd has made them, so that no line of user code sees one."""
         public = {name for index in self._step.settings.public_optimizers for name in self._step.parameters.of(index)}
         handles = [
             parameter.register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
@@ -55,7 +55,7 @@ class Probe:
         return take
 
     def collect(self, optimizer: int) -> None:
-        """Take the gradients of an optimizer where a real run would step it."""
+        """Take the gradients of an optimizer, where a real run would step it."""
         step = self._step
         self.stepped.add(optimizer)
         names = list(step.parameters.of(optimizer))

@@ -1,4 +1,4 @@
-"""Global random generators: begun from fresh entropy, and put back."""
+"""Global random generators: seeded from fresh entropy, and restored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RandomStreams:
         self._root = None if seed is None else np.random.SeedSequence([seed, 0x5EED])
 
     def begin(self) -> None:
-        """Begin the global generators from the next seed."""
+        """Seed the global generators from the next seed."""
         seed = (
             secrets.randbits(63) if self._root is None else int(self._root.spawn(1)[0].generate_state(1, np.uint64)[0])
         )
@@ -58,7 +58,7 @@ def seed_low_or_high(*, high: bool) -> None:
 
 
 def host_generators() -> tuple[Any, ...]:
-    """Return the states of numpy's and Python's global generators in a form that can be compared."""
+    """Return the states of numpy's and Python's global generators in a comparable form."""
     kind, key, *rest = np.random.get_state()  # noqa: NPY002
     return (kind, np.asarray(key).tobytes(), *rest, random.getstate())
 
@@ -78,7 +78,7 @@ def generator_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_generators(states: dict[str, Any], device: torch.device) -> None:
-    """Give the global generators the states that :func:`generator_states` returned."""
+    """Restore the states of the global generators that :func:`generator_states` returned."""
     torch.set_rng_state(states["torch"])
     np.random.set_state(states["numpy"])  # noqa: NPY002
     random.setstate(states["python"])
@@ -90,7 +90,7 @@ def restore_generators(states: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def kept_generators(device: torch.device) -> Iterator[None]:
-    """Put the global generators back afterwards."""
+    """Restore the global generators when the context ends."""
     states = generator_states(device)
     try:
         yield
@@ -99,7 +99,7 @@ def kept_generators(device: torch.device) -> Iterator[None]:
 
 
 def generator_restorer(generator: Any) -> Callable[[], Any]:
-    """Return a function that puts the state of a generator of torch, numpy or Python back."""
+    """Return a function that restores the current state of a generator of torch, numpy or Python."""
     if isinstance(generator, torch.Generator):
         state = generator.get_state()
         return lambda: generator.set_state(state)

@@ -1,4 +1,4 @@
-"""TrainingRecords: a few records of the training set for trials, and one for steps in which nobody was drawn."""
+"""TrainingRecords: a few records of the training set for trials, and a stand-in for empty batches."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class TrainingRecords:
         return self._move(batch)
 
     def stand_in(self, copies: int = 1) -> Any:
-        """Return a batch of one record, or of copies of it, for steps in which nobody was drawn."""
+        """Return a batch of one record, or of copies of it, for steps with an empty batch."""
         if self._stand_in is None:
             self._stand_in = peek_samples(self.loader, 1)
         return self.batch_of(self._stand_in * copies)
 
     def batch_size(self, world_size: int, limit: int | None) -> int:
-        """Return the expected records of a real microbatch of one rank; at most the dataset.
+        """Return the expected number of records in a real microbatch of one rank, at most the dataset size.
 
         Args:
             world_size: ranks.
@@ -87,6 +87,6 @@ class TrainingRecords:
 
     @property
     def _num_records(self) -> int | None:
-        """Records of the training set; None if unknown."""
+        """Number of records of the training set; None if unknown."""
         facts = self.loader.facts
         return dataset_length(self.loader.dataset) if facts.unit == "user" else facts.dataset_size

@@ -1,4 +1,4 @@
-"""Reduction: all that differs between one process and several."""
+"""Reduction: all differences between one process and several."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ class Reduction(Protocol):
     # what every rank has to do alike where forwards communicate
 
     def same_count(self, num: int) -> int:
-        """Return the number of microbatches that every rank runs: ``num``, or the maximum where forwards
-        communicate.
+        """Return the number of microbatches of every rank: the maximum of ``num`` if forwards communicate, else
+        ``num``.
         """
 
     def any(self, flag: bool) -> bool:
-        """Return whether a flag is set on any rank where forwards communicate; else the flag of this rank."""
+        """Return whether any rank set the flag, if forwards communicate; else return this rank's flag."""
 
     def settle(self) -> None:
-        """Bring the module into its state between two steps: no parameter is gathered."""
+        """Return the module to its state between two steps: no parameter is gathered."""
 
     def recover(self) -> None:
-        """Do so after an exception in the middle of the user's code, which is caught."""
+        """Return the module to its state between two steps, after a caught exception in the user's code."""
 
     # what differs where parameters are sharded
 
     def watch(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Tell an engine which tensors the module computes with."""
+        """Give an engine the tensors that the module computes with."""
 
     def make_accumulator(
         self, parameters: Mapping[str, nn.Parameter], clipping: Clipping, num_statistics: int
@@ -61,19 +61,21 @@ class Reduction(Protocol):
         """Return the squared norms of whole per-sample gradients, shape (G, B)."""
 
     def accumulate(self, engine: Any, weights: Tensor | None, accumulator: Accumulator) -> None:
-        """Add the weighted sum of the gradients of a microbatch, shape (G, B); None for one that counts as nothing."""
+        """Add the weighted sum of a microbatch's gradients; ``weights`` has shape (G, B), None for a dummy
+        microbatch.
+        """
 
     # the release
 
     @property
     def noise_share(self) -> float:
-        """Factor on the std of the noise of what every rank holds."""
+        """Factor on the noise std, for coordinates that every rank holds."""
 
     def reduce(self, accumulator: Accumulator) -> None:
         """Add the accumulators of all ranks, each with its share of the noise."""
 
     def squared_norm(self, accumulator: Accumulator) -> tuple[float, int]:
-        """Return the squared norm of a reduced gradient, over all ranks' parts, and its number of coordinates."""
+        """Return the squared norm of a reduced gradient over all ranks' parts, and its number of coordinates."""
 
     def average(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Average the gradients of a public optimizer over the ranks."""
@@ -81,20 +83,20 @@ class Reduction(Protocol):
     # trials: every rank runs the same records, and compares what it holds of the gradients
 
     def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return what this rank compares of per-sample gradients, ``(B, *part)`` for each parameter."""
+        """Return this rank's part of per-sample gradients for a comparison, ``(B, *part)`` per parameter."""
 
     def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what this rank compares of a weighted sum of gradients, ``factors`` of shape (B,)."""
+        """Return this rank's part of a weighted sum of gradients for a comparison; ``factors`` has shape (B,)."""
 
     def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what this rank compares of gradients that autograd has made."""
+        """Return this rank's part of autograd's gradients for a comparison."""
 
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return figures by parameter, added over the parts that the ranks compare."""
+        """Return figures by parameter, added over the ranks' parts."""
 
 
 class OneProcess:
-    """Reduction of a single process: there is nobody to communicate with."""
+    """The reduction of a single process, which communicates with no other."""
 
     rank = 0
     world_size = 1
@@ -110,13 +112,13 @@ class OneProcess:
         return flag
 
     def settle(self) -> None:
-        """Do nothing: parameters are whole at all times."""
+        """Do nothing, because parameters are always whole."""
 
     def recover(self) -> None:
         """Do nothing."""
 
     def watch(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Hand over the parameters themselves."""
+        """Give the engine the parameters themselves."""
         engine.set_parameters(parameters)
 
     def make_accumulator(
@@ -128,24 +130,24 @@ class OneProcess:
     def squared_norms(
         self, engine: Any, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
     ) -> Tensor:
-        """Return the norms that the engine finds: this process holds whole gradients."""
+        """Return the engine's norms, because this process holds whole gradients."""
         norms: Tensor = engine.squared_norms(groups, masks)
         return norms
 
     def accumulate(self, engine: Any, weights: Tensor | None, accumulator: Accumulator) -> None:
-        """Add the sum to the accumulator at once."""
+        """Add the sum to the accumulator immediately."""
         if weights is not None:
             engine.accumulate(weights, accumulator.groups, accumulator.views, accumulator.masks, accumulator.scratch)
 
     def reduce(self, accumulator: Accumulator) -> None:
-        """Leave the sum as it is."""
+        """Do nothing: the sum is complete."""
 
     def squared_norm(self, accumulator: Accumulator) -> tuple[float, int]:
         """Return the squared norm of the gradient."""
         return squared_length(accumulator.gradient), accumulator.num_active
 
     def average(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Leave the gradients as they are."""
+        """Do nothing: the gradients are complete."""
 
     def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
         """Return whole per-sample gradients."""
@@ -163,12 +165,12 @@ class OneProcess:
         return dict(gradients)
 
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the figures as they are."""
+        """Return the figures unchanged."""
         return dict(parts)
 
 
 def squared_length(tensor: Tensor) -> float:
-    """Return the squared norm of a tensor, added up in float64."""
+    """Return the squared norm of a tensor, computed in float64."""
     return float(torch.linalg.vector_norm(tensor.double())) ** 2
 
 
@@ -188,7 +190,7 @@ class AllReduce(OneProcess):
 
     @property
     def noise_share(self) -> float:  # type: ignore[override]
-        """``1 / sqrt(W)``."""
+        """Share of each rank in the noise std, ``1 / sqrt(W)``."""
         return 1 / math.sqrt(self.world_size)
 
     @override
@@ -220,7 +222,7 @@ _LOST = re.compile("gloo|nccl|connection|socket|timed? ?out|broken pipe", re.IGN
 
 @contextmanager
 def communicating(what: str, *, among_others: bool = False) -> Iterator[None]:
-    """Say what it means when another process does not take part in a communication.
+    """Explain the error if another process does not take part in a communication.
 
     Args:
         what: communicates.

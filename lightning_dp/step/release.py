@@ -14,7 +14,7 @@ from lightning_dp.step.plan import DPPlan
 
 @dataclass(frozen=True)
 class Release:
-    """Noise of one release of a logical batch; the same object is used to draw, to record and to check.
+    """Noise of one release of a logical batch; the same object is used for drawing, recording and checking.
 
         drawn_std = z_g F S sens,     statistics_std = s_b F,     F = 2 under "replace_one", else 1
         noise_std = drawn_std, or drawn_std sqrt(sum_j r_j^2) if noise is correlated between steps
@@ -46,7 +46,7 @@ class Release:
     shares: tuple[float, ...] = ()
 
     def std_of_group(self, group: int) -> float:
-        """Return the std of the noise on one coordinate of a group of parameters, over all ranks."""
+        """Return the noise std per coordinate in a group of parameters, over all ranks."""
         return self.drawn_std * self.shares[group] if self.shares else self.noise_std
 
 

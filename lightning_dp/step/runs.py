@@ -33,8 +33,7 @@ class _Bar(tqdm):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Draws:
-    """The random draws of one run on trial: torch's are held still (see ``FrozenRandomness``), the others follow a
-    seed.
+    """The random draws of one trial run: torch's are frozen (see ``FrozenRandomness``), the others follow a seed.
 
     Args:
         seed: of the global generators.
@@ -50,7 +49,7 @@ class Draws:
 
     @contextmanager
     def made(self) -> Iterator[FrozenRandomness | None]:
-        """Draw like this within; yield what holds torch's draws still, if anything does."""
+        """Control random draws within the context; yield the mode that freezes torch's draws, or None."""
         seed_generators(self.seed)
         if self.coin != MIDDLE:
             seed_low_or_high(high=self.coin > MIDDLE)
@@ -70,13 +69,13 @@ class Host(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Records of a real microbatch, as expected."""
+        """Expected number of records in a real microbatch."""
 
     def records(self, num: int, seed: int = 0) -> list[Any]:
-        """Return a few records from all over the training set, always the same for a seed."""
+        """Return a few records from all over the training set, the same ones for the same seed."""
 
     def run(self, records: list[Any]) -> Any:
-        """Collate records and run the user's step on them; return what it returned."""
+        """Collate records and run the user's step on them; return its output."""
 
     def loss_of(self, output: Any, count: int) -> Tensor | None:
         """Return the loss of an output as a scalar, if the host back-propagates it."""
@@ -85,7 +84,7 @@ class Host(Protocol):
     """Whether the last run asked for the rest of the epoch to be skipped."""
 
     def skips_on(self, record: Any) -> bool:
-        """Tell whether user code asks for the rest of the epoch to be skipped, for one record alone."""
+        """Tell whether user code, given one record alone, asks to skip the rest of the epoch."""
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a loss, with the hooks around it."""
@@ -105,7 +104,7 @@ class Host(Protocol):
 
     @property
     def narrow(self) -> torch.dtype:
-        """Narrowest type in which the step computes."""
+        """Narrowest floating-point dtype in which the step computes."""
 
 
 class TrialRuns:
@@ -128,12 +127,12 @@ class TrialRuns:
 
     @property
     def narrow(self) -> torch.dtype:
-        """Narrowest type in which the step computes."""
+        """Narrowest floating-point dtype in which the step computes."""
         return torch.bfloat16 if torch.bfloat16 in self.step.engine.dtypes else self.host.narrow
 
     @contextmanager
     def progress(self) -> Iterator[None]:
-        """Show how many runs are done, once they take longer than a few seconds; nothing remains on the screen."""
+        """Show the number of finished runs if they take longer than a few seconds; remove the bar at the end."""
         with _Bar(
             desc="Checking on a few records that samples are independent",
             unit=" runs",
@@ -149,7 +148,7 @@ class TrialRuns:
     def again(
         self, snapshot: Snapshot, records: list[Any], draws: Draws, *, engine: bool = False, read: Any = None
     ) -> Probe:
-        """Run the step on records, and put the state back: several runs share one sandbox."""
+        """Run the step on records, and restore the state; several runs share one sandbox."""
         try:
             return self.run(records, draws, engine=engine, read=read)
         except Exception:
@@ -159,7 +158,7 @@ class TrialRuns:
             snapshot.put_back()
 
     def run(self, records: list[Any], draws: Draws, *, engine: bool, read: Any = None) -> Probe:
-        """Run the step on records within a sandbox that is entered already."""
+        """Run the step on records within a sandbox that is already entered."""
         step, probe = self.step, Probe(self.step, engine=engine, read=read)
         with ExitStack() as stack:
             frozen = stack.enter_context(draws.made())

@@ -1,4 +1,4 @@
-"""Samples: the per-sample gradients of one microbatch, as a clipping reads and adds them."""
+"""Samples: the per-sample gradients of one microbatch, in the form that a clipping reads."""
 
 from __future__ import annotations
 

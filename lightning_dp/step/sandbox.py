@@ -23,7 +23,7 @@ USE_OPTIMIZERS = (
 
 
 class StepGuard:
-    """A guard that refuses every optimizer step that the private step has not released a gradient for.
+    """A guard that refuses every optimizer step without a released gradient.
 
     A hook on all optimizers of the process while a fit runs, so that also those are seen which a module keeps for
     itself.
@@ -41,19 +41,19 @@ class StepGuard:
         self.in_sandbox = 0
 
     def start(self) -> None:
-        """Watch from here on; a second call changes nothing."""
+        """Start watching; a second call does nothing."""
         if self._handle is None:
             self._handle = register_optimizer_step_pre_hook(self._check)
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Watch no steps within the block: torch makes the state of an optimizer by a step of length 0."""
+        """Watch no steps within the block, because torch initialises optimizer state by a step of length 0."""
         watched = self._handle is not None
         self.stop()
         try:
@@ -64,7 +64,7 @@ class StepGuard:
 
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Iterator[None]:
-        """Expect the step of an optimizer; others may step within it only once its gradient is released."""
+        """Expect the step of an optimizer; others may step within it only after its gradient is released."""
         self._expected.append(optimizer)
         try:
             yield
@@ -83,7 +83,7 @@ class StepGuard:
             self._open, self._expected = before, expected
 
     def released(self) -> None:
-        """Allow whatever steps follow within the expected one: all gradients are private from here on."""
+        """Allow all further steps within the expected one, because all gradients are private now."""
         self._open = True
 
     def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -99,7 +99,7 @@ class StepGuard:
 
 
 class Sandbox:
-    """A context for user code that leaves no trace.
+    """A context that undoes all effects of user code.
 
     Within :meth:`enter`: no optimizer steps (see ``StepGuard``); ``.grad`` of every parameter is None at the start.
     Afterwards: all state of module, optimizers and schedulers has the value that it had (see ``Snapshot``), ``.grad``
@@ -130,7 +130,7 @@ class Sandbox:
 
     @contextmanager
     def enter(self, snapshot: Snapshot | None = None) -> Iterator[Snapshot]:
-        """Run what is inside without effect.
+        """Run the block without lasting effects.
 
         Args:
             snapshot: the state to put back, if it was taken already; several runs on one snapshot compare large tensors

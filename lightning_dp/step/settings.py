@@ -59,7 +59,7 @@ class Settings:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """Return the settings among some named values: those that a constructor was called with."""
+        """Return the settings among named values, such as the arguments of a constructor."""
         return cls(**{each.name: arguments[each.name] for each in fields(cls)})
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ class Settings:
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """Arguments of ``private_dataloader`` that are settings."""
+        """Settings that are arguments of ``private_dataloader``."""
         # what is public holds only for relations that keep the other records in place
         public = self.sampling == "cyclic" and self.neighboring_relation != "add_or_remove_one"
         given = {name: getattr(self, name) for name in _DRAWING}
@@ -183,7 +183,7 @@ class Settings:
 
     @property
     def samples_at_once(self) -> int | None:
-        """Most samples of a microbatch; None for no limit."""
+        """Largest number of samples per microbatch; None for no limit."""
         return 1 if self.runs_samples_alone else self.microbatch_size
 
 

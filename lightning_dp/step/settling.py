@@ -1,4 +1,4 @@
-"""Bound, masks and releases of a logical step, settled from public state before its first sample is seen."""
+"""Bound, masks and releases of a logical step, computed from public state before its first sample is seen."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _set_masks(accumulators: Mapping[int, Accumulator], mechanisms: Mechanisms, 
 def noise_stds(
     releases: Mapping[int, Release], accumulators: Mapping[int, Accumulator], expected_batch_size: int
 ) -> dict[str, float]:
-    """Return the std of the noise on a coordinate of each parameter's private gradient, of one logical step; public.
+    """Return, by parameter name, the noise std of each coordinate of the private gradient in one logical step; public.
 
     Args:
         releases: of the step, by position of their private optimizer.

@@ -1,4 +1,4 @@
-"""Refusals of what a sharded module may not ask for, by name, before any data is touched."""
+"""Refusals, by name, of features that a sharded module does not support, before any data is touched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_dp.step.settings import Settings
 def check_sharded(
     module: nn.Module, settings: Settings, mechanisms: Mechanisms, *, world_size: int, device: torch.device
 ) -> None:
-    """Check that a sharded module can be trained privately; the same on every rank.
+    """Check that a sharded module can be trained privately, with the same answer on every rank.
 
     Args:
         module: the user's, sharded.

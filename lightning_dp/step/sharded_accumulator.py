@@ -1,4 +1,4 @@
-"""ShardedAccumulator: clipped sums of the rows that one rank holds."""
+"""ShardedAccumulator: clipped sums of one rank's rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_dp.step.local import is_sharded, own_rows
 
 
 class ShardedAccumulator(Accumulator):
-    """Accumulator of the parts that one rank holds: its rows of sharded parameters, then whole replicated ones.
+    """An accumulator of one rank's parts: its rows of sharded parameters, then whole replicated parameters.
 
     Args:
         parameters: qualified name -> parameter, sharded ones first.
@@ -29,7 +29,7 @@ class ShardedAccumulator(Accumulator):
 
     @override
     def set_masks(self, masks: Sequence[Mapping[str, Tensor]], version: tuple[Hashable, ...]) -> None:
-        """Set the active coordinates, of whole gradients as well as of the rows of this rank."""
+        """Set the active coordinates, for whole gradients as well as for the rows of this rank."""
         whole: dict[str, Tensor] = {}
         for mask in masks:
             for name in mask.keys() & self.parameters.keys():
@@ -54,14 +54,12 @@ class ShardedAccumulator(Accumulator):
 
     @property
     def num_sharded(self) -> int:
-        """Active coordinates of sharded parameters that this rank holds: the first ones of the gradient."""
+        """Number of active coordinates in this rank's sharded rows, which come first in the gradient."""
         return sum(self._active_sizes[name] for name in self.sharded)
 
     @override
     def noise_parts(self, shares: Sequence[float], share: float = 1.0) -> list[tuple[Tensor, float]]:
-        """Return parts of the gradient with the factor on their noise: all of it on own rows, a share on what is
-        replicated.
-        """
+        """Return slices of the gradient with their noise factors: 1 on own rows, a share on replicated parameters."""
         if shares:
             factors, own = self.factors_by_name(shares), set(self.sharded)
             return [(v, factors[n] * (1.0 if n in own else share)) for n, v in self.views.items() if v.numel()]
@@ -71,12 +69,12 @@ class ShardedAccumulator(Accumulator):
     @property
     @override
     def payload_bytes(self) -> int:
-        """Size of what one rank hands to the sums of a microbatch."""
+        """Size of the buffers that one rank passes to the sums of a microbatch."""
         whole = sum(self.parameters[name].numel() for name in self.sharded)
         return (whole + self.num_active - self.num_sharded + self.num_statistics) * self._dtype.itemsize
 
     def add_rows(self, view: Tensor, name: str, rows: Tensor) -> None:
-        """Add what all ranks sum up to in the rows of this one.
+        """Add the sum over all ranks to this rank's rows.
 
         Args:
             view: of ``views``.

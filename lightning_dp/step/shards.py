@@ -21,7 +21,7 @@ from lightning_dp.step.sharded_accumulator import ShardedAccumulator
 
 
 class Shards(AllReduce):
-    """Reduction by one reduce-scatter per parameter and microbatch: a rank keeps the sum of its own rows.
+    """Reduction by one reduce-scatter per parameter and microbatch, which gives each rank the sum of its own rows.
 
     Forwards and backwards gather the parameters unit by unit, and a rank holds whole samples: norms need no
     communication. The weighted sum is made for one unit at a time, in full, in float32, and scattered at once.
@@ -50,7 +50,7 @@ class Shards(AllReduce):
 
     @property
     def computes_in(self) -> set[torch.dtype]:
-        """Types in which the forward computes."""
+        """Dtypes of the parameters in the forward."""
         return {parameter.dtype for parameter in self._whole.values()}
 
     # ---------------------------------------------------------------- what every rank has to do alike
@@ -132,7 +132,7 @@ class Shards(AllReduce):
                 accumulator.add_rows(views[name], name, self._scattered(name, segment))
 
     def _in_turn(self, engine: Any, names: Collection[str]) -> list[tuple[list[str], units.Unit, bool]]:
-        """Return units with their names among some, last ones first; then what is replicated, as a unit of its own.
+        """Return the units that hold any of these names, last unit first; replicated parameters follow as one unit.
 
         The third value tells whether the parameters of a unit have to be gathered, on any rank, to pull gradients back.
         """
@@ -145,7 +145,7 @@ class Shards(AllReduce):
         return [*parts, (rest, units.Unit(None, {}), False)] if rest else parts
 
     def _segments(self, names: Sequence[str], like: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return zeros for the sums of a unit: flat and padded to equal rows on all ranks, and views of the parameters'
+        """Return zeros for the sums of a unit: flat, padded to equal rows per rank, with views in the parameters'
         shapes.
         """
         shapes = {name: self._shape(name) for name in names}
@@ -161,9 +161,7 @@ class Shards(AllReduce):
         return self._sharded[name].shape if name in self._sharded else self._module.get_parameter(name).shape
 
     def _scattered(self, name: str, segment: Tensor) -> Tensor:
-        """Return the sum over all ranks of the rows of this one, flat; of a replicated parameter what this rank adds to
-        it.
-        """
+        """Return this rank's rows of the sum over all ranks, flat; for a replicated parameter, this rank's own sum."""
         if name not in self._sharded:
             return segment
         parameter: Any = self._sharded[name]
@@ -176,7 +174,7 @@ class Shards(AllReduce):
 
     @override
     def reduce(self, accumulator: Accumulator) -> None:
-        """Add up what is replicated; own rows hold the sum of all ranks already."""
+        """Add up replicated parameters; own rows already hold the sum of all ranks."""
         assert isinstance(accumulator, ShardedAccumulator)
         replicated = accumulator.flat[accumulator.num_sharded :]
         if replicated.numel():
@@ -197,7 +195,7 @@ class Shards(AllReduce):
 
     @override
     def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the own rows of per-sample gradients: as many sums as there are samples, of one sample each."""
+        """Return the own rows of per-sample gradients, each computed as a sum over one sample."""
         zeros = self.squared_norms(engine, [list(names)])[0].mul(0.0).nan_to_num()
         parameters = dict(self._module.named_parameters())
         chosen = {name: parameters[name] for name in names}
@@ -223,7 +221,7 @@ class Shards(AllReduce):
         return {name: local_part(gradient) for name, gradient in gradients.items() if self._compares(name)}
 
     def _compares(self, name: str) -> bool:
-        """Tell whether this rank compares a parameter: replicated ones are compared once."""
+        """Tell whether this rank compares a parameter; only rank 0 compares replicated ones."""
         return name in self._sharded or self.rank == 0
 
     @override

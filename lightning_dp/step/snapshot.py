@@ -1,4 +1,4 @@
-"""Snapshot: everything that user code can change, kept by value and put back."""
+"""Snapshot: copies of everything that user code can change, to restore it later."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ _LARGE = 2**14
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of one module that are the user's state, without parameters, buffers and submodules."""
+    """Return the user's own attributes of one module, without parameters, buffers and submodules."""
     machinery = _OUTSIDE | _MACHINERY | {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
     return {name: value for name, value in vars(module).items() if name not in machinery}
 
 
 def few_values(tensor: Tensor, num: int) -> Tensor:
-    """Return ``num`` values spread evenly over a tensor, in float64; none of an empty one."""
+    """Return ``num`` values spread evenly over a tensor, in float64; none for an empty tensor."""
     flat = tensor.detach().flatten()
     places = torch.linspace(0, flat.numel() - 1, num if flat.numel() else 0, dtype=torch.float64).long()
     return flat[places.to(flat.device)].double()
 
 
 class Snapshot:
-    """Values of all state that is reachable from some roots.
+    """Copies of all state that is reachable from given roots.
 
     Followed are modules (trainable and frozen parameters, all buffers, plain attributes), optimizers and schedulers
     (``state``, ``param_groups``, counters), containers of any class, numpy arrays, generators, and attributes of the
@@ -92,7 +92,7 @@ class Snapshot:
             self._follow(root, 0)
 
     def put_back(self, *, quick: bool = False) -> None:
-        """Give everything the value that it had; what has not changed is not written to.
+        """Restore every value; write only to those that have changed.
 
         Args:
             quick: of a large tensor whose version has not moved compare about 1,000 elements only. What this misses,
@@ -228,9 +228,7 @@ def _place_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _memory_of(tensor: Tensor) -> Tensor:
-    """Return a tensor over the same memory that can be written to: of one whose elements overlap, its memory in a
-    row.
-    """
+    """Return a writable tensor over the same memory: its flat memory if elements overlap, else the tensor."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return tensor
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -295,7 +293,7 @@ def same_values(left: Tensor, right: Tensor) -> bool:
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
-    """Return a tensor of whole numbers that are equal where the bits of the values are."""
+    """Return a tensor of integers that are equal exactly if the bits of the values are."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.is_floating_point():

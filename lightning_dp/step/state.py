@@ -1,4 +1,4 @@
-"""PrivacyState: what a run has spent and what it may still spend; saved in every checkpoint."""
+"""PrivacyState: the privacy that a run has spent and may still spend; saved in every checkpoint."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PrivacyState:
     # ---------------------------------------------------------------- earlier runs
 
     def begin_after(self, ledgers: list[Ledger]) -> None:
-        """Count what earlier runs on the same data have spent, before the first step of this one.
+        """Count the privacy spent by earlier runs on the same data, before the first step of this run.
 
         Args:
             ledgers: theirs; an empty list states that they had no record in common with this run.
@@ -95,7 +95,7 @@ class PrivacyState:
         return self.accountant.epsilon(self.ledger, delta)
 
     def privacy_statement(self) -> str:
-        """Return what holds for whom, in a few lines; the plan must be known."""
+        """Return the privacy statement in a few lines; the plan must be known."""
         return statement.privacy_statement(
             self.plan,
             self.ledger,
@@ -109,7 +109,7 @@ class PrivacyState:
 
     @property
     def kept_apart(self) -> list[str]:
-        """Why samples are taken to be independent of each other, one entry per way."""
+        """Reasons for treating samples as independent of each other, one entry per reason."""
         steps = ", ".join(str(step + 1) for step in self.checked_steps)
         checked = (
             [f"checked on a few records before step{'s' * (len(self.checked_steps) > 1)} {steps}"] if steps else []
@@ -117,7 +117,7 @@ class PrivacyState:
         return list(dict.fromkeys([*self._kept_apart, *checked]))
 
     def note_kept_apart(self, why: str) -> None:
-        """Take note of a reason, other than checks, to take samples as independent of each other."""
+        """Record a reason, other than checks, for treating samples as independent of each other."""
         self._kept_apart = list(dict.fromkeys([*self._kept_apart, why]))
 
     def summary_line(self) -> str:
@@ -127,7 +127,7 @@ class PrivacyState:
     # ---------------------------------------------------------------- one logical step
 
     def begin_step(self) -> None:
-        """Begin a logical step after those that have released noise."""
+        """Begin a logical step after the given number of steps that released noise."""
         self.step, self.precision = self.steps_taken, 0.0
 
     def record(self, sigma: float) -> None:
@@ -180,7 +180,7 @@ class PrivacyState:
 
     @property
     def notes(self) -> RunNotes:
-        """Facts of the run that the privacy card names in addition to plan and ledger."""
+        """Facts of the run for the privacy card, in addition to plan and ledger."""
         return RunNotes(
             seeded=self._seeded,
             secure_rng=self._secure,
@@ -192,7 +192,7 @@ class PrivacyState:
         )
 
     def take_notes(self, notes: RunNotes) -> None:
-        """Add the notes of earlier steps of the ledger: of a resumed run, or of another process."""
+        """Add notes on earlier steps in the ledger, from a resumed run or another process."""
         self._seeded |= notes.seeded
         self._secure &= notes.secure_rng
         self.nonprivate_logs |= set(notes.nonprivate_logs)
@@ -202,7 +202,7 @@ class PrivacyState:
         self.decided = notes.mechanisms
 
     def note_unledgered(self, global_step: int, optimizer_states: Iterable[Iterable[Any]]) -> None:
-        """Take note of optimizer steps from before this run: later checkpoints show them, and no ledger has to.
+        """Record optimizer steps from before this run, which appear in later checkpoints but in no ledger.
 
         Args:
             global_step: the Trainer's count.
@@ -212,11 +212,11 @@ class PrivacyState:
         self.unledgered = max(self.unledgered, before - self.ledger.num_steps)
 
     def handover(self) -> tuple[Any, ...]:
-        """Return what the process that started this one needs to go on, for pickle."""
+        """Return the state that the parent process needs to continue, for pickle."""
         return self.ledger.state_dict(), self.plan, self.steps_taken, self.unledgered, self.notes
 
     def take_over(self, handed: tuple[Any, ...]) -> None:
-        """Go on where another process has ended."""
+        """Continue from the state of another process."""
         ledger, self.plan, self.step, self.unledgered, notes = handed
         self.ledger = Ledger.from_state_dict(ledger)
         self.take_notes(notes)
@@ -237,7 +237,7 @@ class PrivacyState:
         )
 
     def load(self, checkpoint: dict[str, Any], *, allow_public: bool, one_step_a_batch: bool) -> None:
-        """Go on with the run of a checkpoint.
+        """Resume the run of a checkpoint.
 
         Args:
             checkpoint: as loaded.

@@ -1,4 +1,4 @@
-"""State check: what a step leaves behind must not depend on the records it saw (guarantee I2).
+"""State check: the state after a step must not depend on the records that the step saw (guarantee I2).
 
 State that a checkpoint holds is compared itself. Other state (lists, running means, objects of the user's) is judged by
 what it does: the gradient of a third record after each.
@@ -24,7 +24,7 @@ Gradients = dict[str, Tensor]
 
 
 def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
-    """Return copies of what a checkpoint holds: parameters, persistent buffers, numbers of optimizers and
+    """Return copies of the contents of a checkpoint: parameters, persistent buffers, numbers of optimizers and
     schedulers.
     """
     state: dict[str, Any] = {name: local_part(p).detach().clone() for name, p in module.named_parameters()}
@@ -46,7 +46,7 @@ def _copied(value: Any) -> Any:
 
 
 def changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names under which two states differ."""
+    """Yield the names at which two states differ."""
     for name in dict.fromkeys([*first, *second]):
         left, right = first.get(name), second.get(name)
         if isinstance(left, Tensor) and isinstance(right, Tensor):

@@ -42,7 +42,7 @@ from lightning_dp.step.state import PrivacyState
 
 
 class PrivateStep:
-    """Everything between the samples of a logical batch and the private gradient of one fit.
+    """The path of one fit from the samples of a logical batch to its private gradient.
 
     It knows torch, the pillars of this package and a ``Reduction``; never Lightning. One adapter per way to train
     calls its methods in order.
@@ -106,7 +106,7 @@ class PrivateStep:
 
     @property
     def accumulators(self) -> dict[int, Accumulator]:
-        """Accumulators by position of their private optimizer."""
+        """Accumulators by index of their private optimizer."""
         return self.parameters.accumulators
 
     @property
@@ -117,7 +117,7 @@ class PrivateStep:
     # ---------------------------------------------------------------- the step, in the order of the data
 
     def begin(self, *, first_of_pass: bool, position: int | None = None) -> None:
-        """Begin a logical batch: what its release will be is settled here, from public state.
+        """Begin a logical batch: determine its release from public state.
 
         Args:
             first_of_pass: whether the loader begins a pass over the data with it.
@@ -183,7 +183,7 @@ class PrivateStep:
 
     @torch.no_grad()
     def release(self, optimizer: int = 0) -> None:
-        """Write the ledger entry, add the noise that is missing, sum over ranks and hand out ``p.grad``."""
+        """Write the ledger entry, add the missing noise, sum over ranks and hand out ``p.grad``."""
         accumulator, release = self.accumulators[optimizer], self.releases[optimizer]
         canaries = self.mechanisms.canaries
         self.reduction.settle()
@@ -204,7 +204,7 @@ class PrivateStep:
         self.engine.accept_grads(accumulator.names)
 
     def finish(self, optimizer: int) -> None:
-        """Give an optimizer that is about to step its gradient: private, or averaged over ranks for a public one."""
+        """Give an optimizer its gradient before it steps: private, or, for a public optimizer, averaged over ranks."""
         if optimizer in self.settings.public_optimizers:
             checks.check_tried(optimizer, self.unchecked_public)
             self.reduction.average(self.parameters.of(optimizer))
@@ -232,7 +232,7 @@ class PrivateStep:
         return True
 
     def collect_if_manual(self, optimizer: int) -> None:
-        """Clip a microbatch when its optimizer steps, as under manual optimization."""
+        """Clip a microbatch when its optimizer steps, under manual optimization."""
         if self.automatic or self.recording is None:
             return
         checks.check_counts_once(
@@ -245,7 +245,7 @@ class PrivateStep:
         self.collect(optimizer)
 
     def discard(self, optimizer: int) -> None:
-        """Forget the backprops for an optimizer, as its ``zero_grad`` does."""
+        """Forget the backprops of an optimizer, as its ``zero_grad`` does."""
         self.unfinished.discard(optimizer)
         self.parameters.forget(self.parameters.names(optimizer))
         if self.probe is not None:
@@ -254,12 +254,12 @@ class PrivateStep:
             self.engine.discard(self.parameters.names(optimizer))
 
     def check_grads(self, optimizer: int) -> None:
-        """Check that nothing raw is left where an optimizer is about to step."""
+        """Check that no raw gradient is left when an optimizer is about to step."""
         known = self.accumulators[optimizer].parameters if optimizer in self.accumulators else {}
         checks.check_no_raw_gradients(optimizer, self.optimizers[optimizer], known, self.module)
 
     def check_released(self) -> None:
-        """Check, at the end of a fit, that backprops were not all for nothing.
+        """Check, at the end of a fit, that some backprops led to a release.
 
         Raises:
             PrivacyError: backprops arrived, and no private optimizer has stepped.
@@ -271,11 +271,11 @@ class PrivateStep:
             )
 
     def leave_open(self) -> None:
-        """Take note, at the end of a manual ``training_step``, of the optimizers that hold backprops."""
+        """Record, at the end of a manual ``training_step``, the optimizers that hold backprops."""
         self.unfinished |= {index for index, acc in self.accumulators.items() if self.engine.has_backprops(acc.names)}
 
     def close(self) -> None:
-        """Leave the module as it was."""
+        """Restore the module."""
         note_values(self.module.parameters())
         self.engine.end()
         self.engine.detach()
@@ -283,7 +283,7 @@ class PrivateStep:
     # ---------------------------------------------------------------- what holds for a batch
 
     def _refresh(self) -> None:
-        """Follow layers that were frozen or unfrozen since the last step."""
+        """Update the parameters after layers were frozen or unfrozen."""
         make, num_statistics = self.reduction.make_accumulator, self.mechanisms.bound.num_statistics
         watched = self.parameters.refresh(lambda parameters: make(parameters, self.clipping, num_statistics))
         self.reduction.watch(self.engine, watched)

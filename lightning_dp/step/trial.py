@@ -1,4 +1,4 @@
-"""Trial: what is learned and checked by running the user's step on a few records, in the sandbox.
+"""Trial: inference and checks by running the user's step on a few records in the sandbox.
 
 The batch axis of every layer, whether samples are independent, and whether an optimizer's steps depend on the samples.
 """
@@ -41,11 +41,11 @@ class Trial:
 
     @property
     def copies(self) -> int:
-        """Copies of a record that the user's step needs where it is to run on one record."""
+        """Number of copies of a record that the user's step needs in order to run on one record."""
         return self._host.copies
 
     def is_due(self, number: int, *, first_of_pass: bool) -> bool:
-        """Tell whether the checks are repeated: at the 2nd, 10th and 100th logical step, then in the first of an epoch.
+        """Tell whether to repeat the checks: at the 2nd, 10th and 100th logical step, then in the first of an epoch.
 
         After the 100th, 1,000 steps pass between two checks; where epochs are longer than 10,000, a check is due after
         as many.
@@ -58,7 +58,7 @@ class Trial:
         return since > 0 and (number in (1, 9, 99) or since >= (1_000 if first_of_pass else 10_000))
 
     def prepare(self) -> None:
-        """Learn the layout, and check on records from all over the training set that samples are independent.
+        """Infer the layout, and check on records from all over the training set that samples are independent.
 
         Raises:
             PrivacyError: a sample's gradient depends on another sample, or state on the samples.
@@ -77,7 +77,7 @@ class Trial:
             step.unchecked_public = set(settings.public_optimizers)
 
     def _take_note(self) -> None:
-        """Note in the state why samples are taken to be independent."""
+        """Record in the state why samples are treated as independent."""
         settings, state = self._step.settings, self._step.state
         if settings.runs_samples_alone:
             state.note_kept_apart("by construction, one sample runs at a time")
@@ -87,9 +87,7 @@ class Trial:
             state.checked_steps.append(state.step)
 
     def _learn_layout(self, snapshot: Snapshot, pair: list[Any]) -> None:
-        """Learn the layout; where user code draws coins also under low and high ones, by which it may use other
-        layers.
-        """
+        """Infer the layout; if user code draws coins, repeat with low and high coins, which may select other layers."""
 
         def learn(draws: Draws) -> None:
             self._step.engine.learn_layout(
@@ -111,7 +109,7 @@ class Trial:
             self._couplings.check_exchange(snapshot, records)
 
     def check_again(self, number: int) -> None:
-        """Repeat, at a public step, what a later branch of the user's code may have changed.
+        """Repeat, at a public step, the checks whose answer a later branch of the user's code may change.
 
         Args:
             number: of the logical step; chooses the records.
@@ -129,7 +127,7 @@ class Trial:
                 self._couplings.exchange_one(snapshot, self._couplings.real_records(number), seed=number)
 
     def check_state(self, seed: int = 0) -> None:
-        """Check, outside of a real step, that what user code leaves behind does not depend on the records.
+        """Check, outside of a real step, that the state after user code does not depend on the records.
 
         Args:
             seed: chooses the records.
@@ -143,7 +141,7 @@ class Trial:
                 self._host.attempt(lambda: self._couplings.check_state(snapshot, few), snapshot.put_back)
 
     def check_public(self) -> None:
-        """Check that a public optimizer's gradient changes neither with the batch nor with how many samples it holds.
+        """Check that a public optimizer's gradient depends neither on the records nor on their number.
 
         Optimizers that did not step on this trial stay unchecked; their first real step is refused until one has.
 
@@ -173,7 +171,7 @@ class Trial:
         self._step.unchecked_public -= found[0].stepped
 
     def check_skip(self) -> None:
-        """Check, where ``training_step`` gave no loss for a batch, that it gives none for single samples either.
+        """Check, after ``training_step`` returned no loss for a batch, that it returns none for single samples either.
 
         Raises:
             PrivacyError: it does, so whether a sample counts depends on the samples around it.
@@ -193,7 +191,7 @@ class Trial:
         return self._host.run([record])
 
     def check_end_of_epoch(self) -> None:
-        """Check, where user code has skipped the rest of an epoch, that it does so whatever the records are.
+        """Check, after user code skipped the rest of an epoch, that it does so for all records.
 
         Raises:
             PrivacyError: it does not, so the number of steps would tell something about the records.
@@ -210,7 +208,7 @@ class Trial:
                     )
 
     def check_steps(self, real: set[int], counts: Any) -> None:
-        """Check, where some private optimizer did not step on a batch, that it does not step on single samples either.
+        """Check, after a private optimizer did not step on a batch, that it does not step on single samples either.
 
         Args:
             real: private optimizers that stepped.

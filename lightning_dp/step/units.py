@@ -1,4 +1,4 @@
-"""Units of a sharded module (FSDP2): which parameters are gathered, used and freed together."""
+"""Units of a sharded module (FSDP2): groups of parameters that are gathered, used and freed together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Unit:
 
     @contextmanager
     def gathered(self, wanted: bool = True) -> Iterator[None]:
-        """Gather the parameters within the block, if wanted; every rank must want the same."""
+        """Gather the parameters within the block, if wanted; every rank must pass the same value."""
         if wanted:
             self.module.unshard()
         try:
@@ -39,7 +39,7 @@ class Unit:
 
 
 def find_units(module: nn.Module) -> list[Unit]:
-    """Return the units of a module that have parameters of their own, outer ones first.
+    """Return the units of a module that hold parameters of their own, outer ones first.
 
     Every unit is gathered once: the tensors that a forward computes with exist from then on, and stay the same objects.
 
@@ -78,14 +78,14 @@ def roots(module: nn.Module) -> list[Any]:
 
 
 def settle(module: nn.Module) -> None:
-    """Free whatever is gathered."""
+    """Free all gathered parameters."""
     for each in module.modules():
         if is_unit(each):
             each.reshard()  # type: ignore[operator]
 
 
 def recover(module: nn.Module) -> None:
-    """Free whatever is gathered after an exception in the middle of a forward or backward."""
+    """Free all gathered parameters after an exception in the middle of a forward or backward."""
     for root in roots(module):
         with suppress(AttributeError):  # no forward has begun yet, or a torch before 2.13, which has no recovery
             root.reset_iter_state()
@@ -93,7 +93,7 @@ def recover(module: nn.Module) -> None:
 
 
 def start_equal(module: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, and its values of parameters that are not sharded."""
+    """Copy from rank 0 to every rank: buffers, and parameters that are not sharded."""
     replicated = [parameter for parameter in module.parameters() if not is_sharded(parameter)]
     for tensor in [*replicated, *module.buffers()]:
         dist.broadcast(tensor.detach(), src=0)

@@ -1,4 +1,4 @@
-"""Everything private of Lightning that this package touches: one function each, with a test of its own.
+"""Every private API of Lightning that this package uses: one function each, with its own test.
 
 A new minor version of Lightning that moves one of these breaks one function and one test.
 """
@@ -53,7 +53,7 @@ __all__ = [
 
 
 def twin(kind: type) -> type | None:
-    """Return the class of ``pytorch_lightning`` that one of ``lightning.pytorch`` is a copy of; None if it is not in
+    """Return the ``pytorch_lightning`` counterpart of a ``lightning.pytorch`` class; None if that package is not in
     use.
 
     Both packages hold the same code in two class trees.
@@ -65,7 +65,7 @@ def twin(kind: type) -> type | None:
 
 
 def is_a(thing: object, kind: type) -> bool:
-    """Tell whether something is of a class of Lightning, in either package."""
+    """Tell whether an object is an instance of a Lightning class, in either package."""
     other = twin(kind)
     return isinstance(thing, kind) or (other is not None and isinstance(thing, other))
 
@@ -79,7 +79,7 @@ def is_overridden(name: str, owner: object) -> bool:
 
 
 def serve_both(strategy: type = object) -> None:
-    """Let Trainers of ``pytorch_lightning`` take a strategy and this package's callbacks, if that package is in use.
+    """Make Trainers of ``pytorch_lightning`` accept a strategy and this package's callbacks, if that package is in use.
 
     The strategy is registered with the abstract classes there. Callbacks get the class there as a further base.
     """
@@ -104,12 +104,12 @@ def set_batch_of_logs(trainer: pl.Trainer, batch: Any, batch_size: int | None) -
 
 
 def fit_results(trainer: pl.Trainer) -> Any:
-    """Return the collection that figures pass on their way from ``self.log`` to loggers and progress bar."""
+    """Return the collection through which ``self.log`` passes figures to loggers and progress bar."""
     return trainer.fit_loop.epoch_loop._results
 
 
 def logger_step(trainer: pl.Trainer) -> int:
-    """Return the step under which Lightning's own callbacks write to loggers: batches that stepped, over all epochs."""
+    """Return the step under which Lightning's callbacks log: batches that stepped, over all epochs."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
@@ -125,9 +125,7 @@ def apply_transfer_hook(module: pl.LightningModule, batch: Any) -> Any:
 
 
 def replace_transfer_hook(module: pl.LightningModule, passes: Callable[[Any], bool]) -> None:
-    """Let batches pass Lightning's call of the transfer hook untouched if ``passes`` says so; see
-    ``restore_transfer_hook``.
-    """
+    """Skip Lightning's call of the transfer hook for batches that ``passes`` accepts; see ``restore_transfer_hook``."""
     original = module._on_before_batch_transfer
 
     def on_before_batch_transfer(batch: Any, dataloader_idx: int = 0) -> Any:
@@ -142,7 +140,7 @@ def restore_transfer_hook(module: pl.LightningModule) -> None:
 
 
 def lightning_optimizers(strategy: Any) -> list[Any]:
-    """Return Lightning's wrappers of the optimizers, which manual optimization hands to the user."""
+    """Return Lightning's wrappers of the optimizers; manual optimization gives them to the user."""
     wrappers: list[Any] = strategy._lightning_optimizers
     return wrappers
 
@@ -159,12 +157,12 @@ def without_progress(optimizer: Any) -> Iterator[None]:
 
 
 def completed_steps(trainer: pl.Trainer) -> Any:
-    """Return the counter behind ``global_step`` under manual optimization; its ``completed`` may be set."""
+    """Return the counter that determines ``global_step`` under manual optimization; its ``completed`` may be set."""
     return trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
 
 
 def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], Any]) -> Callable[[], None]:
-    """Let Lightning see training data through ``change``; return what undoes it.
+    """Pass training data through ``change`` before Lightning sees it; return a function that undoes this.
 
     Args:
         trainer: whose fit is set up.
@@ -185,13 +183,13 @@ def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], An
 
 
 def use_whole_loader(trainer: pl.Trainer) -> Callable[[], None]:
-    """Let an epoch use the training loader to its end; return what undoes it."""
+    """Let an epoch use the whole training loader; return a function that undoes this."""
     before, trainer.limit_train_batches = trainer.limit_train_batches, 1.0
     return lambda: setattr(trainer, "limit_train_batches", before)
 
 
 def drop_loader_states(checkpoint: dict[str, Any]) -> None:
-    """Remove the states of training loaders from a checkpoint that Lightning has put together."""
+    """Remove the states of training loaders from a checkpoint that Lightning has built."""
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     loop.get("state_dict", {}).pop("combined_loader", None)
 
@@ -203,27 +201,27 @@ def is_searching_learning_rate(trainer: pl.Trainer) -> bool:
 
 
 def start_equal(module: nn.Module) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
+    """Copy the parameters and buffers of rank 0 to every rank."""
     _sync_module_states(module)
 
 
 def launcher_of(strategy: Any) -> Any:
-    """Return the launcher that a strategy has chosen."""
+    """Return the launcher of a strategy."""
     return strategy._launcher
 
 
 def set_launcher(strategy: Any, launcher: Any) -> None:
-    """Give a strategy another launcher."""
+    """Replace the launcher of a strategy."""
     strategy._launcher = launcher
 
 
 def start_method(launcher: Any) -> Any:
-    """Return how a launcher starts processes: "spawn", "fork", ..."""
+    """Return the process start method of a launcher: "spawn", "fork", ..."""
     return launcher._start_method
 
 
 def wrap_checkpoint_io(held: Any, make: Callable[[], Any]) -> Any:
-    """Return the checkpoint IO of a strategy: the user's, with an atomic writer inside where it takes one, else the
+    """Return the user's checkpoint IO, with an atomic writer inside if it can wrap one; without a user's, the
     writer.
     """
     if held is None:
@@ -234,9 +232,7 @@ def wrap_checkpoint_io(held: Any, make: Callable[[], Any]) -> Any:
 
 
 def note_loaded_checkpoints(note: Callable[[nn.Module, dict[str, Any]], None]) -> None:
-    """Show every module that ``load_from_checkpoint`` makes, with its checkpoint, to ``note``; patches Lightning for
-    good.
-    """
+    """Call ``note`` with every module from ``load_from_checkpoint`` and its checkpoint; patches Lightning for good."""
     _NOTES.append(note)
     _watch_loading(saving, note)
     serve_both()

@@ -48,7 +48,7 @@ _lightning.note_loaded_checkpoints(note_checkpoint)
 
 
 class PrivateStrategy(TrainingInputs, Strategy):
-    """Private training as a mixin over a Lightning strategy; the classes that users pass document the arguments."""
+    """A mixin that makes a Lightning strategy private; its public subclasses document the arguments."""
 
     _used_accelerator: Accelerator | None = None
 
@@ -143,7 +143,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def teardown(self) -> None:
-        """Leave module, optimizers and loggers as they were."""
+        """Restore module, optimizers and loggers."""
         if self._fit is not None:
             self._fit.close()
             self._fit = None
@@ -159,7 +159,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
     @property
     @override
     def accelerator(self) -> Accelerator | None:
-        """The accelerator of the Trainer that uses this strategy, or used it last."""
+        """The accelerator of the current or last Trainer of this strategy."""
         return self._accelerator if self._accelerator is not None else self._used_accelerator
 
     @accelerator.setter
@@ -168,9 +168,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def on_train_start(self) -> None:
-        """Build the plan before the first step, so that a target that cannot be reached is an error and not a
-        surprise.
-        """
+        """Build the plan before the first step, so that an unreachable target is an early error."""
         module_checks.check_layers(self.module, runs_samples_alone=self.settings.runs_samples_alone)
         correlation.begin_order(self.plan.correlation, self.loader, self.state.steps_taken)
         self.state.decided = self.mechanisms.described()
@@ -179,7 +177,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def on_train_end(self) -> None:
-        """Report what was spent, and write the privacy card next to the logger's files."""
+        """Report the privacy spent, and write the privacy card next to the logger's files."""
         super().on_train_end()
         assert self._fit is not None
         self._fit.check_callbacks()
@@ -191,8 +189,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run forward, backward and clipping of every microbatch; of the last one only the forward, the rest is
-        Lightning's.
+        """Run forward, backward and clipping of every microbatch, except for the last one's backward, which Lightning
+        runs.
         """
         assert self._fit is not None
         return self._fit.run(args[1:], kwargs)
@@ -205,7 +203,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Back-propagate one microbatch; under automatic optimization its clipped sum is taken at once."""
+        """Back-propagate one microbatch; under automatic optimization, add its clipped sum immediately."""
         if closure_loss.dim() > 0:
             closure_loss = checks.reduced(closure_loss, self.settings.loss_reduction)
         if self._fit is None:
@@ -263,7 +261,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Add ledger, plan and logical step to the checkpoint; the weights keep the plain module's keys."""
+        """Add ledger, plan and logical step to the checkpoint; the weights keep the keys of the user's module."""
         if self._fit is not None:
             self._fit.check_callbacks()
         note_values(self.module.parameters())
@@ -274,7 +272,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read them back when training resumes; refuse a checkpoint without a ledger."""
+        """Load a checkpoint; on resume, restore its ledger and plan, and refuse a checkpoint without a ledger."""
         with checkpoint_io.reading(checkpoint_path):
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         module = self.lightning_module

@@ -1,4 +1,4 @@
-"""Checkpoint IO: files that are whole whenever the process dies."""
+"""Checkpoint IO: files stay complete if the process dies at any moment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTIAL = ".partial"
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """A checkpoint IO that writes next to the target, forces the file to the disk, and then moves it there in one step.
+    """A checkpoint IO that writes to a temporary file next to the target, syncs it to disk, and then renames it.
 
     A resume reads the ledger from the checkpoint: half a file, or the half of a file that was there before, would lose
     what has been spent. Lightning's own writer prepares the file in the temporary directory, and the move from there is
@@ -66,7 +66,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 @contextmanager
 def reading(path: Any) -> Iterator[None]:
-    """Name a checkpoint that cannot be read.
+    """Name the file in the error if a checkpoint cannot be read.
 
     Raises:
         PrivacyError: it is damaged, so what its run has spent is unknown.

@@ -19,7 +19,7 @@ from lightning_dp.strategies.single_device import DPStrategy
 
 
 class _LedgerLauncher(_lightning.MultiProcessingLauncher):
-    """A launcher that brings the privacy state back from spawned or forked processes, together with the weights."""
+    """A launcher that returns the privacy state from spawned or forked processes, together with the weights."""
 
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
-        """Start the processes; refuse first what would change the sum over ranks of a ``DistributedDataParallel``."""
+        """Start the processes, after refusing options that would change the sum over ranks."""
         refused = {
             "ddp_comm_hook": self._ddp_comm_hook,
             "ddp_comm_state": self._ddp_comm_state,
@@ -83,15 +83,13 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """Start every replica from rank 0's state; the module is not wrapped, since gradients are summed once per
-        step.
-        """
+        """Copy rank 0's state to every replica; the module is not wrapped, since gradients are summed once per step."""
         _lightning.start_equal(self.module)
         self.state.ledger = Ledger.from_state_dict(self.broadcast(self.ledger.state_dict()))
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over ranks, but not within the sandbox: how many microbatches run there differs between ranks."""
+        """Reduce over ranks, except in the sandbox, whose number of microbatches differs between ranks."""
         if self.is_on_trial:
             return tensor
         return super().reduce(tensor, group, reduce_op)
@@ -109,7 +107,7 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
 
 
 def document(kind: type) -> None:
-    """Fill in the section on arguments of a strategy's docstring: all strategies take the same."""
+    """Fill in the arguments section of a strategy's docstring, because all strategies take the same arguments."""
     text = DPStrategy.__doc__ or ""
     arguments = text[text.index("    Args:\n") : text.index("\n\n    Raises:")]
     kind.__doc__ = (kind.__doc__ or "").replace("    Args:\n        ARGUMENTS", arguments)

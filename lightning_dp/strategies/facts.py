@@ -1,4 +1,4 @@
-"""RunFacts: what users and callbacks read of a private strategy."""
+"""RunFacts: the public facts of a private strategy, for users and callbacks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class RunFacts(StateFacts):
-    """The facts of a private strategy that users and callbacks read."""
+    """The public facts of a private strategy, for users and callbacks."""
 
     settings: Settings
     mechanisms: Mechanisms
@@ -35,7 +35,7 @@ class RunFacts(StateFacts):
 
     @property
     def plan(self) -> DPPlan:
-        """The public settings of the run; built, and its noise calibrated, when first asked for after data setup.
+        """The public settings of the run; built, and its noise calibrated, at the first access after data setup.
 
         Raises:
             ValueError: no run has been set up yet.
@@ -61,17 +61,17 @@ class RunFacts(StateFacts):
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes that one rank hands to the all-reduce of a logical step: active coordinates only."""
+        """Bytes per rank in the all-reduce of a logical step: active coordinates only."""
         return sum(accumulator.payload_bytes for accumulator in self.accumulators.values())
 
     @property
     def accumulators(self) -> Mapping[int, Accumulator]:
-        """The accumulators of the fit under way, by position of their private optimizer; empty outside of fit."""
+        """The accumulators of the current fit, by index of their private optimizer; empty outside of fit."""
         return MappingProxyType({} if self._fit is None else self._fit.step.accumulators)
 
     @property
     def noise_std(self) -> Mapping[str, float]:
-        """Std of the noise on one coordinate of ``p.grad``, by parameter name; public. Empty outside of fit.
+        """Noise std of each coordinate of ``p.grad``, by parameter name; public. Empty outside of fit.
 
             sigma_t C / B, for every parameter unless clipping shares noise out between groups
 
@@ -98,7 +98,7 @@ class RunFacts(StateFacts):
         return self.state.last_allowed_step
 
     def settle_limit(self) -> float:
-        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger of now, and return it."""
+        """Compute and return ``last_allowed_step`` from ``mechanisms.limit``, the plan and the current ledger."""
         self.state.last_allowed_step = self.mechanisms.limit.last_step(self)
         return self.state.last_allowed_step
 
@@ -131,7 +131,7 @@ class RunFacts(StateFacts):
 
     @property
     def is_on_trial(self) -> bool:
-        """True if user code runs in the sandbox now, where nothing that it does has effect."""
+        """True while user code runs in the sandbox, without lasting effects."""
         return self._fit is not None and self._fit.on_trial
 
     @property

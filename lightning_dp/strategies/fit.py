@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class PrivateFit:
-    """Everything that exists for one fit.
+    """The state of one fit.
 
     A logical batch of k microbatches runs the user's ``training_step`` k times: the last call is the real one, whose
     effects stay, as under a plain Trainer; the others run in the sandbox. Where no sample was drawn the real call
@@ -75,7 +75,7 @@ class PrivateFit:
         self._host.hooks.watch(lambda: self.on_trial)
 
     def close(self) -> None:
-        """Undo everything that was patched, and put the global generators back to where they were before the fit."""
+        """Undo all patches, and restore the global generators to their states before the fit."""
         self.step.close()
         self.guard.stop()
         self.patches.undo()
@@ -85,27 +85,25 @@ class PrivateFit:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Keep user code that runs in the sandbox out of logs and progress."""
+        """Silence logs and progress of user code in the sandbox."""
         with self._logs.muted(), self._host.quiet():
             yield
 
     @property
     def on_trial(self) -> bool:
-        """True if user code runs in the sandbox now, so that no optimizer may step."""
+        """True while user code runs in the sandbox, where no optimizer may step."""
         return self.guard.in_sandbox > 0
 
     # ---------------------------------------------------------------- one logical batch
 
     def take(self, batch: LogicalBatch) -> Any:
-        """Return the microbatch of the real call on the device: the last one, or one of length 0 if no sample was
-        drawn.
-        """
+        """Return the real call's microbatch on the device: the last one, or one of length 0 for an empty batch."""
         self._batch = batch
         self._on_device = self._strategy.to_device(batch.microbatches[-1][1]) if batch else self._host.empty_batch()
         return self._on_device
 
     def check_callbacks(self) -> None:
-        """Check, where a callback has begun to change the module, that what it writes does not depend on the records.
+        """Check, after a callback first changed the module, that its writes do not depend on the records.
 
         Raises:
             PrivacyError: it does.
@@ -115,7 +113,7 @@ class PrivateFit:
             self._trial.check_state()
 
     def run(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the user's code on a logical batch; return what the real call returned.
+        """Run the user's code on a logical batch; return the output of the real call.
 
         Args:
             rest: further positional arguments of ``training_step``.
@@ -154,8 +152,7 @@ class PrivateFit:
             ) from error
 
     def _begins_logical_batch(self) -> bool:
-        """Tell whether the sums begin again: where the loader begins to hand out a logical batch, and where Lightning
-        has stepped.
+        """Tell whether a logical batch begins: the loader starts a new one, or Lightning has stepped.
 
         The two agree, but not after a resume from within an accumulation: the loader starts over there. Parts of two
         logical batches must never be summed, since one sample may be in both.
@@ -191,7 +188,7 @@ class PrivateFit:
             self._trial.check_public()
 
     def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any] | None]) -> None:
-        """Run all microbatches but that of the real call, each from the same state, without effect.
+        """Run all microbatches except the real call's in the sandbox, each from the same state.
 
         Args:
             microbatches: None where another rank has one more than this one: a record of weight 0 is run for it.
@@ -214,12 +211,12 @@ class PrivateFit:
         snapshot.put_back()
 
     def _loss_of(self, output: Any, count: int) -> Tensor | None:
-        """Return the loss, or None if there is none here, or on any rank that has to run the same backward."""
+        """Return the loss, or None if it is missing here or on any rank that has to run the same backward."""
         loss = self._host.loss_of(output, count)
         return None if self.step.reduction.any(loss is None) else loss
 
     def _check_steps(self, microbatch: Microbatch, output: Any, counts: Counts | None) -> None:
-        """Check, where a microbatch gave no loss or no step, that this does not depend on the samples."""
+        """Check, after a microbatch without a loss or a step, that this does not depend on the samples."""
         anywhere = self.step.reduction.any
         if counts is None:
             if anywhere(output is None and microbatch.count > 1):
@@ -228,8 +225,8 @@ class PrivateFit:
             self._trial.check_steps(microbatch.collected, counts.back_in)
 
     def _run_real(self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0) -> Any:
-        """Run the one call of a logical batch that has effect; under automatic optimization its backward is
-        Lightning's.
+        """Run the only call of a logical batch that has effect; under automatic optimization, Lightning runs its
+        backward.
         """
         step, automatic = self.step, self.step.automatic
         counts = None if automatic else Counts(self._strategy)
@@ -264,7 +261,7 @@ class PrivateFit:
             return [float(loss(self._strategy.module, self._host.batch_of([record]))) for record in records]
 
     def backward_done(self) -> None:
-        """Check the backward, and clip and add under automatic optimization."""
+        """Check the backward; under automatic optimization, also clip and add."""
         step = self.step
         if step.recording is None:
             return

@@ -23,7 +23,7 @@ from lightning_dp.strategies.ddp import document
 
 
 class _WholeFolders(ModelParallelStrategy):
-    """Lightning's strategy, with sharded checkpoints that are whole whenever a process dies."""
+    """Lightning's strategy, with sharded checkpoints that stay complete if a process dies at any moment."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -72,7 +72,7 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
 
     @override
     def setup_environment(self) -> None:
-        """Start the processes; all of them are one data-parallel group."""
+        """Start the processes, all in one data-parallel group."""
         if self._tensor_parallel_size not in ("auto", 1):
             raise ValueError(
                 f"Expected tensor_parallel_size=1, got tensor_parallel_size={self._tensor_parallel_size!r}. A rank "
@@ -95,7 +95,7 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Check the sharded module, start what is replicated from rank 0's state, and make the optimizers."""
+        """Check the sharded module, copy replicated parameters from rank 0, and make the optimizers."""
         if trainer.state.fn == TrainerFn.FITTING:
             check_sharded(
                 self.module, self.settings, self.mechanisms, world_size=self.world_size, device=self.root_device
@@ -106,7 +106,7 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the state of an optimizer, in parts or whole; torch makes a missing one by a step of length 0."""
+        """Return an optimizer's state, in parts or whole; torch initialises a missing one by a step of length 0."""
         with self._optimizers_may_step():
             return super().optimizer_state(optimizer)
 
@@ -121,18 +121,18 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over ranks, but not within the sandbox: logs are silent there."""
+        """Reduce over ranks, except in the sandbox, where logs are silent."""
         return tensor if self.is_on_trial else super().reduce(tensor, group, reduce_op)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a logical batch; forwards communicate, so that a process that died is noticed here."""
+        """Run a logical batch; its forwards communicate, so an error here may mean that a process died."""
         with communicating("a forward", among_others=True):
             return super().training_step(*args, **kwargs)
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Back-propagate one microbatch; backwards communicate as well."""
+        """Back-propagate one microbatch, which also communicates."""
         with communicating("a backward", among_others=True):
             return super().backward(*args, **kwargs)
 

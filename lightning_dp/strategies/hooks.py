@@ -1,4 +1,4 @@
-"""Hooks of the user's that see a batch, or what was computed from it.
+"""The user's hooks that see a batch, or results computed from it.
 
 Those of the module run on trial as ``training_step`` does. Those of callbacks, and those that end an epoch, may write
 files or lists of their own, so they run on trial only once they have changed the module outside of a trial, which is
@@ -65,11 +65,11 @@ class UserHooks:
 
     @property
     def callbacks(self) -> list[pl.Callback]:
-        """The callbacks that take part in trials, which must leave them as they were."""
+        """The callbacks that take part in trials; a trial must restore their state."""
         return [owner for owner in self.writing if owner is not self._strategy.module]
 
     def has(self, name: str) -> bool:
-        """Tell whether the module has a hook, or a callback that takes part in trials."""
+        """Tell whether the module, or a callback that takes part in trials, has a hook."""
         return any(True for _ in self._with(name))
 
     def call(self, name: str, *args: Any) -> list[Any]:
@@ -97,7 +97,7 @@ class UserHooks:
         return answers
 
     def watch(self, is_on_trial: Callable[[], bool]) -> None:
-        """Watch the hooks of callbacks; once one has changed the module, it takes part in trials, and a check is due.
+        """Watch the hooks of callbacks; a callback that changes the module joins the trials, and a check becomes due.
 
         Args:
             is_on_trial: whether user code runs in the sandbox.
@@ -110,7 +110,7 @@ class UserHooks:
                     owner.__dict__[name] = self._watching(getattr(owner, name), module, owner, is_on_trial)
 
     def unwatch(self) -> None:
-        """Leave callbacks and module as they were."""
+        """Restore callbacks and module."""
         while self._own:
             owner, name, own = self._own.pop()
             if own is None:
@@ -144,7 +144,7 @@ class UserHooks:
 
 
 def _marks_of(module: nn.Module) -> tuple[list[Any], Tensor]:
-    """Return what tells, quickly, whether a tensor or an attribute of a module has changed: marks, and a few values.
+    """Return marks and a few values that quickly show whether a tensor or an attribute of a module has changed.
 
     The values are joined on one device, so that they are compared by one transfer.
     """
@@ -162,7 +162,7 @@ def _are_same(before: tuple[list[Any], Tensor], after: tuple[list[Any], Tensor])
 
 
 def outputs_of(output: Any) -> Any:
-    """Return what Lightning hands to ``on_train_batch_end`` for an output of ``training_step``."""
+    """Return the value that Lightning passes to ``on_train_batch_end`` for an output of ``training_step``."""
     if output is None:
         return {}
     found = output if isinstance(output, Mapping) else {"loss": output}
@@ -170,12 +170,10 @@ def outputs_of(output: Any) -> Any:
 
 
 def _has(name: str, owner: Any) -> bool:
-    """Tell whether a callback or module has a hook of its own; that of a ``LambdaCallback`` is an attribute of the
-    instance.
-    """
+    """Tell whether a callback or module has its own hook; a ``LambdaCallback`` has it as an instance attribute."""
     return name in vars(owner) or is_overridden(name, owner)
 
 
 def _is_known(kind: type) -> bool:
-    """Tell whether a class of callbacks is Lightning's or this package's, or is derived from one of theirs."""
+    """Tell whether a class of callbacks is, or derives from, one of Lightning's or of this package's."""
     return any(base.__module__.startswith(_KNOWN) and base.__name__ not in _OPEN for base in kind.__mro__)

@@ -1,4 +1,4 @@
-"""LightningHost: runs the user's step on records for a trial, and silences Lightning meanwhile."""
+"""LightningHost: runs the user's step on records for a trial, and silences Lightning during it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LightningHost:
 
     @property
     def narrow(self) -> torch.dtype:
-        """bfloat16 under a bf16 precision of the Trainer, else float32."""
+        """The dtype bfloat16 under a bf16 precision of the Trainer, else float32."""
         return torch.bfloat16 if "bf16" in str(self._strategy.trainer.precision) else torch.float32
 
     @property
@@ -60,7 +60,7 @@ class LightningHost:
 
     @property
     def batch_size(self) -> int:
-        """Records of a real microbatch, as expected; at most the dataset."""
+        """Expected number of records in a real microbatch, at most the dataset size."""
         return self._records.batch_size(self._strategy.world_size, self._strategy.settings.samples_at_once)
 
     def others(self) -> list[Any]:
@@ -68,24 +68,22 @@ class LightningHost:
         return [*self._strategy.optimizers, *(config.scheduler for config in self._strategy.lr_scheduler_configs)]
 
     def reachable(self) -> list[Any]:
-        """Return everything whose state is put back after a trial: also callbacks that take part in it."""
+        """Return all objects whose state is restored after a trial, including callbacks that take part in it."""
         return [*self.others(), *(vars(callback) for callback in self.hooks.callbacks)]
 
     def records(self, num: int, seed: int = 0) -> list[Any]:
-        """Return records from all over a dataset with random access, the first ones of a stream."""
+        """Return records from all over a dataset with random access; for a stream, the first ones."""
         return self._records.take(num, seed)
 
     def run(self, records: list[Any]) -> Any:
-        """Run ``training_step`` on records, collated and moved as Lightning does, after the hooks that see the
-        batch.
-        """
+        """Run ``training_step`` on records, collated and moved as in Lightning, after the hooks that see the batch."""
         rest, kwargs = self.arguments
         self._batch = self.batch_of(records)
         self.skips = self._skips(self._batch)
         return self._strategy.call_training_step(self._batch, rest, kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate a loss, between the hooks that see it."""
+        """Back-propagate a loss, with the hooks before and after it."""
         self.hooks.call("on_before_backward", loss)
         loss.backward()  # type: ignore[no-untyped-call]
         self.hooks.call("on_after_backward")
@@ -105,9 +103,7 @@ class LightningHost:
         self.hooks.call(EPOCH_END)
 
     def skips_on(self, record: Any) -> bool:
-        """Tell whether the hooks that begin a batch ask for the rest of the epoch to be skipped, for one record
-        alone.
-        """
+        """Tell whether the hooks that begin a batch, given one record alone, ask to skip the rest of the epoch."""
         return self._skips(self.batch_of([record]))
 
     def _skips(self, batch: Any) -> bool:
@@ -127,11 +123,11 @@ class LightningHost:
         return checks.scalar_loss(output, count, self._strategy.settings.loss_reduction)
 
     def stand_in(self, copies: int = 1) -> Any:
-        """Return a batch of one record, or of copies of it, on the device, for steps in which no sample was drawn."""
+        """Return a batch of one record, or of copies of it, on the device, for steps with an empty batch."""
         return self._records.stand_in(copies)
 
     def empty_batch(self) -> Any:
-        """Return what hooks see when no sample was drawn: the user's batch structure with tensors of length 0."""
+        """Return the batch that hooks see if no sample was drawn: the user's structure with tensors of length 0."""
         return tree_map(lambda leaf: leaf[:0] if isinstance(leaf, Tensor) and leaf.dim() else leaf, self.stand_in())
 
     @contextmanager
@@ -144,7 +140,7 @@ class LightningHost:
             yield
 
     def batch_of(self, records: list[Any]) -> Any:
-        """Return records collated and moved as Lightning does."""
+        """Return records collated and moved as in Lightning."""
         return self._records.batch_of(records)
 
 
@@ -180,7 +176,7 @@ class Counts:
 
     @contextmanager
     def back_in(self) -> Iterator[None]:
-        """Give the counters the values of when this object was made; afterwards those of now."""
+        """Set the counters to their values from when this object was made; restore the current ones afterwards."""
         progress = _lightning.completed_steps(self._strategy.trainer)
         completed, progress.completed = progress.completed, self._global_step
         own = self._strategy.module.__dict__

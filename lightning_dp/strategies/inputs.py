@@ -1,4 +1,4 @@
-"""TrainingInputs: module and training data as the user gave them, made fit for private steps."""
+"""TrainingInputs: converts the user's module and training data for private steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class TrainingInputs(RunFacts, Strategy):
-    """The part of a private strategy that exchanges layers and training loaders."""
+    """The component of a private strategy that replaces layers and training loaders."""
 
     global_rank: int
     world_size: int
@@ -32,24 +32,24 @@ class TrainingInputs(RunFacts, Strategy):
     _undo: list[Callable[[], None]]
 
     def fix_layers(self) -> None:
-        """Exchange layers that cannot be trained privately, under ``fix=True``; a second call changes nothing."""
+        """Replace layers that cannot be trained privately, under ``fix=True``; a second call does nothing."""
         if self._fixes:
             for change in fix(self.module).changes:
                 _messages.info(f"fix: {change}.")
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load weights into the layers that they were trained in."""
+        """Load weights into the layers in which they were trained."""
         self.fix_layers()
         super().load_model_state_dict(checkpoint, strict)
 
     def _take_training_data(self) -> None:
-        """See the training data of this fit, whatever its shape, as one loader."""
+        """Convert the training data of this fit, whatever its form, to one loader."""
         self._return_training_data()
         self._undo = [_lightning.change_training_source(self.trainer, self._one_loader)]
 
     def _return_training_data(self) -> None:
-        """Leave the Trainer as it was."""
+        """Restore the Trainer's training data."""
         while self._undo:
             self._undo.pop()()
 
@@ -58,7 +58,7 @@ class TrainingInputs(RunFacts, Strategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        """Replace the training loader by one that draws logical batches; every other loader passes as it is."""
+        """Replace the training loader by one that draws logical batches; return every other loader unchanged."""
         trainer = self.trainer
         if not (trainer.state.fn == TrainerFn.FITTING and trainer.state.stage == RunningStage.TRAINING):
             return dataloader
@@ -91,9 +91,7 @@ class TrainingInputs(RunFacts, Strategy):
         )
 
     def _follow_accumulation(self, dataloader: Any) -> None:
-        """Draw larger or smaller logical batches from this epoch on, where GradientAccumulationScheduler changes
-        them.
-        """
+        """Draw larger or smaller logical batches from this epoch on, if GradientAccumulationScheduler changes them."""
         if self._loader is None or not trainer_checks.accumulation(self.trainer):
             return
         parts = trainer_checks.parts_now(self.trainer)
@@ -106,12 +104,12 @@ class TrainingInputs(RunFacts, Strategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a batch; of a logical batch the last microbatch now, the others when they are used."""
+        """Move a batch; of a logical batch, move the last microbatch now and the others when they are used."""
         if isinstance(batch, LogicalBatch) and self._fit is not None:
             return self._fit.take(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def to_device(self, batch: Any) -> Any:
-        """Do to one microbatch what Lightning's loop does to a batch before the step."""
+        """Prepare one microbatch as Lightning's loop prepares a batch before the step."""
         batch = _lightning.apply_transfer_hook(self.module, self.precision_plugin.convert_input(batch))
         return super().batch_to_device(batch, self.root_device, 0)

@@ -1,4 +1,6 @@
-"""A watch on logs while training: names for the privacy statement, and their removal under ``strict_logging``."""
+"""A watch on logs during training: it names figures for the privacy statement, or drops them under
+``strict_logging``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ NON_PRIVATE = "nonprivate/"
 
 
 class TrainingLogs:
-    """A filter between the hooks of the training loop and everything that shows what they log.
+    """A filter between the hooks of the training loop and all destinations of their logs.
 
     Under way from ``self.log`` and ``self.log_dict``, in any hook of a module or a callback that runs while training, a
     figure passes one collection, out of which Lightning fills loggers, progress bar and ``callback_metrics``; this
@@ -47,13 +49,13 @@ class TrainingLogs:
             logger.__dict__["log_metrics"] = self._watched_metrics(logger.log_metrics)
 
     def detach(self) -> None:
-        """Leave the Trainer and its loggers as they were."""
+        """Restore the Trainer and its loggers."""
         for watched, name in ((self._results, "log"), *((logger, "log_metrics") for logger in self._loggers)):
             watched.__dict__.pop(name, None)
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """Drop everything that user code logs inside: it runs in the sandbox, or on a record of weight 0."""
+        """Drop all logs within the context: user code runs in the sandbox, or on a dummy record of weight 0."""
         before, self._is_muted = self._is_muted, True
         try:
             yield
@@ -62,9 +64,7 @@ class TrainingLogs:
 
     @contextmanager
     def in_training_step(self) -> Iterator[None]:
-        """Enter a context in which the user's ``training_step`` runs, so that what it hands to a logger itself is seen
-        too.
-        """
+        """Enter a context for the user's ``training_step`` in which figures given directly to a logger are seen too."""
         self._in_step = True
         try:
             yield
@@ -90,7 +90,7 @@ class TrainingLogs:
         return watched
 
     def _watched_metrics(self, log_metrics: Callable[..., None]) -> Callable[..., None]:
-        """Return ``log_metrics`` of a logger behind the watch: whatever its signature, the figures are its mappings."""
+        """Return a watched ``log_metrics`` of a logger; in any signature, mappings are the figures."""
 
         @functools.wraps(log_metrics)
         def watched(*args: Any, **kwargs: Any) -> None:
@@ -107,7 +107,7 @@ class TrainingLogs:
         return watched
 
     def _passing(self, value: Any) -> Any:
-        """Return a mapping without the figures that may not pass, and anything else as it is."""
+        """Return a mapping without forbidden figures, and any other object unchanged."""
         if not isinstance(value, Mapping):
             return value
         return {name: figure for name, figure in value.items() if self._passes(name, figure)}

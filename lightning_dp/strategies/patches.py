@@ -1,4 +1,4 @@
-"""Patches: what a fit changes in the user's objects and Lightning's, until it ends; ``docs/patched.md`` lists them."""
+"""Patches: temporary changes of a fit in the user's and Lightning's objects; ``docs/patched.md`` lists them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Patches:
             _lightning.replace_transfer_hook(module, lambda batch: isinstance(batch, LogicalBatch))
 
     def undo(self) -> None:
-        """Give all objects their own methods back."""
+        """Restore the original methods of all objects."""
         for both in self._optimizers_and_wrappers():
             for optimizer in both:
                 optimizer.__dict__.pop("zero_grad", None)
@@ -57,13 +57,13 @@ class Patches:
             self._strategy.module.__dict__.pop(name, None)
 
     def clip(self, optimizer: Optimizer) -> None:
-        """Clip a private gradient as ``clip_gradients`` was called for under manual optimization, once."""
+        """Clip a private gradient, once, as an earlier ``clip_gradients`` call under manual optimization asked."""
         clip = self._clips.pop(id(optimizer), None)
         if clip is not None:
             clip()
 
     def _checking_skips(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``on_train_batch_start`` of the module; where it ends an epoch, this may not depend on the records."""
+        """Return the module's ``on_train_batch_start`` with a check: skipping may not depend on the records."""
 
         @functools.wraps(hook)
         def begin_batch(*args: Any, **kwargs: Any) -> Any:
@@ -75,8 +75,8 @@ class Patches:
         return begin_batch
 
     def _clipping_later(self, clip_gradients: Callable[..., None]) -> Callable[..., None]:
-        """Return ``clip_gradients`` that waits for the step of its optimizer: before it there is no private
-        gradient.
+        """Return a ``clip_gradients`` that waits until its optimizer steps, because no private gradient exists
+        before.
         """
 
         @functools.wraps(clip_gradients)
@@ -88,7 +88,7 @@ class Patches:
         return clip_later
 
     def _optimizers_and_wrappers(self) -> list[tuple[Optimizer, Any]]:
-        """Return each optimizer with Lightning's wrapper of it, which is what manual optimization hands to the user."""
+        """Return each optimizer with its Lightning wrapper, which manual optimization gives to the user."""
         return list(zip(self._strategy.optimizers, _lightning.lightning_optimizers(self._strategy), strict=True))
 
     def _discarding(self, index: int, zero_grad: Callable[..., None]) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from lightning_dp.strategies import _lightning
 
 
 def run_length(trainer: pl.Trainer, facts: SamplingFacts, *, start: int) -> RunLength:
-    """Return how long a run is planned to be.
+    """Return the planned length of a run.
 
     Args:
         trainer: its limits bound the run.
@@ -27,7 +27,7 @@ def run_length(trainer: pl.Trainer, facts: SamplingFacts, *, start: int) -> RunL
 
 
 def remaining_steps(trainer: pl.Trainer, parts: int) -> int | None:
-    """Return an upper bound on the logical steps that are still to come; None when nothing bounds them.
+    """Return an upper bound on the remaining logical steps; None if nothing bounds them.
 
     Args:
         trainer: its limits bound the run.
@@ -51,7 +51,7 @@ def remaining_steps(trainer: pl.Trainer, parts: int) -> int | None:
 
 
 def _steps_per_pass(trainer: pl.Trainer, facts: SamplingFacts) -> int | None:
-    """Return the logical steps until the loader begins again: fewer than a whole pass under ``limit_train_batches``."""
+    """Return the logical steps until the loader restarts: fewer than a whole pass under ``limit_train_batches``."""
     batches = trainer.fit_loop.max_batches
     limit = math.ceil(batches / facts.accumulate) if math.isfinite(batches) else None
     known = [steps for steps in (facts.steps_per_epoch, limit) if steps is not None]

@@ -1,4 +1,6 @@
-"""Sharded checkpoints: folders that are whole whenever a process dies, with the ledger next to the weights."""
+"""Sharded checkpoints: folders that stay complete if a process dies at any moment, with the ledger next to the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ def save(checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Cal
 
 
 def recover(path: Path) -> None:
-    """Finish the move that a death has interrupted: put the new folder, else the old one, where none is left.
+    """Finish a move that a dying process interrupted: use the new folder if complete, else the old one.
 
     Args:
         path: of the folder, as it was to be saved.
@@ -79,7 +81,7 @@ def recover(path: Path) -> None:
 
 
 def check(checkpoint: dict[str, Any], path: Path) -> None:
-    """Check that the weights of a folder and the rest of it were written together; every rank calls it.
+    """Check that all files of a folder were written together; every rank calls it.
 
     Args:
         checkpoint: what was read from the folder but for its tensors.

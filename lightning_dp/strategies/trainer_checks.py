@@ -1,4 +1,4 @@
-"""Checks of Trainer and module; a refusal uses the name that the user wrote."""
+"""Checks of Trainer and module; a refusal uses the user's name for the option."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
 
 
 def describe_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """Return what clipping by the Trainer or the module acts on; "" where there is none."""
+    """Return the objects that the Trainer or the module clips; "" if neither clips."""
     if _lightning.is_overridden("configure_gradient_clipping", module):
         name = "configure_gradient_clipping"
     elif trainer.gradient_clip_val:
@@ -54,7 +54,7 @@ def describe_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> str:
 
 
 def check_precision(precision: str) -> None:
-    """Refuse float16: scaled or overflowing gradients, skipped steps."""
+    """Refuse float16, because it scales gradients, overflows, and skips steps."""
     if precision in ("16-mixed", "16-true"):
         raise ValueError(
             f"Expected a precision with float32's range, got `Trainer(precision={precision!r})`. Its gradient scaler "
@@ -63,7 +63,7 @@ def check_precision(precision: str) -> None:
 
 
 def check_module(module: pl.LightningModule) -> None:
-    """Refuse what no hook of the fit could still mend; layers are looked at when training starts."""
+    """Refuse module settings that no hook of the fit could still change; layers are checked when training starts."""
     module_checks.check_parameters(module)
     if (
         _lightning.is_overridden("training_step", module)
@@ -76,7 +76,7 @@ def check_module(module: pl.LightningModule) -> None:
 
 
 def batches_kept(trainer: pl.Trainer, loader: Any, parts: int) -> int | None:
-    """Return how many logical batches ``overfit_batches`` keeps, or None for the whole training set.
+    """Return the number of logical batches in ``overfit_batches``, or None for the whole training set.
 
     Args:
         trainer: its ``overfit_batches`` is a number of batches, or a share of the loader's.
@@ -102,7 +102,7 @@ def batches_kept(trainer: pl.Trainer, loader: Any, parts: int) -> int | None:
 
 
 def accumulation(trainer: pl.Trainer) -> dict[int, int]:
-    """Return from which epoch on how many batches make a logical batch; {} unless it changes with the epoch."""
+    """Return, by first epoch, the number of batches per logical batch; {} unless it changes with the epoch."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if _lightning.is_a(callback, GradientAccumulationScheduler):
             return {int(epoch): int(parts) for epoch, parts in callback.scheduling.items()}
@@ -110,15 +110,14 @@ def accumulation(trainer: pl.Trainer) -> dict[int, int]:
 
 
 def parts_now(trainer: pl.Trainer) -> int:
-    """Return how many batches make a logical batch in this epoch."""
+    """Return the number of batches per logical batch in this epoch."""
     scheduled = accumulation(trainer)
     begun = [epoch for epoch in scheduled if epoch <= trainer.current_epoch]
     return scheduled[max(begun)] if begun else trainer.accumulate_grad_batches
 
 
 def with_unit_ids(options: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any]:
-    """Return options of the private loader with the unit that the datamodule gives, where users are protected without
-    one.
+    """Return loader options with the datamodule's unit, if users are protected but no unit was given.
 
     Raises:
         ValueError: no unit, and no datamodule that gives one.
@@ -135,7 +134,7 @@ def with_unit_ids(options: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any
 
 
 def choices_by_figures(trainer: pl.Trainer) -> set[str]:
-    """Return what schedulers and callbacks choose by figures that carry no noise, for the privacy statement."""
+    """Return the choices of schedulers and callbacks that use un-noised figures, for the privacy statement."""
     plateaus = {
         f"the learning rate, by {type(config.scheduler).__name__} on {config.monitor!r}"
         for config in trainer.lr_scheduler_configs
@@ -154,7 +153,7 @@ def _is_public(name: str) -> bool:
 
 
 def known_arguments(kind: type) -> list[str]:
-    """Return the names of all arguments of a strategy: ours, and those of the Lightning strategy below it."""
+    """Return the names of all arguments of a strategy, including those of its Lightning base class."""
     names: list[str] = [*getattr(kind, "options_without_effect", ())]
     for each in kind.__mro__:
         init = vars(each).get("__init__")

@@ -1,4 +1,4 @@
-"""Tuning of the process: memory allocator, OpenMP threads, huge pages, buffers that are used again."""
+"""Tuning of the process: memory allocator, OpenMP threads, huge pages, reused buffers."""
 
 from lightning_dp.system.tuning import ProcessTuning
 

@@ -58,7 +58,7 @@ def follow_default_thresholds() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return the free memory in glibc's heap to the system once."""
+    """Return free memory in glibc's heap to the operating system, once."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(ctypes.c_size_t(0))

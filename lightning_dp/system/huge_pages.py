@@ -1,4 +1,4 @@
-"""Ask Linux to back a buffer that is kept for long by huge pages. No result depends on it.
+"""Ask Linux to back a long-lived buffer by huge pages. No result depends on it.
 
 Gain: not measured alone.
 """
@@ -17,7 +17,7 @@ _MADV_HUGEPAGE = 14
 
 
 def huge_pages(tensor: Tensor) -> Tensor:
-    """Ask for huge pages behind a fresh tensor, and return the same tensor.
+    """Request huge pages for a fresh tensor, and return the same tensor.
 
     For buffers that are kept for long: making a huge page takes long where memory is scattered.
 

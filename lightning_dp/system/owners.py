@@ -1,4 +1,4 @@
-"""Find out whether the memory of a tensor has a second owner, so that a buffer can be used again.
+"""Find out whether a tensor's memory has a second owner, so that a buffer can be reused.
 
 Gain: not measured alone. A buffer of more than 32 MiB that is not used again costs a page fault for each of its pages
 in every step, whatever glibc's thresholds are.
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def _owners(tensor: Tensor) -> tuple[int, int]:
-    """Return how many tensors and how many Python objects refer to a tensor's memory; (0, 0) where torch does not
-    tell.
+    """Return the number of tensors and of Python objects that refer to a tensor's memory; (0, 0) if torch does not
+    report it.
     """
     count, storage = getattr(torch._C, "_storage_Use_Count", None), tensor.untyped_storage()
     return (0, 0) if count is None else (count(storage._cdata), sys.getrefcount(storage))

@@ -1,6 +1,4 @@
-"""Everything private of torch that the package touches outside of ``per_sample``: one function each, with a test of its
-own.
-"""
+"""Every private API of torch that the package uses outside of ``per_sample``: one function each, with its own test."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ NormWithStatistics: type[nn.Module] = nn.modules.batchnorm._NormBase
 
 
 def replace_children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return the submodules of a module by name, each as often as it is registered; what is written to it takes its
-    place.
-    """
+    """Return a module's submodules by name, once per registration; assigning an entry replaces the submodule."""
     return module._modules
 
 
@@ -26,12 +22,12 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def num_changes(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place; -1 where torch does not count."""
+    """Return how often a tensor was changed in place; -1 if torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that a checkpoint holds, with their qualified names."""
+    """Yield the persistent buffers of a module, with their qualified names."""
     for prefix, part in module.named_modules():
         for name, value in part._buffers.items():
             if value is not None and name not in part._non_persistent_buffers_set:
@@ -39,7 +35,5 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def wrapped_sampler(sampler: Any) -> Any:
-    """Return the sampler within one of the wrappers by which Lightning splits it over processes; the wrapper if there
-    is none.
-    """
+    """Return the sampler inside a wrapper by which Lightning splits it over processes; the wrapper if it holds none."""
     return getattr(sampler.dataset, "_sampler", sampler)

@@ -1,4 +1,4 @@
-"""Tune the process while a fit runs, and undo it afterwards.
+"""Tune the process while a fit runs, and undo the tuning afterwards.
 
 What is tuned, each with its gain in its own file: glibc keeps freed memory (``allocator.py``), torch's waiting threads
 are ended before noise is drawn in threads (``openmp.py``, ``noise/cpu.py``), noise is drawn ahead
@@ -16,7 +16,7 @@ from lightning_dp.system import allocator, openmp
 
 
 class ProcessTuning:
-    """Everything process-wide that makes private fits faster, from ``start`` to ``stop``.
+    """All process-wide tuning of private fits, active from ``start`` to ``stop``.
 
     Two fits in one process may overlap: the memory settings are undone when the last of them stops. ``start`` and
     ``stop`` may be called twice. A forked child begins without tuning, whatever its parent had.
@@ -38,7 +38,7 @@ class ProcessTuning:
         self._keeps_memory = False
 
     def start(self, *, on_cpu: bool = True) -> None:
-        """Begin; do nothing if it has begun.
+        """Start the tuning; do nothing if it is active.
 
         Args:
             on_cpu: whether the fit computes on the CPU. Elsewhere the memory settings are left as they are.
@@ -49,9 +49,7 @@ class ProcessTuning:
                 self._keeps_memory = self.enabled and on_cpu and allocator.keep_freed_memory()
 
     def stop(self) -> None:
-        """Undo it and return free memory to the system; do nothing if it has not begun, or another fit still needs
-        it.
-        """
+        """Undo the tuning and free memory to the system; do nothing if it is inactive or another fit needs it."""
         with _lock:
             if self not in _running:
                 return
@@ -62,7 +60,7 @@ class ProcessTuning:
             self._keeps_memory = False
 
     def describe(self) -> str:
-        """Return one line for the log: what is tuned now, or why nothing is."""
+        """Return one line for the log: the active tuning, or why there is none."""
         if not self.enabled:
             return "Process tuning is off (tune_process=False)."
         tuned = ["glibc keeps freed memory"] if self._keeps_memory else []
@@ -87,12 +85,12 @@ _lock = threading.Lock()
 
 
 def is_allowed() -> bool:
-    """Tell whether buffers may be used again and have huge pages: not while a fit with ``tune_process=False`` runs."""
+    """Tell whether buffers may be reused and have huge pages: only if no fit with ``tune_process=False`` runs."""
     return all(tuning.enabled for tuning in _running)
 
 
 def _begin_child() -> None:
-    """Leave a forked child without tuning. Its memory is not trimmed, which would take time in every data worker."""
+    """Reset a forked child to no tuning. Its memory is not trimmed, which would take time in every data worker."""
     global _lock
     _lock = threading.Lock()
     for tuning in _running:

@@ -49,12 +49,12 @@ class Call:
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Return float64 for float64 tensors and float32 for everything else: the type norms and sums are kept in."""
+    """Return the dtype of norms and sums: float64 for float64 tensors, float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Return the tensor in its accumulation type; no copy where it already has it."""
+    """Return the tensor in its accumulation dtype, without a copy if it already has it."""
     return tensor.to(accumulation_dtype(tensor))
 
 
@@ -66,7 +66,7 @@ def sum_rows(tensor: Tensor, multiplicity: int) -> Tensor:
 
 
 def samples_a_block(size: int, elements: int, device: torch.device) -> int:
-    """Return how many of so many samples to work on at once, if each takes so many elements: at least one."""
+    """Return how many samples to process at once, at least one, given the number of elements per sample."""
     return max(1, min(size, BLOCK_ELEMENTS.get(device.type, 2**25) // max(1, elements)))
 
 
@@ -100,9 +100,7 @@ def _widest(tensor: Tensor) -> torch.dtype:
 
 @lru_cache
 def _block_of(size: int) -> int:
-    """Return the largest length of blocks into which so many numbers can be cut without a rest; 0 where they are
-    short.
-    """
+    """Return the largest block length that divides a row evenly; 0 if such blocks would be short."""
     return next((block for block in range(LONGEST_SUM, LONGEST_SUM // 8, -1) if size % block == 0), 0)
 
 
@@ -153,7 +151,7 @@ class Rule(ABC):
     """Local names of the parameters the rule knows."""
 
     def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
-        """Tell whether an input of so many axes may have its samples along this one."""
+        """Tell whether samples may run along this axis of an input with that many axes."""
         return axis == 0
 
     @abstractmethod
@@ -175,7 +173,7 @@ class Rule(ABC):
     def squared_norms(
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
     ) -> dict[str, Tensor]:
-        """Return the squared norm of every sample's gradient, one tensor of shape ``(B,)`` a name. Private."""
+        """Return the squared norm of every sample's gradient, one tensor of shape ``(B,)`` per name. Private."""
         return {name: squared_norm(grads) for name, grads in self.per_sample(module, calls, batch_size, names).items()}
 
     def masked_squared_norms(
@@ -217,7 +215,7 @@ class Rule(ABC):
             out[name].add_(weighted_rows(grads, factors))
 
     def prefers_active_entries(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
-        """Tell whether a mask with few active entries is best served by :meth:`active_entries`.
+        """Tell whether :meth:`active_entries` is the fastest way for a mask with few active entries.
 
         It is if norms under a mask need the per-sample gradients anyway: norms and weighted sum then come from these
         entries alone.
@@ -250,8 +248,7 @@ class Rule(ABC):
         out: Mapping[str, Tensor],
         masks: Mapping[str, ParameterMask],
     ) -> set[str]:
-        """Add the active entries of the weighted sum where that costs less than all of it; return the names for which
-        it does.
+        """Add the active entries of the weighted sum, if that is cheaper; return the names it was done for.
 
         Args:
             module: the layer.
@@ -264,11 +261,11 @@ class Rule(ABC):
         return set()
 
     def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:
-        """Write the gradients of every sample into ``out``, shape ``(B, *parameter.shape)``, whatever it holds."""
+        """Write the gradients of every sample into ``out``, shape ``(B, *parameter.shape)``, over its old values."""
         out.copy_(self.per_sample(module, calls, batch_size, {name})[name])
 
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
-        """Tell whether it is fastest to take norms and weighted sum of a parameter from its per-sample gradients.
+        """Tell whether materializing the per-sample gradients is the fastest way to norms and weighted sum.
 
         The engine then keeps them from the one to the other where memory allows; those that take less memory than the
         backprops are always kept.

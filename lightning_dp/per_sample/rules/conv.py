@@ -53,7 +53,7 @@ _WEIGHT_GRADIENTS = {1: nn_grad.conv1d_weight, 2: nn_grad.conv2d_weight, 3: nn_g
 
 
 class ConvShape(NamedTuple):
-    """The public sizes that the choice of a route may depend on.
+    """The public sizes on which the choice of a route may depend.
 
     Args:
         device: device type, such as ``"cpu"``.
@@ -77,7 +77,7 @@ class ConvShape(NamedTuple):
 
 
 def choose_route(shape: ConvShape, *, norms_only: bool) -> Route:
-    """Return the cheapest way to per-sample gradients or, if ``norms_only``, to their norms.
+    """Return the cheapest route to per-sample gradients or, if ``norms_only``, to their norms.
 
     Example:
         >>> choose_route(ConvShape("cpu", 1, 2304, 256, 16, 9), norms_only=True)
@@ -220,7 +220,7 @@ def _scaled_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
 
 
 def _kept_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
-    """Set the rows of factor 0 to zero: 0 times a non-finite row would not be zero."""
+    """Set the rows of factor 0 to zero, because 0 times a non-finite row is not zero."""
     kept = row_factors != 0
     if rows.device.type == "cpu" and bool(kept.all()):
         return rows
@@ -228,7 +228,7 @@ def _kept_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
 
 
 def _prepared(conv: Conv, call: Call) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Return input, backprop and what zero padding is left to do; other padding is done here."""
+    """Return input, backprop and the remaining zero padding; other padding is applied here."""
     x, backprop = widen(call.activation), widen(call.backprop)
     x = x.to(backprop.dtype)
     zeros_left = tuple(0 for _ in conv.kernel_size)
@@ -245,7 +245,7 @@ def _prepared(conv: Conv, call: Call) -> tuple[Tensor, Tensor, tuple[int, ...]]:
 
 
 def _sides(conv: Conv) -> list[int]:
-    """Return the padding of both sides of every axis, last axis first, as ``F.pad`` takes it."""
+    """Return the padding of both sides of every axis, last axis first, in the format of ``F.pad``."""
     if conv.padding == "valid":
         return [0] * (2 * len(conv.kernel_size))
     if isinstance(conv.padding, str):
@@ -264,7 +264,7 @@ def _native_gradient(
 
 
 def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Route) -> Tensor:
-    """Return per-sample gradients ``(B, *weight.shape)``, ``B >= 1``, added over calls; they may be written to."""
+    """Return per-sample gradients ``(B, *weight.shape)``, ``B >= 1``, added over calls; the caller may modify them."""
     total: Tensor | None = None
     for call in calls:
         x, backprop, padding = _prepared(conv, call)
@@ -319,7 +319,7 @@ def _sum_of_lengths(conv: Conv, calls: Sequence[Call], batch_size: int) -> Tenso
 
 
 def _gradients_in_blocks(conv: Conv, calls: Sequence[Call], batch_size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield ranges of samples with their weight gradients, which may be written to."""
+    """Yield ranges of samples with their weight gradients, which the caller may modify."""
     shape = _shape_of(conv, calls, batch_size)
     route = choose_route(shape, norms_only=False)
     for low, high in _blocks(batch_size, shape, route):
@@ -341,7 +341,7 @@ def _gram_norms(conv: Conv, calls: Sequence[Call], samples: int) -> Tensor:
 
 
 def _with_rows(tensor: Tensor, samples: int, groups: int) -> Tensor:
-    """``(B * K, G * C, *map)`` as ``(B * G, C, K, *map)``: the rows of a sample become one more axis of positions."""
+    """Return ``(B * K, G * C, *map)`` as ``(B * G, C, K, *map)``: a sample's rows become an axis of positions."""
     rows, channels = tensor.shape[0] // samples, tensor.shape[1] // groups
     apart = tensor.reshape(samples, rows, groups, channels, *tensor.shape[2:])
     return apart.transpose(1, 2).transpose(2, 3).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""``nn.Embedding``: sums of the backprops of equal tokens, never a dense (B, V, d) where only norms are asked.
+"""``nn.Embedding``: sums of the backprops of equal tokens; norms alone never need a dense (B, V, d).
 
 Legend: ``B`` samples, ``T`` tokens of a sample (positions, calls and rows together), ``V`` entries, ``d`` features.
 """
@@ -17,7 +17,7 @@ from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, widen
 
 
 class EmbeddingRule(Rule):
-    """``nn.Embedding``; the entry at ``padding_idx`` gets no gradient."""
+    """The rule for ``nn.Embedding``; the entry at ``padding_idx`` gets no gradient."""
 
     @override
     def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
@@ -83,7 +83,7 @@ class EmbeddingRule(Rule):
 
 
 class _Rows(NamedTuple):
-    """The rows of every sample's gradient that may be nonzero; those left over are zero, whatever their entry.
+    """The rows of every sample's gradient that may be nonzero; unused rows are zero, whatever their index.
 
     Args:
         entries: which row of the gradient, ``(B, T)``.
@@ -99,7 +99,7 @@ class _Rows(NamedTuple):
 
 
 def _equal_token_sums(tokens: Tensor, backprops: Tensor) -> _Rows:
-    """Return the sums of the backprops of equal tokens: a sample that repeats tokens has fewer rows than ``T``."""
+    """Return the sums of the backprops of equal tokens; a sample with repeated tokens has fewer than ``T`` rows."""
     size, num_tokens = tokens.shape
     # tokens sorted in each sample; a run of equal ones is one row of the gradient
     ordered, order = tokens.sort(dim=1)

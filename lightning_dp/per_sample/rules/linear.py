@@ -36,7 +36,7 @@ _COST_OF_KEEPING = 20
 
 
 def prefer_kept(num_positions: int, num_in: int, num_out: int) -> bool:
-    """Tell whether making the per-sample gradients once costs less than Gram matrices and a weighted product.
+    """Tell whether materializing per-sample gradients once is cheaper than Gram matrices and a weighted product.
 
     Multiplications a sample: ``T^2 (d + p)`` are saved; what has to be written and read twice, ``d p`` numbers, costs
     as much time as ``_COST_OF_KEEPING d p`` multiplications.
@@ -45,7 +45,7 @@ def prefer_kept(num_positions: int, num_in: int, num_out: int) -> bool:
 
 
 class LinearRule(Rule):
-    """``nn.Linear``, at any number of positions, calls and rows of a sample."""
+    """The rule for ``nn.Linear``, with any number of positions, calls and rows per sample."""
 
     fills_buffers = True
 
@@ -179,7 +179,7 @@ class LinearRule(Rule):
 
 
 def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield samples with their inputs ``(b, T, d)`` and backprops ``(b, T, p)`` of all calls, in the accumulation type.
+    """Yield samples with inputs ``(b, T, d)`` and backprops ``(b, T, p)`` of all calls, in the accumulation dtype.
 
     Several calls are copied together a few samples at a time, so that no copy of all of them is ever made. The copies
     are where those of the last block lay.
@@ -203,9 +203,7 @@ def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Ten
 
 
 def _sums_over_positions(calls: Sequence[Call], batch_size: int) -> Tensor:
-    """Return the backprops of every sample added over positions and calls, shape ``(B, p)``, in the accumulation
-    type.
-    """
+    """Return every sample's backprops added over positions and calls, shape ``(B, p)``, in the accumulation dtype."""
     sums: Tensor | None = None
     for backprop in (widen(_split(call.backprop, batch_size)) for call in calls):
         added = backprop[:, 0] if backprop.shape[1] == 1 else backprop.sum(1)
@@ -215,7 +213,7 @@ def _sums_over_positions(calls: Sequence[Call], batch_size: int) -> Tensor:
 
 
 def _num_positions(calls: Sequence[Call], batch_size: int) -> int:
-    """T, over all calls; 0 for an empty batch."""
+    """Return T, added over all calls; 0 for an empty batch."""
     return sum(call.activation[..., 0].numel() for call in calls) // max(1, batch_size)
 
 

@@ -25,11 +25,11 @@ class _ScaleAndShiftRule(Rule):
 
     @abstractmethod
     def normalized(self, module: nn.Module, activation: Tensor) -> Tensor:
-        """Return the input after normalisation, before scale and shift, in its accumulation type."""
+        """Return the input after normalisation, before scale and shift, in its accumulation dtype."""
 
     @abstractmethod
     def reduced(self, module: nn.Module, rows: Tensor, batch_size: int) -> Tensor:
-        """Add everything of one sample that meets the same entry of the parameter: ``(B * K, ...) -> (B, *shape)``."""
+        """Add all entries of one sample that use the same parameter entry: ``(B * K, ...) -> (B, *shape)``."""
 
     @override
     def per_sample(
@@ -51,7 +51,7 @@ class _ScaleAndShiftRule(Rule):
 
 
 class _TrailingAxesRule(_ScaleAndShiftRule):
-    """The parameter has the shape of the last axes; the axes between batch and those are positions."""
+    """A rule for parameters over the last axes; all axes between them and the batch axis are positions."""
 
     @override
     def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
@@ -65,7 +65,7 @@ class _TrailingAxesRule(_ScaleAndShiftRule):
 
 
 class _ChannelAxisRule(_ScaleAndShiftRule):
-    """The parameter has one entry a channel (axis 1); the axes after it are positions."""
+    """A rule for parameters with one entry per channel (axis 1); all later axes are positions."""
 
     @override
     def reduced(self, module: nn.Module, rows: Tensor, batch_size: int) -> Tensor:

@@ -74,7 +74,9 @@ def outer_squared_norm(inputs_Bd: Tensor, backprops_Bp: Tensor) -> Tensor:
 
 
 def _no_underflow(norm_a: Tensor, norm_g: Tensor, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
-    """Count squares too small for the type as the smallest where the other factor is huge: the product may matter."""
+    """Raise underflowing squares to the smallest normal number if the other factor is huge, since the product may
+    matter.
+    """
     tiny = torch.finfo(norm_a.dtype).tiny
     return (
         torch.where(norm_g > _LARGE, norm_a.clamp_min(tiny * num_in), norm_a),
@@ -93,7 +95,7 @@ def product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, weights: Tensor 
 
 
 def products(lefts_BTp: Tensor, rights_BTd: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield samples with their ``sum_t left_t right_t^T``, in one small buffer that is used again."""
+    """Yield samples with their ``sum_t left_t right_t^T``, in one small buffer that is reused."""
     size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
     step = samples_a_block(size, num_left * num_right, lefts_BTp.device)
     product = lefts_BTp.new_empty(step, num_left, num_right)
@@ -105,8 +107,7 @@ def products(lefts_BTp: Tensor, rights_BTd: Tensor) -> Iterator[tuple[slice, Ten
 
 
 def masked_outer_squared_norm(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor) -> Tensor:
-    """Return ``sum_{p,d} mask[p, d] left[p]^2 right[d]^2`` for every sample, shape ``(B,)``; infinity next to a huge
-    vector.
+    """Return ``sum_{p,d} mask[p, d] left[p]^2 right[d]^2`` per sample, shape ``(B,)``; infinite if a vector is huge.
 
     Squares that have vanished count if the other vector is large, so the most that they can be is added. Next to a huge
     vector the sample counts as not finite, as one with NaN does.
@@ -128,7 +129,8 @@ def masked_outer_squared_norm(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: 
 
 
 def masked_outer_sum(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor, factors_B: Tensor) -> Tensor | None:
-    """Return ``sum_B factor left[p] right[d]`` at the active entries, row by row; None where a dense product is better.
+    """Return ``sum_i factors[i] left_i[p] right_i[d]`` at the active entries, row by row; None if a dense product is
+    faster.
 
     Args:
         mask: of shape ``(p, d)``.
@@ -145,7 +147,5 @@ def masked_outer_sum(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor, f
 
 
 def _times(one: Tensor, other: Tensor) -> Tensor:
-    """Return the product of a transposed view with something, row by row: transposed on the way, not in a pass of its
-    own.
-    """
+    """Return the elementwise product in ``one``'s memory layout, so that a transposed view needs no separate copy."""
     return torch.mul(one, other, out=one.new_empty(one.shape))

@@ -1,4 +1,4 @@
-"""The rounding between a reported norm and the weighted sum: a norm must not be smaller than what is really added.
+"""The rounding between a reported norm and the weighted sum: a norm must not be below the true contribution.
 
 The norm of a sample's gradient ``sum_t g_t a_t^T`` and its share ``f sum_t g_t a_t^T`` of the weighted sum often come
 from different products. Where the terms cancel, both are rounding errors of their own: one may be 0 while the other is
@@ -47,17 +47,19 @@ def sum_error(num_terms: int, dtype: torch.dtype) -> float:
 
 
 def lengths(vectors: Tensor, dim: int = -1) -> Tensor:
-    """Return the L2 norm along an axis, raised to the smallest length that the type can tell."""
+    """Return the L2 norm along an axis, raised to the smallest norm whose square does not underflow."""
     return at_least_tiny(torch.linalg.vector_norm(vectors, dim=dim), vectors.shape[dim])
 
 
 def at_least_tiny(norms: Tensor, size: int) -> Tensor:
-    """Return norms of vectors of that size, raised to where their squares vanish: the other factor may be huge."""
+    """Return norms of vectors of that size, raised until their squares do not underflow: the other factor may
+    be huge.
+    """
     return norms.clamp_min((torch.finfo(norms.dtype).tiny * size) ** 0.5)
 
 
 def with_rounding(squared_norms_B: Tensor, total_B: Tensor, num_terms: int, *, sums: int = 2) -> Tensor:
-    """Return ``(N + (T + 4) eps S)^2``: squared norms that the weighted sum keeps to.
+    """Return ``(N + (T + 4) eps S)^2``: squared norms that bound the weighted sum despite rounding.
 
     **Guarantee**: not finite where ``S`` is not; such a sample is dropped.
 
@@ -72,7 +74,7 @@ def with_rounding(squared_norms_B: Tensor, total_B: Tensor, num_terms: int, *, s
 
 
 def gram_with_rounding(products_B: Tensor, inputs_BT: Tensor, backprops_BT: Tensor) -> Tensor:
-    """Return squared norms from the products of Gram matrices, with the rounding of these matrices and of the sum.
+    """Return squared norms from products of Gram matrices, with the rounding of the matrices and of the sum.
 
     Args:
         products_B: ``<A^T A, G^T G>``, shape ``(B,)``; rounding may have made it negative.

@@ -19,7 +19,7 @@ Conv: TypeAlias = "nn.Conv1d | nn.Conv2d | nn.Conv3d"
 
 
 def unfolded(conv: Conv, x: Tensor, padding: tuple[int, ...], groups: int) -> Tensor:
-    """Return ``U``, shape ``(R, G, W, P)``: a copy with a column for each output position."""
+    """Return a copy of the unfolded input ``U``, shape ``(R, G, W, P)``, with one column per output position."""
     if any(padding):
         x = F.pad(x, [side for size in reversed(padding) for side in (size, size)])
     axes = len(conv.kernel_size)
@@ -33,7 +33,7 @@ def unfolded(conv: Conv, x: Tensor, padding: tuple[int, ...], groups: int) -> Te
 
 
 def window_sums(conv: Conv, x: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Return, for each output position, the sum of what its window reads: ``(R, C, *map) -> (R, C, *positions)``."""
+    """Return the sum over each output position's window: ``(R, C, *map) -> (R, C, *positions)``."""
     if any(padding):
         x = F.pad(x, [side for size in reversed(padding) for side in (size, size)])
     for axis, (kernel, dilation, stride) in enumerate(
@@ -80,7 +80,7 @@ def unfolded_gram(conv: Conv, x: Tensor, padding: tuple[int, ...], positions: Se
 
 
 def _part(x: Tensor, residues: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """Return the view of ``(N, C, K, *map)`` at the positions of these residues modulo the strides."""
+    """Return the view of ``(N, C, K, *map)`` at the positions with these residues modulo the strides."""
     for axis, (residue, stride) in enumerate(zip(residues, strides, strict=True), start=3):
         x = x[(slice(None),) * axis + (slice(residue, None, stride),)]
     return x
@@ -96,7 +96,7 @@ def _shifts(conv: Conv, padding: Sequence[int], axis: int) -> list[tuple[int, li
 
 
 def _shifted(product: Tensor, row: int, column: int, shifts: Sequence[int], num_positions: int) -> Tensor:
-    """Return ``sum_a product[p + a, q + a]`` along one axis of positions; positions outside the input read zeros."""
+    """Return ``sum_a product[p + a, q + a]`` along one axis of positions; positions outside the input count as zero."""
     length = product.shape[row]
     if len(shifts) == 1 and 0 <= shifts[0] <= length - num_positions:
         return product.narrow(row, shifts[0], num_positions).narrow(column, shifts[0], num_positions)
