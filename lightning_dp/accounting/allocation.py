@@ -37,7 +37,7 @@ _TAIL = 1e-18  # share of mass and of mean that may leave the grid at each end o
 
 @dataclass(frozen=True)
 class RatioLaw:
-    """A law of likelihood ratios on the points exp(step x (offset + i)), i = 0, 1, ...
+    """A law of likelihood ratios at the points ``exp(step * (offset + i))``, i = 0, 1, ...
 
     Args:
         step: Distance of two points in log S; a power of two.

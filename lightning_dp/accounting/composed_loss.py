@@ -14,7 +14,7 @@ from lightning_dp.accounting.allocation import Array
 
 @dataclass(frozen=True)
 class ComposedLoss:
-    """Masses of a privacy loss on the points interval x (offset + i), and one mass at infinity.
+    """Masses of a privacy loss at the points ``interval * (offset + i)``, and one mass at infinity.
 
     delta(epsilon) = infinite + sum over losses l > epsilon of P[L = l] (1 - exp(epsilon - l))
 

@@ -26,7 +26,7 @@ class Samples(Protocol):
 
     @property
     def active(self) -> Tensor | None:
-        """(P,) booleans, public: the active coordinates; None for all."""
+        """Active coordinates as booleans of shape (P,), public; None if all are active."""
 
     def add_weighted(self, factors_GB: Tensor) -> None:
         """Add the sum of ``factor * gradient`` over the samples to the accumulator."""

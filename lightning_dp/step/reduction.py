@@ -83,13 +83,13 @@ class Reduction(Protocol):
     # trials: every rank runs the same records, and compares what it holds of the gradients
 
     def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return this rank's part of per-sample gradients for a comparison, ``(B, *part)`` per parameter."""
+        """Return this rank's part of per-sample gradients, ``(B, *part)`` per parameter, for a comparison."""
 
     def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's part of a weighted sum of gradients for a comparison; ``factors`` has shape (B,)."""
 
     def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's part of autograd's gradients for a comparison."""
+        """Return this rank's part of gradients that autograd computed, for a comparison between ranks."""
 
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return figures by parameter, added over the ranks' parts."""

@@ -47,7 +47,7 @@ class Samples:
 
     @property
     def active(self) -> Tensor | None:
-        """(P,) booleans: the active coordinates; None without a mask."""
+        """Active coordinates as booleans of shape (P,), public; None without a mask."""
         return self._accumulator.active
 
     def add_weighted(self, factors_GB: Tensor) -> None:

@@ -35,5 +35,5 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def wrapped_sampler(sampler: Any) -> Any:
-    """Return the sampler inside a wrapper by which Lightning splits it over processes; the wrapper if it holds none."""
+    """Return the sampler inside one of Lightning's distributed wrappers; the wrapper itself if it holds none."""
     return getattr(sampler.dataset, "_sampler", sampler)
