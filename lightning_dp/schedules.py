@@ -267,11 +267,14 @@ def make_schedule(
     """
     if callable(kind) or kind == "constant":
         if factor is not None or rate is not None:
-            raise ValueError(f"Expected neither factor nor rate with kind={kind!r}, got factor={factor}, rate={rate}.")
+            raise ValueError(
+                f"Expected neither factor nor rate with kind={kind!r}, got factor={factor}, rate={rate}. "
+                "Leave them out."
+            )
         return _Intervals(kind, _interval("every", every)) if callable(kind) else constant()
     if kind == "time":
         if rate is None or factor is not None:
-            raise ValueError(f"Expected rate alone with kind='time', got factor={factor}, rate={rate}.")
+            raise ValueError(f"Expected rate alone with kind='time', got factor={factor}, rate={rate}. Pass only rate.")
         return time(rate, every)
     _exactly_one(factor=factor, rate=rate)
     if kind == "step":
@@ -282,7 +285,7 @@ def make_schedule(
         return linear(rate=rate, every=every) if factor is None else linear(factor, over, every)
     if kind == "cosine":
         if factor is None:
-            raise ValueError(f"Expected factor alone with kind='cosine', got factor=None, rate={rate}.")
+            raise ValueError(f"Expected factor alone with kind='cosine', got factor=None, rate={rate}. Pass factor.")
         return cosine(factor, over, every)
     raise ValueError(
         "Expected kind to be 'constant', 'linear', 'time', 'step', 'exponential', 'cosine' or a function, got "
@@ -354,4 +357,4 @@ def _interval(name: str, value: int | None) -> int:
 def _exactly_one(**given: float | None) -> None:
     if sum(value is not None for value in given.values()) != 1:
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"Expected exactly one of {' and '.join(given)}, got {shown}.")
+        raise ValueError(f"Expected exactly one of {' and '.join(given)}, got {shown}. Pass one.")

@@ -33,5 +33,7 @@ def make_accountant(name: str) -> Accountant:
         'pld'
     """
     if not isinstance(name, str) or name not in ACCOUNTANTS:
-        raise ValueError(f"Expected accountant in {tuple(ACCOUNTANTS)}, got accountant={name!r}.")
+        raise ValueError(
+            f"Expected accountant in {tuple(ACCOUNTANTS)}, got accountant={name!r}. Pass one of these names."
+        )
     return ACCOUNTANTS[name]()

@@ -66,7 +66,10 @@ class PrivacyEvent:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(EventKind):
-            raise ValueError(f"Expected kind in {get_args(EventKind)}, got kind={self.kind!r}.")
+            raise ValueError(
+                f"Expected kind in {get_args(EventKind)}, got kind={self.kind!r}. Use its constructors, e.g. "
+                "PrivacyEvent.poisson."
+            )
         for name in ("noise_multiplier", "sample_rate"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
@@ -93,9 +96,11 @@ class PrivacyEvent:
                 "A release with accountable noise has another kind."
             )
         if not isinstance(self.reason, str):
-            raise TypeError(f"Expected a string, got reason={self.reason!r}.")
+            raise TypeError(f"Expected a string, got reason={self.reason!r}. Say in words why nothing protects.")
         if self.reason and self.kind != "non_private":
-            raise ValueError(f'Expected a reason for kind="non_private" only, got reason={self.reason!r}.')
+            raise ValueError(
+                f'Expected a reason for kind="non_private" only, got reason={self.reason!r}. Leave it out.'
+            )
         object.__setattr__(self, "num_batches", check_count(self.num_batches, name="num_batches", minimum=1))
         if self.kind not in COUNTED and self.num_batches != 1:
             raise ValueError(
@@ -183,14 +188,15 @@ def parse_run(run: PlannedRun) -> tuple[PrivacyEvent, int, int]:
         TypeError: If the first item is not a `PrivacyEvent`.
     """
     if len(run) not in (2, 3):
-        raise ValueError(f"Expected (event, steps) or (event, steps, passes), got {len(run)} items.")
+        raise ValueError(f"Expected (event, steps) or (event, steps, passes), got {len(run)} items. Pass two or three.")
     event: PrivacyEvent = run[0]
     check_event(event)
     num_steps = check_count(run[1], name="steps", minimum=1)
     if not event.has_passes:
         if len(run) == 3 and run[2] != 0:
             raise ValueError(
-                f"Expected passes for the kinds {_WITH_PASSES} only, got passes={run[2]} for kind={event.kind!r}."
+                f"Expected passes for the kinds {_WITH_PASSES} only, got passes={run[2]} for kind={event.kind!r}. "
+                "Leave them out."
             )
         return event, num_steps, 0
     least = -(-num_steps // event.steps_per_pass) if event.steps_per_pass else 1
@@ -202,7 +208,9 @@ def parse_run(run: PlannedRun) -> tuple[PrivacyEvent, int, int]:
 def check_passes(event: PrivacyEvent, num_steps: int, num_passes: int) -> None:
     """Raise ValueError unless `num_passes` passes can hold `num_steps` steps; 0 stands for the open pass."""
     if num_passes > num_steps:
-        raise ValueError(f"Expected passes <= steps, got passes={num_passes} and steps={num_steps}.")
+        raise ValueError(
+            f"Expected passes <= steps, got passes={num_passes} and steps={num_steps}. Each pass has a step."
+        )
     if event.steps_per_pass and num_passes and num_steps > num_passes * event.steps_per_pass:
         raise ValueError(
             f"Expected steps <= passes x num_batches, got steps={num_steps}, passes={num_passes} and "
@@ -213,11 +221,11 @@ def check_passes(event: PrivacyEvent, num_steps: int, num_passes: int) -> None:
 def check_count(value: Any, *, name: str, minimum: int) -> int:
     """Return `value` as an int, or raise ValueError unless it is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(f"Expected an integer >= {minimum}, got {name}={value!r}.")
+        raise ValueError(f"Expected an integer >= {minimum}, got {name}={value!r}. Pass a count.")
     return int(value)
 
 
 def check_event(event: Any) -> None:
     """Raise TypeError unless `event` is a `PrivacyEvent`."""
     if not isinstance(event, PrivacyEvent):
-        raise TypeError(f"Expected a PrivacyEvent, got {type(event).__name__}.")
+        raise TypeError(f"Expected a PrivacyEvent, got {type(event).__name__}. Make one, e.g. by PrivacyEvent.poisson.")

@@ -70,7 +70,7 @@ class Ledger:
                 f"neighboring_relation={neighboring_relation!r}."
             )
         if unit not in UNITS:
-            raise ValueError(f"Expected unit in {UNITS}, got unit={unit!r}.")
+            raise ValueError(f"Expected unit in {UNITS}, got unit={unit!r}. Pass one of these.")
         self._neighboring_relation, self._unit = neighboring_relation, unit
         self._lineage, self._pass_open = uuid.uuid4().hex, False
         self._entries: list[LedgerEntry] = []

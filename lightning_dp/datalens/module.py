@@ -225,7 +225,8 @@ class DataLens(DataLensRun):
             drawn = given.expand(num).clone() if given.dim() == 0 else given
             if drawn.shape != (num,) or not bool(((drawn >= 0) & (drawn < self.settings.num_classes)).all()):
                 raise ValueError(
-                    f"Expected {num} labels from 0 to {self.settings.num_classes - 1}, got labels={labels!r}."
+                    f"Expected {num} labels from 0 to {self.settings.num_classes - 1}, got labels={labels!r}. "
+                    "Pass one label for all samples, or one per sample."
                 )
         was_training = self.generator.training
         self.generator.eval()
@@ -274,11 +275,12 @@ class DataLens(DataLensRun):
         if made.shape[1:] != features.shape[2:]:
             raise ValueError(
                 f"Expected the generator to make samples of the records' shape {tuple(features.shape[2:])}, got "
-                f"{tuple(made.shape[1:])}."
+                f"{tuple(made.shape[1:])}. Change the generator's last layer."
             )
         if self.settings.top_k > made[0].numel():
             raise ValueError(
-                f"Expected top_k <= {made[0].numel()}, the coordinates of one sample, got top_k={self.settings.top_k}."
+                f"Expected top_k <= {made[0].numel()}, the coordinates of one sample, got top_k={self.settings.top_k}. "
+                "Lower it."
             )
 
     @override

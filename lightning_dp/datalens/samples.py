@@ -56,7 +56,9 @@ def write_csv(
     names = [f"x{i}" for i in range(num_columns)] if columns is None else list(columns)
     for name, given in (("columns", names), ("bounds", bounds)):
         if given is not None and len(given) != num_columns:
-            raise ValueError(f"Expected {num_columns} {name}, one a feature, got {len(given)}.")
+            raise ValueError(
+                f"Expected {num_columns} {name}, one per feature, got {len(given)}. Name each column once."
+            )
     values = features.detach().double().cpu()
     if bounds is not None:
         low, high = torch.tensor(bounds, dtype=torch.float64).T

@@ -120,7 +120,9 @@ def _features_and_labels(batch: Any, num_classes: int) -> tuple[Tensor, Tensor]:
     if num_classes == 1:
         labels = torch.zeros(len(features), dtype=torch.long)
     if labels.is_floating_point() or labels.dim() != 1:
-        raise TypeError(f"Expected one whole number a record as label, got {_form(labels)}.")
+        raise TypeError(
+            f"Expected one whole number per record as label, got {_form(labels)}. Encode labels as 0, 1, ..."
+        )
     return features, labels.long()
 
 

@@ -169,7 +169,9 @@ def check_discriminator(discriminator: nn.Module) -> None:
                 "GroupNorm or LayerNorm, or no normalisation."
             )
     if not any(parameter.requires_grad for parameter in discriminator.parameters()):
-        raise ValueError("Expected a discriminator with trainable parameters, got none with requires_grad=True.")
+        raise ValueError(
+            "Expected a discriminator with trainable parameters, got none with requires_grad=True. Unfreeze it."
+        )
 
 
 def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:

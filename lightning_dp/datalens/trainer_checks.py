@@ -47,7 +47,7 @@ def check_trainer(trainer: pl.Trainer, settings: DataLensSettings) -> None:
     check_precision(str(trainer.precision))
     if settings.num_teachers < trainer.world_size:
         raise ValueError(
-            f"Expected at least one teacher a rank, got num_teachers={settings.num_teachers} on {trainer.world_size} "
+            f"Expected at least one teacher per rank, got num_teachers={settings.num_teachers} on {trainer.world_size} "
             "ranks."
         )
     fit_loop = trainer.fit_loop

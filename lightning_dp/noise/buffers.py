@@ -39,7 +39,10 @@ def check_buffer(tensor: Tensor, std: float) -> None:
     """
     check_dtype(tensor.dtype)
     if not tensor.is_contiguous():
-        raise ValueError(f"Expected a contiguous buffer, got stride={tensor.stride()} for shape={tensor.shape}.")
+        raise ValueError(
+            f"Expected a contiguous buffer, got stride={tensor.stride()} for shape={tensor.shape}. "
+            "Call contiguous() first."
+        )
     if not 0 <= std < math.inf:
         raise ValueError(f"Expected 0 <= std < inf, got std={std}.")
     limits = torch.finfo(tensor.dtype)

@@ -65,9 +65,11 @@ class PerSampleEngine(GradientEngine):
 
     def __init__(self, module: nn.Module, *, grad_sample: GradSample = "auto", memory: Memory = "fast") -> None:
         if grad_sample not in ("auto", "materialize"):
-            raise ValueError(f"Expected grad_sample 'auto' or 'materialize', got grad_sample={grad_sample!r}.")
+            raise ValueError(
+                f"Expected grad_sample 'auto' or 'materialize', got grad_sample={grad_sample!r}. Pass one of these."
+            )
         if memory not in ("fast", "lean"):
-            raise ValueError(f"Expected memory 'fast' or 'lean', got memory={memory!r}.")
+            raise ValueError(f"Expected memory 'fast' or 'lean', got memory={memory!r}. Pass one of these.")
         self._module = module
         self._workspace = Workspace(self._most_kept) if memory == "fast" else None
         self._recorder = Recorder()

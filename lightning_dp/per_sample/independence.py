@@ -74,7 +74,7 @@ def compare_with_singles(
         >>> compare_with_singles({"w": grads}, [{"w": grads[0]}, {"w": grads[1]}])
     """
     if rtol is not None and not 0 < rtol < math.inf:
-        raise ValueError(f"Expected rtol in (0, inf), got rtol={rtol}.")
+        raise ValueError(f"Expected 0 < rtol < inf, got rtol={rtol}. Pass a tolerance such as 1e-3.")
     sums, samples, seen = _sums_of(batched, singles, scale)
     sums = dict(total(sums))
     dtype = dtype or max(seen, key=lambda kind: RTOL.get(kind, 0.0), default=torch.float32)

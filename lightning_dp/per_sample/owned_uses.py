@@ -224,6 +224,9 @@ def plan_of(tracker: Tracker, func: Any, node: Node, tensors: Sequence[Tensor]) 
     first = next((axis for axis in axes if axis is not None), None)
     if first is None:
         if any(owner is not None for owner in owners):
-            raise PrivacyError(f"Expected {func.__name__} of {named([node])} to have rows, got one sample without any.")
+            raise PrivacyError(
+                f"Expected {func.__name__} of {named([node])} to have rows, got one sample without any. "
+                "Give each record a row, or filter the dataset before fit."
+            )
         return None
     return CallLayout(tuple(axes), (first,))  # type: ignore[arg-type]

@@ -119,7 +119,9 @@ class SingleSampleEngine(GradientEngine):
         if owners is not None:
             batch_size = Joining(owners).num
         if batch_size not in (0, 1):
-            raise ValueError(f"Expected at most one sample in a microbatch, got batch_size={batch_size}.")
+            raise ValueError(
+                f"Expected at most one sample in a microbatch, got batch_size={batch_size}. Use microbatch_size=1."
+            )
         self.end()
         self._size = batch_size
         self._before = {name: parameter.grad for name, parameter in self._parameters.items()}

@@ -25,9 +25,9 @@ _HOW = "Leave `sampler` and `batch_sampler` out (`shuffle=True` is fine): the pr
 def check_count(name: str, value: object, smallest: int) -> None:
     """Raise unless ``value`` is an integer of at least ``smallest``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Expected an integer, got {name}={value!r}.")
+        raise TypeError(f"Expected an integer, got {name}={value!r}. Pass an int.")
     if value < smallest:
-        raise ValueError(f"Expected {name} >= {smallest}, got {name}={value}.")
+        raise ValueError(f"Expected {name} >= {smallest}, got {name}={value}. Raise it.")
 
 
 def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
@@ -45,7 +45,7 @@ def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
         ValueError: a sampler, batch sampler or option that has a meaning of its own.
     """
     if sampling not in SAMPLINGS:
-        raise ValueError(f"Expected sampling to be one of {SAMPLINGS}, got sampling={sampling!r}.")
+        raise ValueError(f"Expected sampling to be one of {SAMPLINGS}, got sampling={sampling!r}. Pass one of these.")
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"Expected a torch.utils.data.DataLoader for training, got {type(loader).__name__}. Private sampling needs "
@@ -124,7 +124,10 @@ def dataset_length(dataset: object) -> int:
             "probability is batch size / number of records: define `__len__`."
         ) from error
     if size < 1:
-        raise ValueError(f"Expected a dataset with at least one record, got len(dataset)={size}.")
+        raise ValueError(
+            f"Expected a dataset with at least one record, got len(dataset)={size}. "
+            "Check how the data are loaded and filtered."
+        )
     return size
 
 

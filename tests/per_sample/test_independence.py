@@ -162,7 +162,7 @@ def test_compare_refuses_arguments_that_do_not_fit() -> None:
     ):
         compare_with_singles({"w": torch.ones(4, 3)}, [{"w": torch.ones(3)}] * 2)
     for rtol in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="Expected rtol in"):
+        with pytest.raises(ValueError, match="Expected 0 < rtol < inf"):
             compare_with_singles({"w": torch.ones(1, 3)}, [{"w": torch.ones(3)}], rtol=rtol)
 
 
