@@ -1,4 +1,4 @@
-"""What epsilon costs: after one more step, from scratch, and calibrating the noise to a target.
+"""The cost of computing epsilon: from scratch, after one more step, and while calibrating noise to a target.
 
     python benchmarks/accounting_cost.py            # accounting_cost.json, and its section of README.md; two minutes
     python benchmarks/accounting_cost.py --quick    # a few cases, printed only
@@ -34,14 +34,14 @@ Runs = list[tuple[PrivacyEvent, int]]
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a call takes, and what it returns."""
+    """Return the seconds that a call takes, and its result."""
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
 
 
 def decaying(sigma: float, sample_rate: float = 0.01, num_sigmas: int = 100, steps: int = 100) -> Runs:
-    """A noise multiplier that falls by 1 % after each run of steps."""
+    """Return a noise multiplier that falls by 1 % after each run of steps."""
     return [
         (PrivacyEvent.poisson(noise_multiplier=sigma * 0.99**index, sample_rate=sample_rate), steps)
         for index in range(num_sigmas)
@@ -49,7 +49,7 @@ def decaying(sigma: float, sample_rate: float = 0.01, num_sigmas: int = 100, ste
 
 
 def query(name: str, history: Runs, later: Callable[[int], PrivacyEvent], repeats: int) -> dict[str, float]:
-    """Milliseconds of epsilon from scratch, and after each of some further steps."""
+    """Return milliseconds of one epsilon from scratch, and after each of some further steps."""
     accountant, ledger = make_accountant(name), Ledger().extended(history)
     first, _ = timed(lambda: accountant.epsilon(ledger, DELTA))
     more = []
@@ -60,7 +60,7 @@ def query(name: str, history: Runs, later: Callable[[int], PrivacyEvent], repeat
 
 
 def queries(repeats: int) -> list[dict[str, Any]]:
-    """Histories that a run may have, each with the step that comes next."""
+    """Time epsilon for several histories, each with its next step."""
     schedule, constant = decaying(3.0), decaying(4.0, num_sigmas=1, steps=100_000)
     long = decaying(6.0, steps=1_000)
     cases: list[tuple[str, Runs, Callable[[int], PrivacyEvent]]] = [
@@ -81,7 +81,7 @@ def queries(repeats: int) -> list[dict[str, Any]]:
 
 
 def calibration(target: float, runs: Callable[[float], Runs]) -> dict[str, float]:
-    """Seconds of one calibration under pld, and the share of the target that its result spends."""
+    """Return the seconds of one calibration under pld, and the share of the target that its result spends."""
     seconds, sigma = timed(
         lambda: calibrate_noise_multiplier(
             target_epsilon=target, delta=DELTA, accountant=make_accountant("pld"), runs=runs, history=Ledger()
@@ -92,7 +92,9 @@ def calibration(target: float, runs: Callable[[float], Runs]) -> dict[str, float
 
 
 def calibrations(cases: Sequence[tuple[float, float, int]]) -> dict[str, list[dict[str, Any]]]:
-    """Constant sigma over targets, sample rates and lengths; a schedule of 100 sigmas over targets."""
+    """Time calibrations: constant sigma over targets, sample rates and lengths; a schedule of 100 sigmas over
+    targets.
+    """
     constant = []
     for target, rate, steps in cases:
         found = calibration(target, lambda sigma, q=rate, n=steps: decaying(sigma, q, 1, n))  # type: ignore[misc]
@@ -102,7 +104,7 @@ def calibrations(cases: Sequence[tuple[float, float, int]]) -> dict[str, list[di
 
 
 def section(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = [
         f"{results['processor']}, Python {results['python']}, delta {DELTA:g}. Milliseconds of one query:",
         "",
@@ -139,7 +141,7 @@ def section(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures, checks, writes."""
+    """Measure, check and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

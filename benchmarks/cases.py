@@ -42,18 +42,18 @@ class Case:
     needs_gpu: bool = False
 
     def make_dataset(self, num_batches: int = 8) -> TensorDataset:
-        """Random inputs and labels for so many batches."""
+        """Return random inputs and labels for a number of batches."""
         size = self.batch_size * num_batches
         return TensorDataset(self.make_inputs(size), torch.randint(self.num_classes, (size,)))
 
 
 def mlp() -> nn.Module:
-    """784-1024-1024-10."""
+    """Return a perceptron, 784-1024-1024-10."""
     return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
 
 
 def cnn() -> nn.Module:
-    """Five 3x3 convolutions on 32x32 images, GroupNorm and ReLU after each, a pooled head."""
+    """Return five 3x3 convolutions on 32x32 images, each with GroupNorm and ReLU, and a pooled head."""
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((3, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.ReLU()]
@@ -99,7 +99,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder classifier; with a rank only the adapters (and nothing else) train."""
+    """Encoder classifier; with a rank, only the adapters train."""
 
     expand_positions = False  # Opacus needs a batch axis in every input
 
@@ -137,7 +137,7 @@ class VisionTransformer(nn.Module):
 
 
 def bert() -> nn.Module:
-    """BERT-base in size."""
+    """Return a model with the size of BERT-base."""
     return Transformer(length=128, vocabulary=30522, width=768, depth=12, heads=12)
 
 
@@ -164,12 +164,12 @@ class Bag(nn.Module):
 
 
 def words(vocabulary: int, length: int) -> Callable[[int], Tensor]:
-    """Random tokens."""
+    """Return random tokens."""
     return lambda size: torch.randint(vocabulary, (size, length))
 
 
 def images(side: int) -> Callable[[int], Tensor]:
-    """Random images."""
+    """Return random images."""
     return lambda size: torch.randn(size, 3, side, side)
 
 

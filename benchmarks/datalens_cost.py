@@ -1,4 +1,4 @@
-"""What does a DataLens step cost with ten times as many teachers?
+"""The cost of a DataLens step with ten times as many teachers.
 
     python benchmarks/datalens_cost.py              # benchmarks/datalens_cost.json and its section of README.md
 
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[int, int, int]] = {
 
 
 def seconds(case: str, num_teachers: int, steps: int, chunk_size: int) -> float:
-    """Seconds a step, after two steps to warm up."""
+    """Return seconds per step, after two warm-up steps."""
     features, top_k, width = CASES[case]
     generator = MLPGenerator(Z_DIM, features, num_classes=CLASSES)
     discriminator: nn.Module = MLPDiscriminator(features, num_classes=CLASSES, hidden=width)
@@ -79,7 +79,7 @@ def seconds(case: str, num_teachers: int, steps: int, chunk_size: int) -> float:
 
 
 def run_case(case: str, pairs: int, steps: int, chunk_size: int) -> dict[str, Any]:
-    """Few teachers and many, pair by pair."""
+    """Time few teachers and many, pair by pair."""
     few, ratios = [], []
     for _ in range(pairs):
         few.append(seconds(case, FEW, steps, chunk_size))
@@ -94,31 +94,31 @@ def run_case(case: str, pairs: int, steps: int, chunk_size: int) -> dict[str, An
 
 
 def table(results: dict[str, Any]) -> str:
-    """The section of the README."""
+    """Return the section of the README."""
     rows = []
     for name, case in results["cases"].items():
         features, _, width = CASES[name]
         spread = f"{case['ratio']:.2f} ({case['min']:.2f} to {case['max']:.2f})"
-        met = "yes" if case["ratio"] < GOAL else "no"
+        reached = "yes" if case["ratio"] < GOAL else "no"
         a_teacher = (case["ratio"] - 1) * case["few_ms"] / (MANY - FEW)
         once = case["few_ms"] - FEW * a_teacher
         rows.append(
             f"| {name} ({features} features, width {width}) | {case['few_ms']:.1f} | {once:.1f} | "
-            f"{1e3 * a_teacher:.0f} | {spread} | < {GOAL:g} | {met} |"
+            f"{1e3 * a_teacher:.0f} | {spread} | < {GOAL:g} | {reached} |"
         )
     where = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     return "\n".join(
         [
-            f"| case | {FEW} teachers, ms a step | of that once, ms | and a teacher, µs | {MANY} teachers, times that "
-            "| goal | met |",
+            f"| case | {FEW} teachers, ms per step | of that fixed, ms | and per teacher, µs | {MANY} teachers, times "
+            "that | goal | reached |",
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
-            "Products of matrices are computed for all teachers of a chunk at once, so what a step costs beside "
-            "arithmetic is paid once, and narrow teachers are cheap in any number. A step costs `once + teachers x a "
-            f"teacher`, taken from the two sizes; the factor is under {GOAL:g} as long as once is more than "
-            f"{(MANY - GOAL * FEW) / (GOAL - 1):.0f} times what a teacher costs, and tends to {MANY // FEW} the faster "
-            "a step gets beside its arithmetic.",
+            "Matrix products are computed for all teachers of a chunk at once. The overhead of a step is therefore "
+            "paid once, and narrow teachers are cheap in any number. A step costs `fixed + teachers x per teacher`; "
+            f"both come from the two sizes. The factor is under {GOAL:g} if the fixed cost is more than "
+            f"{(MANY - GOAL * FEW) / (GOAL - 1):.0f} times the cost per teacher. It tends to {MANY // FEW} as the "
+            "overhead gets small.",
             "",
             f"Median, smallest and largest of {next(iter(results['cases'].values()))['pairs']} alternating pairs; "
             f"{where}.",

@@ -1,4 +1,4 @@
-"""The look that the benchmarks' plots share."""
+"""The shared style of the benchmarks' plots."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:
 
 
 def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """A figure of so many panels, and the panels as an array of two dimensions."""
+    """Return a figure with a number of panels, and the panels as a two-dimensional array."""
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
 
 
 def tidy(axis: Any, *, title: str, x: str, y: str) -> None:
-    """Labels, a light grid, no frame above and to the right."""
+    """Add labels and a light grid; remove the frame at the top and on the right."""
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -28,6 +28,6 @@ def tidy(axis: Any, *, title: str, x: str, y: str) -> None:
 
 
 def save(figure: Any, target: Path) -> None:
-    """Writes the picture and lets go of the figure."""
+    """Write the picture and close the figure."""
     figure.savefig(target, dpi=100)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""What holds on a GPU, and what a private step costs there: run ``python -m benchmarks.gpu_check`` (under eight
+"""Checks of the engine on a GPU, and the cost of a private step there: ``python -m benchmarks.gpu_check`` (under eight
 minutes).
 
 Correctness: per-sample gradients against batch-of-one autograd, the noise's standard deviation, fits with all checks in
@@ -105,7 +105,7 @@ def check_noise() -> float:
 
 
 def fits() -> dict[str, str]:
-    """Return what fits through a Trainer with all checks end at, by precision."""
+    """Return the results of fits through a Trainer with all checks, by precision."""
     import lightning as L
 
     from lightning_dp import DPStrategy
@@ -183,7 +183,7 @@ def sharded() -> float:
 
 
 def peer(name: str) -> dict[str, float | str]:
-    """Return the time of a step of Opacus over a plain one on a case of step_cost.py, by mode; a mode that fails says
+    """Return the time of a step of Opacus over a plain one for a case of step_cost.py, by mode; a mode that fails says
     so.
     """
     from benchmarks import step_cost

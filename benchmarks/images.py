@@ -25,14 +25,14 @@ MNIST_PIXELS = (0.1307, 0.3081)
 
 
 class ChannelsLast(nn.Module):
-    """Images in the memory layout that convolutions with few input channels are faster in; values are unchanged."""
+    """A layer that puts images into channels-last layout, which is faster for convolutions with few channels."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last)
 
 
 def small_cnn(activation: Callable[[], nn.Module], width: int = 16) -> nn.Module:
-    """Two strided convolutions and two linear layers: 26,010 parameters at a width of 16, the network of the published
+    """Return two strided convolutions and two linear layers: 26,010 parameters at width 16, as in the published
     settings.
     """
     network = nn.Sequential(
@@ -52,8 +52,8 @@ def small_cnn(activation: Callable[[], nn.Module], width: int = 16) -> nn.Module
 
 
 def wide_cnn() -> nn.Module:
-    """One convolution and two linear layers, 509,226 parameters: the size of network that random sparsification was
-    tried on.
+    """Return one convolution and two linear layers, 509,226 parameters: the size on which random sparsification was
+    published.
     """
     return nn.Sequential(
         ChannelsLast(),
@@ -68,14 +68,14 @@ def wide_cnn() -> nn.Module:
 
 
 def perceptron(width: int, depth: int = 2, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
-    """Images to ``depth`` hidden layers of one width to ten logits."""
+    """Return a network from images over ``depth`` hidden layers of one width to ten logits."""
     sizes = [784] + [width] * depth
     hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), activation())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
 
 
 def linear(inputs: int, classes: int) -> nn.Module:
-    """A linear classifier that starts at zero."""
+    """Return a linear classifier that starts at zero."""
     layer = nn.Linear(inputs, classes)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -101,7 +101,7 @@ def _pixels(name: str, images: np.ndarray) -> Tensor:
 
 
 def _wave_file(name: str, part: str, images: np.ndarray) -> Tensor:
-    """Features of one part of a data set, computed once and kept in the cache in half precision."""
+    """Return the file with features of one part of a data set, computed once and cached in half precision."""
     path = data.cache_folder() / "waves" / f"{name}-{part}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def _inputs(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def split_of(name: str, *, report: bool) -> Split:
-    """Return the records that train and those that are judged on.
+    """Return the training records and the records for judging.
 
     Args:
         name: of the data set; ``fashion_mnist:waves`` for its features, ``mnist:unit`` for pixels in [0, 1].

@@ -1,4 +1,4 @@
-"""Gradient inversion: what an observer of one released gradient can tell of the image behind it.
+"""Gradient inversion: the image that an observer can reconstruct from one released gradient.
 
 The release is the library's own: a private step of ``DPStrategy`` over a data set of one image (q = 1), read where a
 user's ``on_before_optimizer_step`` would read it. The observer is as strong as it gets: knows the weights, the label,
@@ -33,7 +33,7 @@ SMALLEST_STD = 1e-4  # of the noise: the prior breaks ties where there is none
 
 @dataclass(frozen=True)
 class Release:
-    """What is published of one private step, and what is public about it.
+    """Released values of one private step, with its public facts.
 
     Args:
         gradient: as released, shape (P,).
@@ -47,7 +47,7 @@ class Release:
 
 
 class _Reader(L.Callback):
-    """Keeps the gradient that the optimizer is about to step on."""
+    """A callback that keeps the gradient of the next optimizer step."""
 
     gradient: Tensor
 
@@ -56,7 +56,7 @@ class _Reader(L.Callback):
 
 
 def release(record: TensorDataset, *, epsilon: float | None, rate: float, seed: int, delta: float) -> Release:
-    """One private step on one image.
+    """Run one private step on one image.
 
     Args:
         record: the image and its label.
@@ -76,7 +76,7 @@ def release(record: TensorDataset, *, epsilon: float | None, rate: float, seed: 
 
 
 def live_coordinates(module: Classifier, rate: float, seed: int) -> Tensor:
-    """The mask as anybody can draw it: it is public."""
+    """Return the mask as anybody can draw it, because it is public."""
     parameters = dict(module.named_parameters())
     mask = RandomMask(rate, schedule="constant", refresh_steps=1, num_refreshes=1, seed=seed)
     live = mask.live(0, parameters)
@@ -84,8 +84,8 @@ def live_coordinates(module: Classifier, rate: float, seed: int) -> Tensor:
 
 
 def clipped_gradients(seed: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Returns images (N, 64), labels (N,) and masks (N, P) -> clipped gradients (N, P), differentiable in the
-    images.
+    """Return a function of images (N, 64), labels (N,) and masks (N, P) that gives clipped gradients (N, P),
+    differentiably.
     """
     module = Classifier(TASKS["digits"].make_network, lr=1.0, seed=seed).net
     weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
@@ -107,24 +107,24 @@ def clipped_gradients(seed: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Prior:
-    """What is known of such images beforehand: a normal distribution fitted to others."""
+    """Prior knowledge of such images: a normal distribution fitted to other images."""
 
     mean: Tensor
     precision: Tensor
 
     @classmethod
     def of(cls, images: Tensor) -> Prior:
-        """Fits it to images of shape (M, 64)."""
+        """Fit it to images of shape (M, 64)."""
         return cls(images.mean(0), torch.linalg.inv(torch.cov(images.T) + 1e-3 * torch.eye(images.shape[1])))
 
     def penalty(self, images: Tensor) -> Tensor:
-        """Squared distances from the mean in units of the covariance, (N,)."""
+        """Return squared distances from the mean in units of the covariance, (N,)."""
         away = images - self.mean
         return ((away @ self.precision) * away).sum(1)
 
 
 def invert(releases: Sequence[Release], labels: Tensor, prior: Prior, *, seed: int, starts: int, steps: int) -> Tensor:
-    """The most likely images.
+    """Return the most likely images.
 
     Args:
         releases: N of them, all with the same noise.

@@ -1,4 +1,4 @@
-"""What does each method add to a private step with flat clipping?
+"""The cost that each method adds to a private step with flat clipping.
 
     python benchmarks/method_cost.py                          # all: method_cost.json, and its section of README.md
     python benchmarks/method_cost.py --methods pruning --pairs 7
@@ -71,7 +71,7 @@ METHODS: dict[str, tuple[Callable[[], str | Clipping], Callable[[], list[L.Callb
 
 
 def run(case: Case, method: str, steps: int, warmup: int = WARMUP) -> Clock:
-    """Warm-up, so many steps and one more, whose beginning ends the last."""
+    """Run warm-up steps, the timed steps, and one more, whose beginning ends the last."""
     gc.collect()
     clock = Clock()
     make_clipping, make_callbacks, _ = METHODS[method]
@@ -81,7 +81,7 @@ def run(case: Case, method: str, steps: int, warmup: int = WARMUP) -> Clock:
 
 
 def seconds_a_mask(case: Case, now: Callable[[], float]) -> float:
-    """What drawing one random mask at rate 0.9 takes: paid once a refresh, not once a step."""
+    """Return the time to draw one random mask at rate 0.9, which is paid once per refresh, not per step."""
     parameters = dict(case.make_network().named_parameters())
     mask = RandomMask(0.9, schedule="constant", refresh_steps=1, num_refreshes=9)
     began = now()
@@ -91,13 +91,12 @@ def seconds_a_mask(case: Case, now: Callable[[], float]) -> float:
 
 
 def section(results: dict[str, Any]) -> str:
-    """The table in words."""
+    """Return the table as text."""
     named, mask = results["environment"], results["mask_ms"]
     lines = [
         f"Measured on {named['device']} ({named['processor']}), torch {named['torch']}. Medians of pairs, against the "
-        "same private step with flat clipping; smallest and largest pair in brackets. The processor's clock counts "
-        "the time of the process, on a machine that others use as well; the wall's clock is that of a machine to "
-        "itself.",
+        "same private step with flat clipping; smallest and largest pair in brackets. The clock `processor` counts "
+        "the processor time of the process, on a shared machine; `wall` counts elapsed time, on a machine of its own.",
         "",
         "| method | step, to flat clipping | goal | clock, threads |",
         "|---|---|---|---|",
@@ -105,17 +104,17 @@ def section(results: dict[str, Any]) -> str:
     for method, (_, _, has_goal) in METHODS.items():
         if method in results["time"]:
             found = results["time"][method]
-            met = "" if not has_goal else f"{GOAL:.2f} {'met' if found['median'] <= GOAL else 'missed'}"
+            goal = "" if not has_goal else f"{GOAL:.2f} {'reached' if found['median'] <= GOAL else 'missed'}"
             lines.append(
-                f"| {method} | {found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f}) | {met} "
+                f"| {method} | {found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f}) | {goal} "
                 f"| {found['clock']}, {found['threads']} |"
             )
     flat = [found[f"{BASE}_ms"] for found in results["time"].values()]
     lines += [
         "",
         f"A step with flat clipping takes {min(flat):.0f} to {max(flat):.0f} ms. A new random mask takes {mask:.0f} "
-        "ms, once a refresh (an epoch by default) and on top of the figure above. TopAgg needs every per-sample "
-        "gradient at hand and the k largest of each: `microbatch_size` bounds its memory.",
+        "ms, once per refresh (an epoch by default), in addition to the figure above. TopAgg materializes every "
+        "per-sample gradient to find its k largest entries: `microbatch_size` bounds its memory.",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The methods of the utility benchmark: what each adds to a private run, nothing else."""
+"""The methods of the utility benchmark: the additions of each to a private run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Method:
         callbacks: task and seed -> callbacks of the Trainer.
         decay: whether the learning rate falls to nothing in a straight line.
         schedule: names the schedule of the noise, on which its calibration depends.
-        control: the row that it is fair to compare with, besides the baseline; empty for none.
+        control: the row that it is fair to compare with, in addition to the baseline; empty for none.
     """
 
     name: str

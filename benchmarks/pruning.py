@@ -1,4 +1,4 @@
-"""Four small studies, one a claim of "Inference and Interference" (Watson et al. 2023, arXiv 2311.06839), on digits.
+"""Four small studies on digits, one per claim of "Inference and Interference" (Watson et al. 2023, arXiv 2311.06839).
 
     python benchmarks/pruning.py                     # all four, about a quarter of an hour of one core
     python benchmarks/pruning.py --studies stages    # one of them; the others stay in the file
@@ -46,7 +46,7 @@ MASKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the studies are.
+    """Size of the studies.
 
     Args:
         seeds: how many are reported, counted from 0.
@@ -84,11 +84,11 @@ class Arm:
 
     @property
     def network(self) -> Callable[[], Any]:
-        """Makes the module."""
+        """Make the module."""
         return functools.partial(perceptron, 64, self.width, 10)
 
     def run(self, lr: float, seed: int, split: Split, epochs: int, *extra: L.Callback) -> Classifier:
-        """Trains once."""
+        """Train once."""
         module = Classifier(self.network, lr=lr, seed=seed)
         strategy = None if self.options is None else DPStrategy(target_delta=DELTA, **self.options)
         train(TASK, module, split.train, strategy=strategy, callbacks=[*self.callbacks(seed), *extra], epochs=epochs)
@@ -107,7 +107,7 @@ class Curve(L.Callback):
 
 @functools.cache
 def noise_multiplier() -> float:
-    """What ``target_epsilon`` would calibrate to on the whole training split."""
+    """Return the noise to which ``target_epsilon`` would calibrate on the whole training split."""
     size = len(TASK.for_report.train)
     steps = TASK.epochs * round(size / TASK.batch_size)
     return calibrate_noise_multiplier(
@@ -120,7 +120,7 @@ def noise_multiplier() -> float:
 
 
 def ablations(bound: float) -> dict[str, dict[str, Any] | None]:
-    """Options of ``DPStrategy`` for the four combinations of clipping and noise."""
+    """Return options of ``DPStrategy`` for the four combinations of clipping and noise."""
     sigma = noise_multiplier()
     return {
         "neither": None,
@@ -131,7 +131,7 @@ def ablations(bound: float) -> dict[str, dict[str, Any] | None]:
 
 
 def stages(scale: Scale) -> dict[str, Any]:
-    """Claim 1: SGD and DP-SGD, each for one half of the run; all at the rate that is best for DP-SGD."""
+    """Run claim 1: SGD and DP-SGD, each for one half of the run, all at the rate that is best for DP-SGD."""
     half = scale.epochs // 2
     private = ablations(1.0)["both"]
     arms = {
@@ -154,7 +154,7 @@ def stages(scale: Scale) -> dict[str, Any]:
 
 
 def parts(scale: Scale) -> dict[str, Any]:
-    """Claim 2: clipping only, noise only, both, neither, at two bounds."""
+    """Run claim 2: clipping only, noise only, both, neither, at two bounds."""
     results: dict[str, Any] = {"neither": measure(Arm(None), scale)}
     for bound in BOUNDS:
         # a step under clipping is in proportion to the bound
@@ -167,13 +167,13 @@ def parts(scale: Scale) -> dict[str, Any]:
 
 
 def dimensions(scale: Scale) -> dict[str, Any]:
-    """Claim 3: the same at several widths."""
+    """Run claim 3: the same at several widths."""
     arms = ablations(1.0).items()
     return {f"{w}": {name: measure(Arm(options, w), scale) for name, options in arms} for w in scale.widths}
 
 
 def masks(scale: Scale) -> dict[str, Any]:
-    """Claim 4: DP-SGD under target_epsilon with part of the weights removed, by kind of mask and amount.
+    """Run claim 4: DP-SGD under target_epsilon with some of the weights removed, by kind of mask and amount.
 
     The validation records count as public here: they decide on rates, make the weights of the public masks, and are not
     among the private records that any of these runs trains on.
@@ -201,14 +201,14 @@ def _pruning(amount: float, settings: dict[str, Any], width: int, seed: int) -> 
 
 @functools.cache
 def _public_weights(width: int, seed: int) -> dict[str, Any]:
-    """Weights trained without privacy on the public records, from the run's own initial ones."""
+    """Return weights trained without privacy on the public records, from the run's own initial weights."""
     public = TASK.for_choice.held_out
     module = Arm(None, width).run(0.5, seed, Split(public, public), TASK.epochs)
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
 def measure(arm: Arm, scale: Scale, report: Split | None = None) -> dict[str, Any]:
-    """The accuracy of one variant at its best rate."""
+    """Return the accuracy of one variant at its best rate."""
 
     def run(lr: float, seed: int, split: Split) -> float:
         return round(accuracy(arm.run(lr, seed, split, scale.epochs), split.held_out), 4)
@@ -217,7 +217,7 @@ def measure(arm: Arm, scale: Scale, report: Split | None = None) -> dict[str, An
 
 
 def chosen(run: Callable[[float, int, Split], Any], scale: Scale, report: Split | None = None) -> dict[str, Any]:
-    """What a run reports at its best rate; see ``choose_and_report``."""
+    """Return the reported values of a run at its best rate; see ``choose_and_report``."""
     return choose_and_report(
         run, choice=TASK.for_choice, report=report or TASK.for_report, grid=scale.grid, seeds=scale.seeds
     )

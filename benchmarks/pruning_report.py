@@ -34,7 +34,7 @@ class Part:
 
 
 def verdict(parts: Iterable[Part], *, any_suffices: bool = False) -> str:
-    """What the parts say of the claim: it needs all of them, or any."""
+    """Return the verdict on a claim from its parts: it needs all of them, or any."""
     found = [part.difference.verdict for part in parts]
     enough = any if any_suffices else all
     if enough(item == "higher" for item in found):
@@ -46,13 +46,13 @@ def verdict(parts: Iterable[Part], *, any_suffices: bool = False) -> str:
 
 
 def seedwise(function: Callable[..., float], *arms: Mapping[str, Any]) -> Difference:
-    """A figure made of several arms, seed by seed, against zero."""
+    """Compare a figure of several arms with zero, seed by seed."""
     common = sorted(set.intersection(*(set(arm) for arm in arms)))
     return difference({seed: function(*(arm[seed] for arm in arms)) for seed in common}, dict.fromkeys(common, 0.0))
 
 
 def stages_text(study: Results) -> str:
-    """Claim 1."""
+    """Return the text on claim 1."""
     arms, early, half = study["arms"], study["early"], study["half"]
     last = {name: {seed: curve[-1] for seed, curve in by_seed.items()} for name, by_seed in arms.items()}
     first = {name: {seed: curve[early - 1] for seed, curve in by_seed.items()} for name, by_seed in arms.items()}
@@ -81,7 +81,7 @@ def stages_text(study: Results) -> str:
 
 
 def parts_text(study: Results) -> str:
-    """Claim 2."""
+    """Return the text on claim 2."""
     parts: list[Part] = []
     for bound in _bounds(study):
         clip, noise, both = (study[f"{name}, bound {bound}"]["report"] for name in ("clip only", "noise only", "both"))
@@ -101,7 +101,7 @@ def parts_text(study: Results) -> str:
 
 
 def dimensions_text(study: Results) -> str:
-    """Claim 3."""
+    """Return the text on claim 3."""
     narrow, *_, wide = study
     parts = [
         Part(
@@ -127,7 +127,7 @@ def dimensions_text(study: Results) -> str:
 
 
 def masks_text(study: Results) -> str:
-    """Claim 4."""
+    """Return the text on claim 4."""
     dense, kinds = study["dense"]["report"], _kinds(study)
     heavy = {kind: study[kind][HEAVY]["report"] for kind in kinds}
     parts = [
@@ -174,7 +174,7 @@ def masks_text(study: Results) -> str:
 
 
 def kept_of_output_layer(width: int, amount: float) -> float:
-    """Share of the output layer's initial weights that a global ranking by magnitude keeps, at seed 0."""
+    """Return the share of the output layer's weights that a global ranking by magnitude keeps, at seed 0."""
     module = Classifier(functools.partial(perceptron, 64, width, 10), lr=0.0)
     names = prunable_names(module)
     masks = magnitude_masks(dict(module.named_parameters()), amount, "global", names, "magnitude", 0)
@@ -182,7 +182,7 @@ def kept_of_output_layer(width: int, amount: float) -> float:
 
 
 def caveat(arms: Mapping[str, Any]) -> str:
-    """How many seeds, and which arms were best at an end of the grid of rates."""
+    """Return the number of seeds, and the arms that were best at an end of the grid of rates."""
     seeds = sorted({len(arm["report"]) for arm in arms.values()})
     ends = []
     for name, arm in arms.items():
@@ -214,7 +214,7 @@ TEXTS: dict[str, Callable[[Results], str]] = {
 
 
 def section(results: Results) -> str:
-    """The section of the README."""
+    """Return the section of the README."""
     intro = (
         "The claims are those of the abstract of Watson et al. 2023, arXiv 2311.06839; the settings are ours: digits, "
         "a perceptron 64-width-10, SGD, the noise of epsilon 1 at delta 1e-5. Test accuracy after the last epoch, "
@@ -228,7 +228,7 @@ def section(results: Results) -> str:
 
 
 def plot(results: Results, folder: Path) -> None:
-    """Draws a picture a study."""
+    """Draw one picture per study."""
     for name, draw in PLOTS.items():
         if name in results:
             figure, ((axis,),) = panels(1, 1, 6.5, 4)

@@ -1,4 +1,4 @@
-"""Public packages trained plain and privately, unchanged: works or not, the way taken, step to plain, message.
+"""Public packages trained with and without privacy, unchanged: result, method, ratio of step times, message.
 
     python -m benchmarks.public_modules nbeats tft    # in an environment that holds the package of these cases
     python -m benchmarks.public_modules --table       # writes public_modules.md from all results so far
@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], dict[str, Any]]] = 
 
 
 def case(package: str, **options: Any) -> Callable[[Any], Any]:
-    """Enter a case: a function that trains with the given arguments of a Trainer; ``options`` are the strategy's."""
+    """Register a case: a function that trains with the given arguments of a Trainer; ``options`` are the strategy's."""
 
     def enter(train: Callable[[dict[str, Any]], Any]) -> Any:
         CASES[train.__name__] = package, train, options
@@ -483,7 +483,7 @@ def llama_equal(arguments: dict[str, Any]) -> None:
 
 
 def clock(package: str) -> tuple[Any, list[float], list[Any]]:
-    """Return a callback of one of Lightning's packages that times batches and keeps the strategy's way."""
+    """Return a callback of one of Lightning's packages that times batches and records the strategy's method."""
     import importlib
 
     times: list[float] = []
@@ -503,7 +503,7 @@ def clock(package: str) -> tuple[Any, list[float], list[Any]]:
 
 
 def run(name: str) -> dict[str, Any]:
-    """Train a case plain and privately; return what was seen."""
+    """Train a case with and without privacy; return the observations."""
     package, train, options = CASES[name]
     tree = "pytorch_lightning" if package in ("darts", "neuralforecast") else "lightning.pytorch"
     found: dict[str, Any] = {
@@ -544,7 +544,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def write(found: dict[str, Any]) -> None:
-    """Put a result among the others."""
+    """Insert a result among the others."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[found["case"]] = found
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -578,7 +578,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Run the cases that are named, or write the table."""
+    """Run the named cases, or write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES])
     parser.add_argument("--table", action="store_true")

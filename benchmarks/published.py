@@ -1,4 +1,4 @@
-"""Published accuracies of private image classifiers, run again with their settings.
+"""Published accuracies of private image classifiers, reproduced with their settings.
 
     python benchmarks/published.py --minutes 60    # extends published.jsonl, then writes published.md
     python benchmarks/published.py --report        # the page only
@@ -111,7 +111,7 @@ Not run: {missing}.
 
 
 def epsilons(run: Run, results: Results) -> list[str]:
-    """Epsilon of a setting by PLD and by RDP, from its numbers alone."""
+    """Return the epsilon of a setting by PLD and by RDP, from its numbers alone."""
     line, rate = results.lines.get(run), run.batch / RECORDS
     sigma = run.sigma if run.sigma is not None else line and line["sigma"]
     if sigma is None:
@@ -122,7 +122,7 @@ def epsilons(run: Run, results: Results) -> list[str]:
 
 
 def page(results: Results) -> str:
-    """The page, from the lines of the file."""
+    """Return the page, from the lines of the file."""
     rows, runs, missing = [], [], []
     for setting in SETTINGS:
         mean = results.mean(setting.run, SEEDS)

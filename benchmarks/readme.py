@@ -1,4 +1,4 @@
-"""The README of the benchmarks: each benchmark writes its own section of it, from its results."""
+"""The README of the benchmarks: each benchmark writes its own section from its results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ README = Path(__file__).with_name("README.md")
 
 
 def write_section(name: str, text: str, *, readme: Path = README) -> None:
-    """Replaces what stands between ``<!-- name -->`` and ``<!-- /name -->``.
+    """Replace the text from ``<!-- name -->`` to ``<!-- /name -->``.
 
     Args:
         name: of the section.

@@ -1,4 +1,4 @@
-"""Search of private training recipes on validation records, and their accuracy on the test split.
+"""A search of private training recipes on validation records, and their accuracy on the test split.
 
     python benchmarks/recipes.py --minutes 60    # extends recipes.jsonl
     python benchmarks/recipes.py --report        # the tables of docs/recipes.md, no runs
@@ -75,7 +75,7 @@ TASKS = {
 
 
 def changed(run: Run, name: str, value: float) -> Run:
-    """The recipe with another value of one number, its step size kept where the number scales it."""
+    """Return the recipe with another value of one number; if the number scales the step size, keep that."""
     rate = run.lr
     if name == "clip":
         rate = run.lr * run.clip / value
@@ -86,14 +86,14 @@ def changed(run: Run, name: str, value: float) -> Run:
 
 
 def grown(grid: list[float], best: float) -> float | None:
-    """The value beyond the end of a grid that the best value is at; None where it is within."""
+    """Return the value beyond the end of a grid, if the best value is at that end; None if it is inside."""
     if best == grid[0]:
         return grid[0] / 2
     return grid[-1] * 2 if best == grid[-1] else None
 
 
 def search(start: Run, grids: Mapping[str, tuple[float, ...]], results: Results, until: float) -> Run:
-    """Return the recipe that one pass over the numbers leads to.
+    """Return the recipe found by one pass over the numbers.
 
     Args:
         start: recipe that the search begins with.
@@ -122,7 +122,7 @@ def search(start: Run, grids: Mapping[str, tuple[float, ...]], results: Results,
 
 
 def recipes(task: Task, results: Results, until: float) -> Iterator[Run]:
-    """The recipe at each epsilon; that for 3 first, from which the others start."""
+    """Return the recipe at each epsilon; that for 3 comes first, and the others start from it."""
     base = search(task.start, GRIDS | task.grids, results, until)
     yield base
     for epsilon, nearby in NEARBY.items():
@@ -130,7 +130,7 @@ def recipes(task: Task, results: Results, until: float) -> Iterator[Run]:
 
 
 def table(task: Task, results: Results) -> str:
-    """Recipes and accuracies as Markdown; the last row names the epsilons that were not searched."""
+    """Return recipes and accuracies as Markdown; the last row names the epsilons that were not searched."""
     rows = []
     try:
         for run in recipes(task, results, until=0.0):
@@ -170,7 +170,7 @@ def table(task: Task, results: Results) -> str:
 
 
 def seconds(results: Results) -> str:
-    """One sentence on all runs of the file."""
+    """Return one sentence on all runs of the file."""
     lines = results.lines.values()
     machines = sorted({line["machine"] for line in lines})
     commits = list(dict.fromkeys(line["commit"] for line in lines))

@@ -1,4 +1,4 @@
-"""Training runs on real data as lines of a JSON file: described, run once, resumed where the file ends.
+"""Training runs on real data as lines of a JSON file: each is described, run once, and skipped on resume.
 
 A line holds the description of a run and what it gave: accuracy, epsilon by two accountants, seconds, machine, commit.
 A queue does the runs missing from the file, in its order, until its time budget is used; a second call does the rest.
@@ -64,7 +64,7 @@ class Run:
         data: name of the data set.
         network: key of ``NETWORKS``.
         epochs: passes over the training records in expectation.
-        batch: expected number of records a step.
+        batch: expected number of records per step.
         lr: learning rate of SGD.
         sigma: noise multiplier; or
         epsilon: what sigma is calibrated to; neither trains without privacy.
@@ -93,7 +93,7 @@ class Run:
     seed: int = field(default=0)
 
     def but(self, **changes: Any) -> Run:
-        """The same run with other values."""
+        """Return the same run with other values."""
         return Run(**{**asdict(self), **changes})
 
 
@@ -124,14 +124,14 @@ class Model(L.LightningModule):
 
 @torch.no_grad()
 def accuracy(network: torch.nn.Module, records: TensorDataset) -> float:
-    """Share of records whose largest logit is their label's."""
+    """Return the share of records whose largest logit is their label's."""
     inputs, labels = records.tensors
     hits = [(network(x).argmax(1) == y).sum() for x, y in zip(inputs.split(1000), labels.split(1000), strict=True)]
     return float(sum(hits)) / len(labels)
 
 
 def commit() -> str:
-    """The short name of the checkout's commit, with a plus if Python files of the benchmarks differ from it."""
+    """Return the short name of the checkout's commit, with a plus if Python files of the benchmarks differ from it."""
     here = Path(__file__).parent
     name = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
@@ -141,7 +141,7 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} thread(s)"
@@ -221,26 +221,24 @@ class Results:
         self.lines[run] = line
 
     def accuracies(self, run: Run, seeds: Iterable[int]) -> dict[str, float]:
-        """Accuracy by seed, of the seeds that the file holds."""
+        """Return accuracy by seed, for the seeds in the file."""
         found = {seed: self.lines.get(run.but(seed=seed)) for seed in seeds}
         return {str(seed): line["accuracy"] for seed, line in found.items() if line is not None}
 
     def mean(self, run: Run, seeds: Iterable[int]) -> Mean | None:
-        """Mean accuracy over the seeds that the file holds; None without any."""
+        """Return the mean accuracy over the seeds in the file; None without any."""
         values = self.accuracies(run, seeds)
         return mean_of(values.values()) if values else None
 
     def best(self, runs: Iterable[Run], seeds: Iterable[int]) -> Run | None:
-        """The run with the best mean accuracy on the validation records; None while one of them is missing."""
+        """Return the run with the best mean accuracy on the validation records; None while one of them is missing."""
         means = {run: self.mean(run, seeds) for run in runs}
         if any(mean is None for mean in means.values()):
             return None
         return max(means, key=lambda run: means[run].value)  # type: ignore[union-attr]
 
     def fill(self, runs: Iterable[Run], *, until: float = math.inf) -> bool:
-        """Run what is missing, in order, and start none after ``until`` (seconds since the epoch); True when nothing is
-        missing.
-        """
+        """Run all missing runs in order, but start none after ``until`` (Unix time); return True if none is missing."""
         for run in runs:
             if run in self.lines:
                 continue

@@ -1,11 +1,12 @@
-"""What random sparsification does beside accuracy: bytes in the all-reduce, and gradient inversion at the same epsilon.
+"""Effects of random sparsification other than accuracy: bytes in the all-reduce, and gradient inversion at equal
+epsilon.
 
     python benchmarks/sparsification.py            # both studies, a few minutes of one core
     python benchmarks/sparsification.py --report   # section and plots from the file
 
 Bytes are counted where the collective is called: whatever operation of ``torch.distributed`` a process issues during
 ``Trainer.fit`` with two gloo processes, by whoever, is intercepted and the size of its tensors added up, step by step.
-What the library logs as ``communication/bytes_per_step`` is noted beside it.
+What the library logs as ``communication/bytes_per_step`` is noted with it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ NUM_SHOWN = 2  # images whose reconstructions are drawn
 
 
 class Collectives(TorchDispatchMode):
-    """Adds up the bytes of the tensors that go into collective operations."""
+    """A counter of the bytes in the tensors of collective operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Collectives(TorchDispatchMode):
 
 
 class Counter(L.Callback):
-    """What went through collectives in each step, and what the library says of it."""
+    """A callback that notes, per step, the bytes in collectives and the figure that the library logs."""
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
@@ -84,7 +85,7 @@ class Counter(L.Callback):
 
 
 def two_processes(out: Path, epochs: int) -> None:
-    """Trains digits in this process and another, and writes down what rank 0 counted."""
+    """Train digits in this process and another, and write the counts of rank 0."""
     be_quiet()
     task = TASKS["digits"]
     counted: dict[str, Any] = {"world_size": 2, "backend": "gloo"}
@@ -113,7 +114,7 @@ def two_processes(out: Path, epochs: int) -> None:
 
 
 def measure_bytes(epochs: int) -> dict[str, Any]:
-    """Runs the two processes and returns what they counted, one line an epoch."""
+    """Run the two processes and return their counts, one line per epoch."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bytes.json"
         command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--two-processes", str(out)]
@@ -126,7 +127,7 @@ def measure_bytes(epochs: int) -> dict[str, Any]:
 
 
 def attack(images: int, seeds: int, starts: int, steps: int, epsilons: tuple[float | None, ...]) -> dict[str, Any]:
-    """Inverts the released gradients of so many training images, dense and sparsified.
+    """Invert the released gradients of a number of training images, dense and sparsified.
 
     Returns:
         By rate and epsilon: squared errors and whether the nearest training image is the right one, an image a row.

@@ -15,24 +15,24 @@ NAMES = {"0": "dense", "0.9": "sparsified at .9"}
 
 
 def by_image(values: list[float]) -> dict[str, float]:
-    """Figures by image, so that two settings can be paired."""
+    """Return figures by image, so that two settings can be paired."""
     return {str(index): value for index, value in enumerate(values)}
 
 
 def epsilons_of(results: Results) -> list[str]:
-    """The epsilons attacked, as the file names them, from no noise to the most."""
+    """Return the attacked epsilons, as the file names them, from no noise to the most."""
     return [key.split()[1] for key in results["inversion"]["settings"] if key.startswith("0 ")]
 
 
 def compare(results: Results, first: str, second: str) -> Difference:
-    """Paired difference of squared errors; ``guess`` is the mean image in place of an attack."""
+    """Return the paired difference of squared errors; ``guess`` is the mean image in place of an attack."""
     inversion = results["inversion"]
     errors = {**{key: item["mse"] for key, item in inversion["settings"].items()}, "guess": inversion["guess"]["mse"]}
     return difference(by_image(errors[first]), by_image(errors[second]))
 
 
 def bytes_text(results: Results) -> str:
-    """Table and sentences on what went through collectives."""
+    """Return the table and the sentences on bytes in collectives."""
     counted = results["bytes"]
     dense, steps = counted["dense"][0]["bytes"], counted["sparsified"]
     chosen = sorted({0, len(steps) - 1, *range(0, len(steps), max(1, len(steps) // 5))})
@@ -52,16 +52,16 @@ def bytes_text(results: Results) -> str:
             f"**Bytes.** Digits, {counted['parameters']} parameters in float32, two {counted['backend']} processes, "
             "cooling to .9; all collective operations of a step, by whoever they were called:",
             markdown_table(["masked", "bytes counted", "bytes logged", "share of dense"], rows),
-            f"A dense step sends {dense:.0f} bytes a rank. The count falls with the rate: it differs from (1 - rate) x "
-            f"dense by at most {100 * off:.2f} % of dense, and equals the logged figure in {agree} of {len(steps)} "
-            "masks.",
-            "![bytes a step against the rate](sparsification.png)",
+            f"A dense step sends {dense:.0f} bytes per rank. The count falls with the rate: it differs from "
+            f"(1 - rate) x dense by at most {100 * off:.2f} % of dense, and equals the logged figure in {agree} of "
+            f"{len(steps)} masks.",
+            "![bytes per step against the rate](sparsification.png)",
         ]
     )
 
 
 def inversion_text(results: Results) -> str:
-    """Table and sentences on the attack."""
+    """Return the table and the sentences on the attack."""
     inversion, rows = results["inversion"], []
     higher: dict[str, list[str]] = {"higher": [], "lower": [], "within noise": []}
     useless: dict[str, list[str]] = {rate: [] for rate in RATES}
@@ -112,19 +112,19 @@ def _named(epsilon: str) -> str:
 
 
 def section(results: Results) -> str:
-    """The section of the README: the studies that there are results of."""
+    """Return the section of the README, with every study that has results."""
     return "\n\n".join(text(results) for name, text in TEXTS.items() if name in results)
 
 
 def plot(results: Results, folder: Path) -> None:
-    """Draws the pictures of the studies that there are results of."""
+    """Draw the pictures of every study that has results."""
     for name, draw in PLOTS.items():
         if name in results:
             draw(results, folder)
 
 
 def plot_bytes(results: Results, folder: Path) -> None:
-    """Bytes a step against the rate."""
+    """Plot bytes per step against the rate."""
     figure, ((axis,),) = panels(1, 1, 5.5, 3.6)
     counted = results["bytes"]
     dense = counted["dense"][0]["bytes"]
@@ -138,7 +138,7 @@ def plot_bytes(results: Results, folder: Path) -> None:
 
 
 def plot_inversion(results: Results, folder: Path) -> None:
-    """Error against epsilon, and what the attack sees."""
+    """Plot error against epsilon, and some reconstructed images."""
     inversion, epsilons = results["inversion"], epsilons_of(results)
     figure, ((axis,),) = panels(1, 1, 5.5, 3.6)
     for rate, colour, shift in zip(RATES, COLOURS, (-0.06, 0.06), strict=False):

@@ -15,14 +15,14 @@ THRESHOLD = 2.0
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and its standard error over so many values."""
+    """A mean and its standard error over a number of values."""
 
     value: float
     error: float
     count: int
 
     def text(self, digits: int = 3, sign: str = "") -> str:
-        """The figure with its error."""
+        """Return the figure with its error."""
         return f"{self.value:{sign}.{digits}f} ± {self.error:.{digits}f}"
 
     def __str__(self) -> str:
@@ -30,7 +30,7 @@ class Mean:
 
 
 def mean_of(values: Iterable[float]) -> Mean:
-    """The mean of some values; the error of a single one is NaN."""
+    """Return the mean of some values; the error of a single one is NaN."""
     numbers = list(values)
     error = statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
     return Mean(statistics.mean(numbers), error, len(numbers))
@@ -59,7 +59,7 @@ class Difference:
 
 
 def difference(first: Mapping[str, float], second: Mapping[str, float]) -> Difference:
-    """The mean of ``first - second`` over common seeds.
+    """Return the mean of ``first - second`` over common seeds.
 
     Raises:
         ValueError: fewer than two common seeds.
@@ -73,19 +73,19 @@ def difference(first: Mapping[str, float], second: Mapping[str, float]) -> Diffe
 
 
 def chance_of_false_call(count: int) -> float:
-    """How often |mean| exceeds the threshold though both sides are equal: Student's t with ``count - 1`` degrees of
-    freedom.
+    """Return the probability that |mean| exceeds the threshold between equal sides: Student's t, ``count - 1`` degrees
+    of freedom.
     """
     return float(2 * stats.t.sf(THRESHOLD, count - 1))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown; the first column is text, the others are figures."""
+    """Return a table in Markdown; the first column is text, the others are figures."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     lines += ["| " + " | ".join(str(item) for item in row) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a sentence; "none" where there is none."""
+    """Return names as part of a sentence; "none" if there are none."""
     return ", ".join(names) if names else "none"

@@ -1,24 +1,23 @@
-"""What does a private step cost against the same step without privacy, and against Opacus?
+"""The cost of a private step against the same step without privacy, and against Opacus.
 
     python benchmarks/step_cost.py                       # the whole table: step_cost.json, and its section of README.md
     python benchmarks/step_cost.py --cases mlp --pairs 7 --modes ours
     python benchmarks/step_cost.py --device cuda         # the same on a GPU, or an error where there is none
 
-Step against step, both in a Lightning Trainer with automatic optimization, noise and optimizer included. A and B run in
-turn, each in a process of its own; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best
-case. Batches have a fixed size on all sides, so that all do the same work. ``kept`` is the step without privacy that
-has what a private fit has besides: freed memory is kept from step to step (``allocator.py``, on a CPU), and the rows of
-a batch are gathered at once (``sampling/gather.py``).
+Both sides run in a Lightning Trainer with automatic optimization, noise and optimizer included. They alternate, each in
+its own process; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best case. Batches have a
+fixed size on all sides, so that all do the same work. ``kept`` is the step without privacy under the process settings
+of a private fit: freed memory is kept from step to step (``allocator.py``, on a CPU), and the rows of a batch are
+gathered at once (``sampling/gather.py``).
 
-Peak memory comes from a process of its own a case: highest resident size (on a GPU: highest allocated memory) from the
-second batch to the last, less what was resident before the model was made, in a process that has loaded everything the
-mode needs. The first batch is a peak of its own, ``first_bytes``: before it, once a run, the independence check holds
-the gradients of a few samples. What a call measures is merged into the JSON file, mode by mode, beside what was
-measured in the same environment; figures of another processor or another version are kept apart and have a table of
-their own, with the days on which they were measured: code changes, and not every machine is at hand to measure it anew.
+Peak memory is measured in one process per case, which has loaded everything that the mode needs: the highest resident
+size (on a GPU: the highest allocated memory) from the second batch to the last, less the size before the model was
+made. The first batch has its own peak, ``first_bytes``, because the independence check before it holds the gradients of
+a few samples. Results are merged into the JSON file, mode by mode, with those of the same environment. Figures of
+another processor or version have their own table, with the days on which they were measured.
 
-On a machine that others use as well, ``--clock processor --threads 1`` counts the processor time of the process in
-place of the time that goes by: what others take is not in it, nor is what a second thread would save.
+On a shared machine, ``--clock processor --threads 1`` counts the processor time of the process instead of elapsed
+time: it excludes the time of other processes, and the gain of a second thread.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class Classifier(L.LightningModule):
 
 
 class Clock(L.Callback):
-    """When each step began, and the peaks of memory within the first and up to the beginning of the last."""
+    """A callback that records the start of each step, and the memory peaks of the first step and of the rest."""
 
     now = staticmethod(time.perf_counter)
 
@@ -109,7 +108,7 @@ class Clock(L.Callback):
 
 
 def same_size_batches() -> None:
-    """Draws of exactly the expected size, for this process: both sides of a ratio do the same work."""
+    """Draw batches of exactly the expected size in this process, so that both sides of a ratio do the same work."""
 
     def draw(self: Any) -> Any:
         for _ in range(self.steps_per_epoch):
@@ -119,7 +118,7 @@ def same_size_batches() -> None:
 
 
 def lightning_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
-    """So many steps inside ``Trainer.fit``."""
+    """Run a number of steps inside ``Trainer.fit``."""
     sparse = RandomSparsification(0.9, schedule="constant", refresh=10**6)
     if mode == "kept":
         keep_freed_memory()
@@ -130,7 +129,7 @@ def lightning_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
 
 
 def trainer_steps(case: Case, strategy: Any, callbacks: list[L.Callback], steps: int, *, gathers: bool = False) -> None:
-    """So many steps of a case under any strategy and callbacks."""
+    """Run a number of steps of a case under any strategy and callbacks."""
     dataset = case.make_dataset()
     loader = DataLoader(dataset, batch_size=case.batch_size, shuffle=True)
     if gathers:
@@ -154,7 +153,7 @@ def trainer_steps(case: Case, strategy: Any, callbacks: list[L.Callback], steps:
 
 
 def opacus_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
-    """So many steps of Opacus in a plain loop."""
+    """Run a number of steps of Opacus in a plain loop."""
     from opacus.grad_sample.utils import wrap_model
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
@@ -186,7 +185,7 @@ def opacus_steps(case: Case, mode: str, clock: Clock, steps: int) -> None:
 
 
 def run(case: Case, mode: str, steps: int, warmup: int = WARMUP) -> Clock:
-    """Warm-up, so many steps and one more, whose beginning ends the last."""
+    """Run warm-up steps, the timed steps, and one more, whose beginning ends the last."""
     gc.collect()
     clock = Clock()
     (opacus_steps if mode in OPACUS else lightning_steps)(case, mode, clock, warmup + steps + 1)
@@ -198,7 +197,7 @@ Runner = Callable[..., Clock]
 
 
 def resident(field: str) -> int:
-    """A field of the kernel's account of this process, in bytes."""
+    """Return a field of the kernel's memory account of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -206,7 +205,7 @@ def resident(field: str) -> int:
 
 
 def forget_peak() -> None:
-    """Begins a new peak."""
+    """Reset the memory peak."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -215,12 +214,12 @@ def forget_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Highest memory since the peak was forgotten."""
+    """Return the highest memory since the peak was reset."""
     return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident("VmHWM")
 
 
 def measure_memory(case: Case, mode: str) -> tuple[int, int]:
-    """Peak bytes of a few steps and of the first batch, less what was resident before."""
+    """Return peak bytes of a few steps and of the first batch, less the memory before."""
     same_size_batches()
     small = Case("small", 2, lambda: nn.Linear(2, 2), lambda size: torch.randn(size, 2), 2, 0.0, 0.0)
     run(small, mode, 1)  # loads every library that the mode needs
@@ -232,7 +231,7 @@ def measure_memory(case: Case, mode: str) -> tuple[int, int]:
 
 
 def memory_in_own_process(case: Case, mode: str) -> tuple[int, int]:
-    """The same in a fresh process: the median of three, for what is chosen by measuring it is not always the same."""
+    """Measure memory in fresh processes: the median of three, because timing decides some choices."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__)), "--memory", case.name, mode]
     found = []
     for _ in range(3):
@@ -243,7 +242,7 @@ def memory_in_own_process(case: Case, mode: str) -> tuple[int, int]:
 
 
 def trial(case: Case, mode: str, target_seconds: float, runner: Runner) -> tuple[int, int]:
-    """Steps and warm-up of one side of a pair, from a first run that also shows whether the mode works at all."""
+    """Return steps and warm-up of one side of a pair, from a first run that also shows whether the mode works."""
     clock = runner(case, mode, 2, 1)
     steps = round(target_seconds / clock.seconds_a_step(1))
     return (max(3, min(60, steps)), WARMUP) if steps >= 3 else (2, 2)
@@ -252,7 +251,7 @@ def trial(case: Case, mode: str, target_seconds: float, runner: Runner) -> tuple
 def time_mode(
     case: Case, mode: str, pairs: int, target_seconds: float, *, runner: Runner, base: str = "plain"
 ) -> dict[str, Any]:
-    """One mode against the base, pair by pair; what goes first changes from pair to pair."""
+    """Time one mode against the base, pair by pair; the order alternates."""
     sizes = {base: trial(case, base, target_seconds, runner)}
     try:
         sizes[mode] = trial(case, mode, target_seconds, runner)
@@ -277,7 +276,7 @@ def time_mode(
 
 
 def memory_of_mode(case: Case, mode: str, known: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """Peak memory of a mode, in bytes and against the step without privacy."""
+    """Return the peak memory of a mode, in bytes and against the step without privacy."""
     if case.name not in known:
         known[case.name] = memory_in_own_process(case, "plain")
     (peak, first), (plain, _) = memory_in_own_process(case, mode), known[case.name]

@@ -1,25 +1,22 @@
-"""Where the floor of a private step is: multiplications and bytes, counted from the shapes of every layer.
+"""The least cost of a private step: multiplications and bytes, counted from the shapes of every layer.
 
 Legend: ``B`` samples, ``T`` positions of a sample (of a convolution: ``S`` of its input), ``d`` in, ``p`` out, ``P``
 trainable parameters.
 
-    native step        3 B T d p multiplications a layer: forward, input gradient, weight gradient
-    norms, T = 1       B (d + p): nothing beside it
-    norms, T > 1       Gram matrices, B T (T + 1) / 2 (d + p), half of each for symmetry; a convolution's from those of
-    its
-                       channels, B (S (S + 1) / 2 d + T (T + 1) / 2 p), where that is less
-    or kept            the per-sample gradients, B T d p, replace the weight gradient, and 4 B d p bytes are written
-    and, when
-                       they are summed up, read (once, if norms are taken while they are in the cache)
-    norms under a mask B d p at T = 1, where (g^2)^T M (a^2) is a matrix product; else the per-sample gradients
-    release            P normal draws, and 8 P bytes: noise divided by the batch size, written, and read when the mean
-    is added
+    native step         3 B T d p multiplications per layer: forward, input gradient, weight gradient
+    norms, T = 1        B (d + p): negligible
+    norms, T > 1        Gram matrices, B T (T + 1) / 2 (d + p), half of each by symmetry
+      of a convolution  those of its channels, B (S (S + 1) / 2 d + T (T + 1) / 2 p), where that is less
+      or cached         the per-sample gradients, B T d p, replace the weight gradient; 4 B d p bytes are written
+                        and, when they are summed, read (once, if norms are taken while they are in the cache)
+    norms under a mask  B d p at T = 1, where (g^2)^T M (a^2) is a matrix product; else the per-sample gradients
+    release             P normal draws, and 8 P bytes: noise over the batch size, written, and read with the mean
 
-What P draws take, written into a buffer of that size, is measured by ``step_cost.py``, and so is how fast the machine
-multiplies and reads at best. With these, the least time of a step: that without privacy, the draws, what is left of the
-release, and of each layer the cheaper of Gram matrices and kept gradients. Left out is what has no product:
-normalisation layers, biases, embeddings, optimizers, the interpreter. So no step is faster, and one that takes longer
-is not by that proven to be slow.
+``step_cost.py`` measures the time of P draws into a buffer of that size, and the highest rates at which the machine
+multiplies and reads. The least time of a step adds up: the step without privacy, the draws, the rest of the release,
+and per layer the cheaper of Gram matrices and cached gradients. Operations without a product are left out:
+normalisation layers, biases, embeddings, optimizers, the interpreter. So no step is faster than this, but a slower one
+is not proven to waste time.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ KEPT_PASSES = 2
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What the norms of one layer add: multiplications, or the bytes of what is kept in their place."""
+    """The added cost of one layer's norms: multiplications, or the bytes of cached gradients in their place."""
 
     norms: int
     masked: int
@@ -50,7 +47,7 @@ class LayerCost:
 
 @dataclass
 class Cost:
-    """Counts of one step of one case; multiplications count multiply-adds."""
+    """Cost of one step of one case; multiplications are multiply-adds."""
 
     parameters: int = 0
     native: int = 0
@@ -63,7 +60,7 @@ class Cost:
 
     @property
     def masked(self) -> int:
-        """The same under a mask."""
+        """Multiplications for the norms of all layers under a mask."""
         return sum(layer.masked for layer in self.layers)
 
     @property
@@ -77,7 +74,7 @@ class Cost:
         return RELEASE_PASSES * FLOAT * self.parameters
 
     def least_ms(self, plain_ms: float, draws_ms: float, rates: dict[str, float]) -> float:
-        """The least time of a step on a machine of these rates (``step_machine.measure_rates``)."""
+        """Return the least time of a step on a machine with these rates (``step_machine.measure_rates``)."""
         mult, read = rates["mult_per_ms"], rates["bytes_per_ms"]
         norms = sum(
             min(layer.norms / mult, KEPT_PASSES * layer.kept_bytes / read if layer.kept_bytes else math.inf)
@@ -87,7 +84,7 @@ class Cost:
 
 
 def cost_of(case: Case) -> Cost:
-    """Counts every linear layer and convolution of one step, from a forward of one sample."""
+    """Count every linear layer and convolution of one step, from a forward of one sample."""
     module, size = case.make_network(), case.batch_size
     cost = Cost(parameters=sum(p.numel() for p in module.parameters() if p.requires_grad))
     positions: dict[nn.Module, tuple[int, int]] = {}
@@ -122,19 +119,18 @@ def cost_of(case: Case) -> Cost:
 
 
 def _half(positions: int) -> int:
-    """Entries of a symmetric matrix."""
+    """Return the number of distinct entries of a symmetric matrix."""
     return positions * (positions + 1) // 2
 
 
 def counts_section(names: Iterable[str]) -> str:
-    """The counts of these cases as a table."""
+    """Return the counts of these cases as a table."""
     lines = [
-        "What is counted here is the least that a private step adds, layer by layer (`benchmarks/step_floor.py`): "
-        "norms from Gram matrices, or the bytes of the per-sample gradients where these are kept in their place; "
-        "under a mask the norms need a product of the size of a weight gradient; and the release draws a normal for "
-        "each parameter and passes over them. Above, *least* is what the cheaper of these takes, layer by layer, at "
-        "the highest rates that the machine was seen to multiply and read at, with the fastest of 25 draws, beside a "
-        "step without privacy; what has no product is left out of it.",
+        "This table counts the least that a private step adds, layer by layer (`benchmarks/step_floor.py`). Norms come "
+        "from Gram matrices, or from cached per-sample gradients, counted in bytes. Under a mask the norms need a "
+        "product of the size of a weight gradient. The release draws one normal per parameter and passes over all of "
+        "them. In the tables above, *least* is the ratio of the cheapest such step to a step without privacy: at the "
+        "highest measured rates of the machine, with the fastest of 25 draws, and without layers that have no product.",
         "",
         "| case | parameters, M | native, M mult. | norms | norms under a mask | kept instead, MB | release, MB |",
         "|---|---|---|---|---|---|---|",

@@ -1,6 +1,4 @@
-"""The machine that steps are timed on: what it is, how fast it draws, multiplies and reads, and the figures held of
-it.
-"""
+"""The machine on which steps are timed: its name, its rates of drawing, multiplying and reading, and its figures."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measure_noise(case: Case) -> dict[str, Any]:
-    """Milliseconds that it takes to fill a buffer of all trained parameters with noise, as a private step does."""
+    """Return milliseconds to fill a buffer of all trained parameters with noise, as a private step does."""
     sums = torch.empty(cost_of(case).parameters, device=DEVICE)
     noise = GaussianNoise()
     taken = [_milliseconds(lambda: noise.fill_(sums, 1.0)) for _ in range(25)]
@@ -30,7 +28,7 @@ def measure_noise(case: Case) -> dict[str, Any]:
 
 
 def measure_rates() -> dict[str, float]:
-    """Multiply-adds and bytes read a millisecond, at best: a product of square matrices, the norm of a large vector."""
+    """Return the best rates per millisecond: multiply-adds of a matrix product, bytes read by the norm of a vector."""
     side, length = 1024, 2**24
     left, right, vector = (torch.randn(*shape, device=DEVICE) for shape in ((side, side), (side, side), (length,)))
     product = _least_ms(lambda: left @ right)
@@ -51,7 +49,7 @@ def _milliseconds(work: Callable[[], Any]) -> float:
 
 
 def environment() -> dict[str, str]:
-    """What the figures were measured with."""
+    """Return the environment of a measurement: device, processor and versions."""
     import lightning
     import opacus
 
@@ -73,9 +71,7 @@ def environment() -> dict[str, str]:
 
 
 def machine_in(results: dict[str, Any], named: dict[str, str], day: str) -> dict[str, Any]:
-    """The figures that were measured in this environment, and no others, with the days of all measurements, this one
-    too.
-    """
+    """Return the figures measured in this environment only, with the days of all measurements, including this one."""
     machines: list[dict[str, Any]] = results["machines"]
     machine = next((machine for machine in machines if machine["environment"] == named), None)
     if machine is None:
@@ -86,7 +82,7 @@ def machine_in(results: dict[str, Any], named: dict[str, str], day: str) -> dict
 
 
 def merge(machine: dict[str, Any], name: str, found: dict[str, dict[str, Any]]) -> None:
-    """Puts the figures of one case where those of the same modes were."""
+    """Replace the figures of one case for the measured modes."""
     held = machine["cases"].setdefault(name, {"time": {}, "memory": {}, "failed": {}})
     for mode in found.get("time", {}):
         held["failed"].pop(mode, None)

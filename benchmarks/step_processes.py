@@ -1,5 +1,4 @@
-"""Each side of a pair in a process of its own, so that neither finds what the other changed: allocator, libraries,
-caches.
+"""Separate processes for both sides of a pair, so that neither sees the other's allocator, libraries or caches.
 
 A process waits for its turn without computing. Lines of JSON go both ways: (case, mode, steps, warm-up) in; when each
 step began, or why the mode does not run, out.
@@ -20,11 +19,11 @@ _MARK = "began: "  # libraries print as well
 
 
 class DoesNotRun(Exception):
-    """A mode cannot run a case; the message says why."""
+    """An error for a mode that cannot run a case; the message says why."""
 
 
 class OwnProcesses:
-    """Runs a mode in its own process, started at its first turn and kept until the end of the ``with`` block.
+    """Runner of each mode in its own process, from its first turn until the end of the ``with`` block.
 
     Args:
         command: what starts one; it must call :func:`serve`.
@@ -37,7 +36,7 @@ class OwnProcesses:
         self._processes: dict[str, subprocess.Popen[str]] = {}
 
     def __call__(self, case: Case, mode: str, steps: int, warmup: int) -> Any:
-        """So many steps of a case."""
+        """Run a number of steps of a case."""
         if mode not in self._processes:
             pipe = subprocess.PIPE
             self._processes[mode] = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True)

@@ -15,7 +15,7 @@ SPARSE_GOAL = 1.15
 
 
 def step_page(results: dict[str, Any]) -> str:
-    """What was measured on each machine, and what can be counted on any."""
+    """Return the figures of each machine, and the counts that hold on any machine."""
     names = [name for name in CASES if any(name in machine["cases"] for machine in results["machines"])]
     return "\n\n".join(
         [
@@ -30,7 +30,7 @@ def step_page(results: dict[str, Any]) -> str:
 
 
 def machine_section(machine: dict[str, Any]) -> str:
-    """Time, memory and peers of every case that was measured on one machine, with goals."""
+    """Return time, memory and peers of every case measured on one machine, with goals."""
     named = machine["environment"]
     lines = [
         f"### {named['processor'] if named['device'] == 'cpu' else named['device']}",
@@ -49,15 +49,15 @@ def machine_section(machine: dict[str, Any]) -> str:
     lines += [
         "",
         "All modes, time (and memory); kept is the step without privacy that keeps freed memory and gathers the rows "
-        "of its batches, as a private fit does; a dash is what was not measured:",
+        "of its batches, as a private fit does; a dash means not measured:",
         "",
         *_modes(measured),
     ]
     lines += ["", *_bounds(measured)]
     first = [(name, held["memory"]["ours"]) for name, held in measured.items() if "ours" in held["memory"]]
     lines += [""] + [
-        "Memory is the peak of the steps after the first. Before that one, once a run, the independence check holds "
-        "the gradients of three samples; its peak, in MB beside that of a step without privacy: "
+        "Memory is the peak of the steps after the first. Once per run, before the first step, the independence check "
+        "holds the gradients of three samples. Its peak in MB (in brackets: a step without privacy): "
         + ", ".join(f"{name} {one['first_bytes'] / 1e6:.0f} ({one['plain_bytes'] / 1e6:.0f})" for name, one in first)
         + "."
     ] * bool(first)
@@ -67,26 +67,28 @@ def machine_section(machine: dict[str, Any]) -> str:
 
 
 def time_of(held: dict[str, Any], mode: str) -> float | None:
-    """Median ratio to the step without privacy."""
+    """Return the median ratio to the step without privacy."""
     figures = held["time"].get(mode)
     return None if figures is None else float(figures["median"])
 
 
 def memory_of(held: dict[str, Any], mode: str) -> float | None:
-    """Peak memory to that of the step without privacy."""
+    """Return peak memory over that of the step without privacy."""
     figures = held["memory"].get(mode)
     return None if figures is None else float(figures["ratio"])
 
 
 def best_peer(held: dict[str, Any]) -> tuple[str, float] | None:
-    """Fastest mode of Opacus, and its ratio."""
+    """Return the fastest mode of Opacus, and its ratio."""
     ratios = [(time_of(held, mode), mode) for mode in OPACUS]
     known = [(ratio, mode) for ratio, mode in ratios if ratio is not None]
     return None if not known else (min(known)[1], min(known)[0])
 
 
 def _speedup(held: dict[str, Any]) -> str:
-    """How many times faster than the fastest mode of Opacus; met only if every mode was measured or does not run."""
+    """Return the speed-up over the fastest mode of Opacus; a goal is reached only if every mode was measured
+    or fails.
+    """
     ours, peer = time_of(held, "ours"), best_peer(held)
     if ours is None or peer is None:
         return "-"
@@ -113,7 +115,7 @@ def _row(case: Case, held: dict[str, Any], rates: dict[str, float] | None) -> st
 
 
 def _floor(case: Case, held: dict[str, Any], plain_ms: float, rates: dict[str, float] | None) -> list[str]:
-    """Draws, what they make of a plain step, and the least that a private one takes at these rates."""
+    """Return the time of draws, a plain step with draws, and the least private step at these rates."""
     draws = held.get("noise", {}).get("ms")
     if draws is None or not plain_ms:
         return ["-"] * 3
@@ -127,16 +129,16 @@ def _judged(value: float | None, goal: float | None, *, at_least: bool = False, 
         return "-"
     if goal is None:
         return f"{value:.2f}"
-    met = value >= goal if at_least else value <= goal
-    return f"{value:.2f} {met_mark if met else '✗'} [{'≥' if at_least else '≤'} {goal:g}]"
+    reached = value >= goal if at_least else value <= goal
+    return f"{value:.2f} {met_mark if reached else '✗'} [{'≥' if at_least else '≤'} {goal:g}]"
 
 
 def _clocks(machine: dict[str, Any]) -> str:
-    """How time was taken: one sentence a way."""
+    """Return how time was taken, one sentence per clock."""
     figures = [figures for held in machine["cases"].values() for figures in held["time"].values()]
     ways = sorted({(one["clock"], one["threads"], min(o["pairs"] for o in figures)) for one in figures})
     texts = {
-        "wall": "time that went by",
+        "wall": "elapsed time",
         "processor": "processor time of the process, the machine being shared with other work",
     }
     return (
@@ -148,9 +150,7 @@ def _clocks(machine: dict[str, Any]) -> str:
 
 
 def _bounds(measured: dict[str, Any]) -> list[str]:
-    """What the figures above leave out: a plain step with the same allocator, and peers that leave too little to
-    gain.
-    """
+    """Return the limits of the figures above: a plain step with the same allocator, and peers with little to gain."""
     pairs = [(name, time_of(held, "ours"), time_of(held, "kept")) for name, held in measured.items()]
     same = [f"{name} {ours / kept:.2f}" for name, ours, kept in pairs if ours and kept]
     peers = [(name, best_peer(held)) for name, held in measured.items()]

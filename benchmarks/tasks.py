@@ -25,7 +25,7 @@ from lightning_dp import DPStrategy
 
 
 class Records(TensorDataset):
-    """Inputs and labels, fetched a batch at a time: one by one is a third of a step of these small networks."""
+    """Inputs and labels, fetched one batch at a time; single reads would take a third of a step of these networks."""
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
         return list(zip(*(tensor[indices].unbind() for tensor in self.tensors), strict=True))
@@ -33,7 +33,7 @@ class Records(TensorDataset):
 
 @dataclass(frozen=True)
 class Split:
-    """Which records train and which are judged on."""
+    """The training records, and the records for judging."""
 
     train: TensorDataset
     held_out: TensorDataset
@@ -41,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """One data set and what is trained on it.
+    """One data set and the network that is trained on it.
 
     Args:
         name: of the data set.
@@ -49,7 +49,7 @@ class Task:
         test_size: records of the test split, which no choice is made on.
         validation_size: records taken out of the training split while learning rates are chosen.
         make_network: the module; its output is logits.
-        batch_size: expected number of records a step.
+        batch_size: expected number of records per step.
         epochs: of a run.
     """
 
@@ -70,12 +70,12 @@ class Task:
 
     @property
     def for_report(self) -> Split:
-        """Trains on the whole training split, judged on the test split."""
+        """The whole training split, judged on the test split."""
         return Split(_dataset(*self._parts[0:2]), _dataset(*self._parts[2:4]))
 
     @property
     def for_choice(self) -> Split:
-        """Trains on the training split without the validation records, judged on those."""
+        """The training split without the validation records, judged on those."""
         return Split(_dataset(*self._parts[4:6]), _dataset(*self._parts[6:8]))
 
 
@@ -88,20 +88,22 @@ def _dataset(inputs: np.ndarray, labels: np.ndarray) -> Records:
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """1797 images of 8x8 pixels, ten classes."""
+    """Return 1797 images of 8x8 pixels, ten classes."""
     images, labels = load_digits(return_X_y=True)
     return images / 16 - 0.3, labels
 
 
 def breast_cancer() -> tuple[np.ndarray, np.ndarray]:
-    """569 records of 30 numbers, two classes; each number scaled by the range that the set's description prints."""
+    """Return 569 records of 30 numbers, two classes; each number scaled by the range that the set's description
+    prints.
+    """
     features, labels = load_breast_cancer(return_X_y=True)
     low, high = features.min(0), features.max(0)
     return 4 * (features - low) / (high - low) - 1, labels
 
 
 def mnist1d() -> tuple[np.ndarray, np.ndarray]:
-    """5000 generated signals of 40 points, ten classes; the generator's default arguments and seed."""
+    """Return 5000 generated signals of 40 points, ten classes, from the generator's default arguments and seed."""
     from mnist1d.data import make_dataset
 
     made = make_dataset()
@@ -109,7 +111,7 @@ def mnist1d() -> tuple[np.ndarray, np.ndarray]:
 
 
 def perceptron(inputs: int, width: int, classes: int, activation: type[nn.Module] = nn.Tanh) -> nn.Module:
-    """One hidden layer."""
+    """Return a network with one hidden layer."""
     return nn.Sequential(nn.Linear(inputs, width), activation(), nn.Linear(width, classes))
 
 
@@ -124,7 +126,7 @@ TASKS = {
 
 
 class Classifier(L.LightningModule):
-    """A network, cross-entropy and SGD; the seed decides the weights it starts from.
+    """A network, cross-entropy and SGD; the seed determines the initial weights.
 
     Args:
         network: makes the module.
@@ -164,7 +166,7 @@ def train(
     callbacks: Sequence[L.Callback] = (),
     epochs: int | None = None,
 ) -> None:
-    """Trains the module for a task's number of epochs, without logs and checkpoints.
+    """Train the module for a task's number of epochs, without logs and checkpoints.
 
     Args:
         task: says the batch size.
@@ -190,13 +192,13 @@ def train(
 
 @torch.no_grad()
 def accuracy(module: Classifier, records: TensorDataset) -> float:
-    """Share of records whose largest logit is their label's."""
+    """Return the share of records whose largest logit is their label's."""
     inputs, labels = records.tensors
     return float((module.net(inputs).argmax(1) == labels).float().mean())
 
 
 def be_quiet() -> None:
-    """One thread, and none of the Trainer's advice: the runs are many and small."""
+    """Use one thread and silence the Trainer's advice, because the runs are many and small."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):

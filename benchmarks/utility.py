@@ -1,4 +1,4 @@
-"""What each method gives at the same epsilon, each at its own best learning rate from one public grid.
+"""The accuracy of each method at the same epsilon, each at its own best learning rate from one public grid.
 
     python benchmarks/utility.py                                  # extends utility.json, about an hour of one core
     python benchmarks/utility.py --datasets digits --epsilons 1 --methods flat AUTO-S --seeds 5
@@ -44,7 +44,7 @@ _calibrated: dict[tuple[Any, ...], float] = {}
 
 
 class Run(NamedTuple):
-    """One training run; ``report`` says on which records it is judged."""
+    """One training run; ``report`` says which records judge it."""
 
     dataset: str
     epsilon: float | None
@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 
 def execute(run: Run) -> tuple[Run, float, float | None]:
-    """Trains once.
+    """Train once.
 
     Returns:
         The run, its accuracy after the last epoch, and the epsilon spent.
@@ -80,18 +80,18 @@ def execute(run: Run) -> tuple[Run, float, float | None]:
 
 
 def cell(results: Results, dataset: str, epsilon: float | None, method: str) -> dict[str, Any]:
-    """The place of one method's runs: ``choice`` by rate and seed, ``report`` by seed."""
+    """Return the entry of one method's runs: ``choice`` by rate and seed, ``report`` by seed."""
     row = results.setdefault(dataset, {}).setdefault(key_of(epsilon), {})
     return row.setdefault(method, {"choice": {}, "report": {}})
 
 
 def key_of(epsilon: float | None) -> str:
-    """How a file names an epsilon."""
+    """Return the name of an epsilon in the file."""
     return "none" if epsilon is None else f"{epsilon:g}"
 
 
 def note(results: Results, run: Run, figure: float, spent: float | None) -> None:
-    """Puts a finished run in its place."""
+    """Enter a finished run."""
     place = cell(results, run.dataset, run.epsilon, run.method)
     if run.report:
         place["lr"] = run.lr
@@ -103,7 +103,7 @@ def note(results: Results, run: Run, figure: float, spent: float | None) -> None
 
 
 def missing_choices(results: Results, dataset: str, units: list[tuple[float | None, str]], options: Any) -> list[Run]:
-    """Runs of the grid that are not in the file."""
+    """Return runs of the grid that are not in the file."""
     return [
         Run(dataset, epsilon, method, lr, seed, False, options.epochs)
         for epsilon, method in units
@@ -114,7 +114,7 @@ def missing_choices(results: Results, dataset: str, units: list[tuple[float | No
 
 
 def missing_reports(results: Results, dataset: str, units: list[tuple[float | None, str]], options: Any) -> list[Run]:
-    """Reported runs that are not in the file, each at its method's best rate, seed by seed.
+    """Return reported runs that are not in the file, each at its method's best rate, seed by seed.
 
     Runs at a rate that a wider grid has since bettered are dropped.
     """
@@ -133,14 +133,14 @@ def missing_reports(results: Results, dataset: str, units: list[tuple[float | No
 
 
 def save(results: Results, out: Path) -> None:
-    """Writes the file so that an interruption leaves the old or the new one."""
+    """Write the file so that an interruption leaves the old or the new one."""
     partial = out.with_suffix(".part")
     partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     partial.replace(out)
 
 
 def run_all(options: argparse.Namespace) -> Results:
-    """Does what is missing, dataset by dataset: first the choice of rates, then the reported runs."""
+    """Run all missing runs, one data set at a time: first the choice of rates, then the reported runs."""
     results: Results = json.loads(options.out.read_text()) if options.out.exists() else {}
     with contextlib.ExitStack() as stack:
         finished: Any = map

@@ -17,7 +17,7 @@ VERDICTS = ("higher", "lower", "within noise")
 
 
 def cells(results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Data set and epsilon with the methods' places, in the order of the table; without privacy left out.
+    """Yield data set and epsilon with the methods' entries, in the order of the table; without privacy left out.
 
     Every data set comes with every epsilon of the file, whether or not its runs are done.
     """
@@ -28,23 +28,23 @@ def cells(results: Results) -> Iterator[tuple[Cell, dict[str, Any]]]:
 
 
 def datasets_of(results: Results) -> list[str]:
-    """Data sets with a finished method."""
+    """Return the data sets with a finished method."""
     done = {dataset for (dataset, _), row in cells(results) if finished(row)}
     return [dataset for dataset in TASKS if dataset in done]
 
 
 def finished(row: dict[str, Any]) -> list[str]:
-    """Methods of a cell with two reported seeds or more, in the order of the table."""
+    """Return the methods of a cell with at least two reported seeds, in the order of the table."""
     return [name for name in METHODS if name in row and len(row[name]["report"]) > 1]
 
 
 def verdict_of(row: dict[str, Any], method: str, other: str) -> str:
-    """Whether a method's accuracy is higher or lower than another's, or within noise of it."""
+    """Return whether a method's accuracy is higher or lower than another's, or within noise of it."""
     return difference(row[method]["report"], row[other]["report"]).verdict
 
 
 def tables(results: Results) -> Iterator[str]:
-    """A table a data set."""
+    """Return one table per data set."""
     for dataset in datasets_of(results):
         epsilons = [epsilon for (name, epsilon), _ in cells(results) if name == dataset]
         header = [dataset]
@@ -72,7 +72,7 @@ def _line(by_epsilon: dict[str, Any], epsilons: list[str], method: str) -> list[
 
 
 def against_baseline(results: Results) -> Iterator[str]:
-    """A sentence a cell, and one over all cells."""
+    """Return one sentence per cell, and one over all cells."""
     counts = {verdict: dict.fromkeys(METHODS, 0) for verdict in VERDICTS}
     num_cells = 0
     for (dataset, epsilon), row in cells(results):
@@ -108,7 +108,7 @@ def against_baseline(results: Results) -> Iterator[str]:
 
 
 def against_controls(results: Results) -> Iterator[str]:
-    """What is left of a method beside its own control, a sentence each."""
+    """Return the remaining gain of each method over its own control, one sentence each."""
     for method in (method for method in METHODS.values() if method.control):
         found: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
         for (dataset, epsilon), row in cells(results):
@@ -121,7 +121,7 @@ def against_controls(results: Results) -> Iterator[str]:
 
 
 def caveats(results: Results) -> str:
-    """What the figures do not say: chance, the grid's ends, what is missing."""
+    """Return the limits of the figures: chance, the grid's ends, missing runs."""
     seeds, ends, missing, spent, comparisons = set(), [], [], [], 0
     for (dataset, epsilon), row in cells(results):
         done = finished(row)
@@ -150,7 +150,7 @@ def caveats(results: Results) -> str:
 
 
 def section(results: Results) -> str:
-    """The section of the README."""
+    """Return the section of the README."""
     sizes = "; ".join(
         f"{task.name}: {len(task.for_report.train)} training and {task.test_size} test records, batch "
         f"{task.batch_size}, {task.epochs} epochs, {sum(p.numel() for p in task.make_network().parameters())} "
@@ -169,7 +169,7 @@ def section(results: Results) -> str:
 
 
 def plot(results: Results, target: Path) -> None:
-    """Draws accuracy and standard error of every method, a panel a data set."""
+    """Draw accuracy and standard error of every method, one panel per data set."""
     datasets = datasets_of(results)
     figure, (axes,) = panels(1, len(datasets), 1.8 + 3.3 * len(datasets), 5.2, sharey=True)
     names = [name for name in METHODS if name != NON_PRIVATE]

@@ -38,7 +38,7 @@ def _bank(size: int, scale: float) -> Tensor:
 
 
 def _modulus(maps: Tensor, bank: Tensor) -> Tensor:
-    """Absolute values of wavelet responses: ``(n, c, h, w)`` to ``(n, c x orientations, h, w)``."""
+    """Return absolute values of wavelet responses: ``(n, c, h, w)`` to ``(n, c x orientations, h, w)``."""
     n, c, h, w = maps.shape
     out = nn.functional.conv2d(maps.reshape(n * c, 1, h, w), bank, padding=bank.shape[-1] // 2)
     real, imaginary = out.chunk(2, dim=1)

@@ -1,4 +1,4 @@
-"""Two processes on one machine: each draws from its own half of the data, one all-reduce a step adds their sums.
+"""Two processes on one machine: each draws from its own half of the data, one all-reduce per step adds their sums.
 
     python examples/two_processes.py            # about half a minute
     python examples/two_processes.py --smoke    # two epochs

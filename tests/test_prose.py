@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("lightning_dp", "tests", "docs", "examples")
+FOLDERS = ("lightning_dp", "benchmarks", "tests", "docs", "examples")
 SOURCES = sorted(
     path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path.name != Path(__file__).name
 )
@@ -34,8 +34,9 @@ BANNED = re.compile(
 VAGUE = re.compile(r"(Each|From|Whose|What|Where|Whether|Which|Who|How|When|It|Its|This|That|They|Their)\b")
 #: Verbs that do not command.
 THIRD_PERSON = re.compile(
-    r"(Adds|Asks|Brings|Called|Calls|Changes|Checks(?! of)|Computes|Counts|Draws|Gives|Hands|Holds|Keeps|Leaves|Logs|"
-    r"Makes|Moves|Raised|Reads|Refuses|Removes|Returns|Runs|Sets|Stands|Stops|Stores|Takes|Tells|Trains|Turns|Writes)\b"
+    r"(Adds|Asks|Begins|Brings|Called|Calls|Changes|Checks(?! of)|Computes|Counts|Draws|Forgets|Frees|Gives|Hands|"
+    r"Holds|Keeps|Leaves|Logs|Makes|Moves|Raised|Reads|Refuses|Removes|Returns|Runs|Says|Sets|Stands|Stops|Stores|Takes|"
+    r"Tells|Trains|Turns|Writes)\b"
 )
 COMMANDS, ARTICLES = re.compile(r"(Check|Get|Return|Tell)\b"), re.compile(r"(An?|One|The)\b")
 
@@ -60,7 +61,7 @@ def test_prose_has_no_banned_word(path: Path) -> None:
 def test_summaries_begin_with_a_verb_or_a_noun() -> None:
     """Functions command, modules, classes and properties are things. Ruff's D401 knows more verbs of functions."""
     found = []
-    for path in (ROOT / "lightning_dp").rglob("*.py"):
+    for path in (*(ROOT / "lightning_dp").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
                 decorators = "" if isinstance(node, ast.Module) else " ".join(map(ast.unparse, node.decorator_list))
@@ -72,5 +73,6 @@ def test_summaries_begin_with_a_verb_or_a_noun() -> None:
 
 
 def test_names_of_tests_have_at_most_60_characters() -> None:
-    names = re.findall(r"def (test_\w+)", "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
+    files = [path for path in SOURCES if path.name.startswith("test_")]
+    names = re.findall(r"def (test_\w+)", "\n".join(path.read_text() for path in files))
     assert [name for name in names if len(name) > 60] == []

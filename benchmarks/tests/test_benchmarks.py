@@ -31,7 +31,7 @@ REPORTS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _as_loud_as_before() -> Iterator[None]:
-    """Benchmarks silence Lightning and take one thread; the next test is not to notice."""
+    """Restore log levels and threads, which benchmarks change, for the next test."""
     names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric")
     before, threads = {name: logging.getLogger(name).level for name in names}, torch.get_num_threads()
     yield
@@ -42,7 +42,7 @@ def _as_loud_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def readme(tmp_path: Path) -> Path:
-    """A page with empty sections."""
+    """Return a page with empty sections."""
     page = tmp_path / "README.md"
     page.write_text("# Title\n\n" + "\n".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in SECTIONS))
     return page
@@ -70,7 +70,7 @@ def test_write_section_refuses_missing_or_repeated_sections(readme: Path) -> Non
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_page_in_the_repository_is_what_the_results_give(name: str) -> None:
-    """Nobody edits tables by hand, and nobody forgets to write them."""
+    """Compare every section with the text that its results give: none is edited by hand or left old."""
     text = REPORTS[name].section(json.loads(README.with_name(f"{name}.json").read_text())).strip()
     assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in README.read_text()
     for line in text.splitlines():
@@ -150,7 +150,7 @@ def test_utility_from_runs_to_page_and_on_from_there(
 
 
 def utility_results(**shifts: float) -> dict[str, Any]:
-    """Four seeds; each method above flat clipping by its shift, by a little more or less from seed to seed."""
+    """Return results of four seeds: each method above flat clipping by its shift, slightly varied by seed."""
     jitter = (0.001, -0.001, 0.002, -0.002)
     cell = {
         method: {
@@ -206,7 +206,7 @@ def test_bytes_from_runs_to_page(tmp_path: Path, readme: Path) -> None:
     assert [step["bytes"] for step in counted["dense"]] == [dense]
     assert [step["bytes"] for step in counted["sparsified"]] == [dense, dense - 4 * int(0.9 * counted["parameters"])]
     assert [step["logged"] for step in counted["sparsified"]] == [step["bytes"] for step in counted["sparsified"]]
-    assert f"A dense step sends {dense} bytes a rank" in readme.read_text()
+    assert f"A dense step sends {dense} bytes per rank" in readme.read_text()
     assert (tmp_path / "sparsification.png").stat().st_size > 5000
 
 

@@ -47,7 +47,7 @@ def test_mnist_pickle_returns_exact_bytes() -> None:
 
 
 def _old_names(content: bytes) -> bytes:
-    """The pickle as an older NumPy would have written it."""
+    """Return the pickle as an older NumPy would have written it."""
     return content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
 
 

@@ -34,7 +34,7 @@ def outcome(accuracy: float) -> dict[str, Any]:
 
 @pytest.fixture
 def executed(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Runs that were executed; the accuracy is best at rate 4, bound .1 and 40 epochs."""
+    """Return the runs that were executed; the accuracy is best at rate 4, bound .1 and 40 epochs."""
     done: list[Run] = []
 
     def execute(run: Run) -> dict[str, Any]:

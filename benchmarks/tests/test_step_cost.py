@@ -1,4 +1,4 @@
-"""The step-cost benchmark: what it merges, what it counts, and that its page says what its results say."""
+"""The step-cost benchmark: merging, counting, and agreement of its page with its results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ("python", "torch", "lightning", "opacus", "device", "processor", "noise
 
 
 def page_of(held: dict[str, Any], **others: Any) -> str:
-    """The page of one machine that ran one case."""
+    """Return the page of one machine that ran one case."""
     machine = {"environment": dict.fromkeys(NAMES, "x"), "days": ["1"], "cases": {"mlp": held}, **others}
     return step_page({"machines": [machine]})
 
@@ -52,7 +52,7 @@ def test_goals_are_marked_as_met_or_missed() -> None:
     assert "| 1.31 ✗ [≤ 1.3] |" in row
     assert "| 1.21 ✗ [≤ 1.15] |" in row
     assert "| 1.43 ✗ [≥ 1.5] (ghost) |" in row
-    assert "without privacy: mlp 4 (3)." in text
+    assert "a step without privacy): mlp 4 (3)." in text
     assert "- mlp, ew: does not run (ValueError: no)" in text
     assert "gathers its batches as well" not in text
     assert "Where Opacus itself" not in text

@@ -80,7 +80,7 @@ class Canaries:
 class GradientCanaries(Canaries):
     """m canaries with long gradients in separate coordinates; each is in the data by a fair coin.
 
-        g_j = +-norm S e_{k(j, 1)} ... +-norm S e_{k(j, G)}      one coordinate a group, no two canaries share one
+        g_j = +-norm S e_{k(j, 1)} ... +-norm S e_{k(j, G)}      one coordinate per group, no two canaries share one
         score_j = sum_t ln(1 - q_t + q_t exp(L_tj)),     L_tj = (<G~_t, u_tj> - |u_tj|^2 / 2) / std_t^2
 
     with u_tj the canary's clipped gradient and G~_t the noisy sum: the likelihood ratio of "in" against "out" for an

@@ -33,7 +33,7 @@ class RandomSparsification(Callback):
     planned length is the same.
 
     Use it with SGD, the pairing that is tested: Adam's second moment decays on coordinates that are left out, and their
-    first updates afterwards explode. Less noise and less progress a step are partly what a learning-rate decay gives:
+    first updates afterwards explode. Less noise and less progress per step are partly what a learning-rate decay gives:
     the fair control is dense training with one.
 
     Args:

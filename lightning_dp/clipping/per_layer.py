@@ -34,7 +34,7 @@ class PerLayerClipping(FactorClipping):
 
     Args:
         max_grad_norm: R, the bound over all groups, finite and > 0; not used where ``max_grad_norms`` is given.
-        max_grad_norms: the bounds R_l: one a group in the order of ``groups``, or a mapping from module name (the
+        max_grad_norms: the bounds R_l: one per group in the order of ``groups``, or a mapping from module name (the
             parameters' name up to the last dot, "" for the root) to bound. ``None``: R / sqrt(G) each.
         noise: "equal", the same std on every coordinate, or "least", the smallest total noise of equal privacy: less on
             large groups, more on small ones.

@@ -51,7 +51,7 @@ class DataLens(DataLensRun):
 
     Args:
         generator: ``generator(z, labels)`` -> samples of the shape of one record's features. What is released.
-        discriminator: ``discriminator(features, labels)`` -> one logit a sample; a template without BatchNorm.
+        discriminator: ``discriminator(features, labels)`` -> one logit per sample; a template without BatchNorm.
         num_teachers: N, shards of the data. More teachers drown the noise, and each sees fewer records.
         top_k: k, votes of a teacher on one sample, from 1 to the number of features.
         sigma: standard deviation of the noise on each sum of votes, >= 0. Exactly one of this and ``target_epsilon``.
@@ -60,7 +60,7 @@ class DataLens(DataLensRun):
         target_delta: delta in (0, 1); default: 1 / (10 x records) rounded down to a power of ten.
         z_dim: coordinates of z ~ U(-1, 1).
         num_classes: labels 0 to num_classes - 1, drawn uniformly; 1 for data without labels.
-        batch_size: B, generated samples a step; the cost in privacy grows with it.
+        batch_size: B, generated samples per step; the cost in privacy grows with it.
         alpha: how far a sample is moved along its direction.
         lr: learning rate of the generator's Adam.
         teacher_lr: learning rate of the teachers' Adam.

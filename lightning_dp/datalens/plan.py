@@ -35,7 +35,7 @@ def epsilon_after(steps: int, *, sigma: float, top_k: int, batch_size: int, delt
         steps: steps of the generator, >= 0.
         sigma: standard deviation of the noise on each sum of votes, > 0.
         top_k: k, votes of one teacher on one generated sample.
-        batch_size: B, generated samples a step.
+        batch_size: B, generated samples per step.
         delta: in (0, 1).
 
     Returns:
@@ -61,7 +61,7 @@ class DataLensPlan:
         dataset_size: number of records n.
         num_teachers: number of shards N.
         top_k: k, votes of one teacher on one generated sample.
-        batch_size: B, generated samples a step.
+        batch_size: B, generated samples per step.
         noise_std: standard deviation of the noise on each sum of votes; 0 means epsilon is infinite.
         threshold: fraction beta of the teachers that the noisy sum has to exceed.
         steps: steps of the whole run, counted from its start; None when nothing bounds it.

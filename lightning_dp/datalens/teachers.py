@@ -150,7 +150,7 @@ class Teachers:
         logits: Tensor = vmap(of_one, randomness="different")(as_read, buffers, features, labels)
         if logits.shape != labels.shape:
             raise ValueError(
-                f"Expected the discriminator to return one logit a sample, got {tuple(logits.shape[1:])} values for "
+                f"Expected the discriminator to return one logit per sample, got {tuple(logits.shape[1:])} values for "
                 f"{labels.shape[1]} samples. Return logits of shape (B,) or (B, 1)."
             )
         return logits.float()

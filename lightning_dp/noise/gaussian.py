@@ -46,7 +46,7 @@ class GaussianNoise:
 
     Every released value is a whole number of steps between 2^-21 std and 2^-20 std, whatever was in the buffer: bits
     below the grid, which would tell which numbers were added, do not exist. The rounding to the buffer's type that
-    follows sees the grid's value only. Cost: about 0.3 microseconds a coordinate, some hundred times the fast
+    follows sees the grid's value only. Cost: about 0.3 microseconds per coordinate, some hundred times the fast
     variant's.
 
     **Guarantee**: every coordinate gets its own noise of standard deviation ``std``; no value is ever used twice, by

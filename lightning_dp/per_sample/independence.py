@@ -113,7 +113,7 @@ def find_unsupported(module: nn.Module, *, runs_samples_alone: bool = False) -> 
         runs_samples_alone: with ``grad_sample="single"`` only layers that change their state without noise are left.
 
     Returns:
-        One entry a submodule, in the order of ``named_modules()``; the name of the module itself is "".
+        One entry per submodule, in the order of ``named_modules()``; the name of the module itself is "".
 
     Example:
         >>> [(name, why[:9]) for name, _, why in find_unsupported(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))]

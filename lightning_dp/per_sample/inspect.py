@@ -46,7 +46,7 @@ def inspect(module: nn.Module) -> list[LayerReport]:
         module: in the mode in which training begins, parameters initialised.
 
     Returns:
-        One entry a layer, in the order of ``named_modules()``.
+        One entry per layer, in the order of ``named_modules()``.
 
     Raises:
         ValueError: a lazy layer has not seen its first batch.

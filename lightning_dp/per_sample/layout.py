@@ -24,7 +24,7 @@ class BatchAxis:
 
     Args:
         axis: position of the axis.
-        multiplicity: ``K``, its length a sample when it was learned. More than one for folded time steps or views.
+        multiplicity: ``K``, its length per sample when it was learned. More than one for folded time steps or views.
         sample_major: whether the ``K`` rows of a sample are neighbours; ``None`` if ``K = 1``.
         is_pinned: whether ``K`` must stay what it was when it was learned, since nothing shows that others are common
             to all samples.
@@ -255,7 +255,7 @@ def _settle_order(layouts: dict[Key, list[CallLayout] | Unclear]) -> dict[Key, l
         axis = _with_order(axis, order)
         if isinstance(axis, BatchAxis) and axis.multiplicity > 1 and axis.sample_major is None:
             return Unclear(
-                f"it gets {axis.multiplicity} rows a sample and the values do not show which rows belong to which "
+                f"it gets {axis.multiplicity} rows per sample and the values do not show which rows belong to which "
                 "sample (random layers must be off while the layout is learned)"
             )
         return axis

@@ -92,7 +92,7 @@ def check_optimizers(optimizers: list[Optimizer], module: nn.Module, public: tup
     for index, optimizer in enumerate(optimizers):
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
-                "Expected an optimizer that takes one gradient a step, got LBFGS. It runs its closure many times on "
+                "Expected an optimizer that takes one gradient per step, got LBFGS. It runs its closure many times on "
                 "one batch, each a release of its own: use SGD, Adam or AdamW."
             )
         if isinstance(optimizer, torch.optim.SparseAdam):

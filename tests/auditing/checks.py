@@ -254,7 +254,7 @@ def check_noise_is_new_at_every_step(tmp_path: Path) -> None:
 
 
 def check_ranks_draw_independently(tmp_path: Path) -> None:
-    """Positions drawn by both of two ranks at once, 50 batches of 1,000 records a rank at q = .2: z < 6, false alarm
+    """Positions drawn by both of two ranks at once, 50 batches of 1,000 records per rank at q = .2: z < 6, false alarm
     2e-9.
     """
     loaders = [private_dataloader(DataLoader(range(2000), batch_size=200), rank=rank, world_size=2) for rank in (0, 1)]

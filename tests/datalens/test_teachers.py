@@ -220,7 +220,7 @@ def test_a_discriminator_of_many_logits_is_refused() -> None:
         def forward(self, features: Tensor, labels: Tensor) -> Tensor:
             return super().forward(features, labels).expand(-1, 2)
 
-    with pytest.raises(ValueError, match="one logit a sample"):
+    with pytest.raises(ValueError, match="one logit per sample"):
         vote(make(random_shards(), net=Two(WIDTH, num_classes=CLASSES)))
 
 

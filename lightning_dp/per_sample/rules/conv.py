@@ -1,10 +1,10 @@
 """The rule for ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
 
-With the unfolded input ``U_i`` (one column a position) and the backprop ``g_i`` the gradient of sample i is a product,
+The gradient of sample i is a product of its unfolded input ``U_i`` (one column per position) and its backprop ``g_i``:
 
     grad_i = g_i U_i^T,    |grad_i|^2 = sum_pq (g_i^T g_i)_pq (U_i^T U_i)_pq,    sum_i f_i grad_i = conv_weight(x, f g)
 
-so there are several ways to the same numbers. :func:`choose_route` alone decides between them:
+:func:`choose_route` chooses between several ways to compute it:
 
 - ``"grouped"``: samples become the groups of one convolution and its weight gradient is per-sample. No unfolding.
 - ``"unfold"``: unfold the input and multiply. Larger, faster where grouped convolutions are slow.
