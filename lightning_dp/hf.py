@@ -26,7 +26,7 @@ else:
 STATE = "privacy.pt"
 
 _MEMORY = "Use a larger per_device_train_batch_size; privacy={'microbatch_size': ...} bounds the memory."
-#: Arguments of TrainingArguments -> values that can be private, and what to do about others.
+#: Arguments of TrainingArguments -> values that can be private, and advice for other values.
 _ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_grad_norm": (
         (0, 0.0, None),

@@ -113,7 +113,7 @@ def _lognormal(noise_multiplier: float, num_batches: int, step: float) -> RatioL
     upper = np.clip((means - points[:-1] * masses) / np.diff(points), 0, masses)
     split = np.append(masses - upper, 0.0)
     split[1:] += upper
-    # the ends: what is below is split between zero and the first point, what is above between the last and infinity
+    # the ends: split mass below the grid between zero and the first point, mass above between the last and infinity
     below, mean_below = float(ndtr(z[0])), float(ndtr(z[0] - scale)) / num_batches
     above, mean_above = float(ndtr(-z[-1])), float(ndtr(scale - z[-1])) / num_batches
     split[0] += mean_below / points[0]
@@ -149,7 +149,7 @@ def _sum(first: RatioLaw, second: RatioLaw) -> RatioLaw:
     for one, other in (
         (first, second),
         (second, first),
-    ):  # zero and a point: the point, or split with zero below the grid
+    ):  # zero plus a point gives the point, or is split with zero below the grid
         masses, num_below = other.at_zero * one.masses, min(max(low - one.offset, 0), one.masses.size)
         start = one.offset + num_below - low
         out[start : start + masses.size - num_below] += masses[num_below:]
@@ -191,7 +191,7 @@ def _add_pairs(
         begin, end = max(first_a, first_b + low), min(first_a + num_a, first_b + num_b + high)
         if begin >= end:
             continue
-        origin = max(begin - high, first_b)  # of the part of `smaller` that is at these distances
+        origin = max(begin - high, first_b)  # mass of `smaller` at these distances
         part = smaller.masses[origin - first_b : end - low - first_b]
         masses = weighted[begin - first_a : end - first_a]
         skipped, share = begin - origin - low, shares[start:stop]

@@ -50,7 +50,7 @@ class ComposedLoss:
             return 0.0
         index = start + int(np.searchsorted(-self.divergences[start:], -delta))  # first point at which delta is reached
         excess = self.infinite + float(self.masses[index:].sum()) - delta
-        if excess <= 0:  # delta alone is more than all that may be lost
+        if excess <= 0:  # delta exceeds the mass from there on
             return 0.0
         at = (self.offset + index) * self.interval
         epsilon = at + math.log(excess / self._damped[index])

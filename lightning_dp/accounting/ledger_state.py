@@ -25,7 +25,7 @@ class LedgerState(NamedTuple):
 
 def write_state(ledger: LedgerState) -> dict[str, Any]:
     """Return the contents as plain integers, floats, strings, lists and dictionaries."""
-    unit = {} if ledger.unit == "record" else {"unit": ledger.unit}  # ledgers of records look as they always did
+    unit = {} if ledger.unit == "record" else {"unit": ledger.unit}  # ledgers of records keep their old form
     return {
         "version": _VERSION,
         "neighboring_relation": ledger.neighboring_relation,

@@ -34,7 +34,7 @@ from lightning_dp.accounting.events import Mechanism
 Direction = Literal["remove", "add", "replace"]
 
 _REACH = 10.4  # standard deviations kept on either side of each component
-TAIL_MASS = 4 * float(ndtr(-_REACH))  # bounds all that is cut off; it counts as infinite loss
+TAIL_MASS = 4 * float(ndtr(-_REACH))  # bound on the mass cut off, which counts as infinite loss
 _CELL = 1 / 32  # widest quadrature cell, in standard deviations
 _MAX_EDGES = 1 << 20
 _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(2)

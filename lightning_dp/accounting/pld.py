@@ -181,7 +181,7 @@ class PLDAccountant(Accountant):
         ):
             ones = {pair: np.ones(size // 2 + 1, dtype=np.complex128) for pair in pairs}
             cached = _Composition(relation, interval, size, {}, ones)
-        self._composition = None  # not left half multiplied if interrupted
+        self._composition = None  # an interruption must not leave it half multiplied
         for key, count in subsampled.items():
             added = count - cached.counts.get(key, 0)
             if added:

@@ -51,7 +51,7 @@ class PRVAccountant(Accountant):
 
 
 def _opacus_epsilon(history: list[tuple[float, float, int]], delta: float) -> float:
-    from opacus.accountants import PRVAccountant as OpacusPRVAccountant  # takes a second or two
+    from opacus.accountants import PRVAccountant as OpacusPRVAccountant  # takes one or two seconds
 
     accountant = OpacusPRVAccountant()
     accountant.history = history

@@ -72,7 +72,7 @@ class RDPAccountant(Accountant):
         mu, subsampled = split_unsampled(mechanisms)
         if subsampled and neighboring_relation == "replace_one":
             raise refuse_replace_one(self.name)
-        total = np.tile(self.orders * mu**2 / 2, (2, 1))  # with against without a sample, and the other way round
+        total = np.tile(self.orders * mu**2 / 2, (2, 1))  # with a sample against without it, and the reverse
         for key, count in subsampled.items():
             total += count * divergences_of(key)
         return max(float(compute_epsilon(self.orders, divergences, delta)[0]) for divergences in total)
@@ -83,7 +83,7 @@ def divergences_of(key: Mechanism) -> Array:
     """Return bounds on the Rényi divergences of one sampled mechanism at ``RDPAccountant.orders``, cached.
 
     Returns:
-        Shape (2, number of orders): with against without a sample, and the other way round. Public and read-only.
+        Shape (2, number of orders): with a sample against without it, and the reverse. Public and read-only.
     """
     bound = _allocation_divergences if key.num_batches > 1 else _poisson_divergences
     found = bound(key, RDPAccountant.orders)

@@ -79,7 +79,7 @@ def _user_event(mechanism: Mechanism, records_per_user: int) -> dp_accounting.Dp
         return dp_accounting.GaussianDpEvent(noise_multiplier / records_per_user)
     joined = np.arange(records_per_user + 1)
     probabilities = binom.pmf(joined, records_per_user, sample_rate)
-    likely = probabilities > 0  # what is left out underflows
+    likely = probabilities > 0  # omitted terms underflow
     return MixtureOfGaussiansDpEvent(
         noise_multiplier, joined[likely].tolist(), (probabilities[likely] / probabilities[likely].sum()).tolist()
     )

@@ -20,7 +20,7 @@ from lightning_dp.clipping import Clipping, FactorClipping
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.errors import PrivacyError
 
-_NOISELESS = 1e-3  # noise in units of S below which a likelihood ratio says no more
+_NOISELESS = 1e-3  # noise, in units of S, below which likelihood ratios are decisive anyway
 
 
 class Sum(Protocol):

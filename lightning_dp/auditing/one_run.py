@@ -236,7 +236,7 @@ def epsilon_one_run_all_thresholds(
     precise_first = sorted(points[1:], key=lambda point: -point[0] / sum(point))
     for correct, wrong in precise_first:
         if correct / (correct + wrong) <= expit(best):
-            break  # no bound exceeds what the share of right guesses says
+            break  # no bound exceeds the one from the share of right guesses
         best = epsilon_of_counts(total, correct + wrong, correct, delta=delta, significance=significance, at_least=best)
     return best
 

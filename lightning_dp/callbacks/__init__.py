@@ -31,4 +31,4 @@ __all__ = [
     "SwitchToDP",
 ]
 
-serve_both()  # Trainers of pytorch_lightning take these callbacks, too
+serve_both()  # Trainers of pytorch_lightning accept these callbacks, too

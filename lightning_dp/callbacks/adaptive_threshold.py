@@ -22,7 +22,7 @@ class _BoundCallback(Callback):
         """Hand the rule to the strategy when a stage begins; a new run begins with the strategy's bound."""
         if stage == "fit":
             if trainer.global_step == 0:
-                self.bound.reset()  # a checkpoint, if there is one, is read after this
+                self.bound.reset()  # a checkpoint, if any, is loaded later
             private_strategy(trainer, self).mechanisms.add(self, bound=self.bound)
 
     @override

@@ -106,7 +106,7 @@ class MagnitudePruning(Callback):
         if stage == "fit":
             if trainer.global_step == 0:
                 self._mask, self._draws = MagnitudeMask(), 0
-            # a function, since a checkpoint that is read after this may bring another mask
+            # a function, because a checkpoint loaded later may replace the mask
             private_strategy(trainer, self).mechanisms.add(self, mask=lambda length: self._mask)
 
     @override

@@ -121,7 +121,7 @@ class RandomSparsification(Callback):
         assert mask is not None
         steps, (last, known) = strategy.steps_taken, self._seen
         if steps <= last:
-            return  # within an accumulation: no step was taken under the mask yet
+            return  # within an accumulation: the mask has had no step yet
         version = mask.version(steps - 1)
         self._seen = (steps, version)
         if version == known:

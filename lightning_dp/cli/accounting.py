@@ -25,7 +25,7 @@ from lightning_dp.step.correlation import Correlation
 from lightning_dp.step.mechanisms import RunLength
 from lightning_dp.step.plan import DPPlan, default_delta
 
-#: What a reader should know of an accountant that has an answer.
+#: Notes for the reader on accountants that have an answer.
 NOTES = {
     "pld": "tight; DPStrategy's default",
     "rdp": "looser, very cheap",

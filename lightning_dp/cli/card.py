@@ -75,7 +75,7 @@ def load(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"Expected a checkpoint file, got {path!r}, which does not exist. Check the path.")
     try:
-        # weights are mapped, not read: only the ledger and the plan are looked at
+        # weights are memory-mapped, because only ledger and plan are read
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -244,7 +244,7 @@ class QuantileBound(_LearnedBound):
     @override
     def statistics(self, norms_B: Tensor) -> Tensor:
         assert self.value is not None
-        below = (norms_B <= self.value).to(norms_B.dtype)  # NaN is not below
+        below = (norms_B <= self.value).to(norms_B.dtype)  # NaN does not count as below
         return (below - 0.5).sum().reshape(1)
 
     @override

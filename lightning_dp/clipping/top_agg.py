@@ -157,7 +157,7 @@ class TopAgg(ExplicitClipping):
             if indices is None:
                 added.copy_(self._contributions(grads, num_chosen))
             else:
-                finite = grads.isfinite().all(1, keepdim=True)  # a sample counts as a whole, what is masked included
+                finite = grads.isfinite().all(1, keepdim=True)  # the whole sample counts, masked coordinates included
                 grads_L = torch.where(finite, grads[:, indices], 0.0)
                 added.index_copy_(1, indices, self._contributions(grads_L, num_chosen))
         return added_BP

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_dp import _validate as check
 
 SIGNS = ("sign", "stochastic")
-_FEW = 8  # so few of a row are found faster by torch
+_FEW = 8  # up to this k, torch's selection is faster
 
 _coins: dict[tuple[int, torch.device], torch.Generator] = {}
 
@@ -89,7 +89,7 @@ def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     grads = gradients if gradients.dtype == torch.float64 else gradients.float()
     chosen = _places_of_largest(grads.abs(), top_k)
     values_K = grads.gather(-1, chosen)
-    finite = values_K.isfinite().all(-1, keepdim=True)  # what is not is among the largest of its row, NaN included
+    finite = values_K.isfinite().all(-1, keepdim=True)  # NaN and inf rank among the largest
     return torch.where(finite, values_K, 0.0), chosen
 
 

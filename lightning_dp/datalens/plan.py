@@ -9,7 +9,7 @@ from typing import Any
 from lightning_dp.accounting import Accountant, Ledger, PrivacyEvent, calibrate_noise_multiplier, gaussian_epsilon
 from lightning_dp.step.plan import Run
 
-#: What two plans must share for the noise of the first to be kept when the second resumes it.
+#: Facts that two plans must share so that a resumed run keeps the noise of the first.
 _SAME_RUN = ("dataset_size", "num_teachers", "top_k", "batch_size", "steps", "delta", "target_epsilon", "accountant")
 
 

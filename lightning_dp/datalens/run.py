@@ -50,7 +50,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
             seeded=settings.seed is not None,
             secure=settings.secure_rng,
         )
-        self.mechanisms = Mechanisms()  # of which a limit is all that callbacks can ask for
+        self.mechanisms = Mechanisms()  # callbacks may request only a limit
         self._dataset_size: int | None = None
         self._teachers: Teachers | None = None
         self._release: VoteRelease | None = None

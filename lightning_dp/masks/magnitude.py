@@ -18,7 +18,7 @@ from lightning_dp.masks.random import check_seed
 
 _NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
-#: What is wrong with scores from anything but public weights.
+#: The reason to refuse scores that do not come from public weights.
 NOT_PUBLIC = (
     "Scores computed from the private data are not public, and neither is a mask made of them: pass source='initial', "
     "'noisy', or 'public' with reference=<state dict of a model trained on public data>."

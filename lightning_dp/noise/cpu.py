@@ -18,7 +18,7 @@ from lightning_dp.system.openmp import end_waiting_threads
 
 NUM_STREAMS = 4  # a constant, so that a seed gives the same noise whatever the number of threads
 CHUNK = 1 << 15  # coordinates that a stream draws at a time: they stay in the processor's cache
-_LEAST_PER_WAITING_THREAD = 1 << 18  # coordinates, per thread that torch computes on, to be worth ending those
+_LEAST_PER_WAITING_THREAD = 1 << 18  # coordinates per torch thread from which ending those threads pays
 
 
 class CpuStreams:
@@ -81,7 +81,7 @@ class CpuStreams:
             noise = self._buffer(number, flat.dtype)[: target.numel()]
             stream(noise, std)
             sums = target.numpy()
-            sums += noise.numpy()  # less work per call than torch's, and so short that threads do not pay
+            sums += noise.numpy()  # cheaper per call than torch's, and too short for threads
 
     def _buffer(self, number: int, dtype: torch.dtype) -> Tensor:
         key = (number, dtype)

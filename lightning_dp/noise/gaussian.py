@@ -210,7 +210,7 @@ class GaussianNoise:
             >>> bool((noise.add_(torch.zeros(3), std=1.0) != 0).all())
             True
         """
-        if self._fork == num_forks():  # else its threads are the parent's
+        if self._fork == num_forks():  # else its threads belong to the parent
             self._streams.close()
             ahead, self._ahead = self._ahead, None
             if ahead is not None:

@@ -57,7 +57,7 @@ class NormalsAhead:
         Raises:
             Exception: whatever drawing raised.
         """
-        drawn, self._drawn = self._drawn, None  # spent, whatever comes next
+        drawn, self._drawn = self._drawn, None  # these numbers must never be used again
         if drawn is None:
             return None
         normals = drawn.result()
@@ -70,7 +70,7 @@ class NormalsAhead:
 
     def _fill(self, num: int, dtype: torch.dtype) -> Tensor:
         if self._buffer.dtype != dtype or not num <= self._buffer.numel() <= 2 * num:
-            self._buffer = torch.empty(0)  # the old one goes first
+            self._buffer = torch.empty(0)  # free the old buffer first
             self._buffer = torch.empty(num, dtype=dtype)
         normals = self._buffer[:num]
         for start in range(0, num, _CHUNK):

@@ -143,7 +143,7 @@ class CorrelatedGaussianNoise:
         flat = tensor.detach().view(-1)
         if not adds:
             flat.zero_()
-        now, self._step = self._step, self._step + 1  # spent, whatever happens below
+        now, self._step = self._step, self._step + 1  # this draw counts as used even if an error follows
         terms = [(r, now - lag) for lag, r in enumerate(self._inverse[: now + 1])]
         if std > 0:
             (self._add_cpu if flat.device.type == "cpu" else self._add_device)(flat, std, terms)

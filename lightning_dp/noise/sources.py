@@ -83,7 +83,7 @@ def _mkl_generator() -> Callable[..., Any] | None:
         if not np.allclose(state.normal(0.0, 1.0, 4, "ICDF"), _ARS5_KNOWN, rtol=0, atol=1e-6):
             raise RuntimeError("it draws other values than it should")
     except Exception as error:
-        # a library that cannot be loaded raises what it likes, and torch's generator is as private
+        # a broken library may raise anything, and torch's generator is equally private
         if not (isinstance(error, ModuleNotFoundError) and error.name == "mkl_random"):
             warnings.warn(
                 f"Expected a working mkl-random, got {type(error).__name__}: {error}. torch's generator draws the "

@@ -181,7 +181,7 @@ class PerSampleEngine(GradientEngine):
                 try:
                     learned = learner.learn(set(self._parameters))
                 except PrivacyError as error:
-                    if more:  # what these runs would add is unclear: a use of it is refused when it comes
+                    if more:  # the result of these runs is unclear: such uses are refused later
                         return
                     self._learning_size, self._tracker.learned = None, None
                     try:
@@ -206,7 +206,7 @@ class PerSampleEngine(GradientEngine):
                 run(size)
                 self.end()
         except (PrivacyError, RecursionError) as error:
-            # a recursion: some operation is made of itself, seen by both ways to follow it
+            # RecursionError: both ways of following make an operation call itself
             self._follows_owners = False
             self.end()
             if isinstance(error, PrivacyError):
@@ -396,7 +396,7 @@ class PerSampleEngine(GradientEngine):
     def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         asked = list(self._parameters if names is None else names)
         with self._arithmetic():
-            # what is cached may be in a buffer that the next microbatch overwrites
+            # cached gradients may be in a buffer that the next microbatch overwrites
             grads = {name: grad.clone() for name, grad in self._computed(set(asked)).items()}
             size = self._recorder.num_samples
             return {

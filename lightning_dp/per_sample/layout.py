@@ -181,7 +181,7 @@ def _solve_call(first: Observation, second: Observation, sizes: tuple[int, int])
             inputs[i] = BatchAxis(axis.axis, axis.multiplicity, order)
     known = {a.sample_major for a in inputs if isinstance(a, BatchAxis) and a.sample_major is not None}
     if len(known) == 1:
-        # the rows of an output have the order of those of the input they were made from
+        # output rows have the order of the input rows that they come from
         order = known.pop()
         inputs = [_with_order(axis, order) for axis in inputs]
         outputs = [_with_order(axis, order) for axis in outputs]

@@ -287,7 +287,7 @@ def _added(step: Step) -> Found:
     """Return the owners after rows are added up by an index; mixed if one sum holds rows of several samples."""
     by_id = {id(tensor): rows for tensor, rows in step.owned}
     target, dim, index, source = step.args[:4]
-    # constants that are counted belong to whom the index belongs to
+    # counted constants belong to the owner of the index
     rows, before = by_id.get(id(source), by_id.get(id(index))), by_id.get(id(target))
     if rows is None and before is None:
         return None

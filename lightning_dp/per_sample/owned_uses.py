@@ -105,7 +105,7 @@ def general(
     if not owned:
         return derive(tracker, func, args, kwargs)
     one = {rows.only for _, rows in owned}
-    if len(one) == 1 and None not in one:  # all of it belongs to one sample
+    if len(one) == 1 and None not in one:  # the whole tensor belongs to one sample
         axis = OwnedAxis(None, owned[0][1].index[:1])
         own = {id(t): _copy(tracker, t, node, t.detach().view_as(t), axis) for t, node in tracked}
         return _run(func, args, kwargs, own)

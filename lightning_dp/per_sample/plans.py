@@ -236,7 +236,7 @@ class Learner:
             self.tracker.stop()
             self.tracker.observer = None
         for key, calls in observer.seen.items():
-            # forwards without gradients count only where there are no others (reentrant checkpoints)
+            # forwards without gradients count only if there are no others (reentrant checkpoints)
             observer.seen[key] = [call for call in calls if call.with_grad] or calls
         return observer
 

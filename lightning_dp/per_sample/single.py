@@ -173,7 +173,7 @@ class SingleSampleEngine(GradientEngine):
                         small.append(active)
                     else:
                         row += squared_norm(active.unsqueeze(0))
-                if small:  # one call for all of them: their overhead is most of what a small model costs
+                if small:  # one call for all, because call overhead dominates for a small model
                     row += torch.stack([norm.to(row.dtype) for norm in norms_of(small)]).square().sum()
             return norms
 

@@ -73,10 +73,10 @@ class Source:
         self._workspace = workspace
         self._cached: Grads = {}
         self._cached_at = -1
-        self._made: Grads = {}  # within the backward; while there are any, every further backprop is added to them
+        self._made: Grads = {}  # computed within the backward; later backprops are then added to them
         self._active: dict[tuple[Hashable, ParameterMask], Tensor] = {}  # active entries of the gradients
         self._active_at = -1
-        self._not_at_once: set[Any] = set()  # shapes for which that did not pay or had no buffer
+        self._not_at_once: set[Any] = set()  # shapes for which caching was slower or had no buffer
         self._groups: list[tuple[set[Hashable], list[Call]]] = []
         self._groups_at = -1
 

@@ -79,7 +79,7 @@ class Tracker:
                 self._classes[plain] = reporting_class(plain, self)
             self._replaced.append((parameter, plain))
             parameter.__class__ = self._classes[plain]
-        if "torch._dynamo" in sys.modules:  # what was compiled does not report its operations
+        if "torch._dynamo" in sys.modules:  # compiled code does not report its operations
             self._eager = torch.compiler.set_stance("force_eager")
             self._eager.__enter__()
 

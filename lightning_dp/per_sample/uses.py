@@ -105,7 +105,7 @@ class Use:
         self.in_axis, self.out_axis = in_axis, out_axis
         # of a registered operation: returns its arguments with the rows of the samples first, given how to lay them out
         self.arguments: Callable[[int, Callable[[Tensor, int], Tensor]], dict[str, Any]] | None = None
-        # backprops, each with the keys for which it counts
+        # pairs of a backprop and its keys
         self.parts: list[tuple[Tensor, frozenset[Hashable]]] = []
         self.done = False
 

@@ -27,7 +27,7 @@ TYPES = {
     "gdp": "Gaussian differential privacy, exact",
     "tcdp": "truncated concentrated differential privacy",
 }
-#: Whose code computes epsilon; what is not named here is this package's own.
+#: Authors of the code that computes epsilon; for names not listed, this package.
 COMPUTED_BY = {"rdp": "dp-accounting", "prv": "opacus"}
 
 

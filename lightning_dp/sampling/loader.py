@@ -166,7 +166,7 @@ class PrivateDataLoader(DataLoader[Any]):
         dataset, collate = self.dataset, self.collate_fn
         assert isinstance(collate, MicrobatchCollate)
         self._num_passes += 1
-        # The iterator (and its workers) take these two with them; whoever looks at the loader sees the user's own.
+        # The iterator and its workers use these two; the loader's attributes stay the user's own.
         if isinstance(dataset, IterableDataset):
             assert self.batch_size is not None
             seed = None if self._seed is None else (*self._seed, self._num_passes)

@@ -96,7 +96,7 @@ def plan_correlation(
         )
     steps = max(1, length.steps)
     _check_mechanisms(mechanisms, length, steps)
-    # a stream begins again with every pass, also where passes are cut short; the cyclic order goes on
+    # a stream restarts with every pass, even a shortened one; the cyclic order continues
     passes, separation = facts.passes(steps), facts.separation or steps
     if facts.sampling == "shuffle" and facts.separation is not None:
         separation = length.steps_per_epoch or separation

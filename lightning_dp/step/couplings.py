@@ -162,7 +162,7 @@ class Couplings:
         batch, spares = records[: self._runs.host.batch_size], records[self._runs.host.batch_size :]
         if len(batch) < 2 or not spares:
             return
-        place, swapped = 0, list(batch)  # the first one: what counts or ranks samples passes it to the others
+        place, swapped = 0, list(batch)  # the first one: counting or ranking code passes it to the others
         draws = Draws(seed=seed, real=True)
         base = self._fingerprint(snapshot, batch, place, draws)
         for spare in exchange.most_different(batch[place], spares):

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_dp import _validate as check
 from lightning_dp.accounting import Accountant, Ledger, max_steps_within
 
-#: Steps that an unbounded run is looked ahead at most.
+#: Largest number of steps of look-ahead in an unbounded run.
 HORIZON = 10_000_000
 
 

@@ -41,7 +41,7 @@ from lightning_dp.step.plan import every_step
 
 __all__ = ["CardFiles", "Mechanisms", "RunLength"]
 
-#: What a callback can ask for, as messages and the privacy card name it.
+#: Requests of callbacks, with their names in messages and on the privacy card.
 _NAMES = {
     "noise_schedule": "the schedule of the noise",
     "is_private": "the private phases",

@@ -15,7 +15,7 @@ from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan, default_delta
 from lightning_dp.step.settings import Settings
 
-#: What two plans must share for the noise of the first to be kept when the second resumes it.
+#: Facts that two plans must share so that a resumed run keeps the noise of the first.
 _SAME_RUN = (
     "sampling",
     "dataset_size",
@@ -150,7 +150,7 @@ def _calibrated(
         and all(restored.get(k) == now[k] for k in _SAME_RUN)
     ):
         kept = float(restored["noise_multiplier"])
-        # a resume within a shuffled pass pays one pass more than was planned
+        # a resume within a shuffled pass costs one more pass than planned
         if accountant.epsilon(ledger.extended(plan.runs(start, stop, kept)), plan.delta) <= plan.target_epsilon:
             return kept
     if start >= stop:

@@ -29,7 +29,7 @@ class Reduction(Protocol):
     is_sharded: bool
     """Whether forwards communicate, so that every rank has to run the same ones, and hold parts of the parameters."""
 
-    # what every rank has to do alike where forwards communicate
+    # steps that every rank must do alike if forwards communicate
 
     def same_count(self, num: int) -> int:
         """Return the number of microbatches of every rank: the maximum of ``num`` if forwards communicate, else
@@ -45,7 +45,7 @@ class Reduction(Protocol):
     def recover(self) -> None:
         """Return the module to its state between two steps, after a caught exception in the user's code."""
 
-    # what differs where parameters are sharded
+    # differences for sharded parameters
 
     def watch(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give an engine the tensors that the module computes with."""
@@ -80,7 +80,7 @@ class Reduction(Protocol):
     def average(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Average the gradients of a public optimizer over the ranks."""
 
-    # trials: every rank runs the same records, and compares what it holds of the gradients
+    # trials: every rank runs the same records, and compares its part of the gradients
 
     def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
         """Return this rank's part of per-sample gradients, ``(B, *part)`` per parameter, for a comparison."""
@@ -216,7 +216,7 @@ class AllReduce(OneProcess):
             parameter.grad = part.view_as(parameter)
 
 
-#: Words of what the back ends of torch raise where another process is lost.
+#: Words in the errors that torch's back ends raise if another process is lost.
 _LOST = re.compile("gloo|nccl|connection|socket|timed? ?out|broken pipe", re.IGNORECASE)
 
 

@@ -21,7 +21,7 @@ from lightning_dp.step.step import PrivateStep
 
 #: Quantiles of the coins of a batch: a branch that is taken with a probability of 0.1 or of 0.9 is tried.
 LOW, MIDDLE, HIGH = 0.02, 0.5, 0.98
-#: Seconds after which the checks show that they are under way.
+#: Seconds after which the checks show their progress.
 SILENT_FOR = 3.0
 
 

@@ -14,7 +14,7 @@ from lightning_dp.noise.correlated import CorrelatedNoise
 from lightning_dp.sampling import Unit
 from lightning_dp.sampling.checks import SAMPLINGS
 
-#: What the strings among the arguments may be; command lines and editors read it.
+#: Allowed values of the string arguments; command lines and editors read them.
 ClippingName = Literal["flat", "per_layer", "automatic", "psac", "none"]
 AccountantName = Literal["pld", "rdp", "prv", "gdp", "tcdp"]
 Sampling = Literal["poisson", "shuffle", "cyclic"]
@@ -167,7 +167,7 @@ class Settings:
     @property
     def drawing(self) -> dict[str, Any]:
         """Settings that are arguments of ``private_dataloader``."""
-        # what is public holds only for relations that keep the other records in place
+        # the assignment is public only under relations that keep the other records in place
         public = self.sampling == "cyclic" and self.neighboring_relation != "add_or_remove_one"
         given = {name: getattr(self, name) for name in _DRAWING}
         return {"public_assignment": 0 if public else None, **given, "microbatch_size": self.samples_at_once}

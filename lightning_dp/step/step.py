@@ -227,7 +227,7 @@ class PrivateStep:
             return False
         if optimizer in self.accumulators:
             self.collect_if_manual(optimizer)
-        for parameter in self.parameters.of(optimizer).values():  # how many microbatches there are is private:
+        for parameter in self.parameters.of(optimizer).values():  # the number of microbatches is private:
             parameter.grad = None  # a public optimizer sees the gradient of the real call alone
         return True
 

@@ -69,7 +69,7 @@ class Trial:
         records = self._host.records(NUM_SPREAD)
         with self._sandbox.enter() as snapshot, self._runs.progress():
             if not settings.runs_samples_alone:
-                # records that differ show whether all of them have as many rows
+                # different records show whether all have equally many rows
                 self._learn_layout(snapshot, (differing(records) * 2)[:2])
             if settings.check_per_sample and len(records) > 1:
                 self._host.attempt(lambda: self._check(snapshot, records), snapshot.put_back)

@@ -227,7 +227,7 @@ def wrap_checkpoint_io(held: Any, make: Callable[[], Any]) -> Any:
     if held is None:
         return make()
     if is_a(held, _WrappingCheckpointIO):
-        held.checkpoint_io = make()  # it takes none where the user gave it one
+        held.checkpoint_io = make()  # ignored if the user has already set one
     return held
 
 

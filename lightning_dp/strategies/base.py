@@ -266,7 +266,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
             self._fit.check_callbacks()
         note_values(self.module.parameters())
         checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
-        # they are empty, and a plain Trainer would look for loaders to take them
+        # they are empty, and a Trainer without privacy would fail to match them to loaders
         _lightning.drop_loader_states(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
 
-#: Ends the name of a checkpoint that is still being written; it never takes part in a resume.
+#: Suffix of a checkpoint that is still being written; a resume never reads it.
 PARTIAL = ".partial"
 
 

@@ -145,7 +145,7 @@ class PrivateFit:
                 return self._run_real(self._host.stand_in(copies), copies, weight=0.0)
             count, owners, _ = batch.parts[-1]
             return self._run_real(self._on_device, count, owners)
-        except StopIteration as error:  # Lightning would take it for the end of the data and go on without this step
+        except StopIteration as error:  # Lightning would treat it as the end of the data and skip this step
             raise RuntimeError(
                 "training_step raised StopIteration; Lightning would take this for the end of the data. Catch it "
                 "inside training_step."
@@ -174,7 +174,7 @@ class PrivateFit:
         flags = [layer.training for layer in strategy.module.modules()]
         flags += [parameter.requires_grad for parameter in strategy.module.parameters()]
         if flags != self._training_flags:
-            # later a training step may hold everything frozen between two batches
+            # later, everything may be frozen between two batches
             check = module_checks.check_layers if self._training_flags else module_checks.check_module
             check(strategy.module, runs_samples_alone=strategy.settings.runs_samples_alone)
             self._training_flags = flags

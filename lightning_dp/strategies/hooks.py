@@ -55,7 +55,7 @@ class UserHooks:
         self._strategy = strategy
         self._reported: set[str] = set()
         self._watched = [c for c in getattr(strategy.trainer, "callbacks", []) if not _is_known(type(c))]
-        self._own: list[tuple[Any, str, Any]] = []  # what hooks were before, on the instance
+        self._own: list[tuple[Any, str, Any]] = []  # instance attributes that the hooks replaced
         self.writing: list[Any] = []
         """Callbacks that have changed the module, and take part in trials since; the module, if the end of an epoch has
         changed it.

@@ -64,7 +64,7 @@ class TrainingInputs(RunFacts, Strategy):
             return dataloader
         overfit = trainer.overfit_batches  # type: ignore[attr-defined]
         if isinstance(overfit, float) and overfit > 0:
-            self._undo.append(_lightning.use_whole_loader(trainer))  # the private loader holds the share already
+            self._undo.append(_lightning.use_whole_loader(trainer))  # the private loader already includes the share
         for parts in {*trainer_checks.accumulation(trainer).values()}:  # each must be possible before the first step
             self._private(dataloader, parts)
         loader = self._private(dataloader, trainer_checks.parts_now(trainer))

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning_dp.metrics import Epsilon
 from lightning_dp.strategies._lightning import fit_results
 
-#: Begins the names under which this package logs functions of public settings, and audits.
+#: Prefix of names that this package logs: functions of public settings, and audits.
 PUBLIC = ("privacy/", "audit/", "communication/")
 NON_PRIVATE = "nonprivate/"
 

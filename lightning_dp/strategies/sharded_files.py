@@ -21,7 +21,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.strategies.checkpoint_io import PARTIAL
 
-#: Ends the name of the folder that is being replaced; it is used again if a death has left nothing in its place.
+#: Suffix of the folder that is being replaced; it is restored if a crash left no folder in its place.
 OLD = ".old"
 #: File of a folder that holds everything but tensors; it is written last.
 META = "meta.pt"
@@ -92,7 +92,7 @@ def check(checkpoint: dict[str, Any], path: Path) -> None:
     """
     found = FileSystemReader(path).read_metadata().state_dict_metadata.get(saved.KEY)
     if found is None and saved.KEY not in checkpoint:
-        return  # not of a private strategy: what that means is said elsewhere
+        return  # not from a private strategy: another check handles this
     held = {saved.KEY: torch.empty(getattr(found, "size", 0), dtype=torch.uint8)}
     if found is not None:
         load(held, checkpoint_id=path)

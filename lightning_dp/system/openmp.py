@@ -18,8 +18,8 @@ import os
 import sys
 from collections.abc import Callable
 
-_SOFT = 1  # omp_pause_soft: what the program has set stays set
-_ENVIRONMENT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how a user says that threads shall wait
+_SOFT = 1  # omp_pause_soft: the program's settings are kept
+_ENVIRONMENT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # the user's settings of how threads wait
 
 _forked = False
 

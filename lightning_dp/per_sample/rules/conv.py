@@ -186,7 +186,7 @@ class ConvRule(Rule):
             scaled, x = _scaled_rows(backprop, row_factors), _kept_rows(x, row_factors)
             shape = tuple(conv.weight.shape)
             out["weight"].add_(_native_gradient(conv, x, shape, scaled, padding, conv.groups))
-        if "bias" in out:  # from the sums that its norms are taken from
+        if "bias" in out:  # computed from the same sums as its norms
             out["bias"].add_(weighted_rows(_bias_gradients(calls), factors))
 
     @override

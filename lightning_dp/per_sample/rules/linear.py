@@ -107,11 +107,11 @@ class LinearRule(Rule):
         batch_size: int,
         out: Mapping[str, Tensor],
     ) -> None:
-        if "bias" in out:  # from the sums that its norms are taken from
+        if "bias" in out:  # computed from the same sums as its norms
             out["bias"].add_(weighted_rows(_sums_over_positions(calls, batch_size), factors))
         if "weight" not in out:
             return
-        for call in calls:  # one by one: nothing of the size of all of them together is made
+        for call in calls:  # one by one, so that no tensor has the size of all together
             inputs, backprops = (widen(_split(tensor, batch_size)) for tensor in (call.activation, call.backprop))
             factors_B11 = factors.to(backprops.dtype).reshape(-1, 1, 1)
             if inputs.shape[2] < backprops.shape[2]:  # the smaller of the two is scaled
