@@ -312,7 +312,7 @@ def runs(schedule: Schedule, start: int, stop: int) -> list[tuple[float, int]]:
         [(1.0, 2), (0.5, 3), (0.25, 1)]
     """
     if not 0 <= start <= stop:
-        raise ValueError(f"Expected 0 <= start <= stop, got start={start}, stop={stop}.")
+        raise ValueError(f"Expected 0 <= start <= stop, got start={start}, stop={stop}. Steps count from 0.")
     groups: list[tuple[float, int]] = []
     current, count = math.nan, 0
     for number in range(start, stop):
@@ -338,19 +338,19 @@ def runs(schedule: Schedule, start: int, stop: int) -> list[tuple[float, int]]:
 
 def _positive(name: str, value: float | None) -> float:
     if value is None or not 0 < value < math.inf:
-        raise ValueError(f"Expected 0 < {name} < inf, got {name}={value}.")
+        raise ValueError(f"Expected 0 < {name} < inf, got {name}={value}. Pass a finite number above 0.")
     return float(value)
 
 
 def _not_negative(name: str, value: float | None) -> float:
     if value is None or not 0 <= value < math.inf:
-        raise ValueError(f"Expected 0 <= {name} < inf, got {name}={value}.")
+        raise ValueError(f"Expected 0 <= {name} < inf, got {name}={value}. Pass a finite number of 0 or more.")
     return float(value)
 
 
 def _interval(name: str, value: int | None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected an integer number of steps {name} >= 1, got {name}={value}.")
+        raise ValueError(f"Expected an integer number of steps {name} >= 1, got {name}={value}. Pass an int.")
     return value
 
 

@@ -88,7 +88,7 @@ class PrivacyEvent:
         if self.kind != "poisson" and self.sample_rate != 1:
             raise ValueError(
                 f"Expected sample_rate=1 for kind={self.kind!r}, got sample_rate={self.sample_rate}. "
-                'Only kind="poisson" is amplified by sampling.'
+                'Only kind="poisson" is amplified by sampling: leave sample_rate out.'
             )
         if self.kind == "non_private" and self.noise_multiplier != 0:
             raise ValueError(

@@ -81,7 +81,9 @@ class PrivacyAudit(Callback):
             )
         wanted = len(canaries) if canaries is not None else 1000 if num_canaries is None else num_canaries
         if check.check_count("num_canaries", wanted) < 2:
-            raise ValueError(f"Expected num_canaries >= 2, got num_canaries={wanted}. One coin says nothing.")
+            raise ValueError(
+                f"Expected num_canaries >= 2, got num_canaries={wanted}. One coin shows nothing: pass more."
+            )
         self.num_canaries = wanted
         self.confidence = check.check_probability("confidence", confidence)
         self.norm = check.check_positive("norm", norm)

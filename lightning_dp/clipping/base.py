@@ -157,7 +157,9 @@ class FactorClipping(Clipping):
         if norms.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"Expected float32 or float64 norms, got dtype={norms.dtype}. Compute norms in float32.")
         if norms.ndim != 2:
-            raise ValueError(f"Expected norms of shape (groups, samples), got shape={tuple(norms.shape)}.")
+            raise ValueError(
+                f"Expected norms of shape (groups, samples), got shape={tuple(norms.shape)}. Add an axis of one group."
+            )
         factors = self._raw_factors(norms)
         # written so that NaN is dropped as well
         usable = ((norms >= 0) & (norms < math.inf)).all(dim=0) & (factors >= SMALLEST_FACTOR) & (factors < math.inf)

@@ -151,7 +151,7 @@ class StepsOver(Sequence[int]):
 
     def __init__(self, dataset: Sized, steps_per_epoch: int) -> None:
         if not 1 <= steps_per_epoch < math.inf:
-            raise ValueError(f"Expected steps_per_epoch >= 1, got steps_per_epoch={steps_per_epoch}.")
+            raise ValueError(f"Expected steps_per_epoch >= 1, got steps_per_epoch={steps_per_epoch}. Raise it.")
         self.dataset = dataset
         self.steps_per_epoch = steps_per_epoch
 

@@ -44,7 +44,7 @@ def check_buffer(tensor: Tensor, std: float) -> None:
             "Call contiguous() first."
         )
     if not 0 <= std < math.inf:
-        raise ValueError(f"Expected 0 <= std < inf, got std={std}.")
+        raise ValueError(f"Expected 0 <= std < inf, got std={std}. Check noise and bound.")
     limits = torch.finfo(tensor.dtype)
     if std != 0 and not limits.tiny <= std <= limits.max:
         raise ValueError(f"Expected std within the range of {tensor.dtype}, got std={std}. Rescale the buffer.")

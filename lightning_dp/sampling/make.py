@@ -101,7 +101,7 @@ def private_dataloader(
     check_count("world_size", world_size, 1)
     check_count("rank", rank, 0)
     if not rank < world_size:
-        raise ValueError(f"Expected rank < world_size, got rank={rank}, world_size={world_size}.")
+        raise ValueError(f"Expected rank < world_size, got rank={rank}, world_size={world_size}. Ranks count from 0.")
     for name, value in (
         ("microbatch_size", microbatch_size),
         ("num_batches_kept", num_batches_kept),
