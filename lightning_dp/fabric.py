@@ -31,8 +31,8 @@ class FabricPrivacy:
     """Private training under Fabric: the loop stays the user's, and ``backward`` takes the loss function instead of a
     loss.
 
-    A loss alone could not be private: the loss function also runs on a few records to check that samples are
-    independent, on each microbatch, and on one record of weight 0 where nobody was drawn.
+    A private step needs more than one loss: the loss function also runs on a few records to check that samples are
+    independent, on each microbatch, and on a dummy record of weight 0 for an empty batch.
 
     **Guarantee**: that of ``PrivateLoop``, for the data of all ranks together. Gradients are summed once per step; the
     model is never wrapped in ``DistributedDataParallel``. ``batch_size`` of the loader is per process.
@@ -40,7 +40,7 @@ class FabricPrivacy:
     Args:
         epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
         steps: planned logical steps of the whole run.
-        history: what earlier runs have spent on the same data, as ``DPStrategy`` takes it.
+        history: privacy spent by earlier runs on the same data, as in ``DPStrategy``.
         **arguments: those of ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
 
     Raises:

@@ -42,7 +42,7 @@ def attack_bounds(
     *,
     accountant: PLDAccountant | None = None,
 ) -> AttackBounds:
-    """Return the largest true positive rates and the largest advantage of any attack on what a ledger holds.
+    """Return the largest true positive rates and the largest advantage of any attack on a ledger's releases.
 
     true positive rate <= min over epsilon of exp(epsilon) x false positive rate + delta(epsilon)
 

@@ -13,7 +13,7 @@ Mechanisms = dict[Mechanism, int]  # how often each was run
 
 
 class Accountant(ABC):
-    """An upper bound on epsilon for what a ledger holds.
+    """An upper bound on epsilon for the releases in a ledger.
 
     epsilon >= inf{e : the composition of the ledger's releases is (e, delta)-DP}
 

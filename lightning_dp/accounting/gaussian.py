@@ -60,7 +60,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 class GDPAccountant(Accountant):
-    """Exact epsilon where nothing is subsampled.
+    """Exact epsilon of runs without subsampling.
 
     mu^2 = sum of 1 / noise_multiplier^2; epsilon from `gaussian_epsilon`
 

@@ -112,7 +112,7 @@ def _rho(noise_multiplier: float) -> float:
 
 
 def _check_lemma(sample_rate: float, noise_multiplier: float, rho: float) -> None:
-    """Raise ValueError where the amplification lemma does not apply."""
+    """Raise ValueError unless the amplification lemma applies."""
     if not sample_rate <= _MAX_RATE:
         raise ValueError(
             f"Expected sample_rate <= {_MAX_RATE} for accountant='tcdp', got sample_rate={sample_rate}: its "

@@ -48,11 +48,12 @@ class AutoThreshold(_BoundCallback):
 
         C_{t+1} = clip(W sqrt(max(||g~_t||^2 - d sigma_t^2 C_t^2 / B^2, 0)), C_min, C_max)
 
-    with g~ the noisy mean gradient, d its live coordinates, B the expected batch size. C_0 is the strategy's bound.
+    with g~ the noisy mean gradient, d the number of its active coordinates, B the expected batch size. C_0 is the
+    strategy's bound.
 
     **Guarantee**: post-processing of noisy releases: sensitivity and noise follow C_t, the ledger is unchanged. The
-    value is logged as ``privacy/max_grad_norm`` and is public. At much noise the estimate is often 0, and C_t then
-    C_min.
+    value is logged as ``privacy/max_grad_norm`` and is public. If noise dominates, the estimate is often 0, and C_t is
+    then C_min.
 
     Args:
         weight: W > 0. A mean of clipped gradients is shorter than their bound, so W <= 1 can only shrink it.
@@ -75,7 +76,8 @@ class AutoThreshold(_BoundCallback):
 
 
 class AdaptiveClipping(_BoundCallback):
-    """A clipping bound that follows a quantile of the per-sample gradient norms; its noisy count costs privacy.
+    """A clipping bound that follows a quantile of the per-sample gradient norms, at the price of more noise on the
+    gradient.
 
         b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
         z_gradient = (z^-2 - (2 s_b)^-2)^(-1/2)

@@ -18,12 +18,12 @@ class EpsilonMonitor(Callback):
     """A monitor that logs ``epsilon``, ``privacy/delta`` and ``privacy/noise_multiplier`` while training.
 
     ``epsilon`` is the epsilon spent so far at ``delta``, over every step the ledger holds (resumed runs and
-    learning-rate searches included). It is logged every ``every_n_steps`` logical steps, at the end of each epoch, also
-    one that is cut short, and before each validation and each checkpoint by ``every_n_train_steps``: the epsilon in
+    learning-rate searches included). It is logged every ``every_n_steps`` logical steps, at the end of each epoch (even
+    a shortened one), and before each validation and each checkpoint by ``every_n_train_steps``: the epsilon in
     ``ModelCheckpoint(filename="{epoch}-{epsilon:.2f}")`` is that of the saved weights, and
-    ``EarlyStopping(monitor="epsilon")`` sees it. (Checkpoints by ``train_time_interval`` bear the last value logged.)
+    ``EarlyStopping(monitor="epsilon")`` sees it. (Checkpoints by ``train_time_interval`` use the last value logged.)
 
-    **Guarantee**: what is logged depends on public settings only, never on the data. Before the first step nothing is
+    **Guarantee**: logged values depend on public settings only, never on the data. Before the first step nothing is
     logged: "no steps recorded" is not epsilon 0.
 
     Args:

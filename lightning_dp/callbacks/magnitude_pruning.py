@@ -27,8 +27,8 @@ class MagnitudePruning(Callback):
 
     The masks are drawn from public weights, the same for all samples and ranks, and are part of checkpoints. Prunable
     are trainable weights of two dimensions or more that a private optimizer holds: matrices, kernels, embeddings; not
-    biases and norm layers. After every optimizer step the removed weights are put back to where they were, so that
-    neither momentum nor weight decay moves them.
+    biases and norm layers. After every optimizer step the removed weights are reset, so that neither momentum
+    nor weight decay moves them.
 
     **Guarantee**: the accountant is unchanged, since the masks are public (initial or publicly trained weights) or
     post-processing of noisy weights of this run. NOT private: weights that were trained on the private data without
@@ -39,11 +39,11 @@ class MagnitudePruning(Callback):
         amount: fraction of the prunable weights to remove, in (0, 1): ``int(amount P)`` of them.
         source: "initial" (the weights at the start of the run), "public" (``reference``), or "noisy" (the weights of
             this run after every ``every_n_epochs`` epochs; dense until the first).
-        scope: "global" ranks all prunable weights together, "layer" each tensor by itself.
+        scope: "global" ranks all prunable weights together, "layer" each tensor separately.
         mode: "prune" sets removed weights to 0, "freeze" keeps their values.
         scores: "magnitude", or "random" for the control.
-        every_n_epochs: epochs between two masks, >= 1; needed for "noisy", and for nothing else.
-        reference: parameter's name -> weights trained on public data; needed for "public", and for nothing else.
+        every_n_epochs: epochs between two masks, >= 1; only for "noisy", and required there.
+        reference: parameter's name -> weights trained on public data; only for "public", and required there.
         seed: of the random scores, >= 0; public.
 
     Raises:

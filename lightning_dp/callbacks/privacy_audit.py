@@ -28,24 +28,23 @@ class PrivacyAudit(Callback):
     """An audit of a private run while it trains: a fair coin includes each canary, and their traces give a lower bound
     on epsilon.
 
-        canary j is in iff its coin says so;  score_j from what the run releases;  guess the coins from the scores
+        coin_j includes canary j;   score_j is computed from the releases;   the coins are guessed from the scores
 
-    Many right guesses refute small epsilons. In gradient space (the default) canaries are gradients, long and in
-    coordinates of their own, clipped and added as samples' are; the score is the likelihood ratio of inner products
+    Many right guesses refute small epsilons. In gradient space (the default) canaries are long gradients in
+    separate coordinates, clipped and added like samples'; the score is the likelihood ratio of inner products
     with every noisy gradient: the worst case. In input space (``canaries``) they are records of the training set; the
-    score is how far the loss on them fell. At the end of fit ``audit/epsilon_lower``, ``audit/epsilon`` (the claim),
+    score is the decrease of the loss on them. At the end of fit ``audit/epsilon_lower``, ``audit/epsilon`` (the claim),
     ``audit/delta`` and ``audit/confidence`` go to the loggers and to ``trainer.callback_metrics``, ``result`` holds all
     of it, and the privacy statement says so.
 
     **Guarantee**: ``epsilon_lower`` exceeds a true claim with probability at most ``1 - confidence``. A bound below the
-    claim proves nothing: it is what this attack found. The claim itself holds for every real record as it does without
-    canaries: they are public additional records, the sums move by as much with a real record as before, and what is
-    logged is computed from releases and coins alone. They do cost accuracy: audit a run of its own, or with few
-    canaries.
+    claim proves nothing, because another attack may find more. The claim still holds for every real record: canaries
+    are public additional records, a real record moves the sums as before, and logged values are computed from releases
+    and coins alone. Canaries cost accuracy: audit a separate run, or use few of them.
 
     Args:
         num_canaries: m >= 2 canaries in gradient space; 1000 unless ``canaries`` are given.
-        canaries: records as the training set holds them, that are NOT in it (see
+        canaries: records in the form of the training set's, but NOT in it (see
             ``lightning_dp.auditing.random_records`` and ``mislabelled``): an audit in input space. About half of them
             join the training set, whose size counts them.
         confidence: in (0, 1).

@@ -18,12 +18,12 @@ from lightning_dp.step.limit import EpsilonLimit
 class PrivacyBudget(Callback):
     """A budget of epsilon: training stops before the step that would exceed it.
 
-    How many steps fit is computed once from the public plan and the ledger: the largest N with
-    ``epsilon(ledger + N planned steps, delta) <= epsilon``. After step N the Trainer is asked to stop; should anything
-    (``min_epochs``, ``min_steps``) keep it going, the next step raises before its noise is drawn.
+    The number of steps that fit is computed once from the public plan and the ledger: the largest N with
+    ``epsilon(ledger + N planned steps, delta) <= epsilon``. After step N the Trainer is asked to stop. If
+    ``min_epochs`` or ``min_steps`` keep it going, the next step raises before its noise is drawn.
 
-    **Guarantee**: no step is released with which ``strategy.epsilon(delta)`` exceeds ``epsilon``, under the strategy's
-    accountant. The number of steps is public; nothing depends on the data.
+    **Guarantee**: no released step makes ``strategy.epsilon(delta)`` exceed ``epsilon``, under the strategy's accountant. The
+    number of steps is public; nothing depends on the data.
 
     Args:
         epsilon: the budget, > 0.

@@ -22,19 +22,19 @@ class RandomSparsification(Callback):
 
         g_i[Z] = 0 before clipping,   noise[Z] = 0,   |Z| = int(r P),   r = final_rate * schedule(progress)
 
-    Clipping then keeps more of what is live, the noise has (1 - r) of its energy, and the all-reduce of several
-    processes carries live coordinates only. The set is the same for all samples and ranks, and drawn again at every
-    ``refresh``: between optimizer steps only, never between the microbatches or accumulated batches of one step. Logged
+    Clipping then keeps more of the active coordinates, the noise has (1 - r) of its energy, and the all-reduce of
+    several processes carries active coordinates only. The set is the same for all samples and ranks. It is drawn again
+    at every ``refresh``, between optimizer steps only, never within one step. Logged
     whenever the mask changes: ``privacy/sparsification_rate``, the fraction this callback masks, and
-    ``communication/bytes_per_step``, what one rank sends a step.
+    ``communication/bytes_per_step``, the bytes that one rank sends per step.
 
-    **Guarantee**: the mask depends on ``seed`` and the step only. It is public randomness, so the ledger is what it is
-    without it: no privacy cost, and no amplification by sparsification either. A resumed run has the same masks if its
+    **Guarantee**: the mask depends on ``seed`` and the step only. It is public randomness, so the ledger does not
+    change: no privacy cost, and no amplification by sparsification either. A resumed run has the same masks if its
     planned length is the same.
 
     Use it with SGD, the pairing that is tested: Adam's second moment decays on coordinates that are left out, and their
-    first updates afterwards explode. Less noise and less progress per step are partly what a learning-rate decay gives:
-    the fair control is dense training with one.
+    first updates afterwards explode. A learning-rate decay also gives less noise and less progress per step,
+    so the fair control is dense training with a decay.
 
     Args:
         final_rate: fraction r* of coordinates left out in the end, in [0, 1); 0 is the dense control.

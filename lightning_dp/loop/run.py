@@ -54,14 +54,14 @@ def make_private(
     """Return a private run over a plain model, optimizer and loader; see ``PrivateLoop``.
 
     Args:
-        model: on its device already; nothing of it is changed but hooks, until ``close``.
+        model: already on its device; only hooks are added to it, until ``close``.
         optimizer: any torch optimizer over parameters of the model.
         loader: its dataset, collate function, batch size and workers are used; its order is not.
         loss_fn: (model, batch) -> mean loss of shape () or per-sample losses of shape (B,). It runs more often than
             once per step, on other batches too, so it must change nothing outside of the model.
         epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
         steps: planned logical steps of the whole run.
-        history: what earlier runs have spent on the same data, as ``DPStrategy`` takes it.
+        history: privacy spent by earlier runs on the same data, as in ``DPStrategy``.
         **arguments: those of ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
 
     Raises:
@@ -92,19 +92,19 @@ class PrivateLoop(LoopFacts):
     """One private run in the user's own loop; a context manager. ``make_private`` makes one.
 
     **Guarantee**: that of ``DPStrategy``. A step on any gradient but the released one is refused, as is a batch that
-    another loader drew. NOT covered: ``nonprivate_loss``, and whatever else user code computes from the data.
+    another loader drew. NOT covered: ``nonprivate_loss``, and anything else that user code computes from the data.
 
     Args:
         model: holds the parameters.
         optimizer: over parameters of the model.
         loader: the user's.
         loss_fn: (model, batch) -> loss.
-        settings: what the user asked for.
+        settings: the user's arguments.
         length: planned epochs and planned steps, each or None.
-        history: what earlier runs have spent.
+        history: privacy spent by earlier runs.
         reduction: communication between processes.
-        called: what ``loss_fn`` is called with instead of the model (a wrapper of it).
-        move: moves a batch to the device; default: all its tensors, to where the model is.
+        called: wrapper of the model that ``loss_fn`` gets instead; default: the model.
+        move: moves a batch to the device; default: moves all tensors to the model's device.
         around: makes a context in which user code runs.
     """
 

@@ -50,9 +50,9 @@ def private_dataloader(
     **Guarantee**: "poisson": each of the n units joins each logical batch independently with probability exactly q,
     over all ranks together. "shuffle" with a map-style dataset: each unit joins exactly one logical batch of a pass,
     drawn uniformly and independently of the others. "cyclic": the same logical batch in every pass. "shuffle" with an
-    iterable dataset: order and batches are the dataset's own; that it yields each record once a pass, over all workers
-    and ranks, and with ``fixed_order`` in the same order, is its promise and cannot be checked here, and adding a
-    record shifts those behind it (see ``SamplingFacts.add_remove_changes_one_batch``). Sizes and members of batches are
+    iterable dataset: order and batches are the dataset's own. It must yield each record once per pass, over all workers
+    and ranks, and with ``fixed_order`` in the same order; this cannot be checked here. Adding a record shifts the later
+    ones (see ``SamplingFacts.add_remove_changes_one_batch``). Sizes and members of batches are
     private; the number of items is public and the same on all ranks. The user's sampler order and ``drop_last`` have no
     meaning here and are not used (an iterable dataset keeps both).
 
@@ -61,19 +61,19 @@ def private_dataloader(
         sampling: "poisson", "shuffle" or "cyclic".
         microbatch_size: most samples on the device at once, >= 1; ``None`` for no limit. A user is never split: one
             with more records goes alone.
-        accumulate: items one logical batch is handed out in, >= 1.
+        accumulate: number of loader items per logical batch, >= 1.
         rank: this process, 0 <= rank < world_size; it samples the units rank, rank + world_size, ...
         world_size: number of processes, >= 1.
-        seed: for tests only: whoever knows it knows the batches. ``None``: the operating system's entropy.
+        seed: for tests only: it reveals the batches to anyone who knows it. ``None``: the operating system's entropy.
         num_batches_kept: use only the first ``num_batches_kept * B`` units (for overfitting checks); ``None``: all.
-        extra_records: public records that follow those of the dataset, sampled and collated as they are: n counts them,
-            each as a user of its own.
-        unit: whose presence is hidden if not each record's: one id of a user per record (array, tensor, list), or the
-            key (of mappings) or position (of tuples) at which items hold it; see ``unit_ids``. ``None``: the record's.
+        extra_records: public records that follow those of the dataset, sampled and collated like them; n counts
+            each as a separate user.
+        unit: users to protect in place of records: one user id per record (array, tensor, list), or the key (of
+            mappings) or position (of tuples) at which items hold it; see ``unit_ids``. ``None``: single records.
         records_per_unit: G >= 1, most records that a user brings to a logical batch; with ``unit`` only.
         fixed_order: promise that a stream has the same order in every pass.
-        public_assignment: for "cyclic": a number, the same on all ranks, that fixes who is in which group and may be
-            published, so that a resumed run can go on; see ``CyclicBatchSampler`` for its price. ``None``: secret.
+        public_assignment: for "cyclic": a number, the same on all ranks, that determines the groups and may be
+            published, so that a run can resume; see ``CyclicBatchSampler`` for its price. ``None``: secret.
 
     Returns:
         The loader, with its public ``facts``.

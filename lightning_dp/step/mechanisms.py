@@ -188,7 +188,7 @@ class Mechanisms:
 
     @property
     def masks(self) -> tuple[GradientMask, ...]:
-        """Masks of the gradient, from ``begin_run`` on; an entry is active where all of them are true."""
+        """Masks of the gradient, from ``begin_run`` on; an entry is active if all masks are true there."""
         return self._masks
 
     @property

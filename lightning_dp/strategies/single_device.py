@@ -17,13 +17,13 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
 
         G~ = sum_{i in S_t} factor_i g_i + N(0, (sigma_t C)^2 I),     p.grad = G~ / expected_batch_size
 
-    where ``g_i`` is the gradient of one sample's loss and ``||factor_i g_i|| <= C``. The module and the datamodule are
-    what they were; checkpoints keep the plain module's keys.
+    where ``g_i`` is the gradient of one sample's loss and ``||factor_i g_i|| <= C``. Module and datamodule stay
+    unchanged; checkpoints keep the module's own keys.
 
     **Guarantee**: the weights after any number of steps are (epsilon, delta)-differentially private at
     ``epsilon(delta)``, for the relation between neighbouring datasets in ``neighboring_relation``, provided that the
-    forward pass treats samples independently (checked at the first batch) and that no state of the module but its
-    parameters carries data. NOT covered: what ``training_step`` logs, validation data, and choices made by looking at
+    forward pass treats samples independently (checked at the first batch) and that only the module's parameters carry
+    data, no other state. NOT covered: what ``training_step`` logs, validation data, and choices made by looking at
     either.
 
     Three groups of arguments: the promise (to ``allow_public_checkpoint``), its cost (to ``tune_process``), the checks.
@@ -39,10 +39,10 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
             ``unit_ids`` of the datamodule (an attribute or a method). Batch size, sample rate and delta then count
             users.
         records_per_unit: most records G that a user brings to one batch, drawn again for each batch; a public number.
-        history: what earlier private runs on the same data have spent: a ``Ledger``, a strategy, the path of a
+        history: privacy spent by earlier private runs on the same data: a ``Ledger``, a strategy, the path of a
             checkpoint, or a list of these. It counts towards target and budget. A module that an earlier private run
             trained is refused without it; ``[]`` states that the runs have no record in common.
-        public_optimizers: positions, in what ``configure_optimizers`` returns, of optimizers whose parameters never
+        public_optimizers: positions, in the result of ``configure_optimizers``, of optimizers whose parameters never
             receive a gradient from the data (a GAN's generator). Checked at the first batch.
         secure_rng: draw the noise from a cryptographic generator against floating-point attacks (slower).
         seed: for tests only: makes sampling and noise predictable, which voids the guarantee against those who know it.
@@ -56,22 +56,22 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
         fixed_order: promise that a stream yields its records in the same order in every pass.
         unit_gradient: "mean" or "sum" over a user's records, clipped once.
         accountant: "pld" (tight), "rdp", "prv", "gdp" (nothing sampled) or "tcdp" (a loose cross-check).
-        microbatch_size: at most so many samples on the device at once; results do not depend on it. 1 runs each sample
-            alone and supports every module. Default: the whole logical batch at once.
+        microbatch_size: most samples on the device at once; results do not depend on it. 1 runs each sample alone and
+            supports every module. Default: the whole logical batch at once.
         memory: "fast" or "lean".
         grad_sample: "auto"; "rules" on operations, for whole batches; "single", one record at a time by plain autograd,
-            for any module; or "materialize" for plain per-sample gradients of every layer (the reference).
+            for any module; or "materialize" for explicit per-sample gradients of every layer (the reference).
         loss_reduction: "mean" or "sum": how a scalar loss combines the samples. A loss of shape (B,) needs neither.
-        fix: exchange layers that cannot be trained privately (BatchNorm), as ``lightning_dp.fix`` does, before the
+        fix: replace layers that cannot be trained privately (BatchNorm), as ``lightning_dp.fix`` does, before the
             optimizers are made. It changes what such layers compute.
-        per_sample_loss: let each record's own loss count, computed on that record alone, where the loss of a batch
-            shares a denominator (padded tokens). This is another objective than the loss of the batch, and slower.
+        per_sample_loss: compute each record's loss on that record alone, for batch losses that share a denominator
+            (padded tokens). The objective then differs from the loss of the batch, and a step is slower.
         tune_process: tune the memory allocator and OpenMP threads of the process while a fit runs.
         check_per_sample: at the first batch, compare a few per-sample gradients with each sample run alone.
-        strict_logging: drop what hooks of the training loop log (``self.log``, ``self.log_dict``, and ``log_metrics``
-            of a logger within ``training_step``) unless it is named ``nonprivate/...``; validation logs and epsilon
-            stay. What was logged without noise is named in ``privacy_statement()`` either way.
-        **strategy_options: what the Lightning strategy takes.
+        strict_logging: drop all figures that hooks of the training loop log (``self.log``, ``self.log_dict``, and
+            ``log_metrics`` of a logger within ``training_step``), except names that begin with ``nonprivate/``,
+            validation logs and epsilon. ``privacy_statement()`` names all figures that were logged without noise.
+        **strategy_options: arguments of the Lightning strategy.
 
     Raises:
         ValueError: for arguments out of range.
