@@ -34,14 +34,14 @@ class FabricPrivacy:
     A private step needs more than one loss: the loss function also runs on a few records to check that samples are
     independent, on each microbatch, and on a dummy record of weight 0 for an empty batch.
 
-    **Guarantee**: that of ``PrivateLoop``, for the data of all ranks together. Gradients are summed once per step; the
+    **Guarantee**: as for ``PrivateLoop``, for the data of all ranks together. Gradients are summed once per step; the
     model is never wrapped in ``DistributedDataParallel``. ``batch_size`` of the loader is per process.
 
     Args:
         epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
         steps: planned logical steps of the whole run.
         history: privacy spent by earlier runs on the same data, as in ``DPStrategy``.
-        **arguments: those of ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
+        **arguments: as for ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
 
     Raises:
         ValueError: arguments out of range.

@@ -35,7 +35,7 @@ def fix(module: nn.Module) -> Fixed:
 
     The submodules are exchanged inside the given module, no copy is made: a LightningModule keeps its hyperparameters,
     metrics and hooks. Only a module that is itself such a layer comes back as another object. Call it before optimizers
-    are built: replaced layers have new parameters. Layers whose parameters are all frozen are left as they are.
+    are built: replaced layers have new parameters. Layers with only frozen parameters stay unchanged.
     ``DPStrategy(fix=True)`` and the callback ``FixModule`` call it at the right time.
 
     **Guarantee**: device, type, training mode and ``requires_grad`` are kept; a second call changes nothing. It does

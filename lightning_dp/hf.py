@@ -50,14 +50,14 @@ _ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
 class PrivateTrainerMixin(Base):  # type: ignore[misc]
     """A mixin that makes a transformers ``Trainer`` private; epsilon is in its log, the ledger in its checkpoints.
 
-    **Guarantee**: that of ``PrivateLoop``. The log holds no training loss, unless ``log_loss`` asks for
+    **Guarantee**: as for ``PrivateLoop``. The log holds no training loss, unless ``log_loss`` asks for
     "nonprivate/loss". NOT covered: evaluations, and checkpoints chosen by them.
 
     Args:
-        *args: those of the Trainer.
+        *args: arguments of the Trainer.
         privacy: arguments of ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
         log_loss: log the loss on training data as "nonprivate/loss". NOT private: the statement names it.
-        **kwargs: those of the Trainer.
+        **kwargs: arguments of the Trainer.
 
     Raises:
         ValueError: an argument of ``TrainingArguments`` that cannot be private.

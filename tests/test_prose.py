@@ -27,7 +27,9 @@ PAGES = sorted(
 #: Words and idioms that had to be read twice. Names in backticks are free.
 BANNED = re.compile(
     r"\b(rooms?(?!:)|anew|afresh|hangs? on|speaks? of|lies?|lying|besides?|told|met|lets? go of"
-    r"|stands? (in|beside|between|there)|an? (view|norm|gradient|row|entry) a (parameter|sample|step|record|layer))\b",
+    r"|stands? (in|beside|between|there)"
+    r"|(view|norm|gradient|row|entry|column|logit|sentence|tensor|bytes|one) a (parameter|sample|step|record|layer|name"
+    r"|rank|group|position|feature|teacher|submodule|coordinate|user))\b",
     re.IGNORECASE,
 )
 #: First words of a summary that leave open what it is about.

@@ -100,7 +100,7 @@ def without_allocation(mechanisms: Mechanisms, *, below: float) -> Mechanisms:
 
     Args:
         mechanisms: Counts of mechanisms.
-        below: Noise multiplier from which on passes are kept as they are.
+        below: Noise multiplier from which on passes stay unchanged.
     """
     counts: Mechanisms = {}
     for key, count in mechanisms.items():

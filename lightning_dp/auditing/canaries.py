@@ -148,7 +148,7 @@ class GradientCanaries(Canaries):
         """Draw which canaries join the logical batch: each one whose coin says "in", with probability q.
 
         Args:
-            sample_rate: q, that of a real record.
+            sample_rate: q, as for a real record.
 
         Raises:
             PrivacyError: batches are not Poisson samples.
@@ -168,7 +168,7 @@ class GradientCanaries(Canaries):
 
         Args:
             key: name of the sum.
-            sums: where they are added.
+            sums: accumulators to add to.
             bound: counts norms, if it does.
             adds: whether this process adds them; one of several does.
         """

@@ -20,7 +20,7 @@ def scaled_ledger(ledger: Ledger, factor: float) -> Ledger:
     """Return a copy of a ledger with the noise of every release multiplied by ``factor``.
 
     Args:
-        ledger: what was released.
+        ledger: all releases of the run.
         factor: > 0.
 
     Example:
@@ -63,7 +63,7 @@ def epsilon_noise_scale(
     Args:
         scores: log likelihood ratios of "in" against "out", shape (m,).
         included: shape (m,), True where the coin said "in".
-        ledger: what the run claims to have released.
+        ledger: the releases that the run claims.
         delta: in (0, 1).
         confidence: in (0, 1).
 

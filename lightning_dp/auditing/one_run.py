@@ -102,7 +102,7 @@ def epsilon_of_counts(
         num_correct: v.
         delta: in [0, 1).
         significance: in (0, 1).
-        at_least: what is returned where the bound is below it; saves the search.
+        at_least: returned if the bound is below it, which saves the search.
 
     Example:
         >>> round(epsilon_of_counts(1000, 1000, 900, delta=1e-5, significance=0.05), 3)
@@ -217,7 +217,7 @@ def epsilon_one_run_all_thresholds(
 
     Thresholds are the K corners of the ROC curve's concave hull, each tried at (1 - confidence) / K.
 
-    **Guarantee**: that of ``epsilon_one_run`` at each threshold; but K and the corners follow from the coins, so that
+    **Guarantee**: as for ``epsilon_one_run`` at each threshold; but K and the corners follow from the coins, so that
     over all thresholds the confidence is nominal. Where it must hold, use ``epsilon_one_run``.
 
     Args:

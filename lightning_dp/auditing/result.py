@@ -23,12 +23,12 @@ class AuditResult:
     no leak.
 
     Args:
-        kind: "gradient" or "input": where the canaries were.
+        kind: "gradient" or "input": the space of the canaries.
         num_canaries: m.
         num_included: how many coins said "in".
         confidence: with which ``epsilon_lower`` is below the true epsilon.
         delta: at which all epsilons are stated.
-        claimed_epsilon: what the accountant says.
+        claimed_epsilon: from the accountant.
         epsilon_one_run: bound that holds for any mechanism.
         epsilon_gdp: bound that uses that the noise is Gaussian; None where no such bound holds.
     """
@@ -89,7 +89,7 @@ def audit(
     Args:
         scores: shape (m,); high speaks for "in".
         included: shape (m,), True where the coin said "in".
-        ledger: what the run claims to have released.
+        ledger: the releases that the run claims.
         claimed_epsilon: the accountant's epsilon at ``delta``.
         delta: in (0, 1).
         kind: "gradient" or "input".

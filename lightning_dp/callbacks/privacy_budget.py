@@ -22,8 +22,8 @@ class PrivacyBudget(Callback):
     ``epsilon(ledger + N planned steps, delta) <= epsilon``. After step N the Trainer is asked to stop. If
     ``min_epochs`` or ``min_steps`` keep it going, the next step raises before its noise is drawn.
 
-    **Guarantee**: no released step makes ``strategy.epsilon(delta)`` exceed ``epsilon``, under the strategy's accountant. The
-    number of steps is public; nothing depends on the data.
+    **Guarantee**: no released step makes ``strategy.epsilon(delta)`` exceed ``epsilon``, under the strategy's
+    accountant. The number of steps is public; nothing depends on the data.
 
     Args:
         epsilon: the budget, > 0.

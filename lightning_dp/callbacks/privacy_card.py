@@ -17,8 +17,8 @@ from lightning_dp.reporting.files import CardFiles
 class PrivacyCard(Callback):
     """The privacy card, written at the end of ``fit``: ``privacy_card.json``, ``.md`` and ``.svg``.
 
-    A private strategy writes the card by itself into the logger's directory. Use this callback to say where, to have
-    one without a logger (it then goes to ``default_root_dir``), or to switch it off. Nothing is written under
+    A private strategy always writes the card into the logger's directory. Use this callback to choose the folder, to
+    have a card without a logger (it then goes to ``default_root_dir``), or to switch it off. Nothing is written under
     ``fast_dev_run`` or before the first private step. The plot of epsilon over steps needs matplotlib (the extra
     "examples"); without it the numbers are a table. Rank 0 writes; a directory that cannot be written to is a warning.
 

@@ -132,7 +132,7 @@ def coin_generator(device: torch.device) -> torch.Generator:
     child process. No privacy rests on it: any coins whatever keep ``||v|| <= sqrt(k)``.
 
     Args:
-        device: where the coins are needed.
+        device: of the coins.
     """
     key = (os.getpid(), device)
     if key not in _coins:

@@ -38,7 +38,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
     """The interface to ``EpsilonMonitor``, ``PrivacyBudget`` and checkpoints; see ``DataLens``.
 
     Args:
-        settings: what the user asked for.
+        settings: the user's arguments.
     """
 
     def __init__(self, settings: DataLensSettings) -> None:

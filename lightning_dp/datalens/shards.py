@@ -141,7 +141,7 @@ class StepsOver(Sequence[int]):
     makes none.
 
     Args:
-        dataset: what the teachers see, map-style.
+        dataset: the teachers' data, map-style.
         steps_per_epoch: training steps of one Lightning epoch, >= 1.
 
     Example:

@@ -89,7 +89,7 @@ class Teachers:
 
         Args:
             fakes: the student's samples, shape (B, ...), the same for all teachers.
-            labels: what they were asked to be, shape (B,).
+            labels: their intended labels, shape (B,).
             positions: which records of its shard each teacher sees, shape (R,).
         """
         self._template.train()

@@ -32,7 +32,7 @@ class LogicalBatches:
 
     An item is opaque and is made for one step. The pass ends early at the last step that the run may take.
 
-    **Guarantee**: none by itself. Sizes and members of batches are private; the number of batches of a pass is public.
+    **Guarantee**: none of its own. Sizes and members of batches are private; the number of batches of a pass is public.
 
     Args:
         loader: draws the batches.

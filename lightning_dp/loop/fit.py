@@ -28,18 +28,18 @@ class LoopFit:
     """A runner of the user's loss function on logical batches, for the private step.
 
     A logical batch of k microbatches runs the loss function k times: the last call is the real one, whose effects stay;
-    the others run in the sandbox. Where nobody was drawn the real call runs on one record of weight 0.
+    the others run in the sandbox. For an empty batch the real call runs on one record of weight 0.
 
     Args:
         model: holds the parameters.
-        called: what the loss function is called with: the model or a wrapper of it.
+        called: first argument of the loss function: the model or a wrapper of it.
         optimizer: over parameters of the model.
         loader: draws logical batches.
         move: moves a batch to the device.
         guard: over optimizer steps.
-        settings: what the user asked for.
+        settings: the user's arguments.
         state: ledger, accountant and position; its plan must be known.
-        mechanisms: what the user asked for in addition.
+        mechanisms: further requests of the user.
         reduction: communication between processes.
         noise: draws the noise.
     """

@@ -24,7 +24,7 @@ class LoopHost:
     """The user's loss function, for the trials of the private step and for real batches.
 
     Args:
-        model: what the loss function is called with.
+        model: first argument of the loss function.
         optimizer: of the model.
         records: of the training set.
         reduction: "mean" or "sum": how a scalar loss combines the samples.

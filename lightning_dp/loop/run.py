@@ -62,7 +62,7 @@ def make_private(
         epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
         steps: planned logical steps of the whole run.
         history: privacy spent by earlier runs on the same data, as in ``DPStrategy``.
-        **arguments: those of ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
+        **arguments: as for ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
 
     Raises:
         ValueError: arguments out of range, or a model that cannot be trained privately.
@@ -91,7 +91,7 @@ def make_private(
 class PrivateLoop(LoopFacts):
     """One private run in the user's own loop; a context manager. ``make_private`` makes one.
 
-    **Guarantee**: that of ``DPStrategy``. A step on any gradient but the released one is refused, as is a batch that
+    **Guarantee**: as for ``DPStrategy``. A step on any gradient but the released one is refused, as is a batch that
     another loader drew. NOT covered: ``nonprivate_loss``, and anything else that user code computes from the data.
 
     Args:
@@ -197,7 +197,7 @@ class PrivateLoop(LoopFacts):
 
         Args:
             batch: from ``loader``; each is used once.
-            loss_fn: (model, batch) -> loss; default: that of the run.
+            loss_fn: (model, batch) -> loss; default: the run's.
         """
         if not self._finalizer.alive:
             raise RuntimeError(

@@ -44,7 +44,7 @@ def check_loaded(
         model: about to be trained.
         optimizer: its optimizer.
         state: privacy state.
-        loaded: what it was loaded from, if it was.
+        loaded: the state that was loaded, if any.
         settings: may accept public steps.
 
     Raises:

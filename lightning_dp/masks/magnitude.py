@@ -133,7 +133,7 @@ def magnitude_masks(
     Args:
         weights: name -> weights to score.
         amount: fraction removed, in (0, 1).
-        scope: "global" or "layer" (each tensor by itself).
+        scope: "global" or "layer" (each tensor separately).
         prunable: names that may be removed.
         scores: "magnitude", or "random" for the control: as many, drawn at random.
         seed: of the random scores, >= 0.

@@ -33,7 +33,7 @@ class CorrelatedNoise:
 
     **Guarantee**: one run of ``steps`` steps in which a record takes part at most ``passes`` times, at least
     ``separation`` steps apart, is ONE Gaussian mechanism of noise multiplier sigma, whatever is done with the releases.
-    It covers every run that stops earlier and none that goes on. Nothing is claimed from sampling: the order may be
+    It covers every run that stops earlier, but no longer run. Nothing is claimed from sampling: the order may be
     public. Bounds of clipping may change between steps if ``v_t`` is scaled with them; sigma and masks may not.
 
     Args:

@@ -119,7 +119,7 @@ class GaussianNoise:
         Example:
             >>> noise = GaussianNoise()
             >>> noise.prepare(100_000, torch.float32, torch.device("cpu"))
-            >>> sums = torch.zeros(100_000)  # work during which the drawing goes on
+            >>> sums = torch.zeros(100_000)  # work that overlaps the drawing
             >>> bool(0.9 < noise.add_(sums, std=1.0).std() < 1.1)
             True
         """
@@ -139,7 +139,7 @@ class GaussianNoise:
 
         Args:
             tensor: contiguous float32 or float64 buffer of any shape, on any device.
-            std: standard deviation, finite and >= 0; 0 leaves the buffer as it is.
+            std: standard deviation, finite and >= 0; 0 leaves the buffer unchanged.
 
         Returns:
             The same tensor; noisy, hence releasable if ``std`` was calibrated to what it holds.

@@ -31,7 +31,7 @@ class NormalsAhead:
     fit what is asked for is thrown away. No number depends on anything but the generator.
 
     Args:
-        stream: where they come from; used by nobody else.
+        stream: source of the numbers; used for nothing else.
     """
 
     def __init__(self, stream: Stream) -> None:

@@ -124,7 +124,7 @@ class CorrelatedGaussianNoise:
 
     def _write(self, tensor: Tensor, std: float, *, adds: bool) -> Tensor:
         check_buffer(tensor, std)
-        if self._fork != num_forks():  # a forked child: the parent goes on with the same key
+        if self._fork != num_forks():  # a forked child: the parent continues with the same key
             self.steps -= self._step
             self._start(None)
         if self._step >= self.steps:

@@ -43,7 +43,7 @@ def normal_stream(seed: np.random.SeedSequence, *, tuned: bool = True) -> Stream
     """Return an independent stream. Drawing releases the interpreter and starts no threads.
 
     Args:
-        seed: where it starts.
+        seed: of the stream.
         tuned: where mkl-random is not installed, take torch's generator with a state written by hand, not numpy's.
     """
     generator = _mkl_generator()

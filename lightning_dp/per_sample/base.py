@@ -48,7 +48,7 @@ class GradientEngine(ABC):
         """Set the private parameters: qualified name (the first of ``named_parameters``) to parameter.
 
         Args:
-            parameters: what the forward computes with.
+            parameters: the tensors of the forward.
             gathered: names of those that the module holds during its forward alone, as sharded modules do.
 
         Raises:

@@ -44,7 +44,7 @@ def register_rule(
             respect to the result, ``(R, ...)``. It returns, for each parameter, one gradient for each row, ``(R,
             *parameter.shape)``.
         arguments: names of the operation's positional arguments, in order.
-        parameters: those of them that may be private parameters.
+        parameters: the arguments that may be private parameters.
 
     Returns:
         A function that removes the rule.

@@ -225,7 +225,7 @@ class PerSampleEngine(GradientEngine):
         try:
             self._try_owners(run, sizes)
         except PrivacyError:
-            if alike:  # owners cannot be followed, and such records do not show whether K is common: it stays as it is
+            if alike:  # owners cannot be followed, and such records do not show whether K is common: keep it fixed
                 learned.pin()
             return
         self._follows_owners = self._tracker.num_misplaced > 0 or self._batch_owners.has_indices

@@ -21,8 +21,8 @@ class LayerReport:
         name: qualified name; "" is the module itself.
         kind: name of its class.
         num_trainable: trainable parameters of the layer itself.
-        handling: how its per-sample gradients come about, or why there is nothing to do.
-        problem: why it cannot be trained privately as it is; "" where it can.
+        handling: how its per-sample gradients are computed, or why none are needed.
+        problem: why it cannot be trained privately in its current form; "" if it can.
         fix: what ``lightning_dp.fix`` would do; "" for nothing.
     """
 
@@ -37,7 +37,7 @@ class LayerReport:
 def inspect(module: nn.Module) -> list[LayerReport]:
     """List the layers of a module: those with parameters, those without submodules, and those that must change.
 
-    The module stays as it is; what ``fix`` would do is tried on a copy.
+    The module stays unchanged; ``fix`` is tried on a copy.
 
     **Guarantee**: none about privacy: functions inside ``forward`` and the loss are not seen. The independence check at
     the first batch of a run sees them.

@@ -12,7 +12,7 @@ def notices(module: nn.Module, *, runs_samples_alone: bool) -> list[str]:
 
     Args:
         module: the user's module.
-        runs_samples_alone: whether each sample runs by itself, through plain autograd.
+        runs_samples_alone: whether each sample runs alone, through plain autograd.
 
     Example:
         >>> [text[:28] for text in notices(nn.Embedding(3, 2, sparse=True), runs_samples_alone=True)]

@@ -31,7 +31,7 @@ class Operation(NamedTuple):
     Args:
         run: runs the operation.
         is_composite: whether that runs simpler operations, which report themselves.
-        keeps_rows: whether the rows of the result are those of the first argument that holds data.
+        keeps_rows: whether the result has the rows of the first argument with data.
     """
 
     run: Callable[[Tracker, Any, Any, Any], Any]

@@ -19,7 +19,7 @@ class Rows:
     """Owners of a tensor's entries: along one axis, or one sample for all of it.
 
     Args:
-        axis: that the owners vary along; None where the tensor belongs to one sample.
+        axis: that the owners vary along; None if the whole tensor belongs to one sample.
         index: int64, shape ``(R,)`` with the owner of each entry of the axis, or ``NOBODY``; ``(1,)`` for one sample.
         is_identity: whether row b belongs to sample b by the way it was computed, whatever the batch.
     """

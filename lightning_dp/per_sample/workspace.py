@@ -51,7 +51,7 @@ class Workspace:
         """Return the buffer of that key and shape, with arbitrary values; None if it does not fit.
 
         Args:
-            key: one owner a key: what it was given before is overwritten.
+            key: one owner per key; its earlier buffer is overwritten.
             shape: of the result, which is contiguous.
             dtype: of the result.
             device: of the result.

@@ -41,7 +41,7 @@ class RunNotes:
         nonprivate_logs: names of figures of the training data that were logged without noise.
         mechanisms: what callbacks decided over, one sentence each.
         audits: what audits of the run found, one line each.
-        choices: what was chosen by un-noised figures while training, such as a learning rate, one entry each.
+        choices: decisions by un-noised figures during training, such as a learning rate, one entry each.
         kept_apart: why samples are taken to be independent of each other, one entry per way.
     """
 
@@ -88,7 +88,7 @@ def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[
     """Return epsilon after some of the steps, including the first and the last.
 
     Args:
-        ledger: what was released.
+        ledger: all releases of the run.
         accountant: computes epsilon.
         delta: in (0, 1).
 
@@ -123,7 +123,7 @@ def privacy_card(
 
     Args:
         plan: the public settings of the run.
-        ledger: what was released, at least one step.
+        ledger: all releases of the run, at least one step.
         accountant: computes epsilon from it.
         notes: what else there is to say.
 

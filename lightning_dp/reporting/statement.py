@@ -154,12 +154,12 @@ def privacy_statement(
 
     Args:
         plan: the public settings.
-        ledger: what was released.
+        ledger: all releases of the run.
         accountant: computes epsilon from it.
         seeded: whether sampling and noise came from a known seed, which voids the promise against those who know it.
         nonprivate_logs: names of figures of the training data that were logged without noise.
         audits: what audits of this run found, a line each.
-        choices: what was chosen by un-noised figures while training.
+        choices: decisions by un-noised figures during training.
         kept_apart: why samples are taken to be independent of each other.
     """
     lines = [summary_line(plan, ledger, accountant)]

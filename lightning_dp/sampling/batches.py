@@ -17,7 +17,7 @@ _pin: Callable[[Any], Any] = _pinning.pin_memory
 class LogicalBatch:
     """The samples of one item of a private loader, already collated in microbatches.
 
-    An item is one logical batch, or one of its ``accumulate`` parts. It is falsy when nobody was drawn, which
+    An item is one logical batch, or one of its ``accumulate`` parts. It is falsy when empty, which
     happens with Poisson sampling and is not an error: the step is taken and counted all the same.
 
     The class is deliberately not a sequence: whatever walks through nested collections (device transfer, guessing of

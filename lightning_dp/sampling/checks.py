@@ -34,7 +34,7 @@ def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
     """Return the loader, if private draws can replace its own.
 
     Args:
-        loader: what the user gave.
+        loader: the user's.
         sampling: "poisson", "shuffle" or "cyclic".
 
     Returns:

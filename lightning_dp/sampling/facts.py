@@ -26,9 +26,9 @@ class SamplingFacts:
             "cyclic" with a public assignment: it is one of positions, and those behind a removed record shift. Then
             only the relations that keep the other records in place change a single batch.
         accumulate: items that one logical batch is handed out in.
-        separation: logical steps after which a unit comes back, exactly; ``None`` where that is random or not promised.
+        separation: logical steps between two uses of a unit, exactly; ``None`` if random or not promised.
         fixed_order: whether the order is the same in every pass.
-        unit: "record" or "user": whose presence is hidden.
+        unit: "record" or "user", the protected unit.
         records_per_unit: most records that a user brings to a logical batch; ``None`` for records.
     """
 

@@ -46,7 +46,7 @@ class PrivateDataLoader(DataLoader[Any]):
 
     Args:
         dataset: the user's dataset.
-        facts: what is public about the sampling.
+        facts: public facts about the sampling.
         batch_size: expected number of units in an item: the user's.
         seed: for tests: words that the random streams of a stream's items follow from.
         kwargs: arguments of ``torch.utils.data.DataLoader``.
@@ -97,7 +97,7 @@ class PrivateDataLoader(DataLoader[Any]):
             steps_per_pass: length of a pass over a stream that is cut short on purpose; default: the stream's own.
 
         Raises:
-            PrivacyError: the order cannot go on where it stopped.
+            PrivacyError: the order cannot continue at that step.
         """
         check_count("step", step, 0)
         if isinstance(self.batch_sampler, CyclicBatchSampler):

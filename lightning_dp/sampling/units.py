@@ -65,7 +65,7 @@ class Units:
 
         Args:
             users: numbers of the users, in the order of the batch.
-            rng: where the choice comes from.
+            rng: generator of the choice.
 
         Returns:
             Indices into the dataset, in its order within a user, and one count >= 1 per user; private.

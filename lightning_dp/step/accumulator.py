@@ -53,7 +53,7 @@ class Accumulator:
         self._takes_back = tuning.is_allowed() and not is_shared(torch.empty(1, device=first.device))
         self.used = False  # set it before anything is added
         self.noise_std: float | None = None  # of the noise that the gradient began with, in units of the sum
-        self.divisor = 1  # what is added is divided by it
+        self.divisor = 1  # every addition is divided by it
         self.base = clipping.for_coordinates(self.num_coordinates)
         self.clipping = self.base
         self.mask_version: tuple[Hashable, ...] = ()
@@ -94,7 +94,7 @@ class Accumulator:
         """Begin a sum with the noise of its release, which saves one pass over the buffer.
 
         Args:
-            noise: where it comes from.
+            noise: its source.
             std: of a coordinate of the sum, from public state only.
             divisor: above 1, the gradient is held divided by it, noise included, and nothing is left to divide: once
                 less again.
@@ -272,7 +272,7 @@ class Accumulator:
 
         Args:
             noisy: the active coordinates of the payload.
-            expected_batch_size: what the mean is taken over.
+            expected_batch_size: divisor of the mean.
             rescale: a further factor.
         """
         if self.divisor == 1:

@@ -24,9 +24,9 @@ class Restored(NamedTuple):
     """The privacy state restored from a checkpoint.
 
     Args:
-        ledger: the one to go on with.
+        ledger: of the resumed run.
         plan: the saved plan, or None.
-        step: the logical step to go on from.
+        step: the logical step to resume from.
         unledgered: optimizer steps that were not private and not ours to record: those of a public checkpoint.
     """
 

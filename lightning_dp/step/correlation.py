@@ -29,7 +29,7 @@ class Correlation:
     Args:
         noise: planned settings.
         steps: logical steps n of the whole run.
-        separation: steps b after which a unit comes back.
+        separation: steps b between two uses of a unit.
         passes: most uses k of a unit.
     """
 
@@ -80,7 +80,7 @@ def plan_correlation(
     """Return the correlation of a planned run, or refuse it with the reason.
 
     Args:
-        noise: what the user asked for.
+        noise: the user's argument.
         facts: of the private loader.
         mechanisms: what callbacks ask for, with masks begun.
         length: planned length of the whole run.
@@ -133,7 +133,7 @@ def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, st
 
     Args:
         now: the plan, as plain values.
-        restored: that of the checkpoint being resumed, if any.
+        restored: correlation of the resumed checkpoint, if any.
         start: logical steps taken before.
 
     Raises:
@@ -201,7 +201,7 @@ def begin_order(correlation: Correlation | None, loader: PrivateDataLoader, step
         step: logical steps released so far.
 
     Raises:
-        PrivacyError: the order cannot go on where it stopped.
+        PrivacyError: the order cannot continue at that step.
     """
     if correlation is not None:
         loader.start_at(step, steps_per_pass=correlation.separation)

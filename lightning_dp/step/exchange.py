@@ -31,7 +31,7 @@ class Fingerprint:
         norms: (parameters, B) norms of the gradients of each sample's own loss. Private.
         sums: per random direction, parameter -> weighted sum over the samples that stay, scaled to equal length.
             Private.
-        shapes: of the samples that stay and of the one that does not.
+        shapes: of all samples, the exchanged one included.
         stepped: optimizers that stepped.
     """
 
@@ -147,7 +147,7 @@ def compare(
         second: of the other; its norms have the columns of the samples that stay, in the same order.
         stays: (B,) marks the samples of the first batch that the second one holds too.
         tolerance: allowed difference, relative to a sample's own gradient.
-        what: was done to the one that does not stay.
+        what: change of the exchanged sample.
         total: adds figures by parameter over the processes, where each holds a part of the sums.
 
     Raises:

@@ -72,7 +72,7 @@ def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
 
     Args:
         ledgers: of earlier runs on the same data.
-        own: of the run that goes on; its relation and unit are those of the result.
+        own: of the current run; its relation and unit apply to the result.
 
     Raises:
         PrivacyError: a ledger of another relation or unit.
@@ -141,7 +141,7 @@ def check_history(module: nn.Module, known: Iterable[str], *, given: bool, resum
     Args:
         module: about to be trained.
         known: lineages of the ledgers that the run counts.
-        resumed: ledger of the run that goes on; each process of several began one of its own, of which a checkpoint
+        resumed: ledger of the resumed run; each process of several began one of its own, of which a checkpoint
             holds the first.
         given: whether the user passed ``history``, perhaps empty: then it is taken as said.
 

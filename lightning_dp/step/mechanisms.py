@@ -112,7 +112,7 @@ class Mechanisms:
         Args:
             owner: the callback.
             noise_schedule: run length -> schedule of factors on sigma.
-            is_private: run length -> whether a logical step is private (plain SGD where it is not).
+            is_private: run length -> whether a logical step is private (else plain SGD).
             bound: bound of the clipping from step to step.
             mask: run length -> mask of the gradient.
             canaries: public additional records in gradient space.
@@ -120,7 +120,7 @@ class Mechanisms:
             limit: how many steps the run may take.
             extra_records: returns public records to add to the training set; called when its data is set up, after a
                 checkpoint was read.
-            card: where the privacy card goes.
+            card: destination of the privacy card.
 
         Raises:
             ValueError: another owner has asked for the same.

@@ -16,7 +16,7 @@ class PrivateParameters:
     Args:
         module: the user's.
         optimizers: all of them.
-        public: positions of those whose gradients do not depend on the data.
+        public: positions of optimizers whose gradients do not depend on the data.
     """
 
     def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], public: Collection[int]) -> None:

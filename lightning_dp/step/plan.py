@@ -60,12 +60,12 @@ class DPPlan:
         target_epsilon: what ``noise_multiplier`` was calibrated to, or None.
         accountant: name of the accountant.
         neighboring_relation: "add_or_remove_one", "replace_one" or "zero_out".
-        is_private: logical step -> whether it is private; plain SGD, without bound and noise, where it is not.
-        unsound: why no step of the run has a finite epsilon, whatever its noise; empty where they have.
+        is_private: logical step -> whether it is private; else it is plain SGD, without bound and noise.
+        unsound: why no step of the run has a finite epsilon, whatever its noise; empty if steps have one.
         batches_per_pass: t, the logical batches of a whole pass, if the sampler puts each unit into exactly one of
             them, drawn uniformly and independently; else None. A run may use fewer of them per pass
             (``steps_per_epoch``).
-        unit: "record" or "user": whose presence is hidden, and what n, q and B count.
+        unit: "record" or "user", the protected unit, and what n, q and B count.
         records_per_unit: most records that a user brings to a logical batch; None for records.
         correlation: of the noise between steps; None if it is independent.
         per_sample_loss: whether each record's own loss counts, computed on that record alone, instead of the batch's

@@ -67,8 +67,8 @@ def build_plan(
     """Build the plan, calibrating the noise if a target is given.
 
     Args:
-        settings: what the user asked for.
-        facts: what the private loader does.
+        settings: the user's arguments.
+        facts: of the private loader.
         mechanisms: what callbacks have set: the schedule of the noise, plain phases.
         length: planned length of the whole run.
         start: logical step at which this fit begins (above 0 after a resume).

@@ -20,7 +20,7 @@ class RandomStreams:
     on how many samples earlier batches had.
 
     **Guarantee**: without ``seed`` every seed is fresh from the operating system: ``seed_everything`` neither fixes nor
-    moves what is drawn while training.
+    changes the draws of training.
 
     Args:
         seed: for tests only: makes the draws predictable.

@@ -51,7 +51,7 @@ class TrainingRecords:
         """Find the tensors of a collated batch that have one row per record.
 
         Args:
-            device: its global generator is put back, and those of the CPU.
+            device: its global generator and those of the CPU are restored.
         """
         pair = (self.take(2) * 2)[:2]
         with kept_generators(device):

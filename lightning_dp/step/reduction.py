@@ -226,7 +226,7 @@ def communicating(what: str, *, among_others: bool = False) -> Iterator[None]:
 
     Args:
         what: communicates.
-        among_others: whether what is inside may also fail for other reasons, which are raised as they are.
+        among_others: whether what is inside may also fail for other reasons, which are raised unchanged.
 
     Raises:
         RuntimeError: another process died, hung or fell behind.

@@ -67,7 +67,7 @@ def noise_stds(
     Args:
         releases: of the step, by position of their private optimizer.
         accumulators: by the same positions.
-        expected_batch_size: what the mean is taken over.
+        expected_batch_size: divisor of the mean.
     """
     return {
         name: release.std_of_group(number) / expected_batch_size

@@ -20,7 +20,7 @@ def check_sharded(
 
     Args:
         module: the user's, sharded.
-        settings: what the user asked for.
+        settings: the user's arguments.
         mechanisms: what callbacks ask for.
         world_size: processes of the data-parallel group.
         device: of this process.

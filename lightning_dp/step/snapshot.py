@@ -69,7 +69,7 @@ class Snapshot:
 
     Args:
         roots: modules, optimizers, schedulers.
-        settle: brings modules into their state between two steps; called before anything is kept or put back.
+        settle: brings modules into their state between two steps; called before values are copied or restored.
 
     Example:
         >>> layer = nn.Linear(2, 1)

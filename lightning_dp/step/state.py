@@ -20,7 +20,7 @@ from lightning_dp.step.plan import DPPlan
 class PrivacyState:
     """Ledger, accountant, plan and position of a private run.
 
-    It outlives a call of fit: the ledger never forgets a step, and a later fit goes on with it.
+    It outlives a call of fit: the ledger never forgets a step, and a later fit continues it.
 
     **Guarantee**: holds public values only. An entry is written before anything that it pays for is released; releases
     on one logical batch are one entry of their combined precision ``sum_k sigma_k^-2``.

@@ -56,7 +56,7 @@ class PrivateStep:
     Args:
         module: the user's module.
         optimizers: all optimizers, private and public ones.
-        settings: what the user asked for.
+        settings: the user's arguments.
         state: ledger, accountant and position; outlives this object.
         mechanisms: what callbacks ask for.
         reduction: communication between processes.

@@ -44,7 +44,7 @@ def write(trainer: pl.Trainer, strategy: PrivateStrategy, files: CardFiles) -> s
     Args:
         trainer: nothing is written under ``fast_dev_run``.
         strategy: of the run.
-        files: where the card goes, if anywhere.
+        files: destination of the card, if any.
 
     Returns:
         The directory, on every rank; None where nothing was to be written.

@@ -41,7 +41,7 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
     all-reduce per logical step adds the sums of all W ranks. ``batch_size`` of the loader is per process, so that
     ``expected_batch_size = batch_size x world_size x accumulate_grad_batches``. Replicas start equal and stay equal.
 
-    **Guarantee**: that of ``DPStrategy``, for the data of all ranks together.
+    **Guarantee**: as for ``DPStrategy``, for the data of all ranks together.
 
     Args:
         ARGUMENTS

@@ -53,7 +53,7 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
     at a time are scattered: a rank holds the sum, the noise and the gradient of its own rows alone. ``batch_size`` of
     the loader is per process, so that ``expected_batch_size = batch_size x world_size x accumulate_grad_batches``.
 
-    **Guarantee**: that of ``DPStrategy``, for the data of all ranks together.
+    **Guarantee**: as for ``DPStrategy``, for the data of all ranks together.
 
     Refused: ``tensor_parallel_size`` above 1, hybrid sharding, ``CPUOffloadPolicy``, ``microbatch_size=1``, ``TopAgg``,
     public optimizers, correlated noise, ``fix=True``, canaries in gradient space, ``GradientDiagnostics``. ``memory``

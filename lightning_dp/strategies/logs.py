@@ -28,7 +28,7 @@ class TrainingLogs:
     object watches that collection. Calls of ``logger.log_metrics`` are watched within ``training_step``.
 
     **Guarantee**: with ``strict=True`` no such figure gets further, unless its name begins with ``nonprivate/``. Left
-    alone: validation and test figures, the ``Epsilon`` metric, and what this package logs by itself: ``epsilon`` and
+    alone: validation and test figures, the ``Epsilon`` metric, and this package's own logs: ``epsilon`` and
     names under ``privacy/``, ``audit/`` and ``communication/``. NOT seen: ``print``, files, ``logger.experiment``, and
     values that user code keeps in its own objects.
 

@@ -41,7 +41,7 @@ class ProcessTuning:
         """Start the tuning; do nothing if it is active.
 
         Args:
-            on_cpu: whether the fit computes on the CPU. Elsewhere the memory settings are left as they are.
+            on_cpu: whether the fit computes on the CPU. On other devices the memory settings stay unchanged.
         """
         with _lock:
             if self not in _running:

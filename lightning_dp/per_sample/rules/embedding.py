@@ -121,7 +121,7 @@ def _squared_norms(rows: _Rows) -> Tensor:
     """Return the squared norm of every sample, with the rounding of the weighted sum.
 
     That adds the backprops of equal tokens one after the other, so the bound of ``rounding.py`` holds with their true
-    number. A row of one token is added as it is.
+    number. A row of one token is added unchanged.
     """
     eps = torch.finfo(rows.lengths.dtype).eps
     errors = torch.where(rows.counts > 1, (rows.counts + 4) * eps * rows.lengths, 0.0)

@@ -1,4 +1,4 @@
-"""Rules for normalisation layers that treat every sample by itself: LayerNorm, RMSNorm, GroupNorm, InstanceNorm.
+"""Rules for normalisation layers that treat every sample separately: LayerNorm, RMSNorm, GroupNorm, InstanceNorm.
 
     y = x_hat * weight + bias,   grad_weight_i = sum_positions backprop_i * x_hat_i,   grad_bias_i = sum backprop_i
 

@@ -7,7 +7,7 @@ large. With the unit roundoff ``u = eps / 2`` and ``S = sum_t |a_t| |g_t|``,
     | |computed sum| / f - |true gradient| |  <= (T + 3) u S    T - 1 additions, in any order; scaling, product, buffer
     | computed norm - |true gradient| |       <= T u S          T - 1 additions, in any order; product
 
-so a computed norm with ``(T + 4) eps S`` added to it bounds what is added: :func:`with_rounding`. The bound holds for
+so a computed norm plus ``(T + 4) eps S`` bounds the contribution: :func:`with_rounding`. The bound holds for
 any partial sums, since each of them is at most ``f S``, and for any other samples in the same product.
 
 Long sums are added up in blocks, lanes and threads, and their errors have both signs: the error that occurs grows like
