@@ -205,7 +205,7 @@ class GradientCanaries(Canaries):
         self._pending += ((seen_M - kept_GM.double().square().sum(0) / 2) / variance).cpu().numpy()
 
     def _fold(self) -> None:
-        """Finish a logical batch, whose releases share one membership of canaries."""
+        """Finish a logical batch: all of its releases hold the same canaries."""
         q = self._sample_rate
         with np.errstate(divide="ignore"):
             absent = math.log1p(-q) if q < 1 else -math.inf

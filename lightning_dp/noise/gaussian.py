@@ -28,8 +28,7 @@ class GaussianNoise:
     """Independent Gaussian noise for every coordinate of a buffer, in place.
 
         add_:  tensor[j] += N(0, std^2)   for every j
-        fill_: tensor[j]  = N(0, std^2)   for every j: what is summed up in the buffer afterwards is noisy from the
-        start
+        fill_: tensor[j]  = N(0, std^2)   for every j; a sum built in the buffer afterwards is noisy from the start
 
     Fast variant (default). CPU: four streams, each started from 256 bits of the operating system's entropy: MKL's ARS-5
     if the package ``mkl-random`` is installed (extra ``fast``; 1.6 times as fast on one thread), else torch's generator

@@ -36,7 +36,7 @@ class BatchAxis:
     is_pinned: bool = field(default=False, compare=False)
 
     def rows_of_one(self, tensor: Tensor, batch_size: int, where: str) -> int:
-        """Return ``K`` of this tensor at this batch size; ``PrivacyError`` if the samples cannot be distinguished."""
+        """Return ``K`` of this tensor at this batch size; raise PrivacyError if samples cannot be distinguished."""
         if tensor.dim() <= self.axis:
             raise PrivacyError(
                 f"Expected a tensor with the batch in axis {self.axis}, got shape={tuple(tensor.shape)} in {where}. "
@@ -45,7 +45,7 @@ class BatchAxis:
         return self.rows_in(tensor.shape[self.axis], batch_size, where)
 
     def rows_in(self, length: int, batch_size: int, where: str) -> int:
-        """Return ``K`` of an axis of this length; ``PrivacyError`` if the samples cannot be distinguished."""
+        """Return ``K`` of an axis of this length; raise PrivacyError if samples cannot be distinguished."""
         if batch_size == 0:
             return self.multiplicity
         rows, rest = divmod(length, batch_size)
