@@ -60,13 +60,25 @@ class Writing(Nothing):
     def __init__(self) -> None:
         super().__init__()
         self.drawn: list[list[int]] = []
+        self.logged: list[int] = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.drawn.append(batch[1].tolist())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.log("size", float(len(batch[1])), sync_dist=True, on_step=True)
+        self.logged.append(int(batch[1].sum()))
+        self.log("positions", float(batch[1].sum()), sync_dist=True, on_step=True)
         return super().training_step(batch, batch_idx)
+
+
+class Synced(L.Callback):
+    """Keeps the value that was logged in each step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.values.append(float(trainer.callback_metrics["positions"]))
 
 
 class Watch(L.Callback):
@@ -156,8 +168,9 @@ def main() -> None:
 
     # collectives in the user's logging, while ranks hold different numbers of microbatches
     strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, microbatch_size=2)
-    trainer = fit(Writing(), DataLoader(Indexed(), batch_size=6), strategy=strategy, max_epochs=4)
-    seen["synced"] = (trainer.strategy.ledger.num_steps, float(trainer.callback_metrics["size"]))
+    module, synced = Writing(), Synced()
+    trainer = fit(module, DataLoader(Indexed(), batch_size=6), [synced], strategy=strategy, max_epochs=4)
+    seen["synced"] = {"steps": trainer.strategy.ledger.num_steps, "given": module.logged, "values": synced.values}
 
     # under a mask and with a counted bound: what the gradient and the count carry, and what they should
     watch, module = Watch(), Writing()

@@ -140,6 +140,37 @@ def sums() -> dict[str, Any]:
     return found
 
 
+class Manual(Sharded):
+    """A sharded module that steps by itself."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(plain(), **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+def manual() -> dict[str, Any]:
+    """The sum over ranks of one step in microbatches, without noise; then noisy steps on unequal batches."""
+    released, loader = Released(), DataLoader(make_dataset(), batch_size=32)
+    strategy = DPFSDPStrategy(noise_multiplier=0.0, max_grad_norm=0.7, microbatch_size=7)
+    fit(Manual(lr=0.0), loader, [released], strategy, max_steps=1)
+    module = Manual(lr=0.05)
+    loader = DataLoader(make_dataset(40), batch_size=2)
+    trainer = fit(module, loader, strategy=private(microbatch_size=2), max_epochs=2)
+    weights = whole(dict(module.named_parameters()))
+    return {
+        "sum": released.grads[0],
+        "steps": trainer.strategy.ledger.num_steps,
+        "weights": torch.cat([w.flatten() for w in weights.values()]),
+    }
+
+
 def noise() -> Tensor:
     """Released gradients of 40 steps at q = 1."""
     released = Released()
@@ -354,6 +385,7 @@ def resumed_alone() -> dict[str, Any]:
 def main() -> None:
     parts = (
         sums,
+        manual,
         noise,
         releases,
         training,

@@ -54,6 +54,14 @@ def test_ranks_release_the_sum_of_one_process(ranks: list[dict[str, Any]], tmp_p
             torch.testing.assert_close(seen["sums"][name][parameter], gradient, rtol=rtol, atol=atol)
 
 
+def test_manual_steps_release_what_automatic_ones_do(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["manual"]["steps"] == 20
+        for name, gradient in seen["sums"]["flat"].items():
+            torch.testing.assert_close(seen["manual"]["sum"][name], gradient, rtol=1e-5, atol=1e-7)
+    assert torch.equal(ranks[0]["manual"]["weights"], ranks[1]["manual"]["weights"])
+
+
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
 def test_noise_is_there_once_on_rows_and_on_replicas(ranks: list[dict[str, Any]], wrong: float) -> None:
     """40 steps x 53 sharded and 3 replicated coordinates; z under 5 (false alarm < 1e-6)."""
