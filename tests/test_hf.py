@@ -34,7 +34,8 @@ class Gradients(TrainerCallback):
     """Keeps the weights, the batch and the gradient of every step."""
 
     def __init__(self, stop: int = -1) -> None:
-        self.stop, self.seen = stop, []
+        self.stop = stop
+        self.seen: list[Any] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.seen.append({name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()})
@@ -63,7 +64,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 def start(folder: Path, privacy: Any, *, stop: int = -1, log_loss: bool = False, **options: Any) -> PrivateTrainer:
     torch.manual_seed(0)
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         vocab_size=WORDS, max_position_embeddings=LENGTH, num_labels=2, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, **size,
     )  # fmt: skip

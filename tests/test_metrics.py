@@ -79,7 +79,7 @@ class Holder(nn.Module):
         self.metric, self.layer = metric, nn.Linear(1, 1)
 
 
-COPIES: dict[str, Callable[[Epsilon], Epsilon]] = {
+COPIES: dict[str, Callable[[Epsilon], Any]] = {
     "clone": lambda metric: metric.clone(),
     "collection": lambda metric: MetricCollection({"epsilon": metric, "mean": MeanMetric()}).clone(prefix="val_")[
         "epsilon"

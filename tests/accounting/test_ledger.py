@@ -1,5 +1,6 @@
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -366,7 +367,7 @@ def state():
     return json.loads(json.dumps(ledger.state_dict()))
 
 
-WRONG = [None, -1, 1.5, math.nan, "x", [], {}, True]
+WRONG: list[Any] = [None, -1, 1.5, math.nan, "x", [], {}, True]
 WRONG_BY_FIELD = {
     ("version",): [*WRONG, 0, 2],
     ("neighboring_relation",): WRONG,

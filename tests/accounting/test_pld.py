@@ -52,7 +52,7 @@ def test_grid_dominates_the_release_at_every_epsilon(event, interval):
     for direction in ("remove", "add", "replace"):
         grid = discretize(Mechanism(*event), direction, interval)
         losses = (grid.layout.offset + np.arange(grid.masses.size)) * interval
-        pair = Pair(*event, direction)
+        pair = Pair(*event, direction)  # type: ignore[call-arg]
         assert grid.masses.sum() == pytest.approx(1, abs=1e-12)
         assert (grid.masses * np.exp(-losses)).sum() <= 1 + 1e-9
         for epsilon in (-1.0, -0.1, 0.0, 0.033, 0.3, 1.7, 4.0):
@@ -102,7 +102,7 @@ def test_composition_meets_the_closed_form_as_the_rate_nears_one(num_steps, delt
 def test_small_epsilon_is_tight(sample_rate, noise_multiplier, num_steps):
     """Against the same bound on a grid eight times finer, whose error is 64 times smaller."""
     run = (poisson(noise_multiplier, sample_rate), num_steps)
-    fine = type(make_accountant("pld"))(step_parts=256, max_support=1 << 20)
+    fine = type(make_accountant("pld"))(step_parts=256, max_support=1 << 20)  # type: ignore[call-arg]
     truth = fine.epsilon(Ledger().extended([run]), DELTA)
     assert 0.001 < truth < 0.4
     assert truth * (1 - 1e-6) <= pld_of(run) <= 1.0025 * truth

@@ -49,7 +49,7 @@ def fit(resume: Any = None, max_epochs: int = 1, **options: Any) -> tuple[L.Trai
     )
     loader = DataLoader(make_records(), batch_size=5, shuffle=True)
     trainer.fit(model, loader, ckpt_path=resume, weights_only=True if resume else None)
-    return trainer, model
+    return trainer, model  # type: ignore[return-value]
 
 
 def main() -> None:

@@ -169,7 +169,9 @@ def live() -> None:
 
 def releases_in(weights: str) -> int:
     """How many steps of the optimizer made these weights, along the journal."""
-    made = dict(reversed(line.split()) for line in JOURNAL.read_text().splitlines()) if JOURNAL.exists() else {}
+    made: dict[str, str] = (
+        dict(reversed(line.split()) for line in JOURNAL.read_text().splitlines()) if JOURNAL.exists() else {}
+    )
     count = 0
     while weights in made:
         weights, count = made[weights], count + 1

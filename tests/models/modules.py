@@ -303,17 +303,17 @@ def clip() -> nn.Module:
 
 def resnet() -> nn.Module:
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    return hf.ResNetForImageClassification(hf.ResNetConfig(**sizes, num_labels=NUM_CLASSES))
+    return hf.ResNetForImageClassification(hf.ResNetConfig(**sizes, num_labels=NUM_CLASSES))  # type: ignore[call-arg]
 
 
 def convnext() -> nn.Module:
     sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2}
-    return hf.ConvNextForImageClassification(hf.ConvNextConfig(**sizes, num_labels=NUM_CLASSES))
+    return hf.ConvNextForImageClassification(hf.ConvNextConfig(**sizes, num_labels=NUM_CLASSES))  # type: ignore[call-arg]
 
 
 def swin() -> nn.Module:
     sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
-    return hf.SwinForImageClassification(hf.SwinConfig(**sizes, num_labels=NUM_CLASSES, drop_path_rate=0.0))
+    return hf.SwinForImageClassification(hf.SwinConfig(**sizes, num_labels=NUM_CLASSES, drop_path_rate=0.0))  # type: ignore[call-arg]
 
 
 def with_lora(model: nn.Module, *targets: str, train_also: tuple[str, ...] = (), **options: Any) -> nn.Module:

@@ -591,7 +591,7 @@ def test_a_compiled_layer_reports_itself() -> None:
         runs.append(1)
         return graph
 
-    module = nn.Sequential(torch.compile(nn.Linear(3, 3), backend=backend), nn.Tanh(), nn.Linear(3, 2)).double()
+    module = nn.Sequential(torch.compile(nn.Linear(3, 3), backend=backend), nn.Tanh(), nn.Linear(3, 2)).double()  # type: ignore[call-overload]
     assert_engine_agrees(module, _loss(module), _data(3))
     assert not runs or module(_data(3)) is not None
 

@@ -214,7 +214,7 @@ def test_public_and_frozen_parameters_keep_plain_autograd() -> None:
 def test_parameters_may_change_between_steps() -> None:
     module = Net()
     engine = make_engine(module, _loss(module), _data(3), names=["second.weight"])
-    engine.set_parameters({"second.weight": module.second.weight})
+    engine.set_parameters({"second.weight": module.second.weight})  # type: ignore[dict-item]
     assert engine.has_layout
     engine.set_parameters(dict(module.named_parameters()))
     assert not engine.has_layout

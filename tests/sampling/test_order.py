@@ -22,7 +22,7 @@ FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserW
 
 def cyclic(size: int = 60, batch_size: int = 12, *, num_workers: int = 0, **options: Any) -> PrivateDataLoader:
     """60 records in 5 groups by default."""
-    loader = DataLoader(range(size), batch_size=batch_size, num_workers=num_workers)
+    loader: Any = DataLoader(range(size), batch_size=batch_size, num_workers=num_workers)
     return private_dataloader(loader, sampling="cyclic", **options)
 
 

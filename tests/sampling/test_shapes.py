@@ -130,7 +130,7 @@ def test_one_loader_in_a_collection_keeps_its_structure(wrap: Any, unwrap: Any) 
 
 def test_loaders_of_equal_length_are_parts_of_one_record() -> None:
     first = DataLoader(TensorDataset(torch.arange(12)), batch_size=4, shuffle=True)
-    second = DataLoader(range(100, 112), batch_size=4, collate_fn=lambda items: [str(item) for item in items])
+    second: Any = DataLoader(range(100, 112), batch_size=4, collate_fn=lambda items: [str(item) for item in items])
     private = private_dataloader(one_loader({"x": first, "y": second}, sampling="poisson"), microbatch_size=2)
     assert private.facts.sample_rate == pytest.approx(1 / 3)
     for batch in private:

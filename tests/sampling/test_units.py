@@ -28,7 +28,7 @@ def users(
     ids: Sequence[Any] | Any = IDS, batch_size: int = 3, most: int = 2, *, num_workers: int = 0, **options: Any
 ) -> PrivateDataLoader:
     """A loader over records that are their own indices."""
-    loader = DataLoader(range(len(ids)), batch_size=batch_size, num_workers=num_workers)
+    loader: Any = DataLoader(range(len(ids)), batch_size=batch_size, num_workers=num_workers)
     return private_dataloader(loader, unit=ids, records_per_unit=most, **options)
 
 
@@ -120,7 +120,7 @@ def test_one_record_per_user_is_the_record_level(sampling: str, num_workers: int
     """Bit for bit under one seed: members, their order, parts and microbatches."""
     options: dict[str, Any] = {"sampling": sampling, "seed": 3, "accumulate": 2, "microbatch_size": 3}
     dataset = torch.arange(50)
-    plain = DataLoader(dataset, batch_size=7, num_workers=num_workers)  # type: ignore[arg-type]
+    plain: Any = DataLoader(dataset, batch_size=7, num_workers=num_workers)  # type: ignore[arg-type]
     ids = [f"user {number * 7 % 50}" for number in range(50)]
     found = private_dataloader(plain, unit=ids, records_per_unit=1, **options)
     records = private_dataloader(plain, **options)

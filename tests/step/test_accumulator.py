@@ -78,7 +78,7 @@ HOLDERS = {
     "detached": lambda grad: grad.detach(),
     "an array": lambda grad: grad.numpy(),
     "its storage": lambda grad: grad.untyped_storage(),
-    "an attribute": lambda grad: setattr(KEEPER, "kept", grad.view(-1)) or KEEPER.kept,
+    "an attribute": lambda grad: setattr(KEEPER, "kept", grad.view(-1)) or KEEPER.kept,  # type: ignore[has-type]
 }
 KEEPER = nn.Module()
 

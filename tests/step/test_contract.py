@@ -254,6 +254,7 @@ def concrete(base: type) -> set[type]:
     found: set[type] = set()
     ahead = [base]
     while ahead:
+        kind: type
         for kind in ahead.pop().__subclasses__():
             ahead.append(kind)
             if kind.__module__.startswith("lightning_dp.") and not inspect.isabstract(kind):

@@ -129,7 +129,7 @@ def test_masks_of_several_owners_combine_in_order() -> None:
         mechanisms.add(Owner(until), mask=lambda length, until=until: FirstSteps(until))
     assert mechanisms.masks == ()
     mechanisms.begin_run(LENGTH)
-    assert [mask.until for mask in mechanisms.masks] == [3, 5]  # type: ignore[attr-defined]
+    assert [mask.until for mask in mechanisms.masks] == [3, 5]  # type: ignore[attr-defined, var-annotated]
 
 
 def test_same_owner_replaces_what_it_asked_for_before() -> None:

@@ -21,7 +21,9 @@ class Traced(Classifier):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.outputs, self.seen = 0, [], {}
+        self.calls = 0
+        self.outputs: list[Any] = []
+        self.seen: dict[Any, Any] = {}
         self.accuracy = MulticlassAccuracy(NUM_CLASSES)
         self.register_buffer("average", torch.zeros(()))
         self.dropout = nn.Dropout(0.5)

@@ -21,7 +21,8 @@ class Asking(L.Callback):
     """Runs a function in mid-fit, after each step."""
 
     def __init__(self, ask: Any) -> None:
-        self.ask, self.answers = ask, []
+        self.ask = ask
+        self.answers: list[Any] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self.answers.append(self.ask(trainer))
