@@ -18,7 +18,7 @@ ACCOUNTANTS: dict[str, type[Accountant]] = {
 def make_accountant(name: str) -> Accountant:
     """Return a new accountant.
 
-    Guarantee: a new instance shares no cache with another.
+    **Guarantee**: a new instance shares no cache with another.
 
     Args:
         name: "pld" (tight), "rdp" (cheap), "prv" (opacus' numerical bound), "gdp" (exact, nothing subsampled) or

@@ -68,7 +68,7 @@ class RatioLaw:
 def allocation_law(noise_multiplier: float, num_batches: int, parts: int) -> RatioLaw:
     """Return a law that is at least as spread as that of S, in convex order.
 
-    Guarantee: E f(result) >= E f(S) for every convex f, up to rounding, with E S = 1 kept. On finer grids it falls.
+    **Guarantee**: E f(result) >= E f(S) for every convex f, up to rounding, with E S = 1 kept. On finer grids it falls.
 
     Args:
         noise_multiplier: sigma >= `LEAST_NOISE`.

@@ -46,8 +46,8 @@ def attack_bounds(
 
     true positive rate <= min over epsilon of exp(epsilon) x false positive rate + delta(epsilon)
 
-    Guarantee: upper bounds under the ledger's relation, from the loss distribution that "pld" computes epsilon from.
-    Exact where nothing is sampled: Phi(Phi^-1(false positive rate) + mu) and 2 Phi(mu / 2) - 1. No delta is chosen.
+    **Guarantee**: upper bounds under the ledger's relation, from the loss distribution of "pld". They are exact where
+    nothing is sampled: Phi(Phi^-1(false positive rate) + mu) and 2 Phi(mu / 2) - 1. No delta is chosen.
 
     Args:
         ledger: What was released.

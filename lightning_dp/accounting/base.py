@@ -17,7 +17,7 @@ class Accountant(ABC):
 
     epsilon >= inf{e : the composition of the ledger's releases is (e, delta)-DP}
 
-    Guarantee: never below the truth, for every ledger the accountant accepts; a ledger it cannot bound is refused.
+    **Guarantee**: never below the truth, for every ledger the accountant accepts; a ledger it cannot bound is refused.
     0 for a ledger that holds nothing (whoever prints it says "no steps recorded"), inf for one with a release that
     nothing protects. Results depend on ledger and delta only, not on earlier queries, which merely make them faster.
     """

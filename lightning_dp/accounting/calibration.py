@@ -31,7 +31,7 @@ def calibrate_noise_multiplier(
 
     min sigma_0 such that epsilon(history followed by runs(sigma_0)) <= target_epsilon
 
-    Guarantee: the epsilon of the returned multiplier, by the same accountant, never exceeds the target. It is at
+    **Guarantee**: the epsilon of the returned multiplier, by the same accountant, never exceeds the target. It is at
     least 99 % of the target where epsilon is continuous in sigma_0 there and a multiplier of 1e-3 exceeds it.
 
     Args:
@@ -103,7 +103,7 @@ def max_steps_within(
 
     max k such that epsilon(history followed by the first k steps) <= epsilon
 
-    Guarantee: the epsilon of the returned number of steps, by the same accountant, does not exceed the budget.
+    **Guarantee**: the epsilon of the returned number of steps, by the same accountant, does not exceed the budget.
 
     Args:
         epsilon: Budget for history and plan together, in (0, inf).

@@ -35,7 +35,7 @@ class PrivacyEvent:
 
     release = sum of clipped contributions + N(0, (noise_multiplier x sensitivity)^2 I)
 
-    Guarantee: describes the mechanism, not the data; every field is public. A noise multiplier of 0 is legal and
+    **Guarantee**: describes the mechanism, not the data; every field is public. A noise multiplier of 0 is legal and
     means that nothing is protected: epsilon is infinite.
 
     Args:

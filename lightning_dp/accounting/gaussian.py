@@ -18,7 +18,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
     delta(epsilon) = Phi(mu / 2 - epsilon / mu) - exp(epsilon) Phi(-mu / 2 - epsilon / mu), solved for epsilon
 
-    Guarantee: exact up to rounding, and rounded upwards.
+    **Guarantee**: exact up to rounding, and rounded upwards.
 
     Args:
         mu: Sensitivity over standard deviation, in [0, inf); the root of the sum of squares for a composition.
@@ -64,7 +64,7 @@ class GDPAccountant(Accountant):
 
     mu^2 = sum of 1 / noise_multiplier^2; epsilon from `gaussian_epsilon`
 
-    Guarantee: exact for any composition of Gaussians, passes over shuffled data included. Poisson sampling is
+    **Guarantee**: exact for any composition of Gaussians, passes over shuffled data included. Poisson sampling is
     refused, because the central limit theorem that is used for it elsewhere is not a bound.
 
     Example:

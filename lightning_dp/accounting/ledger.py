@@ -37,8 +37,8 @@ class Ledger:
 
     cost = sum over runs; a pass costs one mechanism with the smallest noise multiplier of the pass
 
-    Guarantee: entries hold public values only. The ledger never forgets a step: it grows, and `amend_last` exchanges
-    one step for another. What is not private: nothing; the ledger may be published.
+    **Guarantee**: entries hold public values only. The ledger never forgets a step: it grows, and `amend_last` replaces one
+    step by another. The ledger may be published.
 
     "poisson" steps are Poisson-subsampled Gaussians and "gaussian" steps are Gaussians. The steps of one "shuffle" pass
     compose in parallel, because each sample is in exactly one of its batches: together they cost one Gaussian. The
@@ -127,8 +127,8 @@ class Ledger:
 
         Two private optimizers that step on one batch are one event, of combined precision.
 
-        Guarantee: never cheaper than the truth. An open pass of several steps keeps the smallest noise multiplier it
-        has seen, that of the exchanged step included.
+        **Guarantee**: never cheaper than the truth. An open pass of several steps keeps the smallest noise multiplier
+        that it has seen, the replaced step included.
 
         Args:
             event: What the last step released in full.
@@ -241,7 +241,7 @@ class Ledger:
     def from_state_dict(cls, state: Mapping[str, Any]) -> Ledger:
         """Return the ledger that `state_dict` described.
 
-        Guarantee: what is not exactly such a description is refused, never repaired.
+        **Guarantee**: what is not exactly such a description is refused, never repaired.
 
         Args:
             state: What `state_dict` returned, perhaps through JSON.

@@ -110,7 +110,7 @@ class LossNodes:
 def discretize(mechanism: Mechanism, direction: Direction, interval: float, parts: int = 32) -> GridLoss:
     """Return the privacy loss of one release, or of one pass under random allocation, on multiples of `interval`.
 
-    Guarantee: the hockey-stick divergence of the result is at least that of the release, for every epsilon, up to
+    **Guarantee**: the hockey-stick divergence of the result is at least that of the release, for every epsilon, up to
     the quadrature's error: sums of positive terms, of relative error about 1e-8.
 
     Args:

@@ -53,7 +53,7 @@ class PLDAccountant(Accountant):
 
     delta(epsilon) = P[L = inf] + sum over losses l > epsilon of P[L = l] (1 - exp(epsilon - l))
 
-    Guarantee: an upper bound under every relation. Each release is replaced by a dominating one on a grid that is
+    **Guarantee**: an upper bound under every relation. Each release is replaced by a dominating one on a grid that is
     fine against the loss of an average step; mass cut off at the ends and the rounding of the Fourier transforms
     count as infinite loss. Where delta is so small that rounding would decide, the Rényi bound is reported.
     Ledgers without sampling are exact. A pass under random allocation is one release with a loss of its own. The grid
@@ -105,7 +105,7 @@ class PLDAccountant(Accountant):
     def composed_losses(self, mechanisms: Mechanisms, neighboring_relation: str) -> list[ComposedLoss]:
         """Return the composed privacy loss for each direction of the neighbouring relation.
 
-        Guarantee: the hockey-stick divergence of each is at least that of the composition, for every epsilon.
+        **Guarantee**: the hockey-stick divergence of each is at least that of the composition, for every epsilon.
 
         Args:
             mechanisms: What `mechanisms_of` returned, every noise multiplier positive, at least one mechanism.

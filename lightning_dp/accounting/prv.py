@@ -16,7 +16,7 @@ class PRVAccountant(Accountant):
 
     epsilon = estimate at delta (1 - 1e-3) + 0.01, the upper end of opacus' error interval
 
-    Guarantee: that of opacus' implementation, whose upper bound is reported; it includes an absolute 0.01, so small
+    **Guarantee**: that of opacus' implementation, whose upper bound is reported; it includes an absolute 0.01, so small
     epsilons are far from tight. Under "replace_one" Poisson sampling is refused. Nothing is cached but the last
     answer: use "pld" for schedules.
 

@@ -45,7 +45,7 @@ class RDPAccountant(Accountant):
 
     rdp(a) = sum of counts x D_a(one release);  epsilon = min over a of rdp(a) + log(1 - 1/a) - log(a delta) / (a - 1)
 
-    Guarantee: an upper bound under "add_or_remove_one" and "zero_out"; under "replace_one" for releases without
+    **Guarantee**: an upper bound under "add_or_remove_one" and "zero_out"; under "replace_one" for releases without
     sampling only. Passes under random allocation are bounded too, but loosely: epsilon is commonly two to four
     times that of "pld", and more for many passes. One vector of divergences is cached for each distinct mechanism, for
     all accountants together, so a query costs a sum of vectors.

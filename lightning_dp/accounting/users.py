@@ -25,8 +25,8 @@ def user_epsilon(ledger: Ledger, delta: float, *, records_per_user: int, discret
     nothing is sampled, and in passes over shuffled data, all G records may be in one batch: a Gaussian with G times the
     sensitivity, without amplification.
 
-    Guarantee: an upper bound, from the privacy loss distributions of dp-accounting. For one record per user it is the
-    epsilon of "pld", up to that library's grid.
+    **Guarantee**: an upper bound, from the privacy loss distributions of dp-accounting. For one record per user it is
+    the epsilon of "pld", up to that library's grid.
 
     Args:
         ledger: What was released.
