@@ -37,8 +37,8 @@ class Ledger:
 
     cost = sum over runs; a pass costs one mechanism with the smallest noise multiplier of the pass
 
-    **Guarantee**: entries hold public values only. The ledger never forgets a step: it grows, and `amend_last` replaces one
-    step by another. The ledger may be published.
+    **Guarantee**: entries hold public values only. The ledger never forgets a step: it grows, and `amend_last`
+    replaces one step by another. The ledger may be published.
 
     "poisson" steps are Poisson-subsampled Gaussians and "gaussian" steps are Gaussians. The steps of one "shuffle" pass
     compose in parallel, because each sample is in exactly one of its batches: together they cost one Gaussian. The
