@@ -57,6 +57,7 @@ from lightning_dp.system.allocator import give_back_freed_memory, keep_freed_mem
 HERE = Path(__file__).parent
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "untuned": {"tune_process": False},
     "sparse": {},
     "lean": {"memory": "lean"},
     "materialize": {"grad_sample": "materialize"},

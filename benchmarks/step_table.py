@@ -49,7 +49,8 @@ def machine_section(machine: dict[str, Any]) -> str:
     lines += [
         "",
         "All modes, time (and memory); kept is the step without privacy that keeps freed memory and gathers the rows "
-        "of its batches, as a private fit does; a dash means not measured:",
+        "of its batches, as a private fit does; untuned is the private step with `tune_process=False`; a dash means "
+        "not measured:",
         "",
         *_modes(measured),
     ]
@@ -166,7 +167,7 @@ def _bounds(measured: dict[str, Any]) -> list[str]:
 
 
 def _modes(measured: dict[str, Any]) -> list[str]:
-    modes = ("kept", "ours", "sparse", "lean", "materialize", *OPACUS)
+    modes = ("kept", "ours", "untuned", "sparse", "lean", "materialize", *OPACUS)
     lines = ["| case | " + " | ".join(modes) + " |", "|---" * (len(modes) + 1) + "|"]
     for name, held in measured.items():
         cells = []
