@@ -26,9 +26,10 @@ class PerLayerClipping(FactorClipping):
     matches. Noise may be shared out between groups. With d_l active coordinates, any stds sigma_l with ``sum_l (R_l /
     sigma_l)^2 <= sigma^-2`` give one Gaussian mechanism of multiplier sigma; the least total noise is at
 
-        noise="least":  sigma_l^2 = sigma^2 (R_l / sqrt(d_l)) sum_j R_j sqrt(d_j),    total sigma^2 (sum_l R_l
-        sqrt(d_l))^2 noise="equal":  sigma_l^2 = sigma^2 sum_j R_j^2,                              total sigma^2 (sum_l
-        R_l^2)(sum_l d_l)
+        noise="least":  sigma_l^2 = sigma^2 (R_l / sqrt(d_l)) sum_j R_j sqrt(d_j)
+                        total     = sigma^2 (sum_l R_l sqrt(d_l))^2
+        noise="equal":  sigma_l^2 = sigma^2 sum_j R_j^2
+                        total     = sigma^2 (sum_l R_l^2) (sum_l d_l)
 
     **Guarantee**: see ``Clipping``; sensitivity sqrt(sum_l R_l^2), which is R for the default bounds.
 

@@ -28,8 +28,9 @@ _CHUNK = (
 class TopAgg(ExplicitClipping):
     """Votes in place of gradients: +1 or -1 on the k largest coordinates of each sample's gradient.
 
-        K_i = top-k of |g_i|;   v_i[j] = +1 with probability 1/2 + g_i[j] / (2 max|g_i|), else -1, for j in K_i, 0
-        elsewhere gradient = S / (B sqrt(k)),   S = sum_i v_i + N(0, (sigma sqrt(k))^2 I);   ||v_i|| = sqrt(k)
+        v_i[j] = +1 with probability 1/2 + g_i[j] / (2 max|g_i|), else -1, for j in K_i = top-k of |g_i|
+        v_i[j] = 0 for all other j;   ||v_i|| = sqrt(k)
+        gradient = S / (B sqrt(k)),   S = sum_i v_i + N(0, (sigma sqrt(k))^2 I)
         vote_threshold=beta:   gradient = u / sqrt(k),   u = sign(S) where |S| > beta B, else 0
 
     The scale of u is that of S / B where all samples agree, so a learning rate keeps its meaning. With

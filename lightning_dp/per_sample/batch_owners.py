@@ -1,10 +1,13 @@
 """Owners of the rows of a batch's tensors: by position, by an index in the batch, or as declared by the user.
 
-axis of B entries        entry b belongs to sample b
-list of B things         thing b belongs to sample b
-``sample_of_row``        in the batch or on the module: an index for the tensors with as many rows, or one by name of a
-tensor ``batch`` or ``ptr``     of a batch of graphs: an index for its nodes; an edge belongs to the graph of its first
-node ``PackedSequence``       an index from its ``batch_sizes``
+The owner of a row is the sample that it belongs to. These name owners:
+
+    axis of B entries     entry b belongs to sample b
+    list of B things      thing b belongs to sample b
+    ``sample_of_row``     in the batch or on the module: an index for the tensors with as many rows, or one per tensor
+                          name
+    ``batch``, ``ptr``    of a batch of graphs: an index for its nodes; an edge belongs to the graph of its first node
+    ``PackedSequence``    an index from its ``batch_sizes``
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ class BatchOwners:
         self._kinds = None
 
     def note(self, batch: Any, follower: Follower) -> None:
-        """Note the owners on the tensors of a batch.
+        """Record, in the follower, which sample owns each row of a batch's tensors.
 
         Raises:
             PrivacyError: an index that does not fit the number of samples.
