@@ -125,7 +125,7 @@ def _group_norm_within(norm: nn.BatchNorm2d) -> tuple[nn.Module, str]:
 
 
 class GroupNormWithin(nn.Module):
-    """A subclass of a batch norm whose own ``forward`` computes group norm where it calls batch norm."""
+    """A mixin with which the own ``forward`` of a batch norm computes group norm where it calls batch norm."""
 
     normalises_samples_alone = True
 

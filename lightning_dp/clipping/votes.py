@@ -67,7 +67,7 @@ def top_k_votes(
 
 
 def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest magnitudes of each row and their indices; zeros for a non-finite row.
+    """Return the k entries of largest magnitude in each row, with sign, and their indices; zeros for a non-finite row.
 
     Args:
         gradients: shape (..., D), any floating type.

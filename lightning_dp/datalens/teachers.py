@@ -187,5 +187,5 @@ def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:
 
 
 def _as_read(stacked: Tensor) -> Tensor:
-    """Return stacked matrices transposed in memory, in the order in which ``x W^T`` and its backward use them."""
+    """Return a view with the stacked matrices transposed: from the module's layout to the stored one, or back."""
     return stacked.mT if stacked.dim() == 3 else stacked

@@ -56,7 +56,7 @@ class MagnitudeMask(GradientMask):
 
     @override
     def version(self, step: int) -> Hashable:
-        """Count the changes of the masks."""
+        """Return the number of changes of the masks so far."""
         return self.count
 
     @override

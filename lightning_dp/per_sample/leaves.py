@@ -199,9 +199,7 @@ def spread(tracker: Tracker, func: Any, args: Any, kwargs: Any, plan: CallLayout
 
 
 def _repeated_once(func: Any, args: Any, kwargs: Any, axis: int, size: int) -> tuple[Any, Any] | None:
-    """Return the arguments that make ``repeat`` or ``expand`` give the rows of one sample; None for other
-    operations.
-    """
+    """Return arguments with which ``repeat`` or ``expand`` gives the rows of one sample; None for other calls."""
     if func.__name__ not in ("repeat", "expand") or kwargs:
         return None
     sizes = [*args[1]] if len(args) == 2 and not isinstance(args[1], int) else [*args[1:]]

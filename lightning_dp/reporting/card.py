@@ -209,7 +209,7 @@ def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) ->
 
 
 def _noise_over_steps(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return runs of equal noise; the open pass of a shuffled run, a separate ledger entry, is merged."""
+    """Return the ledger's steps with their noise multipliers; neighbouring entries with equal events become one."""
     return [
         {"steps": sum(run.num_steps for run in runs), "noise_multiplier": event.noise_multiplier, "note": event.reason}
         for event, runs in itertools.groupby(ledger.entries, key=lambda run: run.event)

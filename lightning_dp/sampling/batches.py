@@ -46,7 +46,7 @@ class LogicalBatch:
 
     @property
     def parts(self) -> list[tuple[int, Tensor | None, Any]]:
-        """Records, their owners and the batch of every microbatch (private)."""
+        """Number of records, owners of the records, and collated batch of every microbatch (private)."""
         return [
             (count if owners is None else len(owners), owners, batch)
             for (count, batch), owners in zip(self.microbatches, self.owners, strict=True)

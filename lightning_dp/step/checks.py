@@ -128,7 +128,7 @@ def check_accumulation(parts: int, planned: int) -> None:
 
 
 def check_counts_once(optimizer: int, *, unfinished: bool, again: bool, microbatch_size: int | None) -> None:
-    """Check, under manual optimization, that a sample enters the sum of an optimizer once per step.
+    """Check, under manual optimization, that a sample enters an optimizer's sum at most once per step.
 
     Args:
         optimizer: its position.

@@ -97,9 +97,7 @@ def join(
 
 
 def most_different(record: Any, others: list[Any]) -> list[Any]:
-    """Return at most two records: one with the most different whole numbers (a label, say), and one of another
-    length.
-    """
+    """Return at most two records: the first with other whole numbers (such as a label), and one of another length."""
     chosen = [other for other in others if _whole_numbers(other) != _whole_numbers(record)][:1]
     chosen += [other for other in others if shape_of(other) != shape_of(record)][:1]
     return chosen or others[:1]

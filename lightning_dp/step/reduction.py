@@ -89,7 +89,7 @@ class Reduction(Protocol):
         """Return this rank's part of a weighted sum of gradients for a comparison; ``factors`` has shape (B,)."""
 
     def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's part of gradients that autograd computed, for a comparison between ranks."""
+        """Return this rank's part of autograd's gradients; a trial compares it with :meth:`per_sample_gradients`."""
 
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return figures by parameter, added over the ranks' parts."""

@@ -62,7 +62,7 @@ def _set_masks(accumulators: Mapping[int, Accumulator], mechanisms: Mechanisms, 
 def noise_stds(
     releases: Mapping[int, Release], accumulators: Mapping[int, Accumulator], expected_batch_size: int
 ) -> dict[str, float]:
-    """Return, by parameter name, the noise std of each coordinate of the private gradient in one logical step; public.
+    """Return the noise std per coordinate of the noisy mean, by parameter name. Public.
 
     Args:
         releases: of the step, by position of their private optimizer.

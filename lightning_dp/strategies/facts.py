@@ -71,11 +71,12 @@ class RunFacts(StateFacts):
 
     @property
     def noise_std(self) -> Mapping[str, float]:
-        """Noise std of each coordinate of ``p.grad``, by parameter name; public. Empty outside of fit.
+        """Noise std per active coordinate of the noisy mean, by parameter name; public. Empty outside of fit.
 
             sigma_t C / B, for every parameter unless clipping shares noise out between groups
 
-        It is that of the logical step under way, so that an optimizer can tell signal from noise.
+        The mean is ``p.grad``, unless ``TopAgg`` or ``PublishedAutoThreshold`` scales it further. The values belong to
+        the current logical step, so that an optimizer can tell signal from noise.
         """
         if self._fit is None:
             return {}
