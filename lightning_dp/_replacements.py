@@ -115,7 +115,7 @@ def _dropped(norm: nn.BatchNorm2d) -> str:
 
 
 def _group_norm_within(norm: nn.BatchNorm2d) -> tuple[nn.Module, str]:
-    """Make a subclass with its own ``forward`` call group norm in place of batch norm."""
+    """Let a batch norm with its own ``forward`` compute group norm in place of batch norm."""
     groups, dropped = _num_groups(norm), _dropped(norm)
     norm.__class__ = _class_within(type(norm))
     norm.__dict__["_num_groups"] = groups
@@ -144,7 +144,7 @@ _WITHIN: dict[type[nn.Module], Any] = {}
 
 
 def _class_within(kind: type[nn.Module]) -> Any:
-    """Return the class of a batch norm of this class after ``fix``, always the same one."""
+    """Return the class that ``fix`` gives to a batch norm of this class; it is made once."""
     if kind not in _WITHIN:
         _WITHIN[kind] = made = type(kind.__name__, (GroupNormWithin, kind), {"__module__": kind.__module__})
         made.__qualname__ = kind.__qualname__

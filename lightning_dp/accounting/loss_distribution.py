@@ -139,7 +139,7 @@ def discretize(mechanism: Mechanism, direction: Direction, interval: float, part
 
 
 def _on_grid(losses: Array, masses: Array, infinite: float, interval: float) -> GridLoss:
-    """Split point masses of P onto multiples of `interval` so that the masses of Q are kept as well."""
+    """Split each point mass of P between the two nearest multiples of `interval`; its mass under Q is kept too."""
     scaled = losses / interval
     below = np.floor(scaled)
     upper = masses * (np.expm1((below - scaled) * interval) / math.expm1(-interval))
@@ -204,7 +204,7 @@ def _log_mixture(exponent: Array, sample_rate: float) -> Array:
 
 
 def _inverse_loss(losses: Array, sample_rate: float, noise_multiplier: float, direction: Direction) -> Array:
-    """Return the z at which the loss takes the given values; it only determines quadrature cells."""
+    """Return the z at which the loss takes the given values. Quadrature cells end there; nothing else uses z."""
     shift = _shift(noise_multiplier, direction)
     if direction == "replace":
         half = np.abs(losses) / 2

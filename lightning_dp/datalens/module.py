@@ -185,7 +185,7 @@ class DataLens(DataLensRun):
         )
 
     def _public(self, purpose: int, *more: int) -> torch.Generator:
-        """Return the generator of public randomness of this step: equal on all ranks unless ``more`` names one."""
+        """Return this step's generator of public randomness, the same on every rank unless ``more`` holds the rank."""
         return public_generator(self.settings.public_seed, purpose, self.state.step, *more)
 
     def _draw(self, num: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ class DataLensPlan:
         return self.dataset_size // self.num_teachers
 
     def sigma(self, step: int) -> float:
-        """Noise multiplier of a step; the same for all steps."""
+        """Return the noise multiplier of a step, the same for all steps."""
         return self.noise_multiplier
 
     def event(self, step: int) -> PrivacyEvent:

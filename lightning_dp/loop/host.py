@@ -49,7 +49,7 @@ class LoopHost:
         return self._records.take(num, seed)
 
     def run(self, records: list[Any]) -> Any:
-        """Return the output of the loss function on collated records."""
+        """Collate records, and return the output of the loss function on the batch."""
         batch = self._records.batch_of(records)
         self.see(batch)
         return self.loss_fn(self._model, batch)

@@ -87,7 +87,7 @@ class RandomMask(GradientMask):
         self.realized_rate = 0.0  # of the last call of `live`
 
     def rate(self, step: int) -> float:
-        """Fraction of coordinates that the schedule masks in a logical step."""
+        """Return the fraction of coordinates that the schedule masks in a logical step."""
         refresh = step // self.refresh_steps
         progress = 1.0 if self.num_refreshes == 1 else min(refresh / (self.num_refreshes - 1), 1.0)
         fraction = float(self.schedule(progress))

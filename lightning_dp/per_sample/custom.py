@@ -27,7 +27,7 @@ Gradients = Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]]
 def register_rule(
     operation: Any, gradients: Gradients, *, arguments: Sequence[str], parameters: Sequence[str]
 ) -> Callable[[], None]:
-    """Register how per-sample gradients of an operation are computed.
+    """Register a function that computes the per-sample gradients of an operation.
 
     An operation without a rule is mapped over the samples where torch can do that. A ``torch.autograd.Function`` does
     not report its uses of private parameters at all; with a rule it does.

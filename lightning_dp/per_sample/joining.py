@@ -50,7 +50,7 @@ class Joining:
         self._records = torch.where(places < counts[:, None], firsts + places, firsts).flatten()
 
     def rows(self, rows: int) -> int:
-        """Return the rows of one user, given the rows ``K`` of one record."""
+        """Return the number of rows per user, given the number ``K`` per record."""
         return rows * self._most
 
     def data(self, tensor: Tensor, rows: int) -> Tensor:

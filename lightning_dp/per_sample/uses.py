@@ -186,7 +186,7 @@ def tap(output: Tensor, use: Use) -> Tensor:
 
 
 def tap_output(output: Tensor, use: Use) -> Tensor:
-    """Do as :func:`tap`, but cheaper, for a fresh output that is not saved for its own backward.
+    """Connect an output to its use as :func:`tap` does, at less cost; its own backward must not need the output.
 
     A hook is enough where an in-place operation moves it along. On a view it would stay on a dead branch of the graph,
     and a tensor that requires no grad cannot have one.

@@ -46,7 +46,7 @@ class SamplingFacts:
 
     @property
     def batches_per_pass(self) -> int | None:
-        """Logical batches per pass, of which each unit joins one by a fair draw; ``None`` for other sampling."""
+        """Number of logical batches per pass if each unit joins exactly one, drawn uniformly; ``None`` otherwise."""
         drawn = self.sampling == "shuffle" and self.add_remove_changes_one_batch
         return self.steps_per_epoch if drawn else None
 

@@ -61,7 +61,7 @@ class Units:
         return len(self._edges) - 1
 
     def choose(self, users: NDArray[Any], rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Return the records chosen for these users, user by user, and the number for each of them.
+        """Draw records of these users; return the records, user by user, and the number of records per user.
 
         Args:
             users: numbers of the users, in the order of the batch.

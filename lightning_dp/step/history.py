@@ -136,7 +136,7 @@ def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def check_history(module: nn.Module, known: Iterable[str], *, given: bool, resumed: Ledger | None = None) -> None:
-    """Check that the privacy spent by earlier runs on a module's parameters is counted.
+    """Check that the ledger counts the privacy that earlier runs spent on a module's parameters.
 
     Args:
         module: about to be trained.

@@ -121,9 +121,7 @@ class DPPlan:
         return SENSITIVITY_FACTOR[self.neighboring_relation]
 
     def sensitivity(self, num_groups: int) -> float:
-        """L2 sensitivity of the clipped sum under the plan's neighbouring relation, at the bound the run starts
-        with.
-        """
+        """Return the L2 sensitivity of the clipped sum under the plan's relation, at the starting bound."""
         return self.relation_factor * self.clipping.sensitivity(num_groups)
 
     def event(self, step: int) -> PrivacyEvent:

@@ -69,7 +69,7 @@ class TrainingRecords:
         return self._move(batch)
 
     def stand_in(self, copies: int = 1) -> Any:
-        """Return a batch of one record, or of copies of it, for steps with an empty batch."""
+        """Return a batch on the device that replaces an empty one: one record, or copies of it."""
         if self._stand_in is None:
             self._stand_in = peek_samples(self.loader, 1)
         return self.batch_of(self._stand_in * copies)

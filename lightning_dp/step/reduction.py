@@ -83,10 +83,10 @@ class Reduction(Protocol):
     # trials: every rank runs the same records, and compares its part of the gradients
 
     def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return this rank's part of per-sample gradients, ``(B, *part)`` per parameter, for a comparison."""
+        """Return this rank's part of per-sample gradients, ``(B, *part)`` per parameter, which a trial compares."""
 
     def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's part of a weighted sum of gradients for a comparison; ``factors`` has shape (B,)."""
+        """Return this rank's part of a weighted sum of gradients, which a trial compares; ``factors``: shape (B,)."""
 
     def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's part of autograd's gradients; a trial compares it with :meth:`per_sample_gradients`."""

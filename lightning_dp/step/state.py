@@ -66,7 +66,7 @@ class PrivacyState:
         self._history, self._history_given = ledgers, True
 
     def check_history(self, module: nn.Module) -> None:
-        """Check that earlier private runs of a module's parameters are counted; see ``history.check_history``."""
+        """Check that the ledger counts earlier private runs on a module's parameters; see ``history.check_history``."""
         known = [self.ledger.lineage, *(ledger.lineage for ledger in self._history)]
         check_history(module, known, given=self._history_given, resumed=self.ledger)
 
@@ -192,7 +192,7 @@ class PrivacyState:
         )
 
     def take_notes(self, notes: RunNotes) -> None:
-        """Add notes on earlier steps in the ledger, from a resumed run or another process."""
+        """Merge the notes of a resumed run, or of another process, into the notes of this run."""
         self._seeded |= notes.seeded
         self._secure &= notes.secure_rng
         self.nonprivate_logs |= set(notes.nonprivate_logs)

@@ -76,7 +76,7 @@ class LightningHost:
         return self._records.take(num, seed)
 
     def run(self, records: list[Any]) -> Any:
-        """Run ``training_step`` on records, collated and moved as in Lightning, after the hooks that see the batch."""
+        """Collate records and move them to the device, call the hooks that see the batch, and run ``training_step``."""
         rest, kwargs = self.arguments
         self._batch = self.batch_of(records)
         self.skips = self._skips(self._batch)
@@ -123,7 +123,7 @@ class LightningHost:
         return checks.scalar_loss(output, count, self._strategy.settings.loss_reduction)
 
     def stand_in(self, copies: int = 1) -> Any:
-        """Return a batch of one record, or of copies of it, on the device, for steps with an empty batch."""
+        """Return a batch on the device that replaces an empty one: one record, or copies of it."""
         return self._records.stand_in(copies)
 
     def empty_batch(self) -> Any:
@@ -140,7 +140,7 @@ class LightningHost:
             yield
 
     def batch_of(self, records: list[Any]) -> Any:
-        """Return records collated and moved as in Lightning."""
+        """Return a batch of records, collated and moved to the device as Lightning does it."""
         return self._records.batch_of(records)
 
 

@@ -12,7 +12,7 @@ NormWithStatistics: type[nn.Module] = nn.modules.batchnorm._NormBase
 
 
 def replace_children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return a module's submodules by name, once per registration; assigning an entry replaces the submodule."""
+    """Return the module's own dictionary of its direct submodules; assigning to an entry replaces a submodule."""
     return module._modules
 
 
