@@ -218,6 +218,14 @@ def _difference(worst: Mapping[str, tuple[float, int]], rtol: float) -> str:
 
 def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, tolerance: float) -> str:
     """Return the likely cause, given the factor between both gradients: equal for all samples, different, or none."""
+    largest = float(totals_b.max()) if len(totals_b) else 0.0
+    missed = int(((totals_b <= tolerance**2 * largest) & (totals_s > tolerance * largest)).sum())
+    if 0 < missed < len(totals_b):
+        return (
+            f"{missed} of {len(totals_b)} samples have a gradient when run alone and none in the batch: which samples "
+            "count depends on the others. Likely causes: rows that are drawn or chosen from the whole batch, such as "
+            f"random windows or hard examples. Draw from each record by itself, or {_SINGLE}."
+        )
     used = (totals_s > 0) & (totals_b > 0)
     batched, alone, product = totals_b[used], totals_s[used], totals_bs[used]
     ratios = product / alone

@@ -178,8 +178,10 @@ def compare(
 def _message(what: str, found: str) -> str:
     if what.startswith("made"):  # exchanging it for an ordinary record changed nothing
         causes = (
-            "Likely cause: a guard that skips, resets or clamps the loss of the whole batch where one sample is not "
-            "finite or is large; or a product with zero that lets NaN pass. Guard each sample's own loss."
+            "Likely causes: a guard that skips, resets or clamps the loss of the whole batch where one sample is not "
+            "finite or is large; steps of a solver, or a scale, that follow the largest sample; a product with zero "
+            "that lets NaN pass. Let each sample have its own, or pass per_sample_loss=True, by which each record runs "
+            "by itself."
         )
     else:
         causes = (

@@ -231,6 +231,6 @@ def test_a_guard_over_the_batch_is_named_as_the_cause(tmp_path: Any) -> None:
             loss = super().training_step(batch, batch_idx)
             return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
-    with pytest.raises(PrivacyError, match=r"was made NaN, .* Likely cause: a guard that skips, resets") as error:
+    with pytest.raises(PrivacyError, match=r"was made NaN, .* Likely causes: a guard that skips, resets") as error:
         fit(Guarded(), tmp_path)
     assert "BatchNorm" not in str(error.value)
