@@ -126,7 +126,9 @@ class Snapshot:
         elif isinstance(value, MutableSet):
             self._keep(value, set(value), _refill_mapping)
             self._follow_attributes(value, depth)
-        elif isinstance(value, (tuple, frozenset)):
+        elif isinstance(value, tuple):
+            self._follow_all(list(tuple.__iter__(value)), depth)  # a subclass may refuse to be counted
+        elif isinstance(value, frozenset):
             self._follow_all(list(value), depth)
         elif isinstance(value, nn.Module):
             self._follow_attributes(value, 0)

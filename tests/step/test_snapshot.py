@@ -306,6 +306,22 @@ def test_cycles_of_objects_end() -> None:
     assert module.thing.items[1:] == [1]
 
 
+class Uncounted(tuple):
+    """A tuple whose length has another meaning, as the irreducible representations of e3nn."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_tuple_that_refuses_to_be_counted_is_followed() -> None:
+    module, state = Holder(), [1]
+    module.thing = Uncounted((state,))
+    snapshot = Snapshot([module])
+    state.append(2)
+    snapshot.put_back()
+    assert state == [1]
+
+
 def test_unchanged_memory_is_not_written() -> None:
     """A tensor that kept its values keeps its version, so a graph that saved it can still be used."""
     module = Holder(torch.full((3,), float("nan")))
