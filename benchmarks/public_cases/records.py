@@ -1,0 +1,90 @@
+"""Cases of cells and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.public_cases.registry import BATCH, EPOCHS, case, fit, without_checkpoint_flag
+
+
+@case("scvi-tools")
+def scvi(arguments: dict[str, Any]) -> None:
+    """SCVI with layer norm."""
+    import anndata
+    import scvi as package
+
+    rng = np.random.default_rng(0)
+    data = anndata.AnnData(rng.poisson(2.0, (128, 20)).astype(np.float32))
+    package.model.SCVI.setup_anndata(data)
+    model = package.model.SCVI(data, n_hidden=16, n_latent=4, use_batch_norm="none", use_layer_norm="both")
+    model.train(max_epochs=EPOCHS, batch_size=BATCH, train_size=1.0, **arguments)
+
+
+@case("chemprop")
+def chemprop(arguments: dict[str, Any]) -> None:
+    """Message passing over molecules, without batch norm."""
+    from chemprop import data, models
+    from chemprop import nn as layers
+
+    smiles = ["CCO", "c1ccccc1", "CC(=O)O", "CCN", "C1CCCCC1", "CCCC", "OCCO", "CC#N"] * 8
+    points = [data.MoleculeDatapoint.from_smi(s, [float(len(s))]) for s in smiles]
+    loader = data.build_dataloader(data.MoleculeDataset(points), batch_size=BATCH, num_workers=0)
+    model = models.MPNN(
+        layers.BondMessagePassing(d_h=16),
+        layers.MeanAggregation(),
+        layers.RegressionFFN(input_dim=16, hidden_dim=16),
+        batch_norm=False,
+    )
+    fit(model, loader, arguments)
+
+
+def tabular(name: str, arguments: dict[str, Any], **options: Any) -> None:
+    """Train an estimator of deeptab."""
+    import importlib
+
+    import pandas as pd
+
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(rng.normal(size=(128, 4)), columns=list("abcd"))
+    target = table.sum(axis=1).to_numpy()
+    model = getattr(importlib.import_module("deeptab.models"), name)(**options)
+    passed = without_checkpoint_flag(arguments)
+    model.fit(table, target, max_epochs=EPOCHS, batch_size=BATCH, rebuild=True, **passed)
+
+
+@case("deeptab")
+def ft_transformer(arguments: dict[str, Any]) -> None:
+    """FT-Transformer."""
+    tabular("FTTransformerRegressor", arguments)
+
+
+@case("deeptab")
+def tabula_rnn(arguments: dict[str, Any]) -> None:
+    """TabulaRNN."""
+    tabular("TabulaRNNRegressor", arguments)
+
+
+@case("deeptab")
+def mlp_deeptab(arguments: dict[str, Any]) -> None:
+    """MLP."""
+    tabular("MLPRegressor", arguments)
+
+
+@case("tab-transformer-pytorch")
+def tab_transformer(arguments: dict[str, Any]) -> None:
+    """TabTransformer over categories and numbers."""
+    import torch
+    from tab_transformer_pytorch import TabTransformer
+
+    from benchmarks.public_cases.layers import floats, train
+
+    net = TabTransformer(categories=(4, 5), num_continuous=3, dim=8, dim_out=1, depth=2, heads=2, dim_head=4)
+    torch.manual_seed(0)
+    categories = torch.stack([torch.randint(4, (64,)), torch.randint(5, (64,))], 1)
+
+    def loss(net: Any, batch: Any) -> Any:
+        return torch.nn.functional.mse_loss(net(batch[0], batch[1]).squeeze(-1), batch[1].sum(1))
+
+    train(net, loss, arguments, categories, floats(3))
