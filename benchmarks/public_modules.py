@@ -1,7 +1,7 @@
 """Public packages trained plain and privately, unchanged: works or not, way taken, step to plain, agreement, message.
 
     python -m benchmarks.public_modules nbeats tft    # in an environment that holds the package of these cases
-    python -m benchmarks.public_modules --table       # writes public_modules.md from all results so far
+    python -m benchmarks.public_modules --table       # writes public_modules.md and a part of docs/modules.md
 
 Each case is toy-sized and trains as its package's own documentation does. The package is a guest: nothing of it is
 changed. The ratio of step times is measured on a shared machine: a hint, not a figure. The agreement is the largest
@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from benchmarks.public_cases.registry import CASES
 
 RESULTS = Path(__file__).with_name("public_modules.json")
 TABLE = Path(__file__).with_name("public_modules.md")
+PAGE = Path(__file__).parents[1] / "docs" / "modules.md"
 WAYS = {"PerSampleEngine": "rules", "SingleSampleEngine": "single"}
 
 for found_module in pkgutil.iter_modules(public_cases.__path__):
@@ -87,7 +88,7 @@ def run(name: str) -> dict[str, Any]:
     seconds: list[float] = []
     for private in (False, True):
         callback, times, ways = clock(case.tree)
-        with tempfile.TemporaryDirectory() as folder, differences() as differ:
+        with tempfile.TemporaryDirectory() as folder, chdir(folder), differences() as differ:
             arguments = {
                 "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
                 "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder,
@@ -133,35 +134,56 @@ def write(found: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-def table() -> str:
-    """Return the results as a table."""
+def rows() -> list[dict[str, str]]:
+    """Return what the tables say of each case that was run, by package."""
     results = json.loads(RESULTS.read_text())
-    rows = []
-    for name, case in CASES.items():
+    said = []
+    for name, case in sorted(CASES.items(), key=lambda item: item[1].package.lower()):
         if name not in results:
             continue
         found = results[name]
-        options = ", ".join(f"`{key}={value!r}`" for key, value in case.options.items())
-        what = case.title + (f" ({options})" if options else "")
-        message = re.split(r"(?<=[.!])\s", found.get("message", "").replace("|", "/").replace("\n", " "))[0][:240]
-        ratio, differs = str(found.get("ratio", "")), f"{found['differs']:.0e}" if "differs" in found else ""
-        rows.append((case.package, what, verdict(found), found.get("way", ""), ratio, differs, message))
-    trained = sum(row[2] == "yes" for row in rows)
-    refused = sum(row[2].startswith("refused") for row in rows)
-    lines = [
-        "# Public packages, unchanged",
-        "",
-        "Made by `python -m benchmarks.public_modules`. Ratios of step times come from a shared machine: hints, not "
-        'figures. "Agreement" is the largest difference between per-sample gradients in a batch and those of samples '
-        "run alone, relative to the largest gradient (float32).",
-        "",
-        f"{len(rows)} models of {len({row[0] for row in rows})} packages: {trained} train, {refused} are coupled by "
-        f"nature and refused, {len(rows) - trained - refused} fail.",
-        "",
-        "| package | model | trains | way | step to plain | agreement | message, first sentence |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in sorted(rows, key=lambda row: row[0].lower()))])
+        message = re.split(r"(?<=[.!])\s", found.get("message", "").replace("|", "/").replace("\n", " "))[0]
+        said.append(
+            {
+                "package": case.package,
+                "model": case.title,
+                "arguments": ", ".join(f"`{key}={value!r}`" for key, value in case.options.items()),
+                "trains": verdict(found),
+                "way": found.get("way", ""),
+                "step to plain": str(found.get("ratio", "")),
+                "agreement": f"{found['differs']:.0e}" if "differs" in found else "",
+                "message, first sentence": message[:240],
+            }
+        )
+    return said
+
+
+def as_table(columns: list[str], entries: list[dict[str, str]]) -> list[str]:
+    """Return some columns of the entries as lines of Markdown."""
+    lines = [columns, ["---"] * len(columns), *([entry[column] for column in columns] for entry in entries)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def write_tables() -> None:
+    """Write the page of results, and the part of the documentation that lists the models."""
+    entries = rows()
+    trained = sum(entry["trains"] == "yes" for entry in entries)
+    refused = sum(entry["trains"].startswith("refused") for entry in entries)
+    summary = (
+        f"{len(entries)} models of {len({entry['package'] for entry in entries})} packages: {trained} train, "
+        f"{refused} are coupled by nature and refused, {len(entries) - trained - refused} fail."
+    )
+    about = (
+        "Made by `python -m benchmarks.public_modules`. Ratios are of processor time on a shared machine, at toy size: "
+        'hints, not figures. "Agreement" is the largest difference between per-sample gradients in a batch and those '
+        "of samples run alone, relative to the largest gradient (float32)."
+    )
+    page = ["# Public packages, unchanged", "", about, "", summary, "", *as_table(list(entries[0]), entries)]
+    TABLE.write_text("\n".join(page) + "\n")
+    begin, end = "<!-- public packages -->\n", "<!-- end of public packages -->"
+    before, rest = PAGE.read_text().split(begin)
+    part = [summary, "", *as_table(["package", "model", "arguments", "trains", "way"], entries)]
+    PAGE.write_text(before + begin + "\n" + "\n".join(part) + "\n\n" + end + rest.split(end)[1])
 
 
 def main() -> None:
@@ -177,7 +199,7 @@ def main() -> None:
         print(json.dumps(found), trace, sep="\n", flush=True)
         write(found)
     if options.table:
-        TABLE.write_text(table() + "\n")
+        write_tables()
 
 
 if __name__ == "__main__":

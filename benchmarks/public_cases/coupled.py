@@ -68,7 +68,7 @@ def simsiam(arguments: dict[str, Any]) -> None:
     train(Net(), lambda net, batch: net(batch[0], batch[0] + batch[1]), arguments, floats(4), 0.1 * floats(4))
 
 
-@case("gpytorch", refused="influence each other")
+@case("gpytorch", refused="each sample meets all others")
 def gaussian_process(arguments: dict[str, Any]) -> None:
     """Exact Gaussian process: a covariance of all records."""
     import gpytorch
@@ -90,7 +90,7 @@ def gaussian_process(arguments: dict[str, Any]) -> None:
     train(Net(), loss, arguments, floats(2), torch.randn(64))
 
 
-@case("gpytorch")
+@case("gpytorch", grad_sample="single")
 def variational_gp(arguments: dict[str, Any]) -> None:
     """Sparse variational Gaussian process with learned inducing points."""
     import gpytorch

@@ -103,8 +103,8 @@ def simple_feedforward(arguments: dict[str, Any]) -> None:
 
 @case("gluonts", **STREAM)
 def patchtst(arguments: dict[str, Any]) -> None:
-    """PatchTST."""
-    gluonts("PatchTSTEstimator", arguments, patch_len=4, d_model=8, nhead=2, dim_feedforward=16)
+    """PatchTST, each window scaled by its own deviation."""
+    gluonts("PatchTSTEstimator", arguments, patch_len=4, d_model=8, nhead=2, dim_feedforward=16, scaling="std")
 
 
 @case("gluonts", **STREAM)
@@ -130,22 +130,35 @@ def neural(name: str, arguments: dict[str, Any], **options: Any) -> None:
     NeuralForecast(models=[model], freq=1).fit(table)
 
 
-@case("neuralforecast")
+@case("neuralforecast", per_sample_loss=True)
 def nhits_neural(arguments: dict[str, Any]) -> None:
-    """NHITS."""
+    """NHITS on windows drawn from all series of a batch."""
     neural("NHITS", arguments, mlp_units=3 * [[16, 16]])
 
 
-@case("neuralforecast")
-def dlinear_neural(arguments: dict[str, Any]) -> None:
-    """DLinear."""
+@case("neuralforecast", refused="influence each other|depends on the others|whatever the batch size|share")
+def dlinear_drawn(arguments: dict[str, Any]) -> None:
+    """DLinear on windows drawn from all series of a batch."""
     neural("DLinear", arguments, moving_avg_window=3)
 
 
 @case("neuralforecast")
+def dlinear_neural(arguments: dict[str, Any]) -> None:
+    """DLinear on all windows of each series."""
+    neural("DLinear", arguments, moving_avg_window=3, windows_batch_size=None)
+
+
+@case("neuralforecast")
+def nhits_windows(arguments: dict[str, Any]) -> None:
+    """NHITS on all windows of each series."""
+    neural("NHITS", arguments, mlp_units=3 * [[16, 16]], windows_batch_size=None)
+
+
+@case("neuralforecast")
 def gru_neural(arguments: dict[str, Any]) -> None:
-    """GRU."""
-    neural("GRU", arguments, encoder_hidden_size=8, encoder_n_layers=1, decoder_hidden_size=8)
+    """GRU on all windows of each series."""
+    options = {"encoder_hidden_size": 8, "encoder_n_layers": 1, "decoder_hidden_size": 8}
+    neural("GRU", arguments, windows_batch_size=None, **options)
 
 
 def darts(name: str, arguments: dict[str, Any], **options: Any) -> None:
