@@ -1,4 +1,4 @@
-"""Everything about epsilon: what was released, what it costs, and how much noise a budget needs."""
+"""Privacy accounting: the ledger of releases, their epsilon, and the noise that a budget needs."""
 
 from lightning_dp.accounting.accountants import ACCOUNTANTS, make_accountant
 from lightning_dp.accounting.attacks import AttackBounds, attack_bounds

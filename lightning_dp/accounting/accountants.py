@@ -16,14 +16,14 @@ ACCOUNTANTS: dict[str, type[Accountant]] = {
 
 
 def make_accountant(name: str) -> Accountant:
-    """Return a new accountant.
+    """Return a new accountant of a given name.
 
-    **Guarantee**: a new instance shares no cache with another.
+    **Guarantee**: every call returns a new instance.
 
     Args:
         name: "pld" (tight), "rdp" (cheap), "prv" (opacus' numerical bound), "gdp" (exact, nothing subsampled) or
-            "tcdp" (a loose closed form, to cross-check with). Only "pld" and "rdp" know random allocation; to the
-            others such a pass is one Gaussian, an upper bound without amplification.
+            "tcdp" (a loose closed form, to cross-check with). Only "pld" and "rdp" amplify random allocation; the
+            others count such a pass as one Gaussian, an upper bound.
 
     Raises:
         ValueError: If the name is unknown.

@@ -1,4 +1,4 @@
-"""The likelihood ratio of one pass under random allocation, never less spread than the truth.
+"""A law of the likelihood ratio of one pass under random allocation, at least as spread as the true law.
 
 Each sample joins exactly one of the t batches of a pass, uniformly and independently. With and without one sample, and
 with x ~ N(0, sigma^2 I_t) the noise of its t batches, the likelihood ratio of the whole pass is
@@ -7,10 +7,10 @@ with x ~ N(0, sigma^2 I_t) the noise of its t batches, the likelihood ratio of t
     with against without the sample ("remove"):  delta(epsilon) = E[max(S - e^epsilon, 0)]
     without against with the sample ("add"):     delta(epsilon) = E[max(1 - e^epsilon S, 0)]
 
-Both are expectations of convex functions of S. A law on the points exp(step x k) is made by splitting every mass
-between its two neighbours such that mass and mean are kept. That makes every such expectation larger, never smaller,
-and stays so when independent laws are added. The error is of second order in the step: t lognormal laws are added by
-halves, on steps that shrink with the spread of the partial sums.
+Both are expectations of convex functions of S. The law is put on the points exp(step x k) by splitting every mass
+between its two neighbours, which preserves mass and mean. The split never lowers such an expectation, also after
+independent split laws are added. The error is of second order in the step. The sum of t lognormal laws is computed from
+two half sums, with steps that shrink with the spread of the partial sums.
 
 References:
     Feldman and Shenfeld (2025), "Privacy Amplification by Random Allocation": the mechanism and its dominating pair.
@@ -37,14 +37,14 @@ _TAIL = 1e-18  # share of mass and of mean that may leave the grid at each end o
 
 @dataclass(frozen=True)
 class RatioLaw:
-    """A law of likelihood ratios at the points ``exp(step * (offset + i))``, i = 0, 1, ...
+    """A discrete law of a likelihood ratio S on the points ``exp(step * (offset + i))``, i = 0, 1, ...
 
     Args:
-        step: Distance of two points in log S; a power of two.
+        step: Distance of successive points in log S; a power of two.
         offset: Index of the first point.
         masses: Probability of each point.
         at_zero: Probability of S = 0: infinite loss for "add".
-        beyond: Mean at infinity that has no probability: infinite loss for "remove".
+        beyond: Part of the mean that is at infinity with probability 0: infinite loss for "remove".
     """
 
     step: float
@@ -66,14 +66,14 @@ class RatioLaw:
 
 @lru_cache(maxsize=128)
 def allocation_law(noise_multiplier: float, num_batches: int, parts: int) -> RatioLaw:
-    """Return a law that is at least as spread as that of S, in convex order.
+    """Return a law at least as spread, in convex order, as the law of the likelihood ratio S of one pass.
 
-    **Guarantee**: E f(result) >= E f(S) for every convex f, up to rounding, with E S = 1 kept. On finer grids it falls.
+    **Guarantee**: E f(result) >= E f(S) for every convex f, up to rounding, and the mean stays 1. Finer grids lower it.
 
     Args:
         noise_multiplier: sigma >= `LEAST_NOISE`.
         num_batches: t >= 1.
-        parts: Grid points in one standard deviation of the relative spread of a partial sum; a power of two.
+        parts: Grid points per relative standard deviation of a partial sum; a power of two.
 
     Returns:
         The law, cached.
@@ -103,7 +103,7 @@ def allocation_law(noise_multiplier: float, num_batches: int, parts: int) -> Rat
 
 
 def _lognormal(noise_multiplier: float, num_batches: int, step: float) -> RatioLaw:
-    """Return the law of one summand of S, exp(x / sigma^2 - 1 / (2 sigma^2)) / t, split onto the grid."""
+    """Return the law of one term of S, exp(x / sigma^2 - 1 / (2 sigma^2)) / t, split onto the grid."""
     center, scale = -math.log(num_batches) - 0.5 / noise_multiplier**2, 1 / noise_multiplier
     first = math.floor((center - _REACH * scale) / step)
     last = math.ceil((center + (_REACH + scale) * scale) / step)
@@ -122,7 +122,7 @@ def _lognormal(noise_multiplier: float, num_batches: int, step: float) -> RatioL
 
 
 def _cells(z: Array) -> Array:
-    """Return the normal probabilities between successive points, each computed from the nearer tail."""
+    """Return the standard normal probability between successive points, computed from the nearer tail."""
     return np.asarray(np.where(z[1:] <= 0, np.diff(ndtr(z)), -np.diff(ndtr(-z))))
 
 
@@ -136,7 +136,7 @@ def _on_finer_grid(law: RatioLaw, step: float) -> RatioLaw:
 
 
 def _sum(first: RatioLaw, second: RatioLaw) -> RatioLaw:
-    """Return the split law of the sum of two independent ratios on one grid."""
+    """Return the law of the sum of two independent ratios on one grid, split onto that grid."""
     step = first.step
     low, high = (math.floor(np.logaddexp(first.log_points[end], second.log_points[end]) / step) for end in (0, -1))
     out, at_zero = np.zeros(high - low + 3), first.at_zero * second.at_zero
@@ -169,7 +169,7 @@ def _add_pairs(
     most: int | None = None,
     times: float = 1.0,
 ) -> None:
-    """Add to the law of the sum all pairs of points whose indices differ by least <= d <= most.
+    """Add to `out` the sums of all pairs of points whose indices differ by least <= d <= most.
 
     exp(step a) + exp(step (a - d)) = exp(step a + log(1 + exp(-step d))) is split between the points a + k and a + k +
     1 with k and the shares depending on d alone, so the pairs of one k are a short convolution.
@@ -211,7 +211,7 @@ def _add_pairs(
 
 
 def _trimmed(law: RatioLaw) -> RatioLaw:
-    """Cut off the negligible ends of a law: split the lower one with zero and the upper one with infinity."""
+    """Return a law without its negligible ends; their mass is split with zero below and infinity above."""
     points = np.exp(law.log_points)
     means = law.masses * points
     low = int(np.searchsorted(np.cumsum(law.masses), _TAIL))
@@ -226,6 +226,6 @@ def _trimmed(law: RatioLaw) -> RatioLaw:
 
 
 def _normalized(law: RatioLaw) -> RatioLaw:
-    """Return the law scaled to mass 1, because a t-fold sum would raise its rounding error to the power t."""
+    """Return the law scaled to mass 1, because a t-fold sum would multiply its rounding error."""
     masses = law.masses * ((1 - law.at_zero) / law.masses.sum())
     return RatioLaw(law.step, law.offset, masses, law.at_zero, law.beyond)

@@ -1,4 +1,4 @@
-"""Error rates and advantage of attacks, from a privacy loss."""
+"""Bounds on the error rates and the advantage of attacks, from a privacy loss."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FALSE_POSITIVE_RATES = (1e-3, 1e-2, 0.1)
 
 @dataclass(frozen=True)
 class AttackBounds:
-    """Upper bounds on the success of every attack that tells two neighbouring data sets apart.
+    """Upper bounds on the success of every attack that tries to tell two neighbouring data sets apart.
 
-    Usually that is whether one record was among the training data. The attacker sees everything that was released and
+    Usually the data sets differ in one training record. The attacker sees everything that was released and
     knows all other records. A positive is a claim about that record; the bounds hold both for claims that it was there
     and for claims that it was not.
 
     Args:
-        false_positive_rates: Rates of claims that are wrong, among the cases where they would be.
-        true_positive_rates: Largest rate of claims that are right, among the cases where they would be, for each.
+        false_positive_rates: Probabilities of a claim if the claim is wrong.
+        true_positive_rates: Largest probability of a claim if the claim is right, per false positive rate.
         advantage: Largest difference of the two rates: the total variation. A guess on a fair coin is right with
             probability at most (1 + advantage) / 2.
     """
@@ -46,13 +46,13 @@ def attack_bounds(
 
     true positive rate <= min over epsilon of exp(epsilon) x false positive rate + delta(epsilon)
 
-    **Guarantee**: upper bounds under the ledger's relation, from the loss distribution of "pld". They are exact where
-    nothing is sampled: Phi(Phi^-1(false positive rate) + mu) and 2 Phi(mu / 2) - 1. No delta is chosen.
+    **Guarantee**: upper bounds under the ledger's relation, from the loss distribution of "pld". If no release is
+    subsampled, they are exact: Phi(Phi^-1(false positive rate) + mu) and 2 Phi(mu / 2) - 1. No delta is needed.
 
     Args:
-        ledger: What was released.
+        ledger: The releases.
         false_positive_rates: In [0, 1].
-        accountant: Whose cache is used.
+        accountant: Accountant to use, with its cache; by default a new one.
 
     Returns:
         The bounds. Public.

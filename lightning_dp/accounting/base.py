@@ -1,4 +1,4 @@
-"""The base class of accountants: ledger in, epsilon out."""
+"""The base class of accountants, which compute epsilon from a ledger."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Mechanisms = dict[Mechanism, int]  # how often each was run
 
 
 class Accountant(ABC):
-    """An upper bound on epsilon for the releases in a ledger.
+    """A method to compute an upper bound on epsilon for the releases in a ledger.
 
     epsilon >= inf{e : the composition of the ledger's releases is (e, delta)-DP}
 
-    **Guarantee**: never below the truth, for every ledger the accountant accepts; a ledger it cannot bound is refused.
-    0 for a ledger that holds nothing (whoever prints it says "no steps recorded"), inf for one with a release that
-    nothing protects. Results depend on ledger and delta only, not on earlier queries, which merely make them faster.
+    **Guarantee**: the result is never below the true epsilon; a ledger that the accountant cannot bound is refused. An
+    empty ledger costs 0 (printed as "no steps recorded"), and a ledger with an unprotected release costs inf. Results
+    depend on ledger and delta only; earlier queries merely make them faster.
     """
 
     name: ClassVar[str]
@@ -27,17 +27,17 @@ class Accountant(ABC):
     amplifies_from: ClassVar[float] = math.inf
 
     def epsilon(self, ledger: Ledger, delta: float) -> float:
-        """Return the epsilon spent at `delta`.
+        """Return an upper bound on the epsilon that a ledger has spent at `delta`.
 
         Args:
-            ledger: What was released.
+            ledger: The releases.
             delta: In (0, 1).
 
         Returns:
             Epsilon in [0, inf]. Public.
 
         Raises:
-            ValueError: If delta is out of range or this accountant has no sound bound for what the ledger holds.
+            ValueError: If delta is out of range or this accountant has no sound bound for the ledger's releases.
         """
         check_delta(delta)
         mechanisms = self.mechanisms_of(ledger)
@@ -48,17 +48,16 @@ class Accountant(ABC):
         return self.epsilon_of(mechanisms, ledger.neighboring_relation, float(delta))
 
     def mechanisms_of(self, ledger: Ledger) -> Mechanisms:
-        """Return the mechanisms to pay for; without a better bound, a pass counts as one Gaussian."""
+        """Return the mechanisms to account for; a pass with noise below `amplifies_from` counts as one Gaussian."""
         return without_allocation(ledger.mechanisms(), below=self.amplifies_from)
 
     def epsilon_or_inf(self, ledger: Ledger, delta: float) -> float:
         """Return `epsilon`, or inf if there is too little noise for a bound.
 
-        Searches over noise multipliers ask this: it does not grow with the noise, and a finite answer is what `epsilon`
-        returns.
+        Searches over noise multipliers call this: it never grows with the noise, and if finite it equals `epsilon`.
 
         Args:
-            ledger: What was released.
+            ledger: The releases.
             delta: In (0, 1).
 
         Returns:
@@ -70,12 +69,12 @@ class Accountant(ABC):
         return self.epsilon(ledger, delta)
 
     def coarse(self) -> Accountant:
-        """Return a cheaper accountant with nearly the same epsilon, for searches; this one makes the final decision."""
+        """Return a cheaper accountant with nearly the same epsilon, for searches; by default this accountant itself."""
         return self
 
     @abstractmethod
     def epsilon_of(self, mechanisms: Mechanisms, neighboring_relation: str, delta: float) -> float:
-        """Return epsilon for at least one mechanism; every noise multiplier must be positive."""
+        """Return the epsilon of at least one mechanism; every noise multiplier must be positive."""
 
 
 def split_unsampled(mechanisms: Mechanisms) -> tuple[float, Mechanisms]:
@@ -94,9 +93,9 @@ def split_unsampled(mechanisms: Mechanisms) -> tuple[float, Mechanisms]:
 
 
 def without_allocation(mechanisms: Mechanisms, *, below: float) -> Mechanisms:
-    """Return the mechanisms with passes under random allocation counted as one Gaussian each, an upper bound.
+    """Return the mechanisms, with each allocation pass of too little noise replaced by one Gaussian, an upper bound.
 
-    A sample is in one batch of the pass: whichever that is, the pass is a Gaussian, and mixtures are no worse.
+    A sample is in one batch of the pass. Given that batch, the pass is one Gaussian, and mixtures are no worse.
 
     Args:
         mechanisms: Counts of mechanisms.

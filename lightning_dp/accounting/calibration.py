@@ -27,7 +27,7 @@ def calibrate_noise_multiplier(
     runs: Callable[[float], Sequence[PlannedRun]],
     history: Ledger,
 ) -> float:
-    """Return the smallest noise multiplier whose whole schedule fits a budget.
+    """Return nearly the smallest noise multiplier with which the planned steps fit a budget.
 
     min sigma_0 such that epsilon(history followed by runs(sigma_0)) <= target_epsilon
 
@@ -37,16 +37,16 @@ def calibrate_noise_multiplier(
     Args:
         target_epsilon: Budget for history and plan together, in (0, inf).
         delta: In (0, 1).
-        accountant: What computes epsilon. Its cache is used.
-        runs: From sigma_0 to the whole remaining schedule, as items that `Ledger.extended` takes. Epsilon must not
-            grow with sigma_0.
-        history: What was released already.
+        accountant: Accountant that computes epsilon. Its cache is used.
+        runs: Function that returns the planned steps for a sigma_0, as items that `Ledger.extended` takes. Epsilon must
+            not grow with sigma_0.
+        history: The releases so far.
 
     Returns:
         sigma_0 in [1e-3, 1e7]. Public.
 
     Raises:
-        ValueError: If the target is out of range, the history has spent it, or no noise multiplier reaches it.
+        ValueError: If the target is out of range, the history exceeds it, or no noise multiplier reaches it.
 
     Example:
         >>> from lightning_dp.accounting import PrivacyEvent, make_accountant
@@ -99,21 +99,21 @@ def calibrate_noise_multiplier(
 def max_steps_within(
     *, epsilon: float, delta: float, accountant: Accountant, history: Ledger, runs: Sequence[PlannedRun]
 ) -> int:
-    """Return how many planned steps fit a budget.
+    """Return the number of planned steps that fit a budget.
 
     max k such that epsilon(history followed by the first k steps) <= epsilon
 
-    **Guarantee**: the epsilon of the returned number of steps, by the same accountant, does not exceed the budget.
+    **Guarantee**: the epsilon after these steps, by the same accountant, is within the budget if the history is.
 
     Args:
         epsilon: Budget for history and plan together, in (0, inf).
         delta: In (0, 1).
-        accountant: What computes epsilon.
-        history: What was released already.
+        accountant: Accountant that computes epsilon.
+        history: The releases so far.
         runs: The plan, as items that `Ledger.extended` takes.
 
     Returns:
-        Number of steps, from 0 to the length of the plan. Public.
+        Number of steps, from 0 (also if the history exceeds the budget) to the length of the plan. Public.
 
     Raises:
         ValueError: If the budget or delta is out of range.
@@ -164,7 +164,7 @@ class _Bracket:
 
 
 def _bracket(epsilon_of: Callable[[float], float], bracket: _Bracket, target: float, *, start: float) -> _Bracket:
-    """Return noise multipliers on both sides of the target, or one close to it, or the end of the range."""
+    """Extend the bracket until it has both sides of the target, a multiplier close to it, or an end of the range."""
     sigma, reach = start, 1.02  # widened with every step
     while not bracket.is_close(target) and (bracket.too_small is None or bracket.enough is None):
         if sigma not in (bracket.too_small, bracket.enough):
@@ -183,7 +183,7 @@ def _bracket(epsilon_of: Callable[[float], float], bracket: _Bracket, target: fl
 
 
 def _solve(epsilon_of: Callable[[float], float], bracket: _Bracket, target: float) -> _Bracket:
-    """Return the bracket narrowed until its safe end is close to the target."""
+    """Narrow the bracket until its safe end is close to the target."""
     for _ in range(_MAX_EVALUATIONS):
         if bracket.too_small is None or bracket.enough is None or bracket.is_close(target):
             break
@@ -195,7 +195,7 @@ def _solve(epsilon_of: Callable[[float], float], bracket: _Bracket, target: floa
 
 
 def _next_guess(too_small: float, above: float, enough: float, below: float, aim: float) -> float:
-    """Return a noise multiplier inside the bracket, from a power law through its ends if it is defined."""
+    """Return a multiplier inside the bracket, from a power law through its ends, else their geometric mean."""
     share = 0.5
     if 0 < below < aim < above < math.inf:
         share = min(max(math.log(above / aim) / math.log(above / below), 0.02), 0.98)
@@ -207,7 +207,7 @@ def first_steps(runs: Sequence[PlannedRun], num_steps: int) -> list[PlannedRun]:
 
     Args:
         runs: The plan, as items that `Ledger.extended` takes.
-        num_steps: How many steps to keep, at least 0.
+        num_steps: Number of steps to keep, at least 0.
     """
     first: list[PlannedRun] = []
     for run in runs:

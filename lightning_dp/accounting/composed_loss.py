@@ -1,4 +1,4 @@
-"""The composed privacy loss on a grid; it gives epsilon, delta, and the error rates of any attack."""
+"""The composed privacy loss on a grid; it gives epsilon, delta, and bounds on the success of any attack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_dp.accounting.allocation import Array
 
 @dataclass(frozen=True)
 class ComposedLoss:
-    """Masses of a privacy loss at the points ``interval * (offset + i)``, and one mass at infinity.
+    """Probability masses of a privacy loss at the points ``interval * (offset + i)`` and at infinity.
 
     delta(epsilon) = infinite + sum over losses l > epsilon of P[L = l] (1 - exp(epsilon - l))
 
@@ -22,7 +22,7 @@ class ComposedLoss:
         masses: P[L = l] >= 0 on successive points.
         offset: Index of the first point; any integer.
         interval: Distance of two points, > 0.
-        infinite: P[L = inf], everything that was cut off or rounded included.
+        infinite: P[L = inf], including the bounds on cut-off tails and on rounding.
     """
 
     masses: Array
@@ -37,12 +37,12 @@ class ComposedLoss:
 
     @cached_property
     def divergences(self) -> Array:
-        """Delta at the epsilon of each point, summed without cancellation; linear in exp(epsilon) between points."""
+        """Delta at the epsilon of each grid point; delta is linear in exp(epsilon) between points."""
         steps = -math.expm1(-self.interval) * self._damped[:0:-1]
         return np.append(np.cumsum(steps)[::-1], 0.0) + self.infinite
 
     def epsilon(self, delta: float) -> float:
-        """Return the least epsilon >= 0 with hockey-stick divergence at most delta; inf if there is none."""
+        """Return the least epsilon >= 0 whose hockey-stick divergence is at most delta; inf if there is none."""
         if self.infinite >= delta:
             return math.inf
         start = max(0, -self.offset)  # losses below 0 never count
@@ -57,13 +57,13 @@ class ComposedLoss:
         return float(min(max(epsilon, 0.0), at))
 
     def advantage(self) -> float:
-        """Return a bound on the total variation: delta at epsilon 0."""
+        """Return an upper bound on the total variation: delta at epsilon 0."""
         losses = (self.offset + np.arange(self.masses.size)) * self.interval
         above = losses > 0
         return min(1.0, self.infinite + float(-np.expm1(-losses[above]) @ self.masses[above]))
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
-        """Return a bound on the power of any test of Q against P.
+        """Return an upper bound on the true positive rate of any test at a false positive rate.
 
         min over epsilon of exp(epsilon) x false_positive_rate + delta(epsilon), attained at a point of the grid
         """

@@ -1,4 +1,4 @@
-"""Ledgers as events of dp-accounting, for its accountants."""
+"""Conversion of ledgers to events of the library dp-accounting."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def to_dp_event(mechanisms: Mapping[Mechanism, int], *, replaces: bool = False) 
     """Return all mechanisms of a ledger as one event of dp-accounting.
 
     Noise multipliers of that library are relative to the bound C on one contribution. Under "replace_one" they are
-    therefore twice ours, which is what its `PLDAccountant` with `REPLACE_ONE` expects; its `RdpAccountant` does not
-    double the sensitivity and must not be given this event. The library has no event for random allocation: such a pass
-    is one Gaussian here, an upper bound.
+    therefore twice ours, as its `PLDAccountant` with `REPLACE_ONE` expects. Its `RdpAccountant` does not double the
+    sensitivity and must not be given this event. The library has no event for random allocation, so such a pass becomes
+    one Gaussian, an upper bound.
 
     Args:
-        mechanisms: What `Ledger.mechanisms` returned.
+        mechanisms: Result of `Ledger.mechanisms`.
         replaces: Whether the relation is "replace_one".
 
     Returns:
-        A composition of at most one event per distinct mechanism; `NoOpDpEvent` if nothing is paid.
+        One event per distinct mechanism, composed; `NoOpDpEvent` if none, `NonPrivateDpEvent` if one has no noise.
     """
     scale = 2.0 if replaces else 1.0
     events = []

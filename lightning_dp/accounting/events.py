@@ -41,17 +41,17 @@ class PrivacyEvent:
     Args:
         kind: "poisson" (each sample joins with probability `sample_rate`), "gaussian" (every sample is in the
             batch), "shuffle" (every sample is in one batch of a pass; no amplification), "allocation" (every sample
-            joins one of the `num_batches` batches of a pass, drawn uniformly and independently), "correlated" (noise
-            that is correlated between the steps of a run of `num_batches` steps: together they are one Gaussian; here
-            the whole run is the pass), "non_private".
+            joins one of the `num_batches` batches of a pass, drawn uniformly and independently), "correlated" (the
+            noise is correlated over a run of `num_batches` steps, which together are one Gaussian; the run counts as
+            the pass), "non_private".
         noise_multiplier: Standard deviation of the noise over the sensitivity, in [0, inf); 0 for "non_private".
         sample_rate: Probability that a sample joins, in [0, 1]; 1 for every kind but "poisson".
-        reason: Why nothing is protected; for "non_private" only.
+        reason: Reason why nothing is protected; for "non_private" only.
         num_batches: Batches of a whole pass, at least 1; 1 for every kind but "allocation" and "correlated".
 
     Raises:
         ValueError: If a field is out of its range or does not belong to the kind.
-        TypeError: If a number is not a number.
+        TypeError: If a multiplier or rate is not a number, or the reason is not a string.
 
     Example:
         >>> PrivacyEvent.poisson(noise_multiplier=1.1, sample_rate=0.01)
@@ -115,12 +115,12 @@ class PrivacyEvent:
 
     @property
     def steps_per_pass(self) -> int | None:
-        """Largest number of steps in one pass; None if the kind does not say."""
+        """Largest number of steps in one pass; None if the kind sets no limit."""
         return self.num_batches if self.kind in COUNTED else None
 
     @property
     def mechanism(self) -> Mechanism:
-        """The mechanism that is accounted for a step, or for a whole pass."""
+        """The mechanism to account for: of each step, or of each pass if the kind has passes."""
         if self.kind == "allocation":
             return Mechanism(1 / self.num_batches, self.noise_multiplier, self.num_batches)
         return Mechanism(self.sample_rate, self.noise_multiplier)
@@ -131,7 +131,7 @@ class PrivacyEvent:
 
     @classmethod
     def poisson(cls, *, noise_multiplier: float, sample_rate: float) -> PrivacyEvent:
-        """Return the release of a Poisson-sampled batch."""
+        """Return the release of one Poisson-sampled batch."""
         return cls("poisson", noise_multiplier, sample_rate)
 
     @classmethod
@@ -151,9 +151,7 @@ class PrivacyEvent:
 
     @classmethod
     def correlated(cls, *, noise_multiplier: float, num_steps: int) -> PrivacyEvent:
-        """Return one step of a run of `num_steps` steps whose noise is correlated, so that all of them are one
-        Gaussian.
-        """
+        """Return one step of a run of `num_steps` steps whose correlated noise makes them one Gaussian together."""
         return cls("correlated", noise_multiplier, num_batches=num_steps)
 
     @classmethod
@@ -167,7 +165,7 @@ class LedgerEntry:
     """A run of equal events.
 
     Args:
-        event: What was released in each step; if the kind has passes, with the smallest noise multiplier of its passes.
+        event: The event of every step; if the kind has passes, with the smallest noise multiplier of any step.
         num_steps: Number of logical steps, at least 1.
         num_passes: Number of passes over the data that the steps belong to: at least 1 if the kind has passes, else 0.
     """
@@ -184,7 +182,7 @@ def parse_run(run: PlannedRun) -> tuple[PrivacyEvent, int, int]:
         run: `(event, steps)` or `(event, steps, passes)`; see `Ledger.extended`.
 
     Raises:
-        ValueError: If the length is another, a count is no integer in range, or passes do not belong to the kind.
+        ValueError: If `run` has another length, a count is no integer in range, or passes do not belong to the kind.
         TypeError: If the first item is not a `PrivacyEvent`.
     """
     if len(run) not in (2, 3):
@@ -206,7 +204,7 @@ def parse_run(run: PlannedRun) -> tuple[PrivacyEvent, int, int]:
 
 
 def check_passes(event: PrivacyEvent, num_steps: int, num_passes: int) -> None:
-    """Raise ValueError unless `num_passes` passes can hold `num_steps` steps; 0 stands for the open pass."""
+    """Raise ValueError unless `num_passes` passes can hold `num_steps` steps; 0 means the open pass, not checked."""
     if num_passes > num_steps:
         raise ValueError(
             f"Expected passes <= steps, got passes={num_passes} and steps={num_steps}. Each pass has a step."

@@ -60,12 +60,12 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 class GDPAccountant(Accountant):
-    """Exact epsilon of runs without subsampling.
+    """An accountant with the exact epsilon of runs without subsampling.
 
     mu^2 = sum of 1 / noise_multiplier^2; epsilon from `gaussian_epsilon`
 
-    **Guarantee**: exact for any composition of Gaussians, passes over shuffled data included. Poisson sampling is
-    refused, because the central limit theorem that is used for it elsewhere is not a bound.
+    **Guarantee**: exact for any composition of Gaussians. A pass over shuffled data counts as one Gaussian. Poisson
+    sampling is refused, because the central limit theorem that is used for it elsewhere is not a bound.
 
     Example:
         >>> from lightning_dp.accounting import Ledger, PrivacyEvent

@@ -1,8 +1,8 @@
-"""The ledger of releases on the private data: runs of equal events, small enough for every checkpoint.
+"""The ledger of releases of the private data: runs of equal events, small enough for every checkpoint.
 
-One entry is one run: an event, how many steps it was taken and, where batches are shuffled, over how many passes.
-A hundred thousand equal steps are one entry. Accountants read the ledger through `Ledger.mechanisms`, which states
-what is paid once parallel composition inside a pass has been used.
+One entry is one run: an event, its number of steps and, if the kind has passes, its number of passes. A hundred
+thousand equal steps are one entry. Accountants read the ledger through `Ledger.mechanisms`, which counts the
+mechanisms to account for after parallel composition inside each pass.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNITS = ("record", "user")
 
 
 class Ledger:
-    """Every release of a run, in order, as runs of equal events.
+    """All releases of a training run in order, stored as runs of equal events.
 
     cost = sum over runs; a pass costs one mechanism with the smallest noise multiplier of the pass
 
@@ -44,14 +44,14 @@ class Ledger:
     compose in parallel, because each sample is in exactly one of its batches: together they cost one Gaussian. The
     steps of one "allocation" pass cost less, because that batch is also drawn uniformly and in secret. A pass that is
     cut short costs a whole one. The steps of a run with "correlated" noise cost one Gaussian together, like a pass that
-    is as long as the run. A pass ends at `start_pass`, wherever a step of another kind is recorded, and once an
+    is as long as the run. A pass ends at `start_pass`, when a step of another kind is recorded, and once an
     "allocation" pass or a "correlated" run has all its steps.
 
     Args:
         neighboring_relation: "add_or_remove_one"; "zero_out" (a sample is exchanged for one that contributes
             nothing: same numbers); "replace_one" (sensitivity is 2 C for contributions of norm at most C, and noise
             multipliers are relative to 2 C).
-        unit: Whose presence the noise hides: one "record", or one "user" with all its records.
+        unit: The unit whose presence the noise hides: one "record", or one "user" with all its records.
 
     Raises:
         ValueError: If the relation or the unit is unknown.
@@ -87,7 +87,7 @@ class Ledger:
 
     @property
     def lineage(self) -> str:
-        """Name of this history, made when the ledger is created and kept by copies and checkpoints."""
+        """Identifier of this history, created with the ledger and kept by copies and checkpoints."""
         return self._lineage
 
     @property
@@ -97,16 +97,16 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[LedgerEntry, ...]:
-        """The runs, oldest first."""
+        """The runs of equal events, oldest first."""
         return tuple(self._entries)
 
     def record(self, event: PrivacyEvent, count: int = 1) -> None:
-        """Append `count` equal steps.
+        """Append `count` steps with the same event.
 
-        Steps of a kind that has passes join the open pass; a new one is opened where none is open or it is full.
+        If the kind has passes, the steps join the open pass; a new pass opens if none is open or the open one is full.
 
         Args:
-            event: What each of the steps releases.
+            event: Event of each step.
             count: Number of steps, at least 1.
 
         Raises:
@@ -123,15 +123,15 @@ class Ledger:
         self._append(LedgerEntry(event, count))
 
     def amend_last(self, event: PrivacyEvent) -> None:
-        """Exchange the last recorded step for `event`.
+        """Replace the last recorded step by `event`.
 
-        Two private optimizers that step on one batch are one event, of combined precision.
+        If two private optimizers step on one batch, their releases are one event of combined precision.
 
         **Guarantee**: never cheaper than the truth. An open pass of several steps keeps the smallest noise multiplier
         that it has seen, the replaced step included.
 
         Args:
-            event: What the last step released in full.
+            event: Complete event of the last step.
 
         Raises:
             PrivacyError: If no step is recorded.
@@ -148,7 +148,7 @@ class Ledger:
         self.record(event)
 
     def start_pass(self) -> None:
-        """Start a new pass over shuffled data; later steps are accounted apart from earlier ones."""
+        """Close the open pass, so that the next step of a kind with passes starts a new one."""
         self._pass_open = False
         if len(self._entries) > 1:
             self._append(self._entries.pop())
@@ -166,7 +166,7 @@ class Ledger:
 
         Args:
             runs: Items `(event, steps)` or `(event, steps, passes)`. `passes` is for kinds that have passes: the number
-                of passes that these steps start, at most `steps`; 0 continues the open pass; left out it is the
+                of passes that these steps start, at most `steps`. 0 continues the open pass; the default is the
                 smallest number that can hold the steps.
 
         Returns:
@@ -191,7 +191,7 @@ class Ledger:
         return ledger
 
     def has_same_beginning(self, other: Ledger) -> bool:
-        """Return whether `other` begins with the steps of this ledger, whatever its lineage.
+        """Return whether `other` begins with the steps of this ledger, even if the lineages differ.
 
         Args:
             other: The ledger of a run that may have begun with this history.
@@ -210,10 +210,10 @@ class Ledger:
         return begins(self._contents, other._contents)
 
     def mechanisms(self) -> dict[Mechanism, int]:
-        """Return how many times each mechanism was run.
+        """Return the number of times that each mechanism was run.
 
-        Parallel composition inside passes is used here; unsampled releases have rate 1; releases that nothing
-        protects have multiplier 0; steps that no sample can join are left out.
+        A pass counts once, by parallel composition. Unsampled releases have sample rate 1, and unprotected releases
+        have noise multiplier 0. Steps with sample rate 0 are left out.
 
         Returns:
             Counts in the order of first appearance. Public.
@@ -241,10 +241,10 @@ class Ledger:
     def from_state_dict(cls, state: Mapping[str, Any]) -> Ledger:
         """Return the ledger that `state_dict` described.
 
-        **Guarantee**: what is not exactly such a description is refused, never repaired.
+        **Guarantee**: any other state is refused, never repaired.
 
         Args:
-            state: What `state_dict` returned, perhaps through JSON.
+            state: Result of `state_dict`, possibly after a round trip through JSON.
 
         Raises:
             PrivacyError: If anything is missing, unknown, of the wrong type or out of range.

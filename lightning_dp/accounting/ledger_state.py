@@ -1,4 +1,4 @@
-"""A ledger as plain values: writing it into checkpoints, and validating it when it is read."""
+"""Conversion of a ledger to plain values for checkpoints, and its validation when read back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_state(state: Mapping[str, Any]) -> LedgerState:
     """Return the contents that `write_state` described.
 
     Args:
-        state: What `write_state` returned, perhaps through JSON.
+        state: Result of `write_state`, possibly after a round trip through JSON.
 
     Raises:
         ValueError: If a key is missing or unknown, or a value is out of range.
@@ -93,7 +93,7 @@ def _read_entry(entry: Any) -> LedgerEntry:
 
 
 def _extra_keys(kind: Any) -> set[str]:
-    """Return the keys that only some kinds have, so that entries of older kinds keep their form."""
+    """Return the additional keys of an entry; older kinds have none, so their entries keep their form."""
     return {"num_batches"} if kind in COUNTED else set()
 
 

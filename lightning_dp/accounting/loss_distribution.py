@@ -1,4 +1,4 @@
-"""The privacy loss of one release on a grid, never below the truth.
+"""An upper bound on the privacy loss of one release, on a grid.
 
 One coordinate along the difference of two neighbouring data sets is enough. In units of the noise's standard
 deviation (z = x / sigma, d = 1 / sigma) a release is one of two densities P and Q, and its loss is L = log(P / Q):
@@ -8,8 +8,8 @@ deviation (z = x / sigma, d = 1 / sigma) a release is one of two densities P and
 
 A pass under random allocation is one release as well, whose likelihood ratio `allocation_law` bounds.
 
-The mass of P at a loss between two points of the grid is split between both so that the mass of Q is kept as well.
-The pair so obtained dominates the true pair, and so does every composition of such pairs.
+The mass of P at a loss between two grid points is split between both points so that the mass of Q is preserved too.
+The resulting pair dominates the true pair, and so does every composition of such pairs.
 
 References:
     Doroshenko, Ghazi, Kamath, Kumar and Manurangsi (2022), "Connect the Dots", Section 4: the split.
@@ -42,7 +42,7 @@ _POINTS, _WEIGHTS = np.polynomial.legendre.leggauss(2)
 
 @dataclass(frozen=True)
 class Layout:
-    """Position of a privacy loss on its grid: first index, number of points, index of the mean; mass at infinity."""
+    """Position of a privacy loss on its grid (first index, size, index of the mean) and its mass at infinity."""
 
     offset: int
     size: int
@@ -59,20 +59,20 @@ class GridLoss:
 
 
 def directions(neighboring_relation: str) -> tuple[Direction, ...]:
-    """Return the pairs (P, Q) that must both be bounded; without sampling one pair is enough."""
+    """Return the directions, each a pair (P, Q), whose losses must all be bounded under a relation."""
     return ("replace",) if neighboring_relation == "replace_one" else ("remove", "add")
 
 
 @dataclass(frozen=True)
 class LossNodes:
-    """The privacy loss of one release on a coarse quadrature, used only to choose the grid."""
+    """The privacy loss of one release on a coarse quadrature, used only to choose the grid and its window."""
 
     losses: Array
     probabilities: Array
 
     @classmethod
     def of(cls, mechanism: Mechanism, direction: Direction, parts: int) -> LossNodes:
-        """Return the nodes of one release; `parts` is the resolution of a pass, as in `discretize`."""
+        """Return the losses and probabilities of one release; for `parts`, see `discretize`."""
         sample_rate, noise_multiplier, num_batches = mechanism
         if num_batches > 1:
             losses, probabilities, _ = _allocation_loss(mechanism, direction, parts)
@@ -94,11 +94,11 @@ class LossNodes:
 
     @cached_property
     def span(self) -> float:
-        """Distance between the largest and the smallest loss that the grid has to hold."""
+        """Distance between the largest and the smallest loss that the grid must hold."""
         return float(np.ptp(self.losses))
 
     def log_mgf(self, order: float, interval: float) -> float:
-        """Return a bound on log E[exp(order x loss)] after the split onto a grid.
+        """Return an upper bound on log E[exp(order x loss)] after the split onto a grid.
 
         The split widens a point mass by at most half an interval and lifts its mean by at most interval^2 / 6
         (Hoeffding's lemma).
@@ -110,13 +110,13 @@ class LossNodes:
 def discretize(mechanism: Mechanism, direction: Direction, interval: float, parts: int = 32) -> GridLoss:
     """Return the privacy loss of one release, or of one pass under random allocation, on multiples of `interval`.
 
-    **Guarantee**: the hockey-stick divergence of the result is at least that of the release, for every epsilon, up to
-    the quadrature's error: sums of positive terms, of relative error about 1e-8.
+    **Guarantee**: for every epsilon, the hockey-stick divergence of the result is at least the release's, up to the
+    quadrature's relative error of about 1e-8 (all terms are positive).
 
     Args:
-        mechanism: q in (0, 1], where the direction does not matter for q = 1, and sigma > 0, relative to the
-            sensitivity of the relation; for a pass of t > 1 batches sigma >= `LEAST_NOISE`, and not "replace".
-        direction: Which pair of densities.
+        mechanism: q in (0, 1] and sigma > 0, relative to the sensitivity of the relation. For q = 1 the direction does
+            not matter. A pass of t > 1 batches needs sigma >= `LEAST_NOISE` and a direction other than "replace".
+        direction: The pair of densities.
         interval: Distance of two grid points, > 0.
         parts: For a pass, the resolution of its likelihood ratio; see `allocation_law`.
 
@@ -139,7 +139,7 @@ def discretize(mechanism: Mechanism, direction: Direction, interval: float, part
 
 
 def _on_grid(losses: Array, masses: Array, infinite: float, interval: float) -> GridLoss:
-    """Split each point mass of P between the two nearest multiples of `interval`; its mass under Q is kept too."""
+    """Split each point mass of P between the two nearest multiples of `interval`, preserving its mass under Q."""
     scaled = losses / interval
     below = np.floor(scaled)
     upper = masses * (np.expm1((below - scaled) * interval) / math.expm1(-interval))
@@ -204,7 +204,7 @@ def _log_mixture(exponent: Array, sample_rate: float) -> Array:
 
 
 def _inverse_loss(losses: Array, sample_rate: float, noise_multiplier: float, direction: Direction) -> Array:
-    """Return the z at which the loss takes the given values. Quadrature cells end there; nothing else uses z."""
+    """Return the z at which the loss takes the given values; z is used only for the edges of quadrature cells."""
     shift = _shift(noise_multiplier, direction)
     if direction == "replace":
         half = np.abs(losses) / 2

@@ -1,4 +1,4 @@
-"""Tight accounting: composed privacy loss distributions, kept in the Fourier domain between queries."""
+"""Tight accounting: composed privacy loss distributions, cached in the Fourier domain between queries."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ class _Composition:
 
 
 class PLDAccountant(Accountant):
-    """Epsilon from the composed privacy loss distribution: tight to about 0.1 %, and an upper bound.
+    """An accountant that composes privacy loss distributions: an upper bound, tight to about 0.1 %.
 
     delta(epsilon) = P[L = inf] + sum over losses l > epsilon of P[L = l] (1 - exp(epsilon - l))
 
     **Guarantee**: an upper bound under every relation. Each release is replaced by a dominating one on a grid that is
-    fine against the loss of an average step; mass cut off at the ends and the rounding of the Fourier transforms
-    count as infinite loss. Where delta is so small that rounding would decide, the Rényi bound is reported.
+    fine compared with the loss of an average step; mass cut off at the ends and the rounding of the Fourier transforms
+    count as infinite loss. If delta is not above that mass, the Rényi bound is reported, or inf under "replace_one".
     Ledgers without sampling are exact. A pass under random allocation is one release with a loss of its own. The grid
-    follows from the ledger alone, so a resumed run reports what an uninterrupted one does.
+    follows from the ledger alone, so a resumed run reports the same epsilon as an uninterrupted one.
 
     Args:
-        step_parts: Grid points in one standard deviation of the average step's loss. The error falls with its square.
-        max_support: Most grid points for the loss of one release. A coarser grid is a looser bound, not a wrong one.
+        step_parts: Grid points per standard deviation of the average step's loss. The error falls with its square.
+        max_support: Most grid points for one release. A coarser grid gives a looser bound, not a wrong one.
 
     Example:
         >>> from lightning_dp.accounting import Ledger, PrivacyEvent
@@ -105,10 +105,10 @@ class PLDAccountant(Accountant):
     def composed_losses(self, mechanisms: Mechanisms, neighboring_relation: str) -> list[ComposedLoss]:
         """Return the composed privacy loss for each direction of the neighbouring relation.
 
-        **Guarantee**: the hockey-stick divergence of each is at least that of the composition, for every epsilon.
+        **Guarantee**: for every epsilon, each has at least the hockey-stick divergence of the composed releases.
 
         Args:
-            mechanisms: What `mechanisms_of` returned, every noise multiplier positive, at least one mechanism.
+            mechanisms: Result of `mechanisms_of`, not empty, with positive noise multipliers.
             neighboring_relation: Relation of the ledger.
         """
         mu, subsampled = split_unsampled(mechanisms)
@@ -140,7 +140,7 @@ class PLDAccountant(Accountant):
         return losses
 
     def _interval(self, releases: Mechanisms, pair: Direction) -> float:
-        """Return a power of two that is small compared with the loss of the average step."""
+        """Return the grid interval, a power of two below the loss of the average step if `max_support` allows."""
         variance = sum(count * self._node(key, pair).variance for key, count in releases.items())
         step = math.sqrt(variance / sum(releases.values()))
         widest = max(self._node(key, pair).span for key in releases)
@@ -172,7 +172,7 @@ class PLDAccountant(Accountant):
     def _compose(
         self, subsampled: Mechanisms, relation: str, pairs: tuple[Direction, ...], interval: float, size: int
     ) -> _Composition:
-        """Return the product of spectra; multiply only the spectra added since the last query, if possible."""
+        """Return the product of all spectra; if possible, multiply only the spectra added since the last query."""
         cached = self._composition
         if (
             cached is None

@@ -1,4 +1,4 @@
-"""Opacus' accountant of privacy random variables; cases that it does not support are answered here."""
+"""Opacus' accountant of privacy random variables, with clear errors for cases that it does not support."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_dp.accounting.base import Accountant, Mechanisms, refuse_replace_
 
 
 class PRVAccountant(Accountant):
-    """Epsilon from numerically composed privacy random variables.
+    """An accountant that composes privacy random variables numerically, by opacus.
 
     epsilon = estimate at delta (1 - 1e-3) + 0.01, the upper end of opacus' error interval
 
-    **Guarantee**: that of opacus' implementation, whose upper bound is reported; it includes an absolute 0.01, so small
-    epsilons are far from tight. Under "replace_one" Poisson sampling is refused. Nothing is cached but the last
-    answer: use "pld" for schedules.
+    **Guarantee**: the upper bound of opacus' implementation. It includes an absolute 0.01, so small epsilons
+    are far from tight. Under "replace_one" Poisson sampling is refused. Only the last answer is cached, so use "pld"
+    for schedules.
 
     Example:
         >>> from lightning_dp.accounting import Ledger, PrivacyEvent

@@ -28,7 +28,7 @@ _ROUNDING = 1e-14  # the divergences of tiny rates are differences of numbers ne
 
 @contextmanager
 def _without_skipped_orders() -> Iterator[None]:
-    """Drop the library's log line for each skipped order: the minimum over the others is still a bound."""
+    """Drop the library's log line for each skipped order, because the minimum over the others is still a bound."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "Excluding this order" not in record.getMessage()
@@ -41,14 +41,14 @@ def _without_skipped_orders() -> Iterator[None]:
 
 
 class RDPAccountant(Accountant):
-    """Epsilon from Rényi divergences.
+    """An accountant that adds up Rényi divergences.
 
     rdp(a) = sum of counts x D_a(one release);  epsilon = min over a of rdp(a) + log(1 - 1/a) - log(a delta) / (a - 1)
 
     **Guarantee**: an upper bound under "add_or_remove_one" and "zero_out"; under "replace_one" for releases without
     sampling only. Passes under random allocation are bounded too, but loosely: epsilon is commonly two to four
-    times that of "pld", and more for many passes. One vector of divergences is cached for each distinct mechanism, for
-    all accountants together, so a query costs a sum of vectors.
+    times the epsilon of "pld", and more for many passes. One array of divergences is cached for each mechanism, for all
+    accountants together, so a query costs a sum of arrays.
 
     Example:
         >>> from lightning_dp.accounting import Ledger, PrivacyEvent
@@ -99,7 +99,7 @@ def _poisson_divergences(key: Mechanism, orders: Array) -> Array:
 
 
 def _allocation_divergences(key: Mechanism, orders: Array) -> Array:
-    """Return bounds on the divergences of a pass, shape (2, orders); S is that of `allocation_law`.
+    """Return bounds on the divergences of a pass, shape (2, orders); see `allocation_law` for S.
 
     remove: log E[S^a] / (a - 1), exact for integers; log E[S^a] is convex in a, so a chord bounds it in between
     add:    (a + t - 1) / (2 t sigma^2), because S is at least the geometric mean of its t terms

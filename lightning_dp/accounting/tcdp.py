@@ -1,4 +1,4 @@
-"""Truncated concentrated accounting: closed forms, to cross-check the others."""
+"""Accounting by truncated concentrated differential privacy: closed forms, to cross-check other accountants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tcdp_epsilon(rho: float, omega: float, delta: float) -> float:
     epsilon = rho + 2 sqrt(rho log(1 / delta)) if log(1 / delta) <= (omega - 1)^2 rho,
     else rho omega + log(1 / delta) / (omega - 1)
 
-    **Guarantee**: an upper bound: the minimum over orders 1 < a < omega of rho a + log(1 / delta) / (a - 1).
+    **Guarantee**: an upper bound, namely the minimum over orders 1 < a < omega of rho a + log(1 / delta) / (a - 1).
 
     Args:
         rho: Bound on the Rényi divergences, D_a <= rho a for all a < omega; in [0, inf).
@@ -59,17 +59,17 @@ def tcdp_epsilon(rho: float, omega: float, delta: float) -> float:
 
 
 class TCDPAccountant(Accountant):
-    """Epsilon from truncated concentrated differential privacy: a closed form to cross-check the others with.
+    """An accountant by truncated concentrated differential privacy, a closed form to cross-check the others.
 
     rho = 1 / (2 noise_multiplier^2), omega = inf      no sampling
     rho' = 13 q^2 rho, omega' = log(1 / q) / (4 rho)      sampled at rate q
     rho adds up over steps, omega is the smallest of all; epsilon from `tcdp_epsilon`
 
-    **Guarantee**: an upper bound under "add_or_remove_one" and "zero_out", several times that of "pld". The lemma on
-    the sampled form holds for q <= 0.1 and rho <= 0.1, a noise multiplier of at least sqrt(5) = 2.24; sampled releases
-    beyond are refused. Releases without sampling have no such limit: they add their rho, and leave omega to the sampled
-    ones. Under "replace_one" Poisson sampling is refused. A noise multiplier calibrated with this accountant is at
-    least 2.24, also where the target would allow less noise.
+    **Guarantee**: an upper bound under "add_or_remove_one" and "zero_out", several times the epsilon of "pld". The
+    lemma on the sampled form holds for q <= 0.1 and rho <= 0.1, a noise multiplier of at least sqrt(5) = 2.24; other
+    sampled releases are refused. Releases without sampling have no such limit: they add their rho and do not change
+    omega. Under "replace_one" Poisson sampling is refused. For sampled runs, a noise multiplier calibrated with this
+    accountant is at least 2.24, even if the target would allow less noise.
 
     Example:
         >>> from lightning_dp.accounting import PrivacyEvent

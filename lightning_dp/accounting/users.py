@@ -1,4 +1,4 @@
-"""The cost of a run that protects single records to a user who has several."""
+"""The epsilon of a user with several records, in a run that protects single records."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def user_epsilon(ledger: Ledger, delta: float, *, records_per_user: int, discret
     with the user     sum over k of Binomial(G, q)(k) N(k, sigma^2)
     without           N(0, sigma^2)
 
-    Of the user's at most G records, k join a Poisson sample and move the sum by at most k times the bound on one. Where
-    nothing is sampled, and in passes over shuffled data, all G records may be in one batch: a Gaussian with G times the
+    Of the user's at most G records, k join a Poisson sample and move the sum by at most k times the bound on one. In
+    releases without sampling and in passes, all G records may be in one batch, which is a Gaussian with G times the
     sensitivity, without amplification.
 
     **Guarantee**: an upper bound, from the privacy loss distributions of dp-accounting. For one record per user it is
-    the epsilon of "pld", up to that library's grid.
+    the epsilon of "pld", up to that library's grid, except that allocation passes are not amplified.
 
     Args:
-        ledger: What was released.
+        ledger: The releases.
         delta: In (0, 1).
-        records_per_user: G, most records that one user has, at least 1. A public limit, not a count of the data.
+        records_per_user: G, the largest number of records of one user, at least 1. A public limit, not a count of data.
         discretization: Interval of the library's grid; a finer one takes longer and gives a little less. One distinct
             noise multiplier takes seconds at 1e-3.
 
