@@ -1,8 +1,8 @@
-"""Lower confidence bounds on epsilon: do they contradict the epsilon that is claimed?
+"""Lower confidence bounds on epsilon, which test the epsilon that a run claims.
 
 Read in this order: ``estimates`` (many runs), ``one_run`` (many canaries in one run), ``noise_scale`` (one run,
-canaries apart), ``canaries`` and ``records`` (what is put in), ``result`` (all of it together). ``PrivacyAudit`` puts
-them to work.
+separate canaries), ``canaries`` and ``records`` (canaries to insert), ``result`` (all bounds together). The callback
+``PrivacyAudit`` uses them.
 """
 
 from lightning_dp.auditing.canaries import Canaries, GradientCanaries

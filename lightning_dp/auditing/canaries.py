@@ -1,4 +1,4 @@
-"""Canaries in gradient space: public records that do not interact with real ones, and the scores of their traces.
+"""Canaries in gradient space: public gradients that join every noisy sum, and the scores of their traces.
 
 Legend: ``m`` canaries, ``G`` groups of parameters, ``P`` private coordinates, ``S`` sensitivity of the clipped sum.
 """
@@ -24,7 +24,7 @@ _NOISELESS = 1e-3  # noise, in units of S, below which likelihood ratios are dec
 
 
 class Sum(Protocol):
-    """The buffer in which the clipped gradients of a logical batch add up."""
+    """An accumulator: the buffer in which the clipped gradients of a logical batch add up."""
 
     groups: list[list[str]]
     names: list[str]
@@ -34,41 +34,41 @@ class Sum(Protocol):
 
     @property
     def gradient(self) -> Tensor:
-        """Sums added so far, over active coordinates."""
+        """Sum so far, over the active coordinates."""
 
     def add_at(self, positions: Tensor, values: Tensor) -> None:
-        """Add values at positions of the gradient, each below P; masked positions are left out."""
+        """Add values at positions (below P) of the gradient; masked positions are left out."""
 
     @property
     def statistics(self) -> Tensor:
-        """Statistics counted so far."""
+        """Sums of the clipping statistics so far."""
 
     @property
     def sensitivity(self) -> float:
-        """Largest norm that one sample adds."""
+        """Largest norm of one sample's contribution."""
 
     def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
         """Return the entries of a release at positions of the gradient; masked positions give 0."""
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return one view per parameter on a buffer of shape (P,)."""
+        """Return one view per parameter of a buffer of shape (P,)."""
 
 
 class Canaries:
     """Additional public records in every logical batch. This base class has none and means "off".
 
-    **Guarantee**: they are chosen without the data, and are sampled, clipped and added as records are. So adding or
-    removing a real record moves the sum as it did without them, by S at most, and the noise, the divisor and the ledger
-    are unchanged: epsilon holds for every real record, whatever is known of the canaries.
+    **Guarantee**: canaries are chosen without the data, and are sampled, clipped and added as records are. So a real
+    record moves the sum by at most S, as without canaries, and noise, divisor and ledger are unchanged: epsilon holds
+    for every real record, even for an adversary who knows the canaries.
     """
 
     needs_factors: ClassVar[bool] = False
-    """Whether the clipping must work by factors."""
+    """True if the clipping must scale gradients by factors."""
     reads_sums: ClassVar[bool] = False
-    """Whether canaries join sums and read releases, so that no sum may be held as a mean."""
+    """True if canaries join sums and read releases, so that no sum may be stored as a mean."""
 
     def begin(self, sample_rate: float | None) -> None:
-        """Draw which canaries are in the logical batch that begins."""
+        """Draw the canaries of the logical batch that begins."""
 
     def join(self, key: Hashable, sums: Sum, bound: Bound, *, adds: bool) -> None:
         """Add the canaries of this batch to a sum that is about to be noised."""
@@ -78,21 +78,21 @@ class Canaries:
 
 
 class GradientCanaries(Canaries):
-    """m canaries with long gradients in separate coordinates; each is in the data by a fair coin.
+    """m canaries with long gradients in separate coordinates; a fair coin includes each of them.
 
         g_j = +-norm S e_{k(j, 1)} ... +-norm S e_{k(j, G)}      one coordinate per group, no two canaries share one
         score_j = sum_t ln(1 - q_t + q_t exp(L_tj)),     L_tj = (<G~_t, u_tj> - |u_tj|^2 / 2) / std_t^2
 
-    with u_tj the canary's clipped gradient and G~_t the noisy sum: the likelihood ratio of "in" against "out" for an
-    adversary who sees every noisy gradient, and a canary's gradient is the worst that clipping lets through.
+    with u_tj the canary's clipped gradient and G~_t the noisy sum. The score is the log likelihood ratio of "in" over
+    "out" for an adversary who sees every noisy gradient. A canary's clipped gradient is the largest possible one.
 
-    **Guarantee**: see ``Canaries``. Coins, coordinates and scores are public: they and the releases are all that scores
-    are made of, so publishing them costs no privacy.
+    **Guarantee**: see ``Canaries``. Coins, coordinates and scores are public. Scores are computed from coins,
+    coordinates and releases alone, so publishing them costs no privacy.
 
     Args:
-        num_canaries: m >= 2.
-        norm: length of a canary's gradient before clipping, in units of S, > 1 so that clipping is put to work.
-        root: hexadecimal digits that coins and coordinates follow from; fresh from the operating system by default.
+        num_canaries: m >= 1.
+        norm: length of a canary's gradient before clipping, in units of S; above 1 so that clipping has an effect.
+        root: hexadecimal digits that determine coins and coordinates; fresh from the operating system by default.
 
     Raises:
         ValueError: numbers out of range.
@@ -135,20 +135,20 @@ class GradientCanaries(Canaries):
         return self._folded.copy()
 
     def place(self, key: Hashable, sums: Sum) -> None:
-        """Choose the canaries' coordinates in one sum, in every group that has enough of them.
+        """Choose the canaries' coordinates in one sum, unless chosen already, in every group that has enough.
 
         Raises:
-            ValueError: no group has a live coordinate for each canary.
+            ValueError: no group has an active coordinate for each canary.
         """
         known = self._places.get(key)
         if known is None or not known.fits(sums):
             self._places[key] = _Places(sums, self.num_canaries, self._rng)
 
     def begin(self, sample_rate: float | None) -> None:
-        """Draw which canaries join the logical batch: each one whose coin says "in", with probability q.
+        """Draw the canaries of the logical batch: each one whose coin says "in" joins with probability q.
 
         Args:
-            sample_rate: q, as for a real record.
+            sample_rate: q, as for a real record; None if batches are not Poisson samples.
 
         Raises:
             PrivacyError: batches are not Poisson samples.
@@ -164,13 +164,13 @@ class GradientCanaries(Canaries):
         self._members = torch.from_numpy(self.included & drawn)
 
     def join(self, key: Hashable, sums: Sum, bound: Bound, *, adds: bool) -> None:
-        """Clip the canaries' gradients like samples' and add those that are in this batch.
+        """Clip the gradients of all canaries, and add the gradients of the canaries in this batch.
 
         Args:
             key: name of the sum.
-            sums: accumulators to add to.
-            bound: counts norms, if it does.
-            adds: whether this process adds them; one of several does.
+            sums: accumulator to add to.
+            bound: rule of the clipping bound; its statistics count the canaries too.
+            adds: True in the one process that adds the gradients.
         """
         self.place(key, sums)
         assert isinstance(sums.clipping, FactorClipping), "refused when the run was settled"
@@ -194,8 +194,8 @@ class GradientCanaries(Canaries):
         Args:
             key: name of the sum.
             sums: the sum that was released.
-            noisy: its live coordinates after noise, over all ranks.
-            noise_std: of each of them, as claimed.
+            noisy: its active coordinates after noise, over all ranks.
+            noise_std: claimed standard deviation of the noise on each coordinate.
         """
         kept_GM = self._contributions.pop(key)
         seen_M = torch.zeros(self.num_canaries, dtype=torch.float64, device=kept_GM.device)
@@ -205,7 +205,7 @@ class GradientCanaries(Canaries):
         self._pending += ((seen_M - kept_GM.double().square().sum(0) / 2) / variance).cpu().numpy()
 
     def _fold(self) -> None:
-        """Finish a logical batch: all of its releases hold the same canaries."""
+        """Add the last logical batch, whose releases all hold the same canaries, to the scores."""
         q = self._sample_rate
         with np.errstate(divide="ignore"):
             absent = math.log1p(-q) if q < 1 else -math.inf
@@ -213,7 +213,7 @@ class GradientCanaries(Canaries):
         self._pending = np.zeros(self.num_canaries)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs. Members of the next batch follow from fresh entropy."""
+        """Return the state that a resumed run needs; the canaries of later batches are drawn from fresh entropy."""
         return {"root": self.root, "num_canaries": self.num_canaries, "norm": self.norm, "scores": self.scores.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ class GradientCanaries(Canaries):
 
 
 class _Places:
-    """Coordinates of the canaries in one sum: group -> positions of shape (m,), disjoint."""
+    """Coordinates of the canaries in one sum: disjoint positions of shape (m,) for each group."""
 
     def __init__(self, sums: Sum, num_canaries: int, rng: np.random.Generator) -> None:
         self._names, self._device, self._size = list(sums.names), sums.gradient.device, sums.num_coordinates
@@ -246,7 +246,7 @@ class _Places:
             )
 
     def fits(self, sums: Sum) -> bool:
-        """Tell whether the sum still has the coordinates from which these were chosen."""
+        """Return whether a sum still has the parameters, size and device of these coordinates."""
         same: bool = self._names == sums.names and self._size == sums.num_coordinates
         return same and self._device == sums.gradient.device
 
@@ -259,7 +259,7 @@ class _Places:
 
 
 def coins(num: int, root: str) -> NDArray[np.bool_]:
-    """Return fair coins, shape (num,), that are determined by hexadecimal digits.
+    """Return ``num`` fair coin flips that the hexadecimal digits ``root`` determine.
 
     Example:
         >>> coins(1000, "0a").sum() == coins(1000, "0a").sum()

@@ -22,7 +22,7 @@ Scores = NDArray[np.float64]
 
 
 def check_scores(name: str, scores: ArrayLike) -> Scores:
-    """Return scores as a float64 vector; refuse an empty one and NaN."""
+    """Return scores as a float64 vector; refuse other shapes, an empty vector and NaN."""
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or values.size == 0 or bool(np.isnan(values).any()):
         raise ValueError(
@@ -33,7 +33,7 @@ def check_scores(name: str, scores: ArrayLike) -> Scores:
 
 
 def check_delta(delta: Any) -> float:
-    """Check that ``0 <= delta < 1``."""
+    """Return delta as a float; refuse values outside [0, 1)."""
     if not 0 <= check.check_number("delta", delta) < 1:
         raise ValueError(f"Expected 0 <= delta < 1, got delta={delta}. Pass the delta that epsilon is claimed at.")
     return float(delta)
@@ -44,7 +44,7 @@ def clopper_pearson_upper(count: int, total: int, significance: float) -> float:
 
     P[Bin(total, p) <= count] = significance, solved for p
 
-    **Guarantee**: it is below the true rate with probability at most ``significance``, for every rate.
+    **Guarantee**: the result is below the true rate with probability at most ``significance``, for every rate.
 
     Args:
         count: events seen, in [0, total].
@@ -82,7 +82,7 @@ class ErrorRates:
 def error_rates(
     in_scores: ArrayLike, out_scores: ArrayLike, *, threshold: float, confidence: float = 0.95
 ) -> ErrorRates:
-    """Return bounds on the error rates of the test "in where the score is above the threshold".
+    """Return upper confidence bounds on the error rates of the test that says "in" above a threshold.
 
     Args:
         in_scores: scores with the canary, shape (n,).
@@ -108,15 +108,15 @@ def error_rates(
 def epsilon_clopper_pearson(
     in_scores: ArrayLike, out_scores: ArrayLike, *, threshold: float, delta: float = 0.0, confidence: float = 0.95
 ) -> float:
-    """Return a lower confidence bound on epsilon from one threshold, whatever the mechanism is.
+    """Return a lower confidence bound on epsilon from one threshold, for any mechanism.
 
         epsilon >= ln((1 - delta - FNR) / FPR)    and    epsilon >= ln((1 - delta - FPR) / FNR)
 
     with Clopper-Pearson upper bounds for both rates, each at half of 1 - confidence.
 
-    **Guarantee**: above the true epsilon at ``delta`` with probability at most ``1 - confidence``, provided that the
-    scores are independent and the threshold does not depend on them. At most about ln(2 n / 5) for n scores, however
-    bad the leak.
+    **Guarantee**: the bound exceeds the true epsilon at ``delta`` with probability at most ``1 - confidence``, if the
+    scores are independent and the threshold does not depend on them. Even for the worst leak it is at most about
+    ln(n / 3.7), for n scores of each kind and the default confidence.
 
     Args:
         in_scores: scores with the canary, shape (n,).
@@ -154,16 +154,15 @@ def epsilon_clopper_pearson(
 def epsilon_gdp(
     in_scores: ArrayLike, out_scores: ArrayLike, *, threshold: float, delta: float, confidence: float = 0.95
 ) -> float:
-    """Return a lower confidence bound on the epsilon of a mechanism that is Gaussian: far tighter than one threshold
-    alone.
+    """Return a lower confidence bound on the epsilon of a Gaussian mechanism, from one threshold.
 
-        mu >= Phi^-1(1 - FPR) - Phi^-1(FNR),     epsilon = that of a mu-GDP mechanism at delta
+        mu >= Phi^-1(1 - FPR) - Phi^-1(FNR),     epsilon = epsilon of a mu-GDP mechanism at delta
 
     with Clopper-Pearson upper bounds for both rates, each at half of 1 - confidence.
 
-    **Guarantee**: as ``epsilon_clopper_pearson``, but ONLY for mechanisms whose trade-off function is that of a
-    Gaussian: compositions of Gaussians without subsampling. One point of the curve stands for all of it; for subsampled
-    Gaussians the value may exceed the true epsilon.
+    **Guarantee**: as ``epsilon_clopper_pearson``, and tighter, but ONLY for mechanisms with the trade-off function of a
+    Gaussian: compositions of Gaussians without subsampling. One point then determines the whole function; for
+    subsampled Gaussians the value may exceed the true epsilon.
 
     Args:
         in_scores: scores with the canary, shape (n,).
@@ -199,7 +198,7 @@ def operating_points(in_scores: ArrayLike, out_scores: ArrayLike) -> Sequence[tu
         out_scores: scores without, shape (k,).
 
     Returns:
-        Points from (0, 0) to (n, k). They are picked with the scores in hand: divide the significance by their number.
+        Points from (0, 0) to (n, k). They depend on the scores, so divide the significance by their number.
 
     Example:
         >>> operating_points([0.0, 2.0, 3.0], [0.0, 1.0])
@@ -218,7 +217,7 @@ def operating_points(in_scores: ArrayLike, out_scores: ArrayLike) -> Sequence[tu
 
 
 def _turns_left(first: tuple[int, int], middle: tuple[int, int], last: tuple[int, int]) -> bool:
-    """Tell whether the middle point is on or below the line through the other two (true positives upwards)."""
+    """Return whether the middle point is on or below the line through the other two (true positives upwards)."""
     rise, run = middle[0] - first[0], middle[1] - first[1]
     next_rise, next_run = last[0] - middle[0], last[1] - middle[1]
     return next_rise * run >= rise * next_run

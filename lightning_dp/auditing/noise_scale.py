@@ -1,4 +1,4 @@
-"""Upper bounds on the noise of a run, from one run whose canaries do not disturb each other."""
+"""An upper bound on the noise of one run whose canaries do not disturb each other."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PRECISION = 1e-3
 
 
 def scaled_ledger(ledger: Ledger, factor: float) -> Ledger:
-    """Return a copy of a ledger with the noise of every release multiplied by ``factor``.
+    """Return a new ledger with a ledger's mechanisms and every noise multiplier multiplied by ``factor``.
 
     Args:
-        ledger: all releases of the run.
+        ledger: all releases of the run; a pass that was cut short counts as a whole one.
         factor: > 0.
 
     Example:
@@ -46,19 +46,19 @@ def epsilon_noise_scale(
 ) -> float:
     """Return a lower confidence bound on epsilon from one run, for canaries that do not disturb each other.
 
-    Scores above 0 are guessed "in", or else the higher half: the better of both rules counts, each at half of
-    1 - confidence. Were the noise c times what the ledger says, a guess would be right with probability at most
-    a(c) = (1 + TV(c)) / 2, TV the total variation of the composed release with and without a record, and right guesses
-    at most Bin(m, a(c)). The smallest refuted c gives
+    Two rules guess "in": for scores above 0, and for the higher half. The better rule counts, each at half of
+    1 - confidence. If the noise were c times the ledger's, a guess would be right with probability at most
+    a(c) = (1 + TV(c)) / 2, with TV the total variation between the composed releases with and without a record. So
+    the number of right guesses would be stochastically at most Bin(m, a(c)). The smallest refuted c gives
 
         epsilon >= epsilon of the ledger with c times the noise, at delta
 
-    Where nothing is subsampled this is the bound of Gaussian differential privacy: a(c) = Phi(mu / 2c).
+    If nothing is subsampled, this is the bound of Gaussian differential privacy: a(c) = Phi(mu / 2c).
 
-    **Guarantee**: above the epsilon of the ledger at ``delta`` with probability at most ``1 - confidence`` if the
-    ledger is true, provided that each canary was in by a fair coin, was sampled on its own, and that canaries add to
-    coordinates of their own (what real records add there does not matter, nor does it whether it depends on earlier
-    releases: given the data it is a function of the releases before, which anyone could subtract).
+    **Guarantee**: if the ledger is true, the bound exceeds its epsilon at ``delta`` with probability at most
+    ``1 - confidence``, provided that a fair coin included each canary, and that each was sampled separately and adds to
+    coordinates of its own. Real records may add to these coordinates too, even depending on earlier releases: given the
+    data, their part is a function of earlier releases, which anyone could subtract.
 
     Args:
         scores: log likelihood ratios of "in" against "out", shape (m,).
@@ -68,8 +68,7 @@ def epsilon_noise_scale(
         confidence: in (0, 1).
 
     Returns:
-        A bound in [0, inf); 0 where the ledger holds a release that nothing protects, of which there is nothing to
-        refute.
+        A bound in [0, inf); 0 if the ledger is empty or holds an unprotected release, because nothing can be refuted.
 
     Raises:
         ValueError: numbers or shapes out of range.
@@ -107,7 +106,7 @@ def epsilon_noise_scale(
 
 
 def _smallest_refuted(ledger: Ledger, advantage: float) -> float | None:
-    """Return the smallest c whose total variation is certainly below ``advantage``: epsilon 0 at that delta."""
+    """Return the smallest c with a total variation of at most ``advantage`` (epsilon 0 at that delta), if any."""
     accountant = PLDAccountant()
 
     def refuted(log_scale: float) -> bool:

@@ -1,6 +1,6 @@
 """Lower bounds on epsilon from ONE training run with many canaries, each included by its own fair coin.
 
-Legend: ``m`` canaries, ``r`` guesses, ``v`` of them right. Canaries without a guess are abstained from.
+Legend: ``m`` canaries, ``r`` guesses, ``v`` right guesses. There need not be a guess for every canary.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lightning_dp.accounting import gaussian_epsilon
 from lightning_dp.auditing.estimates import check_delta, check_scores, operating_points
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
-"""Shares of the canaries that are guessed on by default."""
+"""Shares of the canaries for which to guess, by default."""
 _TOLERANCE = 1e-9
 _LARGEST = 1e3
 
 
 def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, epsilon: float, delta: float) -> float:
-    """Return an upper bound on the probability of so many right guesses under (epsilon, delta)-DP.
+    """Return an upper bound on the probability of at least v right guesses under (epsilon, delta)-DP.
 
         beta = P[B >= v],   B ~ Bin(r, e^epsilon / (1 + e^epsilon))
         p = beta + 2 m delta max_{i = 1..v} (P[B >= v - i] - beta) / i
 
     **Guarantee**: P[at least v right guesses] <= p for every (epsilon, delta)-private algorithm and every rule that
-    guesses from its output, each canary being in by a fair coin. No independence of the canaries' effects is needed.
+    guesses from its output, if a fair coin includes each canary. The canaries' effects need not be independent.
 
     Args:
         num_canaries: m.
@@ -41,7 +41,7 @@ def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, epsil
         delta: in [0, 1).
 
     Returns:
-        A probability.
+        p, in [0, 1].
 
     Example:
         >>> one_run_p_value(100, 100, 100, 0.0, 0.0) == 0.5**100
@@ -65,10 +65,10 @@ def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, epsil
 
 
 def one_run_gdp_gap(num_canaries: int, num_guesses: int, num_correct: int, mu: float, significance: float) -> float:
-    """Return the shortfall of r / m from what a mu-GDP algorithm needs; above 0 refutes mu at ``significance``.
+    """Return the smallest share of guesses that mu-GDP allows, minus r / m; above 0 refutes mu at ``significance``.
 
-    The recursion of the reference bounds, from v right guesses downwards, the mass on "at least so many right"; it ends
-    with the smallest share of guesses under which v right ones have probability ``significance``.
+    The recursion of the reference goes from v right guesses downwards and bounds the probability of at least so many.
+    It ends with the smallest share of guesses for which v right guesses have probability ``significance``.
 
     Args:
         num_canaries: m.
@@ -102,7 +102,7 @@ def epsilon_of_counts(
         num_correct: v.
         delta: in [0, 1).
         significance: in (0, 1).
-        at_least: returned if the bound is below it, which saves the search.
+        at_least: smallest result; returned without a search if the bound is below it.
 
     Example:
         >>> round(epsilon_of_counts(1000, 1000, 900, delta=1e-5, significance=0.05), 3)
@@ -137,16 +137,16 @@ def epsilon_one_run(
     confidence: float = 0.95,
     shares: Sequence[float] = SHARES,
 ) -> float:
-    """Return a lower confidence bound on epsilon from one run, whatever the mechanism is.
+    """Return a lower confidence bound on epsilon from one run, for any mechanism.
 
-    For each share s the s m / 2 highest scores are guessed "in" and the s m / 2 lowest "out"; the best of the K bounds
-    counts, each at (1 - confidence) / K.
+    For each of K shares s, the s m / 2 highest scores are guessed "in" and the s m / 2 lowest "out". The best of the K
+    bounds counts, each at (1 - confidence) / K.
 
-    **Guarantee**: above the true epsilon at ``delta`` with probability at most ``1 - confidence``, if each canary was
-    in by a fair coin of its own. The rule never looks at the coins, so nothing else is assumed.
+    **Guarantee**: the bound exceeds the true epsilon at ``delta`` with probability at most ``1 - confidence``, if each
+    canary was included by a fair coin of its own. The rule never uses the coins, so nothing else is assumed.
 
     Args:
-        scores: shape (m,); high speaks for "in".
+        scores: shape (m,); a high score means "in".
         included: shape (m,), True where the coin said "in".
         delta: in [0, 1); far below 1 / m, or the bound is 0.
         confidence: in (0, 1).
@@ -183,13 +183,13 @@ def epsilon_one_run_gdp(
 ) -> float:
     """Return a lower confidence bound on the epsilon of a Gaussian mechanism, from one run.
 
-    The rule of ``epsilon_one_run``; the counts refute mu-GDP, and the largest refuted mu gives epsilon at ``delta``.
+    Guesses follow the rule of ``epsilon_one_run``; the largest mu that they refute gives epsilon at ``delta``.
 
     **Guarantee**: as ``epsilon_one_run``, but ONLY for mechanisms that are exactly mu-GDP for some mu: compositions of
     Gaussians without subsampling.
 
     Args:
-        scores: shape (m,); high speaks for "in".
+        scores: shape (m,); a high score means "in".
         included: shape (m,), True where the coin said "in".
         delta: in (0, 1).
         confidence: in (0, 1).
@@ -213,16 +213,16 @@ def epsilon_one_run_gdp(
 def epsilon_one_run_all_thresholds(
     in_scores: ArrayLike, out_scores: ArrayLike, *, delta: float, confidence: float = 0.95
 ) -> float:
-    """Return the best one-run bound over thresholds; scores above the threshold are guessed "in", others not at all.
+    """Return the best one-run bound over thresholds; scores from a threshold on are guessed "in", others not at all.
 
     Thresholds are the K corners of the ROC curve's concave hull, each tried at (1 - confidence) / K.
 
-    **Guarantee**: as for ``epsilon_one_run`` at each threshold; but K and the corners follow from the coins, so that
-    over all thresholds the confidence is nominal. Where it must hold, use ``epsilon_one_run``.
+    **Guarantee**: as for ``epsilon_one_run`` at each threshold. But K and the corners depend on the coins, so over all
+    thresholds the confidence is only nominal. If it must hold, use ``epsilon_one_run``.
 
     Args:
         in_scores: scores of canaries that were in.
-        out_scores: scores of those that were out.
+        out_scores: scores of canaries that were out.
         delta: in [0, 1).
         confidence: in (0, 1).
 
@@ -244,7 +244,7 @@ def epsilon_one_run_all_thresholds(
 def _guesses(
     scores: ArrayLike, included: ArrayLike, confidence: float, shares: Sequence[float]
 ) -> tuple[list[tuple[int, int]], int, float]:
-    """Return (guesses, right ones) for every share, the number of canaries, and the significance left for each."""
+    """Return the numbers of guesses and of right guesses per share, the number of canaries, and the significance."""
     values, coins = check_scores("scores", scores), np.asarray(included)
     if coins.dtype != np.bool_ or coins.shape != values.shape:
         raise ValueError(
@@ -265,7 +265,7 @@ def _guesses(
 
 
 def _largest_refuted(gap: Callable[[Any], float], at_least: float) -> float:
-    """Return the largest value up to which ``gap``, a falling function, is above 0, rounded down."""
+    """Return the root of the falling function ``gap``, rounded down, or ``at_least`` if the root is below it."""
     if not gap(at_least) > 0:
         return at_least
     low, high = at_least, max(1.0, 2 * at_least)

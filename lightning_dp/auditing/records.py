@@ -18,21 +18,21 @@ def _generator(seed: int | None) -> torch.Generator:
 
 
 def random_records(like: Any, num: int, *, num_classes: int = 2, seed: int | None = None) -> list[Any]:
-    """Return records of noise with random labels.
+    """Return records of random numbers with the structure of an example record.
 
-    **Guarantee**: of ``like`` only structure, shapes and types are used.
+    **Guarantee**: only structure, shapes and types of ``like`` are used.
 
     Args:
         like: one record of the training set: tensors and whole numbers in any nesting.
-        num: how many to make, >= 1.
+        num: number of records, >= 1.
         num_classes: whole numbers are drawn from 0 .. num_classes - 1.
         seed: of the draws; fresh entropy by default.
 
     Returns:
-        ``num`` records of the structure of ``like``; floating-point tensors are standard normal.
+        ``num`` records with the structure of ``like``; floating-point tensors are standard normal.
 
     Raises:
-        TypeError: a record that holds something else.
+        TypeError: ``like`` holds something else.
 
     Example:
         >>> features, label = random_records((torch.zeros(4), 1), 10, num_classes=3, seed=0)[0]
@@ -60,8 +60,8 @@ def random_records(like: Any, num: int, *, num_classes: int = 2, seed: int | Non
 def mislabelled(records: Sequence[Any], *, num_classes: int, seed: int | None = None) -> list[Any]:
     """Return pairs (input, label), each with a wrong label.
 
-    **Guarantee**: none for the records given: they must NOT be in the training set (validation or public records are
-    fine), or a record and its canary would count as two.
+    **Guarantee**: none for the given records. They must NOT be in the training set (validation or public records are
+    fine), because a record and its canary would count as two.
 
     Args:
         records: pairs (input, label), labels whole numbers or integer tensors of no dimension.

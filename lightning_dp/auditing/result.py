@@ -19,18 +19,18 @@ from lightning_dp.reporting.statement import describe_epsilon
 class AuditResult:
     """Lower confidence bounds on epsilon from one run, and the epsilon that was claimed.
 
-    A bound above the claim refutes it, at the confidence given; one below it proves nothing but that this attack found
-    no leak.
+    A bound above the claim refutes the claim at the given confidence. A bound below it only shows that this attack
+    found no leak.
 
     Args:
         kind: "gradient" or "input": the space of the canaries.
         num_canaries: m.
-        num_included: how many coins said "in".
-        confidence: with which ``epsilon_lower`` is below the true epsilon.
-        delta: at which all epsilons are stated.
-        claimed_epsilon: from the accountant.
+        num_included: number of canaries whose coin said "in".
+        confidence: probability with which ``epsilon_lower`` does not exceed a true claim.
+        delta: delta of all epsilons.
+        claimed_epsilon: epsilon by the accountant.
         epsilon_one_run: bound that holds for any mechanism.
-        epsilon_gdp: bound that uses that the noise is Gaussian; None where no such bound holds.
+        epsilon_gdp: bound that relies on Gaussian noise; None if no such bound holds.
     """
 
     kind: str
@@ -44,12 +44,12 @@ class AuditResult:
 
     @property
     def epsilon_lower(self) -> float:
-        """The best of the bounds."""
+        """The larger of the bounds."""
         return max(self.epsilon_one_run, self.epsilon_gdp or 0.0)
 
     @property
     def refutes_claim(self) -> bool:
-        """True if the claimed epsilon is too small, at the confidence given."""
+        """True if the claimed epsilon is too small, at the given confidence."""
         return self.epsilon_lower > self.claimed_epsilon
 
     def describe(self) -> str:
@@ -80,14 +80,14 @@ def audit(
 ) -> AuditResult:
     """Turn scores and coins of one run into lower bounds on epsilon.
 
-    The one-run bound gets half of the significance. The other half goes to the bound for Gaussian noise: for
-    "gradient" canaries that of ``epsilon_noise_scale``; for "input" canaries, which disturb each other,
-    ``epsilon_one_run_gdp``, and only where nothing was subsampled.
+    The one-run bound gets half of the significance. The other half goes to a bound for Gaussian noise:
+    ``epsilon_noise_scale`` for "gradient" canaries; ``epsilon_one_run_gdp`` for "input" canaries, which disturb each
+    other, if nothing was subsampled. If neither applies, the one-run bound gets all of the significance.
 
     **Guarantee**: ``epsilon_lower`` exceeds a true claim with probability at most ``1 - confidence``.
 
     Args:
-        scores: shape (m,); high speaks for "in".
+        scores: shape (m,); a high score means "in".
         included: shape (m,), True where the coin said "in".
         ledger: the releases that the run claims.
         claimed_epsilon: the accountant's epsilon at ``delta``.
