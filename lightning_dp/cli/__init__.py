@@ -1,6 +1,4 @@
-"""The ``lightning-dp`` command: the cost of noise, the noise for a budget, the layers of a module, the promise of a
-checkpoint.
-"""
+"""The ``lightning-dp`` command with its subcommands ``epsilon``, ``calibrate``, ``check`` and ``card``."""
 
 from lightning_dp.cli.main import main
 

@@ -1,4 +1,4 @@
-"""``python -m lightning_dp.cli``: the command, if no script is installed."""
+"""``python -m lightning_dp.cli``: the ``lightning-dp`` command if its script is not installed."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``lightning-dp epsilon`` and ``lightning-dp calibrate``: every accountant's answer, or why it has none."""
+"""``lightning-dp epsilon`` and ``lightning-dp calibrate``: every accountant's answer, or the reason for none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ALLOCATION_NOTES = {"pld": NOTES["pld"], "rdp": "valid but loose for random allo
 
 
 def epsilon(options: argparse.Namespace) -> int:
-    """Print the epsilon of a planned run."""
+    """Print the epsilon of a planned run by every requested accountant; return 0."""
     plan = _plan(options, check.check_nonnegative("noise_multiplier", options.noise_multiplier))
     assert plan.steps is not None
     ledger = Ledger(plan.neighboring_relation, plan.unit).extended(plan.runs(0, plan.steps))
@@ -69,7 +69,7 @@ def epsilon(options: argparse.Namespace) -> int:
 
 
 def calibrate(options: argparse.Namespace) -> int:
-    """Print the noise that a budget needs."""
+    """Print the noise multiplier that a target epsilon needs, by every requested accountant; return 0."""
     target = check.check_positive("target_epsilon", options.target_epsilon)
     plan = _plan(options, 1.0)
     answers: list[dict[str, Any]] = []
@@ -103,11 +103,11 @@ def parse_schedule(text: str, run: RunLength) -> Schedule:
     """Return the schedule that ``KIND[:FACTOR or rate=RATE[:EVERY_N_EPOCHS]]`` names.
 
     Args:
-        text: as typed.
-        run: its length.
+        text: the argument as typed.
+        run: length of the run.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: ``text`` does not have this form, or a number is out of range.
 
     Example:
         >>> parse_schedule("step:0.5:2", RunLength(steps=40, steps_per_epoch=10))(25)
@@ -132,13 +132,13 @@ def parse_schedule(text: str, run: RunLength) -> Schedule:
 
 
 def parse_noise(text: str) -> CorrelatedNoise:
-    """Return the noise that ``auto``, a decay or ``bands=P`` describes.
+    """Return the correlated noise that ``auto``, a decay or ``bands=P`` describes.
 
     Args:
-        text: as typed.
+        text: the argument as typed.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: ``text`` does not have this form, or the number is out of range.
 
     Example:
         >>> parse_noise("0.95"), parse_noise("bands=4").bands
@@ -201,14 +201,14 @@ def _plan(options: argparse.Namespace, noise_multiplier: float) -> DPPlan:
 
 
 def _note(accountant: str, plan: DPPlan) -> str:
-    """Return the note on an answer."""
+    """Return the note on an accountant's answer."""
     if plan.allocates:
         return ALLOCATION_NOTES.get(accountant, "upper bound: a pass counts as one Gaussian, without amplification")
     return NOTES[accountant]
 
 
 def _user_note(plan: DPPlan) -> str:
-    """Return a note on how the cost for a user was computed."""
+    """Return a note on the computation of a user's epsilon."""
     if plan.sampling != "poisson":
         return "all of them in one batch of each pass, without amplification"
     return "mixture of Gaussians"
@@ -260,7 +260,7 @@ def _schedule_note(options: argparse.Namespace) -> str:
 
 
 def _rounded_up(noise_multiplier: float) -> float:
-    """Return five digits of a noise multiplier, rounded up so that the target still holds."""
+    """Return a noise multiplier rounded up to five digits, so that the target still holds."""
     digits = 4 - math.floor(math.log10(noise_multiplier))
     return float(math.ceil(noise_multiplier * 10**digits) / 10**digits)
 

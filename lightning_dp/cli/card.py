@@ -23,7 +23,7 @@ from lightning_dp.step.history import joined, read_history
 
 
 def card(options: argparse.Namespace) -> int:
-    """Print the statement or the whole card of one checkpoint, or of several runs on the same data together."""
+    """Print the privacy statement or the whole card of one run, or of several runs on the same data; return 0."""
     checkpoints = [load(path) for path in options.checkpoint]
     state = checkpoints[-1][saved.KEY]
     ledger, notes = _added_up([each[saved.KEY]["ledger"] for each in checkpoints]), saved.load_notes(checkpoints[-1])
@@ -70,7 +70,7 @@ def load(path: str) -> dict[str, Any]:
     """Read a checkpoint of a private run without executing any code in it.
 
     Raises:
-        ValueError: it cannot be read, or holds no ledger.
+        ValueError: the file cannot be read, or has no ledger or plan.
     """
     if not Path(path).is_file():
         raise ValueError(f"Expected a checkpoint file, got {path!r}, which does not exist. Check the path.")

@@ -24,7 +24,7 @@ NOT_SEEN = (
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print the layers; return 1 if one of them must change."""
+    """Print the handling of each layer; return 1 if a layer must change, else 0."""
     module = load(options.target, options.init)
     layers = inspect(module)
     problems = [layer for layer in layers if layer.problem]
@@ -50,16 +50,15 @@ def check(options: argparse.Namespace) -> int:
 
 
 def load(target: str, init: str | None) -> nn.Module:
-    """Return the module that ``FILE.py:NAME`` or ``package.module:NAME`` names: a class, a function that returns one,
-    or the module.
+    """Return the named module (``FILE.py:NAME`` or ``package.module:NAME``), or call the named class or function.
 
     Args:
-        target: as typed.
+        target: the argument as typed.
         init: arguments of the class or function as a JSON object.
 
     Raises:
-        ValueError: there is no such thing, or it cannot be made.
-        TypeError: it is not a module.
+        ValueError: the name does not exist, or the call fails.
+        TypeError: the object, or the result of its call, is not a module.
     """
     where, _, name = target.rpartition(":")
     if not where or not name:

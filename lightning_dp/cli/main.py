@@ -25,7 +25,7 @@ EXIT_CODES = "Exit codes: 0 done, 1 `check` found a layer that must change, 2 an
 class _Parser(argparse.ArgumentParser):
     @override
     def error(self, message: str) -> NoReturn:
-        """Write one line instead of the whole usage, and end the process."""
+        """Write the error in one line, without the usage, and end the process."""
         self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help.\n")
 
 
@@ -70,10 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command of ``lightning-dp``.
 
     Args:
-        arguments: without the program's name; default: those of the process.
+        arguments: command-line arguments without the program's name; by default the arguments of the process.
 
     Returns:
         The exit code.
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that describe a planned run."""
+    """Add the arguments that describe a planned run to a parser."""
     parser.add_argument("--dataset-size", type=int, required=True, metavar="N", help="number of records, or of users")
     parser.add_argument(
         "--unit",

@@ -19,12 +19,12 @@ def write(text: str) -> None:
 
 
 def write_json(value: Any) -> None:
-    """Write plain values as strict JSON, with infinite numbers as strings."""
+    """Write plain values as strict JSON; infinite numbers must be strings already."""
     write(json.dumps(value, indent=2, allow_nan=False))
 
 
 def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table at most as wide as the terminal; the last column is wrapped."""
+    """Write a table as wide as the terminal at most, if possible; only the last column is wrapped."""
     if find_spec("rich") is None:
         write(plain_table(columns, rows, shutil.get_terminal_size().columns))
         return
@@ -41,7 +41,7 @@ def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
-    """Return the table as plain text.
+    """Return a table as plain text of a given width, with the last column wrapped.
 
     Example:
         >>> print(plain_table(["name", "note"], [["pld", "tight, and the default"]], width=18))
