@@ -54,7 +54,7 @@ class NormalisingClipping(FactorClipping):
 
     @abstractmethod
     def _divisors(self, norms: Tensor) -> Tensor:
-        """Return numbers that are at least the norms, also after rounding; NaN if there is none."""
+        """Return numbers that are at least the norms, also after rounding; NaN where no such number exists."""
 
     @override
     def _raw_factors(self, norms: Tensor) -> Tensor:
@@ -71,15 +71,15 @@ class AutomaticClipping(NormalisingClipping):
 
         f = R / (||g_i|| + gamma)      AUTO-S;   gamma = 0 is AUTO-V, where a zero gradient stays zero
 
-    R = 1 is the R-independent form: the noise multiplier alone decides. Another R is the R-dependent form: with
-    (lr, weight decay) the same as R = 1 with (lr R, weight decay / R) under SGD, and with the same lr under Adam.
+    R = 1 is the R-independent form, in which only the noise multiplier matters. Another R is the R-dependent form: with
+    (lr, weight decay) it equals R = 1 with (lr R, weight decay / R) under SGD, and with the same lr under Adam.
 
     **Guarantee**: see ``Clipping``; sensitivity R. Where ||g_i|| + gamma < 1e-15 the contribution is zero: a norm that
     small cannot be computed in float32.
 
     Args:
-        gamma: stability constant, finite and >= 0, compared with ONE sample's gradient (never after a 1 / B).
-        max_grad_norm: R, finite and > 0.
+        gamma: stability constant, finite and >= 0, compared with ONE sample's gradient (before any division by B).
+        max_grad_norm: R, in [1e-30, 1e30].
         per_layer: whether each module is normalised on its own, to R / sqrt(G).
 
     Raises:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_dp.clipping.contribution import Contribution, ExplicitContribution, Samples, WeightedContribution
 
 SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
-"""Subnormal factors are too coarse to keep a bound: the sample is dropped."""
+"""Smallest factor in use: smaller, subnormal factors are too coarse to keep a bound, so they become 0."""
 
 # A float32 quotient times a norm may exceed the bound by two roundings of 2^-24; this keeps it below.
 SAFE_SIDE = 1 - 2.0**-22
@@ -28,7 +28,7 @@ class Clipping(ABC):
 
     There are two kinds: ``FactorClipping`` scales each gradient, ``ExplicitClipping`` computes a vector from it.
 
-    **Guarantee**: where ``bounded``, the contribution u_i of any one sample has an L2 norm of at most
+    **Guarantee**: if ``bounded``, the contribution u_i of any one sample has an L2 norm of at most
     ``sensitivity(G)``, for zero, subnormal, huge, infinite and NaN gradients, given norms accurate to float32; a sample
     with a norm that is not finite in any group contributes exactly zero in all. So adding or removing one sample moves
     the sum by at most ``sensitivity(G)``; replacing one, by twice that. Norms, factors and contributions are private.
@@ -69,7 +69,7 @@ class Clipping(ABC):
         """
 
     def for_coordinates(self, num_coordinates: int) -> Clipping:
-        """Return the clipping, with its settings for this number of private coordinates.
+        """Return the clipping with settings that are resolved for a number of private coordinates.
 
         Args:
             num_coordinates: P >= 1.
@@ -78,7 +78,7 @@ class Clipping(ABC):
 
     @property
     def shares_noise(self) -> bool:
-        """True if groups carry noise with their own std; see ``noise_shares``."""
+        """True if each group has noise with its own std; see ``noise_shares``."""
         return False
 
     def noise_shares(self, sizes: Sequence[int]) -> tuple[float, ...]:
@@ -97,7 +97,7 @@ class Clipping(ABC):
         """Return the contribution of a microbatch's samples; its ``add`` adds it to the sum.
 
         Args:
-            samples: their gradients, of which only what is needed is computed.
+            samples: gradients and norms of the samples, computed only when read.
         """
 
     @abstractmethod
@@ -105,8 +105,8 @@ class Clipping(ABC):
         """Raise ValueError unless the factors of each sample depend on norms alone.
 
         Args:
-            owner: what needs the factors, for the message.
-            advice: why, and what to do; a whole sentence.
+            owner: feature that needs the factors, for the message.
+            advice: reason and remedy for the message; a whole sentence.
         """
 
     @property
@@ -115,16 +115,16 @@ class Clipping(ABC):
         """True if the gradient is the mean of the contributions, so that the sum may be divided from the start."""
 
     def finish(self, noisy: Tensor, expected_batch_size: int, out: Tensor) -> None:
-        """Turn the noisy sum into the gradient: post-processing.
+        """Turn the noisy sum into the gradient, which is post-processing.
 
             out = noisy / B
 
-        **Guarantee**: a function of its public arguments alone, so as private as ``noisy``.
+        **Guarantee**: the gradient is a function of the arguments alone, so it is as private as ``noisy``.
 
         Args:
             noisy: the sum after noise, or its active coordinates, any shape.
             expected_batch_size: B >= 1, public.
-            out: receives the gradient; same shape and type; may be ``noisy`` itself.
+            out: tensor that receives the gradient, of the same shape and type; may be ``noisy`` itself.
         """
         torch.mul(noisy, 1 / expected_batch_size, out=out)
 
@@ -148,7 +148,7 @@ class FactorClipping(Clipping):
             norms: (G, B) L2 norms of per-sample gradients, float32 or float64, private.
 
         Returns:
-            (G, B) factors >= 0 of the same type, private; 0 in all groups for a sample with a norm that is not finite.
+            (G, B) factors >= 0 of the same type, private; 0 in all groups if any norm of the sample is not finite.
 
         Raises:
             TypeError: norms of lower precision.
@@ -193,7 +193,7 @@ class ExplicitClipping(Clipping):
 
         Args:
             grads_BP: (B, P) per-sample gradients, float32 or float64, private.
-            active: (P,) booleans, public: only coordinates with True may receive anything. ``None``: all of them.
+            active: (P,) booleans, public: coordinates with False get 0. ``None``: all coordinates are active.
 
         Returns:
             (B, P) contributions of the same type, private.

@@ -1,6 +1,6 @@
 """Clipping bounds: fixed, by a public schedule, or learned from noisy releases.
 
-Legend: ``C_t`` bound of logical step t, ``C_0`` the bound the user gave, ``B`` expected batch size, ``d`` live
+Legend: ``C_t`` bound of logical step t, ``C_0`` the bound the user gave, ``B`` expected batch size, ``d`` active
 coordinates, ``z`` total noise multiplier of a step.
 """
 
@@ -27,11 +27,11 @@ class NoisyRelease:
     """The released values of a step, which are public.
 
     Args:
-        squared_norm: ``||G~||^2`` of the noisy sum over live coordinates.
-        num_live: ``d``, coordinates that carry noise.
-        noise_std: std of the noise on each of them.
+        squared_norm: ``||G~||^2`` of the noisy sum over active coordinates.
+        num_live: ``d``, the number of active coordinates.
+        noise_std: std of the noise on each active coordinate.
         expected_batch_size: ``B``.
-        statistics: noisy sums of what :meth:`Bound.statistics` counted.
+        statistics: noisy sums of the values of :meth:`Bound.statistics`.
     """
 
     squared_norm: float
@@ -46,18 +46,18 @@ class Bound:
 
         C_t = C_0
 
-    **Guarantee**: the bound of a step is a function of public settings and of EARLIER noisy releases only. Where a rule
-    needs a private statistic, that statistic rides in the same release, and the noise of the step is shared out so that
-    both together cost what the step alone would: ``z_gradient^-2 + z_statistic^-2 = z^-2``.
+    **Guarantee**: the bound of a step is a function of public settings and of EARLIER noisy releases only. If a rule
+    needs a private statistic, it is part of the same release, and the noise is divided so that gradient and statistic
+    together cost the same as the gradient alone: ``z_gradient^-2 + z_statistic^-2 = z^-2``.
     """
 
     is_fixed: ClassVar[bool] = True
-    """Whether the bound is the one that the user gave, at every step."""
+    """True if every step uses the bound that the user gave."""
     num_statistics: ClassVar[int] = 0
     learns: ClassVar[bool] = False
-    """Whether the bound follows releases; possible for one private optimizer, not for several at once."""
+    """True if the bound follows releases, which is refused with several private optimizers."""
     unsound: ClassVar[str] = ""
-    """Why a run with this rule has no finite epsilon; empty where it has one."""
+    """Reason why a run with this rule has no finite epsilon; empty if it has one."""
 
     @property
     def sees_releases(self) -> bool:
@@ -85,7 +85,7 @@ class Bound:
         return norms_B.new_zeros(0)
 
     def share_noise(self, noise_multiplier: float, expected_batch_size: int) -> tuple[float, float]:
-        """Return the noise multiplier of the gradient and the noise std of each statistic, at relation factor 1."""
+        """Return the noise multiplier of the gradient and the noise std of each statistic under add_or_remove_one."""
         return noise_multiplier, 0.0
 
     def rescale(self, statistics: tuple[float, ...]) -> float:
@@ -93,21 +93,21 @@ class Bound:
         return 1.0
 
     def observe(self, release: NoisyRelease) -> None:
-        """Learn from a release: post-processing."""
+        """Update the rule from a noisy release, which is post-processing."""
 
     def reset(self) -> None:
-        """Forget the releases of other runs, which are not in the ledger of this one."""
+        """Forget the releases of other runs, which are not in this run's ledger."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: public values."""
+        """Return the public state for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
+        """Restore the state from a checkpoint."""
 
 
 class ScheduledBound(Bound):
-    """A public schedule.
+    """A bound that follows a public schedule.
 
         C_t = schedule(t) C_0
 
@@ -187,11 +187,11 @@ class _LearnedBound(Bound):
 
 
 class NoisyGradientBound(_LearnedBound):
-    """A bound that follows the norm of the previous noisy gradient with its noise subtracted; free.
+    """A bound that follows the denoised norm of the previous noisy gradient, at no privacy cost.
 
         C_{t+1} = clip(W sqrt(max(||g~_t||^2 - d std_t^2 / B^2, 0)), C_min, C_max),   g~_t = G~_t / B
 
-    **Guarantee**: post-processing of what has been released: it costs nothing and changes no event.
+    **Guarantee**: post-processing of noisy releases, which costs nothing and changes no event.
 
     Args:
         weight: W > 0. The norm of a mean of clipped gradients is below their bound, so W <= 1 can only shrink it.
@@ -210,18 +210,18 @@ class NoisyGradientBound(_LearnedBound):
 
 
 class QuantileBound(_LearnedBound):
-    """A bound that follows a quantile of the gradient norms, counted under noise.
+    """A bound that follows a quantile of the gradient norms, estimated from a noisy count.
 
         b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
         z_gradient = (z^-2 - (2 s_b)^-2)^(-1/2)
 
-    **Guarantee**: one sample moves the centred count by 1/2, so the count alone has noise multiplier 2 s_b, and
-    gradient and count together have z: the event of the step is unchanged and the count is paid for.
+    **Guarantee**: one sample moves the centred count by 1/2, so the count alone has noise multiplier 2 s_b. Gradient
+    and count together have multiplier z, so the event of the step is unchanged and includes the count.
 
     Args:
-        quantile: wanted share of norms below the bound, in (0, 1).
+        quantile: target share of norms below the bound, in (0, 1).
         rate: step size on log C, > 0.
-        count_noise: s_b; default B / 20, at least z (below z / 2 nothing is left for the gradient).
+        count_noise: s_b; default max(B / 20, z); must exceed z / 2, or no privacy is left for the gradient.
         minimum: smallest bound.
         maximum: largest bound.
     """
@@ -267,11 +267,11 @@ class QuantileBound(_LearnedBound):
 
 
 class PublishedBound(Bound):
-    """The automatic bound of Auto DP-SGD as published, for study only.
+    """The automatic bound of Auto DP-SGD as published, which is not private; for study only.
 
         G~ = C (sum_i g_i / (||g_i|| + gamma) + N(0, sigma^2)),     C = W mean_i ||g_i|| over THIS batch
 
-    No guarantee: the scale of the noise is an un-noised function of the batch and reveals it; the divergence is
+    No guarantee: the scale of the noise is an un-noised function of the batch and reveals the batch. The divergence is
     unbounded.
 
     Args:

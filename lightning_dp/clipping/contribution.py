@@ -1,4 +1,4 @@
-"""Contribution: the sum over a microbatch's samples, as factors or as explicit vectors.
+"""Contributions of a microbatch's samples to the sum, as factors or as explicit vectors.
 
 Shapes: G groups of parameters, B samples, P private coordinates.
 """
@@ -22,7 +22,7 @@ class Samples(Protocol):
 
     @property
     def gradients(self) -> Tensor:
-        """Whole gradients, shape (B, P). Private."""
+        """Whole per-sample gradients, shape (B, P). Private."""
 
     @property
     def active(self) -> Tensor | None:
@@ -38,7 +38,7 @@ class Samples(Protocol):
 class Contribution(ABC):
     """The contribution of each sample of a microbatch to the sum.
 
-    **Guarantee**: no sample adds more than the sensitivity of the clipping that made it. Private.
+    **Guarantee**: no sample's contribution is longer than the sensitivity of the clipping. Contributions are private.
     """
 
     @property
@@ -70,13 +70,13 @@ class WeightedContribution(Contribution):
         return norms
 
     def add(self) -> None:
-        """Add the weighted sum; no per-sample gradient is materialized if a cheaper way exists."""
+        """Add the weighted sum to the accumulator, without materialized per-sample gradients if possible."""
         self.samples.add_weighted(self.factors)
 
 
 @dataclass(frozen=True)
 class ExplicitContribution(Contribution):
-    """Contributions as one vector per sample, not a multiple of its gradient.
+    """Contributions given as one vector per sample, not as a multiple of the sample's gradient.
 
     Args:
         samples: gradients of a microbatch.
@@ -93,5 +93,5 @@ class ExplicitContribution(Contribution):
         return norms
 
     def add(self) -> None:
-        """Add the sum of the vectors."""
+        """Add the sum of the vectors to the accumulator."""
         self.samples.add_sum(self.values.sum(0))

@@ -21,7 +21,7 @@ class FlatClipping(FactorClipping):
     **Guarantee**: see ``Clipping``; sensitivity R.
 
     Args:
-        max_grad_norm: R, the bound, finite and > 0.
+        max_grad_norm: R, the bound, in [1e-30, 1e30].
 
     Raises:
         ValueError: a bound out of range.

@@ -13,20 +13,19 @@ from lightning_dp.clipping.psac import PSACClipping
 
 
 def make_clipping(spec: str | Clipping, max_grad_norm: float) -> Clipping:
-    """Return the clipping with a name; return a ``Clipping`` unchanged.
+    """Return the clipping of a given name; return a ``Clipping`` unchanged.
 
     Args:
-        spec: "flat", "per_layer", "automatic", "psac", "none", or an object (``TopAgg`` has no name: its k must be
-            given).
-        max_grad_norm: R for "flat" and "per_layer", the nominal scale for "none". "automatic" and "psac" are the
-            R-independent forms and do not use it; give ``AutomaticClipping(max_grad_norm=...)`` for the R-dependent
-            one.
+        spec: "flat", "per_layer", "automatic", "psac", "none", or a ``Clipping`` (``TopAgg`` has no name, because its k
+            must be given).
+        max_grad_norm: R for "flat" and "per_layer", the nominal scale for "none". "automatic" and "psac" do not use it,
+            because they are R-independent; pass ``AutomaticClipping(max_grad_norm=...)`` for the R-dependent form.
 
     Returns:
         The clipping.
 
     Raises:
-        TypeError: neither a name nor a ``Clipping``.
+        TypeError: ``spec`` is neither a name nor a ``Clipping``.
         ValueError: an unknown name, or a bound out of range.
 
     Example:

@@ -15,16 +15,16 @@ from lightning_dp.clipping.base import FactorClipping, check_bound, check_groups
 
 @dataclass(frozen=True)
 class NoClipping(FactorClipping):
-    """No clipping: finite gradients stay unchanged. For ablations only.
+    """A clipping that leaves finite gradients unchanged, for ablations only.
 
         f = 1
 
-    **Guarantee**: none: one sample's contribution has no bound and epsilon is infinite, with noise or without.
-    ``sensitivity`` is the nominal scale that the noise of an ablation refers to, not a bound. A sample with a norm that
+    **Guarantee**: none. One sample's contribution has no bound, so epsilon is infinite, with noise or without.
+    ``sensitivity`` is not a bound but the nominal scale of the noise in an ablation. A sample with a norm that
     is not finite still contributes zero.
 
     Args:
-        max_grad_norm: the nominal scale, finite and > 0.
+        max_grad_norm: the nominal scale, in [1e-30, 1e30].
 
     Raises:
         ValueError: a scale out of range.

@@ -18,13 +18,13 @@ from lightning_dp.clipping.base import FactorClipping, check_bound, check_groups
 
 @dataclass(frozen=True)
 class PerLayerClipping(FactorClipping):
-    """Separate clipping of the gradient norm of each module, or of each group of parameters.
+    """Separate clipping of the gradient of each module, or of each group of parameters.
 
         f_l = min(1, R_l / ||g_il||);   R_l = R / sqrt(G) unless given
 
-    One group is one module that owns parameters (all names equal up to the last dot), or what a pattern of ``groups``
-    matches. Noise may be shared out between groups. With d_l active coordinates, any stds sigma_l with ``sum_l (R_l /
-    sigma_l)^2 <= sigma^-2`` give one Gaussian mechanism of multiplier sigma; the least total noise is at
+    One group is one module that owns parameters (all names equal up to the last dot), or the parameters that match one
+    pattern of ``group_weights``. Groups may have noise of different stds. With d_l active coordinates, any stds sigma_l
+    with ``sum_l (R_l / sigma_l)^2 <= sigma^-2`` give one Gaussian mechanism of multiplier sigma. There are two choices:
 
         noise="least":  sigma_l^2 = sigma^2 (R_l / sqrt(d_l)) sum_j R_j sqrt(d_j)
                         total     = sigma^2 (sum_l R_l sqrt(d_l))^2
@@ -34,14 +34,13 @@ class PerLayerClipping(FactorClipping):
     **Guarantee**: see ``Clipping``; sensitivity sqrt(sum_l R_l^2), which is R for the default bounds.
 
     Args:
-        max_grad_norm: R, the bound over all groups, finite and > 0; not used where ``max_grad_norms`` is given.
+        max_grad_norm: R, the bound over all groups, in [1e-30, 1e30]; not used if ``max_grad_norms`` is given.
         max_grad_norms: the bounds R_l: one per group in the order of ``groups``, or a mapping from module name (the
             parameters' name up to the last dot, "" for the root) to bound. ``None``: R / sqrt(G) each.
-        noise: "equal", the same std on every coordinate, or "least", the smallest total noise of equal privacy: less on
-            large groups, more on small ones.
-        group_weights: mapping from pattern of parameter names ("encoder.*") to the relative size w_l of the group's
-            bound, in place of modules: ``R_l = R w_l / sqrt(sum_j w_j^2)``. The first pattern that matches a parameter
-            counts.
+        noise: "equal", the same std on every coordinate, or "least", the smallest total noise with the same privacy:
+            less on large groups, more on small ones.
+        group_weights: mapping from patterns of parameter names ("encoder.*") to relative bounds w_l, for groups by
+            pattern: ``R_l = R w_l / sqrt(sum_j w_j^2)``. A parameter belongs to the first pattern that matches.
 
     Raises:
         ValueError: a bound out of range; bounds that do not match the groups; a parameter without a group.
@@ -144,7 +143,7 @@ class PerLayerClipping(FactorClipping):
         return torch.stack([clip_factors(row, bound) for row, bound in zip(norms, bounds, strict=True)])
 
     def _bounds(self, num_groups: int) -> list[float]:
-        """Return R_1, ..., R_G."""
+        """Return the bounds R_1, ..., R_G of the groups."""
         if self.group_weights is not None:
             check_groups(num_groups, len(self.group_weights))
             total = math.hypot(*self.group_weights.values())

@@ -1,4 +1,4 @@
-"""Normalisation that does not amplify small gradients."""
+"""Normalisation that amplifies small gradients less than AUTO-S does."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class PSACClipping(NormalisingClipping):
         f = R / (||g_i|| + gamma / (||g_i|| + gamma))
 
     The factor is R for a zero gradient (AUTO-S: R / gamma), largest at ||g_i|| = sqrt(gamma) - gamma, with the value
-    R / (2 sqrt(gamma) - gamma), and R / ||g_i|| for large ones. So a sample that is nearly fitted keeps a small say,
-    where AUTO-S lets it speak almost as loudly as the others.
+    R / (2 sqrt(gamma) - gamma), and about R / ||g_i|| for large gradients. So a sample that is nearly fitted has little
+    influence, whereas AUTO-S gives it almost as much as the others.
 
     **Guarantee**: see ``Clipping``; sensitivity R. gamma = 0 is AUTO-V. Where the divisor is below 1e-15 the
     contribution is zero: a norm that small cannot be computed in float32.
 
     Args:
-        gamma: stability constant, finite and >= 0, compared with ONE sample's gradient (never after a 1 / B); the
-            formula is meant for values below 1.
-        max_grad_norm: R, finite and > 0.
+        gamma: stability constant, finite and >= 0, compared with ONE sample's gradient (before any division by B);
+            the formula is meant for values below 1.
+        max_grad_norm: R, in [1e-30, 1e30].
         per_layer: whether each module is normalised on its own, to R / sqrt(G).
 
     Raises:

@@ -33,15 +33,14 @@ class TopAgg(ExplicitClipping):
         gradient = S / (B sqrt(k)),   S = sum_i v_i + N(0, (sigma sqrt(k))^2 I)
         vote_threshold=beta:   gradient = u / sqrt(k),   u = sign(S) where |S| > beta B, else 0
 
-    The scale of u is that of S / B where all samples agree, so a learning rate keeps its meaning. With
-    ``keep_values`` the k largest values themselves are kept and clipped to R: u_i = min(1, R / ||top-k(g_i)||)
-    top-k(g_i), gradient = S / B.
+    If all samples agree, u has the scale of S / B, so a learning rate keeps its meaning. With ``keep_values`` the k
+    largest values are kept and clipped to R: u_i = min(1, R / ||top-k(g_i)||) top-k(g_i), gradient = S / B.
 
-    **Guarantee**: see ``Clipping``; sensitivity sqrt(k) whatever the coins, R with ``keep_values``. A sample's vote has
-    norm sqrt(k) exactly if k live coordinates are not zero, and with stochastic signs whenever any is not zero and k
-    are live. A gradient that is zero or not finite casts no vote. WHICH coordinates a sample chose is private, so all P
-    coordinates need the noise. Choosing the top k of the un-noised sum of a batch would reveal the sum and is not
-    offered; the vote threshold acts on the noisy one. The coins come from the operating system's entropy, not from
+    **Guarantee**: see ``Clipping``; sensitivity sqrt(k) for any coins, R with ``keep_values``. A sample's vote has norm
+    sqrt(k) if at least k active coordinates are not zero; with stochastic signs, if at least k are active and one is
+    not zero. A gradient that is zero or not finite casts no vote. A sample's choice of coordinates is private, so all
+    active coordinates need the noise. The top k of the un-noised sum of a batch would reveal the sum and is not
+    offered; the vote threshold acts on the noisy sum. The coins come from the operating system's entropy, not from
     torch's generator, and no privacy rests on them.
 
     Args:
@@ -49,8 +48,8 @@ class TopAgg(ExplicitClipping):
             them and 1 is a single one.
         sign: "stochastic", or "plain" for sign(g_i[j]); not used with ``keep_values``.
         keep_values: whether values are kept in place of signs.
-        vote_threshold: beta >= 0, in votes of an expected batch; ``None``: no threshold.
-        max_grad_norm: R, used with ``keep_values`` only, finite and > 0.
+        vote_threshold: beta >= 0, as a fraction of the expected batch size; ``None``: no threshold.
+        max_grad_norm: R, in [1e-30, 1e30]; used with ``keep_values`` only.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -164,7 +163,7 @@ class TopAgg(ExplicitClipping):
         return added_BP
 
     def _contributions(self, grads: Tensor, num_chosen: int) -> Tensor:
-        """Return the contributions of these samples, chosen among all given coordinates."""
+        """Return the contributions of some samples; each chooses among all given coordinates."""
         if not self.keep_values:
             coins = coin_generator(grads.device) if self.sign == "stochastic" else None
             return top_k_votes(grads, num_chosen, signs=_SIGNS[self.sign], generator=coins)
@@ -175,9 +174,7 @@ class TopAgg(ExplicitClipping):
 
     @override
     def finish(self, noisy: Tensor, expected_batch_size: int, out: Tensor) -> None:
-        """Turn the noisy sum S into the gradient: S / (B sqrt(k)); u / sqrt(k) with a threshold; S / B with kept
-        values.
-        """
+        """Write the gradient: S / (B sqrt(k)), or u / sqrt(k) with a threshold, or S / B with ``keep_values``."""
         if self.keep_values:
             super().finish(noisy, expected_batch_size, out)
             return

@@ -1,4 +1,4 @@
-"""Votes: a gradient becomes k times +1 or -1, and a noisy sum of votes becomes a direction.
+"""Votes: +1 or -1 on k coordinates in place of a gradient, and the direction of a noisy sum of votes.
 
 Shape suffixes: ``D`` coordinates of one gradient, ``K`` coordinates voted on.
 """
@@ -24,21 +24,20 @@ _coins: dict[tuple[int, torch.device], torch.Generator] = {}
 def top_k_votes(
     gradients: Tensor, top_k: int, *, signs: str = "sign", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return votes for the direction in which each gradient is largest.
+    """Return +1 or -1 on the k largest coordinates of each gradient, and 0 elsewhere.
 
         v[j] = sign(g[j]) for the k largest |g[j]|, 0 elsewhere
         signs="stochastic": v[j] = +1 with probability 1/2 + g[j] / (2 b), else -1, with b = max |g|
 
     **Guarantee**: ``||v|| <= sqrt(k)`` for every input, zero, huge, infinite and NaN ones included; equality for a
     finite gradient with at least k coordinates that are not zero. A gradient that is not finite, or zero, casts no
-    vote. The votes are NOT private: which coordinates they stand on, and their signs, come from the data.
+    vote. The votes are NOT private, because their coordinates and signs come from the data.
 
     Args:
         gradients: shape (..., D), any floating type; each row is voted on alone.
         top_k: k, from 1 to D.
         signs: "sign" or "stochastic".
-        generator: draws the coins of "stochastic", on its own device; ``None``: torch's on the CPU. They need not be
-            secret.
+        generator: generator of the coins of "stochastic"; ``None``: torch's on the CPU. The coins need not be secret.
 
     Returns:
         Votes in {-1, 0, +1}, shape (..., D), float32, or float64 for gradients of that type. Not private.
@@ -67,14 +66,14 @@ def top_k_votes(
 
 
 def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the k entries of largest magnitude in each row, with sign, and their indices; zeros for a non-finite row.
+    """Return the k entries of largest magnitude in each row and their indices; entries are 0 in a non-finite row.
 
     Args:
         gradients: shape (..., D), any floating type.
         top_k: k, from 1 to D.
 
     Returns:
-        Shapes (..., K), float32 or float64, and (..., K), no index twice in a row. Private both.
+        Signed values, float32 or float64, and distinct indices, both of shape (..., K). Both are private.
 
     Raises:
         ValueError: k beyond D.
@@ -94,9 +93,7 @@ def largest_coordinates(gradients: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _places_of_largest(magnitudes: Tensor, top_k: int) -> Tensor:
-    """Return the indices of the k largest of each row, unordered. On a CPU, numpy's selection takes half of torch's
-    time.
-    """
+    """Return the unordered indices of the k largest entries per row; on a CPU, numpy is faster unless k is small."""
     if magnitudes.device.type != "cpu" or top_k <= _FEW:
         return magnitudes.topk(top_k, dim=-1, sorted=False).indices
     first = magnitudes.shape[-1] - top_k
@@ -104,11 +101,11 @@ def _places_of_largest(magnitudes: Tensor, top_k: int) -> Tensor:
 
 
 def threshold_votes(noisy_sums: Tensor, threshold: float) -> Tensor:
-    """Return the direction that the noisy sums of votes agree on.
+    """Return the sign of each noisy sum of votes whose magnitude exceeds a threshold, else 0.
 
         u[j] = sign(s[j]) where |s[j]| > threshold, else 0
 
-    **Guarantee**: post-processing: as private as ``noisy_sums``.
+    **Guarantee**: the result is post-processing, as private as ``noisy_sums``.
 
     Args:
         noisy_sums: sums of votes after noise, any shape.
@@ -128,11 +125,11 @@ def threshold_votes(noisy_sums: Tensor, threshold: float) -> Tensor:
 def coin_generator(device: torch.device) -> torch.Generator:
     """Return this process's generator of coins on a device, seeded by the operating system at its first use.
 
-    **Guarantee**: apart from torch's own generators, which it neither reads nor moves, and from that of a parent or
-    child process. No privacy rests on it: any coins whatever keep ``||v|| <= sqrt(k)``.
+    **Guarantee**: independent of torch's own generators, which it neither reads nor advances, and of the generator of a
+    parent or child process. No privacy rests on it, because any coins keep ``||v|| <= sqrt(k)``.
 
     Args:
-        device: of the coins.
+        device: device of the coins.
     """
     key = (os.getpid(), device)
     if key not in _coins:
