@@ -1,4 +1,4 @@
-"""Callbacks for private runs: they set public settings or read the ledger, and never touch ``p.grad``."""
+"""Callbacks for private runs; none of them changes ``p.grad``."""
 
 from lightning_dp.callbacks.adaptive_threshold import AdaptiveClipping, AutoThreshold, PublishedAutoThreshold
 from lightning_dp.callbacks.clipping_scheduler import ClippingScheduler

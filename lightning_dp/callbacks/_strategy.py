@@ -37,27 +37,27 @@ class PrivateStrategy(LedgerHolder, Protocol):
 
     @property
     def accumulators(self) -> Mapping[int, Sum]:
-        """Accumulators by index of their private optimizer; read only."""
+        """Accumulators by index of their private optimizer, for reading only."""
 
     @property
     def bytes_per_step(self) -> int:
-        """Size of the buffer that one rank hands to the all-reduce of a logical step."""
+        """Bytes that one rank passes to the all-reduce of a logical step."""
 
     def private_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of all private optimizers by qualified name."""
 
     def losses(self, records: Sequence[Any], loss: Callable[[pl.LightningModule, Any], Tensor]) -> list[float]:
-        """Return the loss of each record alone, in evaluation mode and without any effect. NOT private."""
+        """Return the loss of each record alone, in evaluation mode and without side effects. NOT private."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return rank ``src``'s object on every rank."""
+        """Return the object of rank ``src`` on every rank."""
 
 
 def private_strategy(trainer: pl.Trainer, callback: object) -> PrivateStrategy:
     """Return the Trainer's private strategy.
 
     Raises:
-        TypeError: it does not train privately.
+        TypeError: the Trainer's strategy does not train privately.
     """
     strategy: Any = trainer.strategy
     if not isinstance(getattr(strategy, "mechanisms", None), Mechanisms):
@@ -70,10 +70,10 @@ def private_strategy(trainer: pl.Trainer, callback: object) -> PrivateStrategy:
 
 
 def ledger_holder(trainer: pl.Trainer, callback: object) -> LedgerHolder:
-    """Return the module, if it keeps a ledger of its own (``DataLens``), else the private strategy.
+    """Return the module if it has its own ledger (``DataLens``), else the private strategy.
 
     Raises:
-        TypeError: there is neither.
+        TypeError: neither module nor strategy trains privately.
     """
     if isinstance(getattr(trainer.lightning_module, "ledger", None), Ledger):
         return cast(LedgerHolder, trainer.lightning_module)
@@ -81,9 +81,9 @@ def ledger_holder(trainer: pl.Trainer, callback: object) -> LedgerHolder:
 
 
 def write_to_loggers(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Write figures to the loggers immediately.
+    """Write values to the loggers immediately.
 
-    Figures held by ``self.log`` would be written again, out of date, at every step until they change.
+    ``self.log`` would write outdated values again at every step until they change.
     """
     for logger in trainer.loggers:
         logger.log_metrics(metrics=dict(values), step=logger_step(trainer))

@@ -1,4 +1,4 @@
-"""Clipping bounds that adapt during the run: to noisy gradients, to a noisy quantile, or as published."""
+"""Clipping bounds that adapt during the run: to noisy gradients, to a noisy quantile, or as Auto DP-SGD does."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_dp.clipping.bounds import Bound, NoisyGradientBound, PublishedBou
 
 
 class _BoundCallback(Callback):
-    """A callback that hands a rule for the bound to the strategy, and keeps its state in the checkpoint."""
+    """A callback that passes a rule for the clipping bound to the strategy and saves the rule's state."""
 
     bound: Bound
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hand the rule to the strategy when a stage begins; a new run begins with the strategy's bound."""
+        """Pass the rule to the strategy when fit begins; a new run begins with the strategy's bound."""
         if stage == "fit":
             if trainer.global_step == 0:
                 self.bound.reset()  # a checkpoint, if any, is loaded later
@@ -29,17 +29,17 @@ class _BoundCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the bound, which is public, when a training batch ends."""
+        """Log the public values of the rule when a training batch ends."""
         pl_module.log_dict(self.bound.figures, batch_size=1)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the current bound."""
+        """Return the state of the rule, such as the current bound."""
         return self.bound.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the bound when a run resumes."""
+        """Restore the state of the rule when a run resumes."""
         self.bound.load_state_dict(state_dict)
 
 
@@ -48,11 +48,11 @@ class AutoThreshold(_BoundCallback):
 
         C_{t+1} = clip(W sqrt(max(||g~_t||^2 - d sigma_t^2 C_t^2 / B^2, 0)), C_min, C_max)
 
-    with g~ the noisy mean gradient, d the number of its active coordinates, B the expected batch size. C_0 is the
+    with g~ the noisy mean gradient, d the number of its active coordinates, and B the expected batch size. C_0 is the
     strategy's bound.
 
-    **Guarantee**: post-processing of noisy releases: sensitivity and noise follow C_t, the ledger is unchanged. The
-    value is logged as ``privacy/max_grad_norm`` and is public. If noise dominates, the estimate is often 0, and C_t is
+    **Guarantee**: post-processing of noisy releases. Sensitivity and noise follow C_t, so the ledger is unchanged. The
+    bound is logged as ``privacy/max_grad_norm`` and is public. If noise dominates, the estimate is often 0, and C_t is
     then C_min.
 
     Args:
@@ -76,18 +76,17 @@ class AutoThreshold(_BoundCallback):
 
 
 class AdaptiveClipping(_BoundCallback):
-    """A clipping bound that follows a quantile of the per-sample gradient norms, at the price of more noise on the
-    gradient.
+    """A clipping bound that follows a noisy quantile of the gradient norms, for more noise on the gradient.
 
         b~ = (1/B) (sum_i (1[||g_i|| <= C] - 1/2) + N(0, s_b^2)) + 1/2,     C <- C exp(-rate (b~ - quantile))
         z_gradient = (z^-2 - (2 s_b)^-2)^(-1/2)
 
-    **Guarantee**: the count is centred, so one sample moves it by 1/2, and it is released with the gradient: together
-    they have the noise multiplier z of the plan, and the ledger is unchanged. Under per-layer clipping the norm is that
-    of the whole gradient and all bounds move together. The bound is logged as ``privacy/max_grad_norm`` and is public.
+    **Guarantee**: the count is centred, so one sample moves it by 1/2, and it is released with the gradient. Together
+    they have the noise multiplier z of the plan, so the ledger is unchanged. Under per-layer clipping, the norm of the
+    whole gradient counts and all bounds move together. The bound is logged as ``privacy/max_grad_norm`` and is public.
 
     Args:
-        quantile: wanted share of gradients below the bound, in (0, 1).
+        quantile: target share of gradients below the bound, in (0, 1).
         rate: step size on log C, > 0.
         count_noise: s_b, std of the noise on the count; default max(B / 20, z), so that the gradient's noise grows by
             15 % at most.
@@ -122,15 +121,16 @@ class PublishedAutoThreshold(_BoundCallback):
 
         G~ = C (sum_i g_i / (||g_i|| + gamma) + N(0, sigma^2)),     C = W mean_i ||g_i|| over this batch
 
-    No guarantee: C is an un-noised function of the batch and scales the noise, so one record moves the scale of what is
-    released and no epsilon bounds it. The ledger says so at every step. ``AutoThreshold`` is the sound variant.
+    No guarantee: C is an un-noised function of the batch and scales the noise, so one record changes the scale of the
+    release and no epsilon bounds that. The ledger records every step as non-private. ``AutoThreshold`` is the sound
+    variant.
 
     Args:
         weight: W > 0.
         gamma: stability constant of the scaling, >= 0.
 
     Raises:
-        ValueError: numbers out of range; ``target_epsilon`` with it.
+        ValueError: numbers out of range; a run with ``target_epsilon``.
         TypeError: the Trainer's strategy is not a private one.
 
     Example:

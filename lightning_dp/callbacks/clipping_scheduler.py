@@ -18,20 +18,20 @@ class ClippingScheduler(Callback):
 
         C_e = C_0 f(e),   e = epoch // every_n_epochs
 
-    The kinds are those of ``NoiseScheduler``, with ``factor`` on C and ``rate`` on C^2: the paper's C_0 R^floor(e/K) is
-    ``ClippingScheduler("step", factor=R, every_n_epochs=K)``.
+    The kinds are the same as in ``NoiseScheduler``, with ``factor`` on C and ``rate`` on C^2. The paper's
+    C_0 R^floor(epoch/K) is ``ClippingScheduler("step", factor=R, every_n_epochs=K)``.
 
-    **Guarantee**: the schedule is public. The noise keeps its multiple of the bound, so the ledger is unchanged.
+    **Guarantee**: the schedule is public. The noise is scaled with the bound, so the ledger is unchanged.
 
     Args:
         kind: "constant", "linear", "time", "step", "exponential", "cosine", or a function from e to the factor on C.
         factor: finite and > 0. Exactly one of ``factor`` and ``rate`` for a named kind other than "constant".
         rate: finite and > 0.
-        every_n_epochs: epochs between two changes, >= 1.
+        every_n_epochs: epochs (or steps, see ``interval``) between two changes, >= 1.
         interval: "epoch", or "step" to count logical steps instead.
 
     Raises:
-        ValueError: numbers out of range; a second callback that decides over the bound; a clipping without a bound.
+        ValueError: numbers out of range; a second callback that sets the bound; a clipping without a bound.
         TypeError: the Trainer's strategy is not a private one.
 
     Example:
@@ -54,6 +54,6 @@ class ClippingScheduler(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hand the schedule to the strategy when a stage begins."""
+        """Pass the schedule to the strategy when fit begins."""
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, bound=ScheduledBound(self.schedule))

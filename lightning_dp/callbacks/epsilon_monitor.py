@@ -19,21 +19,21 @@ class EpsilonMonitor(Callback):
 
     ``epsilon`` is the epsilon spent so far at ``delta``, over every step the ledger holds (resumed runs and
     learning-rate searches included). It is logged every ``every_n_steps`` logical steps, at the end of each epoch (even
-    a shortened one), and before each validation and each checkpoint by ``every_n_train_steps``: the epsilon in
-    ``ModelCheckpoint(filename="{epoch}-{epsilon:.2f}")`` is that of the saved weights, and
-    ``EarlyStopping(monitor="epsilon")`` sees it. (Checkpoints by ``train_time_interval`` use the last value logged.)
+    a shortened one), and before each validation and each checkpoint by ``every_n_train_steps``. So the epsilon in
+    ``ModelCheckpoint(filename="{epoch}-{epsilon:.2f}")`` belongs to the saved weights, and
+    ``EarlyStopping(monitor="epsilon")`` works. (Checkpoints by ``train_time_interval`` use the last value logged.)
 
     **Guarantee**: logged values depend on public settings only, never on the data. Before the first step nothing is
-    logged: "no steps recorded" is not epsilon 0.
+    logged, because "no steps recorded" is not epsilon 0.
 
     Args:
         every_n_steps: logical steps between two values, >= 1.
-        delta: delta in (0, 1) to state epsilon at; default: the strategy's.
-        prog_bar: show epsilon on the progress bar.
+        delta: delta of the logged epsilon, in (0, 1); default: the strategy's.
+        prog_bar: True shows epsilon on the progress bar.
 
     Raises:
         ValueError: for arguments out of range.
-        TypeError: when the Trainer's strategy is not a private one.
+        TypeError: when neither the Trainer's strategy nor its module trains privately.
 
     Example:
         >>> monitor = EpsilonMonitor(every_n_steps=100)
@@ -47,7 +47,7 @@ class EpsilonMonitor(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the private strategy when a stage begins; raise if there is none."""
+        """Check that the run is private when fit begins."""
         if stage == "fit":
             ledger_holder(trainer, self)
             self._last_logged = -1

@@ -1,4 +1,4 @@
-"""Layers that cannot be trained privately, exchanged when a stage begins."""
+"""A callback that replaces layers that cannot be trained privately."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_dp.fix import fix
 
 
 class FixModule(Callback):
-    """A callback that applies ``lightning_dp.fix`` in ``setup``, for packages whose own ``fit`` makes module and
-    Trainer.
+    """A callback that applies ``lightning_dp.fix`` in ``setup``, for packages that create module and Trainer.
 
-    Layers that the module makes later, in its own ``setup`` or ``configure_model``, are not seen: use
-    ``DPStrategy(fix=True)`` for them. Works with every strategy, so that a plain run can train the same layers.
+    Layers that the module creates later, in its own ``setup`` or ``configure_model``, are not replaced: use
+    ``DPStrategy(fix=True)`` for them. The callback works with every strategy, so a non-private run can train the same
+    layers.
 
     No guarantee of its own: see ``fix``.
 
@@ -33,7 +33,7 @@ class FixModule(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Replace layers when a stage begins, before optimizers are made and weights are loaded."""
+        """Replace layers when a stage begins, before optimizers are created and weights are loaded."""
         changes = fix(pl_module).changes
         self.changes += changes
         for change in changes:

@@ -1,4 +1,4 @@
-"""Effects of clipping and noise on the gradient, logged without noise: for study."""
+"""Un-noised values that show the effects of clipping and noise on the gradient, for study."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from lightning_dp.step.diagnostics import ClippingDiagnostics
 
 
 class GradientDiagnostics(Callback):
-    """Un-noised figures of every logical batch; they are not private, and their names say so.
+    """Un-noised values of logical batches for the loggers; they are not private, as their names say.
 
         nonprivate/clip_fraction    share of samples that clipping shortened
         nonprivate/clipping_bias    cosine between the clipped and the raw sum
         nonprivate/noise_to_signal  expected norm of the noise over the norm of the clipped sum
 
-    No guarantee for what it logs: the figures are functions of the training data without noise, which epsilon does not
-    cover; the privacy statement lists them. The training itself is unchanged. In N processes they are rank 0's share.
+    No guarantee for the logged values: they are functions of the training data without noise, which epsilon does not
+    cover. The privacy statement lists them. The training itself is unchanged. In several processes, the values
+    cover the samples of rank 0 only.
 
     Args:
         every_n_steps: logical steps between two values, >= 1.
 
     Raises:
+        ValueError: numbers out of range; several private optimizers.
         TypeError: the Trainer's strategy is not a private one.
 
     Example:
@@ -42,7 +44,7 @@ class GradientDiagnostics(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Ask the strategy for the figures when a stage begins."""
+        """Request the values from the strategy when fit begins."""
         if stage == "fit":
             self._diagnostics = ClippingDiagnostics()
             private_strategy(trainer, self).mechanisms.add(self, diagnostics=self._diagnostics)
@@ -51,7 +53,7 @@ class GradientDiagnostics(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the figures of the last logical batch when a training batch ends."""
+        """Log the values of the last logical batch when a training batch ends, if they are due."""
         steps = private_strategy(trainer, self).steps_taken
         if steps % self.every_n_steps == 0:
             figures = {f"nonprivate/{name}": value for name, value in self._diagnostics.take().items()}

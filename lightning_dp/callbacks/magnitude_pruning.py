@@ -1,4 +1,4 @@
-"""Pruning: only the largest weights train; they are chosen from public weights."""
+"""Pruning by magnitude: only the largest weights train, by masks from public weights."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from lightning_dp.step.local import local_part, own_rows, whole_of
 
 
 class MagnitudePruning(Callback):
-    """A mask that trains only the largest weights; all others are set to 0 or stay at their value.
+    """A callback that trains only the largest weights; all others are set to 0 or keep their value.
 
         m = 1 on the largest |w|;   "prune": theta_0 = m theta;   g_i <- m g_i before clipping, noise only where m = 1
 
-    The masks are drawn from public weights, the same for all samples and ranks, and are part of checkpoints. Prunable
-    are trainable weights of two dimensions or more that a private optimizer holds: matrices, kernels, embeddings; not
-    biases and norm layers. After every optimizer step the removed weights are reset, so that neither momentum
-    nor weight decay moves them.
+    The masks are computed from public weights, are the same for all samples and ranks, and are saved in checkpoints.
+    Prunable weights are trainable, have two dimensions or more, and belong to a private optimizer: matrices, kernels,
+    embeddings, but not biases and norm layers. After every optimizer step the removed weights are reset, so that
+    neither momentum nor weight decay moves them.
 
-    **Guarantee**: the accountant is unchanged, since the masks are public (initial or publicly trained weights) or
+    **Guarantee**: the accountant is unchanged, because the masks are public (initial or publicly trained weights) or
     post-processing of noisy weights of this run. NOT private: weights that were trained on the private data without
-    differential privacy, whether the module begins with them or ``reference`` holds them. That cannot be detected;
-    weights of another private run add its epsilon.
+    differential privacy, as initial weights or in ``reference``. Such weights cannot be detected. Weights of another
+    private run add its epsilon.
 
     Args:
-        amount: fraction of the prunable weights to remove, in (0, 1): ``int(amount P)`` of them.
+        amount: fraction of the prunable weights to remove, in (0, 1); of P weights, ``int(amount P)`` are removed.
         source: "initial" (the weights at the start of the run), "public" (``reference``), or "noisy" (the weights of
             this run after every ``every_n_epochs`` epochs; dense until the first).
         scope: "global" ranks all prunable weights together, "layer" each tensor separately.
         mode: "prune" sets removed weights to 0, "freeze" keeps their values.
-        scores: "magnitude", or "random" for the control.
-        every_n_epochs: epochs between two masks, >= 1; only for "noisy", and required there.
-        reference: parameter's name -> weights trained on public data; only for "public", and required there.
-        seed: of the random scores, >= 0; public.
+        scores: "magnitude", or "random" for a control run.
+        every_n_epochs: epochs between two masks, >= 1; required for source="noisy", else not allowed.
+        reference: parameter's name -> weights trained on public data; required for source="public", else not allowed.
+        seed: public seed of the random scores, >= 0.
 
     Raises:
         ValueError: for arguments out of range or that do not belong together, or a reference that does not fit the
@@ -102,7 +102,7 @@ class MagnitudePruning(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hand the mask to the strategy when a stage begins; a new run begins without masks."""
+        """Pass the mask to the strategy when fit begins; a new run begins without masks."""
         if stage == "fit":
             if trainer.global_step == 0:
                 self._mask, self._draws = MagnitudeMask(), 0
@@ -111,7 +111,7 @@ class MagnitudePruning(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the masks when training begins, unless a checkpoint brought them."""
+        """Compute the masks when training begins, unless a checkpoint has them or the source is "noisy"."""
         if self._draws == 0 and self.source != "noisy":
             self._draw(trainer, pl_module, draws=1)
         self._hold(pl_module)
@@ -120,12 +120,12 @@ class MagnitudePruning(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw masks that are still due when an epoch begins, because the last run was interrupted."""
+        """Compute the masks when an epoch begins, if an interrupted run left them due."""
         self._draw_if_due(trainer, pl_module, trainer.current_epoch)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw masks from the noisy weights when an epoch ends, if they are due."""
+        """Compute masks from the noisy weights when an epoch ends, if they are due."""
         self._draw_if_due(trainer, pl_module, trainer.current_epoch + 1)
 
     @override
@@ -141,18 +141,18 @@ class MagnitudePruning(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """A key that differs between callbacks that prune differently."""
+        """Key of the state in checkpoints; it differs between callbacks with different settings."""
         names = ("amount", "source", "scope", "mode", "scores", "every_n_epochs", "seed")
         return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks, eight coordinates per byte."""
+        """Return the masks, eight coordinates per byte, and the number of draws."""
         return {"mask": self._mask.state_dict(), "draws": self._draws}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the masks when a run resumes."""
+        """Restore the masks and the number of draws when a run resumes."""
         self._mask, self._draws = MagnitudeMask.from_state_dict(state_dict["mask"]), state_dict["draws"]
 
     def _draw_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs_done: int) -> None:
@@ -178,7 +178,7 @@ class MagnitudePruning(Callback):
 
     @torch.no_grad()
     def _hold(self, pl_module: pl.LightningModule) -> None:
-        """Record the values that removed weights keep, and set them."""
+        """Record the removed weights with the values that they keep, and set these values."""
         parameters = dict(pl_module.named_parameters())
         self._held = []
         for name, mask in self._mask.masks.items():

@@ -20,13 +20,13 @@ Interval = Literal["epoch", "step"]
 
 
 class PublicSchedule:
-    """A kind of schedule with its numbers; it becomes a function of the step once the run length is known.
+    """A kind of schedule with its settings; called with the run length, it returns a function of the step.
 
     Args:
-        kind: one of ``KINDS``, or a function from the number of the interval (0, 1, ...) to a factor.
-        factor: on the value itself; see ``lightning_dp.schedules.make_schedule``.
-        rate: on its square.
-        every_n_epochs: epochs of one interval, >= 1; with ``interval="step"`` it counts steps.
+        kind: one of ``KINDS``, or a function from the index of the interval (0, 1, ...) to a factor.
+        factor: factor on the scheduled value; see ``lightning_dp.schedules.make_schedule``.
+        rate: rate on the square of the scheduled value; see there.
+        every_n_epochs: epochs of one interval, or steps with ``interval="step"``; >= 1.
         interval: "epoch" or "step".
     """
 
@@ -51,7 +51,7 @@ class PublicSchedule:
         """Return the schedule for a run of this length.
 
         Raises:
-            ValueError: it counts epochs, or runs to the end, of a run whose length is unknown.
+            ValueError: the schedule needs the length of an epoch or of the run, which is unknown.
         """
         every = self.every
         if self.interval == "epoch":
@@ -80,14 +80,14 @@ class NoiseScheduler(Callback):
     Four plateaus of "step" with a factor of 0.8 to 0.9 are a good default. Under ``target_epsilon`` sigma_0 is
     calibrated over the whole schedule.
 
-    **Guarantee**: the schedule is public; each step is written into the ledger with its own sigma. No epsilon of an
-    "equivalent constant sigma" is ever reported: it would be too small.
+    **Guarantee**: the schedule is public, and each step is recorded in the ledger with its own sigma. The epsilon of an
+    "equivalent constant sigma" is never reported, because it would be too small.
 
     Args:
         kind: see the table.
         factor: finite and > 0. Exactly one of ``factor`` and ``rate`` for a named kind other than "constant".
         rate: finite and > 0.
-        every_n_epochs: epochs between two changes, >= 1.
+        every_n_epochs: epochs (or steps, see ``interval``) between two changes, >= 1.
         interval: "epoch", or "step" to count logical steps instead.
 
     Raises:
@@ -114,6 +114,6 @@ class NoiseScheduler(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hand the schedule to the strategy when a stage begins, before its plan is built."""
+        """Pass the schedule to the strategy when fit begins, before the plan is built."""
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, noise_schedule=self.schedule)

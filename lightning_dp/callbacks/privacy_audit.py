@@ -1,4 +1,4 @@
-"""A lower confidence bound on epsilon from the run itself, next to the epsilon that is claimed."""
+"""A lower confidence bound on epsilon from the run itself, to compare with the claimed epsilon."""
 
 from __future__ import annotations
 
@@ -25,17 +25,16 @@ Loss = Callable[[pl.LightningModule, Any], Tensor]
 
 
 class PrivacyAudit(Callback):
-    """An audit of a private run while it trains: a fair coin includes each canary, and their traces give a lower bound
-    on epsilon.
+    """An audit of a private run while it trains: canaries in the run give a lower bound on epsilon.
 
         coin_j includes canary j;   score_j is computed from the releases;   the coins are guessed from the scores
 
-    Many right guesses refute small epsilons. In gradient space (the default) canaries are long gradients in
-    separate coordinates, clipped and added like samples'; the score is the likelihood ratio of inner products
-    with every noisy gradient: the worst case. In input space (``canaries``) they are records of the training set; the
-    score is the decrease of the loss on them. At the end of fit ``audit/epsilon_lower``, ``audit/epsilon`` (the claim),
-    ``audit/delta`` and ``audit/confidence`` go to the loggers and to ``trainer.callback_metrics``, ``result`` holds all
-    of it, and the privacy statement says so.
+    Many right guesses refute small epsilons. In gradient space (the default), canaries are long gradients in separate
+    coordinates, clipped and added as samples' gradients are. Their score is the log likelihood ratio of inner products
+    with every noisy gradient, the worst case. In input space (``canaries``), canaries are records that join the
+    training set, and their score is the decrease of their loss. At the end of fit, ``audit/epsilon_lower``,
+    ``audit/epsilon`` (the claim), ``audit/delta`` and ``audit/confidence`` go to the loggers and to
+    ``trainer.callback_metrics``. ``result`` and the privacy statement hold the result.
 
     **Guarantee**: ``epsilon_lower`` exceeds a true claim with probability at most ``1 - confidence``. A bound below the
     claim proves nothing, because another attack may find more. The claim still holds for every real record: canaries
@@ -44,16 +43,16 @@ class PrivacyAudit(Callback):
 
     Args:
         num_canaries: m >= 2 canaries in gradient space; 1000 unless ``canaries`` are given.
-        canaries: records in the form of the training set's, but NOT in it (see
-            ``lightning_dp.auditing.random_records`` and ``mislabelled``): an audit in input space. About half of them
-            join the training set, whose size counts them.
+        canaries: records for an audit in input space, like the training set's but NOT in it (see
+            ``lightning_dp.auditing.random_records`` and ``mislabelled``). About half of them join the training set and
+            count in its size.
         confidence: in (0, 1).
         norm: length of a gradient canary before clipping, in units of the sensitivity.
-        loss: (module, batch) -> loss of a batch of one canary, for input space; default: what ``training_step``
-            returns.
+        loss: (module, batch) -> loss of a batch of one canary, for input space; default: the ``training_step`` loss.
 
     Raises:
-        ValueError: arguments out of range; ``sampling="shuffle"`` or ``TopAgg`` with gradient canaries.
+        ValueError: arguments out of range; gradient canaries with ``TopAgg``, with noise="least", or without Poisson
+            sampling; input canaries without ``loss`` under manual optimization.
         TypeError: the Trainer's strategy is not a private one.
 
     Example:
@@ -97,7 +96,7 @@ class PrivacyAudit(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Flip the coins when a stage begins, the same on every rank, and hand the canaries to the strategy."""
+        """Flip the coins when fit begins, the same on every rank, and pass the canaries to the strategy."""
         if stage != "fit":
             return
         strategy = private_strategy(trainer, self)
@@ -121,7 +120,7 @@ class PrivacyAudit(Callback):
             strategy.mechanisms.add(self, extra_records=self._joining)
 
     def _joining(self) -> list[Any]:
-        """Return the included canary records; called when data is set up, so that a resumed run has its coins."""
+        """Return the included canary records; called only when data is set up, after a resumed run has its coins."""
         assert self._records is not None
         return [record for record, joins in zip(self._records, self.included, strict=True) if joins]
 
@@ -134,7 +133,7 @@ class PrivacyAudit(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose coordinates when training begins, or compute the initial loss of every canary."""
+        """Choose the canaries' coordinates when training begins, or compute their initial losses."""
         strategy = private_strategy(trainer, self)
         if self._gradients is not None:
             for index, sums in strategy.accumulators.items():
@@ -146,7 +145,7 @@ class PrivacyAudit(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Guess the coins when training ends, log the bounds and enter them in the privacy statement."""
+        """Guess the coins when training ends, and add the bounds to the loggers and the privacy statement."""
         strategy = private_strategy(trainer, self)
         if strategy.ledger.num_steps == 0:
             return
@@ -185,13 +184,13 @@ class PrivacyAudit(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return coins and scores so far, which are public. Members of the next batch follow from fresh entropy."""
+        """Return coins, scores and initial losses; later batches draw their canaries from fresh entropy."""
         gradients = None if self._gradients is None else self._gradients.state_dict()
         return {"root": self._root, "gradients": gradients, "losses_before": self._losses_before}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore coins and losses when a run resumes, so that the same canaries are included."""
+        """Restore coins, scores and losses when a run resumes, so that the same canaries are included."""
         gradients = state_dict["gradients"]
         same = len(gradients["scores"]) == self.num_canaries if gradients is not None else True
         if (gradients is None) != (self._gradients is None) or not same:
@@ -206,7 +205,7 @@ class PrivacyAudit(Callback):
 
 
 def _training_loss(module: pl.LightningModule, batch: Any) -> Tensor:
-    """Return the loss of ``training_step`` for a batch of one."""
+    """Return the loss of ``training_step`` for a batch of one record."""
     output = module.training_step(batch, 0)
     loss = output["loss"] if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):

@@ -19,8 +19,8 @@ class PrivacyBudget(Callback):
     """A budget of epsilon: training stops before the step that would exceed it.
 
     The number of steps that fit is computed once from the public plan and the ledger: the largest N with
-    ``epsilon(ledger + N planned steps, delta) <= epsilon``. After step N the Trainer is asked to stop. If
-    ``min_epochs`` or ``min_steps`` keep it going, the next step raises before its noise is drawn.
+    ``epsilon(ledger + N planned steps, delta) <= epsilon``. After step N the Trainer is asked to stop. If it continues
+    because of ``min_epochs`` or ``min_steps``, the next step raises before its noise is drawn.
 
     **Guarantee**: no released step makes ``strategy.epsilon(delta)`` exceed ``epsilon``, under the strategy's
     accountant. The number of steps is public; nothing depends on the data.
@@ -31,6 +31,7 @@ class PrivacyBudget(Callback):
 
     Raises:
         ValueError: for arguments out of range.
+        TypeError: when neither the Trainer's strategy nor its module trains privately.
         PrivacyError: at the start of a run whose first step would already exceed the budget.
 
     Example:
@@ -43,14 +44,14 @@ class PrivacyBudget(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the run its limit when a stage begins, so that the limit also holds in a learning-rate search."""
+        """Set the limit of the run when fit begins, so that the limit also holds in a learning-rate search."""
         if stage == "fit":
             limit = EpsilonLimit(self.epsilon, self.delta)
             ledger_holder(trainer, self).mechanisms.add(self, limit=limit)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compute how many steps fit when training begins; refuse a run in which none fits."""
+        """Compute the number of steps that fit when training begins; raise if no planned step fits."""
         strategy = ledger_holder(trainer, self)
         stop = strategy.plan.steps
         if strategy.settle_limit() <= strategy.steps_taken and (stop is None or strategy.steps_taken < stop):
@@ -63,7 +64,7 @@ class PrivacyBudget(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the Trainer when a training batch ends and the next step would not fit."""
+        """Stop the Trainer when a training batch ends, if the next step would not fit."""
         strategy = ledger_holder(trainer, self)
         remaining = strategy.plan.steps is None or strategy.steps_taken < strategy.plan.steps
         if strategy.steps_taken >= strategy.last_allowed_step and remaining and not trainer.should_stop:

@@ -15,18 +15,18 @@ from lightning_dp.reporting.files import CardFiles
 
 
 class PrivacyCard(Callback):
-    """The privacy card, written at the end of ``fit``: ``privacy_card.json``, ``.md`` and ``.svg``.
+    """A callback that sets the folder of the privacy card: ``privacy_card.json``, ``.md`` and ``.svg``.
 
-    A private strategy always writes the card into the logger's directory. Use this callback to choose the folder, to
-    have a card without a logger (it then goes to ``default_root_dir``), or to switch it off. Nothing is written under
-    ``fast_dev_run`` or before the first private step. The plot of epsilon over steps needs matplotlib (the extra
-    "examples"); without it the numbers are a table. Rank 0 writes; a directory that cannot be written to is a warning.
+    A private strategy writes the card at the end of ``fit`` into the logger's directory. Use this callback to choose
+    the folder, to have a card without a logger (in ``default_root_dir``), or to switch the card off. No card is written
+    under ``fast_dev_run`` or before the first step. The plot of epsilon over steps needs matplotlib (the extra
+    "examples"); without matplotlib the card has a table. Rank 0 writes; a failure to write only warns.
 
     **Guarantee**: the card holds public values only, computed from settings and ledger. It covers the whole ledger:
     resumed runs and learning-rate searches too.
 
     Args:
-        dirpath: directory for the files, made if missing; default: the logger's, else ``default_root_dir``.
+        dirpath: directory for the files, created if missing; default: the logger's, else ``default_root_dir``.
         enabled: False writes no card at all.
 
     Raises:
@@ -49,7 +49,7 @@ class PrivacyCard(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set the folder of the privacy card when a stage begins."""
+        """Set the folder of the privacy card when fit begins."""
         if stage == "fit":
             files = CardFiles(self.enabled, self.dirpath, fallback=trainer.default_root_dir)
             private_strategy(trainer, self).mechanisms.add(self, card=files)

@@ -1,4 +1,4 @@
-"""Random sparsification of the gradient, while training."""
+"""Random sparsification of the gradient during training."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from lightning_dp.run_length import RunLength
 
 
 class RandomSparsification(Callback):
-    """A mask that leaves out a random set of gradient coordinates, which grows during training.
+    """A callback that leaves out a random set of gradient coordinates, which by default grows during training.
 
         g_i[Z] = 0 before clipping,   noise[Z] = 0,   |Z| = int(r P),   r = final_rate * schedule(progress)
 
     Clipping then keeps more of the active coordinates, the noise has (1 - r) of its energy, and the all-reduce of
     several processes carries active coordinates only. The set is the same for all samples and ranks. It is drawn again
-    at every ``refresh``, between optimizer steps only, never within one step. Logged
-    whenever the mask changes: ``privacy/sparsification_rate``, the fraction this callback masks, and
-    ``communication/bytes_per_step``, the bytes that one rank sends per step.
+    at every ``refresh``, always between two logical steps. If the mask changes, ``privacy/sparsification_rate`` (the
+    fraction that this callback masks) and ``communication/bytes_per_step`` (of one rank) are logged.
 
     **Guarantee**: the mask depends on ``seed`` and the step only. It is public randomness, so the ledger does not
-    change: no privacy cost, and no amplification by sparsification either. A resumed run has the same masks if its
-    planned length is the same.
+    change: sparsification costs no privacy and gives no amplification. A resumed run has the same masks if its planned
+    length is the same.
 
-    Use it with SGD, the pairing that is tested: Adam's second moment decays on coordinates that are left out, and their
-    first updates afterwards explode. A learning-rate decay also gives less noise and less progress per step,
-    so the fair control is dense training with a decay.
+    Use SGD, the tested pairing: Adam's second moment decays on masked coordinates, so their next updates explode.
+    A learning-rate decay also gives less noise and less progress per step, so the fair control is dense training with a
+    decay.
 
     Args:
         final_rate: fraction r* of coordinates left out in the end, in [0, 1); 0 is the dense control.
@@ -42,10 +41,10 @@ class RandomSparsification(Callback):
             the run in [0, 1] to a fraction of ``final_rate`` in [0, 1].
         refresh: "epoch", or the number of logical steps that share a mask.
         scope: "global" draws from all coordinates at once, "layer" the same fraction in each parameter tensor.
-        seed: of the masks, >= 0; public.
+        seed: public seed of the masks, >= 0.
 
     Raises:
-        ValueError: for arguments out of range, or a run whose length the schedule needs and nothing bounds.
+        ValueError: for arguments out of range, or if the schedule needs a run length that is unknown.
         TypeError: for arguments of the wrong kind, or when the Trainer's strategy is not a private one.
 
     Example:
@@ -79,13 +78,13 @@ class RandomSparsification(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hand the mask to the strategy when a stage begins; each logical batch reads it once."""
+        """Pass the mask to the strategy when fit begins; each logical batch reads the mask once."""
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, mask=self._make_mask)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set, when training begins, the step from which changes of the mask are logged."""
+        """Record the current step when training begins; changes of the mask are logged from then on."""
         self._seen = (private_strategy(trainer, self).steps_taken, None)
 
     def _make_mask(self, length: RunLength) -> RandomMask:
@@ -101,7 +100,7 @@ class RandomSparsification(Callback):
         return self._mask
 
     def _refreshes(self, length: RunLength) -> tuple[int, int]:
-        """Return how many steps share a mask, and how many masks the run has."""
+        """Return the number of steps that share a mask and the number of refreshes until the final rate."""
         if isinstance(self.refresh, int):
             refresh_steps = self.refresh
         else:
@@ -116,7 +115,7 @@ class RandomSparsification(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the fraction that the mask leaves out when a training batch ends, if it has changed."""
+        """Log the masked fraction and the bytes per step when a training batch ends, if the mask has changed."""
         strategy, mask = private_strategy(trainer, self), self._mask
         assert mask is not None
         steps, (last, known) = strategy.steps_taken, self._seen

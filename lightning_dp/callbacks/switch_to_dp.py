@@ -1,4 +1,4 @@
-"""Private and non-private phases in one run, for study."""
+"""Private and non-private phases in one run, for study only."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from lightning_dp.run_length import RunLength
 
 
 class SwitchToDP(Callback):
-    """A switch at an epoch from plain SGD to private training, or the reverse: for study only.
+    """A switch at an epoch from non-private to private training, or the reverse, for study only.
 
-    A plain step has neither bound nor noise; the sum of raw gradients is divided by the expected batch size all the
-    same.
+    A non-private step has neither clipping nor noise, but it also divides the sum by the expected batch size.
 
-    No guarantee: plain steps publish what they saw, and private steps after or before them do not take it back. The
-    ledger holds them as what they are, so epsilon is infinite for the whole run.
+    No guarantee: non-private steps reveal their data, and private steps before or after do not undo that. The ledger
+    records them as non-private, so epsilon is infinite for the whole run.
 
     Args:
-        at_epoch: the first epoch of the second phase, >= 0.
-        reverse: private first, plain afterwards.
+        at_epoch: first epoch of the second phase, >= 0.
+        reverse: True trains privately first, non-privately afterwards.
 
     Raises:
-        ValueError: numbers out of range; ``target_epsilon`` with it; epochs of unknown length.
+        ValueError: numbers out of range; a run with ``target_epsilon``; epochs of unknown length.
         TypeError: the Trainer's strategy is not a private one.
 
     Example:
@@ -45,7 +44,7 @@ class SwitchToDP(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hand the phases to the strategy when a stage begins, before its plan is built."""
+        """Pass the phases to the strategy when fit begins, before the plan is built."""
         if stage == "fit":
             private_strategy(trainer, self).mechanisms.add(self, is_private=self._phases)
 
