@@ -32,7 +32,7 @@ def calibrate_noise_multiplier(
     min sigma_0 such that epsilon(history followed by runs(sigma_0)) <= target_epsilon
 
     **Guarantee**: the epsilon of the returned multiplier, by the same accountant, never exceeds the target. It is at
-    least 99 % of the target where epsilon is continuous in sigma_0 there and a multiplier of 1e-3 exceeds it.
+    least 99 % of the target if epsilon is continuous in sigma_0 there and exceeds the target at sigma_0 = 1e-3.
 
     Args:
         target_epsilon: Budget for history and plan together, in (0, inf).

@@ -63,7 +63,7 @@ class ComposedLoss:
         return min(1.0, self.infinite + float(-np.expm1(-losses[above]) @ self.masses[above]))
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
-        """Return an upper bound on the true positive rate of any test at a false positive rate.
+        """Return an upper bound on the true positive rate of any test at a given false positive rate.
 
         min over epsilon of exp(epsilon) x false_positive_rate + delta(epsilon), attained at a point of the grid
         """

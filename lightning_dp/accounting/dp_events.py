@@ -19,7 +19,7 @@ def to_dp_event(mechanisms: Mapping[Mechanism, int], *, replaces: bool = False) 
 
     Args:
         mechanisms: Result of `Ledger.mechanisms`.
-        replaces: Whether the relation is "replace_one".
+        replaces: True if the relation is "replace_one".
 
     Returns:
         One event per distinct mechanism, composed; `NoOpDpEvent` if none, `NonPrivateDpEvent` if one has no noise.

@@ -21,7 +21,7 @@ class Mechanism(NamedTuple):
     Args:
         sample_rate: Probability that a sample is in a given batch, in (0, 1]; 1 / num_batches for a pass.
         noise_multiplier: Standard deviation of the noise over the sensitivity; 0 if nothing is protected.
-        num_batches: Batches of the pass, of which a sample joins exactly one; 1 for a single release.
+        num_batches: Number of batches of the pass; a sample joins exactly one of them. 1 for a single release.
     """
 
     sample_rate: float
@@ -110,7 +110,7 @@ class PrivacyEvent:
 
     @property
     def has_passes(self) -> bool:
-        """True if steps of this kind are accounted per pass over the data."""
+        """True if steps of this kind are accounted together, as one pass."""
         return self.kind in _WITH_PASSES
 
     @property
@@ -136,7 +136,7 @@ class PrivacyEvent:
 
     @classmethod
     def gaussian(cls, *, noise_multiplier: float) -> PrivacyEvent:
-        """Return a release that every sample takes part in."""
+        """Return the release of one batch that holds every sample."""
         return cls("gaussian", noise_multiplier)
 
     @classmethod

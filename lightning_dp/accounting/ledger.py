@@ -173,8 +173,9 @@ class Ledger:
             The extended copy; this ledger is unchanged.
 
         Raises:
-            ValueError: If an item has another length, a count is no integer in range, or passes are given for
-                another kind.
+            ValueError: If an item has another length, a count is no integer in range, passes are given for another
+                kind, or the relation does not allow a kind.
+            TypeError: If an item does not begin with a `PrivacyEvent`.
         """
         ledger = self.copy()
         for run in runs:

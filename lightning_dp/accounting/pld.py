@@ -148,7 +148,7 @@ class PLDAccountant(Accountant):
         return 2.0 ** math.floor(math.log2(interval))
 
     def _window(self, releases: Mechanisms, pair: Direction, interval: float) -> tuple[int, int]:
-        """Return grid indices that enclose all but exp(_LOG_WINDOW_TAIL) of the loss, from Chernoff's bound."""
+        """Return two grid indices beyond each of which the loss has mass exp(_LOG_WINDOW_TAIL) at most, by Chernoff."""
         layouts = {key: self._layout(key, pair, interval) for key in releases}
         low = sum(count * layouts[key].offset for key, count in releases.items())
         high = sum(count * (layouts[key].offset + layouts[key].size - 1) for key, count in releases.items())

@@ -80,7 +80,7 @@ class RDPAccountant(Accountant):
 
 @lru_cache(maxsize=4096)
 def divergences_of(key: Mechanism) -> Array:
-    """Return bounds on the Rényi divergences of one sampled mechanism at ``RDPAccountant.orders``, cached.
+    """Return upper bounds on the Rényi divergences of one sampled mechanism at ``RDPAccountant.orders``, cached.
 
     Returns:
         Shape (2, number of orders): with a sample against without it, and the reverse. Public and read-only.
@@ -99,7 +99,7 @@ def _poisson_divergences(key: Mechanism, orders: Array) -> Array:
 
 
 def _allocation_divergences(key: Mechanism, orders: Array) -> Array:
-    """Return bounds on the divergences of a pass, shape (2, orders); see `allocation_law` for S.
+    """Return upper bounds on the divergences of a pass, shape (2, orders); see `allocation_law` for S.
 
     remove: log E[S^a] / (a - 1), exact for integers; log E[S^a] is convex in a, so a chord bounds it in between
     add:    (a + t - 1) / (2 t sigma^2), because S is at least the geometric mean of its t terms

@@ -94,7 +94,8 @@ class AdaptiveClipping(_BoundCallback):
         maximum: largest bound; default 10 C_0.
 
     Raises:
-        ValueError: numbers out of range; too little noise on the count; several private optimizers.
+        ValueError: numbers out of range; too little noise on the count; several private optimizers; a clipping without
+            a bound.
         TypeError: the Trainer's strategy is not a private one.
 
     Example:
@@ -130,7 +131,7 @@ class PublishedAutoThreshold(_BoundCallback):
         gamma: stability constant of the scaling, >= 0.
 
     Raises:
-        ValueError: numbers out of range; a run with ``target_epsilon``.
+        ValueError: numbers out of range; a run with ``target_epsilon``; a clipping without a bound or factors.
         TypeError: the Trainer's strategy is not a private one.
 
     Example:

@@ -47,8 +47,8 @@ class MagnitudePruning(Callback):
         seed: public seed of the random scores, >= 0.
 
     Raises:
-        ValueError: for arguments out of range or that do not belong together, or a reference that does not fit the
-            module.
+        ValueError: for arguments out of range or that do not belong together, a reference that does not fit the module,
+            or a module without prunable weights.
         TypeError: for data, modules or callables as scores, or when the Trainer's strategy is not a private one.
 
     Example:

@@ -1,4 +1,4 @@
-"""``lightning-dp epsilon`` and ``lightning-dp calibrate``: every accountant's answer, or the reason for none."""
+"""``lightning-dp epsilon`` and ``lightning-dp calibrate``: each accountant's answer, or the reason why it has none."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def write_json(value: Any) -> None:
 
 
 def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table as wide as the terminal at most, if possible; only the last column is wrapped."""
+    """Write a table that fits the terminal if possible; only the last column is wrapped."""
     if find_spec("rich") is None:
         write(plain_table(columns, rows, shutil.get_terminal_size().columns))
         return

@@ -22,7 +22,7 @@ _SMALLEST_DIVISOR = 1e-15
 
 @dataclass(frozen=True)
 class NormalisingClipping(FactorClipping):
-    """A clipping that divides every gradient by a number at least as large as its norm.
+    """A clipping that scales every gradient by R over a number that is at least the norm of the gradient.
 
         f = R / divisor(||g_i||),   divisor(x) >= x;   per layer R / sqrt(G)
 

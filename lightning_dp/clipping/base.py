@@ -94,7 +94,7 @@ class Clipping(ABC):
 
     @abstractmethod
     def contribution(self, samples: Samples) -> Contribution:
-        """Return the contribution of a microbatch's samples; its ``add`` adds it to the sum.
+        """Return the contribution of a microbatch's samples; ``Contribution.add`` adds it to the sum.
 
         Args:
             samples: gradients and norms of the samples, computed only when read.
