@@ -32,6 +32,17 @@ def check_scores(name: str, scores: ArrayLike) -> Scores:
     return values
 
 
+def check_coins(included: ArrayLike, scores: Scores) -> NDArray[np.bool_]:
+    """Return coins as a vector of booleans; refuse other types and another length than that of the scores."""
+    coins = np.asarray(included)
+    if coins.dtype != np.bool_ or coins.shape != scores.shape:
+        raise ValueError(
+            f"Expected included to be booleans of shape {scores.shape}, got {coins.dtype} of shape {coins.shape}. Pass "
+            "one coin for each score."
+        )
+    return coins
+
+
 def check_delta(delta: Any) -> float:
     """Return delta as a float; refuse values outside [0, 1)."""
     if not 0 <= check.check_number("delta", delta) < 1:

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 
 from lightning_dp import _validate as check
 from lightning_dp.accounting import Ledger, PLDAccountant, PrivacyEvent, gaussian_epsilon
-from lightning_dp.auditing.estimates import check_scores, clopper_pearson_upper
+from lightning_dp.auditing.estimates import check_coins, check_scores, clopper_pearson_upper
 
 _SEARCHED = 2.0**10
 _PRECISION = 1e-3
@@ -88,7 +88,8 @@ def epsilon_noise_scale(
         Nasr et al. 2023, Tight Auditing of Differentially Private Machine Learning, section 4 (from one rate to the
         curve).
     """
-    values, coins = check_scores("scores", scores), np.asarray(included)
+    values = check_scores("scores", scores)
+    coins = check_coins(included, values)
     order = np.argsort(-values, kind="stable")
     correct = max(
         int(coins[order[:guessed_in]].sum() + (~coins[order[guessed_in:]]).sum())

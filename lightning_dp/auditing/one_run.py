@@ -16,7 +16,7 @@ from scipy.stats import binom
 
 from lightning_dp import _validate as check
 from lightning_dp.accounting import gaussian_epsilon
-from lightning_dp.auditing.estimates import check_delta, check_scores, operating_points
+from lightning_dp.auditing.estimates import check_coins, check_delta, check_scores, operating_points
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
 """Shares of the canaries for which to guess, by default."""
@@ -245,12 +245,8 @@ def _guesses(
     scores: ArrayLike, included: ArrayLike, confidence: float, shares: Sequence[float]
 ) -> tuple[list[tuple[int, int]], int, float]:
     """Return the numbers of guesses and of right guesses per share, the number of canaries, and the significance."""
-    values, coins = check_scores("scores", scores), np.asarray(included)
-    if coins.dtype != np.bool_ or coins.shape != values.shape:
-        raise ValueError(
-            f"Expected included to be booleans of shape {values.shape}, got {coins.dtype} of shape {coins.shape}. Pass "
-            "a coin a score."
-        )
+    values = check_scores("scores", scores)
+    coins = check_coins(included, values)
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError(
             f"Expected shares in (0, 1], got shares={shares!r}. Pass which part of the canaries to guess on."

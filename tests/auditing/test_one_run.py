@@ -183,6 +183,8 @@ def test_nothing_is_refuted_where_nothing_is_claimed() -> None:
 def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="Expected included to be booleans of shape"):
         epsilon_one_run([0.0, 1.0], [0, 1], delta=1e-5)
+    with pytest.raises(ValueError, match="got int64 of shape"):
+        epsilon_noise_scale([-1.0, 1.0], [0, 1], ledger=gaussian_ledger(1.0), delta=1e-5)
     with pytest.raises(ValueError, match=r"Expected shares in \(0, 1\]"):
         epsilon_one_run([0.0, 1.0], [True, False], delta=1e-5, shares=(0.0,))
     with pytest.raises(ValueError, match="Expected 0 <= num_correct <= num_guesses <= num_canaries"):
