@@ -1,6 +1,6 @@
-"""DataLens: a private generator, taught by the votes of discriminators that each see their own shard of the data.
+"""DataLens: a private generator, trained by the votes of discriminators that each see their own shard of the data.
 
-Read in this order: ``votes.py`` (one teacher's vote), ``release.py`` (ledger and noise), ``plan.py`` (what is public),
+Read in this order: ``votes.py`` (one teacher's vote), ``release.py`` (ledger and noise), ``plan.py`` (public settings),
 ``teachers.py`` (all teachers as one stacked model), ``module.py`` (the LightningModule).
 """
 

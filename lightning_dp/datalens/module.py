@@ -31,51 +31,53 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 class DataLens(DataLensRun):
     """A private generator, trained by the noisy votes of discriminators that each see their own shard of the data.
 
-    A step: every teacher takes ``d_steps`` Adam updates on its shard against the generator's samples; then B new
-    samples ``x = G(z, y)`` are voted on,
+    In each step, every teacher takes ``d_steps`` Adam updates on its shard and the generator's samples. Then all
+    teachers vote on B new samples ``x = G(z, y)``:
 
         s = sum_i v_i + N(0, sigma^2 I),   u = sign(s) where |s| > threshold x N, else 0
 
-    with ``v_i`` the signs of the k largest coordinates of teacher i's ``-d/dx BCE(D_i(x, y), 1)``; the generator takes
-    one optimizer step on ``MSE(G(z, y), x + alpha u)``.
+    Here ``v_i`` holds the signs of the k coordinates of largest magnitude of teacher i's ``-d/dx BCE(D_i(x, y), 1)``.
+    The generator takes one optimizer step on ``MSE(G(z, y), x + alpha u)``.
 
     Train it with a plain ``Trainer`` (one device, or ``strategy="ddp"`` with the teachers split over the ranks) on any
     map-style dataset of ``(features, label)``. ``EpsilonMonitor``, ``PrivacyBudget`` and checkpoints work as with
-    ``DPStrategy``. The batches of the loader are not used, only its dataset and its length: see ``StepsOver``.
+    ``DPStrategy``. Of the loader, only its dataset, collate function and length are used, not its batches: see
+    ``StepsOver``.
 
     **Guarantee**: the generator, all its samples and all that this class logs are (epsilon, delta)-differentially
-    private at ``epsilon(delta)`` under replacing one record: it changes one shard, hence one teacher, hence the vote
-    sums of one step by at most ``2 sqrt(k B)``. Each step is one Gaussian release without sampling, and exact
-    accounting gives ``mu^2 = steps x 4 k B / sigma^2``. Teachers and shards are no part of ``state_dict``, of
-    checkpoints or of pickles. NOT covered: validation data, and choices made by looking at the private data.
+    private at ``epsilon(delta)`` under replacing one record: this changes one shard, so one teacher, so the vote sums
+    of a step by at most ``2 sqrt(k B)``. Each step is one Gaussian release without sampling, and exact accounting gives
+    ``mu^2 = steps x 4 k B / sigma^2``. No ``state_dict``, checkpoint or pickle contains teachers or shards. NOT
+    covered: validation data, and choices made by looking at the private data.
 
     Args:
-        generator: ``generator(z, labels)`` -> samples of the shape of one record's features. What is released.
+        generator: ``generator(z, labels)`` -> samples of the shape of one record's features. Its weights are released.
         discriminator: ``discriminator(features, labels)`` -> one logit per sample; a template without BatchNorm.
-        num_teachers: N, shards of the data. More teachers drown the noise, and each sees fewer records.
+        num_teachers: N, teachers with one shard of the data each. More teachers outweigh the noise, but see fewer
+            records.
         top_k: k, votes of a teacher on one sample, from 1 to the number of features.
         sigma: standard deviation of the noise on each sum of votes, >= 0. Exactly one of this and ``target_epsilon``.
         threshold: beta in [0, 1), the fraction of the teachers that a noisy sum must exceed.
-        target_epsilon: choose sigma so that the whole planned run ends at this epsilon or just below.
+        target_epsilon: epsilon of the whole planned run; sigma is chosen to end at it or just below.
         target_delta: delta in (0, 1); default: 1 / (10 x records) rounded down to a power of ten.
         z_dim: coordinates of z ~ U(-1, 1).
         num_classes: labels 0 to num_classes - 1, drawn uniformly; 1 for data without labels.
-        batch_size: B, generated samples per step; the cost in privacy grows with it.
-        alpha: how far a sample is moved along its direction.
+        batch_size: B, generated samples per step; epsilon grows with it.
+        alpha: step length of a sample along its direction u.
         lr: learning rate of the generator's Adam.
         teacher_lr: learning rate of the teachers' Adam.
-        betas: of both.
+        betas: betas of both Adam optimizers.
         d_steps: updates of each teacher before each vote.
         pretrain_steps: updates of each teacher when a fit begins.
-        signs: "sign", or "stochastic" (unbiased coins).
-        teacher_batch_size: records of its shard, and as many generated samples, that a teacher sees in one update.
+        signs: "sign", or "stochastic" (random and unbiased).
+        teacher_batch_size: records of its shard, and number of generated samples, for one update of a teacher.
         teacher_chunk_size: teachers computed at once; bounds the memory of activations and gradients. No effect on
             results with "sign".
-        accountant: "gdp" (exact), "pld", "rdp" or "prv".
-        public_seed: of shards, initial teachers, z and labels; may be known to everyone.
+        accountant: "gdp" (exact), "pld", "rdp", "prv" or "tcdp".
+        public_seed: seed of shards, initial teachers, z and labels; may be known to everyone.
         secure_rng: draw the noise from a cryptographic generator.
-        seed: for tests only: makes the noise predictable, which voids the guarantee against those who know it.
-        optimizer: parameters -> optimizer of the generator, in place of Adam.
+        seed: for tests only: makes the noise predictable, so nothing is private from those who know it.
+        optimizer: function from the generator's parameters to its optimizer; default: Adam.
 
     Raises:
         ValueError: for arguments out of range.
@@ -164,7 +166,7 @@ class DataLens(DataLensRun):
             self._teachers.learn(fakes, labels, positions)
 
     def _noisy_votes(self, samples: Tensor, labels: Tensor) -> Tensor:
-        """Return the noisy votes of all teachers of all ranks on these samples, shape (B, D)."""
+        """Return the noisy sums of the votes on these samples, over the teachers of all ranks: shape (B, D)."""
         assert self._teachers is not None
         assert self._release is not None
         sums = self._teachers.sum_of_votes(
@@ -206,18 +208,18 @@ class DataLens(DataLensRun):
     def generate(
         self, num: int, labels: Tensor | int | None = None, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw samples of the generator: post-processing, as private as its weights.
+        """Draw samples from the generator; they are as private as its weights.
 
         Args:
-            num: how many, >= 1.
-            labels: one for all, or shape (num,); default: drawn uniformly.
-            generator: draws z, on the CPU; default: torch's.
+            num: number of samples, >= 1.
+            labels: one label for all samples, or labels of shape (num,); default: drawn uniformly.
+            generator: draws z and labels, on the CPU; default: torch's.
 
         Returns:
             Features of shape (num, ...) and labels of shape (num,), on the module's device.
 
         Raises:
-            ValueError: labels of another number, or out of range.
+            ValueError: another number of labels, or labels out of range.
         """
         z, drawn = self._draw(num, generator)
         if labels is not None:
@@ -236,7 +238,7 @@ class DataLens(DataLensRun):
         return torch.cat(parts), drawn
 
     def save_samples(self, path: str | Path, num: int, labels: Tensor | int | None = None, **csv_options: Any) -> None:
-        """Generate samples and write them: a table to ``.csv`` (options of ``write_csv``), else tensors."""
+        """Generate samples and write them to a file: with ``write_csv`` if it ends in ``.csv``, else as tensors."""
         features, drawn = self.generate(num, labels)
         if Path(path).suffix == ".csv":
             write_csv(path, features, drawn if self.settings.num_classes > 1 else None, **csv_options)
@@ -247,7 +249,7 @@ class DataLens(DataLensRun):
 
     @override
     def on_train_start(self) -> None:
-        """Read this rank's shards and prepare its teachers."""
+        """Read this rank's shards and pretrain its teachers."""
         settings, world_size = self.settings, self.trainer.world_size
         self._tuning.start(on_cpu=self.device.type == "cpu")
         if world_size > 1:
@@ -285,7 +287,7 @@ class DataLens(DataLensRun):
 
     @override
     def on_train_end(self) -> None:
-        """Log one line at the end of fit, and release the teachers."""
+        """Free the teachers, and log the privacy summary in one line."""
         self.end_fit()
         rank_zero_info(statement.summary_line(self.plan, self.ledger, self.accountant))
 

@@ -1,4 +1,4 @@
-"""Small conditional networks to start from: for tables and for square images. No BatchNorm anywhere."""
+"""Small conditional networks for tables and square images, to start from. None has BatchNorm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _one_hot(labels: Tensor, num_classes: int, like: Tensor) -> Tensor:
 
 
 class MLPGenerator(nn.Module):
-    """A perceptron from noise and label to one row of a table.
+    """A perceptron that maps noise and a label to one row of a table.
 
     Args:
         z_dim: coordinates of the noise.
@@ -53,13 +53,13 @@ class MLPGenerator(nn.Module):
 
 
 class MLPDiscriminator(nn.Module):
-    """A perceptron from one row and its label to a logit: real or not.
+    """A perceptron that maps one row and its label to a logit, which is high for real rows.
 
     Args:
         num_features: columns of the table.
         num_classes: labels it is conditioned on.
-        hidden: width of the two hidden layers: narrow, for a teacher has few records, and what a step costs grows with
-            the teachers' widths times their number.
+        hidden: width of the two hidden layers. Keep it small: a teacher has few records, and the time of a step grows
+            with the width and the number of teachers.
 
     As input: features of shape (B, ...), flattened; labels of shape (B,). As output: logits, shape (B, 1).
     """
@@ -84,14 +84,14 @@ class MLPDiscriminator(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """A network from noise and label to a square image in [-1, 1], by two transposed convolutions.
+    """A network that maps noise and a label to a square image in [-1, 1], by two transposed convolutions.
 
     Args:
         z_dim: coordinates of the noise.
         image_size: height and width, a multiple of 4.
         channels: of the image.
         num_classes: labels it is conditioned on.
-        width: channels before the image.
+        width: channels before the last convolution.
 
     As input: z of shape (B, z_dim), labels of shape (B,). As output: images, shape (B, channels, image_size,
     image_size).
@@ -100,8 +100,8 @@ class ConvGenerator(nn.Module):
         ValueError: an image size that is no multiple of 4.
 
     References:
-        Radford, Metz and Chintala 2016, Unsupervised Representation Learning with DCGAN (group for batch normalisation
-        here).
+        Radford, Metz and Chintala 2016, Unsupervised Representation Learning with DCGAN (here with group
+        normalisation).
     """
 
     def __init__(
@@ -129,8 +129,7 @@ class ConvGenerator(nn.Module):
 
 
 class ConvDiscriminator(nn.Module):
-    """A network from a square image and its label to a logit, by two strided convolutions; the label fills constant
-    planes.
+    """A network that maps a square image and its label, given as constant planes, to a logit by two convolutions.
 
     Args:
         image_size: height and width, a multiple of 4.

@@ -1,4 +1,4 @@
-"""The public facts of a DataLens run, and its cost."""
+"""The public settings of a DataLens run, and their cost in epsilon."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SAME_RUN = ("dataset_size", "num_teachers", "top_k", "batch_size", "steps", "de
 
 
 def sensitivity(top_k: int, batch_size: int) -> float:
-    """Return the L2 distance by which replacing one record can move the vote sums of a step: ``2 sqrt(k B)``.
+    """Return the L2 sensitivity of one step's vote sums to replacing one record: ``2 sqrt(k B)``.
 
-    One record is in one shard, one shard in one teacher; its vote on each of the B generated samples has norm at most
-    ``sqrt(k)`` before and after.
+    A record is in one shard, which one teacher sees. Before and after the replacement, that teacher's vote on each of
+    the B generated samples has norm at most ``sqrt(k)``.
 
     Example:
         >>> sensitivity(top_k=4, batch_size=1)
@@ -27,7 +27,7 @@ def sensitivity(top_k: int, batch_size: int) -> float:
 
 
 def epsilon_after(steps: int, *, sigma: float, top_k: int, batch_size: int, delta: float) -> float:
-    """Return the exact epsilon of a number of steps, before any step is taken.
+    """Return the exact epsilon after a number of steps, without training.
 
         mu^2 = steps x 4 k B / sigma^2,  epsilon from ``gaussian_epsilon(mu, delta)``
 
@@ -50,7 +50,7 @@ def epsilon_after(steps: int, *, sigma: float, top_k: int, batch_size: int, delt
 
 @dataclass(frozen=True, kw_only=True)
 class DataLensPlan:
-    """All public facts of one DataLens run.
+    """The public settings of one DataLens run.
 
     A step releases the sums of all teachers' votes on B generated samples, ``s = sum_i v_i + N(0, noise_std^2 I)``: one
     Gaussian release of sensitivity ``2 sqrt(k B)``, the same as B releases of sensitivity ``2 sqrt(k)``.
@@ -63,10 +63,10 @@ class DataLensPlan:
         top_k: k, votes of one teacher on one generated sample.
         batch_size: B, generated samples per step.
         noise_std: standard deviation of the noise on each sum of votes; 0 means epsilon is infinite.
-        threshold: fraction beta of the teachers that the noisy sum has to exceed.
-        steps: steps of the whole run, counted from its start; None when nothing bounds it.
+        threshold: beta, fraction of the teachers that a noisy sum must exceed.
+        steps: steps of the whole run, counted from its start; None if nothing bounds it.
         delta: the delta at which epsilon is stated.
-        target_epsilon: what ``noise_std`` was calibrated to, or None.
+        target_epsilon: epsilon that ``noise_std`` is calibrated to, or None.
         accountant: name of the accountant.
 
     Example:
@@ -90,7 +90,7 @@ class DataLensPlan:
 
     @property
     def noise_multiplier(self) -> float:
-        """Noise std over the sensitivity of one step."""
+        """Standard deviation of the noise divided by the sensitivity of one step."""
         return self.noise_std / sensitivity(self.top_k, self.batch_size)
 
     @property
@@ -103,11 +103,11 @@ class DataLensPlan:
         return self.noise_multiplier
 
     def event(self, step: int) -> PrivacyEvent:
-        """Return the event of a step: a Gaussian release that every record takes part in."""
+        """Return the privacy event of a step: a Gaussian release without sampling."""
         return PrivacyEvent.gaussian(noise_multiplier=self.sigma(step))
 
     def runs(self, start: int, stop: int) -> list[Run]:
-        """Return the events of the steps ``start <= t < stop``, for look-ahead."""
+        """Return the privacy events of the steps ``start <= t < stop``, as pairs (event, number of steps)."""
         return [(self.event(start), stop - start)] if stop > start else []
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,13 +118,13 @@ class DataLensPlan:
     def calibrated(
         self, *, start: int, ledger: Ledger, accountant: Accountant, restored: dict[str, Any] | None = None
     ) -> DataLensPlan:
-        """Return the plan with the least noise that keeps the whole run within ``target_epsilon``.
+        """Return the plan with the least noise that keeps the whole run within ``target_epsilon``, if one is set.
 
         Args:
             start: step at which this fit begins (above 0 after a resume).
-            ledger: what has been spent already; it counts towards the target.
+            ledger: releases so far, which count towards the target.
             accountant: computes epsilon.
-            restored: the plan of the checkpoint being resumed; the same run keeps its noise.
+            restored: plan in the checkpoint being resumed; if it describes the same run, its noise is used.
 
         Raises:
             ValueError: the run is unbounded, or no noise reaches the target.

@@ -1,4 +1,4 @@
-"""The only exit of votes from the teachers: preview, ledger, noise, sum over ranks."""
+"""The release of the teachers' votes: budget check, ledger entry, noise, sum over ranks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_dp.noise import GaussianNoise
 
 
 class VoteRelease:
-    """The release of noisy sums of the teachers' votes, each written to the ledger first.
+    """The release of the noisy sums of the teachers' votes, each recorded in the ledger first.
 
         s = sum_i v_i + N(0, noise_std^2 I)
 
-    **Guarantee**: every coordinate gets noise, also those that no teacher voted on. With W ranks each adds 1/W of the
-    variance to its own teachers' sum before the sums are added up, so the total has the noise exactly once. The entry
-    is in the ledger before any noise is drawn; a release that a budget forbids raises before both.
+    **Guarantee**: every coordinate gets noise, also those that no teacher voted on. With W ranks, each rank adds 1/W of
+    the variance to its own teachers' sum, and then the sums are added up, so the total has the noise exactly once. The
+    entry is in the ledger before any noise is drawn. If a budget forbids the release, an error is raised before both.
 
     Args:
         world_size: number of ranks W.
@@ -43,22 +43,22 @@ class VoteRelease:
         last_allowed_step: float = math.inf,
         sum_over_ranks: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        """Release one step's votes.
+        """Record the release of one step's votes in the ledger, and add noise to their sums in place.
 
         Args:
-            sums: this rank's teachers' votes, summed, shape (B, D), float32, contiguous; changed in place.
+            sums: sum of the votes of this rank's teachers, shape (B, D), float32, contiguous; changed in place.
             plan: the public settings.
             ledger: records the release.
-            accountant: previews epsilon.
+            accountant: computes epsilon after this step.
             step: number of the step in this run.
-            last_allowed_step: steps that a budget allows; infinite without one.
+            last_allowed_step: number of steps that a budget allows; infinite without a budget.
             sum_over_ranks: adds up the ranks' tensors in place.
 
         Returns:
             The same tensor, now noisy and safe to publish.
 
         Raises:
-            PrivacyError: a budget or the target would be exceeded; nothing has been drawn or recorded then.
+            PrivacyError: the step would exceed a budget or the target; nothing is drawn or recorded.
         """
         assert sums.shape[0] == plan.batch_size, "the ledger states exactly this many generated samples"
         refuse_over_budget(plan, ledger, accountant, step=step, last_allowed_step=last_allowed_step)

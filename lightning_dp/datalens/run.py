@@ -1,4 +1,4 @@
-"""One DataLens run: plan, ledger, cost, checkpoints; ``module.py`` holds the step."""
+"""One DataLens run: plan, ledger, epsilon and checkpoints. The step is in ``module.py``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_dp.system import ProcessTuning
 
 
 class _EndOnException(pl.Callback):
-    """A callback that ends a DataLens fit that raises, because Lightning reports exceptions only to callbacks."""
+    """A callback that cleans up if a DataLens fit raises, because Lightning reports exceptions to callbacks only."""
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -35,7 +35,7 @@ class _EndOnException(pl.Callback):
 
 
 class DataLensRun(StateFacts, pl.LightningModule):
-    """The interface to ``EpsilonMonitor``, ``PrivacyBudget`` and checkpoints; see ``DataLens``.
+    """The base class of ``DataLens``: plan, ledger and checkpoints, for ``EpsilonMonitor`` and ``PrivacyBudget``.
 
     Args:
         settings: the user's arguments.
@@ -60,7 +60,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     @property
     def plan(self) -> DataLensPlan:
-        """The public settings of the run; built, and its noise calibrated, at the first access after data setup.
+        """The public settings of the run, built and calibrated at the first access after the data are set up.
 
         Raises:
             ValueError: no run has been set up yet, or the run cannot be planned.
@@ -75,13 +75,13 @@ class DataLensRun(StateFacts, pl.LightningModule):
         return self.state.plan  # type: ignore[no-any-return]
 
     def settle_limit(self) -> float:
-        """Compute and return ``last_allowed_step`` from ``mechanisms.limit``, the plan and the current ledger."""
+        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger; store and return it."""
         self.last_allowed_step = self.mechanisms.limit.last_step(self)
         return self.last_allowed_step
 
     @property
     def last_allowed_step(self) -> float:
-        """Steps of the run that a budget allows; infinite without one."""
+        """Number of steps of the run that a budget allows; infinite without a budget."""
         return self.state.last_allowed_step
 
     @last_allowed_step.setter
@@ -102,7 +102,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
         return self.state.epsilon(delta)
 
     def privacy_statement(self) -> str:
-        """Return the privacy statement in a few lines."""
+        """Return the privacy statement of the run."""
         return statement.privacy_statement(
             self.plan, self.ledger, self.accountant, seeded=self.settings.seed is not None
         )
@@ -138,7 +138,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
         return plan
 
     def _preview(self, plan: DataLensPlan) -> None:
-        """Log the cost of the run before any noise is drawn."""
+        """Log the epsilon at the end of the planned run, if steps are left and bounded."""
         if plan.steps is None or plan.steps <= self.state.step:
             return
         ledger = self.ledger.extended(plan.runs(self.state.step, plan.steps))
@@ -150,7 +150,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Check the Trainer before any data is touched."""
+        """Check the Trainer and reset the plan, before any data is read."""
         if stage != "fit":
             return
         trainer_checks.check_trainer(self.trainer, self.settings)
@@ -167,16 +167,16 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     @override
     def teardown(self, stage: str) -> None:
-        """Lift the limit, which holds for one fit."""
+        """Remove the step limit, which holds for one fit."""
         self.last_allowed_step = math.inf
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return the callback that ends a fit that raises."""
+        """Return the callback that cleans up if a fit raises."""
         return [_EndOnException()]
 
     def end_fit(self) -> None:
-        """Release the teachers, end the threads, undo the tuning of the process."""
+        """Free the teachers, end the noise threads, and undo the tuning of the process."""
         self._teachers = None
         if self._release is not None:
             self._release.close()
@@ -186,12 +186,12 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add ledger, plan and step. A checkpoint never holds teachers or shards."""
+        """Add ledger, plan and step to the checkpoint, which never holds teachers or shards."""
         checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore ledger, plan and step; refuse a checkpoint without a ledger."""
+        """Restore ledger, plan and step from a checkpoint; refuse one without a ledger."""
         if saved.KEY not in checkpoint:
             raise PrivacyError(
                 "Expected a checkpoint with a privacy ledger, got one without: what its weights have seen is unknown. "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def write_tensors(path: str | Path, features: Tensor, labels: Tensor) -> None:
-    """Write samples with ``torch.save``, as a dictionary that ``torch.load(path, weights_only=True)`` reads.
+    """Write samples with ``torch.save``, as a dictionary for ``torch.load(path, weights_only=True)``.
 
     Args:
         path: file to write.
@@ -30,23 +30,23 @@ def write_csv(
     label_column: str = "label",
     bounds: Sequence[tuple[float, float]] | None = None,
 ) -> None:
-    """Write samples as a table, one row per sample.
+    """Write samples as a CSV table, one row per sample.
 
         with bounds: value = low + (feature + 1) / 2 x (high - low)
 
-    **Guarantee**: post-processing of the samples, provided that ``bounds`` are public: minima and maxima of the private
-    data are not.
+    **Guarantee**: post-processing of the samples if ``bounds`` are public. Minima and maxima of the private data are
+    not public.
 
     Args:
         path: file to write.
         features: shape (n, columns).
         labels: shape (n,), or None to leave the column out.
-        columns: names; default: ``x0, x1, ...``.
+        columns: column names; default: ``x0, x1, ...``.
         label_column: name of the label's column.
-        bounds: a (low, high) a column, to undo a scaling to [-1, 1].
+        bounds: one pair (low, high) per column, to undo a scaling to [-1, 1].
 
     Raises:
-        ValueError: features that are no table, or names or bounds of another number.
+        ValueError: features that are not two-dimensional, or not one name and one pair of bounds per column.
     """
     if features.dim() != 2:
         raise ValueError(

@@ -37,7 +37,7 @@ class DataLensSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every argument."""
+        """Check all arguments but ``accountant``, which ``make_accountant`` checks."""
         if (self.sigma is None) == (self.target_epsilon is None):
             raise ValueError(
                 f"Expected exactly one of sigma and target_epsilon, got sigma={self.sigma!r} and "

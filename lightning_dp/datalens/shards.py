@@ -1,4 +1,4 @@
-"""Disjoint shards by index, and the source of all public randomness (everything but the noise)."""
+"""Disjoint shards by index, and the source of public randomness: everything drawn except the noise."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ _READ_AT_ONCE = 4096  # records
 
 
 def public_generator(seed: int, *purpose: int) -> torch.Generator:
-    """Return a generator of public randomness, the same on every rank: shards, initial weights, the inputs of the
-    student.
+    """Return a generator of public randomness, the same on every rank.
 
     Args:
         seed: the public seed, >= 0.
-        purpose: numbers >= 0 that name what is drawn; other numbers give independent draws.
+        purpose: numbers >= 0 that identify the purpose; other numbers give independent draws.
     """
     state = np.random.SeedSequence([seed, *purpose]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def partition(num_records: int, num_teachers: int, seed: int = 0) -> Tensor:
-    """Cut the data into one shard per teacher, by index.
+    """Assign the record indices to disjoint shards, one per teacher.
 
-    **Guarantee**: disjoint: every record is in one shard at most. The shards are a function of the two sizes and the
-    public seed, never of the records, so replacing one record changes one shard. The ``num_records % num_teachers``
-    records left over are used by no teacher.
+    **Guarantee**: every record is in at most one shard. The shards depend on the two sizes and the public seed only,
+    never on the records, so replacing one record changes one shard. The ``num_records % num_teachers`` records left
+    over are used by no teacher.
 
     Args:
-        num_records: n.
-        num_teachers: N, at most n.
+        num_records: n, number of records.
+        num_teachers: N, number of teachers, at most n.
         seed: public seed.
 
     Returns:
@@ -59,7 +58,7 @@ def partition(num_records: int, num_teachers: int, seed: int = 0) -> Tensor:
 
 
 class Shards(NamedTuple):
-    """The records of a number of teachers. Private.
+    """The records of several teachers. Private.
 
     Args:
         features: shape (teachers, shard size, ...), floating.
@@ -77,16 +76,16 @@ def read_shards(
     num_classes: int = 1,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> Shards:
-    """Read the records of given shards into memory once.
+    """Read the records of the given shards into memory.
 
     Args:
         dataset: map-style, with items ``(features, label)``, or ``features`` alone when there is one class.
         indices: shape (teachers, shard size), from ``partition``.
-        num_classes: labels are whole numbers from 0 to ``num_classes - 1``.
+        num_classes: number of classes; labels are whole numbers from 0 to ``num_classes - 1``.
         collate: makes a batch of a list of items; default: torch's.
 
     Returns:
-        Private tensors.
+        Features and labels of the shards. Private.
 
     Raises:
         TypeError: items of another form.
@@ -135,10 +134,9 @@ def _form(value: Any) -> str:
 
 
 class StepsOver(Sequence[int]):
-    """A replacement for a DataLoader of which only the number of steps per epoch matters.
+    """A training loader that yields no batches and only sets the number of steps per epoch.
 
-    The teachers read the records once; the batches that a loader would collate in every step are not used. This loader
-    makes none.
+    The teachers read the records once, so DataLens would not use the batches of a DataLoader.
 
     Args:
         dataset: the teachers' data, map-style.

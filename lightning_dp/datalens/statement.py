@@ -29,7 +29,7 @@ def summary_line(plan: DataLensPlan, ledger: Ledger, accountant: Accountant) -> 
 
 
 def privacy_statement(plan: DataLensPlan, ledger: Ledger, accountant: Accountant, *, seeded: bool = False) -> str:
-    """Return the privacy statement of a run: what is promised, how it was computed, what is not covered."""
+    """Return the privacy statement of a run: the guarantee, the settings behind it, and the exclusions."""
     lines = [summary_line(plan, ledger, accountant)]
     if ledger.num_steps:
         lines += [

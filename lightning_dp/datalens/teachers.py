@@ -1,4 +1,4 @@
-"""All teachers as one stacked model: they learn and vote in a few large operations, one chunk of teachers at a time."""
+"""All teachers as one stacked model that learns and votes in a few large operations per chunk of teachers."""
 
 from __future__ import annotations
 
@@ -33,19 +33,18 @@ class _Chunk(NamedTuple):
 class Teachers:
     """Discriminators on disjoint shards, stacked and vmapped.
 
-    **Guarantee**: teacher i is a function of its own shard, public randomness and the student's outputs; nothing flows
-    from one teacher to another (a shard that makes one teacher's numbers infinite or NaN leaves the others as they
-    are). NOT private: weights, votes, losses. This object is no ``nn.Module``, so no checkpoint of a module that holds
-    it contains it.
+    **Guarantee**: teacher i depends on its own shard, public randomness and generated samples only. If its numbers
+    become infinite or NaN, the other teachers are not affected. NOT private: weights, votes, losses. This object is not
+    an ``nn.Module``, so the checkpoint of a module that holds it does not contain it.
 
-    Memory: the parameters of all teachers with two moments each, and the activations of ``chunk_size`` teachers.
+    Memory: shards, parameters and two moments per parameter of all teachers; activations of ``chunk_size`` teachers.
 
     Args:
         discriminator: ``discriminator(features, labels)`` -> logits of shape (B,) or (B, 1); a template, not trained
             itself. Each teacher draws its own initial weights with the ``reset_parameters`` of the layers; parameters
             of layers without one start from the template's values.
         shards: the records of these teachers.
-        numbers: each teacher's number in the whole run, for its initial weights.
+        numbers: numbers of these teachers in the whole run, which determine their initial weights.
         lr: learning rate of Adam.
         betas: Adam's betas.
         chunk_size: teachers computed at once.
@@ -83,14 +82,14 @@ class Teachers:
         return sum(chunk.num_teachers for chunk in self._chunks)
 
     def learn(self, fakes: Tensor, labels: Tensor, positions: Tensor) -> None:
-        """Update every teacher by one step of Adam: its own records against the student's samples.
+        """Take one Adam step for every teacher, on its own records and on generated samples.
 
             loss_i = mean BCE(D_i(records), 1) + mean BCE(D_i(fakes), 0)
 
         Args:
-            fakes: the student's samples, shape (B, ...), the same for all teachers.
-            labels: their intended labels, shape (B,).
-            positions: which records of its shard each teacher sees, shape (R,).
+            fakes: generated samples, shape (B, ...), the same for all teachers.
+            labels: labels that the samples were generated for, shape (B,).
+            positions: positions within each shard of the records to learn from, shape (R,).
         """
         self._template.train()
         fakes = fakes.detach()
@@ -115,19 +114,19 @@ class Teachers:
         signs: str = "sign",
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return the sum of all teachers' votes on each of the student's samples.
+        """Return the sum of all teachers' votes on each generated sample.
 
             g_i = - d/dx BCE(D_i(x, y), 1),  sum over i of top_k_votes(g_i)
 
         Args:
-            fakes: the student's samples, shape (B, ...).
-            labels: shape (B,).
-            top_k: k, votes a sample.
+            fakes: generated samples, shape (B, ...).
+            labels: labels of the samples, shape (B,).
+            top_k: k, votes of a teacher on one sample.
             signs: see ``top_k_votes``.
             generator: see ``top_k_votes``.
 
         Returns:
-            Whole numbers, shape (B, D), float32. NOT private: ``VoteRelease`` makes them so.
+            Whole numbers, shape (B, D), float32. NOT private before ``VoteRelease`` adds noise.
         """
         self._template.eval()
         sums = torch.zeros(len(fakes), fakes[0].numel(), device=fakes.device)
@@ -157,10 +156,10 @@ class Teachers:
 
 
 def check_discriminator(discriminator: nn.Module) -> None:
-    """Refuse models that cannot be stacked: with layers that keep running statistics, or without parameters.
+    """Refuse a discriminator that has batch norm or running statistics, or no trainable parameters.
 
     Raises:
-        ValueError: names the layer and what to use instead.
+        ValueError: such a discriminator.
     """
     for name, layer in discriminator.named_modules():
         if isinstance(layer, _NORMS) and (layer.track_running_stats or "Batch" in type(layer).__name__):
@@ -175,7 +174,7 @@ def check_discriminator(discriminator: nn.Module) -> None:
 
 
 def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:
-    """Return a copy with its own initial weights, drawn from the public seed on the CPU."""
+    """Return a copy of the discriminator with initial weights of its own, drawn on the CPU from the public seed."""
     fresh = copy.deepcopy(discriminator).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(public_generator(seed, 1, number).initial_seed())
@@ -187,5 +186,5 @@ def _fresh_copy(discriminator: nn.Module, seed: int, number: int) -> nn.Module:
 
 
 def _as_read(stacked: Tensor) -> Tensor:
-    """Return a view with the stacked matrices transposed: from the module's layout to the stored one, or back."""
+    """Return a view of stacked parameters with matrices transposed: from the module's to the stored layout, or back."""
     return stacked.mT if stacked.dim() == 3 else stacked

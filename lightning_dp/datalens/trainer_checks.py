@@ -1,4 +1,4 @@
-"""Checks of a Trainer and its loader for DataLens; a refusal uses the name that the user wrote."""
+"""Checks of the Trainer that trains a DataLens, and of its training loader."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler, BatchSampler)
 
 
 def check_trainer(trainer: pl.Trainer, settings: DataLensSettings) -> None:
-    """Refuse Trainer flags that DataLens cannot train under, or cannot be calibrated for."""
+    """Refuse a Trainer whose strategy, precision, number of ranks or length does not suit DataLens."""
     strategy = trainer.strategy
     if isinstance(strategy, PrivateStrategy):
         raise ValueError(
@@ -62,7 +62,7 @@ def dataset_of(trainer: pl.Trainer) -> Any:
     """Return the map-style dataset behind the Trainer's one training loader.
 
     Raises:
-        ValueError: several loaders, a stream, or a sampler that leaves records out or weighs them.
+        ValueError: several loaders, a stream, or a sampler that may leave out or weight records.
     """
     loader = trainer.train_dataloader
     if isinstance(loader, StepsOver):
@@ -88,5 +88,5 @@ def dataset_of(trainer: pl.Trainer) -> Any:
 
 
 def collate_of(trainer: pl.Trainer) -> Callable[[list[Any]], Any] | None:
-    """Return the loader's collate function, if it has one."""
+    """Return the training loader's collate function, or None if it has none."""
     return getattr(trainer.train_dataloader, "collate_fn", None)

@@ -1,4 +1,4 @@
-"""A teacher's vote is the vote of a clipping by TopAgg: see ``lightning_dp.clipping.votes``."""
+"""The functions for teachers' votes, shared with ``TopAgg``: see ``lightning_dp.clipping.votes``."""
 
 from lightning_dp.clipping.votes import SIGNS, threshold_votes, top_k_votes
 
