@@ -1,4 +1,4 @@
-"""Pruning masks: the largest of the public weights stay active."""
+"""Pruning masks: the public weights of largest magnitude stay active."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ NOT_PUBLIC = (
 class MagnitudeMask(GradientMask):
     """A mask that stays constant until it is replaced.
 
-    **Guarantee**: as public as what the masks were made of; see ``magnitude_masks``.
+    **Guarantee**: as public as the weights that the masks were computed from; see ``magnitude_masks``.
 
     Args:
-        masks: parameter's name -> bool tensor of its shape, True where live.
-        count: what ``version`` begins with; a resumed run passes the one it had.
+        masks: parameter's name -> bool tensor of its shape, True where active.
+        count: first value of ``version``; a resumed run passes its saved value.
 
     Example:
         >>> mask = MagnitudeMask({"weight": torch.tensor([[True, False]])})
@@ -47,7 +47,7 @@ class MagnitudeMask(GradientMask):
         self.count = count
 
     def replace(self, masks: Mapping[str, Tensor]) -> None:
-        """Use other masks from the next logical step on; equal masks keep the version."""
+        """Replace the masks; if they are equal to the old ones, keep the version."""
         same = masks.keys() == self.masks.keys() and all(
             torch.equal(m, self.masks[n].to(m.device)) for n, m in masks.items()
         )
@@ -56,16 +56,16 @@ class MagnitudeMask(GradientMask):
 
     @override
     def version(self, step: int) -> Hashable:
-        """Return the number of changes of the masks so far."""
+        """Return the number of changes of the masks, plus the ``count`` that was passed."""
         return self.count
 
     @override
     def live(self, step: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Return the masks of the given parameters that have one."""
+        """Return the masks of the given parameters, on their devices; omit parameters without a mask."""
         return {name: self.masks[name].to(p.device) for name, p in parameters.items() if name in self.masks}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks as plain values, eight coordinates per byte."""
+        """Return the version and the masks, packed to eight coordinates per byte."""
         bits = {name: torch.from_numpy(np.packbits(mask.cpu().numpy())) for name, mask in self.masks.items()}
         return {
             "count": self.count,
@@ -83,9 +83,9 @@ class MagnitudeMask(GradientMask):
 
 
 def prunable_names(module: nn.Module) -> list[str]:
-    """Return the weights that pruning may remove: trainable, two or more dimensions, not in a norm layer, not a bias.
+    """Return the names of prunable weights: trainable, two or more dimensions, no bias, not in a norm layer.
 
-    Matrices, convolution kernels and embeddings are; so are bare parameters of that many dimensions (class tokens,
+    These are matrices, convolution kernels, embeddings, and bare parameters of as many dimensions (class tokens,
     positional embeddings). A norm layer is one of torch's, or a module whose class name ends in "norm".
 
     Args:
@@ -125,21 +125,21 @@ def magnitude_masks(
 
         m = 1 where |w| is among the largest P - int(amount P), over all prunable weights or within each tensor
 
-    **Guarantee**: exactly ``int(amount P)`` weights are removed; of equal ones the first go first, so the same weights
-    give the same masks on every rank and device. The masks are a function of ``weights``: public if these are (initial
-    weights, weights trained on public data), post-processing if they are noisy ones. Weights trained on the private
-    data without differential privacy are NOT public, which cannot be detected.
+    **Guarantee**: exactly ``int(amount P)`` weights are removed; of equal weights the first are removed first, so the
+    same weights give the same masks on every rank and device. The masks are as public as ``weights``: public for
+    initial weights and weights trained on public data, and post-processing for noisy weights. Weights trained on the
+    private data without differential privacy are NOT public, which cannot be detected.
 
     Args:
         weights: name -> weights to score.
         amount: fraction removed, in (0, 1).
         scope: "global" or "layer" (each tensor separately).
         prunable: names that may be removed.
-        scores: "magnitude", or "random" for the control: as many, drawn at random.
-        seed: of the random scores, >= 0.
+        scores: "magnitude", or "random" for a control that removes as many weights at random.
+        seed: seed of the random control, >= 0.
 
     Returns:
-        name -> bool tensor of the weight's shape and device, True where it stays, for every prunable name.
+        name -> bool tensor of the weight's shape and device, True where a weight stays, for every prunable name.
 
     Raises:
         ValueError: arguments out of range, a missing name, weights that are not finite.
@@ -179,14 +179,14 @@ def magnitude_masks(
 
 
 def public_weights(reference: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Pick the weights of these parameters from a state dict.
+    """Return the weights of the given parameters from a state dict.
 
     Args:
         reference: parameter's name -> weights trained on public data.
         parameters: the prunable parameters of the module that trains.
 
     Raises:
-        ValueError: a name is missing, or has another shape.
+        ValueError: a weight is missing, or has another shape.
         TypeError: something else than a tensor.
     """
     for name, parameter in parameters.items():
@@ -217,7 +217,7 @@ def _scores(name: str, weight: Tensor) -> Tensor:
 
 
 def _smallest(scores: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` smallest scores; of equal scores the first."""
+    """Return a bool tensor that marks the ``count`` smallest scores; of equal scores, the first."""
     if count == 0:
         return torch.zeros(scores.shape, dtype=torch.bool)
     last = scores.kthvalue(count).values

@@ -11,19 +11,18 @@ from torch import Tensor, nn
 
 
 class GradientMask(ABC):
-    """A choice of the active coordinates of a logical step: a function of public state only.
+    """A rule that selects the active coordinates of each logical step, from public state only.
 
         g_i <- m g_i before clipping;  noise only where m = 1;  p.grad = 0 elsewhere
 
     **Guarantee**: a masked coordinate is zero for every possible sample, so it needs no noise, and the mask is known to
-    everyone, so the ledger is the same as without it: no cost, and no amplification either. This holds for masks that
-    depend on public seeds, public weights and earlier noisy weights, never on private data; it holds only while all of
-    a logical batch sees one mask.
+    everyone, so the ledger is the same as without it: no cost, and no amplification either. This holds only if the mask
+    depends on public state alone (seeds, public weights, earlier noisy weights) and applies to a whole logical batch.
     """
 
     @abstractmethod
     def version(self, step: int) -> Hashable:
-        """Return a name for the mask of a logical step: two steps with equal names have equal masks.
+        """Return a key of the mask of a logical step: steps with equal keys have equal masks.
 
         Args:
             step: logical step of the whole run, >= 0.
@@ -38,23 +37,24 @@ class GradientMask(ABC):
             parameters: the private parameters by qualified name, in the module's order.
 
         Returns:
-            name -> bool tensor of the parameter's shape, on its device, True where live. What is not named is wholly
-            live.
+            name -> bool tensor of the parameter's shape, on its device, True where active. A parameter that is not
+            named is active everywhere.
         """
 
 
 def random_subset(size: int, count: int, entropy: Sequence[int]) -> NDArray[np.bool_]:
     """Draw ``count`` of ``size`` positions, uniformly without replacement.
 
-    Positions are drawn with replacement until enough distinct ones are marked, never more at once than are missing:
-    every set of ``count`` is equally likely. Of the set and its complement the smaller is drawn.
+    Positions are drawn with replacement until enough distinct ones are marked, never more at once than are missing, so
+    every set of ``count`` positions is equally likely. If the complement of the set is smaller, the complement is
+    drawn.
 
-    **Guarantee**: a function of the arguments only; no global generator is read or moved.
+    **Guarantee**: the result depends on the arguments only; no global generator is used.
 
     Args:
         size: number of positions, >= 0.
         count: number of positions to draw, in [0, size].
-        entropy: numbers >= 0 that name the draw.
+        entropy: seed of the draw, as numbers >= 0.
 
     Returns:
         Shape ``(size,)``, True at the positions drawn. Public.

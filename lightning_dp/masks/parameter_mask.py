@@ -1,4 +1,4 @@
-"""ParameterMask: the active coordinates of one parameter, in every form that a step reads."""
+"""ParameterMask: the active coordinates of one parameter, in every form that a step needs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _SPARSE_SHARE = 0.15
 """Largest share of active coordinates for which a sparse product is faster (measured on a CPU)."""
 
 _SPARSE_SIDE = 64
-"""Shortest side for which it is: a sparse product first transposes its dense factor (measured on a CPU)."""
+"""Least height and width for a sparse product, which first transposes its dense factor (measured on a CPU)."""
 
 
 class ParameterMask:
     """The active coordinates of one parameter: booleans, indices and a sparse matrix.
 
-    A mask is made once per change; each form is computed when it is first read, and then kept.
+    Indices are computed when first needed and then cached; the sparse matrix is made by :meth:`next_matrix`.
 
-    **Guarantee**: public. It never changes: a change of the mask is a new object.
+    **Guarantee**: public and constant; another mask is another object.
 
     Args:
         active: booleans of the parameter's shape, on its device; True where active. It must not be written to.
@@ -56,23 +56,23 @@ class ParameterMask:
         return self.num_active / max(1, self.active.numel())
 
     def select(self, values: Tensor) -> Tensor:
-        """Return the active entries of a tensor of the parameter's shape, in ascending order: shape ``(L,)``."""
+        """Return the active entries of a tensor of the parameter's shape, ordered as ``indices``: shape ``(L,)``."""
         return values.reshape(-1)[self.indices]
 
     def select_rows(self, values: Tensor) -> Tensor:
-        """Return the active entries of every sample: ``(B, *shape) -> (B, L)``."""
+        """Return the active entries of every sample, of shape (B, L), from values of shape (B, ``*shape``)."""
         return values.reshape(values.shape[0], self.active.numel()).index_select(1, self.indices)
 
     def next_matrix(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the matrix for a product repeated in each microbatch, or None if a dense product is faster.
+        """Return the mask as a sparse matrix for a product, or None if a dense product is faster.
 
-        Making the matrix takes as long as a product, so it is made when it is asked for a second time.
+        Making the matrix takes as long as a product, so the first call returns None and the second one makes it.
 
         Args:
-            dtype: of the matrix.
+            dtype: type of the matrix.
 
         Returns:
-            1 where active, in CSR form, shape ``(p, d)``.
+            A CSR matrix of shape ``(p, d)``, 1 where active; or None.
         """
         self._num_sparse_products += 1
         known = self.matrix(dtype)
@@ -84,7 +84,7 @@ class ParameterMask:
         return self._matrix
 
     def matrix(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the matrix of that type that :meth:`next_matrix` has made, or None if there is none."""
+        """Return the matrix that :meth:`next_matrix` made in this dtype, or None if there is none."""
         return self._matrix if self._matrix is not None and self._matrix.dtype == dtype else None
 
     @cached_property

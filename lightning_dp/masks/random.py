@@ -1,4 +1,4 @@
-"""Random sparsification: a random set of coordinates is left out, and drawn again at each refresh."""
+"""Random sparsification: a random set of coordinates is masked, and drawn again at each refresh."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Cooling = Callable[[float], float]
 
 
 def linear(progress: float) -> float:
-    """Return the fraction of the final rate: it rises in a straight line from 0 to 1."""
+    """Return the fraction of the final rate at this progress: it rises linearly from 0 to 1."""
     return progress
 
 
 def cosine(progress: float) -> float:
-    """Return the fraction of the final rate: it rises along half a cosine from 0 to 1."""
+    """Return the fraction of the final rate at this progress: it rises along half a cosine from 0 to 1."""
     return (1 - math.cos(math.pi * progress)) / 2
 
 
 def constant(progress: float) -> float:
-    """Return the fraction of the final rate: 1 from the first step on."""
+    """Return the fraction of the final rate, which is 1 from the first step on."""
     return 1.0
 
 
@@ -39,19 +39,18 @@ class RandomMask(GradientMask):
 
         i = step // refresh_steps,   r(i) = final_rate * schedule(min(i / (num_refreshes - 1), 1)),   Z = int(r(i) P)
 
-    Of the P coordinates of the private parameters, biases included, Z are masked: uniform, without replacement, fresh
-    at every refresh. After the planned refreshes the rate stays where it ended. A run with one refresh has the last
-    rate.
+    Of the P coordinates of all private parameters, biases included, Z are masked, drawn uniformly without replacement
+    at every refresh. After the planned refreshes the rate stays constant. With one refresh, progress is 1 throughout.
 
-    **Guarantee**: a function of (seed, i) and of the parameters' shapes, so all ranks and a resumed run have the same
-    mask. It reads no global generator and is the same on every device. The seed is public: masks are public randomness.
+    **Guarantee**: a mask depends on (seed, i) and on the parameters' shapes only, so it is the same on all ranks and
+    devices and in a resumed run. No global generator is used. The seed is public, and so are the masks.
 
     Args:
         final_rate: fraction r* of coordinates masked in the end, in [0, 1).
         schedule: "linear", "cosine", "constant", or a callable from the progress in [0, 1] to a fraction of r* in [0,
             1].
-        refresh_steps: logical steps that share a mask, >= 1.
-        num_refreshes: refreshes of the whole run (F E), >= 1; progress is counted over them.
+        refresh_steps: number of logical steps that share a mask, >= 1.
+        num_refreshes: number of refreshes of the whole run (F E), >= 1; the last one has progress 1.
         scope: "global" draws Z of all coordinates; "layer" draws int(r P_l) in each parameter tensor.
         seed: whole number >= 0.
 
@@ -100,12 +99,12 @@ class RandomMask(GradientMask):
 
     @override
     def version(self, step: int) -> Hashable:
-        """Return the index of the refresh; -1 while nothing is masked."""
+        """Return the index of the step's refresh, or -1 if its rate is 0."""
         return step // self.refresh_steps if self.rate(step) > 0 else -1
 
     @override
     def live(self, step: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Draw the mask on the CPU and move it to the parameters."""
+        """Draw the mask of a logical step on the CPU, and move it to the parameters' devices."""
         rate, entropy = self.rate(step), (self.seed, step // self.refresh_steps)
         sizes = [parameter.numel() for parameter in parameters.values()]
         total = sum(sizes)
@@ -129,7 +128,7 @@ class RandomMask(GradientMask):
 
 
 def check_rate(final_rate: float) -> float:
-    """Check that ``0 <= final_rate < 1``; 0 is the dense control."""
+    """Check that ``0 <= final_rate < 1``; 0 masks nothing."""
     if not 0 <= check.check_number("final_rate", final_rate) < 1:
         raise ValueError(
             f"Expected 0 <= final_rate < 1, got final_rate={final_rate}. It is the fraction of coordinates left out in "
@@ -139,14 +138,14 @@ def check_rate(final_rate: float) -> float:
 
 
 def check_cooling(schedule: str | Cooling) -> Cooling:
-    """Return a cooling by its name, or the user's own function."""
+    """Return the schedule with this name, or the user's own function unchanged."""
     if callable(schedule):
         return schedule
     return COOLINGS[check.check_choice("schedule", schedule, COOLINGS)]
 
 
 def check_seed(seed: int) -> int:
-    """Check that a value is a whole number of at least zero."""
+    """Check that a seed is a whole number of at least zero."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"Expected seed to be a whole number, got seed={seed!r}. Pass 0 or above: the mask is public.")
     if seed < 0:
