@@ -1,4 +1,4 @@
-"""Gaussian noise: its generators, its threads, and drawing ahead of time."""
+"""Gaussian noise: independent and correlated, on several threads, and drawn ahead of time."""
 
 from lightning_dp.noise.correlated import CorrelatedNoise
 from lightning_dp.noise.gaussian import GaussianNoise

@@ -1,4 +1,4 @@
-"""Buffers for noise: validity checks, slices, and detection of forked processes."""
+"""Checks of noise buffers, their chunk size, and detection of forked processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 DEVICE_CHUNK = 1 << 24
-"""Coordinates that are drawn at a time on devices other than the CPU: bounds the scratch buffer."""
+"""Number of coordinates drawn at a time on devices other than the CPU; it bounds the scratch buffer."""
 
 _num_forks = 0
 
@@ -24,17 +24,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def num_forks() -> int:
-    """Return the number of forks between the first process and this one; a generator made before a fork is the
-    parent's.
-    """
+    """Return the number of forks from the first process to this one; if it grew, generators belong to a parent."""
     return _num_forks
 
 
 def check_buffer(tensor: Tensor, std: float) -> None:
-    """Check that noise of this std can be written into a buffer.
+    """Check that noise of a standard deviation can be written into a buffer.
 
     Raises:
-        TypeError: another type than float32 or float64.
+        TypeError: a buffer that is neither float32 nor float64.
         ValueError: a buffer that is not contiguous, or a std that is negative, not finite, or out of the type's range.
     """
     check_dtype(tensor.dtype)
@@ -51,7 +49,7 @@ def check_buffer(tensor: Tensor, std: float) -> None:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raise TypeError unless noise of this dtype is precise enough."""
+    """Raise TypeError unless the dtype is float32 or float64, which do not round noise away."""
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"Expected a float32 or float64 buffer, got dtype={dtype}. Lower precision would round noise away: add it "

@@ -1,4 +1,4 @@
-"""Correlated noise for data in a fixed order: its coefficients, its sensitivity and its error, all public numbers.
+"""Correlated noise for data in a fixed order: coefficients, sensitivity and error, all of which are public.
 
 The noise itself is drawn in ``redrawn.py``.
 """
@@ -21,7 +21,7 @@ _GRID = np.linspace(0.0, 5.0, 26)  # of -log10(1 - decay): the search for the be
 
 @dataclass(frozen=True, kw_only=True)
 class CorrelatedNoise:
-    """Noise that cancels between steps: step t carries ``v_t`` in place of independent ``z_t``.
+    """Settings of noise that partly cancels between steps: step t has ``v_t`` in place of independent ``z_t``.
 
         v_t = sum_{j < p} r_j z_{t-j},    z_t ~ N(0, (sigma sens(C))^2 I)
         V = C^-1 Z, where C^-1 is lower-triangular Toeplitz with the first column r
@@ -29,20 +29,20 @@ class CorrelatedNoise:
         decay=lambda (lambda-CGD): r = (1, -lambda),                        C has the first column lambda^i
         bands=p (BISR):            r = first p coefficients of (1 - x)^(1/2) = 1, -1/2, -1/8, -1/16, -5/128, ...
 
-    SGD adds up its updates, so that the error of the weights is that of the prefix sums of v, which is smaller.
+    SGD adds up its updates, so the noise in the weights is the sum of v so far, which grows less than the sum of z.
 
     **Guarantee**: one run of ``steps`` steps in which a record takes part at most ``passes`` times, at least
     ``separation`` steps apart, is ONE Gaussian mechanism of noise multiplier sigma, whatever is done with the releases.
-    It covers every run that stops earlier, but no longer run. Nothing is claimed from sampling: the order may be
-    public. Bounds of clipping may change between steps if ``v_t`` is scaled with them; sigma and masks may not.
+    It covers every run that stops earlier, but no longer run. No amplification by sampling is claimed, so the order may
+    be public. Clipping bounds may change between steps if ``v_t`` is scaled with them; sigma and masks may not change.
 
     Args:
         decay: lambda in [0, 1), or "auto" for the value of least ``loss`` over the planned run; 0 is independent noise.
             Default if ``bands`` is not given: "auto".
-        bands: p >= 1, how many coefficients of C^-1 are kept; 1 is independent noise. Excludes ``decay``.
+        bands: p >= 1, number of coefficients of C^-1 that are kept; 1 is independent noise. Excludes ``decay``.
 
     Raises:
-        ValueError: both arguments, or one out of range.
+        ValueError: both arguments are given, or one is out of range.
         TypeError: an argument of another type.
 
     Example:
@@ -78,11 +78,11 @@ class CorrelatedNoise:
             object.__setattr__(self, "decay", decay)
 
     def planned(self, steps: int, separation: int, passes: int) -> CorrelatedNoise:
-        """Return the settings for this run, with ``decay="auto"`` replaced by the decay of least ``loss``.
+        """Return the settings for a planned run: ``decay="auto"`` is replaced by the decay of least ``loss``.
 
         Args:
             steps: logical steps n of the whole run, >= 1.
-            separation: steps b between two uses of a record, >= 1.
+            separation: fewest steps b between two uses of a record, >= 1.
             passes: most uses k of a record, >= 1.
         """
         if self.decay != "auto":
@@ -102,7 +102,7 @@ class CorrelatedNoise:
         """The first column of C^-1 without trailing zeros: r_0 = 1, r_1, ...
 
         Raises:
-            ValueError: ``decay="auto"``, which has none before it is planned.
+            ValueError: ``decay="auto"``, which must be planned first.
         """
         if self.bands is not None:
             column = [1.0]
@@ -124,7 +124,7 @@ class CorrelatedNoise:
         return column
 
     def sensitivity(self, steps: int, separation: int, passes: int, restarts: Sequence[int] = ()) -> float:
-        """Return sens(C) for contributions of norm at most 1; see ``toeplitz_sensitivity``.
+        """Return the sensitivity sens(C) for contributions of norm at most 1; see ``toeplitz_sensitivity``.
 
         Args:
             steps: logical steps n of the whole run, >= 1.
@@ -135,7 +135,7 @@ class CorrelatedNoise:
         return toeplitz_sensitivity(self.coefficients(steps), separation, passes, restarts)
 
     def rmse(self, steps: int) -> float:
-        """Return the root mean square, over steps, of the noise added so far, in units of the std of z.
+        """Return the root mean square, over steps, of the sum of v so far, in units of the std of z.
 
         rmse^2 = (1/n) ||A C^-1||_F^2 = (1/n) sum_{j < n} (n - j) (r_0 + ... + r_j)^2,   A lower-triangular of ones
         """
@@ -147,26 +147,26 @@ class CorrelatedNoise:
         return math.sqrt(float(np.arange(steps, 0, -1) @ sums**2) / steps)
 
     def loss(self, steps: int, separation: int, passes: int) -> float:
-        """Return ``sensitivity * rmse``: the error of the weights at equal privacy and step size, up to a constant."""
+        """Return ``sensitivity * rmse``, the noise in the weights at equal privacy and step size, up to a constant."""
         return self.sensitivity(steps, separation, passes) * self.rmse(steps)
 
     def std_factor(self, step: int) -> float:
-        """Return the std of v over the std of z, per coordinate, ``step`` steps (>= 0) after a start or restart."""
+        """Return the std of v divided by the std of z, ``step`` steps (>= 0) after a start or restart."""
         return math.sqrt(sum(r**2 for r in self.inverse[: step + 1]))
 
 
 def toeplitz_sensitivity(
     coefficients: NDArray[np.float64], separation: int, passes: int, restarts: Sequence[int] = ()
 ) -> float:
-    """Return the L2 sensitivity of ``C G`` to one record; C is lower-triangular Toeplitz, block-diagonal after
-    restarts.
+    """Return the L2 sensitivity of ``C G`` to one record; row t of G is the sum of step t.
 
         max over t_1, t_2, ... of || sum_j C e_{t_j} ||_2,   at most ``passes`` of them, t_{j+1} - t_j >= separation
 
-    For coefficients that are >= 0 and do not increase, earliest and densest is worst: within one block of C the columns
-    o, o + b, o + 2b, ... after the first allowed o. Without restarts that is ``|| sum_{j<k} C e_{1+jb} ||``. With them,
-    a dynamic programme over blocks shares the uses out. Every entry of C only loses by a restart, so the result never
-    grows. Other coefficients are replaced by ``max_{i' >= i} |c_i'|``, an upper bound.
+    C is lower-triangular Toeplitz; each restart begins a new diagonal block. For coefficients that are >= 0 and do not
+    increase, the earliest and densest uses are the worst: within one block of C, the columns o, o + b, o + 2b, ... from
+    the first allowed o on. Without restarts that is ``|| sum_{j<k} C e_{1+jb} ||``. With restarts, a dynamic programme
+    distributes the uses over the blocks. A restart only lowers entries of C, so it never raises the result. Other
+    coefficients are replaced by ``max_{i' >= i} |c_i'|``, an upper bound.
 
     **Guarantee**: an upper bound for contributions of norm at most 1 in any direction; exact for coefficients >= 0 that
     do not increase.
@@ -195,9 +195,7 @@ def toeplitz_sensitivity(
 
     @functools.cache
     def energies(uses: int) -> NDArray[np.float64]:
-        """Return the squared norm of the sum of columns 0, b, 2b, ... (``uses`` of them) in the first i rows, for all
-        i.
-        """
+        """Return for all i the squared norm of the first i rows of the sum of ``uses`` columns 0, b, 2b, ..."""
         rows = -(-steps // separation)
         padded = np.zeros(rows * separation)
         padded[:steps] = coefficients
@@ -207,9 +205,7 @@ def toeplitz_sensitivity(
 
     @functools.cache
     def largest(block: int, offset: int, left: int) -> float:
-        """Return the largest squared norm over the blocks from ``block`` on, which may not begin in the first
-        ``offset`` steps.
-        """
+        """Return the largest squared norm of ``left`` uses in the blocks from ``block`` on, after ``offset`` steps."""
         if block == len(edges) - 1:
             return 0.0
         length = edges[block + 1] - edges[block]

@@ -1,7 +1,7 @@
-"""Noise on the CPU: four streams, on as many threads as are faster.
+"""Noise on the CPU: four streams, on several threads where that is faster.
 
 Gain of the threads: 1.86 million values take 5.5 ms on two threads in place of 8.2 on one, 6.4 million 19.8 in place of
-26.7 (AMD EPYC with AVX2, MKL's generator, 2026-11-27; what that saves of a step is in ``system/openmp.py``).
+26.7 (AMD EPYC with AVX2, MKL's generator, 2026-11-27; the gain per step is in ``system/openmp.py``).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _LEAST_PER_WAITING_THREAD = 1 << 18  # coordinates per torch thread from which e
 
 
 class CpuStreams:
-    """Independent normals for every coordinate of a buffer, drawn by four streams in turn.
+    """Four independent streams of normals that fill a buffer, or add to it, chunk by chunk in turn.
 
     Args:
         seeds: one per stream.
-        tuned: draw on several threads, and have torch's generator start from a state written by hand. Which numbers a
-            seed gives does not depend on the threads, but it does on the generator.
+        tuned: draw on several threads, and prefer torch's generator with a state written by hand to numpy's. The
+            numbers of a seed depend on the generator, not on the threads.
     """
 
     def __init__(self, seeds: Sequence[np.random.SeedSequence], *, tuned: bool = True) -> None:
@@ -38,10 +38,10 @@ class CpuStreams:
         self._threads: ThreadPoolExecutor | None = None  # cached: starting one takes as long as drawing some chunks
 
     def write(self, flat: Tensor, std: float, *, adds: bool) -> None:
-        """Add N(0, std^2) to every coordinate of a one-dimensional buffer, or write it there.
+        """Add N(0, std^2) to every coordinate of a one-dimensional buffer, or overwrite it if ``adds`` is False.
 
         Raises:
-            Exception: whatever drawing raised. No thread writes into the buffer after the call.
+            Exception: an error of drawing. No thread writes into the buffer after the call.
         """
         num_threads = _threads_for(flat.numel()) if self._tuned else 1
 
@@ -71,7 +71,7 @@ class CpuStreams:
             threads.shutdown()
 
     def _write_stream(self, number: int, flat: Tensor, std: float, *, adds: bool) -> None:
-        """Write every fourth chunk, starting with the chunk of that number."""
+        """Write the noise of one stream to every fourth chunk, starting with chunk ``number``."""
         stream = self._streams[number]
         for start in range(number * CHUNK, flat.numel(), NUM_STREAMS * CHUNK):
             target = flat[start : start + CHUNK]
@@ -91,10 +91,9 @@ class CpuStreams:
 
 
 def _threads_for(num: int) -> int:
-    """Return the number of threads to draw so many numbers on; drawing dominates the time, and releases the
-    interpreter.
+    """Return the number of threads for drawing ``num`` numbers; end torch's waiting threads if that pays.
 
-    Never more than torch computes on, so that ``OMP_NUM_THREADS`` and ``torch.set_num_threads`` are limits here too.
+    It is at most torch's number of threads, so ``OMP_NUM_THREADS`` and ``torch.set_num_threads`` are limits here too.
     """
     computing = torch.get_num_threads()
     num_threads = min(NUM_STREAMS, computing, max(1, -(-num // CHUNK)))

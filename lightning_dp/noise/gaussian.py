@@ -1,4 +1,4 @@
-"""Gaussian noise from the operating system's entropy: its scale, its rounding, and single use of every value.
+"""Independent Gaussian noise: its scale, its rounding, and the single use of every value.
 
 Standard normals are drawn in ``sources.py``, on the CPU by the threads of ``cpu.py``, and ahead of time in
 ``prefetch.py``.
@@ -35,33 +35,30 @@ class GaussianNoise:
     with its whole state filled. float32 noise ends at 6.2 standard deviations from MKL (one value of 2^32 is -8.3) and
     at 5.8 from torch. Other devices: the device's own torch generator, seeded with 64 bits from the operating system.
 
-    Secure variant (``secure=True``): uniform bits from a cryptographic generator (AES-256 in counter mode under a key
-    from the operating system if the package ``cryptography`` is installed, else ``os.urandom`` itself, slower); each
-    value is half the sum of four independent Box-Muller normals in float64, so that the grid of the
-    floating-point numbers of a single draw cannot be read off the result; it is added in float64 on the CPU, and the
-    sum is rounded to the nearest multiple of a public grid:
+    Secure variant (``secure=True``): uniform bits come from a cryptographic generator (AES-256 in counter mode under a
+    key from the operating system if the package ``cryptography`` is installed, else the slower ``os.urandom``). Each
+    value is half the sum of four independent Box-Muller normals in float64, so the result does not reveal the
+    floating-point grid of a single draw. The value is added in float64 on the CPU, and the sum is rounded to the
+    nearest multiple of a public grid:
 
         tensor[j] = grid round((tensor[j] + N(0, std^2)) / grid),   grid = 2^(floor(log2 std) - 20)
 
-    Every released value is a whole number of steps between 2^-21 std and 2^-20 std, whatever was in the buffer: bits
-    below the grid, which would tell which numbers were added, do not exist. The rounding to the buffer's type that
-    follows sees the grid's value only. Cost: about 0.3 microseconds per coordinate, some hundred times the fast
-    variant's.
+    The grid's step is between 2^-21 std and 2^-20 std. Every released value is a multiple of it, so it has no lower
+    bits that would reveal the numbers added. The value is rounded to the buffer's type after that. Cost: about 0.3
+    microseconds per coordinate, some hundred times the cost of the fast variant.
 
     **Guarantee**: every coordinate gets its own noise of standard deviation ``std``; no value is ever used twice, by
     this object, by a copy, or by a forked child. ``torch.manual_seed``, ``numpy.random.seed`` and ``seed_everything``
-    neither fix nor move it. Its state cannot be saved: pickling or copying gives a generator with fresh entropy, also
-    where the original had a seed, for noise used twice cancels out. Not covered: an adversary who sees the generator's
-    memory; sums of contributions that were rounded before they got here; values beyond 2^31 ``std``, which float64
-    cannot keep on the grid; and, for the fast variant, low bits (see above) and one who can reconstruct a generator
-    that is not cryptographic.
+    do not affect the noise. Its state cannot be saved: a copy or pickle has fresh entropy, even if the original had a
+    seed, because noise used twice cancels out. Not covered: an adversary who sees the generator's memory; rounding of
+    the sums before noise is added; values beyond 2^31 ``std``, which float64 cannot keep on the grid; and, for the fast
+    variant, low bits (see above) and an adversary who can reconstruct a generator that is not cryptographic.
 
     Args:
-        seed: for tests only: whoever knows it can subtract the noise. ``None``: the operating system's entropy. The
-            same seed gives the same noise whatever the number of threads, but another one with ``mkl-random`` than
-            without.
+        seed: for tests only: whoever knows it can subtract the noise. ``None``: the operating system's entropy. A seed
+            gives the same noise for any number of threads, but other noise with ``mkl-random`` than without.
         secure: whether to use the cryptographic variant.
-        tuned: False draws in the calling thread alone, never ahead, ends no threads of OpenMP, and takes numpy's
+        tuned: False draws in the calling thread only, never ahead of time, ends no OpenMP threads, and uses numpy's
             generator in place of torch's with a state written by hand. The distribution is the same; a seed gives other
             noise.
 
@@ -97,23 +94,21 @@ class GaussianNoise:
     def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
         """Start drawing ``num`` standard normals in the background, for the next call of ``add_`` or ``fill_``.
 
-        That call uses them if its buffer has ``num`` coordinates of that type on that device; any other throws them
-        away and draws its own. Does nothing where it would not help or could not be repeated: on other devices than the
-        CPU, for fewer than 2^15 values, for the secure variant, and under a seed. Holds one more buffer of that size
-        and type.
+        That call uses them if its buffer has ``num`` coordinates of that type on that device. Any other call discards
+        them and draws its own. Does nothing on devices other than the CPU, for fewer than 2^15 values, for the secure
+        variant, under a seed, or with ``tuned=False``. Holds one more buffer of that size and type.
 
-        **Guarantee**: private like noise drawn in the call: what is drawn depends on the generator alone, each value is
-        used at most once, and a forked child, a copy and a pickle have none of them.
+        **Guarantee**: as private as noise drawn in the call: the values depend on the generator alone, each is used at
+        most once, and no forked child, copy or pickle has any of them.
 
         Args:
-            num: coordinates of the buffer that comes next.
-            dtype: its type, float32 or float64.
-            device: where it is.
+            num: number of coordinates of the next buffer.
+            dtype: type of the next buffer, float32 or float64.
+            device: device of the next buffer.
 
         Raises:
             TypeError: another type.
-            Exception: what drawing raised, if values of another number or type were being drawn; else the next call
-                raises it.
+            Exception: an error of an earlier draw of another number or type; other errors are raised by the next call.
 
         Example:
             >>> noise = GaussianNoise()
@@ -141,13 +136,13 @@ class GaussianNoise:
             std: standard deviation, finite and >= 0; 0 leaves the buffer unchanged.
 
         Returns:
-            The same tensor; noisy, hence releasable if ``std`` was calibrated to what it holds.
+            The same tensor, now noisy; it may be released if ``std`` was calibrated to the sensitivity of its content.
 
         Raises:
             TypeError: another type of tensor.
             ValueError: a buffer that is not contiguous, or a ``std`` that is negative, not finite, or so small that
                 the buffer's type would turn it into zero.
-            Exception: what drawing during other work raised, see ``prepare``.
+            Exception: an error of drawing ahead, see ``prepare``.
         """
         check_buffer(tensor, std)
         if std > 0:
@@ -158,8 +153,8 @@ class GaussianNoise:
     def fill_(self, tensor: Tensor, std: float) -> Tensor:
         """Overwrite every coordinate with N(0, std^2); cheaper than adding noise to a sum later.
 
-        **Guarantee**: see the class. What is added to the buffer afterwards, bounded as ``std`` was calibrated to, is
-        as private as a sum to which the noise was added at the end; but for the secure variant: its grid is lost.
+        **Guarantee**: see the class. A sum that is built in the buffer afterwards is as private as a sum with noise
+        added at the end, if ``std`` was calibrated to its sensitivity. Only the secure variant's grid is lost.
 
         Args:
             tensor: as for :meth:`add_`; its values are not read.
@@ -262,7 +257,7 @@ class GaussianNoise:
 
 
 def _on_grid(values: NDArray[np.float64], grid: float) -> NDArray[np.float64]:
-    """Round to multiples of a power of two, exactly; values of 2^52 steps and more stay unchanged."""
+    """Round values in place to multiples of ``grid``, a power of two; values of 2^52 steps and more stay unchanged."""
     near = np.abs(values) < grid * 2.0**52
     np.divide(values, grid, out=values, where=near)
     np.rint(values, out=values, where=near)

@@ -1,8 +1,8 @@
-"""Draw standard normals while other work runs, before they are asked for.
+"""Standard normals drawn in the background, before they are needed.
 
-Gain where a core is free: not measured. Without a free core it costs time: 26.9 ms in place of 24 for a step of the
-benchmark's MLP (2 cores, 2 threads, 2026-11-25), because OpenMP waits for the thread whose core was taken. So
-:func:`has_spare_core` is asked.
+Gain where a core is free: not measured. Without a free core, drawing ahead costs time: 26.9 ms in place of 24 for a
+step of the benchmark's MLP (2 cores, 2 threads, 2026-11-25), because OpenMP waits for the thread whose core was taken.
+So callers check :func:`has_spare_core` first.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if hasattr(os, "register_at_fork"):
 class NormalsAhead:
     """A thread that draws standard normals into a buffer that is reused.
 
-    **Guarantee**: every number drawn is handed out at most once: it is spent before it is handed out, and what does not
-    fit what is asked for is thrown away. No number depends on anything but the generator.
+    **Guarantee**: every number is returned at most once, and numbers that do not match the request are discarded. The
+    numbers depend on the stream alone.
 
     Args:
         stream: source of the numbers; used for nothing else.
@@ -44,7 +44,7 @@ class NormalsAhead:
         self._wanted: tuple[int, torch.dtype] | None = None
 
     def draw(self, num: int, dtype: torch.dtype) -> None:
-        """Start drawing ``num`` numbers; a second call for the same keeps the first, because nothing of it was used."""
+        """Start drawing ``num`` numbers of a type, unless the same draw is pending."""
         if self._drawn is not None and self._wanted == (num, dtype):
             return
         self.take(num, dtype)
@@ -52,10 +52,10 @@ class NormalsAhead:
         self._drawn = self._thread.submit(self._fill, num, dtype)
 
     def take(self, num: int, dtype: torch.dtype) -> Tensor | None:
-        """Wait for the numbers and return them if number and dtype match; else discard them and return None.
+        """Wait for the numbers and return them if their number and type match; else discard them and return None.
 
         Raises:
-            Exception: whatever drawing raised.
+            Exception: an error of drawing.
         """
         drawn, self._drawn = self._drawn, None  # these numbers must never be used again
         if drawn is None:
@@ -64,7 +64,7 @@ class NormalsAhead:
         return normals if self._wanted == (num, dtype) else None
 
     def close(self) -> None:
-        """Discard the numbers and end the thread, which finishes its draw first."""
+        """Discard the numbers, and end the thread after its current draw."""
         self._drawn = None
         self._thread.shutdown(cancel_futures=True)
 
@@ -80,9 +80,9 @@ class NormalsAhead:
 
 
 def has_spare_core() -> bool:
-    """Tell whether a core is free in addition to torch's own; without one, drawing delays the work that it overlaps.
+    """Tell whether the process has more cores than torch has threads; if not, drawing ahead delays other work.
 
-    False where ``OMP_NUM_THREADS`` or ``OMP_THREAD_LIMIT`` is set: then the user has said how many threads compute.
+    False if ``OMP_NUM_THREADS`` or ``OMP_THREAD_LIMIT`` is set, because the user then chose the number of threads.
     """
     if any(name in os.environ for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT")):
         return False

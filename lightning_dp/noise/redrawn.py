@@ -27,19 +27,19 @@ class CorrelatedGaussianNoise:
         fill_ at step t:  tensor = std v_t,   v_t = sum_{j < p} r_j z_{t-j},   z_{t-j} = 0 before the history began
         add_  at step t:  tensor += std v_t
 
-    ``z_t`` follows from a key and t, and is drawn p times. Only a scratch buffer of fixed size is kept, nothing of the
-    buffer's size. If sum_t ``x_t`` has sensitivity sens(C) after C, ``std`` is sigma * sens(C) * (bound of step t).
+    ``z_t`` is determined by a key and t, and is drawn again in each of p steps. Only a scratch buffer of fixed size is
+    kept. For a noise multiplier sigma, pass ``std`` = sigma * sens(C) * (clipping bound of step t).
 
     **Guarantee**: ``z`` of two steps, objects, ranks or coordinates are independent; each is standard normal. The key
     is 256 bits of the operating system's entropy; it is never saved. A copy, a pickle and a forked child get a key of
     their own and begin an empty history (C becomes block-diagonal, which never raises its sensitivity). Global seeds
-    have no influence. The same buffer size, type and device hold for the whole history: a smaller mask would leave
-    coordinates whose earlier noise is not cancelled, so a change raises. Not covered: what ``GaussianNoise`` names for
-    its fast variant; there is no secure variant.
+    have no influence. Size, type and device of the buffer must stay the same for the whole history, because noise is
+    cancelled only where it was added, so a change raises. Not covered: the exclusions of ``GaussianNoise`` for its fast
+    variant. There is no secure variant.
 
     Args:
         settings: planned settings (no ``decay="auto"``).
-        steps: most logical steps that may be drawn, >= 1: those that the planned run has left.
+        steps: most logical steps that may be drawn, >= 1: the steps left in the planned run.
         seed: for tests only: whoever knows it can subtract the noise. ``None``: the operating system's entropy.
 
     Raises:
@@ -53,7 +53,7 @@ class CorrelatedGaussianNoise:
         2
 
     References:
-        Kalinin et al. 2026, arXiv 2601.22334: noise drawn again instead of kept.
+        Kalinin et al. 2026, arXiv 2601.22334: noise drawn again instead of stored.
     """
 
     def __init__(self, settings: CorrelatedNoise, *, steps: int, seed: int | None = None) -> None:
@@ -150,7 +150,7 @@ class CorrelatedGaussianNoise:
         return tensor
 
     def _seed(self, step: int, number: int) -> np.random.SeedSequence:
-        """Return the seed of ``z_step`` on slice ``number`` of the buffer."""
+        """Return the seed of the draw ``z_step`` for slice ``number`` of the buffer."""
         return np.random.SeedSequence(self._key, spawn_key=(step, number))
 
     def _add_cpu(self, flat: Tensor, std: float, terms: list[tuple[float, int]]) -> None:

@@ -1,6 +1,6 @@
-"""Sources of standard normals, each seeded from the operating system's entropy.
+"""Sources of standard normals: fast generators with a given seed, and cryptographic ones.
 
-Fast, on the CPU, the first of these that works here:
+Fast, on the CPU, the first of these that works on this machine:
 
 - MKL's ARS-5 (five rounds of AES on a counter, 128 bits of key and 128 of counter), if the package ``mkl-random`` is
   installed: about 1 nanosecond a value, as the inverse distribution function of 32-bit uniforms.
@@ -36,15 +36,15 @@ _ARS5_KNOWN = (0.7627399307981031, 0.636285213705848, 0.682237985667213, 1.19928
 
 
 Stream = Callable[[Tensor, float], object]
-"""Fills a CPU tensor with normals of a standard deviation: contiguous, one-dimensional, float32 or float64."""
+"""Function that fills a CPU tensor (contiguous, 1-D, float32 or float64) with normals of a standard deviation."""
 
 
 def normal_stream(seed: np.random.SeedSequence, *, tuned: bool = True) -> Stream:
-    """Return an independent stream. Drawing releases the interpreter and starts no threads.
+    """Return the stream of normals of a seed. Drawing releases the interpreter lock and starts no threads.
 
     Args:
-        seed: of the stream.
-        tuned: where mkl-random is not installed, take torch's generator with a state written by hand, not numpy's.
+        seed: seed of the stream; other seeds give independent streams.
+        tuned: without mkl-random, use torch's generator with a state written by hand in place of numpy's.
     """
     generator = _mkl_generator()
     if generator is not None:
@@ -53,7 +53,7 @@ def normal_stream(seed: np.random.SeedSequence, *, tuned: bool = True) -> Stream
 
 
 def threads_that_pay(num_threads: int) -> int:
-    """Return the number of threads to draw on while that many wait: one of MKL's is as fast as two."""
+    """Return the number of threads to draw on if torch's threads are busy: with MKL, one in place of two."""
     return 1 if num_threads <= 2 and _mkl_generator() is not None else num_threads
 
 
@@ -108,9 +108,7 @@ def _torch_stream(seed: np.random.SeedSequence) -> Stream:
 
 
 def _has_known_layout() -> bool:
-    """Tell whether torch's CPU generator stores its state as ``_torch_stream`` writes it, by the state after a known
-    seed.
-    """
+    """Tell whether torch's CPU generator stores the state of a known seed in the layout of ``_torch_stream``."""
     seed = 5489
     state = torch.Generator().manual_seed(seed).get_state().numpy()
     if state.size != _STATE_BYTES:
@@ -132,7 +130,7 @@ def _numpy_stream(seed: np.random.SeedSequence) -> Stream:
 
 
 def secure_words() -> Callable[[int], NDArray[np.uint64]]:
-    """Return a function from n to n uniform 64-bit words of a cryptographic generator."""
+    """Return a function that draws n uniform 64-bit words from a cryptographic generator."""
     try:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
     except ImportError:
@@ -142,7 +140,7 @@ def secure_words() -> Callable[[int], NDArray[np.uint64]]:
 
 
 def secure_normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Turn 4 n uniform words into n standard normals, each half the sum of four Box-Muller draws.
+    """Convert 4 n uniform words to n standard normals, each half the sum of four Box-Muller draws.
 
     r = sqrt(-2 ln u), u in (0, 1];   r cos(2 pi v), r sin(2 pi v), v in [0, 1)
     """
