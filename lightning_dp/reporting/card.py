@@ -1,4 +1,4 @@
-"""The privacy card of a run: everything a reader needs to judge its promise, as plain values."""
+"""The privacy card of a run, as plain values: all that a reader needs to judge its guarantee."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ COMPUTED_BY = {"rdp": "dp-accounting", "prv": "opacus"}
 
 @dataclass(frozen=True, kw_only=True)
 class RunNotes:
-    """Notes for a card, in addition to plan and ledger.
+    """Facts of a run for its card, in addition to plan and ledger.
 
     Args:
-        seeded: sampling and noise came from a known seed, which voids the promise against those who know it.
-        secure_rng: the noise came from the generator that withstands floating-point attacks.
-        nonprivate_logs: names of figures of the training data that were logged without noise.
-        mechanisms: what callbacks decided over, one sentence each.
-        audits: what audits of the run found, one line each.
-        choices: decisions by un-noised figures during training, such as a learning rate, one entry each.
-        kept_apart: why samples are taken to be independent of each other, one entry per way.
+        seeded: whether sampling and noise came from a seed, which voids the guarantee against those who know it.
+        secure_rng: whether the noise came from the generator that withstands floating-point attacks.
+        nonprivate_logs: names of quantities that were logged from training data without noise.
+        mechanisms: settings that callbacks controlled, one entry each.
+        audits: results of audits of the run, one line each.
+        choices: decisions during training from quantities without noise, such as a learning rate, one entry each.
+        kept_apart: reasons to treat samples as independent of each other, one entry each.
     """
 
     seeded: bool = False
@@ -59,10 +59,10 @@ class RunNotes:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> RunNotes:
-        """Return the notes that a checkpoint holds; a missing note is empty or False.
+        """Return the notes in a checkpoint; a missing note is empty or False.
 
         Raises:
-            ValueError: a field of another kind.
+            ValueError: a field of another type.
         """
         flags = [state.get(name, False) for name in ("seeded", "secure_rng")]
         lists = [state.get(name, []) for name in ("nonprivate_logs", "mechanisms", "audits", "choices", "kept_apart")]
@@ -85,7 +85,7 @@ class RunNotes:
 
 
 def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[tuple[int, float]]:
-    """Return epsilon after some of the steps, including the first and the last.
+    """Return epsilon after the first, the last and evenly spaced steps in between.
 
     Args:
         ledger: all releases of the run.
@@ -117,18 +117,18 @@ def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[
 def privacy_card(
     plan: DPPlan, ledger: Ledger, accountant: Accountant, *, notes: RunNotes | None = None
 ) -> dict[str, Any]:
-    """Return all contents of the card, as plain values for JSON.
+    """Return the privacy card of a run, as plain values for JSON.
 
-    **Guarantee**: holds public values only: settings and the ledger, nothing computed from the data.
+    **Guarantee**: the card holds public values only; nothing in it is computed from the data without noise.
 
     Args:
         plan: the public settings of the run.
         ledger: all releases of the run, at least one step.
         accountant: computes epsilon from it.
-        notes: what else there is to say.
+        notes: further facts to state.
 
     Returns:
-        Nested dictionaries. An infinite epsilon is the string "inf", which JSON has no number for.
+        Nested dictionaries. An infinite epsilon is the string "inf", because JSON has no such number.
 
     Raises:
         ValueError: no steps recorded.
@@ -209,7 +209,7 @@ def _statement(plan: DPPlan, ledger: Ledger, epsilon: float, notes: RunNotes) ->
 
 
 def _noise_over_steps(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return the ledger's steps with their noise multipliers; neighbouring entries with equal events become one."""
+    """Return the ledger's runs of equal events: number of steps, noise multiplier and note."""
     return [
         {"steps": sum(run.num_steps for run in runs), "noise_multiplier": event.noise_multiplier, "note": event.reason}
         for event, runs in itertools.groupby(ledger.entries, key=lambda run: run.event)
@@ -217,7 +217,7 @@ def _noise_over_steps(ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def _attacks(ledger: Ledger, accountant: Accountant) -> dict[str, Any]:
-    """Return the largest true positive rates of any attack, at the stated rates and along a curve."""
+    """Return the largest true positive rates and the largest advantage of any attack."""
     curve = [10 ** (place / _CURVE_POINTS) for place in range(-_CURVE_DECADES * _CURVE_POINTS, 1)]
     pld = accountant if isinstance(accountant, PLDAccountant) else None
     bounds = attack_bounds(ledger, [*FALSE_POSITIVE_RATES, *curve], accountant=pld)

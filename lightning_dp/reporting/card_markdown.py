@@ -15,8 +15,8 @@ def to_markdown(card: Mapping[str, Any], *, plot: str | None = None) -> str:
     """Return the card as Markdown.
 
     Args:
-        card: what ``privacy_card`` returned.
-        plot: name of the file with the picture of epsilon over steps and of attacks; None puts epsilon into a table.
+        card: dictionary that ``privacy_card`` returned.
+        plot: name of the file with the plot of epsilon and attacks; None prints epsilon over steps as a table.
     """
     definition, accounting, mechanism = card["definition"], card["accounting"], card["mechanism"]
     size = "unknown" if definition["dataset_size"] is None else definition["dataset_size"]
@@ -80,7 +80,7 @@ def _cell(value: object) -> str:
 
 
 def _attack_section(attacks: Mapping[str, Any], unit: str) -> str:
-    """Return the section on the largest success of any attack."""
+    """Return the card's section on the success of the best attack."""
     lines = [
         "## Attacks\n",
         f"Whoever sees everything that was released, knows all other {unit}s and wants to tell whether one {unit} was "

@@ -25,16 +25,16 @@ def plot_card(
     delta: float,
     target: float | None = None,
 ) -> bytes | None:
-    """Plot epsilon over steps, and the largest true positive rate over the false positive rate.
+    """Plot epsilon over steps, and the largest true positive rate of an attack over its false positive rate.
 
     Args:
         points: pairs (step, epsilon); an epsilon may be the string "inf".
         attacks: pairs (false positive rate, largest true positive rate), rising, above 0.
-        delta: for the label.
-        target: an epsilon to mark.
+        delta: delta at which epsilon is stated, for the label.
+        target: target epsilon to mark in the plot.
 
     Returns:
-        The picture as SVG; None where no epsilon is finite, which leaves nothing to draw.
+        The plot as SVG; None if no epsilon is finite.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Destination of the files in which a run reports its privacy."""
+"""Settings for the files of a privacy card."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CardFiles:
-    """Destination of the privacy card.
+    """Settings for the files of a privacy card.
 
     Args:
-        enabled: whether a card is written at all.
-        directory: for its files; None means the logger's.
-        fallback: directory if there is no logger; None means that no card is written then.
+        enabled: whether a card is written.
+        directory: directory of the files; None means the logger's directory.
+        fallback: directory if there is neither a directory nor a logger; None means that no card is written then.
     """
 
     enabled: bool = True

@@ -31,12 +31,12 @@ _OTHER_RECORDS = "more than one record of a person or series: each is hidden on 
 
 
 def not_covered(plan: DPPlan) -> list[str]:
-    """Return the exclusions from the promise of a run with this plan, one entry per kind."""
+    """Return the exclusions from the guarantee of a run with this plan, one entry each."""
     return [*NOT_COVERED, *([_OTHER_RECORDS] if plan.unit == "record" else [])]
 
 
 def describe_relation(relation: str, unit: str = "record") -> str:
-    """Return how neighbouring datasets differ, in words.
+    """Return the difference between neighbouring datasets, in words.
 
     Example:
         >>> describe_relation("add_or_remove_one", "user")
@@ -46,7 +46,7 @@ def describe_relation(relation: str, unit: str = "record") -> str:
 
 
 def describe_unit(plan: DPPlan) -> str:
-    """Return the unit whose presence is hidden, in words."""
+    """Return the protected unit, in words."""
     if plan.unit == "record":
         return "one record of the training set"
     most = plan.records_per_unit
@@ -54,7 +54,7 @@ def describe_unit(plan: DPPlan) -> str:
 
 
 def describe_epsilon(epsilon: float) -> str:
-    """Return an epsilon as text, rounded up so that it never understates.
+    """Return an epsilon as text with five digits, rounded up below 100,000 so that it does not understate.
 
     Example:
         >>> describe_epsilon(1.23001), describe_epsilon(math.inf)
@@ -67,7 +67,7 @@ def describe_epsilon(epsilon: float) -> str:
 
 
 def describe_share(share: float) -> str:
-    """Return a share in percent, rounded up so that it never understates.
+    """Return a share in percent as text, rounded up so that it does not understate.
 
     Example:
         >>> describe_share(0.0182985), describe_share(1e-3), describe_share(1.0)
@@ -81,7 +81,7 @@ def describe_share(share: float) -> str:
 
 @dataclass(frozen=True)
 class _Described:
-    """A clipping of which only the description was saved."""
+    """A placeholder for a saved clipping, with its description only."""
 
     text: str
 
@@ -91,13 +91,13 @@ class _Described:
 
 
 def stated_plan(state: Mapping[str, Any]) -> DPPlan:
-    """Return the plan in a checkpoint, complete enough for a statement: its schedule and clipping cannot be run again.
+    """Return a plan from a checkpoint for use in statements; its schedule and clipping cannot train again.
 
     Args:
-        state: what ``DPPlan.state_dict`` returned.
+        state: dictionary that ``DPPlan.state_dict`` returned.
 
     Raises:
-        ValueError: a field is missing or of another kind.
+        ValueError: a field is missing or of another type.
     """
     kinds: dict[str, tuple[type, ...]] = {
         "sampling": (str,),
@@ -150,17 +150,17 @@ def privacy_statement(
     choices: Collection[str] = (),
     kept_apart: Sequence[str] = (),
 ) -> str:
-    """Return the privacy statement of a run: what is promised, how it was computed, what is not covered.
+    """Return the privacy statement of a run: the guarantee, the settings behind it, and the exclusions.
 
     Args:
         plan: the public settings.
         ledger: all releases of the run.
         accountant: computes epsilon from it.
-        seeded: whether sampling and noise came from a known seed, which voids the promise against those who know it.
-        nonprivate_logs: names of figures of the training data that were logged without noise.
-        audits: what audits of this run found, a line each.
-        choices: decisions by un-noised figures during training.
-        kept_apart: why samples are taken to be independent of each other.
+        seeded: whether sampling and noise came from a seed, which voids the guarantee against those who know it.
+        nonprivate_logs: names of quantities that were logged from training data without noise.
+        audits: results of audits of this run, one line each.
+        choices: decisions during training from quantities without noise.
+        kept_apart: reasons to treat samples as independent of each other.
     """
     lines = [summary_line(plan, ledger, accountant)]
     if ledger.num_steps:
@@ -192,7 +192,7 @@ def privacy_statement(
 
 
 def describe_sampling(plan: DPPlan) -> str:
-    """Return in words how batches are drawn and accounted for."""
+    """Return a description of the sampling and its accounting, in words."""
     if amplifies_allocation(plan):
         return f"shuffled batches (random allocation to {plan.batches_per_pass} batches per pass)"
     if plan.sampling != "poisson":
@@ -201,10 +201,10 @@ def describe_sampling(plan: DPPlan) -> str:
 
 
 def amplifies_allocation(plan: DPPlan) -> bool:
-    """Tell whether passes are random allocations that the plan's accountant counts as less than one Gaussian each."""
+    """Tell whether the plan's accountant amplifies privacy by the random allocation of records to batches."""
     return plan.allocates and ACCOUNTANTS[plan.accountant].amplifies_from < math.inf
 
 
 def why_infinite(ledger: Ledger) -> str:
-    """Return the reason why no epsilon bounds the releases in a ledger."""
+    """Return the reasons for an infinite epsilon of a ledger, separated by semicolons."""
     return "; ".join(sorted({run.event.reason for run in ledger.entries} - {""}) or ["some step had no noise"])
