@@ -1,13 +1,12 @@
-"""Ask glibc to keep freed memory for the next step. No result depends on it.
+"""Settings by which glibc keeps freed memory for the next step. No result depends on them.
 
 Gain: a CNN's step without privacy takes .83 of its time, and has under 100 page faults in place of 12,000; six other
 models take .98 to 1.01 (Intel Xeon with AVX-512, 2 threads; ``benchmarks/step_cost.py --modes kept`` of 2026-11-25).
-The mode ``kept`` gathers the rows of its batches as well since then: with both, the CNN takes .92 and .87 on two AMD
-EPYC.
+Since then the mode ``kept`` also gathers the rows of its batches: with both changes, the CNN takes .92 and .87 on two
+AMD EPYC.
 
 A page that is touched for the first time costs a page fault. By default glibc maps blocks above a threshold one by one,
-and returns the free end of its heap to the system, so that the next step touches the same pages for the first time
-again.
+and returns the free end of its heap to the system. So the next step pays for its pages again.
 """
 
 from __future__ import annotations
@@ -27,11 +26,10 @@ _keeps = False
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory in this process until :func:`follow_default_thresholds`; return whether it does.
+    """Let glibc keep freed memory until :func:`follow_default_thresholds` is called; return whether it does.
 
-    The process is then as large between steps as within them. Nothing is changed where another C library is used.
-    Settings of malloc given in environment variables (``MALLOC_*``, ``GLIBC_TUNABLES``) take precedence: then nothing
-    is changed either.
+    The process is then as large between steps as within them. Nothing is changed if another C library is used, or if
+    environment variables configure malloc (``MALLOC_*``, ``GLIBC_TUNABLES``).
     """
     global _keeps
     library = _glibc()
@@ -44,10 +42,10 @@ def keep_freed_memory() -> bool:
 def follow_default_thresholds() -> None:
     """Undo :func:`keep_freed_memory`, as closely as glibc allows; do nothing if it changed nothing.
 
-    mallopt switches off glibc's own adjustment, and no call switches it on again. That rule raises the threshold for
-    mapping to the size of the largest mapped block that was freed, up to 32 MiB, and the threshold for trimming to
-    twice as much. So these limits are set, which the rule itself reaches once a block of nearly 32 MiB has been freed.
-    A process whose blocks are all smaller keeps up to 64 MiB at the end of its heap where it would have kept less.
+    mallopt switches off glibc's dynamic thresholds, and no call switches them on again. The dynamic threshold for
+    mapping rises to the size of the largest mapped block that was freed, up to 32 MiB, and the threshold for trimming
+    to twice as much. So this function sets these upper limits, which glibc would reach after freeing a block of nearly
+    32 MiB. A process with smaller blocks only keeps up to 64 MiB at the end of its heap, more than by default.
     """
     global _keeps
     library = _glibc()
@@ -58,7 +56,7 @@ def follow_default_thresholds() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return free memory in glibc's heap to the operating system, once."""
+    """Return the free memory of glibc's heap to the operating system, once."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(ctypes.c_size_t(0))

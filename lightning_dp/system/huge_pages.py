@@ -1,4 +1,4 @@
-"""Ask Linux to back a long-lived buffer by huge pages. No result depends on it.
+"""Huge pages of Linux for long-lived buffers. No result depends on them.
 
 Gain: not measured alone.
 """
@@ -19,11 +19,11 @@ _MADV_HUGEPAGE = 14
 def huge_pages(tensor: Tensor) -> Tensor:
     """Request huge pages for a fresh tensor, and return the same tensor.
 
-    For buffers that are kept for long: making a huge page takes long where memory is scattered.
+    Use it for long-lived buffers, because making a huge page is slow if memory is fragmented.
 
     Args:
-        tensor: contiguous. Nothing is done on another device or system, for less than one huge page, or while a fit
-            with ``tune_process=False`` runs.
+        tensor: contiguous tensor. Nothing is done on devices other than the CPU, on systems other than Linux, for less
+            than one huge page, or while a fit with ``tune_process=False`` runs.
 
     Example:
         >>> import torch

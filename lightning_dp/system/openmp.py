@@ -1,13 +1,13 @@
-"""End torch's idle compute threads between computations, so that noise can be drawn on their cores.
+"""Ending of torch's idle compute threads between computations, so that noise can be drawn on their cores.
 
 Gain: a private step takes .73 of its time on the benchmark's embedding and .95 on its MLP, since two threads draw 6.4
 million values in 19.8 ms in place of 26.7, and 1.86 million in 5.5 in place of 8.2 (AMD EPYC with AVX2, 2 threads,
 commit before against commit after, 11 pairs of ``benchmarks/step_cost.py`` on 2026-11-27).
 
-GNU's OpenMP, which torch uses on Linux, lets threads wait awake: they keep their cores busy for some milliseconds after
-a computation, so that the next one finds them ready. A thread of ours that draws numbers meanwhile takes turns with
-them. OpenMP 5.0 has a call that ends them; the next computation starts new ones, which takes about a tenth of a
-millisecond for one.
+GNU's OpenMP, which torch uses on Linux, lets threads wait actively: they keep their cores busy for some milliseconds
+after a computation, so that the next computation finds them ready. A thread that draws noise meanwhile must share their
+cores. OpenMP 5.0 has a call that ends the waiting threads. The next computation starts new ones, in about a tenth of a
+millisecond for one thread.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def can_end_waiting_threads() -> bool:
-    """Tell whether torch's OpenMP library can end its threads, and the environment sets no wait policy."""
+    """Tell whether waiting threads can be ended: GNU's OpenMP, no wait policy set, no forked child."""
     return not _forked and not any(name in os.environ for name in _ENVIRONMENT) and _pause() is not None
 
 
 def end_waiting_threads() -> bool:
-    """End the idle compute threads of the calling thread; return whether all of them ended.
+    """End the idle compute threads of the calling thread; return whether they ended.
 
-    No result depends on it. Nothing is done, and the answer is no, if torch computes with another library than GNU's
-    OpenMP, if ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` is set, and in a forked child, which has its parent's list of
-    threads but none of them.
+    No result depends on it. Do nothing and return False if torch does not use GNU's OpenMP, if ``OMP_WAIT_POLICY`` or
+    ``GOMP_SPINCOUNT`` is set, or in a forked child, which has its parent's list of threads but none of these threads.
 
     Example:
         >>> import torch
@@ -57,7 +56,7 @@ def end_waiting_threads() -> bool:
 
 @functools.cache
 def _pause() -> Callable[[], bool] | None:
-    """Return the function that ends the threads, or None if the library is not loaded or older than GCC 9."""
+    """Return the function that ends the threads, or None without GNU's OpenMP of GCC 9 or later on Linux."""
     if sys.platform != "linux":
         return None
     try:

@@ -1,7 +1,7 @@
-"""Find out whether a tensor's memory has a second owner, so that a buffer can be reused.
+"""Detection of a second owner of a tensor's memory: a buffer without one can be reused.
 
-Gain: not measured alone. A buffer of more than 32 MiB that is not used again costs a page fault for each of its pages
-in every step, whatever glibc's thresholds are.
+Gain: not measured alone. A buffer of more than 32 MiB that is not reused costs one page fault per page in every step,
+whatever glibc's thresholds are.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from torch import Tensor
 
 
 def _owners(tensor: Tensor) -> tuple[int, int]:
-    """Return the number of tensors and of Python objects that refer to a tensor's memory; (0, 0) if torch does not
-    report it.
-    """
+    """Return the numbers of tensors and of Python objects that use a tensor's memory; (0, 0) if unknown."""
     count, storage = getattr(torch._C, "_storage_Use_Count", None), tensor.untyped_storage()
     return (0, 0) if count is None else (count(storage._cdata), sys.getrefcount(storage))
 
@@ -26,8 +24,7 @@ _ALONE = _owners(torch.zeros(1))
 def is_shared(tensor: Tensor) -> bool:
     """Tell whether the memory of a tensor has a second owner: a view, a gradient, an array.
 
-    True where torch does not tell, and on devices that work behind the program's back, where freed memory may still be
-    read.
+    True also if torch does not report it, and on devices other than the CPU, which may still be reading freed memory.
 
     Example:
         >>> tensor = torch.zeros(3)

@@ -1,4 +1,4 @@
-"""Every private API of torch that the package uses outside of ``per_sample``: one function each, with its own test."""
+"""Access to private APIs of torch outside of ``per_sample``: one function per API, each with its own test."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ NormWithStatistics: type[nn.Module] = nn.modules.batchnorm._NormBase
 
 
 def replace_children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return the module's own dictionary of its direct submodules; assigning to an entry replaces a submodule."""
+    """Return a module's own dictionary of direct submodules; assigning to an entry replaces a submodule."""
     return module._modules
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Tell whether a module is one that ``torch.compile`` returned, or was compiled in place by Lightning."""
+    """Tell whether ``torch.compile`` returned this module, or Lightning compiled it in place."""
     return getattr(module, "_compiler_ctx", None) is not None or hasattr(module, "_orig_mod")
 
 
 def num_changes(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place; -1 if torch does not count."""
+    """Return the number of in-place changes of a tensor; -1 for inference tensors, which have no count."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the persistent buffers of a module, with their qualified names."""
+    """Yield the qualified names of a module's persistent buffers, with the buffers."""
     for prefix, part in module.named_modules():
         for name, value in part._buffers.items():
             if value is not None and name not in part._non_persistent_buffers_set:
@@ -35,5 +35,5 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def wrapped_sampler(sampler: Any) -> Any:
-    """Return the sampler inside one of Lightning's distributed wrappers; the wrapper itself if it holds none."""
+    """Return the sampler inside a distributed wrapper of Lightning, or the given sampler if there is none inside."""
     return getattr(sampler.dataset, "_sampler", sampler)

@@ -1,9 +1,9 @@
-"""Tune the process while a fit runs, and undo the tuning afterwards.
+"""Tuning of the process while a fit runs, undone afterwards.
 
-What is tuned, each with its gain in its own file: glibc keeps freed memory (``allocator.py``), torch's waiting threads
-are ended before noise is drawn in threads (``openmp.py``, ``noise/cpu.py``), noise is drawn ahead
+These are tuned, each with its gain in its own file: glibc keeps freed memory (``allocator.py``), torch's waiting
+threads are ended before noise is drawn in threads (``openmp.py``, ``noise/cpu.py``), noise is drawn ahead of time
 (``noise/prefetch.py``), torch's generator starts from a state that is written by hand (``noise/sources.py``), buffers
-are used again (``owners.py``), and buffers that are kept for long have huge pages (``huge_pages.py``).
+are reused (``owners.py``), and long-lived buffers have huge pages (``huge_pages.py``).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class ProcessTuning:
     """All process-wide tuning of private fits, active from ``start`` to ``stop``.
 
     Two fits in one process may overlap: the memory settings are undone when the last of them stops. ``start`` and
-    ``stop`` may be called twice. A forked child begins without tuning, whatever its parent had.
+    ``stop`` may be called twice. A forked child begins without tuning.
 
-    While a tuning with ``enabled=False`` runs, no buffer is used again and none gets huge pages. Noise has a switch of
-    its own, ``GaussianNoise(tuned=False)``, and ends its threads in ``GaussianNoise.close``.
+    While a tuning with ``enabled=False`` runs, no buffer is reused or gets huge pages. Noise has a switch of its own,
+    ``GaussianNoise(tuned=False)``; its threads end in ``GaussianNoise.close``.
 
     Args:
         enabled: False leaves the process alone.
@@ -38,7 +38,7 @@ class ProcessTuning:
         self._keeps_memory = False
 
     def start(self, *, on_cpu: bool = True) -> None:
-        """Start the tuning; do nothing if it is active.
+        """Start the tuning, unless it is active.
 
         Args:
             on_cpu: whether the fit computes on the CPU. On other devices the memory settings stay unchanged.
@@ -49,7 +49,7 @@ class ProcessTuning:
                 self._keeps_memory = self.enabled and on_cpu and allocator.keep_freed_memory()
 
     def stop(self) -> None:
-        """Undo the tuning and free memory to the system; do nothing if it is inactive or another fit needs it."""
+        """Stop the tuning; undo the memory settings and return free memory to the system if no other fit needs them."""
         with _lock:
             if self not in _running:
                 return
@@ -60,7 +60,7 @@ class ProcessTuning:
             self._keeps_memory = False
 
     def describe(self) -> str:
-        """Return one line for the log: the active tuning, or why there is none."""
+        """Return one line for the log: the active tuning, or the reason for none."""
         if not self.enabled:
             return "Process tuning is off (tune_process=False)."
         tuned = ["glibc keeps freed memory"] if self._keeps_memory else []
@@ -85,12 +85,12 @@ _lock = threading.Lock()
 
 
 def is_allowed() -> bool:
-    """Tell whether buffers may be reused and have huge pages: only if no fit with ``tune_process=False`` runs."""
+    """Tell whether buffers may be reused and have huge pages: not while a fit with ``tune_process=False`` runs."""
     return all(tuning.enabled for tuning in _running)
 
 
 def _begin_child() -> None:
-    """Reset a forked child to no tuning. Its memory is not trimmed, which would take time in every data worker."""
+    """Switch off all tuning in a forked child. Do not trim its memory, which would slow every data worker."""
     global _lock
     _lock = threading.Lock()
     for tuning in _running:
