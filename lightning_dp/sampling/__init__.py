@@ -1,8 +1,9 @@
-"""Random draws of the records of each step, and their transport to the training step.
+"""Random draws of the records of each step, and the loading of these records.
 
-Read in this order: ``indices`` (the random draws), ``units`` (users with several records), ``batches`` (one item of the
-loader), ``fetch`` and ``randomness`` (how it is read), ``facts`` (what is public), ``checks`` (which loaders cannot be
-made private, and why), ``shapes`` (training data that is not one loader), ``loader``, ``make`` (put them together).
+Read in this order: ``indices`` (random draws), ``units`` (users with several records), ``batches`` (items of the
+loader), ``fetch`` and ``randomness`` (reading of an item), ``facts`` (public facts), ``checks`` (refusal of loaders
+that cannot be private), ``shapes`` (training data in other forms than one loader), ``loader`` (the private loader),
+``make`` (its construction).
 """
 
 from lightning_dp.sampling.batches import LogicalBatch

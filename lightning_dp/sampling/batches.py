@@ -1,4 +1,4 @@
-"""One item of a private loader: a number of samples, collated in microbatches that fit on the device."""
+"""One item of a private loader: samples, collated in microbatches that fit on the device."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ _pin: Callable[[Any], Any] = _pinning.pin_memory
 
 
 class LogicalBatch:
-    """The samples of one item of a private loader, already collated in microbatches.
+    """The samples of one item of a private loader, collated in microbatches.
 
-    An item is one logical batch, or one of its ``accumulate`` parts. It is falsy when empty, which
-    happens with Poisson sampling and is not an error: the step is taken and counted all the same.
+    An item is one logical batch, or one of its ``accumulate`` parts. An empty item is falsy. It occurs with Poisson
+    sampling and is not an error: the step is taken and counted.
 
-    The class is deliberately not a sequence: whatever walks through nested collections (device transfer, guessing of
-    batch sizes) sees one opaque object, and microbatches move to the device one at a time, when they are used.
+    The class is deliberately not a sequence: code that traverses nested collections (device transfer, inference of
+    batch sizes) sees one opaque object, and each microbatch moves to the device only when it is used.
 
-    **Guarantee**: a user's records are all in one microbatch. How many samples there are, whose, and which, is private.
+    **Guarantee**: a user's records are all in one microbatch. The number of samples, their owners and the samples are
+    private.
 
     Args:
         microbatches: pairs (number of units >= 1, the batch as the user's ``collate_fn`` made it). A unit is a record,
             or a user with some records.
         owners: for each microbatch, an int64 tensor of shape (records,): the position 0 ... units - 1 of the user to
-            whom each record belongs, ascending. ``None`` for a microbatch whose units are records, and for all of them.
+            whom each record belongs, ascending. ``None`` if units are records, for one microbatch or for all.
 
     Example:
         >>> batch = LogicalBatch([(2, "ab"), (1, "c")])
@@ -71,9 +72,10 @@ class LogicalBatch:
 class MicrobatchCollate:
     """A collate function that cuts samples into microbatches and collates each with the user's function.
 
-    With m = ceil(samples / microbatch_size) microbatches, sizes differ by one at most. Users with several records are
-    never split: each microbatch takes users until the next one would exceed the size; one with more records than that
-    goes alone. No sample, no call: an empty list gives an empty ``LogicalBatch`` and the user's function never sees it.
+    There are m = ceil(samples / microbatch_size) microbatches, whose sizes differ by one at most. Users with several
+    records are never split: each microbatch takes users until the next user would exceed the size, and a user with more
+    records gets a microbatch alone. An empty list gives an empty ``LogicalBatch`` without a call of the user's
+    function.
 
     Args:
         collate_fn: the user's function from a list of samples to a batch.
@@ -88,8 +90,8 @@ class MicrobatchCollate:
         """Return the logical batch of these samples.
 
         Args:
-            samples: records, those of one user after those of the other.
-            sizes: number of records >= 1 of each user; ``None`` if each record is a unit of its own.
+            samples: records, grouped by user.
+            sizes: number of records of each user, >= 1; ``None`` if each record is a unit.
         """
         if not samples:
             return LogicalBatch([])

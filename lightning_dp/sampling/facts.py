@@ -1,4 +1,4 @@
-"""The public facts about a private loader's sampling, for accounting and planning."""
+"""Public facts about the sampling of a private loader, for accounting and planning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_dp.sampling.checks import dataset_length
 
 @dataclass(frozen=True)
 class SamplingFacts:
-    """Public description of how records, or whole users, are drawn into the logical batches.
+    """Public facts about the sampling of records, or whole users, into logical batches.
 
     Args:
         sampling: "poisson", "shuffle" or "cyclic".
@@ -21,12 +21,12 @@ class SamplingFacts:
         expected_batch_size: units B expected in a logical batch, over all ranks and parts: the divisor of the sum.
         sample_rate: q = B / n for "poisson"; ``None`` for "shuffle" and "cyclic".
         steps_per_epoch: logical batches in a pass; ``None`` if unknown.
-        add_remove_changes_one_batch: whether one unit more or less changes one batch of a pass by one unit. False
-            for iterable datasets, whose batches are cut in order: a record added moves all that follow. False for
-            "cyclic" with a public assignment: it is one of positions, and those behind a removed record shift. Then
-            only the relations that keep the other records in place change a single batch.
-        accumulate: items that one logical batch is handed out in.
-        separation: logical steps between two uses of a unit, exactly; ``None`` if random or not promised.
+        add_remove_changes_one_batch: whether adding or removing a unit changes one batch of a pass by one unit. False
+            for iterable datasets, whose batches are cut in order, so an added record moves all later ones. False for
+            "cyclic" with a public assignment, which goes by position, so a removed record shifts all later ones. Then
+            only relations that keep the other records in place change a single batch.
+        accumulate: number of items of a logical batch.
+        separation: exact number of logical steps between two uses of a unit; ``None`` if random or not promised.
         fixed_order: whether the order is the same in every pass.
         unit: "record" or "user", the protected unit.
         records_per_unit: most records that a user brings to a logical batch; ``None`` for records.
@@ -51,13 +51,13 @@ class SamplingFacts:
         return self.steps_per_epoch if drawn else None
 
     def passes(self, steps: int) -> int:
-        """Return how often a unit participates in the first ``steps`` logical steps, at most: k in sens(C).
+        """Return the most times that a unit takes part in the first ``steps`` logical steps: k in sens(C).
 
         Args:
             steps: logical steps of the planned run, >= 1.
 
         Raises:
-            ValueError: the order is not the same in every pass, or the pass has no known end.
+            ValueError: the order is not fixed, or the length of a pass is unknown.
 
         Example:
             >>> SamplingFacts("cyclic", 100, 10, None, 10, separation=10, fixed_order=True).passes(25)
@@ -90,10 +90,10 @@ def map_facts(
     records_per_unit: int | None,
     public_assignment: bool,
 ) -> SamplingFacts:
-    """Return the facts for a dataset with random access and ``size`` units.
+    """Return the sampling facts for a dataset with random access and ``size`` units.
 
     Raises:
-        ValueError: a logical batch would hold more units than there are.
+        ValueError: the expected logical batch is larger than the number of units.
     """
     assert isinstance(loader.batch_sampler, BatchSampler)
     batch_size = loader.batch_sampler.batch_size
@@ -124,7 +124,7 @@ def map_facts(
 
 
 def stream_facts(loader: DataLoader[Any], *, accumulate: int, world_size: int, fixed_order: bool) -> SamplingFacts:
-    """Return the facts for an iterable dataset; ``fixed_order`` is the user's promise."""
+    """Return the sampling facts for an iterable dataset; ``fixed_order`` is the user's promise of one order."""
     assert loader.batch_size is not None
     size: int | None = dataset_length(loader.dataset) if hasattr(loader.dataset, "__len__") else None
     steps_per_epoch = None if size is None else -(-len(loader) // accumulate)

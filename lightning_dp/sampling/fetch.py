@@ -1,4 +1,4 @@
-"""Reading of items in the loading process, between torch's loader and the user's dataset."""
+"""Wrappers between torch's loader and the user's dataset, which read and collate an item in the loading process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def as_it_is(batch: Any) -> Any:
 
 
 def reads_many(dataset: Any) -> bool:
-    """Tell whether ``DataLoader`` would read a whole list of indices at once from this dataset."""
+    """Tell whether a ``DataLoader`` reads a whole list of indices from this dataset at once."""
     return bool(getattr(dataset, "__getitems__", None))
 
 
@@ -30,8 +30,8 @@ def read(dataset: Any, indices: list[int]) -> list[Any]:
     """Return the samples at these indices; no dataset is called with an empty list.
 
     Raises:
-        TypeError: the dataset reads many samples at once and did not return one for each index, so that samples cannot
-            be distinguished.
+        TypeError: a dataset that reads many samples at once did not return one sample per index, so they cannot be
+            distinguished.
     """
     if not indices:
         return []
@@ -85,14 +85,14 @@ class _Before:
 
 
 class BeforeRecords(_Before):
-    """A fetcher of one item of a dataset with random access; reading and collating use fresh randomness.
+    """A wrapper of a map-style dataset that reads and collates one item at a time, with fresh randomness.
 
     **Guarantee**: see ``fresh_randomness``; the entropy is that of the item's ``Draw``.
 
     Args:
-        dataset: map-style dataset, or what gathers rows of one.
-        collate: makes the microbatches.
-        draws: whether the user's code may draw random numbers while it reads or collates.
+        dataset: map-style dataset, or a ``Gather`` of its rows.
+        collate: collate function that makes the microbatches.
+        draws: whether user code, which may draw random numbers, reads or collates; False skips fresh randomness.
     """
 
     _own = _Before._own | {"_draws"}
@@ -111,19 +111,19 @@ class BeforeRecords(_Before):
 
 
 class BeforeStream(_Before):
-    """A fetcher of items from a stream; torch's loader groups its records, and each item uses fresh randomness.
+    """A wrapper of an iterable dataset that reads and collates each item with fresh randomness.
 
-    The loader asks for ``batch_size`` records one by one and then for their collated batch. The randomness begins with
-    the first of them and ends with ``collate``, or where the stream ends or raises.
+    The loader reads ``batch_size`` records one by one and then calls ``collate``. The randomness of an item begins with
+    the first record and ends with ``collate``, or when the stream ends or raises.
 
-    **Guarantee**: see ``fresh_randomness``; the entropy is the operating system's, or follows from the seed, the worker
+    **Guarantee**: see ``fresh_randomness``; the entropy is the operating system's, or depends on the seed, the worker
     and the number of the item.
 
     Args:
         dataset: iterable dataset.
-        collate: makes the microbatches.
-        batch_size: records in an item.
-        seed: words that the entropy follows from, for tests; ``None``: the operating system's entropy.
+        collate: collate function that makes the microbatches.
+        batch_size: number of records in an item.
+        seed: seed of the entropy, for tests; ``None``: the operating system's entropy.
     """
 
     _own = _Before._own | {"_batch_size", "_seed", "_num_items", "_scope"}
@@ -156,7 +156,7 @@ class BeforeStream(_Before):
             yield record
 
     def collate(self, samples: list[Any]) -> LogicalBatch:
-        """Return the logical batch of the last records read, and end their random streams."""
+        """Return the logical batch of the given records, and end their random streams."""
         if self._scope is None:  # a shorter last item: the end of the stream has ended its randomness
             self._begin()
         try:

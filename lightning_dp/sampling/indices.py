@@ -1,4 +1,4 @@
-"""The random draws: batch samplers that decide which record, or which user, joins which step."""
+"""The random draws: batch samplers that assign records, or users, to steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHOICES, _ENTROPY = 1, 2  # children of a rank's seed, in addition to the strea
 
 
 def _generator(seed: int | None, rank: int, world_size: int) -> np.random.Generator:
-    """Return the random generator of a rank: 256 bits of the system's entropy, or the rank's child of a seed.
+    """Return the generator of a rank, seeded with 256 bits of the system's entropy or the rank's child of a seed.
 
     Neither torch's nor numpy's global seed has any influence.
     """
@@ -30,12 +30,12 @@ def _generator(seed: int | None, rank: int, world_size: int) -> np.random.Genera
 
 
 class Draw(list[int]):
-    """Indices of the records of one loader item, as passed to the reading process.
+    """Indices of the records of one loader item, with the entropy for reading them.
 
     Args:
         indices: into the dataset; private.
-        sizes: how many of them each user brings, user by user; ``None`` if the unit is a record.
-        entropy: where the random streams of the code that reads them begin.
+        sizes: number of these indices per user, in order; ``None`` if the unit is a record.
+        entropy: seed of the random streams of the code that reads the records.
     """
 
     __slots__ = ("entropy", "sizes")
@@ -47,10 +47,10 @@ class Draw(list[int]):
 
 
 class _PrivateBatchSampler(Sampler[list[int]], ABC):
-    """Shared base of the samplers: the rank's units ``rank, rank + W, ...`` and a generator that is never reset.
+    """Base class of the samplers: it draws from the rank's units ``rank, rank + W, ...`` with one generator.
 
-    A unit is a record, or a user with some records. A copy (pickle, ``copy``) of a sampler without a seed draws from
-    fresh entropy, so that two copies never pick the same units.
+    A unit is a record, or a user with some records. The generator is never reset. A copy or pickle of a sampler without
+    a seed has fresh entropy, so two copies draw independently.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
         return np.random.SeedSequence(self.seed, spawn_key=(self.rank, *key))
 
     def _records(self, own: NDArray[Any]) -> Draw:
-        """Map indices among the rank's units to records of the dataset."""
+        """Return the records of the units with these indices among the rank's units."""
         units = own * self.world_size + self.rank
         self._num_draws += 1
         entropy = int.from_bytes(self._child(_ENTROPY, self._num_draws).generate_state(4).tobytes(), "little")
@@ -104,7 +104,7 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
         return Draw(records, sizes=sizes, entropy=entropy)
 
     def _parts(self, members: NDArray[Any]) -> Iterator[Draw]:
-        """Deal the members of a logical batch to its items, uniformly and independently."""
+        """Yield the items of a logical batch; each member joins one of them, uniformly and independently."""
         if self.accumulate == 1:
             yield self._records(members)
             return
@@ -125,13 +125,13 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
 
 
 class PoissonBatchSampler(_PrivateBatchSampler):
-    """A sampler in which every unit joins every logical batch independently with q = expected_batch_size /
-    dataset_size.
+    """A sampler in which every unit joins every logical batch independently with probability q.
 
         K ~ Binomial(own units, q);   the K members are a uniform subset without replacement
 
-    which is the same distribution as one coin per unit and costs O(K) draws. A logical batch is handed out in
-    ``accumulate`` consecutive items; each member goes to one of them uniformly and independently.
+    Here q = expected_batch_size / dataset_size. This is the distribution of one coin per unit, at the cost of O(K)
+    draws. A logical batch is split into ``accumulate`` consecutive items; each member joins one of them uniformly and
+    independently.
 
     **Guarantee**: the union over ranks is one Poisson(q) sample of all units, independent between steps and passes.
     The number of items of a pass is a public constant, the same on every rank. Batch sizes and members are private.
@@ -140,8 +140,8 @@ class PoissonBatchSampler(_PrivateBatchSampler):
         dataset_size: number of units n >= 1 over all ranks.
         expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
         steps_per_epoch: logical batches in a pass.
-        accumulate: items a logical batch is handed out in, >= 1.
-        rank: this process.
+        accumulate: number of items of a logical batch, >= 1.
+        rank: rank of this process.
         world_size: number of processes.
         seed: for tests; whoever knows it knows the batches.
         units: the records of every user; ``None`` if the unit is a record.
@@ -157,11 +157,11 @@ class PoissonBatchSampler(_PrivateBatchSampler):
 class ShuffleBatchSampler(_PrivateBatchSampler):
     """A sampler in which every unit joins exactly one item of a pass, chosen uniformly and independently.
 
-    Balls into bins: sizes vary around the expected batch size. A random permutation cut into batches of fixed size
-    looks similar but is not private in the same way: one record more or less there moves all that follow it to other
-    places, so that many batches change by two records. Here exactly one batch of a pass changes, by exactly one unit.
+    Batch sizes vary around the expected batch size. A random permutation cut into batches of fixed size looks similar,
+    but is not private in the same way: there, adding or removing one record moves all later ones, so many batches
+    change by two records. Here exactly one batch of a pass changes, by exactly one unit.
 
-    **Guarantee**: one unit contributes to one step of a pass. The step is uniform over the ``steps_per_epoch`` logical
+    **Guarantee**: a unit contributes to one step of a pass. The step is uniform over the ``steps_per_epoch`` logical
     batches, independent of all other units and ranks, and drawn again in each pass. Batch sizes and members are
     private.
 
@@ -169,8 +169,8 @@ class ShuffleBatchSampler(_PrivateBatchSampler):
         dataset_size: number of units n >= 1 over all ranks.
         expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
         steps_per_epoch: logical batches in a pass.
-        accumulate: items a logical batch is handed out in, >= 1.
-        rank: this process.
+        accumulate: number of items of a logical batch, >= 1.
+        rank: rank of this process.
         world_size: number of processes.
         seed: for tests; whoever knows it knows the batches.
         units: the records of every user; ``None`` if the unit is a record.
@@ -184,28 +184,28 @@ class ShuffleBatchSampler(_PrivateBatchSampler):
 class CyclicBatchSampler(_PrivateBatchSampler):
     """A sampler with b = ``steps_per_epoch`` fixed groups of units; step t takes group t mod b.
 
-    The group is drawn once, uniformly and independently of all other units. Every pass is the same, so that a unit
-    comes back after exactly b steps, as correlated noise needs it.
+    The group is drawn once, uniformly and independently of all other units. Every pass is the same, so a unit is used
+    again after exactly b steps, as correlated noise requires.
 
     **Guarantee**: a unit takes part in the steps g, g + b, g + 2b, ... and in no other, for a g that does not depend on
-    the data. Accounted without amplification, so the secrecy of g is never used for the units themselves. It is used
-    for add-or-remove: a public assignment goes by position, and removing a record shifts all behind it to other groups.
-    Hence the assignment is drawn in secret by default, is never saved, and a process that resumes in mid-pass cannot
-    know it. ``public_assignment`` fixes it by a number that may be saved and published; then only the relations that
-    keep the other records in place ("zero_out", "replace_one") hold. Between two passes a new secret assignment may
-    follow if the noise begins an empty history: within each block of C the separation is b, and no unit takes part more
+    the data. Accounting claims no amplification, so it does not rely on a secret g, except under add-or-remove: a
+    public assignment goes by position, and removing a record would shift all later ones to other groups. So by default
+    the assignment is secret and never saved, and a process that resumes in mid-pass cannot know it.
+    ``public_assignment`` fixes the assignment by a number that may be saved and published. Then only relations that
+    keep the other records in place ("zero_out", "replace_one") hold. A new secret assignment may begin between two
+    passes if the noise begins an empty history: within each block of C the separation is b, and no unit takes part more
     often.
 
     Args:
         dataset_size: number of units n >= 1 over all ranks.
         expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
         steps_per_epoch: b, logical batches in a pass.
-        accumulate: items a logical batch is handed out in, >= 1.
-        rank: this process.
+        accumulate: number of items of a logical batch, >= 1.
+        rank: rank of this process.
         world_size: number of processes.
         seed: for tests; whoever knows it knows the batches.
         units: the records of every user; ``None`` if the unit is a record.
-        public_assignment: fixes the assignment over all ranks, whatever their number; ``None`` for a secret one.
+        public_assignment: seed of the assignment, the same for any number of ranks; ``None`` for a secret assignment.
     """
 
     def __init__(self, *, public_assignment: int | None = None, **options: Any) -> None:

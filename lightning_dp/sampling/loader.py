@@ -1,4 +1,4 @@
-"""The private loader: a torch ``DataLoader`` whose items are ``LogicalBatch`` objects; ``make.py`` makes one."""
+"""The private loader: a torch ``DataLoader`` whose items are ``LogicalBatch`` objects, built in ``make.py``."""
 
 from __future__ import annotations
 
@@ -31,24 +31,23 @@ _KEPT = (
 
 
 def kept_options(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Return the arguments of a user's loader that do not affect which records meet."""
+    """Return the arguments of a user's loader that do not affect the composition of batches."""
     return {name: getattr(loader, name) for name in _KEPT if name in inspect.signature(DataLoader).parameters}
 
 
 class PrivateDataLoader(DataLoader[Any]):
-    """A ``DataLoader`` over a private batch sampler; make one with ``private_dataloader``.
+    """A ``DataLoader`` that yields ``LogicalBatch`` objects; ``private_dataloader`` makes one.
 
-    ``loader.dataset`` is the user's own object. The user's code reads and collates each item under random streams that
-    begin with fresh entropy (see ``fresh_randomness``), in workers and in this process, where the streams around it
-    stay as they were. ``state_dict`` is empty by intent: after a resume the draws come from fresh randomness and
-    nothing that depends on data is kept in a checkpoint; that the method exists tells Lightning that the loader can be
-    resumed.
+    ``loader.dataset`` is the user's own object. The user's code reads and collates each item under random streams with
+    fresh entropy (see ``fresh_randomness``), in workers and in this process, whose own streams are not affected.
+    ``state_dict`` is empty on purpose: draws after a resume use fresh randomness, and no checkpoint holds anything that
+    depends on data. Because the method exists, Lightning can resume the loader.
 
     Args:
         dataset: the user's dataset.
         facts: public facts about the sampling.
-        batch_size: expected number of units in an item: the user's.
-        seed: for tests: words that the random streams of a stream's items follow from.
+        batch_size: the user's batch size: expected number of units in an item.
+        seed: for tests: determines the random streams for items of an iterable dataset.
         kwargs: arguments of ``torch.utils.data.DataLoader``.
     """
 
@@ -74,7 +73,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self._pass_length: int | None = None  # logical batches of a pass over a stream whose order is accounted for
 
     def draw_as(self, other: PrivateDataLoader) -> None:
-        """Take over the sampling of another loader over the same dataset, from the next pass on."""
+        """Use the sampling of another loader over the same dataset, from the next pass on."""
         self.facts = other.facts
         self.__dict__["batch_sampler"] = other.batch_sampler
 
@@ -86,11 +85,11 @@ class PrivateDataLoader(DataLoader[Any]):
     def start_at(self, step: int, *, steps_per_pass: int | None = None) -> None:
         """Continue with the logical batch of step ``step``; a resumed run must call this before it reads.
 
-        Does nothing for "poisson", and for "shuffle" with random access, whose draws have no position.
+        This changes nothing for "poisson", and for "shuffle" with random access, because their draws have no order.
 
-        **Guarantee**: records come back at the separation that ``facts`` states, or an error is raised. "cyclic" takes
-        the group of that step; in mid-pass only if the assignment is known (public, or of this process). A stream in a
-        fixed order is read up to that step, and what was read is dropped.
+        **Guarantee**: records are used again at the separation that ``facts`` states, or an error is raised. "cyclic"
+        takes the group of that step, in mid-pass only if the assignment is known (public, or from this process). A
+        stream in a fixed order is read up to that step, and these records are dropped.
 
         Args:
             step: logical steps released so far, >= 0.
@@ -139,7 +138,7 @@ class PrivateDataLoader(DataLoader[Any]):
         return isinstance(self.dataset, IterableDataset) or isinstance(self.batch_sampler, CyclicBatchSampler)
 
     def _in_order(self) -> Iterator[LogicalBatch]:
-        """Yield the items of a pass from ``position`` on, counting items handed out rather than items read ahead."""
+        """Yield the items of a pass from ``position`` on, and advance ``position`` by items yielded, not read ahead."""
         if isinstance(self.batch_sampler, CyclicBatchSampler):
             self.batch_sampler.position = self.position
         items = self._items()

@@ -1,4 +1,4 @@
-"""Random streams of the user's code during data loading: fresh for every logical batch, restored afterwards."""
+"""Random streams of the user's code during data loading: fresh for every item, restored afterwards."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 def fresh_randomness(entropy: int) -> Iterator[None]:
     """Run a block with the global generators seeded from ``entropy``, and restore their states afterwards.
 
-    **Guarantee**: what the block draws from the global generators of torch (the CPU's, and the current CUDA device's if
-    CUDA is in use), numpy and Python follows from ``entropy`` alone: not from ``seed_everything``, nor from how many
-    samples were drawn before. What is drawn after the block does not depend on the block. torch's CPU generator keeps
-    32 bits of what it is given. Generators that the user's code makes are its own matter.
+    **Guarantee**: draws of the block from the global generators of torch (the CPU's, and the current CUDA device's if
+    CUDA is in use), numpy and Python depend on ``entropy`` alone: not on ``seed_everything``, nor on the number of
+    earlier draws. Draws after the block do not depend on the block. torch's CPU generator keeps only 32 bits of its
+    seed. Not covered: generators that the user's code makes.
 
     Args:
         entropy: a number >= 0 of up to 128 bits: from the operating system, or from the seed of a test.

@@ -1,6 +1,4 @@
-"""Training data in other forms than one ``DataLoader`` over records, converted to one: bulk loading, collections,
-batches.
-"""
+"""Conversion of training data to one ``DataLoader`` over records: bulk loading, collections, iterables of batches."""
 
 from __future__ import annotations
 
@@ -19,23 +17,23 @@ from lightning_dp.sampling.loader import kept_options
 
 
 def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) -> Any:
-    """Return training data in any form as one loader over records; such a loader is returned unchanged.
+    """Convert training data to one loader over records; return such a loader unchanged.
 
-    A list or dictionary of loaders becomes one loader whose batches have that structure. Record i is then made of item
-    i of each dataset: **who is protected is whoever brings item i to all of them**.
+    A list or dictionary of loaders becomes one loader whose batches have that structure. Record i then consists of item
+    i of each dataset: **the guarantee protects whoever contributes item i to all of them**.
 
     An iterable of collated batches becomes a stream of their rows, in the same batches.
 
     Args:
         given: a loader, an iterable of batches, or a list or dictionary of loaders.
         sampling: "poisson", "shuffle" or "cyclic"; batches of an iterable need "shuffle".
-        one_after_the_other: whether the loaders would be read one after the other.
+        one_after_the_other: whether the user asked to read the loaders one after the other, which is refused.
 
     Returns:
-        A ``DataLoader``, or what was given where ``check_loader`` says why it is refused.
+        A ``DataLoader``; or ``given`` itself, if ``check_loader`` is to refuse it.
 
     Raises:
-        TypeError: a collection with anything but loaders.
+        TypeError: a collection that holds other objects than loaders.
         ValueError: loaders that cannot be parts of one record.
 
     Example:
@@ -56,7 +54,7 @@ def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) 
 
 
 def _recorded(loader: Any, sampling: str) -> Any:
-    """Return a loader over single records for a loader that reads whole batches."""
+    """Return a loader over single records for a loader in bulk or an iterable of batches; else the same loader."""
     if isinstance(loader, DataLoader):
         in_bulk = isinstance(unwrap_sampler(loader.sampler), BatchSampler)
         return _single_reads(loader) if in_bulk and type(loader).__iter__ is DataLoader.__iter__ else loader
@@ -90,7 +88,7 @@ class _Positions(Dataset[Any]):
 
 
 class _ReadInBulk:
-    """A fetcher that reads records in bulk and collates the result."""
+    """A collate function that reads the records at the given positions in bulk."""
 
     def __init__(self, dataset: Any, collate_fn: Any) -> None:
         self.dataset, self.collate_fn = dataset, collate_fn
@@ -100,9 +98,7 @@ class _ReadInBulk:
 
 
 def _single_reads(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return the loader of ``DataLoader(dataset, sampler=BatchSampler(...), batch_size=None)`` over single
-    positions.
-    """
+    """Return a loader over single positions for ``DataLoader(dataset, sampler=BatchSampler(...), batch_size=None)``."""
     return DataLoader(
         _Positions(loader.dataset),
         batch_sampler=unwrap_sampler(loader.sampler),
@@ -172,7 +168,7 @@ def _joined(
 
 
 def _loader_like(loader: DataLoader[Any], dataset: Any, collate_fn: Any) -> DataLoader[Any]:
-    """Return a plain loader with the batches and workers of another one."""
+    """Return a plain loader over ``dataset`` with the batch settings and workers of another loader."""
     options = kept_options(loader)
     if loader.batch_sampler is None or isinstance(dataset, IterableDataset):
         options |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
@@ -185,11 +181,11 @@ def _loader_like(loader: DataLoader[Any], dataset: Any, collate_fn: Any) -> Data
 
 
 class RowsOfBatches(IterableDataset[Any]):
-    """The rows of the batches of an iterable, one after the other.
+    """A stream of the single rows of an iterable's batches.
 
     Args:
-        batches: yields batches of ``batch_size`` rows, the last one of a pass perhaps fewer.
-        batch_size: rows of a batch.
+        batches: iterable of batches of ``batch_size`` rows; the last batch of a pass may be smaller.
+        batch_size: number of rows in a batch.
     """
 
     def __init__(self, batches: Iterable[Any], batch_size: int) -> None:
@@ -209,7 +205,7 @@ class RowsOfBatches(IterableDataset[Any]):
 
 
 class _SizedRowsOfBatches(RowsOfBatches):
-    """The rows of the batches of an iterable with a length; a shorter last batch counts as a whole one."""
+    """A stream of the rows of an iterable with a length; for its length, a shorter last batch counts as a full one."""
 
     def __len__(self) -> int:
         return len(self.batches) * self.batch_size  # type: ignore[arg-type]
@@ -232,9 +228,7 @@ def _rows_of(batches: Any) -> DataLoader[Any]:
 
 
 def _is_column(node: Any) -> bool:
-    """Tell whether one component of a batch has one entry per record: a tensor, an array, or a list of words or
-    numbers.
-    """
+    """Tell whether a part of a batch is a column of entries: a tensor, an array, or a list of words or numbers."""
     if isinstance(node, (list, tuple)):
         return bool(node) and all(isinstance(entry, (str, bytes, bool, int, float)) for entry in node)
     return isinstance(node, (Tensor, np.ndarray)) and node.ndim > 0
@@ -244,7 +238,7 @@ def _rows(batch: Any) -> list[Any]:
     """Return the records of a collated batch.
 
     Raises:
-        TypeError: a part of it has not one entry per record.
+        TypeError: some part of the batch does not have one entry per record.
     """
     columns, structure = tree_flatten(batch, is_leaf=_is_column)
     wrong = [column for column in columns if not _is_column(column)]
@@ -259,7 +253,7 @@ def _rows(batch: Any) -> list[Any]:
 
 
 def _stacked(rows: list[Any]) -> Any:
-    """Return the batch of given rows; tensors are stacked, words and numbers stay in lists."""
+    """Collate rows to a batch; tensors and arrays are stacked, other entries stay in lists."""
     flattened = [tree_flatten(row) for row in rows]
     columns = zip(*(leaves for leaves, _ in flattened), strict=True)
     return tree_unflatten([_column(list(entries)) for entries in columns], flattened[0][1])
