@@ -3,8 +3,8 @@
     trainer = L.Trainer(strategy=DPStrategy(target_epsilon=3.0), callbacks=[EpsilonMonitor()])
     trainer.fit(model, datamodule)
 
-Names and submodules are imported on first use, so a program that uses the core alone never imports lightning.
-Read ``step/step.py`` first: it is the step, in the order of the data.
+Names and submodules are imported on first use, so a program that uses only the core never imports lightning. Read
+``step/step.py`` first: it holds the private step, in the order of the data.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Messages for the user, from one process of several."""
+"""Messages for the user, from rank 0 only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if getattr(rank_zero.rank_zero_only, "rank", None) is None:
 
 
 def info(message: str) -> None:
-    """Log a message at level INFO on rank 0, through Lightning's logger where Lightning is imported."""
+    """Log a message at level INFO on rank 0, through Lightning's logger if Lightning is imported."""
     rank_zero.rank_zero_info(message)
 
 

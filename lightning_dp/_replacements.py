@@ -1,4 +1,4 @@
-"""The replacement layers of ``fix``, and how each is made from the layer that it replaces. Imported by ``fix``."""
+"""The replacement layers of ``fix``, each made from the layer that it replaces. ``fix`` imports this file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,12 @@ class _Exchange(NamedTuple):
 
 
 def replace(module: nn.Module, changes: list[str]) -> nn.Module:
-    """Exchange layers inside the module, add a sentence for each to ``changes``, and return the module or its
-    replacement.
-    """
+    """Replace layers inside a module, append a sentence per change, and return the module or its replacement."""
     return _exchanged(module, "", {}, changes)
 
 
 def can_replace(layer: nn.Module) -> bool:
-    """Tell whether ``fix`` changes a layer itself, apart from its submodules."""
+    """Tell whether ``fix`` changes a layer itself, not only its submodules."""
     if isinstance(layer, _BatchNorm):
         return not isinstance(layer, GroupNormWithin) and (
             _trains(layer) or layer.training or layer.running_mean is None
@@ -41,7 +39,7 @@ def can_replace(layer: nn.Module) -> bool:
 
 
 def _exchanged(module: nn.Module, name: str, done: dict[int, _Exchange], changes: list[str]) -> nn.Module:
-    """Return the replacement of a module, submodules included; a module with several names is replaced once."""
+    """Return a module with its layers replaced, or its own replacement; replace a module with several names once."""
     if id(module) in done:
         return done[id(module)].new
     kind = type(module).__name__
@@ -63,7 +61,7 @@ def _exchanged(module: nn.Module, name: str, done: dict[int, _Exchange], changes
 
 
 def _replaced(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the replacement of this module (or the module, if nothing must change) and the list of changes."""
+    """Return a layer's replacement and a sentence on the change; or the layer and "" if nothing must change."""
     if isinstance(module, _BatchNorm) and any(is_lazy(p) for p in module.parameters(recurse=False)):
         raise ValueError(
             f"Expected layers with initialised parameters, got {name or 'module'}={type(module).__name__} without. Run "
@@ -87,9 +85,7 @@ def _computes_as_torch(norm: nn.Module) -> bool:
 
 
 def _num_groups(norm: nn.BatchNorm2d) -> int:
-    """Return a number of groups: at most 32, of at least 2 channels each (16 if an input may have no positions to
-    normalise over).
-    """
+    """Return the number of groups, at most 32, if possible with at least 2 channels each (16 for ``BatchNorm1d``)."""
     num_groups = math.gcd(32, norm.num_features)
     least = 2 if isinstance(norm, (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)) else 16
     while num_groups > 1 and norm.num_features // num_groups < least:
@@ -115,7 +111,7 @@ def _dropped(norm: nn.BatchNorm2d) -> str:
 
 
 def _group_norm_within(norm: nn.BatchNorm2d) -> tuple[nn.Module, str]:
-    """Let a batch norm with its own ``forward`` compute group norm in place of batch norm."""
+    """Make a batch norm with its own ``forward`` compute group norm in place of batch norm."""
     groups, dropped = _num_groups(norm), _dropped(norm)
     norm.__class__ = _class_within(type(norm))
     norm.__dict__["_num_groups"] = groups
@@ -125,13 +121,13 @@ def _group_norm_within(norm: nn.BatchNorm2d) -> tuple[nn.Module, str]:
 
 
 class GroupNormWithin(nn.Module):
-    """A mixin with which the own ``forward`` of a batch norm computes group norm where it calls batch norm."""
+    """A mixin for a batch norm with its own ``forward``, whose calls of batch norm then compute group norm."""
 
     normalises_samples_alone = True
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the subclass's ``forward``."""
+        """Run the layer's own ``forward`` with group norm in place of batch norm."""
         with _GroupNormInstead(self.__dict__["_num_groups"]):
             return super().forward(*args, **kwargs)
 
@@ -144,7 +140,7 @@ _WITHIN: dict[type[nn.Module], Any] = {}
 
 
 def _class_within(kind: type[nn.Module]) -> Any:
-    """Return the class that ``fix`` gives to a batch norm of this class; it is made once."""
+    """Return the class that ``fix`` gives to a batch norm of class ``kind``; it is cached."""
     if kind not in _WITHIN:
         _WITHIN[kind] = made = type(kind.__name__, (GroupNormWithin, kind), {"__module__": kind.__module__})
         made.__qualname__ = kind.__qualname__
@@ -160,7 +156,7 @@ class _GroupNormInstead(TorchFunctionMode):
     """A mode in which each call of batch norm computes group norm.
 
     Args:
-        num_groups: of the channels.
+        num_groups: number of groups of channels.
     """
 
     def __init__(self, num_groups: int) -> None:
@@ -210,7 +206,7 @@ def _without_statistics(norm: _InstanceNorm) -> tuple[nn.Module, str]:
 
 
 def _like(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Copy device, dtype and, for parameters of the same name, ``requires_grad`` from the old module to the new one."""
+    """Copy device, dtype and, by parameter name, ``requires_grad`` to the new module, and return it."""
     some = next(old.parameters(), next(old.buffers(), None))
     if some is not None:
         new.to(device=some.device, dtype=some.dtype)

@@ -1,4 +1,4 @@
-"""Checks of arguments: each names what was expected, what was given and what to do. NaN fails every one."""
+"""Checks of arguments. Each error states the condition, the value and a remedy. NaN fails every check of a range."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _given(name: str, value: Any) -> str:
 
 
 def check_number(name: str, value: Any) -> float:
-    """Return a real number as a float; refuse anything else (a bool is not a number)."""
+    """Return an int or a float as a float; refuse other types, bool included."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"Expected {name} to be a number, {_given(name, value)} Pass an int or a float.")
     try:
@@ -23,7 +23,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_positive(name: str, value: Any, hint: str = "Pass a finite number above 0.") -> float:
-    """Check that ``0 < value < inf``."""
+    """Check that ``0 < value < inf``, and return the value as a float."""
     number = check_number(name, value)
     if not 0 < number < math.inf:
         raise ValueError(f"Expected 0 < {name} < inf, {_given(name, value)} {hint}")
@@ -31,7 +31,7 @@ def check_positive(name: str, value: Any, hint: str = "Pass a finite number abov
 
 
 def check_nonnegative(name: str, value: Any, hint: str = "Pass a finite number, 0 or above.") -> float:
-    """Check that ``0 <= value < inf``."""
+    """Check that ``0 <= value < inf``, and return the value as a float."""
     number = check_number(name, value)
     if not 0 <= number < math.inf:
         raise ValueError(f"Expected 0 <= {name} < inf, {_given(name, value)} {hint}")
@@ -49,7 +49,7 @@ def check_scale(name: str, value: Any, low: float, high: float) -> float:
 
 
 def check_probability(name: str, value: Any, hint: str = "Pass a number strictly between 0 and 1.") -> float:
-    """Check that ``0 < value < 1``."""
+    """Check that ``0 < value < 1``, and return the value as a float."""
     number = check_number(name, value)
     if not 0 < number < 1:
         raise ValueError(f"Expected 0 < {name} < 1, {_given(name, value)} {hint}")
@@ -74,7 +74,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def check_positions(name: str, values: Any, hint: str) -> tuple[int, ...]:
-    """Return a sequence of positions 0, 1, ... as a tuple."""
+    """Check that all values of a collection are positions 0, 1, ..., and return them as a tuple."""
     positions = tuple(values) if isinstance(values, (list, tuple, set, frozenset, range)) else (None,)
     if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in positions):
         raise ValueError(f"Expected {name} to hold positions 0, 1, ..., {_given(name, values)} {hint}")
@@ -89,11 +89,11 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_keywords(given: Mapping[str, Any], known: Collection[str], *, owner: str) -> None:
-    """Check that every keyword is an argument of ``owner``; name the nearest one otherwise.
+    """Check that every keyword is an argument of ``owner``; otherwise suggest the nearest one.
 
     Args:
         given: keyword arguments as passed.
-        known: names of the arguments that there are.
+        known: names of the arguments of ``owner``.
         owner: name of the class or function, for the message.
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 class PrivacyError(RuntimeError):
-    """An error for states in which continuing would void the privacy guarantee.
+    """An error for a state in which continuing would void the privacy guarantee.
 
-    Wrong arguments raise ``ValueError`` or ``TypeError``; this error is for what is only seen while training runs:
-    a parameter used where its per-sample gradient cannot be known, a loss that mixes samples, a checkpoint without a
-    ledger, a spent budget. It is never repaired silently and never only a warning.
+    Wrong arguments raise ``ValueError`` or ``TypeError``; this error is for states that appear only during a run: a
+    parameter used where its per-sample gradient cannot be known, a loss that mixes samples, a checkpoint without a
+    ledger, a spent budget. Such a state is never repaired silently and never raises only a warning.
     """

@@ -1,4 +1,4 @@
-"""FabricPrivacy: private training in the user's own loop under Lightning Fabric, on one device or with DDP."""
+"""FabricPrivacy: private training in the user's own loop with Lightning Fabric, on one device or with DDP."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ _UNSUPPORTED_PRECISION = ("16-mixed", "16-true", "transformer-engine", "transfor
 
 
 class FabricPrivacy:
-    """Private training under Fabric: the loop stays the user's, and ``backward`` takes the loss function instead of a
-    loss.
+    """Private training in the user's own Fabric loop; ``backward`` takes a loss function instead of a loss.
 
-    A private step needs more than one loss: the loss function also runs on a few records to check that samples are
-    independent, on each microbatch, and on a dummy record of weight 0 for an empty batch.
+    A private step calls the loss function several times: on each microbatch, on a few records to check that samples are
+    independent, and on a dummy record of weight 0 for an empty batch.
 
     **Guarantee**: as for ``PrivateLoop``, for the data of all ranks together. Gradients are summed once per step; the
     model is never wrapped in ``DistributedDataParallel``. ``batch_size`` of the loader is per process.
@@ -40,12 +39,12 @@ class FabricPrivacy:
     Args:
         epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
         steps: planned logical steps of the whole run.
-        history: privacy spent by earlier runs on the same data, as in ``DPStrategy``.
+        history: privacy spent by earlier runs on the same data, as for ``DPStrategy``.
         **arguments: as for ``DPStrategy``, without ``public_optimizers`` and ``strict_logging``.
 
     Raises:
-        ValueError: arguments out of range.
-        TypeError: arguments of the wrong kind.
+        ValueError: an argument out of range.
+        TypeError: an argument of the wrong type.
 
     Example::
 
@@ -77,20 +76,19 @@ class FabricPrivacy:
     def setup(
         self, fabric: Fabric, model: nn.Module, optimizer: Optimizer, loader: DataLoader[Any]
     ) -> tuple[Any, Any, LogicalBatches]:
-        """Set up model, optimizer and loader as ``fabric.setup`` and ``fabric.setup_dataloaders`` do, without DDP's
-        wrapper.
+        """Set up model, optimizer and loader for private training, without DDP's wrapper.
 
         Args:
-            fabric: launched.
+            fabric: a launched Fabric.
             model: as for ``fabric.setup``.
-            optimizer: over parameters of the model.
-            loader: the user's; do not set it up before.
+            optimizer: optimizer of parameters of the model.
+            loader: the user's loader, not set up by Fabric.
 
         Returns:
-            Model and optimizer in Fabric's wrappers, and the private loader.
+            Model and optimizer in Fabric's wrappers, and the private loader. Use them in the loop.
 
         Raises:
-            ValueError: a strategy or precision that cannot be private.
+            ValueError: a strategy or precision without private training.
             PrivacyError: a layer that mixes samples.
         """
         check_fabric(fabric)
@@ -117,7 +115,7 @@ class FabricPrivacy:
 
     @property
     def loop(self) -> PrivateLoop:
-        """The private run.
+        """The private run that ``setup`` made.
 
         Raises:
             RuntimeError: ``setup`` was not called.
@@ -130,14 +128,14 @@ class FabricPrivacy:
         return self._loop
 
     def backward(self, loss_fn: LossFunction, batch: Any) -> None:
-        """Give the parameters their private gradient of a logical batch, and write the ledger entry.
+        """Set the private gradients of a logical batch as ``grad`` of the parameters, and record the release.
 
         Args:
-            loss_fn: (model, batch) -> mean loss of shape () or per-sample losses of shape (B,); the model is Fabric's.
-            batch: from the private loader; each is used once.
+            loss_fn: (model, batch) -> mean loss of shape () or per-sample losses of shape (B,); gets Fabric's model.
+            batch: logical batch from the private loader, used once.
 
         Raises:
-            TypeError: a loss in place of the loss function.
+            TypeError: a loss in place of a loss function.
             PrivacyError: continuing would void the guarantee.
         """
         if not callable(loss_fn):
@@ -152,7 +150,7 @@ class FabricPrivacy:
 
     @property
     def mechanisms(self) -> Mechanisms:
-        """Mechanisms of the run: ``mechanisms.add`` takes schedules, bounds, masks and limits before the first step."""
+        """Schedules, bounds, masks and limits of the run, to be added by ``mechanisms.add`` before the first step."""
         return self.loop.mechanisms
 
     @property
@@ -162,26 +160,26 @@ class FabricPrivacy:
 
     @property
     def ledger(self) -> Ledger:
-        """The ledger: all releases so far."""
+        """The ledger of all releases so far."""
         return self.loop.ledger
 
     @property
     def steps_taken(self) -> int:
-        """Logical steps of this run that have released noise."""
+        """Number of logical steps of this run so far."""
         return self.loop.steps_taken
 
     @property
     def steps_left(self) -> float:
-        """Logical steps until the planned end of the run or of its budget; infinite if nothing bounds it."""
+        """Number of logical steps until the planned end of the run or of its budget; infinite if unbounded."""
         return self.loop.steps_left
 
     @property
     def nonprivate_loss(self) -> float:
-        """Mean loss of the last logical batch on this rank. NOT private: the statement names it once it is read."""
+        """Mean loss of the last logical batch on this rank. NOT private: once read, the privacy statement names it."""
         return self.loop.nonprivate_loss
 
     def epsilon(self, delta: float | None = None) -> float:
-        """Return the epsilon spent so far, from the ledger; public.
+        """Return the epsilon spent so far, computed from the ledger; public.
 
         Args:
             delta: in (0, 1); default: the plan's.
@@ -189,33 +187,33 @@ class FabricPrivacy:
         return self.loop.epsilon(delta)
 
     def privacy_statement(self) -> str:
-        """Return the privacy statement: epsilon and delta, relation, sampling, accountant, and what is not covered."""
+        """Return the privacy statement: epsilon, delta, relation, sampling, accountant and exclusions."""
         return self.loop.privacy_statement()
 
     # ---------------------------------------------------------------- saving, closing
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ledger, plan and position; ``fabric.save`` calls it for an object in the state."""
+        """Return ledger, plan and position for a checkpoint; ``fabric.save`` calls this for objects in its state."""
         return self.loop.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume a saved run; ``fabric.load`` calls it. Load the model and optimizer saved with it too.
+        """Resume a saved run; ``fabric.load`` calls this. Also load the model and optimizer that were saved with it.
 
         Args:
-            state: what ``state_dict`` returned.
+            state: dictionary that ``state_dict`` returned.
         """
         self.loop.load_state_dict(state)
 
     def close(self) -> None:
-        """Remove all hooks from the model; ledger and statement stay readable."""
+        """Remove all hooks from the model; ledger and statement remain available."""
         self.loop.close()
 
 
 def check_fabric(fabric: Fabric) -> None:
-    """Check that a Fabric's strategy and precision can be private.
+    """Check that private training supports a Fabric's strategy and precision.
 
     Raises:
-        ValueError: with the name that the user wrote.
+        ValueError: an unsupported strategy or precision.
     """
     if not isinstance(fabric.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(
@@ -240,7 +238,7 @@ def start_equal(model: nn.Module) -> None:
 
 @contextmanager
 def _unwrapped(fabric: Fabric) -> Iterator[None]:
-    """Keep Fabric's strategy from wrapping a module in ``DistributedDataParallel``."""
+    """Prevent Fabric's strategy from wrapping a module in ``DistributedDataParallel`` within a block."""
     strategy: Any = fabric.strategy
     strategy.__dict__["setup_module"] = lambda module: module
     try:
@@ -251,7 +249,7 @@ def _unwrapped(fabric: Fabric) -> Iterator[None]:
 
 @contextmanager
 def _in_fabric_backward() -> Iterator[None]:
-    """Allow backwards through a Fabric model without ``fabric.backward``; scalers are already refused."""
+    """Allow backward passes without ``fabric.backward`` within a block; gradient scalers are refused elsewhere."""
     before, wrappers._in_fabric_backward = wrappers._in_fabric_backward, True
     try:
         yield

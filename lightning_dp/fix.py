@@ -1,6 +1,6 @@
 """Replace the layers of a module that cannot be trained privately.
 
-This file is light, because the package binds the name ``fix`` when it is first imported: the layers are in
+This file is light, because the package imports it at once to bind the name ``fix``. The layers are in
 ``_replacements.py``.
 """
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class Fixed(NamedTuple):
-    """A fixed module and its changes, one sentence per layer; no sentence if nothing had to change."""
+    """A fixed module and the list of its changes, one sentence per replaced layer."""
 
     module: nn.Module
     changes: list[str]
 
 
 def fix(module: nn.Module) -> Fixed:
-    """Replace the layers of a module that cannot be trained privately, and no others.
+    """Replace only the layers of a module that cannot be trained privately.
 
     ==================================  ===================================================================
     layer                               becomes
@@ -30,13 +30,13 @@ def fix(module: nn.Module) -> Fixed:
     InstanceNorm, tracking              itself, without running statistics: the same in training
     ==================================  ===================================================================
 
-    Group norm computes something else than batch norm: train or fine-tune. A subclass without a ``forward`` of its own
-    is treated as its base. Recurrent layers and attention need no replacement.
+    Group norm computes other outputs than batch norm, so train or fine-tune the module. A subclass without a
+    ``forward`` of its own is treated as its base class. Recurrent layers and attention need no replacement.
 
-    The submodules are exchanged inside the given module, no copy is made: a LightningModule keeps its hyperparameters,
-    metrics and hooks. Only a module that is itself such a layer comes back as another object. Call it before optimizers
-    are built: replaced layers have new parameters. Layers with only frozen parameters stay unchanged.
-    ``DPStrategy(fix=True)`` and the callback ``FixModule`` call it at the right time.
+    Submodules are replaced inside the given module without a copy, so a LightningModule keeps its hyperparameters,
+    metrics and hooks. Another object is returned only if the module is itself such a layer. Call ``fix`` before
+    optimizers are built, because replaced layers have new parameters. Frozen layers in evaluation mode with running
+    statistics stay unchanged. ``DPStrategy(fix=True)`` and the callback ``FixModule`` call it at the right time.
 
     **Guarantee**: device, type, training mode and ``requires_grad`` are kept; a second call changes nothing. It does
     not make a module private: a loss or a function inside ``forward`` may still mix samples.
@@ -45,10 +45,10 @@ def fix(module: nn.Module) -> Fixed:
         module: a module with initialised parameters.
 
     Returns:
-        The module and a sentence for each change, starting with the layer's qualified name.
+        The module and a sentence per change, which begins with the layer's qualified name.
 
     Raises:
-        ValueError: a lazy layer has not seen its first batch.
+        ValueError: a lazy batch norm has not seen its first batch.
 
     Example:
         >>> from torch import nn
@@ -59,7 +59,7 @@ def fix(module: nn.Module) -> Fixed:
         '1: BatchNorm2d became GroupNorm with 16 groups of 2 channels'
 
     References:
-        Wu and He (2018), Group Normalization, section 3: 32 groups, or 16 channels a group.
+        Wu and He (2018), Group Normalization, section 3: 32 groups, or 16 channels per group.
     """
     from lightning_dp._replacements import replace
 

@@ -1,6 +1,4 @@
-"""PrivateTrainerMixin: private training with the Trainer of Hugging Face's transformers, which is imported only when
-used.
-"""
+"""PrivateTrainerMixin: private training with the Trainer of Hugging Face transformers, which is imported on use."""
 
 from __future__ import annotations
 
@@ -48,10 +46,10 @@ _ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 class PrivateTrainerMixin(Base):  # type: ignore[misc]
-    """A mixin that makes a transformers ``Trainer`` private; epsilon is in its log, the ledger in its checkpoints.
+    """A mixin that makes a transformers ``Trainer`` private, with epsilon in its log and the ledger in checkpoints.
 
-    **Guarantee**: as for ``PrivateLoop``. The log holds no training loss, unless ``log_loss`` asks for
-    "nonprivate/loss". NOT covered: evaluations, and checkpoints chosen by them.
+    **Guarantee**: as for ``PrivateLoop``. The log holds no training loss, unless ``log_loss`` is True. NOT covered:
+    evaluations, and checkpoints chosen by them.
 
     Args:
         *args: arguments of the Trainer.
@@ -60,7 +58,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         **kwargs: arguments of the Trainer.
 
     Raises:
-        ValueError: an argument of ``TrainingArguments`` that cannot be private.
+        ValueError: a ``TrainingArguments`` with a value that cannot be private.
 
     Example::
 
@@ -83,7 +81,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
 
     @property
     def private(self) -> PrivateLoop:
-        """The private run: ledger, epsilon and statement.
+        """The private run, with ledger, epsilon and statement.
 
         Raises:
             RuntimeError: training has not begun.
@@ -95,12 +93,12 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         return self._private
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train privately; see the Trainer's own ``train``.
+        """Train privately, with the arguments of the Trainer's own ``train``.
 
         Args:
             resume_from_checkpoint: folder of a private checkpoint, or True for the newest one.
-            *args: as the Trainer takes them.
-            **kwargs: as the Trainer takes them.
+            *args: further arguments of the Trainer's ``train``.
+            **kwargs: further arguments of the Trainer's ``train``.
         """
         if resume_from_checkpoint is True:
             from transformers.trainer_utils import get_last_checkpoint
@@ -124,7 +122,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
                 self._private.close()
 
     def get_train_dataloader(self) -> Any:
-        """Make the private run and return its loader."""
+        """Make the private run, and return its loader of logical batches."""
         epochs, steps = self.args.num_train_epochs, self.args.max_steps
         if steps <= 0 and epochs != int(epochs):
             raise ValueError(
@@ -154,22 +152,22 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         return self._private.loader
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Give the parameters their private gradient; the Trainer steps the optimizer."""
+        """Set the parameters' private gradients; return the loss under ``log_loss``, else 0."""
         model.train()
         self.private.backward(inputs)
         return torch.tensor(self.private.nonprivate_loss if self.log_loss else 0.0, device=self.args.device)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], None]:
-        """Return the next logical batch; its number of items is private."""
+        """Return the next logical batch in a list, and None for its number of items, which is private."""
         batch = next(epoch_iterator, None)
         return ([] if batch is None else [batch]), None
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0: the number of operations reveals how many tokens were drawn."""
+        """Return 0, because the number of operations would reveal the number of tokens drawn."""
         return 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log public figures, with epsilon; log losses on training data only under ``log_loss``."""
+        """Log the values and epsilon, without losses on training data unless ``log_loss`` is True."""
         shown = {name: value for name, value in logs.items() if name not in ("loss", "train_loss")}
         if self.log_loss:
             shown |= {f"nonprivate/{name}": logs[name] for name in ("loss", "train_loss") if name in logs}
@@ -188,7 +186,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         super().save_model(output_dir, _internal_call)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to search: every trial trains on the data, but its epsilon would not be counted."""
+        """Refuse the search, because the epsilon of its trials would not be counted."""
         raise ValueError(
             "Expected no hyperparameter_search under a private Trainer, got a call. Each trial spends privacy that no "
             "ledger would hold: search on public data, or train each trial with history=..."
@@ -196,10 +194,10 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
 
 
 class TrainerLoss:
-    """The Trainer's ``compute_loss`` as a loss function; trials do not restore the state of the Trainer itself.
+    """The Trainer's ``compute_loss`` as a loss function. State of the Trainer is not restored after trial runs.
 
     Args:
-        trainer: holds model and arguments.
+        trainer: the private Trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -212,10 +210,10 @@ class TrainerLoss:
 
 
 def check_arguments(args: Any) -> None:
-    """Check that nothing in a ``TrainingArguments`` voids the guarantee.
+    """Check that no value in a ``TrainingArguments`` voids the guarantee.
 
     Raises:
-        ValueError: with the name that the user wrote.
+        ValueError: such a value; the message names the argument.
     """
     for name, (allowed, advice) in _ALLOWED.items():
         value = getattr(args, name, allowed[0])

@@ -1,4 +1,4 @@
-"""Epsilon as a torchmetrics Metric: a view on a ledger, never its owner."""
+"""Epsilon as a torchmetrics Metric that reads a ledger and never changes it."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _SHARED = ("_source", "_accountant")
 
 
 class Epsilon(Metric):
-    """Epsilon spent at ``delta``, read from a ledger.
+    """Epsilon spent at ``delta``, computed from a ledger.
 
-    ``compute()`` is ``accountant.epsilon(ledger, delta)``; NaN while no steps are recorded, which is not epsilon 0.
+    ``compute()`` returns ``accountant.epsilon(ledger, delta)``, or NaN (not 0) before any step is recorded.
 
     **Guarantee**: resetting the metric, as Lightning does every epoch, never touches the ledger. The value depends on
     public settings only. It is the same on every rank, so nothing is reduced. Copies (``clone``, ``deepcopy``, also as
-    part of a module or a ``MetricCollection``) read the same ledger, so none of them reports an epsilon that is out of
-    date. A pickle holds no ledger: what is loaded from it refuses to compute. Processes that are spawned are an
-    exception: the metric follows the run that is sent along with it.
+    part of a module or a ``MetricCollection``) read the same ledger, so no copy reports an old epsilon. A pickle holds
+    no ledger, so a metric loaded from it refuses to compute. The exception is a spawned process, which receives the
+    metric together with its run.
 
     Args:
         source: a private strategy (its ledger, also after a resume) or a ``Ledger``.
         delta: in (0, 1).
-        accountant: "pld", "rdp", "prv" or "gdp", or an ``Accountant``; default: the strategy's, or "pld".
+        accountant: name of an accountant, such as "pld", or an ``Accountant``; default: the strategy's, or "pld".
 
-    As input to ``forward`` and ``update`` the metric accepts anything and ignores it.
+    As input, ``forward`` and ``update`` accept any arguments and ignore them.
 
-    As output of ``compute`` the metric returns a scalar tensor (float64).
+    As output, ``compute`` returns a scalar tensor (float64).
 
     Raises:
-        ValueError: a delta out of range.
-        PrivacyError: on ``compute`` after it was unpickled.
+        ValueError: a delta out of range, or an unknown accountant.
+        PrivacyError: on ``compute`` of an unpickled metric.
 
     Example:
         >>> from lightning_dp.accounting import Ledger, PrivacyEvent
@@ -97,7 +97,7 @@ class Epsilon(Metric):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for a pickle: without the ledger, except when a process is spawned for the whole run."""
+        """Return the state for a pickle, without the ledger unless a process is being spawned."""
         state: dict[str, Any] = super().__getstate__()
         return state if get_spawning_popen() is not None else {**state, "_source": None}
 
@@ -113,6 +113,6 @@ class Epsilon(Metric):
 
     @override
     def reset(self) -> None:
-        """Do nothing: the ledger keeps its releases."""
+        """Reset the metric's own state; the ledger does not change."""
         super().reset()
         self._update_count = 1

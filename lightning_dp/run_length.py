@@ -1,4 +1,4 @@
-"""The planned length of a run: in addition to the step, the only input of schedules, masks and phases."""
+"""The planned length of a run, from which schedules, masks and phases are made."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ class RunLength:
     **Guarantee**: public knowledge: limits of the Trainer and the size of the dataset.
 
     Args:
-        steps: logical steps of the whole run; None if nothing bounds it.
-        steps_per_epoch: logical steps of one epoch; None if unknown.
+        steps: number of logical steps of the whole run; None if nothing bounds it.
+        steps_per_epoch: number of logical steps of one epoch; None if unknown.
     """
 
     steps: int | None
     steps_per_epoch: int | None
 
     def epoch_steps(self, asked_by: str, advice: str) -> int:
-        """Return the logical steps of one epoch.
+        """Return the number of logical steps of one epoch.
 
         Args:
             asked_by: the argument or callback that counts epochs, for the message.
-            advice: what to do instead, for the message.
+            advice: alternative for the user, for the message.
 
         Raises:
             ValueError: the length of an epoch is unknown.
@@ -36,11 +36,11 @@ class RunLength:
         return self.steps_per_epoch
 
     def total_steps(self, asked_by: str, advice: str = "") -> int:
-        """Return the logical steps of the whole run.
+        """Return the number of logical steps of the whole run.
 
         Args:
             asked_by: the argument or callback that needs the end of the run, for the message.
-            advice: a further way out, for the message.
+            advice: further alternative for the user, for the message.
 
         Raises:
             ValueError: nothing bounds the run.

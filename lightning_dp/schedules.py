@@ -2,12 +2,12 @@
 
     sigma_t = sigma_0 * schedule(t),   t = 0, 1, ... the logical step of the whole run
 
-A schedule is any ``Callable[[int], float]`` with finite values > 0; "no schedule" is ``constant()``. Those made here
-are frozen and picklable. All change at intervals: with e = t // every, the value depends on e alone, so that a ledger
-stays short; ``every`` counts steps (an epoch is ``steps_per_epoch`` of them).
+A schedule is any ``Callable[[int], float]`` with finite values > 0; "no schedule" is ``constant()``. The schedules made
+here are frozen, and picklable unless made from a function that is not. They change at intervals: the value depends only
+on ``e = t // every``, so that a ledger stays short. ``every`` is a number of steps (``steps_per_epoch`` for one epoch).
 
-**Guarantee**: a factor depends on the step and on public numbers only, never on data, so sigma_t is public. A schedule
-changes what accounting must add up: never report the epsilon of an "equivalent constant sigma", which is too small.
+**Guarantee**: a factor depends on the step and on public numbers only, never on data, so sigma_t is public. Accounting
+must add up the noise of every step: never report the epsilon of an "equivalent constant sigma", which is too small.
 
 Two conventions, never mixed: ``factor`` and ``final`` act on SIGMA, ``rate`` acts on the VARIANCE sigma^2 as in the
 paper, e.g. ``rate=0.81`` is ``factor=0.9``.
@@ -27,7 +27,7 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class _Constant:
-    """The same value at every step."""
+    """A schedule with the same value at every step."""
 
     value: float
 
@@ -37,7 +37,7 @@ class _Constant:
 
 @dataclass(frozen=True)
 class _Geometric:
-    """factor^e."""
+    """The schedule ``factor^e``, with e = step // every."""
 
     factor: float
     every: int
@@ -48,7 +48,7 @@ class _Geometric:
 
 @dataclass(frozen=True)
 class _Exponential:
-    """exp(-rate e / 2)."""
+    """The schedule ``exp(-rate e / 2)``, with e = step // every."""
 
     rate: float
     every: int
@@ -59,7 +59,7 @@ class _Exponential:
 
 @dataclass(frozen=True)
 class _InverseTime:
-    """(1 + rate e)^(-1/2)."""
+    """The schedule ``(1 + rate e)^(-1/2)``, with e = step // every."""
 
     rate: float
     every: int
@@ -70,7 +70,7 @@ class _InverseTime:
 
 @dataclass(frozen=True)
 class _Ramp:
-    """1 + (final - 1) w(p) with p = min(e every / over, 1), w(p) = p or (1 - cos(pi p)) / 2."""
+    """The schedule ``1 + (final - 1) w(p)``, p = min(e every / over, 1), w(p) = p or (1 - cos(pi p)) / 2."""
 
     final: float
     over: int
@@ -84,7 +84,7 @@ class _Ramp:
 
 
 def constant(value: float = 1.0) -> Schedule:
-    """Return ``value`` at every step: the schedule that is "off".
+    """Return a schedule with the same ``value`` at every step; the default leaves sigma unchanged.
 
     Args:
         value: factor on sigma, finite and > 0.
@@ -103,7 +103,7 @@ def constant(value: float = 1.0) -> Schedule:
 
 
 def step(factor: float | None = None, every: int = 1, *, rate: float | None = None) -> Schedule:
-    """Multiply sigma by ``factor``, or its variance by ``rate``, after every ``every`` steps.
+    """Return a schedule that multiplies sigma by ``factor``, or its variance by ``rate``, after every ``every`` steps.
 
         factor^e,   or   rate^(e/2)
 
@@ -130,7 +130,7 @@ def step(factor: float | None = None, every: int = 1, *, rate: float | None = No
 
 
 def exponential(factor: float | None = None, every: int = 1, *, rate: float | None = None) -> Schedule:
-    """Let sigma decay exponentially.
+    """Return a schedule in which sigma decays exponentially.
 
         factor^e,   or   exp(-rate e / 2)
 
@@ -158,13 +158,13 @@ def exponential(factor: float | None = None, every: int = 1, *, rate: float | No
 def linear(
     final: float | None = None, over: int | None = None, every: int = 1, *, rate: float | None = None
 ) -> Schedule:
-    """Move sigma in a straight line to ``final``, or decay it as the paper's "linear" form does.
+    """Return a schedule that moves sigma linearly to ``final``, or decays it by the paper's "linear" form.
 
         1 + (final - 1) min(e every / over, 1),   or   rate^(e/2) (geometric, as published)
 
     Args:
         final: factor on sigma from step ``over`` on, finite and > 0.
-        over: steps until ``final`` is reached, >= 1; goes with ``final``.
+        over: steps until ``final`` is reached, >= 1; required with ``final``, else None.
         every: steps between changes, >= 1.
         rate: on the variance, finite and > 0. Exactly one of ``final`` and ``rate``.
 
@@ -172,7 +172,7 @@ def linear(
         The schedule.
 
     Raises:
-        ValueError: numbers out of range, or arguments that do not belong together.
+        ValueError: numbers out of range, or arguments that exclude each other.
 
     Example:
         >>> [linear(final=0.5, over=4)(t) for t in (0, 2, 4, 9)]
@@ -187,7 +187,7 @@ def linear(
 
 
 def time(rate: float, every: int = 1) -> Schedule:
-    """Let sigma decay with the inverse root of time.
+    """Return a schedule in which sigma decays with the inverse root of time.
 
         (1 + rate e)^(-1/2)
 
@@ -209,7 +209,7 @@ def time(rate: float, every: int = 1) -> Schedule:
 
 
 def cosine(final: float, over: int, every: int = 1) -> Schedule:
-    """Move sigma to ``final`` along half a cosine, then keep it.
+    """Return a schedule that moves sigma to ``final`` along half a cosine, and keeps it there.
 
         1 + (final - 1) (1 - cos(pi p)) / 2,   p = min(e every / over, 1)
 
@@ -233,7 +233,7 @@ def cosine(final: float, over: int, every: int = 1) -> Schedule:
 
 @dataclass(frozen=True)
 class _Intervals:
-    """A function of the index of the interval."""
+    """A schedule given by a function of the index of the interval, e = step // every."""
 
     function: Callable[[int], float]
     every: int
@@ -245,7 +245,7 @@ class _Intervals:
 def make_schedule(
     kind: str | Callable[[int], float], *, factor: float | None, rate: float | None, every: int, over: int
 ) -> Schedule:
-    """Return the schedule with a name.
+    """Return the schedule of a named kind, or of a function.
 
     Args:
         kind: "constant", "linear", "time", "step", "exponential", "cosine", or a function from the number of the
@@ -294,7 +294,7 @@ def make_schedule(
 
 
 def runs(schedule: Schedule, start: int, stop: int) -> list[tuple[float, int]]:
-    """Return the schedule's values at steps start, ..., stop - 1, equal neighbours grouped.
+    """Return the values of a schedule at steps start, ..., stop - 1, as runs of equal values.
 
     Args:
         schedule: any function from a step to a factor.
@@ -305,7 +305,7 @@ def runs(schedule: Schedule, start: int, stop: int) -> list[tuple[float, int]]:
         Pairs (value, number of consecutive steps with exactly this value); the numbers add up to stop - start.
 
     Raises:
-        ValueError: a value that is not finite and > 0, or a range that is none.
+        ValueError: a value that is not finite and > 0, or not 0 <= start <= stop.
 
     Example:
         >>> runs(step(0.5, every=3), 1, 7)
