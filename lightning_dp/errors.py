@@ -1,4 +1,4 @@
-"""The only exception class of this package."""
+"""The only public exception class of this package."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ class PrivacyError(RuntimeError):
 
     Wrong arguments raise ``ValueError`` or ``TypeError``; this error is for states that appear only during a run: a
     parameter used where its per-sample gradient cannot be known, a loss that mixes samples, a checkpoint without a
-    ledger, a spent budget. Such a state is never repaired silently and never raises only a warning.
+    ledger, a spent budget. Such a state is never repaired silently and never causes only a warning.
     """

@@ -1,4 +1,4 @@
-"""Replace the layers of a module that cannot be trained privately.
+"""``fix``: replacement of the layers that cannot be trained privately.
 
 This file is light, because the package imports it at once to bind the name ``fix``. The layers are in
 ``_replacements.py``.
@@ -20,7 +20,7 @@ class Fixed(NamedTuple):
 
 
 def fix(module: nn.Module) -> Fixed:
-    """Replace only the layers of a module that cannot be trained privately.
+    """Replace the layers that cannot be trained privately in a module, and no other layers.
 
     ==================================  ===================================================================
     layer                               becomes

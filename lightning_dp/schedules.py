@@ -110,9 +110,9 @@ def step(factor: float | None = None, every: int = 1, *, rate: float | None = No
     Four plateaus with a factor of 0.8 to 0.9 are a good default.
 
     Args:
-        factor: on sigma, finite and > 0; below 1 the noise falls.
+        factor: factor on sigma, finite and > 0; below 1 the noise decreases.
         every: steps between changes, >= 1.
-        rate: on the variance, finite and > 0. Exactly one of ``factor`` and ``rate``.
+        rate: factor on the variance, finite and > 0. Exactly one of ``factor`` and ``rate``.
 
     Returns:
         The schedule.
@@ -135,7 +135,7 @@ def exponential(factor: float | None = None, every: int = 1, *, rate: float | No
         factor^e,   or   exp(-rate e / 2)
 
     Args:
-        factor: on sigma, finite and > 0.
+        factor: factor on sigma, finite and > 0.
         every: steps between changes, >= 1.
         rate: decay rate of the variance, finite and >= 0. Exactly one of ``factor`` and ``rate``.
 
@@ -166,7 +166,7 @@ def linear(
         final: factor on sigma from step ``over`` on, finite and > 0.
         over: steps until ``final`` is reached, >= 1; required with ``final``, else None.
         every: steps between changes, >= 1.
-        rate: on the variance, finite and > 0. Exactly one of ``final`` and ``rate``.
+        rate: factor on the variance, finite and > 0. Exactly one of ``final`` and ``rate``.
 
     Returns:
         The schedule.
@@ -192,7 +192,7 @@ def time(rate: float, every: int = 1) -> Schedule:
         (1 + rate e)^(-1/2)
 
     Args:
-        rate: on the variance, finite and >= 0.
+        rate: decay rate of the variance, finite and >= 0.
         every: steps between changes, >= 1.
 
     Returns:
@@ -250,10 +250,10 @@ def make_schedule(
     Args:
         kind: "constant", "linear", "time", "step", "exponential", "cosine", or a function from the number of the
             interval ``e = t // every`` to a factor on sigma.
-        factor: on sigma: of one interval ("step", "exponential"), or at the end of the run ("linear", "cosine").
-        rate: on the variance, as in the paper ("linear", "time", "step", "exponential").
+        factor: factor on sigma: per interval ("step", "exponential"), or at step ``over`` ("linear", "cosine").
+        rate: rate of the variance, as in the paper ("linear", "time", "step", "exponential").
         every: steps of one interval, >= 1.
-        over: the last step of the run, >= 1, where "linear" and "cosine" reach their factor.
+        over: step at which "linear" and "cosine" reach their factor, >= 1: the last step of the run.
 
     Returns:
         The schedule.

@@ -53,7 +53,7 @@ class DataLens(DataLensRun):
     Args:
         generator: ``generator(z, labels)`` -> samples of the shape of one record's features. Its weights are released.
         discriminator: ``discriminator(features, labels)`` -> one logit per sample; a template without BatchNorm.
-        num_teachers: N, teachers with one shard of the data each. More teachers outweigh the noise, but see fewer
+        num_teachers: N, teachers with one shard of the data each. More teachers outweigh the noise, but each sees fewer
             records.
         top_k: k, votes of a teacher on one sample, from 1 to the number of features.
         sigma: standard deviation of the noise on each sum of votes, >= 0. Exactly one of this and ``target_epsilon``.
@@ -61,7 +61,7 @@ class DataLens(DataLensRun):
         target_epsilon: epsilon of the whole planned run; sigma is chosen to end at it or just below.
         target_delta: delta in (0, 1); default: 1 / (10 x records) rounded down to a power of ten.
         z_dim: coordinates of z ~ U(-1, 1).
-        num_classes: labels 0 to num_classes - 1, drawn uniformly; 1 for data without labels.
+        num_classes: number of labels 0, 1, ..., which are generated uniformly; 1 for data without labels.
         batch_size: B, generated samples per step; epsilon grows with it.
         alpha: step length of a sample along its direction u.
         lr: learning rate of the generator's Adam.

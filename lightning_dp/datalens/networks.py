@@ -20,9 +20,9 @@ class MLPGenerator(nn.Module):
     Args:
         z_dim: coordinates of the noise.
         num_features: columns of the table.
-        num_classes: labels it is conditioned on.
+        num_classes: number of labels.
         hidden: width of the two hidden layers.
-        bounded: end in tanh, for features scaled to [-1, 1] by public bounds.
+        bounded: whether to end in tanh, for features scaled to [-1, 1] by public bounds.
 
     As input: z of shape (B, z_dim), labels of shape (B,). As output: features, shape (B, num_features).
 
@@ -57,7 +57,7 @@ class MLPDiscriminator(nn.Module):
 
     Args:
         num_features: columns of the table.
-        num_classes: labels it is conditioned on.
+        num_classes: number of labels.
         hidden: width of the two hidden layers. Keep it small: a teacher has few records, and the time of a step grows
             with the width and the number of teachers.
 
@@ -89,15 +89,15 @@ class ConvGenerator(nn.Module):
     Args:
         z_dim: coordinates of the noise.
         image_size: height and width, a multiple of 4.
-        channels: of the image.
-        num_classes: labels it is conditioned on.
+        channels: channels of the image.
+        num_classes: number of labels.
         width: channels before the last convolution.
 
     As input: z of shape (B, z_dim), labels of shape (B,). As output: images, shape (B, channels, image_size,
     image_size).
 
     Raises:
-        ValueError: an image size that is no multiple of 4.
+        ValueError: an image size that is not a multiple of 4.
 
     References:
         Radford, Metz and Chintala 2016, Unsupervised Representation Learning with DCGAN (here with group
@@ -133,15 +133,15 @@ class ConvDiscriminator(nn.Module):
 
     Args:
         image_size: height and width, a multiple of 4.
-        channels: of the image.
-        num_classes: labels it is conditioned on.
+        channels: channels of the image.
+        num_classes: number of labels.
         width: channels after the first convolution.
 
     As input: images of shape (B, channels, image_size, image_size), labels of shape (B,). As output: logits, shape (B,
     1).
 
     Raises:
-        ValueError: an image size that is no multiple of 4.
+        ValueError: an image size that is not a multiple of 4.
     """
 
     def __init__(self, *, image_size: int, channels: int = 1, num_classes: int = 1, width: int = 32) -> None:

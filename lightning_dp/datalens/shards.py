@@ -134,7 +134,7 @@ def _form(value: Any) -> str:
 
 
 class StepsOver(Sequence[int]):
-    """A training loader that yields no batches and only sets the number of steps per epoch.
+    """A training loader without batches, which only sets the number of steps per epoch.
 
     The teachers read the records once, so DataLens would not use the batches of a DataLoader.
 

@@ -24,7 +24,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def num_forks() -> int:
-    """Return the number of forks from the first process to this one; if it grew, generators belong to a parent."""
+    """Return the number of forks from the first process to this one; if it grew, older generators are the parent's."""
     return _num_forks
 
 

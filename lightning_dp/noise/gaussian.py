@@ -32,8 +32,9 @@ class GaussianNoise:
 
     Fast variant (default). CPU: four streams, each started from 256 bits of the operating system's entropy: MKL's ARS-5
     if the package ``mkl-random`` is installed (extra ``fast``; 1.6 times as fast on one thread), else torch's generator
-    with its whole state filled. float32 noise ends at 6.2 standard deviations from MKL (one value of 2^32 is -8.3) and
-    at 5.8 from torch. Other devices: the device's own torch generator, seeded with 64 bits from the operating system.
+    with its whole state filled. float32 noise is within 6.2 standard deviations with MKL (but for one value of 2^32,
+    -8.3) and within 5.8 with torch. Other devices: the device's own torch generator, seeded with 64 bits from the
+    operating system.
 
     Secure variant (``secure=True``): uniform bits come from a cryptographic generator (AES-256 in counter mode under a
     key from the operating system if the package ``cryptography`` is installed, else the slower ``os.urandom``). Each

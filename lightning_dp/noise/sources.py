@@ -3,10 +3,10 @@
 Fast, on the CPU, the first of these that works on this machine:
 
 - MKL's ARS-5 (five rounds of AES on a counter, 128 bits of key and 128 of counter), if the package ``mkl-random`` is
-  installed: about 1 nanosecond a value, as the inverse distribution function of 32-bit uniforms.
-- torch's generator: about 2.5 nanoseconds. It keeps 32 bits of the seed it is given, which can be tried one by one. So
-  it is not seeded: its whole state, 624 words, is filled from 256 bits of the operating system's entropy.
-- numpy's generator, where a version of torch lays that state out in another way, or tuning is off: about twice that.
+  installed: about 1 nanosecond per value, by the inverse distribution function of 32-bit uniforms.
+- torch's generator: about 2.5 nanoseconds. It keeps only 32 bits of a seed, which an attacker can try one by one. So
+  its whole state, 624 words, is filled instead, from 256 bits of the operating system's entropy.
+- numpy's generator, if torch's state has another layout or tuning is off: about twice the time of torch's.
 
 Figures of 2026-11-25; the machine was not recorded.
 

@@ -29,7 +29,7 @@ def plot_card(
 
     Args:
         points: pairs (step, epsilon); an epsilon may be the string "inf".
-        attacks: pairs (false positive rate, largest true positive rate), rising, above 0.
+        attacks: pairs (false positive rate, largest true positive rate), ascending and above 0.
         delta: delta at which epsilon is stated, for the label.
         target: target epsilon to mark in the plot.
 

@@ -124,7 +124,7 @@ def map_facts(
 
 
 def stream_facts(loader: DataLoader[Any], *, accumulate: int, world_size: int, fixed_order: bool) -> SamplingFacts:
-    """Return the sampling facts for an iterable dataset; ``fixed_order`` is the user's promise of one order."""
+    """Return the sampling facts for an iterable dataset; ``fixed_order`` promises the same order in every pass."""
     assert loader.batch_size is not None
     size: int | None = dataset_length(loader.dataset) if hasattr(loader.dataset, "__len__") else None
     steps_per_epoch = None if size is None else -(-len(loader) // accumulate)

@@ -87,7 +87,7 @@ class _Before:
 class BeforeRecords(_Before):
     """A wrapper of a map-style dataset that reads and collates one item at a time, with fresh randomness.
 
-    **Guarantee**: see ``fresh_randomness``; the entropy is that of the item's ``Draw``.
+    **Guarantee**: see ``fresh_randomness``; the entropy comes from the item's ``Draw``.
 
     Args:
         dataset: map-style dataset, or a ``Gather`` of its rows.

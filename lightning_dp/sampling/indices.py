@@ -47,10 +47,10 @@ class Draw(list[int]):
 
 
 class _PrivateBatchSampler(Sampler[list[int]], ABC):
-    """Base class of the samplers: it draws from the rank's units ``rank, rank + W, ...`` with one generator.
+    """Base class of the samplers: each draws from its rank's units ``rank, rank + W, ...``.
 
-    A unit is a record, or a user with some records. The generator is never reset. A copy or pickle of a sampler without
-    a seed has fresh entropy, so two copies draw independently.
+    A unit is a record, or a user with some records. The random generators are never reset. A copy or pickle of a
+    sampler without a seed has fresh entropy, so two copies draw independently.
     """
 
     def __init__(

@@ -92,7 +92,7 @@ class PrivateDataLoader(DataLoader[Any]):
         stream in a fixed order is read up to that step, and these records are dropped.
 
         Args:
-            step: logical steps released so far, >= 0.
+            step: number of logical steps released so far, >= 0.
             steps_per_pass: length of a pass over a stream that is cut short on purpose; default: the stream's own.
 
         Raises:

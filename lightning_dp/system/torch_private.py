@@ -1,4 +1,4 @@
-"""Access to private APIs of torch outside of ``per_sample``: one function per API, each with its own test."""
+"""Access to private APIs of torch outside of ``per_sample``: one name per API, each with its own test."""
 
 from __future__ import annotations
 
