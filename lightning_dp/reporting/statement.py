@@ -54,7 +54,7 @@ def describe_unit(plan: DPPlan) -> str:
 
 
 def describe_epsilon(epsilon: float) -> str:
-    """Return an epsilon as text with five digits, rounded up below 100,000 so that it does not understate.
+    """Return an epsilon as text with five digits, rounded up so that it does not understate.
 
     Example:
         >>> describe_epsilon(1.23001), describe_epsilon(math.inf)
@@ -62,8 +62,10 @@ def describe_epsilon(epsilon: float) -> str:
     """
     if math.isinf(epsilon):
         return "infinite"
-    digits = max(0, 4 - math.floor(math.log10(epsilon))) if epsilon > 0 else 0
-    return f"{math.ceil(epsilon * 10**digits) / 10**digits:.5g}" if epsilon > 0 else "0"
+    if epsilon <= 0:
+        return "0"
+    scale = 10.0 ** (4 - math.floor(math.log10(epsilon)))
+    return f"{math.ceil(epsilon * scale) / scale:.5g}"
 
 
 def describe_share(share: float) -> str:

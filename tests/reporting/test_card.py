@@ -317,5 +317,6 @@ def _state() -> dict[str, Any]:
 
 
 def test_described_epsilon_is_never_below() -> None:
-    assert float(describe_epsilon(1.23001)) >= 1.23001
+    for epsilon in (1.23001, 0.000123451, 99_999.5, 123_451.0, 7.000001e9):
+        assert epsilon <= float(describe_epsilon(epsilon)) <= 1.0002 * epsilon
     assert describe_epsilon(math.inf) == "infinite"
