@@ -9,6 +9,7 @@ from lightning_dp.accounting import (
     calibrate_noise_multiplier,
     make_accountant,
     max_steps_within,
+    rdp,
 )
 
 DELTA = 1e-5
@@ -67,6 +68,28 @@ def test_calibration_is_close_below_the_target_everywhere(case):
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
 def test_calibration_works_with_every_sampled_accountant(accountant):
     check(constant(0.02, 500), 2.0, accountant)
+
+
+@pytest.mark.parametrize("target", [0.5, 2.0, 8.0])
+def test_rdp_searches_at_whole_orders(target, monkeypatch):
+    """Fractional orders take most of the time; a few evaluations at all orders decide."""
+    asked, original = [], rdp._poisson_divergences
+
+    def counted(key, orders):
+        asked.append(len(orders))
+        return original(key, orders)
+
+    monkeypatch.setattr(rdp, "_poisson_divergences", counted)
+    rdp.divergences_of.cache_clear()
+    calibrate(constant(0.02, 500), target, "rdp")
+    assert 1 <= asked.count(len(rdp.RDPAccountant.orders)) <= 4 < len(asked)
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.5, 6.0])
+def test_rdp_at_whole_orders_is_a_close_upper_bound(sigma):
+    ledger, accountant = Ledger().extended(constant(0.02, 500)(sigma)), make_accountant("rdp")
+    exact, coarse = accountant.epsilon(ledger, DELTA), accountant.coarse().epsilon(ledger, DELTA)
+    assert exact <= coarse <= 1.05 * exact
 
 
 def test_calibration_without_sampling_with_gdp():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -118,7 +119,30 @@ def test_a_sum_is_named_and_can_be_declared(tmp_path: Any) -> None:
     assert strategy.ledger.num_steps == 4
 
 
-@pytest.mark.parametrize("draw", [torch.randn_like, torch.rand_like, lambda x: nn.functional.dropout(x, 0.5)])
+DRAWS: dict[str, Any] = {
+    "normal": torch.randn_like,
+    "uniform": torch.rand_like,
+    "dropout": lambda x: nn.functional.dropout(x, 0.5),
+    "gumbel": lambda x: nn.functional.gumbel_softmax(x, tau=0.7),
+    "hard gumbel": lambda x: nn.functional.gumbel_softmax(x, hard=True),
+    "exponential": lambda x: torch.empty_like(x).exponential_(2.0),
+    "cauchy": lambda x: torch.empty_like(x).cauchy_().tanh(),
+    "log normal": lambda x: torch.empty_like(x).log_normal_(),
+    "geometric": lambda x: torch.empty_like(x).geometric_(0.3),
+    "poisson": lambda x: torch.poisson(x.detach().exp()),
+    "binomial": lambda x: torch.binomial(torch.full_like(x, 5.0), x.detach().sigmoid()),
+    "gamma": lambda x: torch.distributions.Gamma(x.exp() + 0.5, 1.0).rsample(),
+    "beta": lambda x: torch.distributions.Beta(x.exp() + 0.5, 2.0).rsample(),
+    "dirichlet": lambda x: torch.distributions.Dirichlet(x.exp() + 0.5).rsample(),
+    "categorical": lambda x: torch.distributions.Categorical(logits=x.detach()).sample().unsqueeze(1),
+    "places": lambda x: torch.multinomial(x.detach().exp(), 2).sum(1, keepdim=True),
+    "student": lambda x: torch.distributions.StudentT(3.0 + x.exp()).rsample().tanh(),
+    "laplace": lambda x: torch.distributions.Laplace(x, 1.0).rsample(),
+    "relaxed coin": lambda x: torch.distributions.RelaxedBernoulli(torch.tensor(0.5), logits=x).rsample(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 def test_steps_that_draw_are_not_mistaken_for_steps_that_mix(tmp_path: Any, draw: Any) -> None:
     class Drawing(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -128,6 +152,21 @@ def test_steps_that_draw_are_not_mistaken_for_steps_that_mix(tmp_path: Any, draw
     strategy = DPStrategy(noise_multiplier=1.0)
     make_trainer(strategy, tmp_path).fit(Drawing(), make_loader())
     assert strategy.ledger.num_steps == 4
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("replacement", [False, True])
+def test_partners_that_are_drawn_by_weight_are_refused(tmp_path: Any, rows: bool, replacement: bool) -> None:
+    class Partners(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            weights = torch.ones(len(batch[0]))
+            drawn = torch.multinomial(weights[None] if rows else weights, len(weights), replacement).flatten()
+            return nn.functional.cross_entropy(self(batch[0] + 0.5 * batch[0][drawn]), batch[1])
+
+    strategy = DPStrategy(noise_multiplier=1.0)
+    with pytest.raises(PrivacyError):
+        make_trainer(strategy, tmp_path).fit(Partners(), make_loader())
+    assert strategy.ledger.num_steps == 0
 
 
 def test_frozen_draws_are_constant_and_permutations_mix() -> None:
@@ -140,6 +179,10 @@ def test_frozen_draws_are_constant_and_permutations_mix() -> None:
         assert torch.equal(nn.functional.dropout(torch.ones(50), 0.5), torch.ones(50))
         assert torch.equal(torch.bernoulli(torch.full((3,), 0.25)), torch.full((3,), 0.25))
         assert torch.randperm(4).tolist() == [1, 2, 3, 0]
+        assert torch.equal(torch.empty(2).exponential_(2.0), torch.full((2,), math.log(2.0) / 2.0))
+        assert torch.equal(torch.empty(2).geometric_(0.3), torch.full((2,), 2.0))
+        assert torch.multinomial(torch.tensor([[0.0, 1.0, 1.0], [8.0, 1.0, 0.0]]), 1).tolist() == [[1], [0]]
+        assert sorted(torch.multinomial(torch.tensor([[0.0, 1.0, 2.0]]), 2)[0].tolist()) == [1, 2]
     assert torch.randn(4).std() > 0
 
 
@@ -150,6 +193,8 @@ def test_draws_frozen_by_place_show_how_many_rows_were_drawn() -> None:
         assert abs(float(two.mean() - three.mean())) > 1e-3
         assert abs(float(three.mean())) < 0.1
         assert abs(float(three.std()) - 1) < 0.1
+        assert torch.randint(0, 9, (200,)).unique().numel() == 9
+        assert abs(float(torch.empty(1000).exponential_().mean()) - 1) < 0.1
         assert 0 < float(torch.rand(1000).min()) < float(torch.rand(1000).max()) < 1
 
 
