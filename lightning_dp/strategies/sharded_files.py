@@ -76,8 +76,10 @@ def recover(path: Path) -> None:
     if path.exists():
         return
     partial, old = _beside(path, PARTIAL), _beside(path, OLD)
-    if old.exists():
-        (partial if (partial / META).exists() else old).replace(path)
+    if (partial / META).exists():
+        partial.replace(path)
+    elif old.exists():
+        old.replace(path)
 
 
 def check(checkpoint: dict[str, Any], path: Path) -> None:

@@ -10,7 +10,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lightning_dp.strategies import sharded_files
+
 SCRIPT = Path(__file__).with_name("sharded_kills_run.py")
+
+
+def test_first_save_is_whole_once_all_is_written(tmp_path: Path) -> None:
+    """A death before the only rename leaves a complete folder under another name, and none before."""
+    complete, half = tmp_path / "run.ckpt.partial", tmp_path / "other.ckpt.partial"
+    for folder in (complete, half):
+        folder.mkdir()
+    (complete / sharded_files.META).write_bytes(b"last")
+    for name in ("run.ckpt", "other.ckpt"):
+        sharded_files.recover(tmp_path / name)
+    assert (tmp_path / "run.ckpt" / sharded_files.META).exists()
+    assert not (tmp_path / "other.ckpt").exists()
 
 
 def test_no_death_leaves_half_a_folder(tmp_path: Path) -> None:
