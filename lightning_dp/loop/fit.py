@@ -132,12 +132,11 @@ class LoopFit:
         """Run all microbatches except the last in the sandbox, each from the same state."""
         if not microbatches:
             return
-        snapshot = self._sandbox.snapshot()
-        for count, owners, part in microbatches:
-            with self._sandbox.enter(snapshot):
-                self.step.streams.begin()
-                self._run(self._move(part), count, owners, further=True)
-        snapshot.put_back()
+        with self._sandbox.series() as piece:
+            for count, owners, part in microbatches:
+                with piece():
+                    self.step.streams.begin()
+                    self._run(self._move(part), count, owners, further=True)
 
     def _run(
         self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0, further: bool = False

@@ -76,6 +76,7 @@ class PerSampleEngine(GradientEngine):
         self._tracker = Tracker(self._recorder, materialise=grad_sample == "materialize", workspace=self._workspace)
         self._attached = False
         self._parameters: dict[str, nn.Parameter] = {}
+        self._num_bytes: int | None = None  # of parameters and their gradients
         self._had_grad: set[str] = set()
         self._untracked: set[str] = set()
         self._guards: list[Any] = []
@@ -137,7 +138,7 @@ class PerSampleEngine(GradientEngine):
                 f"Expected every private parameter to be a parameter of the module, got {missing} outside of it. "
                 "Was a layer replaced after the optimizer was made?"
             )
-        self._parameters = dict(parameters)
+        self._parameters, self._num_bytes = dict(parameters), None
         self._tracker.set_parameters(parameters)
         self._remove_guards()
         if self._attached:
@@ -485,9 +486,10 @@ class PerSampleEngine(GradientEngine):
 
     def _most_kept(self) -> float:
         """Return the largest total size of cached gradients, in bytes: a share of the memory in use."""
-        parameters = sum(parameter.nbytes for parameter in self._module.parameters())
-        gradients = sum(parameter.nbytes for parameter in self._parameters.values())
-        return SHARE * (self._recorder.num_bytes + parameters + gradients)
+        if self._num_bytes is None:
+            parameters = sum(parameter.nbytes for parameter in self._module.parameters())
+            self._num_bytes = parameters + sum(parameter.nbytes for parameter in self._parameters.values())
+        return SHARE * (self._recorder.num_bytes + self._num_bytes)
 
     @override
     @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.joining import Joining
 from lightning_dp.per_sample.rules.base import LONGEST_SUM, squared_norm, widen
 from lightning_dp.per_sample.sources import zero_gradient
+
+_WIDE = (torch.float32, torch.float64)
 
 
 class SingleSampleEngine(GradientEngine):
@@ -101,14 +104,16 @@ class SingleSampleEngine(GradientEngine):
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
-            if not self._active or parameter.grad is None:
+            if not self._active:
                 return
-            grad, parameter.grad = parameter.grad, None
+            grad = parameter.grad
+            if grad is None:
+                return
+            parameter.grad = None
             if not self.listening:
                 return
-            if grad.is_sparse:
-                grad = grad.to_dense()
-            grad = widen(grad.detach())
+            if grad.layout != torch.strided or grad.requires_grad or grad.dtype not in _WIDE:
+                grad = widen((grad if grad.layout == torch.strided else grad.to_dense()).detach())
             self._grads[name] = self._grads[name] + grad if name in self._grads else grad
 
         return collect
@@ -125,8 +130,9 @@ class SingleSampleEngine(GradientEngine):
         self.end()
         self._size = batch_size
         self._before = {name: parameter.grad for name, parameter in self._parameters.items()}
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        for name, grad in self._before.items():
+            if grad is not None:
+                self._parameters[name].grad = None
         self._active = True
 
     @override
@@ -162,19 +168,18 @@ class SingleSampleEngine(GradientEngine):
     def squared_norms(
         self, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
     ) -> Tensor:
-        masks = masks or {}
         with self._arithmetic():
             norms = self._new_norms(len(groups), self._size)
             for row, group in zip(norms, groups, strict=True):
-                small: list[Tensor] = []
-                for name, grad in self._received(group):
-                    active = masks[name].select(grad) if name in masks else grad
-                    if active.numel() <= LONGEST_SUM:
-                        small.append(active)
-                    else:
-                        row += squared_norm(active.unsqueeze(0))
-                if small:  # one call for all, because call overhead dominates for a small model
-                    row += torch.stack([norm.to(row.dtype) for norm in norms_of(small)]).square().sum()
+                parts = self._received(group, masks or {})
+                small = [part for part in parts.values() if part.numel() <= LONGEST_SUM]
+                if len(small) < len(parts):
+                    row += sum(squared_norm(p.unsqueeze(0)) for p in parts.values() if p.numel() > LONGEST_SUM)
+                if small:  # one call for all of them: their overhead is most of what a small model costs
+                    found = norms_of(small)
+                    if any(norm.dtype != row.dtype for norm in found):
+                        found = [norm.to(row.dtype) for norm in found]
+                    row += torch.stack(found).square_().sum()
             return norms
 
     @override
@@ -186,17 +191,14 @@ class SingleSampleEngine(GradientEngine):
         masks: Mapping[str, ParameterMask] | None = None,
         scratch: Mapping[str, Tensor] | None = None,
     ) -> None:
-        masks = masks or {}
         with self._arithmetic():
             for row, group in zip(factors, groups, strict=True):
-                parts = {
-                    name: masks[name].select(grad) if name in masks else grad for name, grad in self._received(group)
-                }
+                parts = self._received(group, masks or {})
                 if not parts:
                     continue
                 if row.device.type == "cpu":
-                    if float(row[0]):
-                        add_scaled([out[name] for name in parts], [*parts.values()], float(row[0]))
+                    if factor := float(row[0]):
+                        add_scaled([out[name] for name in parts], [*parts.values()], factor)
                     continue
                 for name, active in parts.items():  # without waiting for the device
                     out[name].add_(torch.where(row[0] == 0, 0.0, active * row[0].to(active.dtype)))
@@ -205,10 +207,21 @@ class SingleSampleEngine(GradientEngine):
     def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         asked = list(self._parameters if names is None else names)
         grads = {name: zero_gradient(self._parameters[name], self._size) for name in asked}
-        return {**grads, **{name: grad.unsqueeze(0) for name, grad in self._received(asked)}}
+        return {**grads, **{name: grad.unsqueeze(0) for name, grad in self._received(asked, {}).items()}}
 
-    def _received(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the gradients of these parameters: none in an empty microbatch or before a backward."""
-        for name in names if self._size else ():
-            if name in self._grads:
-                yield name, self._grads[name]
+    def _received(self, names: Iterable[str], masks: Mapping[str, ParameterMask]) -> dict[str, Tensor]:
+        """Return the (masked) gradients of these parameters: nothing in an empty microbatch, or where no backward has
+        reached.
+        """
+        grads = self._grads if self._size else {}
+        return {
+            name: masks[name].select(grads[name]) if name in masks else grads[name] for name in names if name in grads
+        }
+
+    @override
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        # sums of squares and of products with a number have no shortened form; autocast may still change their types
+        kind = next((parameter.device.type for parameter in self._parameters.values()), "cpu")
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
+            return super()._arithmetic()
+        return nullcontext()

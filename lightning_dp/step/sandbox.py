@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -129,15 +129,32 @@ class Sandbox:
         return Snapshot([self._module, *self._others()], self._settle)
 
     @contextmanager
-    def enter(self, snapshot: Snapshot | None = None) -> Iterator[Snapshot]:
-        """Run the block without lasting effects.
+    def series(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """Run several pieces of code without effect, each from the same state.
 
-        Args:
-            snapshot: the state to put back, if it was taken already; several runs on one snapshot compare large tensors
-                quickly, and the one who took it puts back exactly at the end.
+        Yields:
+            A function that returns the context of a piece. After a piece large tensors are compared quickly; the end of
+            the series puts everything back exactly.
         """
+        with self.enter() as snapshot:
+            parameters = list(self._module.parameters())
+
+            @contextmanager
+            def piece() -> Iterator[None]:
+                try:
+                    yield
+                finally:
+                    snapshot.put_back(quick=True)
+                    for parameter in parameters:
+                        parameter.grad = None
+
+            yield piece
+
+    @contextmanager
+    def enter(self) -> Iterator[Snapshot]:
+        """Run what is inside without effect."""
         self._settle()
-        taken = self.snapshot() if snapshot is None else snapshot
+        taken = self.snapshot()
         gradients = [(parameter, parameter.grad) for parameter in self._module.parameters()]
         device = next((parameter.device for parameter, _ in gradients), torch.device("cpu"))
         for parameter, _ in gradients:
@@ -150,6 +167,6 @@ class Sandbox:
                 yield taken
         finally:
             self._guard.in_sandbox -= 1
-            taken.put_back(quick=snapshot is not None)
+            taken.put_back()
             for parameter, gradient in gradients:
                 parameter.grad = gradient

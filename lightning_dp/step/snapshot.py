@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import types
 from collections import deque
@@ -90,6 +91,7 @@ class Snapshot:
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used again
         for root in roots:
             self._follow(root, 0)
+        self._together: _Together | None = None
 
     def put_back(self, *, quick: bool = False) -> None:
         """Restore every value; write only to those that have changed.
@@ -102,8 +104,15 @@ class Snapshot:
         with torch.no_grad():
             for restore in self._restore:
                 restore()
+            if quick and self._are_unchanged():
+                return
             for kept in self._tensors:
                 kept.put_back(quick=quick)
+
+    def _are_unchanged(self) -> bool:
+        if self._together is None:
+            self._together = _Together(self._tensors)
+        return self._together.are_unchanged()
 
     def _follow(self, value: Any, depth: int) -> None:
         if isinstance(value, _CONSTANT) or id(value) in self._seen or depth > _DEEPEST:
@@ -144,7 +153,8 @@ class Snapshot:
         attributes = getattr(owner, "__dict__", None)
         if isinstance(attributes, dict):
             before = {name: value for name, value in attributes.items() if name not in skipped}
-            self._restore.append(lambda: _reset_attributes(attributes, before, skipped))
+            whole = dict(attributes)
+            self._restore.append(lambda: _reset_attributes(attributes, before, skipped, whole))
             self._follow_all(list(before.values()), depth)
         for name in _slots(type(owner)):
             self._keep_slot(owner, name, depth)
@@ -201,7 +211,7 @@ class _KeptTensor:
         self.memory = _memory_of(self.alias)
         self.value = self.memory.clone()
         self.version = num_changes(tensor)
-        self._step = self.value.numel() // 1024 if self.value.numel() > _LARGE and self.value.is_contiguous() else 0
+        self.step = self.value.numel() // 1024 if self.value.numel() > _LARGE and self.value.is_contiguous() else 0
 
     def put_back(self, *, quick: bool) -> None:
         tensor, alias = self.tensor, self.alias
@@ -213,16 +223,50 @@ class _KeptTensor:
         now = tensor.detach()
         if _place_of(now) != _place_of(alias):
             tensor.data = alias
-        elif quick and self._step and num_changes(tensor) == self.version and self._sample_is_same():
+        elif quick and self.step and num_changes(tensor) == self.version and self._sample_is_same():
             return
         if not same_values(self.memory, self.value):
             self.memory.copy_(self.value)
-            self.version = num_changes(tensor)
+        self.version = num_changes(tensor)
         if tensor.is_leaf and tensor.requires_grad != self.requires_grad:
             tensor.requires_grad_(self.requires_grad)
 
     def _sample_is_same(self) -> bool:
-        return same_values(self.memory.view(-1)[:: self._step], self.value.view(-1)[:: self._step])
+        return same_values(self.memory.view(-1)[:: self.step], self.value.view(-1)[:: self.step])
+
+
+class _Together:
+    """Kept tensors that are compared in a few calls, as a quick comparison of each would.
+
+    Args:
+        tensors: kept.
+    """
+
+    def __init__(self, tensors: list[_KeptTensor]) -> None:
+        self._large = [kept for kept in tensors if kept.step]
+        self._places = [(kept.tensor, *_place_of(kept.alias), kept.requires_grad) for kept in tensors]
+        self._comparable = all(
+            kept.tensor.layout == torch.strided and kept.memory.is_contiguous() and kept.memory.device.type != "meta"
+            for kept in tensors
+        )
+        pieces: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        for kept in tensors if self._comparable else ():
+            memory, value = (_bits_of(one).view(-1)[:: kept.step or 1] for one in (kept.memory, kept.value))
+            pieces.setdefault((memory.dtype, memory.device), []).append((memory, value))
+        self._pieces = [
+            ([now for now, _ in pairs], torch.cat([then for _, then in pairs])) for pairs in pieces.values()
+        ]
+
+    def are_unchanged(self) -> bool:
+        """Tell whether all are as they were kept; False also where some have to be compared by themselves."""
+        if not self._comparable or any(num_changes(kept.tensor) != kept.version for kept in self._large):
+            return False
+        for tensor, address, dtype, shape, strides, requires_grad in self._places:
+            if tensor.data_ptr() != address or tensor.dtype != dtype or tensor.requires_grad != requires_grad:
+                return False
+            if tensor.shape != shape or tensor.stride() != strides:
+                return False
+        return all(torch.equal(torch.cat(now), then) for now, then in self._pieces)
 
 
 def _place_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -248,7 +292,11 @@ def _slots(kind: type) -> list[str]:
     return [name for name in found if name not in ("__dict__", "__weakref__")]
 
 
-def _reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str]) -> None:
+def _reset_attributes(
+    attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str], whole: dict[str, Any]
+) -> None:
+    if _same_items(attributes, whole):
+        return
     for name in [name for name in attributes if name not in before and name not in skipped]:
         del attributes[name]
     for name, value in before.items():
@@ -261,12 +309,19 @@ def _same_content(holder: Any, content: Any) -> bool:
     if len(holder) != len(content):
         return False
     if isinstance(content, dict):
-        return all(
-            left is right and holder[left] is content[right] for left, right in zip(holder, content, strict=True)
-        )
+        return _same_items(holder, content)
     if isinstance(content, set):
         return all(item in content for item in holder)
-    return all(left is right for left, right in zip(holder, content, strict=True))
+    return all(map(operator.is_, holder, content))
+
+
+def _same_items(holder: Any, content: dict[Any, Any]) -> bool:
+    """Tell whether a mapping holds the same objects under the same keys, in the same order."""
+    return (
+        len(holder) == len(content)
+        and all(map(operator.is_, holder.values(), content.values()))
+        and all(map(operator.is_, holder, content))
+    )
 
 
 def _refill_mapping(holder: Any, content: Any) -> None:

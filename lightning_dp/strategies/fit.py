@@ -193,22 +193,22 @@ class PrivateFit:
         Args:
             microbatches: None where another rank has one more than this one: a record of weight 0 is run for it.
         """
-        snapshot, step = self._sandbox.snapshot(), self.step
+        step = self.step
         counts = None if step.automatic else Counts(self._strategy)
-        for given in microbatches:
-            weight, (count, owners, records) = (
-                (1.0, given) if given is not None else (0.0, (self._trial.copies, None, None))
-            )
-            with self._sandbox.enter(snapshot):
-                step.streams.begin()
-                batch = self._host.stand_in(count) if given is None else self._strategy.to_device(records)
-                with step.microbatch(count, owners, weight=weight, further=True) as microbatch:
-                    output = self._call(batch, count, weight=weight)
-                    loss = self._loss_of(output, count) if step.automatic else None
-                    if loss is not None:
-                        self._strategy.backward(loss, None)
-            self._check_steps(microbatch, output, counts)
-        snapshot.put_back()
+        with self._sandbox.series() as piece:
+            for given in microbatches:
+                weight, (count, owners, records) = (
+                    (1.0, given) if given is not None else (0.0, (self._trial.copies, None, None))
+                )
+                with piece():
+                    step.streams.begin()
+                    batch = self._host.stand_in(count) if given is None else self._strategy.to_device(records)
+                    with step.microbatch(count, owners, weight=weight, further=True) as microbatch:
+                        output = self._call(batch, count, weight=weight)
+                        loss = self._loss_of(output, count) if step.automatic else None
+                        if loss is not None:
+                            self._strategy.backward(loss, None)
+                self._check_steps(microbatch, output, counts)
 
     def _loss_of(self, output: Any, count: int) -> Tensor | None:
         """Return the loss, or None if it is missing here or on any rank that has to run the same backward."""

@@ -227,15 +227,17 @@ def test_nested_sandboxes_count(bench: Bench) -> None:
     assert bench.guard.in_sandbox == 0
 
 
-def test_several_runs_share_a_snapshot(bench: Bench) -> None:
-    """Each run begins from the same state; whoever took the snapshot puts back exactly at the end."""
-    before, snapshot, starts = bench.picture(), bench.sandbox.snapshot(), []
-    for _ in range(3):
-        with bench.sandbox.enter(snapshot) as given:
-            assert given is snapshot
-            starts.append(bench.picture()[0])
-            bench.module.use_everything()
-    snapshot.put_back()
+def test_pieces_of_a_series_begin_alike(bench: Bench) -> None:
+    """Each piece begins from the same state and without gradients; the end puts everything back exactly."""
+    before, starts = bench.picture(), []
+    with bench.sandbox.series() as piece:
+        for _ in range(3):
+            with piece():
+                assert all(parameter.grad is None for parameter in bench.module.parameters())
+                starts.append(bench.picture()[0])
+                bench.module.use_everything()
+                for parameter in bench.module.parameters():
+                    parameter.grad = torch.ones_like(parameter)
     assert starts == [before[0]] * 3
     assert bench.picture() == before
 
@@ -253,20 +255,20 @@ class Growing(nn.Module):
         self.layer, self.sums = nn.Linear(1, 1), torch.zeros(2**16)
 
 
-def test_run_on_a_shared_snapshot_compares_quickly() -> None:
-    """One element written through ``data`` outlives a run, and is gone when the owner of the snapshot ends."""
+def test_series_compares_quickly_between_its_pieces() -> None:
+    """One element written through ``data`` outlives a piece, and is gone when the series ends."""
     module = Growing()
     guard = StepGuard(lambda optimizer: True)
     sandbox = Sandbox(module, guard, list, lambda: warnings.catch_warnings())
-    snapshot = sandbox.snapshot()
 
     def add(sums: Tensor) -> None:
         sums.data[1] += 1
 
-    with sandbox.enter(snapshot):
-        add(module.sums)
-    assert int(module.sums.sum()) == 1
-    snapshot.put_back()
+    with sandbox.series() as piece:
+        with piece():
+            add(module.sums)
+        assert int(module.sums.sum()) == 1
+    assert int(module.sums.sum()) == 0
     with sandbox.enter():
         add(module.sums)
     assert int(module.sums.sum()) == 0
