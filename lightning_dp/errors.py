@@ -1,4 +1,4 @@
-"""The only public exception class of this package."""
+"""The exception classes of this package."""
 
 from __future__ import annotations
 
@@ -10,3 +10,7 @@ class PrivacyError(RuntimeError):
     parameter used where its per-sample gradient cannot be known, a loss that mixes samples, a checkpoint without a
     ledger, a spent budget. Such a state is never repaired silently and never causes only a warning.
     """
+
+
+class ComparisonError(PrivacyError):
+    """A ``PrivacyError`` for gradients that differ where they are compared: samples may influence each other."""

@@ -16,6 +16,7 @@ ROWS = re.findall(r"^\| `([^`]+)` \| (.+) \| (.+) \|$", PAGE, flags=re.MULTILINE
 #: Files whose error takes its text from a function of the same file.
 COMPOSED = {
     "exchange.py": "One sample of a batch was",
+    "ways.py": "The gradient of a batch is not that of its records alone",
     "independence.py": "Expected the gradient of every sample in a batch to be its gradient when run alone",
 }
 
@@ -36,7 +37,7 @@ def messages() -> list[str]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("PrivacyError"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("PrivacyError", "ComparisonError")):
                 text = text_of(node.args[0]) if node.args else ""
                 if len(text.replace("…", "").strip()) < 10:
                     text = COMPOSED[path.name]

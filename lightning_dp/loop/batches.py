@@ -23,7 +23,7 @@ class DrawnBatch(LogicalBatch):
 
     def __init__(self, batch: LogicalBatch, source: object, number: int) -> None:
         super().__init__(batch.microbatches, batch.owners)
-        self.position = batch.position
+        self.position, self.draw = batch.position, batch.draw
         self.source, self.number, self.used = source, number, False
 
 

@@ -59,7 +59,7 @@ class LoopFit:
         reduction: Reduction,
         noise: GaussianNoise,
     ) -> None:
-        self._model, self._called, self._move, self._settings = model, called, move, settings
+        self._model, self._called, self._move, self._settings, self._loader = model, called, move, settings, loader
         self.step = PrivateStep(
             model,
             [optimizer],
@@ -81,7 +81,7 @@ class LoopFit:
         )
         self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext)
         self._trial = Trial(self.step, self._host, self._sandbox)
-        self._host.see = self.step.engine.see
+        self._host.see = lambda batch: self.step.engine.see(batch)
         self._prepared = False
         self._flags = _training_flags(model)
         self._losses: list[tuple[Tensor, int]] = []
@@ -99,6 +99,8 @@ class LoopFit:
         """
         self._host.loss_fn, self._losses = loss_fn, []
         self._begin(begins_pass, batch.position)
+        if self.step.runs_samples_alone:
+            batch = self._loader.one_by_one(batch)
         for count, _, part in batch.parts:
             checks.check_rows(part, count, self._records.axes)
         if batch:
@@ -117,7 +119,7 @@ class LoopFit:
         step.state.check_budget()
         flags = _training_flags(self._model)
         if flags != self._flags:
-            module_checks.check_module(self._model, runs_samples_alone=self._settings.runs_samples_alone)
+            module_checks.check_module(self._model, runs_samples_alone=self._settings.counts_samples_alone)
             self._flags = flags
         if not (self._prepared and step.engine.has_layout):
             self._records.learn_rows(next(self._model.parameters()).device)

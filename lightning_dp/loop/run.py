@@ -123,7 +123,7 @@ class PrivateLoop(LoopFacts):
         move: Callable[[Any], Any] | None = None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        module_checks.check_module(model, runs_samples_alone=settings.runs_samples_alone)
+        module_checks.check_module(model, runs_samples_alone=settings.counts_samples_alone)
         module_checks.check_optimizers([optimizer], model, ())
         running = _open.get(model, lambda: None)()
         if running is not None:

@@ -14,17 +14,17 @@ from lightning_dp.per_sample.single import SingleSampleEngine
 __all__ = ["GradientEngine", "PerSampleEngine", "SingleSampleEngine", "make_engine", "register_rule"]
 
 
-def make_engine(module: nn.Module, *, grad_sample: str, memory: Memory, microbatch_size: int | None) -> GradientEngine:
-    """Return the engine for microbatches of that size: plain autograd for single samples, rules on operations for more.
+def make_engine(module: nn.Module, *, grad_sample: str, memory: Memory, alone: bool) -> GradientEngine:
+    """Return the engine: plain autograd for samples that run alone, rules on operations for microbatches of several.
 
     Args:
         module: the user's module.
         grad_sample: "auto" and "rules" use rules on operations; "materialize" makes full per-sample gradients.
         memory: ``"fast"`` or ``"lean"``.
-        microbatch_size: most samples of a microbatch; None for no limit.
+        alone: whether every microbatch has one sample.
     """
-    for notice in notices(module, runs_samples_alone=microbatch_size == 1):
+    for notice in notices(module, runs_samples_alone=alone):
         _messages.info(notice)
-    if microbatch_size == 1:
+    if alone:
         return SingleSampleEngine(module)
     return PerSampleEngine(module, grad_sample="materialize" if grad_sample == "materialize" else "auto", memory=memory)

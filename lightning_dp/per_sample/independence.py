@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lightning_dp.errors import PrivacyError
+from lightning_dp.errors import ComparisonError
 
 # Allowed difference relative to the largest per-sample norm, by the type the forward ran in.
 RTOL = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -65,7 +65,7 @@ def compare_with_singles(
         total: adds figures by parameter over the processes, where each holds a part of the gradients.
 
     Raises:
-        PrivacyError: where the gradients differ, with the parameters, the size and the likely cause, or where no
+        ComparisonError: where the gradients differ, with the parameters, the size and the likely cause, or where no
             sample has a finite gradient.
         ValueError: for arguments that do not fit together.
 
@@ -83,7 +83,7 @@ def compare_with_singles(
     totals_b, totals_s, totals_bs, _ = sum(sums.values(), torch.zeros(4, samples, dtype=torch.float64))
     comparable = totals_b.isfinite() | totals_s.isfinite()
     if samples and not bool(comparable.any()):
-        raise PrivacyError(
+        raise ComparisonError(
             "Expected at least one sample with a finite gradient, got none: whether samples are independent cannot be "
             "seen. Look for NaN or infinite values in the data, the loss or the initial weights."
         )
@@ -97,10 +97,10 @@ def compare_with_singles(
             index = int(values.argmax())
             worst[name] = (values[index].item() / largest if largest else math.inf, index)
     if worst and adds_up is not None and adds_up():
-        raise PrivacyError(f"{_difference(worst, rtol)} {_OURS}")
+        raise ComparisonError(f"{_difference(worst, rtol)} {_OURS}")
     if worst:
         cause = _cause(totals_b[both_finite], totals_s[both_finite], totals_bs[both_finite], samples, max(rtol, 1e-3))
-        raise PrivacyError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")
+        raise ComparisonError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")
 
 
 def find_unsupported(module: nn.Module, *, runs_samples_alone: bool = False) -> list[tuple[str, nn.Module, str]]:

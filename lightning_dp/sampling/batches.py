@@ -38,12 +38,13 @@ class LogicalBatch:
         (2, 3, [None, None], False)
     """
 
-    __slots__ = ("microbatches", "owners", "position")
+    __slots__ = ("draw", "microbatches", "owners", "position")
 
     def __init__(self, microbatches: Sequence[tuple[int, Any]], owners: Sequence[Tensor | None] | None = None) -> None:
         self.microbatches = list(microbatches)
         self.owners: list[Tensor | None] = [None] * len(self.microbatches) if owners is None else list(owners)
         self.position: int | None = None  # of the logical batch in the order of the data, where that matters; public
+        self.draw: Any = None  # the indices that it was read at, where the dataset has random access; private
 
     @property
     def parts(self) -> list[tuple[int, Tensor | None, Any]]:
@@ -66,7 +67,9 @@ class LogicalBatch:
 
     def pin_memory(self) -> LogicalBatch:
         """Return the same batch with every tensor in page-locked memory; a ``DataLoader`` calls this."""
-        return LogicalBatch([(count, _pin(batch)) for count, batch in self.microbatches], _pin(self.owners))
+        pinned = LogicalBatch([(count, _pin(batch)) for count, batch in self.microbatches], _pin(self.owners))
+        pinned.draw = self.draw
+        return pinned
 
 
 class MicrobatchCollate:
@@ -86,12 +89,13 @@ class MicrobatchCollate:
         self.collate_fn = collate_fn
         self.microbatch_size = microbatch_size
 
-    def __call__(self, samples: list[Any], sizes: list[int] | None = None) -> LogicalBatch:
+    def __call__(self, samples: list[Any], sizes: list[int] | None = None, *, alone: bool = False) -> LogicalBatch:
         """Return the logical batch of these samples.
 
         Args:
             samples: records, grouped by user.
             sizes: number of records of each user, >= 1; ``None`` if each record is a unit.
+            alone: whether each unit is a microbatch of its own, whatever ``microbatch_size`` is.
         """
         if not samples:
             return LogicalBatch([])
@@ -100,15 +104,16 @@ class MicrobatchCollate:
         starts = [0, *itertools.accumulate(counts)]
         microbatches: list[tuple[int, Any]] = []
         owners: list[Tensor | None] = []
-        for first, last in itertools.pairwise(self._cuts(counts)):
+        for first, last in itertools.pairwise(self._cuts(counts, 1 if alone else self.microbatch_size)):
             microbatches.append((last - first, self.collate_fn(samples[starts[first] : starts[last]])))
             repeats = None if sizes is None else torch.tensor(sizes[first:last])
             owners.append(None if repeats is None else torch.repeat_interleave(repeats))
         return LogicalBatch(microbatches, owners)
 
-    def _cuts(self, counts: list[int]) -> list[int]:
+    @staticmethod
+    def _cuts(counts: list[int], most: int | None) -> list[int]:
         """Return the positions, counted in units, at which microbatches begin, and the total number of units."""
-        units, records, most = len(counts), sum(counts), self.microbatch_size
+        units, records = len(counts), sum(counts)
         if most is None:
             return [0, units]
         if units == records:

@@ -104,7 +104,9 @@ class BeforeRecords(_Before):
 
     def __getitems__(self, draw: Draw) -> LogicalBatch:
         with fresh_randomness(draw.entropy) if self._draws else nullcontext():
-            return self._collate(read(self._dataset, draw), draw.sizes)
+            batch = self._collate(read(self._dataset, draw), draw.sizes, alone=draw.alone)
+        batch.draw = draw
+        return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_before_records, (self._dataset, self._collate, self._draws))

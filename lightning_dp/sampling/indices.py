@@ -36,14 +36,18 @@ class Draw(list[int]):
         indices: into the dataset; private.
         sizes: number of these indices per user, in order; ``None`` if the unit is a record.
         entropy: seed of the random streams of the code that reads the records.
+        alone: whether each unit is a microbatch of its own, whatever the loader was made for.
     """
 
-    __slots__ = ("entropy", "sizes")
+    __slots__ = ("alone", "entropy", "sizes")
 
-    def __init__(self, indices: Iterable[int], *, entropy: int, sizes: list[int] | None = None) -> None:
+    def __init__(
+        self, indices: Iterable[int], *, entropy: int, sizes: list[int] | None = None, alone: bool = False
+    ) -> None:
         super().__init__(indices)
         self.sizes = sizes
         self.entropy = entropy
+        self.alone = alone
 
 
 class _PrivateBatchSampler(Sampler[list[int]], ABC):
@@ -73,6 +77,8 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
         self.world_size = world_size
         self.seed = seed
         self.units = units
+        self.alone = False
+        """Whether each unit of what is drawn from here on is a microbatch of its own."""
         self.num_own = len(range(rank, dataset_size, world_size))
         self._num_draws = 0
         self._start()
@@ -99,9 +105,9 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
         self._num_draws += 1
         entropy = int.from_bytes(self._child(_ENTROPY, self._num_draws).generate_state(4).tobytes(), "little")
         if self.units is None:
-            return Draw(units.tolist(), entropy=entropy)
+            return Draw(units.tolist(), entropy=entropy, alone=self.alone)
         records, sizes = self.units.choose(units, self._choices)
-        return Draw(records, sizes=sizes, entropy=entropy)
+        return Draw(records, sizes=sizes, entropy=entropy, alone=self.alone)
 
     def _parts(self, members: NDArray[Any]) -> Iterator[Draw]:
         """Yield the items of a logical batch; each member joins one of them, uniformly and independently."""

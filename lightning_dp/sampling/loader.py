@@ -77,6 +77,30 @@ class PrivateDataLoader(DataLoader[Any]):
         self.facts = other.facts
         self.__dict__["batch_sampler"] = other.batch_sampler
 
+    def one_by_one(self, batch: LogicalBatch) -> LogicalBatch:
+        """Return an item cut into microbatches of one unit each, and cut so whatever is drawn from here on.
+
+        An item that was collated in larger ones is read again, in this process and under the same randomness.
+
+        Args:
+            batch: an item of this loader.
+
+        Raises:
+            PrivacyError: the item of a stream, which cannot be read again.
+        """
+        if all(count == 1 for count, _ in batch.microbatches):
+            return batch
+        if batch.draw is None:
+            raise PrivacyError(
+                "Expected a dataset with random access where samples are to run one at a time, got a stream, whose "
+                "records cannot be read again. Pass grad_sample='single' from the start."
+            )
+        batch.draw.alone = self.batch_sampler.alone = True  # type: ignore[union-attr]
+        assert isinstance(self.collate_fn, MicrobatchCollate)
+        again = BeforeRecords(self.dataset, self.collate_fn).__getitems__(batch.draw)
+        again.position = batch.position
+        return again
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.before_pass is not None:
             self.before_pass()

@@ -61,7 +61,7 @@ class Couplings:
             state_check.check_state(
                 partial(run, ends=ends),
                 three,
-                together=not step.settings.runs_samples_alone,
+                together=not step.runs_samples_alone,
                 copies=host.copies,
                 anywhere=step.reduction.any,
             )
@@ -113,6 +113,29 @@ class Couplings:
             module=step.module,
             adds_up=adds_up,
             total=step.reduction.total,
+        )
+
+    def check_own_losses(self, snapshot: Snapshot, records: list[Any], *, seed: int) -> None:
+        """Compare the gradients of three samples in a batch of the real size with those of the samples run alone."""
+        step, batch = self._runs.step, records[: self._runs.host.batch_size]
+        size, known = len(batch), dict(step.module.named_parameters())
+        places = sorted({0, size // 2, size - 1})
+
+        def read(names: list[str]) -> list[dict[str, Tensor]]:
+            parameters = {name: known[name] for name in names}
+            like = step.reduction.squared_norms(step.engine, [[name] for name in names])
+            chosen = torch.eye(size, dtype=like.dtype, device=like.device)[places]
+            return [step.reduction.weighted_sum(step.engine, row, parameters) for row in chosen]
+
+        draws = Draws(seed=seed)
+        found = self._runs.again(snapshot, batch, draws, engine=True, read=read).found
+        batched = {name: torch.stack([sums[i][name] for i in range(len(places))]) for sums in found for name in sums[0]}
+        compare_with_singles(
+            batched,
+            (self._runs.again(snapshot, [batch[place]], draws).private for place in places),
+            scale=size if step.settings.loss_reduction == "mean" else 1,
+            rtol=TOLERANCE[torch.float64 if step.engine.dtypes == {torch.float64} else self._runs.narrow],
+            module=step.module,
         )
 
     def check_exchange(self, snapshot: Snapshot, records: list[Any]) -> None:

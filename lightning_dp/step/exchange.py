@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_dp.errors import PrivacyError
+from lightning_dp.errors import ComparisonError
 from lightning_dp.per_sample.batch_owners import shapes_in
 from lightning_dp.step.reduction import Reduction
 
@@ -149,14 +149,14 @@ def compare(
         total: adds figures by parameter over the processes, where each holds a part of the sums.
 
     Raises:
-        PrivacyError: a sample's gradient depends on another one.
+        ComparisonError: a sample's gradient depends on another one.
     """
     if first.stepped != second.stepped:
-        raise PrivacyError(_message(what, "which optimizers step changes with it"))
+        raise ComparisonError(_message(what, "which optimizers step changes with it"))
     kept = second.norms[:, stays] if second.norms.shape[1] == len(stays) else second.norms
     norms, others = first.norms[:, stays].double(), kept.double()
     if norms.shape != others.shape:
-        raise PrivacyError(_message(what, "there is no loss any more, or there is one now"))
+        raise ComparisonError(_message(what, "there is no loss any more, or there is one now"))
     if norms.numel() == 0:
         return
     lengths = norms.nan_to_num().square().sum(0).sqrt()
@@ -165,14 +165,14 @@ def compare(
     if bool(differs.any()):
         worst = ((norms - others).abs() / lengths.clamp_min(1e-300)).nan_to_num(nan=float("inf")).max()
         number = f"{int(differs.any(0).sum())} of {norms.shape[1]}"
-        raise PrivacyError(
+        raise ComparisonError(
             _message(what, f"the gradients of {number} others differ by up to {float(worst):.2g} of their length")
         )
     for one, other in zip(first.sums, second.sums, strict=True):
         squares = {name: (one[name].double() - other[name].double()).square().sum() for name in one}
         distance = sum(float(square) for square in total(squares).values()) ** 0.5
         if not distance <= 4 * tolerance * norms.shape[1]:
-            raise PrivacyError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
+            raise ComparisonError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
 
 
 def _message(what: str, found: str) -> str:

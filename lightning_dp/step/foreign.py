@@ -33,7 +33,7 @@ class ForeignCode:
     """
 
     def __init__(self, host: Host, *, reduction: str, runs_alone: bool) -> None:
-        self._host, self._sums, self._runs_alone = host, reduction == "sum", runs_alone
+        self._host, self._sums, self.runs_alone = host, reduction == "sum", runs_alone
         self.copies = 1
         """Copies of a record that are run where one record is to be run alone."""
 
@@ -52,7 +52,7 @@ class ForeignCode:
         except PrivacyError:
             raise
         except Exception as error:
-            if len(chosen) == 1 and not self._runs_alone:
+            if len(chosen) == 1 and not self.runs_alone:
                 raise OneAloneError from error
             note(
                 error,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample.own_losses import OwnLosses
+
 if TYPE_CHECKING:
     from lightning_dp.step.step import PrivateStep
 
@@ -38,6 +40,7 @@ class Microbatch:
         if owners is not None and step.settings.unit_gradient == "mean":
             self._scale = self._scale / torch.bincount(owners.cpu()).double()
         self.collected: set[int] = set()
+        self._own_losses: OwnLosses | None = None
 
     def scaled(self, values: Tensor, divisor: int = 1) -> Tensor:
         """Return ``values * scale / divisor`` for values of shape (..., B), one column per sample."""
@@ -47,12 +50,20 @@ class Microbatch:
         return values * factor
 
     def __enter__(self) -> Microbatch:
-        self._step.engine.begin(self.count, self._owners)
-        self._step.recording = self
+        step = self._step
+        step.engine.begin(self.count, self._owners)
+        step.recording = self
+        if step.settings.per_sample_loss and not step.runs_samples_alone:
+            constants = [*step.module.parameters(), *step.module.buffers()]
+            self._own_losses = OwnLosses(self.count, step.settings.loss_reduction, constants)
+            self._own_losses.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._own_losses is not None:
+            self._own_losses.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+            self._own_losses = None
         self._step.engine.end()
         self._step.recording = None

@@ -39,6 +39,9 @@ class Reduction(Protocol):
     def any(self, flag: bool) -> bool:
         """Return whether any rank set the flag, if forwards communicate; else return this rank's flag."""
 
+    def agree(self, flag: bool) -> bool:
+        """Return whether a flag is set on any rank, always: for a choice that all ranks make alike."""
+
     def settle(self) -> None:
         """Return the module to its state between two steps: no parameter is gathered."""
 
@@ -108,6 +111,10 @@ class OneProcess:
         return num
 
     def any(self, flag: bool) -> bool:
+        """Return the flag."""
+        return flag
+
+    def agree(self, flag: bool) -> bool:
         """Return the flag."""
         return flag
 
@@ -192,6 +199,13 @@ class AllReduce(OneProcess):
     def noise_share(self) -> float:  # type: ignore[override]
         """Share of each rank in the noise std, ``1 / sqrt(W)``."""
         return 1 / math.sqrt(self.world_size)
+
+    @override
+    def agree(self, flag: bool) -> bool:
+        found = torch.tensor(int(flag), device=self.device)
+        with communicating("the choice of the way in which samples run"):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
 
     @override
     def reduce(self, accumulator: Accumulator) -> None:

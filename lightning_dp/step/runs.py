@@ -118,9 +118,7 @@ class TrialRuns:
 
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
         self.step, self.sandbox = step, sandbox
-        self.host = ForeignCode(
-            host, reduction=step.settings.loss_reduction, runs_alone=step.settings.runs_samples_alone
-        )
+        self.host = ForeignCode(host, reduction=step.settings.loss_reduction, runs_alone=step.runs_samples_alone)
         self.has_coins = False
         """Whether user code has drawn anything that a coin decides, in any run."""
         self._bar: Any = None

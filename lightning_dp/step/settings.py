@@ -113,8 +113,8 @@ class Settings:
         if self.per_sample_loss and self.grad_sample in ("rules", "materialize"):
             raise ValueError(
                 "Expected grad_sample 'auto' or 'single' with per_sample_loss=True, got "
-                f"grad_sample={self.grad_sample!r}. Each record runs alone, so that the loss is its own: leave "
-                "grad_sample out."
+                f"grad_sample={self.grad_sample!r}. Records run alone where a batch does not "
+                "give their own losses: leave grad_sample out."
             )
         clipping = self.make_clipping()
         if not clipping.bounded and self.target_epsilon is not None:
@@ -178,8 +178,19 @@ class Settings:
 
     @property
     def runs_samples_alone(self) -> bool:
-        """True if every microbatch has one sample, so that plain autograd gives its gradient."""
-        return self.microbatch_size == 1 or self.grad_sample == "single" or self.per_sample_loss
+        """True if every microbatch has one sample by the user's choice, so that plain autograd gives its gradient."""
+        unchecked = self.per_sample_loss and (not self.check_per_sample or self.records_per_unit is not None)
+        return self.microbatch_size == 1 or self.grad_sample == "single" or unchecked
+
+    @property
+    def counts_samples_alone(self) -> bool:
+        """True if layers may mix samples, since the loss of each is computed, or compared with one computed, alone."""
+        return self.runs_samples_alone or self.per_sample_loss
+
+    @property
+    def may_run_alone(self) -> bool:
+        """True if samples run one at a time where no rule can follow the module."""
+        return self.grad_sample == "auto"
 
     @property
     def samples_at_once(self) -> int | None:

@@ -37,7 +37,7 @@ def check_sharded(
     for name, parameter in module.named_parameters():
         if is_sharded(parameter):
             _check_parameter(name, parameter, world_size, device)
-    if settings.runs_samples_alone:
+    if settings.counts_samples_alone:
         raise ValueError(
             "Expected samples to run together in a sharded module, got microbatch_size=1. Raw gradients of single "
             "samples would be added over the processes: use microbatch_size >= 2, or DPDDPStrategy."

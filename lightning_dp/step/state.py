@@ -16,6 +16,9 @@ from lightning_dp.step import checkpoint as saved
 from lightning_dp.step.history import check_history, joined
 from lightning_dp.step.plan import DPPlan
 
+_ALONE = "by construction, one sample runs at a time"
+_UNFOLLOWED = f"{_ALONE}, since no rule follows the module's operations"
+
 
 class PrivacyState:
     """Ledger, accountant, plan and position of a private run.
@@ -119,6 +122,19 @@ class PrivacyState:
     def note_kept_apart(self, why: str) -> None:
         """Record a reason, other than checks, for treating samples as independent of each other."""
         self._kept_apart = list(dict.fromkeys([*self._kept_apart, why]))
+
+    @property
+    def runs_alone(self) -> bool:
+        """True if samples run one at a time since no rule could follow the module, in this run or before its resume."""
+        return _UNFOLLOWED in self._kept_apart
+
+    def note_alone(self, *, chosen: bool) -> None:
+        """Take note that one sample runs at a time.
+
+        Args:
+            chosen: whether the user asked for it; else no rule could follow the module.
+        """
+        self.note_kept_apart(_ALONE if chosen else _UNFOLLOWED)
 
     def summary_line(self) -> str:
         """Return the one line that ends a fit."""

@@ -21,7 +21,7 @@ from lightning_dp.clipping import Clipping
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.per_sample import GradientEngine, make_engine
+from lightning_dp.per_sample import GradientEngine, SingleSampleEngine, make_engine
 from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.correlation import check_position, check_releases
@@ -86,7 +86,7 @@ class PrivateStep:
             module,
             grad_sample=settings.grad_sample,
             memory="lean" if reduction.is_sharded else settings.memory,  # "fast" may cache whole gradients
-            microbatch_size=settings.samples_at_once,
+            alone=self.runs_samples_alone,
         )
         self.streams = RandomStreams(seed)
         self.parameters = PrivateParameters(module, self.optimizers, settings.public_optimizers)
@@ -113,6 +113,20 @@ class PrivateStep:
     def plan(self) -> Any:
         """The public plan of the run."""
         return self.state.plan
+
+    @property
+    def runs_samples_alone(self) -> bool:
+        """True if every microbatch has one sample, so that plain autograd gives its gradient."""
+        settings = self.settings
+        return settings.runs_samples_alone or (settings.may_run_alone and self.state.runs_alone)
+
+    def run_alone(self) -> None:
+        """Run samples one at a time from here on; a resumed run does so too."""
+        self.state.note_alone(chosen=False)
+        self.engine.detach()
+        self.engine = SingleSampleEngine(self.module)
+        self.engine.attach()
+        self._refresh()
 
     # ---------------------------------------------------------------- the step, in the order of the data
 
@@ -239,7 +253,7 @@ class PrivateStep:
             optimizer,
             unfinished=optimizer in self.unfinished,
             again=self.recording.further and optimizer in self.recording.collected,
-            microbatch_size=self.settings.samples_at_once,
+            microbatch_size=1 if self.runs_samples_alone else self.settings.microbatch_size,
         )
         self.recording.collected.add(optimizer)
         self.collect(optimizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from lightning_dp.errors import PrivacyError
+from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import Couplings, differing
 from lightning_dp.step.probe import Probe
@@ -17,6 +17,7 @@ from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, Host, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
+from lightning_dp.step.ways import OneByOne
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
 LAYOUT_SIZES = (2, 3)
@@ -36,6 +37,7 @@ class Trial:
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
         self._runs = TrialRuns(step, host, sandbox)
         self._couplings = Couplings(self._runs)
+        self._one_by_one = OneByOne(self._runs, self._couplings)
         self._step, self._host, self._sandbox = step, self._runs.host, sandbox
         self._checked_at = 0
 
@@ -60,34 +62,44 @@ class Trial:
     def prepare(self) -> None:
         """Infer the layout, and check on records from all over the training set that samples are independent.
 
+        Where rules cannot follow the module, and samples are independent, they run one at a time from here on.
+
         Raises:
             PrivacyError: a sample's gradient depends on another sample, or state on the samples.
         """
         settings, step = self._step.settings, self._step
         self._checked_at = step.state.step
-        self._take_note()
         records = self._host.records(NUM_SPREAD)
+        checks = settings.check_per_sample and len(records) > 1
         with self._sandbox.enter() as snapshot, self._runs.progress():
-            if not settings.runs_samples_alone:
-                # different records show whether all have equally many rows
-                self._learn_layout(snapshot, (differing(records) * 2)[:2])
-            if settings.check_per_sample and len(records) > 1:
+            if not step.runs_samples_alone:
+                error = self._learn_layout(snapshot, records)
+                if error is None and settings.per_sample_loss and not checks:
+                    error = PrivacyError("One record is too little to compare its loss in a batch with its own.")
+                self._one_by_one.choose(snapshot, records, error)
+            if checks:
                 self._host.attempt(lambda: self._check(snapshot, records), snapshot.put_back)
-        if settings.check_per_sample and len(records) > 1:
+        self._take_note()
+        if checks:
             step.unchecked_public = set(settings.public_optimizers)
 
     def _take_note(self) -> None:
         """Record in the state why samples are treated as independent."""
         settings, state = self._step.settings, self._step.state
-        if settings.runs_samples_alone:
-            state.note_kept_apart("by construction, one sample runs at a time")
+        if self._step.runs_samples_alone:
+            state.note_alone(chosen=settings.runs_samples_alone)
         elif not settings.check_per_sample:
             state.note_kept_apart("taken as said (check_per_sample=False)")
         else:
             state.checked_steps.append(state.step)
 
-    def _learn_layout(self, snapshot: Snapshot, pair: list[Any]) -> None:
-        """Infer the layout; if user code draws coins, repeat with low and high coins, which may select other layers."""
+    def _learn_layout(self, snapshot: Snapshot, records: list[Any]) -> PrivacyError | None:
+        """Infer the layout, also with low and high coins if user code draws any, which may select other layers.
+
+        Returns:
+            Why rules cannot follow the module, or None.
+        """
+        pair = (differing(records) * 2)[:2]  # records that differ show whether all of them have as many rows
 
         def learn(draws: Draws) -> None:
             self._step.engine.learn_layout(
@@ -97,16 +109,32 @@ class Trial:
                 alike=exchange.shape_of(pair[0]) == exchange.shape_of(pair[1]),
             )
 
-        learn(Draws())
-        if self._runs.has_coins:
-            learn(Draws(coin=LOW))
-            learn(Draws(coin=HIGH))
+        try:
+            learn(Draws())
+            if self._runs.has_coins:
+                learn(Draws(coin=LOW))
+                learn(Draws(coin=HIGH))
+        except PrivacyError as error:
+            return error
+        return None
 
     def _check(self, snapshot: Snapshot, records: list[Any]) -> None:
         self._couplings.check_state(snapshot, records)
-        if not self._step.settings.runs_samples_alone:
+        if self._step.runs_samples_alone:
+            return
+        error: PrivacyError | None = None
+        try:
             self._couplings.check_alone(snapshot, records)
             self._couplings.check_exchange(snapshot, records)
+            if self._step.settings.per_sample_loss:
+                self._couplings.check_own_losses(snapshot, self._couplings.real_records(0), seed=0)
+        except ComparisonError as differing_ones:
+            if not self._step.settings.per_sample_loss:
+                raise
+            error = differing_ones
+        except PrivacyError as unfollowed:
+            error = unfollowed
+        self._one_by_one.choose(snapshot, records, error)
 
     def check_again(self, number: int) -> None:
         """Repeat, at a public step, the checks whose answer a later branch of the user's code may change.
@@ -122,9 +150,16 @@ class Trial:
             return
         self._take_note()
         self.check_state(number)
-        if not self._step.settings.runs_samples_alone:
-            with self._sandbox.enter() as snapshot, self._runs.progress():
-                self._couplings.exchange_one(snapshot, self._couplings.real_records(number), seed=number)
+        if self._step.settings.runs_samples_alone:
+            return
+        with self._sandbox.enter() as snapshot, self._runs.progress():
+            if not self._step.runs_samples_alone:
+                records = self._couplings.real_records(number)
+                self._couplings.exchange_one(snapshot, records, seed=number)
+                if self._step.settings.per_sample_loss:
+                    self._couplings.check_own_losses(snapshot, records, seed=number)
+            elif not self._step.settings.per_sample_loss:
+                self._one_by_one.check(snapshot, self._host.records(NUM_FEW + 1, seed=number), seed=number)
 
     def check_state(self, seed: int = 0) -> None:
         """Check, outside of a real step, that the state after user code does not depend on the records.

@@ -169,7 +169,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
     @override
     def on_train_start(self) -> None:
         """Build the plan before the first step, so that an unreachable target is an early error."""
-        module_checks.check_layers(self.module, runs_samples_alone=self.settings.runs_samples_alone)
+        module_checks.check_layers(self.module, runs_samples_alone=self.settings.counts_samples_alone)
         correlation.begin_order(self.plan.correlation, self.loader, self.state.steps_taken)
         self.state.decided = self.mechanisms.described()
         self.state.choices |= trainer_checks.choices_by_figures(self.trainer)

@@ -134,6 +134,7 @@ class PrivateFit:
         try:
             if self._begins_logical_batch():
                 self._begin(batch.position)
+            batch = self._cut(batch)
             for count, _, part in batch.parts:
                 checks.check_rows(part, count, self._host.axes)
             num = max(1, len(batch.parts))
@@ -150,6 +151,15 @@ class PrivateFit:
                 "training_step raised StopIteration; Lightning would take this for the end of the data. Catch it "
                 "inside training_step."
             ) from error
+
+    def _cut(self, batch: LogicalBatch) -> LogicalBatch:
+        """Return the batch in microbatches of one sample if samples run one at a time."""
+        if not self.step.runs_samples_alone or not batch:
+            return batch
+        cut = self._strategy.loader.one_by_one(batch)
+        if cut is not batch:
+            self._on_device = self._strategy.to_device(cut.microbatches[-1][1])
+        return cut
 
     def _begins_logical_batch(self) -> bool:
         """Tell whether a logical batch begins: the loader starts a new one, or Lightning has stepped.
@@ -176,7 +186,7 @@ class PrivateFit:
         if flags != self._training_flags:
             # later, everything may be frozen between two batches
             check = module_checks.check_layers if self._training_flags else module_checks.check_module
-            check(strategy.module, runs_samples_alone=strategy.settings.runs_samples_alone)
+            check(strategy.module, runs_samples_alone=strategy.settings.counts_samples_alone)
             self._training_flags = flags
         if not (self._prepared and step.engine.has_layout):
             self._host.learn_rows()

@@ -59,13 +59,16 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
         microbatch_size: most samples on the device at once; results do not depend on it. 1 runs each sample alone and
             supports every module. Default: the whole logical batch at once.
         memory: "fast" or "lean".
-        grad_sample: "auto"; "rules" on operations, for whole batches; "single", one record at a time by plain autograd,
-            for any module; or "materialize" for explicit per-sample gradients of every layer (the reference).
+        grad_sample: "auto": rules on operations, for whole batches, and one record at a time by plain autograd where no
+            rule can follow the module and samples are independent, which is said once; "rules": an error there;
+            "single": one record at a time, for any module; "materialize": explicit per-sample gradients of every layer
+            (the reference).
         loss_reduction: "mean" or "sum": how a scalar loss combines the samples. A loss of shape (B,) needs neither.
         fix: replace layers that cannot be trained privately (BatchNorm), as ``lightning_dp.fix`` does, before the
             optimizers are made. It changes what such layers compute.
-        per_sample_loss: compute each record's loss on that record alone, for batch losses that share a denominator
-            (padded tokens). The objective then differs from the loss of the batch, and a step is slower.
+        per_sample_loss: let each record's own loss count, as computed on that record alone, where the loss of a batch
+            shares a denominator (padded tokens). This is another objective than the loss of the batch. Records run
+            together where the own losses can be had from a batch, which is compared with records run alone.
         tune_process: tune the memory allocator and OpenMP threads of the process while a fit runs.
         check_per_sample: at the first batch, compare a few per-sample gradients with each sample run alone.
         strict_logging: drop all figures that hooks of the training loop log (``self.log``, ``self.log_dict``, and

@@ -231,9 +231,8 @@ def test_begin_needs_a_layout() -> None:
 
 def test_make_engine_picks_plain_autograd_for_single_samples() -> None:
     options = {"grad_sample": "auto", "memory": "fast"}
-    assert isinstance(make_engine(nn.Linear(1, 1), microbatch_size=1, **options), SingleSampleEngine)
-    for size in (None, 2):
-        assert isinstance(make_engine(nn.Linear(1, 1), microbatch_size=size, **options), PerSampleEngine)
+    assert isinstance(make_engine(nn.Linear(1, 1), alone=True, **options), SingleSampleEngine)
+    assert isinstance(make_engine(nn.Linear(1, 1), alone=False, **options), PerSampleEngine)
 
 
 @pytest.mark.parametrize(

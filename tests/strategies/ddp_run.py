@@ -81,6 +81,27 @@ class Synced(L.Callback):
         self.values.append(float(trainer.callback_metrics["positions"]))
 
 
+class Unseen(torch.autograd.Function):
+    """A weight as it is, which reports nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
+class UnseenOnOne(Classifier):
+    """A classifier whose first weight no rule can follow, on rank 0 alone."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        first, *rest = self.network
+        weight = Unseen.apply(first.weight) if RANK == 0 else first.weight
+        return rest[1](rest[0](torch.nn.functional.linear(features, weight, first.bias)))
+
+
 class Watch(L.Callback):
     """Keeps the released gradient and count of every step, and what the noise of the gradient should be."""
 
@@ -134,6 +155,12 @@ def main() -> None:
     strategy = DPDDPStrategy(noise_multiplier=0.0, max_grad_norm=1.4, microbatch_size=5)
     fit(module, DataLoader(make_dataset(), batch_size=32), [recorder], strategy=strategy, max_epochs=1)
     seen["sum"] = recorder.before_step[0]
+
+    # the same where one rank cannot go by rules: both run one sample at a time
+    recorder, module = Recorder(), UnseenOnOne(lr=0.0)
+    strategy = DPDDPStrategy(noise_multiplier=0.0, max_grad_norm=1.4)
+    fit(module, DataLoader(make_dataset(), batch_size=32), [recorder], strategy=strategy, max_epochs=1)
+    seen["alone"] = (strategy.state.runs_alone, recorder.before_step[0])
 
     # the same for users of 1 and 7 records: each is clipped once, on one rank
     recorder, ids = Recorder(), [2 * (record // 8) + (record % 8 > 0) for record in range(64)]

@@ -81,6 +81,16 @@ def test_sum_over_ranks_is_the_clipped_sum_of_all(ranks: list[dict[str, Any]]) -
         torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
 
 
+def test_ranks_choose_one_at_a_time_together(ranks: list[dict[str, Any]]) -> None:
+    """Rules could follow the module of rank 1; that of rank 0 they cannot."""
+    expected = clipped_sum(Classifier(), *make_dataset().tensors, max_grad_norm=1.4)
+    for rank in ranks:
+        runs_alone, seen = rank["alone"]
+        assert runs_alone
+        for name, gradient in seen.items():
+            torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
+
+
 def test_users_are_clipped_once_over_ranks_and_microbatches(ranks: list[dict[str, Any]]) -> None:
     """16 users of 1 and 7 records: the mean gradient of each, clipped, whatever rank it is on."""
     features, labels = make_dataset().tensors

@@ -237,6 +237,7 @@ class Opaque(nn.Module):
         return self.head(Hidden.apply(x, self.weight).tanh())
 
 
+RULES = {"grad_sample": "rules"}
 TOGETHER, SCALED = "samples influence each other", "samples share a denominator"
 REFUSED: dict[str, tuple[Case, str]] = {
     "batch norm": (
@@ -260,11 +261,11 @@ REFUSED: dict[str, tuple[Case, str]] = {
         "something that depends on the batch's size",
     ),
     "function of autograd": (
-        classifier(Opaque, vectors),
+        classifier(Opaque, vectors)._replace(options=RULES),
         r"another use for \['network\.weight'\]: a torch\.autograd\.Function.*grad_sample='single'",
     ),
     "penalty on weights": (
-        Case(lambda: Penalised(mlp()), vectors),
+        Case(lambda: Penalised(mlp()), vectors, RULES),
         r"'sum\(square\(network\.0\.weight\)\)' to meet tensors with a batch axis.*weight_decay",
     ),
     "embedding with max_norm": (
@@ -290,7 +291,8 @@ def test_modules_not_private_are_refused_before_a_release(tmp_path: Any, name: s
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"microbatch_size": 1}], ids=str)
 @pytest.mark.parametrize("name", ["function of autograd", "penalty on weights"])
-def test_samples_run_alone_need_no_support(tmp_path: Any, name: str) -> None:
-    """What is refused above for want of per-sample gradients trains with microbatch_size=1."""
-    check_step(REFUSED[name][0], tmp_path, microbatch_size=1)
+def test_samples_run_alone_need_no_support(tmp_path: Any, name: str, settings: dict[str, Any]) -> None:
+    """What rules refuse for want of per-sample gradients trains with one sample at a time, by itself too."""
+    check_step(REFUSED[name][0]._replace(options={}), tmp_path, **settings)

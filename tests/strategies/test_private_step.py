@@ -217,13 +217,13 @@ def test_one_nan_sample_leaves_the_others_in_place(tmp_path: Any) -> None:
         torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
 
 
-def test_a_weight_penalty_in_the_loss_is_refused(tmp_path: Any) -> None:
+def test_rules_refuse_a_weight_penalty_in_the_loss(tmp_path: Any) -> None:
     class Penalised(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return super().training_step(batch, batch_idx) + 1e-3 * self.network[0].weight.square().sum()
 
     with pytest.raises(PrivacyError, match="weight"):
-        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Penalised(), make_loader())
+        make_trainer(DPStrategy(noise_multiplier=1.0, grad_sample="rules"), tmp_path).fit(Penalised(), make_loader())
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -1,0 +1,188 @@
+"""The loss of each record by itself, from a batch whose loss shares a denominator.
+
+A mean over the tokens of a batch divides the loss of every record by a count that all records share. While the user's
+step runs, a reduction to a scalar is done for each record by itself, and what is then computed with the scalar too:
+
+    loss = sum(l) / count   becomes   loss = mean_i( sum(l_i) / count_i )
+
+so that the gradient of the loss of a batch is the mean of those of its records alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.nodes import is_tracked
+
+_LOSSES = """cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy
+    binary_cross_entropy_with_logits poisson_nll_loss gaussian_nll_loss soft_margin_loss hinge_embedding_loss
+    cosine_embedding_loss margin_ranking_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss
+    triplet_margin_loss"""
+_ARITHMETIC = """add sub mul div pow rsub truediv rdiv rtruediv radd rmul rpow neg abs"""
+_FUNCTIONS = """add sub subtract mul multiply div divide true_divide pow neg abs exp log log1p expm1 sqrt rsqrt square
+    reciprocal clamp clamp_min clamp_max maximum minimum nan_to_num float double half bfloat16 to type_as clone"""
+_REDUCTIONS = {"sum", "mean", "nansum", "nanmean", "count_nonzero"}
+_IN_PLACE = {f"{name}_" for name in ("add", "sub", "mul", "div")}
+_SCALARS = {*(f"__{name}__" for name in _ARITHMETIC.split()), *_FUNCTIONS.split(), *_IN_PLACE}
+_SELECTIONS = {"masked_select", "nonzero", "argwhere", "unique", "unique_consecutive"}
+
+
+class OwnLosses(TorchFunctionMode):
+    """A mode in which reductions to a scalar are done for each record by itself.
+
+    Rows belong to records by position: row r of N to record ``r // (N / B)``.
+
+    **Guarantee**: none by itself. What is computed in another way (``.item()``, rows in another order) stays
+    the loss of the batch; a comparison with records run alone must show that this does not happen.
+
+    Args:
+        size: records of the batch, B.
+        reduction: "mean" or "sum": how the losses of the records are combined.
+        constants: parameters and buffers of the module, which hold no records.
+
+    Example:
+        >>> losses, mask = torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+        >>> with OwnLosses(2, "mean", []):
+        ...     loss = (losses * mask).sum() / mask.sum()
+        >>> loss  # of 2.0 and 5.0; all in one it is 9 / 3
+        tensor(3.5000)
+    """
+
+    def __init__(self, size: int, reduction: str, constants: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._size, self._sums = size, reduction == "sum"
+        self._constants = {tensor.untyped_storage().data_ptr() for tensor in constants}
+        self._rows: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name: str = getattr(func, "__name__", "")
+        rows: Tensor | None = None
+        if func in _reductions_of_losses():
+            rows = self._of_loss(func, args, kwargs)
+        elif name in _REDUCTIONS and len(args) == 1 and not kwargs.keys() - {"dtype"}:
+            rows = self._of_reduction(func, args[0], kwargs)
+        elif name in _SCALARS and self._rows and any(self._known(one) is not None for one in tensors_in(args, kwargs)):
+            return self._of_scalars(func, args, kwargs)
+        elif name in _SELECTIONS or name == "__getitem__":
+            self._check_selection(name, args)
+        return func(*args, **kwargs) if rows is None else self._joined(rows, func, args, kwargs)
+
+    def _known(self, tensor: Tensor) -> Tensor | None:
+        """Return what a scalar is for each record, shape (B,), if it was computed from records."""
+        found = self._rows.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def _joined(self, rows: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Return the scalar of the batch, and note what it is for each record."""
+        if rows.is_floating_point():
+            value = rows.sum() if self._sums else rows.mean()
+        else:  # a count: no gradient flows through it
+            value = func(*args, **kwargs)
+        self._rows[id(value)] = (weakref.ref(value), rows)
+        return value
+
+    def _has_rows(self, tensor: Any) -> bool:
+        return (
+            isinstance(tensor, Tensor)
+            and tensor.dim() > 0
+            and len(tensor) > 0
+            and len(tensor) % self._size == 0
+            and not is_tracked(tensor)
+            and tensor.untyped_storage().data_ptr() not in self._constants
+        )
+
+    def _of_reduction(self, func: Any, tensor: Any, kwargs: Any) -> Tensor | None:
+        if not self._has_rows(tensor):
+            return self._known(tensor) if isinstance(tensor, Tensor) else None
+        rows: Tensor = func(tensor.reshape(self._size, -1), dim=1, **kwargs)
+        return rows
+
+    def _of_loss(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        given = _signature(func).bind(*args, **kwargs)
+        given.apply_defaults()
+        options = given.arguments
+        reduction = options["reduction"]
+        if reduction not in ("mean", "sum", "batchmean") or options.get("reduce") is not None:
+            return None
+        losses: Tensor = func(**{**options, "reduction": "none"})
+        if not self._has_rows(losses):
+            return None
+        total: Tensor = losses.reshape(self._size, -1).sum(1)
+        if reduction == "sum":
+            return total
+        if reduction == "batchmean":
+            return total / (len(losses) // self._size)
+        weights = _weights(options) if "ignore_index" in options else None
+        if weights is None:
+            return total / (losses.numel() // self._size)
+        return total / weights.reshape(self._size, -1).sum(1).to(total.dtype)
+
+    def _of_scalars(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation on scalars of records: on scalars for each record, on rows for the rows of each."""
+        plain = [one for one in tensors_in(args, kwargs) if self._known(one) is None and one.dim()]
+        if not plain:
+            rows: Tensor = func(*[self._row(one, ()) for one in args], **kwargs)
+            if func.__name__ not in _IN_PLACE or self._known(args[0]) is None:
+                return self._joined(rows, func, args, kwargs)
+            value: Tensor = args[0].copy_(rows.sum() if self._sums else rows.mean())
+            self._rows[id(value)] = (weakref.ref(value), rows)
+            return value
+        if not all(self._has_rows(one) and len(one) == len(plain[0]) for one in plain):
+            return func(*args, **kwargs)
+        shape = (len(plain[0]), *[1] * (max(one.dim() for one in plain) - 1))
+        return func(*[self._row(one, shape) for one in args], **kwargs)
+
+    def _row(self, one: Any, shape: tuple[int, ...]) -> Any:
+        rows = self._known(one) if isinstance(one, Tensor) else None
+        if rows is None:
+            return one
+        return rows.repeat_interleave(shape[0] // self._size).reshape(shape) if shape else rows.clone()
+
+    @staticmethod
+    def _check_selection(name: str, args: Any) -> None:
+        """Refuse a selection by values among rows through which a gradient flows: whose they are is unknown then."""
+        if not (isinstance(args[0], Tensor) and args[0].requires_grad) or is_tracked(args[0]):
+            return
+        index = args[1] if name == "__getitem__" else ()
+        chosen = index if isinstance(index, tuple) else (index,)
+        by_mask = any(
+            isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) and one.dim() for one in chosen
+        )
+        if name in _SELECTIONS or by_mask:
+            raise PrivacyError(
+                f"Expected rows whose records are known by their positions under per_sample_loss=True, got {name} by "
+                "values. Multiply by a mask instead, or pass grad_sample='single'."
+            )
+
+
+@functools.cache
+def _reductions_of_losses() -> frozenset[Callable[..., Any]]:
+    return frozenset(getattr(F, name) for name in _LOSSES.split())
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def _weights(options: Any) -> Tensor | None:
+    """Return what each entry of a loss counts for in its mean; None for one each."""
+    target: Tensor = options["target"]
+    if target.is_floating_point():
+        return None
+    counted: Tensor = target != options["ignore_index"]
+    weight: Tensor | None = options["weight"]
+    if weight is None:
+        return counted
+    weights: Tensor = weight[target.masked_fill(~counted, 0)] * counted
+    return weights

@@ -1,0 +1,179 @@
+"""The way in which samples run: together, by rules on operations, or one at a time, where no rule can follow."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp import _messages
+from lightning_dp.errors import ComparisonError, PrivacyError
+from lightning_dp.step import exchange
+from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings, differing
+from lightning_dp.step.foreign import OneAloneError
+from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
+from lightning_dp.step.snapshot import Snapshot
+
+_COUPLED = (
+    "The gradient of a batch is not that of its records alone, so samples influence each other (statistics over the "
+    "batch, a contrastive loss, a shared denominator). One record at a time would train another objective without a "
+    "word. Change the layer or the loss so that each sample has its own; where samples share no more than a "
+    "denominator, per_sample_loss=True counts each record's own loss."
+)
+
+
+class OneByOne:
+    """A choice to run samples one at a time, made where no rule can follow the module and nothing else changes by it.
+
+    **Guarantee**: samples run one at a time only if, on records from all over the training set,
+
+        B grad(mean loss of a batch)  =  sum_i grad(loss of record i alone)
+
+    within rounding: for a few records, again with one of them exchanged and under low and high coins, and for the
+    difference that one exchanged record makes in a batch of the real size. So no coupling of samples becomes another
+    objective silently. The choice is the same on every rank; it is noted in the state, so that a resumed run keeps it.
+
+    Args:
+        runs: run the user's step.
+        couplings: choose the records of a real batch.
+    """
+
+    def __init__(self, runs: TrialRuns, couplings: Couplings) -> None:
+        self._runs, self._couplings = runs, couplings
+        self._cost = 1.0
+
+    def choose(self, snapshot: Snapshot, records: list[Any], error: PrivacyError | None) -> None:
+        """Run samples one at a time from here on if an error was raised; else go on by rules.
+
+        Args:
+            snapshot: the state to put back.
+            records: from all over the training set.
+            error: why rules cannot follow, on this rank.
+
+        Raises:
+            PrivacyError: samples influence each other, or cannot run alone.
+        """
+        step = self._runs.step
+        if not step.reduction.agree(error is not None):
+            return
+        reason = error or PrivacyError("Another rank could not follow the uses of private parameters.")
+        if not step.settings.may_run_alone or step.reduction.is_sharded:
+            raise reason
+        if step.settings.per_sample_loss:  # the loss of a record alone is the objective
+            self._run_alone()
+            _messages.info(f"Each record runs alone: its own loss could not be had from a batch. {_public(reason)}")
+            return
+        coupled: PrivacyError | None = None
+        try:
+            self.check(snapshot, records, seed=0)
+        except OneAloneError as alone:
+            coupled = PrivacyError(f"{reason} Nor can a record run alone: {alone.__cause__}")
+        except ComparisonError as found:
+            coupled = ComparisonError(f"{reason} {found}")
+        if step.reduction.agree(coupled is not None):
+            raise (coupled or ComparisonError(f"{reason} {_COUPLED}")) from reason
+        size = self._runs.host.batch_size
+        self._run_alone()
+        _messages.info(
+            f"Samples run one at a time, through plain autograd. {_public(reason)} Nothing but the time changes: a "
+            f"batch of {size} takes about {self._cost:.1f} times as long as in one piece, as measured on this machine. "
+            "grad_sample='single' takes this way without a trial, grad_sample='rules' raises an error instead."
+        )
+
+    def _run_alone(self) -> None:
+        self._runs.step.run_alone()
+        self._runs.host.runs_alone = True
+
+    def check(self, snapshot: Snapshot, records: list[Any], *, seed: int) -> None:
+        """Check that the gradient of a batch is that of its records run alone.
+
+        Args:
+            snapshot: the state to put back.
+            records: from all over the training set.
+            seed: chooses the records of a batch of the real size.
+
+        Raises:
+            ComparisonError: it is not, or there is too little to tell.
+        """
+        few = differing(records)[: NUM_ALONE + 1]
+        if len(few) < 2:
+            raise ComparisonError(f"{len(few)} record is too little to tell. {_COUPLED}")
+        self._check_sum(snapshot, few[:NUM_ALONE], MIDDLE)
+        if len(few) > NUM_ALONE:
+            self._check_sum(snapshot, [*few[1:NUM_ALONE], few[-1]], MIDDLE)
+        for coin in (LOW, HIGH) if self._runs.has_coins else ():
+            self._check_sum(snapshot, few[:NUM_ALONE], coin)
+        self._check_exchange(snapshot, self._couplings.real_records(seed), seed)
+
+    def _check_sum(self, snapshot: Snapshot, records: list[Any], coin: float) -> None:
+        draws = Draws(seed=1, coin=coin)
+        together, _ = self._gradient(snapshot, records, draws)
+        alone = [self._gradient(snapshot, [record], draws)[0] for record in records]
+        self._compare(together, alone, dtype=self._dtype(together))
+
+    def _check_exchange(self, snapshot: Snapshot, records: list[Any], seed: int) -> None:
+        """Exchange the first record of a batch of the real size: its own two gradients alone must explain what
+        changes.
+        """
+        host, draws = self._runs.host, Draws(seed=seed)
+        dtype = self._runs.narrow if torch.float64 not in self._runs.step.engine.dtypes else torch.float64
+        most = max(NUM_ALONE + 1, int(TOLERANCE[dtype] / torch.finfo(dtype).eps / 4))
+        size = min(host.batch_size, most)
+        batch, spares = records[:size], records[size:]
+        if len(batch) < 2 or not spares:
+            return
+        before, seconds = self._gradient(snapshot, batch, draws)
+        own, seconds_alone = self._gradient(snapshot, batch[:1], draws)
+        for spare in exchange.most_different(batch[0], spares):
+            after, again = self._gradient(snapshot, [spare, *batch[1:]], draws)
+            new, again_alone = self._gradient(snapshot, [spare], draws)
+            seconds, seconds_alone = min(seconds, again), min(seconds_alone, again_alone)
+            self._compare(_plus(before, after, -1.0), [own, _times(new, -1.0)], dtype=dtype)
+        self._cost = size * seconds_alone / seconds
+
+    def _gradient(self, snapshot: Snapshot, records: list[Any], draws: Draws) -> tuple[dict[str, Tensor], float]:
+        """Return what the records add up to, by plain autograd, and the seconds that it took."""
+        runs, copies = self._runs, self._runs.host.copies
+        runs.host.copies = 1  # training would run the record itself alone
+        began = time.perf_counter()
+        try:
+            found = runs.again(snapshot, records, draws).private
+        finally:
+            runs.host.copies = copies
+        scale = len(records) if runs.step.settings.loss_reduction == "mean" else 1
+        return _times(found, float(scale)), time.perf_counter() - began
+
+    def _dtype(self, gradients: dict[str, Tensor]) -> torch.dtype:
+        exact = {gradient.dtype for gradient in gradients.values()} == {torch.float64}
+        return torch.float64 if exact else self._runs.narrow
+
+    def _compare(self, total: dict[str, Tensor], parts: list[dict[str, Tensor]], *, dtype: torch.dtype) -> None:
+        """Raise unless the parts add up to the total, relative to the longest part."""
+        rest = total
+        for part in parts:
+            rest = _plus(rest, part, -1.0)
+        longest = max(_length(part) for part in parts)
+        if not (longest > 0 and _length(rest) <= TOLERANCE[dtype] * longest):  # also where a gradient is NaN
+            raise ComparisonError(_COUPLED)
+
+
+def _public(reason: PrivacyError) -> str:
+    """Return a reason without the figures that were computed from records."""
+    return re.sub(r"\((\d+,? ?)+\)", "(...)", str(reason))
+
+
+def _times(gradients: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    return {name: gradient * factor for name, gradient in gradients.items()}
+
+
+def _plus(one: dict[str, Tensor], other: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Return ``one + factor * other``; a name that one side lacks counts as zero there."""
+    names = dict.fromkeys([*one, *other])
+    return {name: one.get(name, 0.0) + factor * other[name] if name in other else one[name] for name in names}
+
+
+def _length(gradients: dict[str, Tensor]) -> float:
+    return float(sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5)

@@ -1,0 +1,115 @@
+"""OwnLosses: the loss of a batch is the mean, or the sum, of the losses of its records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.own_losses import OwnLosses
+
+B, T, C = 4, 5, 3
+WEIGHT = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def records() -> tuple[Tensor, Tensor]:
+    """Scores (B, T, C), and labels (B, T) of which each record has another number that counts."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(B, T, C, generator=generator, dtype=torch.float64)
+    labels = torch.randint(C, (B, T), generator=generator)
+    return scores, labels.masked_fill(torch.arange(T) > torch.arange(B)[:, None], -100)
+
+
+def flat(**options: Any) -> Loss:
+    return lambda x, y: F.cross_entropy(x.flatten(0, 1), y.flatten(), **options)
+
+
+def masked(x: Tensor, y: Tensor) -> Tensor:
+    mask = (y >= 0).to(x.dtype)
+    return (x.square().sum(-1) * mask).sum() / mask.sum()
+
+
+def masked_in_place(x: Tensor, y: Tensor) -> Tensor:
+    loss = (x.square().sum(-1) * (y >= 0)).sum()
+    loss /= (y >= 0).sum().clamp(min=1)
+    loss += 0.5
+    return loss
+
+
+def shared_out(x: Tensor, y: Tensor) -> Tensor:
+    """The denominator meets rows, not a scalar."""
+    return (x.square() * (y >= 0)[..., None] / (y >= 0).sum()).sum()
+
+
+LOSSES: dict[str, Loss] = {
+    "cross entropy, ignored labels": flat(),
+    "cross entropy of axes": lambda x, y: F.cross_entropy(x.mT, y),
+    "cross entropy of a module": lambda x, y: nn.CrossEntropyLoss(weight=WEIGHT)(x.flatten(0, 1), y.flatten()),
+    "cross entropy, smoothed": flat(weight=WEIGHT, label_smoothing=0.1),
+    "cross entropy, summed": flat(reduction="sum"),
+    "cross entropy of probabilities": lambda x, y: F.cross_entropy(
+        x.flatten(0, 1), x.detach().softmax(-1).flatten(0, 1)
+    ),
+    "likelihood": lambda x, y: F.nll_loss(x.log_softmax(-1).flatten(0, 1), y.flatten(), WEIGHT),
+    "squares": lambda x, y: F.mse_loss(x, torch.zeros_like(x)) / y.ge(0).sum(),
+    "divergence": lambda x, y: F.kl_div(x.log_softmax(-1), torch.full_like(x, 1 / C), reduction="batchmean"),
+    "masked mean": masked,
+    "masked mean in place": masked_in_place,
+    "masked mean, shared out": shared_out,
+    "masked mean by a count": lambda x, y: x.square().sum() / (y >= 0).count_nonzero(),
+    "root of a mean": lambda x, y: (x.square().mean() + 1e-3).sqrt(),
+    "two terms": lambda x, y: flat()(x, y) + 0.1 * masked(x, y),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_of_a_batch_is_that_of_its_records(name: str, reduction: str) -> None:
+    scores, labels = records()
+    loss = LOSSES[name]
+    scores.requires_grad_()
+    with OwnLosses(B, reduction, []):
+        together = loss(scores, labels)
+    alone = torch.stack([loss(scores[i : i + 1], labels[i : i + 1]) for i in range(B)])
+    expected = alone.mean() if reduction == "mean" else alone.sum()
+    torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
+    (grad,), (expected_grad,) = (torch.autograd.grad(value, scores) for value in (together, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cross entropy, ignored labels", "masked mean", "two terms"])
+def test_a_batch_of_one_record_is_left_as_it_is(name: str) -> None:
+    scores, labels = (tensor[1:2] for tensor in records())
+    with OwnLosses(1, "mean", []):
+        own = LOSSES[name](scores, labels)
+    torch.testing.assert_close(own, LOSSES[name](scores, labels), rtol=1e-14, atol=0)
+
+
+def test_constants_of_the_module_have_no_records() -> None:
+    weights = torch.arange(8.0)
+    with OwnLosses(B, "mean", [weights]):
+        assert float(weights.sum()) == 28.0
+        assert float(weights.view(4, 2).sum()) == 28.0
+
+
+def test_what_is_no_reduction_is_left_as_it_is() -> None:
+    x = torch.arange(12.0).reshape(4, 3)
+    with OwnLosses(B, "mean", []):
+        assert torch.equal(x.sum(1), torch.tensor([3.0, 12.0, 21.0, 30.0]))
+        assert float(x[:3].sum()) == 36.0  # three rows are not those of four records
+        assert float(F.mse_loss(x, x * 0, reduction="none")[0, 1]) == 1.0
+
+
+@pytest.mark.parametrize("select", [lambda x, m: x[m], torch.masked_select], ids=["index", "function"])
+def test_rows_selected_by_values_are_refused(select: Any) -> None:
+    scores, labels = records()
+    with OwnLosses(B, "mean", []):
+        assert len(select(labels, labels >= 0)) == 10  # no gradient flows through them
+        with pytest.raises(PrivacyError, match="known by their positions under per_sample_loss=True"):
+            select(scores[..., 0].requires_grad_(), labels >= 0)

@@ -1,0 +1,276 @@
+"""The way in which samples run: one at a time by itself where no rule can follow, never where samples are coupled."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from lightning_dp import DPStrategy, PrivacyError, make_private
+from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine
+from tests.helpers import make_trainer
+
+NUM, FEATURES, CLASSES = 12, 4, 3
+
+
+class Hidden(torch.autograd.Function):
+    """A product with a weight that reports nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight.T, x.T @ grads[0]
+
+
+class Model(L.LightningModule):
+    """A layer that no rule can follow, and a head; ``mix`` may couple the samples."""
+
+    def __init__(self, mix: Any = None, loss: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.head = nn.Parameter(torch.randn(FEATURES, 5)), nn.Linear(5, CLASSES)
+        self.mix, self.loss = mix or (lambda x: x), loss or F.cross_entropy
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.mix(Hidden.apply(x, self.weight).tanh()))
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        out: Tensor = self.loss(self(batch[0]), batch[1])
+        return out
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def data(dtype: torch.dtype = torch.float32) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(NUM, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
+    return TensorDataset(x, torch.arange(NUM) % CLASSES)
+
+
+def fit(module: L.LightningModule, dataset: Any = None, **options: Any) -> Any:
+    loader_options = {key: options.pop(key) for key in ("num_workers", "collate_fn") if key in options}
+    trainer_options = {key: options.pop(key) for key in ("max_epochs", "precision", "ckpt_path") if key in options}
+    path = trainer_options.pop("ckpt_path", None)
+    strategy = DPStrategy(**{"noise_multiplier": 0.0, "seed": 0, "sampling": "shuffle", **options})
+    trainer = make_trainer(strategy, None, **trainer_options)
+    trainer.fit(
+        module, DataLoader(dataset or data(), batch_size=4, **loader_options), ckpt_path=path, weights_only=False
+    )
+    return trainer
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+# ---------------------------------------------------------------- the way and its result
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 1}, {"collate_fn": lambda records: _stacked(records)}], ids=str
+)
+def test_auto_takes_single_by_itself_with_its_result(options: dict[str, Any], caplog: Any) -> None:
+    if "num_workers" in options:
+        options = {**options, "dataset": Records()}
+    caplog.set_level(logging.INFO)
+    chosen, given = Model().double(), Model().double()
+    options = {"dataset": data(torch.float64), **options, "max_grad_norm": 0.3, "max_epochs": 2}
+    trainer = fit(chosen, precision="64-true", **options)
+    said = [r.message for r in caplog.records if "Samples run one at a time" in r.message]
+    fit(given, precision="64-true", grad_sample="single", **options)
+    torch.testing.assert_close(weights(chosen), weights(given), rtol=1e-12, atol=1e-12)
+    assert len(said) == 1
+    assert "torch.autograd.Function" in said[0]
+    assert "times as long" in said[0]
+    statement = trainer.strategy.privacy_statement()
+    assert "by construction, one sample runs at a time, since no rule follows" in statement
+    assert "checked on" not in statement
+
+
+class Records(Dataset[Any]):
+    """Records of their own randomness, read in workers."""
+
+    def __len__(self) -> int:
+        return NUM
+
+    def __getitem__(self, index: int) -> Any:
+        x, label = data(torch.float64)[index]
+        return x + 0.01 * torch.rand(()), label
+
+
+def _stacked(records: list[Any]) -> Any:
+    return [torch.stack([record[i] for record in records]) for i in range(2)]
+
+
+def test_auto_takes_single_in_a_loop_of_the_users() -> None:
+    chosen = Model()
+    for grad_sample, kind in (("auto", SingleSampleEngine), ("auto", PerSampleEngine)):
+        model: Any = chosen if kind is SingleSampleEngine else nn.Linear(FEATURES, CLASSES)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with make_private(
+            model,
+            optimizer,
+            DataLoader(data(), batch_size=4),
+            lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]),
+            noise_multiplier=1.0,
+            target_delta=1e-3,
+            grad_sample=grad_sample,
+        ) as private:
+            for batch in private.loader:
+                private.step(batch)
+            assert isinstance(private._fit.step.engine, kind)  # type: ignore[union-attr]
+        assert private.state.ledger.num_steps == 3
+
+
+def test_rules_raise_where_auto_falls() -> None:
+    with pytest.raises(PrivacyError, match=r"another use for \['weight'\]: a torch\.autograd\.Function"):
+        fit(Model(), grad_sample="rules")
+
+
+def test_what_rules_follow_stays_together() -> None:
+    module = Model()
+    module.forward = lambda x: module.head(torch.tanh(x @ module.weight))  # type: ignore[method-assign]
+    strategy = fit(module).strategy
+    assert not strategy.state.runs_alone
+    assert "by construction" not in strategy.privacy_statement()
+
+
+def test_a_stream_cannot_be_cut_and_says_so() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([data()[i] for i in range(NUM)])
+
+    with pytest.raises(PrivacyError, match=r"random access.*got a stream.*grad_sample='single'"):
+        fit(Model(), Stream(), target_delta=1e-3, neighboring_relation="replace_one")
+
+
+def test_a_resumed_run_stays_one_at_a_time(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fit(Model())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    monkeypatch.setattr("lightning_dp.step.ways.OneByOne.choose", None)  # nothing is chosen a second time
+    module = Model()
+    resumed = fit(module, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.strategy.ledger.num_steps == 6
+    assert resumed.strategy.state.runs_alone
+
+
+# ---------------------------------------------------------------- attacks: coupled samples must be refused
+
+
+class Centred(torch.autograd.Function):
+    """A mean over the batch that no rule sees into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] - grads[0].mean(0)
+
+
+def contrastive(logits: Tensor, labels: Tensor) -> Tensor:
+    z = F.normalize(logits, dim=1)
+    return F.cross_entropy(z @ z.T / 0.5, (torch.arange(len(z)) + 1) % len(z))
+
+
+def hardest(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.topk(max(1, len(losses) // 2)).values.mean()
+
+
+def denominator(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, weight=torch.arange(1.0, CLASSES + 1))
+
+
+def ranked(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.relu(1 - logits[:1] + logits[1:]).mean() if len(logits) > 1 else logits.square().mean()
+
+
+def spread(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels) - 0.1 * logits.var(0, unbiased=False).sum()
+
+
+class Late(nn.Module):
+    """Mixes samples only in batches of four and more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0) if len(x) > 3 else x
+
+
+ATTACKS: dict[str, Any] = {
+    "batch norm by function": lambda: Model(
+        lambda x: F.batch_norm(torch.stack([x, x], 2), None, None, training=True)[..., 0]
+    ),
+    "mean in a function of autograd": lambda: Model(Centred.apply),
+    "softmax over the batch": lambda: Model(lambda x: x.softmax(0)),
+    "neighbour": lambda: Model(lambda x: x + 0.05 * x.roll(1, 0)),
+    "contrastive loss": lambda: Model(loss=contrastive),
+    "hardest examples": lambda: Model(loss=hardest),
+    "shared denominator": lambda: Model(loss=denominator),
+    "ranking": lambda: Model(loss=ranked),
+    "spread of the batch": lambda: Model(loss=spread),
+    "sum taken for a mean": lambda: Model(loss=lambda x, y: F.cross_entropy(x, y, reduction="sum")),
+    "large batches alone": lambda: Model(Late()),
+}
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "poisson"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_coupling_next_to_an_unfollowed_use_is_refused(name: str, sampling: str) -> None:
+    module = ATTACKS[name]()
+    before = weights(module)
+    with pytest.raises(PrivacyError, match=r"(?s)autograd\.Function.*samples influence each other"):
+        fit(module, sampling=sampling)
+    assert torch.equal(before, weights(module))
+
+
+def test_batch_norm_is_refused_before_any_choice() -> None:
+    with pytest.raises(PrivacyError, match="BatchNorm1d normalises with statistics of the batch"):
+        fit(Model(nn.BatchNorm1d(5)))
+
+
+def test_coupling_that_begins_later_is_refused() -> None:
+    """The comparison is repeated at the second step."""
+
+    class Later(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.mix = (lambda x: x - x.mean(0)) if self.trainer.global_step else (lambda x: x)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(PrivacyError, match="samples influence each other"):
+        fit(Later())
+
+
+def test_a_single_record_says_too_little() -> None:
+    class Penalised(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.head(batch[0] @ self.weight), batch[1]) + self.weight.square().sum()
+
+    one = TensorDataset(*(tensor[:1] for tensor in data().tensors))
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+    with pytest.raises(PrivacyError, match=r"weight_decay.*1 record is too little to tell"):
+        make_trainer(strategy, None).fit(Penalised(), DataLoader(one, batch_size=1))
+
+
+def test_a_record_that_cannot_run_alone_is_refused() -> None:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        if len(logits) == 1:
+            raise ValueError("a metric over two records")
+        return F.cross_entropy(logits, labels)
+
+    with pytest.raises(PrivacyError, match=r"autograd\.Function.*Nor can a record run alone: a metric over two"):
+        fit(Model(loss=loss))
