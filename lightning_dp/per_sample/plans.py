@@ -8,8 +8,7 @@ order, among those of their kind on one of their parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,122 +28,12 @@ from lightning_dp.per_sample.layout import (
     solve_axis,
     tensors_of,
 )
-from lightning_dp.per_sample.nodes import Reporting
+from lightning_dp.per_sample.learned import Key, Learned, Plan
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
 
-Key = tuple[str, int]
-"""Name of an operation, and the lineage of a parameter (or function of parameters) in it."""
-
-Plan = CallLayout | Unclear | None
-"""Layout of one operation; None where it sees no samples."""
-
 _MOST_PASSES = 12
-
-
-@dataclass
-class Learned:
-    """Plans by operation, in order of use.
-
-    Args:
-        plans: one plan for each use.
-        spread: operations on parameters alone whose result has a batch axis.
-        names: qualified names of the parameters that were followed.
-    """
-
-    plans: dict[Key, list[Plan]] = field(default_factory=dict)
-    spread: set[Key] = field(default_factory=set)
-    names: set[str] = field(default_factory=set)
-    _common: dict[Key, Plan] = field(default_factory=dict)
-
-    def joined(self, other: Learned) -> Learned:
-        """Return the plans of two ways to run; for each operation, those of the run that uses it more often."""
-        plans = {
-            key: max(self.plans.get(key, []), other.plans.get(key, []), key=len)
-            for key in {**self.plans, **other.plans}
-        }
-        both = Learned(plans, self.spread | other.spread, self.names | other.names)
-        both.settle()
-        return both
-
-    @property
-    def has_folds(self) -> bool:
-        """True if some use folds several rows of a sample into the batch axis."""
-        return any(axis.multiplicity > 1 for axis in self._axes())
-
-    def _axes(self) -> Iterator[BatchAxis]:
-        for plans in self.plans.values():
-            for plan in plans:
-                if isinstance(plan, CallLayout):
-                    yield from (axis for axis in (*plan.inputs, *plan.outputs) if isinstance(axis, BatchAxis))
-
-    def pin(self) -> None:
-        """Require from now on that each sample has as many rows as were seen."""
-        for axis in self._axes():
-            object.__setattr__(axis, "is_pinned", axis.multiplicity > 1)
-
-    def settle(self) -> None:
-        """Find the operations whose uses are all alike."""
-        for key, plans in self.plans.items():
-            if all(_alike(plans[0], other) for other in plans[1:]):
-                self._common[key] = plans[0]
-
-    def plan(
-        self, key: Key, index: Callable[[Key], int | None], tensors: Sequence[Tensor], size: int
-    ) -> CallLayout | str | None:
-        """Return the plan of a use, or the reason for not having one.
-
-        Args:
-            key: of its operation.
-            index: tells how many of this operation came before it; None in a recomputation.
-            tensors: its first tensors, or all of them.
-            size: number of samples.
-        """
-        found: Plan
-        if key in self._common:
-            found = self._common[key]
-        else:
-            at = index(key)
-            plans = self.plans.get(key)
-            if plans is None:
-                return (
-                    "got its first call later. Let the first batch use every layer (no layer dropped, no branch "
-                    "skipped);"
-                )
-            if at is not None and at < len(plans) and _fits(plans[at], tensors, size):
-                found = plans[at]
-            else:
-                fitting = [plan for plan in plans if _fits(plan, tensors, size)]
-                if not fitting or not all(_alike(fitting[0], other) for other in fitting[1:]):
-                    return (
-                        f"got tensors of shapes {[tuple(t.shape) for t in tensors]}, unlike those of {len(plans)} "
-                        "uses seen."
-                    )
-                found = fitting[0]
-        if isinstance(found, Unclear):
-            return f"but {found.reason}."
-        return found
-
-
-def _alike(one: Plan, other: Plan) -> bool:
-    if isinstance(one, CallLayout) and isinstance(other, CallLayout):
-        return one.agrees(other)
-    return one == other
-
-
-def _fits(plan: Plan, tensors: Sequence[Tensor], size: int) -> bool:
-    if isinstance(plan, Unclear):
-        return False
-    if plan is None:
-        return not any(tensor.requires_grad and not isinstance(tensor, Reporting) for tensor in tensors)
-    for tensor, axis in zip(tensors, plan.inputs, strict=False):
-        if isinstance(axis, BatchAxis):
-            try:
-                axis.rows_of_one(tensor, size, "")
-            except PrivacyError:
-                return False
-    return True
 
 
 class Observer:

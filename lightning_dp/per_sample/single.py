@@ -13,9 +13,9 @@ from typing_extensions import override
 from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample._torch import add_scaled, norms_of
 from lightning_dp.per_sample.base import GradientEngine
+from lightning_dp.per_sample.combining import zero_gradient
 from lightning_dp.per_sample.joining import Joining
-from lightning_dp.per_sample.rules.base import LONGEST_SUM, squared_norm, widen
-from lightning_dp.per_sample.sources import zero_gradient
+from lightning_dp.per_sample.rules.base import LONGEST_SUM, widen
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -172,14 +172,12 @@ class SingleSampleEngine(GradientEngine):
             norms = self._new_norms(len(groups), self._size)
             for row, group in zip(norms, groups, strict=True):
                 parts = self._received(group, masks or {})
-                small = [part for part in parts.values() if part.numel() <= LONGEST_SUM]
-                if len(small) < len(parts):
-                    row += sum(squared_norm(p.unsqueeze(0)) for p in parts.values() if p.numel() > LONGEST_SUM)
-                if small:  # one call for all of them: their overhead is most of what a small model costs
-                    found = norms_of(small)
-                    if any(norm.dtype != row.dtype for norm in found):
-                        found = [norm.to(row.dtype) for norm in found]
-                    row += torch.stack(found).square_().sum()
+                pieces = [piece for part in parts.values() for piece in part.reshape(-1).split(LONGEST_SUM)]
+                if pieces:  # one call for all of them: their overhead is most of what a small model costs
+                    found = norms_of(pieces)
+                    if row.dtype == torch.float64:  # gradients may be of both types
+                        found = [norm.double() for norm in found]
+                    row += torch.stack(found).square_().sum(dtype=None if row.device.type == "mps" else torch.float64)
             return norms
 
     @override

@@ -10,23 +10,17 @@ A key names the tensor that a gradient belongs to: the qualified name of a param
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample.calls import call_of, calls_of, without
+from lightning_dp.per_sample.combining import add_combined, norm_of
 from lightning_dp.per_sample.nodes import Node
-from lightning_dp.per_sample.owned import OwnedAxis, laid_out
+from lightning_dp.per_sample.owned import OwnedAxis
 from lightning_dp.per_sample.precision import exact_arithmetic
-from lightning_dp.per_sample.rules.base import (
-    Call,
-    Rule,
-    accumulation_dtype,
-    masked_squared_norm,
-    squared_norm,
-)
+from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype, squared_norm
 from lightning_dp.per_sample.uses import Recorder, Use
 from lightning_dp.per_sample.workspace import Workspace
 
@@ -71,20 +65,24 @@ class Source:
         self.calls = 0
         self._materialise = materialise
         self._workspace = workspace
+        self._computed_at = -1  # what follows is of the backprops up to that change
         self._cached: Grads = {}
-        self._cached_at = -1
-        self._made: Grads = {}  # computed within the backward; later backprops are then added to them
+        self._groups: list[tuple[set[Hashable], list[Call]]] | None = None
         self._active: dict[tuple[Hashable, ParameterMask], Tensor] = {}  # active entries of the gradients
-        self._active_at = -1
+        self._made: Grads = {}  # computed within the backward; later backprops are then added to them
         self._not_at_once: set[Any] = set()  # shapes for which caching was slower or had no buffer
-        self._groups: list[tuple[set[Hashable], list[Call]]] = []
-        self._groups_at = -1
 
     def clear(self) -> None:
         """Forget every use."""
         self.uses, self.calls = [], 0
-        self._cached, self._made, self._active = {}, {}, {}
-        self._groups, self._groups_at = [], -1
+        self._made, self._computed_at = {}, -1
+        self._forget_older()
+
+    def _forget_older(self) -> None:
+        """Forget what was computed before the last backprop arrived."""
+        if self._computed_at != self.recorder.changes:
+            self._computed_at = self.recorder.changes
+            self._cached, self._groups, self._active = {}, None, {}
 
     def live(self) -> set[Hashable]:
         """Return the keys for which a backprop arrived."""
@@ -113,7 +111,7 @@ class Source:
             return
         with exact_arithmetic(backprop.device.type):
             use.check_unchanged()
-            call = self._call(use, backprop)
+            call = call_of(self.recorder, use, backprop)
             if self._made:
                 self._add_made(call, keys)
             elif not self._make_at_once(call, keys):
@@ -134,68 +132,14 @@ class Source:
         """Add the gradients of another backprop."""
         made = self.rule.per_sample(self.spec, [call], self.recorder.num_samples, {self.local[key] for key in keys})
         for key in keys:
-            grad = made[self.local[key]]
-            self._made[key] = self._made[key] + grad if key in self._made else grad
-
-    def _call(self, use: Use, backprop: Tensor) -> Call:
-        """Return a use with its rows sample-major, batch axis first; the rows of one user form one sample."""
-        size, joining = self.recorder.batch_size, self.recorder.joining
-        backprop, rows = use.out_axis.to_front(backprop, size, self.name)
-        if joining is not None:
-            backprop = joining.backprops(backprop, rows)
-        data = _as_it_is if joining is None else joining.data
-        rows_of_one = rows if joining is None else joining.rows(rows)
-        if use.arguments is not None:
-            return Call((), use.arguments(size, data), backprop, backprop, rows_of_one)
-        if not use.inputs:
-            return Call((), {}, backprop, backprop, rows_of_one)
-        assert use.in_axis is not None
-        activation, in_rows = use.in_axis.to_front(use.inputs[0], size, self.name)
-        assert rows == in_rows
-        activation = data(activation, rows)
-        return Call((activation,), {}, activation, backprop, rows_of_one)
-
-    def _joined(self, parts: list[tuple[Use, Tensor]]) -> Call:
-        """Return uses whose rows belong to samples by an index as one use, with equally many rows per sample."""
-        size = self.recorder.batch_size
-        axes = [use.out_axis for use, _ in parts if isinstance(use.out_axis, OwnedAxis)]
-        index = torch.cat([axis.index for axis in axes])
-        sides = [[axis.rows(backprop) for axis, (_, backprop) in zip(axes, parts, strict=True)]]
-        if parts[0][0].inputs:
-            sides.append([axis.rows(use.inputs[0]) for axis, (use, _) in zip(axes, parts, strict=True)])
-        (backprop, rows), *inputs = (laid_out(side, index, size) for side in sides)
-        joining = self.recorder.joining
-        if joining is not None:
-            backprop = joining.backprops(backprop, rows)
-            inputs = [(joining.data(tensor, rows), rows) for tensor, _ in inputs]
-            rows = joining.rows(rows)
-        if not inputs:
-            return Call((), {}, backprop, backprop, rows)
-        return Call((inputs[0][0],), {}, inputs[0][0], backprop, rows)
+            before, grad = self._made.get(key), made[self.local[key]]
+            self._made[key] = grad if before is None else before + grad
 
     def groups(self) -> list[tuple[set[Hashable], list[Call]]]:
         """Return groups of keys that received the same backprops, with their calls."""
-        if self._groups_at == self.recorder.changes:
-            return self._groups
-        calls: dict[Hashable, list[Call]] = {}
-        owned: dict[Any, list[tuple[Use, Tensor]]] = {}
-        for use in self.uses:
-            for backprop, keys in use.parts:
-                if isinstance(use.out_axis, OwnedAxis) and use.arguments is None:
-                    shapes = [use.out_axis.rows(one).shape[1:] for one in (*use.inputs, backprop)]
-                    owned.setdefault((keys, *shapes), []).append((use, backprop))
-                    continue
-                call = self._call(use, backprop)
-                for key in keys:
-                    calls.setdefault(key, []).append(call)
-        for (keys, *_), parts in owned.items():
-            call = self._joined(parts)
-            for key in keys:
-                calls.setdefault(key, []).append(call)
-        merged: dict[tuple[int, ...], tuple[set[Hashable], list[Call]]] = {}
-        for key, mine in calls.items():
-            merged.setdefault(tuple(map(id, mine)), (set(), mine))[0].add(key)
-        self._groups, self._groups_at = list(merged.values()), self.recorder.changes
+        self._forget_older()
+        if self._groups is None:
+            self._groups = calls_of(self.recorder, self.uses)
         return self._groups
 
     def _asked(self, keys: set[Hashable]) -> Iterable[tuple[dict[str, Hashable], list[Call]]]:
@@ -206,8 +150,7 @@ class Source:
 
     def memory(self) -> Grads:
         """Return the gradients computed since the last backprop, to read and to add to."""
-        if self._cached_at != self.recorder.changes:
-            self._cached, self._cached_at = {}, self.recorder.changes
+        self._forget_older()
         self._cached.update(self._made)
         return self._cached
 
@@ -254,9 +197,7 @@ class Source:
         return norms
 
     def _make_cached(self, keys: Iterable[Hashable], calls: list[Call], cached: Grads) -> None:
-        """Compute the cached gradients among these keys: small ones, and those that are faster cached and have a
-        buffer.
-        """
+        """Compute the gradients that are cached: small ones, and those that are faster cached and have a buffer."""
         size = self.recorder.num_samples
         small = {self.local[key]: key for key in keys if self._is_small(key, calls)}
         if small:
@@ -274,9 +215,7 @@ class Source:
                 cached[key] = buffer
 
     def _active_entries(self, key: Hashable, calls: list[Call], mask: ParameterMask) -> Tensor | None:
-        """Return the active entries of every sample's gradient; cache them if they are few, useful, and fit in
-        memory.
-        """
+        """Return the active entries of every sample's gradient, cached; None if many, of no use, or too large."""
         local, size = self.local[key], self.recorder.num_samples
         if not self.rule.prefers_active_entries(calls, size, local) or mask.share > MOST_ACTIVE:
             return None
@@ -285,20 +224,13 @@ class Source:
             num_bytes = num * accumulation_dtype(calls[0].backprop).itemsize
             if self._workspace is None or not self._workspace.admits((key, "active"), num_bytes):
                 return None
-        entries = self.rule.active_entries(self.spec, calls, size, local, mask)
-        self._memory_of_active()[key, mask] = entries
+        self._forget_older()
+        self._active[key, mask] = entries = self.rule.active_entries(self.spec, calls, size, local, mask)
         return entries
-
-    def _memory_of_active(self) -> dict[tuple[Hashable, ParameterMask], Tensor]:
-        """Return the active entries of the gradients computed since the last backprop."""
-        if self._active_at != self.recorder.changes:
-            self._active, self._active_at = {}, self.recorder.changes
-        return self._active
 
     def _is_small(self, key: Hashable, calls: list[Call]) -> bool:
         """Tell whether the gradients of a key take no more memory than their backprops."""
-        size = self.recorder.num_samples * self.nodes[key].numel
-        return size <= sum(call.backprop.numel() for call in calls)
+        return self.recorder.num_samples * self.nodes[key].numel <= sum(call.backprop.numel() for call in calls)
 
     def _is_cached(self, key: Hashable, calls: list[Call]) -> bool:
         """Tell whether a key's large gradients are cached: if that is faster and there is a buffer."""
@@ -336,13 +268,13 @@ class Source:
         Returns:
             The keys for which this was done.
         """
-        cached = self._memory_of_active()
-        done = {key for key in out if (key, masks[key]) in cached}
+        self._forget_older()
+        done = {key for key in out if (key, masks[key]) in self._active}
         for key in done:
-            add_combined(out[key], cached[key, masks[key]], factors, dead)
+            add_combined(out[key], self._active[key, masks[key]], factors, dead)
         for wanted, calls in self._asked(out.keys() - self.memory().keys() - done):
             if dead is not None:
-                calls = [_without(call, dead) for call in calls]
+                calls = [without(call, dead) for call in calls]
             targets = {local: out[key] for local, key in wanted.items()}
             mine = {local: masks[key] for local, key in wanted.items()}
             added = self.rule.add_active_entries(self.spec, calls, factors, self.recorder.num_samples, targets, mine)
@@ -363,50 +295,6 @@ class Source:
             add_combined(out[key], grad, factors, dead)
         for wanted, calls in self._asked(out.keys() - ready):
             if dead is not None:
-                calls = [_without(call, dead) for call in calls]
+                calls = [without(call, dead) for call in calls]
             targets = {local: out[key] for local, key in wanted.items()}
             self.rule.add_weighted_sum(self.spec, calls, factors, self.recorder.num_samples, targets)
-
-
-def _as_it_is(tensor: Tensor, rows: int) -> Tensor:
-    return tensor
-
-
-def _without(call: Call, dead: Tensor) -> Call:
-    """Return the call with the rows of dropped samples set to zero, because 0 times a non-finite row is not 0."""
-    rows = dead.repeat_interleave(call.multiplicity) if call.multiplicity > 1 else dead
-
-    def cleared(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        return tensor.masked_fill(rows.reshape(-1, *[1] * (tensor.dim() - 1)), 0.0)
-
-    activation = cleared(call.activation)
-    return replace(call, inputs=(activation, *call.inputs[1:]), activation=activation, backprop=cleared(call.backprop))
-
-
-def norm_of(grads: Tensor, mask: ParameterMask | None) -> Tensor:
-    """Return the squared norm of every sample's gradient, or of its active entries: shape ``(B,)``."""
-    return squared_norm(grads) if mask is None else masked_squared_norm(grads, mask.active)
-
-
-def add_combined(out: Tensor, grads: Tensor, factors: Tensor, dead: Tensor | None) -> None:
-    """Add ``sum_i factors[i] grads[i]`` to ``out``; in place, as one matrix-vector product, if dtypes allow."""
-    whole = dead is None and out.dtype == grads.dtype and out.is_contiguous() and grads.is_contiguous()
-    if whole and out.numel() and grads.shape[0]:
-        out.view(-1).addmv_(grads.view(grads.shape[0], -1).mT, factors.to(grads.dtype))
-    else:
-        out.add_(combine(grads, factors, dead))
-
-
-def combine(grads: Tensor, factors: Tensor, dead: Tensor | None) -> Tensor:
-    """Return ``sum_i factors[i] grads[i]`` without the dropped samples, even if their entries are not finite."""
-    if dead is not None:
-        grads = grads.masked_fill(dead.reshape(-1, *[1] * (grads.dim() - 1)), 0.0)
-    total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, dims=1)
-    return total
-
-
-def zero_gradient(parameter: Tensor, batch_size: int) -> Tensor:
-    """Return the per-sample gradients of a parameter that no backprop reached."""
-    return torch.zeros(batch_size, *parameter.shape, dtype=accumulation_dtype(parameter), device=parameter.device)

@@ -21,9 +21,10 @@ from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
+from lightning_dp.per_sample.learned import Key, Learned
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, reporting_class
 from lightning_dp.per_sample.operations import ALIGNED, Bound, Operation, operation_of
-from lightning_dp.per_sample.plans import Key, Learned, Observer
+from lightning_dp.per_sample.plans import Observer
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.uses import Recorder, Use, tap_output

@@ -15,7 +15,7 @@ import lightning_dp.per_sample.rules.base
 import lightning_dp.per_sample.single
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, make_engine
-from lightning_dp.per_sample import engine as engine_module
+from lightning_dp.per_sample import parts as parts_module
 from lightning_dp.per_sample.precision import exact_arithmetic
 from lightning_dp.per_sample.rules.base import Rule
 from tests import reference
@@ -164,8 +164,8 @@ def test_small_gradients_are_made_once(monkeypatch: pytest.MonkeyPatch, memory: 
 def test_gradients_of_functions_of_parameters_are_computed_once(monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
     """Norms and sums come from the same tensor, also where little memory is used: they may not differ by rounding."""
     calls = []
-    own = engine_module.pulled_back
-    monkeypatch.setattr(engine_module, "pulled_back", lambda *args: calls.append(1) or own(*args))
+    own = parts_module.pulled_back
+    monkeypatch.setattr(parts_module, "pulled_back", lambda *args: calls.append(1) or own(*args))
     module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     engine = checks.make_engine(module, _loss(module), torch.randn(6, 3), memory=memory)
     run_batch(engine, _loss(module), torch.randn(6, 3), 6)

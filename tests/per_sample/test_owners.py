@@ -389,7 +389,7 @@ def test_graphs_that_were_dropped_are_refused() -> None:
 )
 def test_owners_that_name_no_sample_are_refused(index: Tensor) -> None:
     engine = PerSampleEngine(nn.Linear(2, 1))
-    engine._learning_size = 2
+    engine._rows._learning_size = 2
     with pytest.raises(PrivacyError, match="Expected sample_of_row to give each row one of 2 samples"):
         engine.see({"rows": torch.zeros(3, 2), "sample_of_row": index})
 

@@ -1,0 +1,124 @@
+"""Learn to which sample each row belongs: by its position, or by an index that is followed through the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.batch_owners import BatchOwners
+from lightning_dp.per_sample.plans import Learner
+from lightning_dp.per_sample.tracker import Tracker
+
+if TYPE_CHECKING:
+    from lightning_dp.per_sample.base import GradientEngine
+
+Run = Callable[[int], object]
+"""Executes the user's forward on that many samples."""
+
+
+class Rows:
+    """What is known of the rows that private parameters meet; see ``GradientEngine.learn_layout``.
+
+    Args:
+        module: the user's.
+        tracker: follows its parameters.
+        engine: begins and ends microbatches.
+    """
+
+    def __init__(self, module: nn.Module, tracker: Tracker, engine: GradientEngine) -> None:
+        self._module, self._tracker, self._engine = module, tracker, engine
+        self._owners = BatchOwners(module)
+        self._learning_size: int | None = None
+        self.follows_owners = False
+        """Whether rows belong to samples by an index that is followed through the step, not by their positions."""
+
+    @property
+    def are_known(self) -> bool:
+        """True if every use of every parameter is understood, or its rows are followed."""
+        learned = self._tracker.learned
+        return self.follows_owners or (learned is not None and self._tracker.parameters.keys() <= learned.names)
+
+    def see(self, batch: Any) -> None:
+        """Take note of the batch that the user's step is about to run on."""
+        if self._learning_size is not None:
+            self._owners.learn(batch, self._learning_size)
+        elif self._tracker.follower is not None:
+            self._owners.note(batch, self._tracker.follower)
+
+    def learn(self, run: Run, sizes: tuple[int, int], *, more: bool, alike: bool) -> None:
+        """Learn from runs at two sizes.
+
+        Raises:
+            PrivacyError: rows cannot be given to samples, neither by position nor by owners.
+        """
+        if not more:
+            self.follows_owners = False
+            self._owners.forget()
+        grads = {parameter: parameter.grad for parameter in self._module.parameters()}
+        try:
+            with torch.enable_grad():
+                if more and self.follows_owners:
+                    self._try_owners(run, sizes)
+                else:
+                    self._learn_positions(run, sizes, more=more, alike=alike)
+        finally:
+            self._learning_size = None
+            for parameter, grad in grads.items():
+                parameter.grad = grad
+
+    def _learn_positions(self, run: Run, sizes: tuple[int, int], *, more: bool, alike: bool) -> None:
+        def run_of(size: int) -> None:
+            self._learning_size = size
+            run(size)
+
+        try:
+            learned = Learner(self._tracker, run_of, sizes).learn(set(self._tracker.parameters))
+        except PrivacyError as error:
+            if more:  # the result of these runs is unclear: such uses are refused later
+                return
+            self._learning_size, self._tracker.learned = None, None
+            try:
+                self._try_owners(run, sizes)
+            except PrivacyError as second:
+                raise PrivacyError(f"{error} Nor can rows be followed to their samples: {second}") from error
+        else:
+            before = self._tracker.learned
+            self._tracker.learned = before.joined(learned) if more and before is not None else learned
+            self._settle(run, sizes, alike=alike)
+
+    def _try_owners(self, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
+        """Run the user's forward and follow the owners of rows, because positions do not determine them."""
+        self.follows_owners = True
+        try:
+            for size in sizes:
+                self._engine.begin(size)
+                run(size)
+                self._engine.end()
+        except (PrivacyError, RecursionError) as error:
+            # RecursionError: both ways of following make an operation call itself
+            self.follows_owners = False
+            self._engine.end()
+            if isinstance(error, PrivacyError):
+                raise
+            raise PrivacyError(
+                "Expected operations whose rows can be followed to their samples, got one without end."
+            ) from error
+
+    def _settle(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool) -> None:
+        """Check that each sample has K rows, if several rows per sample are folded into the batch axis."""
+        learned = self._tracker.learned
+        assert learned is not None
+        if not learned.has_folds or not self._owners.was_seen:
+            return
+        self._learning_size, self._tracker.num_misplaced = None, 0
+        try:
+            self._try_owners(run, sizes)
+        except PrivacyError:
+            if alike:  # owners cannot be followed, and such records do not show whether K is common: keep it fixed
+                learned.pin()
+            return
+        self.follows_owners = self._tracker.num_misplaced > 0 or self._owners.has_indices

@@ -1,0 +1,209 @@
+"""Per-sample gradients of whole parameters, put together from those of the tensors that operations use.
+
+A parameter may be used through views, through functions of it, and in several operations. If the tensors used are
+disjoint parts of it, norms and sums are those of the parts; else all parts are added first, since cross terms count.
+
+Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample.combining import add_combined, norm_of
+from lightning_dp.per_sample.functions import pulled_back
+from lightning_dp.per_sample.nodes import Node, Region, view_of
+from lightning_dp.per_sample.sources import Source
+from lightning_dp.per_sample.tracker import Tracker
+
+
+class Parts:
+    """The parts of private parameters that backprops have reached in a microbatch.
+
+    Args:
+        tracker: follows the parameters; its sources hold the backprops.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker, self._recorder = tracker, tracker.recorder
+        self._known_disjoint: dict[Hashable, bool] = {}
+        self._whole: dict[str, Tensor] = {}  # gradients of parameters that are used in several ways
+        self._whole_at = -1
+
+    @property
+    def _parameters(self) -> Mapping[str, nn.Parameter]:
+        return self._tracker.parameters
+
+    def clear(self) -> None:
+        """Free the gradients."""
+        self._whole = {}
+
+    def of(self, names: Collection[str]) -> dict[str, list[tuple[Source, Node]]]:
+        """Return, by parameter, its derived tensors that received backprops, with their sources."""
+        parts: dict[str, list[tuple[Source, Node]]] = {}
+        for source in self._tracker.sources.values():
+            for key in source.live():
+                node = source.nodes[key]
+                for name in node.names:
+                    if name in names:
+                        parts.setdefault(name, []).append((source, node))
+        return parts
+
+    def discard(self, names: Iterable[str]) -> None:
+        """Forget the backprops received so far for these parameters.
+
+        Raises:
+            PrivacyError: one gradient belongs to these and to other parameters.
+        """
+        self.clear()
+        chosen = frozenset(names)
+        for source in self._tracker.sources.values():
+            gone = set()
+            for key, node in source.nodes.items():
+                if chosen.issuperset(node.names):
+                    gone.add(key)
+                elif not chosen.isdisjoint(node.names) and key in source.live():
+                    raise PrivacyError(
+                        f"Expected the parameters of {node.name!r} in one optimizer, got some in another. Their "
+                        "gradients come from one computation; train them together."
+                    )
+            source.discard(frozenset(gone))
+
+    def squared_norms(
+        self, sums: Tensor, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask]
+    ) -> Tensor:
+        """Add the squared norms of the parameters of each group to ``sums`` of shape ``(G, B)``, and return it."""
+        norms: dict[str, Tensor] = {}
+        views, whole = self._sorted({name for group in groups for name in group}, masks)
+        for source, keys in views.items():
+            mine = {key: masks[name] for key, (name, _) in keys.items() if name in masks}
+            for key, norm in source.squared_norms(set(keys), mine).items():
+                name, _ = keys[key]
+                norms[name] = norms[name] + norm if name in norms else norm
+        for name, grad in self._gathered(whole).items():
+            norms[name] = norm_of(grad, masks.get(name))
+        for row, group in zip(sums, groups, strict=True):
+            for name in group:
+                if name in norms:
+                    row += norms[name]
+        return sums
+
+    def accumulate(
+        self,
+        factors: Tensor,
+        groups: Sequence[Sequence[str]],
+        out: Mapping[str, Tensor],
+        masks: Mapping[str, ParameterMask],
+        scratch: Mapping[str, Tensor],
+    ) -> None:
+        """Add weighted sums; see ``GradientEngine.accumulate``."""
+
+        def target(name: str, *, direct: bool = True) -> Tensor:
+            """Return the tensor that receives the weighted sum of a whole parameter."""
+            if name not in masks and direct:
+                return out[name]
+            if scratch:
+                return scratch[name].zero_()
+            return torch.zeros_like(self._parameters[name], dtype=out[name].dtype)
+
+        def take(name: str, total: Tensor) -> None:
+            if total is not out[name]:
+                out[name].add_(masks[name].select(total) if name in masks else total)
+
+        dead = factors == 0
+        any_dead = bool(dead.any())
+        for row, group in enumerate(groups):
+            lost = dead[row] if any_dead else None
+            views, whole = self._sorted(set(group), masks)
+            for source, keys in views.items():
+                masked = {key: name for key, (name, _) in keys.items() if name in masks}
+                rows = {key: out[name] for key, name in masked.items()}
+                mine = {key: masks[name] for key, name in masked.items()}
+                rest = keys.keys() - source.add_active_entries(rows, mine, factors[row], lost)
+                sums: dict[str, Tensor] = {}
+                for name, region in map(keys.__getitem__, rest):
+                    if name not in sums:
+                        sums[name] = target(name, direct=region is None or out[name].is_contiguous())
+                targets = {key: view_of(sums[keys[key][0]], keys[key][1]) for key in rest}
+                source.add_weighted_sum(targets, factors[row], lost)
+                for name, total in sums.items():
+                    take(name, total)
+            for name, grad in self._gathered(whole).items():
+                total = target(name)
+                add_combined(total, grad, factors[row], lost)
+                take(name, total)
+
+    def _sorted(
+        self, names: set[str], masks: Mapping[str, ParameterMask]
+    ) -> tuple[dict[Source, dict[Hashable, tuple[str, Region | None]]], set[str]]:
+        """Return the sources of disjoint views of parameters, and the parameters whose whole gradient is needed.
+
+        A parameter that is seen through views needs all of it under a mask: the masked norm and the masked sum of a
+        view come from different products, whose rounding no norm covers.
+        """
+        views: dict[Source, dict[Hashable, tuple[str, Region | None]]] = {}
+        whole: set[str] = set()
+        for name, parts in self.of(names).items():
+            through_views = name in masks and any(node.region is not None for _, node in parts)
+            if (
+                through_views
+                or not all(node.is_view for _, node in parts)
+                or not self._disjoint(name, [node for _, node in parts])
+            ):
+                whole.add(name)
+                continue
+            for source, node in parts:
+                views.setdefault(source, {})[node.key] = (name, node.region)
+        return views, whole
+
+    def _disjoint(self, name: str, nodes: Sequence[Node]) -> bool:
+        if len(nodes) == 1:
+            return True
+        key = (name, *(node.region for node in nodes))
+        if key not in self._known_disjoint:
+            counts = torch.zeros(self._parameters[name].shape, dtype=torch.int32)
+            for node in nodes:
+                view_of(counts, node.region).add_(1)
+            self._known_disjoint[key] = bool((counts <= 1).all())
+        return self._known_disjoint[key]
+
+    def _gathered(self, names: set[str]) -> dict[str, Tensor]:
+        """Return per-sample gradients with all contributions added, because cross terms count."""
+        if self._whole_at != self._recorder.changes:
+            self._whole, self._whole_at = {}, self._recorder.changes
+        # norms and weighted sum are taken from the same tensor: nothing is lost where parts cancel
+        if missing := names - self._whole.keys():
+            self._whole.update(self.computed(missing))
+        return {name: self._whole[name] for name in names & self._whole.keys()}
+
+    def computed(self, names: set[str]) -> dict[str, Tensor]:
+        """Return the gradients ``(B, *shape)`` of those of these parameters that a backprop has reached."""
+        parts = self.of(names)
+        total: dict[str, Tensor] = {}
+        pulled: dict[Node, dict[str, Tensor]] = {}
+        for name, mine in parts.items():
+            added: Tensor | None = None
+            for source, node in mine:
+                if node.key == name:
+                    grad = source.cached({name})[name]
+                elif node.is_view:
+                    part = source.cached({node.key})[node.key]
+                    grad = part.new_zeros(len(part), *self._parameters[name].shape)
+                    assert node.region is not None
+                    offset, shape, strides = node.region
+                    grad.as_strided((len(part), *shape), (grad[:1].numel(), *strides), offset).copy_(part)
+                else:
+                    if node not in pulled:
+                        pulled[node] = pulled_back(self._tracker, node, source.cached({node})[node])
+                    if name not in pulled[node]:
+                        continue
+                    grad = pulled[node][name]
+                added = grad if added is None else added + grad
+            if added is not None:
+                total[name] = added
+        return total
