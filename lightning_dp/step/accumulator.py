@@ -49,6 +49,7 @@ class Accumulator:
         self._device = first.device
         self._dtype = torch.float64 if double else torch.float32
         self._flat: Tensor | None = None
+        self._views: dict[str, Tensor] | None = None  # of the buffer of this step; they go before its memory does
         self._handed_out: Tensor | None = None
         self._takes_back = tuning.is_allowed() and not is_shared(torch.empty(1, device=first.device))
         self.used = False  # set it before anything is added
@@ -101,7 +102,7 @@ class Accumulator:
             shares: factor of each group on the std; empty for none.
             share: factor on the std that this process adds to what every process holds.
         """
-        self._flat = self._fresh()
+        self._flat, self._views = self._fresh(), None
         self.statistics.zero_()
         for part, factor in self.noise_parts(shares, share):
             noise.fill_(part, std * factor / divisor)
@@ -149,11 +150,11 @@ class Accumulator:
         """Accumulation targets by parameter name: a view of its shape, or a 1-D view of its active coordinates if
         masked.
         """
-        if self.active is None:
-            return self.views_of(self.gradient)
-        sizes = self._active_sizes
-        parts = dict(zip(sizes, torch.split(self.gradient, list(sizes.values())), strict=True))
-        return {n: part if n in self.masks else part.view(self._shapes[n]) for n, part in parts.items()}
+        if self._views is None:
+            sizes = self._active_sizes
+            parts = dict(zip(sizes, torch.split(self.gradient, list(sizes.values())), strict=True))
+            self._views = {n: part if n in self.masks else part.view(self._shapes[n]) for n, part in parts.items()}
+        return self._views
 
     @property
     def scratch(self) -> dict[str, Tensor]:
@@ -197,7 +198,7 @@ class Accumulator:
         self._active_indices = active.nonzero().squeeze(1) if self.masks else None
 
     def _forget(self) -> None:
-        self._flat = self._scratch = None
+        self._flat = self._views = self._scratch = None
         self.used, self.noise_std, self.divisor = False, None, 1
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import random
 import types
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dp.step.kept_tensors import KeptTensor, Together
 from lightning_dp.step.local import local_part
 from lightning_dp.step.randomness import generator_restorer
-from lightning_dp.system.torch_private import num_changes
 
 #: Attributes of every module that are not the user's state: hooks, and the dictionaries that are followed by
 #: themselves.
@@ -39,10 +40,6 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.r
 _EMPTY = object()
 """Value of a slot that was never set."""
 _DEEPEST = 12
-_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Types whose values show the bits of a floating-point type of as many bytes."""
-_LARGE = 2**14
-"""Elements above which a quick comparison looks at about 1,000 of a tensor's elements."""
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -87,11 +84,14 @@ class Snapshot:
         self._settle = settle
         settle()
         self._restore: list[Callable[[], Any]] = []
-        self._tensors: list[_KeptTensor] = []
+        self._refill: list[Callable[[], Any]] = []  # of the mappings below
+        self._mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # dictionaries, with what they held
+        self._entries: tuple[list[int], list[Any], list[Any]] | None = None  # of all of them
+        self._tensors: list[KeptTensor] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used again
         for root in roots:
             self._follow(root, 0)
-        self._together: _Together | None = None
+        self._together: Together | None = None
 
     def put_back(self, *, quick: bool = False) -> None:
         """Restore every value; write only to those that have changed.
@@ -102,6 +102,9 @@ class Snapshot:
         """
         self._settle()
         with torch.no_grad():
+            if not (quick and self._mappings_are_unchanged()):
+                for refill in self._refill:
+                    refill()
             for restore in self._restore:
                 restore()
             if quick and self._are_unchanged():
@@ -109,9 +112,26 @@ class Snapshot:
             for kept in self._tensors:
                 kept.put_back(quick=quick)
 
+    def _mappings_are_unchanged(self) -> bool:
+        """Tell whether all dictionaries hold the same objects under the same keys, in one pass over them."""
+        holders = [holder for holder, _ in self._mappings]
+        if self._entries is None:
+            held = [content for _, content in self._mappings]
+            self._entries = (
+                [len(content) for content in held],
+                [value for content in held for value in content.values()],
+                [key for content in held for key in content],
+            )
+        sizes, values, keys = self._entries
+        return (
+            [*map(len, holders)] == sizes
+            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, holders)), values))
+            and all(map(operator.is_, itertools.chain.from_iterable(holders), keys))
+        )
+
     def _are_unchanged(self) -> bool:
         if self._together is None:
-            self._together = _Together(self._tensors)
+            self._together = Together(self._tensors)
         return self._together.are_unchanged()
 
     def _follow(self, value: Any, depth: int) -> None:
@@ -153,15 +173,15 @@ class Snapshot:
         attributes = getattr(owner, "__dict__", None)
         if isinstance(attributes, dict):
             before = {name: value for name, value in attributes.items() if name not in skipped}
-            whole = dict(attributes)
-            self._restore.append(lambda: _reset_attributes(attributes, before, skipped, whole))
+            self._mappings.append((attributes, dict(attributes)))
+            self._refill.append(lambda: _reset_attributes(attributes, before, skipped))
             self._follow_all(list(before.values()), depth)
         for name in _slots(type(owner)):
             self._keep_slot(owner, name, depth)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         part, requires_grad = local_part(tensor), tensor.requires_grad
-        self._tensors.append(_KeptTensor(part))
+        self._tensors.append(KeptTensor(part))
         if part is not tensor:
             self._restore.append(lambda: tensor.requires_grad_(requires_grad))
 
@@ -184,7 +204,11 @@ class Snapshot:
             if not _same_content(holder, content):
                 refill(holder, content)
 
-        self._restore.append(restore)
+        if isinstance(content, dict) and isinstance(holder, dict):
+            self._mappings.append((holder, content))
+            self._refill.append(restore)
+        else:
+            self._restore.append(restore)
 
     def _keep_array(self, array: Any) -> None:
         content, shape, writeable = array.copy(), array.shape, array.flags.writeable
@@ -202,85 +226,6 @@ class Snapshot:
         self._restore.append(restore)
 
 
-class _KeptTensor:
-    """A tensor, its memory, and a copy of its values."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.alias = tensor, tensor.detach()
-        self.is_leaf, self.requires_grad = tensor.is_leaf, tensor.requires_grad
-        self.memory = _memory_of(self.alias)
-        self.value = self.memory.clone()
-        self.version = num_changes(tensor)
-        self.step = self.value.numel() // 1024 if self.value.numel() > _LARGE and self.value.is_contiguous() else 0
-
-    def put_back(self, *, quick: bool) -> None:
-        tensor, alias = self.tensor, self.alias
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
-            tensor.data = self.value.clone()
-            return
-        if self.is_leaf and not tensor.is_leaf:  # an operation in place has made it part of a graph
-            tensor.detach_()
-        now = tensor.detach()
-        if _place_of(now) != _place_of(alias):
-            tensor.data = alias
-        elif quick and self.step and num_changes(tensor) == self.version and self._sample_is_same():
-            return
-        if not same_values(self.memory, self.value):
-            self.memory.copy_(self.value)
-        self.version = num_changes(tensor)
-        if tensor.is_leaf and tensor.requires_grad != self.requires_grad:
-            tensor.requires_grad_(self.requires_grad)
-
-    def _sample_is_same(self) -> bool:
-        return same_values(self.memory.view(-1)[:: self.step], self.value.view(-1)[:: self.step])
-
-
-class _Together:
-    """Kept tensors that are compared in a few calls, as a quick comparison of each would.
-
-    Args:
-        tensors: kept.
-    """
-
-    def __init__(self, tensors: list[_KeptTensor]) -> None:
-        self._large = [kept for kept in tensors if kept.step]
-        self._places = [(kept.tensor, *_place_of(kept.alias), kept.requires_grad) for kept in tensors]
-        self._comparable = all(
-            kept.tensor.layout == torch.strided and kept.memory.is_contiguous() and kept.memory.device.type != "meta"
-            for kept in tensors
-        )
-        pieces: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for kept in tensors if self._comparable else ():
-            memory, value = (_bits_of(one).view(-1)[:: kept.step or 1] for one in (kept.memory, kept.value))
-            pieces.setdefault((memory.dtype, memory.device), []).append((memory, value))
-        self._pieces = [
-            ([now for now, _ in pairs], torch.cat([then for _, then in pairs])) for pairs in pieces.values()
-        ]
-
-    def are_unchanged(self) -> bool:
-        """Tell whether all are as they were kept; False also where some have to be compared by themselves."""
-        if not self._comparable or any(num_changes(kept.tensor) != kept.version for kept in self._large):
-            return False
-        for tensor, address, dtype, shape, strides, requires_grad in self._places:
-            if tensor.data_ptr() != address or tensor.dtype != dtype or tensor.requires_grad != requires_grad:
-                return False
-            if tensor.shape != shape or tensor.stride() != strides:
-                return False
-        return all(torch.equal(torch.cat(now), then) for now, then in self._pieces)
-
-
-def _place_of(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _memory_of(tensor: Tensor) -> Tensor:
-    """Return a writable tensor over the same memory: its flat memory if elements overlap, else the tensor."""
-    if tensor.layout != torch.strided or tensor.numel() == 0:
-        return tensor
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((span,), (1,)) if span < tensor.numel() else tensor
-
-
 def _slots(kind: type) -> list[str]:
     """Return the names of all slots of a class, private ones as Python mangles them."""
     found: list[str] = []
@@ -292,11 +237,7 @@ def _slots(kind: type) -> list[str]:
     return [name for name in found if name not in ("__dict__", "__weakref__")]
 
 
-def _reset_attributes(
-    attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str], whole: dict[str, Any]
-) -> None:
-    if _same_items(attributes, whole):
-        return
+def _reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str]) -> None:
     for name in [name for name in attributes if name not in before and name not in skipped]:
         del attributes[name]
     for name, value in before.items():
@@ -309,19 +250,10 @@ def _same_content(holder: Any, content: Any) -> bool:
     if len(holder) != len(content):
         return False
     if isinstance(content, dict):
-        return _same_items(holder, content)
+        return all(map(operator.is_, holder.values(), content.values())) and all(map(operator.is_, holder, content))
     if isinstance(content, set):
         return all(item in content for item in holder)
     return all(map(operator.is_, holder, content))
-
-
-def _same_items(holder: Any, content: dict[Any, Any]) -> bool:
-    """Tell whether a mapping holds the same objects under the same keys, in the same order."""
-    return (
-        len(holder) == len(content)
-        and all(map(operator.is_, holder.values(), content.values()))
-        and all(map(operator.is_, holder, content))
-    )
 
 
 def _refill_mapping(holder: Any, content: Any) -> None:
@@ -340,19 +272,3 @@ def _refill_sequence(holder: Any, content: list[Any]) -> None:
     else:  # array.array before Python 3.13
         del holder[:]
     holder.extend(content)
-
-
-def same_values(left: Tensor, right: Tensor) -> bool:
-    """Tell whether two tensors are equal bit by bit, NaN and the sign of zero included."""
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return torch.equal(_bits_of(left), _bits_of(right))
-
-
-def _bits_of(tensor: Tensor) -> Tensor:
-    """Return a tensor of integers that are equal exactly if the bits of the values are."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.is_floating_point():
-        return tensor.resolve_neg().view(_WHOLE_NUMBERS[tensor.element_size()])
-    return tensor

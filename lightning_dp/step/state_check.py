@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
-from lightning_dp.step.snapshot import same_values
 from lightning_dp.system.torch_private import saved_buffers
 
 #: Relative difference of two gradients of one record that counts as rounding.

@@ -117,8 +117,7 @@ class PrivateStep:
     @property
     def runs_samples_alone(self) -> bool:
         """True if every microbatch has one sample, so that plain autograd gives its gradient."""
-        settings = self.settings
-        return settings.runs_samples_alone or (settings.may_run_alone and self.state.runs_alone)
+        return self.settings.runs_samples_alone or (self.settings.may_run_alone and self.state.runs_alone)
 
     def run_alone(self) -> None:
         """Run samples one at a time from here on; a resumed run does so too."""

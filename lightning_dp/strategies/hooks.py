@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
-from lightning_dp.step.snapshot import few_values, plain_attributes, same_values
+from lightning_dp.step.snapshot import few_values, plain_attributes
 from lightning_dp.strategies._lightning import is_overridden
 from lightning_dp.system.torch_private import num_changes
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.step.snapshot import Snapshot, same_values
+from lightning_dp.step.kept_tensors import same_values
+from lightning_dp.step.snapshot import Snapshot
 from tests.step.photo import photo
 
 
