@@ -131,10 +131,13 @@ class OwnLosses(TorchFunctionMode):
 
     def _of_scalars(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on scalars of records: on scalars for each record, on rows for the rows of each."""
+        in_place = func.__name__ in _IN_PLACE
+        if in_place and self._known(args[0]) is None:  # a sum of the user's own, such as one that is logged
+            return func(*args, **kwargs)
         plain = [one for one in tensors_in(args, kwargs) if self._known(one) is None and one.dim()]
         if not plain:
             rows: Tensor = func(*[self._row(one, ()) for one in args], **kwargs)
-            if func.__name__ not in _IN_PLACE or self._known(args[0]) is None:
+            if not (in_place and rows.is_floating_point()):
                 return self._joined(rows, func, args, kwargs)
             value: Tensor = args[0].copy_(rows.sum() if self._sums else rows.mean())
             self._rows[id(value)] = (weakref.ref(value), rows)

@@ -42,6 +42,12 @@ def masked_in_place(x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
+def masked_by_a_sum_of_counts(x: Tensor, y: Tensor) -> Tensor:
+    count = (y >= 0).sum()
+    count += (y == 0).sum()
+    return x.square().sum() / count
+
+
 def shared_out(x: Tensor, y: Tensor) -> Tensor:
     """The denominator meets rows, not a scalar."""
     return (x.square() * (y >= 0)[..., None] / (y >= 0).sum()).sum()
@@ -61,6 +67,7 @@ LOSSES: dict[str, Loss] = {
     "divergence": lambda x, y: F.kl_div(x.log_softmax(-1), torch.full_like(x, 1 / C), reduction="batchmean"),
     "masked mean": masked,
     "masked mean in place": masked_in_place,
+    "masked mean by a sum of counts": masked_by_a_sum_of_counts,
     "masked mean, shared out": shared_out,
     "masked mean by a count": lambda x, y: x.square().sum() / (y >= 0).count_nonzero(),
     "root of a mean": lambda x, y: (x.square().mean() + 1e-3).sqrt(),
@@ -104,6 +111,16 @@ def test_what_is_no_reduction_is_left_as_it_is() -> None:
         assert torch.equal(x.sum(1), torch.tensor([3.0, 12.0, 21.0, 30.0]))
         assert float(x[:3].sum()) == 36.0  # three rows are not those of four records
         assert float(F.mse_loss(x, x * 0, reduction="none")[0, 1]) == 1.0
+
+
+def test_sums_over_batches_take_the_value_of_a_loss() -> None:
+    scores, labels = records()
+    total = torch.zeros((), dtype=torch.float64)
+    with OwnLosses(B, "mean", []):
+        loss = masked(scores, labels)
+        total += loss
+        assert float(loss) == float(total)
+    assert float(masked(scores, labels)) != float(total)
 
 
 @pytest.mark.parametrize("select", [lambda x, m: x[m], torch.masked_select], ids=["index", "function"])
