@@ -80,7 +80,9 @@ def weights(module: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_workers": 1}, {"collate_fn": lambda records: _stacked(records)}], ids=str
+    "options",
+    [{}, {"num_workers": 1}, {"collate_fn": lambda records: _stacked(records)}],
+    ids=["plain", "worker", "own collate"],
 )
 def test_auto_takes_single_by_itself_with_its_result(options: dict[str, Any], caplog: Any) -> None:
     if "num_workers" in options:
