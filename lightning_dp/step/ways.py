@@ -161,8 +161,8 @@ class OneByOne:
 
 
 def _public(reason: PrivacyError) -> str:
-    """Return a reason without the figures that were computed from records."""
-    return re.sub(r"\((\d+,? ?)+\)", "(...)", str(reason))
+    """Return a reason without its numbers, which may be sizes of records; digits within names stay."""
+    return re.sub(r"(?<![\w.'])\d+(?![\w.'])", "#", str(reason))
 
 
 def _times(gradients: dict[str, Tensor], factor: float) -> dict[str, Tensor]:

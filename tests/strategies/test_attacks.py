@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import deque
 from collections.abc import Callable
@@ -466,9 +467,16 @@ class OfSets(Classifier):
         return outputs.square().sum(1).mean()
 
 
-def test_sets_of_different_size_are_refused_or_exact(tmp_path: Any) -> None:
-    with pytest.raises(PrivacyError):
-        fit(OfSets(), tmp_path, DataLoader(Sets(), batch_size=8, collate_fn=joined))
+def test_sets_of_different_size_run_one_at_a_time(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody can tell whose rows ``index_add`` joins; a set alone owns all of them. Its size is not logged."""
+    loader = DataLoader(Sets(), batch_size=8, collate_fn=joined)
+    with pytest.raises(PrivacyError, match="Give it one batch axis"):
+        fit(OfSets(), tmp_path, loader, grad_sample="rules")
+    caplog.set_level(logging.INFO)
+    assert fit(OfSets(), tmp_path, loader).state.runs_alone
+    (said,) = [record.message for record in caplog.records if "Samples run one at a time" in record.message]
+    assert "is no multiple of the batch size: # of #, # of #" in said
+    assert "'network.0.weight'" in said
 
 
 def test_a_collate_function_that_drops_records_is_refused(tmp_path: Any) -> None:

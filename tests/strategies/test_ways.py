@@ -227,6 +227,7 @@ ATTACKS: dict[str, Any] = {
     "spread of the batch": lambda: Model(loss=spread),
     "sum taken for a mean": lambda: Model(loss=lambda x, y: F.cross_entropy(x, y, reduction="sum")),
     "large batches alone": lambda: Model(Late()),
+    "a rare coin": lambda: Model(lambda x: x - x.mean(0) if torch.rand(()) < 0.1 else x),
 }
 
 
