@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +26,10 @@ _DROPOUTS = {
     )
     for name in names.split()
 }
+
+
+#: Draws by rejection: the values of one sample decide how many random numbers are left for the others.
+REJECTING = frozenset({"binomial", "poisson", "_standard_gamma", "_sample_dirichlet"})
 
 
 class _InDropout(TorchFunctionMode):
@@ -56,17 +62,21 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     - with ``by_place`` a fixed value for each entry of the drawn tensor, whatever was drawn before, so that a further
       row changes what a mean over rows is (Bernoulli: ``u < p`` with such a value u).
 
-    Draws of places with replacement (multinomial) stay random.
+    - Exponential, Cauchy, geometric, Poisson, binomial, gamma and Dirichlet draws follow the same rule, by a
+      quantile or a value near the mean. So do draws of places in each row of a matrix of weights (multinomial).
+
+    Draws of places in one vector of weights, which may be the rows of a batch, stay random.
 
     Args:
         by_place: see above.
         coin: quantile in (0, 1) of every uniform draw: a low and a high one take the branches that a middle one does
             not.
+        only: names of the draws to replace; None for all.
     """
 
-    def __init__(self, *, by_place: bool = False, coin: float = 0.5) -> None:
+    def __init__(self, *, by_place: bool = False, coin: float = 0.5, only: Container[str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.by_place, self.coin = by_place, coin
+        self.by_place, self.coin, self._only = by_place, coin, only
         self.drew = False
         """Whether a value was drawn that another coin would change."""
         self._dropouts = _InDropout()
@@ -88,6 +98,8 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         name, arguments = arguments_of(func)
+        if self._only is not None and name not in self._only:
+            return func(*args, **kwargs)
         # arguments that equal their default are not passed on
         named = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
         named |= {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
@@ -110,7 +122,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "randperm":
             return result.copy_(torch.arange(result.numel(), device=result.device).roll(-1))
         uniform = _by_place(result) if self.by_place else None
-        value = _value(name, named, uniform, self.coin)
+        value = _value(name, named, uniform, self.coin, result)
         if value is None:
             return result
         self.drew = True
@@ -123,19 +135,22 @@ def _by_place(like: torch.Tensor) -> torch.Tensor:
     return ((torch.sin(places * 12.9898 + 1.0) * 43758.5453).frac().abs() * 0.98 + 0.01).view(like.shape)
 
 
-def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None, coin: float) -> Any:
+def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None, coin: float, drawn: torch.Tensor) -> Any:
     """Return the replacement of a draw, or None if it must stay random."""
     u = coin if uniform is None else uniform
-    if name in ("randn", "randn_like") or name.startswith("normal"):
+    if name.startswith("normal") or name in ("randn", "randn_like", "log_normal"):
         mean, std = named.get("mean", 0.0), named.get("std", 1.0)
         constant = 0.5 if coin == 0.5 else math.copysign(2.0, coin - 0.5)
         standard = constant if uniform is None else math.sqrt(2.0) * torch.erfinv(2.0 * uniform - 1.0)
-        return mean + standard * std
+        normal = mean + standard * std
+        return torch.as_tensor(normal).exp() if name == "log_normal" else normal
     if name in ("rand", "rand_like", "uniform"):
         low, high = named.get("from", 0.0), named.get("to", 1.0)
         return low + (high - low) * u
     if name in ("randint", "randint_like"):
         low, high = named.get("low", 0), named.get("high", named.get("low", 0) + 1)
+        if uniform is not None:
+            return low + (uniform * (high - low)).floor()
         return low if coin <= 0.5 else max(low, high - 1)
     if name.startswith("bernoulli"):
         p = named["p"]
@@ -143,4 +158,28 @@ def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None, coin:
             return p
         smaller = u < p
         return smaller.to(torch.get_default_dtype()) if isinstance(smaller, torch.Tensor) else float(smaller)
+    if name in _QUANTILES:
+        return _QUANTILES[name](torch.as_tensor(u, dtype=torch.float64), named)
+    if name == "multinomial" and named["self"].dim() == 2:
+        return _drawn_places(named["self"].double(), torch.as_tensor(u, dtype=torch.float64), drawn, named)
     return None
+
+
+#: Other draws of values -> a quantile u of them; of gamma, Dirichlet, Poisson and binomial ones, a value near the mean.
+_QUANTILES: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
+    "exponential": lambda u, named: -torch.log1p(-u) / named.get("lambd", 1.0),
+    "cauchy": lambda u, named: named.get("median", 0.0) + named.get("sigma", 1.0) * torch.tan(math.pi * (u - 0.5)),
+    "geometric": lambda u, named: (torch.log1p(-u) / math.log1p(-min(named["p"], 1 - 1e-12))).ceil().clamp_min(1),
+    "poisson": lambda u, named: (named["self"].double() + u).floor(),
+    "binomial": lambda u, named: torch.minimum((named["count"] * named["prob"]).double() + u, named["count"]).floor(),
+    "_standard_gamma": lambda u, named: named["self"].double() * (0.5 + u),
+    "_sample_dirichlet": lambda u, named: named["self"].double() / named["self"].double().sum(-1, keepdim=True),
+}
+
+
+def _drawn_places(weights: Tensor, u: Tensor, drawn: Tensor, named: dict[str, Any]) -> Tensor:
+    """Return places of each row: the quantile u of its weights, or the largest weights without replacement."""
+    if not named.get("replacement", False) and drawn.shape[1] > 1:
+        return weights.topk(drawn.shape[1], 1).indices.sort(1).values.roll(-1, 1)  # mixes whatever can be mixed
+    shares = weights.cumsum(1)
+    return torch.searchsorted(shares, u * shares[:, -1:].expand(drawn.shape)).clamp_max(weights.shape[1] - 1)

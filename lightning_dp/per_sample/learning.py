@@ -21,7 +21,7 @@ Run = Callable[[int], object]
 
 
 class Rows:
-    """What is known of the rows that private parameters meet; see ``GradientEngine.learn_layout``.
+    """Rows that private parameters meet, as learned before the first step; see ``GradientEngine.learn_layout``.
 
     Args:
         module: the user's.

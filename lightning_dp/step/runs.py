@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_dp.per_sample.frozen_randomness import FrozenRandomness
+from lightning_dp.per_sample.frozen_randomness import REJECTING, FrozenRandomness
 from lightning_dp.step.foreign import ForeignCode
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import host_generators, seed_generators, seed_low_or_high
@@ -39,7 +39,8 @@ class Draws:
         seed: of the global generators.
         coin: quantile of uniform draws; also of the first draws of numpy and Python unless it is ``MIDDLE``.
         by_place: each entry of a drawn tensor has a value of its own.
-        real: torch draws as it does in training.
+        real: torch draws as it does in training, but for draws by rejection: they shift all later random numbers by
+            how many they take, which depends on the values of one sample and changes no distribution.
     """
 
     seed: int = 0
@@ -54,7 +55,8 @@ class Draws:
         if self.coin != MIDDLE:
             seed_low_or_high(high=self.coin > MIDDLE)
         if self.real:
-            yield None
+            with FrozenRandomness(by_place=True, only=REJECTING):
+                yield None
             return
         with FrozenRandomness(by_place=self.by_place, coin=self.coin) as frozen:
             yield frozen
