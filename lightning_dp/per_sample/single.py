@@ -172,7 +172,7 @@ class SingleSampleEngine(GradientEngine):
             norms = self._new_norms(len(groups), self._size)
             for row, group in zip(norms, groups, strict=True):
                 parts = self._received(group, masks or {})
-                pieces = [piece for part in parts.values() for piece in part.reshape(-1).split(LONGEST_SUM)]
+                pieces = [piece for part in parts.values() for piece in torch.split(part.reshape(-1), LONGEST_SUM)]
                 if pieces:  # one call for all of them: their overhead is most of what a small model costs
                     found = norms_of(pieces)
                     if row.dtype == torch.float64:  # gradients may be of both types
