@@ -21,7 +21,7 @@ Run = Callable[[int], object]
 
 
 class Rows:
-    """Rows that private parameters meet, as learned before the first step; see ``GradientEngine.learn_layout``.
+    """Knowledge of the rows that private parameters meet; see ``GradientEngine.learn_layout``.
 
     Args:
         module: the user's.

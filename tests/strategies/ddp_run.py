@@ -97,9 +97,11 @@ class UnseenOnOne(Classifier):
     """A classifier whose first weight no rule can follow, on rank 0 alone."""
 
     def forward(self, features: Tensor) -> Tensor:
-        first, *rest = self.network
+        network: Any = self.network
+        first, rest = network[0], network[1:]
         weight = Unseen.apply(first.weight) if RANK == 0 else first.weight
-        return rest[1](rest[0](torch.nn.functional.linear(features, weight, first.bias)))
+        out: Tensor = rest(torch.nn.functional.linear(features, weight, first.bias))
+        return out
 
 
 class Watch(L.Callback):
