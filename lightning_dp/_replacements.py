@@ -8,13 +8,11 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_dp.system.torch_private import replace_children
+from lightning_dp.system.torch_private import BatchNorm, InstanceNorm, replace_children
 
 
 class _Exchange(NamedTuple):
@@ -29,11 +27,11 @@ def replace(module: nn.Module, changes: list[str]) -> nn.Module:
 
 def can_replace(layer: nn.Module) -> bool:
     """Tell whether ``fix`` changes a layer itself, not only its submodules."""
-    if isinstance(layer, _BatchNorm):
+    if isinstance(layer, BatchNorm):
         return not isinstance(layer, GroupNormWithin) and (
             _trains(layer) or layer.training or layer.running_mean is None
         )
-    if isinstance(layer, _InstanceNorm):
+    if isinstance(layer, InstanceNorm):
         return layer.track_running_stats and (_trains(layer) or layer.training)
     return False
 
@@ -62,14 +60,14 @@ def _exchanged(module: nn.Module, name: str, done: dict[int, _Exchange], changes
 
 def _replaced(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return a layer's replacement and a sentence on the change; or the layer and "" if nothing must change."""
-    if isinstance(module, _BatchNorm) and any(is_lazy(p) for p in module.parameters(recurse=False)):
+    if isinstance(module, BatchNorm) and any(is_lazy(p) for p in module.parameters(recurse=False)):
         raise ValueError(
             f"Expected layers with initialised parameters, got {name or 'module'}={type(module).__name__} without. Run "
             "the module on a batch once before fix."
         )
     if not can_replace(module):
         return module, ""
-    if isinstance(module, _InstanceNorm):
+    if isinstance(module, InstanceNorm):
         return _without_statistics(module)
     norm = cast(nn.BatchNorm2d, module)
     return _group_norm(norm) if _computes_as_torch(norm) else _group_norm_within(norm)
@@ -81,7 +79,7 @@ def _trains(module: nn.Module) -> bool:
 
 def _computes_as_torch(norm: nn.Module) -> bool:
     """Tell whether a batch norm has torch's own ``forward``."""
-    return type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return type(norm).forward in (BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def _num_groups(norm: nn.BatchNorm2d) -> int:
@@ -199,7 +197,7 @@ class _GroupNormInstead(TorchFunctionMode):
         return F.group_norm(input, self._num_groups, weight, bias, eps)
 
 
-def _without_statistics(norm: _InstanceNorm) -> tuple[nn.Module, str]:
+def _without_statistics(norm: InstanceNorm) -> tuple[nn.Module, str]:
     norm.track_running_stats = False
     norm.running_mean = norm.running_var = norm.num_batches_tracked = None
     return norm, "no longer tracks running statistics; it normalises with the sample's own in evaluation too"

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
-from lightning.fabric import Fabric, wrappers
+from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.optim import Optimizer
@@ -23,6 +22,8 @@ from lightning_dp.step.history import History
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.reduction import AllReduce, OneProcess
+from lightning_dp.step.units import start_equal
+from lightning_dp.strategies._lightning import in_fabric_backward
 
 _UNSUPPORTED_PRECISION = ("16-mixed", "16-true", "transformer-engine", "transformer-engine-float16")
 
@@ -96,8 +97,9 @@ class FabricPrivacy:
             self._loop.close()
         with _unwrapped(fabric):
             wrapped, stepping = fabric.setup(model, optimizer)
-        start_equal(model)
         several = fabric.world_size > 1
+        if several:
+            start_equal(model)
         self._loop = PrivateLoop(
             model,
             optimizer,
@@ -109,7 +111,7 @@ class FabricPrivacy:
             reduction=AllReduce(fabric.global_rank, fabric.world_size, fabric.device) if several else OneProcess(),
             called=wrapped,
             move=fabric.to_device,
-            around=_in_fabric_backward,
+            around=in_fabric_backward,
         )
         return wrapped, stepping, self._loop.loader
 
@@ -229,13 +231,6 @@ def check_fabric(fabric: Fabric) -> None:
         )
 
 
-def start_equal(model: nn.Module) -> None:
-    """Copy the parameters and buffers of rank 0 to every rank."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
-
-
 @contextmanager
 def _unwrapped(fabric: Fabric) -> Iterator[None]:
     """Prevent Fabric's strategy from wrapping a module in ``DistributedDataParallel`` within a block."""
@@ -245,16 +240,6 @@ def _unwrapped(fabric: Fabric) -> Iterator[None]:
         yield
     finally:
         del strategy.__dict__["setup_module"]
-
-
-@contextmanager
-def _in_fabric_backward() -> Iterator[None]:
-    """Allow backward passes without ``fabric.backward`` within a block; gradient scalers are refused elsewhere."""
-    before, wrappers._in_fabric_backward = wrappers._in_fabric_backward, True
-    try:
-        yield
-    finally:
-        wrappers._in_fabric_backward = before
 
 
 def _no_loss(model: Any, batch: Any) -> Any:

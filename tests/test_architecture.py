@@ -135,25 +135,33 @@ def test_public_names_are_documented() -> None:
 FOREIGN_READS: dict[str, int] = {}
 #: Files that exist to touch private API of Lightning and torch, one function each.
 SEAMS = {"strategies/_lightning.py", "system/owners.py", "system/torch_private.py", "per_sample/_torch.py"}
-#: Public although they begin with an underscore: methods of named tuples.
-PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields", "_make"}
+#: Public although they begin with an underscore: methods of named tuples, and a module.
+PUBLIC_UNDERSCORES = {"_replace", "_asdict", "_fields", "_make", "_pytree"}
 
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name not in PUBLIC_UNDERSCORES
 
 
-def private_names_of(tree: ast.Module) -> set[str]:
-    """Private names that a file itself gives to its classes, modules and instances."""
+def private_attributes_of(tree: ast.Module) -> set[str]:
+    """Private attributes that the classes of a file give to themselves and their instances."""
     names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_own(node.value):
-            names.add(node.attr)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
+    for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        names |= {each.name for each in kind.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))}
+        targets = [target for each in kind.body if isinstance(each, ast.Assign) for target in each.targets]
+        targets += [each.target for each in kind.body if isinstance(each, ast.AnnAssign)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        stores = [
+            each for each in ast.walk(kind) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
+        ]
+        names |= {each.attr for each in stores if is_own(each.value)}
     return {name for name in names if is_private(name)}
+
+
+def imported_modules(tree: ast.Module) -> set[str]:
+    """Names that a file imports; what they hold is never its own."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {(alias.asname or alias.name).partition(".")[0] for node in nodes for alias in node.names}
 
 
 def is_own(node: ast.AST) -> bool:
@@ -164,12 +172,14 @@ def is_own(node: ast.AST) -> bool:
 
 
 def foreign_reads(source: str) -> list[str]:
-    """``x._name`` and ``getattr(x, "_name")`` where x is neither self nor cls, and the name is not from the same
-    file.
+    """``x._name`` and ``getattr(x, "_name")`` where x is neither self nor cls, and no class of the file has the name;
+    and ``from x import _name``.
     """
     tree = ast.parse(source)
-    own, found = private_names_of(tree), []
+    own, modules, found = private_attributes_of(tree), imported_modules(tree), []
     for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_dp"):
+            found += [f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name)]
         name, target = "", None
         if isinstance(node, ast.Attribute):
             name, target = node.attr, node.value
@@ -177,19 +187,24 @@ def foreign_reads(source: str) -> list[str]:
             named = node.args[1]
             if node.func.id in ("getattr", "setattr", "hasattr", "delattr") and isinstance(named, ast.Constant):
                 name, target = str(named.value), node.args[0]
-        if is_private(name) and target is not None and not is_own(target) and name not in own:
+        is_module = isinstance(target, ast.Name) and target.id in modules
+        if is_private(name) and target is not None and not is_own(target) and (is_module or name not in own):
             found.append(f"{ast.unparse(target)}.{name}")
     return found
 
 
 def test_foreign_reads_are_found() -> None:
     source = (
+        "import wrappers\n"
+        "from torch import _v\n"
+        "def _z(): wrappers._x = 1\n"
         "class A:\n"
         "    def f(self, other, shape):\n"
         "        self._x = super()._y + other._x + shape._replace(a=1) + other.__dict__\n"
         "        return other._z, getattr(other, '_w', 0), self._parent._q\n"
     )
-    assert sorted(foreign_reads(source)) == ["other._w", "other._z", "self._parent._q"]
+    expected = ["other._w", "other._z", "self._parent._q", "torch._v", "wrappers._x"]
+    assert sorted(foreign_reads(source)) == expected
 
 
 def test_no_class_reads_the_private_attributes_of_another() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import override
 
 from lightning_dp import _validate as check
 from lightning_dp.masks.mask import GradientMask, random_subset
 from lightning_dp.masks.random import check_seed
+from lightning_dp.system.torch_private import NormWithStatistics
 
-_NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORM_LAYERS = (NormWithStatistics, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 #: The reason to refuse scores that do not come from public weights.
 NOT_PUBLIC = (

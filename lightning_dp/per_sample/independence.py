@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_dp.errors import ComparisonError
+from lightning_dp.system.torch_private import BatchNorm, InstanceNorm
 
 # Allowed difference relative to the largest per-sample norm, by the type the forward ran in.
 RTOL = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -136,9 +135,9 @@ def _trains(module: nn.Module) -> bool:
 def _why_never_private(module: nn.Module) -> str:
     """Return the reason if the layer stores values of samples without noise; "" if it does not."""
     kind = type(module).__name__
-    if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
+    if isinstance(module, BatchNorm) and module.training and module.running_mean is not None:
         return f"{kind} normalises with statistics of the batch and stores them without noise; {_FIX} by GroupNorm."
-    if isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
+    if isinstance(module, InstanceNorm) and module.training and module.track_running_stats:
         return f"{kind} with track_running_stats=True stores statistics of samples without noise; {_FIX}."
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None and _trains(module):
         return f"{kind} with max_norm changes the weights of this batch's tokens without noise; leave max_norm out."
@@ -149,11 +148,11 @@ def _why_not_together(module: nn.Module) -> str:
     """Return the reason if samples of one forward cannot be distinguished; "" if they can."""
     kind = type(module).__name__
     alone = getattr(module, "normalises_samples_alone", False)  # of a subclass that `fix` has changed
-    if isinstance(module, _BatchNorm) and not alone and (_trains(module) or module.running_mean is None):
+    if isinstance(module, BatchNorm) and not alone and (_trains(module) or module.running_mean is None):
         return f"{kind} normalises with statistics of the batch when it trains; {_FIX} by GroupNorm."
     if not _trains(module):
         return ""
-    if isinstance(module, _InstanceNorm) and module.track_running_stats:
+    if isinstance(module, InstanceNorm) and module.track_running_stats:
         return f"{kind} with track_running_stats=True stores statistics of samples when it trains; {_FIX}."
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
         return f"{kind} with scale_grad_by_freq=True divides by counts over the batch; leave it out."

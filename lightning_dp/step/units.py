@@ -96,4 +96,8 @@ def start_equal(module: nn.Module) -> None:
     """Copy from rank 0 to every rank: buffers, and parameters that are not sharded."""
     replicated = [parameter for parameter in module.parameters() if not is_sharded(parameter)]
     for tensor in [*replicated, *module.buffers()]:
-        dist.broadcast(tensor.detach(), src=0)
+        held = tensor.detach()
+        sent = held.contiguous()  # collectives take no other layout
+        dist.broadcast(sent, src=0)
+        if sent is not held:
+            held.copy_(sent)

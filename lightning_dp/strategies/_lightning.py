@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric import wrappers
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core import saving
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -30,6 +30,7 @@ __all__ = [
     "completed_steps",
     "drop_loader_states",
     "fit_results",
+    "in_fabric_backward",
     "is_a",
     "is_overridden",
     "is_saved_by_steps",
@@ -43,7 +44,6 @@ __all__ = [
     "serve_both",
     "set_batch_of_logs",
     "set_launcher",
-    "start_equal",
     "start_method",
     "twin",
     "use_whole_loader",
@@ -200,9 +200,14 @@ def is_searching_learning_rate(trainer: pl.Trainer) -> bool:
     return any(type(callback).__name__ == "_LRCallback" for callback in callbacks)
 
 
-def start_equal(module: nn.Module) -> None:
-    """Copy the parameters and buffers of rank 0 to every rank."""
-    _sync_module_states(module)
+@contextmanager
+def in_fabric_backward() -> Iterator[None]:
+    """Allow backward passes of a Fabric model without ``fabric.backward`` within a block."""
+    before, wrappers._in_fabric_backward = wrappers._in_fabric_backward, True
+    try:
+        yield
+    finally:
+        wrappers._in_fabric_backward = before
 
 
 def launcher_of(strategy: Any) -> Any:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.step.reduction import AllReduce, Reduction
+from lightning_dp.step.units import start_equal
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.base import PrivateStrategy
 from lightning_dp.strategies.single_device import DPStrategy
@@ -84,7 +85,7 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Copy rank 0's state to every replica; the module is not wrapped, since gradients are summed once per step."""
-        _lightning.start_equal(self.module)
+        start_equal(self.module)
         self.state.ledger = Ledger.from_state_dict(self.broadcast(self.ledger.state_dict()))
 
     @override

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 NormWithStatistics: type[nn.Module] = nn.modules.batchnorm._NormBase
 """Base class of batch and instance norms, which may keep running statistics."""
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""Base class of batch norms."""
+InstanceNorm = nn.modules.instancenorm._InstanceNorm
+"""Base class of instance norms."""
 
 
 def replace_children(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import Precision
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
@@ -173,12 +175,18 @@ def test_launchers_are_read_and_set() -> None:
     assert _lightning.start_method(launcher) == "spawn"
 
 
-def test_start_equal_sends_parameters_and_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[Any] = []
-    monkeypatch.setattr(_lightning, "_sync_module_states", sent.append)
-    module = nn.BatchNorm1d(2)
-    _lightning.start_equal(module)
-    assert sent == [module]
+def test_backward_without_fabric_is_allowed_within() -> None:
+    class Scaling(Precision):
+        def backward(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError(args)
+
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[Scaling()])
+    module = fabric.setup(nn.Linear(2, 1))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"requires you to call `fabric\.backward"):
+            module(torch.ones(1, 2)).sum().backward()
+        with _lightning.in_fabric_backward():
+            module(torch.ones(1, 2)).sum().backward()
 
 
 def test_wrap_checkpoint_io_puts_the_writer_inside() -> None:

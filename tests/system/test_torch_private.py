@@ -18,6 +18,15 @@ def test_norms_with_statistics_have_one_base(kind: type[nn.Module]) -> None:
     assert not isinstance(nn.LayerNorm(3), torch_private.NormWithStatistics)
 
 
+def test_batch_and_instance_norms_are_told_apart() -> None:
+    for norm in (nn.BatchNorm1d(3), nn.BatchNorm3d(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm2d()):
+        assert isinstance(norm, torch_private.BatchNorm)
+        assert not isinstance(norm, torch_private.InstanceNorm)
+    for norm in (nn.InstanceNorm1d(3), nn.InstanceNorm3d(3), nn.LazyInstanceNorm2d()):
+        assert isinstance(norm, torch_private.InstanceNorm)
+        assert not isinstance(norm, torch_private.BatchNorm)
+
+
 def test_replace_children_changes_the_module() -> None:
     shared = nn.Linear(2, 2)
     module = nn.Sequential(shared, shared)
