@@ -14,19 +14,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import Self, Unpack
 
-from lightning_dp.accounting import make_accountant
 from lightning_dp.loop import saving
 from lightning_dp.loop.batches import LogicalBatches
 from lightning_dp.loop.facts import LoopFacts, steps_left
 from lightning_dp.loop.fit import LoopFit
 from lightning_dp.loop.guard import ReleaseGuard
 from lightning_dp.loop.host import LossFunction, move_to
-from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import private_dataloader
 from lightning_dp.step import module_checks
 from lightning_dp.step.arguments import PrivateArguments, check_length, make_settings, planned_length
 from lightning_dp.step.correlation import begin_order
-from lightning_dp.step.history import History, read_history
+from lightning_dp.step.history import History
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.planning import build_plan
@@ -137,28 +135,11 @@ class PrivateLoop(LoopFacts):
         self._move = move or (lambda batch: move_to(next(model.parameters()).device, batch))
         self._around = around
         rank, world_size = self._reduction.rank, self._reduction.world_size
-        self._drawn = private_dataloader(
-            loader,
-            **settings.drawing,
-            rank=rank,
-            world_size=world_size,
-        )
+        self._drawn = private_dataloader(loader, **settings.drawing, rank=rank, world_size=world_size)
         self._length = planned_length(*length, self._drawn.facts)
-        self.state = state = PrivacyState(
-            settings.neighboring_relation,
-            make_accountant(settings.accountant),
-            unit=settings.protects,
-            seeded=settings.seed is not None,
-            secure=settings.secure_rng,
-        )
-        if history is not None:
-            state.begin_after(read_history(history))
+        self.state = state = PrivacyState.of(settings, history)
         self.loader = LogicalBatches(self._drawn, lambda: steps_left(state), self._begin_order)
-        self._noise = GaussianNoise(
-            seed=None if settings.seed is None else settings.seed * 1_000_003 + rank,
-            secure=settings.secure_rng,
-            tuned=settings.tune_process,
-        )
+        self._noise = settings.make_noise(rank)
         self._fit: LoopFit | None = None
         self._loaded: dict[str, Any] | None = None
         self._losses = []
@@ -249,16 +230,7 @@ class PrivateLoop(LoopFacts):
                     "Expected no extra_records in a loop of your own, got some. Audit with canaries in gradient space "
                     "(mechanisms.add(canaries=...)), or under a Trainer."
                 )
-            state.plan = build_plan(
-                self.settings,
-                self._drawn.facts,
-                self.mechanisms,
-                self._length,
-                start=state.steps_taken,
-                ledger=state.ledger,
-                accountant=state.accountant,
-                restored=state.restored_plan,
-            )
+            state.plan = build_plan(state, self.settings, self._drawn.facts, self.mechanisms, self._length)
             state.last_allowed_step = self.mechanisms.limit.last_step(self)
         return state.plan  # type: ignore[no-any-return]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from lightning_dp import _messages, schedules
-from lightning_dp.accounting import Accountant, Ledger, calibrate_noise_multiplier
+from lightning_dp.accounting import calibrate_noise_multiplier
 from lightning_dp.errors import PrivacyError
 from lightning_dp.run_length import RunLength
 from lightning_dp.sampling import SamplingFacts
@@ -14,6 +13,7 @@ from lightning_dp.step.correlation import check_resumed, plan_correlation
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan, default_delta
 from lightning_dp.step.settings import Settings
+from lightning_dp.step.state import PrivacyState
 
 #: Facts that two plans must share so that a resumed run keeps the noise of the first.
 _SAME_RUN = (
@@ -54,32 +54,22 @@ def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:
 
 
 def build_plan(
-    settings: Settings,
-    facts: SamplingFacts,
-    mechanisms: Mechanisms,
-    length: RunLength,
-    *,
-    start: int,
-    ledger: Ledger,
-    accountant: Accountant,
-    restored: dict[str, Any] | None,
+    state: PrivacyState, settings: Settings, facts: SamplingFacts, mechanisms: Mechanisms, length: RunLength
 ) -> DPPlan:
     """Build the plan, calibrating the noise if a target is given.
 
     Args:
+        state: of the run: what was spent already counts towards the target; a checkpoint's plan is resumed.
         settings: the user's arguments.
         facts: of the private loader.
         mechanisms: what callbacks have set: the schedule of the noise, plain phases.
         length: planned length of the whole run.
-        start: logical step at which this fit begins (above 0 after a resume).
-        ledger: what has been spent already; it counts towards the target.
-        accountant: computes epsilon.
-        restored: the plan of the checkpoint being resumed, if any.
 
     Raises:
         PrivacyError: the dataset's size differs from the resumed run's.
         ValueError: a target with an unbounded run, or one that cannot be reached.
     """
+    start, restored = state.steps_taken, state.restored_plan
     if restored is not None and restored["dataset_size"] != facts.dataset_size:
         raise PrivacyError(
             f"Expected the {restored['dataset_size']} {facts.unit}s of the run being resumed, got "
@@ -118,7 +108,7 @@ def build_plan(
         per_sample_loss=settings.per_sample_loss,
     )
     if settings.target_epsilon is not None:
-        plan = replace(plan, noise_multiplier=_calibrated(plan, start, ledger, accountant, restored))
+        plan = replace(plan, noise_multiplier=_calibrated(plan, state))
     check_resumed(plan.state_dict(), restored, start)
     _check_noise_is_enough(plan, mechanisms, start)
     return plan
@@ -132,10 +122,8 @@ def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> 
         mechanisms.bound.share_noise(plan.noise_multiplier * max(factors), plan.expected_batch_size)
 
 
-def _calibrated(
-    plan: DPPlan, start: int, ledger: Ledger, accountant: Accountant, restored: dict[str, Any] | None
-) -> float:
-    stop = plan.steps
+def _calibrated(plan: DPPlan, state: PrivacyState) -> float:
+    start, stop, ledger, restored = state.steps_taken, plan.steps, state.ledger, state.restored_plan
     if stop is None:
         raise ValueError(
             "Expected a known number of steps with target_epsilon, got a stream without a length and no max_steps. "
@@ -151,14 +139,14 @@ def _calibrated(
     ):
         kept = float(restored["noise_multiplier"])
         # a resume within a shuffled pass costs one more pass than planned
-        if accountant.epsilon(ledger.extended(plan.runs(start, stop, kept)), plan.delta) <= plan.target_epsilon:
+        if state.accountant.epsilon(ledger.extended(plan.runs(start, stop, kept)), plan.delta) <= plan.target_epsilon:
             return kept
     if start >= stop:
         return 1.0  # nothing is left to run: the strategy refuses any further step
     noise_multiplier = calibrate_noise_multiplier(
         target_epsilon=plan.target_epsilon,
         delta=plan.delta,
-        accountant=accountant,
+        accountant=state.accountant,
         runs=lambda sigma: plan.runs(start, stop, sigma),
         history=ledger,
     )

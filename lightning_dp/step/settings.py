@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from lightning_dp import _validate as check
 from lightning_dp.clipping import Clipping, make_clipping
-from lightning_dp.noise.correlated import CorrelatedNoise
+from lightning_dp.noise import CorrelatedNoise, GaussianNoise
 from lightning_dp.sampling import Unit
 from lightning_dp.sampling.checks import SAMPLINGS
 
@@ -175,6 +175,11 @@ class Settings:
     def make_clipping(self) -> Clipping:
         """Return the clipping object that ``clipping`` and ``max_grad_norm`` describe."""
         return make_clipping(self.clipping, self.max_grad_norm)
+
+    def make_noise(self, rank: int) -> GaussianNoise:
+        """Return what draws the noise of one process; with a seed, of ranks apart from each other."""
+        seed = None if self.seed is None else self.seed * 1_000_003 + rank
+        return GaussianNoise(seed=seed, secure=self.secure_rng, tuned=self.tune_process)
 
     @property
     def runs_samples_alone(self) -> bool:

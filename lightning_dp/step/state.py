@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from typing_extensions import Self
 
-from lightning_dp.accounting import Accountant, Ledger
+from lightning_dp.accounting import Accountant, Ledger, make_accountant
 from lightning_dp.errors import PrivacyError
 from lightning_dp.reporting import statement
 from lightning_dp.reporting.card import RunNotes
 from lightning_dp.step import checkpoint as saved
-from lightning_dp.step.history import check_history, joined
+from lightning_dp.step.history import History, check_history, joined, read_history
 from lightning_dp.step.plan import DPPlan
+from lightning_dp.step.settings import Settings
 
 _ALONE = "by construction, one sample runs at a time"
 _UNFOLLOWED = f"{_ALONE}, since no rule follows the module's operations"
@@ -56,6 +58,20 @@ class PrivacyState:
         self._seeded, self._secure = seeded, secure
         self._history: list[Ledger] = []
         self._history_given = self._own_steps = False
+
+    @classmethod
+    def of(cls, settings: Settings, history: History = None) -> Self:
+        """Return the state of a new run, which has spent what earlier runs on the same data have."""
+        state = cls(
+            settings.neighboring_relation,
+            make_accountant(settings.accountant),
+            unit=settings.protects,
+            seeded=settings.seed is not None,
+            secure=settings.secure_rng,
+        )
+        if history is not None:
+            state.begin_after(read_history(history))
+        return state
 
     # ---------------------------------------------------------------- earlier runs
 

@@ -19,13 +19,12 @@ from typing_extensions import override
 
 from lightning_dp import _messages
 from lightning_dp import _validate as check
-from lightning_dp.accounting import make_accountant
 from lightning_dp.clipping import Clipping
 from lightning_dp.noise import CorrelatedNoise, GaussianNoise
 from lightning_dp.sampling import Unit
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import checks, correlation, module_checks
-from lightning_dp.step.history import History, note_checkpoint, note_values, read_history
+from lightning_dp.step.history import History, note_checkpoint, note_values
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.reduction import OneProcess, Reduction
 from lightning_dp.step.settings import (
@@ -88,15 +87,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         check.check_keywords(strategy_options, trainer_checks.known_arguments(type(self)), owner=type(self).__name__)
         super().__init__(**strategy_options)
         _lightning.serve_both(type(self))
-        self.state = PrivacyState(
-            settings.neighboring_relation,
-            make_accountant(settings.accountant),
-            unit=settings.protects,
-            seeded=settings.seed is not None,
-            secure=settings.secure_rng,
-        )
-        if history is not None:
-            self.state.begin_after(read_history(history))
+        self.state = PrivacyState.of(settings, history)
         self.mechanisms = Mechanisms()
         self._noise: GaussianNoise | None = None
         self._tuning = ProcessTuning(settings.tune_process)
@@ -129,12 +120,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         if self.state.restored_plan is None and trainer.global_step == 0:
             self.state.step = 0
         if self._noise is None:
-            seed = self.settings.seed
-            self._noise = GaussianNoise(
-                seed=None if seed is None else seed * 1_000_003 + self.global_rank,
-                secure=self.settings.secure_rng,
-                tuned=self.settings.tune_process,
-            )
+            self._noise = self.settings.make_noise(self.global_rank)
         self._tuning.start(on_cpu=self.root_device.type == "cpu")
         for message in (self._tuning.describe(), trainer_checks.describe_clipping(trainer, self.module)):
             if message:

@@ -46,16 +46,8 @@ class RunFacts(StateFacts):
                 raise ValueError(
                     "Expected a run with its training data set up, got none yet. Ask for the plan during or after fit."
                 )
-            state.plan = build_plan(
-                self.settings,
-                self._loader.facts,
-                self.mechanisms,
-                run_length(self.trainer, self._loader.facts, start=state.steps_taken),
-                start=state.steps_taken,
-                ledger=state.ledger,
-                accountant=state.accountant,
-                restored=state.restored_plan,
-            )
+            length = run_length(self.trainer, self._loader.facts, start=state.steps_taken)
+            state.plan = build_plan(state, self.settings, self._loader.facts, self.mechanisms, length)
             self.settle_limit()
         return state.plan  # type: ignore[no-any-return]
 
