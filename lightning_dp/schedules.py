@@ -20,67 +20,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from lightning_dp import _schedule_forms as forms
 
 Schedule = Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """A schedule with the same value at every step."""
-
-    value: float
-
-    def __call__(self, step: int) -> float:
-        return self.value
-
-
-@dataclass(frozen=True)
-class _Geometric:
-    """The schedule ``factor^e``, with e = step // every."""
-
-    factor: float
-    every: int
-
-    def __call__(self, step: int) -> float:
-        return float(self.factor ** (step // self.every))
-
-
-@dataclass(frozen=True)
-class _Exponential:
-    """The schedule ``exp(-rate e / 2)``, with e = step // every."""
-
-    rate: float
-    every: int
-
-    def __call__(self, step: int) -> float:
-        return math.exp(-self.rate * (step // self.every) / 2)
-
-
-@dataclass(frozen=True)
-class _InverseTime:
-    """The schedule ``(1 + rate e)^(-1/2)``, with e = step // every."""
-
-    rate: float
-    every: int
-
-    def __call__(self, step: int) -> float:
-        return 1 / math.sqrt(1 + self.rate * (step // self.every))
-
-
-@dataclass(frozen=True)
-class _Ramp:
-    """The schedule ``1 + (final - 1) w(p)``, p = min(e every / over, 1), w(p) = p or (1 - cos(pi p)) / 2."""
-
-    final: float
-    over: int
-    every: int
-    cosine: bool
-
-    def __call__(self, step: int) -> float:
-        done = min(step // self.every * self.every / self.over, 1.0)
-        weight = (1 - math.cos(math.pi * done)) / 2 if self.cosine else done
-        return (1 - weight) + self.final * weight
 
 
 def constant(value: float = 1.0) -> Schedule:
@@ -99,7 +42,7 @@ def constant(value: float = 1.0) -> Schedule:
         >>> constant()(1000)
         1.0
     """
-    return _Constant(_positive("value", value))
+    return forms.Constant(forms.positive("value", value))
 
 
 def step(factor: float | None = None, every: int = 1, *, rate: float | None = None) -> Schedule:
@@ -124,9 +67,9 @@ def step(factor: float | None = None, every: int = 1, *, rate: float | None = No
         >>> [step(0.5, every=2)(t) for t in range(5)]
         [1.0, 1.0, 0.5, 0.5, 0.25]
     """
-    _exactly_one(factor=factor, rate=rate)
-    on_sigma = _positive("factor", factor) if factor is not None else math.sqrt(_positive("rate", rate))
-    return _Geometric(on_sigma, _interval("every", every))
+    forms.exactly_one(factor=factor, rate=rate)
+    on_sigma = forms.positive("factor", factor) if factor is not None else math.sqrt(forms.positive("rate", rate))
+    return forms.Geometric(on_sigma, forms.interval("every", every))
 
 
 def exponential(factor: float | None = None, every: int = 1, *, rate: float | None = None) -> Schedule:
@@ -149,10 +92,10 @@ def exponential(factor: float | None = None, every: int = 1, *, rate: float | No
         >>> round(exponential(rate=0.02)(100) ** 2, 6)  # exp(-2)
         0.135335
     """
-    _exactly_one(factor=factor, rate=rate)
+    forms.exactly_one(factor=factor, rate=rate)
     if factor is not None:
-        return _Geometric(_positive("factor", factor), _interval("every", every))
-    return _Exponential(_not_negative("rate", rate), _interval("every", every))
+        return forms.Geometric(forms.positive("factor", factor), forms.interval("every", every))
+    return forms.Exponential(forms.not_negative("rate", rate), forms.interval("every", every))
 
 
 def linear(
@@ -178,12 +121,14 @@ def linear(
         >>> [linear(final=0.5, over=4)(t) for t in (0, 2, 4, 9)]
         [1.0, 0.75, 0.5, 0.5]
     """
-    _exactly_one(final=final, rate=rate)
+    forms.exactly_one(final=final, rate=rate)
     if rate is not None:
         if over is not None:
             raise ValueError(f"Expected over=None with rate, got over={over}. `over` belongs to `final`.")
-        return _Geometric(math.sqrt(_positive("rate", rate)), _interval("every", every))
-    return _Ramp(_positive("final", final), _interval("over", over), _interval("every", every), cosine=False)
+        return forms.Geometric(math.sqrt(forms.positive("rate", rate)), forms.interval("every", every))
+    return forms.Ramp(
+        forms.positive("final", final), forms.interval("over", over), forms.interval("every", every), cosine=False
+    )
 
 
 def time(rate: float, every: int = 1) -> Schedule:
@@ -205,7 +150,7 @@ def time(rate: float, every: int = 1) -> Schedule:
         >>> time(rate=3.0)(1)
         0.5
     """
-    return _InverseTime(_not_negative("rate", rate), _interval("every", every))
+    return forms.InverseTime(forms.not_negative("rate", rate), forms.interval("every", every))
 
 
 def cosine(final: float, over: int, every: int = 1) -> Schedule:
@@ -228,18 +173,9 @@ def cosine(final: float, over: int, every: int = 1) -> Schedule:
         >>> [round(cosine(final=0.5, over=4)(t), 6) for t in (0, 2, 4, 9)]
         [1.0, 0.75, 0.5, 0.5]
     """
-    return _Ramp(_positive("final", final), _interval("over", over), _interval("every", every), cosine=True)
-
-
-@dataclass(frozen=True)
-class _Intervals:
-    """A schedule given by a function of the index of the interval, e = step // every."""
-
-    function: Callable[[int], float]
-    every: int
-
-    def __call__(self, step: int) -> float:
-        return float(self.function(step // self.every))
+    return forms.Ramp(
+        forms.positive("final", final), forms.interval("over", over), forms.interval("every", every), cosine=True
+    )
 
 
 def make_schedule(
@@ -271,12 +207,12 @@ def make_schedule(
                 f"Expected neither factor nor rate with kind={kind!r}, got factor={factor}, rate={rate}. "
                 "Leave them out."
             )
-        return _Intervals(kind, _interval("every", every)) if callable(kind) else constant()
+        return forms.Intervals(kind, forms.interval("every", every)) if callable(kind) else constant()
     if kind == "time":
         if rate is None or factor is not None:
             raise ValueError(f"Expected rate alone with kind='time', got factor={factor}, rate={rate}. Pass only rate.")
         return time(rate, every)
-    _exactly_one(factor=factor, rate=rate)
+    forms.exactly_one(factor=factor, rate=rate)
     if kind == "step":
         return step(factor, every, rate=rate)
     if kind == "exponential":
@@ -334,27 +270,3 @@ def runs(schedule: Schedule, start: int, stop: int) -> list[tuple[float, int]]:
     if count:
         groups.append((current, count))
     return groups
-
-
-def _positive(name: str, value: float | None) -> float:
-    if value is None or not 0 < value < math.inf:
-        raise ValueError(f"Expected 0 < {name} < inf, got {name}={value}. Pass a finite number above 0.")
-    return float(value)
-
-
-def _not_negative(name: str, value: float | None) -> float:
-    if value is None or not 0 <= value < math.inf:
-        raise ValueError(f"Expected 0 <= {name} < inf, got {name}={value}. Pass a finite number of 0 or more.")
-    return float(value)
-
-
-def _interval(name: str, value: int | None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected an integer number of steps {name} >= 1, got {name}={value}. Pass an int.")
-    return value
-
-
-def _exactly_one(**given: float | None) -> None:
-    if sum(value is not None for value in given.values()) != 1:
-        shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"Expected exactly one of {' and '.join(given)}, got {shown}. Pass one.")
