@@ -48,18 +48,14 @@ class Draws:
     by_place: bool = False
     real: bool = False
 
-    @contextmanager
-    def made(self) -> Iterator[FrozenRandomness | None]:
-        """Control random draws within the context; yield the mode that freezes torch's draws, or None."""
+    def begin(self) -> FrozenRandomness:
+        """Seed the global generators; return the mode that freezes torch's draws while it is entered."""
         seed_generators(self.seed)
         if self.coin != MIDDLE:
             seed_low_or_high(high=self.coin > MIDDLE)
         if self.real:
-            with FrozenRandomness(by_place=True, only=REJECTING):
-                yield None
-            return
-        with FrozenRandomness(by_place=self.by_place, coin=self.coin) as frozen:
-            yield frozen
+            return FrozenRandomness(by_place=True, only=REJECTING)
+        return FrozenRandomness(by_place=self.by_place, coin=self.coin)
 
 
 class Host(Protocol):
@@ -120,7 +116,9 @@ class TrialRuns:
 
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
         self.step, self.sandbox = step, sandbox
-        self.host = ForeignCode(host, reduction=step.settings.loss_reduction, runs_alone=step.runs_samples_alone)
+        self.host = ForeignCode(
+            host, reduction=step.settings.loss_reduction, runs_alone=step.settings.runs_samples_alone
+        )
         self.has_coins = False
         """Whether user code has drawn anything that a coin decides, in any run."""
         self._bar: Any = None
@@ -160,26 +158,31 @@ class TrialRuns:
     def run(self, records: list[Any], draws: Draws, *, engine: bool, read: Any = None) -> Probe:
         """Run the step on records within a sandbox that is already entered."""
         step, probe = self.step, Probe(self.step, engine=engine, read=read)
+        frozen, before = draws.begin(), host_generators()
         with ExitStack() as stack:
-            frozen = stack.enter_context(draws.made())
-            before = host_generators()
             stack.enter_context(probe.attached())
             if engine:
                 stack.enter_context(step.microbatch(len(records)))
-            output = self.host.run(records)
-            drew = (frozen is not None and frozen.drew) or host_generators() != before
-            self.has_coins = step.reduction.any(self.has_coins or drew)
-            if step.automatic:
-                loss = self.host.loss_of(output, len(records))
-                if loss is not None and not loss.requires_grad:
-                    loss = None
-                if not step.reduction.any(loss is None) and loss is not None:
-                    self.host.backward(loss)
+            with frozen:
+                output = self.host.run(records)
+                drew = (frozen.drew and not draws.real) or host_generators() != before
+                self.has_coins = step.reduction.any(self.has_coins or drew)
+                if step.automatic:
+                    self._backward(output, len(records))
+            if step.automatic:  # the engine draws nothing, and the mode would slow down its operations
                 if engine:
                     step.engine.check_tracked()
                 step.reduction.settle()
                 probe.collect(0)
-            self.host.end_batch(output)
+            with frozen:
+                self.host.end_batch(output)
         if self._bar is not None:
             self._bar.update()
         return probe
+
+    def _backward(self, output: Any, count: int) -> None:
+        loss = self.host.loss_of(output, count)
+        if loss is not None and not loss.requires_grad:
+            loss = None
+        if not self.step.reduction.any(loss is None) and loss is not None:
+            self.host.backward(loss)
