@@ -243,15 +243,11 @@ class Accumulator:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def payload(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the released buffer: all of it, the active coordinates, and the statistics (two views)."""
-        return self.flat, self.gradient, self.statistics
-
     def read(self, noisy: Tensor, positions: Tensor) -> Tensor:
-        """Return the values of a payload at positions of the gradient; masked positions give 0.
+        """Return the values of active coordinates at positions of the gradient; masked positions give 0.
 
         Args:
-            noisy: the active coordinates of the payload.
+            noisy: all active coordinates.
             positions: indices below P.
         """
         if self._active_indices is None:
@@ -272,7 +268,7 @@ class Accumulator:
         The gradients are views of one buffer, which is theirs from here on.
 
         Args:
-            noisy: the active coordinates of the payload.
+            noisy: all active coordinates.
             expected_batch_size: divisor of the mean.
             rescale: a further factor.
         """

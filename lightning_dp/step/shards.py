@@ -48,11 +48,6 @@ class Shards(AllReduce):
         self._names = [name for name, _ in module.named_parameters()]
         self._turns: list[tuple[list[str], units.Unit, bool]] = []  # of the norms that were asked for last
 
-    @property
-    def computes_in(self) -> set[torch.dtype]:
-        """Dtypes of the parameters in the forward."""
-        return {parameter.dtype for parameter in self._whole.values()}
-
     # ---------------------------------------------------------------- what every rank has to do alike
 
     @override

@@ -71,14 +71,17 @@ def no_clipping(patch: pytest.MonkeyPatch) -> None:
 def clipping_after_summing(patch: pytest.MonkeyPatch) -> None:
     """The sum of a batch is clipped, not each sample."""
     no_clipping(patch)
-    original = Accumulator.payload
+    collect = PrivateStep.collect
 
-    def payload(self: Accumulator) -> tuple[Tensor, Tensor, Tensor]:
-        whole, gradient, statistics = original(self)
-        gradient *= (self.sensitivity / gradient.norm()).clamp(max=1.0)
-        return whole, gradient, statistics
+    def clipping(self: PrivateStep, optimizer: int = 0) -> None:
+        sums = self.accumulators[optimizer]
+        before = sums.gradient.clone()
+        collect(self, optimizer)
+        added = sums.gradient - before
+        added *= (sums.sensitivity / (sums.divisor * added.norm())).clamp(max=1.0)
+        sums.gradient.copy_(before + added)
 
-    patch.setattr(Accumulator, "payload", payload)
+    patch.setattr(PrivateStep, "collect", clipping)
 
 
 def user_split_over_microbatches(patch: pytest.MonkeyPatch) -> None:

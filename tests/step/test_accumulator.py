@@ -20,8 +20,7 @@ def make_sums(num_statistics: int = 0) -> Accumulator:
 def release(sums: Accumulator, value: float) -> None:
     sums.used = True
     sums.add(torch.full((sums.num_coordinates,), value))
-    _, gradient, _ = sums.payload()
-    sums.write_grads(gradient, expected_batch_size=2)
+    sums.write_grads(sums.gradient, expected_batch_size=2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
