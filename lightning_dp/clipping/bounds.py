@@ -271,8 +271,7 @@ class PublishedBound(Bound):
 
         G~ = C (sum_i g_i / (||g_i|| + gamma) + N(0, sigma^2)),     C = W mean_i ||g_i|| over THIS batch
 
-    No guarantee: the scale of the noise is an un-noised function of the batch and reveals the batch. The divergence is
-    unbounded.
+    No guarantee: the scale of the noise is an un-noised function of the batch, so the divergence is unbounded.
 
     Args:
         weight: W > 0.

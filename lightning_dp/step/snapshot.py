@@ -37,8 +37,7 @@ _FOREIGN = (
     "weakref", "_io",
 )  # fmt: skip
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-_EMPTY = object()
-"""Value of a slot that was never set."""
+_EMPTY = object()  # value of a slot that was never set
 _DEEPEST = 12
 
 
