@@ -6,8 +6,10 @@ A test that needs an optional package which is missing is skipped with the reaso
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,18 @@ def pytest_runtest_call() -> Generator[None, Any, Any]:
         if reason is None:
             raise
         pytest.skip(reason)
+
+
+def pytest_collection_finish() -> None:
+    """Start the server of scripts, if a test may need it, before any test computes.
+
+    What was imported is left out of garbage collections from here on.
+    """
+    gc.collect()
+    gc.freeze()
+    processes: Any = sys.modules.get("tests.processes")
+    if processes is not None:
+        processes.start_server()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,26 +96,6 @@ class Recorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.batches.append(batch)
-
-
-def run_two_ranks(
-    script: Path, temporary: pytest.TempPathFactory, *, weights_only: bool = False
-) -> list[dict[str, Any]]:
-    """Run a script that starts two gloo processes; return what each rank wrote to ``rank0.pt`` and ``rank1.pt``.
-
-    Several test processes share one run: the first that asks for it starts it, the others wait for its files.
-    """
-    parallel = "PYTEST_XDIST_WORKER" in os.environ
-    shared = temporary.getbasetemp().parent if parallel else temporary.getbasetemp()
-    out = shared / "-".join(script.relative_to(Path(__file__).parent).with_suffix("").parts)
-    with open(out.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (out / "rank0.pt").exists():
-            out.mkdir()
-            command = [sys.executable, "-W", "ignore", str(script), str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-            assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=weights_only) for rank in (0, 1)]
 
 
 class Largest(TorchDispatchMode):

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import PrivacyError
 from lightning_dp.fabric import FabricPrivacy, check_fabric
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_dataset, run_two_ranks
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_dataset
+from tests.processes import run_two_ranks
 from tests.reference import per_sample_gradients
 
 BATCH = 8

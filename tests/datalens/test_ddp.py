@@ -11,7 +11,7 @@ import torch
 from lightning_dp.datalens import epsilon_after
 from tests.datalens.helpers import fit, make_model
 from tests.datalens.test_release import has_std
-from tests.helpers import run_two_ranks
+from tests.processes import run_two_ranks
 
 
 @pytest.fixture(scope="module")

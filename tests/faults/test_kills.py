@@ -7,10 +7,7 @@ journal of ``kill_server.py`` counts it without any ledger.
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +17,13 @@ from lightning_dp import DPStrategy
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
 from lightning_dp.strategies.checkpoint_io import PARTIAL
 from tests.helpers import Classifier, make_loader, make_trainer
+from tests.processes import run_script
 
 SERVER = Path(__file__).with_name("kill_server.py")
 
 
 def deaths(folder: Path, number: int, seed: int) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SERVER), str(folder), str(number), str(seed)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SERVER, folder, number, seed, folder=folder, OMP_NUM_THREADS="1")
     return [json.loads(line) for line in (folder / "deaths.jsonl").read_text().splitlines()]
 
 

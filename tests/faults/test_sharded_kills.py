@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from lightning_dp.strategies import sharded_files
+from tests.processes import run_script
 
 SCRIPT = Path(__file__).with_name("sharded_kills_run.py")
 
@@ -28,8 +27,7 @@ def test_first_save_is_whole_once_all_is_written(tmp_path: Path) -> None:
 
 
 def test_no_death_leaves_half_a_folder(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, tmp_path, folder=tmp_path)
     deaths = [json.loads(line) for line in (tmp_path / "deaths.jsonl").read_text().splitlines()]
     assert len(deaths) > 10
     for death in deaths[:-1]:

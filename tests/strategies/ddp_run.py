@@ -130,9 +130,9 @@ class Watch(L.Callback):
 def main() -> None:
     seen: dict[str, Any] = {}
 
-    # noise: the reduced gradient, at q = 1 over 120 steps
+    # noise: the reduced gradient, at q = 1 over 40 steps
     recorder = Recorder()
-    fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=32), [recorder], max_epochs=120)
+    fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=32), [recorder], max_epochs=40)
     seen["noise"] = torch.stack([torch.cat([g.flatten() for g in s.values()]) for s in recorder.before_step])
 
     # training: 20 steps with momentum of Adam; replicas start apart on purpose

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import torch
 
 from lightning_dp import DPDDPStrategy
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
-from tests.helpers import Classifier, make_dataset, run_two_ranks
+from tests.helpers import Classifier, make_dataset
+from tests.processes import run_script, run_two_ranks
 from tests.strategies.test_private_step import clipped_sum
 
 
@@ -26,11 +25,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
 def test_noise_of_the_reduced_gradient_is_there_exactly_once(ranks: list[dict[str, Any]], wrong: float) -> None:
-    """120 steps x 53 coordinates; z under 5 (false alarm < 1e-6); noise drawn by both ranks or by half would be sqrt(2)
+    """40 steps x 53 coordinates; z under 5 (false alarm < 1e-6); noise drawn by both ranks or by half would be sqrt(2)
     off.
     """
     noise = ranks[0]["noise"].double() * 64 / wrong
-    assert noise.shape == (120, 53)
+    assert noise.shape == (40, 53)
     z = (noise.square().sum() - noise.numel()) / math.sqrt(2 * noise.numel())
     assert (abs(z) < 5) == (wrong == 1.0)
     assert torch.equal(ranks[0]["noise"], ranks[1]["noise"])
@@ -140,15 +139,8 @@ def test_ranks_with_unequal_microbatches_log_together(ranks: list[dict[str, Any]
 )
 def test_started_processes_bring_their_ledger_home(tmp_path: Path, start_method: str) -> None:
     """What the main process saves afterwards must hold the steps that made the weights."""
-    script = Path(__file__).with_name("spawn_run.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path), start_method],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-3:] == ["4", "4", "4"]
+    printed = run_script(Path(__file__).with_name("spawn_run.py"), tmp_path, start_method, folder=tmp_path)
+    assert printed.split()[-3:] == ["4", "4", "4"]
     checkpoint = torch.load(tmp_path / "after.ckpt", weights_only=True)
     assert checkpoint["lightning_dp"]["ledger"]["num_steps"] == 4
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import run_two_ranks
+from tests.processes import run_two_ranks
 
 P, PRUNABLE = 53, 45  # coordinates of the classifier, and its weights
 

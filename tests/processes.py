@@ -1,0 +1,164 @@
+"""Scripts in processes of their own: forks of one that has imported everything and computed nothing yet.
+
+Importing torch and Lightning takes 5 s of processor time, more than most scripts need for themselves. ``conftest.py``
+forks the server when all tests are collected; a backward before that would forbid one in every fork.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+TIMEOUT = 280.0
+_server: list[socket.socket] = []
+
+
+def run_script(script: Path, *arguments: object, folder: Path, ranks: int = 1, **environment: str) -> str:
+    """Run a script to its end, on one or several ranks, and return what the first one printed.
+
+    Args:
+        script: file.
+        arguments: of its command line.
+        folder: takes its output.
+        ranks: processes of one group; above 1 each finds its rank in the environment, as torchrun sets it.
+        environment: added to that of the tests.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+    jobs = [
+        {
+            "command": [str(script), *map(str, arguments)],
+            "environment": {
+                **os.environ,
+                **environment,
+                **({**group, "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+            },
+            "out": str(folder / f"{script.stem}{rank}.out"),
+            "err": str(folder / f"{script.stem}{rank}.err"),
+        }
+        for rank in range(ranks)
+    ]
+    codes = _ask(jobs) if _server else _start(jobs)
+    errors = [f"{code}: {Path(job['err']).read_text()[-3000:]}" for code, job in zip(codes, jobs, strict=True)]
+    assert not any(codes), "\n".join(errors)
+    return Path(jobs[0]["out"]).read_text()
+
+
+def run_two_ranks(
+    script: Path, temporary: pytest.TempPathFactory, *, weights_only: bool = False
+) -> list[dict[str, Any]]:
+    """Run a script in two gloo processes; return what each rank wrote to ``rank0.pt`` and ``rank1.pt``.
+
+    Several test processes share one run: the first that asks for it starts it, the others wait for its files.
+    """
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    shared = temporary.getbasetemp().parent if parallel else temporary.getbasetemp()
+    out = shared / "-".join(script.relative_to(Path(__file__).parent).with_suffix("").parts)
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "rank0.pt").exists():
+            out.mkdir()
+            run_script(script, out, folder=out, ranks=2)
+    return [torch.load(out / f"rank{rank}.pt", weights_only=weights_only) for rank in (0, 1)]
+
+
+def start_server() -> None:
+    """Fork the process that scripts are forked from, on systems where a fork may use torch."""
+    if _server or sys.platform != "linux":
+        return
+    ours, theirs = socket.socketpair()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of threads; ours only reads
+        child = os.fork()
+    if child == 0:
+        try:
+            ours.close()
+            _serve(theirs)
+        finally:
+            os._exit(0)
+    theirs.close()
+    _server.append(ours)
+
+
+def _ask(jobs: list[dict[str, Any]]) -> list[int]:
+    connection = _server[0]
+    connection.sendall(json.dumps(jobs).encode() + b"\n")
+    with connection.makefile("r") as answers:
+        pids = json.loads(answers.readline())
+        try:
+            connection.settimeout(TIMEOUT)
+            return list(json.loads(answers.readline()))
+        except BaseException:
+            for pid in pids:
+                os.killpg(pid, signal.SIGKILL)
+            raise
+        finally:
+            connection.settimeout(None)
+
+
+def _start(jobs: list[dict[str, Any]]) -> list[int]:
+    """Start interpreters, where there is no server."""
+    started = []
+    for job in jobs:
+        with open(job["out"], "w") as out, open(job["err"], "w") as err:
+            command = [sys.executable, "-W", "ignore", *job["command"]]
+            started.append(subprocess.Popen(command, env=job["environment"], stdout=out, stderr=err))
+    return [each.wait(TIMEOUT) for each in started]
+
+
+def _serve(connection: socket.socket) -> None:
+    for line in connection.makefile("r"):
+        pids = []
+        for job in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                connection.close()
+                os._exit(_live(job))
+            pids.append(child)
+        connection.sendall(json.dumps(pids).encode() + b"\n")
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        connection.sendall(json.dumps(codes).encode() + b"\n")
+
+
+def _live(job: dict[str, Any]) -> int:
+    """Run a script as a new interpreter would; return its exit code."""
+    os.setsid()
+    for number, path, held in ((1, job["out"], sys.stdout), (2, job["err"], sys.stderr)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for each in {number, held.fileno()}:  # pytest's own file, which handlers of logs hold
+            os.dup2(opened, each)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    random.seed()
+    np.random.seed()  # noqa: NPY002
+    warnings.simplefilter("ignore")
+    script, *_ = sys.argv = job["command"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
