@@ -36,12 +36,14 @@ def messages() -> list[str]:
     """Return the text of every PrivacyError that the package raises."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("PrivacyError", "ComparisonError")):
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)) if "Error(" in source else ():
+            name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Call) and name in ("PrivacyError", "ComparisonError"):
                 text = text_of(node.args[0]) if node.args else ""
                 if len(text.replace("…", "").strip()) < 10:
                     text = COMPOSED[path.name]
-                    assert text in path.read_text()
+                    assert text in source
                 found.append(text)
     return sorted(set(found))
 

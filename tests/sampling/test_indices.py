@@ -58,7 +58,7 @@ def test_poisson_includes_every_record_with_probability_q() -> None:
     assert all(len(set(batch)) == len(batch) for batch in batches)
     assert frequencies_are_right(batches, 60, 0.2)
     for wrong in (2 / 3, 3 / 2):
-        assert not frequencies_are_right(index_batches(12_000, 60, round(12 * wrong)), 60, 0.2)
+        assert not frequencies_are_right(batches, 60, 0.2 * wrong)
     passes = [list(part) for _ in range(2_400) for part in np.random.default_rng(0).permutation(60).reshape(5, 12)]
     assert not frequencies_are_right(passes, 60, 0.2)
 
