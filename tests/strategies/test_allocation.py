@@ -15,7 +15,8 @@ from tests.helpers import Classifier, make_loader, make_trainer
 
 
 def shuffled(**options: Any) -> DPStrategy:
-    return DPStrategy(**{"noise_multiplier": 2.0, "target_delta": 1e-3, "sampling": "shuffle", **options})
+    defaults: dict[str, Any] = {"noise_multiplier": 2.0, "target_delta": 1e-3, "sampling": "shuffle"}
+    return DPStrategy(**{**defaults, "check_per_sample": False, **options})
 
 
 def fit(tmp_path: Path, strategy: DPStrategy, *, ckpt_path: Path | None = None, **options: Any) -> DPStrategy:

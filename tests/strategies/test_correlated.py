@@ -44,6 +44,7 @@ def make_strategy(**options: Any) -> DPStrategy:
         "target_delta": 1e-3,
         "sampling": "cyclic",
         "noise": CorrelatedNoise(decay=DECAY),
+        "check_per_sample": False,
     }
     return DPStrategy(**{**defaults, **options})
 
@@ -83,10 +84,9 @@ def z_of(values: Tensor, std: float) -> float:
     return float((squares.sum() - squares.numel()) / math.sqrt(2 * squares.numel()))
 
 
-@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
-def test_noise_is_that_of_the_planned_mechanism(tmp_path: Any, wrong: float) -> None:
+def test_noise_is_that_of_the_planned_mechanism(tmp_path: Any) -> None:
     """100 steps of 53 coordinates: y = C v has independent entries of std sigma sens(C) C / B; z < 5 (false alarm
-    6e-7).
+    6e-7), and not at other scales.
     """
     strategy = make_strategy(noise_multiplier=0.7, max_grad_norm=1.5)
     found = released(strategy, tmp_path, max_epochs=25).double()
@@ -96,7 +96,8 @@ def test_noise_is_that_of_the_planned_mechanism(tmp_path: Any, wrong: float) -> 
     for step, row in enumerate(found):
         draws[step] = row + (DECAY * draws[step - 1] if step else 0.0)
     std = 0.7 * 1.5 * CorrelatedNoise(decay=DECAY).sensitivity(100, 4, 25) / 16
-    assert (abs(z_of(draws, std * wrong)) < 5) == (wrong == 1.0)
+    for wrong in (1.0, 2 / 3, 3 / 2):
+        assert (abs(z_of(draws, std * wrong)) < 5) == (wrong == 1.0), wrong
     products = (draws[1:] * draws[:-1]).sum() / std**2 / math.sqrt(draws[1:].numel())
     assert abs(float(products)) < 5  # one step's draw says nothing of the next one's
     assert float((found[1:] * found[:-1]).sum()) < 0  # what is released is correlated

@@ -17,7 +17,8 @@ from tests.helpers import Classifier, make_loader, make_trainer
 
 
 def run(module: Any, tmp_path: Path, callbacks: Any = (), epochs: int = 1, **options: Any) -> DPStrategy:
-    strategy = DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", **options})
+    defaults: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp"}
+    strategy = DPStrategy(**{**defaults, "check_per_sample": False, **options})
     make_trainer(strategy, tmp_path, max_epochs=epochs, callbacks=list(callbacks)).fit(module, make_loader())
     return strategy
 
