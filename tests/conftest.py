@@ -76,6 +76,16 @@ def pytest_runtest_call() -> Generator[None, Any, Any]:
         pytest.skip(reason)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Collect no garbage while tests and libraries are imported: hardly any of it is garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """Start the server of scripts, if a test may need it, before any test computes.
 
