@@ -31,9 +31,9 @@ def test_piece_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_piece_has_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_pieces, "idle_pieces", lambda: {"prefetch"})
     out = tmp_path / "pieces.json"
-    chosen = ["--cases", "lora", "--pieces", "owners", "prefetch", "--pairs", "1", "--seconds", "0.01"]
+    chosen = ["--cases", "mlp", "--pieces", "owners", "prefetch", "--pairs", "1", "--seconds", "0.01"]
     main([*chosen, "--threads", "1", "--out", str(out)])
-    found = json.loads(out.read_text())["lora"]
+    found = json.loads(out.read_text())["mlp"]
     assert found["prefetch"] == "idle"
     assert found["owners"]["pairs"] == 1
     assert found["owners"]["min"] == found["owners"]["max"] > 0
