@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +21,8 @@ def test_start_equal_sends_parameters_and_buffers(monkeypatch: pytest.MonkeyPatc
         tensor.fill_(3)
 
     monkeypatch.setattr(dist, "broadcast", broadcast)
-    module = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    module: Any = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
+    module.to(memory_format=torch.channels_last)
     assert not module[0].weight.is_contiguous()
     start_equal(module)
     for tensor in (*module.parameters(), *module.buffers()):
