@@ -44,7 +44,7 @@ def classify(net: Any, batch: Any) -> Any:
 
 @case("timm", fix=True)
 def efficientnet(arguments: dict[str, Any]) -> None:
-    """EfficientNet, whose batch norms are subclasses with an activation; ``fix=True``."""
+    """EfficientNet, whose batch norms are subclasses with an activation."""
     import timm
 
     fit(Task(timm.create_model("test_efficientnet", num_classes=3), classify), images(32), arguments)
@@ -60,7 +60,7 @@ def vit(arguments: dict[str, Any]) -> None:
 
 @case("segmentation-models-pytorch", fix=True)
 def unet(arguments: dict[str, Any]) -> None:
-    """U-Net on a ResNet; ``fix=True``."""
+    """U-Net on a ResNet whose batch norms are exchanged."""
     import segmentation_models_pytorch as smp
 
     model = smp.Unet("resnet18", encoder_weights=None, encoder_depth=3, decoder_channels=(16, 8, 8), classes=1)
@@ -81,9 +81,9 @@ def convnext(arguments: dict[str, Any]) -> None:
 def resnet_groups(arguments: dict[str, Any]) -> None:
     """ResNet with group norm."""
     import timm
-    from timm.layers import GroupNorm
+    from timm.layers import GroupNorm1
 
-    net = timm.create_model("resnet10t", num_classes=3, norm_layer=GroupNorm)
+    net = timm.create_model("resnet10t", num_classes=3, norm_layer=GroupNorm1)
     fit(Task(net, classify), images(32, num=32), arguments)
 
 
@@ -154,7 +154,7 @@ def dice(arguments: dict[str, Any]) -> None:
     criterion = DiceLoss(sigmoid=True)
     net = BasicUNet(2, 1, 1, features=(4, 4, 8, 8, 8, 4))
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(32, 1, 16, 16), torch.randint(2, (32, 1, 16, 16)))
+    data = TensorDataset(torch.randn(32, 1, 32, 32), torch.randint(2, (32, 1, 32, 32)))
     fit(Task(net, lambda net, batch: criterion(net(batch[0]), batch[1])), DataLoader(data, batch_size=BATCH), arguments)
 
 
@@ -166,7 +166,7 @@ def dice_of_batch(arguments: dict[str, Any]) -> None:
 
     criterion = DiceLoss(sigmoid=True, batch=True)
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(32, 1, 16, 16), torch.randint(2, (32, 1, 16, 16)))
+    data = TensorDataset(torch.randn(32, 1, 32, 32), torch.randint(2, (32, 1, 32, 32)))
     net = BasicUNet(2, 1, 1, features=(4, 4, 8, 8, 8, 4))
     fit(Task(net, lambda net, batch: criterion(net(batch[0]), batch[1])), DataLoader(data, batch_size=BATCH), arguments)
 
@@ -184,13 +184,12 @@ def compact_transformer(arguments: dict[str, Any]) -> None:
 
 
 @case("vit-pytorch")
-def masked_autoencoder(arguments: dict[str, Any]) -> None:
-    """Masked autoencoder over a vision transformer."""
-    from vit_pytorch import MAE, ViT
+def class_attention(arguments: dict[str, Any]) -> None:
+    """CaiT: attention among classes after that among patches, with talking heads."""
+    from vit_pytorch.cait import CaiT
 
-    encoder = ViT(image_size=16, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=16)
-    net = MAE(encoder=encoder, masking_ratio=0.5, decoder_dim=8, decoder_depth=1, decoder_heads=2, decoder_dim_head=4)
-    fit(Task(net, lambda net, batch: net(batch[0])), images(), arguments)
+    net = CaiT(image_size=16, patch_size=4, num_classes=3, dim=16, depth=2, cls_depth=1, heads=2, mlp_dim=16)
+    fit(Task(net, classify), images(), arguments)
 
 
 @case("diffusers")

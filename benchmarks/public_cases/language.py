@@ -112,11 +112,22 @@ def whisper(arguments: dict[str, Any]) -> None:
 
 @case("transformers")
 def mixtral(arguments: dict[str, Any]) -> None:
-    """Mixtral: each token's experts are chosen by a router."""
+    """Mixtral: each token's experts are chosen by a router, and are used by products in groups."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
     language(MixtralForCausalLM(config), arguments)
+
+
+@case("transformers")
+def mixtral_batched(arguments: dict[str, Any]) -> None:
+    """Mixtral by batched products (``set_experts_implementation``)."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation("batched_mm")
+    language(model, arguments)
 
 
 @case("transformers", refused="influence each other")
@@ -127,7 +138,9 @@ def mixtral_balanced(arguments: dict[str, Any]) -> None:
     config = MixtralConfig(
         **SMALL, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True
     )
-    language(MixtralForCausalLM(config), arguments)
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation("batched_mm")
+    language(model, arguments)
 
 
 @case("transformers")
