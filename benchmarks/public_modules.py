@@ -192,7 +192,15 @@ def write_tables() -> None:
         "of samples run alone, relative to the largest gradient (float32; EfficientNet, which leaves one pixel to its "
         'last groups, agrees to 5e-14 in float64). Way "single" needs no such comparison.'
     )
-    page = ["# Public packages, unchanged", "", *textwrap.wrap(about, 120), "", summary, "", *as_table(list(entries[0]), entries)]
+    page = [
+        "# Public packages, unchanged",
+        "",
+        *textwrap.wrap(about, 120),
+        "",
+        summary,
+        "",
+        *as_table(list(entries[0]), entries),
+    ]
     TABLE.write_text("\n".join(page) + "\n")
     begin, end = "<!-- public packages -->\n", "<!-- end of public packages -->"
     before, rest = PAGE.read_text().split(begin)
