@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_dp import _messages
 from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch
@@ -48,6 +49,7 @@ class PrivateFit:
         self._on_device: Any = None
         self._part = 0
         self._prepared = False
+        self._said_no_loss = False
         self._training_flags: list[bool] = []
         self.step = PrivateStep(
             module,
@@ -252,10 +254,20 @@ class PrivateFit:
                 else:
                     until_backward.close()
                     self._check_steps(microbatch, output, counts)
+                    self._say_no_loss(weight)
                 return _with_loss(output, checks.zero_loss(self._device) if loss is None else loss)
             step.leave_open()
         self._check_steps(microbatch, output, counts)
         return output
+
+    def _say_no_loss(self, weight: float) -> None:
+        """Say once, as Lightning does, that a step without a loss is easily a mistake."""
+        if weight and not self._said_no_loss:
+            self._said_no_loss = True
+            _messages.info(
+                "training_step returned no loss, so this step releases noise alone, and counts towards epsilon all the "
+                "same. If that is not on purpose, return the loss."
+            )
 
     def _call(self, batch: Any, count: int, *, weight: float) -> Any:
         rest, kwargs = self._host.arguments

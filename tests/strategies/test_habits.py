@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,18 @@ def test_load_checkpoint_before_a_module_is_attached(tmp_path: Path) -> None:
     (tmp_path / "broken.ckpt").write_bytes(path.read_bytes()[:500])
     with pytest.raises(PrivacyError, match="cannot be read"):
         strategy.load_checkpoint(tmp_path / "broken.ckpt", weights_only=True)
+
+
+def test_a_step_without_a_loss_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Forgetful(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx == 0 else None
+
+    strategy = rdp()
+    with caplog.at_level(logging.INFO):
+        make_trainer(strategy, tmp_path).fit(Forgetful(), make_loader())
+    said = [record.getMessage() for record in caplog.records if "returned no loss" in record.getMessage()]
+    assert len(said) == 1
+    assert "counts towards epsilon" in said[0]
+    assert strategy.ledger.num_steps == 4
