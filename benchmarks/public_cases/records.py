@@ -70,21 +70,3 @@ def tabula_rnn(arguments: dict[str, Any]) -> None:
 def mlp_deeptab(arguments: dict[str, Any]) -> None:
     """MLP."""
     tabular("MLPRegressor", arguments)
-
-
-@case("tab-transformer-pytorch")
-def tab_transformer(arguments: dict[str, Any]) -> None:
-    """TabTransformer over categories and numbers."""
-    import torch
-    from tab_transformer_pytorch import TabTransformer
-
-    from benchmarks.public_cases.layers import floats, train
-
-    net = TabTransformer(categories=(4, 5), num_continuous=3, dim=8, dim_out=1, depth=2, heads=2, dim_head=4)
-    torch.manual_seed(0)
-    categories = torch.stack([torch.randint(4, (64,)), torch.randint(5, (64,))], 1)
-
-    def loss(net: Any, batch: Any) -> Any:
-        return torch.nn.functional.mse_loss(net(batch[0], batch[1]).squeeze(-1), batch[1].sum(1))
-
-    train(net, loss, arguments, categories, floats(3))
