@@ -253,6 +253,11 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
             f"All gradients are {middle:.4g} times as large (batch of {samples}): the loss is divided by something "
             "that depends on the batch's size. Return a mean over the batch, or a loss of shape (B,)."
         )
+    if low < 0 < high:
+        return (
+            f"Every gradient has a factor of its own, from {low:.4g} to {high:.4g}: the step trains a function of the "
+            f"whole batch's loss, such as its square or logarithm. Apply it to each sample's own loss, or {_SINGLE}."
+        )
     return (
         f"Every gradient has the right direction but a factor of its own, from {low:.4g} to {high:.4g}: samples share "
         "a denominator. Likely causes: a mean over all tokens or pixels of the batch instead of each sample's own; "
