@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.owned import MIXED, Owners, Rows
+from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
 
 Path = tuple[Any, ...]
 Kind = tuple[Any, str]
@@ -41,12 +41,18 @@ class BatchOwners:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._kinds: dict[Path, set[Kind]] | None = None
+        self._sizes: set[int] = set()
 
     def learn(self, batch: Any, size: int) -> None:
         """Record the structure of a batch of that many samples; only facts that hold for all batches remain."""
         seen = dict(_kinds_of(batch, size, self._indices(batch, size)))
         known = self._kinds
+        self._sizes.add(size)
         self._kinds = seen if known is None else {path: seen[path] & known[path] for path in seen.keys() & known.keys()}
+
+    def has_learned(self, size: int) -> bool:
+        """Tell whether a batch of that size was seen."""
+        return size in self._sizes
 
     @property
     def was_seen(self) -> bool:
@@ -60,7 +66,7 @@ class BatchOwners:
 
     def forget(self) -> None:
         """Forget all batches and start learning again."""
-        self._kinds = None
+        self._kinds, self._sizes = None, set()
 
     def note(self, batch: Any, follower: Follower) -> None:
         """Record, in the follower, which sample owns each row of a batch's tensors.
@@ -68,7 +74,8 @@ class BatchOwners:
         Raises:
             PrivacyError: an index that does not fit the number of samples.
         """
-        known, size = self._kinds or {}, follower.size
+        # one size alone does not tell samples from other things of which there are as many
+        known, size = (self._kinds or {}) if len(self._sizes) > 1 else {}, follower.size
         indices = self._indices(batch, size)
         follower.known = [*indices.values()]
         by_path = dict(_kinds_of(batch, size, indices))
@@ -79,10 +86,7 @@ class BatchOwners:
             kinds = known.get(path, set()) & by_path.get(path, set())
             if any(axis == "each" for axis, _ in kinds):
                 settled.append(path)
-                for sample, one in enumerate(thing):
-                    for _, tensor in _walk(one):
-                        if isinstance(tensor, Tensor):
-                            follower.note(tensor, Rows(None, follower.identity(tensor.device)[sample : sample + 1]))
+                _note_records(thing, follower)
             elif isinstance(thing, PackedSequence):
                 if kinds:
                     _note_packed(thing, follower)
@@ -120,6 +124,20 @@ def _owners_of(
     return Rows(axis, indices[name])
 
 
+def _note_records(records: Any, follower: Follower) -> None:
+    """Note the tensors of a list of records; one that two different records hold is mixed."""
+    holders: dict[int, frozenset[int]] = {}
+    for sample, record in enumerate(records):
+        mine = [tensor for _, tensor in _walk(record) if isinstance(tensor, Tensor)]
+        whole = frozenset(map(id, mine))
+        for tensor in mine:
+            if holders.setdefault(id(tensor), whole) == whole:
+                follower.note(tensor, Rows(None, follower.identity(tensor.device)[sample : sample + 1]))
+            else:
+                holders[id(tensor)] = frozenset()
+                follower.note(tensor, Mixed("a tensor that two records share"))
+
+
 def _note_packed(packed: PackedSequence, follower: Follower) -> None:
     follower.note(packed.data, Rows(0, _packed(packed)))
     if packed.sorted_indices is not None and packed.unsorted_indices is not None:
@@ -146,7 +164,8 @@ def _check_index(index: Tensor, size: int, where: str) -> None:
 
 
 def _is_graph(container: Mapping[str, Any]) -> bool:
-    return ("batch" in container or "ptr" in container) and any("edge" in str(key) for key in container)
+    marks = [isinstance(container.get(key), Tensor) for key in ("batch", "ptr")]
+    return all(marks) or (any(marks) and any("edge" in key for key in container))
 
 
 def _nodes_of(container: Mapping[str, Any], size: int) -> Tensor:
@@ -248,5 +267,8 @@ def _items(thing: Any) -> Iterator[tuple[Any, Any]]:
     elif hasattr(thing, "keys") and hasattr(thing, "__getitem__"):  # as torch_geometric's Data has it
         keys = thing.keys() if callable(thing.keys) else thing.keys
         yield from ((key, thing[key]) for key in keys)
-    elif hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, type)) and not callable(thing):
-        yield from vars(thing).items()
+    elif not isinstance(thing, (nn.Module, type)) and not callable(thing):
+        slots = (slot for kind in type(thing).__mro__ for slot in getattr(kind, "__slots__", ()))
+        yield from {
+            name: getattr(thing, name) for name in (*slots, *getattr(thing, "__dict__", ())) if hasattr(thing, name)
+        }.items()

@@ -5,7 +5,7 @@ Each function takes the tracker, the torch function, and that function's argumen
 
 from __future__ import annotations
 
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,6 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import is_view, unreported
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, is_tracked
-from lightning_dp.per_sample.owned import Rows
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -94,9 +93,20 @@ def addmm(tracker: Tracker, func: Any, bias: Any, a: Any, b: Any, *, beta: float
 def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
     """Select rows of a parameter by a tensor of indices, like an embedding."""
     one = index[0] if isinstance(index, tuple) and len(index) == 1 else index
-    if isinstance(one, Tensor) and one.dtype in (torch.int64, torch.int32) and one.dim():
+    if _is_index(one) and one.dim():
         return rows(tensor, one)
+    if isinstance(index, tuple) and len(index) > 1 and is_tracked(tensor) and all(map(_is_index, index)):
+        lead = tensor.shape[: len(index)]  # one entry of each leading axis: of one axis that holds them all
+        flat = torch.zeros((), dtype=torch.long, device=tensor.device)
+        for size, part in zip(lead, index, strict=True):
+            flat = flat * size + part.long().remainder(size)
+        if flat.dim():
+            return rows(tensor.flatten(0, len(index) - 1), flat)
     return tracker.primitive(func, (tensor, index), {})
+
+
+def _is_index(thing: Any) -> bool:
+    return isinstance(thing, Tensor) and not is_tracked(thing) and thing.dtype in (torch.int64, torch.int32)
 
 
 def index_select(tracker: Tracker, func: Any, input: Any, dim: int, index: Any) -> Any:
@@ -128,6 +138,16 @@ def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) ->
     return None
 
 
+def like(tracker: Tracker, func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Give a tensor the type or shape of another one, of which nothing else is read."""
+    other, name = args[0] if args else kwargs.get("other"), func.__name__
+    if not isinstance(other, Tensor):
+        return tracker.primitive(func, (tensor, *args), kwargs)
+    if name in ("to", "type_as"):
+        return tensor.to(other.device, other.dtype, *args[1:])
+    return getattr(tensor, name.removesuffix("_as"))(other.shape)
+
+
 def broadcast_tensors(tracker: Tracker, func: Any, *tensors: Any) -> Any:
     """Expand tensors to their common shape."""
     if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
@@ -143,128 +163,6 @@ def prelu(tracker: Tracker, func: Any, input: Any, weight: Any) -> Any:
     if weight.numel() > 1:
         weight = weight.reshape(-1, *[1] * (input.dim() - 2))
     return torch.where(input > 0, input, weight * input)
-
-
-def embedding_of_weight(
-    tracker: Tracker, func: Any, weight: Any, indices: Any, padding_idx: int = -1, *options: Any, **more: Any
-) -> Any:
-    """Compute an embedding whose weight is the first argument."""
-    return F.embedding(indices, weight, padding_idx if padding_idx >= 0 else None)
-
-
-def embedding_bag(
-    tracker: Tracker,
-    func: Any,
-    input: Any,
-    weight: Any,
-    offsets: Any = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Any = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Any:
-    """Compute the sum, mean or maximum over the rows of each sample's bag."""
-    if weight.dtype == torch.long:  # the old order
-        input, weight = weight, input
-    if input.dim() != 2:
-        return _bags_by_offsets(
-            tracker,
-            input,
-            weight,
-            offsets,
-            mode,
-            per_sample_weights,
-            include_last_offset,
-            padding_idx,
-            max_norm,
-            scale_grad_by_freq,
-        )
-    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
-    used = None if padding_idx is None else (input != padding_idx).unsqueeze(2)
-    if mode == "max":
-        if used is None:
-            return rows.max(1).values
-        return torch.where(used.any(1), rows.masked_fill(~used, -torch.inf).max(1).values, 0.0)
-    if per_sample_weights is not None:
-        rows = rows * per_sample_weights.unsqueeze(2)
-    if used is not None:
-        rows = torch.where(used, rows, 0.0)
-    total = rows.sum(1)
-    if mode == "sum":
-        return total
-    return total / (input.shape[1] if used is None else used.sum(1).clamp_min(1))
-
-
-def _bags_by_offsets(
-    tracker: Tracker,
-    input: Tensor,
-    weight: Any,
-    offsets: Tensor,
-    mode: str,
-    weights: Any,
-    has_last: bool,
-    padding_idx: int | None,
-    max_norm: float | None,
-    scale_grad_by_freq: bool,
-) -> Any:
-    """Return bags of unequal size; an entry belongs to the sample that owns its bag."""
-    follower = tracker.follower
-    if follower is None:
-        raise PrivacyError(
-            f"Expected bags whose samples are known, got input of shape {tuple(input.shape)} with offsets. The batch "
-            f"must hold the offsets, one for each sample; {WAY_OUT}."
-        )
-    starts = offsets[:-1] if has_last else offsets
-    bags = torch.searchsorted(starts, torch.arange(len(input), device=input.device), right=True) - 1
-    num, width = len(starts), weight.shape[1]
-    owners = follower.owners_of(starts)
-    if isinstance(owners, Rows):
-        entries = owners.index[bags] if owners.axis == 0 else owners.index.expand(len(input))
-        follower.note(input, Rows(0, entries))
-        follower.note(bags, Rows(0, entries))
-    rows = F.embedding(input, weight, padding_idx, max_norm, 2.0, scale_grad_by_freq)
-    used = rows.new_ones(len(input)) if padding_idx is None else (input != padding_idx).to(rows.dtype)
-    if mode == "max":
-        kept = rows.masked_fill((used == 0).unsqueeze(1), -torch.inf)
-        top = rows.new_full((num, width), -torch.inf).scatter_reduce(0, bags.unsqueeze(1).expand_as(rows), kept, "amax")
-        return top.masked_fill(top == -torch.inf, 0.0)
-    scaled = rows * used.unsqueeze(1) if weights is None else rows * (used * weights).unsqueeze(1)
-    total = rows.new_zeros(num, width).index_add(0, bags, scaled)
-    if mode == "sum":
-        return total
-    return total / rows.new_zeros(num).index_add(0, bags, used).clamp_min(1).unsqueeze(1)
-
-
-def lstm_cell(
-    tracker: Tracker, func: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
-) -> Any:
-    """Compute one step of an LSTM."""
-    hidden, cell = hx
-    i, f, g, o = (F.linear(input, w_ih, b_ih) + F.linear(hidden, w_hh, b_hh)).chunk(4, -1)
-    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-    return o.sigmoid() * cell.tanh(), cell
-
-
-def gru_cell(
-    tracker: Tracker, func: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
-) -> Any:
-    """Compute one step of a GRU."""
-    r, z, n = F.linear(input, w_ih, b_ih).chunk(3, -1)
-    hr, hz, hn = F.linear(hx, w_hh, b_hh).chunk(3, -1)
-    new = (n + (r + hr).sigmoid() * hn).tanh()
-    return new + (z + hz).sigmoid() * (hx - new)
-
-
-def rnn_cell(
-    tracker: Tracker, func: Any, input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None
-) -> Any:
-    """Compute one step of a plain recurrent network."""
-    total = F.linear(input, w_ih, b_ih) + F.linear(hx, w_hh, b_hh)
-    return total.tanh() if func.__name__ == "rnn_tanh_cell" else total.relu()
 
 
 def bilinear(tracker: Tracker, func: Any, one: Any, other: Any, weight: Any, bias: Any = None) -> Any:
@@ -294,14 +192,19 @@ _BYPASS = dict.fromkeys(
 
 
 def entered(func: Any) -> Any:
-    """Return a Python function of ``torch.nn.functional`` that does not report itself; the functions that it
-    calls do.
+    """Return a Python function of ``torch.nn.functional`` that does not report itself, only what it calls.
+
+    So do the functions that it chooses from, as ``max_pool1d`` does between those with and without indices.
     """
-    inside = FunctionType(
-        func.__code__, {**func.__globals__, **_BYPASS}, func.__name__, func.__defaults__, func.__closure__
-    )
+    closure = None if func.__closure__ is None else tuple(map(_entered_cell, func.__closure__))
+    inside = FunctionType(func.__code__, {**func.__globals__, **_BYPASS}, func.__name__, func.__defaults__, closure)
     inside.__kwdefaults__ = func.__kwdefaults__
     return inside
+
+
+def _entered_cell(cell: CellType) -> CellType:
+    held = cell.cell_contents
+    return CellType(entered(held)) if isinstance(held, FunctionType) else cell
 
 
 def transposed(tracker: Tracker, func: Any, tensor: Any, *_: Any) -> Any:

@@ -18,10 +18,9 @@ from lightning_dp.per_sample._torch import unfollowed, unreported
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.combining import zero_gradient
 from lightning_dp.per_sample.joining import Joining
-from lightning_dp.per_sample.layout import WAY_OUT
+from lightning_dp.per_sample.layout import PENALTY, WAY_OUT
 from lightning_dp.per_sample.learning import Rows
 from lightning_dp.per_sample.parts import Parts
-from lightning_dp.per_sample.recurrent import note_order
 from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.per_sample.uses import Recorder
 from lightning_dp.per_sample.workspace import SHARE, Workspace
@@ -89,10 +88,6 @@ class PerSampleEngine(GradientEngine):
                 parameter.register_post_accumulate_grad_hook(self._guard(name))  # type: ignore[no-untyped-call]
                 for name, parameter in self._parameters.items()
                 if parameter.requires_grad
-            ] + [
-                module.register_forward_pre_hook(note_order, prepend=True, with_kwargs=True)
-                for module in self._module.modules()
-                if isinstance(module, nn.RNNBase)
             ]
 
     def _guard(self, name: str) -> Callable[[Tensor], None]:
@@ -219,9 +214,11 @@ class PerSampleEngine(GradientEngine):
             for name in untracked:
                 self._parameters[name].grad = None
             raise PrivacyError(
-                "Expected private parameters to be used in operations that report themselves, got a gradient of "
-                f"another use for {untracked}: a torch.autograd.Function, a scripted or compiled function, an "
-                f"extension. {WAY_OUT}."
+                "Expected private parameters to be used in operations that report themselves and see samples, got a "
+                f"gradient of another use for {untracked}: a torch.autograd.Function, a scripted or compiled function, "
+                "torch.vmap, an extension; a penalty on weights; or rows of which there are as many whatever the batch "
+                f"size, so that records share them. {PENALTY}; per_sample_loss=True lets each record count by itself; "
+                f"{WAY_OUT}."
             )
         for source in self._tracker.sources.values():
             for use in source.uses:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from lightning_dp.per_sample.composites import entered
 from lightning_dp.per_sample.moves import CONSTANTS, Step, handler_of, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import IN_PLACE, operation_of
-from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
+from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows, merged
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -75,6 +76,17 @@ class Follower(TorchFunctionMode):
             return Mixed("a view of memory that was written in place")
         return note[2]
 
+    def hand_on(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> None:
+        """Give the owners of tensors, which broadcast, to results computed from them in a way that reports nothing."""
+        found = [(tensor.dim(), self.owners_of(tensor)) for tensor in tensors if tensor is not None]
+        owners: Owners = next((one for _, one in found if isinstance(one, Mixed)), None)
+        if owners is None:
+            rows = [(axes, one) for axes, one in found if isinstance(one, Rows)]
+            owners = merged(rows, max(axes for axes, _ in found))
+        for result in results:
+            if result is not None:
+                self.note(result, owners)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name: str = getattr(func, "__name__", "")
@@ -89,8 +101,17 @@ class Follower(TorchFunctionMode):
         if name == "__iter__":
             with self:
                 return iter(torch.unbind(args[0], 0))
-        out = func(*args, **kwargs)
-        if type(out) is torch.Size:
+        return self._noted(func, name, args, kwargs, func(*args, **kwargs))
+
+    def run(self, func: Any, args: Any, kwargs: Any, how: Callable[[], Any]) -> Any:
+        """Run an operation in another way than by calling it, as one step: only its result gets owners."""
+        with unfollowed():
+            out = how()
+        return self._noted(func, func.__name__, args, kwargs, out)
+
+    def _noted(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
+        """Return the result of an operation, with its owners noted."""
+        if type(out) is torch.Size or self._is_noted(out, args, kwargs):
             return out
         if isinstance(out, (Tensor, list, tuple)) or name in ("__setitem__", "__set__"):
             if name == "__get__":
@@ -98,6 +119,12 @@ class Follower(TorchFunctionMode):
             with unfollowed():
                 self._note_result(func, name, args, kwargs, out)
         return out
+
+    def _is_noted(self, out: Any, args: Any, kwargs: Any) -> bool:
+        """Tell whether an operation on parameters has made copies for the samples, which know their owners."""
+        of_parameter = args and isinstance(args[0], Reporting) and not isinstance(out, Reporting) and not kwargs
+        note = self._notes.get(id(out)) if of_parameter else None
+        return note is not None and note[0]() is out
 
     def _note_result(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         results = [args[0]] if out is None else [out] if isinstance(out, Tensor) else [*tensors_in(tuple(out), {})]
@@ -152,11 +179,11 @@ class Follower(TorchFunctionMode):
     def _are_constant(found: list[tuple[Tensor, Owners]], entries: set[int]) -> bool:
         return all(owners is None for tensor, owners in found if id(tensor) in entries)
 
-    def result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the owners that the result of an operation would have."""
+    def result(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the shape, and the owners, of what an operation would give."""
         with torch.no_grad(), unfollowed():
             out = func(*args, **kwargs)
-            return self._result(func, func.__name__, args, kwargs, out)
+            return getattr(out, "shape", None), self._result(func, func.__name__, args, kwargs, out)
 
 
 def _fits(tensor: Tensor, owners: Owners) -> bool:

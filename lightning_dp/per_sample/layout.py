@@ -5,7 +5,7 @@ Legend: ``B`` samples, ``K`` rows of one sample, "sample-major": the ``K`` rows 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_dp.errors import PrivacyError
 
 WAY_OUT = "grad_sample='single' works for any module"
+PENALTY = "Add a penalty on weights to the loss of each sample before their mean, or use the optimizer's weight_decay"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class BatchAxis:
     multiplicity: int = 1
     sample_major: bool | None = None
     is_pinned: bool = field(default=False, compare=False)
+
+    def set_order(self, sample_major: bool) -> None:
+        """Say whether the rows of a sample are neighbours, once that is seen."""
+        object.__setattr__(self, "sample_major", sample_major)
+
+    def pin(self) -> None:
+        """Require from here on that ``K`` is what it was when it was learned."""
+        object.__setattr__(self, "is_pinned", self.multiplicity > 1)
 
     def rows_of_one(self, tensor: Tensor, batch_size: int, where: str) -> int:
         """Return ``K`` of this tensor at this batch size; raise PrivacyError if samples cannot be distinguished."""
@@ -76,9 +85,10 @@ class BatchAxis:
 
 @dataclass(frozen=True)
 class Unclear:
-    """A tensor or call whose batch axis could not be inferred, with the reason."""
+    """A tensor or call whose batch axis could not be learned, why, and the way out."""
 
     reason: str
+    way_out: str = f"Give it one batch axis; {WAY_OUT}."
 
 
 Axis = BatchAxis | Unclear | None
@@ -97,26 +107,18 @@ class CallLayout:
 
         def same(a: Axis, b: Axis) -> bool:
             if isinstance(a, BatchAxis) and isinstance(b, BatchAxis):
-                order = None in (a.sample_major, b.sample_major) or a.sample_major == b.sample_major
+                order = a.sample_major == b.sample_major
                 return a.axis == b.axis and order and (a.multiplicity == 1) == (b.multiplicity == 1)
             return a == b
 
         mine, theirs = self.inputs + self.outputs, other.inputs + other.outputs
         return len(self.inputs) == len(other.inputs) and len(mine) == len(theirs) and all(map(same, mine, theirs))
 
-    def fits(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], batch_size: int) -> bool:
-        """Tell whether these tensors can have this layout."""
-        if len(inputs) != len(self.inputs) or len(outputs) != len(self.outputs):
-            return False
-        for axis, tensor in zip((*self.inputs, *self.outputs), (*inputs, *outputs), strict=True):
-            if isinstance(axis, Unclear):
-                return False
-            if axis is not None and tensor is not None:
-                try:
-                    axis.rows_of_one(tensor, batch_size, "")
-                except PrivacyError:
-                    return False
-        return True
+    @property
+    def unordered(self) -> list[BatchAxis]:
+        """Axes with several rows of each sample, of which the order is not known."""
+        axes = (axis for axis in (*self.inputs, *self.outputs) if isinstance(axis, BatchAxis))
+        return [axis for axis in axes if axis.multiplicity > 1 and axis.sample_major is None]
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -138,6 +140,7 @@ class Observation:
     outputs: list[Tensor] = field(default_factory=list)
     meets_others: bool = False
     meets_gradient: bool = False
+    like: Tensor | None = None
 
 
 Key = TypeVar("Key", bound=Hashable)
@@ -165,7 +168,7 @@ def solve(
             )
             continue
         layouts[name] = [_solve_call(a, b, sizes) for a, b in zip(calls, others, strict=True)]
-    return _settle_order(layouts)
+    return layouts
 
 
 def _solve_call(first: Observation, second: Observation, sizes: tuple[int, int]) -> CallLayout:
@@ -180,6 +183,10 @@ def _solve_call(first: Observation, second: Observation, sizes: tuple[int, int])
             order = _row_order(first.inputs[i], second.inputs[i], axis, sizes)
             inputs[i] = BatchAxis(axis.axis, axis.multiplicity, order)
     known = {a.sample_major for a in inputs if isinstance(a, BatchAxis) and a.sample_major is not None}
+    if not known and first.like is not None and second.like is not None:
+        like = solve_axis(first.like.shape, second.like.shape, sizes)
+        if isinstance(like, BatchAxis) and like.multiplicity > 1:
+            known = {order for order in [_row_order(first.like, second.like, like, sizes)] if order is not None}
     if len(known) == 1:
         # output rows have the order of the input rows that they come from
         order = known.pop()
@@ -198,9 +205,9 @@ def solve_axis(a: torch.Size, b: torch.Size, sizes: tuple[int, int]) -> Axis:
     if len(changed) > 1:
         reason = f"two axes change with the batch size: {tuple(a)} to {tuple(b)}"
         if all((a[i], b[i]) == sizes for i in changed):
-            reason += (
-                ", so each sample meets all others, as in a contrastive loss; no bound for one sample exists there "
-                "(give each record negatives of its own)"
+            return Unclear(
+                f"{reason}, so each sample meets all others, as in a contrastive loss",
+                "No bound for one sample exists there: give each record negatives of its own.",
             )
         return Unclear(reason)
     axis = changed[0]
@@ -236,40 +243,8 @@ def _row_order(first: Tensor, second: Tensor, axis: BatchAxis, sizes: tuple[int,
         return float((views[0].double() - views[1].double()).abs().mean()) if views[0].numel() else 0.0
 
     scale = float(a.double().abs().mean()) if a.numel() else 0.0
-    close = [difference(major) <= 1e-2 * scale for major in (True, False)]
-    if close[0] == close[1]:
+    by_sample, by_row = difference(True), difference(False)
+    close = [one <= 1e-2 * scale for one in (by_sample, by_row)]
+    if not any(close) or (all(close) and max(by_sample, by_row) <= 100 * min(by_sample, by_row)):
         return None
-    return close[0]
-
-
-def _settle_order(layouts: dict[Key, list[CallLayout] | Unclear]) -> dict[Key, list[CallLayout] | Unclear]:
-    """Give folded calls of unclear row order the order of the other calls, or else call them unclear."""
-    orders = {
-        axis.sample_major
-        for axis in _axes(layouts)
-        if isinstance(axis, BatchAxis) and axis.multiplicity > 1 and axis.sample_major is not None
-    }
-    order = orders.pop() if len(orders) == 1 else None
-
-    def settle(axis: Axis) -> Axis:
-        axis = _with_order(axis, order)
-        if isinstance(axis, BatchAxis) and axis.multiplicity > 1 and axis.sample_major is None:
-            return Unclear(
-                f"it gets {axis.multiplicity} rows per sample and the values do not show which rows belong to which "
-                "sample (random layers must be off while the layout is learned)"
-            )
-        return axis
-
-    return {
-        name: calls
-        if isinstance(calls, Unclear)
-        else [CallLayout(tuple(map(settle, c.inputs)), tuple(map(settle, c.outputs))) for c in calls]
-        for name, calls in layouts.items()
-    }
-
-
-def _axes(layouts: Mapping[Any, list[CallLayout] | Unclear]) -> Iterator[Axis]:
-    for calls in layouts.values():
-        if not isinstance(calls, Unclear):
-            for call in calls:
-                yield from (*call.inputs, *call.outputs)
+    return by_sample < by_row

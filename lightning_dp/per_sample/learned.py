@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,6 +18,13 @@ Plan = CallLayout | Unclear | None
 """Layout of one operation; None where it sees no samples."""
 
 
+#: Reason for giving up an operation; takes the number of rows per sample.
+UNORDERED = (
+    "it gets {} rows per sample and the values do not show which rows belong to which sample (random layers must be "
+    "off while the layout is learned)"
+)
+
+
 @dataclass
 class Learned:
     """Plans by operation, in order of use.
@@ -26,11 +33,15 @@ class Learned:
         plans: one plan for each use.
         spread: operations on parameters alone whose result has a batch axis.
         names: qualified names of the parameters that were followed.
+        labels: of operations, for messages.
+        by_order: names of operations of which the order of use decides which plan they have.
     """
 
     plans: dict[Key, list[Plan]] = field(default_factory=dict)
     spread: set[Key] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
+    labels: dict[Key, str] = field(default_factory=dict)
+    by_order: set[str] = field(default_factory=set)
     _common: dict[Key, Plan] = field(default_factory=dict)
 
     def joined(self, other: Learned) -> Learned:
@@ -39,9 +50,7 @@ class Learned:
             key: max(self.plans.get(key, []), other.plans.get(key, []), key=len)
             for key in {**self.plans, **other.plans}
         }
-        both = Learned(plans, self.spread | other.spread, self.names | other.names)
-        both.settle()
-        return both
+        return Learned(plans, self.spread | other.spread, self.names | other.names, self.labels | other.labels)
 
     @property
     def has_folds(self) -> bool:
@@ -57,22 +66,40 @@ class Learned:
     def pin(self) -> None:
         """Require from now on that each sample has as many rows as were seen."""
         for axis in self._axes():
-            object.__setattr__(axis, "is_pinned", axis.multiplicity > 1)
+            axis.pin()
+
+    def close(self) -> tuple[str, Unclear] | None:
+        """Give up operations of whose rows the order is still unknown; return the first one, and why."""
+        first = None
+        for key, plans in self.plans.items():
+            for at, plan in enumerate(plans):
+                if isinstance(plan, CallLayout) and (axes := plan.unordered):
+                    plans[at] = doubt = Unclear(UNORDERED.format(axes[0].multiplicity))
+                    first = first or (self.labels.get(key, key[0]), doubt)
+        self.settle()
+        return first
 
     def settle(self) -> None:
         """Find the operations whose uses are all alike."""
+        self._common, self.by_order = {}, set()
         for key, plans in self.plans.items():
             if all(_alike(plans[0], other) for other in plans[1:]):
                 self._common[key] = plans[0]
+            else:
+                self.by_order.add(key[0])
 
-    def plan(
-        self, key: Key, index: Callable[[Key], int | None], tensors: Sequence[Tensor], size: int
-    ) -> CallLayout | str | None:
+    def layout(self, key: Key, index: int) -> CallLayout | None:
+        """Return the layout of the use of that number; None where it has none."""
+        plans = self.plans.get(key, [])
+        found = plans[index] if index < len(plans) else None
+        return found if isinstance(found, CallLayout) else None
+
+    def plan(self, key: Key, index: int | None, tensors: Sequence[Tensor], size: int) -> CallLayout | str | None:
         """Return the plan of a use, or the reason for not having one.
 
         Args:
             key: of its operation.
-            index: tells how many of this operation came before it; None in a recomputation.
+            index: number of operations of its kind that came before it; None in a recomputation.
             tensors: its first tensors, or all of them.
             size: number of samples.
         """
@@ -80,15 +107,14 @@ class Learned:
         if key in self._common:
             found = self._common[key]
         else:
-            at = index(key)
             plans = self.plans.get(key)
             if plans is None:
                 return (
                     "got its first call later. Let the first batch use every layer (no layer dropped, no branch "
                     "skipped);"
                 )
-            if at is not None and at < len(plans) and _fits(plans[at], tensors, size):
-                found = plans[at]
+            if index is not None and index < len(plans) and _fits(plans[index], tensors, size):
+                found = plans[index]
             else:
                 fitting = [plan for plan in plans if _fits(plan, tensors, size)]
                 if not fitting or not all(_alike(fitting[0], other) for other in fitting[1:]):

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.batch_owners import BatchOwners
+from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.plans import Learner
 from lightning_dp.per_sample.tracker import Tracker
 
@@ -80,15 +81,20 @@ class Rows:
         except PrivacyError as error:
             if more:  # the result of these runs is unclear: such uses are refused later
                 return
+            for size in sizes:
+                if self._owners.was_seen and not self._owners.has_learned(size):
+                    run_of(size)
             self._learning_size, self._tracker.learned = None, None
             try:
                 self._try_owners(run, sizes)
             except PrivacyError as second:
+                if WAY_OUT not in str(error):  # samples that meet each other: one by one they are others
+                    raise error from second
                 raise PrivacyError(f"{error} Nor can rows be followed to their samples: {second}") from error
         else:
             before = self._tracker.learned
             self._tracker.learned = before.joined(learned) if more and before is not None else learned
-            self._settle(run, sizes, alike=alike)
+            self._settle(run, sizes, alike=alike, more=more)
 
     def _try_owners(self, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
         """Run the user's forward and follow the owners of rows, because positions do not determine them."""
@@ -98,27 +104,40 @@ class Rows:
                 self._engine.begin(size)
                 run(size)
                 self._engine.end()
-        except (PrivacyError, RecursionError) as error:
-            # RecursionError: both ways of following make an operation call itself
+        except PrivacyError:
             self.follows_owners = False
             self._engine.end()
-            if isinstance(error, PrivacyError):
-                raise
-            raise PrivacyError(
-                "Expected operations whose rows can be followed to their samples, got one without end."
-            ) from error
+            raise
 
-    def _settle(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool) -> None:
-        """Check that each sample has K rows, if several rows per sample are folded into the batch axis."""
-        learned = self._tracker.learned
+    def _settle(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool, more: bool) -> None:
+        """Check that each sample has K rows in the learned order, if several rows per sample are folded into the batch
+        axis.
+        """
+        learned, tracker, reason = self._tracker.learned, self._tracker, ""
         assert learned is not None
-        if not learned.has_folds or not self._owners.was_seen:
-            return
-        self._learning_size, self._tracker.num_misplaced = None, 0
-        try:
-            self._try_owners(run, sizes)
-        except PrivacyError:
-            if alike:  # owners cannot be followed, and such records do not show whether K is common: keep it fixed
-                learned.pin()
-            return
-        self.follows_owners = self._tracker.num_misplaced > 0 or self._owners.has_indices
+        if learned.has_folds and self._owners.was_seen:
+            self._learning_size = None
+            tracker.begin_comparison()
+            try:
+                self._try_owners(run, sizes)
+            except PrivacyError as error:
+                reason = f" Nor can rows be followed to their samples: {error}"
+                if tracker.contradicted is not None:
+                    tracker.learned = None
+                    raise PrivacyError(
+                        f"Expected the rows of {tracker.contradicted} in the order of the samples, got them in another "
+                        f"one, such as one of the data.{reason}"
+                    ) from error
+                if alike:  # such records do not show whether K is common: it stays as it is
+                    learned.pin()
+            else:
+                self.follows_owners = tracker.num_misplaced > 0 or self._owners.has_indices
+            finally:
+                tracker.compares = False
+        unordered = learned.close()
+        if unordered is not None and not self.follows_owners and not more:
+            tracker.learned = None
+            label, doubt = unordered
+            raise PrivacyError(
+                f"Expected to see which samples {label} works on, but {doubt.reason}. {doubt.way_out}{reason}"
+            )

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import composites
-from lightning_dp.per_sample.recurrent import recurrent
+from lightning_dp.per_sample import bags, cells, composites, recurrent
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.rules.conv import ConvRule
 from lightning_dp.per_sample.rules.embedding import EmbeddingRule
@@ -44,7 +43,7 @@ _ARITHMETIC = """add sub mul div pow rsub truediv rdiv rtruediv radd rmul rpow i
 _ELEMENTWISE = """subtract multiply divide true_divide floor_divide float_power where lerp lerp_ addcmul addcmul_
     addcdiv addcdiv_ maximum minimum fmax fmin clamp clamp_ clip clip_ clamp_min clamp_max fmod remainder atan2 arctan2
     hypot logaddexp logaddexp2 xlogy copysign greater less greater_equal less_equal not_equal isclose copy_ masked_fill
-    masked_fill_ expand_as scaled_dot_product_attention"""
+    masked_fill_ scaled_dot_product_attention"""
 _COPIES = "to float double half bfloat16 type type_as clone contiguous"
 _WITHOUT_GRADIENT = """detach detach_ size dim ndimension numel nelement stride storage_offset data_ptr untyped_storage
     storage element_size is_contiguous is_floating_point is_complex is_signed is_pinned is_shared is_same_size is_set_to
@@ -180,7 +179,7 @@ _INSTANCE_NORM = _ruled(InstanceNormRule(), _instance_norm)
 def _any_instance_norm(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     if (len(args) > 1 and args[1] is not None) or kwargs.get("running_mean") is not None:
         return composites.instance_norm_of_running(tracker, func, *args, **kwargs)
-    return tracker.run_one(_INSTANCE_NORM, func, args, kwargs)
+    return tracker.primitive(func, args, kwargs, _INSTANCE_NORM)
 
 
 def _general(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
@@ -199,7 +198,8 @@ _LAYER_NORM = _ruled(LayerNormRule(), _layer_norm)
 _RMS_NORM = _ruled(RMSNormRule(), _rms_norm)
 _GROUP_NORM = _ruled(GroupNormRule(), _group_norm)
 _CONV = _ruled(ConvRule(), _conv)
-_MATMUL, _RECURRENT, _CELL = (_composite(one) for one in (composites.matmul, recurrent, composites.rnn_cell))
+_MATMUL, _RECURRENT = _composite(composites.matmul), _composite(recurrent.recurrent)
+_CELL, _LIKE = _composite(cells.rnn_cell), _composite(composites.like)
 
 _KNOWN: dict[Any, Operation | None] = {
     F.linear: _ruled(LinearRule(), _linear),
@@ -219,13 +219,14 @@ _KNOWN: dict[Any, Operation | None] = {
     **dict.fromkeys((Tensor.register_hook, Tensor.retain_grad), _composite(composites.watch)),
     Tensor.__getitem__: _composite(composites.getitem),
     Tensor.__setitem__: _composite(composites.setitem),
+    **dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as), _LIKE),
     torch.broadcast_tensors: _composite(composites.broadcast_tensors),
     F.bilinear: _composite(composites.bilinear),
     torch.prelu: _composite(composites.prelu),
-    torch.embedding: _composite(composites.embedding_of_weight),
-    F.embedding_bag: _composite(composites.embedding_bag),
-    torch.lstm_cell: _composite(composites.lstm_cell),
-    torch.gru_cell: _composite(composites.gru_cell),
+    torch.embedding: _composite(bags.embedding_of_weight),
+    F.embedding_bag: _composite(bags.embedding_bag),
+    torch.lstm_cell: _composite(cells.lstm_cell),
+    torch.gru_cell: _composite(cells.gru_cell),
 }
 
 

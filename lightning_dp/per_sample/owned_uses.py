@@ -14,7 +14,7 @@ from lightning_dp.per_sample._torch import in_backward
 from lightning_dp.per_sample.arguments import replaced
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
-from lightning_dp.per_sample.nodes import Node, named
+from lightning_dp.per_sample.nodes import Function, Node, named
 from lightning_dp.per_sample.operations import ALIGNED, Bound
 from lightning_dp.per_sample.owned import NOBODY, Mixed, OwnedAxis, Rows, merged
 from lightning_dp.per_sample.rules.base import Rule
@@ -22,6 +22,8 @@ from lightning_dp.per_sample.uses import Use, tap, tap_output
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
+
+_REPEATS = ("expand", "expand_as", "repeat")
 
 
 def use(
@@ -31,14 +33,14 @@ def use(
     assert tracker.follower is not None
     (tensor, weight, bias), spec, call = bound
     rows = tracker.follower.owners_of(tensor)
-    if rows is None:
-        return derive(tracker, func, args, kwargs)
     if isinstance(rows, Mixed):
         return _refuse(func, nodes.values(), rows)
+    compare(tracker, func, nodes.values(), rows)
+    if rows is None:
+        return derive(tracker, func, args, kwargs)
     axis = _axis_for(rule, spec, rows, tensor)
     if axis is None:
         return tracker.unbatched(func, nodes.values())
-    compare(tracker, func, next(iter(nodes.values())), (tensor,), rows)
     out = call(func, weight.detach() if "weight" in nodes else weight, bias.detach() if "bias" in nodes else bias)
     source = tracker.source(rule, spec, func.__name__, nodes)
     if not in_backward():
@@ -49,20 +51,41 @@ def use(
     return tap_output(out, made)
 
 
-def compare(tracker: Tracker, func: Any, node: Node, tensors: Sequence[Tensor], rows: Rows) -> None:
-    """Count uses whose rows belong to other samples than the inferred positions say."""
-    if tracker.learned is None:
+def compare(tracker: Tracker, func: Any, nodes: Iterable[Node], rows: Rows | None) -> None:
+    """Set the order of a use's rows where it is unknown; count the use where positions name other samples than owners.
+
+    Args:
+        tracker: compares only while the layout is learned.
+        func: the operation.
+        nodes: its parameters.
+        rows: owners; None where it sees no samples.
+    """
+    if not tracker.compares or rows is None:
         return
-    size = tracker.recorder.batch_size
-    plan = tracker.learned.plan((func.__name__, node.lineage), tracker.next_index, tensors, size)
-    axes = [axis for axis in plan.inputs if isinstance(axis, BatchAxis)] if isinstance(plan, CallLayout) else []
-    if not axes or rows.axis is None or len(rows.index) % max(1, size):
-        tracker.num_misplaced += 1
-        return
-    identity, per_sample = torch.arange(size, device=rows.index.device), len(rows.index) // max(1, size)
-    by_sample = axes[0].sample_major is not False
-    expected = identity.repeat_interleave(per_sample) if by_sample else identity.repeat(per_sample)
-    tracker.num_misplaced += not torch.equal(rows.index, expected)
+    for node in nodes:
+        tracker.num_misplaced += not _agrees(tracker, (func.__name__, node.lineage), rows)
+
+
+def _agrees(tracker: Tracker, key: tuple[str, int], rows: Rows) -> bool:
+    """Tell whether the positions that were learned name the samples that own the rows; set an unknown order."""
+    assert tracker.learned is not None
+    index, size = tracker.index_of(key), tracker.recorder.batch_size
+    if index is None:  # a recomputation: its use was compared before
+        return True
+    layout = tracker.learned.layout(key, index)
+    axis = next((one for one in layout.inputs if isinstance(one, BatchAxis)), None) if layout is not None else None
+    if layout is None or axis is None or rows.axis is None or len(rows.index) != size * axis.multiplicity:
+        return False
+    identity = torch.arange(size, device=rows.index.device)
+    by_sample = torch.equal(rows.index, identity.repeat_interleave(axis.multiplicity))
+    by_row = torch.equal(rows.index, identity.repeat(axis.multiplicity))
+    if by_sample or by_row:
+        for unordered in layout.unordered:
+            unordered.set_order(by_sample)
+    agrees = by_row if axis.sample_major is False else by_sample
+    if not agrees:
+        tracker.contradicted = tracker.contradicted or tracker.learned.labels.get(key, key[0])
+    return agrees
 
 
 def _refuse(func: Any, nodes: Iterable[Node], rows: Mixed) -> NoReturn:
@@ -99,23 +122,23 @@ def general(
     mine = {id(tensor): node for tensor, node in tracked}
     found = [(tensor, follower.owners_of(tensor)) for tensor in tensors if id(tensor) not in mine]
     owned = [(tensor, rows) for tensor, rows in found if isinstance(rows, Rows)]
-    for _, rows in found:
-        if isinstance(rows, Mixed):
-            return _refuse(func, mine.values(), rows)
+    num_axes = max(tensor.dim() for tensor in tensors)
+    rows = merged([(tensor.dim(), rows) for tensor, rows in owned], num_axes)
+    compare(tracker, func, mine.values(), rows if isinstance(rows, Rows) else None)
+    for _, unknown in found:
+        if isinstance(unknown, Mixed):
+            return _refuse(func, mine.values(), unknown)
     if not owned:
-        return derive(tracker, func, args, kwargs)
+        return derive(tracker, func, args, kwargs) if found else _derived(tracker, func, args, kwargs)
     one = {rows.only for _, rows in owned}
     if len(one) == 1 and None not in one:  # the whole tensor belongs to one sample
         axis = OwnedAxis(None, owned[0][1].index[:1])
         own = {id(t): _copy(tracker, t, node, t.detach().view_as(t), axis) for t, node in tracked}
         return _run(func, args, kwargs, own)
-    num_axes = max(tensor.dim() for tensor in tensors)
-    rows = merged([(tensor.dim(), rows) for tensor, rows in owned], num_axes)
     if not isinstance(rows, Rows) or rows.axis is None:
         return tracker.unbatched(func, mine.values())
     if bool((rows.index == NOBODY).any()):
         return tracker.unbatched(func, mine.values())
-    compare(tracker, func, next(iter(mine.values())), tensors, rows)
     if func.__name__ in ALIGNED:
         copies = _aligned(tracker, tracked, rows, num_axes, [tensor for tensor, _ in owned])
         if copies is not None:
@@ -123,7 +146,23 @@ def general(
     repeated = _repeated(tracker, tracked, rows)
     if len(repeated) == len(tracked):
         return _run(func, args, kwargs, repeated)
-    return _over_samples(tracker, func, args, kwargs, tensors, tracked, found)
+    return _over_rows(tracker, func, args, kwargs, tensors, tracked, found)
+
+
+def _derived(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operation on parameters alone; if it repeats one for every sample, each sample gets a copy of its own."""
+    out, size = derive(tracker, func, args, kwargs), tracker.recorder.batch_size
+    if func.__name__ not in _REPEATS or not isinstance(out, Function) or size < 2:
+        return out
+    before = (1,) * (out.dim() - args[0].dim()) + tuple(args[0].shape)
+    axis = next((a for a in range(out.dim()) if before[a] == 1 and out.shape[a] == size), None)
+    if axis is None:
+        return out
+    one = derive(tracker, torch.narrow, (out, axis, 0, 1), {})
+    copies = _copy(tracker, one, one.node, leaves.along(one.detach(), one.shape, axis, size), BatchAxis(axis))
+    assert tracker.follower is not None
+    tracker.follower.note(copies, Rows(axis, tracker.follower.identity(copies.device), is_identity=True))
+    return copies
 
 
 def _copy(tracker: Tracker, tensor: Tensor, node: Node, value: Tensor, axis: OwnedAxis | BatchAxis) -> Tensor:
@@ -183,7 +222,7 @@ def _repeated(tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows) 
     return copies
 
 
-def _over_samples(
+def _over_rows(
     tracker: Tracker,
     func: Any,
     args: Any,
@@ -192,25 +231,31 @@ def _over_samples(
     tracked: list[tuple[Tensor, Node]],
     found: Sequence[tuple[Tensor, Any]],
 ) -> Any:
-    """Map an operation over samples with one row each; refuse it if their number of rows differs."""
-    follower = tracker.follower
+    """Map an operation over rows, each with copies of the parameters; refuse it where its rows are not those of its
+    data.
+    """
+    follower, nodes = tracker.follower, [node for _, node in tracked]
     assert follower is not None
     values = {id(tensor): tensor.detach() for tensor, _ in tracked}
     for value in values.values():
         follower.note(value, None)
-    result = follower.result(func, *replaced(args, kwargs, lambda tensor: values.get(id(tensor), tensor)))
-    of = {id(tensor): rows for tensor, rows in found}
-    if not isinstance(result, Rows) or not result.is_identity:
-        return tracker.unbatched(func, [node for _, node in tracked])
-    axes: list[BatchAxis | None] = []
+    shape, result = follower.result(func, *replaced(args, kwargs, lambda tensor: values.get(id(tensor), tensor)))
+    if not isinstance(result, Rows) or result.axis is None:
+        return tracker.unbatched(func, nodes)
+    of, axes, num = {id(tensor): rows for tensor, rows in found}, [], len(result.index)
     for tensor in tensors:
         rows = of.get(id(tensor))
-        if rows is not None and not rows.is_identity:
-            return tracker.unbatched(func, [node for _, node in tracked])
+        if rows is not None and (rows.axis is None or not torch.equal(rows.index, result.index)):
+            return tracker.unbatched(func, nodes)
         axes.append(None if rows is None else BatchAxis(rows.axis))
-    assert result.axis is not None
+    own = {
+        id(t): _copy(tracker, t, node, t.detach().expand(num, *t.shape), _axis(result.moved(0))) for t, node in tracked
+    }
     plan = CallLayout(tuple(axes), (BatchAxis(result.axis),))
-    return leaves.over_samples(tracker, func, args, kwargs, plan, tracked, tensors)
+    out = leaves.over_rows(func, args, kwargs, plan, own, tensors, num, nodes)
+    if out.shape != shape:  # a parameter has entries of its own for each row
+        return tracker.unbatched(func, nodes)
+    return out
 
 
 def plan_of(tracker: Tracker, func: Any, node: Node, tensors: Sequence[Tensor]) -> CallLayout | None:

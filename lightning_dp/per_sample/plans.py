@@ -19,6 +19,7 @@ from lightning_dp.per_sample._torch import in_backward
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import (
+    PENALTY,
     WAY_OUT,
     BatchAxis,
     CallLayout,
@@ -28,7 +29,7 @@ from lightning_dp.per_sample.layout import (
     solve_axis,
     tensors_of,
 )
-from lightning_dp.per_sample.learned import Key, Learned, Plan
+from lightning_dp.per_sample.learned import UNORDERED, Key, Learned, Plan
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -62,6 +63,7 @@ class Observer:
             with_grad=with_grad,
             meets_others=bool(plain),
             meets_gradient=any(tensor.requires_grad for tensor in plain),
+            like=None if tracker.rows_like is None else tracker.rows_like.detach(),
         )
         calls = self.seen.setdefault(keys[0], [])
         index = sum(other.with_grad for other in calls) if with_grad else len(calls)
@@ -92,7 +94,7 @@ class Learner:
         self.sizes = sizes
 
     def learn(self, names: set[str]) -> Learned:
-        """Return the plans of all operations.
+        """Return the plans of all operations, to be closed once the order of their rows was looked for.
 
         Args:
             names: qualified names of the parameters that are followed.
@@ -107,7 +109,6 @@ class Learner:
             found.names = names
             if found.spread == known.spread and _followed(found) == _followed(known):
                 self._check(observers, found, pending)
-                found.settle()
                 return found
             known = found
         raise PrivacyError(
@@ -150,6 +151,8 @@ class Learner:
                 unclear = [axis for axis in axes if isinstance(axis, Unclear)]
                 if unclear:
                     plans.append(unclear[0])
+                elif layout.unordered and not call.with_grad:
+                    plans.append(Unclear(UNORDERED.format(layout.unordered[0].multiplicity)))
                 elif any(isinstance(axis, BatchAxis) for axis in axes):
                     plans.append(layout)
                 elif call.meets_gradient:
@@ -163,7 +166,7 @@ class Learner:
     def _check(self, observers: list[Observer], found: Learned, pending: list[Key]) -> None:
         """Raise if a trained operation is not understood, or uses values that change with the batch."""
         first, second = (observer.seen for observer in observers)
-        labels = observers[0].labels | observers[1].labels
+        labels = found.labels = observers[0].labels | observers[1].labels
         for key, plans in found.plans.items():
             calls = first.get(key, second.get(key, []))
             for plan, call in zip(plans, calls, strict=False):
@@ -172,12 +175,11 @@ class Learner:
                 if key in pending:
                     raise PrivacyError(
                         f"Expected {labels[key]} to meet tensors with a batch axis, got one without a batch axis "
-                        "through which a gradient flows. A penalty on weights belongs into the optimizer's "
-                        f"weight_decay; a statistic of the batch mixes its samples; {WAY_OUT}."
+                        f"through which a gradient flows. {PENALTY}; a statistic of the batch mixes its samples; "
+                        f"{WAY_OUT}."
                     )
                 raise PrivacyError(
-                    f"Expected to see which samples {labels[key]} works on, but {plan.reason}. Give it one batch axis; "
-                    f"{WAY_OUT}."
+                    f"Expected to see which samples {labels[key]} works on, but {plan.reason}. {plan.way_out}"
                 )
         changing = [
             (key, i, j)

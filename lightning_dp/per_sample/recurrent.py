@@ -13,11 +13,12 @@ projection).
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
@@ -30,14 +31,32 @@ if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
 
 ORDERS = WeakTensorKeyDictionary()
-"""``batch_sizes`` of a packed sequence to its ``sorted_indices``, noted when a recurrent module is called."""
+"""``batch_sizes`` of a packed sequence to its ``sorted_indices``, noted when a recurrent layer of torch runs."""
+
+_PLAIN = {kind: kind.forward for kind in (nn.RNN, nn.LSTM, nn.GRU)}
+_watching = 0
 
 
-def note_order(module: Any, args: Any, kwargs: Any) -> None:
-    """Record, in a pre-hook of recurrent modules, the order of the samples in a packed sequence."""
-    given = args[0] if args else kwargs.get("input")
-    if isinstance(given, PackedSequence):
-        ORDERS[given.batch_sizes] = given.sorted_indices
+def watch_order(*, on: bool) -> None:
+    """Let the recurrent layers of torch note in which order a packed sequence holds the samples, until switched off.
+
+    Their ``forward`` is replaced on the class: a subclass may call it as ``super().forward``, without any hook.
+    """
+    global _watching
+    before, _watching = _watching, _watching + (1 if on else -1)
+    if not before or not _watching:
+        for kind, forward in _PLAIN.items():
+            kind.forward = _noting(forward) if on else forward  # type: ignore[method-assign]
+
+
+def _noting(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def noted(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(input, PackedSequence):
+            ORDERS[input.batch_sizes] = input.sorted_indices
+        return forward(self, input, *args, **kwargs)
+
+    return noted
 
 
 class _Time(torch.autograd.Function):
@@ -174,7 +193,9 @@ def _run_layer(
     with torch.no_grad():
         state = h0.unsqueeze(0).detach() if c0 is None else (h0.unsqueeze(0).detach(), c0.unsqueeze(0).detach())
         out = fused(x.detach(), state, plain, *options)[0]
-    tracker.hand_on(x, out)
+    if tracker.follower is not None:  # inputs that hold no data are those of whom the states belong to
+        given, x = [x, h0.unsqueeze(1), None if c0 is None else c0.unsqueeze(1)], x.view_as(x)
+        tracker.follower.hand_on(given, [x, out])
     gates_x = F.linear(x, weights.ih, weights.b_ih)
     gates_h = F.linear(torch.cat([h0.detach().unsqueeze(1), out[:, :-1]], 1), weights.hh, weights.b_hh)
     projected = None
@@ -187,7 +208,8 @@ def _run_layer(
     outputs: tuple[Tensor, Tensor | None] = _Time.apply(  # type: ignore[no-untyped-call]
         gates_x, gates_h, projected, h0, c0, kind, out, weights.hh.detach(), hr
     )
-    tracker.hand_on(x, *outputs)
+    if tracker.follower is not None:
+        tracker.follower.hand_on([x], outputs)
     return outputs
 
 
@@ -216,12 +238,13 @@ def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
     lengths = order = None
     if packed:
         data, batch_sizes, state, flat, has_biases, num_layers, dropout, train, bidirectional = args
-        if batch_sizes not in ORDERS:
-            raise PrivacyError(
-                f"Expected packed sequences in calls of nn.LSTM, nn.GRU and nn.RNN only, got a direct call of {kind}, "
-                f"which does not show the order of the samples. {WAY_OUT}."
-            )
-        order = ORDERS[batch_sizes]
+        if tracker.follower is None:  # else owners of rows are followed, in any order
+            if batch_sizes not in ORDERS:
+                raise PrivacyError(
+                    f"Expected packed sequences in calls of nn.LSTM, nn.GRU and nn.RNN only, got a direct call of "
+                    f"{kind}, which does not show the order of the samples. {WAY_OUT}."
+                )
+            order = ORDERS[batch_sizes]
         x, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes), batch_first=True)
         if order is not None:
             back = order.argsort()

@@ -25,10 +25,13 @@ from lightning_dp.per_sample.learned import Key, Learned
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, reporting_class
 from lightning_dp.per_sample.operations import ALIGNED, Bound, Operation, operation_of
 from lightning_dp.per_sample.plans import Observer
+from lightning_dp.per_sample.recurrent import watch_order
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.uses import Recorder, Use, tap_output
 from lightning_dp.per_sample.workspace import Workspace
+
+_GENERAL = Operation(lambda tracker, *given: tracker.general(*given))
 
 
 class Tracker:
@@ -56,9 +59,22 @@ class Tracker:
         self.function_class: type[Function] = reporting_class(Function, self)
         self._replaced: list[tuple[Tensor, type[Any]]] = []
         self._eager: Any = None
+        self._started = False
         self.follower: Follower | None = None
+        self.compares = False
+        """Whether owners of rows are compared with what their positions say."""
+        self.contradicted: str | None = None
+        """First use of which as many rows as were learned belong to other samples than their positions say."""
+        self.tried: set[Hashable] = set()
+        """Operations without a rule whose map over the samples has been compared with the operation."""
+        self.rows_like: Tensor | None = None
+        """Tensor whose rows have the order of those that the operation which runs is given."""
         self.num_misplaced = 0
         """Uses whose rows belong to other samples than their positions say, as far as both are known."""
+
+    def begin_comparison(self) -> None:
+        """Compare owners of rows with what their positions say, in the microbatches that follow."""
+        self.compares, self.num_misplaced, self.contradicted = True, 0, None
 
     # parameters
 
@@ -74,6 +90,8 @@ class Tracker:
     def start(self) -> None:
         """Make the parameters report every operation on them."""
         self._counts, self.stand_ins, self.untracked = {}, {}, set()
+        watch_order(on=True)
+        self._started = True
         for parameter in self.parameters.values():
             plain = type(parameter)
             if plain not in self._classes:
@@ -89,18 +107,14 @@ class Tracker:
         self.follower = Follower(self, size, constants)
         self.follower.__enter__()  # type: ignore[no-untyped-call]
 
-    def hand_on(self, tensor: Tensor, *results: Tensor | None) -> None:
-        """Copy the owners of a tensor's rows to results of a computation that does not report itself."""
-        if self.follower is not None:
-            for result in results:
-                if result is not None:
-                    self.follower.note(result, self.follower.owners_of(tensor))
-
     def stop(self) -> None:
         """Turn the parameters back into ordinary ones and forget every use."""
         if self.follower is not None:
             self.follower.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.follower = None
+        if self._started:
+            self._started = False
+            watch_order(on=False)
         for parameter, plain in self._replaced:
             parameter.__class__ = plain
         self._replaced, self.stand_ins = [], {}
@@ -172,11 +186,24 @@ class Tracker:
         with unreported():
             if self.observer is not None:
                 return self.observer.observe(self, func, args, kwargs)
+            if self.compares or (self.learned is not None and func.__name__ in self.learned.by_order):
+                self._count(func, args, kwargs)
             return operation.run(self, func, args, kwargs)
 
-    def primitive(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run one operation of a composite one, with the general handler."""
-        return self.run_one(Operation(lambda tracker, *given: tracker.general(*given)), func, args, kwargs)
+    def _count(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Count an operation among those of its kind on each of its parameters, as the observer did."""
+        if not in_backward():
+            nodes = (self.node_of(tensor) for tensor in tensors_in(args, kwargs))
+            for key in {(func.__name__, node.lineage) for node in nodes if node is not None}:
+                self._counts[key] = self._counts.get(key, -1) + 1
+
+    def primitive(self, func: Any, args: Any, kwargs: Any, operation: Operation = _GENERAL) -> Any:
+        """Run an operation that a composite one consists of; in the general way if it has no rule."""
+
+        def run() -> Any:
+            return self.run_one(operation, func, args, kwargs)
+
+        return run() if self.follower is None else self.follower.run(func, args, kwargs, run)
 
     def use(self, func: Any, args: Any, kwargs: Any, rule: Rule, bound: Bound) -> Any:
         """Run an operation that has a rule."""
@@ -269,19 +296,17 @@ class Tracker:
         if self.follower is not None:
             return owned_uses.plan_of(self, func, node, tensors)
         assert self.learned is not None
-        found = self.learned.plan((func.__name__, node.lineage), self.next_index, tensors, self.recorder.batch_size)
+        key = (func.__name__, node.lineage)
+        found = self.learned.plan(key, self.index_of(key), tensors, self.recorder.batch_size)
         if isinstance(found, str):
             raise PrivacyError(
                 f"Expected {func.__name__} to meet {node.name!r} in a way that was learned, {found} {WAY_OUT}."
             )
         return found
 
-    def next_index(self, key: Key) -> int | None:
-        """Return the number of earlier operations of a kind, and increment it; None in a recomputation."""
-        if in_backward():
-            return None
-        self._counts[key] = self._counts.get(key, -1) + 1
-        return self._counts[key]
+    def index_of(self, key: Key) -> int | None:
+        """Return how many operations of a kind came before the one that runs; None in a recomputation."""
+        return None if in_backward() else self._counts.get(key)
 
     def unbatched(self, func: Any, nodes: Any) -> Any:
         """Raise PrivacyError for an operation that does not keep the samples apart."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample import recurrent
 from lightning_dp.per_sample.rules.linear import LinearRule
 from tests.per_sample.checks import assert_engine_agrees, make_engine, run_batch
 
@@ -70,6 +71,48 @@ def test_packed_sequences_agree_with_batches_of_one(kind: Any, options: dict[str
     # the two samples that the layout is learned from are repeated: where they must be sorted, of one length
     assert lengths[0] == lengths[1] or not enforce_sorted
     assert_engine_agrees(module, loss, (DATA, lengths), size=6, single_loss=single)
+
+
+class Packing(nn.LSTM):
+    """A layer that packs by itself and calls that of torch without its hooks, plain or packed."""
+
+    def forward(self, x: Tensor, hx: Any = None, lengths: Tensor | None = None) -> Any:  # type: ignore[override]
+        if lengths is None:
+            return nn.LSTM.forward(self, x, hx)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, states = super().forward(packed, hx)
+        return pad_packed_sequence(out, batch_first=True)[0], states
+
+
+def test_subclasses_may_call_the_forward_of_torch() -> None:
+    torch.manual_seed(0)
+    module, lengths = Packing(3, 4, num_layers=2, batch_first=True).double(), torch.tensor([2, 5, 1, 4, 5, 3])
+
+    def loss(batch: Any) -> Tensor:
+        return outputs_of(module(batch[0], lengths=batch[1])) + outputs_of(module(batch[0]))
+
+    def single(batch: Any) -> Tensor:
+        return outputs_of(module(batch[0][:, : int(batch[1])])) + outputs_of(module(batch[0]))
+
+    assert_engine_agrees(module, loss, (DATA, lengths), size=6, single_loss=single)
+
+
+def test_layers_of_torch_get_their_forward_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrent, "_watching", 0)
+    for kind, forward in recurrent._PLAIN.items():
+        monkeypatch.setattr(kind, "forward", forward)
+    before = nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward
+    modules = [nn.LSTM(3, 4, batch_first=True) for _ in range(2)]
+    engines = [make_engine(module, lambda x, m=module: padded(m, x), DATA.float()) for module in modules]
+    assert (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward) == before
+    for engine in engines:
+        engine.begin(2)
+    assert nn.LSTM.forward is not before[0]
+    engines[0].end()
+    assert nn.LSTM.forward is not before[0]
+    engines[1].end()
+    engines[1].end()
+    assert (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward) == before
 
 
 def test_relu_projections_and_dropout_between_layers() -> None:

@@ -276,6 +276,42 @@ def test_a_loop_over_the_samples_is_refused() -> None:
         make_engine(module, _loss(module), _data(3))
 
 
+def test_one_layer_on_constants_and_on_data() -> None:
+    """Data that require no gradient are distinguished from the constants on which the same layer ran before."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = self.layer(x.new_ones(2, 3))
+            return self.head(self.layer(x) @ table.T @ table)
+
+    torch.manual_seed(0)
+    module = Both().double()
+    assert_engine_agrees(module, _loss(module), _data(3))
+
+
+def test_a_penalty_on_weights_counts_in_each_samples_loss() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2).double()
+    assert_engine_agrees(module, lambda x: module(x).square().sum(1) + module.weight.square().sum(), _data(3))
+
+
+@pytest.mark.parametrize("how", ["penalty", "as many rows for any batch"])
+def test_what_sees_no_samples_is_refused(how: str) -> None:
+    module = nn.Linear(3, 2)
+
+    def loss(x: Tensor) -> Tensor:
+        if how == "penalty":
+            return module(x).square().sum(1).mean() + module.weight.square().sum()
+        return module(x[torch.randint(len(x), (4,))]).square().mean()
+
+    with pytest.raises(PrivacyError, match=r"(?s)penalty on weights to the loss of each sample.*grad_sample='single'"):
+        run_batch(make_engine(module, loss, torch.randn(6, 3)), loss, torch.randn(6, 3), 6)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,376 @@
+"""Owners of rows through operations: what agrees with batches of one, and what must be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample import PerSampleEngine
+from tests.per_sample.checks import make_engine, run_batch
+from tests.per_sample.test_owners import GCN, _collate_graphs, _features, _graph, assert_agrees, make
+from tests.per_sample.test_tracker import Uses, drawn
+
+LENGTHS = torch.tensor([2, 5, 1, 4, 5, 3])
+
+
+def bags_of(*shape: int) -> list[Tensor]:
+    """Records with 1, 3, 5, 7 rows: positions do not tell their owners."""
+    return [_features(1 + 2 * i, *shape, seed=i) for i in range(4)]
+
+
+def summed(rows: Tensor, bags: list[Tensor]) -> Tensor:
+    """The losses of the bags, from one row for each of their rows."""
+    return torch.stack([one.square().sum() for one in rows.split([len(bag) for bag in bags])])
+
+
+# what a network may do with the rows of all bags, shape (R, 4, 3)
+WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
+    "product of two functions of parameters": (
+        lambda m, x: x @ (m.a.tanh() @ m.b.tanh()),
+        {"a": drawn(3, 2), "b": drawn(2, 3)},
+    ),
+    "products in stacks": (lambda m, x: x.unsqueeze(1) @ (m.w.exp() @ m.w.mT), {"w": drawn(2, 3, 3)}),
+    "pooled parameters": (lambda m, x: x @ F.max_pool1d(m.w, 2), {"w": drawn(3, 4)}),
+    "pooled rows": (
+        lambda m, x: F.adaptive_max_pool1d(F.max_pool1d(x * m.w, 2, return_indices=True)[0], 1),
+        {"w": drawn(3)},
+    ),
+    "unpooled rows": (
+        lambda m, x: F.max_unpool1d(*F.max_pool1d(x.mT, 2, return_indices=True), 2) * m.w,
+        {"w": drawn(4)},
+    ),
+    "times in front": (
+        lambda m, x: m.layer(x.transpose(0, 1).reshape(-1, 3)).view(4, -1, 3).transpose(0, 1),
+        {"layer": nn.Linear(3, 3)},
+    ),
+    "attention over positions": (
+        lambda m, x: m.layer(x, x, x, need_weights=False)[0],
+        {"layer": nn.MultiheadAttention(3, 1, batch_first=True)},
+    ),
+    "spectra": (
+        lambda m, x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * torch.view_as_complex(m.w), n=4, dim=1),
+        {"w": drawn(3, 3, 2)},
+    ),
+    "distances": (lambda m, x: torch.cdist(x[:, 0], m.w), {"w": drawn(5, 3)}),
+    "cosines": (lambda m, x: F.cosine_similarity(x[:, :1], m.w[None], dim=-1), {"w": drawn(5, 3)}),
+    "entries by two indices": (
+        lambda m, x: m.w[(x[:, 0, 0] > 0).long(), (x[:, 1, 0] > 0).long() - 1] * x[:, 0, 0],
+        {"w": drawn(2, 2)},
+    ),
+    "type of the rows": (lambda m, x: x * m.w.float().to(x) * m.w.type_as(x), {"w": drawn(3)}),
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_operations_on_owned_rows_agree_with_batches_of_one(way: str) -> None:
+    torch.manual_seed(0)
+    function, held = WAYS[way]
+    module, bags = Uses(function, **held), bags_of(4, 3)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        return summed(module(torch.cat(batch)), batch)
+
+    engine = assert_agrees(module, loss, lambda chosen: [bags[i] for i in chosen], rtol=1e-6 if "type" in way else 1e-9)
+    assert engine.follows_owners
+
+
+def test_a_state_repeated_for_every_sample_agrees() -> None:
+    torch.manual_seed(0)
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        return m.next(m.layer(x, m.state.expand(len(x), -1)))[0] * m.gain.repeat(len(x), 1)
+
+    first = nn.Linear(3, 3).double()
+    held = {
+        "first": first,
+        "layer": nn.GRUCell(3, 3),
+        "next": nn.LSTMCell(3, 3),
+        "state": drawn(1, 3),
+        "gain": drawn(1, 3),
+    }
+    module, bags = Uses(function, **held), bags_of(3)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        rows = first(torch.cat(batch)).split([len(bag) for bag in batch])
+        return module(torch.stack([one.mean(0) for one in rows])).square().sum(1)
+
+    for size in (2, 3, 4):
+        engine = assert_agrees(module, loss, lambda chosen: [bags[i].clone() for i in chosen], size=size)
+        assert engine.follows_owners
+
+
+def test_rows_in_an_order_of_the_data_agree() -> None:
+    torch.manual_seed(0)
+    layer, bags = nn.Linear(3, 3).double(), bags_of(3)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        rows = torch.cat(batch)
+        order = rows[:, 0].argsort()
+        return summed(layer(rows[order])[order.argsort()], batch)
+
+    assert assert_agrees(layer, loss, lambda chosen: [bags[i] for i in chosen]).follows_owners
+
+
+# ---------------------------------------------------------------- recurrent layers
+
+
+class FromStates(nn.Module):
+    """Recurrent layers whose states are given; rows of a bag are its times."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.encoder, self.decoder = nn.LSTM(3, 4, batch_first=True), nn.LSTM(2, 4, batch_first=True)
+        self.double()
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, lengths = batch
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        zeros = x.new_zeros(1, len(x), 4)
+        _, hidden, cell = torch._VF.lstm(  # type: ignore[attr-defined]
+            packed.data, packed.batch_sizes, (zeros, zeros), self.encoder._flat_weights, True, 1, 0.0, False, False
+        )
+        hidden, cell = (state.index_select(1, packed.unsorted_indices) for state in (hidden, cell))
+        if self.how == "hidden state of another":
+            hidden = hidden.flip(1)
+        elif self.how == "cell state of another":
+            cell = cell.flip(1)
+        given = x[:, :2, :2] if "another" in self.how else x.new_zeros(len(x), 3, 2)
+        return self.decoder(given, (hidden, cell))[0].square().sum((1, 2))
+
+
+def test_a_kernel_called_directly_agrees_by_owners() -> None:
+    """The encoder gets packed rows in an order of the lengths, the decoder nothing but the encoder's states."""
+    torch.manual_seed(0)
+    module, data = FromStates("fed by zeros"), _features(6, 5, 3)
+    for size in (2, 4, 6):
+        assert assert_agrees(module, module, lambda chosen: (data[chosen], LENGTHS[chosen]), size=size).follows_owners
+
+
+@pytest.mark.parametrize("how", ["hidden state of another", "cell state of another"])
+def test_states_of_another_sample_are_refused(how: str) -> None:
+    module, data = FromStates(how), _features(6, 5, 3)
+    with pytest.raises(PrivacyError, match="meet rows of known samples"):
+        make(module, module, lambda chosen: (data[chosen], LENGTHS[chosen]))
+
+
+def test_an_order_that_lies_does_not_change_the_owners() -> None:
+    """A packed sequence that names another order than that of its rows, which the layer then gives back."""
+    torch.manual_seed(0)
+    module, bags = nn.ModuleList([nn.GRU(3, 4, batch_first=True), nn.Linear(3, 3)]).double(), bags_of(3)[1:]
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        padded = nn.utils.rnn.pad_sequence([module[1](bag) for bag in batch], batch_first=True)
+        true = pack_padded_sequence(padded, torch.tensor([len(bag) for bag in batch]), True, False)
+        lie = true.sorted_indices.flip(0)
+        found = module[0](PackedSequence(true.data, true.batch_sizes, lie, lie.argsort()))[1][0]
+        return found[lie][true.unsorted_indices].square().sum(1)
+
+    assert assert_agrees(module, loss, lambda chosen: [bags[i] for i in chosen], size=3).follows_owners
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("how", ["edges", "repeated index", "self loops"])
+def test_edges_between_graphs_are_refused(how: str) -> None:
+    module, data = GCN("self loops" if how == "self loops" else "gcn"), [_graph(seed) for seed in range(4)]
+    module.att.requires_grad_(False)
+    module.of_edges.requires_grad_(False)
+
+    def batch_of(chosen: list[int]) -> dict[str, Tensor]:
+        batch = _collate_graphs([data[i] for i in chosen])
+        batch["edge_index"][1, 0] = len(batch["x"]) - 1  # the first edge of the first graph ends in the last one
+        return batch
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        if how != "repeated index":
+            return module(batch)
+        rows = module.first(batch["x"])[batch["edge_index"][0]]
+        index = batch["edge_index"][1].unsqueeze(1).repeat(1, 5)
+        rows = torch.zeros(len(batch["x"]), 5, dtype=rows.dtype).scatter_reduce_(0, index, rows, "sum")
+        return module.second(rows).new_zeros(len(batch["y"])).index_add(0, batch["batch"], module.second(rows).sum(1))
+
+    with pytest.raises(PrivacyError, match="meet rows of known samples"):
+        make(module, loss, batch_of)
+
+
+def test_owners_that_lie_are_refused() -> None:
+    """One row of a set is said to belong to another one, into whose sum it does not go."""
+    layer, bags = nn.Linear(3, 3).double(), bags_of(3)[1:]
+
+    def batch_of(chosen: list[int]) -> dict[str, Tensor]:
+        members = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(bags[i]) for i in chosen]))
+        lie = members.clone()
+        lie[0] = len(chosen) - 1
+        return {"rows": torch.cat([bags[i] for i in chosen]), "members": members, "sample_of_row": lie}
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        rows, members = batch["rows"], batch["members"]
+        sums = rows.new_zeros(int(members.max()) + 1, 3).index_add_(0, members, layer(rows))
+        return layer(sums).square().sum(1)
+
+    with pytest.raises(PrivacyError, match="rows that come from index_add_"):
+        make(layer, loss, batch_of)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_tensor_that_two_records_hold_is_refused(shared: bool) -> None:
+    """Its gradients would count for one of them alone; a record that is there twice, whole, is one record."""
+    layer, common = nn.Linear(3, 3).double(), _features(2, 3)
+    records = [{"x": common if shared else common.clone(), "y": _features(1 + i, 3, seed=i)} for i in range(3)]
+
+    def loss(batch: list[dict[str, Tensor]]) -> Tensor:
+        return torch.stack([(layer(one["x"]).sum() - layer(one["y"]).sum()).square() for one in batch])
+
+    if not shared:
+        assert make(layer, loss, lambda chosen: [records[i] for i in chosen]).follows_owners
+        return
+    with pytest.raises(PrivacyError, match="rows that come from a tensor that two records share"):
+        make(layer, loss, lambda chosen: [records[i] for i in chosen])
+
+
+def test_an_index_that_differs_between_columns_is_refused() -> None:
+    layer, bags = nn.Linear(3, 3).double(), bags_of(3)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        rows = torch.cat(batch)
+        index = torch.arange(len(rows)).unsqueeze(1).repeat(1, 3)
+        index[:, 2] = index[:, 2].flip(0)
+        return layer(torch.zeros_like(rows).scatter_add_(0, index, rows)).sum(1)
+
+    with pytest.raises(PrivacyError, match="rows that come from scatter_add_"):
+        make(layer, loss, lambda chosen: [bags[i] for i in chosen])
+
+
+def test_entries_of_a_parameter_for_each_sample_are_refused() -> None:
+    """A map over the samples would give each of them all entries."""
+    module, bags = Uses(lambda m, x: torch.bmm(m.w[: len(x)] + 0.0, x), w=drawn(9, 2, 4)), bags_of(4, 3)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        first = torch.stack([bag[0] for bag in batch])
+        return module(first).square().sum((1, 2))
+
+    engine = PerSampleEngine(module)
+    engine.attach()
+    engine.set_parameters(dict(module.named_parameters()))
+
+    def run(size: int) -> None:
+        batch = (bags * 2)[:size]
+        engine.see(batch)
+        loss(batch).sum().backward()
+
+    with pytest.raises(PrivacyError, match=r"(keep the samples apart|can be computed for every sample by itself)"):
+        engine.learn_layout(run)
+
+
+# ---------------------------------------------------------------- orders of folded rows
+
+
+class TwoFolds(nn.Module):
+    """One layer on rows that are neighbours, one on rows that are apart and all alike when they are first seen."""
+
+    def __init__(self, *, followed: bool = True) -> None:
+        super().__init__()
+        self.followed = followed
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.gate = nn.Parameter(torch.zeros(3))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.first(x.flatten(0, 1)).view(x.shape)
+        if not self.followed:
+            rows = rows + torch.from_numpy(rows.detach().numpy() * 0)
+        apart = (rows * self.gate).transpose(0, 1).reshape(-1, 3)
+        return (rows + self.last(apart).view(x.shape[1], -1, 3).transpose(0, 1)).square().sum((1, 2))
+
+
+def test_rows_all_alike_do_not_take_the_order_of_others() -> None:
+    torch.manual_seed(0)
+    module, data = TwoFolds(), _features(6, 4, 3)
+    engine = assert_agrees(module, module, lambda chosen: data[chosen], size=6)
+    assert not engine.follows_owners  # owners settle the order, once
+
+
+def test_rows_all_alike_whose_owners_are_lost_are_refused() -> None:
+    module, data = TwoFolds(followed=False), _features(6, 4, 3)
+    with pytest.raises(PrivacyError, match=r"linear of 'last.weight'.*4 rows per sample.*Nor can rows be followed"):
+        make(module, module, lambda chosen: data[chosen])
+
+
+class Experts(nn.Module):
+    """Rows sorted by their expert, and one product for the rows of each expert, as mixtures have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(3, 3), nn.Parameter(drawn(2, 3, 3))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.first(x.flatten(0, 1))
+        expert = (x.flatten(0, 1)[:, 0] > 0).long()
+        order = expert.argsort(stable=True)
+        made = _grouped(rows[order], self.weight, expert.bincount(minlength=2).cumsum(0))
+        return made[order.argsort()].view(x.shape).square().sum((1, 2))
+
+
+def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """A product that torch dispatches as a whole: rows up to each end with the weight of their own."""
+    if torch.overrides.has_torch_function((rows, weight)):
+        return torch.overrides.handle_torch_function(_grouped, (rows, weight), rows, weight, ends)
+    of = torch.searchsorted(ends, torch.arange(len(rows)), right=True)
+    return (rows.unsqueeze(1) @ weight[of.clamp(max=len(weight) - 1)]).squeeze(1)
+
+
+def test_rows_sorted_by_data_are_not_dealt_out_by_position() -> None:
+    module, data = Experts(), _features(6, 4, 3)
+    with pytest.raises(PrivacyError, match=r"rows of _grouped of .*in the order of the samples, got them in another"):
+        make(module, module, lambda chosen: data[chosen])
+
+
+def test_a_map_over_samples_does_not_change_the_forward() -> None:
+    """Where the layout was learned, one expert had all rows; the map would give each sample the ends of all."""
+    module, data = Experts(), _features(6, 4, 3)
+    data[..., 0] = data[..., 0].abs() * torch.tensor([-1, -1, 1, 1, 1, 1])[:, None]
+    engine = make_engine(module, module, data)
+    with pytest.raises(PrivacyError, match=r"Expected _grouped of 'weight' to keep the samples apart"):
+        run_batch(engine, module, data, 4)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("alike", [True, False])
+def test_attention_over_few_tokens_agrees(tokens: int, batch_first: bool, alike: bool) -> None:
+    """As many tokens as samples, or half as many; tokens whose values are all equal."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=batch_first).double()
+    data = _features(6, 1, 4).expand(6, tokens, 4).contiguous() if alike else _features(6, tokens, 4)
+
+    def loss(x: Tensor) -> Tensor:
+        return (layer(x) if batch_first else layer(x.transpose(0, 1)).transpose(0, 1)).square().sum((1, 2))
+
+    for size in (2, 4):
+        assert_agrees(layer, loss, lambda chosen: data[chosen], size=size)
+
+
+def test_one_size_does_not_tell_samples_from_columns() -> None:
+    """Two samples in a batch of two columns, where only runs on two were seen."""
+    module = nn.Linear(3, 1)
+    engine = PerSampleEngine(module)
+    engine._learning_size = 2
+    engine.see((torch.zeros(2, 3), torch.zeros(2)))
+    engine._learning_size, engine._follows_owners = None, True
+    engine.set_parameters(dict(module.named_parameters()))
+    engine.begin(2)
+    batch = (torch.zeros(2, 3), torch.zeros(2))
+    engine.see(batch)
+    with pytest.raises(PrivacyError, match="meet rows of known samples"):
+        module(batch[0])
+    engine.end()
