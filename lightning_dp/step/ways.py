@@ -162,7 +162,7 @@ class OneByOne:
 
 def _public(reason: PrivacyError) -> str:
     """Return a reason without its numbers, which may be sizes of records; digits within names stay."""
-    return re.sub(r"(?<![\w.'])\d+(?![\w.'])", "#", str(reason))
+    return re.sub(r"(?<![\w.'])\d+(?![\w'])(?!\.\w)", "#", str(reason))
 
 
 def _times(gradients: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
