@@ -30,7 +30,7 @@ def make_clipping(spec: str | Clipping, max_grad_norm: float) -> Clipping:
 
     Example:
         >>> make_clipping("per_layer", 0.5)
-        PerLayerClipping(max_grad_norm=0.5, max_grad_norms=None, noise='equal', group_weights=None)
+        PerLayerClipping(max_grad_norm=0.5, max_grad_norms=None, noise='least', group_weights=None)
     """
     if isinstance(spec, Clipping):
         return spec

@@ -31,14 +31,17 @@ class PerLayerClipping(FactorClipping):
         noise="equal":  sigma_l^2 = sigma^2 sum_j R_j^2
                         total     = sigma^2 (sum_l R_l^2) (sum_l d_l)
 
+    "least" is the default: in 12 comparisons at equal epsilon it was better in 6 and worse in none
+    (benchmarks/units_and_noise.md).
+
     **Guarantee**: see ``Clipping``; sensitivity sqrt(sum_l R_l^2), which is R for the default bounds.
 
     Args:
         max_grad_norm: R, the bound over all groups, in [1e-30, 1e30]; not used if ``max_grad_norms`` is given.
         max_grad_norms: the bounds R_l: one per group in the order of ``groups``, or a mapping from module name (the
             parameters' name up to the last dot, "" for the root) to bound. ``None``: R / sqrt(G) each.
-        noise: "equal", the same std on every coordinate, or "least", the smallest total noise with the same privacy:
-            less on large groups, more on small ones.
+        noise: "least", the smallest total noise with the same privacy, less on large groups and more on small ones; or
+            "equal", the same std on every coordinate, which correlated noise and canaries in gradient space need.
         group_weights: mapping from patterns of parameter names ("encoder.*") to relative bounds w_l, for groups by
             pattern: ``R_l = R w_l / sqrt(sum_j w_j^2)``. A parameter belongs to the first pattern that matches.
 
@@ -51,7 +54,7 @@ class PerLayerClipping(FactorClipping):
         [['conv.weight', 'conv.bias'], ['head.weight']]
         >>> PerLayerClipping(max_grad_norms=(3.0, 4.0)).sensitivity(2)
         5.0
-        >>> [round(share, 2) for share in PerLayerClipping(noise="least").noise_shares([10_000, 100])]
+        >>> [round(share, 2) for share in PerLayerClipping().noise_shares([10_000, 100])]
         [0.74, 2.35]
 
     References:
@@ -61,7 +64,7 @@ class PerLayerClipping(FactorClipping):
 
     max_grad_norm: float = 1.0
     max_grad_norms: Sequence[float] | Mapping[str, float] | None = None
-    noise: Literal["equal", "least"] = "equal"
+    noise: Literal["equal", "least"] = "least"
     group_weights: Mapping[str, float] | None = None
     name: ClassVar[str] = "per_layer"
 

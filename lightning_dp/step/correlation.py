@@ -165,8 +165,9 @@ def check_releases(*, automatic: bool, num_private_optimizers: int, shares_noise
     """
     if shares_noise:
         raise ValueError(
-            'Expected the same noise on all coordinates with correlated noise, got PerLayerClipping(noise="least"). '
-            f"Earlier noise is drawn again for the whole gradient at once: pass noise='equal' there, or {_INDEPENDENT}."
+            'Expected the same noise on all coordinates with correlated noise, got PerLayerClipping(noise="least"), '
+            "its default. Earlier noise is drawn again for the whole gradient at once: pass "
+            f"PerLayerClipping(noise='equal'), or {_INDEPENDENT}."
         )
     if not automatic or num_private_optimizers > 1:
         got = "manual optimization" if not automatic else f"{num_private_optimizers} private optimizers"

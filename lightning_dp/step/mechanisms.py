@@ -262,8 +262,8 @@ class Mechanisms:
         if self.canaries.needs_factors and clipping.shares_noise:
             raise ValueError(
                 "Expected the same noise on all coordinates with canaries in gradient space, got "
-                "PerLayerClipping(noise=\"least\"). Their scores are those of one std: pass noise='equal' there, or "
-                "PrivacyAudit(canaries=...)."
+                'PerLayerClipping(noise="least"), its default. Their scores are those of one std: pass '
+                "PerLayerClipping(noise='equal'), or PrivacyAudit(canaries=...)."
             )
         if not self.bound.is_fixed:
             self._check_bound(clipping, self._owner("bound"), num_private_optimizers)

@@ -12,9 +12,10 @@ from lightning.pytorch.loggers import CSVLogger
 from scipy.special import ndtr
 from scipy.stats import binom
 
-from lightning_dp import DPStrategy, PrivacyAudit, PrivacyError, RandomSparsification, TopAgg
+from lightning_dp import DPStrategy, PerLayerClipping, PrivacyAudit, PrivacyError, RandomSparsification, TopAgg
 from lightning_dp.accounting import gaussian_epsilon
 from lightning_dp.auditing.estimates import clopper_pearson_upper
+from lightning_dp.clipping import Clipping
 from lightning_dp.reporting.card import RunNotes
 from tests.auditing.models import ALMOST_SURE, DELTA, Idle, Overfitting, audited, zeros_loader
 from tests.helpers import Classifier, Recorder, make_loader, make_trainer
@@ -93,8 +94,8 @@ def test_real_records_enter_the_sum_as_they_do_without_canaries(tmp_path: Path) 
     torch.testing.assert_close(moved, torch.ones_like(moved), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("clipping", ["per_layer", "automatic"])
-def test_other_clippings(tmp_path: Path, clipping: str) -> None:
+@pytest.mark.parametrize("clipping", [PerLayerClipping(noise="equal"), "automatic"])
+def test_other_clippings(tmp_path: Path, clipping: str | Clipping) -> None:
     strategy = DPStrategy(noise_multiplier=1.0, target_delta=DELTA, clipping=clipping, check_per_sample=False)
     audit, _ = audited(tmp_path, strategy=strategy, epochs=4)
     assert audit.result is not None

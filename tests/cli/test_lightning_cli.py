@@ -105,6 +105,7 @@ def test_correlated_noise_on_the_command_line(cli: Any) -> None:
         "--trainer.strategy.noise.decay=0.9",
         "--trainer.strategy.clipping=lightning_dp.PerLayerClipping",
         "--trainer.strategy.clipping.group_weights={'*.weight': 2.0, '*': 1.0}",
+        "--trainer.strategy.clipping.noise=equal",
         "--trainer.max_epochs=1",
         "--trainer.accelerator=cpu",
         "--trainer.limit_val_batches=0",

@@ -26,7 +26,7 @@ CONTRACT: list[tuple[Clipping, int]] = [
     (PerLayerClipping(0.7), 3),
     (PerLayerClipping(max_grad_norms=(0.1, 1e-5, 30.0)), 3),
     (PerLayerClipping(max_grad_norms={"a": 0.1, "b": 2.0}), 2),
-    (PerLayerClipping(0.7, noise="least"), 3),
+    (PerLayerClipping(0.7, noise="equal"), 3),
     (PerLayerClipping(0.7, group_weights={"a.*": 0.5, "b.*": 3.0}), 2),
     (AutomaticClipping(), 1),
     (AutomaticClipping(gamma=0.0), 1),

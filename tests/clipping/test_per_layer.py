@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_dp.clipping import FlatClipping, PerLayerClipping
+from lightning_dp.clipping import FlatClipping, PerLayerClipping, make_clipping
 
 BOUNDS, SIZES = (3.0, 0.5, 1.0), (1000, 40, 7)
 
@@ -49,10 +49,16 @@ def test_least_noise_is_equal_noise_where_bounds_follow_sizes() -> None:
 
 
 def test_equal_noise_is_not_shared_out() -> None:
-    for clipping in (PerLayerClipping(), FlatClipping()):
+    for clipping in (PerLayerClipping(noise="equal"), FlatClipping()):
         assert clipping.noise_shares([3, 4]) == ()
         assert not clipping.shares_noise
-    assert PerLayerClipping(noise="least").scaled(2.0).noise_shares([3, 4]) != ()
+    assert PerLayerClipping(noise="equal").scaled(2.0).noise_shares([3, 4]) == ()
+
+
+def test_least_noise_is_the_default() -> None:
+    for clipping in (PerLayerClipping(), PerLayerClipping().scaled(2.0), make_clipping("per_layer", 0.5)):
+        assert clipping.shares_noise
+        assert clipping.noise_shares([3, 4]) == PerLayerClipping(noise="least").noise_shares([3, 4]) != ()
 
 
 def test_groups_follow_the_first_pattern() -> None:

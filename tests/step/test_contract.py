@@ -29,7 +29,7 @@ from tests.step.composition.table import BOUNDS, MASKS, NOISES, PHASES, Combinat
 from tests.step.rig import STEPS, KnownNoise, Rig, Run, make_settings
 
 #: With noise that is shared out between groups, which is drawn in several parts.
-CLIPPINGS = {**table.CLIPPINGS, "per_layer_least": lambda: PerLayerClipping(0.5, noise="least")}
+CLIPPINGS = {**table.CLIPPINGS, "per_layer_least": lambda: PerLayerClipping(0.5)}
 #: Combinations that share clipping, mask and bound; each is run under every schedule of the noise and every phase.
 GROUPS = list(itertools.product(CLIPPINGS, MASKS, BOUNDS))
 LEGAL = [names for names in GROUPS if not Combination(names[0], names[1], bound=names[2]).refusal]

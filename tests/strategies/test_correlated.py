@@ -22,6 +22,7 @@ from lightning_dp import (
     CorrelatedNoise,
     DPStrategy,
     NoiseScheduler,
+    PerLayerClipping,
     PrivacyAudit,
     PrivacyBudget,
     PrivacyError,
@@ -30,6 +31,7 @@ from lightning_dp import (
     make_private,
 )
 from lightning_dp.accounting import gaussian_epsilon
+from lightning_dp.clipping import Clipping
 from tests.auditing.checks import Watching
 from tests.helpers import Classifier, Recorder, make_dataset, make_loader, make_trainer
 from tests.strategies.test_manual import GAN
@@ -114,8 +116,8 @@ def test_the_whole_run_is_one_gaussian(tmp_path: Any) -> None:
     assert "noise: correlated between steps (decay 0.8), one Gaussian for the whole run of 16 steps" in text
 
 
-@pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic", "psac"])
-def test_runs_on_neighbouring_data_differ_by_the_sensitivity(tmp_path: Any, clipping: str) -> None:
+@pytest.mark.parametrize("clipping", ["flat", PerLayerClipping(noise="equal"), "automatic", "psac"])
+def test_runs_on_neighbouring_data_differ_by_the_sensitivity(tmp_path: Any, clipping: str | Clipping) -> None:
     """A record that contributes nothing in one of them: C times the difference is at most drawn_std / sigma, at one
     record so.
     """
