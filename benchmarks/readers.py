@@ -1,4 +1,4 @@
-"""Readers of the file formats of the public data sets: IDX, a pickle of arrays, census rows, comma-separated tables."""
+"""Readers of the file formats of the public data sets: IDX, a pickle of arrays, census rows, tables, sentences."""
 
 from __future__ import annotations
 
@@ -125,3 +125,11 @@ def keel(text: str) -> tuple[np.ndarray, np.ndarray]:
     rows = [[item.strip() for item in line.split(",")] for line in text.splitlines() if line.strip()]
     labels = [ord(row[-1]) - ord("A") if row[-1].isalpha() else int(row[-1]) for row in rows]
     return np.array([row[:-1] for row in rows], np.float32), np.array(labels, np.int64)
+
+
+def ratings(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sentences of lines "number, mean rating, sentence", separated by tabs, and whether the rating is above
+    0.
+    """
+    rows = [line.split("\t", 2) for line in text.splitlines() if line.strip()]
+    return np.array([row[2].strip() for row in rows]), np.array([float(row[1]) > 0 for row in rows], np.int64)

@@ -71,6 +71,11 @@ TASKS = {
     "fashion_mnist": Task("Fashion-MNIST, linear on wavelet features", FASHION, {}),
     "adult linear": Task("Adult, linear", ADULT, SMALL),
     "adult mlp": Task("Adult, 48-64-2 perceptron", ADULT.but(network="adult mlp"), SMALL),
+    "movies": Task(
+        "Film reviews, linear on embeddings of a frozen MiniLM",
+        Run("movies:minilm", "text linear", 20, 512, 8.0, epsilon=3.0, clip=1.0),
+        {"lr": (2.0, 4.0, 8.0, 16.0), "batch": (256, 512, 1024)},
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.images import NETWORKS, split_of
@@ -25,13 +26,17 @@ from benchmarks.stats import Mean, mean_of
 from lightning_dp import (
     AdaptiveClipping,
     AutoThreshold,
+    CorrelatedNoise,
     DPStrategy,
     MagnitudePruning,
     NoiseScheduler,
+    PerLayerClipping,
     RandomSparsification,
     SwitchToDP,
+    TopAgg,
 )
 from lightning_dp.accounting import make_accountant
+from lightning_dp.clipping import Clipping
 
 DELTA = 1e-5
 #: Samples on the device at once, for convolutions and for other networks; results do not depend on it.
@@ -51,6 +56,8 @@ CALLBACKS: dict[str, Callable[[str, int], L.Callback]] = {
     "private until": lambda value, seed: SwitchToDP(int(value), reverse=True),
 }
 
+#: Decays of the averages of the weights; step t uses min(decay, (1 + t) / (10 + t)).
+DECAYS = (0.95, 0.98, 0.99)
 
 #: Noise multipliers that a target epsilon has led to in this process, by what they depend on.
 _calibrated: dict[tuple[Any, ...], float] = {}
@@ -69,12 +76,16 @@ class Run:
         sigma: noise multiplier; or
         epsilon: what sigma is calibrated to; neither trains without privacy.
         clip: bound on the norm of one record's gradient.
-        clipping: of ``DPStrategy``.
+        clipping: of ``DPStrategy``; or "equal" or "least", the noise of ``PerLayerClipping``; or "top" and the share of
+            coordinates that ``TopAgg`` keeps.
         momentum: of SGD.
         decay: whether the rate falls to nothing in a straight line.
         method: key of ``CALLBACKS`` and a number.
         report: judged on the test split, else on the validation records.
         seed: of weights and masks; sampling and noise are not seeded.
+        sampling: of ``DPStrategy``.
+        correlated: whether noise is correlated between steps, with ``decay="auto"``.
+        average: whether averages of the weights are judged as well.
     """
 
     data: str
@@ -91,6 +102,9 @@ class Run:
     method: str = ""
     report: bool = False
     seed: int = field(default=0)
+    sampling: str = "poisson"
+    correlated: bool = False
+    average: bool = False
 
     def but(self, **changes: Any) -> Run:
         """Return the same run with other values."""
@@ -122,6 +136,48 @@ class Model(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
+class Averages(L.Callback):
+    """Exponential averages of the weights, one per decay; the module itself is left alone.
+
+    Lightning's ``WeightAveraging`` with such an ``avg_fn`` differs in one thing: it begins with the weights of step 1.
+
+    Args:
+        decays: d; step t = 1, 2, ... uses min(d, (1 + t) / (10 + t)).
+    """
+
+    def __init__(self, decays: Iterable[float] = DECAYS) -> None:
+        self.decays = tuple(decays)
+        self.weights: dict[float, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        start = parameters_to_vector(pl_module.parameters()).detach()
+        self.weights = {decay: start.clone() for decay in self.decays}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        now, step = parameters_to_vector(pl_module.parameters()).detach(), trainer.global_step
+        for decay, weights in self.weights.items():
+            weights.lerp_(now, 1 - min(decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def accuracies(
+        self, module: L.LightningModule, network: torch.nn.Module, records: TensorDataset
+    ) -> dict[str, float]:
+        """Return the accuracy by decay; the module has its own weights again afterwards."""
+        last, found = parameters_to_vector(module.parameters()).clone(), {}
+        for decay, weights in self.weights.items():
+            vector_to_parameters(weights, module.parameters())
+            found[f"{decay:g}"] = accuracy(network, records)
+        vector_to_parameters(last, module.parameters())
+        return found
+
+
+def clipping_of(run: Run) -> str | Clipping:
+    """Return the clipping that a run names."""
+    if run.clipping in ("equal", "least"):
+        return PerLayerClipping(run.clip, noise=run.clipping)
+    return TopAgg(float(run.clipping.split()[1])) if run.clipping.startswith("top ") else run.clipping
+
+
 @torch.no_grad()
 def accuracy(network: torch.nn.Module, records: TensorDataset) -> float:
     """Return the share of records whose largest logit is their label's."""
@@ -151,27 +207,30 @@ def execute(run: Run) -> dict[str, Any]:
     """Train once and judge once, after the last epoch.
 
     Returns:
-        ``accuracy``, ``epsilon`` by accountant at delta 1e-5, ``sigma``, ``steps``, ``seconds`` of wall clock and of
-        the processor.
+        ``accuracy``, ``averages`` by decay where asked for, ``epsilon`` by accountant at delta 1e-5, ``sigma``,
+        ``steps``, ``seconds`` of wall clock and of the processor.
     """
     began, work = time.perf_counter(), time.process_time()
     split, strategy = split_of(run.data, report=run.report), None
-    known = (run.epsilon, run.epochs, run.batch, len(split.train), run.method)
+    known = (run.epsilon, run.epochs, run.batch, len(split.train), run.method, run.sampling, run.correlated)
     sigma = run.sigma if run.epsilon is None else _calibrated.get(known)
     if sigma is not None or run.epsilon is not None:
         noise = {"target_epsilon": run.epsilon} if sigma is None else {"noise_multiplier": sigma}
         strategy = DPStrategy(
             target_delta=DELTA,
             max_grad_norm=run.clip,
-            clipping=run.clipping,
+            clipping=clipping_of(run),
             microbatch_size=MICROBATCH["cnn" in run.network],
+            sampling=run.sampling,
+            noise=CorrelatedNoise() if run.correlated else None,
             **noise,
         )
     module, (name, _, value) = Model(run), run.method.rpartition(" ")
+    averages = Averages() if run.average else None
     trainer = L.Trainer(
         max_epochs=run.epochs,
         strategy=strategy or "auto",
-        callbacks=[CALLBACKS[name](value, run.seed)] if name else [],
+        callbacks=([CALLBACKS[name](value, run.seed)] if name else []) + ([averages] if averages else []),
         accelerator="cpu",
         devices=1,
         logger=False,
@@ -185,8 +244,10 @@ def execute(run: Run) -> dict[str, Any]:
         if run.epsilon is not None:
             _calibrated[known] = strategy.plan.noise_multiplier
         epsilons = {name: make_accountant(name).epsilon_or_inf(strategy.ledger, DELTA) for name in ("pld", "rdp")}
+    averaged = {"averages": averages.accuracies(module, module.net, split.held_out)} if averages else {}
     return {
         "accuracy": accuracy(module.net, split.held_out),
+        **averaged,
         "epsilon": {name: round(value, 4) if math.isfinite(value) else "inf" for name, value in epsilons.items()},
         "sigma": strategy.plan.noise_multiplier if strategy else None,
         "steps": trainer.global_step,

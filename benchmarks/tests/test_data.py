@@ -6,7 +6,9 @@ python -m pytest benchmarks/tests
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -127,3 +129,37 @@ def test_unpack_takes_the_named_files_only(tmp_path: Path) -> None:
 def test_load_names_the_data_sets() -> None:
     with pytest.raises(ValueError, match="Expected a name of fashion_mnist, mnist, adult"):
         data.load("cifar")
+
+
+def test_ratings_reads_sentences_and_signs() -> None:
+    sentences, labels = readers.ratings("1\t-0.5\tNot good.\n2\t0.25\tGood\tindeed. \n\n3\t0\tSo so.\n")
+    assert sentences.tolist() == ["Not good.", "Good\tindeed.", "So so."]
+    assert labels.tolist() == [0, 1, 0]
+
+
+def _archive(files: dict[str, bytes]) -> bytes:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return target.getvalue()
+
+
+def test_unpack_reads_a_source_archive(tmp_path: Path) -> None:
+    archive = tmp_path / "made-up-1.tar.gz"
+    archive.write_bytes(_archive({"made-up-1/part/a.dat": b"a", "made-up-1/setup.py": b"raise SystemExit"}))
+    data.unpack(archive, ["made-up-1/part/a.dat"], tmp_path / "out")
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()] == [("a.dat", b"a")]
+
+
+def test_movies_shuffles_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "".join(f"{i}\t{1 if i % 3 else -1}\tsentence {i}\n" for i in range(10))
+    content = _archive({"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": lines.encode()})
+    monkeypatch.setattr(data, "package_files", lambda name: {"hutto_ICWSM_2014.tar.gz": content})
+    found = data.movies()
+    assert (len(found.train_inputs), len(found.test_inputs)) == (8, 2)
+    order = [int(text.split()[1]) for text in (*found.train_inputs, *found.test_inputs)]
+    assert sorted(order) == list(range(10)) != order
+    assert [*found.train_labels, *found.test_labels] == [int(i % 3 > 0) for i in order]

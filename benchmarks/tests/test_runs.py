@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from benchmarks import claims, images, published, recipes, runs
+from benchmarks import claims, generated, images, published, recipes, runs, units_and_noise
 from benchmarks.runs import Results, Run
 from benchmarks.waves import FEATURES, morlet, waves
 
@@ -164,3 +166,116 @@ def test_morlet_answers_at_its_own_angle() -> None:
     along, across = (morlet(11, 1.6, angle)[0] for angle in (0.0, math.pi / 2))
     assert abs(float(along.sum())) < 1e-6
     assert abs(float((wave * along).sum())) > 10 * abs(float((wave * across).sum()))
+
+
+def test_averages_follow_their_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = runs.Model(Run("made up", "text linear", 1, 1, 0.1))
+    weights, averages = next(module.parameters()), runs.Averages((0.5,))
+    trainer = L.Trainer(logger=False, enable_progress_bar=False)
+    averages.on_train_start(trainer, module)
+    expected = 0.0
+    for step in (1, 2, 30):
+        monkeypatch.setattr(L.Trainer, "global_step", step)
+        weights.data.fill_(step)
+        averages.on_train_batch_end(trainer, module)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert averages.weights[0.5][: weights.numel()].tolist() == pytest.approx([expected] * weights.numel())
+
+
+def test_averages_leave_the_last_weights() -> None:
+    module = runs.Model(Run("made up", "text linear", 1, 1, 0.1))
+    averages = runs.Averages((0.9,))
+    averages.weights = {0.9: torch.cat([-torch.ones(384), torch.ones(384), torch.zeros(2)])}
+    records = TensorDataset(torch.ones(4, 384), torch.tensor([1, 1, 1, 0]))
+    assert averages.accuracies(module, module.net, records) == {"0.9": 0.75}
+    assert all(not parameter.any() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("equal", "equal"), ("least", "least")])
+def test_clipping_of_a_run_shares_noise(name: str, kind: str) -> None:
+    clipping = runs.clipping_of(RUN.but(clipping=name, clip=0.5))
+    assert (clipping.max_grad_norm, clipping.noise) == (0.5, kind)  # type: ignore[union-attr]
+    assert runs.clipping_of(RUN.but(clipping="top .25")).k == 0.25  # type: ignore[union-attr]
+
+
+def made_up_line(run: Run) -> dict[str, Any]:
+    """Best at rate times bound 4 and bound .9 for the last weights, at 8 for the average of decay .98."""
+
+    def height(peak: float) -> float:
+        return 0.9 - 0.01 * abs(math.log2(run.lr * run.clip / peak)) - 0.01 * abs(math.log(run.clip / 0.9, 3))
+
+    bonus = 0.001 * run.seed + 0.01 * (run.clipping == "least") + 0.0001 * (run.clipping == "equal") * (-1) ** run.seed
+    return {
+        **outcome(height(4) + bonus),
+        "averages": {"0.95": height(8) + bonus - 0.002, "0.98": height(8) + bonus},
+    }
+
+
+def test_recipe_climbs_and_keeps_rate_times_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs, "execute", made_up_line)
+    results, study = Results(tmp_path / "lines"), units_and_noise.STUDIES["letter"]
+    last = units_and_noise.recipe(study, units_and_noise.FLAT, 3.0, "last", results, math.inf)
+    assert (last.run.lr * last.run.clip, last.run.clip, last.decay, last.ends) == (
+        pytest.approx(4.8, rel=0.01),
+        pytest.approx(0.9),
+        "",
+        (),
+    )
+    average = units_and_noise.recipe(study, units_and_noise.FLAT, 3.0, units_and_noise.AVERAGE, results, math.inf)
+    assert (average.run, average.decay) == (last.run, "0.98")
+    own = units_and_noise.recipe(study, units_and_noise.FLAT, 1.0, units_and_noise.OWN, results, math.inf)
+    assert (own.run.lr * own.run.clip, own.decay) == (pytest.approx(9.6, rel=0.01), "0.98")
+    assert own.run.epsilon == 1.0
+    assert {run.seed for run in results.lines} == {units_and_noise.SEARCH_SEED}
+    assert not any(run.report for run in results.lines)
+
+
+def test_climb_says_where_a_grid_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs, "execute", lambda run: outcome(0.001 * run.lr))
+    found, end = units_and_noise.climb(
+        RUN, units_and_noise.faster, (0.5, 1.0, 2.0), "last", Results(tmp_path / "lines"), math.inf
+    )
+    assert (found.lr, end) == (32.0, True)
+
+
+def test_judge_repeats_lost_cases_with_more_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def execute(run: Run) -> dict[str, Any]:
+        line = made_up_line(run)
+        loss = 0.02 * (run.clipping == "least")
+        averages = {decay: value - loss for decay, value in line["averages"].items()}
+        return {**line, "accuracy": line["accuracy"] - loss, "averages": averages}
+
+    monkeypatch.setattr(runs, "execute", execute)
+    study, results = units_and_noise.STUDIES["letter"], Results(tmp_path / "lines")
+    monkeypatch.setattr(units_and_noise, "STUDIES", {"letter": study})
+    assert units_and_noise.judge(study, 3.0, results, math.inf)
+    reported = {(run.clipping, run.seed) for run in results.lines if run.report}
+    assert {seed for kind, seed in reported if kind == "flat"} == set(units_and_noise.SEEDS)
+    for kind in ("least", "equal"):
+        assert {seed for name, seed in reported if name == kind} == set(range(15))
+    page = units_and_noise.page(results)
+    assert "2 cases: 0 better, 2 worse beyond two standard errors: letter at epsilon 3, last weights (-1.00 ±" in page
+    assert "| Poisson, per layer, least noise: last | not run |" in page
+
+
+def test_generated_digits_choose_a_threshold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def execute(run: generated.Lens) -> dict[str, Any]:
+        score = 0.5 + 0.1 * (run.threshold > 0) * (1 if run.epsilon == 10 else -1)
+        return {
+            "linear": score,
+            "cnn": 0.5,
+            "spent": run.epsilon,
+            "noise_std": 9.0,
+            "seconds": 1,
+            "processor_seconds": 1,
+        }
+
+    monkeypatch.setattr(generated, "execute", execute)
+    lines = generated.Lines(tmp_path / "lines")
+    found = generated.chosen(lines, math.inf)
+    assert found is not None
+    assert {epsilon: run.threshold for epsilon, run in found.items()} == {10.0: 0.6, 1.0: 0.0, None: 0.6}
+    assert not any(run.report for run in lines.lines)
+    assert len(generated.Lines(tmp_path / "lines").lines) == len(lines.lines) == 4
+    assert generated.chosen(generated.Lines(tmp_path / "none"), 0.0) is None
