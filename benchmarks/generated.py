@@ -283,6 +283,7 @@ def page(lines: Lines) -> str:
     rows = [
         [
             run.generator,
+            run.top_k,
             "none" if run.epsilon is None else f"{run.epsilon:g}",
             f"{run.threshold:g}",
             run.seed,
