@@ -269,7 +269,8 @@ def picture(found: dict[float | None, Lens], target: Path) -> None:
 def page(lines: Lines) -> str:
     """Return the page, from the lines of the file."""
     header = [
-        "teachers",
+        "generator",
+        "votes",
         "epsilon",
         "threshold",
         "seed",
