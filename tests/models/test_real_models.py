@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import Recorder, make_trainer
 from tests.models.cases import CASES, REFUSED
-from tests.models.modules import DCGAN, NUM_RECORDS, FineTuning, fixed, images, minilm, text
+from tests.models.modules import DCGAN, NUM_RECORDS, FineTuning, fixed, images, text
+from tests.models.networks import minilm
 from tests.strategies.test_models import check_step, traces
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
