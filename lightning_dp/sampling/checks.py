@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
@@ -129,6 +133,39 @@ def dataset_length(dataset: object) -> int:
             "Check how the data are loaded and filtered."
         )
     return size
+
+
+def check_once(dataset: object, size: int) -> None:
+    """Raise ValueError if ``Subset`` and ``ConcatDataset`` make several records out of one.
+
+    Args:
+        dataset: with random access.
+        size: its number of records.
+    """
+    for source, positions in _sources(dataset, np.arange(size)):
+        repeated = len(positions) - len(np.unique(positions))
+        if repeated:
+            raise ValueError(
+                f"Expected each record once, got {repeated} repeated records of {type(source).__name__}, by Subset or "
+                "ConcatDataset. Such a record counts several times in one batch, so that clipping does not bound it. "
+                "Weight the loss instead, or pass records_per_unit and unit, with equal ids for copies."
+            )
+
+
+def _sources(dataset: Any, positions: NDArray[Any]) -> list[tuple[Any, NDArray[Any]]]:
+    """Return the datasets below ``Subset`` and ``ConcatDataset``, each with the positions that are read from it."""
+    if type(dataset) is Subset:
+        indices = np.asarray(dataset.indices)
+        return _sources(dataset.dataset, indices[positions]) if indices.dtype.kind in "iu" else []
+    if type(dataset) is not ConcatDataset:
+        return [(dataset, positions % size if (size := dataset_length(dataset)) else positions)]
+    starts = [0, *dataset.cumulative_sizes]
+    found: dict[int, tuple[Any, list[NDArray[Any]]]] = {}
+    for part, start, end in zip(dataset.datasets, starts, starts[1:], strict=False):
+        inside = positions[(start <= positions) & (positions < end)] - start
+        for source, own in _sources(part, inside):
+            found.setdefault(id(source), (source, []))[1].append(own)
+    return [(source, np.concatenate(parts)) for source, parts in found.values()]
 
 
 def _check_iterable(loader: DataLoader[Any], sampling: str) -> None:

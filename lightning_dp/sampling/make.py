@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lightning_dp.sampling.batches import MicrobatchCollate
-from lightning_dp.sampling.checks import check_count, check_loader, check_options, dataset_length
+from lightning_dp.sampling.checks import check_count, check_loader, check_once, check_options, dataset_length
 from lightning_dp.sampling.facts import map_facts, stream_facts
 from lightning_dp.sampling.fetch import read
 from lightning_dp.sampling.indices import CyclicBatchSampler, PoissonBatchSampler, ShuffleBatchSampler
@@ -136,6 +136,8 @@ def private_dataloader(
         assert unit is not None
         ids = unit_ids(dataset, size, unit, warn=rank == 0)
         units = Units([*ids, *(object() for _ in extra_records)], records_per_unit)
+    else:
+        check_once(dataset, size)
     if extra_records:
         dataset = ConcatDataset([dataset, _Records(extra_records)])
     facts = map_facts(

@@ -14,6 +14,9 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from lightning_dp.sampling.randomness import fresh_randomness
 
+_AGAIN = 16  # items that are read twice
+_BY_IDENTITY: Any = object.__eq__
+
 Unit = int | str | Sequence[Any] | Tensor | NDArray[Any]
 
 
@@ -85,7 +88,7 @@ def unit_ids(dataset: Any, size: int, unit: Unit, *, warn: bool) -> list[Any]:
     """Return the user id of every record of a dataset.
 
     Items are read only if ``unit`` is a key or a position and the dataset keeps no such column: then each once, with a
-    warning.
+    warning, and a few again to see that their ids stay.
 
     Args:
         dataset: with random access.
@@ -97,7 +100,8 @@ def unit_ids(dataset: Any, size: int, unit: Unit, *, warn: bool) -> list[Any]:
         ``size`` ids, private.
 
     Raises:
-        ValueError: another number of ids, or items without that key or position.
+        ValueError: another number of ids, items without that key or position, or ids of several types.
+        TypeError: ids that are compared by identity.
     """
     if not isinstance(unit, (int, str)):
         ids, source = _plain(unit), "unit"
@@ -108,7 +112,7 @@ def unit_ids(dataset: Any, size: int, unit: Unit, *, warn: bool) -> list[Any]:
         raise ValueError(
             f"Expected one id per record in {source}, got {len(ids)} ids for {size} records. Pass one for each."
         )
-    return ids
+    return _checked(ids, source)
 
 
 def _column(dataset: Any, unit: int | str) -> list[Any] | None:
@@ -147,6 +151,43 @@ def _read(dataset: Any, size: int, unit: int | str, warn: bool) -> list[Any]:
                     f"{index} of {type(dataset).__name__}. Pass the ids as an array."
                 ) from error
             ids.append(found.item() if hasattr(found, "item") else found)
+        for index in range(min(size, _AGAIN)):
+            again = dataset[index][unit]
+            if (again.item() if hasattr(again, "item") else again) != ids[index] == ids[index]:
+                raise ValueError(
+                    f"Expected items that keep their user's id at unit={unit!r}, got {ids[index]!r} and then {again!r} "
+                    f"for record {index}. Its record would be taken for another user's: pass the ids as an array."
+                )
+    return ids
+
+
+def _checked(ids: list[Any], source: str) -> list[Any]:
+    """Return ids that are compared by value, all of one type, so that no user is taken for several."""
+    ids = [each.item() if hasattr(each, "item") and getattr(each, "ndim", 0) == 0 else each for each in ids]
+    kinds: dict[type, Any] = {}
+    for identity in ids:
+        kind: type = type(identity)
+        if kind is float and identity.is_integer() and abs(identity) < 2**24:
+            kind = int
+        kinds.setdefault(int if kind is bool else kind, identity)
+    for kind, identity in kinds.items():
+        if kind is float and identity == identity:
+            raise ValueError(
+                f"Expected ids that are exact, got {identity!r} in {source}. Rounding may join or split users: pass "
+                "whole numbers or strings."
+            )
+        held = identity if kind is tuple else (identity,)
+        if any(isinstance(each, Tensor) or type(each).__eq__ is _BY_IDENTITY for each in held if each is not None):
+            raise TypeError(
+                f"Expected ids that are compared by value, got {kind.__name__} in {source}. Those of one user would "
+                "count as several users: pass numbers or strings."
+            )
+    named = sorted(kind.__name__ for kind, identity in kinds.items() if identity is not None and identity == identity)
+    if len(named) > 1:
+        raise ValueError(
+            f"Expected ids of one type, got {' and '.join(named)} in {source}. 7 and '7' would be two users: convert "
+            "them."
+        )
     return ids
 
 

@@ -67,7 +67,7 @@ def batches(dataset: Dataset[Any], collate_fn: Any = None, num_workers: int = 0)
 GATHERED: dict[str, Callable[[], Dataset[Any]]] = {
     "tensors": whole,
     "one tensor": lambda: TensorDataset(tensors()[0]),
-    "subset": lambda: Subset(whole(), [7, 1, -1, 3, 3, 20]),
+    "subset": lambda: Subset(whole(), [7, 1, -1, 3, 4, 20]),
     "range": lambda: Subset(whole(), range(4, 16)),
     "tensor of indices": lambda: Subset(whole(), torch.randperm(SIZE)[:9]),  # type: ignore[arg-type]
     "array of indices": lambda: Subset(whole(), np.arange(9)),  # type: ignore[arg-type]

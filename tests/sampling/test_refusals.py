@@ -6,16 +6,20 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
@@ -232,3 +236,27 @@ def test_options_that_do_not_go_together_are_refused(dataset: Any, options: dict
 def test_a_stream_is_refused_under_cyclic() -> None:
     with pytest.raises(TypeError, match=r"cyclic sampling, got the IterableDataset Stream\..*fixed_order=True"):
         private_dataloader(DataLoader(Stream(10), batch_size=2), sampling="cyclic")
+
+
+FOUR = TensorDataset(torch.arange(4.0))
+TWICE = [
+    Subset(FOUR, [0, 1, 1, 2]),
+    Subset(FOUR, torch.tensor([0, -1, 3])),  # type: ignore[arg-type]
+    ConcatDataset([FOUR, FOUR]),
+    ConcatDataset([Subset(FOUR, [0, 1]), Subset(Subset(FOUR, [3, 1]), [1])]),
+]
+
+
+@pytest.mark.parametrize("dataset", TWICE)
+def test_a_dataset_with_a_record_twice_is_refused(dataset: Any) -> None:
+    with pytest.raises(ValueError, match="Expected each record once, got"):
+        private_dataloader(DataLoader(dataset, batch_size=1))
+    ids = [0] * len(dataset)
+    assert private_dataloader(DataLoader(dataset, batch_size=1), unit=ids, records_per_unit=2).facts.dataset_size == 1
+
+
+@pytest.mark.parametrize(
+    "dataset", [Subset(FOUR, np.arange(3)), ConcatDataset([FOUR, TensorDataset(torch.ones(2)), Subset([1, 2], [1])])]
+)
+def test_a_dataset_with_each_record_once_is_taken(dataset: Any) -> None:
+    assert private_dataloader(DataLoader(dataset, batch_size=1)).facts.dataset_size == len(dataset)

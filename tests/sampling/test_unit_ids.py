@@ -61,13 +61,13 @@ def test_ids_are_found_without_reading_items(dataset: Any, unit: Any, expected: 
     assert getattr(dataset, "num_read", 0) == 0
 
 
-def test_ids_are_read_once_where_no_column_holds_them() -> None:
+def test_ids_are_read_where_no_column_holds_them() -> None:
     dataset = Rows([torch.tensor(4), torch.tensor(4), torch.tensor(9)])
     torch.manual_seed(0)
     before = torch.get_rng_state()
     with pytest.warns(UserWarning, match="Reading all 3 records once to find their users at 'who', since Rows keeps"):
         loader = private_dataloader(DataLoader(dataset, batch_size=1), unit="who", records_per_unit=1)
-    assert dataset.num_read == 3
+    assert dataset.num_read == 6  # the first 16 items twice
     assert torch.equal(torch.get_rng_state(), before)
     assert loader.facts.dataset_size == 2
     pairs = [(1.0, "a"), (2.0, "b"), (3.0, "a")]
@@ -76,6 +76,48 @@ def test_ids_are_read_once_where_no_column_holds_them() -> None:
     assert loader.facts.dataset_size == 2
     # rank 0 says it for all
     private_dataloader(DataLoader(dataset, batch_size=1), unit="who", records_per_unit=1, rank=1, world_size=2)
+
+
+class User:
+    """Compared by identity."""
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "match"),
+    [
+        ([User(), User(), User()], TypeError, "compared by value, got User"),
+        ([(torch.tensor(1), 2)] * 3, TypeError, "compared by value, got tuple"),
+        ([7, "7", 7], ValueError, "ids of one type, got int and str"),
+        ([b"a", "a", "a"], ValueError, "ids of one type, got bytes and str"),
+        ([1.5, 2.5, 1.5], ValueError, "ids that are exact, got 1.5"),
+        (torch.tensor([2.0**24, 2.0**24 + 1, 1.0]), ValueError, "ids that are exact, got 16777216"),
+    ],
+)
+def test_ids_that_may_join_or_split_users_are_refused(ids: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        private_dataloader(DataLoader(range(3), batch_size=1), unit=ids, records_per_unit=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[torch.tensor(4), torch.tensor(4), torch.tensor(9)], np.array([4.0, 4.0, 9.0]), [("a", 1), ("a", 1), ("b", 1)]],
+)
+def test_equal_ids_are_one_user(ids: Any) -> None:
+    loader = private_dataloader(DataLoader(range(3), batch_size=1), unit=ids, records_per_unit=1)  # type: ignore[arg-type]
+    assert loader.facts.dataset_size == 2
+
+
+def test_ids_that_are_drawn_at_random_are_refused() -> None:
+    class AtRandom(Rows):
+        def __getitem__(self, index: int) -> Any:
+            return {"who": float(torch.rand(()) > 0.5) + 2 * index}
+
+    dataset = AtRandom([torch.tensor(n) for n in range(16)])
+    with (
+        pytest.warns(UserWarning, match="Reading all 16 records"),
+        pytest.raises(ValueError, match="items that keep their user's id"),
+    ):
+        private_dataloader(DataLoader(dataset, batch_size=1), unit="who", records_per_unit=1)
 
 
 def test_users_are_numbered_by_their_first_record() -> None:
