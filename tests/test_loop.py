@@ -382,6 +382,18 @@ def test_weights_of_an_earlier_run_need_its_history() -> None:
 # ---------------------------------------------------------------- attacks and mistakes
 
 
+def test_a_second_loss_function_is_tried_before_its_first_step() -> None:
+    with start(noise_multiplier=1.0, target_delta=1e-3, steps=20) as private:
+        batches = (batch for _ in range(5) for batch in private.loader)
+        for _ in range(4):  # the later checks come before steps 2 and 10
+            private.backward(next(batches), lambda model, batch: mean_loss(model, batch))
+        before = private.ledger.num_steps
+        batch = next(batches)
+        with pytest.raises(PrivacyError, match=r"influence each other|when run alone"):
+            private.backward(batch, lambda model, batch: mean_loss(model, [batch[0] - batch[0].mean(0), batch[1]]))
+        assert private.ledger.num_steps == before
+
+
 def test_raw_step_is_refused() -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())

@@ -17,6 +17,7 @@ ROWS = re.findall(r"^\| `([^`]+)` \| (.+) \| (.+) \|$", PAGE, flags=re.MULTILINE
 COMPOSED = {
     "exchange.py": "One sample of a batch was",
     "ways.py": "The gradient of a batch is not that of its records alone",
+    "reading.py": "An item of the dataset was read, and",
     "independence.py": "Expected the gradient of every sample in a batch to be its gradient when run alone",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -82,7 +83,8 @@ class LoopFit:
         self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext)
         self._trial = Trial(self.step, self._host, self._sandbox)
         self._host.see = lambda batch: self.step.engine.see(batch)
-        self._prepared = False
+        self._host.intercept, self._host.stepping = self.step.intercept, guard.stepping
+        self._tried: set[Any] = set()  # code of loss functions
         self._flags = _training_flags(model)
         self._losses: list[tuple[Tensor, int]] = []
 
@@ -117,16 +119,19 @@ class LoopFit:
         step, trial = self.step, self._trial
         step.begin(first_of_pass=begins_pass, position=position)
         step.state.check_budget()
+        if begins_pass:
+            trial.begin_pass()
         flags = _training_flags(self._model)
         if flags != self._flags:
             module_checks.check_module(self._model, runs_samples_alone=self._settings.counts_samples_alone)
             self._flags = flags
-        if not (self._prepared and step.engine.has_layout):
+        is_new = _code_of(self._host.loss_fn) not in self._tried
+        if is_new or not step.engine.has_layout:
             self._records.learn_rows(next(self._model.parameters()).device)
             with self._sandbox.enter():
                 self._host.find_types()
             trial.prepare()
-            self._prepared = True
+            self._tried.add(_code_of(self._host.loss_fn))
         elif trial.is_due(step.state.step, first_of_pass=begins_pass):
             trial.check_again(step.state.step)
 
@@ -152,6 +157,14 @@ class LoopFit:
             self.step.collect(0)
         if weight:
             self._losses.append((loss.detach(), count))
+
+
+def _code_of(function: Any) -> Any:
+    """Return what a loss function runs: the same for each function that a line of the user's makes again and again."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", type(function))
 
 
 def _training_flags(model: nn.Module) -> list[bool]:

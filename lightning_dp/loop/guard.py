@@ -76,7 +76,21 @@ class ReleaseGuard(StepGuard):
     def released(self) -> None:
         """Allow steps on the gradients that the parameters hold now."""
         super().released()
-        self._gradients = {key: p.grad for key, p in self._parameters.items() if p.grad is not None}
+        self._gradients = self._held()
+
+    @override
+    @contextmanager
+    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
+        """Expect the step of an optimizer on the gradients that the parameters hold now."""
+        before, self._gradients = self._gradients, self._held()
+        try:
+            with super().stepping(optimizer):
+                yield
+        finally:
+            self._gradients = before
+
+    def _held(self) -> dict[int, Tensor]:
+        return {key: p.grad for key, p in self._parameters.items() if p.grad is not None}
 
     def _refuse_raw(self, parameter: Tensor) -> None:
         if self._working:

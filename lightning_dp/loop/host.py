@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class LoopHost:
         batch_size: records of a real microbatch, as expected.
     """
 
-    shows_progress, skips, has_epoch_end = True, False, False
+    shows_progress, skips, stops, has_epoch_end = True, False, False, False
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, records: TrainingRecords, *, reduction: str, batch_size: int
@@ -41,12 +42,24 @@ class LoopHost:
         self.loss_fn: LossFunction = _no_loss
         self.see: Callable[[Any], None] = lambda batch: None
         """Called with each batch before the loss function runs on it."""
+        self.intercept: Callable[[int], Any] = lambda optimizer: None
+        """Called where the optimizer would step."""
+        self.stepping: Callable[[Optimizer], Any] = nullcontext
+        """Makes a context in which the optimizer may step."""
         self.narrow = torch.float32
         """Narrowest type in which the loss function computes; ``find_types`` sets it."""
 
     def records(self, num: int, seed: int = 0) -> list[Any]:
         """Return a few records spread over the training set, the same ones for the same seed."""
         return self._records.take(num, seed)
+
+    def check_reading(self, seed: int) -> None:
+        """Check that an item of the dataset is the same whatever else is read."""
+        self._records.check_reading(seed)
+
+    def check_order(self) -> None:
+        """Check, at the beginning of a pass, that the records are where they were."""
+        self._records.check_order()
 
     def run(self, records: list[Any]) -> Any:
         """Collate records, and return the output of the loss function on the batch."""
@@ -79,11 +92,22 @@ class LoopHost:
         """Back-propagate a loss."""
         loss.backward()  # type: ignore[no-untyped-call]
 
+    def rehearse(self, closure: Callable[[], Any]) -> None:
+        """Step the optimizer on the gradient that follows the closure."""
+        closure()
+        self.intercept(0)
+        with self.stepping(self._optimizer):
+            self._optimizer.step()
+
     def end_batch(self, output: Any) -> None:
         """Do nothing: a plain loop has no hooks."""
 
     def end_epoch(self) -> None:
         """Do nothing: a plain loop has no hooks."""
+
+    def saved(self) -> dict[str, Any]:
+        """Return nothing: the user saves by hand."""
+        return {}
 
     def others(self) -> list[Any]:
         """Return the optimizer."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
 
 class Gather:
@@ -51,6 +51,15 @@ class Gather:
         if self.indices is not None:
             rows = self.indices[rows]
         return [tensor[rows.to(tensor.device)].contiguous() for tensor in self.dataset.tensors]
+
+
+def is_plain(dataset: Any) -> bool:
+    """Tell whether items are rows of tensors, read by torch's own code."""
+    while type(dataset) in (Subset, ConcatDataset):
+        if type(dataset) is ConcatDataset:
+            return all(map(is_plain, dataset.datasets))
+        dataset = dataset.dataset
+    return type(dataset) is TensorDataset
 
 
 def _integers(indices: Any) -> Tensor | None:

@@ -45,12 +45,13 @@ class Couplings:
             state: dict[str, Any] = {}
             try:
                 for number, batch in enumerate(batches):
-                    probe = self._runs.run(batch, Draws(), engine=False)
+                    probe = self._runs.run(batch, Draws(), engine=False, rehearses=number == 0)
                     if number == 0:
                         if ends:
                             host.end_epoch()
-                        state = state_check.saved_state(self._runs.step.module, host.others())
+                        state = {**state_check.saved_state(self._runs.step.module, host.others()), **host.saved()}
                         state["the answer of on_train_batch_start"] = host.skips
+                        state["trainer.should_stop"] = host.stops
             finally:
                 snapshot.put_back()
             return state, probe.private

@@ -98,12 +98,12 @@ def join(
 
 def most_different(record: Any, others: list[Any]) -> list[Any]:
     """Return at most two records: the first with other whole numbers (such as a label), and one of another length."""
-    chosen = [other for other in others if _whole_numbers(other) != _whole_numbers(record)][:1]
+    chosen = [other for other in others if whole_numbers(other) != whole_numbers(record)][:1]
     chosen += [other for other in others if shape_of(other) != shape_of(record)][:1]
     return chosen or others[:1]
 
 
-def _whole_numbers(record: Any) -> list[Any]:
+def whole_numbers(record: Any) -> list[Any]:
     """Return whole numbers and words of a record, at most 64 of each of its arrays."""
     found: list[Any] = []
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_dp.step.step import PrivateStep
@@ -18,10 +20,18 @@ class Probe:
         step: the private step.
         engine: whether the per-sample engine records; else gradients of the whole batch are taken.
         read: takes something smaller than the gradients from the engine, given an optimizer's parameter names.
+        rehearses: whether private optimizers step, each on a gradient that is the same whatever the records are.
     """
 
-    def __init__(self, step: PrivateStep, *, engine: bool, read: Callable[[list[str]], Any] | None = None) -> None:
-        self._step, self._engine, self._read = step, engine, read
+    def __init__(
+        self,
+        step: PrivateStep,
+        *,
+        engine: bool,
+        read: Callable[[list[str]], Any] | None = None,
+        rehearses: bool = False,
+    ) -> None:
+        self._step, self._engine, self._read, self.rehearses = step, engine, read, rehearses
         self.found: list[Any] = []
         self.private: dict[str, Tensor] = {}
         self.public: dict[str, Tensor] = {}
@@ -44,6 +54,8 @@ class Probe:
             self._step.probe = None
             for handle in handles:
                 handle.remove()
+            for parameter in self._step.module.parameters() if self.rehearses else ():
+                parameter.grad = None
 
     def _taker(self, name: str) -> Any:
         def take(parameter: Tensor) -> None:
@@ -68,6 +80,20 @@ class Probe:
             self.private |= step.reduction.per_sample_gradients(step.engine, names)
         else:
             self.private |= step.reduction.parts({name: self._raw[name] for name in names if name in self._raw})
+        if self.rehearses:
+            self._give(optimizer)
+
+    def _give(self, optimizer: int) -> None:
+        """Give a private optimizer a gradient twice as long as a released one, the same whatever the records are."""
+        step = self._step
+        if optimizer not in step.accumulators:
+            return
+        parameters, release = step.accumulators[optimizer].parameters.values(), step.releases.get(optimizer)
+        length = step.accumulators[optimizer].sensitivity if release is None else release.sensitivity
+        noise = 0.0 if release is None else release.noise_std / step.plan.expected_batch_size
+        size = noise + length / math.sqrt(sum(parameter.numel() for parameter in parameters))
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 2 * size if math.isfinite(size) else 1.0)
 
     def discard(self, optimizer: int) -> None:
         """Forget gradients, as ``zero_grad`` does."""

@@ -9,10 +9,18 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import PrivateDataLoader, collate_samples, peek_samples
 from lightning_dp.sampling.checks import dataset_length
+from lightning_dp.sampling.fetch import read
+from lightning_dp.sampling.gather import is_plain
+from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step import checks
+from lightning_dp.step.exchange import whole_numbers
 from lightning_dp.step.randomness import kept_generators
+from lightning_dp.step.reading import check_reading
+
+_NUM_PLACES = 16  # records that are compared from pass to pass
 
 
 class TrainingRecords:
@@ -23,12 +31,15 @@ class TrainingRecords:
     Args:
         loader: the private loader.
         move: moves a collated batch to the device.
-        axes: of ``learn_rows``, if known.
     """
 
-    def __init__(self, loader: PrivateDataLoader, move: Callable[[Any], Any], axes: tuple[str, ...] = ()) -> None:
-        self.loader, self._move, self.axes = loader, move, axes
+    def __init__(self, loader: PrivateDataLoader, move: Callable[[Any], Any]) -> None:
+        self.loader, self._move = loader, move
+        self.axes: tuple[str, ...] = ()
+        """Paths of the tensors of a batch that have one row per record, once ``learn_rows`` has found them."""
         self._stand_in: list[Any] | None = None
+        self.labels: list[Any] = []
+        """Whole numbers and words of a few records, at the beginning of the last pass."""
 
     def take(self, num: int, seed: int = 0) -> list[Any]:
         """Return records from all over a dataset with random access, the first ones of a stream.
@@ -43,9 +54,46 @@ class TrainingRecords:
         loader = self.loader
         if isinstance(loader.dataset, IterableDataset):
             return peek_samples(loader, num)
+        return read(loader.dataset, self._positions(num, seed))
+
+    def check_reading(self, seed: int) -> None:
+        """Check that an item of a dataset with random access is the same whatever else is read.
+
+        Args:
+            seed: chooses the items.
+
+        Raises:
+            PrivacyError: an item changes with another one.
+        """
+        dataset = self.loader.dataset
+        if not isinstance(dataset, IterableDataset) and not is_plain(dataset):
+            check_reading(dataset, self._positions(3, seed))
+
+    def check_order(self) -> None:
+        """Check, at the beginning of a pass, that the records are where they were, by their whole numbers and words.
+
+        Raises:
+            PrivacyError: a quarter of a few records has others, which no random draw explains.
+        """
+        dataset, readings = self.loader.dataset, []
+        if isinstance(dataset, IterableDataset):
+            return
+        for entropy in (1, 2):
+            with fresh_randomness(entropy):
+                readings.append([whole_numbers(record) for record in read(dataset, self._positions(_NUM_PLACES, 1))])
+        labels = [one if one == other else None for one, other in zip(*readings, strict=True)]
+        moved = sum(old != new for old, new in zip(self.labels, labels, strict=False) if None not in (old, new))
+        self.labels = labels
+        if 4 * moved >= len(labels):
+            raise PrivacyError(
+                f"Expected records to keep their positions, got other whole numbers or words at {moved} of "
+                f"{len(labels)} positions in a new pass. Whose a record is, and when it comes back, was settled by its "
+                "position: shuffle nothing in place, and keep the dataset."
+            )
+
+    def _positions(self, num: int, seed: int) -> list[int]:
         size = self._num_records or 0
-        positions = np.random.default_rng(seed).choice(size, size=min(num, size), replace=False)
-        return [loader.dataset[int(position)] for position in positions]
+        return [int(each) for each in np.random.default_rng(seed).choice(size, size=min(num, size), replace=False)]
 
     def learn_rows(self, device: torch.device) -> None:
         """Find the tensors of a collated batch that have one row per record.

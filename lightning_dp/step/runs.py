@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,6 +72,12 @@ class Host(Protocol):
     def records(self, num: int, seed: int = 0) -> list[Any]:
         """Return a few records from all over the training set, the same ones for the same seed."""
 
+    def check_reading(self, seed: int) -> None:
+        """Check that an item of the dataset is the same whatever else is read."""
+
+    def check_order(self) -> None:
+        """Check, at the beginning of a pass, that the records are where they were."""
+
     def run(self, records: list[Any]) -> Any:
         """Collate records and run the user's step on them; return its output."""
 
@@ -81,11 +87,18 @@ class Host(Protocol):
     skips: bool
     """Whether the last run asked for the rest of the epoch to be skipped."""
 
+    @property
+    def stops(self) -> bool:
+        """True if the last run asked for the end of training."""
+
     def skips_on(self, record: Any) -> bool:
         """Tell whether user code, given one record alone, asks to skip the rest of the epoch."""
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a loss, with the hooks around it."""
+
+    def rehearse(self, closure: Callable[[], Any]) -> None:
+        """Step the one optimizer as the host does, on the gradient that the closure gives."""
 
     def end_batch(self, output: Any) -> None:
         """Call the hooks that end a batch."""
@@ -99,6 +112,9 @@ class Host(Protocol):
 
     def others(self) -> list[Any]:
         """Return optimizers and schedulers."""
+
+    def saved(self) -> dict[str, Any]:
+        """Return copies of what user code puts into a checkpoint, by its path."""
 
     @property
     def narrow(self) -> torch.dtype:
@@ -155,34 +171,57 @@ class TrialRuns:
         finally:
             snapshot.put_back()
 
-    def run(self, records: list[Any], draws: Draws, *, engine: bool, read: Any = None) -> Probe:
-        """Run the step on records within a sandbox that is already entered."""
-        step, probe = self.step, Probe(self.step, engine=engine, read=read)
+    def run(
+        self, records: list[Any], draws: Draws, *, engine: bool, read: Any = None, rehearses: bool = False
+    ) -> Probe:
+        """Run the step on records within a sandbox that is entered already.
+
+        Args:
+            records: of the batch.
+            draws: random draws.
+            engine: whether the per-sample engine records.
+            read: what is taken from the engine.
+            rehearses: whether private optimizers step too, each on a gradient that does not depend on the records.
+        """
+        step, probe = self.step, Probe(self.step, engine=engine, read=read, rehearses=rehearses)
+        outputs: list[Any] = []
+
         frozen, before = draws.begin(), host_generators()
-        with ExitStack() as stack:
-            stack.enter_context(probe.attached())
-            if engine:
-                stack.enter_context(step.microbatch(len(records)))
+
+        def forward_backward() -> Any:
             with frozen:
-                output = self.host.run(records)
+                output, loss = self.host.run(records), None
+                outputs.append(output)
                 drew = (frozen.drew and not draws.real) or host_generators() != before
                 self.has_coins = step.reduction.any(self.has_coins or drew)
                 if step.automatic:
-                    self._backward(output, len(records))
+                    loss = self._backward(output, len(records))
             if step.automatic:  # the engine draws nothing, and the mode would slow down its operations
                 if engine:
                     step.engine.check_tracked()
                 step.reduction.settle()
-                probe.collect(0)
+            return loss
+
+        with ExitStack() as stack:
+            stack.enter_context(probe.attached())
+            if engine:
+                stack.enter_context(step.microbatch(len(records)))
+            if rehearses and step.automatic:
+                self.host.rehearse(forward_backward)
+            else:
+                forward_backward()
+                if step.automatic:
+                    probe.collect(0)
             with frozen:
-                self.host.end_batch(output)
+                self.host.end_batch(outputs[-1] if outputs else None)
         if self._bar is not None:
             self._bar.update()
         return probe
 
-    def _backward(self, output: Any, count: int) -> None:
+    def _backward(self, output: Any, count: int) -> Tensor | None:
         loss = self.host.loss_of(output, count)
         if loss is not None and not loss.requires_grad:
             loss = None
         if not self.step.reduction.any(loss is None) and loss is not None:
             self.host.backward(loss)
+        return None if loss is None else loss.detach()

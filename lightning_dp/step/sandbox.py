@@ -88,12 +88,14 @@ class StepGuard:
 
     def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         kind = type(optimizer).__name__
+        if self._open or (self._expected and optimizer is self._expected[-1]):
+            return
         if self.in_sandbox:
             raise PrivacyError(
                 f"{kind} stepped by itself while your step ran on trial, so weights would move on raw gradients. "
                 f"{self._advice}"
             )
-        if self._open or (self._expected and optimizer is self._expected[-1]) or not self._is_private(optimizer):
+        if not self._is_private(optimizer):
             return
         raise PrivacyError(f"{kind} stepped private parameters by itself, without a private gradient. {self._advice}")
 

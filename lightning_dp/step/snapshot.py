@@ -36,7 +36,8 @@ _FOREIGN = (
     "lightning.", "pytorch_lightning.", "lightning_dp.", "torch.distributed", "logging", "threading", "_thread",
     "weakref", "_io",
 )  # fmt: skip
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+#: Classes of random generators.
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 _EMPTY = object()  # value of a slot that was never set
 _DEEPEST = 12
 
@@ -141,7 +142,7 @@ class Snapshot:
             self._keep_tensor(value)
         elif isinstance(value, np.ndarray):
             self._keep_array(value)
-        elif isinstance(value, _GENERATORS):
+        elif isinstance(value, GENERATORS):
             self._restore.append(generator_restorer(value))
         elif isinstance(value, MutableMapping):
             self._keep(value, dict(value), _refill_mapping)

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
+from lightning_dp.step.snapshot import few_values
 from lightning_dp.system.torch_private import saved_buffers
 
 #: Relative difference of two gradients of one record that counts as rounding.
 ROUNDING = 1e-6
+_PLACES = 64  # values of each tensor in the state of an optimizer that are compared
 
 Gradients = dict[str, Tensor]
 
@@ -27,18 +31,41 @@ def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
     """Return copies of the contents of a checkpoint: parameters, persistent buffers, numbers of optimizers and
     schedulers.
     """
-    state: dict[str, Any] = {name: local_part(p).detach().clone() for name, p in module.named_parameters()}
+    state = {name: _copied(value) for name, value in numbers_of(others)}
+    state |= {name: local_part(p).detach().clone() for name, p in module.named_parameters()}
     state |= {name: value.detach().clone() for name, value in saved_buffers(module)}
+    extra = {name: value for name, value in module.state_dict().items() if name not in state}
+    state |= {f"state_dict(){path}": _copied(value) for path, value in leaves_of(extra)}
+    for number, other in enumerate(others):
+        for index, held in enumerate(getattr(other, "state", {}).values()):
+            for name, value in held.items() if isinstance(held, Mapping) else ():
+                if isinstance(value, (bool, int, float, Tensor)):
+                    state[f"optimizer {number}, state[{index}][{name!r}]"] = _few(value)
+    return state
+
+
+def numbers_of(others: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the numbers of optimizers and schedulers, with names: learning rates, counters, the best figure so far."""
     for number, other in enumerate(others):
         for index, group in enumerate(getattr(other, "param_groups", ())):
             for name, value in group.items():
                 if isinstance(value, (bool, int, float, Tensor)):
-                    state[f"optimizer {number}, param_groups[{index}][{name!r}]"] = _copied(value)
-        if not hasattr(other, "param_groups"):
-            for name, value in vars(other).items():
-                if isinstance(value, (bool, int, float)):
-                    state[f"{type(other).__name__}.{name}"] = value
-    return state
+                    yield f"optimizer {number}, param_groups[{index}][{name!r}]", value
+        for name, value in vars(other).items() if not hasattr(other, "param_groups") else ():
+            if isinstance(value, (bool, int, float)):
+                yield f"{type(other).__name__}.{name}", value
+
+
+def leaves_of(saved: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the values in something that a checkpoint holds, with their paths; objects are left out."""
+    for path, leaf in tree_flatten_with_path(saved)[0]:
+        value = torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf" else leaf
+        if isinstance(value, (bool, int, float, str, Tensor)):
+            yield keystr(path), local_part(value).detach() if isinstance(value, Tensor) else value
+
+
+def _few(value: Any) -> Any:
+    return few_values(local_part(value), _PLACES) if isinstance(value, Tensor) else value
 
 
 def _copied(value: Any) -> Any:
@@ -91,6 +118,9 @@ def check_state(
             continue
         state, after = run([other, [third]])
         names = list(changed(reference, state))
+        if anywhere(any(not isinstance(state.get(name), Tensor) for name in names)):
+            moving = set(changed(reference, run([[first], [third]])[0]))  # the clock, say, and counts that go on
+            names = [name for name in names if name not in moving or isinstance(state.get(name), Tensor)]
         if anywhere(bool(names)):
             raise PrivacyError(
                 f"training_step leaves {_listed(names)} with another value after {what}. Such state is saved and read "

@@ -217,7 +217,9 @@ class PrivateStep:
         self.engine.accept_grads(accumulator.names)
 
     def finish(self, optimizer: int) -> None:
-        """Give an optimizer its gradient before it steps: private, or, for a public optimizer, averaged over ranks."""
+        """Give an optimizer its gradient: private; averaged over ranks if it is public; on trial, a made-up one."""
+        if self.intercept(optimizer):
+            return
         if optimizer in self.settings.public_optimizers:
             checks.check_tried(optimizer, self.unchecked_public)
             self.reduction.average(self.parameters.of(optimizer))
@@ -272,11 +274,7 @@ class PrivateStep:
         checks.check_no_raw_gradients(optimizer, self.optimizers[optimizer], known, self.module)
 
     def check_released(self) -> None:
-        """Check, at the end of a fit, that some backprops led to a release.
-
-        Raises:
-            PrivacyError: backprops arrived, and no private optimizer has stepped.
-        """
+        """Raise PrivacyError, at the end of a fit, if backprops arrived and no private optimizer has stepped."""
         if self.seen_backprops and not self._released:
             raise PrivacyError(
                 "Backprops arrived, but no private optimizer has ever stepped, so nothing is trained and the ledger "

@@ -69,6 +69,8 @@ class Trial:
         """
         settings, step = self._step.settings, self._step
         self._checked_at = step.state.step
+        if settings.check_per_sample:
+            self._host.check_reading(0)
         records = self._host.records(NUM_SPREAD)
         checks = settings.check_per_sample and len(records) > 1
         with self._sandbox.enter() as snapshot, self._runs.progress():
@@ -149,6 +151,8 @@ class Trial:
         if not self._step.settings.check_per_sample:
             return
         self._take_note()
+        self._host.check_reading(number)
+        self._step.unchecked_public = set(self._step.settings.public_optimizers)
         self.check_state(number)
         if self._step.settings.runs_samples_alone:
             return
@@ -160,6 +164,12 @@ class Trial:
                     self._couplings.check_own_losses(snapshot, records, seed=number)
             elif not self._step.settings.per_sample_loss:
                 self._one_by_one.check(snapshot, self._host.records(NUM_FEW + 1, seed=number), seed=number)
+
+    def begin_pass(self) -> None:
+        """Check, where users or the noise rely on positions, that the records are where they were in the last pass."""
+        settings = self._step.settings
+        if settings.records_per_unit is not None or settings.noise is not None:
+            self._host.check_order()
 
     def check_state(self, seed: int = 0) -> None:
         """Check, outside of a real step, that the state after user code does not depend on the records.
@@ -242,6 +252,28 @@ class Trial:
                         "data: let counts or the weights decide."
                     )
 
+    def check_stop(self, counts: Any) -> None:
+        """Check, where user code has asked for the end of the run, that it does so whatever the records are.
+
+        Args:
+            counts: context manager that gives public counters the values of before the batch.
+
+        Raises:
+            PrivacyError: it does not, so the number of steps would tell something about the records.
+        """
+        if not self._step.settings.check_per_sample:
+            return
+        for record in self._host.records(NUM_FEW):
+            with self._sandbox.enter() as snapshot, counts():
+                self._host.attempt(partial(self._runs.run, [record], Draws(real=True), engine=False), snapshot.put_back)
+                self._host.end_epoch()
+                if not self._host.stops:
+                    raise PrivacyError(
+                        "Expected user code to set trainer.should_stop whatever the records are, got it set for a "
+                        "batch and not for one record alone. The number of steps would depend on the data: let "
+                        "counts, the clock or validation figures decide."
+                    )
+
     def check_steps(self, real: set[int], counts: Any) -> None:
         """Check, after a private optimizer did not step on a batch, that it does not step on single samples either.
 
@@ -254,7 +286,8 @@ class Trial:
         """
         private = self._step.accumulators.keys()
         for record in self._host.records(NUM_FEW):
-            run = partial(self._runs.run, [record], Draws(real=True), engine=False)
+            automatic = self._step.automatic  # there the host decides, within its optimizer_step
+            run = partial(self._runs.run, [record], Draws(real=True), engine=False, rehearses=automatic)
             with self._sandbox.enter() as snapshot, counts():
                 stepped = self._host.attempt(run, snapshot.put_back).stepped & private
             if self._step.reduction.any(stepped != real):

@@ -29,12 +29,14 @@ __all__ = [
     "change_training_source",
     "completed_steps",
     "drop_loader_states",
+    "figures",
     "fit_results",
     "in_fabric_backward",
     "is_a",
     "is_overridden",
     "is_saved_by_steps",
     "is_searching_learning_rate",
+    "kept_figures",
     "launcher_of",
     "lightning_optimizers",
     "logger_step",
@@ -106,6 +108,25 @@ def set_batch_of_logs(trainer: pl.Trainer, batch: Any, batch_size: int | None) -
 def fit_results(trainer: pl.Trainer) -> Any:
     """Return the collection through which ``self.log`` passes figures to loggers and progress bar."""
     return trainer.fit_loop.epoch_loop._results
+
+
+def figures(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """Return the mappings behind ``callback_metrics``, ``logged_metrics`` and ``progress_bar_metrics``."""
+    connector: Any = trainer._logger_connector
+    return [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics]
+
+
+@contextmanager
+def kept_figures(trainer: pl.Trainer) -> Iterator[None]:
+    """Give ``callback_metrics`` and the like the figures back that they held, and ``should_stop`` its value."""
+    before, should_stop = [dict(store) for store in figures(trainer)], trainer.should_stop
+    try:
+        yield
+    finally:
+        trainer.should_stop = should_stop
+        for store, content in zip(figures(trainer), before, strict=True):
+            store.clear()
+            store.update(content)
 
 
 def logger_step(trainer: pl.Trainer) -> int:

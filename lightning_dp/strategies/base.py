@@ -166,8 +166,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         """Report the privacy spent, and write the privacy card next to the logger's files."""
         super().on_train_end()
         assert self._fit is not None
-        self._fit.check_callbacks()
-        self._fit.step.check_released()
+        self._fit.check_end()
         card_files.write(self.trainer, self, self.mechanisms.card)
         _messages.info(self.state.summary_line())
 
@@ -213,21 +212,23 @@ class PrivateStrategy(TrainingInputs, Strategy):
         if optimizer not in self.optimizers:  # Lightning's stand-in where configure_optimizers returned None
             return self._step(optimizer, closure, model, **kwargs)
         index = self.optimizers.index(optimizer)
-        if fit.on_trial:
+        if fit.on_trial and not (fit.patches.is_rehearsing and index in fit.step.accumulators):
             closure()
             fit.step.intercept(index)
             return None
+        outputs: list[Any] = []
 
         def private_closure() -> Any:
             with fit.guard.user_code():
-                output = closure()
+                outputs.append(closure())
             fit.step.finish(index)
             fit.patches.clip(optimizer)
             fit.guard.released()
-            return output
+            return outputs[-1] if fit.on_trial else None  # the loss carries no noise: no optimizer may use it
 
-        with fit.guard.stepping(optimizer):
-            return self._step(optimizer, private_closure, model, **kwargs)
+        with fit.stepping(optimizer):
+            self._step(optimizer, private_closure, model, **kwargs)
+        return outputs[-1] if outputs else None
 
     def _step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any, **kwargs: Any) -> Any:
         return self.precision_plugin.optimizer_step(optimizer, model=model or self.module, closure=closure, **kwargs)
@@ -249,6 +250,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Add ledger, plan and logical step to the checkpoint; the weights keep the keys of the user's module."""
         if self._fit is not None:
+            if self._fit.on_trial:
+                return  # a trial leaves nothing behind
             self._fit.check_callbacks()
         note_values(self.module.parameters())
         checkpoint[saved.KEY] = self.state.state_dict(global_step=checkpoint.get("global_step", 0))

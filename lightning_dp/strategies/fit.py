@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_dp import _messages
 from lightning_dp.errors import PrivacyError
@@ -51,6 +52,7 @@ class PrivateFit:
         self._prepared = False
         self._said_no_loss = False
         self._training_flags: list[bool] = []
+        self._counts: Counts | None = None  # public counters before the last batch
         self.step = PrivateStep(
             module,
             strategy.optimizers,
@@ -80,8 +82,8 @@ class PrivateFit:
         """Undo all patches, and restore the global generators to their states before the fit."""
         self.step.close()
         self.guard.stop()
-        self.patches.undo()
         self._host.hooks.unwatch()
+        self.patches.undo()
         self._logs.detach()
         restore_generators(self._generators, self._device)
 
@@ -95,6 +97,12 @@ class PrivateFit:
     def on_trial(self) -> bool:
         """True while user code runs in the sandbox, where no optimizer may step."""
         return self.guard.in_sandbox > 0
+
+    @contextmanager
+    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
+        """Expect the step of an optimizer; on trial without callbacks that take no part in it."""
+        with self.guard.stepping(optimizer), self._host.own_callbacks() if self.on_trial else ExitStack():
+            yield
 
     # ---------------------------------------------------------------- one logical batch
 
@@ -112,7 +120,15 @@ class PrivateFit:
         """
         if self._host.hooks.due:
             self._host.hooks.due = False
-            self._trial.check_state()
+            if self._prepared:  # else the checks before the first step are still to come
+                self._trial.check_state()
+
+    def check_end(self) -> None:
+        """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""
+        self.check_callbacks()
+        if self.step.reduction.any(self._host.hooks.stopped) and self._counts is not None:
+            self._trial.check_stop(self._counts.back_in)
+        self.step.check_released()
 
     def run(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code on a logical batch; return the output of the real call.
@@ -131,7 +147,7 @@ class PrivateFit:
                 "or the same one again. Optimizers that call their closure several times cannot be used: take SGD, "
                 "Adam or AdamW."
             )
-        self._host.arguments = (rest, kwargs)
+        self._host.arguments, self._counts = (rest, kwargs), Counts(self._strategy)
         self.check_callbacks()
         try:
             if self._begins_logical_batch():
@@ -183,6 +199,8 @@ class PrivateFit:
         _ = strategy.plan
         begins = strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared
         step.begin(first_of_pass=begins, position=position)
+        if begins:
+            self._trial.begin_pass()
         flags = [layer.training for layer in strategy.module.modules()]
         flags += [parameter.requires_grad for parameter in strategy.module.parameters()]
         if flags != self._training_flags:
@@ -272,7 +290,7 @@ class PrivateFit:
     def _call(self, batch: Any, count: int, *, weight: float) -> Any:
         rest, kwargs = self._host.arguments
         _lightning.set_batch_of_logs(self._strategy.trainer, batch, None if weight else 0)
-        with self._logs.in_training_step():
+        with self._logs.in_training_step(), self._host.hooks.watching_stops():
             return self._strategy.call_training_step(batch, rest, kwargs)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """The user's hooks that see a batch, or results computed from it.
 
-Those of the module run on trial as ``training_step`` does. Those of callbacks, and those that end an epoch, may write
-files or lists of their own, so they run on trial only once they have changed the module outside of a trial, which is
-watched.
+Those of the module run on trial as ``training_step`` does. Those of callbacks, and those around an epoch, may write
+files or lists of their own, so they run on trial only once they have changed the module, a learning rate or what a
+checkpoint holds of them outside of a trial, which is watched.
 """
 
 from __future__ import annotations
@@ -11,31 +11,37 @@ import functools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
 from lightning_dp.step.snapshot import few_values, plain_attributes
-from lightning_dp.strategies._lightning import is_overridden
+from lightning_dp.step.state_check import leaves_of, numbers_of
 from lightning_dp.system.torch_private import num_changes
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
 
-#: Packages whose callbacks are not the user's; they write no state from records into the module.
+#: Packages whose hooks are not the user's; they write no state from records into the module.
 _KNOWN = ("lightning.", "pytorch_lightning.", "lightning_dp.")
-#: Classes of Lightning whose hooks are the user's.
-_OPEN = ("Callback", "LambdaCallback")
-#: Called at the end of an epoch, in which values that were collected batch by batch may be written into the module.
-EPOCH_END = "on_train_epoch_end"
-#: Hooks that are watched.
-_HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end", EPOCH_END)
+#: Called between two epochs, where values that were collected batch by batch may be written into the module.
+BETWEEN_EPOCHS = ("on_train_epoch_end", "on_train_epoch_start")
+#: Hooks that see a batch, or what was computed from it.
+_OF_BATCHES = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
+    "on_before_optimizer_step", "on_train_batch_end",
+)  # fmt: skip
+#: Hooks that see no batch; each is tried only once it has itself changed parameters or buffers.
+_FAR = (
+    "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end", "on_validation_end", "on_train_end",
+)  # fmt: skip
 _CONTAINERS = (MutableSequence, MutableMapping, MutableSet, deque)
 _PLACES = 16  # values of a tensor that are compared, for what is written through ``.data``
 
@@ -44,34 +50,43 @@ class UserHooks:
     """The hooks of a module and of the user's own callbacks.
 
     **Guarantee**: what a hook writes into the module is checked as what ``training_step`` writes: of the module before
-    the first step, of a callback when it first writes, before the next step or checkpoint. Not watched: callbacks of
-    Lightning, of this package, and those that are derived from one of them. Not run on trial: hooks around an
-    optimizer's step, which sees no gradient there.
+    the first step, of a callback when it first writes, before the next step or checkpoint. Hooks around an
+    optimizer's step see a gradient there that does not depend on the records. Not watched: hooks of Lightning's own
+    callbacks and of this package's.
 
     Args:
         strategy: of the Trainer.
+        others: returns optimizers and schedulers.
     """
 
-    def __init__(self, strategy: PrivateStrategy) -> None:
-        self._strategy = strategy
+    def __init__(self, strategy: PrivateStrategy, others: Callable[[], list[Any]]) -> None:
+        self._strategy, self._others = strategy, others
         self._reported: set[str] = set()
-        self._watched = [c for c in getattr(strategy.trainer, "callbacks", []) if not _is_known(type(c))]
+        self._watched = [*getattr(strategy.trainer, "callbacks", [])]
         self._own: list[tuple[Any, str, Any]] = []  # instance attributes that the hooks replaced
         self.writing: list[Any] = []
         """Callbacks that have changed the module, and take part in trials since; the module, if the end of an epoch has
         changed it.
         """
+        self._far: list[tuple[Any, str]] = []  # hooks of ``_FAR`` that have changed the module
         self.due = False
         """Whether one has begun to, and no check has run since."""
+        self.stopped = False
+        """Whether user code has asked for the end of the run."""
 
     @property
     def callbacks(self) -> list[pl.Callback]:
         """The callbacks that take part in trials; a trial must restore their state."""
         return [owner for owner in self.writing if owner is not self._strategy.module]
 
-    def has(self, name: str) -> bool:
-        """Tell whether the module, or a callback that takes part in trials, has a hook."""
-        return any(True for _ in self._with(name))
+    def has_any_between_batches(self) -> bool:
+        """Tell whether hooks between epochs, or far from batches, take part in trials."""
+        return bool(self._far) or any(True for name in BETWEEN_EPOCHS for _ in self._with(name))
+
+    def call_between_batches(self) -> None:
+        """Call these hooks on trial, in the order of an epoch."""
+        for name in (BETWEEN_EPOCHS[0], *_FAR, BETWEEN_EPOCHS[1]):
+            self.call(name)
 
     def call(self, name: str, *args: Any) -> list[Any]:
         """Call a hook on trial, in Lightning's order, and return the answers.
@@ -97,6 +112,27 @@ class UserHooks:
                     warnings.warn(f"{problem} What it writes from a batch is not checked.", stacklevel=2)
         return answers
 
+    def saved(self) -> dict[str, Any]:
+        """Return copies of what the user's hooks put into a checkpoint, by its path: those of the module, the data
+        module, and callbacks that take part in trials.
+        """
+        trainer, module = self._strategy.trainer, self._strategy.module
+        own = {local_part(tensor).data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+        checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+        checkpoint |= {"epoch": trainer.current_epoch, "global_step": trainer.global_step, "callbacks": {}, "loops": {}}
+        checkpoint |= {"optimizer_states": [], "lr_schedulers": []}
+        self.call("on_save_checkpoint", checkpoint)
+        for owner in (*self.callbacks, trainer.datamodule):  # type: ignore[attr-defined]
+            if owner is not None and _has("state_dict", owner):
+                with suppress(Exception):  # it raises in training too
+                    checkpoint[f"{type(owner).__name__}.state_dict()"] = owner.state_dict()
+        return {
+            f"checkpoint[{name!r}]{path}": value.clone() if isinstance(value, Tensor) else value
+            for name, held in checkpoint.items()
+            for path, value in leaves_of(held)
+            if not (name == "state_dict" and isinstance(value, Tensor) and value.data_ptr() in own)
+        }
+
     def watch(self, is_on_trial: Callable[[], bool]) -> None:
         """Watch the hooks of callbacks; a callback that changes the module joins the trials, and a check becomes due.
 
@@ -104,11 +140,12 @@ class UserHooks:
             is_on_trial: whether user code runs in the sandbox.
         """
         module = self._strategy.module
-        for owner, names in (*((callback, _HOOKS) for callback in self._watched), (module, (EPOCH_END,))):
-            for name in names:
+        for owner in (*self._watched, module):
+            for name in (*_OF_BATCHES, *BETWEEN_EPOCHS, *_FAR):
                 if _has(name, owner):
                     self._own.append((owner, name, vars(owner).get(name)))
-                    owner.__dict__[name] = self._watching(getattr(owner, name), module, owner, is_on_trial)
+                    tried = owner is module and name in _OF_BATCHES
+                    owner.__dict__[name] = self._watching(getattr(owner, name), owner, name, is_on_trial, tried=tried)
 
     def unwatch(self) -> None:
         """Restore callbacks and module."""
@@ -120,42 +157,64 @@ class UserHooks:
                 owner.__dict__[name] = own
 
     def _watching(
-        self, hook: Callable[..., Any], module: nn.Module, owner: Any, is_on_trial: Callable[[], bool]
+        self, hook: Callable[..., Any], owner: Any, name: str, is_on_trial: Callable[[], bool], *, tried: bool
     ) -> Callable[..., Any]:
         @functools.wraps(hook)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if owner in self.writing or is_on_trial():
+            if is_on_trial():
                 return hook(*args, **kwargs)
-            before = _marks_of(module)
-            answer = hook(*args, **kwargs)
-            if not _are_same(before, _marks_of(module)):
+            is_far, has_stopped = name in _FAR, self.stopped
+            is_new = (owner, name) not in self._far if is_far else not tried and owner not in self.writing
+            before = self._marks_of(owner, tensors_only=is_far) if is_new else None
+            with self.watching_stops():
+                answer = hook(*args, **kwargs)
+            if before is None or (self.stopped == has_stopped and _are_same(before, self._marks_of(owner, is_far))):
+                return answer
+            self.due = True
+            if is_far:
+                self._far.append((owner, name))
+            if owner not in self.writing and not (is_far and owner is self._strategy.module):
                 self.writing.append(owner)
-                self.due = True
             return answer
 
         return watched
 
+    @contextmanager
+    def watching_stops(self) -> Iterator[None]:
+        """Take note if the user code within asks for the end of the run."""
+        trainer = self._strategy.trainer
+        before = trainer.should_stop
+        yield
+        self.stopped |= trainer.should_stop and not before
+
     def _with(self, name: str) -> Iterator[tuple[Any, Any]]:
         trainer, module = self._strategy.trainer, self._strategy.lightning_module
         for callback in self.callbacks:
-            if _has(name, callback):
+            if _has(name, callback) and (name not in _FAR or (callback, name) in self._far):
                 yield callback, functools.partial(getattr(callback, name), trainer, module)
-        if module is not None and is_overridden(name, module) and (name != EPOCH_END or module in self.writing):
+        if module is None or not _has(name, module) or (name in BETWEEN_EPOCHS and module not in self.writing):
+            return
+        if name not in _FAR or (module, name) in self._far:
             yield module, getattr(module, name)
 
-
-def _marks_of(module: nn.Module) -> tuple[list[Any], Tensor]:
-    """Return marks and a few values that quickly show whether a tensor or an attribute of a module has changed.
-
-    The values are joined on one device, so that they are compared by one transfer.
-    """
-    tensors = [local_part(tensor) for tensor in (*module.parameters(), *module.buffers())]
-    marks: list[Any] = [(num_changes(tensor), tensor.data_ptr()) for tensor in tensors]
-    for part in module.modules():
-        for name, value in plain_attributes(part).items():
-            marks.append((name, id(value), len(value) if isinstance(value, _CONTAINERS) else 0))
-    few = [few_values(tensor, _PLACES) for tensor in tensors]
-    return marks, torch.cat([values.to(few[0].device) for values in few]) if few else torch.empty(0)
+    def _marks_of(self, owner: Any, tensors_only: bool = False) -> tuple[list[Any], Tensor]:
+        """Return what tells, quickly, whether the module, a learning rate or what a checkpoint holds of a callback has
+        changed: marks, and a few values of each tensor, joined on one device to be compared by one transfer.
+        """
+        module = self._strategy.module
+        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        saves = owner is not module and (_has("state_dict", owner) or _has("on_save_checkpoint", owner))
+        tensors = [local_part(tensor) for tensor in (*module.parameters(), *module.buffers(), *grads)]
+        marks: list[Any] = [(num_changes(tensor), tensor.data_ptr()) for tensor in tensors]
+        held = [] if tensors_only else [*map(plain_attributes, module.modules()), vars(owner) if saves else {}]
+        for attributes in held:
+            for name, value in attributes.items():
+                changes = num_changes(value) if isinstance(value, Tensor) else 0
+                marks.append((name, id(value), len(value) if isinstance(value, _CONTAINERS) else changes))
+        if not tensors_only:
+            marks += [value for _, value in numbers_of(self._others()) if not isinstance(value, Tensor)]
+        few = [few_values(tensor, _PLACES) for tensor in tensors]
+        return marks, torch.cat([values.to(few[0].device) for values in few]) if few else torch.empty(0)
 
 
 def _are_same(before: tuple[list[Any], Tensor], after: tuple[list[Any], Tensor]) -> bool:
@@ -171,10 +230,8 @@ def outputs_of(output: Any) -> Any:
 
 
 def _has(name: str, owner: Any) -> bool:
-    """Tell whether a callback or module has its own hook; a ``LambdaCallback`` has it as an instance attribute."""
-    return name in vars(owner) or is_overridden(name, owner)
-
-
-def _is_known(kind: type) -> bool:
-    """Tell whether a class of callbacks is, or derives from, one of Lightning's or of this package's."""
-    return any(base.__module__.startswith(_KNOWN) and base.__name__ not in _OPEN for base in kind.__mro__)
+    """Tell whether a callback or module has a hook of the user's; that of a ``LambdaCallback`` is an attribute of the
+    instance.
+    """
+    kinds = (kind for kind in type(owner).__mro__ if name in vars(kind))
+    return name in vars(owner) or not next(kinds, object).__module__.startswith((*_KNOWN, "builtins"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from lightning_dp.step import checks
 from lightning_dp.step.records import TrainingRecords
 from lightning_dp.strategies import _lightning
-from lightning_dp.strategies.hooks import EPOCH_END, UserHooks, outputs_of
+from lightning_dp.strategies.hooks import UserHooks, outputs_of
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -30,7 +30,7 @@ class LightningHost:
     def __init__(self, strategy: PrivateStrategy) -> None:
         self._strategy = strategy
         self._held: TrainingRecords | None = None
-        self.hooks = UserHooks(strategy)
+        self.hooks = UserHooks(strategy, self.others)
         self._batch: Any = None
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the ``training_step`` that is under way."""
@@ -49,8 +49,9 @@ class LightningHost:
     def _records(self) -> TrainingRecords:
         """Records of the training set; the loader may be replaced during a fit."""
         if self._held is None or self._held.loader is not self._strategy.loader:
-            axes = () if self._held is None else self._held.axes
-            self._held = TrainingRecords(self._strategy.loader, self._strategy.to_device, axes)
+            before, self._held = self._held, TrainingRecords(self._strategy.loader, self._strategy.to_device)
+            if before is not None:
+                self._held.axes, self._held.labels = before.axes, before.labels
         return self._held
 
     @property
@@ -62,6 +63,10 @@ class LightningHost:
     def batch_size(self) -> int:
         """Expected number of records in a real microbatch, at most the dataset size."""
         return self._records.batch_size(self._strategy.world_size, self._strategy.settings.samples_at_once)
+
+    def saved(self) -> dict[str, Any]:
+        """Return copies of what user code puts into a checkpoint, by its path."""
+        return self.hooks.saved()
 
     def others(self) -> list[Any]:
         """Return optimizers and schedulers."""
@@ -75,18 +80,53 @@ class LightningHost:
         """Return records from all over a dataset with random access; for a stream, the first ones."""
         return self._records.take(num, seed)
 
+    def check_reading(self, seed: int) -> None:
+        """Check that an item of the dataset is the same whatever else is read."""
+        self._records.check_reading(seed)
+
+    def check_order(self) -> None:
+        """Check, at the beginning of a pass, that the records are where they were."""
+        self._records.check_order()
+
     def run(self, records: list[Any]) -> Any:
         """Collate records and move them to the device, call the hooks that see the batch, and run ``training_step``."""
         rest, kwargs = self.arguments
         self._batch = self.batch_of(records)
+        self._strategy.trainer.should_stop = False
         self.skips = self._skips(self._batch)
         return self._strategy.call_training_step(self._batch, rest, kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a loss, with the hooks before and after it."""
+        strategy = self._strategy
+        if strategy.module.automatic_optimization:
+            optimizers = _lightning.lightning_optimizers(strategy)[:1]
+            self.hooks.call("on_before_zero_grad", *optimizers)
+            self.hooks.call("optimizer_zero_grad", strategy.trainer.current_epoch, self._batch_idx, *optimizers)
         self.hooks.call("on_before_backward", loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with checks.reached(loss):
+            strategy.module.backward(loss)
         self.hooks.call("on_after_backward")
+
+    def rehearse(self, closure: Callable[[], Any]) -> None:
+        """Step the one optimizer through the module's ``optimizer_step``, as Lightning does, and its schedulers."""
+        strategy, module = self._strategy, self._strategy.module
+        for optimizer in _lightning.lightning_optimizers(strategy)[:1]:
+            module.optimizer_step(strategy.trainer.current_epoch, self._batch_idx, optimizer, closure)
+        for config in strategy.lr_scheduler_configs:
+            if not config.reduce_on_plateau:
+                with suppress(Exception):  # it may be at its end
+                    module.lr_scheduler_step(config.scheduler, None)
+
+    @contextmanager
+    def own_callbacks(self) -> Iterator[None]:
+        """Let Lightning call only those callbacks that take part in trials."""
+        trainer: Any = self._strategy.trainer
+        before, trainer.callbacks = trainer.callbacks, self.hooks.callbacks
+        try:
+            yield
+        finally:
+            trainer.callbacks = before
 
     def end_batch(self, output: Any) -> None:
         """Call the hooks that end a batch."""
@@ -95,12 +135,17 @@ class LightningHost:
 
     @property
     def has_epoch_end(self) -> bool:
-        """True if user code does something at the end of an epoch."""
-        return self.hooks.has(EPOCH_END)
+        """True if user code does something between two epochs."""
+        return self.hooks.has_any_between_batches()
 
     def end_epoch(self) -> None:
-        """Call the hooks that end an epoch."""
-        self.hooks.call(EPOCH_END)
+        """Call the hooks that end an epoch and begin the next."""
+        self.hooks.call_between_batches()
+
+    @property
+    def stops(self) -> bool:
+        """True if user code has asked for the end of the run."""
+        return bool(self._strategy.trainer.should_stop)
 
     def skips_on(self, record: Any) -> bool:
         """Tell whether the hooks that begin a batch, given one record alone, ask to skip the rest of the epoch."""
@@ -132,8 +177,9 @@ class LightningHost:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Switch off ``self.log``, ``self.log_dict`` and the count of optimizer steps."""
+        """Keep ``self.log`` and ``self.log_dict`` to the trial, and switch off the count of optimizer steps."""
         with ExitStack() as stack:
+            stack.enter_context(_lightning.kept_figures(self._strategy.trainer))
             stack.enter_context(silent(self._strategy.module))
             for optimizer in _lightning.lightning_optimizers(self._strategy):
                 stack.enter_context(_lightning.without_progress(optimizer))
@@ -146,8 +192,19 @@ class LightningHost:
 
 @contextmanager
 def silent(module: pl.LightningModule) -> Iterator[None]:
-    """Make ``self.log`` and ``self.log_dict`` do nothing."""
-    replaced = {"log": _ignore, "log_dict": _ignore}
+    """Let ``self.log`` and ``self.log_dict`` show their figures to nobody but user code that reads them back."""
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(value, (int, float, Tensor)):
+            figure = torch.as_tensor(value).detach()
+            for store in _lightning.figures(module.trainer):
+                store |= dict.fromkeys((name, f"{name}_step", f"{name}_epoch"), figure)
+
+    def log_dict(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        for name, value in values.items():
+            log(name, value)
+
+    replaced = {"log": log, "log_dict": log_dict}
     before = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
     module.__dict__.update(replaced)
     try:
@@ -156,10 +213,6 @@ def silent(module: pl.LightningModule) -> Iterator[None]:
         for name in replaced:
             module.__dict__.pop(name, None)
         module.__dict__.update(before)
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 class Counts:

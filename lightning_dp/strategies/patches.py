@@ -12,6 +12,7 @@ from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.trial import Trial
 from lightning_dp.strategies import _lightning
+from lightning_dp.strategies.host import Counts
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -33,6 +34,11 @@ class Patches:
         self._strategy, self._step, self._trial, self._is_on_trial = strategy, step, trial, is_on_trial
         self._clips: dict[int, Callable[[], None]] = {}
 
+    @property
+    def is_rehearsing(self) -> bool:
+        """True if a trial lets private optimizers step, on gradients that do not depend on the records."""
+        return self._step.probe is not None and self._step.probe.rehearses
+
     def apply(self) -> None:
         """Replace the methods."""
         for index, both in enumerate(self._optimizers_and_wrappers()):
@@ -43,6 +49,8 @@ class Patches:
             module.__dict__["on_train_batch_start"] = self._checking_skips(module.on_train_batch_start)
         if not self._step.automatic:
             module.__dict__["clip_gradients"] = self._clipping_later(module.clip_gradients)
+        elif _lightning.is_overridden("optimizer_step", module):
+            module.__dict__["optimizer_step"] = self._checking_steps(module.optimizer_step)
         owners = [module, self._strategy.trainer.datamodule]  # type: ignore[attr-defined]
         if any(owner is not None and _lightning.is_overridden("on_before_batch_transfer", owner) for owner in owners):
             _lightning.replace_transfer_hook(module, lambda batch: isinstance(batch, LogicalBatch))
@@ -53,7 +61,7 @@ class Patches:
             for optimizer in both:
                 optimizer.__dict__.pop("zero_grad", None)
         _lightning.restore_transfer_hook(self._strategy.module)
-        for name in ("on_train_batch_start", "clip_gradients"):
+        for name in ("on_train_batch_start", "clip_gradients", "optimizer_step"):
             self._strategy.module.__dict__.pop(name, None)
 
     def clip(self, optimizer: Optimizer) -> None:
@@ -74,6 +82,21 @@ class Patches:
 
         return begin_batch
 
+    def _checking_steps(self, optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``optimizer_step`` of the module; where it leaves a step out, this may not depend on the records."""
+
+        @functools.wraps(optimizer_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self._is_on_trial():
+                return optimizer_step(*args, **kwargs)
+            counts, before = Counts(self._strategy), self._step.state.steps_taken
+            answer = optimizer_step(*args, **kwargs)
+            if self._step.settings.check_per_sample and self._step.state.steps_taken == before:
+                self._trial.check_steps(set(), counts.back_in)
+            return answer
+
+        return step
+
     def _clipping_later(self, clip_gradients: Callable[..., None]) -> Callable[..., None]:
         """Return a ``clip_gradients`` that waits until its optimizer steps, because no private gradient exists
         before.
@@ -81,7 +104,7 @@ class Patches:
 
         @functools.wraps(clip_gradients)
         def clip_later(optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            if not self._is_on_trial():
+            if not self._is_on_trial() or self.is_rehearsing:
                 held = getattr(optimizer, "optimizer", optimizer)
                 self._clips[id(held)] = functools.partial(clip_gradients, held, *args, **kwargs)
 

@@ -27,10 +27,13 @@ from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.couplings import Couplings
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.randomness import RandomStreams
+from lightning_dp.step.records import TrainingRecords
+from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import StepGuard
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.step.step import PrivateStep
+from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.fit import PrivateFit
 from lightning_dp.strategies.hooks import UserHooks
 from tests.auditing import checks, user_code
@@ -204,6 +207,25 @@ def hooks_not_run(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(UserHooks, "call", lambda self, name, *args: [])
 
 
+def steps_not_rehearsed(patch: pytest.MonkeyPatch) -> None:
+    """Trials end where an optimizer would step."""
+    run = TrialRuns.run
+    patch.setattr(TrialRuns, "run", lambda self, *args, rehearses=False, **kwargs: run(self, *args, **kwargs))
+
+
+def items_read_once(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TrainingRecords, "check_reading", lambda self, seed: None)
+
+
+def checkpoints_unread(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(UserHooks, "saved", lambda self: {})
+
+
+def figures_unread(patch: pytest.MonkeyPatch) -> None:
+    """What a trial logs cannot be read back."""
+    patch.setattr(_lightning, "figures", lambda trainer: [])
+
+
 def coins_in_the_middle(patch: pytest.MonkeyPatch) -> None:
     """Low and high coins are the middle one."""
     patch.setattr(couplings, "LOW", couplings.MIDDLE)
@@ -302,6 +324,20 @@ VARIANTS: dict[str, Variant] = {
     ),
     "hooks_not_run": Variant(
         hooks_not_run, user_code.check_state_from_hooks_is_refused, "state written in a hook was accepted"
+    ),
+    "steps_not_rehearsed": Variant(
+        steps_not_rehearsed,
+        user_code.check_steps_that_read_the_batch_are_refused,
+        "an optimizer step that reads the batch was accepted",
+    ),
+    "items_read_once": Variant(
+        items_read_once, user_code.check_items_that_share_memory_are_refused, "a dataset with one buffer was accepted"
+    ),
+    "checkpoints_unread": Variant(
+        checkpoints_unread, user_code.check_checkpoints_of_records_are_refused, "a record in a checkpoint was accepted"
+    ),
+    "figures_unread": Variant(
+        figures_unread, user_code.check_figures_that_come_back_are_refused, "a loss scaled by a logged one was accepted"
     ),
     "coins_in_the_middle": Variant(
         coins_in_the_middle, user_code.check_rare_coins_are_refused, "a coin that mixes the batch was accepted"

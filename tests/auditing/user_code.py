@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.sampling.indices import Draw, PoissonBatchSampler
@@ -145,6 +145,68 @@ def check_refilled_records_are_refused(tmp_path: Path) -> None:
 
     loader = DataLoader(make_dataset(), batch_size=16, collate_fn=refilling)
     _refused(Classifier, loader, tmp_path, "a copy of one record in the place of another")
+
+
+def check_steps_that_read_the_batch_are_refused(tmp_path: Path) -> None:
+    """A hook after each optimizer step adds the mean of the batch to a weight."""
+
+    class Adding(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.mean = batch[0].mean(0)
+            return super().training_step(batch, batch_idx)
+
+        def add(self) -> None:
+            self.network[0].weight.data[0] += self.mean
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            optimizer.register_step_post_hook(lambda *_: self.add())
+            return optimizer
+
+    _refused(Adding, make_loader(), tmp_path, "an optimizer step that reads the batch")
+
+
+def check_items_that_share_memory_are_refused(tmp_path: Path) -> None:
+    """A dataset that reads every item into the same memory: a batch holds its last record many times."""
+
+    class OneBuffer(Dataset[Any]):
+        buffer = torch.zeros(NUM_FEATURES)
+
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> Any:
+            features, label = make_dataset()[index]
+            return self.buffer.copy_(features), label
+
+    _refused(Classifier, DataLoader(OneBuffer(), batch_size=16), tmp_path, "a dataset with one buffer")
+
+
+def check_checkpoints_of_records_are_refused(tmp_path: Path) -> None:
+    """A module that puts a record into its checkpoint."""
+
+    class Saving(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.first = batch[0][:1]
+            return super().training_step(batch, batch_idx)
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["first"] = self.first
+
+    _refused(Saving, make_loader(), tmp_path, "a record in a checkpoint")
+
+
+def check_figures_that_come_back_are_refused(tmp_path: Path) -> None:
+    """A loss that is scaled by the loss logged before."""
+
+    class Scaling(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            before = self.trainer.callback_metrics.get("loss", torch.ones(()))
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss.detach())
+            return loss * before
+
+    _refused(Scaling, make_loader(), tmp_path, "a loss scaled by a logged one")
 
 
 def check_norm_and_sum_see_the_same_draws(tmp_path: Path) -> None:

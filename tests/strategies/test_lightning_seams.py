@@ -212,3 +212,16 @@ def test_loaded_checkpoints_are_shown_with_their_module(tmp_path: Path, monkeypa
     _lightning.note_loaded_checkpoints(lambda module, checkpoint: shown.append((module, checkpoint["global_step"])))
     module = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert shown == [(module, 4)]
+
+
+def test_kept_figures_puts_figures_and_the_stop_back(tmp_path: Path) -> None:
+    trainer = make_trainer("auto", tmp_path)
+    stores = _lightning.figures(trainer)
+    assert stores[0] is trainer.callback_metrics
+    stores[0]["before"] = 1.0
+    with _lightning.kept_figures(trainer):
+        trainer.should_stop = True
+        for store in _lightning.figures(trainer):
+            store["within"] = 2.0
+        assert trainer.callback_metrics["within"] == 2.0
+    assert (stores[0], stores[1], trainer.should_stop) == ({"before": 1.0}, {}, False)

@@ -35,6 +35,26 @@ def test_a_public_optimizer_that_steps_late_is_still_checked(tmp_path: Path) -> 
         make_trainer(rdp(public_optimizers=[0]), tmp_path).fit(Critic(), make_loader())
 
 
+def test_a_public_optimizer_that_sees_the_data_later_is_refused(tmp_path: Path) -> None:
+    class Later(GAN):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            generator, discriminator = self.optimizers()
+            seen = batch[0][:, :2] if self.global_step >= 2 else torch.ones(4, 2)
+            self.toggle_optimizer(generator)
+            generator.zero_grad()
+            self.manual_backward(self.generator(seen).square().mean())
+            generator.step()
+            self.untoggle_optimizer(generator)
+            discriminator.zero_grad()
+            self.manual_backward(self.discriminator(batch[0]).mean())
+            discriminator.step()
+
+    strategy = rdp(public_optimizers=[0])
+    with pytest.raises(PrivacyError, match="changes with which samples"):
+        make_trainer(strategy, tmp_path).fit(Later(), make_loader())
+    assert strategy.ledger.num_steps == 1
+
+
 def test_a_public_optimizer_never_tried_is_refused(tmp_path: Path) -> None:
     class Whimsical(Critic):
         def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,8 @@ from lightning_dp import DPStrategy, GradientDiagnostics, PrivacyAudit, PrivacyC
 from lightning_dp.auditing import random_records
 from lightning_dp.callbacks import EpsilonMonitor
 from lightning_dp.errors import PrivacyError
-from tests.helpers import NUM_RECORDS, Classifier, make_dataset, make_loader, make_trainer
+from lightning_dp.noise import CorrelatedNoise
+from tests.helpers import NUM_FEATURES, NUM_RECORDS, Classifier, make_dataset, make_loader, make_trainer
 
 #: 64 records of 16 users: 1, 7, 1, 7, ... records each.
 IDS = [f"user {2 * (record // 8) + (record % 8 > 0)}" for record in range(NUM_RECORDS)]
@@ -189,3 +191,46 @@ def test_a_loop_protects_users(tmp_path: Any) -> None:
     assert private.epsilon() == strategy.epsilon()
     assert "all records of one user" in private.privacy_statement()
     torch.testing.assert_close(torch.cat([p.detach().flatten() for p in module.parameters()]), trained)
+
+
+class InOrder(Dataset[Any]):
+    """Records by way of an order; ``shuffles`` is called by some module between two passes."""
+
+    def __init__(self) -> None:
+        self.features, self.labels = make_dataset().tensors
+        self.order = list(range(len(self.labels)))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Any:
+        place = self.order[index]
+        return self.features[place] + torch.randn(NUM_FEATURES), self.labels[place]
+
+    def shuffles(self) -> None:
+        self.order = self.order[1:] + self.order[:1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unit": [record // 4 for record in range(NUM_RECORDS)], "records_per_unit": 2},
+        {"sampling": "cyclic", "noise": CorrelatedNoise(), "neighboring_relation": "zero_out"},
+    ],
+)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_records_that_change_places_are_refused(options: dict[str, Any], shuffled: bool, tmp_path: Path) -> None:
+    dataset = InOrder()
+
+    class Shuffles(Classifier):
+        def on_train_epoch_start(self) -> None:
+            if shuffled:
+                dataset.shuffles()
+
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, **options)
+    trainer = make_trainer(strategy, tmp_path, max_epochs=2)
+    if not shuffled:
+        trainer.fit(Shuffles(), DataLoader(dataset, batch_size=4))
+        return
+    with pytest.raises(PrivacyError, match="Expected records to keep their positions"):
+        trainer.fit(Shuffles(), DataLoader(dataset, batch_size=4))
