@@ -364,9 +364,10 @@ def test_one_size_does_not_tell_samples_from_columns() -> None:
     """Two samples in a batch of two columns, where only runs on two were seen."""
     module = nn.Linear(3, 1)
     engine = PerSampleEngine(module)
-    engine._learning_size = 2
+    rows = engine._rows
+    rows._learning_size = 2
     engine.see((torch.zeros(2, 3), torch.zeros(2)))
-    engine._learning_size, engine._follows_owners = None, True
+    rows._learning_size, rows.follows_owners = None, True
     engine.set_parameters(dict(module.named_parameters()))
     engine.begin(2)
     batch = (torch.zeros(2, 3), torch.zeros(2))
