@@ -13,6 +13,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import PrivateDataLoader
+from lightning_dp.step.sandbox import USE_OPTIMIZERS
+
+STOP_ITERATION = (
+    "training_step raised StopIteration; Lightning would take this for the end of the data. Catch it inside "
+    "training_step."
+)
 
 
 def scalar_loss(output: Any, count: int, reduction: str, source: str = "training_step") -> Tensor | None:
@@ -179,6 +185,34 @@ def check_no_raw_gradients(
                     "the step: change requires_grad in on_train_epoch_start or on_train_batch_start, and register "
                     "layers in the module."
                 )
+
+
+def drawn(batch: Any) -> Any:
+    """Return a logical batch, if the private loader drew it and no step has used it.
+
+    Raises:
+        PrivacyError: there is none.
+    """
+    if batch is None:
+        raise PrivacyError(
+            "Expected one training_step for each logical batch, got a batch that the private loader did not draw, "
+            "or the same one again. Optimizers that call their closure several times cannot be used: take SGD, "
+            "Adam or AdamW."
+        )
+    return batch
+
+
+def check_released(*, seen_backprops: bool, released: Collection[int]) -> None:
+    """Check, at the end of a fit, that backprops were followed by a step of a private optimizer.
+
+    Raises:
+        PrivacyError: they were not.
+    """
+    if seen_backprops and not released:
+        raise PrivacyError(
+            "Backprops arrived, but no private optimizer has ever stepped, so nothing is trained and the ledger "
+            f"is empty. {USE_OPTIMIZERS}"
+        )
 
 
 def check_settled(now: float, settled: float) -> None:

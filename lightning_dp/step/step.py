@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from lightning_dp.clipping import Clipping
 from lightning_dp.clipping.bounds import Bound
-from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import GradientEngine, SingleSampleEngine, make_engine
 from lightning_dp.step import checks
@@ -35,7 +34,6 @@ from lightning_dp.step.randomness import RandomStreams
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import Release
 from lightning_dp.step.samples import Samples
-from lightning_dp.step.sandbox import USE_OPTIMIZERS
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.settling import settle
 from lightning_dp.step.state import PrivacyState
@@ -95,9 +93,7 @@ class PrivateStep:
         self.recording: Microbatch | None = None
         self.probe: Any = None  # a trial under way, which takes the gradients where an optimizer would step
         self.unfinished: set[int] = set()  # optimizers that hold backprops of an earlier training_step
-        self.unchecked_public: set[int] = set()
-        self.seen_backprops = False
-        self._released: set[int] = set()
+        self.unchecked_public, self._released, self.seen_backprops = set[int](), set[int](), False
         self.engine.attach()
         self._refresh()
         if settings.noise is not None:
@@ -138,21 +134,19 @@ class PrivateStep:
         """
         self.reduction.settle()
         self.state.begin_step()
-        correlation = self.plan.correlation
+        correlation, step = self.plan.correlation, self.state.step
         if correlation is not None:
-            check_position(position, self.state.step)
-        self.noise.follow(correlation, self.state.step)
+            check_position(position, step)
+        self.noise.follow(correlation, step)
         self._refresh()
-        accumulators, step, since = self.accumulators, self.state.step, self.noise.since
-        self.bound, self.releases = settle(accumulators, self.mechanisms, self.plan, step, since)
+        self.bound, self.releases = settle(self.accumulators, self.mechanisms, self.plan, step, self.noise.since)
         self.streams.begin()
         self.mechanisms.canaries.begin(self.plan.sample_rate)
-        for accumulator in accumulators.values():
+        for accumulator in self.accumulators.values():
             accumulator.reset()
             if self.automatic:
                 accumulator.drop_grads()
-        begins = first_of_pass if correlation is None else self.state.step == 0
-        if begins and self.settings.sampling != "poisson":
+        if (first_of_pass if correlation is None else step == 0) and self.settings.sampling != "poisson":
             self.state.ledger.start_pass()
 
     def microbatch(
@@ -190,8 +184,8 @@ class PrivateStep:
         if self.bound.num_statistics:
             accumulator.statistics.add_(self.bound.statistics(torch.linalg.vector_norm(samples.norms, dim=0)))
         if self.mechanisms.diagnostics.reads_sums:
-            observed = samples.norms, contribution.norms
-            diagnose(self.mechanisms.diagnostics, engine, accumulator, *observed, recording.scaled)
+            norms = samples.norms, contribution.norms
+            diagnose(self.mechanisms.diagnostics, engine, accumulator, *norms, recording.scaled)
         engine.discard(self.parameters.collected(optimizer))
 
     @torch.no_grad()
@@ -275,11 +269,7 @@ class PrivateStep:
 
     def check_released(self) -> None:
         """Raise PrivacyError, at the end of a fit, if backprops arrived and no private optimizer has stepped."""
-        if self.seen_backprops and not self._released:
-            raise PrivacyError(
-                "Backprops arrived, but no private optimizer has ever stepped, so nothing is trained and the ledger "
-                f"is empty. {USE_OPTIMIZERS}"
-            )
+        checks.check_released(seen_backprops=self.seen_backprops, released=self._released)
 
     def leave_open(self) -> None:
         """Record, at the end of a manual ``training_step``, the optimizers that hold backprops."""
@@ -290,8 +280,6 @@ class PrivateStep:
         note_values(self.module.parameters())
         self.engine.end()
         self.engine.detach()
-
-    # ---------------------------------------------------------------- what holds for a batch
 
     def _refresh(self) -> None:
         """Update the parameters after layers were frozen or unfrozen."""

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dp import _messages
-from lightning_dp.errors import PrivacyError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step import checks, module_checks
@@ -50,7 +48,6 @@ class PrivateFit:
         self._on_device: Any = None
         self._part = 0
         self._prepared = False
-        self._said_no_loss = False
         self._training_flags: list[bool] = []
         self._counts: Counts | None = None  # public counters before the last batch
         self.step = PrivateStep(
@@ -140,13 +137,7 @@ class PrivateFit:
         Raises:
             PrivacyError: the private loader did not draw the batch, or it was used already.
         """
-        batch, self._batch = self._batch, None
-        if batch is None:
-            raise PrivacyError(
-                "Expected one training_step for each logical batch, got a batch that the private loader did not draw, "
-                "or the same one again. Optimizers that call their closure several times cannot be used: take SGD, "
-                "Adam or AdamW."
-            )
+        batch, self._batch = checks.drawn(self._batch), None
         self._host.arguments, self._counts = (rest, kwargs), Counts(self._strategy)
         self.check_callbacks()
         try:
@@ -165,10 +156,7 @@ class PrivateFit:
             count, owners, _ = batch.parts[-1]
             return self._run_real(self._on_device, count, owners)
         except StopIteration as error:  # Lightning would treat it as the end of the data and skip this step
-            raise RuntimeError(
-                "training_step raised StopIteration; Lightning would take this for the end of the data. Catch it "
-                "inside training_step."
-            ) from error
+            raise RuntimeError(checks.STOP_ITERATION) from error
 
     def _cut(self, batch: LogicalBatch) -> LogicalBatch:
         """Return the batch in microbatches of one sample if samples run one at a time."""
@@ -272,20 +260,11 @@ class PrivateFit:
                 else:
                     until_backward.close()
                     self._check_steps(microbatch, output, counts)
-                    self._say_no_loss(weight)
+                    self._logs.say_no_loss(weight)
                 return _with_loss(output, checks.zero_loss(self._device) if loss is None else loss)
             step.leave_open()
         self._check_steps(microbatch, output, counts)
         return output
-
-    def _say_no_loss(self, weight: float) -> None:
-        """Say once, as Lightning does, that a step without a loss is easily a mistake."""
-        if weight and not self._said_no_loss:
-            self._said_no_loss = True
-            _messages.info(
-                "training_step returned no loss, so this step releases noise alone, and counts towards epsilon all the "
-                "same. If that is not on purpose, return the loss."
-            )
 
     def _call(self, batch: Any, count: int, *, weight: float) -> Any:
         rest, kwargs = self._host.arguments

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 
+from lightning_dp import _messages
 from lightning_dp.metrics import Epsilon
 from lightning_dp.strategies._lightning import fit_results
 
@@ -41,12 +42,25 @@ class TrainingLogs:
     def __init__(self, trainer: pl.Trainer, found: set[str], *, strict: bool) -> None:
         self.found, self.strict = found, strict
         self.dropped: set[str] = set()
-        self._in_step = self._is_muted = False
+        self._in_step = self._is_muted = self._said_no_loss = False
         self._results: Any = fit_results(trainer)
         self._loggers = list(trainer.loggers)
         self._results.__dict__["log"] = self._watched_log(self._results.log)
         for logger in self._loggers:
             logger.__dict__["log_metrics"] = self._watched_metrics(logger.log_metrics)
+
+    def say_no_loss(self, weight: float) -> None:
+        """Say once, as Lightning does, that a step without a loss is easily a mistake.
+
+        Args:
+            weight: of the step's records; 0 for an empty batch, of which nothing is said.
+        """
+        if weight and not self._said_no_loss:
+            self._said_no_loss = True
+            _messages.info(
+                "training_step returned no loss, so this step releases noise alone, and counts towards epsilon all the "
+                "same. If that is not on purpose, return the loss."
+            )
 
     def detach(self) -> None:
         """Restore the Trainer and its loggers."""

@@ -91,10 +91,12 @@ def user_split_over_microbatches(patch: pytest.MonkeyPatch) -> None:
     """Microbatches are full: the records of one user may be in several, and are clipped in each."""
     collate = MicrobatchCollate.__call__
 
-    def splitting(self: MicrobatchCollate, samples: list[Any], sizes: list[int] | None = None) -> LogicalBatch:
+    def splitting(
+        self: MicrobatchCollate, samples: list[Any], sizes: list[int] | None = None, **options: Any
+    ) -> LogicalBatch:
         most = self.microbatch_size or len(samples)
         cut = [min(most, size - start) for size in sizes or () for start in range(0, size, most)]
-        return collate(self, samples, cut if sizes else None)
+        return collate(self, samples, cut if sizes else None, **options)
 
     patch.setattr(MicrobatchCollate, "__call__", splitting)
 

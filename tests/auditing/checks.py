@@ -71,6 +71,9 @@ class BothRanks(AllReduce):
 
     step: Any
 
+    def agree(self, flag: bool) -> bool:
+        return flag
+
     def reduce(self, accumulator: Accumulator) -> None:
         peer = self.make_accumulator(accumulator.parameters, accumulator.clipping, accumulator.num_statistics)
         ReleaseNoise(self.step.noise.source, self).add(peer, self.step.releases[0], alone=False)
