@@ -14,9 +14,9 @@ class DrawnBatch(LogicalBatch):
     """A logical batch with a reference to its loader and its pass over the data.
 
     Args:
-        batch: as the private loader drew it.
+        batch: the batch that the private loader drew.
         source: the loader.
-        number: of the pass.
+        number: number of the pass.
     """
 
     __slots__ = ("number", "source", "used")
@@ -28,15 +28,15 @@ class DrawnBatch(LogicalBatch):
 
 
 class LogicalBatches:
-    """An iterable of logical batches, drawn privately; each iteration is one pass over the data.
+    """An iterable of privately drawn logical batches; each iteration is one pass over the data.
 
     An item is opaque and is made for one step. The pass ends early at the last step that the run may take.
 
-    **Guarantee**: none of its own. Sizes and members of batches are private; the number of batches of a pass is public.
+    **Guarantee**: none of its own. Sizes and members of batches are private; the number of batches per pass is public.
 
     Args:
         loader: draws the batches.
-        steps_left: returns how many steps the run may still take.
+        steps_left: returns the number of steps that the run may still take.
         begin: called when a pass begins.
     """
 

@@ -13,7 +13,7 @@ from lightning_dp.step.state import PrivacyState
 
 
 class LoopFacts(StateFacts):
-    """The facts of a private loop that users read."""
+    """Public facts of a private loop, and its un-noised loss, for users."""
 
     settings: Settings
     _losses: list[tuple[Tensor, int]]
@@ -25,7 +25,7 @@ class LoopFacts(StateFacts):
 
     @property
     def steps_left(self) -> float:
-        """Logical steps until the planned end of the run or of its budget; infinite if nothing bounds it."""
+        """Number of logical steps until the planned end of the run or of its budget; infinite if nothing bounds it."""
         _ = self.plan
         return max(0, steps_left(self.state))
 
@@ -41,6 +41,6 @@ class LoopFacts(StateFacts):
 
 
 def steps_left(state: PrivacyState) -> float:
-    """Return how many more steps the plan and the budget allow; negative beyond the plan."""
+    """Return the number of further steps that plan and budget allow; negative beyond the plan."""
     planned = math.inf if state.plan is None or state.plan.steps is None else state.plan.steps
     return min(planned, state.last_allowed_step) - state.steps_taken

@@ -33,11 +33,11 @@ class LoopFit:
 
     Args:
         model: holds the parameters.
-        called: first argument of the loss function: the model or a wrapper of it.
-        optimizer: over parameters of the model.
+        called: first argument of the loss function: the model, or a wrapper of the model.
+        optimizer: optimizer of the model's parameters.
         loader: draws logical batches.
         move: moves a batch to the device.
-        guard: over optimizer steps.
+        guard: guard over optimizer steps.
         settings: the user's arguments.
         state: ledger, accountant and position; its plan must be known.
         mechanisms: further requests of the user.
@@ -92,12 +92,12 @@ class LoopFit:
         """Give the parameters the private gradient of a logical batch.
 
         Args:
-            batch: used once.
+            batch: logical batch, which is used once.
             loss_fn: (model, batch) -> loss.
-            begins_pass: whether a pass over the data begins with it.
+            begins_pass: whether a pass over the data begins with this batch.
 
         Returns:
-            Loss and samples of each microbatch. NOT private.
+            Loss and number of records of each microbatch; empty for an empty batch. NOT private.
         """
         self._host.loss_fn, self._losses = loss_fn, []
         self._begin(begins_pass, batch.position)
@@ -136,7 +136,7 @@ class LoopFit:
             trial.check_again(step.state.step)
 
     def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any]]) -> None:
-        """Run all microbatches except the last in the sandbox, each from the same state."""
+        """Run microbatches in the sandbox, each from the same state."""
         if not microbatches:
             return
         with self._sandbox.series() as piece:
@@ -148,7 +148,7 @@ class LoopFit:
     def _run(
         self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0, further: bool = False
     ) -> None:
-        """Run forward, backward and clipping of one microbatch."""
+        """Run forward, backward and clipping of one microbatch, and add it to the sum."""
         with self.step.microbatch(count, owners, weight=weight, further=further):
             self.step.engine.see(batch)
             loss = self._host.loss_of(self._host.loss_fn(self._called, batch), count)

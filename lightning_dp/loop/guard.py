@@ -50,7 +50,7 @@ class ReleaseGuard(StepGuard):
         self._hooks, self._gradients = [], {}
 
     def _follow(self) -> None:
-        """Watch parameters that were added later, frozen ones included, because they may be unfrozen."""
+        """Watch all parameters of the model, including new ones, and frozen ones because they may be unfrozen."""
         for parameter in self._model.parameters():
             if id(parameter) in self._parameters:
                 continue
@@ -63,7 +63,7 @@ class ReleaseGuard(StepGuard):
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Let the private step run the user's code; no optimizer may step during it."""
+        """Allow the private step to run the user's code within the context; no optimizer may step there."""
         self._follow()
         self._working, self._open, self._gradients = True, False, {}
         try:

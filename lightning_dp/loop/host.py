@@ -26,10 +26,10 @@ class LoopHost:
 
     Args:
         model: first argument of the loss function.
-        optimizer: of the model.
-        records: of the training set.
+        optimizer: optimizer of the model.
+        records: records of the training set.
         reduction: "mean" or "sum": how a scalar loss combines the samples.
-        batch_size: records of a real microbatch, as expected.
+        batch_size: expected number of records in a real microbatch.
     """
 
     shows_progress, skips, stops, has_epoch_end = True, False, False, False
@@ -62,7 +62,7 @@ class LoopHost:
         self._records.check_order()
 
     def run(self, records: list[Any]) -> Any:
-        """Collate records, and return the output of the loss function on the batch."""
+        """Collate records, run the loss function on the batch and return its output."""
         batch = self._records.batch_of(records)
         self.see(batch)
         return self.loss_fn(self._model, batch)
@@ -110,17 +110,15 @@ class LoopHost:
         return {}
 
     def others(self) -> list[Any]:
-        """Return the optimizer."""
+        """Return a list with the optimizer."""
         return [self._optimizer]
 
     def reachable(self) -> list[Any]:
-        """Return all objects whose state is restored after a trial: the optimizer, and objects that the loss function
-        holds.
-        """
+        """Return the objects, in addition to the model, whose state is restored after a trial."""
         return [self._optimizer, *held_by(self.loss_fn)]
 
     def find_types(self) -> None:
-        """Run the loss function on two records and record the narrowest dtype; call it in the sandbox.
+        """Run the loss function on two records and record the narrowest dtype in ``narrow``; call it in the sandbox.
 
         Raises:
             ValueError: float16, whose gradients overflow or need scaling.
@@ -137,7 +135,7 @@ class LoopHost:
 
 
 class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context that records the dtypes of all results."""
+    """A context that records the dtypes of all results of torch operations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -150,7 +148,7 @@ class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def held_by(function: Any) -> list[Any]:
-    """Return objects with state that a function can reach: its owner, bound arguments, closure and global modules.
+    """Return the objects that a function can reach: its owner, bound arguments, closure and global modules.
 
     Example:
         >>> layer = nn.Linear(1, 1)
@@ -169,7 +167,7 @@ def held_by(function: Any) -> list[Any]:
 
 
 def move_to(device: torch.device, batch: Any) -> Any:
-    """Move everything in a batch that has a ``to`` method."""
+    """Move everything in a batch that has a ``to`` method to a device."""
     return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
 
 

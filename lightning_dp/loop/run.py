@@ -94,7 +94,7 @@ class PrivateLoop(LoopFacts):
 
     Args:
         model: holds the parameters.
-        optimizer: over parameters of the model.
+        optimizer: optimizer of the model's parameters.
         loader: the user's.
         loss_fn: (model, batch) -> loss.
         settings: the user's arguments.
@@ -159,7 +159,7 @@ class PrivateLoop(LoopFacts):
     def step(self, batch: Any) -> None:
         """Take one private step on a logical batch: clipping, ledger, noise, optimizer.
 
-        Before the first one the loss function is tried on a few records, in the sandbox.
+        Before the first step, and at some later ones, the loss function is tried on a few records in the sandbox.
 
         Args:
             batch: from ``loader``; each is used once.
@@ -174,7 +174,7 @@ class PrivateLoop(LoopFacts):
     def backward(self, batch: Any, loss_fn: LossFunction | None = None) -> None:
         """Give the parameters their private gradient of a logical batch, and write the ledger entry.
 
-        What follows is post-processing: clip ``p.grad`` in place if you like, and step the optimizer.
+        Later changes are post-processing: clip ``p.grad`` in place if you like, and step the optimizer.
 
         Args:
             batch: from ``loader``; each is used once.
@@ -194,12 +194,12 @@ class PrivateLoop(LoopFacts):
         self._guard.released()
 
     def _begin_order(self) -> None:
-        """Let the loader resume at the right batch, if the noise needs the order of the data."""
+        """Make the loader resume at the right batch, if the noise needs the order of the data."""
         if self.settings.noise is not None:
             begin_order(self.plan.correlation, self._drawn, self.state.steps_taken)
 
     def _begin(self) -> LoopFit:
-        """Check the loaded state, and make the private step."""
+        """Check the loaded state, then make the private step."""
         saving.check_loaded(self._model, self._optimizer, self.state, self._loaded, self.settings)
         self.state.check_history(self._model)
         fit = LoopFit(
@@ -222,7 +222,7 @@ class PrivateLoop(LoopFacts):
 
     @property
     def plan(self) -> DPPlan:
-        """The public settings of the run; made, and its noise calibrated, at the first access."""
+        """The public settings of the run, made with calibrated noise at the first access."""
         state = self.state
         if state.plan is None:
             if self.mechanisms.extra_records:
@@ -244,10 +244,10 @@ class PrivateLoop(LoopFacts):
         return saving.dump(self._model, self._optimizer, self.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume a saved run; load the model and optimizer saved with it too, before the next step.
+        """Resume a saved run; also load the model and the optimizer that were saved with it, before the next step.
 
         Args:
-            state: what ``state_dict`` returned.
+            state: result of ``state_dict``.
 
         Raises:
             PrivacyError: a damaged state, or one of another run.
@@ -262,7 +262,7 @@ class PrivateLoop(LoopFacts):
         self.state.plan, self._loaded = None, state
 
     def close(self) -> None:
-        """Remove all hooks from the model and end the threads; ledger and statement stay readable."""
+        """Remove all hooks from the model and end the threads of the run; ledger and statement remain readable."""
         self._finalizer()
         _open.pop(self._model, None)
 

@@ -1,4 +1,4 @@
-"""The privacy state of a loop, which the user saves with model and optimizer: written, read, and compared with them."""
+"""Saving and loading of a loop's privacy state, and its comparison with model and optimizer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_dp.step.state import PrivacyState
 
 
 def dump(model: nn.Module, optimizer: Optimizer, state: PrivacyState) -> dict[str, Any]:
-    """Return the state as plain values, with the optimizer's steps and a digest of the weights."""
+    """Return the privacy state as plain values, with the optimizer's step count and a digest of the weights."""
     steps = saved.most_steps(optimizer.state.values())
     return {**state.state_dict(global_step=steps), saved.WEIGHTS: digest(model)}
 
 
 def load(state: PrivacyState, loaded: Any) -> None:
-    """Resume a saved run.
+    """Restore the privacy state of a saved run.
 
     Args:
-        state: of a run that took no steps, or is the saved one.
-        loaded: what :func:`dump` returned.
+        state: state of a run that has taken no steps, or of the saved run itself.
+        loaded: result of :func:`dump`.
 
     Raises:
         PrivacyError: a damaged state, or one of another run.
@@ -38,17 +38,18 @@ def load(state: PrivacyState, loaded: Any) -> None:
 def check_loaded(
     model: nn.Module, optimizer: Optimizer, state: PrivacyState, loaded: dict[str, Any] | None, settings: Settings
 ) -> None:
-    """Check that weights and optimizer were not saved later than the ledger.
+    """Check that model and optimizer were not trained for more steps than the ledger holds.
 
     Args:
-        model: about to be trained.
-        optimizer: its optimizer.
-        state: privacy state.
+        model: the model to be trained.
+        optimizer: optimizer of the model.
+        state: privacy state of the run.
         loaded: the state that was loaded, if any.
-        settings: may accept public steps.
+        settings: says whether public steps are accepted.
 
     Raises:
-        PrivacyError: steps were taken that the ledger does not hold.
+        PrivacyError: the weights are not those that were saved with the ledger, or the optimizer has taken steps that
+            the ledger does not hold.
     """
     taken = saved.most_steps(optimizer.state.values())
     if loaded is not None and loaded.get(saved.WEIGHTS) != digest(model):
@@ -68,7 +69,7 @@ def check_loaded(
 
 
 def digest(model: nn.Module) -> str:
-    """Return a digest of all trainable weights, bit by bit."""
+    """Return a digest of the bits of all trainable weights."""
     digest = hashlib.blake2b(digest_size=16)
     for parameter in model.parameters():
         if parameter.requires_grad:

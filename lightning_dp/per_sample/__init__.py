@@ -1,4 +1,4 @@
-"""Per-sample gradients in one backward: norms and weighted sums without autograd's weight gradients."""
+"""Norms and weighted sums of per-sample gradients, from one forward and one backward per microbatch."""
 
 from __future__ import annotations
 

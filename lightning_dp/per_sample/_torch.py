@@ -1,4 +1,4 @@
-"""Private API of torch that per-sample gradients need, one function each."""
+"""Private API of torch that per-sample gradients need, each behind one function of ours."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from torch import Tensor
 
 
 def unreported() -> AbstractContextManager[None]:
-    """Return a context in which operations do not report themselves to tracked tensors."""
+    """Return a context in which tracked tensors do not see the operations on them."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return context
 
 
 def unfollowed() -> AbstractContextManager[None]:
-    """Return a context in which operations report neither to tracked tensors nor to modes."""
+    """Return a context in which neither tracked tensors nor torch function modes see operations."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return context
 
 
 def in_backward() -> bool:
-    """Tell whether autograd is running a backward; a forward within it is a recomputation (checkpointing)."""
+    """Tell whether autograd is running a backward. A forward at that time is a recomputation (checkpointing)."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def keeps_graph() -> bool:
-    """Tell whether the current backward keeps, or may keep, its graph for another one (``retain_graph=True``)."""
+    """Tell whether the current backward keeps, or may keep, its graph for another backward (``retain_graph=True``)."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or bool(ask())
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Tell whether a tensor is a view of another one, as autograd sees it."""
+    """Tell whether autograd counts a tensor as a view of another tensor."""
     return tensor._is_view()
 
 
 def own_view(tensor: Tensor) -> Tensor:
-    """Return a tensor over the same memory that autograd does not count as a view."""
+    """Return an alias of a tensor that autograd does not count as a view."""
     alone: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
     return alone
 
 
 def arguments_of(func: Any) -> tuple[str, list[Any]]:
-    """Return the name of a dispatched operation, without suffixes, and its declared arguments."""
+    """Return the bare name of a dispatched operation (no ``aten::``, no trailing ``_``) and its declared arguments."""
     return func._schema.name.removeprefix("aten::").rstrip("_"), list(func._schema.arguments)
 
 
@@ -55,7 +55,7 @@ def is_compiled(module: Any) -> bool:
 
 
 def norms_of(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the L2 norms of tensors, in one call."""
+    """Return the L2 norm of each tensor, in one call."""
     return list(torch._foreach_norm(tensors))
 
 
@@ -65,6 +65,6 @@ def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> N
 
 
 def fused_kernel(kind: str) -> Callable[..., Any]:
-    """Return the recurrent kernel of that name, such as ``"lstm"``."""
+    """Return torch's fused recurrent kernel with a given name, such as ``"lstm"``."""
     kernel: Callable[..., Any] = getattr(torch._VF, kind)
     return kernel

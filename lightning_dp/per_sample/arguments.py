@@ -1,4 +1,4 @@
-"""Tensors in the arguments of operations."""
+"""Search and replacement of tensors in the arguments of an operation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tensors_in(args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 
 def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[Any, Any]:
-    """Return arguments with every tensor changed, in the order of :func:`tensors_in`."""
+    """Return the arguments with ``change`` applied to every tensor, in the order of :func:`tensors_in`."""
 
     def walk(thing: Any) -> Any:
         if isinstance(thing, Tensor):

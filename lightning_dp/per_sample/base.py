@@ -1,4 +1,4 @@
-"""GradientEngine: the interface of a private step to per-sample gradients, however they are computed.
+"""The interface between a private step and the engines that compute per-sample gradients.
 
 Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 """
@@ -18,22 +18,23 @@ from lightning_dp.per_sample.precision import exact_arithmetic
 
 
 class GradientEngine(ABC):
-    """Norms and weighted sums of the gradients of every sample of a microbatch.
+    """The interface of engines that compute norms and weighted sums of a microbatch's per-sample gradients.
 
-    **Guarantee**: between :meth:`begin` and :meth:`end` no raw gradient stays in a private parameter's ``.grad``;
-    ``gradient_i`` is the gradient of the loss as back-propagated with respect to what sample i's rows contributed. A
-    sample with factor 0 contributes exactly zero, whatever it holds. Everything returned is private.
+    **Guarantee**: between :meth:`begin` and :meth:`end` no raw gradient stays in a private parameter's ``.grad``.
+    ``gradient_i`` is the part of the back-propagated gradient that comes from the rows of sample i. A sample with
+    factor 0 contributes exactly zero, even if its gradient is not finite. Returned norms and gradients are not
+    private: they are computed from the data without noise.
     """
 
     listening: bool
-    """Whether backwards count; switch off around a backward that is not the loss's (adversarial examples)."""
+    """True if backprops are recorded; set to False around a backward that is not the loss's (adversarial examples)."""
 
     _parameters: dict[str, nn.Parameter]
 
     @property
     @abstractmethod
     def has_layout(self) -> bool:
-        """True if the engine knows which axis of every use of a private parameter runs over the samples."""
+        """True if the engine knows, for every use of a private parameter, how the rows belong to samples."""
 
     @abstractmethod
     def attach(self) -> None:
@@ -45,43 +46,44 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def set_parameters(self, parameters: Mapping[str, nn.Parameter], gathered: Collection[str] = ()) -> None:
-        """Set the private parameters: qualified name (the first of ``named_parameters``) to parameter.
+        """Set the private parameters, by qualified name (the first one in ``named_parameters``).
 
         Args:
-            parameters: the tensors of the forward.
-            gathered: names of those that the module holds during its forward alone, as sharded modules do.
+            parameters: the private parameters that the forward uses.
+            gathered: names of the parameters that the module holds only during its forward, as sharded modules do.
 
         Raises:
-            PrivacyError: a parameter is not one of the module.
+            PrivacyError: a parameter is neither in the module nor gathered.
         """
 
     @abstractmethod
     def learn_layout(
         self, run: Callable[[int], object], sizes: tuple[int, int] = (2, 5), *, more: bool = False, alike: bool = False
     ) -> None:
-        """Infer which axis of every use of a private parameter runs over the samples, from runs at two sizes.
+        """Infer, from runs at two batch sizes, which axis runs over the samples in every use of a private parameter.
 
         Args:
             run: executes the user's forward on that many samples. The smaller batch must be the beginning of the
-                larger one, padded alike, with random layers off; a backward is allowed. It is called two to about
-                ten times.
+                larger one, padded alike, with random layers off; a backward is allowed. It is called at least twice
+                and at most 27 times.
             sizes: two different sizes, at least 2.
-            more: keep what was learned before, and add what these runs use beyond it.
-            alike: whether these samples have equal shapes, so that they do not show whether others have as many rows.
+            more: add the uses of these runs to the layout learned before, instead of replacing it.
+            alike: whether these samples have equal shapes. If so, the runs do not show whether all records have
+                equally many rows.
 
         Raises:
-            PrivacyError: the samples that a private parameter meets cannot be distinguished.
+            PrivacyError: the samples cannot be distinguished in some use of a private parameter.
         """
 
     @abstractmethod
     def see(self, batch: Any) -> None:
-        """Record the batch that the user's step is about to run on, because its rows have owners.
+        """Record the batch of the next user step, to know the owner of each row.
 
         Args:
             batch: collated and on its device.
 
         Raises:
-            PrivacyError: an index of owners that does not fit the number of samples.
+            PrivacyError: an index of owners does not fit the number of samples.
         """
 
     @abstractmethod
@@ -89,9 +91,9 @@ class GradientEngine(ABC):
         """Start a microbatch: forget the previous one and record uses from now on.
 
         Args:
-            batch_size: records in it.
-            owners: of each record, the position of its user, ascending: then a sample is a user, and its gradient the
-                sum of those of its records. ``None``: each record is a sample.
+            batch_size: number of records in the microbatch.
+            owners: position of each record's user, ascending. Each user is then one sample, whose gradient is the sum
+                of the gradients of its records. ``None``: each record is a sample.
         """
 
     @abstractmethod
@@ -100,10 +102,10 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def has_backprops(self, names: Iterable[str]) -> bool:
-        """Tell whether a backprop is waiting for any of these parameters."""
+        """Tell whether any of these parameters has received a backprop that was not discarded."""
 
     def recomputed(self) -> set[str]:
-        """Return the parameters whose values are read again after the backward, to pull gradients back."""
+        """Return the names of parameters whose values are read after the backward, when gradients are pulled back."""
         return set()
 
     @property
@@ -113,7 +115,7 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def accept_grads(self, names: Iterable[str]) -> None:
-        """Accept a ``.grad`` of these parameters within a microbatch, because it is the private one."""
+        """Accept that these parameters hold a ``.grad`` within a microbatch, because it is the privatized gradient."""
 
     @abstractmethod
     def check_tracked(self) -> None:
@@ -126,7 +128,7 @@ class GradientEngine(ABC):
 
     @abstractmethod
     def end(self) -> None:
-        """Free everything; until the next :meth:`begin` the module trains as without an engine."""
+        """Free the microbatch's data; until the next :meth:`begin` the module trains as if there were no engine."""
 
     @abstractmethod
     def squared_norms(
@@ -136,13 +138,13 @@ class GradientEngine(ABC):
 
         Args:
             groups: names of the parameters of each group.
-            masks: of parameters of which the active coordinates alone count.
+            masks: masks by parameter name. Only the active coordinates of a masked parameter count.
 
         Returns:
-            Shape ``(G, B)``, float32 (float64 if a private parameter is). Not finite where a gradient is not. Private.
-            Where :meth:`accumulate` takes another way to the gradient, the rounding between the two ways is in the
-            norm: what a sample adds is never longer than its factor times its norm, to 1e-5, also where the parts of
-            its gradient cancel.
+            Shape ``(G, B)``, float32 (float64 if a private parameter is). Not finite if the gradient is not. Not
+            private. If :meth:`accumulate` computes the gradient in another way, the norm includes a bound on the
+            rounding between the two ways. A sample's contribution is therefore never longer than its factor times its
+            norm, to 1e-5, even if the terms of its gradient cancel.
         """
 
     @abstractmethod
@@ -162,14 +164,14 @@ class GradientEngine(ABC):
             out: accumulation targets by parameter name: of the parameter's shape, or 1-D over the active coordinates if
                 the parameter has a mask.
             masks: as for :meth:`squared_norms`.
-            scratch: buffers of the shape of masked parameters and of the type of ``out``, for sums of which the active
-                entries are then taken; they may be overwritten. Allocated if None.
+            scratch: by name, one buffer of the full shape per masked parameter, in the dtype of ``out``. The full sum
+                is written there before its active entries are taken. Allocated if None.
         """
 
     @abstractmethod
     def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return the gradient of every sample, shape ``(B, *shape)`` per parameter; zeros where no backprop arrived.
-        Private.
+        """Return every sample's gradient per parameter, shape ``(B, *shape)``; zero if no backprop arrived. Not
+        private.
         """
 
     def _new_norms(self, num_groups: int, batch_size: int) -> Tensor:

@@ -32,7 +32,7 @@ _DEEPEST = 5
 
 
 class BatchOwners:
-    """Facts about the batches of a run: the tensors whose rows have owners at every batch size.
+    """The tensors of a run's batches whose rows have known owners at every batch size.
 
     Args:
         module: may have an attribute or a method ``sample_of_row(batch)``.
@@ -44,7 +44,9 @@ class BatchOwners:
         self._sizes: set[int] = set()
 
     def learn(self, batch: Any, size: int) -> None:
-        """Record the structure of a batch of that many samples; only facts that hold for all batches remain."""
+        """Record how a batch of ``size`` samples names the owners of rows; keep only facts true for all
+        batches seen.
+        """
         seen = dict(_kinds_of(batch, size, self._indices(batch, size)))
         known = self._kinds
         self._sizes.add(size)
@@ -56,23 +58,23 @@ class BatchOwners:
 
     @property
     def was_seen(self) -> bool:
-        """True if any batch was seen."""
+        """True if :meth:`learn` has seen a batch."""
         return self._kinds is not None
 
     @property
     def has_indices(self) -> bool:
-        """True if batches name the owners of rows by an index or as a list."""
+        """True if batches name owners by an index, or by a list with one entry per sample."""
         return any(name != "sample" or axis == "each" for kinds in (self._kinds or {}).values() for axis, name in kinds)
 
     def forget(self) -> None:
-        """Forget all batches and start learning again."""
+        """Forget all batches seen so far."""
         self._kinds, self._sizes = None, set()
 
     def note(self, batch: Any, follower: Follower) -> None:
-        """Record, in the follower, which sample owns each row of a batch's tensors.
+        """Pass the owner of each row of a batch's tensors to the follower.
 
         Raises:
-            PrivacyError: an index that does not fit the number of samples.
+            PrivacyError: an index does not fit the number of samples.
         """
         # one size alone does not tell samples from other things of which there are as many
         known, size = (self._kinds or {}) if len(self._sizes) > 1 else {}, follower.size
@@ -94,7 +96,7 @@ class BatchOwners:
                 follower.note(thing, _owners_of(path, kinds, thing, follower, indices))
 
     def _indices(self, batch: Any, size: int) -> dict[str, Tensor]:
-        """Return the indices of owners in a batch, by name."""
+        """Return the owner indices of a batch by name, each with the sample of every row, node or edge."""
         found: dict[str, Tensor] = {}
         given = getattr(self._module, KEY, None)
         given = given(batch) if callable(given) else given
@@ -115,7 +117,7 @@ class BatchOwners:
 def _owners_of(
     path: Path, kinds: set[Kind], tensor: Tensor, follower: Follower, indices: Mapping[str, Tensor]
 ) -> Owners:
-    """Return the owners of a tensor of a batch; mixed if nothing names the owners of its rows."""
+    """Return the owners of the rows of a batch's tensor; ``MIXED`` if nothing in the batch names them."""
     if not kinds:
         return MIXED
     axis, name = min(kinds, key=lambda kind: _rank(path, kind[1]))
@@ -196,7 +198,7 @@ def _packed(packed: PackedSequence) -> Tensor:
 
 
 def _kinds_of(batch: Any, size: int, indices: Mapping[str, Tensor]) -> Iterator[tuple[Path, set[Kind]]]:
-    """Yield the possible kinds of each object in a batch, inferred from its lengths."""
+    """Yield the path of each object in a batch with its possible kinds (axis and index name), inferred from lengths."""
     for path, thing in _walk(batch):
         kinds: set[Kind] = set()
         if isinstance(thing, PackedSequence):
@@ -219,7 +221,7 @@ def _kinds_of(batch: Any, size: int, indices: Mapping[str, Tensor]) -> Iterator[
 
 
 def _rank(path: Path, name: str) -> int:
-    """Return the order of preference if lengths allow several kinds."""
+    """Return the rank of an index name for a tensor, if lengths allow several names; the lowest rank wins."""
     of_edges = bool(path) and ("edge" in str(path[-1]) or path[-1] == "E")
     kind = name.split(" ")[0]
     order = (
@@ -246,7 +248,7 @@ def _walk(thing: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _containers(thing: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield mappings and objects with attributes."""
+    """Yield the mappings, named tuples and objects with attributes in a batch, each as a path and a dictionary."""
     if isinstance(thing, (Tensor, PackedSequence)) or len(path) >= _DEEPEST:
         return
     items = dict(_items(thing))
@@ -257,7 +259,7 @@ def _containers(thing: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, A
 
 
 def _items(thing: Any) -> Iterator[tuple[Any, Any]]:
-    """Return the items of a container: a mapping, a sequence, a graph, or an object with attributes."""
+    """Yield the key-value pairs of a container: a mapping, a sequence, a graph, or an object with attributes."""
     if isinstance(thing, Mapping):
         yield from thing.items()
     elif isinstance(thing, tuple) and hasattr(thing, "_fields"):

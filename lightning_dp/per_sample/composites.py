@@ -1,4 +1,4 @@
-"""Operations rewritten as simpler operations, which report themselves.
+"""Torch functions rewritten as simpler operations, each of which reports itself to tracked tensors.
 
 Each function takes the tracker, the torch function, and that function's arguments.
 """
@@ -40,7 +40,7 @@ def instance_norm_of_running(
     *options: Any,
     **more: Any,
 ) -> Any:
-    """Compute an instance norm with running statistics; weight and bias act on its result."""
+    """Compute an instance norm with running statistics; apply weight and bias as separate operations."""
     return scaled(func(input, running_mean, running_var, None, None, *options, **more), weight, bias)
 
 
@@ -56,7 +56,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Compute a batch norm with fixed statistics; weight and bias act on its result."""
+    """Compute a batch norm with fixed statistics; apply weight and bias as separate operations."""
     if training:
         raise PrivacyError(
             "Expected layers that keep samples apart, got batch_norm in training mode, which mixes them. "
@@ -66,7 +66,7 @@ def batch_norm(
 
 
 def matmul(tracker: Tracker, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
-    """Compute a product with a parameter as a linear layer, if its shape allows."""
+    """Compute a matrix product with a parameter, as a linear layer if the shapes allow."""
     if func.__name__ == "__rmatmul__":
         a, b = b, a
     tracked = is_tracked(a), is_tracked(b)
@@ -84,14 +84,14 @@ def matmul(tracker: Tracker, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 
 
 def addmm(tracker: Tracker, func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    """Compute ``bias + a @ b`` as a linear layer, if its arguments allow."""
+    """Compute ``beta * bias + alpha * (a @ b)``, as a linear layer if the arguments allow."""
     if beta == alpha == 1 and bias.dim() == 1 and not is_tracked(a):
         return F.linear(a, b.mT, bias)
     return beta * bias + alpha * (a @ b)
 
 
 def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
-    """Select rows of a parameter by a tensor of indices, like an embedding."""
+    """Index a parameter; compute rows at integer indices as an embedding."""
     one = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     if _is_index(one) and one.dim():
         return rows(tensor, one)
@@ -110,21 +110,21 @@ def _is_index(thing: Any) -> bool:
 
 
 def index_select(tracker: Tracker, func: Any, input: Any, dim: int, index: Any) -> Any:
-    """Select rows of a parameter, like an embedding."""
+    """Select along an axis of a parameter; compute rows (axis 0) as an embedding."""
     if is_tracked(input) and dim == 0 and input.dim() and not is_tracked(index):
         return rows(input, index)
     return tracker.primitive(func, (input, dim, index), {})
 
 
 def rows(table: Any, index: Tensor) -> Tensor:
-    """Return rows of a table, by indices that may be negative."""
+    """Return the rows of a table at given indices, which may be negative."""
     flat = table.reshape(table.shape[0], -1)
     rows = F.embedding(index.long().remainder(len(table)), flat)
     return rows if table.dim() == 2 else rows.reshape(*index.shape, *table.shape[1:])
 
 
 def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) -> Any:
-    """Write a function of parameters into a tensor of data, out of place if the index is a mask."""
+    """Write a function of parameters into a tensor of data, through ``torch.where`` if the index is a boolean mask."""
     if is_tracked(tensor) or not is_tracked(value):
         return tracker.primitive(func, (tensor, index, value), {})
     if isinstance(index, Tensor) and index.dtype == torch.bool:
@@ -166,7 +166,7 @@ def prelu(tracker: Tracker, func: Any, input: Any, weight: Any) -> Any:
 
 
 def bilinear(tracker: Tracker, func: Any, one: Any, other: Any, weight: Any, bias: Any = None) -> Any:
-    """Compute a bilinear layer as a linear layer over the products of its inputs."""
+    """Compute a bilinear layer as a linear layer over the pairwise products of its two inputs."""
     if is_tracked(one) or is_tracked(other):
         return tracker.primitive(func, (one, other, weight, bias), {})
     products = (one.unsqueeze(-1) * other.unsqueeze(-2)).flatten(-2)
@@ -174,8 +174,8 @@ def bilinear(tracker: Tracker, func: Any, one: Any, other: Any, weight: Any, bia
 
 
 def watch(tracker: Tracker, func: Any, tensor: Any, *args: Any) -> Any:
-    """Allow hooks on parameters, which see no gradient, and refuse hooks on functions of parameters, which would see
-    raw ones.
+    """Run ``register_hook`` or ``retain_grad``; refuse it on functions of parameters, where it would expose raw
+    gradients.
     """
     if isinstance(tensor, Function):
         raise PrivacyError(

@@ -29,12 +29,12 @@ def register_rule(
 ) -> Callable[[], None]:
     """Register a function that computes the per-sample gradients of an operation.
 
-    An operation without a rule is mapped over the samples where torch can do that. A ``torch.autograd.Function`` does
-    not report its uses of private parameters at all; with a rule it does.
+    An operation without a rule is mapped over the samples if torch can map it. A ``torch.autograd.Function`` without a
+    rule does not report its uses of private parameters.
 
-    **Guarantee**: none about the rule itself. A wrong one is found by the comparison with single samples at the first
-    batch of a run, which tries ordinary inputs only: where terms cancel, the sum of the rows of a sample must still be
-    what its norm is taken from (it is, for everything that ``gradients`` returns).
+    **Guarantee**: none about the rule itself. The comparison with single samples at the first batch of a run finds a
+    wrong rule, but only for the inputs of that batch. A sample's norm and its contribution are both taken from the sum
+    of its rows of gradients, so they agree even if terms cancel.
 
     Args:
         operation: a function with one tensor as its result that torch dispatches (``__torch_function__``), or a
@@ -130,7 +130,7 @@ class _Registered(Rule):
 
 
 class _Shapes(dict[str, torch.Size]):
-    """Shapes of parameters by name, as one element of a key."""
+    """A hashable dictionary of the shapes of parameters by name."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))

@@ -30,21 +30,22 @@ Memory = Literal["fast", "lean"]
 
 
 class PerSampleEngine(GradientEngine):
-    """Norms and weighted sums of the gradients of every sample, from the operations that use them.
+    """The engine that computes per-sample norms and sums from the operations on private parameters.
 
-    **Guarantee**: between :meth:`begin` and :meth:`end` no private parameter gets a ``.grad``; ``gradient_i`` is the
-    gradient of the loss as back-propagated with respect to what sample i's rows contributed, exact for losses that do
-    not mix samples (a mean over the microbatch gives ``gradient_i / B``). A sample with factor 0 contributes exactly
-    zero, whatever it holds. Everything returned is private. What cannot be had exactly raises ``PrivacyError``.
+    **Guarantee**: between :meth:`begin` and :meth:`end` no private parameter gets a ``.grad``. ``gradient_i`` is the
+    part of the back-propagated gradient that comes from the rows of sample i. It is exact for losses that do not mix
+    samples (a mean over the microbatch gives ``gradient_i / B``). A sample with factor 0 contributes exactly zero, even
+    if its gradient is not finite. Returned norms and gradients are not private: they are computed from the data without
+    noise. An operation without exact per-sample gradients raises ``PrivacyError``.
 
     Args:
         module: the user's module. Its private parameters change their class between begin and end.
-        grad_sample: ``"auto"`` never makes a full per-sample gradient where a cheaper way exists; ``"materialize"``
-            always makes it (reference).
-        memory: ``"fast"`` keeps per-sample gradients from the norms to the weighted sum where that is fastest, in
-            buffers of at most the size of the layers' inputs and outputs, the parameters and their gradients;
-            ``"lean"`` caches only what is smaller than the backprops, and the gradients of parameters that are used in
-            several ways.
+        grad_sample: ``"auto"`` materializes a full per-sample gradient only if no cheaper way exists;
+            ``"materialize"`` always materializes it (reference).
+        memory: ``"fast"`` caches per-sample gradients between the norms and the weighted sum if that is fastest, in
+            buffers that together are smaller than the layers' inputs and outputs, the parameters and their gradients;
+            ``"lean"`` caches only gradients that are smaller than the backprops, and the gradients of parameters that
+            are used in several ways.
 
     Example:
         >>> import torch
@@ -91,7 +92,7 @@ class PerSampleEngine(GradientEngine):
             ]
 
     def _guard(self, name: str) -> Callable[[Tensor], None]:
-        """Return a hook that immediately removes a gradient that no recorded use has seen."""
+        """Return a hook that removes a raw gradient from ``.grad`` at once and records the parameter as untracked."""
 
         def take(parameter: Tensor) -> None:
             if self._recorder.active and self._recorder.listening:
@@ -154,7 +155,7 @@ class PerSampleEngine(GradientEngine):
 
     @property
     def follows_owners(self) -> bool:
-        """True if rows belong to samples by an index that is followed through the step, not by position."""
+        """True if the engine follows the owners of rows through the step instead of using their positions."""
         return self._rows.follows_owners
 
     @override
@@ -163,7 +164,7 @@ class PerSampleEngine(GradientEngine):
 
     @property
     def listening(self) -> bool:
-        """True if backwards count."""
+        """True if the engine records backprops."""
         return self._recorder.listening
 
     @listening.setter
@@ -263,7 +264,9 @@ class PerSampleEngine(GradientEngine):
             }
 
     def _most_kept(self) -> float:
-        """Return the largest total size of cached gradients, in bytes: a share of the memory in use."""
+        """Return the largest total size of cached gradients in bytes: a share of activations, parameters and
+        gradients.
+        """
         if self._num_bytes is None:
             parameters = sum(parameter.nbytes for parameter in self._module.parameters())
             self._num_bytes = parameters + sum(parameter.nbytes for parameter in self._parameters.values())

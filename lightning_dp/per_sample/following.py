@@ -1,8 +1,8 @@
-"""Follow the owners of rows through all operations of a step, if positions do not determine them.
+"""The owners of rows, followed through all operations of a step if positions do not determine them.
 
-Graphs, sets and loops over samples have no axis with equally many rows for each sample. There every tensor that holds
-data carries a note of its owners; an operation hands it on to its result (moves.py). It costs some microseconds for
-each operation.
+Graphs, sets and loops over samples have no axis with equally many rows for each sample. For them the owners of every
+data tensor are recorded, and each operation passes them on to its result (moves.py). This costs some microseconds per
+operation.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _entered = functools.cache(entered)
 class Follower(TorchFunctionMode):
     """A mode that records, for every tensor that an operation returns, which samples own its rows.
 
-    **Guarantee**: a tensor without a note, which came from outside or through something that reports no operations,
-    counts as mixed: no parameter may meet it. What is written in place through a view makes all other views of that
-    memory mixed.
+    **Guarantee**: a tensor without recorded owners counts as mixed, and no parameter may be used with it. Such a tensor
+    was made outside the step or by code that reports no operations. An in-place write that changes the owners of a view
+    makes all other views of the same memory mixed.
 
     Args:
         tracker: follows the parameters.
-        size: samples of the microbatch.
+        size: number of samples in the microbatch.
         constants: buffers of the module: they hold no data.
     """
 
@@ -56,7 +56,7 @@ class Follower(TorchFunctionMode):
         self._time = 0
 
     def identity(self, device: torch.device) -> Tensor:
-        """Return ``0 ... B - 1``, the same tensor each time."""
+        """Return the tensor ``0 ... B - 1`` on a device, the same object in every call."""
         if device not in self._identities:
             self._identities[device] = torch.arange(self.size, device=device)
         return self._identities[device]
@@ -66,7 +66,7 @@ class Follower(TorchFunctionMode):
         self._notes[id(tensor)] = (weakref.ref(tensor), self._time, owners)
 
     def owners_of(self, tensor: Tensor) -> Owners:
-        """Return the owners of a tensor; None for a constant."""
+        """Return the owners of a tensor: None for a constant, mixed if unknown."""
         if is_tracked(tensor) or isinstance(tensor, nn.Parameter) or id(tensor) in self._constants:
             return None
         note = self._notes.get(id(tensor))

@@ -33,9 +33,7 @@ REJECTING = frozenset({"binomial", "poisson", "_standard_gamma", "_sample_dirich
 
 
 class _InDropout(TorchFunctionMode):
-    """A mode that records whether a dropout, or a layer with one, is running, whichever operations it uses on a
-    device.
-    """
+    """A mode that counts the running dropout functions and functions that contain a dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +50,7 @@ class _InDropout(TorchFunctionMode):
 
 
 class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that replaces every random draw by a fixed value, so that two runs differ only in their samples.
+    """A mode that replaces random draws by fixed values, so that two runs differ only in their samples.
 
     Dropout is off. Permutations become a cyclic shift, which mixes whatever can be mixed. Other draws of values:
 
@@ -93,7 +91,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._dropouts.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation, replacing its random draws."""
+        """Run one operation with its random draws replaced."""
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
@@ -130,7 +128,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _by_place(like: torch.Tensor) -> torch.Tensor:
-    """Return fixed numbers in (0, 1) that look drawn, one for each index in row-major order."""
+    """Return fixed numbers in (0, 1) that look random; each entry's flat index determines its number."""
     places = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
     return ((torch.sin(places * 12.9898 + 1.0) * 43758.5453).frac().abs() * 0.98 + 0.01).view(like.shape)
 

@@ -1,8 +1,8 @@
-"""Functions of private parameters: how they are built, and how per-sample gradients are pulled back through them.
+"""Functions of private parameters: their construction, and the pull-back of per-sample gradients through them.
 
 A function of parameters is an ordinary result of autograd, connected to a stand-in of each parameter. The pull-back is
-a vector-Jacobian product of that graph, mapped over the samples. Where it is a view its entries are entries of the
-parameter, and no pull-back is needed.
+a vector-Jacobian product of that graph, mapped over the samples. If the function is a view of its parameter, its
+entries are entries of the parameter, and no pull-back is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def derive(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation on parameters and constants; its result is a function of parameters."""
+    """Run an operation on parameters and constants; return its result as a function of parameters."""
     nodes: list[tuple[Node, Tensor]] = []
 
     def attached(tensor: Tensor) -> Tensor:
@@ -90,7 +90,9 @@ def _made(tracker: Tracker, func: Any, out: Tensor, key: Hashable, nodes: list[t
 
 
 def pulled_back(tracker: Tracker, node: Node, grads: Tensor) -> dict[str, Tensor]:
-    """Return per-sample gradients of a node's parameters, ``(B, *shape)`` each, from those of the node."""
+    """Return per-sample gradients ``(B, *shape)`` of a node's parameters, given the per-sample gradients of
+    the node.
+    """
     assert node.value is not None
     names = [name for name in node.names if name in tracker.stand_ins]
     roots = [tracker.stand_ins[name] for name in names]

@@ -1,8 +1,8 @@
-"""The comparison of a sample's gradient in a batch with its gradient alone, and layers known not to be private.
+"""The comparison of a sample's gradient in a batch with its gradient alone, and the list of unsupported layers.
 
 Differential privacy bounds what one sample contributes. That needs per-sample gradients which depend on one sample
-only, and which are on the scale that the clipping norm is meant for. Both fail silently for a wrong loss or layer; the
-comparison sees it whatever the reason is.
+only, and which are on the scale that the clipping norm is meant for. A wrong loss or layer breaks either condition
+silently; the comparison detects it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def compare_with_singles(
     adds_up: Callable[[], bool] | None = None,
     total: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
 ) -> None:
-    r"""Compare per-sample gradients of a batch with the gradients of its samples run alone.
+    r"""Check that the per-sample gradients of a batch equal the gradients of its samples run alone.
 
         max_{p, i} ||scale batched_p[i] - single_i[p]||  <=  rtol * max_i ||gradient_i over all parameters||
 
@@ -103,13 +103,14 @@ def compare_with_singles(
 
 
 def find_unsupported(module: nn.Module, *, runs_samples_alone: bool = False) -> list[tuple[str, nn.Module, str]]:
-    """Return the submodules that cannot be trained privately in their current form: (qualified name, module, why).
+    """Return the submodules that cannot be trained privately as they are: (qualified name, module, reason).
 
     **Guarantee**: an empty list does not mean that samples are independent: functions inside ``forward`` are not seen.
 
     Args:
         module: the module to search, itself included.
-        runs_samples_alone: with ``grad_sample="single"`` only layers that change their state without noise are left.
+        runs_samples_alone: True for ``grad_sample="single"``: list only layers that store values of samples without
+            noise.
 
     Returns:
         One entry per submodule, in the order of ``named_modules()``; the name of the module itself is "".
@@ -145,7 +146,7 @@ def _why_never_private(module: nn.Module) -> str:
 
 
 def _why_not_together(module: nn.Module) -> str:
-    """Return the reason if samples of one forward cannot be distinguished; "" if they can."""
+    """Return the reason why samples may not share a forward through this layer; "" if they may."""
     kind = type(module).__name__
     alone = getattr(module, "normalises_samples_alone", False)  # of a subclass that `fix` has changed
     if isinstance(module, BatchNorm) and not alone and (_trains(module) or module.running_mean is None):
@@ -162,7 +163,7 @@ def _why_not_together(module: nn.Module) -> str:
 def _sums_of(
     batched: Mapping[str, Tensor], singles: Iterable[Mapping[str, Tensor]], scale: float
 ) -> tuple[dict[str, Tensor], int, set[torch.dtype]]:
-    """Return the pair sums of every parameter, ``(4, B)``, the number of samples and the dtypes seen."""
+    """Return the pair sums ``(4, B)`` of every parameter, the number of samples, and the dtypes seen."""
     rows: dict[str, dict[int, Tensor]] = {}
     seen, samples = {tensor.dtype for tensor in batched.values()}, 0
     for single in singles:
@@ -193,7 +194,7 @@ def _sums_of(
 
 
 def _pair_sums(batched: Tensor, alone: Tensor, scale: float) -> Tensor:
-    """Return both squared norms, the product and the squared distance of one sample: ``(4,)``, float64, on the CPU."""
+    """Return two gradients' squared norms, inner product and squared distance: ``(4,)``, float64, on the CPU."""
     if batched.device.type == "mps":  # has no float64
         batched, alone = batched.cpu(), alone.cpu()
     total = torch.zeros(4, dtype=torch.float64, device=batched.device)
@@ -216,7 +217,7 @@ def _difference(worst: Mapping[str, tuple[float, int]], rtol: float) -> str:
 
 
 def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, tolerance: float) -> str:
-    """Return the likely cause, given the factor between both gradients: equal for all samples, different, or none."""
+    """Return the likely cause of a difference, judged by the ratios of batched to single gradients."""
     largest = float(totals_b.max()) if len(totals_b) else 0.0
     missed = int(((totals_b <= tolerance**2 * largest) & (totals_s > tolerance * largest)).sum())
     if 0 < missed < len(totals_b):

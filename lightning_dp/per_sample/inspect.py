@@ -15,12 +15,12 @@ from lightning_dp.per_sample.independence import find_unsupported
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer.
+    """The report on one layer: its parameters, its handling and its problem.
 
     Args:
         name: qualified name; "" is the module itself.
         kind: name of its class.
-        num_trainable: trainable parameters of the layer itself.
+        num_trainable: number of trainable entries in the parameters of the layer itself, without submodules.
         handling: how its per-sample gradients are computed, or why none are needed.
         problem: why it cannot be trained privately in its current form; "" if it can.
         fix: what ``lightning_dp.fix`` would do; "" for nothing.
@@ -35,7 +35,7 @@ class LayerReport:
 
 
 def inspect(module: nn.Module) -> list[LayerReport]:
-    """List the layers of a module: those with parameters, those without submodules, and those that must change.
+    """List the layers of a module that have parameters, no submodules, or a problem.
 
     The module stays unchanged; ``fix`` is tried on a copy.
 
@@ -117,7 +117,7 @@ def _handling(layer: nn.Module, own: list[nn.Parameter], trainable: list[nn.Para
 
 
 def _shared(module: nn.Module) -> dict[str, str]:
-    """Return the note on layers that share a trainable parameter with another one."""
+    """Return, by layer name, a note on layers that share a trainable parameter with another layer."""
     places: dict[int, list[str]] = {}
     for name, layer in module.named_modules():
         for parameter in layer.parameters(recurse=False):

@@ -1,8 +1,8 @@
 """Records of a microbatch that count as one sample, because one user owns them.
 
 The gradient of a user is the sum of the gradients of its records. Their rows are laid out next to each other, equally
-many for every user, so that a rule sees the ``K`` rows of one sample: norms come from Gram matrices wherever those of
-records do.
+many for every user, so that a rule sees them as the rows of one sample. Norms of users then use Gram matrices in the
+same way as norms of records.
 
 Legend: ``N`` records, ``U`` users, ``M`` most records of one user, ``K`` rows of one record.
 """
@@ -23,7 +23,7 @@ class Joining:
         owners: int64, shape ``(N,)``: position 0 ... U - 1 of the user who owns each record, ascending.
 
     Raises:
-        ValueError: owners that are not ascending positions without a gap.
+        ValueError: the owners are not ascending positions without a gap.
 
     Example:
         >>> joining = Joining(torch.tensor([0, 0, 1]))
@@ -54,7 +54,7 @@ class Joining:
         return rows * self._most
 
     def data(self, tensor: Tensor, rows: int) -> Tensor:
-        """Return the rows of all users: ``(N * K, ...) -> (U * M * K, ...)``.
+        """Return the rows of the records, laid out by user: ``(N * K, ...) -> (U * M * K, ...)``.
 
         Args:
             tensor: rows of the records, those of one record next to each other.
@@ -65,7 +65,7 @@ class Joining:
         return self._of_records(tensor, rows)[self._records.to(tensor.device)].flatten(0, 1)
 
     def backprops(self, tensor: Tensor, rows: int) -> Tensor:
-        """Return the backprops of all users in the layout of :meth:`data`, padded with zeros."""
+        """Return the backprops of the records in the layout of :meth:`data`, padded with zeros."""
         if self._is_even:
             return tensor
         taken = self._of_records(tensor, rows)[self._records.to(tensor.device)]

@@ -27,7 +27,7 @@ class BatchAxis:
         axis: position of the axis.
         multiplicity: ``K``, its length per sample when it was learned. More than one for folded time steps or views.
         sample_major: whether the ``K`` rows of a sample are neighbours; ``None`` if ``K = 1``.
-        is_pinned: whether ``K`` must stay what it was when it was learned, since nothing shows that others are common
+        is_pinned: whether ``K`` must keep its learned value, because nothing shows that another value would be common
             to all samples.
     """
 
@@ -45,7 +45,7 @@ class BatchAxis:
         object.__setattr__(self, "is_pinned", self.multiplicity > 1)
 
     def rows_of_one(self, tensor: Tensor, batch_size: int, where: str) -> int:
-        """Return ``K`` of this tensor at this batch size; raise PrivacyError if samples cannot be distinguished."""
+        """Return ``K``, the rows per sample of a tensor; raise PrivacyError if samples cannot be distinguished."""
         if tensor.dim() <= self.axis:
             raise PrivacyError(
                 f"Expected a tensor with the batch in axis {self.axis}, got shape={tuple(tensor.shape)} in {where}. "
@@ -54,7 +54,7 @@ class BatchAxis:
         return self.rows_in(tensor.shape[self.axis], batch_size, where)
 
     def rows_in(self, length: int, batch_size: int, where: str) -> int:
-        """Return ``K`` of an axis of this length; raise PrivacyError if samples cannot be distinguished."""
+        """Return ``K`` for an axis of this length; raise PrivacyError if samples cannot be distinguished."""
         if batch_size == 0:
             return self.multiplicity
         rows, rest = divmod(length, batch_size)
@@ -67,7 +67,7 @@ class BatchAxis:
         return rows
 
     def to_front(self, tensor: Tensor, batch_size: int, where: str) -> tuple[Tensor, int]:
-        """Return the tensor with the batch axis moved to the front, rows sample-major, and ``K``."""
+        """Return the tensor with its batch axis first and its rows sample-major, and ``K``."""
         rows = self.rows_of_one(tensor, batch_size, where)
         if self.axis:
             tensor = tensor.movedim(self.axis, 0)
@@ -77,7 +77,7 @@ class BatchAxis:
         return tensor, rows
 
     def from_front(self, tensor: Tensor) -> Tensor:
-        """Return ``(B, K, ...)`` with its rows folded back into the batch axis, in their original order and axis."""
+        """Fold a tensor ``(B, K, ...)`` back to the original batch axis and row order."""
         if tensor.shape[1] > 1 and not self.sample_major:
             tensor = tensor.transpose(0, 1)
         return tensor.flatten(0, 1).movedim(0, self.axis)
@@ -103,7 +103,7 @@ class CallLayout:
     outputs: tuple[Axis, ...]
 
     def agrees(self, other: CallLayout) -> bool:
-        """Tell whether two layouts have the same axes; the multiplicity may differ."""
+        """Tell whether two layouts have the same axes; multiplicities above one may differ."""
 
         def same(a: Axis, b: Axis) -> bool:
             if isinstance(a, BatchAxis) and isinstance(b, BatchAxis):
@@ -149,7 +149,7 @@ Key = TypeVar("Key", bound=Hashable)
 def solve(
     first: Mapping[Key, list[Observation]], second: Mapping[Key, list[Observation]], sizes: tuple[int, int]
 ) -> dict[Key, list[CallLayout] | Unclear]:
-    """Return the layout of every call of every module from its shapes at two batch sizes.
+    """Infer the layout of every call, by operation, from its shapes and values at two batch sizes.
 
     Args:
         first: calls seen at ``sizes[0]``.
@@ -157,7 +157,7 @@ def solve(
         sizes: two different numbers of samples.
 
     Returns:
-        Module name to the layouts of its calls in order, or why they are unclear.
+        Operation to the layouts of its calls in order, or to the reason why they are unclear.
     """
     layouts: dict[Key, list[CallLayout] | Unclear] = {}
     for name in first.keys() | second.keys():
@@ -196,7 +196,9 @@ def _solve_call(first: Observation, second: Observation, sizes: tuple[int, int])
 
 
 def solve_axis(a: torch.Size, b: torch.Size, sizes: tuple[int, int]) -> Axis:
-    """Return the axis that grew with the batch, from the shapes of a tensor at two sizes."""
+    """Return the axis whose length changes with the batch size, given a tensor's shapes at two sizes; None if none
+    does.
+    """
     if len(a) != len(b):
         return Unclear(f"its shape goes from {tuple(a)} to {tuple(b)} with the batch size")
     changed = [i for i in range(len(a)) if a[i] != b[i]]
@@ -226,7 +228,7 @@ def _with_order(axis: Axis, order: bool | None) -> Axis:
 
 
 def _row_order(first: Tensor, second: Tensor, axis: BatchAxis, sizes: tuple[int, int]) -> bool | None:
-    """Infer from the values whether rows are sample-major: the samples that both runs share must hold the same rows."""
+    """Return whether rows are sample-major, judged by the rows of samples that both runs share; None if unclear."""
     shared, rows = min(sizes), axis.multiplicity
     a, b = (
         (t.detach().movedim(axis.axis, 0) if not t.is_floating_point() else t.detach().float().movedim(axis.axis, 0))

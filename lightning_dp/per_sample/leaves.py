@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class LeafRule(Rule):
-    """The rule of expanded copies: their gradients are the per-sample gradients. The spec is the tensor's shape."""
+    """The rule of expanded copies, whose gradients are the per-sample gradients. Its spec is the tensor's shape."""
 
     @override
     def per_sample(self, module: Any, calls: Sequence[Call], batch_size: int, names: set[str]) -> dict[str, Tensor]:
@@ -47,20 +47,22 @@ LEAF = LeafRule()
 
 
 def padded_shape(shape: Sequence[int], axis: BatchAxis, num_axes: int) -> tuple[int, ...] | None:
-    """Return the shape of a tensor broadcast to ``num_axes`` axes; None if it varies along the batch axis."""
+    """Return a shape padded with ones on the left to ``num_axes`` axes; None if the tensor varies along the
+    batch axis.
+    """
     padded = (1,) * (num_axes - len(shape)) + tuple(shape)
     return padded if len(padded) == num_axes and padded[axis.axis] == 1 else None
 
 
 def along(value: Tensor, padded: Sequence[int], axis: int, size: int) -> Tensor:
-    """Return one copy per sample along an axis that has length 1 in the padded shape."""
+    """Expand a tensor to ``size`` copies along an axis that has length 1 in its padded shape."""
     shape = list(padded)
     shape[axis] = size
     return value.reshape(padded).expand(shape)
 
 
 def rows_along(copies: Tensor, axis: BatchAxis, rows: int) -> Tensor:
-    """Return the samples' copies, each repeated for the ``K`` rows of its sample, in the order of the rows."""
+    """Repeat each sample's copy for the ``K`` rows of the sample, in the order of the rows."""
     if rows == 1:
         return copies
     at = axis.axis + (1 if axis.sample_major else 0)
@@ -82,7 +84,8 @@ def mapped(
 
     Args:
         function: the operation.
-        tensors: its tensors, with the batch where the layout says; of tracked ones the copies, shape ``(B, *shape)``.
+        tensors: tensors of the operation, with the batch axes of the layout; copies, shape ``(B, *shape)``, for tracked
+            tensors.
         is_copy: marks the copies.
         layout: of the operation.
         size: ``B``, at least 1.
@@ -115,7 +118,7 @@ def mapped(
 
 
 def constant(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation without following it, because there are no samples."""
+    """Run an operation on detached parameters, because an empty batch has no gradients."""
     args, kwargs = replaced(args, kwargs, lambda tensor: tensor.detach() if isinstance(tensor, Reporting) else tensor)
     return func(*args, **kwargs)
 
@@ -123,7 +126,7 @@ def constant(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
 def copies_of(
     tracker: Tracker, tensor: Tensor, node: Node, make: Callable[[Tensor], Tensor], axis: BatchAxis
 ) -> Tensor:
-    """Return expanded copies of a tensor; their gradient goes to its source."""
+    """Return expanded copies of a tracked tensor; the tensor's source receives their gradient."""
     source = tracker.source(LEAF, node.shape, "copies", {"copy": node})
     if not in_backward():
         source.calls += 1
@@ -139,7 +142,7 @@ def aligned(
     tracked: list[tuple[Tensor, Node]],
     tensors: Sequence[Tensor],
 ) -> Any:
-    """Run an elementwise operation on copies along its batch axis; return ``NotImplemented`` if they do not
+    """Run an elementwise operation on copies of parameters; return ``NotImplemented`` if the copies do not
     broadcast.
     """
     axis, size = plan.outputs[0], tracker.recorder.batch_size
@@ -218,7 +221,7 @@ def over_samples(
     tracked: list[tuple[Tensor, Node]],
     tensors: Sequence[Tensor],
 ) -> Any:
-    """Run an operation by a map over the samples, with a copy of its parameters per sample."""
+    """Map an operation over the samples, each with its own copy of the parameters."""
     nodes, size = [node for _, node in tracked], tracker.recorder.batch_size
     if size == 0:
         return constant(tracker, func, args, kwargs)

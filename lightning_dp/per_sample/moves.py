@@ -1,7 +1,7 @@
 """Owners of the result of an operation, computed from the owners of its arguments.
 
-An operation that is not listed has a result of unknown owners, unless all it was given belongs to one sample. So a
-missing entry costs speed (another way to per-sample gradients is taken), never a guarantee.
+The result of an operation that is not listed has unknown owners, unless all its arguments belong to one sample. A
+missing entry never voids a guarantee: it costs speed, because another way to per-sample gradients is taken.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CONSTANTS = frozenset(_MAKES_CONSTANTS.split())
 
 
 def _moved(step: Step) -> Found:
-    """Return the owners after an operation that only moves entries, by applying it to the owners."""
+    """Return the owners after an operation that only moves entries, by running the operation on the owners."""
     name, given = step.func.__name__, step.args[0] if step.args else next(iter(step.kwargs.values()))
     by_id = {id(tensor): rows for tensor, rows in step.owned}
     data = [*tensors_in((given,), {})]
@@ -115,7 +115,7 @@ def _labels_of(tensor: Tensor, rows: Rows | None, identity: Tensor, *, narrow: b
 
 
 def _picked(step: Step, name: str) -> Found:
-    """Return the owners of constants that data select: the owners of the index."""
+    """Return the owners of constants that an index of data selects: the owners of the index."""
     found = alone(step)
     if found is None:
         return MIXED
@@ -128,7 +128,7 @@ def _picked(step: Step, name: str) -> Found:
 
 
 def _written(step: Step) -> Found:
-    """Return the owners after ``tensor[index] = value``."""
+    """Return the owners of a tensor after ``tensor[index] = value``."""
     (target, index, value), by_id = step.args, {id(tensor): rows for tensor, rows in step.owned}
     labels = _labels_of(target, by_id.get(id(target)), step.identity, narrow=False).clone()
     if isinstance(value, Tensor):
@@ -188,7 +188,9 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
 
 
 def moved_entries(name: str, args: Any) -> list[Tensor]:
-    """Return the arguments whose entries an indexed operation puts into its result; none for other operations."""
+    """Return the arguments whose entries an indexed operation puts into its result; an empty list for other
+    operations.
+    """
     if name.rstrip("_") in _ADDING:
         return [tensor for tensor in (args[0], args[3] if len(args) > 3 else None) if isinstance(tensor, Tensor)]
     if name in _PICKS.split() and args:
@@ -197,12 +199,12 @@ def moved_entries(name: str, args: Any) -> list[Tensor]:
 
 
 def handler_of(name: str) -> Callable[[Step], Found] | None:
-    """Return the function that computes owners for an operation of that name; None if unknown."""
+    """Return the function that computes the owners of an operation's result; None for an unknown operation."""
     return _HANDLERS.get(name) or _HANDLERS.get(name.rstrip("_"))
 
 
 def owners_after(step: Step, name: str) -> Found:
-    """Return the owners of a result, or of each tensor in it."""
+    """Return the owners of a finished operation's result, or of each tensor in the result."""
     one = {rows.only for _, rows in step.owned}
     if len(one) == 1 and None not in one:
         return Rows(None, step.owned[0][1].index[:1])

@@ -26,9 +26,9 @@ class Node:
     Args:
         name: for messages.
         names: qualified names of the parameters that it is a function of.
-        lineage: number of the way it was computed in; equal for equal operations on equal lineages.
-        like: the tensor.
-        region: index map into its one parameter; None for the parameter itself, and where there is none.
+        lineage: number of the sequence of operations that computed it; equal for equal operations on equal lineages.
+        like: tensor with the shape of the node.
+        region: index map of a view into its parameter; None for all other nodes.
         value: the tensor with its graph; None for the parameter itself.
     """
 
@@ -56,7 +56,7 @@ class Node:
 
     @property
     def is_view(self) -> bool:
-        """True if it holds entries of one parameter, each at most once."""
+        """True if the node is one parameter, or a view of one that holds no entry twice."""
         return self.key is not self
 
 
@@ -79,13 +79,13 @@ class Reporting:
 
 
 class Function(Reporting, Tensor):
-    """A function of private parameters."""
+    """A tracked tensor that is a function of private parameters."""
 
     node: Node
 
 
 def is_tracked(thing: Any) -> bool:
-    """Tell whether an object is a followed private parameter, or a function of such parameters."""
+    """Tell whether an object is a tracked private parameter or a function of such parameters."""
     return isinstance(thing, Reporting)
 
 
@@ -98,7 +98,7 @@ def reporting_class(plain: type[Any], tracker: Tracker) -> type[Any]:
 
 
 def region_of(view: Tensor, parameter: Tensor) -> Region | None:
-    """Return the index map of a view into its parameter; None if it is no view, or repeats an entry.
+    """Return the index map of a view into its parameter; None if the tensor is no view or repeats an entry.
 
     Example:
         >>> weight = torch.zeros(4, 3)
@@ -121,7 +121,7 @@ def region_of(view: Tensor, parameter: Tensor) -> Region | None:
 
 
 def view_of(tensor: Tensor, region: Region | None) -> Tensor:
-    """Return the view that a region describes of a tensor of the parameter's shape; the whole tensor for None."""
+    """Return the part of a tensor that a region describes, as a view; the whole tensor if the region is None."""
     if region is None:
         return tensor
     offset, shape, strides = region

@@ -1,4 +1,4 @@
-"""The table of torch functions: each has a rule, runs simpler operations, is handled generally, or needs nothing."""
+"""The table of torch functions and their handlers: a rule, simpler operations, the general handler, or none."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Operation(NamedTuple):
     """An entry of the table of operations.
 
     Args:
-        run: runs the operation.
-        is_composite: whether that runs simpler operations, which report themselves.
-        keeps_rows: whether the result has the rows of the first argument with data.
+        run: function that runs the operation.
+        is_composite: whether ``run`` calls simpler operations, which report themselves.
+        keeps_rows: whether the rows of the result have the owners of the first argument with data.
     """
 
     run: Callable[[Tracker, Any, Any, Any], Any]
@@ -71,12 +71,12 @@ _NOT_FOLLOWED = frozenset(_WITHOUT_GRADIENT.split())
 
 
 class Bound(NamedTuple):
-    """Arguments of an operation that has a rule.
+    """The arguments of an operation, arranged for its rule.
 
     Args:
         tensors: input, weight, bias.
-        spec: what its rule reads.
-        call: the operation, given itself, a plain weight and a plain bias.
+        spec: settings that the rule reads.
+        call: runs the operation, given the torch function and weight and bias as ordinary tensors.
     """
 
     tensors: tuple[Any, Any, Any]
@@ -231,7 +231,7 @@ _KNOWN: dict[Any, Operation | None] = {
 
 
 def add(func: Any, operation: Operation | None) -> None:
-    """Set the handler of an operation; None for an operation without a rule."""
+    """Set the handler of an operation; None removes it, so that the default handler applies."""
     if operation is None:
         _KNOWN.pop(func, None)
     else:
@@ -239,7 +239,7 @@ def add(func: Any, operation: Operation | None) -> None:
 
 
 def operation_of(func: Any) -> Operation | None:
-    """Return the handler of an operation; None if no gradient flows through it."""
+    """Return the handler of an operation; None if no gradient flows through the operation."""
     try:
         return _KNOWN[func]
     except KeyError:

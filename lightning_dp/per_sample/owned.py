@@ -1,4 +1,4 @@
-"""Owners of rows: the sample that each row of a tensor belongs to, and rows of unequal number arranged for a rule.
+"""Owners of rows: the sample of each row of a tensor, and the layout of unequal numbers of rows for a rule.
 
 Legend: ``B`` samples, ``R`` rows, ``K`` most rows of one sample.
 """
@@ -16,12 +16,12 @@ NOBODY = -1
 
 
 class Rows:
-    """Owners of a tensor's entries: along one axis, or one sample for all of it.
+    """The owners of a tensor's entries: one per position along an axis, or one sample for the whole tensor.
 
     Args:
-        axis: that the owners vary along; None if the whole tensor belongs to one sample.
+        axis: axis along which the owners vary; None if the whole tensor belongs to one sample.
         index: int64, shape ``(R,)`` with the owner of each entry of the axis, or ``NOBODY``; ``(1,)`` for one sample.
-        is_identity: whether row b belongs to sample b by the way it was computed, whatever the batch.
+        is_identity: whether row b belongs to sample b in every batch, because of the way it was computed.
     """
 
     __slots__ = ("axis", "index", "is_identity", "only")
@@ -36,7 +36,7 @@ class Rows:
         return self if axis == self.axis else Rows(axis, self.index, is_identity=self.is_identity)
 
     def labels(self, shape: torch.Size) -> Tensor:
-        """Return the owner of every entry of a tensor of that shape, without using memory."""
+        """Return the owner of every entry of a tensor of a given shape, as an expanded view."""
         if self.axis is None:
             return self.index.expand(shape) if len(shape) else self.index[0]
         wide = [1] * len(shape)
@@ -45,7 +45,7 @@ class Rows:
 
 
 class Mixed(NamedTuple):
-    """Entries with unknown owners, or with several samples in one entry.
+    """The owners of a tensor whose entries have unknown owners or mix several samples.
 
     Args:
         by: the operation that mixed them, for messages.
@@ -61,7 +61,7 @@ Owners = Rows | Mixed | None
 
 
 def compressed(labels: Tensor, identity: Tensor) -> Owners:
-    """Return the owners given by labels, if they vary along at most one axis.
+    """Return the owners given by labels of entries; mixed if they vary along more than one axis.
 
     Args:
         labels: owner of every entry.
@@ -94,7 +94,7 @@ def merged(owners: list[tuple[int, Rows]], num_axes: int) -> Owners:
 
     Args:
         owners: number of axes and owners of each tensor that holds data.
-        num_axes: of the result.
+        num_axes: number of axes of the result.
     """
     found: Rows | None = None
     whole: int | None = None
@@ -127,7 +127,7 @@ def merged(owners: list[tuple[int, Rows]], num_axes: int) -> Owners:
 
 @dataclass(frozen=True)
 class OwnedAxis:
-    """An axis whose entries belong to samples by an index, with an unequal number per sample.
+    """An axis whose entries belong to samples by an index; samples may own different numbers of entries.
 
     Args:
         axis: position of the axis; None for a tensor of one sample, which gets an axis of length 1.
@@ -138,7 +138,7 @@ class OwnedAxis:
     index: Tensor
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Return the tensor with its rows first, in their order."""
+        """Return the tensor with the axis of its rows first; the order of rows stays."""
         return tensor.unsqueeze(0) if self.axis is None else tensor.movedim(self.axis, 0)
 
     def to_front(self, tensor: Tensor, batch_size: int, where: str) -> tuple[Tensor, int]:

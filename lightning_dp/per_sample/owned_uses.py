@@ -1,4 +1,4 @@
-"""Uses of parameters while the owners of rows are followed: ``Tracker.use`` and ``Tracker.general`` in that mode."""
+"""Uses of parameters while the owners of rows are followed: the counterparts of the methods of ``Tracker``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REPEATS = ("expand", "expand_as", "repeat")
 def use(
     tracker: Tracker, func: Any, args: Any, kwargs: Any, rule: Rule, bound: Bound, nodes: Mapping[str, Node]
 ) -> Any:
-    """Run an operation that has a rule."""
+    """Run an operation that has a rule, while the owners of rows are followed."""
     assert tracker.follower is not None
     (tensor, weight, bias), spec, call = bound
     rows = tracker.follower.owners_of(tensor)
@@ -96,7 +96,7 @@ def _refuse(func: Any, nodes: Iterable[Node], rows: Mixed) -> NoReturn:
 
 
 def _axis_for(rule: Rule, spec: Any, rows: Rows, tensor: Tensor) -> OwnedAxis | BatchAxis | None:
-    """Return the axis of the rows for a rule; None if the rule cannot use it."""
+    """Return the row axis in the form that a rule needs; None if the rule cannot handle the axis."""
     if rows.axis is not None and rule.follows(spec, rows.axis, tensor.dim()):
         if rows.is_identity:
             return BatchAxis(rows.axis)
@@ -116,7 +116,7 @@ def general(
     tensors: Sequence[Tensor],
     tracked: list[tuple[Tensor, Node]],
 ) -> Any:
-    """Run an operation that has no rule."""
+    """Run an operation that has no rule, while the owners of rows are followed."""
     follower = tracker.follower
     assert follower is not None
     mine = {id(tensor): node for tensor, node in tracked}
@@ -166,7 +166,7 @@ def _derived(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _copy(tracker: Tracker, tensor: Tensor, node: Node, value: Tensor, axis: OwnedAxis | BatchAxis) -> Tensor:
-    """Return one copy of a tensor per row; the copies' gradient goes to its source."""
+    """Connect expanded copies of a tensor to the tensor's source, which receives their gradient; return the copies."""
     source = tracker.source(leaves.LEAF, node.shape, "copies", {"copy": node})
     if not in_backward():
         source.calls += 1
@@ -186,7 +186,7 @@ def _axis(rows: Rows) -> OwnedAxis | BatchAxis:
 def _aligned(
     tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows, num_axes: int, data: list[Tensor]
 ) -> dict[int, Tensor] | None:
-    """Return copies that broadcast along the rows; None if a parameter varies along them."""
+    """Return copies of parameters that broadcast along the rows; None if a parameter varies along this axis."""
     assert rows.axis is not None
     wide = next((tensor for tensor in data if tensor.dim() and tensor.is_floating_point()), None)
     repeated, copies = _repeated(tracker, tracked, rows), {}
@@ -259,7 +259,7 @@ def _over_rows(
 
 
 def plan_of(tracker: Tracker, func: Any, node: Node, tensors: Sequence[Tensor]) -> CallLayout | None:
-    """Return the layout of a registered operation: rows first in its result, as in its first data tensor."""
+    """Return the layout of a registered operation; its result has the row axis of the first data tensor."""
     assert tracker.follower is not None
     owners = [tracker.follower.owners_of(tensor) for tensor in tensors]
     for owner in owners:

@@ -1,9 +1,9 @@
-"""Infer, from runs at two batch sizes, which operations of private parameters see samples, and along which axes.
+"""The layouts of operations on private parameters, inferred from runs at two batch sizes.
 
-An operation whose tensors all keep their shapes sees constants (positions, masks): its result is a function of
-parameters, and is followed from then on in further runs, until nothing new is found. An operation on parameters alone
-whose result has a batch axis (``expand``) repeats them for every sample. All others are uses. Operations are matched by
-order, among those of their kind on one of their parameters.
+An operation whose tensors all keep their shapes sees constants (positions, masks). Its result is a function of
+parameters, which further runs follow, until a run finds nothing new. An operation on parameters alone whose result has
+a batch axis (``expand``) repeats the parameters for every sample. All other operations are uses. The uses of one kind
+of operation on one parameter are matched between runs by their order.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Learner:
             names: qualified names of the parameters that are followed.
 
         Raises:
-            PrivacyError: the samples that an operation works on cannot be distinguished.
+            PrivacyError: the samples cannot be distinguished in some operation.
         """
         known = Learned(names=names)
         for _ in range(_MOST_PASSES):
@@ -164,7 +164,7 @@ class Learner:
         return learned, pending
 
     def _check(self, observers: list[Observer], found: Learned, pending: list[Key]) -> None:
-        """Raise if a trained operation is not understood, or uses values that change with the batch."""
+        """Raise PrivacyError if a trained operation is not understood, or uses values that change with the batch."""
         first, second = (observer.seen for observer in observers)
         labels = found.labels = observers[0].labels | observers[1].labels
         for key, plans in found.plans.items():
@@ -203,7 +203,7 @@ class Learner:
 
 
 def _spread_plan(first: Observation, second: Observation, sizes: tuple[int, int]) -> Plan:
-    """Return the layout of a result that repeats a function of parameters per sample; None if it does not."""
+    """Return the layout of a result that repeats a function of parameters per sample; None if its shape is constant."""
     if first.output_shapes == second.output_shapes:
         return None
     if len(first.output_shapes) != 1 or len(second.output_shapes) != 1:

@@ -11,10 +11,10 @@ import torch
 
 @contextmanager
 def exact_arithmetic(device_type: str) -> Iterator[None]:
-    """Compute in full precision within the context; the user's settings are restored afterwards.
+    """Turn off autograd, autocast and reduced precision within the context; restore the settings afterwards.
 
-    A norm from Gram matrices and a weighted sum from another product agree on the gradient only up to their
-    rounding. With TF32 or bfloat16 products that is 1e-3 of terms which may cancel: enough to void a sensitivity.
+    A norm from Gram matrices and a weighted sum from another product agree only up to rounding. With TF32 or bfloat16
+    products the rounding is 1e-3 of terms that may cancel, which is enough to void a sensitivity.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"``, ...

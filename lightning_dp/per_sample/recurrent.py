@@ -1,4 +1,4 @@
-"""Recurrent layers: torch's fused forward, and a backward through time in which linear layers have T positions.
+"""Recurrent layers: torch's fused forward, and a backward through time that treats all gates as two linear layers.
 
 With all hidden states known from the fused forward, the gates of all times are two linear layers,
 
@@ -229,7 +229,7 @@ def _last(sequence: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
-    """Run ``torch.lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``, padded or packed."""
+    """Run ``torch.lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu`` on padded or packed sequences."""
     kind = func.__name__
     if not any(weight.requires_grad for part in args if isinstance(part, (list, tuple)) for weight in part):
         with unreported():

@@ -1,4 +1,4 @@
-"""One sample at a time: plain autograd, for any module."""
+"""Per-sample gradients of one sample at a time, by plain autograd, for any module."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _WIDE = (torch.float32, torch.float64)
 
 
 class SingleSampleEngine(GradientEngine):
-    """The per-sample engine for microbatches of one sample: the gradient of the loss IS the sample's gradient.
+    """The engine for microbatches of one sample: the gradient of the loss IS the sample's gradient.
 
-    **Guarantee**: between :meth:`begin` and :meth:`end` a raw gradient leaves ``.grad`` in the moment autograd has
-    added it; no hook of a user's that runs after the backward sees it. Private parameters may be used in any way.
+    **Guarantee**: between :meth:`begin` and :meth:`end` a raw gradient is removed from ``.grad`` as soon as autograd
+    has added it, so no user hook that runs after the backward sees it. Private parameters may be used in any way.
 
     Args:
         module: the user's module.
@@ -147,7 +147,7 @@ class SingleSampleEngine(GradientEngine):
 
     @override
     def accept_grads(self, names: Iterable[str]) -> None:
-        """Keep the ``.grad`` that these parameters were given within a microbatch."""
+        """Keep the present ``.grad`` of these parameters when the microbatch ends."""
         for name in names:
             self._before.pop(name, None)
 

@@ -1,8 +1,8 @@
-"""Per-sample gradients of the tensors of one operation, from its uses: in full, as squared norms, as a weighted sum.
+"""Per-sample gradients of the tensors of one operation: in full, as squared norms, or as a weighted sum.
 
-Where that frees memory the gradients are computed within the backward, as soon as the backprop is there: then neither
-input nor backprop is kept, and a backward holds no more than one without privacy. What needs the whole batch in another
-form (Gram matrices, several uses) waits for the end of the backward. ``B`` samples.
+If that frees memory, the gradients are computed during the backward, as soon as the backprop arrives. Then neither
+input nor backprop is kept, and the backward needs no more memory than a non-private one. Computations that need other
+forms of the whole batch (Gram matrices, several uses) wait for the end of the backward. ``B`` samples.
 
 A key names the tensor that a gradient belongs to: the qualified name of a parameter, or a node (nodes.py).
 """
@@ -38,7 +38,7 @@ class Source:
         rule: mathematics of the operation.
         spec: settings of the operation that its rule reads.
         operation: name of the operation, for messages.
-        nodes: local name in the rule, such as ``"weight"``, to the tensor that is differentiated by.
+        nodes: local name in the rule, such as ``"weight"``, to the node whose gradients are computed.
         materialise: always compute the full per-sample gradients.
         workspace: buffers for gradients between norms and weighted sum; None to cache small ones only.
     """
@@ -73,7 +73,7 @@ class Source:
         self._not_at_once: set[Any] = set()  # shapes for which caching was slower or had no buffer
 
     def clear(self) -> None:
-        """Forget every use."""
+        """Forget all uses and all cached gradients."""
         self.uses, self.calls = [], 0
         self._made, self._computed_at = {}, -1
         self._forget_older()
@@ -102,7 +102,7 @@ class Source:
         self._made = {key: grad for key, grad in self._made.items() if key not in keys}
 
     def received(self, use: Use) -> None:
-        """Compute the gradients immediately if that frees memory; called within the backward."""
+        """Compute the gradients immediately, during the backward, if that frees memory."""
         if self._materialise or self.uses != [use] or len(use.parts) != 1 or isinstance(use.out_axis, OwnedAxis):
             return
         backprop, keys = use.parts[0]
@@ -121,7 +121,7 @@ class Source:
         use.release()
 
     def _make_at_once(self, call: Call, keys: frozenset[Hashable]) -> bool:
-        """Compute the gradients if all are cached, so that the rest of the use can be freed."""
+        """Compute the gradients if all of them can be cached; return whether this was done."""
         small = {key for key in keys if self._is_small(key, [call])}
         if not all(self._is_cached(key, [call]) for key in keys - small):
             return False
@@ -129,7 +129,7 @@ class Source:
         return True
 
     def _add_made(self, call: Call, keys: frozenset[Hashable]) -> None:
-        """Add the gradients of another backprop."""
+        """Add the gradients of another backprop to those computed during the backward."""
         made = self.rule.per_sample(self.spec, [call], self.recorder.num_samples, {self.local[key] for key in keys})
         for key in keys:
             before, grad = self._made.get(key), made[self.local[key]]
@@ -149,7 +149,7 @@ class Source:
                 yield wanted, calls
 
     def memory(self) -> Grads:
-        """Return the gradients computed since the last backprop, to read and to add to."""
+        """Return the cache of gradients computed since the last backprop; callers read and extend it."""
         self._forget_older()
         self._cached.update(self._made)
         return self._cached
@@ -163,7 +163,7 @@ class Source:
         return grads
 
     def cached(self, keys: set[Hashable]) -> Grads:
-        """Return the gradients, from memory if they were computed before and may stay there."""
+        """Return the gradients of these keys, cached ones first; cache new ones if the settings allow."""
         memory = self.memory()
         missing = keys - memory.keys()
         made = self.per_sample(missing) if missing else {}
@@ -233,7 +233,7 @@ class Source:
         return self.recorder.num_samples * self.nodes[key].numel <= sum(call.backprop.numel() for call in calls)
 
     def _is_cached(self, key: Hashable, calls: list[Call]) -> bool:
-        """Tell whether a key's large gradients are cached: if that is faster and there is a buffer."""
+        """Tell whether a key's large gradients should be cached, because that is faster and memory allows."""
         size = self.recorder.num_samples
         if self._workspace is None or not self.rule.materialises(self.spec, calls, size, self.local[key]):
             return False
@@ -243,7 +243,7 @@ class Source:
         return self._workspace.admits(key, num_bytes)
 
     def _buffer(self, key: Hashable, calls: list[Call]) -> Tensor | None:
-        """Return the buffer that holds the gradients of a key in every microbatch; None if there is none."""
+        """Return the reused buffer for a key's gradients; None if the rule needs none or memory does not allow."""
         assert self._workspace is not None
         if not self.rule.fills_buffers:
             return None

@@ -1,8 +1,8 @@
-"""Follow private parameters through the operations of a step.
+"""The tracker that follows private parameters through the operations of a step.
 
 An operation on parameters alone gives a function of parameters. An operation that meets tensors with a batch axis is a
-use: it has a rule, or the parameter is expanded to a copy for each sample. Which of them it is was learned from two
-batch sizes (plans.py).
+use: it has a rule, or the parameter is expanded to a copy for each sample. The layouts learned at two batch sizes
+decide between these cases (plans.py).
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Tracker:
         return None
 
     def stand_in(self, node: Node, parameter: Tensor) -> Tensor:
-        """Return the leaf that functions of a parameter connect to; a gradient that reaches it was not followed."""
+        """Return the leaf to which functions of a parameter connect; a gradient that reaches it counts as untracked."""
         name = node.names[0]
         if name not in self.stand_ins:
             if self.observer is not None:
@@ -309,7 +309,7 @@ class Tracker:
         return None if in_backward() else self._counts.get(key)
 
     def unbatched(self, func: Any, nodes: Any) -> Any:
-        """Raise PrivacyError for an operation that does not keep the samples apart."""
+        """Raise PrivacyError for an operation that mixes samples."""
         raise PrivacyError(
             f"Expected {func.__name__} of {named(nodes)} to keep the samples apart, got one that mixes them: its batch "
             f"axis is one that it computes over, or is missing. Give the samples an axis of their own; {WAY_OUT}."

@@ -1,8 +1,8 @@
 """One use of private parameters in an operation: its activation, and the backprops of its output.
 
-While an operation runs, its private parameters are detached values. Its output gets a hook (or, where nothing before it
-requires a gradient, a tap) which hands the backprop to the use. A use enters its source's list with its first backprop,
-so that uses without a backward cost nothing and die with their graph.
+While an operation runs, its private parameters are detached values. Its output gets a hook that passes the backprop to
+the use, or a tap if the output requires no gradient. A use enters its source's list with its first backprop, so that
+uses without a backward cost nothing and are freed with their graph.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Recorder:
         self._taps: dict[torch.device, Tensor] = {}
 
     def begin(self, batch_size: int, joining: Joining | None = None) -> None:
-        """Record a microbatch of that many records; each is a sample, unless ``joining`` joins several."""
+        """Start recording a microbatch of ``batch_size`` records; each is a sample, unless ``joining`` joins
+        several.
+        """
         self.batch_size, self.joining = batch_size, joining
         self.active = True
         self._sizes = {}
@@ -50,7 +52,7 @@ class Recorder:
         return self.batch_size if self.joining is None else self.joining.num
 
     def end(self) -> None:
-        """Stop recording; later calls on uses of this microbatch are refused."""
+        """Stop recording; a backprop that arrives later for this microbatch is refused."""
         self.active = False
         self.generation += 1
         self.changes += 1
@@ -61,7 +63,7 @@ class Recorder:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the inputs and outputs of all uses in this microbatch."""
+        """Total size, in bytes, of the tensors that :meth:`count` received in this microbatch."""
         return sum(self._sizes.values())
 
     def tap_source(self, device: torch.device) -> Tensor:
@@ -110,7 +112,7 @@ class Use:
         self.done = False
 
     def receive(self, backprop: Tensor) -> None:
-        """Add a backprop; those of several backwards add up."""
+        """Record a backprop, added to the backprops of earlier backwards through this use."""
         source = self.source
         recorder = source.recorder
         if not recorder.listening:
@@ -163,7 +165,7 @@ class Use:
 
 
 class _Tap(torch.autograd.Function):
-    """An identity operation whose gradient goes to a use as well as further back."""
+    """An identity operation that passes its gradient both to a use and further back through the graph."""
 
     @staticmethod
     @override
@@ -180,16 +182,18 @@ class _Tap(torch.autograd.Function):
 
 
 def tap(output: Tensor, use: Use) -> Tensor:
-    """Return the tensor for the user, connected so that its gradient goes to the use."""
+    """Return the output connected to a use, which receives the gradient of the output."""
     tapped: Tensor = _Tap.apply(output, use.source.recorder.tap_source(output.device), use)  # type: ignore[no-untyped-call]
     return tapped
 
 
 def tap_output(output: Tensor, use: Use) -> Tensor:
-    """Connect an output to its use as :func:`tap` does, at less cost; its own backward must not need the output.
+    """Connect an output to a use like :func:`tap`, at less cost, if the operation's own backward does not need the
+    output.
 
-    A hook is enough where an in-place operation moves it along. On a view it would stay on a dead branch of the graph,
-    and a tensor that requires no grad cannot have one.
+    An ordinary output gets a hook, which later in-place operations move along. A view is replaced by an alias first,
+    because a hook on a view would stay on a dead branch of the graph. An output that requires no grad cannot have a
+    hook and gets a tap.
     """
     if not output.requires_grad:
         return tap(output, use)

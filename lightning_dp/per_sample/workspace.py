@@ -1,6 +1,6 @@
-"""Memory for per-sample gradients that is reused in every step.
+"""Buffers for per-sample gradients that are reused in every step.
 
-A fresh large buffer costs a page fault for every 4 KiB; writing into the one of the last step costs nothing extra.
+A fresh large buffer costs a page fault for every 4 KiB; writing into the buffer of the last step costs nothing extra.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _SPARE = 1.125
 class Workspace:
     """Buffers by key, with a limit on their total size.
 
-    **Guarantee**: a buffer is handed out with whatever was in it: private values of an earlier microbatch. It must be
-    written in full before it is read, and never leave the engine.
+    **Guarantee**: a buffer is returned with its old contents: values of an earlier microbatch, which are not private.
+    It must be written in full before it is read, and must never leave the engine.
 
     Args:
-        limit: returns the largest total size now, in bytes; asked only where a buffer is to be made.
+        limit: returns the largest total size at present, in bytes; called only if a buffer or tensor is to be added.
 
     Example:
         >>> workspace = Workspace(lambda: 64.0)
@@ -44,11 +44,11 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        """Total size of the buffers."""
+        """Total size, in bytes, of all buffers and admitted tensors."""
         return sum(buffer.nbytes for buffer in self._buffers.values()) + sum(self._admitted.values())
 
     def take(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Return the buffer of that key and shape, with arbitrary values; None if it does not fit.
+        """Return the buffer of a key in a given shape, with arbitrary values; None if the buffer does not fit.
 
         Args:
             key: one owner per key; its earlier buffer is overwritten.
@@ -68,7 +68,7 @@ class Workspace:
         return held[:size].view(*shape)
 
     def admits(self, key: Hashable, num_bytes: int) -> bool:
-        """Tell whether an external tensor fits, and count it from now on if it does."""
+        """Tell whether a tensor that the caller allocates fits into the limit, and count its size if it does."""
         if num_bytes > self._admitted.pop(key, 0) and num_bytes > self._limit() - self.num_bytes:
             return False
         self._admitted[key] = num_bytes

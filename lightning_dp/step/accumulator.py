@@ -16,19 +16,21 @@ from lightning_dp.system.owners import is_shared
 
 
 class Accumulator:
-    """One flat buffer with a slice per parameter, so that noise, scaling and the all-reduce are one call each.
+    """One flat buffer with a slice per parameter, so that noise, scaling and all-reduce are one operation each.
 
     It holds L coordinates of the gradient, behind them S statistics. Without a mask L is P, and the buffer of a step
     becomes that step's gradients once it is noised. Under a mask it holds active coordinates alone, in their order:
     inactive ones are never noised, never sent, and zero in every gradient. The next step takes the gradients' memory
-    back if by then nobody holds one of them, and fresh memory otherwise: no more is held than without privacy.
+    back if nothing else refers to them by then, and fresh memory otherwise. Without a mask, this buffer therefore needs
+    no more memory than the gradients of non-private training.
 
-    It begins with the noise of its release (``begin_with_noise``), then maybe as a mean from the start, or with zeros.
+    A sum begins with zeros, or with the noise of its release (``begin_with_noise``). If it begins with noise, sum and
+    noise may be stored already divided by the batch size.
 
-    **Guarantee**: ``flat`` holds private sums, not to be released before ``lightning_dp.noise`` is in all of them; so
-    does ``scratch``, which never is: it is cleared before the gradients are written there. No ``p.grad`` aliases it
-    before, and after it was handed out it is written again only when this object is its last owner, so a gradient that
-    a user kept never shows a later sum, and neither a hook nor ``zero_grad`` can reach one.
+    **Guarantee**: ``flat`` and ``scratch`` hold private sums. ``flat`` must not be released before noise is added to
+    all of it; ``scratch`` is never released and is cleared before gradients are written there. No ``p.grad`` shares
+    memory with ``flat`` before the release. After the release the memory is written again only if this object is its
+    last owner, so a gradient that a user kept never shows a later sum, and neither hooks nor ``zero_grad`` reach one.
 
     Args:
         parameters: qualified name -> parameter, all on one device.
@@ -65,14 +67,14 @@ class Accumulator:
 
     @property
     def flat(self) -> Tensor:
-        """The buffer of this step, shape (L + S,); zeros before the first addition."""
+        """Buffer of this step, shape (L + S,); zeros at first, unless noise is drawn into it."""
         if self._flat is None:
             self._flat = self._fresh().zero_()
         return self._flat
 
     def _fresh(self) -> Tensor:
-        """Return a buffer with arbitrary values; without a mask, reuse the memory of the last gradients if it
-        is free.
+        """Return a buffer with arbitrary values, in the memory of the last gradients if it is free and there is no
+        mask.
         """
         return self._memory_of_gradients() if self.active is None else self._new(self.num_active + self.num_statistics)
 
@@ -92,15 +94,15 @@ class Accumulator:
         shares: Sequence[float] = (),
         share: float = 1.0,
     ) -> None:
-        """Begin a sum with the noise of its release, which saves one pass over the buffer.
+        """Fill the buffer with the noise of its release before the first sample, which saves one pass over it.
 
         Args:
-            noise: its source.
-            std: of a coordinate of the sum, from public state only.
-            divisor: above 1, the gradient is held divided by it, noise included, and nothing is left to divide: once
-                less again.
-            shares: factor of each group on the std; empty for none.
-            share: factor on the std that this process adds to what every process holds.
+            noise: source of the noise.
+            std: standard deviation on one coordinate of the sum, from public state only.
+            divisor: if above 1, the gradient and its noise are stored divided by it, so that ``write_grads`` does not
+                divide again.
+            shares: factor of each group on the std; empty if all groups have the same std.
+            share: factor of this process on the std of coordinates that every process holds.
         """
         self._flat, self._views = self._fresh(), None
         self.statistics.zero_()
@@ -109,11 +111,11 @@ class Accumulator:
         self.used, self.noise_std, self.divisor = True, std, divisor
 
     def noise_parts(self, shares: Sequence[float], share: float = 1.0) -> list[tuple[Tensor, float]]:
-        """Return the slices of the gradient that have their own noise std, each with its factor.
+        """Return slices of the gradient, each with its factor on the noise std.
 
         Args:
-            shares: factor of each group; empty for one part of factor 1.
-            share: a further factor, on what every process holds.
+            shares: factor of each group; empty for one slice, of factor 1.
+            share: a further factor, on coordinates that every process holds.
         """
         if not shares:
             return [(self.gradient, share)]
@@ -121,12 +123,12 @@ class Accumulator:
         return [(view, factors[name] * share) for name, view in self.views.items() if view.numel()]
 
     def factors_by_name(self, shares: Sequence[float]) -> dict[str, float]:
-        """Return, by parameter name, the factor of its group."""
+        """Return the noise factor of each parameter's group, by parameter name."""
         return {name: share for group, share in zip(self.groups, shares, strict=True) for name in group}
 
     @property
     def group_sizes(self) -> list[int]:
-        """Active coordinates of every group."""
+        """Number of active coordinates in each group."""
         sizes = self._active_sizes
         return [sum(sizes[name] for name in group) for group in self.groups]
 
@@ -137,12 +139,12 @@ class Accumulator:
 
     @property
     def gradient(self) -> Tensor:
-        """The first L numbers of the buffer."""
+        """Active coordinates of the gradient: the first L numbers of the buffer."""
         return self.flat[: self.num_active]
 
     @property
     def statistics(self) -> Tensor:
-        """The last S numbers of the buffer."""
+        """Statistics of the clipping bound: the last S numbers of the buffer."""
         return self.flat[self.num_active :]
 
     @property
@@ -158,7 +160,7 @@ class Accumulator:
 
     @property
     def scratch(self) -> dict[str, Tensor]:
-        """Scratch buffers by parameter name, for sums whose active entries are then selected; empty without a mask."""
+        """Full-size scratch buffers by parameter name, whose active entries are then selected; empty without a mask."""
         return {} if self.active is None else self.views_of(self._whole()[: self.num_coordinates])
 
     def _whole(self) -> Tensor:
@@ -167,12 +169,12 @@ class Accumulator:
         return self._scratch
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return one view per parameter on a buffer of shape (P,)."""
+        """Return views of a buffer of shape (P,), one per parameter, by parameter name."""
         parts = torch.split(flat, self._sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def holds(self, parameters: Mapping[str, nn.Parameter]) -> bool:
-        """Tell whether this buffer was made for exactly these parameters, on their current device."""
+        """Tell whether this accumulator was made for exactly these parameters, on their current device."""
         return (
             len(parameters) == len(self.parameters)
             and all(self.parameters.get(name) is parameter for name, parameter in parameters.items())
@@ -180,11 +182,11 @@ class Accumulator:
         )
 
     def set_masks(self, masks: Sequence[Mapping[str, Tensor]], version: tuple[Hashable, ...]) -> None:
-        """Set the active coordinates between two logical batches: those that are active in every mask.
+        """Activate the coordinates that are active in every mask; call it between two logical batches.
 
         Args:
-            masks: parameter name -> boolean tensor of its shape, True where active; what is not named is active.
-            version: of these masks.
+            masks: parameter name -> boolean tensor of its shape, True where active; other parameters are all active.
+            version: a key that differs between different masks.
         """
         self.mask_version = version
         self._forget()
@@ -203,17 +205,17 @@ class Accumulator:
 
     @property
     def sensitivity(self) -> float:
-        """The largest norm that one sample adds under the current clipping."""
+        """Largest norm that one sample can add to the sum under the current clipping."""
         return self.clipping.sensitivity(len(self.groups))
 
     @property
     def masks_of_norms(self) -> dict[str, ParameterMask]:
-        """Masks of whole per-sample gradients by parameter name."""
+        """Masks for the norms of per-sample gradients, by parameter name."""
         return self.masks
 
     @property
     def num_active(self) -> int:
-        """L: coordinates of the gradient that carry signal and noise."""
+        """Number L of gradient coordinates that carry signal and noise."""
         return self.num_coordinates if self._active_indices is None else self._active_indices.numel()
 
     @property
@@ -222,7 +224,7 @@ class Accumulator:
         return (self.num_active + self.num_statistics) * self._dtype.itemsize
 
     def add(self, total: Tensor) -> None:
-        """Add a sum of contributions: shape (P,); inactive coordinates are left out."""
+        """Add the active coordinates of a sum of contributions, shape (P,)."""
         self.gradient.add_(total if self.active is None else total[self.active])
 
     def add_at(self, positions: Tensor, values: Tensor) -> None:
@@ -233,7 +235,7 @@ class Accumulator:
         self.gradient.index_add_(0, positions, values)
 
     def reset(self) -> None:
-        """Forget all additions; free if there were none."""
+        """Prepare the buffer for a new sum; write zeros only if something was added."""
         if self.used and self._flat is not None:
             self._flat.zero_()
         self.used, self.noise_std, self.divisor = False, None, 1
@@ -256,16 +258,17 @@ class Accumulator:
         return torch.where(present, noisy[found], 0.0)
 
     def _among_active(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices of positions of the gradient among the active coordinates, and whether they are active."""
+        """Convert gradient positions to indices among active coordinates; also return which positions are active."""
         assert self._active_indices is not None
         found = torch.searchsorted(self._active_indices, positions).clamp(max=len(self._active_indices) - 1)
         return found, self._active_indices[found] == positions
 
     def write_grads(self, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
-        """Set ``p.grad = finish(noisy) rescale``, or ``noisy`` if it is already the mean; 0 if masked. Noised sums
-        only.
+        """Set ``p.grad`` from the noisy sum, divided by the batch size and rescaled; masked coordinates get 0.
 
-        The gradients are views of one buffer, which is theirs from here on.
+        Call it on noised sums only. The gradients are views of one buffer, or copies in the dtype of a parameter with
+        another dtype. A sum that was stored divided is not divided again. Parameters without ``requires_grad`` get
+        no gradient.
 
         Args:
             noisy: all active coordinates.

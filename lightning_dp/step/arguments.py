@@ -1,4 +1,4 @@
-"""Arguments of private training without a Trainer: those of ``DPStrategy``, with its defaults."""
+"""Arguments of private training without a Trainer, with the names and defaults of ``DPStrategy``."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ _OF_A_TRAINER = ("public_optimizers", "strict_logging")
 
 
 def make_settings(arguments: Mapping[str, Any], *, owner: str) -> Settings:
-    """Return the validated settings.
+    """Return the validated settings of a run without a Trainer.
 
     Args:
         arguments: as the user passed them.
         owner: name of the function or class that took them, for messages.
 
     Raises:
-        TypeError: an argument that there is not.
+        TypeError: an unknown argument, or one of the wrong kind.
         ValueError: a value out of range.
 
     Example:
@@ -83,11 +83,11 @@ def check_length(epochs: int | None, steps: int | None, settings: Settings) -> N
     Args:
         epochs: planned passes over the data, or None.
         steps: planned logical steps, or None.
-        settings: of the run.
+        settings: settings of the run.
 
     Raises:
         ValueError: both are given, or none with ``target_epsilon``.
-        TypeError: no whole number.
+        TypeError: a value that is not a whole number.
     """
     for name, value in (("epochs", epochs), ("steps", steps)):
         if value is not None:

@@ -1,4 +1,4 @@
-"""Ledger and plan in a Lightning checkpoint: writing them, and validating them when they are read."""
+"""Writing of ledger and plan to a Lightning checkpoint, and reading with validation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Restored(NamedTuple):
         ledger: of the resumed run.
         plan: the saved plan, or None.
         step: the logical step to resume from.
-        unledgered: optimizer steps that were not private and not ours to record: those of a public checkpoint.
+        unledgered: optimizer steps from before the run, as of a public checkpoint, which no ledger holds.
     """
 
     ledger: Ledger
@@ -37,7 +37,9 @@ class Restored(NamedTuple):
 
 
 def dump(ledger: Ledger, plan: Any, step: int, *, global_step: int, unledgered: int, notes: RunNotes) -> dict[str, Any]:
-    """Return the privacy state as plain values, never the noise generator's state: noise used twice cancels out."""
+    """Return the privacy state as plain values, without the noise generator's state, because reused noise can be
+    cancelled.
+    """
     return {
         "version": VERSION,
         "ledger": ledger.state_dict(),
@@ -50,19 +52,19 @@ def dump(ledger: Ledger, plan: Any, step: int, *, global_step: int, unledgered: 
 
 
 def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one_step_a_batch: bool) -> Restored:
-    """Read ledger, plan and logical step from a checkpoint.
+    """Validate the privacy state of a checkpoint, and return its ledger, plan and logical step.
 
     Args:
         checkpoint: the loaded Lightning checkpoint.
-        current: the strategy's ledger; steps it holds beyond the checkpoint's are kept (a learning-rate search restores
-            the weights, not the data).
+        current: the strategy's ledger. If it continues the checkpoint's ledger, all of its steps are kept, because a
+            learning-rate search restores the weights, but the privacy remains spent.
         allow_public: accept a checkpoint without a ledger as public.
         one_step_a_batch: whether every optimizer step is a logical batch of its own (automatic optimization), so that
             the ledger must hold at least as many.
 
     Raises:
         PrivacyError: no ledger, a damaged one, one that holds fewer steps than the checkpoint was trained for, one of
-            another run, or another relation between neighbouring datasets.
+            another run, or one of another relation between neighbouring datasets or of another unit.
     """
     state = checkpoint.get(KEY)
     if state is None:
@@ -126,7 +128,7 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
 
 
 def optimizer_steps(checkpoint: Mapping[str, Any]) -> int:
-    """Return the largest number of steps that a checkpoint shows: Lightning's count, or any optimizer's own."""
+    """Return the largest step count in a checkpoint: Lightning's, or an optimizer's own."""
     states = [state.get("state", {}).values() for state in checkpoint.get("optimizer_states", ())]
     return max([int(checkpoint.get("global_step", 0)), *(most_steps(state) for state in states)])
 

@@ -1,4 +1,4 @@
-"""Checks of a private step, as functions: each raises if continuing would void the guarantee."""
+"""Checks of a private step; each check raises an error if continuing would void the guarantee."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ STOP_ITERATION = (
 
 
 def scalar_loss(output: Any, count: int, reduction: str, source: str = "training_step") -> Tensor | None:
-    """Return the loss of the user's step as a scalar; None if the step returned none.
+    """Return the loss of the user's step as a scalar; None if the step returned None.
 
     Args:
-        output: what the user's step returned.
-        count: samples of the microbatch, B.
-        reduction: "mean" or "sum", for a loss of shape (B,).
+        output: output of the user's step.
+        count: number B of samples in the microbatch.
+        reduction: "mean" or "sum", for a loss of shape (B,), or (k B,) if the step ran on k copies.
         source: name of the user's step, for messages.
 
     Raises:
-        TypeError: something that is no loss.
-        ValueError: a loss of another shape.
+        TypeError: an output that is not a loss.
+        ValueError: a loss of a shape other than (), (B,) or (k B,).
     """
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None and not isinstance(output, Mapping):
@@ -53,12 +53,12 @@ def scalar_loss(output: Any, count: int, reduction: str, source: str = "training
 
 
 def reduced(losses: Tensor, reduction: str) -> Tensor:
-    """Return per-sample losses combined in the way that ``loss_reduction`` names."""
+    """Return the mean or the sum of per-sample losses, as ``loss_reduction`` says."""
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
 def sample_axes(two: Any, three: Any) -> tuple[str, ...]:
-    """Return which tensors of a collated batch have one row per record.
+    """Return the paths of the tensors in a collated batch that have one row per record.
 
     Args:
         two: the batch made of two records.
@@ -77,10 +77,10 @@ def check_rows(batch: Any, count: int, axes: tuple[str, ...]) -> None:
     Args:
         batch: collated.
         count: records that were drawn.
-        axes: of :func:`sample_axes`.
+        axes: result of :func:`sample_axes`.
 
     Raises:
-        PrivacyError: the collate function drops or adds records, so that rows would be dealt to the wrong ones.
+        PrivacyError: the collate function drops or adds records, so that rows would be attributed to the wrong ones.
     """
     rows = _rows(batch) if axes else {}
     wrong = [rows.get(path) for path in axes if rows.get(path) != count]
@@ -99,10 +99,10 @@ def _rows(batch: Any) -> dict[str, int]:
 
 @contextmanager
 def reached(loss: Tensor) -> Iterator[None]:
-    """Check that the backward inside back-propagates a loss.
+    """Check that the code within the context back-propagates a loss.
 
     Raises:
-        PrivacyError: it does not, so that weights would move on noise alone.
+        PrivacyError: the loss was not back-propagated, so that weights would move on noise alone.
     """
     if not loss.requires_grad:
         yield
@@ -121,7 +121,7 @@ def reached(loss: Tensor) -> Iterator[None]:
 
 
 def check_accumulation(parts: int, planned: int) -> None:
-    """Check that a logical batch is still delivered in as many parts as planned.
+    """Check that a logical batch still consists of the planned number of batches.
 
     Raises:
         PrivacyError: ``accumulate_grad_batches`` changed.
@@ -139,8 +139,8 @@ def check_counts_once(optimizer: int, *, unfinished: bool, again: bool, microbat
     Args:
         optimizer: its position.
         unfinished: whether it holds backprops of an earlier ``training_step``.
-        again: whether it has stepped on this microbatch, one of several.
-        microbatch_size: of the settings.
+        again: whether it has already stepped on this microbatch, one of several of the logical batch.
+        microbatch_size: the setting, for the message.
 
     Raises:
         PrivacyError: a sample could count twice.
@@ -162,16 +162,16 @@ def check_counts_once(optimizer: int, *, unfinished: bool, again: bool, microbat
 def check_no_raw_gradients(
     optimizer: int, stepping: Optimizer, known: Mapping[str, nn.Parameter], module: nn.Module
 ) -> None:
-    """Check that every gradient that an optimizer is about to use comes from the release.
+    """Check that only private parameters hold a gradient when an optimizer is about to step.
 
     Args:
         optimizer: its position.
         stepping: the optimizer.
         known: its private parameters.
-        module: names the others.
+        module: gives the name of any other parameter, for the message.
 
     Raises:
-        PrivacyError: a raw gradient; it is dropped first.
+        PrivacyError: another parameter holds a gradient, which is removed before the error is raised.
     """
     private = {id(parameter) for parameter in known.values()}
     for group in stepping.param_groups:
@@ -216,11 +216,11 @@ def check_released(*, seen_backprops: bool, released: Collection[int]) -> None:
 
 
 def check_settled(now: float, settled: float) -> None:
-    """Check that a sample may add no more to a sum than its noise was calibrated for.
+    """Check that the sensitivity of a sum is still the one that its noise was calibrated for.
 
     Args:
-        now: sensitivity of the sum under the clipping in force.
-        settled: the same when the logical batch began.
+        now: sensitivity of the sum under the current clipping.
+        settled: sensitivity of the sum when the logical batch began.
 
     Raises:
         PrivacyError: the clipping changed within the batch.
@@ -237,7 +237,7 @@ def check_tried(optimizer: int, untried: Collection[int]) -> None:
     """Check that a public optimizer has stepped in a trial before its first real step.
 
     Raises:
-        PrivacyError: it has not.
+        PrivacyError: the optimizer has not stepped in a trial.
     """
     if optimizer in untried:
         raise PrivacyError(
@@ -247,10 +247,10 @@ def check_tried(optimizer: int, untried: Collection[int]) -> None:
 
 
 def check_same_dataset(previous: PrivateDataLoader | None, loader: PrivateDataLoader) -> None:
-    """Check that the training set kept its size within a run.
+    """Check that the size of the training set did not change within a run.
 
     Raises:
-        PrivacyError: it did not.
+        PrivacyError: the size changed.
     """
     if previous is not None and previous.facts.dataset_size != loader.facts.dataset_size:
         raise PrivacyError(
@@ -261,5 +261,5 @@ def check_same_dataset(previous: PrivateDataLoader | None, loader: PrivateDataLo
 
 
 def zero_loss(device: torch.device) -> Tensor:
-    """Return a loss without a gradient for any parameter."""
+    """Return a zero loss that can be back-propagated and gives no parameter a gradient."""
     return torch.zeros((), device=device, requires_grad=True)

@@ -44,7 +44,7 @@ class Correlation:
         return self.noise.sensitivity(self.steps, self.separation, self.passes)
 
     def describe(self) -> str:
-        """Return kind and coefficients in words."""
+        """Return a description of the noise in words: its bands or decay, and its number of steps."""
         noise = self.noise
         kind = f"{noise.bands} bands" if noise.bands is not None else f"decay {noise.decay:.4g}"
         return f"correlated between steps ({kind}), one Gaussian for the whole run of {self.steps} steps"
@@ -77,14 +77,14 @@ def plan_correlation(
     length: RunLength,
     restored: Mapping[str, Any] | None,
 ) -> Correlation:
-    """Return the correlation of a planned run, or refuse it with the reason.
+    """Return the correlation of a planned run; raise an error if the run does not allow one.
 
     Args:
         noise: the user's argument.
         facts: of the private loader.
-        mechanisms: what callbacks ask for, with masks begun.
+        mechanisms: requests of callbacks, after ``begin_run``.
         length: planned length of the whole run.
-        restored: the plan of the checkpoint being resumed, if any; a decay that it settled is kept.
+        restored: the plan of the checkpoint being resumed, if any; an automatic decay is kept if the run is the same.
 
     Raises:
         ValueError: a run without a known end or order, or mechanisms that do not combine with it.
@@ -153,12 +153,12 @@ def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, st
 
 
 def check_releases(*, automatic: bool, num_private_optimizers: int, shares_noise: bool) -> None:
-    """Check that every logical batch makes exactly one release, so that steps of noise and of data coincide.
+    """Check that every logical batch makes exactly one release, with the same noise std on all coordinates.
 
     Args:
         automatic: whether the host steps the one optimizer itself.
-        num_private_optimizers: how many there are.
-        shares_noise: whether groups of parameters carry noise of their own std.
+        num_private_optimizers: number of private optimizers.
+        shares_noise: whether the noise std differs between groups of parameters.
 
     Raises:
         ValueError: manual optimization, several private optimizers, or noise that is shared out between groups.
@@ -178,13 +178,13 @@ def check_releases(*, automatic: bool, num_private_optimizers: int, shares_noise
 
 
 def check_mask_may_change(since: int) -> None:
-    """Check that no mask changes within the history of correlated noise.
+    """Check that no step has used correlated noise yet, when a mask is about to change.
 
     Args:
-        since: steps that the history holds; 0 for independent noise.
+        since: number of steps in the history of correlated noise; 0 for independent noise.
 
     Raises:
-        PrivacyError: it does.
+        PrivacyError: there are such steps, whose noise the new mask could not cancel.
     """
     if since:
         raise PrivacyError(
@@ -194,7 +194,7 @@ def check_mask_may_change(since: int) -> None:
 
 
 def begin_order(correlation: Correlation | None, loader: PrivateDataLoader, step: int) -> None:
-    """Let a loader resume at the batch of a logical step, if the noise is correlated.
+    """Make a loader resume at the batch of a logical step, if the noise is correlated.
 
     Args:
         correlation: of the plan.
@@ -209,10 +209,10 @@ def begin_order(correlation: Correlation | None, loader: PrivateDataLoader, step
 
 
 def check_reload(correlation: Correlation | None, before: PrivateDataLoader | None, loader: PrivateDataLoader) -> None:
-    """Check that a loader that replaces another one during a run keeps the order of the data.
+    """Check that the order of the data stays the same when a loader is replaced during a run.
 
     Raises:
-        PrivacyError: it draws another secret assignment.
+        PrivacyError: the new loader draws another secret assignment of units to batches.
     """
     if correlation is None or before is None or before is loader:
         return

@@ -23,17 +23,17 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 class Couplings:
-    """A check that samples are independent, by runs in the sandbox on records from all over the training set.
+    """A set of checks that samples are independent, by sandbox runs on records from all over the training set.
 
     Args:
-        runs: run the user's step.
+        runs: object that runs the user's step on trial.
     """
 
     def __init__(self, runs: TrialRuns) -> None:
         self._runs = runs
 
     def real_records(self, seed: int) -> list[Any]:
-        """Return enough records for a batch of the real size and for the exchanges."""
+        """Return enough training records for a batch of the real size and for the exchanges."""
         host = self._runs.host
         return host.records(host.batch_size + NUM_SMALL, seed=seed)  # type: ignore[no-any-return]
 
@@ -68,7 +68,7 @@ class Couplings:
             )
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
-        """Compare the per-sample gradients of a batch with those of its samples run alone."""
+        """Check that the per-sample gradients of a batch equal the gradients of its samples run alone."""
         records = differing(records)[:NUM_ALONE]
         for coin in (MIDDLE, LOW, HIGH):
             try:
@@ -140,7 +140,7 @@ class Couplings:
         )
 
     def check_exchange(self, snapshot: Snapshot, records: list[Any]) -> None:
-        """Exchange one sample of a batch in several ways; see ``exchange``."""
+        """Check that no gradient changes if another sample of the batch is exchanged, in several ways."""
         few, spare = records[:NUM_SMALL], records[-1]
         if len(records) <= NUM_SMALL:
             few = records[:-1]
@@ -167,7 +167,7 @@ class Couplings:
         self.exchange_one(snapshot, self.real_records(0), seed=0, spoil=True)
 
     def _exchange_beside_spoiled(self, snapshot: Snapshot, few: list[Any], spare: Any, draws: Draws) -> None:
-        """Exchange the first sample of a batch that holds an infinite record: code may replace that one by copies."""
+        """Exchange the first sample next to an infinite record, because user code may replace that record by copies."""
         middle, swapped = len(few) // 2, list(few)
         if not exchange.has_floats(few[middle]):
             return
@@ -182,7 +182,9 @@ class Couplings:
         self._compare(snapshot, base, swapped, 0, draws, "exchanged next to an infinite one")
 
     def exchange_one(self, snapshot: Snapshot, records: list[Any], *, seed: int, spoil: bool = False) -> None:
-        """Exchange one sample of a batch of the real size, with real draws."""
+        """Check that no gradient changes if one other sample is exchanged, at the real batch size and with
+        real draws.
+        """
         batch, spares = records[: self._runs.host.batch_size], records[self._runs.host.batch_size :]
         if len(batch) < 2 or not spares:
             return
@@ -224,7 +226,9 @@ class Couplings:
         exchange.compare(base, other, stays, tolerance=tolerance, what=what, total=total)
 
     def _fingerprint(self, snapshot: Snapshot, records: list[Any], place: int, draws: Draws) -> exchange.Fingerprint:
-        """Run the engine on records and return the fingerprint of all gradients but the one at ``place``."""
+        """Run the engine on records and return their fingerprint; its weighted sums leave out the sample at
+        ``place``.
+        """
         step, size = self._runs.step, len(records)
         weights = exchange.random_weights(size, place)
         known: dict[str, Tensor] = dict(step.module.named_parameters())
@@ -238,7 +242,7 @@ class Couplings:
 
 
 def differing(records: list[Any]) -> list[Any]:
-    """Return the records reordered so that the first ones have different lengths and counts."""
+    """Return the records reordered, so that the first ones differ in shape."""
     seen: set[Any] = set()
     first: list[Any] = []
     rest: list[Any] = []

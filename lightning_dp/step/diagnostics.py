@@ -14,10 +14,10 @@ class Diagnostics:
     """Figures about each logical batch. This base class has none and means "off"."""
 
     reads_sums: ClassVar[bool] = False
-    """Whether raw and clipped sums are shown to it, so that no sum may begin with its noise."""
+    """True if this object reads un-noised sums, so that no sum may begin with its noise."""
 
     def add(self, raw_sum: Tensor, norms_B: Tensor, kept_norms_B: Tensor) -> None:
-        """Add a microbatch.
+        """Add the figures of one microbatch; do nothing when off.
 
         Args:
             raw_sum: ``(d,)`` sum of its raw gradients.
@@ -30,7 +30,7 @@ class Diagnostics:
 
         Args:
             clipped_sum: ``(d,)`` active coordinates, before noise.
-            noise_std: of the noise that is drawn on each of them, over all ranks.
+            noise_std: standard deviation of the noise on each coordinate, over all ranks.
         """
 
 

@@ -1,7 +1,7 @@
 """Exchange test: one sample of a batch is exchanged, and the gradients of all others must stay the same.
 
-The arithmetic of the other rows is the same in both batches, so that the tolerance is rounding, and couplings are
-found that a comparison with single runs cannot resolve.
+The arithmetic of the other rows is the same in both batches, so the tolerance is as small as rounding. The test finds
+couplings that are too small for a comparison with single runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Fingerprint:
 
 
 def random_weights(size: int, leaves: int) -> Tensor:
-    """Return (1, size) fixed weights, a third of them negative; 0 for the exchanged sample."""
+    """Return fixed weights of shape (1, size), a third of them negative, and 0 for the exchanged sample."""
     weights = torch.from_numpy(np.random.default_rng(7).uniform(0.5, 1.5, (1, max(size, leaves + 1))))
     weights *= torch.where(torch.arange(weights.shape[1]) % 3 == 0, -1.0, 1.0)
     weights[:, leaves] = 0.0
@@ -52,11 +52,11 @@ def random_weights(size: int, leaves: int) -> Tensor:
 def fingerprint(
     reduction: Reduction, engine: Any, weights: Tensor, parameters: dict[str, Tensor]
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Return norms per parameter and sample, and weighted sums over samples of gradients scaled to equal length.
+    """Return gradient norms per parameter and sample, and weighted sums of the gradients scaled to equal length.
 
     Args:
-        reduction: says what this process holds of a sum.
-        engine: recorded the batch.
+        reduction: computes norms, and this process's part of a sum.
+        engine: the engine that recorded the batch.
         weights: (directions, B); 0 leaves a sample out.
         parameters: private parameters of one optimizer by name.
     """
@@ -78,15 +78,15 @@ def join(
     size: int,
     leaves: int,
 ) -> Fingerprint:
-    """Return one fingerprint for all optimizers.
+    """Join the fingerprints of several optimizers into one.
 
     Args:
-        found: per optimizer.
-        scale: makes gradients of the mean over the batch those of each sample's own loss.
-        shapes: of all samples.
+        found: result of :func:`fingerprint` per optimizer.
+        scale: factor from gradients of the batch's loss to gradients of each sample's own loss.
+        shapes: shapes of all samples.
         stepped: optimizers that stepped.
-        size: samples.
-        leaves: the sample that does not stay.
+        size: number of samples.
+        leaves: position of the exchanged sample.
     """
     norms = torch.cat([norms for norms, _ in found]) * scale if found else torch.zeros(0, size)
     sums: list[dict[str, Tensor]] = [{} for _ in (found[0][1] if found else ())]
@@ -97,7 +97,7 @@ def join(
 
 
 def most_different(record: Any, others: list[Any]) -> list[Any]:
-    """Return at most two records: the first with other whole numbers (such as a label), and one of another length."""
+    """Return the first record that differs in whole numbers (a label, say), and the first in shape; else any."""
     chosen = [other for other in others if whole_numbers(other) != whole_numbers(record)][:1]
     chosen += [other for other in others if shape_of(other) != shape_of(record)][:1]
     return chosen or others[:1]
@@ -125,7 +125,7 @@ def sizes_of(records: list[Any]) -> tuple[Any, ...]:
 
 
 def same_shapes(first: Fingerprint, second: Fingerprint) -> bool:
-    """Tell whether both batches have the same shapes, so that the other rows have the same arithmetic."""
+    """Tell whether two batches have the same shapes, so that the arithmetic of all other rows is the same."""
     return bool(first.shapes == second.shapes)
 
 
@@ -138,11 +138,12 @@ def compare(
     what: str,
     total: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
 ) -> None:
-    """Check that the samples that stay have the same gradients in two batches.
+    """Check that samples which are in two batches have the same gradients in both.
 
     Args:
-        first: of one batch.
-        second: of the other; its norms have the columns of the samples that stay, in the same order.
+        first: fingerprint of one batch.
+        second: fingerprint of the other; its norms have one column per sample of the first batch, or per sample that
+            stays, in the same order.
         stays: (B,) marks the samples of the first batch that the second one holds too.
         tolerance: allowed difference, relative to a sample's own gradient.
         what: change of the exchanged sample.
@@ -223,7 +224,7 @@ def has_floats(record: Any) -> bool:
 
 
 def shape_of(record: Any) -> Any:
-    """Return a value that differs between records of different length or count."""
+    """Return the shapes and lengths of all values in a record, for comparison with another record."""
     shapes: list[Any] = []
 
     def look(leaf: Any) -> Any:

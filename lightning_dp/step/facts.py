@@ -10,7 +10,7 @@ from lightning_dp.step.state import PrivacyState
 
 
 class StateFacts:
-    """Ledger, epsilon and statement of a private run: a base class of strategies, loops and DataLens."""
+    """Ledger, epsilon and statement of a private run; a base class of strategies, loops and DataLens."""
 
     state: PrivacyState
 
@@ -26,7 +26,7 @@ class StateFacts:
 
     @property
     def accountant(self) -> Accountant:
-        """The accountant: computes epsilon from the ledger."""
+        """The accountant, which computes epsilon from the ledger."""
         return self.state.accountant
 
     @property
@@ -36,11 +36,11 @@ class StateFacts:
 
     @property
     def steps_taken(self) -> int:
-        """Logical steps of this run that have released noise; schedules are functions of this number."""
+        """Number of logical steps of this run that have released noise; schedules are functions of it."""
         return self.state.steps_taken
 
     def epsilon(self, delta: float | None = None) -> float:
-        """Return the epsilon spent so far, from the ledger. It is public: it depends on public settings only.
+        """Return the epsilon spent so far. It is public, because it depends on public settings only.
 
         Args:
             delta: in (0, 1); default: the plan's.

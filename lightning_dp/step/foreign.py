@@ -1,4 +1,4 @@
-"""ForeignCode: the user's step on trial, with handling of its exceptions."""
+"""ForeignCode: runs the user's step on trial, and handles its exceptions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class OneAloneError(Exception):
 
 
 class ForeignCode:
-    """A host whose step may raise; an exception reports the number of records that caused it.
+    """A wrapper of a host that adds the number of records to each exception of the user's step.
 
-    A step that cannot run on one record (a metric over two records, a ``squeeze`` that drops the batch axis) is run on
-    two copies of it. A mean over two copies is the loss of the record itself; under ``reduction="sum"`` it is halved.
+    If a step cannot run on one record (a metric over two records, a ``squeeze`` that drops the batch axis), it runs on
+    two copies of the record. The mean over two copies is the loss of the record itself; a sum is halved.
 
     Args:
-        host: runs the step.
+        host: the object that runs the step.
         reduction: "mean" or "sum": how a scalar loss combines the samples.
         runs_alone: whether training itself runs each record alone, so that copies would hide an error.
     """
@@ -35,7 +35,7 @@ class ForeignCode:
     def __init__(self, host: Host, *, reduction: str, runs_alone: bool) -> None:
         self._host, self._sums, self.runs_alone = host, reduction == "sum", runs_alone
         self.copies = 1
-        """Copies of a record that are run where one record is to be run alone."""
+        """Number of copies that replace a single record in a run."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)
@@ -62,16 +62,16 @@ class ForeignCode:
             raise
 
     def loss_of(self, output: Any, count: int) -> Tensor | None:
-        """Return the loss of an output as a scalar; the loss of copies is divided back to one of them."""
+        """Return the loss of an output as a scalar; a summed loss of copies is divided by their number."""
         loss = self._host.loss_of(output, count)
         return loss / self.copies if loss is not None and count == 1 and self._sums else loss
 
     def attempt(self, check: Callable[[], T], put_back: Callable[[], None]) -> T:
-        """Run a check and return its answer; if one record cannot run alone, repeat it with two copies of each record.
+        """Run a check and return its answer; if a record cannot run alone, repeat the check with two copies of it.
 
         Args:
-            check: runs the step.
-            put_back: puts back the state that a run which raised has left.
+            check: function that runs the step.
+            put_back: restores the state after a run that raised.
         """
         try:
             return check()

@@ -16,7 +16,7 @@ from lightning_dp.step import checkpoint as saved
 from lightning_dp.step.snapshot import few_values
 
 History = Ledger | str | os.PathLike[str] | Sequence[Any] | None
-"""What ``history=`` takes."""
+"""Type of the argument ``history``."""
 
 Lineages = dict[str, Ledger]
 
@@ -30,7 +30,7 @@ _values: dict[Any, Lineages] = {}
 
 
 def read_history(history: Any) -> list[Ledger]:
-    """Return the ledgers of earlier runs; of two ledgers of the same run, the longer one.
+    """Return the ledgers of earlier runs; keep only the longer of two ledgers of the same run.
 
     Args:
         history: a ``Ledger``, anything with a ``ledger`` (a strategy), the path of a checkpoint, or a list of these.
@@ -68,7 +68,7 @@ def _ledger_of(path: Any) -> Ledger:
 
 
 def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
-    """Return one ledger with the releases of all runs, because their costs compose.
+    """Join the ledgers of all runs into one, because their costs compose.
 
     Args:
         ledgers: of earlier runs on the same data.
@@ -118,9 +118,7 @@ def note_values(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _print_of(parameter: nn.Parameter) -> Any:
-    """Return a few values of a parameter, by which copies are recognised; None if other parameters may well
-    share them.
-    """
+    """Return a few values by which copies of a parameter are recognised; None if other parameters may share them."""
     value = parameter.detach()
     if value.numel() < _FEWEST or type(value) is not Tensor or value.is_meta:
         return None
@@ -129,7 +127,7 @@ def _print_of(parameter: nn.Parameter) -> Any:
 
 
 def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Record that a module was loaded from a checkpoint, if a private run wrote it."""
+    """Record that the parameters of a module come from a checkpoint, if a private run wrote it."""
     state = checkpoint.get(saved.KEY)
     if isinstance(state, dict) and "ledger" in state:
         carry(module.parameters(), Ledger.from_state_dict(state["ledger"]))
@@ -139,11 +137,11 @@ def check_history(module: nn.Module, known: Iterable[str], *, given: bool, resum
     """Check that the ledger counts the privacy that earlier runs spent on a module's parameters.
 
     Args:
-        module: about to be trained.
+        module: the module to be trained.
         known: lineages of the ledgers that the run counts.
-        resumed: ledger of the resumed run; each process of several began one of its own, of which a checkpoint
-            holds the first.
-        given: whether the user passed ``history``, perhaps empty: then it is taken as said.
+        resumed: ledger of the resumed run. Each of several processes began a ledger of its own, and the checkpoint
+            holds the ledger of the first process only.
+        given: whether the user passed ``history``, perhaps empty; if so, nothing is checked.
 
     Raises:
         PrivacyError: a parameter, or the one that it is a copy of, was trained by a private run whose ledger is not

@@ -1,4 +1,4 @@
-"""The limit of logical steps of a run: none, or as many as a budget of epsilon pays for."""
+"""The limit on the logical steps of a run: none, or the number of steps within a budget of epsilon."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PublicPlan(Protocol):
 
     @property
     def steps(self) -> int | None:
-        """Logical steps of the whole run; None if nothing bounds it."""
+        """Number of logical steps of the whole run; None if nothing bounds it."""
 
     def sigma(self, step: int) -> float:
         """Return the noise multiplier of a step."""
@@ -34,15 +34,15 @@ class PublicPlan(Protocol):
 
 
 class Spending(Protocol):
-    """The view of a run that a budget needs: plan, ledger and the steps taken so far."""
+    """The facts of a run that a budget needs: plan, ledger, accountant and steps taken."""
 
     @property
     def ledger(self) -> Ledger:
-        """All releases so far."""
+        """The ledger: all releases so far."""
 
     @property
     def accountant(self) -> Accountant:
-        """An object that computes epsilon."""
+        """The accountant, which computes epsilon."""
 
     @property
     def plan(self) -> PublicPlan:
@@ -50,22 +50,22 @@ class Spending(Protocol):
 
     @property
     def steps_taken(self) -> int:
-        """Logical steps of this run that have released noise."""
+        """Number of logical steps of this run that have released noise."""
 
 
 class Limit:
     """A limit on the logical steps of a run. This base class has none and means "off".
 
-    **Guarantee**: a function of the public plan and the ledger.
+    **Guarantee**: the limit is a function of the public plan and the ledger.
     """
 
     def last_step(self, run: Spending) -> float:
-        """Return the number of logical steps at which the run must end, including those already taken."""
+        """Return the total number of logical steps, past steps included, after which the run must end."""
         return math.inf
 
 
 class EpsilonLimit(Limit):
-    """A limit to the steps that fit a budget.
+    """A limit on the steps of a run, so that epsilon stays within a budget.
 
         last_step = steps_taken + max {N : epsilon(ledger + next N planned steps, delta) <= epsilon}
 

@@ -32,8 +32,8 @@ def own_rows(whole: Tensor, parameter: Tensor) -> Tensor:
     """Return the rows of a whole tensor that match this process's part of a parameter with the same shape.
 
     Args:
-        whole: plain, of the parameter's shape.
-        parameter: sharded along its first axis, or plain: then all rows are its own.
+        whole: tensor that is not sharded, of the parameter's shape.
+        parameter: sharded along its first axis; if it is not sharded, all rows are returned.
     """
     if not is_sharded(parameter):
         return whole
@@ -43,7 +43,7 @@ def own_rows(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def as_gradient(part: Tensor, parameter: Tensor) -> Tensor:
-    """Return a gradient of a parameter, made from this process's part of it."""
+    """Return this process's part of a gradient in the form of the parameter: a ``DTensor`` if it is sharded."""
     if not is_sharded(parameter):
         return part
     from torch.distributed.tensor import DTensor
@@ -55,7 +55,7 @@ def as_gradient(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor on the CPU; other tensors unchanged. Every process must call it."""
+    """Gather a sharded tensor on the CPU; return any other tensor unchanged. Every process must call it."""
     if not is_sharded(tensor):
         return tensor
     distributed: Any = tensor.detach()

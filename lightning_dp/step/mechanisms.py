@@ -1,25 +1,25 @@
-"""Mechanisms that callbacks request: how they register them, and which of them can be combined.
+"""Mechanisms that callbacks request: their registration, and the combinations that are allowed.
 
-Every mechanism is public or is paid for; what each does to the release of a logical step:
+Every mechanism is public or is paid for. Its effect on the release of a logical step:
 
-| mechanism | sensitivity S | live coordinates | noise std | ledger |
+| mechanism | sensitivity S | active coordinates | noise std | ledger |
 |---|---|---|---|---|
 | clipping "flat", "automatic", PSAC | R | all | sigma_t S | Poisson(q, Gaussian(sigma_t)) |
 | the same, per layer | sqrt(sum_l R_l^2) | all | sigma_t S | the same |
-| ``TopAgg`` | sqrt(k); R with kept values | all: whose top k is private | sigma_t S | the same |
+| ``TopAgg`` | sqrt(k); R with kept values | all, since the top k are private | sigma_t S | the same |
 | schedule of the noise | - | - | sigma_t = sigma_0 f(t) | every sigma_t counts with its own steps |
 | schedule of the bound, ``AutoThreshold`` | S x C_t / C_0 | - | follows S | unchanged |
 | ``AdaptiveClipping`` | S x C_t / C_0 | one more: the count | z_g S; s_b on the count | unchanged: both give sigma_t |
-| sparsification, pruning | S, norms under the mask | where all masks are true | 0 on masked ones, as every sample | - |
+| sparsification, pruning | S, norms under the mask | where all masks are true | 0 where masked, like samples | - |
 | "replace_one" | 2 S | - | follows S | unchanged |
 | several private optimizers (m) | S each | - | sqrt(m) sigma_t S each | one event of sigma_t |
 | gradient canaries of ``PrivacyAudit`` | S: public records, clipped and added as real ones | - | - | unchanged |
 | ``PublishedAutoThreshold``, plain steps, no clipping, sigma 0 | none | - | - | non-private: infinite epsilon |
 
-Masks combine by "and". A mask and a bound are settled before the first sample of a logical batch and hold until it is
-released: microbatches and accumulated batches all see the same. Two rules for one thing (two bounds, two schedules of
-the noise) cannot be combined, nor can a bound that is learned, or diagnostics, with several private optimizers, nor any
-bound with a clipping that has none. A plain step knows neither bound nor noise, so no bound learns from it.
+Masks combine by "and". Mask and bound are fixed before the first sample of a logical batch and stay the same until its
+release, over all microbatches and accumulated batches. Not combined are: two bounds; two noise schedules; a learned
+bound, or diagnostics, with several private optimizers; a bound with a clipping that has none. A non-private step has
+neither bound nor noise, so no bound learns from it.
 """
 
 from __future__ import annotations
@@ -104,20 +104,20 @@ class Mechanisms:
         extra_records: Callable[[], Sequence[Any]] | None = None,
         card: CardFiles | None = None,
     ) -> None:
-        """Request mechanisms; callbacks do so in ``setup``.
+        """Register the mechanisms that a callback requests; callbacks call this in ``setup``.
 
-        Masks of several owners combine by "and"; of everything else there is one owner. A second call by the same owner
-        replaces its first.
+        Masks of several owners combine by "and"; any other mechanism has one owner. A second call by the same owner
+        replaces the first.
 
         Args:
             owner: the callback.
             noise_schedule: run length -> schedule of factors on sigma.
-            is_private: run length -> whether a logical step is private (else plain SGD).
+            is_private: run length -> function that tells whether a logical step is private (else plain SGD).
             bound: bound of the clipping from step to step.
             mask: run length -> mask of the gradient.
             canaries: public additional records in gradient space.
             diagnostics: un-noised figures.
-            limit: how many steps the run may take.
+            limit: limit on the number of steps of the run.
             extra_records: returns public records to add to the training set; called when its data is set up, after a
                 checkpoint was read.
             card: destination of the privacy card.
@@ -159,7 +159,7 @@ class Mechanisms:
     # ---------------------------------------------------------------- for the step
 
     def begin_run(self, length: RunLength) -> None:
-        """Set everything that depends on the run length; called whenever the plan is made."""
+        """Make the masks and start the clipping bound for a run length; called whenever the plan is made."""
         self._begun = True
         self._masks = tuple(asked["mask"](length) for _, asked in self._asked.values() if "mask" in asked)
         self.bound.begin_run(length)
@@ -173,22 +173,22 @@ class Mechanisms:
 
     @property
     def noise_schedule(self) -> Callable[[RunLength], Schedule]:
-        """Run length -> schedule of factors on sigma."""
+        """Function from the run length to the schedule of factors on sigma."""
         return self._get("noise_schedule")  # type: ignore[no-any-return]
 
     @property
     def is_private(self) -> Callable[[RunLength], Callable[[int], bool]]:
-        """Run length -> whether a logical step is private."""
+        """Function from the run length to a function that tells whether a logical step is private."""
         return self._get("is_private")  # type: ignore[no-any-return]
 
     @property
     def bound(self) -> Bound:
-        """Bound of the clipping from step to step."""
+        """The clipping bound, which may change from step to step."""
         return self._get("bound")  # type: ignore[no-any-return]
 
     @property
     def masks(self) -> tuple[GradientMask, ...]:
-        """Masks of the gradient, from ``begin_run`` on; an entry is active if all masks are true there."""
+        """Gradient masks, empty before ``begin_run``; a coordinate is active if it is active in all masks."""
         return self._masks
 
     @property
@@ -198,7 +198,7 @@ class Mechanisms:
 
     @property
     def diagnostics(self) -> Diagnostics:
-        """Un-noised figures on request."""
+        """The object that computes un-noised figures on request."""
         return self._get("diagnostics")  # type: ignore[no-any-return]
 
     @property
@@ -217,7 +217,7 @@ class Mechanisms:
         return self._get("card")  # type: ignore[no-any-return]
 
     def described(self) -> tuple[str, ...]:
-        """Return the callbacks that made requests, with their public settings, for the privacy card."""
+        """Return the requests that the privacy card names, each with its callback and public settings."""
         return tuple(
             sorted(
                 f"{_NAMES[what]}: {_describe(owner)}"
@@ -237,10 +237,10 @@ class Mechanisms:
         return any("is_private" in asked for _, asked in self._asked.values())
 
     def check(self, clipping: Clipping, *, target_epsilon: float | None, num_private_optimizers: int) -> None:
-        """Refuse combinations that are not supported, before any data is touched.
+        """Refuse unsupported combinations of mechanisms, clipping and optimizers, before any data is touched.
 
         Raises:
-            ValueError: with the names of both sides and the way out.
+            ValueError: a combination is not supported; the message names both sides and says what to do.
         """
         if target_epsilon is not None and (self.never_private or self.sometimes_plain):
             what = self.never_private or "steps of plain SGD"
@@ -285,7 +285,7 @@ class Mechanisms:
 
 
 def _describe(owner: object) -> str:
-    """Return a callback's name and plain public attributes, including those of objects that it holds."""
+    """Return a callback's name and simple public attributes, including attributes of this package's objects in it."""
     plain: dict[str, object] = {}
     for name, value in getattr(owner, "__dict__", {}).items():
         held = type(value).__module__.startswith("lightning_dp.") and hasattr(value, "__dict__")

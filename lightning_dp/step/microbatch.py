@@ -23,11 +23,11 @@ class Microbatch:
 
     Args:
         step: the private step.
-        count: records.
-        owners: of each record, the position of its user, ascending; None if each record is a sample.
-        weight: 0 makes the records contribute exactly nothing, as the dummy record of an empty batch.
+        count: number of records.
+        owners: position of each record's user, ascending; None if each record is a sample.
+        weight: 1, or 0 for records that contribute exactly nothing, such as the dummy record of an empty batch.
         divisor: number that the host divides the loss by before its backward.
-        further: whether this is not the logical batch's one real call, so that no optimizer steps on it.
+        further: True for all calls but the one real call of a logical batch; no optimizer steps on them.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from lightning_dp.system.torch_private import is_compiled
 
 
 def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
-    """Refuse modules that cannot be private in their current state."""
+    """Refuse a module that cannot be trained privately in its current state."""
     check_parameters(module)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(
@@ -51,7 +51,7 @@ def check_parameters(module: nn.Module) -> None:
 
 
 def check_layers(module: nn.Module, *, runs_samples_alone: bool) -> None:
-    """Refuse layers that, in their current mode, mix samples or store statistics of them."""
+    """Refuse layers that, in their current mode, mix samples or store statistics about samples."""
     found = find_unsupported(module, runs_samples_alone=runs_samples_alone)
     if found:
         listed = "; ".join(
@@ -63,7 +63,7 @@ def check_layers(module: nn.Module, *, runs_samples_alone: bool) -> None:
 
 
 def _offer(layers: list[nn.Module]) -> str:
-    """Return advice to use ``fix``, but only if it changes one of the layers."""
+    """Return advice to use ``fix``; empty if it can replace none of the layers."""
     fixed = sum(map(can_replace, layers))
     if not fixed:
         return ""
@@ -75,7 +75,9 @@ def _offer(layers: list[nn.Module]) -> str:
 
 
 def check_optimizers(optimizers: list[Optimizer], module: nn.Module, public: tuple[int, ...]) -> None:
-    """Refuse optimizers with parameters from outside the module, or that call their closure many times."""
+    """Refuse optimizers that cannot be private: foreign parameters, LBFGS, SparseAdam or wrong
+    ``public_optimizers``.
+    """
     for index in public:
         if index >= len(optimizers):
             raise ValueError(

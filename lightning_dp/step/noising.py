@@ -1,4 +1,4 @@
-"""Noise of a release: drawn before the sum, unless the un-noised sum is needed; otherwise added to it."""
+"""Noise of a release: drawn before the sum, or added to the sum if the un-noised sum is needed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ReleaseNoise:
 
     Args:
         noise: source of independent noise.
-        reduction: says which share of the noise this rank adds.
-        seed: of correlated noise, for tests.
+        reduction: gives the share of the noise that this rank adds.
+        seed: seed of correlated noise, for tests.
     """
 
     def __init__(self, noise: GaussianNoise, reduction: Reduction, seed: int | None = None) -> None:
@@ -37,14 +37,14 @@ class ReleaseNoise:
         return self.source if self._correlated is None else self._correlated
 
     def follow(self, correlation: Correlation | None, step: int) -> None:
-        """Begin a logical step. The history of correlated noise starts empty with each run and each resumption.
+        """Begin a logical step; each run and each resumption begins with an empty history of correlated noise.
 
         Args:
             correlation: of the plan.
             step: logical steps released so far.
 
         Raises:
-            PrivacyError: noise was drawn that no step has released.
+            PrivacyError: an earlier step drew noise without a release.
         """
         if correlation is None:
             self._correlated = None
@@ -68,7 +68,7 @@ class ReleaseNoise:
             accumulator: of one private optimizer.
             release: settled when the logical batch began.
             first: whether the sum may begin with its noise, which saves one pass over the buffer.
-            divisor: above 1, the gradient is held divided by it, noise included.
+            divisor: if above 1, the gradient and its noise are stored divided by it.
         """
         if accumulator.used:
             return
@@ -78,7 +78,7 @@ class ReleaseNoise:
             accumulator.begin_with_noise(self._drawn, release.drawn_std, divisor, release.shares, share)
 
     def add(self, accumulator: Accumulator, release: Release, *, alone: bool) -> None:
-        """Add the noise that the accumulator lacks.
+        """Add the noise that the accumulator does not hold yet.
 
         Args:
             accumulator: of one private optimizer, with all samples added.

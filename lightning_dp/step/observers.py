@@ -18,7 +18,7 @@ from lightning_dp.step.release import Release
 def learn(
     bound: Bound, accumulator: Accumulator, reduction: Reduction, release: Release, expected_batch_size: int
 ) -> float:
-    """Show a noisy release to a clipping bound that learns from it: post-processing.
+    """Show a noisy release to a clipping bound that learns from it, which is post-processing.
 
     Returns:
         The factor on the finished gradient; 1 unless the bound is for study only.
@@ -47,7 +47,7 @@ def diagnose(
     kept_norms_B: Tensor,
     scaled: Callable[[Tensor], Tensor],
 ) -> None:
-    """Add a microbatch, as a raw and as a clipped sum, to the un-noised figures. NOT private."""
+    """Add the raw sum and the norms of a microbatch to the un-noised figures. NOT private."""
     raw = accumulator.gradient.new_zeros(accumulator.num_coordinates)
     ones = norms_GB.isfinite().all(0).to(norms_GB.dtype).repeat(len(accumulator.groups), 1)
     engine.accumulate(scaled(ones), accumulator.groups, accumulator.views_of(raw))

@@ -25,9 +25,10 @@ class PrivateParameters:
         self._taken: dict[str, set[int]] = {}  # parameters of several optimizers: who has collected its backprops
 
     def of(self, optimizer: int) -> dict[str, nn.Parameter]:
-        """Return the parameters of one optimizer by qualified name, in the module's order.
+        """Return the private or trainable parameters of one optimizer by qualified name, in the module's order.
 
-        Trainable now, or private in an earlier step: training steps switch ``requires_grad`` off and on within a batch.
+        A parameter counts if it is trainable now, or was private in an earlier step, because training steps switch
+        ``requires_grad`` off and on within a batch.
         """
         own = {id(p) for group in self._optimizers[optimizer].param_groups for p in group["params"]}
         known: Mapping[str, nn.Parameter] = (
@@ -40,9 +41,10 @@ class PrivateParameters:
         }
 
     def refresh(self, make: Callable[[Mapping[str, nn.Parameter]], Accumulator]) -> dict[str, nn.Parameter]:
-        """Make accumulators for the parameters that currently train; return the parameters to record.
+        """Update the accumulators for the parameters that currently train; return the parameters to record.
 
-        These are the private ones, and trainable ones that no optimizer holds: nothing may see their raw gradient.
+        Private parameters are recorded, and trainable ones that no optimizer holds, so that no code sees their raw
+        gradients.
 
         Args:
             make: parameters of one private optimizer -> accumulator.
@@ -64,7 +66,7 @@ class PrivateParameters:
         }
 
     def collected(self, optimizer: int) -> list[str]:
-        """Return the parameters whose backprops are no longer needed, after an optimizer collected its own.
+        """Return the names of parameters whose backprops are no longer needed, after an optimizer collected its own.
 
         A parameter in several optimizers is part of the release of each.
         """
@@ -86,7 +88,7 @@ class PrivateParameters:
         return self.accumulators[optimizer].names if optimizer in self.accumulators else []
 
     def forget(self, names: Iterable[str]) -> None:
-        """Forget which optimizers collected the backprops of these parameters, because these were freed."""
+        """Forget which optimizers collected the backprops of these parameters, because the backprops were freed."""
         for name in names:
             self._taken.pop(name, None)
 

@@ -1,4 +1,4 @@
-"""The public settings of a run, frozen: they determine the sampler, the clipping, the noise and the ledger's events."""
+"""The frozen public settings of a run, which determine sampler, clipping, noise and ledger entries."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ class DPPlan:
         schedule: logical step -> factor on sigma.
         clipping: how one sample's gradient is bounded.
         delta: the delta at which epsilon is stated.
-        target_epsilon: what ``noise_multiplier`` was calibrated to, or None.
+        target_epsilon: epsilon to which ``noise_multiplier`` was calibrated, or None.
         accountant: name of the accountant.
         neighboring_relation: "add_or_remove_one", "replace_one" or "zero_out".
         is_private: logical step -> whether it is private; else it is plain SGD, without bound and noise.
-        unsound: why no step of the run has a finite epsilon, whatever its noise; empty if steps have one.
+        unsound: reason why no step of the run has a finite epsilon, whatever its noise; empty if steps have one.
         batches_per_pass: t, the logical batches of a whole pass, if the sampler puts each unit into exactly one of
             them, drawn uniformly and independently; else None. A run may use fewer of them per pass
             (``steps_per_epoch``).
-        unit: "record" or "user", the protected unit, and what n, q and B count.
+        unit: "record" or "user": the protected unit, which n, q and B count.
         records_per_unit: most records that a user brings to a logical batch; None for records.
         correlation: of the noise between steps; None if it is independent.
         per_sample_loss: whether each record's own loss counts, computed on that record alone, instead of the batch's
@@ -112,12 +112,12 @@ class DPPlan:
         )
 
     def sigma(self, step: int) -> float:
-        """Return the noise multiplier of a logical step: public, a pure function of the step."""
+        """Return the noise multiplier of a logical step, a pure function of public values; 0 for a non-private step."""
         return self.noise_multiplier * self.schedule(step) if self.is_private(step) else 0.0
 
     @property
     def relation_factor(self) -> float:
-        """Sensitivity of the sum in units of one sample's largest contribution: 2 if records are replaced, else 1."""
+        """Factor of the relation on one sample's largest contribution: 2 if records are replaced, else 1."""
         return SENSITIVITY_FACTOR[self.neighboring_relation]
 
     def sensitivity(self, num_groups: int) -> float:
@@ -147,12 +147,12 @@ class DPPlan:
         return PrivacyEvent(kind="poisson", noise_multiplier=sigma, sample_rate=self.sample_rate)
 
     def runs(self, start: int, stop: int, noise_multiplier: float | None = None) -> list[Run]:
-        """Return the events of the logical steps ``start <= t < stop`` as runs of equal ones, for calibration and
-        look-ahead.
+        """Return the events of the logical steps ``start <= t < stop``, with equal events in a row counted together.
 
-        Correlated noise makes the whole run one pass. Under "shuffle" and "cyclic" each run is within one pass over the
-        data. It says whether it begins that pass or continues it, so a pass whose sigma changes counts once, with its
-        smallest sigma. The first run always begins a pass, unless noise is correlated.
+        Under "shuffle" and "cyclic" each item covers steps of one pass over the data, and its last number is 1 if it
+        begins that pass and 0 if it continues it. So a pass whose sigma changes counts once, with its smallest sigma.
+        The first item always begins a pass. Correlated noise is the exception: all planned steps are then one pass,
+        which begins at step 0.
 
         Args:
             start: first logical step.

@@ -62,12 +62,13 @@ def build_plan(
         state: of the run: what was spent already counts towards the target; a checkpoint's plan is resumed.
         settings: the user's arguments.
         facts: of the private loader.
-        mechanisms: what callbacks have set: the schedule of the noise, plain phases.
+        mechanisms: requests of callbacks, such as a noise schedule or non-private phases.
         length: planned length of the whole run.
 
     Raises:
         PrivacyError: the dataset's size differs from the resumed run's.
-        ValueError: a target with an unbounded run, or one that cannot be reached.
+        ValueError: a target with an unbounded run, a target that cannot be reached, or settings that do not fit the
+            data or the mechanisms.
     """
     start, restored = state.steps_taken, state.restored_plan
     if restored is not None and restored["dataset_size"] != facts.dataset_size:
@@ -115,7 +116,7 @@ def build_plan(
 
 
 def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> None:
-    """Refuse a statistic with too little noise before the first step, rather than in the middle of the schedule."""
+    """Refuse, before the first step, a statistic with too little noise for any step of the schedule."""
     stop = start + 1 if plan.steps is None else plan.steps
     factors = [factor for factor, _ in schedules.runs(plan.schedule, start, max(start, stop))]
     if factors:

@@ -1,4 +1,4 @@
-"""Probe: collects gradients in the sandbox at the points where optimizers would step."""
+"""Probe: collects the gradients of a sandbox run at the points where optimizers would step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Probe:
     Args:
         step: the private step.
         engine: whether the per-sample engine records; else gradients of the whole batch are taken.
-        read: takes something smaller than the gradients from the engine, given an optimizer's parameter names.
+        read: reads a summary instead of the gradients from the engine, given an optimizer's parameter names.
         rehearses: whether private optimizers step, each on a gradient that is the same whatever the records are.
     """
 
@@ -40,7 +40,9 @@ class Probe:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Remove raw gradients as soon as autograd has made them, so that no line of user code sees one."""
+        """Attach this probe within the context; keep raw private gradients out of ``p.grad``, so that user code sees
+        none.
+        """
         public = {name for index in self._step.settings.public_optimizers for name in self._step.parameters.of(index)}
         handles = [
             parameter.register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
@@ -67,7 +69,7 @@ class Probe:
         return take
 
     def collect(self, optimizer: int) -> None:
-        """Take the gradients of an optimizer, where a real run would step it."""
+        """Take the gradients of an optimizer at the point where a real run would step it."""
         step = self._step
         self.stepped.add(optimizer)
         names = list(step.parameters.of(optimizer))
@@ -96,7 +98,7 @@ class Probe:
             parameter.grad = torch.full_like(parameter, 2 * size if math.isfinite(size) else 1.0)
 
     def discard(self, optimizer: int) -> None:
-        """Forget gradients, as ``zero_grad`` does."""
+        """Forget the gradients of an optimizer, as its ``zero_grad`` does."""
         names = list(self._step.parameters.of(optimizer))
         if self._engine:
             self._step.engine.discard(names)

@@ -1,4 +1,4 @@
-"""Global random generators: seeded from fresh entropy, and restored."""
+"""Seeding of the global random generators from fresh entropy, and restoring of their states."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 class RandomStreams:
     """Seeds for the global generators of torch, numpy and Python.
 
-    Dropout, augmentation and whatever else user code draws begin every logical batch from here, so that no draw depends
-    on how many samples earlier batches had.
+    Every logical batch begins with fresh seeds for dropout, augmentation and all other draws of user code, so that no
+    draw depends on the number of samples in earlier batches.
 
     **Guarantee**: without ``seed`` every seed is fresh from the operating system: ``seed_everything`` neither fixes nor
     changes the draws of training.
@@ -30,7 +30,7 @@ class RandomStreams:
         self._root = None if seed is None else np.random.SeedSequence([seed, 0x5EED])
 
     def begin(self) -> None:
-        """Seed the global generators from the next seed."""
+        """Seed the global generators with the next seed."""
         seed = (
             secrets.randbits(63) if self._root is None else int(self._root.spawn(1)[0].generate_state(1, np.uint64)[0])
         )

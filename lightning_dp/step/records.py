@@ -1,4 +1,4 @@
-"""TrainingRecords: a few records of the training set for trials, and a stand-in for empty batches."""
+"""TrainingRecords: a few records of the training set, for trials and in place of empty batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUM_PLACES = 16  # records that are compared from pass to pass
 class TrainingRecords:
     """Records of a training set, collated and moved to the device as real batches are.
 
-    **Guarantee**: none: records are private. Which ones are read is public, and the same in every run.
+    **Guarantee**: none, because records are private. Their positions are public, and the same in every run.
 
     Args:
         loader: the private loader.
@@ -42,13 +42,13 @@ class TrainingRecords:
         """Whole numbers and words of a few records, at the beginning of the last pass."""
 
     def take(self, num: int, seed: int = 0) -> list[Any]:
-        """Return records from all over a dataset with random access, the first ones of a stream.
+        """Return records from all over a dataset with random access, or the first records of a stream.
 
         The positions are pseudo-random and always the same for a seed, so that neither sorted nor periodic data makes
         the records alike.
 
         Args:
-            num: records; fewer if the dataset has fewer.
+            num: number of records; all of them if the dataset has fewer.
             seed: chooses the positions.
         """
         loader = self.loader
@@ -96,7 +96,7 @@ class TrainingRecords:
         return [int(each) for each in np.random.default_rng(seed).choice(size, size=min(num, size), replace=False)]
 
     def learn_rows(self, device: torch.device) -> None:
-        """Find the tensors of a collated batch that have one row per record.
+        """Find the tensors of a collated batch that have one row per record, and store their paths in ``axes``.
 
         Args:
             device: its global generator and those of the CPU are restored.

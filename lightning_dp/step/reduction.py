@@ -1,4 +1,4 @@
-"""Reduction: all differences between one process and several."""
+"""Reduction: the object that holds all differences between one process and several."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ class Reduction(Protocol):
     world_size: int
     """Processes of the group."""
     is_sharded: bool
-    """Whether forwards communicate, so that every rank has to run the same ones, and hold parts of the parameters."""
+    """True if ranks hold parts of the parameters, so that every rank must run the same forwards, which communicate."""
 
     # steps that every rank must do alike if forwards communicate
 
     def same_count(self, num: int) -> int:
-        """Return the number of microbatches of every rank: the maximum of ``num`` if forwards communicate, else
+        """Return the number of microbatches to run: the maximum of ``num`` over ranks if forwards communicate, else
         ``num``.
         """
 
     def any(self, flag: bool) -> bool:
-        """Return whether any rank set the flag, if forwards communicate; else return this rank's flag."""
+        """Tell whether any rank set the flag, if forwards communicate; otherwise return this rank's flag."""
 
     def agree(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank, always: for a choice that all ranks make alike."""
 
     def settle(self) -> None:
-        """Return the module to its state between two steps: no parameter is gathered."""
+        """Restore the module's state between two steps: free all gathered parameters."""
 
     def recover(self) -> None:
-        """Return the module to its state between two steps, after a caught exception in the user's code."""
+        """Restore the module's state between two steps after a caught exception in the user's code."""
 
     # differences for sharded parameters
 
@@ -64,21 +64,19 @@ class Reduction(Protocol):
         """Return the squared norms of whole per-sample gradients, shape (G, B)."""
 
     def accumulate(self, engine: Any, weights: Tensor | None, accumulator: Accumulator) -> None:
-        """Add the weighted sum of a microbatch's gradients; ``weights`` has shape (G, B), None for a dummy
-        microbatch.
-        """
+        """Add the weighted sum of a microbatch's gradients; ``weights``, shape (G, B), is None for a dummy record."""
 
     # the release
 
     @property
     def noise_share(self) -> float:
-        """Factor on the noise std, for coordinates that every rank holds."""
+        """Factor of this rank on the noise std of coordinates that every rank holds."""
 
     def reduce(self, accumulator: Accumulator) -> None:
-        """Add the accumulators of all ranks, each with its share of the noise."""
+        """Sum the accumulators of all ranks, each with its share of the noise."""
 
     def squared_norm(self, accumulator: Accumulator) -> tuple[float, int]:
-        """Return the squared norm of a reduced gradient over all ranks' parts, and its number of coordinates."""
+        """Return the squared norm and the number of coordinates of a reduced gradient, over all ranks' parts."""
 
     def average(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Average the gradients of a public optimizer over the ranks."""
@@ -86,16 +84,16 @@ class Reduction(Protocol):
     # trials: every rank runs the same records, and compares its part of the gradients
 
     def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return this rank's part of per-sample gradients, ``(B, *part)`` per parameter, which a trial compares."""
+        """Return this rank's part of per-sample gradients for a trial to compare: ``(B, *part)`` per parameter."""
 
     def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's part of a weighted sum of gradients, which a trial compares; ``factors``: shape (B,)."""
+        """Return this rank's part of a weighted sum of gradients for a trial to compare; ``factors`` has shape (B,)."""
 
     def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's part of autograd's gradients; a trial compares it with :meth:`per_sample_gradients`."""
+        """Return this rank's part of autograd's gradients, which a trial compares with :meth:`per_sample_gradients`."""
 
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return figures by parameter, added over the ranks' parts."""
+        """Return the sum of each parameter's figure over all ranks."""
 
 
 class OneProcess:
@@ -162,13 +160,13 @@ class OneProcess:
         return gradients
 
     def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the whole sum."""
+        """Return the weighted sum of whole gradients."""
         out = {name: torch.zeros_like(parameter, dtype=factors.dtype) for name, parameter in parameters.items()}
         engine.accumulate(factors[None], [list(parameters)], out)
         return out
 
     def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradients."""
+        """Return the gradients unchanged."""
         return dict(gradients)
 
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,9 +180,9 @@ def squared_length(tensor: Tensor) -> float:
 
 
 class AllReduce(OneProcess):
-    """Reduction by one all-reduce per logical step over the default process group.
+    """Reduction by one all-reduce per release over the default process group.
 
-    Each of W ranks holds whole samples and the whole gradient, and adds noise of 1 / W of the variance.
+    Each of W ranks holds whole samples and the whole gradient, and adds 1 / W of the noise variance.
 
     Args:
         rank: number of this process.
@@ -239,8 +237,8 @@ def communicating(what: str, *, among_others: bool = False) -> Iterator[None]:
     """Explain the error if another process does not take part in a communication.
 
     Args:
-        what: communicates.
-        among_others: whether what is inside may also fail for other reasons, which are raised unchanged.
+        what: name of the communication, for the message.
+        among_others: whether code within the context may also fail for other reasons; such errors are raised unchanged.
 
     Raises:
         RuntimeError: another process died, hung or fell behind.

@@ -1,4 +1,4 @@
-"""Release: the noise of one release, computed once from public state."""
+"""Release: noise and ledger entry of one release, computed once from public state."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class Release:
     """Noise of one release of a logical batch; the same object is used for drawing, recording and checking.
 
         drawn_std = z_g F S sens,     statistics_std = s_b F,     F = 2 under "replace_one", else 1
-        noise_std = drawn_std, or drawn_std sqrt(sum_j r_j^2) if noise is correlated between steps
+        noise_std = drawn_std; times sqrt(sum_j r_j^2) if noise is correlated between steps
 
     with ``S`` the sensitivity of the clipped sum, and ``z_g``, ``s_b`` the shares of the noise multiplier ``sigma``
     that the clipping bound gives to the gradient and to its statistics (``z_g = sigma`` without statistics). ``sens``
-    is that of correlated noise, 1 for independent noise.
+    is the sensitivity of correlated noise; it is 1 for independent noise.
 
-    **Guarantee**: every field is a function of public state, settled before the first sample of the batch is looked at.
+    **Guarantee**: every field is a function of public state, computed before the first sample of the batch is read.
 
     Args:
         sigma: noise multiplier of this release.
         noise_std: standard deviation of the noise on one coordinate of the sum, over all ranks; the root mean square
             over coordinates where groups carry noise of their own.
-        drawn_std: standard deviation of the fresh noise of this step; other than ``noise_std`` for correlated noise
-            only.
+        drawn_std: standard deviation of the fresh noise of this step, before the factors in ``shares``; differs from
+            ``noise_std`` if noise is correlated or shared out between groups.
         statistics_std: standard deviation of the noise on one statistic, over all ranks.
         sensitivity: S, the largest norm that one sample may add to the sum.
         shares: factor of each group on ``drawn_std``; empty if the std is the same on all coordinates.
-        event: what the ledger holds of the logical step once all its planned releases are made.
+        event: ledger entry of the logical step once all its planned releases are made.
     """
 
     sigma: float
@@ -65,11 +65,11 @@ def plan_release(
     Args:
         plan: the public settings of the run.
         step: the logical step.
-        clipping: in force.
-        sizes: active coordinates of each group of parameters.
-        bound: clipping bound in force, which may need a share of the noise for its statistics.
-        num_releases: m, private optimizers; each gets noise of multiplier ``sigma_t sqrt(m)``, so that all cost one
-            event.
+        clipping: clipping of this step.
+        sizes: number of active coordinates of each group of parameters.
+        bound: clipping bound of this step, which may need a share of the noise for its statistics.
+        num_releases: number m of private optimizers; each gets noise of multiplier ``sigma_t sqrt(m)``, so that all
+            together cost one event.
         since: steps before this one in the history of correlated noise.
     """
     sigma = plan.sigma(step) * num_releases**0.5

@@ -33,7 +33,8 @@ class _Bar(tqdm):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Draws:
-    """The random draws of one trial run: torch's are frozen (see ``FrozenRandomness``), the others follow a seed.
+    """The random draws of one trial run: unless ``real``, torch's are frozen (``FrozenRandomness``); the others follow
+    a seed.
 
     Args:
         seed: of the global generators.
@@ -82,10 +83,10 @@ class Host(Protocol):
         """Collate records and run the user's step on them; return its output."""
 
     def loss_of(self, output: Any, count: int) -> Tensor | None:
-        """Return the loss of an output as a scalar, if the host back-propagates it."""
+        """Return the loss of an output as a scalar; None if the output holds no loss."""
 
     skips: bool
-    """Whether the last run asked for the rest of the epoch to be skipped."""
+    """True if user code asked, in the last run, to skip the rest of the epoch."""
 
     @property
     def stops(self) -> bool:
@@ -95,7 +96,7 @@ class Host(Protocol):
         """Tell whether user code, given one record alone, asks to skip the rest of the epoch."""
 
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate a loss, with the hooks around it."""
+        """Back-propagate a loss, with the user's hooks before and after it."""
 
     def rehearse(self, closure: Callable[[], Any]) -> None:
         """Step the one optimizer as the host does, on the gradient that the closure gives."""
@@ -111,7 +112,7 @@ class Host(Protocol):
         """Call the hooks that end an epoch."""
 
     def others(self) -> list[Any]:
-        """Return optimizers and schedulers."""
+        """Return the optimizers and schedulers."""
 
     def saved(self) -> dict[str, Any]:
         """Return copies of what user code puts into a checkpoint, by its path."""
@@ -127,7 +128,7 @@ class TrialRuns:
     Args:
         step: the private step.
         host: runs the user's code.
-        sandbox: keeps it without effect.
+        sandbox: undoes the effects of the user's code.
     """
 
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
@@ -136,7 +137,7 @@ class TrialRuns:
             host, reduction=step.settings.loss_reduction, runs_alone=step.settings.runs_samples_alone
         )
         self.has_coins = False
-        """Whether user code has drawn anything that a coin decides, in any run."""
+        """True if user code has drawn values in any run that another coin would change."""
         self._bar: Any = None
 
     @property

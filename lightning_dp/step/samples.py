@@ -20,11 +20,11 @@ class Samples:
     Norms and gradients are computed when they are first read: a clipping by factors needs no per-sample gradient.
 
     Args:
-        engine: has recorded the microbatch.
+        engine: the engine that has recorded the microbatch.
         accumulator: sum of one private optimizer.
-        scaled: from norms or factors of shape (..., B) as the engine has recorded the gradients to those of a sample's
-            own loss; with a divisor.
-        reduction: computes norms and sums where ranks hold parts of them.
+        scaled: rescales values of shape (..., B) from the recorded gradients to the gradients of each sample's own
+            loss, and divides them by an optional divisor.
+        reduction: computes norms and sums, also if ranks hold parts of them.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Samples:
 
     @property
     def gradients(self) -> Tensor:
-        """Whole gradients, shape (B, P). Private."""
+        """Per-sample gradients over all coordinates, shape (B, P). Private."""
         grads = self._engine.per_sample_gradients(self._accumulator.names)
         return self._scaled(torch.cat([grad.flatten(1) for grad in grads.values()], 1).mT).mT
 
     @property
     def active(self) -> Tensor | None:
-        """Active coordinates as booleans of shape (P,), public; None without a mask."""
+        """Mask of the active coordinates, booleans of shape (P,), public; None if all are active."""
         return self._accumulator.active
 
     def add_weighted(self, factors_GB: Tensor) -> None:

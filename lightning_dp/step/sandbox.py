@@ -23,14 +23,14 @@ USE_OPTIMIZERS = (
 
 
 class StepGuard:
-    """A guard that refuses every optimizer step without a released gradient.
+    """A guard that refuses every optimizer step on private parameters without a released gradient.
 
-    A hook on all optimizers of the process while a fit runs, so that also those are seen which a module keeps for
-    itself.
+    It hooks all optimizers of the process while a fit runs, including optimizers that a module keeps for itself. In the
+    sandbox it refuses steps of all optimizers.
 
     Args:
-        is_private: whether an optimizer holds a private parameter.
-        advice: how the host's user steps an optimizer, for messages.
+        is_private: tells whether an optimizer holds a private parameter.
+        advice: the supported way to step an optimizer, for messages.
     """
 
     def __init__(self, is_private: Callable[[Optimizer], bool], advice: str = USE_OPTIMIZERS) -> None:
@@ -53,7 +53,7 @@ class StepGuard:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Watch no steps within the block, because torch initialises optimizer state by a step of length 0."""
+        """Allow all steps within the context, because torch initialises optimizer state by a step of length 0."""
         watched = self._handle is not None
         self.stop()
         try:
@@ -64,7 +64,7 @@ class StepGuard:
 
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Iterator[None]:
-        """Expect the step of an optimizer; others may step within it only after its gradient is released."""
+        """Allow the step of one optimizer within the context, and other steps once its gradient is released."""
         self._expected.append(optimizer)
         try:
             yield
@@ -74,7 +74,7 @@ class StepGuard:
 
     @contextmanager
     def user_code(self) -> Iterator[None]:
-        """Expect no step while user code runs within the expected one, as in a closure."""
+        """Allow no step on private parameters within the context, in which user code such as a closure runs."""
         before, self._open = self._open, False
         expected, self._expected = self._expected, []
         try:
@@ -83,7 +83,7 @@ class StepGuard:
             self._open, self._expected = before, expected
 
     def released(self) -> None:
-        """Allow all further steps within the expected one, because all gradients are private now."""
+        """Allow all further steps within the current one, because all gradients are private now."""
         self._open = True
 
     def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -101,16 +101,16 @@ class StepGuard:
 
 
 class Sandbox:
-    """A context that undoes all effects of user code.
+    """A sandbox for user code, whose effects on module, optimizers, schedulers and random generators are undone.
 
-    Within :meth:`enter`: no optimizer steps (see ``StepGuard``); ``.grad`` of every parameter is None at the start.
-    Afterwards: all state of module, optimizers and schedulers has the value that it had (see ``Snapshot``), ``.grad``
-    and the global generators too.
+    Within :meth:`enter` no optimizer may step (see ``StepGuard``), and ``.grad`` of every parameter is None at first.
+    Afterwards, all state of module, optimizers and schedulers has its earlier value (see ``Snapshot``), and so have
+    ``.grad`` and the global generators.
 
     Args:
         module: the user's.
-        guard: over optimizer steps.
-        others: optimizers and schedulers.
+        guard: guard over optimizer steps.
+        others: returns the optimizers and schedulers.
         quiet: context manager that silences logs and progress of the host.
         settle: brings the module into its state between two steps.
     """
@@ -127,7 +127,7 @@ class Sandbox:
         self._settle = settle
 
     def snapshot(self) -> Snapshot:
-        """Return the values of all state of module, optimizers and schedulers."""
+        """Return a snapshot of module, optimizers and schedulers."""
         return Snapshot([self._module, *self._others()], self._settle)
 
     @contextmanager

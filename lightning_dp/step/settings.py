@@ -59,7 +59,7 @@ class Settings:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """Return the settings among named values, such as the arguments of a constructor."""
+        """Return settings from named values, such as the arguments of a constructor; other names are ignored."""
         return cls(**{each.name: arguments[each.name] for each in fields(cls)})
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ class Settings:
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """Settings that are arguments of ``private_dataloader``."""
+        """Arguments of ``private_dataloader`` that follow from these settings."""
         # the assignment is public only under relations that keep the other records in place
         public = self.sampling == "cyclic" and self.neighboring_relation != "add_or_remove_one"
         given = {name: getattr(self, name) for name in _DRAWING}
@@ -204,11 +204,11 @@ class Settings:
 
 
 def check_positions(positions: Sequence[int]) -> tuple[int, ...]:
-    """Return ``public_optimizers`` as a tuple.
+    """Check the positions of public optimizers, and return them as a tuple.
 
     Raises:
-        TypeError: not a list of whole numbers.
-        ValueError: a negative or repeated one.
+        TypeError: an argument that is not a sequence.
+        ValueError: an element that is not a position 0, 1, ...
     """
     if not isinstance(positions, Sequence):
         raise TypeError(

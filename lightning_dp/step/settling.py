@@ -16,16 +16,17 @@ from lightning_dp.step.release import Release, plan_release
 def settle(
     accumulators: Mapping[int, Accumulator], mechanisms: Mechanisms, plan: DPPlan, step: int, since: int
 ) -> tuple[Bound, dict[int, Release]]:
-    """Give accumulators the clipping and the masks of a logical step; return its bound and its releases.
+    """Set clipping and masks of all accumulators for a logical step; return its clipping bound and its releases.
 
-    **Guarantee**: a function of public state alone. It holds until the next logical step begins.
+    **Guarantee**: everything is a function of public state alone, and stays the same until the next logical step
+    begins.
 
     Args:
         accumulators: by position of their private optimizer.
-        mechanisms: what callbacks ask for.
-        plan: of the run.
-        step: logical step of the whole run.
-        since: steps that the history of correlated noise holds; 0 for independent noise.
+        mechanisms: requests of callbacks.
+        plan: plan of the run.
+        step: logical step, counted over the whole run.
+        since: number of steps in the history of correlated noise; 0 for independent noise.
     """
     plain = not plan.is_private(step)
     bound = Bound() if plain else mechanisms.bound
@@ -65,8 +66,8 @@ def noise_stds(
     """Return the noise std per coordinate of the noisy mean, by parameter name. Public.
 
     Args:
-        releases: of the step, by position of their private optimizer.
-        accumulators: by the same positions.
+        releases: releases of the step, by position of their private optimizer.
+        accumulators: accumulators, by the same positions.
         expected_batch_size: divisor of the mean.
     """
     return {

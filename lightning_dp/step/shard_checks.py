@@ -1,4 +1,4 @@
-"""Refusals, by name, of features that a sharded module does not support, before any data is touched."""
+"""Functions that refuse, by name and before any data is touched, features that sharded modules do not support."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_dp.step.settings import Settings
 def check_sharded(
     module: nn.Module, settings: Settings, mechanisms: Mechanisms, *, world_size: int, device: torch.device
 ) -> None:
-    """Check that a sharded module can be trained privately, with the same answer on every rank.
+    """Check that a sharded module can be trained privately with these settings.
 
     Args:
         module: the user's, sharded.
         settings: the user's arguments.
-        mechanisms: what callbacks ask for.
-        world_size: processes of the data-parallel group.
-        device: of this process.
+        mechanisms: requests of callbacks.
+        world_size: number of processes of the data-parallel group.
+        device: device of this process.
 
     Raises:
-        ValueError: it cannot, or not with these settings.
+        ValueError: the module cannot be trained privately, or not with these settings.
     """
     if not any(units.is_unit(each) for each in module.modules()):
         raise ValueError(

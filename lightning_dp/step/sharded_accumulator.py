@@ -1,4 +1,4 @@
-"""ShardedAccumulator: clipped sums of one rank's rows."""
+"""ShardedAccumulator: the accumulator of one rank's part of a sharded module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ShardedAccumulator(Accumulator):
     Args:
         parameters: qualified name -> parameter, sharded ones first.
         clipping: how one sample's gradient is bounded at the start of the run.
-        num_statistics: statistics behind the gradient.
+        num_statistics: number of statistics behind the gradient.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], clipping: Clipping, num_statistics: int = 0) -> None:
@@ -29,7 +29,7 @@ class ShardedAccumulator(Accumulator):
 
     @override
     def set_masks(self, masks: Sequence[Mapping[str, Tensor]], version: tuple[Hashable, ...]) -> None:
-        """Set the active coordinates, for whole gradients as well as for the rows of this rank."""
+        """Set the active coordinates, both of whole gradients and of this rank's rows."""
         whole: dict[str, Tensor] = {}
         for mask in masks:
             for name in mask.keys() & self.parameters.keys():
@@ -41,13 +41,13 @@ class ShardedAccumulator(Accumulator):
     @property
     @override
     def masks_of_norms(self) -> dict[str, ParameterMask]:
-        """Masks of whole per-sample gradients by parameter name."""
+        """Masks for the norms of whole per-sample gradients, by parameter name."""
         return self._whole_masks
 
     @property
     @override
     def group_sizes(self) -> list[int]:
-        """Active coordinates of every group, over all ranks."""
+        """Number of active coordinates in each group, over all ranks."""
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         sizes |= {name: mask.num_active for name, mask in self._whole_masks.items()}
         return [sum(sizes[name] for name in group) for group in self.groups]
@@ -69,16 +69,16 @@ class ShardedAccumulator(Accumulator):
     @property
     @override
     def payload_bytes(self) -> int:
-        """Size of the buffers that one rank passes to the sums of a microbatch."""
+        """Bytes that one rank passes to the sums of one microbatch and to the all-reduce of a logical step."""
         whole = sum(self.parameters[name].numel() for name in self.sharded)
         return (whole + self.num_active - self.num_sharded + self.num_statistics) * self._dtype.itemsize
 
     def add_rows(self, view: Tensor, name: str, rows: Tensor) -> None:
-        """Add the sum over all ranks to this rank's rows.
+        """Add this rank's rows of a sum over all ranks to the accumulator.
 
         Args:
-            view: of ``views``.
-            name: of the parameter.
-            rows: flat.
+            view: the parameter's entry in ``views``.
+            name: name of the parameter.
+            rows: sum over all ranks of this rank's rows, flat.
         """
         view.view(-1).add_(self.masks[name].select(rows) if name in self.masks else rows)

@@ -23,12 +23,13 @@ from lightning_dp.step.sharded_accumulator import ShardedAccumulator
 class Shards(AllReduce):
     """Reduction by one reduce-scatter per parameter and microbatch, which gives each rank the sum of its own rows.
 
-    Forwards and backwards gather the parameters unit by unit, and a rank holds whole samples: norms need no
-    communication. The weighted sum is made for one unit at a time, in full, in float32, and scattered at once.
+    Forwards and backwards gather the parameters unit by unit. Each rank holds whole samples, so it computes their norms
+    by itself; only the parameters are gathered again if they are needed. The weighted sum is computed for one unit at a
+    time, for all rows, and scattered at once.
 
     **Guarantee**: every rank makes the same collectives in the same order, whatever samples it drew. Own rows carry
-    noise of the full std, from the stream of this rank alone; what is replicated, of std / sqrt(W) on each rank, added
-    up once a step.
+    noise of the full std, drawn by this rank alone. Replicated parameters carry noise of std / sqrt(W) on each rank,
+    which the all-reduce of the release adds up.
 
     Args:
         module: the user's, sharded with ``fully_shard``, on its device.
@@ -127,9 +128,9 @@ class Shards(AllReduce):
                 accumulator.add_rows(views[name], name, self._scattered(name, segment))
 
     def _in_turn(self, engine: Any, names: Collection[str]) -> list[tuple[list[str], units.Unit, bool]]:
-        """Return the units that hold any of these names, last unit first; replicated parameters follow as one unit.
+        """Return the units that hold any of these names, last unit first, then replicated parameters as one unit.
 
-        The third value tells whether the parameters of a unit have to be gathered, on any rank, to pull gradients back.
+        The third value of each item tells whether any rank needs the unit's parameters gathered to compute gradients.
         """
         found = [([name for name in unit.whole if name in names], unit) for unit in reversed(self._units)]
         found = [(own, unit) for own, unit in found if own]
@@ -140,7 +141,7 @@ class Shards(AllReduce):
         return [*parts, (rest, units.Unit(None, {}), False)] if rest else parts
 
     def _segments(self, names: Sequence[str], like: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return zeros for the sums of a unit: flat, padded to equal rows per rank, with views in the parameters'
+        """Return zeros for the sums of a unit: flat, padded to equal rows per rank, and as views in the parameters'
         shapes.
         """
         shapes = {name: self._shape(name) for name in names}
@@ -156,7 +157,7 @@ class Shards(AllReduce):
         return self._sharded[name].shape if name in self._sharded else self._module.get_parameter(name).shape
 
     def _scattered(self, name: str, segment: Tensor) -> Tensor:
-        """Return this rank's rows of the sum over all ranks, flat; for a replicated parameter, this rank's own sum."""
+        """Return this rank's rows of a sum over all ranks, flat; return the sum of a replicated parameter unchanged."""
         if name not in self._sharded:
             return segment
         parameter: Any = self._sharded[name]
@@ -169,7 +170,7 @@ class Shards(AllReduce):
 
     @override
     def reduce(self, accumulator: Accumulator) -> None:
-        """Add up replicated parameters; own rows already hold the sum of all ranks."""
+        """Sum replicated parameters and statistics over ranks; own rows already hold the sum of all ranks."""
         assert isinstance(accumulator, ShardedAccumulator)
         replicated = accumulator.flat[accumulator.num_sharded :]
         if replicated.numel():
@@ -190,7 +191,7 @@ class Shards(AllReduce):
 
     @override
     def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the own rows of per-sample gradients, each computed as a sum over one sample."""
+        """Return this rank's rows of per-sample gradients, each computed as a weighted sum over one sample."""
         zeros = self.squared_norms(engine, [list(names)])[0].mul(0.0).nan_to_num()
         parameters = dict(self._module.named_parameters())
         chosen = {name: parameters[name] for name in names}

@@ -1,4 +1,4 @@
-"""Snapshot: copies of everything that user code can change, to restore it later."""
+"""Snapshot: copies of state that user code can change, to restore it later."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Snapshot:
 
     Followed are modules (trainable and frozen parameters, all buffers, plain attributes), optimizers and schedulers
     (``state``, ``param_groups``, counters), containers of any class, numpy arrays, generators, and attributes of the
-    user's own objects. Tensors are kept by value: also what is written through ``.data`` is found.
+    user's own objects. Tensors are compared by value, so that writes through ``.data`` are found too.
 
     **Guarantee**: after :meth:`put_back`, everything followed has the value that it had, in the same objects. NOT
     followed: objects that are reachable only through closures, globals or C extensions, and what a trainer holds.
@@ -94,11 +94,11 @@ class Snapshot:
         self._together: Together | None = None
 
     def put_back(self, *, quick: bool = False) -> None:
-        """Restore every value; write only to those that have changed.
+        """Restore every value; tensors and containers are written only if they have changed.
 
         Args:
-            quick: of a large tensor whose version has not moved compare about 1,000 elements only. What this misses,
-                the next exact call finds.
+            quick: whether to compare only about 1,000 elements of a large tensor whose version is unchanged. The next
+                exact call finds changes that this misses.
         """
         self._settle()
         with torch.no_grad():
@@ -246,7 +246,7 @@ def _reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skippe
 
 
 def _same_content(holder: Any, content: Any) -> bool:
-    """Tell whether a container holds the same objects in the same order."""
+    """Tell whether the content of a container is unchanged."""
     if len(holder) != len(content):
         return False
     if isinstance(content, dict):

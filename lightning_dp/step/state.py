@@ -25,15 +25,15 @@ _UNFOLLOWED = f"{_ALONE}, since no rule follows the module's operations"
 class PrivacyState:
     """Ledger, accountant, plan and position of a private run.
 
-    It outlives a call of fit: the ledger never forgets a step, and a later fit continues it.
+    It outlives a call of fit: the ledger never loses a step, and a later fit continues the ledger.
 
     **Guarantee**: holds public values only. An entry is written before anything that it pays for is released; releases
     on one logical batch are one entry of their combined precision ``sum_k sigma_k^-2``.
 
     Args:
-        neighboring_relation: of the ledger.
+        neighboring_relation: relation of the ledger.
         accountant: computes epsilon.
-        unit: "record" or "user", of the ledger.
+        unit: protected unit of the ledger, "record" or "user".
         seeded: whether sampling and noise follow from a seed that the user gave.
         secure: whether the noise comes from a cryptographic generator.
     """
@@ -76,10 +76,10 @@ class PrivacyState:
     # ---------------------------------------------------------------- earlier runs
 
     def begin_after(self, ledgers: list[Ledger]) -> None:
-        """Count the privacy spent by earlier runs on the same data, before the first step of this run.
+        """Add the privacy spent by earlier runs on the same data to the ledger, before the first step of this run.
 
         Args:
-            ledgers: theirs; an empty list states that they had no record in common with this run.
+            ledgers: ledgers of the earlier runs; an empty list states that they share no record with this run.
         """
         self.ledger = joined(ledgers, self.ledger)
         self._history, self._history_given = ledgers, True
@@ -93,7 +93,7 @@ class PrivacyState:
 
     @property
     def steps_taken(self) -> int:
-        """Logical steps of this run that have released noise; schedules are functions of this number."""
+        """Number of logical steps of this run that have released noise; schedules are functions of it."""
         return self.step + (self.precision > 0)
 
     def epsilon(self, delta: float | None = None) -> float:
@@ -114,7 +114,7 @@ class PrivacyState:
         return self.accountant.epsilon(self.ledger, delta)
 
     def privacy_statement(self) -> str:
-        """Return the privacy statement in a few lines; the plan must be known."""
+        """Return the privacy statement in a few lines; call it once the plan is known."""
         return statement.privacy_statement(
             self.plan,
             self.ledger,
@@ -153,13 +153,13 @@ class PrivacyState:
         self.note_kept_apart(_ALONE if chosen else _UNFOLLOWED)
 
     def summary_line(self) -> str:
-        """Return the one line that ends a fit."""
+        """Return the line that reports, at the end of a fit, the privacy spent."""
         return statement.summary_line(self.plan, self.ledger, self.accountant)
 
     # ---------------------------------------------------------------- one logical step
 
     def begin_step(self) -> None:
-        """Begin a logical step after the given number of steps that released noise."""
+        """Begin the next logical step; a step that has released nothing is begun again."""
         self.step, self.precision = self.steps_taken, 0.0
 
     def record(self, sigma: float) -> None:
@@ -194,7 +194,7 @@ class PrivacyState:
         """Check that one more release is planned and affordable.
 
         Raises:
-            PrivacyError: the steps of a calibrated plan, or those of a budget, have been taken.
+            PrivacyError: all steps of a calibrated plan, or all steps within a budget, have been taken.
         """
         plan: DPPlan = self.plan
         if plan.target_epsilon is not None and plan.steps is not None and self.step >= plan.steps:
@@ -244,7 +244,7 @@ class PrivacyState:
         self.unledgered = max(self.unledgered, before - self.ledger.num_steps)
 
     def handover(self) -> tuple[Any, ...]:
-        """Return the state that the parent process needs to continue, for pickle."""
+        """Return the state, for pickle, from which the parent process continues."""
         return self.ledger.state_dict(), self.plan, self.steps_taken, self.unledgered, self.notes
 
     def take_over(self, handed: tuple[Any, ...]) -> None:
@@ -269,7 +269,7 @@ class PrivacyState:
         )
 
     def load(self, checkpoint: dict[str, Any], *, allow_public: bool, one_step_a_batch: bool) -> None:
-        """Resume the run of a checkpoint.
+        """Resume the run that wrote a checkpoint.
 
         Args:
             checkpoint: as loaded.

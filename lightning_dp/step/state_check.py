@@ -1,7 +1,7 @@
 """State check: the state after a step must not depend on the records that the step saw (guarantee I2).
 
-State that a checkpoint holds is compared itself. Other state (lists, running means, objects of the user's) is judged by
-what it does: the gradient of a third record after each.
+State that a checkpoint holds is compared directly. Other state (lists, running means, objects of the user's) is judged
+by its effect on the gradient of a third record, in a step after each.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ Gradients = dict[str, Tensor]
 
 
 def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
-    """Return copies of the contents of a checkpoint: parameters, persistent buffers, numbers of optimizers and
-    schedulers.
-    """
+    """Return copies of parameters, persistent buffers, and numeric settings of optimizers and schedulers."""
     state = {name: _copied(value) for name, value in numbers_of(others)}
     state |= {name: local_part(p).detach().clone() for name, p in module.named_parameters()}
     state |= {name: value.detach().clone() for name, value in saved_buffers(module)}
@@ -97,18 +95,18 @@ def check_state(
     copies: int = 1,
     anywhere: Callable[[bool], bool] = bool,
 ) -> None:
-    """Check that state after a step depends neither on which records it saw nor on how many.
+    """Check that the state after a step depends neither on the records of the step nor on their number.
 
     Args:
-        run: runs the step on one list of records after the other, without effect in the end, under the same randomness;
-            returns the state after the first and the gradients of the last.
+        run: runs the step on one list of records after the other, under the same randomness and without lasting
+            effect; returns the state after the first list and the gradients of the last.
         records: three records of the training set.
         together: whether a step may see several records at once.
-        copies: of a record that ``run`` takes where it gets one; another number of records must be more than these.
+        copies: number of copies that ``run`` makes of a single record; the test of another number uses more records.
         anywhere: tells whether a flag is set on any of the processes that run this check together.
 
     Raises:
-        PrivacyError: it does; the message names the state, or says that a later gradient changes.
+        PrivacyError: the state depends on them; the message names the state, or says that a later gradient changes.
     """
     first, second, third = records
     reference, gradients = run([[first], [third]])

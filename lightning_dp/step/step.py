@@ -1,6 +1,6 @@
 """PrivateStep: one logical batch, from its first sample to a private gradient. Read ``collect`` and ``release`` first.
 
-    begin        settles masks, clipping bound and the Release from public state
+    begin        fixes masks, clipping bound and the Release from public state
     microbatch   the user's forward and backward; the engine records
     collect      per-sample norms -> factors -> weighted sum into the accumulator
     release      ledger entry -> noise -> sum over ranks -> p.grad
@@ -40,23 +40,23 @@ from lightning_dp.step.state import PrivacyState
 
 
 class PrivateStep:
-    """The path of one fit from the samples of a logical batch to its private gradient.
+    """The private step of one fit, which turns the samples of each logical batch into a private gradient.
 
-    It knows torch, the pillars of this package and a ``Reduction``; never Lightning. One adapter per way to train
+    It uses torch, the pillars of this package and a ``Reduction``, but not Lightning. One adapter per way to train
     calls its methods in order.
 
-    **Guarantee**: ``p.grad`` of a private parameter is None until ``release``, and then
+    **Guarantee**: ``p.grad`` of a private parameter never holds a raw gradient; after ``release``
 
         p.grad = (sum_i u_i + N(0, noise_std^2 I)) / expected_batch_size,     ||u_i|| <= sensitivity
 
-    with the ledger entry written before. Noise, masks and bounds are those of the ``Release`` that ``begin`` settled.
+    and the ledger entry was written before. ``begin`` has fixed noise, masks and bounds in the ``Release``.
 
     Args:
         module: the user's module.
         optimizers: all optimizers, private and public ones.
         settings: the user's arguments.
         state: ledger, accountant and position; outlives this object.
-        mechanisms: what callbacks ask for.
+        mechanisms: requests of callbacks.
         reduction: communication between processes.
         noise: draws the noise; outlives this object, so that no stream begins twice.
         automatic: whether the host back-propagates the loss and steps the one optimizer itself.
@@ -126,11 +126,11 @@ class PrivateStep:
     # ---------------------------------------------------------------- the step, in the order of the data
 
     def begin(self, *, first_of_pass: bool, position: int | None = None) -> None:
-        """Begin a logical batch: determine its release from public state.
+        """Begin a logical batch: determine its releases, masks and clipping bound from public state.
 
         Args:
-            first_of_pass: whether the loader begins a pass over the data with it.
-            position: number of the batch in the order of the data, where that matters.
+            first_of_pass: whether a pass over the data begins with this batch.
+            position: number of the batch in the order of the data; needed for correlated noise only.
         """
         self.reduction.settle()
         self.state.begin_step()
@@ -158,7 +158,7 @@ class PrivateStep:
         divisor: int = 1,
         further: bool = False,
     ) -> Microbatch:
-        """Return a context manager in which the user's forward and backward of some records run."""
+        """Return a context manager for the user's forward and backward on some records."""
         return Microbatch(self, count, owners, weight, divisor, further)
 
     def backward_done(self) -> None:
@@ -190,7 +190,7 @@ class PrivateStep:
 
     @torch.no_grad()
     def release(self, optimizer: int = 0) -> None:
-        """Write the ledger entry, add the missing noise, sum over ranks and hand out ``p.grad``."""
+        """Write the ledger entry, add the missing noise, sum over ranks and set ``p.grad``."""
         accumulator, release = self.accumulators[optimizer], self.releases[optimizer]
         canaries = self.mechanisms.canaries
         self.reduction.settle()
@@ -224,10 +224,10 @@ class PrivateStep:
             self.release(optimizer)
 
     def intercept(self, optimizer: int) -> bool:
-        """Take the gradient of an optimizer that would step within a trial or a further microbatch.
+        """Take the gradient of an optimizer that would step in a trial or in a further microbatch.
 
         Returns:
-            Whether it was taken: then the optimizer must not step.
+            True if the gradient was taken, so that the optimizer must not step.
         """
         if self.probe is not None:
             self.probe.collect(optimizer)
@@ -276,7 +276,7 @@ class PrivateStep:
         self.unfinished |= {index for index, acc in self.accumulators.items() if self.engine.has_backprops(acc.names)}
 
     def close(self) -> None:
-        """Restore the module."""
+        """Record the trained values, and remove the engine from the module."""
         note_values(self.module.parameters())
         self.engine.end()
         self.engine.detach()
@@ -292,7 +292,7 @@ class PrivateStep:
         return not (self.settings.secure_rng or self.mechanisms.diagnostics.reads_sums)
 
     def _begin_sum(self, optimizer: int) -> None:
-        """Initialise the accumulator before its first sample."""
+        """Prepare the accumulator of an optimizer before its first sample, with noise if noise comes first."""
         accumulator = self.accumulators[optimizer]
         seen = self.bound.sees_releases or self.mechanisms.canaries.reads_sums or not accumulator.clipping.gives_mean
         divisor = 1 if seen else self.plan.expected_batch_size

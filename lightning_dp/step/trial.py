@@ -1,6 +1,7 @@
-"""Trial: inference and checks by running the user's step on a few records in the sandbox.
+"""Trial: runs the user's step on a few records in the sandbox, to infer the layout and to check it.
 
-The batch axis of every layer, whether samples are independent, and whether an optimizer's steps depend on the samples.
+It infers the batch axis of every layer. It checks that samples are independent, and that neither the steps of an
+optimizer nor state depend on the samples.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ NUM_SPREAD, NUM_FEW = 9, 3
 
 
 class Trial:
-    """Trial runs of the user's step on a few records, without effect, and the checks on them.
+    """Trial runs of the user's step on a few records, without lasting effect, and checks of their results.
 
     Args:
         step: the private step.
         host: runs the user's code.
-        sandbox: keeps it without effect.
+        sandbox: undoes the effects of the user's code.
     """
 
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
@@ -47,14 +48,14 @@ class Trial:
         return self._host.copies
 
     def is_due(self, number: int, *, first_of_pass: bool) -> bool:
-        """Tell whether to repeat the checks: at the 2nd, 10th and 100th logical step, then in the first of an epoch.
+        """Tell whether to repeat the checks: at logical steps 2, 10 and 100, then at most once per 1,000 steps.
 
-        After the 100th, 1,000 steps pass between two checks; where epochs are longer than 10,000, a check is due after
-        as many.
+        After step 100, the checks are repeated at the first step of an epoch, once 1,000 steps have passed since the
+        last check; or at any step, once 10,000 have passed.
 
         Args:
-            number: of the logical step, from 0.
-            first_of_pass: whether a pass over the data begins with it.
+            number: number of the logical step, from 0.
+            first_of_pass: whether a pass over the data begins with this step.
         """
         since = number - self._checked_at
         return since > 0 and (number in (1, 9, 99) or since >= (1_000 if first_of_pass else 10_000))
@@ -65,7 +66,7 @@ class Trial:
         Where rules cannot follow the module, and samples are independent, they run one at a time from here on.
 
         Raises:
-            PrivacyError: a sample's gradient depends on another sample, or state on the samples.
+            PrivacyError: a sample's gradient depends on another sample, or state depends on the samples.
         """
         settings, step = self._step.settings, self._step
         self._checked_at = step.state.step
@@ -86,7 +87,7 @@ class Trial:
             step.unchecked_public = set(settings.public_optimizers)
 
     def _take_note(self) -> None:
-        """Record in the state why samples are treated as independent."""
+        """Record in the privacy state why samples are treated as independent."""
         settings, state = self._step.settings, self._step.state
         if self._step.runs_samples_alone:
             state.note_alone(chosen=settings.runs_samples_alone)
@@ -139,13 +140,13 @@ class Trial:
         self._one_by_one.choose(snapshot, records, error)
 
     def check_again(self, number: int) -> None:
-        """Repeat, at a public step, the checks whose answer a later branch of the user's code may change.
+        """Repeat the checks of state and of one exchange, because user code may take another branch later.
 
         Args:
-            number: of the logical step; chooses the records.
+            number: number of the logical step; it chooses the records.
 
         Raises:
-            PrivacyError: as :meth:`prepare`.
+            PrivacyError: as in :meth:`prepare`.
         """
         self._checked_at = number
         if not self._step.settings.check_per_sample:
@@ -178,7 +179,7 @@ class Trial:
             seed: chooses the records.
 
         Raises:
-            PrivacyError: it does.
+            PrivacyError: the state depends on the records.
         """
         few = self._host.records(NUM_FEW, seed=seed) if self._step.settings.check_per_sample else []
         if len(few) > 1:
@@ -188,7 +189,8 @@ class Trial:
     def check_public(self) -> None:
         """Check that a public optimizer's gradient depends neither on the records nor on their number.
 
-        Optimizers that did not step on this trial stay unchecked; their first real step is refused until one has.
+        An optimizer that did not step in this trial stays unchecked, and its real steps are refused until a later trial
+        has stepped it.
 
         Raises:
             PrivacyError: the gradient changes.
@@ -216,10 +218,10 @@ class Trial:
         self._step.unchecked_public -= found[0].stepped
 
     def check_skip(self) -> None:
-        """Check, after ``training_step`` returned no loss for a batch, that it returns none for single samples either.
+        """Check that ``training_step``, which returned no loss for a batch, returns none for single samples either.
 
         Raises:
-            PrivacyError: it does, so whether a sample counts depends on the samples around it.
+            PrivacyError: a single sample gave a loss, so whether a sample counts depends on the samples around it.
         """
         for record in self._host.records(NUM_FEW):
             with self._sandbox.enter() as snapshot:
@@ -236,7 +238,7 @@ class Trial:
         return self._host.run([record])
 
     def check_end_of_epoch(self) -> None:
-        """Check, after user code skipped the rest of an epoch, that it does so for all records.
+        """Check that user code, which skipped the rest of an epoch, does so on single records too.
 
         Raises:
             PrivacyError: it does not, so the number of steps would tell something about the records.
@@ -275,14 +277,14 @@ class Trial:
                     )
 
     def check_steps(self, real: set[int], counts: Any) -> None:
-        """Check, after a private optimizer did not step on a batch, that it does not step on single samples either.
+        """Check that a private optimizer, which did not step on a batch, does not step on single samples either.
 
         Args:
             real: private optimizers that stepped.
-            counts: context manager that gives public counters the values of before the batch.
+            counts: makes a context in which public counters have their values from before the batch.
 
         Raises:
-            PrivacyError: others step there, so whether noise is released depends on the samples.
+            PrivacyError: other optimizers step on a single sample, so whether noise is released depends on the samples.
         """
         private = self._step.accumulators.keys()
         for record in self._host.records(NUM_FEW):

@@ -18,9 +18,8 @@ class Unit:
     """A module to which ``fully_shard`` was applied.
 
     Args:
-        module: gathers and frees its parameters.
-        whole: qualified name to the tensor that a forward computes with; its memory is there while the unit is
-            gathered.
+        module: the module, which gathers and frees its parameters.
+        whole: qualified name -> tensor that a forward computes with; it has memory only while the unit is gathered.
     """
 
     module: Any
@@ -93,7 +92,7 @@ def recover(module: nn.Module) -> None:
 
 
 def start_equal(module: nn.Module) -> None:
-    """Copy from rank 0 to every rank: buffers, and parameters that are not sharded."""
+    """Copy buffers, and parameters that are not sharded, from rank 0 to every rank."""
     replicated = [parameter for parameter in module.parameters() if not is_sharded(parameter)]
     for tensor in [*replicated, *module.buffers()]:
         held = tensor.detach()

@@ -83,7 +83,8 @@ def is_overridden(name: str, owner: object) -> bool:
 def serve_both(strategy: type = object) -> None:
     """Make Trainers of ``pytorch_lightning`` accept a strategy and this package's callbacks, if that package is in use.
 
-    The strategy is registered with the abstract classes there. Callbacks get the class there as a further base.
+    The strategy is registered with the abstract classes of that package. Callbacks get its ``Callback`` as a further
+    base class.
     """
     for kind in strategy.__mro__:
         other: Any = twin(kind)
@@ -100,13 +101,13 @@ def serve_both(strategy: type = object) -> None:
 
 
 def set_batch_of_logs(trainer: pl.Trainer, batch: Any, batch_size: int | None) -> None:
-    """Set the batch whose size weights the means of ``self.log``."""
+    """Set the batch whose size is the weight of ``self.log`` in means."""
     results: Any = trainer._results
     results.batch, results.batch_size = batch, batch_size
 
 
 def fit_results(trainer: pl.Trainer) -> Any:
-    """Return the collection through which ``self.log`` passes figures to loggers and progress bar."""
+    """Return the collection that passes figures from ``self.log`` to loggers and progress bar."""
     return trainer.fit_loop.epoch_loop._results
 
 
@@ -135,7 +136,7 @@ def logger_step(trainer: pl.Trainer) -> int:
 
 
 def is_saved_by_steps(trainer: pl.Trainer) -> bool:
-    """Return whether ``ModelCheckpoint(every_n_train_steps=...)`` may write a checkpoint after this step."""
+    """Tell whether ``ModelCheckpoint(every_n_train_steps=...)`` may write a checkpoint after this step."""
     intervals = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
     return any(interval and trainer.global_step % interval == 0 for interval in intervals)
 
@@ -186,9 +187,9 @@ def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], An
     """Pass training data through ``change`` before Lightning sees it; return a function that undoes this.
 
     Args:
-        trainer: whose fit is set up.
-        change: gets what the user gave and whether its loaders are read one after the other; returns what Lightning
-            sees.
+        trainer: the Trainer whose fit is set up.
+        change: (training data of the user, whether its loaders are read one after the other) -> training data for
+            Lightning.
     """
     source = trainer.fit_loop._data_source
     original = source.dataloader
@@ -247,9 +248,7 @@ def start_method(launcher: Any) -> Any:
 
 
 def wrap_checkpoint_io(held: Any, make: Callable[[], Any]) -> Any:
-    """Return the user's checkpoint IO, with an atomic writer inside if it can wrap one; without a user's, the
-    writer.
-    """
+    """Return an atomic writer, or the user's checkpoint IO, which wraps the writer if it can wrap one."""
     if held is None:
         return make()
     if is_a(held, _WrappingCheckpointIO):
@@ -258,7 +257,9 @@ def wrap_checkpoint_io(held: Any, make: Callable[[], Any]) -> Any:
 
 
 def note_loaded_checkpoints(note: Callable[[nn.Module, dict[str, Any]], None]) -> None:
-    """Call ``note`` with every module from ``load_from_checkpoint`` and its checkpoint; patches Lightning for good."""
+    """Call ``note`` with each module that ``load_from_checkpoint`` loads, and its checkpoint; patch Lightning
+    permanently.
+    """
     _NOTES.append(note)
     _watch_loading(saving, note)
     serve_both()

@@ -1,6 +1,4 @@
-"""PrivateStrategy: the mixin that turns a Lightning strategy into a private one. One Lightning hook is one call of the
-step.
-"""
+"""PrivateStrategy: the mixin that makes a Lightning strategy private; its hooks call the private step."""
 
 from __future__ import annotations
 
@@ -97,12 +95,12 @@ class PrivateStrategy(TrainingInputs, Strategy):
     # ---------------------------------------------------------------- set up and tear down
 
     def make_reduction(self) -> Reduction:
-        """Return the communication between the processes of this strategy."""
+        """Return the object that communicates between the processes of this strategy."""
         return OneProcess()
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        """Check Trainer, module and optimizers before any data is touched, and make the private step."""
+        """Check Trainer, module and optimizers before any data is touched, and make the private step of a fit."""
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
@@ -129,7 +127,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def teardown(self) -> None:
-        """Restore module, optimizers and loggers."""
+        """Restore module, optimizers, loggers and process settings."""
         if self._fit is not None:
             self._fit.close()
             self._fit = None
@@ -154,7 +152,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def on_train_start(self) -> None:
-        """Build the plan before the first step, so that an unreachable target is an early error."""
+        """Build the plan before the first step, so that an unreachable target raises an error early."""
         module_checks.check_layers(self.module, runs_samples_alone=self.settings.counts_samples_alone)
         correlation.begin_order(self.plan.correlation, self.loader, self.state.steps_taken)
         self.state.decided = self.mechanisms.described()
@@ -163,7 +161,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def on_train_end(self) -> None:
-        """Report the privacy spent, and write the privacy card next to the logger's files."""
+        """Run the last checks, write the privacy card and report the privacy spent."""
         super().on_train_end()
         assert self._fit is not None
         self._fit.check_end()
@@ -174,9 +172,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run forward, backward and clipping of every microbatch, except for the last one's backward, which Lightning
-        runs.
-        """
+        """Run all microbatches of a logical batch; under automatic optimization Lightning runs the last backward."""
         assert self._fit is not None
         return self._fit.run(args[1:], kwargs)
 
@@ -206,7 +202,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         model: pl.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Step an optimizer on a gradient that is private before any ``on_before_optimizer_step`` hook sees it."""
+        """Step an optimizer on a private gradient, computed before ``on_before_optimizer_step`` hooks run."""
         fit = self._fit
         assert fit is not None
         if optimizer not in self.optimizers:  # Lightning's stand-in where configure_optimizers returned None

@@ -24,7 +24,7 @@ JSON, MARKDOWN, PLOT = "privacy_card.json", "privacy_card.md", "privacy_card.svg
 
 
 def logger_directory(trainer: pl.Trainer) -> str | None:
-    """Return the directory of the first logger's run, on every rank; None if no logger has one."""
+    """Return the directory of the first logger's run, on every rank; None if this logger has none."""
     directory: str | None = None
     if trainer.loggers:
         logger = trainer.loggers[0]
@@ -39,15 +39,15 @@ def logger_directory(trainer: pl.Trainer) -> str | None:
 def write(trainer: pl.Trainer, strategy: PrivateStrategy, files: CardFiles) -> str | None:
     """Write the card as JSON, Markdown and, with matplotlib, a plot; rank 0 only. Call it on every rank.
 
-    A file that cannot be written is a warning: the training that it describes is done.
+    If a file cannot be written, only a warning is given, because the training that the card describes is done.
 
     Args:
         trainer: nothing is written under ``fast_dev_run``.
-        strategy: of the run.
+        strategy: strategy of the run.
         files: destination of the card, if any.
 
     Returns:
-        The directory, on every rank; None where nothing was to be written.
+        The directory, on every rank; None if there was nothing to write.
     """
     if not files.enabled or trainer.fast_dev_run or strategy.ledger.num_steps == 0:  # type: ignore[attr-defined]
         return None

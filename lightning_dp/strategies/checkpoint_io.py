@@ -25,21 +25,21 @@ PARTIAL = ".partial"
 class WholeCheckpointIO(TorchCheckpointIO):
     """A checkpoint IO that writes to a temporary file next to the target, syncs it to disk, and then renames it.
 
-    A resume reads the ledger from the checkpoint: half a file, or the half of a file that was there before, would lose
-    what has been spent. Lightning's own writer prepares the file in the temporary directory, and the move from there is
-    a copy where that is another file system. Only local paths are handled here; remote stores replace objects as a
-    whole.
+    A resume reads the ledger from the checkpoint, so an incomplete file would lose the record of the privacy spent.
+    Lightning's own writer prepares the file in the temporary directory. If that is on another file system, the final
+    move is a copy, which a crash can interrupt. Only local paths are handled here, because remote stores replace
+    objects as a whole.
 
-    **Guarantee**: after a crash at any moment, the file at ``path`` is the one that was there before or the new one,
-    complete. Where the write fails (a full disk, say) the old one stays and what was written next to it is removed.
+    **Guarantee**: after a crash at any moment, the file at ``path`` is the complete old one or the complete new one. If
+    the write fails (a full disk, say), the old file stays and the temporary file is removed.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write the checkpoint; see the class.
+        """Write a checkpoint; a local file at ``path`` is complete at any moment.
 
         Raises:
-            OSError: the file could not be written; what was at ``path`` is untouched.
+            OSError: the file could not be written; the old file at ``path`` is unchanged.
         """
         if storage_options is not None or not isinstance(get_filesystem(path), LocalFileSystem):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -66,10 +66,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 @contextmanager
 def reading(path: Any) -> Iterator[None]:
-    """Name the file in the error if a checkpoint cannot be read.
+    """Add the file's name to the error if a checkpoint cannot be read within the context.
 
     Raises:
-        PrivacyError: it is damaged, so what its run has spent is unknown.
+        PrivacyError: the checkpoint is damaged, so the privacy spent by its run is unknown.
     """
     try:
         yield

@@ -84,13 +84,17 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        """Copy rank 0's state to every replica; the module is not wrapped, since gradients are summed once per step."""
+        """Copy the state of rank 0 to every replica, without a wrapper of the module, because gradients are summed once
+        per step.
+        """
         start_equal(self.module)
         self.state.ledger = Ledger.from_state_dict(self.broadcast(self.ledger.state_dict()))
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over ranks, except in the sandbox, whose number of microbatches differs between ranks."""
+        """Reduce a tensor over ranks; return it unchanged in the sandbox, which ranks may enter a different number of
+        times.
+        """
         if self.is_on_trial:
             return tensor
         return super().reduce(tensor, group, reduce_op)

@@ -35,7 +35,7 @@ class RunFacts(StateFacts):
 
     @property
     def plan(self) -> DPPlan:
-        """The public settings of the run; built, and its noise calibrated, at the first access after data setup.
+        """The public settings of the run, built with calibrated noise at the first access after data setup.
 
         Raises:
             ValueError: no run has been set up yet.
@@ -53,7 +53,7 @@ class RunFacts(StateFacts):
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes per rank in the all-reduce of a logical step: active coordinates only."""
+        """Bytes that one rank passes to sums over ranks: per logical step, and per microbatch if sharded."""
         return sum(accumulator.payload_bytes for accumulator in self.accumulators.values())
 
     @property
@@ -68,7 +68,7 @@ class RunFacts(StateFacts):
             sigma_t C / B, for every parameter unless clipping shares noise out between groups
 
         The mean is ``p.grad``, unless ``TopAgg`` or ``PublishedAutoThreshold`` scales it further. The values belong to
-        the current logical step, so that an optimizer can tell signal from noise.
+        the current logical step, so that an optimizer can distinguish signal from noise.
         """
         if self._fit is None:
             return {}
@@ -77,7 +77,7 @@ class RunFacts(StateFacts):
 
     @property
     def audits(self) -> list[str]:
-        """Results of audits, one line each, which the privacy statement names."""
+        """Results of audits, one line each; the privacy statement names them."""
         return self.state.audits
 
     @property
@@ -87,7 +87,7 @@ class RunFacts(StateFacts):
 
     @property
     def last_allowed_step(self) -> float:
-        """Steps of the run that a budget allows; infinite without one."""
+        """Number of steps of the run that a budget allows; infinite without a budget."""
         return self.state.last_allowed_step
 
     def settle_limit(self) -> float:
@@ -124,7 +124,7 @@ class RunFacts(StateFacts):
 
     @property
     def is_on_trial(self) -> bool:
-        """True while user code runs in the sandbox, without lasting effects."""
+        """True while user code runs in the sandbox, which undoes its effects."""
         return self._fit is not None and self._fit.on_trial
 
     @property

@@ -1,4 +1,4 @@
-"""PrivateFit: one call of ``Trainer.fit``: the private step, and the user's code around it."""
+"""PrivateFit: the private step of one ``Trainer.fit`` call, and the user's code around it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 class PrivateFit:
-    """The state of one fit.
+    """The state of one ``Trainer.fit`` call.
 
     A logical batch of k microbatches runs the user's ``training_step`` k times: the last call is the real one, whose
-    effects stay, as under a plain Trainer; the others run in the sandbox. Where no sample was drawn the real call
-    runs on one record of weight 0. So the state afterwards does not depend on how many samples were drawn.
+    effects stay, as under a plain Trainer; the others run in the sandbox. If no sample was drawn, the real call runs on
+    one record of weight 0. So the state afterwards does not depend on the number of samples drawn.
 
     Args:
-        strategy: of the Trainer, set up.
+        strategy: strategy of the Trainer, already set up.
         noise: draws the noise.
     """
 
@@ -104,16 +104,18 @@ class PrivateFit:
     # ---------------------------------------------------------------- one logical batch
 
     def take(self, batch: LogicalBatch) -> Any:
-        """Return the real call's microbatch on the device: the last one, or one of length 0 for an empty batch."""
+        """Return the last microbatch on the device, for the real call; for an empty batch, return tensors of
+        length 0.
+        """
         self._batch = batch
         self._on_device = self._strategy.to_device(batch.microbatches[-1][1]) if batch else self._host.empty_batch()
         return self._on_device
 
     def check_callbacks(self) -> None:
-        """Check, after a callback first changed the module, that its writes do not depend on the records.
+        """Check, once a callback has begun to change the module, that its writes do not depend on the records.
 
         Raises:
-            PrivacyError: it does.
+            PrivacyError: the writes depend on the records.
         """
         if self._host.hooks.due:
             self._host.hooks.due = False
@@ -132,10 +134,10 @@ class PrivateFit:
 
         Args:
             rest: further positional arguments of ``training_step``.
-            kwargs: the same, by name.
+            kwargs: keyword arguments of ``training_step``.
 
         Raises:
-            PrivacyError: the private loader did not draw the batch, or it was used already.
+            PrivacyError: the private loader did not draw the batch, or the batch was used already.
         """
         batch, self._batch = checks.drawn(self._batch), None
         self._host.arguments, self._counts = (rest, kwargs), Counts(self._strategy)
@@ -170,8 +172,8 @@ class PrivateFit:
     def _begins_logical_batch(self) -> bool:
         """Tell whether a logical batch begins: the loader starts a new one, or Lightning has stepped.
 
-        The two agree, but not after a resume from within an accumulation: the loader starts over there. Parts of two
-        logical batches must never be summed, since one sample may be in both.
+        The two agree, except after a resume from within an accumulation, because the loader then starts over. Parts of
+        two logical batches must never be summed, since one sample may be in both.
         """
         trainer = self._strategy.trainer
         index, parts = trainer.fit_loop.batch_idx, trainer.accumulate_grad_batches
@@ -209,7 +211,8 @@ class PrivateFit:
         """Run all microbatches except the real call's in the sandbox, each from the same state.
 
         Args:
-            microbatches: None where another rank has one more than this one: a record of weight 0 is run for it.
+            microbatches: microbatches to run. None is a placeholder on ranks with fewer microbatches than another
+                rank; a record of weight 0 runs in its place.
         """
         step = self.step
         counts = None if step.automatic else Counts(self._strategy)
@@ -234,7 +237,7 @@ class PrivateFit:
         return None if self.step.reduction.any(loss is None) else loss
 
     def _check_steps(self, microbatch: Microbatch, output: Any, counts: Counts | None) -> None:
-        """Check, after a microbatch without a loss or a step, that this does not depend on the samples."""
+        """Check, if a microbatch had no loss or no step, that this does not depend on the samples."""
         anywhere = self.step.reduction.any
         if counts is None:
             if anywhere(output is None and microbatch.count > 1):
@@ -243,7 +246,7 @@ class PrivateFit:
             self._trial.check_steps(microbatch.collected, counts.back_in)
 
     def _run_real(self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0) -> Any:
-        """Run the only call of a logical batch that has effect; under automatic optimization, Lightning runs its
+        """Run the only call of a logical batch with lasting effects; under automatic optimization, Lightning runs its
         backward.
         """
         step, automatic = self.step, self.step.automatic
@@ -280,7 +283,7 @@ class PrivateFit:
             return [float(loss(self._strategy.module, self._host.batch_of([record]))) for record in records]
 
     def backward_done(self) -> None:
-        """Check the backward; under automatic optimization, also clip and add."""
+        """Check the backward of a microbatch; under automatic optimization, clip it and add it to the sum."""
         step = self.step
         if step.recording is None:
             return

@@ -49,8 +49,8 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
     """Differentially private training of a LightningModule whose parameters are sharded over several processes (FSDP2).
 
     The module applies ``torch.distributed.fsdp.fully_shard`` in ``configure_model``, as for Lightning's
-    ``ModelParallelStrategy``; nothing else changes. Every rank clips its own samples, and the clipped sums of one unit
-    at a time are scattered: a rank holds the sum, the noise and the gradient of its own rows alone. ``batch_size`` of
+    ``ModelParallelStrategy``; nothing else changes. Every rank clips its own samples. The clipped sums are scattered
+    unit by unit, so that a rank holds sum, noise and gradient of its own rows only. ``batch_size`` of
     the loader is per process, so that ``expected_batch_size = batch_size x world_size x accumulate_grad_batches``.
 
     **Guarantee**: as for ``DPStrategy``, for the data of all ranks together.
@@ -95,7 +95,7 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Check the sharded module, copy replicated parameters from rank 0, and make the optimizers."""
+        """Make the optimizers; in a fit, first check the sharded module and copy replicated parameters from rank 0."""
         if trainer.state.fn == TrainerFn.FITTING:
             check_sharded(
                 self.module, self.settings, self.mechanisms, world_size=self.world_size, device=self.root_device
@@ -106,13 +106,13 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return an optimizer's state, in parts or whole; torch initialises a missing one by a step of length 0."""
+        """Return an optimizer's state; allow the step of length 0 by which torch initialises a missing state."""
         with self._optimizers_may_step():
             return super().optimizer_state(optimizer)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read weights, optimizers and ledger back into any number of processes."""
+        """Load weights, optimizers and ledger into any number of processes."""
         with self._optimizers_may_step():
             return super().load_checkpoint(checkpoint_path, weights_only)
 
@@ -121,18 +121,18 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over ranks, except in the sandbox, where logs are silent."""
+        """Reduce a tensor over ranks; return it unchanged in the sandbox, where logs are silent."""
         return tensor if self.is_on_trial else super().reduce(tensor, group, reduce_op)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a logical batch; its forwards communicate, so an error here may mean that a process died."""
+        """Run a logical batch; explain an error in its communication if another process was lost."""
         with communicating("a forward", among_others=True):
             return super().training_step(*args, **kwargs)
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Back-propagate one microbatch, which also communicates."""
+        """Back-propagate one microbatch; explain an error in its communication if another process was lost."""
         with communicating("a backward", among_others=True):
             return super().backward(*args, **kwargs)
 

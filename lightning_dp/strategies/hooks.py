@@ -65,12 +65,12 @@ class UserHooks:
         self._watched = [*getattr(strategy.trainer, "callbacks", [])]
         self._own: list[tuple[Any, str, Any]] = []  # instance attributes that the hooks replaced
         self.writing: list[Any] = []
-        """Callbacks that have changed the module, and take part in trials since; the module, if the end of an epoch has
-        changed it.
+        """Callbacks that have changed the module and therefore take part in trials; also the module, if its hook at the
+        end of an epoch has changed it.
         """
         self._far: list[tuple[Any, str]] = []  # hooks of ``_FAR`` that have changed the module
         self.due = False
-        """Whether one has begun to, and no check has run since."""
+        """True if an owner was added to ``writing`` since the last check."""
         self.stopped = False
         """Whether user code has asked for the end of the run."""
 
@@ -89,7 +89,7 @@ class UserHooks:
             self.call(name)
 
     def call(self, name: str, *args: Any) -> list[Any]:
-        """Call a hook on trial, in Lightning's order, and return the answers.
+        """Call a hook of callbacks and module on trial, in Lightning's order, and return their answers.
 
         Raises:
             PrivacyError: a callback that writes into the module cannot run on trial.
@@ -137,7 +137,7 @@ class UserHooks:
         """Watch the hooks of callbacks; a callback that changes the module joins the trials, and a check becomes due.
 
         Args:
-            is_on_trial: whether user code runs in the sandbox.
+            is_on_trial: tells whether user code runs in the sandbox.
         """
         module = self._strategy.module
         for owner in (*self._watched, module):
@@ -148,7 +148,7 @@ class UserHooks:
                     owner.__dict__[name] = self._watching(getattr(owner, name), owner, name, is_on_trial, tried=tried)
 
     def unwatch(self) -> None:
-        """Restore callbacks and module."""
+        """Restore the hooks of callbacks and module."""
         while self._own:
             owner, name, own = self._own.pop()
             if own is None:

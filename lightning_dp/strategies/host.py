@@ -24,7 +24,7 @@ class LightningHost:
     """The user's ``training_step`` under a Lightning strategy, for the trials of the private step.
 
     Args:
-        strategy: runs the step.
+        strategy: strategy that runs the step.
     """
 
     def __init__(self, strategy: PrivateStrategy) -> None:
@@ -33,7 +33,7 @@ class LightningHost:
         self.hooks = UserHooks(strategy, self.others)
         self._batch: Any = None
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        """Further arguments of the ``training_step`` that is under way."""
+        """Further arguments of the current ``training_step``."""
 
     @property
     def shows_progress(self) -> bool:
@@ -42,7 +42,7 @@ class LightningHost:
 
     @property
     def narrow(self) -> torch.dtype:
-        """The dtype bfloat16 under a bf16 precision of the Trainer, else float32."""
+        """Narrowest dtype of the step: bfloat16 under a bf16 precision of the Trainer, else float32."""
         return torch.bfloat16 if "bf16" in str(self._strategy.trainer.precision) else torch.float32
 
     @property
@@ -69,11 +69,11 @@ class LightningHost:
         return self.hooks.saved()
 
     def others(self) -> list[Any]:
-        """Return optimizers and schedulers."""
+        """Return the optimizers and schedulers."""
         return [*self._strategy.optimizers, *(config.scheduler for config in self._strategy.lr_scheduler_configs)]
 
     def reachable(self) -> list[Any]:
-        """Return all objects whose state is restored after a trial, including callbacks that take part in it."""
+        """Return the objects, in addition to the module, whose state is restored after a trial."""
         return [*self.others(), *(vars(callback) for callback in self.hooks.callbacks)]
 
     def records(self, num: int, seed: int = 0) -> list[Any]:
@@ -164,7 +164,7 @@ class LightningHost:
         self._records.learn_rows(self._strategy.root_device)
 
     def loss_of(self, output: Any, count: int) -> Tensor | None:
-        """Return the loss of an output as a scalar."""
+        """Return the loss of an output as a scalar; None if the output is None."""
         return checks.scalar_loss(output, count, self._strategy.settings.loss_reduction)
 
     def stand_in(self, copies: int = 1) -> Any:
@@ -216,7 +216,7 @@ def silent(module: pl.LightningModule) -> Iterator[None]:
 
 
 class Counts:
-    """Public counters that may decide when an optimizer steps: the Trainer's, and numbers that the module keeps.
+    """Public counters that may decide when an optimizer steps: the Trainer's count, and numbers that the module keeps.
 
     Args:
         strategy: runs the step.
@@ -229,7 +229,9 @@ class Counts:
 
     @contextmanager
     def back_in(self) -> Iterator[None]:
-        """Set the counters to their values from when this object was made; restore the current ones afterwards."""
+        """Set the counters to their values at creation; afterwards restore the Trainer's count, not the module's
+        numbers.
+        """
         progress = _lightning.completed_steps(self._strategy.trainer)
         completed, progress.completed = progress.completed, self._global_step
         own = self._strategy.module.__dict__

@@ -39,7 +39,7 @@ class TrainingInputs(RunFacts, Strategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load weights into the layers in which they were trained."""
+        """Load weights after ``fix=True`` has replaced layers, because the weights belong to the new layers."""
         self.fix_layers()
         super().load_model_state_dict(checkpoint, strict)
 
@@ -49,7 +49,7 @@ class TrainingInputs(RunFacts, Strategy):
         self._undo = [_lightning.change_training_source(self.trainer, self._one_loader)]
 
     def _return_training_data(self) -> None:
-        """Restore the Trainer's training data."""
+        """Restore the Trainer's own access to its training data."""
         while self._undo:
             self._undo.pop()()
 
@@ -91,7 +91,7 @@ class TrainingInputs(RunFacts, Strategy):
         )
 
     def _follow_accumulation(self, dataloader: Any) -> None:
-        """Draw larger or smaller logical batches from this epoch on, if GradientAccumulationScheduler changes them."""
+        """Draw logical batches of another size from this epoch on, if ``GradientAccumulationScheduler`` changes it."""
         if self._loader is None or not trainer_checks.accumulation(self.trainer):
             return
         parts = trainer_checks.parts_now(self.trainer)

@@ -1,6 +1,4 @@
-"""A watch on logs during training: it names figures for the privacy statement, or drops them under
-``strict_logging``.
-"""
+"""A watch on logs during training, which names un-noised figures for the privacy statement, or drops them."""
 
 from __future__ import annotations
 
@@ -24,19 +22,19 @@ NON_PRIVATE = "nonprivate/"
 class TrainingLogs:
     """A filter between the hooks of the training loop and all destinations of their logs.
 
-    Under way from ``self.log`` and ``self.log_dict``, in any hook of a module or a callback that runs while training, a
-    figure passes one collection, out of which Lightning fills loggers, progress bar and ``callback_metrics``; this
-    object watches that collection. Calls of ``logger.log_metrics`` are watched within ``training_step``.
+    All figures from ``self.log`` and ``self.log_dict``, in any hook of a module or callback during training, pass
+    through one collection, from which Lightning fills loggers, progress bar and ``callback_metrics``. This object
+    watches that collection, and calls of ``logger.log_metrics`` within ``training_step``.
 
-    **Guarantee**: with ``strict=True`` no such figure gets further, unless its name begins with ``nonprivate/``. Left
-    alone: validation and test figures, the ``Epsilon`` metric, and this package's own logs: ``epsilon`` and
+    **Guarantee**: with ``strict=True`` such a figure is dropped, unless its name begins with ``nonprivate/``. Passed
+    unchanged are validation and test figures, the ``Epsilon`` metric, and this package's own logs: ``epsilon`` and
     names under ``privacy/``, ``audit/`` and ``communication/``. NOT seen: ``print``, files, ``logger.experiment``, and
     values that user code keeps in its own objects.
 
     Args:
         trainer: the Trainer that fits.
-        found: receives the names of what is logged without noise.
-        strict: whether to drop it.
+        found: receives the names of figures that are logged without noise.
+        strict: whether to drop such figures.
     """
 
     def __init__(self, trainer: pl.Trainer, found: set[str], *, strict: bool) -> None:
@@ -69,7 +67,7 @@ class TrainingLogs:
 
     @contextmanager
     def muted(self) -> Iterator[None]:
-        """Drop all logs within the context: user code runs in the sandbox, or on a dummy record of weight 0."""
+        """Drop all logs within the context, in which user code runs in the sandbox or on a dummy record of weight 0."""
         before, self._is_muted = self._is_muted, True
         try:
             yield
@@ -78,7 +76,7 @@ class TrainingLogs:
 
     @contextmanager
     def in_training_step(self) -> Iterator[None]:
-        """Enter a context for the user's ``training_step`` in which figures given directly to a logger are seen too."""
+        """Watch, within the context of the user's ``training_step``, also figures given directly to a logger."""
         self._in_step = True
         try:
             yield
@@ -104,7 +102,7 @@ class TrainingLogs:
         return watched
 
     def _watched_metrics(self, log_metrics: Callable[..., None]) -> Callable[..., None]:
-        """Return a watched ``log_metrics`` of a logger; in any signature, mappings are the figures."""
+        """Return a logger's ``log_metrics`` with a filter on figures, which are the mappings among its arguments."""
 
         @functools.wraps(log_metrics)
         def watched(*args: Any, **kwargs: Any) -> None:

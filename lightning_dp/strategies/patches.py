@@ -22,10 +22,10 @@ class Patches:
     """Methods of module and optimizers that are replaced on the instance while a fit runs.
 
     Args:
-        strategy: of the Trainer.
-        step: forgets what was back-propagated where ``zero_grad`` is called.
-        trial: judges an epoch that user code ends early.
-        is_on_trial: whether user code runs in the sandbox.
+        strategy: strategy of the Trainer.
+        step: private step, which forgets backprops when ``zero_grad`` is called.
+        trial: checks an epoch that user code ends early.
+        is_on_trial: tells whether user code runs in the sandbox.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Patches:
             self._strategy.module.__dict__.pop(name, None)
 
     def clip(self, optimizer: Optimizer) -> None:
-        """Clip a private gradient, once, as an earlier ``clip_gradients`` call under manual optimization asked."""
+        """Clip a private gradient once, if ``clip_gradients`` was called for it under manual optimization."""
         clip = self._clips.pop(id(optimizer), None)
         if clip is not None:
             clip()
 
     def _checking_skips(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the module's ``on_train_batch_start`` with a check: skipping may not depend on the records."""
+        """Return the module's ``on_train_batch_start`` with a check that skipping does not depend on the records."""
 
         @functools.wraps(hook)
         def begin_batch(*args: Any, **kwargs: Any) -> Any:
@@ -98,8 +98,8 @@ class Patches:
         return step
 
     def _clipping_later(self, clip_gradients: Callable[..., None]) -> Callable[..., None]:
-        """Return a ``clip_gradients`` that waits until its optimizer steps, because no private gradient exists
-        before.
+        """Return a ``clip_gradients`` that acts when its optimizer steps, because no private gradient exists
+        earlier.
         """
 
         @functools.wraps(clip_gradients)

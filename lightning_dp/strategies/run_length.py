@@ -1,4 +1,4 @@
-"""RunLength of a fit, from a Trainer's limits."""
+"""The planned RunLength of a fit, computed from a Trainer's limits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def run_length(trainer: pl.Trainer, facts: SamplingFacts, *, start: int) -> RunL
 
     Args:
         trainer: its limits bound the run.
-        facts: of the private loader.
-        start: logical steps taken before.
+        facts: facts of the private loader.
+        start: number of logical steps taken before.
     """
     remaining = remaining_steps(trainer, facts.accumulate)
     return RunLength(
@@ -31,7 +31,7 @@ def remaining_steps(trainer: pl.Trainer, parts: int) -> int | None:
 
     Args:
         trainer: its limits bound the run.
-        parts: batches that a logical batch is made of, now.
+        parts: current number of batches per logical batch.
     """
     fit_loop: Any = trainer.fit_loop
     bounds: list[int] = []
@@ -51,7 +51,7 @@ def remaining_steps(trainer: pl.Trainer, parts: int) -> int | None:
 
 
 def _steps_per_pass(trainer: pl.Trainer, facts: SamplingFacts) -> int | None:
-    """Return the logical steps until the loader restarts: fewer than a whole pass under ``limit_train_batches``."""
+    """Return the number of logical steps until the loader restarts; ``limit_train_batches`` may shorten a pass."""
     batches = trainer.fit_loop.max_batches
     limit = math.ceil(batches / facts.accumulate) if math.isfinite(batches) else None
     known = [steps for steps in (facts.steps_per_epoch, limit) if steps is not None]

@@ -28,17 +28,18 @@ META = "meta.pt"
 
 
 def save(checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Callable[[], None]) -> None:
-    """Write a checkpoint to a folder; every rank calls it.
+    """Write a checkpoint to a folder, on every rank.
 
-    Each rank writes its part of the weights into a new folder next to the old one, the first rank then the rest, and
-    moves the folder into its place. The privacy state is written twice: with the weights, and with the rest.
+    Each rank writes its part of the weights into a new folder next to the old one. The first rank then writes
+    everything else, and moves the new folder into the place of the old one. The privacy state is written twice: with
+    the weights, and with everything else.
 
-    **Guarantee**: after a death of any process at any moment :func:`recover` finds the old folder or the new one,
-    complete.
+    **Guarantee**: if any process dies at any moment while an old folder exists, :func:`recover` leaves the complete old
+    or the complete new folder at ``path``.
 
     Args:
-        checkpoint: of Lightning, with the privacy state in it; its tensors are taken out.
-        path: of the folder.
+        checkpoint: Lightning's checkpoint with the privacy state; its tensors are removed.
+        path: path of the folder.
         is_first: whether this is the first rank.
         barrier: returns once all ranks have called it.
     """
@@ -68,10 +69,10 @@ def save(checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Cal
 
 
 def recover(path: Path) -> None:
-    """Finish a move that a dying process interrupted: use the new folder if complete, else the old one.
+    """Finish a replacement that a dying process interrupted: use the new folder if it is complete, else the old one.
 
     Args:
-        path: of the folder, as it was to be saved.
+        path: path at which the folder was to be saved.
     """
     if path.exists():
         return
@@ -83,14 +84,14 @@ def recover(path: Path) -> None:
 
 
 def check(checkpoint: dict[str, Any], path: Path) -> None:
-    """Check that all files of a folder were written together; every rank calls it.
+    """Check that the weights and the ledger of a folder were written together; every rank calls it.
 
     Args:
-        checkpoint: what was read from the folder but for its tensors.
-        path: of the folder.
+        checkpoint: content that was read from the folder, without its tensors.
+        path: path of the folder.
 
     Raises:
-        PrivacyError: the ledger that was written with the weights is another one.
+        PrivacyError: the ledger in ``checkpoint`` is not the ledger that was written with the weights.
     """
     found = FileSystemReader(path).read_metadata().state_dict_metadata.get(saved.KEY)
     if found is None and saved.KEY not in checkpoint:

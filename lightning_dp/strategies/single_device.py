@@ -22,9 +22,9 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
 
     **Guarantee**: the weights after any number of steps are (epsilon, delta)-differentially private at
     ``epsilon(delta)``, for the relation between neighbouring datasets in ``neighboring_relation``, provided that the
-    forward pass treats samples independently (checked at the first batch) and that only the module's parameters carry
-    data, no other state. NOT covered: what ``training_step`` logs, validation data, and choices made by looking at
-    either.
+    forward pass treats samples independently (checked at the first and some later batches) and that only the module's
+    parameters carry data, no other state. NOT covered: figures that ``training_step`` logs, validation data, and
+    choices made by looking at either.
 
     Three groups of arguments: the promise (to ``allow_public_checkpoint``), its cost (to ``tune_process``), the checks.
 
@@ -70,7 +70,7 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
             shares a denominator (padded tokens). This is another objective than the loss of the batch. Records run
             together where the own losses can be had from a batch, which is compared with records run alone.
         tune_process: tune the memory allocator and OpenMP threads of the process while a fit runs.
-        check_per_sample: at the first batch, compare a few per-sample gradients with each sample run alone.
+        check_per_sample: test on a few records, at the first and some later batches, that samples are independent.
         strict_logging: drop all figures that hooks of the training loop log (``self.log``, ``self.log_dict``, and
             ``log_metrics`` of a logger within ``training_step``), except names that begin with ``nonprivate/``,
             validation logs and epsilon. ``privacy_statement()`` names all figures that were logged without noise.
@@ -88,7 +88,7 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """The device that the Trainer chose; None until it has."""
+        """The device that the Trainer chose, in a list; None until the Trainer has chosen."""
         return self._devices
 
     @parallel_devices.setter

@@ -15,7 +15,7 @@ from lightning_dp.strategies import _lightning
 
 
 def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
-    """Refuse Trainer flags under which the step would not be private, or its noise could not be calibrated."""
+    """Refuse Trainer flags under which the step would not be private, or the noise could not be calibrated."""
     fit_loop = trainer.fit_loop
     if settings.target_epsilon is not None and fit_loop.max_epochs == -1 and fit_loop.max_steps == -1:
         raise ValueError(
@@ -41,7 +41,7 @@ def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
 
 
 def describe_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """Return the objects that the Trainer or the module clips; "" if neither clips."""
+    """Return a message that says what the Trainer's or module's own clipping acts on; empty if neither clips."""
     if _lightning.is_overridden("configure_gradient_clipping", module):
         name = "configure_gradient_clipping"
     elif trainer.gradient_clip_val:
@@ -79,9 +79,9 @@ def batches_kept(trainer: pl.Trainer, loader: Any, parts: int) -> int | None:
     """Return the number of logical batches in ``overfit_batches``, or None for the whole training set.
 
     Args:
-        trainer: its ``overfit_batches`` is a number of batches, or a share of the loader's.
-        loader: of the user.
-        parts: batches that a logical batch is made of.
+        trainer: its ``overfit_batches`` is a number of batches, or a share of the loader's batches.
+        loader: loader of the user.
+        parts: number of batches per logical batch.
 
     Raises:
         ValueError: a share of less than one batch, or of a loader without a length.
@@ -102,7 +102,7 @@ def batches_kept(trainer: pl.Trainer, loader: Any, parts: int) -> int | None:
 
 
 def accumulation(trainer: pl.Trainer) -> dict[int, int]:
-    """Return, by first epoch, the number of batches per logical batch; {} unless it changes with the epoch."""
+    """Return the batches per logical batch by first epoch, from ``GradientAccumulationScheduler``; {} without it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if _lightning.is_a(callback, GradientAccumulationScheduler):
             return {int(epoch): int(parts) for epoch, parts in callback.scheduling.items()}
@@ -117,7 +117,7 @@ def parts_now(trainer: pl.Trainer) -> int:
 
 
 def with_unit_ids(options: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any]:
-    """Return loader options with the datamodule's unit, if users are protected but no unit was given.
+    """Return loader options with the datamodule's unit ids, if users are protected but no unit was given.
 
     Raises:
         ValueError: no unit, and no datamodule that gives one.

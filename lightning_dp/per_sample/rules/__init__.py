@@ -1,4 +1,4 @@
-"""Rules: per-sample gradients of the parameters of an operation, from its inputs and backprops."""
+"""Rules: per-sample gradients of an operation's parameters, from its inputs and backprops."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ __all__ = ["Call", "Rule", "registered"]
 
 
 def registered() -> list[type[Rule]]:
-    """Return the class of every rule."""
+    """Return the built-in rule classes, one per family of layers."""
     return [LinearRule, ConvRule, EmbeddingRule, LayerNormRule, RMSNormRule, GroupNormRule, InstanceNormRule]

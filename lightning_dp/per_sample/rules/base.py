@@ -1,4 +1,4 @@
-"""The base class of rules: from one activation and one backprop to per-sample gradients.
+"""The base class of rules, which compute per-sample gradients from activations and backprops.
 
 Shape legend: ``B`` samples of a microbatch, ``K`` rows of one sample, ``R = B * K`` rows (sample-major).
 """
@@ -25,12 +25,12 @@ LONGEST_SUM = 4096
 
 @dataclass
 class Call:
-    """One use of one module in a microbatch, in canonical form.
+    """One use of an operation in a microbatch: batch axis first, the rows of a sample next to each other.
 
     Args:
-        inputs: positional arguments as ``forward`` saw them; the main one is replaced by ``activation``.
-        kwargs: keyword arguments as ``forward`` saw them.
-        activation: main input, shape ``(B * K, ...)``, detached.
+        inputs: positional arguments; built-in rules do not read them.
+        kwargs: arguments of an operation with a registered rule, by name, rows first; else empty.
+        activation: main input, shape ``(B * K, ...)``, detached; the backprop if there is no main input.
         backprop: gradient of the loss with respect to the output, shape ``(B * K, ...)``, same row order.
         multiplicity: ``K >= 1``: rows of one sample, which are next to each other. More than one when time steps or
             augmented views were folded into the batch axis.
@@ -54,7 +54,7 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Return the tensor in its accumulation dtype, without a copy if it already has it."""
+    """Return the tensor in its accumulation dtype; no copy if the tensor has that dtype already."""
     return tensor.to(accumulation_dtype(tensor))
 
 
@@ -66,15 +66,15 @@ def sum_rows(tensor: Tensor, multiplicity: int) -> Tensor:
 
 
 def samples_a_block(size: int, elements: int, device: torch.device) -> int:
-    """Return how many samples to process at once, at least one, given the number of elements per sample."""
+    """Return the number of samples to process at once, at least one, given the number of elements per sample."""
     return max(1, min(size, BLOCK_ELEMENTS.get(device.type, 2**25) // max(1, elements)))
 
 
 def squared_norm(grads: Tensor) -> Tensor:
-    """Return the squared norm of every sample: ``(B, ...) -> (B,)``; a non-finite row stays non-finite.
+    """Return the squared norm of every sample: ``(B, ...) -> (B,)``; not finite if the sample's row is not.
 
-    A long row is added up in blocks: squares all alike, added one by one in float32, may round the same way each time
-    (a row of 16 million equal numbers by 0.7 % of its squared norm).
+    A long row is added up in blocks, because equal squares that are added one by one in float32 may all round in the
+    same direction (for a row of 16 million equal numbers, by 0.7 % of its squared norm).
     """
     flat = grads.reshape(grads.shape[0], -1).contiguous() if grads.shape[0] else grads.new_zeros(0, 1)
     if flat.shape[1] <= LONGEST_SUM:
@@ -100,14 +100,15 @@ def _widest(tensor: Tensor) -> torch.dtype:
 
 @lru_cache
 def _block_of(size: int) -> int:
-    """Return the largest block length that divides a row evenly; 0 if such blocks would be short."""
+    """Return the largest block length that divides a row evenly; 0 if the blocks would be short."""
     return next((block for block in range(LONGEST_SUM, LONGEST_SUM // 8, -1) if size % block == 0), 0)
 
 
 def masked_squared_norm(grads: Tensor, mask: Tensor) -> Tensor:
-    """Return the squared norm of ``mask * grads[i]`` for every i, a block of coordinates at a time in one small buffer.
+    """Return the squared norm of ``mask * grads[i]`` for every i, computed in blocks of coordinates in one small
+    buffer.
 
-    A coordinate that is masked counts only where it is not finite: then the norm is not finite either.
+    An inactive coordinate counts only if it is not finite: then the norm is not finite either.
     """
     size = grads.shape[0]
     flat, weights = (
@@ -137,15 +138,15 @@ class Rule(ABC):
     A rule is stateless; one instance serves every layer of its family. It runs without autograd and without autocast.
     All calls of one module in a microbatch are ONE use of its parameters: their gradients are added before any norm.
 
-    **Guarantee**: for every sample the three methods are about the same gradient: ``squared_norms`` is the squared norm
-    of the rows of ``per_sample`` and ``add_weighted_sum`` adds them with the given factors, in float32 accumulation
-    (float64 for float64 tensors). The result for a sample depends on that sample's rows only. What a sample adds to the
-    weighted sum is at most its factor times its reported norm, to 1e-5, also where its terms cancel: either both
-    methods take the same ``per_sample``, or the norms contain the rounding between the two ways (``rounding.py``).
+    **Guarantee**: the three methods describe the same gradients: ``squared_norms`` returns the squared norms of the
+    rows of ``per_sample``, and ``add_weighted_sum`` adds these rows with the given factors, in float32 accumulation
+    (float64 for float64 tensors). The result for a sample depends on that sample's rows only. A sample's contribution
+    to the weighted sum is at most its factor times its reported norm, to 1e-5, even if its terms cancel: either both
+    methods use the same ``per_sample``, or the norms include the rounding between the two ways (``rounding.py``).
     """
 
     fills_buffers = False
-    """Whether :meth:`fill` writes straight into what it is given: then large gradients are best kept in one place."""
+    """True if :meth:`fill` writes directly into its output: large gradients are then cached in one reused buffer."""
 
     parameters: tuple[str, ...] = ("weight", "bias")
     """Local names of the parameters the rule knows."""
@@ -161,19 +162,19 @@ class Rule(ABC):
         """Return the gradient of every sample for the named parameters.
 
         Args:
-            module: the layer; its parameters hold their true values.
+            module: settings of the layer (the spec of the operation); its parameters need not hold values.
             calls: at least one call.
             batch_size: ``B``, 0 allowed.
             names: local parameter names to return, such as ``{"weight", "bias"}``.
 
         Returns:
-            Local name to tensor of shape ``(B, *parameter.shape)`` in the accumulation type. Private.
+            Local name to tensor of shape ``(B, *parameter.shape)`` in the accumulation type. Not private.
         """
 
     def squared_norms(
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
     ) -> dict[str, Tensor]:
-        """Return the squared norm of every sample's gradient, one tensor of shape ``(B,)`` per name. Private."""
+        """Return every sample's squared gradient norm, one tensor of shape ``(B,)`` per name. Not private."""
         return {name: squared_norm(grads) for name, grads in self.per_sample(module, calls, batch_size, names).items()}
 
     def masked_squared_norms(
@@ -205,11 +206,11 @@ class Rule(ABC):
 
         Args:
             module: the layer.
-            calls: at least one call. Rows of a sample whose factor is 0 have been set to zero by the engine where
-                they could be non-finite.
+            calls: at least one call. The engine has set the rows of every sample with factor 0 to zero, because they
+                could be non-finite.
             factors: shape ``(B,)``, finite.
             batch_size: ``B``, 0 allowed.
-            out: local name to a tensor of the parameter's shape. Private until noise is added.
+            out: local name to a tensor of the parameter's shape. Not private until noise is added.
         """
         for name, grads in self.per_sample(module, calls, batch_size, set(out)).items():
             out[name].add_(weighted_rows(grads, factors))
@@ -217,8 +218,8 @@ class Rule(ABC):
     def prefers_active_entries(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
         """Tell whether :meth:`active_entries` is the fastest way for a mask with few active entries.
 
-        It is if norms under a mask need the per-sample gradients anyway: norms and weighted sum then come from these
-        entries alone.
+        It is the fastest way if norms under a mask need the per-sample gradients anyway. Norms and weighted sum then
+        come from the active entries alone.
         """
         return False
 
@@ -235,7 +236,7 @@ class Rule(ABC):
             mask: of the parameter; public.
 
         Returns:
-            Shape ``(B, L)`` in the accumulation type. Private.
+            Shape ``(B, L)`` in the accumulation type. Not private.
         """
         return mask.select_rows(self.per_sample(module, calls, batch_size, {name})[name])
 
@@ -248,7 +249,7 @@ class Rule(ABC):
         out: Mapping[str, Tensor],
         masks: Mapping[str, ParameterMask],
     ) -> set[str]:
-        """Add the active entries of the weighted sum, if that is cheaper; return the names it was done for.
+        """Add the active entries of the weighted sum, if that is cheaper; return the names of the parameters done.
 
         Args:
             module: the layer.
@@ -261,13 +262,13 @@ class Rule(ABC):
         return set()
 
     def fill(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str, out: Tensor) -> None:
-        """Write the gradients of every sample into ``out``, shape ``(B, *parameter.shape)``, over its old values."""
+        """Write the gradient of every sample into ``out``, shape ``(B, *parameter.shape)``, over the old values."""
         out.copy_(self.per_sample(module, calls, batch_size, {name})[name])
 
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
-        """Tell whether materializing the per-sample gradients is the fastest way to norms and weighted sum.
+        """Tell whether materializing per-sample gradients is the fastest way to their norms and weighted sum.
 
-        The engine then keeps them from the one to the other where memory allows; those that take less memory than the
-        backprops are always kept.
+        The engine then caches them between norms and weighted sum if memory allows. Gradients that take no more memory
+        than the backprops are always cached.
         """
         return type(self).squared_norms is Rule.squared_norms

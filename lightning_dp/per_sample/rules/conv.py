@@ -7,7 +7,7 @@ The gradient of sample i is a product of its unfolded input ``U_i`` (one column 
 :func:`choose_route` chooses between several ways to compute it:
 
 - ``"grouped"``: samples become the groups of one convolution and its weight gradient is per-sample. No unfolding.
-- ``"unfold"``: unfold the input and multiply. Larger, faster where grouped convolutions are slow.
+- ``"unfold"``: unfold the input and multiply. Takes more memory; faster if grouped convolutions are slow.
 - ``"gram"``: the norm from two Gram matrices over positions; no per-sample gradient. For small maps and wide layers.
 
 The weighted sum never needs a per-sample gradient: it is one native weight gradient of the scaled backprop.
@@ -63,7 +63,7 @@ class ConvShape(NamedTuple):
         positions: ``P``, output positions of one sample, over its ``K`` rows and all calls.
         kernel: number of kernel positions.
         rows: ``K``, rows of one sample.
-        maps: how many sizes the input has over all calls.
+        maps: number of different input sizes over all calls.
     """
 
     device: str
@@ -202,7 +202,7 @@ def _checked(module: nn.Module) -> Conv:
 
 
 def _product(call: Call) -> Tensor:
-    """Return a tensor with the type and device of this layer's gradients."""
+    """Return an empty tensor with the dtype and device of the layer's gradients."""
     return widen(call.backprop)[:0]
 
 
@@ -220,7 +220,7 @@ def _scaled_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
 
 
 def _kept_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
-    """Set the rows of factor 0 to zero, because 0 times a non-finite row is not zero."""
+    """Replace the rows of factor 0 by zeros, because 0 times a non-finite row is not zero."""
     kept = row_factors != 0
     if rows.device.type == "cpu" and bool(kept.all()):
         return rows
@@ -228,7 +228,7 @@ def _kept_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
 
 
 def _prepared(conv: Conv, call: Call) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Return input, backprop and the remaining zero padding; other padding is applied here."""
+    """Apply all padding but symmetric zeros; return input, backprop and the zero padding left to apply."""
     x, backprop = widen(call.activation), widen(call.backprop)
     x = x.to(backprop.dtype)
     zeros_left = tuple(0 for _ in conv.kernel_size)
@@ -302,9 +302,7 @@ def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: Para
 
 
 def _sum_of_lengths(conv: Conv, calls: Sequence[Call], batch_size: int) -> Tensor:
-    """Return ``sum_p |U_p| |g_p|`` over the positions of all rows and calls: shape ``(B,)``, the root over groups
-    squared.
-    """
+    """Return ``sum_p |U_p| |g_p|`` over all positions, rows and calls, shape ``(B,)``: the L2 norm over the groups."""
     sums: list[Tensor] = []
     for call in calls:
         x, backprop, padding = _prepared(conv, call)
@@ -341,7 +339,7 @@ def _gram_norms(conv: Conv, calls: Sequence[Call], samples: int) -> Tensor:
 
 
 def _with_rows(tensor: Tensor, samples: int, groups: int) -> Tensor:
-    """Return ``(B * K, G * C, *map)`` as ``(B * G, C, K, *map)``: a sample's rows become an axis of positions."""
+    """Reshape ``(B * K, G * C, *map)`` to ``(B * G, C, K, *map)``: a sample's rows become an axis of positions."""
     rows, channels = tensor.shape[0] // samples, tensor.shape[1] // groups
     apart = tensor.reshape(samples, rows, groups, channels, *tensor.shape[2:])
     return apart.transpose(1, 2).transpose(2, 3).flatten(0, 1)
@@ -368,7 +366,7 @@ def _shape_of(conv: Conv, calls: Sequence[Call], batch_size: int) -> ConvShape:
 
 
 def _blocks(batch_size: int, shape: ConvShape, route: Route) -> Iterator[tuple[int, int]]:
-    """Yield ranges of samples whose temporaries stay below ``BLOCK_ELEMENTS``; nothing for an empty batch."""
+    """Yield ranges of samples, as many at once as the block size allows; nothing for an empty batch."""
     per_sample = (
         shape.groups
         * {

@@ -1,4 +1,4 @@
-"""``nn.Embedding``: sums of the backprops of equal tokens; norms alone never need a dense (B, V, d).
+"""The rule for ``nn.Embedding``: norms from the summed backprops of equal tokens, without a dense ``(B, V, d)`` tensor.
 
 Legend: ``B`` samples, ``T`` tokens of a sample (positions, calls and rows together), ``V`` entries, ``d`` features.
 """
@@ -83,13 +83,13 @@ class EmbeddingRule(Rule):
 
 
 class _Rows(NamedTuple):
-    """The rows of every sample's gradient that may be nonzero; unused rows are zero, whatever their index.
+    """The rows of every sample's gradient that may be nonzero; unused places hold zeros.
 
     Args:
-        entries: which row of the gradient, ``(B, T)``.
-        sums: its values, ``(B, T, d)``.
-        lengths: sum of the lengths of the backprops that were added up, ``(B, T)``.
-        counts: how many they were, ``(B, T)``.
+        entries: index of each row in the gradient, ``(B, T)``.
+        sums: values of the rows, ``(B, T, d)``.
+        lengths: sum of the lengths of the backprops in each row, ``(B, T)``.
+        counts: number of backprops in each row, ``(B, T)``.
     """
 
     entries: Tensor
@@ -99,7 +99,9 @@ class _Rows(NamedTuple):
 
 
 def _equal_token_sums(tokens: Tensor, backprops: Tensor) -> _Rows:
-    """Return the sums of the backprops of equal tokens; a sample with repeated tokens has fewer than ``T`` rows."""
+    """Return the sums of the backprops of equal tokens; a sample with repeated tokens has fewer than ``T``
+    used rows.
+    """
     size, num_tokens = tokens.shape
     # tokens sorted in each sample; a run of equal ones is one row of the gradient
     ordered, order = tokens.sort(dim=1)
@@ -118,10 +120,10 @@ def _equal_token_sums(tokens: Tensor, backprops: Tensor) -> _Rows:
 
 
 def _squared_norms(rows: _Rows) -> Tensor:
-    """Return the squared norm of every sample, with the rounding of the weighted sum.
+    """Return the squared norm of every sample, including a bound on the rounding of the weighted sum.
 
-    That adds the backprops of equal tokens one after the other, so the bound of ``rounding.py`` holds with their true
-    number. A row of one token is added unchanged.
+    The weighted sum adds the backprops of equal tokens one after the other, so the bound uses their actual number, also
+    above the limit in ``rounding.py``. A row of one token is added unchanged.
     """
     eps = torch.finfo(rows.lengths.dtype).eps
     errors = torch.where(rows.counts > 1, (rows.counts + 4) * eps * rows.lengths, 0.0)
@@ -129,7 +131,7 @@ def _squared_norms(rows: _Rows) -> Tensor:
 
 
 def _tokens(module: nn.Embedding, calls: Sequence[Call], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Return tokens ``(B, T)`` and backprops ``(B, T, d)``, those of the padding token set to zero."""
+    """Return tokens ``(B, T)`` and backprops ``(B, T, d)``; the backprops of padding tokens are zero."""
     size = module.embedding_dim
     if batch_size == 0:
         backprop = widen(calls[0].backprop)

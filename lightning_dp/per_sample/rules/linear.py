@@ -1,4 +1,4 @@
-"""Linear layers: ``weight`` of shape (p, d), ``bias`` of shape (p,).
+"""The rule for linear layers with ``weight`` of shape (p, d) and ``bias`` of shape (p,).
 
 Legend: ``B`` samples, ``T`` positions of a sample (axes between batch and features, calls, rows), ``d`` in, ``p`` out.
 """
@@ -38,8 +38,8 @@ _COST_OF_KEEPING = 20
 def prefer_kept(num_positions: int, num_in: int, num_out: int) -> bool:
     """Tell whether materializing per-sample gradients once is cheaper than Gram matrices and a weighted product.
 
-    Multiplications a sample: ``T^2 (d + p)`` are saved; what has to be written and read twice, ``d p`` numbers, costs
-    as much time as ``_COST_OF_KEEPING d p`` multiplications.
+    Per sample, materializing saves ``T^2 (d + p)`` multiplications. Writing and reading ``d p`` numbers twice costs as
+    much time as ``_COST_OF_KEEPING d p`` multiplications.
     """
     return num_positions**2 * (num_in + num_out) > _COST_OF_KEEPING * num_in * num_out
 
@@ -179,10 +179,11 @@ class LinearRule(Rule):
 
 
 def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield samples with inputs ``(b, T, d)`` and backprops ``(b, T, p)`` of all calls, in the accumulation dtype.
+    """Yield slices of samples with the inputs ``(b, T, d)`` and backprops ``(b, T, p)`` of all calls, in the
+    accumulation dtype.
 
-    Several calls are copied together a few samples at a time, so that no copy of all of them is ever made. The copies
-    are where those of the last block lay.
+    Several calls are copied together for a few samples at a time, so that the copy stays small. Each block of copies
+    overwrites the previous one.
     """
     inputs = [_split(call.activation, batch_size) for call in calls]
     backprops = [_split(call.backprop, batch_size) for call in calls]
@@ -213,7 +214,7 @@ def _sums_over_positions(calls: Sequence[Call], batch_size: int) -> Tensor:
 
 
 def _num_positions(calls: Sequence[Call], batch_size: int) -> int:
-    """Return T, added over all calls; 0 for an empty batch."""
+    """Return ``T``, the positions per sample over all calls; 0 for an empty batch."""
     return sum(call.activation[..., 0].numel() for call in calls) // max(1, batch_size)
 
 

@@ -106,8 +106,8 @@ class RMSNormRule(_TrailingAxesRule):
 class GroupNormRule(_ChannelAxisRule):
     """Per-sample gradients of ``nn.GroupNorm``.
 
-    On a CPU the layer's own backward does it, with the channels of all samples as the channels of one: neither the
-    normalised input nor its product with the backprop is ever made.
+    On a CPU torch's own backward of the layer computes the gradients, with the channels of all samples as the channels
+    of one sample. Neither the normalised input nor its product with the backprop is materialized.
     """
 
     @override

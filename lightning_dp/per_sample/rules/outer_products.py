@@ -1,4 +1,4 @@
-"""Sums of outer products: their squared norms by the cheapest product, also under masks.
+"""Squared norms of sums of outer products, by the cheapest computation, also under masks.
 
     grad_i = sum_t left_it right_it^T
 
@@ -29,7 +29,7 @@ _GRAM_BLOCK = 128
 def prefer_gram(num_positions: int, num_in: int, num_out: int) -> bool:
     """Tell whether the Gram matrices of the positions cost less than the per-sample gradients.
 
-    Multiplications a sample: ``T^2 (d + p)`` against ``T d p``.
+    Multiplications per sample: ``T^2 (d + p)`` against ``T d p``.
     """
     return num_positions * (num_in + num_out) <= num_in * num_out
 
@@ -46,8 +46,8 @@ def squared_norm_of_products(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tenso
 def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
     """Return ``|sum_t g_t a_t^T|^2 = sum_{s,t} (a_s . a_t)(g_s . g_t)`` for every sample, shape ``(B,)``.
 
-    **Guarantee**: the rounding of this sum, and that of the weighted sum, are added: a norm is never below what is
-    added.
+    **Guarantee**: bounds on the rounding of this sum and of the weighted sum are added, so a norm is never below the
+    sample's contribution.
     """
     size, positions = inputs_BTd.shape[:2]
     total = inputs_BTd.new_zeros(size)
@@ -74,9 +74,7 @@ def outer_squared_norm(inputs_Bd: Tensor, backprops_Bp: Tensor) -> Tensor:
 
 
 def _no_underflow(norm_a: Tensor, norm_g: Tensor, num_in: int, num_out: int) -> tuple[Tensor, Tensor]:
-    """Raise underflowing squares to the smallest normal number if the other factor is huge, since the product may
-    matter.
-    """
+    """Return both squared norms, each raised above underflow if the other is large, because the product may matter."""
     tiny = torch.finfo(norm_a.dtype).tiny
     return (
         torch.where(norm_g > _LARGE, norm_a.clamp_min(tiny * num_in), norm_a),
@@ -85,7 +83,7 @@ def _no_underflow(norm_a: Tensor, norm_g: Tensor, num_in: int, num_out: int) -> 
 
 
 def product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return ``|weights * sum_t left_t right_t^T|^2`` for every sample, with the rounding of the weighted sum."""
+    """Return ``|weights * sum_t left_t right_t^T|^2`` for every sample, including the rounding of the weighted sum."""
     norms = lefts_BTp.new_empty(lefts_BTp.shape[0])
     for rows, part in products(lefts_BTp, rights_BTd):
         if weights is not None:
@@ -95,7 +93,7 @@ def product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, weights: Tensor 
 
 
 def products(lefts_BTp: Tensor, rights_BTd: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield samples with their ``sum_t left_t right_t^T``, in one small buffer that is reused."""
+    """Yield slices of samples with their ``sum_t left_t right_t^T``, in one small reused buffer."""
     size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
     step = samples_a_block(size, num_left * num_right, lefts_BTp.device)
     product = lefts_BTp.new_empty(step, num_left, num_right)
@@ -109,8 +107,8 @@ def products(lefts_BTp: Tensor, rights_BTd: Tensor) -> Iterator[tuple[slice, Ten
 def masked_outer_squared_norm(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor) -> Tensor:
     """Return ``sum_{p,d} mask[p, d] left[p]^2 right[d]^2`` per sample, shape ``(B,)``; infinite if a vector is huge.
 
-    Squares that have vanished count if the other vector is large, so the most that they can be is added. Next to a huge
-    vector the sample counts as not finite, as one with NaN does.
+    If one vector is large, underflowed squares of the other vector could matter, so an upper bound on them is added. If
+    one vector is huge, the norm is infinite, and the sample counts as not finite, as with NaN.
 
     Args:
         mask: of shape ``(p, d)``.
@@ -129,8 +127,8 @@ def masked_outer_squared_norm(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: 
 
 
 def masked_outer_sum(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor, factors_B: Tensor) -> Tensor | None:
-    """Return ``sum_i factors[i] left_i[p] right_i[d]`` at the active entries, row by row; None if a dense product is
-    faster.
+    """Return ``sum_i factors[i] left_i[p] right_i[d]`` at the active entries in row-major order; None if a dense
+    product is faster.
 
     Args:
         mask: of shape ``(p, d)``.
@@ -147,5 +145,5 @@ def masked_outer_sum(mask: ParameterMask, lefts_Bp: Tensor, rights_Bd: Tensor, f
 
 
 def _times(one: Tensor, other: Tensor) -> Tensor:
-    """Return the elementwise product in ``one``'s memory layout, so that a transposed view needs no separate copy."""
+    """Return the elementwise product as a contiguous tensor, so that a transposed view needs no separate copy."""
     return torch.mul(one, other, out=one.new_empty(one.shape))

@@ -1,4 +1,4 @@
-"""The rounding between a reported norm and the weighted sum: a norm must not be below the true contribution.
+"""Bounds on rounding, so that a reported norm is never below the sample's true contribution to the weighted sum.
 
 The norm of a sample's gradient ``sum_t g_t a_t^T`` and its share ``f sum_t g_t a_t^T`` of the weighted sum often come
 from different products. Where the terms cancel, both are rounding errors of their own: one may be 0 while the other is
@@ -15,8 +15,8 @@ Long sums are added up in blocks, lanes and threads, and their errors have both 
 not change visibly (``S`` is about ``sqrt(T)`` times the norm of a gradient whose terms do not cancel), and for 1,000
 terms 80 is more than 8 times the error that occurs.
 
-Nothing has to be added where norm and sum are taken from the same tensor of per-sample gradients: cached ones, those of
-small parameters, of expanded parameters and of recomputed modules, and single gradients.
+Nothing has to be added if norm and sum are taken from the same tensor of per-sample gradients: cached gradients, those
+of small or expanded parameters, those of parameters that are used in several ways, and gradients of single samples.
 """
 
 from __future__ import annotations
@@ -47,14 +47,12 @@ def sum_error(num_terms: int, dtype: torch.dtype) -> float:
 
 
 def lengths(vectors: Tensor, dim: int = -1) -> Tensor:
-    """Return the L2 norm along an axis, raised to the smallest norm whose square does not underflow."""
+    """Return the L2 norms along an axis, each at least the smallest norm whose square does not underflow."""
     return at_least_tiny(torch.linalg.vector_norm(vectors, dim=dim), vectors.shape[dim])
 
 
 def at_least_tiny(norms: Tensor, size: int) -> Tensor:
-    """Return norms of vectors of that size, raised until their squares do not underflow: the other factor may
-    be huge.
-    """
+    """Return norms of vectors of length ``size``, raised so that their squares do not underflow."""
     return norms.clamp_min((torch.finfo(norms.dtype).tiny * size) ** 0.5)
 
 
@@ -67,14 +65,14 @@ def with_rounding(squared_norms_B: Tensor, total_B: Tensor, num_terms: int, *, s
         squared_norms_B: ``N^2``, shape ``(B,)``.
         total_B: ``S``, shape ``(B,)``.
         num_terms: ``T``.
-        sums: 2 where the norm comes from a sum over the terms as well, 1 where its rounding is in it already.
+        sums: 2 if the norm is also computed from a sum over the terms; 1 if it already includes its own rounding.
     """
     rounding_B = sums * sum_error(num_terms, squared_norms_B.dtype) * total_B
     return (squared_norms_B.sqrt() + rounding_B).square()
 
 
 def gram_with_rounding(products_B: Tensor, inputs_BT: Tensor, backprops_BT: Tensor) -> Tensor:
-    """Return squared norms from products of Gram matrices, with the rounding of the matrices and of the sum.
+    """Return squared norms from products of Gram matrices, including the rounding of the matrices and of the sum.
 
     Args:
         products_B: ``<A^T A, G^T G>``, shape ``(B,)``; rounding may have made it negative.

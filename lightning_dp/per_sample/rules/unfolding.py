@@ -1,4 +1,4 @@
-"""The unfolded input ``U`` of a convolution, and its Gram matrix without ``U``.
+"""The unfolded input ``U`` of a convolution, and the Gram matrix of ``U`` computed without unfolding.
 
 Shape legend: ``N`` inputs, ``R`` rows, ``G`` groups, ``C`` channels of a group, ``W`` = C x kernel positions, ``K``
 rows of one sample, ``P`` output positions.
@@ -61,8 +61,8 @@ def unfolded_gram(conv: Conv, x: Tensor, padding: tuple[int, ...], positions: Se
         (U^T U)_pq = sum_k X[s p + d k - pad, s q + d k - pad]
 
     Along an axis, kernel positions that read the same residue modulo s read the same part of the input, at different
-    shifts: they share one product, and nothing is unfolded. Where these products are not smaller than that of ``U``, as
-    with a kernel no larger than the stride or nearly as large as the input, the input is unfolded.
+    shifts: they share one product, and nothing is unfolded. If these products are not smaller than the product of
+    ``U`` (the kernel is no larger than the stride, or nearly as large as the input), the input is unfolded.
     """
     size, axes = x.shape[0], len(conv.kernel_size)
     kinds = list(itertools.product(*(_shifts(conv, padding, axis) for axis in range(axes))))
@@ -80,14 +80,16 @@ def unfolded_gram(conv: Conv, x: Tensor, padding: tuple[int, ...], positions: Se
 
 
 def _part(x: Tensor, residues: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """Return the view of ``(N, C, K, *map)`` at the positions with these residues modulo the strides."""
+    """Return a view of ``(N, C, K, *map)`` with the positions that have these residues modulo the strides."""
     for axis, (residue, stride) in enumerate(zip(residues, strides, strict=True), start=3):
         x = x[(slice(None),) * axis + (slice(residue, None, stride),)]
     return x
 
 
 def _shifts(conv: Conv, padding: Sequence[int], axis: int) -> list[tuple[int, list[int]]]:
-    """Return ``(b, [a, ...])``: kernel positions at which output position p reads input position ``s (p + a) + b``."""
+    """Return ``(b, [a, ...])`` per residue: at one kernel position per shift a, output p reads input ``s (p +
+    a) + b``.
+    """
     shifts: dict[int, list[int]] = {}
     for kernel_position in range(conv.kernel_size[axis]):
         shift, residue = divmod(conv.dilation[axis] * kernel_position - padding[axis], conv.stride[axis])
