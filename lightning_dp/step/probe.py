@@ -90,6 +90,7 @@ class Probe:
         step = self._step
         if optimizer not in step.accumulators:
             return
+        step.check_grads(optimizer)
         parameters, release = step.accumulators[optimizer].parameters.values(), step.releases.get(optimizer)
         length = step.accumulators[optimizer].sensitivity if release is None else release.sensitivity
         noise = 0.0 if release is None else release.noise_std / step.plan.expected_batch_size

@@ -161,7 +161,7 @@ class Snapshot:
             self._follow_all(list(value), depth)
         elif isinstance(value, nn.Module):
             self._follow_attributes(value, 0)
-        elif not any(kind.__module__.startswith(_FOREIGN) for kind in type(value).__mro__):
+        elif not depth or not any(kind.__module__.startswith(_FOREIGN) for kind in type(value).__mro__):
             self._follow_attributes(value, depth)
 
     def _follow_all(self, values: list[Any], depth: int) -> None:

@@ -266,15 +266,19 @@ class Trial:
         if not self._step.settings.check_per_sample:
             return
         for record in self._host.records(NUM_FEW):
-            with self._sandbox.enter() as snapshot, counts():
-                self._host.attempt(partial(self._runs.run, [record], Draws(real=True), engine=False), snapshot.put_back)
-                self._host.end_epoch()
-                if not self._host.stops:
-                    raise PrivacyError(
-                        "Expected user code to set trainer.should_stop whatever the records are, got it set for a "
-                        "batch and not for one record alone. The number of steps would depend on the data: let "
-                        "counts, the clock or validation figures decide."
-                    )
+            if not any(self._stops(record, partial(counts, after=after)) for after in (False, True)):
+                raise PrivacyError(
+                    "Expected user code to set trainer.should_stop whatever the records are, got it set for a "
+                    "batch and not for one record alone. The number of steps would depend on the data: let "
+                    "counts, the clock or validation figures decide."
+                )
+
+    def _stops(self, record: Any, counts: Any) -> bool:
+        """Tell whether the run ends after a batch of one record, with these public counters."""
+        with self._sandbox.enter() as snapshot, counts():
+            self._host.attempt(partial(self._runs.run, [record], Draws(real=True), engine=False), snapshot.put_back)
+            self._host.end_epoch()
+            return bool(self._host.stops)
 
     def check_steps(self, real: set[int], counts: Any) -> None:
         """Check that a private optimizer, which did not step on a batch, does not step on single samples either.

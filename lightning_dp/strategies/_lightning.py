@@ -179,8 +179,11 @@ def without_progress(optimizer: Any) -> Iterator[None]:
 
 
 def completed_steps(trainer: pl.Trainer) -> Any:
-    """Return the counter that determines ``global_step`` under manual optimization; its ``completed`` may be set."""
-    return trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+    """Return the counter that determines ``global_step``; its ``completed`` may be set."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        return loop.automatic_optimization.optim_progress.optimizer.step.total
+    return loop.manual_optimization.optim_step_progress.total
 
 
 def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], Any]) -> Callable[[], None]:

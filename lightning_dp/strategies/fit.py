@@ -122,10 +122,18 @@ class PrivateFit:
             if self._prepared:  # else the checks before the first step are still to come
                 self._trial.check_state()
 
+    def _count(self) -> None:
+        """Keep the public counters before each batch, until user code asks in one for the end of the run."""
+        if self._counts is not None and self._host.hooks.stopped:
+            self._counts.end()
+        else:
+            self._counts = Counts(self._strategy)
+
     def check_end(self) -> None:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""
         self.check_callbacks()
         if self.step.reduction.any(self._host.hooks.stopped) and self._counts is not None:
+            self._counts.end()
             self._trial.check_stop(self._counts.back_in)
         self.step.check_released()
 
@@ -140,7 +148,9 @@ class PrivateFit:
             PrivacyError: the private loader did not draw the batch, or the batch was used already.
         """
         batch, self._batch = checks.drawn(self._batch), None
-        self._host.arguments, self._counts = (rest, kwargs), Counts(self._strategy)
+        self._host.arguments = (rest, kwargs)
+        self._count()
+        self._check_layers()
         self.check_callbacks()
         try:
             if self._begins_logical_batch():
@@ -191,13 +201,6 @@ class PrivateFit:
         step.begin(first_of_pass=begins, position=position)
         if begins:
             self._trial.begin_pass()
-        flags = [layer.training for layer in strategy.module.modules()]
-        flags += [parameter.requires_grad for parameter in strategy.module.parameters()]
-        if flags != self._training_flags:
-            # later, everything may be frozen between two batches
-            check = module_checks.check_layers if self._training_flags else module_checks.check_module
-            check(strategy.module, runs_samples_alone=strategy.settings.counts_samples_alone)
-            self._training_flags = flags
         if not (self._prepared and step.engine.has_layout):
             self._host.learn_rows()
             self._trial.prepare()
@@ -206,6 +209,17 @@ class PrivateFit:
             self._trial.check_again(step.state.step)
         if step.unchecked_public:
             self._trial.check_public()
+
+    def _check_layers(self) -> None:
+        """Check the layers again once one was frozen, thawed or switched between training and evaluation."""
+        module = self._strategy.module
+        flags = [layer.training for layer in module.modules()]
+        flags += [parameter.requires_grad for parameter in module.parameters()]
+        if flags != self._training_flags:
+            # later, everything may be frozen between two batches
+            check = module_checks.check_layers if self._training_flags else module_checks.check_module
+            check(module, runs_samples_alone=self._strategy.settings.counts_samples_alone)
+            self._training_flags = flags
 
     def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any] | None]) -> None:
         """Run all microbatches except the real call's in the sandbox, each from the same state.

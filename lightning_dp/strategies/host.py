@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -120,9 +121,12 @@ class LightningHost:
 
     @contextmanager
     def own_callbacks(self) -> Iterator[None]:
-        """Let Lightning call only those callbacks that take part in trials."""
+        """Let Lightning call only those callbacks that take part in trials, and progress bars, whose threads look for
+        themselves in the list.
+        """
         trainer: Any = self._strategy.trainer
-        before, trainer.callbacks = trainer.callbacks, self.hooks.callbacks
+        before = trainer.callbacks
+        trainer.callbacks = [one for one in before if one in self.hooks.callbacks or isinstance(one, ProgressBar)]
         try:
             yield
         finally:
@@ -225,15 +229,25 @@ class Counts:
     def __init__(self, strategy: PrivateStrategy) -> None:
         self._strategy = strategy
         self._global_step = strategy.trainer.global_step
+        self._after: int | None = None
         self._attributes = _plain(strategy.module.__dict__)
 
+    def end(self) -> None:
+        """Take note of the Trainer's count at the end of the batch, once."""
+        if self._after is None:
+            self._after = self._strategy.trainer.global_step
+
     @contextmanager
-    def back_in(self) -> Iterator[None]:
+    def back_in(self, *, after: bool = False) -> Iterator[None]:
         """Set the counters to their values at creation; afterwards restore the Trainer's count, not the module's
         numbers.
+
+        Args:
+            after: whether the Trainer's count is that of ``end``, which the last hooks of the batch have seen.
         """
         progress = _lightning.completed_steps(self._strategy.trainer)
-        completed, progress.completed = progress.completed, self._global_step
+        completed = progress.completed
+        progress.completed = self._after if after and self._after is not None else self._global_step
         own = self._strategy.module.__dict__
         for name in _plain(own).keys() - self._attributes.keys():
             del own[name]

@@ -133,7 +133,7 @@ def test_help_says_types_and_meanings(cli: Any, capsys: pytest.CaptureFixture[st
     assert "--trainer.strategy.accountant {pld,rdp,prv,gdp,tcdp}" in text
     text = help_of(cli, capsys, "--trainer.callbacks.help=lightning_dp.NoiseScheduler")
     assert "--trainer.callbacks.kind" in text
-    assert "epochs between two changes, >= 1" in text
+    assert "between two changes, >= 1" in text
 
 
 @pytest.mark.parametrize("name", [*CALLBACKS, "DPStrategy", "DPDDPStrategy", "TopAgg", "AutomaticClipping"])

@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
     ),
     "CLIP's loss": (Case(lambda: Captions(clip()), pairs), "two axes .*contrastive loss.*negatives of its own"),
     "LoHa, whose products are functions of autograd": (
-        Case(lambda: FineTuning(with_loha(bert(), "query")), text),
+        Case(lambda: FineTuning(with_loha(bert(), "query")), text, options={"grad_sample": "rules"}),
         f"another use for .*hada_w1_a.*{ALONE}",
     ),
 }

@@ -132,6 +132,7 @@ def test_completed_steps_are_behind_global_step(tmp_path: Path) -> None:
         return trainer.global_step
 
     assert during_fit(tmp_path, put_back, Manual()) == [0] * 4
+    assert during_fit(tmp_path, put_back, Classifier()) == [0] * 4
 
 
 def test_loader_states_are_dropped_from_a_checkpoint(tmp_path: Path) -> None:
