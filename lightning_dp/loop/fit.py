@@ -14,8 +14,9 @@ from lightning_dp.loop.guard import ReleaseGuard
 from lightning_dp.loop.host import LoopHost, LossFunction
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
-from lightning_dp.step import checks, module_checks
+from lightning_dp.step import checks
 from lightning_dp.step.mechanisms import Mechanisms
+from lightning_dp.step.module_checks import LayerChecks
 from lightning_dp.step.records import TrainingRecords
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.sandbox import Sandbox
@@ -60,7 +61,7 @@ class LoopFit:
         reduction: Reduction,
         noise: GaussianNoise,
     ) -> None:
-        self._model, self._called, self._move, self._settings, self._loader = model, called, move, settings, loader
+        self._model, self._called, self._move, self._loader = model, called, move, loader
         self.step = PrivateStep(
             model,
             [optimizer],
@@ -85,7 +86,7 @@ class LoopFit:
         self._host.see = lambda batch: self.step.engine.see(batch)
         self._host.intercept, self._host.stepping = self.step.intercept, guard.stepping
         self._tried: set[Any] = set()  # code of loss functions
-        self._flags = _training_flags(model)
+        self._layers = LayerChecks(model, runs_samples_alone=settings.counts_samples_alone)
         self._losses: list[tuple[Tensor, int]] = []
 
     def run(self, batch: LogicalBatch, loss_fn: LossFunction, *, begins_pass: bool) -> list[tuple[Tensor, int]]:
@@ -121,10 +122,7 @@ class LoopFit:
         step.state.check_budget()
         if begins_pass:
             trial.begin_pass()
-        flags = _training_flags(self._model)
-        if flags != self._flags:
-            module_checks.check_module(self._model, runs_samples_alone=self._settings.counts_samples_alone)
-            self._flags = flags
+        self._layers.check()
         is_new = _code_of(self._host.loss_fn) not in self._tried
         if is_new or not step.engine.has_layout:
             self._records.learn_rows(next(self._model.parameters()).device)
@@ -165,7 +163,3 @@ def _code_of(function: Any) -> Any:
         function = function.func
     function = getattr(function, "__func__", function)
     return getattr(function, "__code__", type(function))
-
-
-def _training_flags(model: nn.Module) -> list[bool]:
-    return [layer.training for layer in model.modules()]

@@ -24,6 +24,28 @@ def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
     check_layers(module, runs_samples_alone=runs_samples_alone)
 
 
+class LayerChecks:
+    """Checks of a module, repeated once a layer is frozen, thawed or switched between training and evaluation.
+
+    Args:
+        module: the user's.
+        runs_samples_alone: whether layers that mix samples are allowed, because every sample runs alone.
+    """
+
+    def __init__(self, module: nn.Module, *, runs_samples_alone: bool) -> None:
+        self._module, self._alone = module, runs_samples_alone
+        self._flags: list[bool] = []
+
+    def check(self) -> None:
+        """Check the module if a flag has changed; later, everything may be frozen between two batches."""
+        flags = [layer.training for layer in self._module.modules()]
+        flags += [parameter.requires_grad for parameter in self._module.parameters()]
+        if flags != self._flags:
+            check = check_layers if self._flags else check_module
+            check(self._module, runs_samples_alone=self._alone)
+            self._flags = flags
+
+
 def check_parameters(module: nn.Module) -> None:
     """Refuse modules without parameters, lazy or complex parameters, and compiled modules."""
     if next(module.parameters(), None) is None:

@@ -24,6 +24,10 @@ from lightning_dp.step.ways import OneByOne
 LAYOUT_SIZES = (2, 3)
 #: Records from all over the training set for the checks before the first step, and for the later ones.
 NUM_SPREAD, NUM_FEW = 9, 3
+_STOPS = (
+    "Expected user code to set trainer.should_stop whatever the records are, got it set for a batch and not for one "
+    "record alone. The number of steps would depend on the data: let counts, the clock or validation figures decide."
+)
 
 
 class Trial:
@@ -48,10 +52,8 @@ class Trial:
         return self._host.copies
 
     def is_due(self, number: int, *, first_of_pass: bool) -> bool:
-        """Tell whether to repeat the checks: at logical steps 2, 10 and 100, then at most once per 1,000 steps.
-
-        After step 100, the checks are repeated at the first step of an epoch, once 1,000 steps have passed since the
-        last check; or at any step, once 10,000 have passed.
+        """Tell whether to repeat the checks: at logical steps 2, 10 and 100; later at the first step of an epoch that
+        comes 1,000 steps after the last check, and at any step 10,000 after it.
 
         Args:
             number: number of the logical step, from 0.
@@ -225,17 +227,14 @@ class Trial:
         """
         for record in self._host.records(NUM_FEW):
             with self._sandbox.enter() as snapshot:
-                output = self._host.attempt(partial(self._output_of, record), snapshot.put_back)
+                seed_generators(0)
+                output = self._host.attempt(partial(self._host.run, [record]), snapshot.put_back)
                 if self._step.reduction.any(output is not None):
                     raise PrivacyError(
                         "Expected training_step to return None for every sample or for none, got None for a batch and "
                         "a loss for one sample alone. One sample could switch off all others: return the loss (a "
                         "sample that is not finite contributes zero anyway)."
                     )
-
-    def _output_of(self, record: Any) -> Any:
-        seed_generators(0)
-        return self._host.run([record])
 
     def check_end_of_epoch(self) -> None:
         """Check that user code, which skipped the rest of an epoch, does so on single records too.
@@ -267,11 +266,7 @@ class Trial:
             return
         for record in self._host.records(NUM_FEW):
             if not any(self._stops(record, partial(counts, after=after)) for after in (False, True)):
-                raise PrivacyError(
-                    "Expected user code to set trainer.should_stop whatever the records are, got it set for a "
-                    "batch and not for one record alone. The number of steps would depend on the data: let "
-                    "counts, the clock or validation figures decide."
-                )
+                raise PrivacyError(_STOPS)
 
     def _stops(self, record: Any, counts: Any) -> bool:
         """Tell whether the run ends after a batch of one record, with these public counters."""

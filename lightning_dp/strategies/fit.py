@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch
-from lightning_dp.step import checks, module_checks
+from lightning_dp.step import checks
 from lightning_dp.step.microbatch import Microbatch
+from lightning_dp.step.module_checks import LayerChecks
 from lightning_dp.step.randomness import generator_states, restore_generators
 from lightning_dp.step.sandbox import Sandbox, StepGuard
 from lightning_dp.step.step import PrivateStep
@@ -48,7 +49,7 @@ class PrivateFit:
         self._on_device: Any = None
         self._part = 0
         self._prepared = False
-        self._training_flags: list[bool] = []
+        self._layers = LayerChecks(module, runs_samples_alone=strategy.settings.counts_samples_alone)
         self._counts: Counts | None = None  # public counters before the last batch
         self.step = PrivateStep(
             module,
@@ -122,13 +123,6 @@ class PrivateFit:
             if self._prepared:  # else the checks before the first step are still to come
                 self._trial.check_state()
 
-    def _count(self) -> None:
-        """Keep the public counters before each batch, until user code asks in one for the end of the run."""
-        if self._counts is not None and self._host.hooks.stopped:
-            self._counts.end()
-        else:
-            self._counts = Counts(self._strategy)
-
     def check_end(self) -> None:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""
         self.check_callbacks()
@@ -149,8 +143,8 @@ class PrivateFit:
         """
         batch, self._batch = checks.drawn(self._batch), None
         self._host.arguments = (rest, kwargs)
-        self._count()
-        self._check_layers()
+        self._counts = Counts.of_batch(self._strategy, self._counts, stopped=self._host.hooks.stopped)
+        self._layers.check()
         self.check_callbacks()
         try:
             if self._begins_logical_batch():
@@ -209,17 +203,6 @@ class PrivateFit:
             self._trial.check_again(step.state.step)
         if step.unchecked_public:
             self._trial.check_public()
-
-    def _check_layers(self) -> None:
-        """Check the layers again once one was frozen, thawed or switched between training and evaluation."""
-        module = self._strategy.module
-        flags = [layer.training for layer in module.modules()]
-        flags += [parameter.requires_grad for parameter in module.parameters()]
-        if flags != self._training_flags:
-            # later, everything may be frozen between two batches
-            check = module_checks.check_layers if self._training_flags else module_checks.check_module
-            check(module, runs_samples_alone=self._strategy.settings.counts_samples_alone)
-            self._training_flags = flags
 
     def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any] | None]) -> None:
         """Run all microbatches except the real call's in the sandbox, each from the same state.

@@ -232,6 +232,14 @@ class Counts:
         self._after: int | None = None
         self._attributes = _plain(strategy.module.__dict__)
 
+    @classmethod
+    def of_batch(cls, strategy: PrivateStrategy, before: Counts | None, *, stopped: bool) -> Counts:
+        """Return the counters before a batch, or those before the one in which user code has asked for the end."""
+        if before is None or not stopped:
+            return cls(strategy)
+        before.end()
+        return before
+
     def end(self) -> None:
         """Take note of the Trainer's count at the end of the batch, once."""
         if self._after is None:
