@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dp import AdaptiveClipping, DPDDPStrategy, EpsilonMonitor, RandomSparsification
+from lightning_dp import AdaptiveClipping, CorrelatedNoise, DPDDPStrategy, EpsilonMonitor, RandomSparsification
 from tests.helpers import NUM_FEATURES, Classifier, Recorder, make_dataset, make_trainer
 from tests.strategies.test_manual import GAN
 
@@ -134,6 +134,14 @@ def main() -> None:
     recorder = Recorder()
     fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=32), [recorder], max_epochs=40)
     seen["noise"] = torch.stack([torch.cat([g.flatten() for g in s.values()]) for s in recorder.before_step])
+
+    # correlated noise: 40 steps in 10 passes over 4 batches
+    recorder = Recorder()
+    correlated = CorrelatedNoise(decay=0.8)
+    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, sampling="cyclic", noise=correlated)
+    fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=8), [recorder], strategy=strategy, max_epochs=10)
+    released = torch.stack([torch.cat([g.flatten() for g in s.values()]) for s in recorder.before_step])
+    seen["correlated"] = released * 16 / correlated.sensitivity(40, separation=4, passes=10)
 
     # training: 20 steps with momentum of Adam; replicas start apart on purpose
     module = Classifier(optimizer=torch.optim.Adam, lr=0.05)

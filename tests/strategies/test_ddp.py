@@ -59,6 +59,22 @@ def test_masked_gradient_and_count_share_one_noise(ranks: list[dict[str, Any]], 
     assert (abs(z) < 5) == (wrong == 1.0)
 
 
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
+def test_correlated_noise_of_ranks_is_that_of_one(ranks: list[dict[str, Any]], wrong: float) -> None:
+    """40 steps x 53 coordinates: v_t + .8 z_{t-1} are independent of std 1; z under 5 (false alarm < 1e-6)."""
+    first, second = (seen["correlated"].double() / wrong for seen in ranks)
+    assert torch.equal(first, second)
+    assert first.shape == (40, 53)
+    drawn = [first[0]]
+    for step in first[1:]:
+        drawn.append(step + 0.8 * drawn[-1])
+    noise = torch.stack(drawn)
+    z = float((noise.square().sum() - noise.numel()) / math.sqrt(2 * noise.numel()))
+    assert (abs(z) < 5) == (wrong == 1.0)
+    together = float((noise[1:] * noise[:-1]).mean()) * wrong**2 * math.sqrt(39 * 53)
+    assert abs(together) < 5
+
+
 def test_replicas_are_bit_equal_after_20_steps(ranks: list[dict[str, Any]]) -> None:
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
     assert not torch.equal(ranks[0]["weights"], torch.cat([p.detach().flatten() for p in Classifier().parameters()]))
