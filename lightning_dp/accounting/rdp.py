@@ -118,7 +118,7 @@ def _poisson_divergences(key: Mechanism, orders: Array) -> Array:
 
 
 def _allocation_divergences(key: Mechanism, orders: Array) -> Array:
-    """Return upper bounds on the divergences of a pass, shape (2, orders); see `allocation_law` for S.
+    """Return upper bounds on the Rényi divergences of one pass under random allocation, shape (2, orders).
 
     remove: log E[S^a] / (a - 1), exact for integers; log E[S^a] is convex in a, so a chord bounds it in between
     add:    (a + t - 1) / (2 t sigma^2), because S is at least the geometric mean of its t terms

@@ -110,7 +110,7 @@ class Follower(TorchFunctionMode):
         return self._noted(func, func.__name__, args, kwargs, out)
 
     def _noted(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
-        """Return the result of an operation, with its owners noted."""
+        """Record which samples own the rows of an operation's result, and return the result."""
         if type(out) is torch.Size or self._is_noted(out, args, kwargs):
             return out
         if isinstance(out, (Tensor, list, tuple)) or name in ("__setitem__", "__set__"):

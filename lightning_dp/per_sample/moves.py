@@ -96,7 +96,7 @@ def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, identity: Tenso
 
 
 def _goes_by_rows(step: Step, tensor: Tensor, by_id: dict[int, Rows]) -> bool:
-    """Tell whether entries move along the owners' axis only, so that one label per row is enough."""
+    """Tell whether an indexing operation selects whole rows along the axis on which the owners vary."""
     name, rows = step.func.__name__, by_id.get(id(tensor))
     if rows is None or rows.axis is None or len(step.args) < 2:
         return False

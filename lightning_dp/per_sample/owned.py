@@ -142,7 +142,7 @@ class OwnedAxis:
         return tensor.unsqueeze(0) if self.axis is None else tensor.movedim(self.axis, 0)
 
     def to_front(self, tensor: Tensor, batch_size: int, where: str) -> tuple[Tensor, int]:
-        """Return rows of shape ``(B * K, ...)``, grouped by sample, and ``K``."""
+        """Return a tensor's rows grouped by sample, zero-padded to ``K`` rows per sample, and ``K``."""
         return laid_out([self.rows(tensor)], self.index, batch_size)
 
 

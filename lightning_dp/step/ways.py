@@ -161,8 +161,8 @@ class OneByOne:
 
 
 def _public(reason: PrivacyError) -> str:
-    """Return a reason without its numbers, which may be sizes of records; digits within names stay."""
-    return re.sub(r"(?<![\w.'])\d+(?![\w'])(?!\.\w)", "#", str(reason))
+    """Return an error message with ``#`` for every number, which may be the size of a record; digits in names stay."""
+    return re.sub(r"(?<![\w.'])\d+(\.\d+)?(e[+-]?\d+)?(?![\w'])(?!\.\w)", "#", str(reason))
 
 
 def _times(gradients: dict[str, Tensor], factor: float) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ class LightningHost:
 
     @property
     def has_epoch_end(self) -> bool:
-        """True if user code does something between two epochs."""
+        """True if trials also run user hooks outside of batches, such as those between two epochs."""
         return self.hooks.has_any_between_batches()
 
     def end_epoch(self) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError, make_private
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine
+from lightning_dp.step.ways import _public
 from tests.helpers import make_trainer
 
 NUM, FEATURES, CLASSES = 12, 4, 3
@@ -277,3 +278,8 @@ def test_a_record_that_cannot_run_alone_is_refused() -> None:
 
     with pytest.raises(PrivacyError, match=r"autograd\.Function.*Nor can a record run alone: a metric over two"):
         fit(Model(loss=loss))
+
+
+def test_reason_in_the_log_holds_no_number_of_records() -> None:
+    reason = PrivacyError("differ by up to 0.33 of 12 (1e-5), 'network.0.weight', layer1, shape (3, 4).")
+    assert _public(reason) == "differ by up to # of # (#), 'network.0.weight', layer1, shape (#, #)."

@@ -99,9 +99,7 @@ class _Rows(NamedTuple):
 
 
 def _equal_token_sums(tokens: Tensor, backprops: Tensor) -> _Rows:
-    """Return the sums of the backprops of equal tokens; a sample with repeated tokens has fewer than ``T``
-    used rows.
-    """
+    """Sum, within each sample, the backprops of equal tokens into one row per distinct token."""
     size, num_tokens = tokens.shape
     # tokens sorted in each sample; a run of equal ones is one row of the gradient
     ordered, order = tokens.sort(dim=1)
