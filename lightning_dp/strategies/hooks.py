@@ -24,6 +24,7 @@ from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
 from lightning_dp.step.snapshot import few_values, plain_attributes
 from lightning_dp.step.state_check import leaves_of, numbers_of
+from lightning_dp.strategies.overrides import Overrides
 from lightning_dp.system.torch_private import num_changes
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class UserHooks:
         self._strategy, self._others = strategy, others
         self._reported: set[str] = set()
         self._watched = [*getattr(strategy.trainer, "callbacks", [])]
-        self._own: list[tuple[Any, str, Any]] = []  # instance attributes that the hooks replaced
+        self._overrides = Overrides()
         self.writing: list[Any] = []
         """Callbacks that have changed the module and therefore take part in trials; also the module, if its hook at the
         end of an epoch has changed it.
@@ -143,18 +144,13 @@ class UserHooks:
         for owner in (*self._watched, module):
             for name in (*_OF_BATCHES, *BETWEEN_EPOCHS, *_FAR):
                 if _has(name, owner):
-                    self._own.append((owner, name, vars(owner).get(name)))
                     tried = owner is module and name in _OF_BATCHES
-                    owner.__dict__[name] = self._watching(getattr(owner, name), owner, name, is_on_trial, tried=tried)
+                    hook = self._watching(getattr(owner, name), owner, name, is_on_trial, tried=tried)
+                    self._overrides.set(owner, name, hook)
 
     def unwatch(self) -> None:
         """Restore the hooks of callbacks and module."""
-        while self._own:
-            owner, name, own = self._own.pop()
-            if own is None:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = own
+        self._overrides.undo()
 
     def _watching(
         self, hook: Callable[..., Any], owner: Any, name: str, is_on_trial: Callable[[], bool], *, tried: bool

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning_dp import _messages
 from lightning_dp.metrics import Epsilon
 from lightning_dp.strategies._lightning import fit_results
+from lightning_dp.strategies.overrides import Overrides
 
 #: Prefix of names that this package logs: functions of public settings, and audits.
 PUBLIC = ("privacy/", "audit/", "communication/")
@@ -41,11 +42,11 @@ class TrainingLogs:
         self.found, self.strict = found, strict
         self.dropped: set[str] = set()
         self._in_step = self._is_muted = self._said_no_loss = False
-        self._results: Any = fit_results(trainer)
-        self._loggers = list(trainer.loggers)
-        self._results.__dict__["log"] = self._watched_log(self._results.log)
-        for logger in self._loggers:
-            logger.__dict__["log_metrics"] = self._watched_metrics(logger.log_metrics)
+        self._overrides = Overrides()
+        results: Any = fit_results(trainer)
+        self._overrides.set(results, "log", self._watched_log(results.log))
+        for logger in trainer.loggers:
+            self._overrides.set(logger, "log_metrics", self._watched_metrics(logger.log_metrics))
 
     def say_no_loss(self, weight: float) -> None:
         """Say once, as Lightning does, that a step without a loss is easily a mistake.
@@ -62,8 +63,7 @@ class TrainingLogs:
 
     def detach(self) -> None:
         """Restore the Trainer and its loggers."""
-        for watched, name in ((self._results, "log"), *((logger, "log_metrics") for logger in self._loggers)):
-            watched.__dict__.pop(name, None)
+        self._overrides.undo()
 
     @contextmanager
     def muted(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.trial import Trial
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.host import Counts
+from lightning_dp.strategies.overrides import Overrides
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -32,6 +33,7 @@ class Patches:
         self, strategy: PrivateStrategy, step: PrivateStep, trial: Trial, is_on_trial: Callable[[], bool]
     ) -> None:
         self._strategy, self._step, self._trial, self._is_on_trial = strategy, step, trial, is_on_trial
+        self._overrides = Overrides()
         self._clips: dict[int, Callable[[], None]] = {}
 
     @property
@@ -43,26 +45,22 @@ class Patches:
         """Replace the methods."""
         for index, both in enumerate(self._optimizers_and_wrappers()):
             for optimizer in both if index not in self._strategy.settings.public_optimizers else ():
-                optimizer.__dict__["zero_grad"] = self._discarding(index, optimizer.zero_grad)
+                self._overrides.set(optimizer, "zero_grad", self._discarding(index, optimizer.zero_grad))
         module = self._strategy.module
         if _lightning.is_overridden("on_train_batch_start", module):
-            module.__dict__["on_train_batch_start"] = self._checking_skips(module.on_train_batch_start)
+            self._overrides.set(module, "on_train_batch_start", self._checking_skips(module.on_train_batch_start))
         if not self._step.automatic:
-            module.__dict__["clip_gradients"] = self._clipping_later(module.clip_gradients)
+            self._overrides.set(module, "clip_gradients", self._clipping_later(module.clip_gradients))
         elif _lightning.is_overridden("optimizer_step", module):
-            module.__dict__["optimizer_step"] = self._checking_steps(module.optimizer_step)
+            self._overrides.set(module, "optimizer_step", self._checking_steps(module.optimizer_step))
         owners = [module, self._strategy.trainer.datamodule]  # type: ignore[attr-defined]
         if any(owner is not None and _lightning.is_overridden("on_before_batch_transfer", owner) for owner in owners):
             _lightning.replace_transfer_hook(module, lambda batch: isinstance(batch, LogicalBatch))
 
     def undo(self) -> None:
-        """Restore the original methods of all objects."""
-        for both in self._optimizers_and_wrappers():
-            for optimizer in both:
-                optimizer.__dict__.pop("zero_grad", None)
+        """Restore the methods of all objects."""
         _lightning.restore_transfer_hook(self._strategy.module)
-        for name in ("on_train_batch_start", "clip_gradients", "optimizer_step"):
-            self._strategy.module.__dict__.pop(name, None)
+        self._overrides.undo()
 
     def clip(self, optimizer: Optimizer) -> None:
         """Clip a private gradient once, if ``clip_gradients`` was called for it under manual optimization."""

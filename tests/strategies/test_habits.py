@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
@@ -133,3 +134,28 @@ def test_a_step_without_a_loss_is_said_once(tmp_path: Path, caplog: pytest.LogCa
     assert len(said) == 1
     assert "counts towards epsilon" in said[0]
     assert strategy.ledger.num_steps == 4
+
+
+def test_own_attributes_of_instances_are_put_back(tmp_path: Path) -> None:
+    """A user's own replacements of methods, on an optimizer, a logger and the module, outlive a fit."""
+    optimizers: list[torch.optim.Optimizer] = []
+    called: list[str] = []
+
+    class Own(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            plain = optimizer.zero_grad
+            optimizer.zero_grad = lambda *args, **kwargs: (called.append("zero_grad"), plain(*args, **kwargs))[1]
+            optimizers.append(optimizer)
+            return optimizer
+
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics = own = lambda metrics, step=None: called.append("log_metrics")  # type: ignore[method-assign]
+    module = Own()
+    make_trainer(rdp(), tmp_path, logger=logger, log_every_n_steps=1).fit(module, make_loader())
+    assert "zero_grad" in called
+    assert vars(logger)["log_metrics"] is own
+    called.clear()
+    optimizers[0].zero_grad()
+    assert called == ["zero_grad"]
+    assert "clip_gradients" not in vars(module)
