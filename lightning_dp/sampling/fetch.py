@@ -47,6 +47,10 @@ def read(dataset: Any, indices: list[int]) -> list[Any]:
     return list(samples)
 
 
+_OWN = frozenset(("_dataset", "_collate"))
+"""Attributes of a wrapper itself, not of its dataset."""
+
+
 class _Before:
     """A wrapper that replaces the dataset in a loader's iterator, and otherwise behaves like the dataset.
 
@@ -54,7 +58,7 @@ class _Before:
     ``get_worker_info().dataset`` still works.
     """
 
-    _own = frozenset(("_dataset", "_collate"))
+    _own = _OWN
     _dataset: Any
     _collate: MicrobatchCollate
 
@@ -73,12 +77,12 @@ class _Before:
         return len(self._dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name in type(self)._own:  # a copy being built has no state yet
+        if name in self._own:  # a copy being built has no state yet
             raise AttributeError(name)
         return getattr(self._dataset, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in type(self)._own:
+        if name in self._own:
             object.__setattr__(self, name, value)
         else:
             setattr(self._dataset, name, value)
@@ -95,7 +99,7 @@ class BeforeRecords(_Before):
         draws: whether user code, which may draw random numbers, reads or collates; False skips fresh randomness.
     """
 
-    _own = _Before._own | {"_draws"}
+    _own = _OWN | {"_draws"}
     _draws: bool
 
     def __init__(self, dataset: Any, collate: MicrobatchCollate, *, draws: bool = True) -> None:
@@ -128,7 +132,7 @@ class BeforeStream(_Before):
         seed: seed of the entropy, for tests; ``None``: the operating system's entropy.
     """
 
-    _own = _Before._own | {"_batch_size", "_seed", "_num_items", "_scope"}
+    _own = _OWN | {"_batch_size", "_seed", "_num_items", "_scope"}
     _batch_size: int
     _seed: tuple[int, ...] | None
     _num_items: int

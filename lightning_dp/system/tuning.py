@@ -35,7 +35,8 @@ class ProcessTuning:
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._keeps_memory = False
+        self.keeps_memory = False
+        """True if freed memory is kept for this fit."""
 
     def start(self, *, on_cpu: bool = True) -> None:
         """Start the tuning, unless it is active.
@@ -46,7 +47,7 @@ class ProcessTuning:
         with _lock:
             if self not in _running:
                 _running.append(self)
-                self._keeps_memory = self.enabled and on_cpu and allocator.keep_freed_memory()
+                self.keeps_memory = self.enabled and on_cpu and allocator.keep_freed_memory()
 
     def stop(self) -> None:
         """Stop the tuning; undo the memory settings and return free memory to the system if no other fit needs them."""
@@ -54,16 +55,16 @@ class ProcessTuning:
             if self not in _running:
                 return
             _running.remove(self)
-            if self._keeps_memory and not any(other._keeps_memory for other in _running):
+            if self.keeps_memory and not any(other.keeps_memory for other in _running):
                 allocator.follow_default_thresholds()
                 allocator.give_back_freed_memory()
-            self._keeps_memory = False
+            self.keeps_memory = False
 
     def describe(self) -> str:
         """Return one line for the log: the active tuning, or the reason for none."""
         if not self.enabled:
             return "Process tuning is off (tune_process=False)."
-        tuned = ["glibc keeps freed memory"] if self._keeps_memory else []
+        tuned = ["glibc keeps freed memory"] if self.keeps_memory else []
         if self in _running and openmp.can_end_waiting_threads():
             tuned.append("OpenMP threads that wait are ended before much noise is drawn")
         if not tuned:
@@ -94,7 +95,7 @@ def _begin_child() -> None:
     global _lock
     _lock = threading.Lock()
     for tuning in _running:
-        tuning._keeps_memory = False
+        tuning.keeps_memory = False
     _running.clear()
     allocator.follow_default_thresholds()
 
