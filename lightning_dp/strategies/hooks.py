@@ -194,8 +194,8 @@ class UserHooks:
             yield module, getattr(module, name)
 
     def _marks_of(self, owner: Any, tensors_only: bool = False) -> tuple[list[Any], Tensor]:
-        """Return what tells, quickly, whether the module, a learning rate or what a checkpoint holds of a callback has
-        changed: marks, and a few values of each tensor, joined on one device to be compared by one transfer.
+        """Return marks that change with the module, a learning rate or the saved state of a callback, and a few values
+        of each tensor, joined on one device to be compared by one transfer.
         """
         module = self._strategy.module
         grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
