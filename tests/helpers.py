@@ -98,6 +98,35 @@ class Recorder(L.Callback):
         self.batches.append(batch)
 
 
+class Hidden(torch.autograd.Function):
+    """A product with a weight that reports nothing: no rule can follow it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight.mT, torch.einsum("...i,...o->io", x, grads[0])
+
+
+class ByHand(L.LightningModule):
+    """Mixed into a module of one optimizer, whose ``training_step`` returns a loss: it steps by itself."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
 class Largest(TorchDispatchMode):
     """Elements of the largest memory that an operation allocates while this is entered: ``elements``."""
 

@@ -18,6 +18,7 @@ from lightning_dp.per_sample import PerSampleEngine
 from lightning_dp.per_sample.rules.conv import ConvRule
 from lightning_dp.per_sample.rules.embedding import EmbeddingRule
 from lightning_dp.per_sample.rules.linear import LinearRule
+from tests.helpers import Hidden
 from tests.per_sample.checks import assert_engine_agrees, make_engine, run_batch
 
 
@@ -580,18 +581,6 @@ def test_attention_with_dropout_draws_once_for_all_samples() -> None:
         torch.testing.assert_close(grads[name].sum(0), grad)
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        return grads[0] @ weight.mT, torch.einsum("bti,bto->io", x, grads[0])
-
-
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight
 
@@ -601,7 +590,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("derived", [False, True])
 def test_uses_that_do_not_report_themselves_are_found(scripted: bool, derived: bool) -> None:
     """Of a parameter and of a function of it: no raw gradient stays, and the parameter is named."""
-    function = torch.jit.script(_product) if scripted else _Product.apply
+    function = torch.jit.script(_product) if scripted else Hidden.apply
     module = Uses(
         lambda m, x: m.layer(x) + function(x, 2 * m.w if derived else m.w), w=drawn(3, 2), layer=nn.Linear(3, 2)
     )

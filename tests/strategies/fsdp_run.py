@@ -35,7 +35,7 @@ from lightning_dp.step.noising import ReleaseNoise
 from lightning_dp.step.release import Release
 from lightning_dp.step.shards import Shards
 from lightning_dp.step.step import PrivateStep
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, Largest, make_dataset, make_trainer
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, ByHand, Largest, make_dataset, make_trainer
 from tests.strategies.sharded import CASES, Sharded, plain
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -147,27 +147,16 @@ def sums() -> dict[str, Any]:
     return found
 
 
-class Manual(Sharded):
+class Manual(ByHand, Sharded):
     """A sharded module that steps by itself."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(plain(), **options)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        loss = super().training_step(batch, batch_idx)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
 
 
 def manual() -> dict[str, Any]:
     """The sum over ranks of one step in microbatches, without noise; then noisy steps on unequal batches."""
     released, loader = Released(), DataLoader(make_dataset(), batch_size=32)
     strategy = DPFSDPStrategy(noise_multiplier=0.0, max_grad_norm=0.7, microbatch_size=7)
-    fit(Manual(lr=0.0), loader, [released], strategy, max_steps=1)
-    module = Manual(lr=0.05)
+    fit(Manual(plain(), lr=0.0), loader, [released], strategy, max_steps=1)
+    module = Manual(plain(), lr=0.05)
     loader = DataLoader(make_dataset(40), batch_size=2)
     trainer = fit(module, loader, strategy=private(microbatch_size=2), max_epochs=2)
     weights = whole(dict(module.named_parameters()))

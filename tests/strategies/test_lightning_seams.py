@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_dp.strategies import _lightning
-from tests.helpers import Classifier, make_loader, make_trainer
+from tests.helpers import ByHand, Classifier, make_loader, make_trainer
 
 
 class Asking(L.Callback):
@@ -37,16 +37,8 @@ def during_fit(tmp_path: Path, ask: Any, module: L.LightningModule | None = None
     return asking.answers
 
 
-class Manual(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
+class Manual(ByHand, Classifier):
+    """The classifier, stepping by itself."""
 
 
 def test_batch_of_logs_weighs_a_mean(tmp_path: Path) -> None:

@@ -11,22 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
-from tests.helpers import NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
+from tests.helpers import NUM_FEATURES, ByHand, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 
-class Manual(Classifier):
+class Manual(ByHand, Classifier):
     """The classifier, stepping by itself."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        loss = super().training_step(batch, batch_idx)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
 
 
 class TwoOptimizers(Manual):

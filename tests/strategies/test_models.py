@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_dp import DPStrategy, PrivacyError
-from tests.helpers import Recorder, make_trainer
+from tests.helpers import Hidden, Recorder, make_trainer
 from tests.strategies.model_cases import CASES, Case, classifier, tokens, vectors
 from tests.strategies.models import (
     NUM_CLASSES,
@@ -212,20 +212,6 @@ class MeanOfSquares(Task):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return F.cross_entropy(self(batch[0]), batch[1], reduction="sum") / len(batch[0]) ** 0.5
-
-
-class Hidden(torch.autograd.Function):
-    """A product that torch does not follow."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        return grads[0] @ weight.T, x.T @ grads[0]
 
 
 class Opaque(nn.Module):

@@ -15,23 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lightning_dp import DPStrategy, PrivacyError, make_private
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine
 from lightning_dp.step.ways import _public
-from tests.helpers import make_trainer
+from tests.helpers import Hidden, make_trainer
 
 NUM, FEATURES, CLASSES = 12, 4, 3
-
-
-class Hidden(torch.autograd.Function):
-    """A product with a weight that reports nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        return grads[0] @ weight.T, x.T @ grads[0]
 
 
 class Model(L.LightningModule):
