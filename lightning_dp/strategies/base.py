@@ -81,8 +81,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
         fixed_order: bool = False,
         **strategy_options: Any,
     ) -> None:
-        self.settings = settings = Settings.of(locals())
         check.check_keywords(strategy_options, trainer_checks.known_arguments(type(self)), owner=type(self).__name__)
+        self.settings = settings = Settings.of(locals())
         super().__init__(**strategy_options)
         _lightning.serve_both(type(self))
         self.state = PrivacyState.of(settings, history)

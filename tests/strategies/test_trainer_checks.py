@@ -61,6 +61,7 @@ class Untouchable(torch.utils.data.Dataset):
         ({"noise_multiplier": 1.0, "seed": -1}, ValueError, "seed to be a whole number"),
         ({"noise_multiplier": 1.0, "seed": 1, "secure_rng": True}, ValueError, "secure_rng=True without a seed"),
         ({"noise_multiplier": 1.0, "public_optimizers": 0}, TypeError, "a list of positions, got public_optimizers=0"),
+        ({"noise_multipler": 1.0}, TypeError, "got noise_multipler=1.0. Did you mean noise_multiplier"),
         ({"noise_multiplier": 1.0, "public_optimizers": [-1]}, ValueError, "public_optimizers"),
         ({"target_epsilon": 1.0, "clipping": "none"}, ValueError, "epsilon is infinite"),
     ],
