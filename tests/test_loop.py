@@ -523,6 +523,32 @@ def test_batches_are_used_once_and_from_the_own_loader() -> None:
             private.step(next(iter(double_loader())))
 
 
+@pytest.mark.parametrize(
+    "criterion", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="none"), nn.functional.cross_entropy]
+)
+def test_criterion_takes_outputs_and_targets(criterion: Any) -> None:
+    model = make_model()
+    with start(model, criterion, max_grad_norm=0.5, epochs=1) as private:
+        batch = next(batch for batch in private.loader if batch)
+        expected = clipped_mean(model, batch, 0.5)
+        private.backward(batch)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_batches_for_a_criterion_must_be_pairs() -> None:
+    data = TensorDataset(torch.randn(16, 2))
+    message = r"Expected batches \(inputs, targets\) for the loss MSELoss, got list of 1"
+    run = start(nn.Linear(2, 1), nn.MSELoss(), loader=DataLoader(data, batch_size=4), epochs=1)
+    with run, pytest.raises(TypeError, match=message):
+        run.step(next(iter(run.loader)))
+
+
+def test_drawn_batch_cannot_be_unpacked() -> None:
+    with start(epochs=1) as private, pytest.raises(TypeError, match="Pass it to step or backward"):
+        _, _ = next(iter(private.loader))
+
+
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from make_dataset(16, dtype=torch.float64)

@@ -26,6 +26,17 @@ class DrawnBatch(LogicalBatch):
         self.position, self.draw = batch.position, batch.draw
         self.source, self.number, self.used = source, number, False
 
+    def __iter__(self) -> Iterator[Any]:
+        """Refuse to unpack the batch.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "Expected the batch of a private loader whole, got an attempt to unpack it. Pass it to step or backward: "
+            "your loss function gets its records, in microbatches."
+        )
+
 
 class LogicalBatches:
     """An iterable of privately drawn logical batches; each iteration is one pass over the data.

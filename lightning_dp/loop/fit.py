@@ -149,7 +149,7 @@ class LoopFit:
         """Run forward, backward and clipping of one microbatch, and add it to the sum."""
         with self.step.microbatch(count, owners, weight=weight, further=further):
             self.step.engine.see(batch)
-            loss = self._host.loss_of(self._host.loss_fn(self._called, batch), count)
+            loss = self._host.loss_of(self._host.loss(self._called, batch), count)
             loss.backward()  # type: ignore[no-untyped-call]
             self.step.backward_done()
             self.step.collect(0)

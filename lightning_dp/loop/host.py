@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning_dp.step import checks
 from lightning_dp.step.records import TrainingRecords
 
 LossFunction = Callable[[Any, Any], Any]
-"""(model, batch) -> loss of shape () or (B,), or a mapping with "loss"."""
+"""(model, batch) -> loss of shape () or (B,), or a mapping with "loss"; or a criterion."""
 
 
 class LoopHost:
@@ -65,7 +65,25 @@ class LoopHost:
         """Collate records, run the loss function on the batch and return its output."""
         batch = self._records.batch_of(records)
         self.see(batch)
-        return self.loss_fn(self._model, batch)
+        return self.loss(self._model, batch)
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        """Call the loss function; a criterion gets the model's outputs and the targets.
+
+        Raises:
+            TypeError: a criterion, and a batch that is no pair.
+        """
+        if not is_criterion(self.loss_fn):
+            return self.loss_fn(model, batch)
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            shown = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, Sized) else type(batch).__name__
+            name = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+            raise TypeError(
+                f"Expected batches (inputs, targets) for the loss {name}, got {shown}. Pass a function (model, batch) "
+                "-> loss."
+            )
+        inputs, targets = batch
+        return self.loss_fn(model(inputs), targets)
 
     def loss_of(self, output: Any, count: int) -> Tensor:
         """Return the output of the loss function as a scalar that can be back-propagated.
@@ -145,6 +163,11 @@ class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         self.types |= {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
         return result
+
+
+def is_criterion(function: Any) -> bool:
+    """Tell whether a loss function takes (outputs, targets): a module, or a function of ``torch.nn.functional``."""
+    return isinstance(function, nn.Module) or getattr(function, "__module__", "") == nn.functional.__name__
 
 
 def held_by(function: Any) -> list[Any]:

@@ -56,7 +56,8 @@ def make_private(
         optimizer: any torch optimizer over parameters of the model.
         loader: its dataset, collate function, batch size and workers are used; its order is not.
         loss_fn: (model, batch) -> mean loss of shape () or per-sample losses of shape (B,). It runs more often than
-            once per step, on other batches too, so it must change nothing outside of the model.
+            once per step, on other batches too, so it must change nothing outside of the model. A criterion, such
+            as ``nn.CrossEntropyLoss()``, is called as loss_fn(model(inputs), targets) on batches (inputs, targets).
         epochs: planned passes over the data; ``target_epsilon`` needs this or ``steps``.
         steps: planned logical steps of the whole run.
         history: privacy spent by earlier runs on the same data, as in ``DPStrategy``.
