@@ -243,7 +243,7 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
         if abs(middle - samples) <= 10 * tolerance * samples:
             return (
                 f"All gradients are {middle:.4g} times as large, and the batch has {samples} samples: the loss is a "
-                "sum over the batch, not a mean. Return a mean over the batch, or a loss of shape (B,)."
+                "sum over the batch, not a mean. Pass loss_reduction='sum', or return a mean or a loss of shape (B,)."
             )
         if abs(middle - 1) <= 10 * tolerance:
             return (
