@@ -21,7 +21,7 @@ from lightning_dp.step.arguments import PrivateArguments, check_length, make_set
 from lightning_dp.step.history import History
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
-from lightning_dp.step.reduction import AllReduce, OneProcess
+from lightning_dp.step.reduction import AllReduce, Reduction
 from lightning_dp.step.units import start_equal
 from lightning_dp.strategies._lightning import in_fabric_backward
 
@@ -108,7 +108,7 @@ class FabricPrivacy:
             settings=self.settings,
             length=self._length,
             history=self._history,
-            reduction=AllReduce(fabric.global_rank, fabric.world_size, fabric.device) if several else OneProcess(),
+            reduction=AllReduce(fabric.global_rank, fabric.world_size, fabric.device) if several else Reduction(),
             called=wrapped,
             move=fabric.to_device,
             around=in_fabric_backward,

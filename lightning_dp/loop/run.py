@@ -29,7 +29,7 @@ from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.planning import build_plan
 from lightning_dp.step.randomness import kept_generators
-from lightning_dp.step.reduction import OneProcess, Reduction
+from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.system import ProcessTuning
@@ -132,7 +132,7 @@ class PrivateLoop(LoopFacts):
             )
         self.settings, self.mechanisms = settings, Mechanisms()
         self._model, self._called, self._optimizer, self._loss_fn = model, called or model, optimizer, loss_fn
-        self._reduction = OneProcess() if reduction is None else reduction
+        self._reduction = Reduction() if reduction is None else reduction
         self._move = move or (lambda batch: move_to(next(model.parameters()).device, batch))
         self._around = around
         rank, world_size = self._reduction.rank, self._reduction.world_size

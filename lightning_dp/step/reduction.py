@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,28 +19,31 @@ from lightning_dp.masks import ParameterMask
 from lightning_dp.step.accumulator import Accumulator
 
 
-class Reduction(Protocol):
-    """Communication of a private step within its data-parallel group."""
+class Reduction:
+    """Communication of a private step within its data-parallel group; this base class is a single process."""
 
-    rank: int
+    rank = 0
     """Number of this process in the group."""
-    world_size: int
+    world_size = 1
     """Processes of the group."""
-    is_sharded: bool
+    is_sharded = False
     """True if ranks hold parts of the parameters, so that every rank must run the same forwards, which communicate."""
 
-    # steps that every rank must do alike if forwards communicate
+    # ---------------------------------------------------------------- what every rank has to do alike
 
     def same_count(self, num: int) -> int:
         """Return the number of microbatches to run: the maximum of ``num`` over ranks if forwards communicate, else
         ``num``.
         """
+        return num
 
     def any(self, flag: bool) -> bool:
         """Tell whether any rank set the flag, if forwards communicate; otherwise return this rank's flag."""
+        return flag
 
     def agree(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank, always: for a choice that all ranks make alike."""
+        return flag
 
     def settle(self) -> None:
         """Restore the module's state between two steps: free all gathered parameters."""
@@ -48,129 +51,66 @@ class Reduction(Protocol):
     def recover(self) -> None:
         """Restore the module's state between two steps after a caught exception in the user's code."""
 
-    # differences for sharded parameters
+    # ---------------------------------------------------------------- norms and sums
 
     def watch(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give an engine the tensors that the module computes with."""
+        engine.set_parameters(parameters)
 
     def make_accumulator(
         self, parameters: Mapping[str, nn.Parameter], clipping: Clipping, num_statistics: int
     ) -> Accumulator:
         """Return the accumulator of one private optimizer."""
+        return Accumulator(parameters, clipping, num_statistics)
 
     def squared_norms(
         self, engine: Any, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
     ) -> Tensor:
         """Return the squared norms of whole per-sample gradients, shape (G, B)."""
+        norms: Tensor = engine.squared_norms(groups, masks)
+        return norms
 
     def accumulate(self, engine: Any, weights: Tensor | None, accumulator: Accumulator) -> None:
         """Add the weighted sum of a microbatch's gradients; ``weights``, shape (G, B), is None for a dummy record."""
+        if weights is not None:
+            engine.accumulate(weights, accumulator.groups, accumulator.views, accumulator.masks, accumulator.scratch)
 
-    # the release
+    # ---------------------------------------------------------------- the release
 
     @property
     def noise_share(self) -> float:
-        """Factor of this rank on the noise std of coordinates that every rank holds."""
+        """Factor of this rank on the noise std of coordinates that every rank holds: ``1 / sqrt(world_size)``."""
+        return 1 / math.sqrt(self.world_size)
 
     def reduce(self, accumulator: Accumulator) -> None:
         """Sum the accumulators of all ranks, each with its share of the noise."""
 
     def squared_norm(self, accumulator: Accumulator) -> tuple[float, int]:
         """Return the squared norm and the number of coordinates of a reduced gradient, over all ranks' parts."""
+        return squared_length(accumulator.gradient), accumulator.num_active
 
     def average(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Average the gradients of a public optimizer over the ranks."""
 
-    # trials: every rank runs the same records, and compares its part of the gradients
+    # ---------------------------------------------------------------- trials: all ranks run the same records
 
     def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
         """Return this rank's part of per-sample gradients for a trial to compare: ``(B, *part)`` per parameter."""
-
-    def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's part of a weighted sum of gradients for a trial to compare; ``factors`` has shape (B,)."""
-
-    def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return this rank's part of autograd's gradients, which a trial compares with :meth:`per_sample_gradients`."""
-
-    def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sum of each parameter's figure over all ranks."""
-
-
-class OneProcess:
-    """The reduction of a single process, which communicates with no other."""
-
-    rank = 0
-    world_size = 1
-    noise_share = 1.0
-    is_sharded = False
-
-    def same_count(self, num: int) -> int:
-        """Return ``num``."""
-        return num
-
-    def any(self, flag: bool) -> bool:
-        """Return the flag."""
-        return flag
-
-    def agree(self, flag: bool) -> bool:
-        """Return the flag."""
-        return flag
-
-    def settle(self) -> None:
-        """Do nothing, because parameters are always whole."""
-
-    def recover(self) -> None:
-        """Do nothing."""
-
-    def watch(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Give the engine the parameters themselves."""
-        engine.set_parameters(parameters)
-
-    def make_accumulator(
-        self, parameters: Mapping[str, nn.Parameter], clipping: Clipping, num_statistics: int
-    ) -> Accumulator:
-        """Return an accumulator over whole parameters."""
-        return Accumulator(parameters, clipping, num_statistics)
-
-    def squared_norms(
-        self, engine: Any, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
-    ) -> Tensor:
-        """Return the engine's norms, because this process holds whole gradients."""
-        norms: Tensor = engine.squared_norms(groups, masks)
-        return norms
-
-    def accumulate(self, engine: Any, weights: Tensor | None, accumulator: Accumulator) -> None:
-        """Add the sum to the accumulator immediately."""
-        if weights is not None:
-            engine.accumulate(weights, accumulator.groups, accumulator.views, accumulator.masks, accumulator.scratch)
-
-    def reduce(self, accumulator: Accumulator) -> None:
-        """Do nothing: the sum is complete."""
-
-    def squared_norm(self, accumulator: Accumulator) -> tuple[float, int]:
-        """Return the squared norm of the gradient."""
-        return squared_length(accumulator.gradient), accumulator.num_active
-
-    def average(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Do nothing: the gradients are complete."""
-
-    def per_sample_gradients(self, engine: Any, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return whole per-sample gradients."""
         gradients: dict[str, Tensor] = engine.per_sample_gradients(names)
         return gradients
 
     def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weighted sum of whole gradients."""
+        """Return this rank's part of a weighted sum of gradients for a trial to compare; ``factors`` has shape (B,)."""
         out = {name: torch.zeros_like(parameter, dtype=factors.dtype) for name, parameter in parameters.items()}
         engine.accumulate(factors[None], [list(parameters)], out)
         return out
 
     def parts(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradients unchanged."""
+        """Return this rank's part of autograd's gradients, which a trial compares with :meth:`per_sample_gradients`."""
         return dict(gradients)
 
     def total(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the figures unchanged."""
+        """Return the sum of each parameter's figure over all ranks."""
         return dict(parts)
 
 
@@ -179,7 +119,7 @@ def squared_length(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.double())) ** 2
 
 
-class AllReduce(OneProcess):
+class AllReduce(Reduction):
     """Reduction by one all-reduce per release over the default process group.
 
     Each of W ranks holds whole samples and the whole gradient, and adds 1 / W of the noise variance.
@@ -192,11 +132,6 @@ class AllReduce(OneProcess):
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
-
-    @property
-    def noise_share(self) -> float:  # type: ignore[override]
-        """Share of each rank in the noise std, ``1 / sqrt(W)``."""
-        return 1 / math.sqrt(self.world_size)
 
     @override
     def agree(self, flag: bool) -> bool:

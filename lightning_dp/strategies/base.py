@@ -24,7 +24,7 @@ from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import checks, correlation, module_checks
 from lightning_dp.step.history import History, note_checkpoint, note_values
 from lightning_dp.step.mechanisms import Mechanisms
-from lightning_dp.step.reduction import OneProcess, Reduction
+from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.settings import (
     AccountantName,
     ClippingName,
@@ -96,7 +96,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     def make_reduction(self) -> Reduction:
         """Return the object that communicates between the processes of this strategy."""
-        return OneProcess()
+        return Reduction()
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

@@ -28,7 +28,7 @@ from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, rules
 from lightning_dp.per_sample.leaves import LeafRule
 from lightning_dp.per_sample.rules import Rule
 from lightning_dp.step.accumulator import Accumulator
-from lightning_dp.step.reduction import OneProcess
+from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.samples import Samples
 from tests import reference
 from tests.per_sample.checks import make_engine, run_batch
@@ -93,7 +93,7 @@ def added(
     """Norm of what the microbatch adds to the buffer, as a private step adds it."""
     sums = Accumulator(dict(module.named_parameters()), clipping)
     sums.set_masks([mask] if mask else [], (len(mask),))
-    clipping.contribution(Samples(engine, sums, lambda values, divisor=1: values / divisor, OneProcess())).add()
+    clipping.contribution(Samples(engine, sums, lambda values, divisor=1: values / divisor, Reduction())).add()
     total = sums.flat.double()
     assert bool(total.isfinite().all())
     return float(total.norm()) / sums.sensitivity

@@ -16,7 +16,7 @@ from lightning_dp.clipping import Clipping, FlatClipping
 from lightning_dp.run_length import RunLength
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
-from lightning_dp.step.reduction import OneProcess
+from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.step.step import PrivateStep
@@ -112,7 +112,7 @@ class Rig:
             settings=make_settings(),
             state=make_state(),
             mechanisms=Mechanisms(),
-            reduction=OneProcess(),
+            reduction=Reduction(),
             noise=self.noise,  # type: ignore[arg-type]
         )
         self.step.streams = SimpleNamespace(begin=lambda: None)  # type: ignore[assignment]  # nothing here draws

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import exchange
-from lightning_dp.step.reduction import OneProcess
+from lightning_dp.step.reduction import Reduction
 from tests.per_sample.checks import make_engine, run_batch
 
 SIZE = 4
@@ -27,7 +27,7 @@ def fingerprint_of(x: Tensor, *, coupled: bool = False, leaves: int = 0) -> exch
     run_batch(engine, loss, x, len(x))
     weights = exchange.random_weights(len(x), leaves)
     parameters = dict(layer.named_parameters())
-    found = [exchange.fingerprint(OneProcess(), engine, weights, parameters)]
+    found = [exchange.fingerprint(Reduction(), engine, weights, parameters)]
     engine.end()
     return exchange.join(found, 1.0, exchange.sizes_of(list(x)), frozenset(), len(x), leaves)
 

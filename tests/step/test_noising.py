@@ -12,7 +12,7 @@ from lightning_dp.noise import CorrelatedNoise, GaussianNoise
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.correlation import Correlation
 from lightning_dp.step.noising import ReleaseNoise
-from lightning_dp.step.reduction import OneProcess
+from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import plan_release
 from tests.step.rig import make_plan
 
@@ -25,7 +25,7 @@ def draw(noise: ReleaseNoise) -> None:
 
 def test_a_step_that_was_given_up_is_refused() -> None:
     """Its noise was drawn, so that the next one would cancel noise that nobody added."""
-    noise = ReleaseNoise(GaussianNoise(), OneProcess())
+    noise = ReleaseNoise(GaussianNoise(), Reduction())
     for step in range(2):
         noise.follow(CORRELATION, step)
         assert noise.since == step
@@ -37,7 +37,7 @@ def test_a_step_that_was_given_up_is_refused() -> None:
 
 
 def test_a_resumed_run_has_the_steps_that_are_left() -> None:
-    noise = ReleaseNoise(GaussianNoise(), OneProcess())
+    noise = ReleaseNoise(GaussianNoise(), Reduction())
     for step in (2, 3):
         noise.follow(CORRELATION, step)
         draw(noise)
@@ -46,7 +46,7 @@ def test_a_resumed_run_has_the_steps_that_are_left() -> None:
 
 
 def test_independent_noise_has_no_history() -> None:
-    noise = ReleaseNoise(GaussianNoise(), OneProcess())
+    noise = ReleaseNoise(GaussianNoise(), Reduction())
     noise.follow(None, 7)
     draw(noise)
     assert noise.since == 0
@@ -58,7 +58,7 @@ def test_correlated_shares_of_two_ranks_add_up(wrong: float) -> None:
     6e-7).
     """
 
-    class Rank(OneProcess):
+    class Rank(Reduction):
         noise_share = 0.5**0.5
 
     total = torch.zeros(3, 4000, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_dp.clipping import FlatClipping
-from lightning_dp.step.reduction import AllReduce, OneProcess
+from lightning_dp.step.reduction import AllReduce, Reduction
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def linear() -> nn.Linear:
 
 
 def test_one_process_leaves_everything_as_it_is() -> None:
-    reduction, layer = OneProcess(), linear()
+    reduction, layer = Reduction(), linear()
     parameters = dict(layer.named_parameters())
     accumulator = reduction.make_accumulator(parameters, FlatClipping(1.0), 2)
     accumulator.flat.fill_(3.0)

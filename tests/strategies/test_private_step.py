@@ -15,7 +15,7 @@ from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.noise.prefetch import NormalsAhead
 from lightning_dp.step import noising
-from lightning_dp.step.reduction import OneProcess
+from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.step import PrivateStep
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
@@ -240,7 +240,7 @@ def test_ledger_holds_a_step_before_its_release(first: bool, tmp_path: Any, monk
 
         monkeypatch.setattr(GaussianNoise, name, spy)
     released: list[int] = []
-    monkeypatch.setattr(OneProcess, "reduce", lambda self, accumulator: released.append(strategy.ledger.num_steps))
+    monkeypatch.setattr(Reduction, "reduce", lambda self, accumulator: released.append(strategy.ledger.num_steps))
     make_trainer(strategy, tmp_path).fit(Classifier(), make_loader())
     assert drawn == ({"add_": [], "fill_": [0, 1, 2, 3]} if first else {"add_": [1, 2, 3, 4], "fill_": []})
     assert released == [1, 2, 3, 4]
