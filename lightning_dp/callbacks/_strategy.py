@@ -3,54 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.auditing.canaries import Sum
-from lightning_dp.step.limit import Spending
+from lightning_dp.step.facts import StateFacts
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.settings import Settings
 from lightning_dp.strategies._lightning import logger_step
 
 
-class LedgerHolder(Spending, Protocol):
-    """A run with a ledger: a private strategy, or a module that trains privately by itself (``DataLens``)."""
-
-    mechanisms: Mechanisms
-    last_allowed_step: float
-
-    def epsilon(self, delta: float | None = None) -> float:
-        """Return the epsilon spent so far."""
-
-    def settle_limit(self) -> float:
-        """Compute and return ``last_allowed_step`` from ``mechanisms.limit``, the plan and the current ledger."""
-
-
-class PrivateStrategy(LedgerHolder, Protocol):
-    """A private strategy as callbacks see it."""
+class PrivateStrategy(StateFacts):
+    """A private strategy as callbacks see it: a type only, since callbacks know no class of strategies."""
 
     settings: Settings
     audits: list[str]
-
-    @property
-    def accumulators(self) -> Mapping[int, Sum]:
-        """Accumulators by index of their private optimizer, for reading only."""
-
-    @property
-    def bytes_per_step(self) -> int:
-        """Bytes that one rank passes to the all-reduce of a logical step."""
-
-    def private_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of all private optimizers by qualified name."""
-
-    def losses(self, records: Sequence[Any], loss: Callable[[pl.LightningModule, Any], Tensor]) -> list[float]:
-        """Return the loss of each record alone, in evaluation mode and without side effects. NOT private."""
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return the object of rank ``src`` on every rank."""
+    accumulators: Mapping[int, Sum]
+    bytes_per_step: int
+    private_parameters: Callable[[], dict[str, nn.Parameter]]
+    losses: Callable[[Sequence[Any], Callable[[pl.LightningModule, Any], Tensor]], list[float]]
+    broadcast: Callable[[Any], Any]
 
 
 def private_strategy(trainer: pl.Trainer, callback: object) -> PrivateStrategy:
@@ -69,14 +44,14 @@ def private_strategy(trainer: pl.Trainer, callback: object) -> PrivateStrategy:
     return cast(PrivateStrategy, strategy)
 
 
-def ledger_holder(trainer: pl.Trainer, callback: object) -> LedgerHolder:
+def ledger_holder(trainer: pl.Trainer, callback: object) -> StateFacts:
     """Return the module if it has its own ledger (``DataLens``), else the private strategy.
 
     Raises:
         TypeError: neither module nor strategy trains privately.
     """
     if isinstance(getattr(trainer.lightning_module, "ledger", None), Ledger):
-        return cast(LedgerHolder, trainer.lightning_module)
+        return cast(StateFacts, trainer.lightning_module)
     return private_strategy(trainer, callback)
 
 

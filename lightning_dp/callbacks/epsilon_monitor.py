@@ -10,7 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.callbacks._strategy import LedgerHolder, ledger_holder, write_to_loggers
+from lightning_dp.callbacks._strategy import ledger_holder, write_to_loggers
+from lightning_dp.step.facts import StateFacts
 from lightning_dp.strategies._lightning import is_saved_by_steps
 
 
@@ -74,7 +75,7 @@ class EpsilonMonitor(Callback):
         """Log epsilon when an epoch ends, even if the epoch was cut short."""
         self._log(trainer, pl_module, ledger_holder(trainer, self))
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, strategy: LedgerHolder) -> None:
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, strategy: StateFacts) -> None:
         steps = strategy.ledger.num_steps
         if steps in (0, self._last_logged):
             return

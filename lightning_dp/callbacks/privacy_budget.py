@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.callbacks._strategy import LedgerHolder, ledger_holder
+from lightning_dp.callbacks._strategy import ledger_holder
 from lightning_dp.errors import PrivacyError
+from lightning_dp.step.facts import StateFacts
 from lightning_dp.step.limit import EpsilonLimit
 
 
@@ -84,7 +85,7 @@ class PrivacyBudget(Callback):
         """Lift the limit when a run is interrupted."""
         ledger_holder(trainer, self).mechanisms.remove(self)
 
-    def _spent(self, strategy: LedgerHolder) -> str:
+    def _spent(self, strategy: StateFacts) -> str:
         if strategy.ledger.num_steps == 0:
             return "no steps recorded, so one step alone exceeds it"
         return f"epsilon={strategy.epsilon(self.delta):.4g} already spent"

@@ -74,20 +74,6 @@ class DataLensRun(StateFacts, pl.LightningModule):
             self.settle_limit()
         return self.state.plan  # type: ignore[no-any-return]
 
-    def settle_limit(self) -> float:
-        """Compute ``last_allowed_step`` from ``mechanisms.limit``, the plan and the ledger; store and return it."""
-        self.last_allowed_step = self.mechanisms.limit.last_step(self)
-        return self.last_allowed_step
-
-    @property
-    def last_allowed_step(self) -> float:
-        """Number of steps of the run that a budget allows; infinite without a budget."""
-        return self.state.last_allowed_step
-
-    @last_allowed_step.setter
-    def last_allowed_step(self, step: float) -> None:
-        self.state.last_allowed_step = step
-
     def epsilon(self, delta: float | None = None) -> float:
         """Return the epsilon spent so far, from the ledger; public.
 
@@ -168,7 +154,7 @@ class DataLensRun(StateFacts, pl.LightningModule):
     @override
     def teardown(self, stage: str) -> None:
         """Remove the step limit, which holds for one fit."""
-        self.last_allowed_step = math.inf
+        self.state.last_allowed_step = math.inf
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:

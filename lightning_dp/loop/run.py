@@ -232,7 +232,7 @@ class PrivateLoop(LoopFacts):
                     "(mechanisms.add(canaries=...)), or under a Trainer."
                 )
             state.plan = build_plan(state, self.settings, self._drawn.facts, self.mechanisms, self._length)
-            state.last_allowed_step = self.mechanisms.limit.last_step(self)
+            self.settle_limit()
         return state.plan  # type: ignore[no-any-return]
 
     # ---------------------------------------------------------------- saving, closing

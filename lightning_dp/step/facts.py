@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_dp.accounting import Accountant, Ledger
 from lightning_dp.reporting.card import RunNotes
+from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.state import PrivacyState
 
 
@@ -13,6 +14,7 @@ class StateFacts:
     """Ledger, epsilon and statement of a private run; a base class of strategies, loops and DataLens."""
 
     state: PrivacyState
+    mechanisms: Mechanisms
 
     @property
     def plan(self) -> Any:
@@ -38,6 +40,16 @@ class StateFacts:
     def steps_taken(self) -> int:
         """Number of logical steps of this run that have released noise; schedules are functions of it."""
         return self.state.steps_taken
+
+    @property
+    def last_allowed_step(self) -> float:
+        """Number of steps of the run that a budget allows; infinite without a budget."""
+        return self.state.last_allowed_step
+
+    def settle_limit(self) -> float:
+        """Compute and return ``last_allowed_step`` from ``mechanisms.limit``, the plan and the current ledger."""
+        self.state.last_allowed_step = self.mechanisms.limit.last_step(self)
+        return self.state.last_allowed_step
 
     def epsilon(self, delta: float | None = None) -> float:
         """Return the epsilon spent so far. It is public, because it depends on public settings only.

@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from lightning_dp import _validate as check
-from lightning_dp.accounting import Accountant, Ledger, max_steps_within
+from lightning_dp.accounting import max_steps_within
+
+if TYPE_CHECKING:
+    from lightning_dp.step.facts import StateFacts
 
 #: Largest number of steps of look-ahead in an unbounded run.
 HORIZON = 10_000_000
-
-
-class PublicPlan(Protocol):
-    """Public facts about the steps of a run."""
-
-    @property
-    def delta(self) -> float:
-        """Delta at which epsilon is stated."""
-
-    @property
-    def steps(self) -> int | None:
-        """Number of logical steps of the whole run; None if nothing bounds it."""
-
-    def sigma(self, step: int) -> float:
-        """Return the noise multiplier of a step."""
-
-    def runs(self, start: int, stop: int) -> Sequence[Any]:
-        """Return the events of planned steps, as items that ``Ledger.extended`` takes."""
-
-
-class Spending(Protocol):
-    """The facts of a run that a budget needs: plan, ledger, accountant and steps taken."""
-
-    @property
-    def ledger(self) -> Ledger:
-        """The ledger: all releases so far."""
-
-    @property
-    def accountant(self) -> Accountant:
-        """The accountant, which computes epsilon."""
-
-    @property
-    def plan(self) -> PublicPlan:
-        """Public settings of the run."""
-
-    @property
-    def steps_taken(self) -> int:
-        """Number of logical steps of this run that have released noise."""
 
 
 class Limit:
@@ -59,7 +23,7 @@ class Limit:
     **Guarantee**: the limit is a function of the public plan and the ledger.
     """
 
-    def last_step(self, run: Spending) -> float:
+    def last_step(self, run: StateFacts) -> float:
         """Return the total number of logical steps, past steps included, after which the run must end."""
         return math.inf
 
@@ -82,7 +46,7 @@ class EpsilonLimit(Limit):
         self.delta = None if delta is None else check.check_probability("delta", delta)
 
     @override
-    def last_step(self, run: Spending) -> float:
+    def last_step(self, run: StateFacts) -> float:
         plan, start = run.plan, run.steps_taken
         delta = plan.delta if self.delta is None else self.delta
         stop = start + HORIZON if plan.steps is None else plan.steps

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.facts import StateFacts
-from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.planning import build_plan
 from lightning_dp.step.settings import Settings
@@ -27,7 +26,6 @@ class RunFacts(StateFacts):
     """The public facts of a private strategy, for users and callbacks."""
 
     settings: Settings
-    mechanisms: Mechanisms
     lightning_module: pl.LightningModule | None
     optimizers: list[Any]
     _loader: PrivateDataLoader | None
@@ -84,16 +82,6 @@ class RunFacts(StateFacts):
     def nonprivate_logs(self) -> set[str]:
         """Names of figures of the training data that were logged without noise."""
         return self.state.nonprivate_logs
-
-    @property
-    def last_allowed_step(self) -> float:
-        """Number of steps of the run that a budget allows; infinite without a budget."""
-        return self.state.last_allowed_step
-
-    def settle_limit(self) -> float:
-        """Compute and return ``last_allowed_step`` from ``mechanisms.limit``, the plan and the current ledger."""
-        self.state.last_allowed_step = self.mechanisms.limit.last_step(self)
-        return self.state.last_allowed_step
 
     def private_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of all private optimizers by qualified name."""

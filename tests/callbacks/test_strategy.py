@@ -9,15 +9,15 @@ import lightning as L
 import pytest
 
 from lightning_dp import DPDDPStrategy, DPStrategy
-from lightning_dp.callbacks._strategy import LedgerHolder, PrivateStrategy
+from lightning_dp.callbacks._strategy import PrivateStrategy
 from lightning_dp.datalens import DataLens, MLPDiscriminator, MLPGenerator
-from lightning_dp.step.limit import Spending
+from lightning_dp.step.facts import StateFacts
 from tests.helpers import Classifier, make_loader, make_trainer
 from tests.strategies.test_manual import GAN
 from tests.strategies.test_soundness import rdp
 
-HOLDER = set().union(*({*vars(kind), *get_type_hints(kind)} for kind in (Spending, LedgerHolder)))
-STRATEGY = HOLDER | {*vars(PrivateStrategy), *get_type_hints(PrivateStrategy)}
+HOLDER = {*vars(StateFacts), *get_type_hints(StateFacts)}
+STRATEGY = HOLDER | {*get_type_hints(PrivateStrategy)}
 
 
 def public(names: set[str]) -> set[str]:
