@@ -17,7 +17,6 @@ from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
 from lightning_dp.step import checks
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.module_checks import LayerChecks
-from lightning_dp.step.records import TrainingRecords
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.settings import Settings
@@ -73,14 +72,16 @@ class LoopFit:
         )
         mechanisms.check(self.step.clipping, target_epsilon=settings.target_epsilon, num_private_optimizers=1)
         state.decided = mechanisms.described()
-        self._records = TrainingRecords(loader, move)
         self._host = LoopHost(
             called,
             optimizer,
-            self._records,
+            loader,
+            move,
             reduction=settings.loss_reduction,
-            batch_size=self._records.batch_size(reduction.world_size, settings.samples_at_once),
+            world_size=reduction.world_size,
+            limit=settings.samples_at_once,
         )
+        self._records = self._host.training
         self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext)
         self._trial = Trial(self.step, self._host, self._sandbox)
         self._host.see = lambda batch: self.step.engine.see(batch)

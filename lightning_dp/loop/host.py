@@ -13,32 +13,42 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
 
+from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step import checks
-from lightning_dp.step.records import TrainingRecords
+from lightning_dp.step.host import Host
 
 LossFunction = Callable[[Any, Any], Any]
 """(model, batch) -> loss of shape () or (B,), or a mapping with "loss"; or a criterion."""
 
 
-class LoopHost:
+class LoopHost(Host):
     """The user's loss function, for the trials of the private step and for real batches.
 
     Args:
         model: first argument of the loss function.
         optimizer: optimizer of the model.
-        records: records of the training set.
+        loader: the private loader.
+        move: moves a batch to the device.
         reduction: "mean" or "sum": how a scalar loss combines the samples.
-        batch_size: expected number of records in a real microbatch.
+        world_size: ranks.
+        limit: most samples of a microbatch, or None.
     """
 
-    shows_progress, skips, stops, has_epoch_end = True, False, False, False
-
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, records: TrainingRecords, *, reduction: str, batch_size: int
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: PrivateDataLoader,
+        move: Callable[[Any], Any],
+        *,
+        reduction: str,
+        world_size: int,
+        limit: int | None,
     ) -> None:
-        self._model, self._optimizer, self._records, self._reduction = model, optimizer, records, reduction
-        self.batch_size = batch_size
+        super().__init__(lambda: loader, move, world_size=world_size, limit=limit)
+        self._model, self._optimizer, self._reduction = model, optimizer, reduction
         self.loss_fn: LossFunction = _no_loss
         self.see: Callable[[Any], None] = lambda batch: None
         """Called with each batch before the loss function runs on it."""
@@ -46,24 +56,11 @@ class LoopHost:
         """Called where the optimizer would step."""
         self.stepping: Callable[[Optimizer], Any] = nullcontext
         """Makes a context in which the optimizer may step."""
-        self.narrow = torch.float32
-        """Narrowest type in which the loss function computes; ``find_types`` sets it."""
 
-    def records(self, num: int, seed: int = 0) -> list[Any]:
-        """Return a few records spread over the training set, the same ones for the same seed."""
-        return self._records.take(num, seed)
-
-    def check_reading(self, seed: int) -> None:
-        """Check that an item of the dataset is the same whatever else is read."""
-        self._records.check_reading(seed)
-
-    def check_order(self) -> None:
-        """Check, at the beginning of a pass, that the records are where they were."""
-        self._records.check_order()
-
+    @override
     def run(self, records: list[Any]) -> Any:
         """Collate records, run the loss function on the batch and return its output."""
-        batch = self._records.batch_of(records)
+        batch = self.training.batch_of(records)
         self.see(batch)
         return self.loss(self._model, batch)
 
@@ -85,6 +82,7 @@ class LoopHost:
         inputs, targets = batch
         return self.loss_fn(model(inputs), targets)
 
+    @override
     def loss_of(self, output: Any, count: int) -> Tensor:
         """Return the output of the loss function as a scalar that can be back-propagated.
 
@@ -102,14 +100,11 @@ class LoopHost:
             )
         return loss
 
-    def skips_on(self, record: Any) -> bool:
-        """Return False: a plain loop has no hooks."""
-        return False
-
+    @override
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate a loss."""
         loss.backward()  # type: ignore[no-untyped-call]
 
+    @override
     def rehearse(self, closure: Callable[[], Any]) -> None:
         """Step the optimizer on the gradient that follows the closure."""
         closure()
@@ -117,18 +112,8 @@ class LoopHost:
         with self.stepping(self._optimizer):
             self._optimizer.step()
 
-    def end_batch(self, output: Any) -> None:
-        """Do nothing: a plain loop has no hooks."""
-
-    def end_epoch(self) -> None:
-        """Do nothing: a plain loop has no hooks."""
-
-    def saved(self) -> dict[str, Any]:
-        """Return nothing: the user saves by hand."""
-        return {}
-
+    @override
     def others(self) -> list[Any]:
-        """Return a list with the optimizer."""
         return [self._optimizer]
 
     def reachable(self) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -82,33 +81,19 @@ class Couplings:
         def run(chosen: list[Any], *, engine: bool) -> Probe:
             return self._runs.again(snapshot, chosen, Draws(seed=1, coin=coin), engine=engine)
 
-        scale = len(records) if self._runs.step.settings.loss_reduction == "mean" else 1
+        step, scale = self._runs.step, self._runs.scale(len(records))
         batched = run(records, engine=True).private
-        dtypes = {gradient.dtype for gradient in batched.values()}
-        tolerance = TOLERANCE[torch.float64 if dtypes == {torch.float64} else self._runs.narrow]
-        alone = (run([record], engine=False).private for record in records)
-
-        step = self._runs.step
-
-        def length(gradients: dict[str, Tensor]) -> float:
-            squares = {name: gradient.double().square().sum() for name, gradient in gradients.items()}
-            return math.sqrt(sum(float(square) for square in step.reduction.total(squares).values()))
+        tolerance = TOLERANCE[self._runs.coarsest(gradient.dtype for gradient in batched.values())]
 
         def adds_up() -> bool:
             """Tell whether the gradient of the whole batch equals the sum of its samples' gradients alone."""
-            rest = {name: gradient * scale for name, gradient in run(records, engine=False).private.items()}
-            largest = 0.0
-            for record in records:
-                single = run([record], engine=False).private
-                largest = max(largest, length(single))
-                rest |= {
-                    name: rest.get(name, torch.zeros_like(gradient)) - gradient for name, gradient in single.items()
-                }
-            return length(rest) <= tolerance * largest
+            whole = {name: gradient * scale for name, gradient in run(records, engine=False).private.items()}
+            parts = [run([record], engine=False).private for record in records]
+            return exchange.add_up(parts, whole, tolerance, step.reduction.total)
 
         compare_with_singles(
             batched,
-            alone,
+            (run([record], engine=False).private for record in records),
             scale=scale,
             rtol=tolerance,
             module=step.module,
@@ -134,8 +119,8 @@ class Couplings:
         compare_with_singles(
             batched,
             (self._runs.again(snapshot, [batch[place]], draws).private for place in places),
-            scale=size if step.settings.loss_reduction == "mean" else 1,
-            rtol=TOLERANCE[torch.float64 if step.engine.dtypes == {torch.float64} else self._runs.narrow],
+            scale=self._runs.scale(size),
+            rtol=TOLERANCE[self._runs.coarsest(step.engine.dtypes)],
             module=step.module,
         )
 
@@ -218,11 +203,10 @@ class Couplings:
             if may_raise:  # the user's code refuses such a record: an exception, which the guarantee does not cover
                 return
             raise
-        narrow = torch.float64 if base.norms.dtype == torch.float64 else self._runs.narrow
         stays = torch.arange(base.norms.shape[1], device=base.norms.device) != place
-        exact, rough = exchange.TOLERANCE[narrow]
-        same_shape = exchange.same_shapes(base, other) and not loose
-        tolerance, total = exact if same_shape else rough, self._runs.step.reduction.total
+        exact, rough = exchange.TOLERANCE[self._runs.coarsest([base.norms.dtype])]
+        tolerance = exact if base.shapes == other.shapes and not loose else rough
+        total = self._runs.step.reduction.total
         exchange.compare(base, other, stays, tolerance=tolerance, what=what, total=total)
 
     def _fingerprint(self, snapshot: Snapshot, records: list[Any], place: int, draws: Draws) -> exchange.Fingerprint:
@@ -237,8 +221,7 @@ class Couplings:
             return exchange.fingerprint(step.reduction, step.engine, weights, {name: known[name] for name in names})
 
         probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
-        scale = size if step.settings.loss_reduction == "mean" else 1
-        return exchange.join(probe.found, scale, exchange.sizes_of(records), frozenset(probe.stepped), size, place)
+        return exchange.join(probe.found, records, self._runs.scale(size), frozenset(probe.stepped))
 
 
 def differing(records: list[Any]) -> list[Any]:

@@ -6,14 +6,14 @@ couplings that are too small for a comparison with single runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dp.errors import ComparisonError
 from lightning_dp.per_sample.batch_owners import shapes_in
@@ -29,71 +29,57 @@ class Fingerprint:
 
     Args:
         norms: (parameters, B) norms of the gradients of each sample's own loss. Private.
-        sums: per random direction, parameter -> weighted sum over the samples that stay, scaled to equal length.
-            Private.
+        sums: parameter -> weighted sum over the samples that stay, scaled to equal length. Private.
         shapes: of all samples, the exchanged one included.
         stepped: optimizers that stepped.
     """
 
     norms: Tensor
-    sums: list[dict[str, Tensor]]
+    sums: dict[str, Tensor]
     shapes: Any
     stepped: frozenset[int]
 
 
 def random_weights(size: int, leaves: int) -> Tensor:
-    """Return fixed weights of shape (1, size), a third of them negative, and 0 for the exchanged sample."""
-    weights = torch.from_numpy(np.random.default_rng(7).uniform(0.5, 1.5, (1, max(size, leaves + 1))))
-    weights *= torch.where(torch.arange(weights.shape[1]) % 3 == 0, -1.0, 1.0)
-    weights[:, leaves] = 0.0
-    return weights[:, :size]
+    """Return fixed weights of shape (size,), a third of them negative, and 0 for the exchanged sample."""
+    weights = torch.from_numpy(np.random.default_rng(7).uniform(0.5, 1.5, max(size, leaves + 1)))
+    weights *= torch.where(torch.arange(len(weights)) % 3 == 0, -1.0, 1.0)
+    weights[leaves] = 0.0
+    return weights[:size]
 
 
 def fingerprint(
     reduction: Reduction, engine: Any, weights: Tensor, parameters: dict[str, Tensor]
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Return gradient norms per parameter and sample, and weighted sums of the gradients scaled to equal length.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return gradient norms per parameter and sample, and a weighted sum of the gradients scaled to equal length.
 
     Args:
         reduction: computes norms, and this process's part of a sum.
         engine: the engine that recorded the batch.
-        weights: (directions, B); 0 leaves a sample out.
+        weights: (B,); 0 leaves a sample out.
         parameters: private parameters of one optimizer by name.
     """
     norms = reduction.squared_norms(engine, [[name] for name in parameters]).sqrt()
     total = norms.nan_to_num(nan=0.0, posinf=0.0).square().sum(0).sqrt()
     usable = (total > 0) & norms.isfinite().all(0)
-    sums = []
-    for row in weights.to(norms):
-        factors = torch.where(usable, row / total.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
-        sums.append(reduction.weighted_sum(engine, factors, parameters))
-    return norms, sums
+    factors = torch.where(usable, weights.to(norms) / total.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
+    return norms, reduction.weighted_sum(engine, factors, parameters)
 
 
 def join(
-    found: list[tuple[Tensor, list[dict[str, Tensor]]]],
-    scale: float,
-    shapes: Any,
-    stepped: frozenset[int],
-    size: int,
-    leaves: int,
+    found: list[tuple[Tensor, dict[str, Tensor]]], records: list[Any], scale: float, stepped: frozenset[int]
 ) -> Fingerprint:
     """Join the fingerprints of several optimizers into one.
 
     Args:
         found: result of :func:`fingerprint` per optimizer.
+        records: all samples.
         scale: factor from gradients of the batch's loss to gradients of each sample's own loss.
-        shapes: shapes of all samples.
         stepped: optimizers that stepped.
-        size: number of samples.
-        leaves: position of the exchanged sample.
     """
-    norms = torch.cat([norms for norms, _ in found]) * scale if found else torch.zeros(0, size)
-    sums: list[dict[str, Tensor]] = [{} for _ in (found[0][1] if found else ())]
-    for _, directions in found:
-        for total, part in zip(sums, directions, strict=True):
-            total.update(part)
-    return Fingerprint(norms, sums, shapes, stepped)
+    norms = torch.cat([norms for norms, _ in found]) * scale if found else torch.zeros(0, len(records))
+    sums = {name: total for _, part in found for name, total in part.items()}
+    return Fingerprint(norms, sums, [shape_of(record) for record in records], stepped)
 
 
 def most_different(record: Any, others: list[Any]) -> list[Any]:
@@ -106,27 +92,13 @@ def most_different(record: Any, others: list[Any]) -> list[Any]:
 def whole_numbers(record: Any) -> list[Any]:
     """Return whole numbers and words of a record, at most 64 of each of its arrays."""
     found: list[Any] = []
-
-    def look(leaf: Any) -> Any:
+    for leaf in tree_leaves(record):
         whole = isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
         if isinstance(leaf, (int, str)):
             found.append(leaf)
         elif whole or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biu"):
             found.extend(leaf.reshape(-1)[:64].tolist())
-        return leaf
-
-    tree_map(look, record)
     return found
-
-
-def sizes_of(records: list[Any]) -> tuple[Any, ...]:
-    """Return the shapes of all records."""
-    return tuple(shape_of(record) for record in records)
-
-
-def same_shapes(first: Fingerprint, second: Fingerprint) -> bool:
-    """Tell whether two batches have the same shapes, so that the arithmetic of all other rows is the same."""
-    return bool(first.shapes == second.shapes)
 
 
 def compare(
@@ -169,11 +141,10 @@ def compare(
         raise ComparisonError(
             _message(what, f"the gradients of {number} others differ by up to {float(worst):.2g} of their length")
         )
-    for one, other in zip(first.sums, second.sums, strict=True):
-        squares = {name: (one[name].double() - other[name].double()).square().sum() for name in one}
-        distance = sum(float(square) for square in total(squares).values()) ** 0.5
-        if not distance <= 4 * tolerance * norms.shape[1]:
-            raise ComparisonError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
+    squares = {name: (first.sums[name].double() - second.sums[name].double()).square().sum() for name in first.sums}
+    distance = sum(float(square) for square in total(squares).values()) ** 0.5
+    if not distance <= 4 * tolerance * norms.shape[1]:
+        raise ComparisonError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
 
 
 def _message(what: str, found: str) -> str:
@@ -197,42 +168,67 @@ def _message(what: str, found: str) -> str:
     )
 
 
+def minus(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the difference of gradients by parameter; a missing one is zero."""
+    return {**one, **{name: one.get(name, 0.0) - gradient for name, gradient in other.items()}}
+
+
+def add_up(
+    parts: Sequence[Mapping[str, Tensor]],
+    whole: Mapping[str, Tensor],
+    tolerance: float,
+    total: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> bool:
+    """Tell whether gradients add up to a whole, within a tolerance relative to the longest of them.
+
+    Args:
+        parts: gradients by parameter; a missing one is zero.
+        whole: their sum.
+        tolerance: relative.
+        total: adds figures by parameter over the processes, where each holds a part of the gradients.
+    """
+
+    def length(gradients: Mapping[str, Tensor]) -> float:
+        squares = {name: gradient.double().square().sum() for name, gradient in gradients.items()}
+        return float(sum(float(square) for square in total(squares).values()) ** 0.5)
+
+    rest = whole
+    for part in parts:
+        rest = minus(rest, part)
+    longest = max(map(length, parts))
+    return longest > 0 and length(rest) <= tolerance * longest  # not where a gradient is NaN
+
+
 def spoiled(record: Any, value: float) -> Any:
     """Return a record with all floating-point values replaced by one value; the same record if it has none."""
 
     def replaced(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return torch.full_like(leaf, value)
-        if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
-            return np.full_like(leaf, value)
-        return value if isinstance(leaf, float) else leaf
+        if not _has_floats(leaf):
+            return leaf
+        full = torch.full_like if isinstance(leaf, Tensor) else np.full_like
+        return value if isinstance(leaf, float) else full(leaf, value)
 
     return tree_map(replaced, record)
 
 
 def has_floats(record: Any) -> bool:
     """Tell whether a record has floating-point values."""
-    found: list[bool] = []
+    return any(map(_has_floats, tree_leaves(record)))
 
-    def look(leaf: Any) -> Any:
-        kind = isinstance(leaf, float) or (isinstance(leaf, Tensor) and leaf.is_floating_point())
-        found.append(kind or (isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f"))
-        return leaf
 
-    tree_map(look, record)
-    return any(found)
+def _has_floats(leaf: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return leaf.is_floating_point()
+    return isinstance(leaf, float) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f")
 
 
 def shape_of(record: Any) -> Any:
     """Return the shapes and lengths of all values in a record, for comparison with another record."""
-    shapes: list[Any] = []
+    return tuple(map(_shape_of, tree_leaves(record)))
 
-    def look(leaf: Any) -> Any:
-        inside = () if hasattr(leaf, "shape") or isinstance(leaf, str) else shapes_in(leaf)
-        shapes.append(
-            inside or (tuple(leaf.shape) if hasattr(leaf, "shape") else len(leaf) if hasattr(leaf, "__len__") else None)
-        )
-        return leaf
 
-    tree_map(look, record)
-    return tuple(shapes)
+def _shape_of(leaf: Any) -> Any:
+    if hasattr(leaf, "shape"):
+        return tuple(leaf.shape)
+    inside = () if isinstance(leaf, str) else shapes_in(leaf)
+    return inside or (len(leaf) if hasattr(leaf, "__len__") else None)

@@ -11,7 +11,7 @@ from lightning_dp import _messages
 from lightning_dp.errors import PrivacyError
 
 if TYPE_CHECKING:
-    from lightning_dp.step.runs import Host
+    from lightning_dp.step.host import Host
 
 T = TypeVar("T")
 

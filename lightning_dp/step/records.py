@@ -29,17 +29,22 @@ class TrainingRecords:
     **Guarantee**: none, because records are private. Their positions are public, and the same in every run.
 
     Args:
-        loader: the private loader.
+        loader: returns the private loader, which may be replaced during a fit.
         move: moves a collated batch to the device.
     """
 
-    def __init__(self, loader: PrivateDataLoader, move: Callable[[Any], Any]) -> None:
-        self.loader, self._move = loader, move
+    def __init__(self, loader: Callable[[], PrivateDataLoader], move: Callable[[Any], Any]) -> None:
+        self._loader, self._move = loader, move
         self.axes: tuple[str, ...] = ()
         """Paths of the tensors of a batch that have one row per record, once ``learn_rows`` has found them."""
-        self._stand_in: list[Any] | None = None
+        self._stand_in: tuple[PrivateDataLoader, list[Any]] | None = None  # with the loader that it comes from
         self.labels: list[Any] = []
         """Whole numbers and words of a few records, at the beginning of the last pass."""
+
+    @property
+    def loader(self) -> PrivateDataLoader:
+        """The current private loader."""
+        return self._loader()
 
     def take(self, num: int, seed: int = 0) -> list[Any]:
         """Return records from all over a dataset with random access, or the first records of a stream.
@@ -118,9 +123,9 @@ class TrainingRecords:
 
     def stand_in(self, copies: int = 1) -> Any:
         """Return a batch on the device that replaces an empty one: one record, or copies of it."""
-        if self._stand_in is None:
-            self._stand_in = peek_samples(self.loader, 1)
-        return self.batch_of(self._stand_in * copies)
+        if self._stand_in is None or self._stand_in[0] is not self.loader:
+            self._stand_in = self.loader, peek_samples(self.loader, 1)
+        return self.batch_of(self._stand_in[1] * copies)
 
     def batch_size(self, world_size: int, limit: int | None) -> int:
         """Return the expected number of records in a real microbatch of one rank, at most the dataset size.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lightning_dp.per_sample.frozen_randomness import REJECTING, FrozenRandomness
 from lightning_dp.step.foreign import ForeignCode
+from lightning_dp.step.host import Host
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import host_generators, seed_generators, seed_low_or_high
 from lightning_dp.step.sandbox import Sandbox
@@ -59,69 +60,6 @@ class Draws:
         return FrozenRandomness(by_place=self.by_place, coin=self.coin)
 
 
-class Host(Protocol):
-    """The adapter that runs the user's step."""
-
-    @property
-    def shows_progress(self) -> bool:
-        """True if a progress bar may be shown."""
-
-    @property
-    def batch_size(self) -> int:
-        """Expected number of records in a real microbatch."""
-
-    def records(self, num: int, seed: int = 0) -> list[Any]:
-        """Return a few records from all over the training set, the same ones for the same seed."""
-
-    def check_reading(self, seed: int) -> None:
-        """Check that an item of the dataset is the same whatever else is read."""
-
-    def check_order(self) -> None:
-        """Check, at the beginning of a pass, that the records are where they were."""
-
-    def run(self, records: list[Any]) -> Any:
-        """Collate records and run the user's step on them; return its output."""
-
-    def loss_of(self, output: Any, count: int) -> Tensor | None:
-        """Return the loss of an output as a scalar; None if the output holds no loss."""
-
-    skips: bool
-    """True if user code asked, in the last run, to skip the rest of the epoch."""
-
-    @property
-    def stops(self) -> bool:
-        """True if the last run asked for the end of training."""
-
-    def skips_on(self, record: Any) -> bool:
-        """Tell whether user code, given one record alone, asks to skip the rest of the epoch."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Back-propagate a loss, with the user's hooks before and after it."""
-
-    def rehearse(self, closure: Callable[[], Any]) -> None:
-        """Step the one optimizer as the host does, on the gradient that the closure gives."""
-
-    def end_batch(self, output: Any) -> None:
-        """Call the hooks that end a batch."""
-
-    @property
-    def has_epoch_end(self) -> bool:
-        """True if user code does something at the end of an epoch."""
-
-    def end_epoch(self) -> None:
-        """Call the hooks that end an epoch."""
-
-    def others(self) -> list[Any]:
-        """Return the optimizers and schedulers."""
-
-    def saved(self) -> dict[str, Any]:
-        """Return copies of what user code puts into a checkpoint, by its path."""
-
-    @property
-    def narrow(self) -> torch.dtype:
-        """Narrowest floating-point dtype in which the step computes."""
-
-
 class TrialRuns:
     """A runner of the user's step on records within the sandbox.
 
@@ -144,6 +82,14 @@ class TrialRuns:
     def narrow(self) -> torch.dtype:
         """Narrowest floating-point dtype in which the step computes."""
         return torch.bfloat16 if torch.bfloat16 in self.step.engine.dtypes else self.host.narrow
+
+    def coarsest(self, dtypes: Iterable[torch.dtype]) -> torch.dtype:
+        """Return the type by whose rounding gradients are compared: float64 if all have it, else ``narrow``."""
+        return torch.float64 if set(dtypes) == {torch.float64} else self.narrow
+
+    def scale(self, count: int) -> int:
+        """Return the factor from gradients of the loss of ``count`` samples to gradients of each sample's own loss."""
+        return count if self.step.settings.loss_reduction == "mean" else 1
 
     @contextmanager
     def progress(self) -> Iterator[None]:

@@ -12,9 +12,10 @@ from typing import Any
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import Couplings, differing
+from lightning_dp.step.host import Host
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import seed_generators
-from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, Host, TrialRuns
+from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep

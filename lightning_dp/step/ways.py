@@ -101,18 +101,18 @@ class OneByOne:
         few = differing(records)[: NUM_ALONE + 1]
         if len(few) < 2:
             raise ComparisonError(f"{len(few)} record is too little to tell. {_COUPLED}")
-        self._check_sum(snapshot, few[:NUM_ALONE], MIDDLE)
+        self._check_batch(snapshot, few[:NUM_ALONE], MIDDLE)
         if len(few) > NUM_ALONE:
-            self._check_sum(snapshot, [*few[1:NUM_ALONE], few[-1]], MIDDLE)
+            self._check_batch(snapshot, [*few[1:NUM_ALONE], few[-1]], MIDDLE)
         for coin in (LOW, HIGH) if self._runs.has_coins else ():
-            self._check_sum(snapshot, few[:NUM_ALONE], coin)
+            self._check_batch(snapshot, few[:NUM_ALONE], coin)
         self._check_exchange(snapshot, self._couplings.real_records(seed), seed)
 
-    def _check_sum(self, snapshot: Snapshot, records: list[Any], coin: float) -> None:
+    def _check_batch(self, snapshot: Snapshot, records: list[Any], coin: float) -> None:
         draws = Draws(seed=1, coin=coin)
         together, _ = self._gradient(snapshot, records, draws)
         alone = [self._gradient(snapshot, [record], draws)[0] for record in records]
-        self._compare(together, alone, dtype=self._dtype(together))
+        _check_sum(alone, together, self._runs.coarsest(gradient.dtype for gradient in together.values()))
 
     def _check_exchange(self, snapshot: Snapshot, records: list[Any], seed: int) -> None:
         """Exchange the first record of a batch of the real size: its own two gradients alone must explain what
@@ -131,7 +131,7 @@ class OneByOne:
             after, again = self._gradient(snapshot, [spare, *batch[1:]], draws)
             new, again_alone = self._gradient(snapshot, [spare], draws)
             seconds, seconds_alone = min(seconds, again), min(seconds_alone, again_alone)
-            self._compare(_plus(before, after, -1.0), [own, _times(new, -1.0)], dtype=dtype)
+            _check_sum([own, exchange.minus({}, new)], exchange.minus(before, after), dtype)
         self._cost = size * seconds_alone / seconds
 
     def _gradient(self, snapshot: Snapshot, records: list[Any], draws: Draws) -> tuple[dict[str, Tensor], float]:
@@ -143,37 +143,15 @@ class OneByOne:
             found = runs.again(snapshot, records, draws).private
         finally:
             runs.host.copies = copies
-        scale = len(records) if runs.step.settings.loss_reduction == "mean" else 1
-        return _times(found, float(scale)), time.perf_counter() - began
+        scale = runs.scale(len(records))
+        return {name: gradient * scale for name, gradient in found.items()}, time.perf_counter() - began
 
-    def _dtype(self, gradients: dict[str, Tensor]) -> torch.dtype:
-        exact = {gradient.dtype for gradient in gradients.values()} == {torch.float64}
-        return torch.float64 if exact else self._runs.narrow
 
-    def _compare(self, total: dict[str, Tensor], parts: list[dict[str, Tensor]], *, dtype: torch.dtype) -> None:
-        """Raise unless the parts add up to the total, relative to the longest part."""
-        rest = total
-        for part in parts:
-            rest = _plus(rest, part, -1.0)
-        longest = max(_length(part) for part in parts)
-        if not (longest > 0 and _length(rest) <= TOLERANCE[dtype] * longest):  # also where a gradient is NaN
-            raise ComparisonError(_COUPLED)
+def _check_sum(parts: list[dict[str, Tensor]], whole: dict[str, Tensor], dtype: torch.dtype) -> None:
+    if not exchange.add_up(parts, whole, TOLERANCE[dtype]):
+        raise ComparisonError(_COUPLED)
 
 
 def _public(reason: PrivacyError) -> str:
     """Return an error message with ``#`` for every number, which may be the size of a record; digits in names stay."""
     return re.sub(r"(?<![\w.'])\d+(\.\d+)?(e[+-]?\d+)?(?![\w'])(?!\.\w)", "#", str(reason))
-
-
-def _times(gradients: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    return {name: gradient * factor for name, gradient in gradients.items()}
-
-
-def _plus(one: dict[str, Tensor], other: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Return ``one + factor * other``; a name that one side lacks counts as zero there."""
-    names = dict.fromkeys([*one, *other])
-    return {name: one.get(name, 0.0) + factor * other[name] if name in other else one[name] for name in names}
-
-
-def _length(gradients: dict[str, Tensor]) -> float:
-    return float(sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5)

@@ -151,14 +151,14 @@ class PrivateFit:
                 self._begin(batch.position)
             batch = self._cut(batch)
             for count, _, part in batch.parts:
-                checks.check_rows(part, count, self._host.axes)
+                checks.check_rows(part, count, self._host.training.axes)
             num = max(1, len(batch.parts))
             others = [None] * (self.step.reduction.same_count(num) - num) + batch.parts[:-1]
             if others:
                 self._run_further(others)
             if not batch:
                 copies = self._trial.copies
-                return self._run_real(self._host.stand_in(copies), copies, weight=0.0)
+                return self._run_real(self._host.training.stand_in(copies), copies, weight=0.0)
             count, owners, _ = batch.parts[-1]
             return self._run_real(self._on_device, count, owners)
         except StopIteration as error:  # Lightning would treat it as the end of the data and skip this step
@@ -196,7 +196,7 @@ class PrivateFit:
         if begins:
             self._trial.begin_pass()
         if not (self._prepared and step.engine.has_layout):
-            self._host.learn_rows()
+            self._host.training.learn_rows(self._device)
             self._trial.prepare()
             self._prepared = True
         elif self._trial.is_due(step.state.step, first_of_pass=strategy.trainer.fit_loop.batch_idx == 0):
@@ -220,7 +220,7 @@ class PrivateFit:
                 )
                 with piece():
                     step.streams.begin()
-                    batch = self._host.stand_in(count) if given is None else self._strategy.to_device(records)
+                    batch = self._host.training.stand_in(count) if given is None else self._strategy.to_device(records)
                     with step.microbatch(count, owners, weight=weight, further=True) as microbatch:
                         output = self._call(batch, count, weight=weight)
                         loss = self._loss_of(output, count) if step.automatic else None
@@ -277,7 +277,7 @@ class PrivateFit:
         """Return the loss of each record alone, in evaluation mode and without any effect. NOT private."""
         with self._sandbox.enter():
             self._strategy.module.eval()
-            return [float(loss(self._strategy.module, self._host.batch_of([record]))) for record in records]
+            return [float(loss(self._strategy.module, self._host.training.batch_of([record]))) for record in records]
 
     def backward_done(self) -> None:
         """Check the backward of a microbatch; under automatic optimization, clip it and add it to the sum."""

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from typing_extensions import override
 
 from lightning_dp.step import checks
-from lightning_dp.step.records import TrainingRecords
+from lightning_dp.step.host import Host
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.hooks import UserHooks, outputs_of
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
 
 
-class LightningHost:
+class LightningHost(Host):
     """The user's ``training_step`` under a Lightning strategy, for the trials of the private step.
 
     Args:
@@ -29,74 +30,42 @@ class LightningHost:
     """
 
     def __init__(self, strategy: PrivateStrategy) -> None:
-        self._strategy = strategy
-        self._held: TrainingRecords | None = None
+        super().__init__(
+            lambda: strategy.loader,
+            strategy.to_device,
+            world_size=strategy.world_size,
+            limit=strategy.settings.samples_at_once,
+        )
+        self._strategy, trainer = strategy, strategy.trainer
+        self.shows_progress = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        self.narrow = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         self.hooks = UserHooks(strategy, self.others)
         self._batch: Any = None
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the current ``training_step``."""
 
-    @property
-    def shows_progress(self) -> bool:
-        """True if the Trainer shows a progress bar, on this rank."""
-        return self._strategy.trainer.progress_bar_callback is not None and self._strategy.trainer.is_global_zero
-
-    @property
-    def narrow(self) -> torch.dtype:
-        """Narrowest dtype of the step: bfloat16 under a bf16 precision of the Trainer, else float32."""
-        return torch.bfloat16 if "bf16" in str(self._strategy.trainer.precision) else torch.float32
-
-    @property
-    def _records(self) -> TrainingRecords:
-        """Records of the training set; the loader may be replaced during a fit."""
-        if self._held is None or self._held.loader is not self._strategy.loader:
-            before, self._held = self._held, TrainingRecords(self._strategy.loader, self._strategy.to_device)
-            if before is not None:
-                self._held.axes, self._held.labels = before.axes, before.labels
-        return self._held
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """Paths of the tensors of a batch that have one row per record."""
-        return self._records.axes
-
-    @property
-    def batch_size(self) -> int:
-        """Expected number of records in a real microbatch, at most the dataset size."""
-        return self._records.batch_size(self._strategy.world_size, self._strategy.settings.samples_at_once)
-
+    @override
     def saved(self) -> dict[str, Any]:
-        """Return copies of what user code puts into a checkpoint, by its path."""
         return self.hooks.saved()
 
+    @override
     def others(self) -> list[Any]:
-        """Return the optimizers and schedulers."""
         return [*self._strategy.optimizers, *(config.scheduler for config in self._strategy.lr_scheduler_configs)]
 
     def reachable(self) -> list[Any]:
         """Return the objects, in addition to the module, whose state is restored after a trial."""
         return [*self.others(), *(vars(callback) for callback in self.hooks.callbacks)]
 
-    def records(self, num: int, seed: int = 0) -> list[Any]:
-        """Return records from all over a dataset with random access; for a stream, the first ones."""
-        return self._records.take(num, seed)
-
-    def check_reading(self, seed: int) -> None:
-        """Check that an item of the dataset is the same whatever else is read."""
-        self._records.check_reading(seed)
-
-    def check_order(self) -> None:
-        """Check, at the beginning of a pass, that the records are where they were."""
-        self._records.check_order()
-
+    @override
     def run(self, records: list[Any]) -> Any:
         """Collate records and move them to the device, call the hooks that see the batch, and run ``training_step``."""
         rest, kwargs = self.arguments
-        self._batch = self.batch_of(records)
+        self._batch = self.training.batch_of(records)
         self._strategy.trainer.should_stop = False
         self.skips = self._skips(self._batch)
         return self._strategy.call_training_step(self._batch, rest, kwargs)
 
+    @override
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a loss, with the hooks before and after it."""
         strategy = self._strategy
@@ -109,6 +78,7 @@ class LightningHost:
             strategy.module.backward(loss)
         self.hooks.call("on_after_backward")
 
+    @override
     def rehearse(self, closure: Callable[[], Any]) -> None:
         """Step the one optimizer through the module's ``optimizer_step``, as Lightning does, and its schedulers."""
         strategy, module = self._strategy, self._strategy.module
@@ -132,28 +102,28 @@ class LightningHost:
         finally:
             trainer.callbacks = before
 
+    @override
     def end_batch(self, output: Any) -> None:
-        """Call the hooks that end a batch."""
         self.hooks.call("on_train_batch_end", outputs_of(output), self._batch, self._batch_idx)
         self._batch = None
 
     @property
+    @override
     def has_epoch_end(self) -> bool:
-        """True if trials also run user hooks outside of batches, such as those between two epochs."""
         return self.hooks.has_any_between_batches()
 
+    @override
     def end_epoch(self) -> None:
-        """Call the hooks that end an epoch and begin the next."""
         self.hooks.call_between_batches()
 
     @property
+    @override
     def stops(self) -> bool:
-        """True if user code has asked for the end of the run."""
         return bool(self._strategy.trainer.should_stop)
 
+    @override
     def skips_on(self, record: Any) -> bool:
-        """Tell whether the hooks that begin a batch, given one record alone, ask to skip the rest of the epoch."""
-        return self._skips(self.batch_of([record]))
+        return self._skips(self.training.batch_of([record]))
 
     def _skips(self, batch: Any) -> bool:
         answers = self.hooks.call("on_train_batch_start", batch, self._batch_idx)
@@ -163,21 +133,14 @@ class LightningHost:
     def _batch_idx(self) -> int:
         return self._strategy.trainer.fit_loop.batch_idx
 
-    def learn_rows(self) -> None:
-        """Find the tensors of a collated batch that have one row per record."""
-        self._records.learn_rows(self._strategy.root_device)
-
+    @override
     def loss_of(self, output: Any, count: int) -> Tensor | None:
-        """Return the loss of an output as a scalar; None if the output is None."""
         return checks.scalar_loss(output, count, self._strategy.settings.loss_reduction)
-
-    def stand_in(self, copies: int = 1) -> Any:
-        """Return a batch on the device that replaces an empty one: one record, or copies of it."""
-        return self._records.stand_in(copies)
 
     def empty_batch(self) -> Any:
         """Return the batch that hooks see if no sample was drawn: the user's structure with tensors of length 0."""
-        return tree_map(lambda leaf: leaf[:0] if isinstance(leaf, Tensor) and leaf.dim() else leaf, self.stand_in())
+        batch = self.training.stand_in()
+        return tree_map(lambda leaf: leaf[:0] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -188,10 +151,6 @@ class LightningHost:
             for optimizer in _lightning.lightning_optimizers(self._strategy):
                 stack.enter_context(_lightning.without_progress(optimizer))
             yield
-
-    def batch_of(self, records: list[Any]) -> Any:
-        """Return a batch of records, collated and moved to the device as Lightning does it."""
-        return self._records.batch_of(records)
 
 
 @contextmanager
