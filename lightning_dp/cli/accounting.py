@@ -20,9 +20,9 @@ from lightning_dp.cli import output
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.noise.correlated import CorrelatedNoise
 from lightning_dp.reporting.statement import describe_epsilon, describe_sampling
+from lightning_dp.run_length import RunLength
 from lightning_dp.schedules import Schedule, constant
 from lightning_dp.step.correlation import Correlation
-from lightning_dp.step.mechanisms import RunLength
 from lightning_dp.step.plan import DPPlan, default_delta
 
 #: Notes for the reader on accountants that have an answer.
@@ -40,8 +40,7 @@ ALLOCATION_NOTES = {"pld": NOTES["pld"], "rdp": "valid but loose for random allo
 def epsilon(options: argparse.Namespace) -> int:
     """Print the epsilon of a planned run by every requested accountant; return 0."""
     plan = _plan(options, check.check_nonnegative("noise_multiplier", options.noise_multiplier))
-    assert plan.steps is not None
-    ledger = Ledger(plan.neighboring_relation, plan.unit).extended(plan.runs(0, plan.steps))
+    ledger = _spent(plan, plan.noise_multiplier)
     answers: list[dict[str, Any]] = []
     for name in options.accountant or ACCOUNTANTS:
         try:

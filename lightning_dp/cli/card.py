@@ -15,8 +15,9 @@ from lightning_dp.accounting import Ledger, make_accountant
 from lightning_dp.cli import output
 from lightning_dp.datalens import statement as datalens_statement
 from lightning_dp.datalens.plan import DataLensPlan
-from lightning_dp.reporting.card import RunNotes, privacy_card
+from lightning_dp.reporting.card import privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
+from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.reporting.statement import privacy_statement, stated_plan
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step.history import joined, read_history
@@ -45,18 +46,7 @@ def card(options: argparse.Namespace) -> int:
         write: Callable[[Any], None] = output.write_json if options.json else output.write
         write(whole if options.json else to_markdown(whole).rstrip())
         return 0
-    output.write(
-        privacy_statement(
-            stated,
-            ledger,
-            accountant,
-            seeded=notes.seeded,
-            nonprivate_logs=notes.nonprivate_logs,
-            audits=notes.audits,
-            choices=notes.choices,
-            kept_apart=notes.kept_apart,
-        )
-    )
+    output.write(privacy_statement(stated, ledger, accountant, notes))
     return 0
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lightning_dp.accounting import Accountant, Ledger, PLDAccountant, attack_bounds, first_steps
 from lightning_dp.accounting.attacks import FALSE_POSITIVE_RATES
 from lightning_dp.reporting import statement
+from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.step.plan import DPPlan
 
 FORMAT = 1
@@ -29,59 +28,6 @@ TYPES = {
 }
 #: Authors of the code that computes epsilon; for names not listed, this package.
 COMPUTED_BY = {"rdp": "dp-accounting", "prv": "opacus"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunNotes:
-    """Facts of a run for its card, in addition to plan and ledger.
-
-    Args:
-        seeded: whether sampling and noise came from a seed, which voids the guarantee against those who know it.
-        secure_rng: whether the noise came from the generator that withstands floating-point attacks.
-        nonprivate_logs: names of quantities that were logged from training data without noise.
-        mechanisms: settings that callbacks controlled, one entry each.
-        audits: results of audits of the run, one line each.
-        choices: decisions during training from quantities without noise, such as a learning rate, one entry each.
-        kept_apart: reasons to treat samples as independent of each other, one entry each.
-    """
-
-    seeded: bool = False
-    secure_rng: bool = False
-    nonprivate_logs: tuple[str, ...] = ()
-    mechanisms: tuple[str, ...] = ()
-    audits: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    kept_apart: tuple[str, ...] = ()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the notes as plain values, for a checkpoint."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> RunNotes:
-        """Return the notes in a checkpoint; a missing note is empty or False.
-
-        Raises:
-            ValueError: a field of another type.
-        """
-        flags = [state.get(name, False) for name in ("seeded", "secure_rng")]
-        lists = [state.get(name, []) for name in ("nonprivate_logs", "mechanisms", "audits", "choices", "kept_apart")]
-        if not all(isinstance(flag, bool) for flag in flags) or not all(
-            isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists
-        ):
-            raise ValueError(
-                f"Expected flags and lists of names as notes of a run, got {dict(state)!r}. Use an intact checkpoint."
-            )
-        logs, mechanisms, audits, choices, kept_apart = map(tuple, lists)
-        return cls(
-            seeded=flags[0],
-            secure_rng=flags[1],
-            nonprivate_logs=logs,
-            mechanisms=mechanisms,
-            audits=audits,
-            choices=choices,
-            kept_apart=kept_apart,
-        )
 
 
 def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[tuple[int, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_dp.accounting import ACCOUNTANTS, Accountant, Ledger
 from lightning_dp.clipping import Clipping
+from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.step.correlation import Correlation
 from lightning_dp.step.plan import DPPlan
 
@@ -141,28 +142,14 @@ def summary_line(plan: DPPlan, ledger: Ledger, accountant: Accountant) -> str:
     )
 
 
-def privacy_statement(
-    plan: DPPlan,
-    ledger: Ledger,
-    accountant: Accountant,
-    *,
-    seeded: bool = False,
-    nonprivate_logs: Collection[str] = (),
-    audits: Sequence[str] = (),
-    choices: Collection[str] = (),
-    kept_apart: Sequence[str] = (),
-) -> str:
+def privacy_statement(plan: DPPlan, ledger: Ledger, accountant: Accountant, notes: RunNotes) -> str:
     """Return the privacy statement of a run: the guarantee, the settings behind it, and the exclusions.
 
     Args:
         plan: the public settings.
         ledger: all releases of the run.
         accountant: computes epsilon from it.
-        seeded: whether sampling and noise came from a seed, which voids the guarantee against those who know it.
-        nonprivate_logs: names of quantities that were logged from training data without noise.
-        audits: results of audits of this run, one line each.
-        choices: decisions during training from quantities without noise.
-        kept_apart: reasons to treat samples as independent of each other.
+        notes: further facts to state.
     """
     lines = [summary_line(plan, ledger, accountant)]
     if ledger.num_steps:
@@ -175,20 +162,20 @@ def privacy_statement(
         ]
         if plan.correlation is not None:
             lines.append(f"  noise: {plan.correlation.describe()}")
-        if kept_apart:
-            lines.append(f"  samples kept apart: {'; '.join(kept_apart)}")
+        if notes.kept_apart:
+            lines.append(f"  samples kept apart: {'; '.join(notes.kept_apart)}")
         if plan.per_sample_loss:
             lines.append("  objective: the loss of each record by itself (per_sample_loss), not the loss of a batch")
         if math.isinf(accountant.epsilon(ledger, plan.delta)):
             lines.append(f"  epsilon is infinite: {why_infinite(ledger)}. This run is not private.")
-    if seeded:
+    if notes.seeded:
         lines.append("  a seed was set: nothing here holds against someone who knows it. Train without a seed.")
-    lines += [f"  {audit}" for audit in audits]
+    lines += [f"  {audit}" for audit in notes.audits]
     lines.append("  not covered:")
-    if nonprivate_logs:
-        lines.append(f"    - logged without noise: {', '.join(sorted(nonprivate_logs))}")
-    if choices:
-        lines.append(f"    - chosen by un-noised figures: {', '.join(sorted(choices))}")
+    if notes.nonprivate_logs:
+        lines.append(f"    - logged without noise: {', '.join(sorted(notes.nonprivate_logs))}")
+    if notes.choices:
+        lines.append(f"    - chosen by un-noised figures: {', '.join(sorted(notes.choices))}")
     lines += [f"    - {item}" for item in not_covered(plan)]
     return "\n".join(lines)
 

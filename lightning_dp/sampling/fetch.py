@@ -6,6 +6,7 @@ import itertools
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ class BeforeRecords(_Before):
         return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_before_records, (self._dataset, self._collate, self._draws))
+        return partial(BeforeRecords, draws=self._draws), (self._dataset, self._collate)
 
 
 class BeforeStream(_Before):
@@ -189,14 +190,5 @@ class BeforeStream(_Before):
         return int.from_bytes(words.tobytes(), "little")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_before_stream, (self._dataset, self._collate, self._batch_size, self._seed))
-
-
-def _before_records(dataset: Any, collate: MicrobatchCollate, draws: bool) -> BeforeRecords:
-    return BeforeRecords(dataset, collate, draws=draws)
-
-
-def _before_stream(
-    dataset: Any, collate: MicrobatchCollate, batch_size: int, seed: tuple[int, ...] | None
-) -> BeforeStream:
-    return BeforeStream(dataset, collate, batch_size=batch_size, seed=seed)
+        make = partial(BeforeStream, batch_size=self._batch_size, seed=self._seed)
+        return make, (self._dataset, self._collate)

@@ -55,6 +55,16 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
 
     A unit is a record, or a user with some records. The random generators are never reset. A copy or pickle of a
     sampler without a seed has fresh entropy, so two copies draw independently.
+
+    Args:
+        dataset_size: number of units n >= 1 over all ranks.
+        expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
+        steps_per_epoch: logical batches in a pass.
+        accumulate: number of items of a logical batch, >= 1.
+        rank: rank of this process.
+        world_size: number of processes.
+        seed: for tests; whoever knows it knows the batches.
+        units: the records of every user; ``None`` if the unit is a record.
     """
 
     def __init__(
@@ -141,16 +151,6 @@ class PoissonBatchSampler(_PrivateBatchSampler):
 
     **Guarantee**: the union over ranks is one Poisson(q) sample of all units, independent between steps and passes.
     The number of items of a pass is a public constant, the same on every rank. Batch sizes and members are private.
-
-    Args:
-        dataset_size: number of units n >= 1 over all ranks.
-        expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
-        steps_per_epoch: logical batches in a pass.
-        accumulate: number of items of a logical batch, >= 1.
-        rank: rank of this process.
-        world_size: number of processes.
-        seed: for tests; whoever knows it knows the batches.
-        units: the records of every user; ``None`` if the unit is a record.
     """
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -170,16 +170,6 @@ class ShuffleBatchSampler(_PrivateBatchSampler):
     **Guarantee**: a unit contributes to one step of a pass. The step is uniform over the ``steps_per_epoch`` logical
     batches, independent of all other units and ranks, and drawn again in each pass. Batch sizes and members are
     private.
-
-    Args:
-        dataset_size: number of units n >= 1 over all ranks.
-        expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
-        steps_per_epoch: logical batches in a pass.
-        accumulate: number of items of a logical batch, >= 1.
-        rank: rank of this process.
-        world_size: number of processes.
-        seed: for tests; whoever knows it knows the batches.
-        units: the records of every user; ``None`` if the unit is a record.
     """
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -203,15 +193,8 @@ class CyclicBatchSampler(_PrivateBatchSampler):
     often.
 
     Args:
-        dataset_size: number of units n >= 1 over all ranks.
-        expected_batch_size: B with 1 <= B <= n, over all ranks and parts.
-        steps_per_epoch: b, logical batches in a pass.
-        accumulate: number of items of a logical batch, >= 1.
-        rank: rank of this process.
-        world_size: number of processes.
-        seed: for tests; whoever knows it knows the batches.
-        units: the records of every user; ``None`` if the unit is a record.
         public_assignment: seed of the assignment, the same for any number of ranks; ``None`` for a secret assignment.
+        options: as for the other samplers.
     """
 
     def __init__(self, *, public_assignment: int | None = None, **options: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
-from lightning_dp.reporting.card import RunNotes
+from lightning_dp.reporting.notes import RunNotes
 
 KEY = "lightning_dp"
 VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_dp.accounting import Accountant, Ledger
-from lightning_dp.reporting.card import RunNotes
+from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.state import PrivacyState
 

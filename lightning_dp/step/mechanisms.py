@@ -39,8 +39,6 @@ from lightning_dp.step.diagnostics import Diagnostics
 from lightning_dp.step.limit import Limit
 from lightning_dp.step.plan import every_step
 
-__all__ = ["CardFiles", "Mechanisms", "RunLength"]
-
 #: Requests of callbacks, with their names in messages and on the privacy card.
 _NAMES = {
     "noise_schedule": "the schedule of the noise",
@@ -53,7 +51,6 @@ _NAMES = {
     "extra_records": "the canaries in input space",
     "card": "the privacy card",
 }
-_COMBINED = {"mask"}
 _ON_THE_CARD = {"noise_schedule", "is_private", "bound", "mask", "diagnostics"}
 
 
@@ -85,7 +82,8 @@ class Mechanisms:
 
     def __init__(self) -> None:
         self._asked: dict[int, tuple[object, dict[str, Any]]] = {}
-        self._masks: tuple[GradientMask, ...] = ()
+        self.masks: tuple[GradientMask, ...] = ()
+        """Gradient masks, empty before ``begin_run``; a coordinate is active if it is active in all masks."""
         self._begun = False
 
     # ---------------------------------------------------------------- for callbacks
@@ -126,24 +124,14 @@ class Mechanisms:
             ValueError: another owner has asked for the same.
             RuntimeError: the plan of the run is made already.
         """
+        given = locals()
         if self._begun:
             raise RuntimeError(
                 f"{type(owner).__name__} asked for a mechanism after the plan of the run was made, so the plan would "
                 "not include it. Call strategy.mechanisms.add in the callback's setup."
             )
-        given = {
-            "noise_schedule": noise_schedule,
-            "is_private": is_private,
-            "bound": bound,
-            "mask": mask,
-            "canaries": canaries,
-            "diagnostics": diagnostics,
-            "limit": limit,
-            "extra_records": extra_records,
-            "card": card,
-        }
-        asked = {what: value for what, value in given.items() if value is not None}
-        for what in asked.keys() - _COMBINED:
+        asked = {what: value for what, value in given.items() if what in _NAMES and value is not None}
+        for what in asked.keys() - {"mask"}:  # masks combine
             for other, others in self._asked.values():
                 if other is not owner and what in others:
                     raise ValueError(
@@ -161,7 +149,7 @@ class Mechanisms:
     def begin_run(self, length: RunLength) -> None:
         """Make the masks and start the clipping bound for a run length; called whenever the plan is made."""
         self._begun = True
-        self._masks = tuple(asked["mask"](length) for _, asked in self._asked.values() if "mask" in asked)
+        self.masks = tuple(asked["mask"](length) for _, asked in self._asked.values() if "mask" in asked)
         self.bound.begin_run(length)
 
     def _get(self, what: str) -> Any:
@@ -185,11 +173,6 @@ class Mechanisms:
     def bound(self) -> Bound:
         """The clipping bound, which may change from step to step."""
         return self._get("bound")  # type: ignore[no-any-return]
-
-    @property
-    def masks(self) -> tuple[GradientMask, ...]:
-        """Gradient masks, empty before ``begin_run``; a coordinate is active if it is active in all masks."""
-        return self._masks
 
     @property
     def canaries(self) -> Canaries:

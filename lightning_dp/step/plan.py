@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning_dp import schedules
@@ -17,6 +17,7 @@ from lightning_dp.step.correlation import Correlation
 Schedule = Callable[[int], float]
 Run = tuple[PrivacyEvent, int] | tuple[PrivacyEvent, int, int]
 
+_UNSAVED = ("steps_per_epoch", "is_private", "unsound")  # fields of a plan that no checkpoint holds
 #: Sensitivity of the clipped sum in units of what one sample can add, for each relation between neighbouring datasets.
 SENSITIVITY_FACTOR = {"add_or_remove_one": 1.0, "zero_out": 1.0, "replace_one": 2.0}
 
@@ -75,8 +76,8 @@ class DPPlan:
         >>> from lightning_dp.clipping import FlatClipping
         >>> plan = DPPlan(sampling="poisson", dataset_size=1000, expected_batch_size=100, sample_rate=0.1, steps=20,
         ...               steps_per_epoch=10, noise_multiplier=2.0, clipping=FlatClipping(1.0), delta=1e-5)
-        >>> plan.event(0).noise_multiplier, plan.sensitivity(num_groups=1)
-        (2.0, 1.0)
+        >>> plan.event(0).noise_multiplier
+        2.0
     """
 
     sampling: str
@@ -119,10 +120,6 @@ class DPPlan:
     def relation_factor(self) -> float:
         """Factor of the relation on one sample's largest contribution: 2 if records are replaced, else 1."""
         return SENSITIVITY_FACTOR[self.neighboring_relation]
-
-    def sensitivity(self, num_groups: int) -> float:
-        """Return the L2 sensitivity of the clipped sum under the plan's relation, at the starting bound."""
-        return self.relation_factor * self.clipping.sensitivity(num_groups)
 
     def event(self, step: int) -> PrivacyEvent:
         """Return the event of logical step ``step``."""
@@ -188,23 +185,10 @@ class DPPlan:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, for a checkpoint and for comparison on resume."""
-        return {
-            "sampling": self.sampling,
-            "dataset_size": self.dataset_size,
-            "expected_batch_size": self.expected_batch_size,
-            "sample_rate": self.sample_rate,
-            "batches_per_pass": self.batches_per_pass,
-            "steps": self.steps,
-            "noise_multiplier": self.noise_multiplier,
+        state = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _UNSAVED}
+        return state | {
             "clipping": repr(self.clipping),
-            "delta": self.delta,
-            "target_epsilon": self.target_epsilon,
-            "accountant": self.accountant,
-            "neighboring_relation": self.neighboring_relation,
-            "unit": self.unit,
-            "records_per_unit": self.records_per_unit,
             "correlation": None if self.correlation is None else self.correlation.state_dict(),
-            "per_sample_loss": self.per_sample_loss,
             "schedule": self._schedule_fingerprint(),
         }
 

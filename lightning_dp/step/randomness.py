@@ -31,10 +31,10 @@ class RandomStreams:
 
     def begin(self) -> None:
         """Seed the global generators with the next seed."""
-        seed = (
-            secrets.randbits(63) if self._root is None else int(self._root.spawn(1)[0].generate_state(1, np.uint64)[0])
-        )
-        seed_generators(seed & (2**63 - 1))
+        if self._root is None:
+            seed_generators(secrets.randbits(63))
+        else:
+            seed_generators(int(self._root.spawn(1)[0].generate_state(1, np.uint64)[0]) & (2**63 - 1))
 
 
 def seed_generators(seed: int) -> None:
@@ -63,39 +63,34 @@ def host_generators() -> tuple[Any, ...]:
     return (kind, np.asarray(key).tobytes(), *rest, random.getstate())
 
 
-def generator_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of the global generators: torch's for the CPU and one device, numpy's, Python's."""
-    states: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(),  # noqa: NPY002
-        "python": random.getstate(),
-    }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
+def generators_restorer(device: torch.device) -> Callable[[], None]:
+    """Return a function that restores the current states of the global generators: torch's for the CPU and one device,
+    numpy's, Python's.
+    """
+    cpu, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    on_cuda, on_mps = device.type == "cuda", device.type == "mps"
+    own = torch.cuda.get_rng_state(device) if on_cuda else torch.mps.get_rng_state() if on_mps else cpu
 
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        np.random.set_state(legacy)  # noqa: NPY002
+        random.setstate(python)
+        if on_cuda:
+            torch.cuda.set_rng_state(own, device)
+        elif on_mps:
+            torch.mps.set_rng_state(own)
 
-def restore_generators(states: dict[str, Any], device: torch.device) -> None:
-    """Restore the states of the global generators that :func:`generator_states` returned."""
-    torch.set_rng_state(states["torch"])
-    np.random.set_state(states["numpy"])  # noqa: NPY002
-    random.setstate(states["python"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
+    return restore
 
 
 @contextmanager
 def kept_generators(device: torch.device) -> Iterator[None]:
     """Restore the global generators when the context ends."""
-    states = generator_states(device)
+    restore = generators_restorer(device)
     try:
         yield
     finally:
-        restore_generators(states, device)
+        restore()
 
 
 def generator_restorer(generator: Any) -> Callable[[], Any]:

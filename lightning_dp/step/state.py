@@ -12,7 +12,7 @@ from typing_extensions import Self
 from lightning_dp.accounting import Accountant, Ledger, make_accountant
 from lightning_dp.errors import PrivacyError
 from lightning_dp.reporting import statement
-from lightning_dp.reporting.card import RunNotes
+from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step.history import History, check_history, joined, read_history
 from lightning_dp.step.plan import DPPlan
@@ -115,16 +115,7 @@ class PrivacyState:
 
     def privacy_statement(self) -> str:
         """Return the privacy statement in a few lines; call it once the plan is known."""
-        return statement.privacy_statement(
-            self.plan,
-            self.ledger,
-            self.accountant,
-            seeded=self._seeded,
-            nonprivate_logs=self.nonprivate_logs,
-            audits=self.audits,
-            choices=self.choices,
-            kept_apart=self.kept_apart,
-        )
+        return statement.privacy_statement(self.plan, self.ledger, self.accountant, self.notes)
 
     @property
     def kept_apart(self) -> list[str]:

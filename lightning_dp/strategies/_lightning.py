@@ -16,42 +16,15 @@ from lightning.fabric import wrappers
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core import saving
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import multiprocessing
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 
+from lightning_dp.strategies.overrides import Overrides
+
+MultiProcessingLauncher = multiprocessing._MultiProcessingLauncher
 _OURS, _THEIRS = "lightning.pytorch", "pytorch_lightning"
 _NOTES: list[Callable[[nn.Module, dict[str, Any]], None]] = []
-
-__all__ = [
-    "MultiProcessingLauncher",
-    "apply_transfer_hook",
-    "change_training_source",
-    "completed_steps",
-    "drop_loader_states",
-    "figures",
-    "fit_results",
-    "in_fabric_backward",
-    "is_a",
-    "is_overridden",
-    "is_saved_by_steps",
-    "is_searching_learning_rate",
-    "kept_figures",
-    "launcher_of",
-    "lightning_optimizers",
-    "logger_step",
-    "note_loaded_checkpoints",
-    "replace_transfer_hook",
-    "restore_transfer_hook",
-    "serve_both",
-    "set_batch_of_logs",
-    "set_launcher",
-    "start_method",
-    "twin",
-    "use_whole_loader",
-    "without_progress",
-    "wrap_checkpoint_io",
-]
 
 
 def twin(kind: type) -> type | None:
@@ -146,19 +119,14 @@ def apply_transfer_hook(module: pl.LightningModule, batch: Any) -> Any:
     return type(module)._on_before_batch_transfer(module, batch, dataloader_idx=0)
 
 
-def replace_transfer_hook(module: pl.LightningModule, passes: Callable[[Any], bool]) -> None:
-    """Skip Lightning's call of the transfer hook for batches that ``passes`` accepts; see ``restore_transfer_hook``."""
+def replace_transfer_hook(overrides: Overrides, module: pl.LightningModule, passes: Callable[[Any], bool]) -> None:
+    """Skip Lightning's call of the transfer hook for batches that ``passes`` accepts, until overrides are undone."""
     original = module._on_before_batch_transfer
 
     def on_before_batch_transfer(batch: Any, dataloader_idx: int = 0) -> Any:
         return batch if passes(batch) else original(batch, dataloader_idx)
 
-    module.__dict__["_on_before_batch_transfer"] = on_before_batch_transfer
-
-
-def restore_transfer_hook(module: pl.LightningModule) -> None:
-    """Undo ``replace_transfer_hook``."""
-    module.__dict__.pop("_on_before_batch_transfer", None)
+    overrides.set(module, "_on_before_batch_transfer", on_before_batch_transfer)
 
 
 def lightning_optimizers(strategy: Any) -> list[Any]:
@@ -203,8 +171,9 @@ def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], An
             return change(given.iterables, given._mode == "sequential")
         return change(given, False)
 
-    source.__dict__["dataloader"] = dataloader
-    return lambda: _discard(source.__dict__.pop("dataloader", None))
+    overrides = Overrides()
+    overrides.set(source, "dataloader", dataloader)
+    return overrides.undo
 
 
 def use_whole_loader(trainer: pl.Trainer) -> Callable[[], None]:
@@ -287,8 +256,4 @@ def _watch_loading(package: Any, note: Callable[[nn.Module, dict[str, Any]], Non
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _discard(value: object) -> None:
     return None

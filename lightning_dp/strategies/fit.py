@@ -15,7 +15,7 @@ from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step import checks
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.module_checks import LayerChecks
-from lightning_dp.step.randomness import generator_states, restore_generators
+from lightning_dp.step.randomness import generators_restorer
 from lightning_dp.step.sandbox import Sandbox, StepGuard
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.trial import Trial
@@ -44,7 +44,7 @@ class PrivateFit:
         self._strategy = strategy
         module, trainer = strategy.module, strategy.trainer
         self._device = strategy.root_device
-        self._generators = generator_states(self._device)
+        self._restore_generators = generators_restorer(self._device)
         self._batch: LogicalBatch | None = None
         self._on_device: Any = None
         self._part = 0
@@ -83,7 +83,7 @@ class PrivateFit:
         self._host.hooks.unwatch()
         self.patches.undo()
         self._logs.detach()
-        restore_generators(self._generators, self._device)
+        self._restore_generators()
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:

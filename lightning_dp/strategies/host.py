@@ -17,6 +17,7 @@ from lightning_dp.step import checks
 from lightning_dp.step.host import Host
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.hooks import UserHooks, outputs_of
+from lightning_dp.strategies.overrides import Overrides
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -167,15 +168,13 @@ def silent(module: pl.LightningModule) -> Iterator[None]:
         for name, value in values.items():
             log(name, value)
 
-    replaced = {"log": log, "log_dict": log_dict}
-    before = {name: module.__dict__[name] for name in replaced if name in module.__dict__}
-    module.__dict__.update(replaced)
+    overrides = Overrides()
+    overrides.set(module, "log", log)
+    overrides.set(module, "log_dict", log_dict)
     try:
         yield
     finally:
-        for name in replaced:
-            module.__dict__.pop(name, None)
-        module.__dict__.update(before)
+        overrides.undo()
 
 
 class Counts:

@@ -55,11 +55,10 @@ class Patches:
             self._overrides.set(module, "optimizer_step", self._checking_steps(module.optimizer_step))
         owners = [module, self._strategy.trainer.datamodule]  # type: ignore[attr-defined]
         if any(owner is not None and _lightning.is_overridden("on_before_batch_transfer", owner) for owner in owners):
-            _lightning.replace_transfer_hook(module, lambda batch: isinstance(batch, LogicalBatch))
+            _lightning.replace_transfer_hook(self._overrides, module, lambda batch: isinstance(batch, LogicalBatch))
 
     def undo(self) -> None:
         """Restore the methods of all objects."""
-        _lightning.restore_transfer_hook(self._strategy.module)
         self._overrides.undo()
 
     def clip(self, optimizer: Optimizer) -> None:

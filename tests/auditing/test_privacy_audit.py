@@ -16,7 +16,7 @@ from lightning_dp import DPStrategy, PerLayerClipping, PrivacyAudit, PrivacyErro
 from lightning_dp.accounting import gaussian_epsilon
 from lightning_dp.auditing.estimates import clopper_pearson_upper
 from lightning_dp.clipping import Clipping
-from lightning_dp.reporting.card import RunNotes
+from lightning_dp.reporting.notes import RunNotes
 from tests.auditing.models import ALMOST_SURE, DELTA, Idle, Overfitting, audited, zeros_loader
 from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 from tests.processes import run_two_ranks

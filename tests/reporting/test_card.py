@@ -25,9 +25,10 @@ from lightning_dp import (
     RandomSparsification,
 )
 from lightning_dp.accounting import Ledger, PrivacyEvent, attack_bounds, make_accountant
-from lightning_dp.reporting.card import NUM_POINTS, RunNotes, epsilon_curve, privacy_card
+from lightning_dp.reporting.card import NUM_POINTS, epsilon_curve, privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.reporting.card_plot import plot_card
+from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.reporting.statement import describe_epsilon, describe_share, stated_plan
 from tests.helpers import Classifier, make_loader, make_trainer
 

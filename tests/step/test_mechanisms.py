@@ -14,9 +14,10 @@ from lightning_dp.clipping import FlatClipping, NoClipping, TopAgg
 from lightning_dp.clipping.bounds import NoisyGradientBound, PublishedBound, ScheduledBound
 from lightning_dp.masks import GradientMask
 from lightning_dp.reporting.files import CardFiles
+from lightning_dp.run_length import RunLength
 from lightning_dp.step.diagnostics import ClippingDiagnostics
 from lightning_dp.step.limit import EpsilonLimit
-from lightning_dp.step.mechanisms import Mechanisms, RunLength
+from lightning_dp.step.mechanisms import Mechanisms
 
 LENGTH = RunLength(steps=12, steps_per_epoch=4)
 

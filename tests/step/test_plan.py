@@ -10,6 +10,7 @@ import pytest
 from lightning_dp import schedules
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
 from lightning_dp.clipping import FlatClipping, NoClipping, PerLayerClipping
+from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.reporting.statement import describe_epsilon, privacy_statement, stated_plan, summary_line
 from lightning_dp.step.plan import DPPlan, default_delta
 
@@ -146,7 +147,7 @@ def test_no_steps_are_no_epsilon() -> None:
 def test_statement_names_what_is_not_covered() -> None:
     plan = make_plan()
     ledger = Ledger().extended(plan.runs(0, 20))
-    statement = privacy_statement(plan, ledger, make_accountant("rdp"), seeded=True)
+    statement = privacy_statement(plan, ledger, make_accountant("rdp"), RunNotes(seeded=True))
     for part in (
         "adding or removing one record",
         "1000 records",
@@ -155,4 +156,4 @@ def test_statement_names_what_is_not_covered() -> None:
         "a seed was set",
     ):
         assert part in statement
-    assert "a seed was set" not in privacy_statement(plan, ledger, make_accountant("rdp"))
+    assert "a seed was set" not in privacy_statement(plan, ledger, make_accountant("rdp"), RunNotes())

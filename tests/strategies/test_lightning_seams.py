@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_dp.strategies import _lightning
+from lightning_dp.strategies.overrides import Overrides
 from tests.helpers import ByHand, Classifier, make_loader, make_trainer
 
 
@@ -88,10 +89,11 @@ def test_transfer_hook_is_replaced_and_restored(tmp_path: Path) -> None:
     trainer._data_connector.attach_data(module, train_dataloaders=make_loader())
     batch = (torch.ones(2, 6), torch.zeros(2))
     assert bool((_lightning.apply_transfer_hook(module, batch)[0] == 2).all())
-    _lightning.replace_transfer_hook(module, lambda given: given is batch)
+    overrides = Overrides()
+    _lightning.replace_transfer_hook(overrides, module, lambda given: given is batch)
     assert module._on_before_batch_transfer(batch, 0) is batch
     assert bool((module._on_before_batch_transfer((torch.ones(1, 6), torch.ones(1)), 0)[0] == 2).all())
-    _lightning.restore_transfer_hook(module)
+    overrides.undo()
     assert bool((module._on_before_batch_transfer(batch, 0)[0] == 2).all())
 
 
