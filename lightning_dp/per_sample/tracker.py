@@ -134,18 +134,15 @@ class Tracker:
         """Return the node of a tracked tensor through which a gradient may flow; None for other objects."""
         if not isinstance(thing, Reporting):
             return None
-        if isinstance(thing, Function):
-            node: Node | None = thing.node
-        else:
-            node = self._nodes.get(id(thing))
-        if node is not None and (thing.requires_grad or self.observer is not None):  # type: ignore[attr-defined]
-            if node.generation not in (-1, self.recorder.generation):
-                raise PrivacyError(
-                    f"Expected functions of parameters to be computed in each batch, got {node.name!r} of an earlier "
-                    "one. Compute it in training_step."
-                )
-            return node
-        return None
+        node: Node | None = thing.node if isinstance(thing, Function) else self._nodes.get(id(thing))
+        if node is None or not (thing.requires_grad or self.observer is not None):  # type: ignore[attr-defined]
+            return None
+        if node.generation not in (-1, self.recorder.generation):
+            raise PrivacyError(
+                f"Expected functions of parameters to be computed in each batch, got {node.name!r} of an earlier "
+                "one. Compute it in training_step."
+            )
+        return node
 
     def stand_in(self, node: Node, parameter: Tensor) -> Tensor:
         """Return the leaf to which functions of a parameter connect; a gradient that reaches it counts as untracked."""
@@ -168,13 +165,8 @@ class Tracker:
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on a tracked tensor."""
-        operation = operation_of(func)
-        observer = self.observer
-        if (
-            operation is None
-            or not (self.recorder.active or observer)
-            or (observer is None and not torch.is_grad_enabled())
-        ):
+        operation, records = operation_of(func), self.recorder.active and torch.is_grad_enabled()
+        if operation is None or not (records or self.observer):
             with unreported():
                 return func(*args, **kwargs)
         if operation.is_composite:
@@ -208,21 +200,15 @@ class Tracker:
     def use(self, func: Any, args: Any, kwargs: Any, rule: Rule, bound: Bound) -> Any:
         """Run an operation that has a rule."""
         (tensor, weight, bias), spec, call = bound
-        weight_node, bias_node = self.node_of(weight), self.node_of(bias)
-        if isinstance(tensor, Reporting) and self.node_of(tensor) is not None:
+        if self.node_of(tensor) is not None:
             return self.general(func, args, kwargs)
-        if weight_node is None and bias_node is None:
+        found = {"weight": self.node_of(weight), "bias": self.node_of(bias)}
+        nodes = {name: node for name, node in found.items() if node is not None}
+        if not nodes:
             return func(*args, **kwargs)
-        nodes = {}
-        if weight_node is not None:
-            nodes["weight"] = weight_node
-        if bias_node is not None:
-            nodes["bias"] = bias_node
         if self.follower is not None:
             return owned_uses.use(self, func, args, kwargs, rule, bound, nodes)
-        first = weight_node or bias_node
-        assert first is not None
-        plan = self.plan_of(func, first, (tensor,))
+        plan = self.plan_of(func, next(iter(nodes.values())), (tensor,))
         if plan is None:
             return derive(self, func, args, kwargs)
         in_axis, out_axis = plan.inputs[0], plan.outputs[0]
@@ -232,9 +218,7 @@ class Tracker:
             and rule.follows(spec, in_axis.axis, tensor.dim())
         ):
             return self.unbatched(func, nodes.values())
-        out = call(
-            func, weight if weight_node is None else weight.detach(), bias if bias_node is None else bias.detach()
-        )
+        out = call(func, weight.detach() if "weight" in nodes else weight, bias.detach() if "bias" in nodes else bias)
         size = self.recorder.batch_size
         rows = in_axis.rows_of_one(tensor, size, func.__name__)
         if rows != out_axis.rows_of_one(out, size, func.__name__):

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_dp.per_sample.rules import conv as conv_rules
-from lightning_dp.per_sample.rules import unfolding
+from lightning_dp.per_sample.rules import conv_routes, unfolding
 from lightning_dp.per_sample.rules.base import Call
-from lightning_dp.per_sample.rules.conv import ConvRule, ConvShape, Route, choose_route
+from lightning_dp.per_sample.rules.conv import ConvRule
+from lightning_dp.per_sample.rules.conv_routes import ConvShape, Route, choose_route
 from lightning_dp.per_sample.rules.unfolding import gram
 from tests import reference
 from tests.per_sample.checks import parameter_masks, weighted_sum
@@ -151,7 +152,7 @@ def test_conv_of_two_map_sizes_does_not_take_gram_matrices() -> None:
     inputs = [torch.randn(2, 32, size, size, dtype=torch.float64) for size in (2, 3)]
     for used in (inputs, inputs[:1]):
         calls = made_calls(layer, used)
-        shape = conv_rules._shape_of(layer, calls, 2)
+        shape = conv_routes.shape_of(layer, calls, 2)
         assert (choose_route(shape, norms_only=True) == "gram") is (len(used) == 1)
         check_against_loop(layer, calls, 2)
 
@@ -175,11 +176,11 @@ def test_gram_matrices_are_at_most_those_of_unfolding(
 
 
 def test_conv_blocks_do_not_change_the_numbers(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_rules, "BLOCK_ELEMENTS", {"grouped": 300, "unfold": 1000, "gram": 8000}[route])
-    monkeypatch.setattr(conv_rules, "CACHED_ELEMENTS", 1000)
+    monkeypatch.setattr(conv_routes, "BLOCK_ELEMENTS", {"grouped": 300, "unfold": 1000, "gram": 8000}[route])
+    monkeypatch.setattr(conv_routes, "CACHED_ELEMENTS", 1000)
     layer = nn.Conv2d(2, 4, 3, dtype=torch.float64)
     calls = made_calls(layer, [torch.randn(7 * 2, 2, 5, 5, dtype=torch.float64)], multiplicity=2)
-    seen = list(conv_rules._blocks(7, conv_rules._shape_of(layer, calls, 7), route))
+    seen = list(conv_routes.blocks(7, conv_routes.shape_of(layer, calls, 7), route))
     assert len(seen) == 4
     assert [i for low, high in seen for i in range(low, high)] == list(range(7))
     check_against_loop(layer, calls, 7)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,69 +30,11 @@ from typing_extensions import override
 
 from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_rows, weighted_rows, widen
+from lightning_dp.per_sample.rules.conv_routes import Route, blocks, choose_route, shape_of
 from lightning_dp.per_sample.rules.rounding import at_least_tiny, gram_with_rounding, lengths, with_rounding
 from lightning_dp.per_sample.rules.unfolding import Conv, gram, unfolded, unfolded_gram, window_sums
 
-Route: TypeAlias = Literal["grouped", "unfold", "gram"]
-
-# Largest temporary, in elements, before a batch of samples is worked on in blocks (512 MiB in float32).
-BLOCK_ELEMENTS = 2**27
-
-# The same for what is unfolded on a CPU, where a block should stay in the cache.
-CACHED_ELEMENTS = 2**21
-
-# Weight entries of one group above which grouped convolutions lose to unfolding on a CPU (measured): at all, and a
-# position.
-LARGE_WEIGHT = 2**17
-WEIGHTS_A_POSITION = 2**10
-
-# Input channels up to which grouped convolutions lose to unfolding on a CPU (measured).
-FEW_CHANNELS = 4
-
 _WEIGHT_GRADIENTS = {1: nn_grad.conv1d_weight, 2: nn_grad.conv2d_weight, 3: nn_grad.conv3d_weight}
-
-
-class ConvShape(NamedTuple):
-    """The public sizes on which the choice of a route may depend.
-
-    Args:
-        device: device type, such as ``"cpu"``.
-        groups: ``G``.
-        in_width: ``W``, width of the unfolded input of one group.
-        out_width: ``O``, output channels of one group.
-        positions: ``P``, output positions of one sample, over its ``K`` rows and all calls.
-        kernel: number of kernel positions.
-        rows: ``K``, rows of one sample.
-        maps: number of different input sizes over all calls.
-    """
-
-    device: str
-    groups: int
-    in_width: int
-    out_width: int
-    positions: int
-    kernel: int
-    rows: int = 1
-    maps: int = 1
-
-
-def choose_route(shape: ConvShape, *, norms_only: bool) -> Route:
-    """Return the cheapest route to per-sample gradients or, if ``norms_only``, to their norms.
-
-    Example:
-        >>> choose_route(ConvShape("cpu", 1, 2304, 256, 16, 9), norms_only=True)
-        'gram'
-    """
-    weights = shape.in_width * shape.out_width
-    if norms_only and shape.maps == 1 and shape.positions * (shape.in_width + shape.out_width) < weights:
-        return "gram"
-    if shape.kernel == 1 and shape.groups == 1:
-        return "unfold"  # a view: nothing is unfolded
-    if shape.device == "cpu":
-        large = weights > min(LARGE_WEIGHT, WEIGHTS_A_POSITION * shape.positions)
-        thin = shape.groups == 1 and shape.in_width <= FEW_CHANNELS * shape.kernel
-        return "unfold" if large or thin else "grouped"
-    return "grouped" if shape.groups > 1 else "unfold"
 
 
 class ConvRule(Rule):
@@ -118,10 +60,10 @@ class ConvRule(Rule):
         conv = _checked(module)
         grads = {}
         if "weight" in names:
-            shape = _shape_of(conv, calls, batch_size)
+            shape = shape_of(conv, calls, batch_size)
             route = choose_route(shape, norms_only=False)
-            if len(list(_blocks(batch_size, shape, route))) == 1:
-                grads["weight"] = _weight_gradients(conv, calls, batch_size, route)
+            if len(list(blocks(batch_size, shape, route))) == 1:
+                grads["weight"] = _weight_gradients(conv, calls, route)
             else:
                 grads["weight"] = _product(calls[0]).new_empty(batch_size, *conv.weight.shape)
                 for low, high, part in _gradients_in_blocks(conv, calls, batch_size):
@@ -134,24 +76,23 @@ class ConvRule(Rule):
     def squared_norms(
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
     ) -> dict[str, Tensor]:
-        conv = _checked(module)
-        norms = {}
-        if "weight" in names:
-            norms["weight"] = _weight_norms(conv, calls, batch_size, mask=None)
-        if "bias" in names:
-            norms["bias"] = squared_norm(_bias_gradients(calls))
-        return norms
+        return self._norms(module, calls, batch_size, dict.fromkeys(names))
 
     @override
     def masked_squared_norms(
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: Mapping[str, ParameterMask]
     ) -> dict[str, Tensor]:
-        conv = _checked(module)
+        return self._norms(module, calls, batch_size, masks)
+
+    def _norms(
+        self, module: nn.Module, calls: Sequence[Call], batch_size: int, masks: Mapping[str, ParameterMask | None]
+    ) -> dict[str, Tensor]:
         norms = {}
         if "weight" in masks:
-            norms["weight"] = _weight_norms(conv, calls, batch_size, mask=masks["weight"])
+            norms["weight"] = _weight_norms(_checked(module), calls, batch_size, masks["weight"])
         if "bias" in masks:
-            norms["bias"] = squared_norm(_bias_gradients(calls) * masks["bias"].active)
+            mask, gradients = masks["bias"], _bias_gradients(calls)
+            norms["bias"] = squared_norm(gradients if mask is None else gradients * mask.active)
         return norms
 
     @override
@@ -192,7 +133,7 @@ class ConvRule(Rule):
     @override
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
         return (
-            name == "weight" and choose_route(_shape_of(_checked(module), calls, batch_size), norms_only=True) != "gram"
+            name == "weight" and choose_route(shape_of(_checked(module), calls, batch_size), norms_only=True) != "gram"
         )
 
 
@@ -263,7 +204,7 @@ def _native_gradient(
     )
 
 
-def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Route) -> Tensor:
+def _weight_gradients(conv: Conv, calls: Sequence[Call], route: Route) -> Tensor:
     """Return per-sample gradients ``(B, *weight.shape)``, ``B >= 1``, added over calls; the caller may modify them."""
     total: Tensor | None = None
     for call in calls:
@@ -289,10 +230,10 @@ def _weight_gradients(conv: Conv, calls: Sequence[Call], samples: int, route: Ro
 
 def _weight_norms(conv: Conv, calls: Sequence[Call], batch_size: int, mask: ParameterMask | None) -> Tensor:
     """Return squared norms ``(B,)`` of the (masked) weight gradients, in blocks of samples."""
-    shape = _shape_of(conv, calls, batch_size)
+    shape = shape_of(conv, calls, batch_size)
     norms = _product(calls[0]).new_empty(batch_size)
     if mask is None and choose_route(shape, norms_only=True) == "gram":
-        for low, high in _blocks(batch_size, shape, "gram"):
+        for low, high in blocks(batch_size, shape, "gram"):
             norms[low:high] = _gram_norms(conv, [_rows_of(call, low, high) for call in calls], high - low)
         return norms
     weights = None if mask is None else mask.active.to(norms.dtype)
@@ -318,10 +259,10 @@ def _sum_of_lengths(conv: Conv, calls: Sequence[Call], batch_size: int) -> Tenso
 
 def _gradients_in_blocks(conv: Conv, calls: Sequence[Call], batch_size: int) -> Iterator[tuple[int, int, Tensor]]:
     """Yield ranges of samples with their weight gradients, which the caller may modify."""
-    shape = _shape_of(conv, calls, batch_size)
+    shape = shape_of(conv, calls, batch_size)
     route = choose_route(shape, norms_only=False)
-    for low, high in _blocks(batch_size, shape, route):
-        yield low, high, _weight_gradients(conv, [_rows_of(call, low, high) for call in calls], high - low, route)
+    for low, high in blocks(batch_size, shape, route):
+        yield low, high, _weight_gradients(conv, [_rows_of(call, low, high) for call in calls], route)
 
 
 def _gram_norms(conv: Conv, calls: Sequence[Call], samples: int) -> Tensor:
@@ -348,34 +289,3 @@ def _with_rows(tensor: Tensor, samples: int, groups: int) -> Tensor:
 def _bias_gradients(calls: Sequence[Call]) -> Tensor:
     parts = [sum_rows(widen(call.backprop).flatten(2).sum(2), call.multiplicity) for call in calls]
     return torch.stack(parts).sum(0)
-
-
-def _shape_of(conv: Conv, calls: Sequence[Call], batch_size: int) -> ConvShape:
-    kernel = conv.weight[0, 0].numel()
-    elements = sum(call.backprop.numel() for call in calls)
-    return ConvShape(
-        device=calls[0].backprop.device.type,
-        groups=conv.groups,
-        in_width=conv.in_channels // conv.groups * kernel,
-        out_width=conv.out_channels // conv.groups,
-        positions=elements // max(1, batch_size * conv.out_channels),
-        kernel=kernel,
-        rows=max(call.multiplicity for call in calls),
-        maps=len({call.activation.shape[2:] for call in calls}),
-    )
-
-
-def _blocks(batch_size: int, shape: ConvShape, route: Route) -> Iterator[tuple[int, int]]:
-    """Yield ranges of samples, as many at once as the block size allows; nothing for an empty batch."""
-    per_sample = (
-        shape.groups
-        * {
-            "grouped": shape.rows * shape.in_width * shape.out_width,
-            "unfold": shape.in_width * (shape.positions + shape.rows * shape.out_width),
-            "gram": shape.positions * (shape.in_width + (shape.kernel + 2) * shape.positions),
-        }[route]
-    )
-    cached = shape.device == "cpu" and route == "unfold"
-    step = max(1, min(BLOCK_ELEMENTS, CACHED_ELEMENTS if cached else BLOCK_ELEMENTS) // max(1, per_sample))
-    for low in range(0, batch_size, step):
-        yield low, min(low + step, batch_size)
