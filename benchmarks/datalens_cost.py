@@ -26,8 +26,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.readme import write_section
-from benchmarks.step_cost import Clock
 from benchmarks.step_machine import environment
+from benchmarks.step_runs import Clock
 from lightning_dp.datalens import DataLens, MLPDiscriminator, MLPGenerator, StepsOver
 
 HERE = Path(__file__).parent

@@ -186,15 +186,15 @@ def peer(name: str) -> dict[str, float | str]:
     """Return the time of a step of Opacus over a plain one for a case of step_cost.py, by mode; a mode that fails says
     so.
     """
-    from benchmarks import step_cost
+    from benchmarks import step_runs
     from benchmarks.cases import CASES
 
     case = CASES["mlp" if SMALL else name]
-    plain = step_cost.run(case, "plain", 3).seconds_a_step(step_cost.WARMUP)
+    plain = step_runs.run(case, "plain", 3).seconds_a_step(step_runs.WARMUP)
     found: dict[str, float | str] = {}
     for mode in ("ghost", "hooks"):
         try:
-            found[mode] = step_cost.run(case, mode, 3).seconds_a_step(step_cost.WARMUP) / plain
+            found[mode] = step_runs.run(case, mode, 3).seconds_a_step(step_runs.WARMUP) / plain
         except Exception as error:
             found[mode] = f"{type(error).__name__}: {error}"
     return found

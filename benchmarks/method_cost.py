@@ -26,8 +26,9 @@ import torch
 
 from benchmarks.cases import CASES, Case
 from benchmarks.readme import write_section
-from benchmarks.step_cost import CLOCKS, WARMUP, Clock, same_size_batches, time_mode, trainer_steps
+from benchmarks.step_cost import CLOCKS, time_mode
 from benchmarks.step_machine import environment
+from benchmarks.step_runs import WARMUP, Clock, same_size_batches, trainer_steps
 from lightning_dp import (
     AdaptiveClipping,
     AutoThreshold,

@@ -244,10 +244,9 @@ def execute(run: Run) -> dict[str, Any]:
         if run.epsilon is not None:
             _calibrated[known] = strategy.plan.noise_multiplier
         epsilons = {name: make_accountant(name).epsilon_or_inf(strategy.ledger, DELTA) for name in ("pld", "rdp")}
-    averaged = {"averages": averages.accuracies(module, module.net, split.held_out)} if averages else {}
     return {
         "accuracy": accuracy(module.net, split.held_out),
-        **averaged,
+        **({"averages": averages.accuracies(module, module.net, split.held_out)} if averages else {}),
         "epsilon": {name: round(value, 4) if math.isfinite(value) else "inf" for name, value in epsilons.items()},
         "sigma": strategy.plan.noise_multiplier if strategy else None,
         "steps": trainer.global_step,
@@ -257,11 +256,7 @@ def execute(run: Run) -> dict[str, Any]:
 
 
 class Results:
-    """The lines of a file, found by the description of their run.
-
-    Args:
-        path: of the JSON-lines file; created with the first line.
-    """
+    """The lines of a JSON-lines file, which is created with the first one, found by the description of their run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -270,13 +265,8 @@ class Results:
 
     def add(self, run: Run, outcome: dict[str, Any]) -> None:
         """Append a finished run."""
-        line = {
-            "run": asdict(run),
-            **outcome,
-            "machine": machine(),
-            "commit": commit(),
-            "day": time.strftime("%Y-%m-%d"),
-        }
+        known = {"machine": machine(), "commit": commit(), "day": time.strftime("%Y-%m-%d")}
+        line = {"run": asdict(run), **outcome, **known}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.lines[run] = line
@@ -300,15 +290,10 @@ class Results:
 
     def fill(self, runs: Iterable[Run], *, until: float = math.inf) -> bool:
         """Run all missing runs in order, but start none after ``until`` (Unix time); return True if none is missing."""
-        for run in runs:
-            if run in self.lines:
-                continue
+        for run in (run for run in runs if run not in self.lines):
             if time.time() > until:
                 return False
             self.add(run, execute(run))
-            print(
-                f"{time.strftime('%H:%M:%S')} {self.lines[run]['accuracy']:.4f} {self.lines[run]['seconds']:.0f} s "
-                f"{run}",
-                flush=True,
-            )
+            line = self.lines[run]
+            print(f"{time.strftime('%H:%M:%S')} {line['accuracy']:.4f} {line['seconds']:.0f} s {run}", flush=True)
         return True

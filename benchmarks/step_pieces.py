@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks.cases import CASES, Case
-from benchmarks.step_cost import Clock, same_size_batches, time_mode, trainer_steps
+from benchmarks.step_cost import time_mode
 from benchmarks.step_machine import environment
 from benchmarks.step_processes import OwnProcesses, serve
+from benchmarks.step_runs import Clock, same_size_batches, trainer_steps
 from lightning_dp import DPStrategy
 from lightning_dp.noise import has_spare_core
 from lightning_dp.noise import sources as noise_sources

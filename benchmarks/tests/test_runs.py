@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from benchmarks import claims, generated, images, published, recipes, runs, units_and_noise
+from benchmarks import claims, generated, images, noise_studies, published, recipes, runs, units_and_noise
 from benchmarks.runs import Results, Run
 from benchmarks.waves import FEATURES, morlet, waves
 
@@ -214,27 +214,27 @@ def made_up_line(run: Run) -> dict[str, Any]:
 
 def test_recipe_climbs_and_keeps_rate_times_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runs, "execute", made_up_line)
-    results, study = Results(tmp_path / "lines"), units_and_noise.STUDIES["letter"]
-    last = units_and_noise.recipe(study, units_and_noise.FLAT, 3.0, "last", results, math.inf)
+    results, study = Results(tmp_path / "lines"), noise_studies.STUDIES["letter"]
+    last = noise_studies.recipe(study, noise_studies.FLAT, 3.0, "last", results, math.inf)
     assert (last.run.lr * last.run.clip, last.run.clip, last.decay, last.ends) == (
         pytest.approx(4.8, rel=0.01),
         pytest.approx(0.9),
         "",
         (),
     )
-    average = units_and_noise.recipe(study, units_and_noise.FLAT, 3.0, units_and_noise.AVERAGE, results, math.inf)
+    average = noise_studies.recipe(study, noise_studies.FLAT, 3.0, noise_studies.AVERAGE, results, math.inf)
     assert (average.run, average.decay) == (last.run, "0.98")
-    own = units_and_noise.recipe(study, units_and_noise.FLAT, 1.0, units_and_noise.OWN, results, math.inf)
+    own = noise_studies.recipe(study, noise_studies.FLAT, 1.0, noise_studies.OWN, results, math.inf)
     assert (own.run.lr * own.run.clip, own.decay) == (pytest.approx(9.6, rel=0.01), "0.98")
     assert own.run.epsilon == 1.0
-    assert {run.seed for run in results.lines} == {units_and_noise.SEARCH_SEED}
+    assert {run.seed for run in results.lines} == {noise_studies.SEARCH_SEED}
     assert not any(run.report for run in results.lines)
 
 
 def test_climb_says_where_a_grid_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runs, "execute", lambda run: outcome(0.001 * run.lr))
-    found, end = units_and_noise.climb(
-        RUN, units_and_noise.faster, (0.5, 1.0, 2.0), "last", Results(tmp_path / "lines"), math.inf
+    found, end = noise_studies.climb(
+        RUN, noise_studies.faster, (0.5, 1.0, 2.0), "last", Results(tmp_path / "lines"), math.inf
     )
     assert (found.lr, end) == (32.0, True)
 
@@ -251,7 +251,7 @@ def test_judge_repeats_lost_cases_with_more_seeds(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(units_and_noise, "STUDIES", {"letter": study})
     assert units_and_noise.judge(study, 3.0, results, math.inf)
     reported = {(run.clipping, run.seed) for run in results.lines if run.report}
-    assert {seed for kind, seed in reported if kind == "flat"} == set(units_and_noise.SEEDS)
+    assert {seed for kind, seed in reported if kind == "flat"} == set(noise_studies.SEEDS)
     for kind in ("least", "equal"):
         assert {seed for name, seed in reported if name == kind} == set(range(15))
     page = units_and_noise.page(results)
