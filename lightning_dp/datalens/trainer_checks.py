@@ -20,7 +20,7 @@ from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.shards import StepsOver
 from lightning_dp.strategies._lightning import MultiProcessingLauncher, start_method
 from lightning_dp.strategies.base import PrivateStrategy
-from lightning_dp.strategies.trainer_checks import check_precision
+from lightning_dp.strategies.trainer_checks import check_bounded, check_precision
 
 _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler, BatchSampler)
 
@@ -50,12 +50,8 @@ def check_trainer(trainer: pl.Trainer, settings: DataLensSettings) -> None:
             f"Expected at least one teacher per rank, got num_teachers={settings.num_teachers} on {trainer.world_size} "
             "ranks."
         )
-    fit_loop = trainer.fit_loop
-    if settings.target_epsilon is not None and fit_loop.max_epochs == -1 and fit_loop.max_steps == -1:
-        raise ValueError(
-            "Expected a bounded run with target_epsilon, got `Trainer(max_epochs=-1)` without max_steps. The noise is "
-            "calibrated over all planned steps: set max_epochs or max_steps, or pass sigma."
-        )
+    if settings.target_epsilon is not None:
+        check_bounded(trainer, "sigma")
 
 
 def dataset_of(trainer: pl.Trainer) -> Any:

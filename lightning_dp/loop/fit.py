@@ -93,11 +93,6 @@ class LoopFit:
     def run(self, batch: LogicalBatch, loss_fn: LossFunction, *, begins_pass: bool) -> list[tuple[Tensor, int]]:
         """Give the parameters the private gradient of a logical batch.
 
-        Args:
-            batch: logical batch, which is used once.
-            loss_fn: (model, batch) -> loss.
-            begins_pass: whether a pass over the data begins with this batch.
-
         Returns:
             Loss and number of records of each microbatch; empty for an empty batch. NOT private.
         """

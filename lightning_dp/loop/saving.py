@@ -24,10 +24,6 @@ def dump(model: nn.Module, optimizer: Optimizer, state: PrivacyState) -> dict[st
 def load(state: PrivacyState, loaded: Any) -> None:
     """Restore the privacy state of a saved run.
 
-    Args:
-        state: state of a run that has taken no steps, or of the saved run itself.
-        loaded: result of :func:`dump`.
-
     Raises:
         PrivacyError: a damaged state, or one of another run.
     """
@@ -39,13 +35,6 @@ def check_loaded(
     model: nn.Module, optimizer: Optimizer, state: PrivacyState, loaded: dict[str, Any] | None, settings: Settings
 ) -> None:
     """Check that model and optimizer were not trained for more steps than the ledger holds.
-
-    Args:
-        model: the model to be trained.
-        optimizer: optimizer of the model.
-        state: privacy state of the run.
-        loaded: the state that was loaded, if any.
-        settings: says whether public steps are accepted.
 
     Raises:
         PrivacyError: the weights are not those that were saved with the ledger, or the optimizer has taken steps that

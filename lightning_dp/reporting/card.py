@@ -33,11 +33,6 @@ COMPUTED_BY = {"rdp": "dp-accounting", "prv": "opacus"}
 def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[tuple[int, float]]:
     """Return epsilon after the first, the last and evenly spaced steps in between.
 
-    Args:
-        ledger: all releases of the run.
-        accountant: computes epsilon.
-        delta: in (0, 1).
-
     Returns:
         Pairs (step, epsilon), at most ``NUM_POINTS``. Public.
 

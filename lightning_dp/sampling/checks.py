@@ -37,13 +37,6 @@ def check_count(name: str, value: object, smallest: int) -> None:
 def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
     """Return the loader, if private draws can replace its own.
 
-    Args:
-        loader: the user's.
-        sampling: "poisson", "shuffle" or "cyclic".
-
-    Returns:
-        The same loader.
-
     Raises:
         TypeError: not a plain ``DataLoader``, or a dataset without the access or the length the sampling needs.
         ValueError: a sampler, batch sampler or option that has a meaning of its own.
@@ -136,12 +129,7 @@ def dataset_length(dataset: object) -> int:
 
 
 def check_once(dataset: object, size: int) -> None:
-    """Raise ValueError if ``Subset`` and ``ConcatDataset`` make several records out of one.
-
-    Args:
-        dataset: with random access.
-        size: its number of records.
-    """
+    """Raise ValueError if ``Subset`` and ``ConcatDataset`` make several records out of one."""
     for source, positions in _sources(dataset, np.arange(size)):
         repeated = len(positions) - len(np.unique(positions))
         if repeated:

@@ -80,11 +80,6 @@ def make_settings(arguments: Mapping[str, Any], *, owner: str) -> Settings:
 def check_length(epochs: int | None, steps: int | None, settings: Settings) -> None:
     """Check the planned length of a run.
 
-    Args:
-        epochs: planned passes over the data, or None.
-        steps: planned logical steps, or None.
-        settings: settings of the run.
-
     Raises:
         ValueError: both are given, or none with ``target_epsilon``.
         TypeError: a value that is not a whole number.
@@ -103,11 +98,6 @@ def check_length(epochs: int | None, steps: int | None, settings: Settings) -> N
 
 def planned_length(epochs: int | None, steps: int | None, facts: SamplingFacts) -> RunLength:
     """Return the planned length of the whole run, resumed parts included.
-
-    Args:
-        epochs: planned passes over the data, or None.
-        steps: planned logical steps, or None.
-        facts: of the private loader.
 
     Raises:
         ValueError: epochs of a stream without a length.

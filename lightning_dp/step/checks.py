@@ -58,26 +58,13 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
 
 
 def sample_axes(two: Any, three: Any) -> tuple[str, ...]:
-    """Return the paths of the tensors in a collated batch that have one row per record.
-
-    Args:
-        two: the batch made of two records.
-        three: the batch made of three.
-
-    Returns:
-        Paths of these tensors within the batch.
-    """
+    """Return the paths of the tensors in a collated batch that have one row per record."""
     rows, others = _rows(two), _rows(three)
     return tuple(path for path in rows if (rows[path], others.get(path)) == (2, 3))
 
 
 def check_rows(batch: Any, count: int, axes: tuple[str, ...]) -> None:
     """Check that a collated batch holds as many records as were drawn.
-
-    Args:
-        batch: collated.
-        count: records that were drawn.
-        axes: result of :func:`sample_axes`.
 
     Raises:
         PrivacyError: the collate function drops or adds records, so that rows would be attributed to the wrong ones.
@@ -136,12 +123,6 @@ def check_accumulation(parts: int, planned: int) -> None:
 def check_counts_once(optimizer: int, *, unfinished: bool, again: bool, microbatch_size: int | None) -> None:
     """Check, under manual optimization, that a sample enters an optimizer's sum at most once per step.
 
-    Args:
-        optimizer: its position.
-        unfinished: whether it holds backprops of an earlier ``training_step``.
-        again: whether it has already stepped on this microbatch, one of several of the logical batch.
-        microbatch_size: the setting, for the message.
-
     Raises:
         PrivacyError: a sample could count twice.
     """
@@ -163,12 +144,6 @@ def check_no_raw_gradients(
     optimizer: int, stepping: Optimizer, known: Mapping[str, nn.Parameter], module: nn.Module
 ) -> None:
     """Check that only private parameters hold a gradient when an optimizer is about to step.
-
-    Args:
-        optimizer: its position.
-        stepping: the optimizer.
-        known: its private parameters.
-        module: gives the name of any other parameter, for the message.
 
     Raises:
         PrivacyError: another parameter holds a gradient, which is removed before the error is raised.
@@ -217,10 +192,6 @@ def check_released(*, seen_backprops: bool, released: Collection[int]) -> None:
 
 def check_settled(now: float, settled: float) -> None:
     """Check that the sensitivity of a sum is still the one that its noise was calibrated for.
-
-    Args:
-        now: sensitivity of the sum under the current clipping.
-        settled: sensitivity of the sum when the logical batch began.
 
     Raises:
         PrivacyError: the clipping changed within the batch.

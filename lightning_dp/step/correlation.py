@@ -131,11 +131,6 @@ def _check_mechanisms(mechanisms: Mechanisms, length: RunLength, steps: int) -> 
 def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, start: int) -> None:
     """Check that a run with correlated noise resumes as it was planned.
 
-    Args:
-        now: the plan, as plain values.
-        restored: correlation of the resumed checkpoint, if any.
-        start: logical steps taken before.
-
     Raises:
         PrivacyError: another length, order, noise or clipping.
     """
@@ -154,11 +149,6 @@ def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, st
 
 def check_releases(*, automatic: bool, num_private_optimizers: int, shares_noise: bool) -> None:
     """Check that every logical batch makes exactly one release, with the same noise std on all coordinates.
-
-    Args:
-        automatic: whether the host steps the one optimizer itself.
-        num_private_optimizers: number of private optimizers.
-        shares_noise: whether the noise std differs between groups of parameters.
 
     Raises:
         ValueError: manual optimization, several private optimizers, or noise that is shared out between groups.
@@ -180,9 +170,6 @@ def check_releases(*, automatic: bool, num_private_optimizers: int, shares_noise
 def check_mask_may_change(since: int) -> None:
     """Check that no step has used correlated noise yet, when a mask is about to change.
 
-    Args:
-        since: number of steps in the history of correlated noise; 0 for independent noise.
-
     Raises:
         PrivacyError: there are such steps, whose noise the new mask could not cancel.
     """
@@ -195,11 +182,6 @@ def check_mask_may_change(since: int) -> None:
 
 def begin_order(correlation: Correlation | None, loader: PrivateDataLoader, step: int) -> None:
     """Make a loader resume at the batch of a logical step, if the noise is correlated.
-
-    Args:
-        correlation: of the plan.
-        loader: of this process.
-        step: logical steps released so far.
 
     Raises:
         PrivacyError: the order cannot continue at that step.
@@ -227,10 +209,6 @@ def check_reload(correlation: Correlation | None, before: PrivateDataLoader | No
 
 def check_position(position: int | None, step: int) -> None:
     """Check that a logical batch is the next one in the order of the data.
-
-    Args:
-        position: number of the batch in the order of the data.
-        step: logical steps released so far.
 
     Raises:
         PrivacyError: a batch was left out, or the order began again.

@@ -64,9 +64,6 @@ class TrainingRecords:
     def check_reading(self, seed: int) -> None:
         """Check that an item of a dataset with random access is the same whatever else is read.
 
-        Args:
-            seed: chooses the items.
-
         Raises:
             PrivacyError: an item changes with another one.
         """

@@ -20,13 +20,6 @@ def settle(
 
     **Guarantee**: everything is a function of public state alone, and stays the same until the next logical step
     begins.
-
-    Args:
-        accumulators: by position of their private optimizer.
-        mechanisms: requests of callbacks.
-        plan: plan of the run.
-        step: logical step, counted over the whole run.
-        since: number of steps in the history of correlated noise; 0 for independent noise.
     """
     plain = not plan.is_private(step)
     bound = Bound() if plain else mechanisms.bound
@@ -63,13 +56,7 @@ def _set_masks(accumulators: Mapping[int, Accumulator], mechanisms: Mechanisms, 
 def noise_stds(
     releases: Mapping[int, Release], accumulators: Mapping[int, Accumulator], expected_batch_size: int
 ) -> dict[str, float]:
-    """Return the noise std per coordinate of the noisy mean, by parameter name. Public.
-
-    Args:
-        releases: releases of the step, by position of their private optimizer.
-        accumulators: accumulators, by the same positions.
-        expected_batch_size: divisor of the mean.
-    """
+    """Return the noise std per coordinate of the noisy mean, by parameter name. Public."""
     return {
         name: release.std_of_group(number) / expected_batch_size
         for index, release in releases.items()

@@ -18,13 +18,6 @@ def check_sharded(
 ) -> None:
     """Check that a sharded module can be trained privately with these settings.
 
-    Args:
-        module: the user's, sharded.
-        settings: the user's arguments.
-        mechanisms: requests of callbacks.
-        world_size: number of processes of the data-parallel group.
-        device: device of this process.
-
     Raises:
         ValueError: the module cannot be trained privately, or not with these settings.
     """

@@ -145,9 +145,6 @@ class Trial:
     def check_again(self, number: int) -> None:
         """Repeat the checks of state and of one exchange, because user code may take another branch later.
 
-        Args:
-            number: number of the logical step; it chooses the records.
-
         Raises:
             PrivacyError: as in :meth:`prepare`.
         """
@@ -177,9 +174,6 @@ class Trial:
 
     def check_state(self, seed: int = 0) -> None:
         """Check, outside of a real step, that the state after user code does not depend on the records.
-
-        Args:
-            seed: chooses the records.
 
         Raises:
             PrivacyError: the state depends on the records.

@@ -48,11 +48,6 @@ class OneByOne:
     def choose(self, snapshot: Snapshot, records: list[Any], error: PrivacyError | None) -> None:
         """Run samples one at a time from here on if an error was raised; else go on by rules.
 
-        Args:
-            snapshot: the state to put back.
-            records: from all over the training set.
-            error: why rules cannot follow, on this rank.
-
         Raises:
             PrivacyError: samples influence each other, or cannot run alone.
         """
@@ -89,11 +84,6 @@ class OneByOne:
 
     def check(self, snapshot: Snapshot, records: list[Any], *, seed: int) -> None:
         """Check that the gradient of a batch is that of its records run alone.
-
-        Args:
-            snapshot: the state to put back.
-            records: from all over the training set.
-            seed: chooses the records of a batch of the real size.
 
         Raises:
             ComparisonError: it is not, or there is too little to tell.

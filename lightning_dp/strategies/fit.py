@@ -134,10 +134,6 @@ class PrivateFit:
     def run(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code on a logical batch; return the output of the real call.
 
-        Args:
-            rest: further positional arguments of ``training_step``.
-            kwargs: keyword arguments of ``training_step``.
-
         Raises:
             PrivacyError: the private loader did not draw the batch, or the batch was used already.
         """

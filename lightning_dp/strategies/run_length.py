@@ -13,13 +13,7 @@ from lightning_dp.strategies import _lightning
 
 
 def run_length(trainer: pl.Trainer, facts: SamplingFacts, *, start: int) -> RunLength:
-    """Return the planned length of a run.
-
-    Args:
-        trainer: its limits bound the run.
-        facts: facts of the private loader.
-        start: number of logical steps taken before.
-    """
+    """Return the planned length of a run."""
     remaining = remaining_steps(trainer, facts.accumulate)
     return RunLength(
         steps=None if remaining is None else start + remaining, steps_per_epoch=_steps_per_pass(trainer, facts)
@@ -27,12 +21,7 @@ def run_length(trainer: pl.Trainer, facts: SamplingFacts, *, start: int) -> RunL
 
 
 def remaining_steps(trainer: pl.Trainer, parts: int) -> int | None:
-    """Return an upper bound on the remaining logical steps; None if nothing bounds them.
-
-    Args:
-        trainer: its limits bound the run.
-        parts: current number of batches per logical batch.
-    """
+    """Return an upper bound on the remaining logical steps; None if nothing bounds them."""
     fit_loop: Any = trainer.fit_loop
     bounds: list[int] = []
     if fit_loop.max_epochs is not None and fit_loop.max_epochs >= 0 and math.isfinite(fit_loop.max_batches):

@@ -69,11 +69,7 @@ def save(checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Cal
 
 
 def recover(path: Path) -> None:
-    """Finish a replacement that a dying process interrupted: use the new folder if it is complete, else the old one.
-
-    Args:
-        path: path at which the folder was to be saved.
-    """
+    """Finish a replacement that a dying process interrupted: use the new folder if it is complete, else the old one."""
     if path.exists():
         return
     partial, old = _beside(path, PARTIAL), _beside(path, OLD)
@@ -85,10 +81,6 @@ def recover(path: Path) -> None:
 
 def check(checkpoint: dict[str, Any], path: Path) -> None:
     """Check that the weights and the ledger of a folder were written together; every rank calls it.
-
-    Args:
-        checkpoint: content that was read from the folder, without its tensors.
-        path: path of the folder.
 
     Raises:
         PrivacyError: the ledger in ``checkpoint`` is not the ledger that was written with the weights.

@@ -12,25 +12,20 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from lightning_dp.step import module_checks
 from lightning_dp.step.settings import Settings
 from lightning_dp.strategies import _lightning
+from lightning_dp.strategies.logs import PUBLIC
 
 
 def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
     """Refuse Trainer flags under which the step would not be private, or the noise could not be calibrated."""
-    fit_loop = trainer.fit_loop
-    if settings.target_epsilon is not None and fit_loop.max_epochs == -1 and fit_loop.max_steps == -1:
-        raise ValueError(
-            "Expected a bounded run with target_epsilon, got `Trainer(max_epochs=-1)` without max_steps. The noise is "
-            "calibrated over all planned steps: set max_epochs or max_steps, or pass noise_multiplier."
-        )
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if settings.target_epsilon is not None and any(
-        _lightning.is_a(callback, BatchSizeFinder) for callback in callbacks
-    ):
-        raise ValueError(
-            "Expected a known batch size with target_epsilon, got a search for it (BatchSizeFinder, "
-            "scale_batch_size). Its trials train on the data and would spend the target: search under "
-            "noise_multiplier, or on public data."
-        )
+    if settings.target_epsilon is not None:
+        check_bounded(trainer, "noise_multiplier")
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(_lightning.is_a(callback, BatchSizeFinder) for callback in callbacks):
+            raise ValueError(
+                "Expected a known batch size with target_epsilon, got a search for it (BatchSizeFinder, "
+                "scale_batch_size). Its trials train on the data and would spend the target: search under "
+                "noise_multiplier, or on public data."
+            )
     if accumulation(trainer) and (settings.noise is not None or settings.sampling == "cyclic"):
         raise ValueError(
             "Expected batches of one size with correlated noise or cyclic sampling, got "
@@ -38,6 +33,15 @@ def check_trainer(trainer: pl.Trainer, settings: Settings) -> None:
             "`Trainer(accumulate_grad_batches=...)`."
         )
     check_precision(str(trainer.precision))
+
+
+def check_bounded(trainer: pl.Trainer, noise: str) -> None:
+    """Refuse a run without an end under a target; ``noise`` names the argument that needs no target."""
+    if trainer.fit_loop.max_epochs == -1 and trainer.fit_loop.max_steps == -1:
+        raise ValueError(
+            "Expected a bounded run with target_epsilon, got `Trainer(max_epochs=-1)` without max_steps. The noise is "
+            f"calibrated over all planned steps: set max_epochs or max_steps, or pass {noise}."
+        )
 
 
 def describe_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> str:
@@ -143,13 +147,10 @@ def choices_by_figures(trainer: pl.Trainer) -> set[str]:
     monitored = {
         f"{type(callback).__name__} on {callback.monitor!r}"
         for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(getattr(callback, "monitor", None), str) and not _is_public(callback.monitor)
+        if isinstance(name := getattr(callback, "monitor", None), str)
+        and not (name in ("epsilon", "step", "epoch") or name.startswith(PUBLIC))
     }
     return plateaus | monitored
-
-
-def _is_public(name: str) -> bool:
-    return name in ("epsilon", "step", "epoch") or name.startswith(("privacy/", "audit/", "communication/"))
 
 
 def known_arguments(kind: type) -> list[str]:
