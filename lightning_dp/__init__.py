@@ -95,22 +95,9 @@ if TYPE_CHECKING:
     from lightning_dp.strategies import DPDDPStrategy, DPFSDPStrategy, DPStrategy
 else:
     _SUBMODULES = (
-        *(
-            "accounting",
-            "auditing",
-            "callbacks",
-            "clipping",
-            "datalens",
-            "fabric",
-            "hf",
-            "loop",
-            "masks",
-            "metrics",
-            "noise",
-            "per_sample",
-        ),
-        *("reporting", "sampling", "schedules", "step", "strategies", "system"),
-    )
+        "accounting", "auditing", "callbacks", "clipping", "datalens", "fabric", "hf", "loop", "masks", "metrics",
+        "noise", "per_sample", "reporting", "sampling", "schedules", "step", "strategies", "system",
+    )  # fmt: skip
     _NAMES_BY_SOURCE = {
         "accounting": "Ledger PrivacyEvent",
         "auditing": "AuditResult",

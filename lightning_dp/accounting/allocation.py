@@ -146,10 +146,8 @@ def _sum(first: RatioLaw, second: RatioLaw) -> RatioLaw:
     else:
         _add_pairs(out, low, first, second, least=0)
         _add_pairs(out, low, second, first, least=1)
-    for one, other in (
-        (first, second),
-        (second, first),
-    ):  # zero plus a point gives the point, or is split with zero below the grid
+    # zero plus a point gives the point, or is split with zero below the grid
+    for one, other in ((first, second), (second, first)):
         masses, num_below = other.at_zero * one.masses, min(max(low - one.offset, 0), one.masses.size)
         start = one.offset + num_below - low
         out[start : start + masses.size - num_below] += masses[num_below:]

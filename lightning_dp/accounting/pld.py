@@ -16,14 +16,7 @@ from lightning_dp.accounting.base import Accountant, Mechanisms, split_unsampled
 from lightning_dp.accounting.composed_loss import ComposedLoss
 from lightning_dp.accounting.events import Mechanism
 from lightning_dp.accounting.gaussian import gaussian_epsilon
-from lightning_dp.accounting.loss_distribution import (
-    Direction,
-    GridLoss,
-    Layout,
-    LossNodes,
-    directions,
-    discretize,
-)
+from lightning_dp.accounting.loss_distribution import Direction, GridLoss, Layout, LossNodes, directions, discretize
 from lightning_dp.accounting.rdp import RDPAccountant
 
 Spectrum = npt.NDArray[np.complex128]

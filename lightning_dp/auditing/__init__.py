@@ -8,11 +8,7 @@ separate canaries), ``canaries`` and ``records`` (canaries to insert), ``result`
 from lightning_dp.auditing.canaries import Canaries, GradientCanaries
 from lightning_dp.auditing.estimates import epsilon_clopper_pearson, epsilon_gdp
 from lightning_dp.auditing.noise_scale import epsilon_noise_scale
-from lightning_dp.auditing.one_run import (
-    epsilon_one_run,
-    epsilon_one_run_all_thresholds,
-    epsilon_one_run_gdp,
-)
+from lightning_dp.auditing.one_run import epsilon_one_run, epsilon_one_run_all_thresholds, epsilon_one_run_gdp
 from lightning_dp.auditing.records import mislabelled, random_records
 from lightning_dp.auditing.result import AuditResult, audit
 

@@ -232,16 +232,9 @@ def _calibrated(plan: DPPlan, target: float, accountant: Accountant) -> float:
 
 def _described(plan: DPPlan) -> dict[str, Any]:
     names = (
-        "dataset_size",
-        "expected_batch_size",
-        "sampling",
-        "sample_rate",
-        "batches_per_pass",
-        "steps",
-        "delta",
-        "neighboring_relation",
-        "unit",
-    )
+        "dataset_size", "expected_batch_size", "sampling", "sample_rate", "batches_per_pass", "steps", "delta",
+        "neighboring_relation", "unit",
+    )  # fmt: skip
     correlation = None if plan.correlation is None else plan.correlation.state_dict()
     return {**{name: getattr(plan, name) for name in names}, "correlation": correlation}
 

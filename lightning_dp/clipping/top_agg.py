@@ -19,9 +19,7 @@ from lightning_dp.clipping.flat import FlatClipping
 from lightning_dp.clipping.votes import coin_generator, largest_coordinates, threshold_votes, top_k_votes
 
 _SIGNS = {"stochastic": "stochastic", "plain": "sign"}
-_CHUNK = (
-    1 << 22
-)  # coordinates voted on at a time: bounds the memory that choosing needs in addition to the contributions
+_CHUNK = 1 << 22  # coordinates voted on at a time, which bounds the memory that choosing needs
 
 
 @dataclass(frozen=True)

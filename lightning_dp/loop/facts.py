@@ -7,7 +7,6 @@ import math
 from torch import Tensor
 
 from lightning_dp.step.facts import StateFacts
-from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
 
@@ -17,11 +16,6 @@ class LoopFacts(StateFacts):
 
     settings: Settings
     _losses: list[tuple[Tensor, int]]
-
-    @property
-    def plan(self) -> DPPlan:
-        """The public settings of the run."""
-        raise NotImplementedError
 
     @property
     def steps_left(self) -> float:

@@ -213,18 +213,13 @@ def _check_sampler(loader: DataLoader[Any], num_samples: int) -> None:
             "Expected sampling without replacement, got RandomSampler(replacement=True). A record could count several "
             f"times in one batch, so that clipping does not bound it. {_HOW}"
         )
-    drawn = _num_drawn(sampler)
+    drawn = len(sampler.dataset if isinstance(sampler, DistributedSampler) else sampler)  # type: ignore[arg-type]
     if drawn != num_samples:
         raise ValueError(
             f"Expected a sampler over the whole dataset, got {kind.__name__} over {drawn} of {num_samples} records: "
             f"the sampling probability would be taken from the wrong number of records. Use torch.utils.data.Subset to "
             f"select records. {_HOW}"
         )
-
-
-def _num_drawn(sampler: Any) -> int:
-    sized: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler
-    return len(sized)
 
 
 def unwrap_sampler(sampler: Sampler[Any] | Any) -> Any:

@@ -17,17 +17,11 @@ from lightning_dp.sampling.fetch import BeforeRecords, BeforeStream, as_it_is
 from lightning_dp.sampling.gather import Gather
 from lightning_dp.sampling.indices import CyclicBatchSampler
 
+#: Of these the generator seeds the workers; the private draws do not use it.
 _KEPT = (
-    "num_workers",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",  # seeds the workers; the private draws do not use it
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-)
+    "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator",
+    "prefetch_factor", "persistent_workers", "pin_memory_device",
+)  # fmt: skip
 
 
 def kept_options(loader: DataLoader[Any]) -> dict[str, Any]:

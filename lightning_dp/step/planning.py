@@ -17,19 +17,9 @@ from lightning_dp.step.state import PrivacyState
 
 #: Facts that two plans must share so that a resumed run keeps the noise of the first.
 _SAME_RUN = (
-    "sampling",
-    "dataset_size",
-    "expected_batch_size",
-    "sample_rate",
-    "steps",
-    "clipping",
-    "delta",
-    "target_epsilon",
-    "accountant",
-    "neighboring_relation",
-    "schedule",
-    "correlation",
-)
+    "sampling", "dataset_size", "expected_batch_size", "sample_rate", "steps", "clipping", "delta", "target_epsilon",
+    "accountant", "neighboring_relation", "schedule", "correlation",
+)  # fmt: skip
 
 
 def resolve_delta(settings: Settings, facts: SamplingFacts) -> float:

@@ -72,9 +72,9 @@ class Probe:
         """Take the gradients of an optimizer at the point where a real run would step it."""
         step = self._step
         self.stepped.add(optimizer)
-        names = list(step.parameters.of(optimizer))
+        own = step.parameters.of(optimizer)
+        names = list(own)
         if optimizer in step.settings.public_optimizers:
-            own = step.parameters.of(optimizer)
             self.public |= {n: p.grad.detach().clone() for n, p in own.items() if p.grad is not None}
         elif self._read is not None:
             self.found.append(self._read(names))

@@ -22,6 +22,9 @@ Relation = Literal["add_or_remove_one", "replace_one", "zero_out"]
 LossReduction = Literal["mean", "sum"]
 UnitGradient = Literal["mean", "sum"]
 GradSample = Literal["auto", "rules", "single", "materialize"]
+_FLAGS = (
+    "check_per_sample", "allow_public_checkpoint", "secure_rng", "strict_logging", "tune_process", "per_sample_loss",
+)  # fmt: skip
 #: Settings that are arguments of ``private_dataloader``.
 _DRAWING = ("sampling", "microbatch_size", "seed", "unit", "records_per_unit", "fixed_order")
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
@@ -92,14 +95,7 @@ class Settings:
         object.__setattr__(self, "public_optimizers", check_positions(self.public_optimizers))
         self._check_unit()
         self._check_noise()
-        for name in (
-            "check_per_sample",
-            "allow_public_checkpoint",
-            "secure_rng",
-            "strict_logging",
-            "tune_process",
-            "per_sample_loss",
-        ):
+        for name in _FLAGS:
             check.check_flag(name, getattr(self, name))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise ValueError(

@@ -107,9 +107,8 @@ class Shards(AllReduce):
         views, groups = accumulator.views, accumulator.groups
         if weights is None:  # the other ranks communicate for their norms
             self.squared_norms(engine, groups)
-        frees = not any(
-            recomputes for _, _, recomputes in self._turns
-        )  # functions of parameters may join several units
+        # functions of parameters may join several units
+        frees = not any(recomputes for _, _, recomputes in self._turns)
         for names, unit, recomputes in self._turns:
             segments, whole = self._segments(names, accumulator.gradient)
             masks = {name: mask for name, mask in accumulator.masks_of_norms.items() if name in segments}
@@ -231,9 +230,7 @@ class Shards(AllReduce):
 
 
 def _reduce_scatter(own: Tensor, segment: Tensor, group: Any) -> None:
-    name = (
-        "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-    )  # torch < 2.13
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # before 2.13
     getattr(dist, name)(own, segment, group=group)
 
 

@@ -144,24 +144,21 @@ class UserHooks:
         for owner in (*self._watched, module):
             for name in (*_OF_BATCHES, *BETWEEN_EPOCHS, *_FAR):
                 if _has(name, owner):
-                    tried = owner is module and name in _OF_BATCHES
-                    hook = self._watching(getattr(owner, name), owner, name, is_on_trial, tried=tried)
-                    self._overrides.set(owner, name, hook)
+                    self._overrides.set(owner, name, self._watching(owner, name, is_on_trial))
 
     def unwatch(self) -> None:
         """Restore the hooks of callbacks and module."""
         self._overrides.undo()
 
-    def _watching(
-        self, hook: Callable[..., Any], owner: Any, name: str, is_on_trial: Callable[[], bool], *, tried: bool
-    ) -> Callable[..., Any]:
+    def _watching(self, owner: Any, name: str, is_on_trial: Callable[[], bool]) -> Callable[..., Any]:
+        hook = getattr(owner, name)
+
         @functools.wraps(hook)
         def watched(*args: Any, **kwargs: Any) -> Any:
             if is_on_trial():
                 return hook(*args, **kwargs)
             is_far, has_stopped = name in _FAR, self.stopped
-            is_new = (owner, name) not in self._far if is_far else not tried and owner not in self.writing
-            before = self._marks_of(owner, tensors_only=is_far) if is_new else None
+            before = None if self._takes_part(owner, name) else self._marks_of(owner, is_far)
             with self.watching_stops():
                 answer = hook(*args, **kwargs)
             if before is None or (self.stopped == has_stopped and _are_same(before, self._marks_of(owner, is_far))):
@@ -183,17 +180,20 @@ class UserHooks:
         yield
         self.stopped |= trainer.should_stop and not before
 
-    def _with(self, name: str) -> Iterator[tuple[Any, Any]]:
-        trainer, module = self._strategy.trainer, self._strategy.lightning_module
-        for callback in self.callbacks:
-            if _has(name, callback) and (name not in _FAR or (callback, name) in self._far):
-                yield callback, functools.partial(getattr(callback, name), trainer, module)
-        if module is None or not _has(name, module) or (name in BETWEEN_EPOCHS and module not in self.writing):
-            return
-        if name not in _FAR or (module, name) in self._far:
-            yield module, getattr(module, name)
+    def _takes_part(self, owner: Any, name: str) -> bool:
+        """Tell whether trials call a hook."""
+        if name in _FAR:
+            return (owner, name) in self._far
+        return owner in self.writing or (owner is self._strategy.module and name not in BETWEEN_EPOCHS)
 
-    def _marks_of(self, owner: Any, tensors_only: bool = False) -> tuple[list[Any], Tensor]:
+    def _with(self, name: str) -> Iterator[tuple[Any, Any]]:
+        trainer, module = self._strategy.trainer, self._strategy.module
+        for owner in (*self.callbacks, module):
+            if _has(name, owner) and self._takes_part(owner, name):
+                hook = getattr(owner, name)
+                yield owner, hook if owner is module else functools.partial(hook, trainer, module)
+
+    def _marks_of(self, owner: Any, tensors_only: bool) -> tuple[list[Any], Tensor]:
         """Return marks that change with the module, a learning rate or the saved state of a callback, and a few values
         of each tensor, joined on one device to be compared by one transfer.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies.strategy import Strategy
@@ -17,17 +17,12 @@ from lightning_dp.step import checks, correlation
 from lightning_dp.strategies import _lightning, trainer_checks
 from lightning_dp.strategies.facts import RunFacts
 
-if TYPE_CHECKING:
-    from lightning_dp.strategies.fit import PrivateFit
-
 
 class TrainingInputs(RunFacts, Strategy):
     """The component of a private strategy that replaces layers and training loaders."""
 
     global_rank: int
     world_size: int
-    _loader: PrivateDataLoader | None
-    _fit: PrivateFit | None
     _fixes: bool
     _undo: list[Callable[[], None]]
 

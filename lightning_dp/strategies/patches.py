@@ -43,7 +43,8 @@ class Patches:
 
     def apply(self) -> None:
         """Replace the methods."""
-        for index, both in enumerate(self._optimizers_and_wrappers()):
+        wrappers = _lightning.lightning_optimizers(self._strategy)  # which manual optimization gives to the user
+        for index, both in enumerate(zip(self._strategy.optimizers, wrappers, strict=True)):
             for optimizer in both if index not in self._strategy.settings.public_optimizers else ():
                 self._overrides.set(optimizer, "zero_grad", self._discarding(index, optimizer.zero_grad))
         module = self._strategy.module
@@ -106,10 +107,6 @@ class Patches:
                 self._clips[id(held)] = functools.partial(clip_gradients, held, *args, **kwargs)
 
         return clip_later
-
-    def _optimizers_and_wrappers(self) -> list[tuple[Optimizer, Any]]:
-        """Return each optimizer with its Lightning wrapper, which manual optimization gives to the user."""
-        return list(zip(self._strategy.optimizers, _lightning.lightning_optimizers(self._strategy), strict=True))
 
     def _discarding(self, index: int, zero_grad: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(zero_grad)
