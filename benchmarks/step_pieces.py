@@ -42,7 +42,6 @@ WHOLE = "whole"
 #: piece -> module, name in it, and what takes its place where the piece is off
 PIECES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "allocator": ("lightning_dp.system.allocator", "keep_freed_memory", lambda: False),
-    "huge_pages": ("lightning_dp.per_sample.workspace", "huge_pages", lambda tensor: tensor),
     "owners": ("lightning_dp.step.accumulator", "is_shared", lambda tensor: True),
     "openmp": ("lightning_dp.noise.cpu", "end_waiting_threads", lambda: False),
     "threads": ("lightning_dp.noise.cpu", "_threads_for", lambda num: 1),

@@ -11,8 +11,6 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_dp.system.huge_pages import huge_pages
-
 SHARE = 0.95
 """Largest size of all kept buffers together, as a share of what a step without privacy holds anyway (see ``limit``)."""
 
@@ -63,8 +61,7 @@ class Workspace:
             room = (self._limit() - self.num_bytes) // dtype.itemsize
             if size > room:
                 return None
-            held = huge_pages(torch.empty(int(min(room, size * _SPARE)), dtype=dtype, device=device))
-            self._buffers[key] = held
+            held = self._buffers[key] = torch.empty(int(min(room, size * _SPARE)), dtype=dtype, device=device)
         return held[:size].view(*shape)
 
     def admits(self, key: Hashable, num_bytes: int) -> bool:

@@ -2,8 +2,8 @@
 
 These are tuned, each with its gain in its own file: glibc keeps freed memory (``allocator.py``), torch's waiting
 threads are ended before noise is drawn in threads (``openmp.py``, ``noise/cpu.py``), noise is drawn ahead of time
-(``noise/prefetch.py``), torch's generator starts from a state that is written by hand (``noise/sources.py``), buffers
-are reused (``owners.py``), and long-lived buffers have huge pages (``huge_pages.py``).
+(``noise/prefetch.py``), torch's generator starts from a state that is written by hand (``noise/sources.py``), and
+buffers are reused (``owners.py``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ProcessTuning:
     Two fits in one process may overlap: the memory settings are undone when the last of them stops. ``start`` and
     ``stop`` may be called twice. A forked child begins without tuning.
 
-    While a tuning with ``enabled=False`` runs, no buffer is reused or gets huge pages. Noise has a switch of its own,
+    While a tuning with ``enabled=False`` runs, no buffer is reused. Noise has a switch of its own,
     ``GaussianNoise(tuned=False)``; its threads end in ``GaussianNoise.close``.
 
     Args:
@@ -86,7 +86,7 @@ _lock = threading.Lock()
 
 
 def is_allowed() -> bool:
-    """Tell whether buffers may be reused and have huge pages: not while a fit with ``tune_process=False`` runs."""
+    """Tell whether buffers may be reused: not while a fit with ``tune_process=False`` runs."""
     return all(tuning.enabled for tuning in _running)
 
 
