@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,11 +88,6 @@ class GaussianNoise:
         self._ahead: NormalsAhead | None = None
         self._start(seed)
 
-    @property
-    def seeded(self) -> bool:
-        """True if the noise follows from a seed given by the user, who must then keep it secret."""
-        return self._root is not None
-
     def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
         """Start drawing ``num`` standard normals in the background, for the next call of ``add_`` or ``fill_``.
 
@@ -120,7 +116,7 @@ class GaussianNoise:
         """
         check_dtype(dtype)
         self._refuse_the_parents_state()
-        if device.type != "cpu" or num < CHUNK or self.secure or self.seeded or not self.tuned:
+        if device.type != "cpu" or num < CHUNK or self.secure or self._root is not None or not self.tuned:
             return
         if self._ahead is None:
             self._ahead = NormalsAhead(normal_stream(self._children(1)[0]))
@@ -211,8 +207,8 @@ class GaussianNoise:
             if ahead is not None:
                 ahead.close()
 
-    def __reduce__(self) -> tuple[Callable[[bool, bool], GaussianNoise], tuple[bool, bool]]:
-        return (_fresh, (self.secure, self.tuned))
+    def __reduce__(self) -> tuple[Callable[[], GaussianNoise], tuple[()]]:
+        return partial(GaussianNoise, secure=self.secure, tuned=self.tuned), ()
 
     def _refuse_the_parents_state(self) -> None:
         """Start new streams in a forked child, because the parent continues the old ones."""
@@ -264,7 +260,3 @@ def _on_grid(values: NDArray[np.float64], grid: float) -> NDArray[np.float64]:
     np.rint(values, out=values, where=near)
     np.multiply(values, grid, out=values, where=near)
     return values
-
-
-def _fresh(secure: bool, tuned: bool) -> GaussianNoise:
-    return GaussianNoise(secure=secure, tuned=tuned)

@@ -62,16 +62,6 @@ class CorrelatedGaussianNoise:
         self._inverse = settings.inverse
         self._start(seed)
 
-    @property
-    def seeded(self) -> bool:
-        """True if the noise follows from a seed given by the user, who must then keep it secret."""
-        return self._seeded
-
-    @property
-    def step(self) -> int:
-        """Number of logical steps drawn since the history began."""
-        return self._step
-
     @torch.no_grad()
     def add_(self, tensor: Tensor, std: float) -> Tensor:
         """Add ``std * v_t`` to every coordinate, in place, and advance to the next step.
@@ -113,21 +103,21 @@ class CorrelatedGaussianNoise:
     def __reduce__(
         self,
     ) -> tuple[Callable[[CorrelatedNoise, int], CorrelatedGaussianNoise], tuple[CorrelatedNoise, int]]:
-        return (_fresh, (self.settings, self.steps - self._step))
+        return (_fresh, (self.settings, self.steps - self.step))
 
     def _start(self, seed: int | None) -> None:
         self._fork = num_forks()
-        self._seeded = seed is not None
         self._key = secrets.randbits(256) if seed is None else seed
-        self._step = 0
+        self.step = 0
+        """Number of logical steps drawn since the history began."""
         self._buffer: tuple[int, torch.dtype, torch.device] | None = None
 
     def _write(self, tensor: Tensor, std: float, *, adds: bool) -> Tensor:
         check_buffer(tensor, std)
         if self._fork != num_forks():  # a forked child: the parent continues with the same key
-            self.steps -= self._step
+            self.steps -= self.step
             self._start(None)
-        if self._step >= self.steps:
+        if self.step >= self.steps:
             raise PrivacyError(
                 f"The planned {self.steps} steps of correlated noise are drawn. One privacy event covers exactly "
                 "these, so a further release would not be accounted for. Plan a longer run from its start."
@@ -143,7 +133,7 @@ class CorrelatedGaussianNoise:
         flat = tensor.detach().view(-1)
         if not adds:
             flat.zero_()
-        now, self._step = self._step, self._step + 1  # this draw counts as used even if an error follows
+        now, self.step = self.step, self.step + 1  # this draw counts as used even if an error follows
         terms = [(r, now - lag) for lag, r in enumerate(self._inverse[: now + 1])]
         if std > 0:
             (self._add_cpu if flat.device.type == "cpu" else self._add_device)(flat, std, terms)

@@ -201,7 +201,7 @@ def test_copies_begin_an_empty_history_of_their_own(duplicate: Any, seed: int | 
     buffer = torch.empty(5000, dtype=torch.float64)
     first = noise.fill_(buffer.clone(), 1.0)
     twins = [duplicate(noise) for _ in range(2)]
-    assert [(twin.step, twin.steps, twin.seeded) for twin in twins] == [(0, 2, False)] * 2
+    assert [(twin.step, twin.steps) for twin in twins] == [(0, 2)] * 2
     second = torch.stack([each.fill_(buffer.clone(), 1.0) for each in (noise, *twins)])
     correlation = torch.corrcoef(torch.cat([first[None], second]))
     # of two steps of one history: -.9 / sqrt(1.81); of others: 0, bounds of 6 / sqrt(5000)
@@ -302,8 +302,6 @@ def test_settings_that_are_not_planned_are_refused() -> None:
         CorrelatedGaussianNoise(CorrelatedNoise(), steps=3)
     with pytest.raises(ValueError, match="steps >= 1"):
         CorrelatedGaussianNoise(DECAY, steps=0)
-    assert CorrelatedGaussianNoise(DECAY, steps=1, seed=0).seeded
-    assert not CorrelatedGaussianNoise(DECAY, steps=1).seeded
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
