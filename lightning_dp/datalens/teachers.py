@@ -156,11 +156,7 @@ class Teachers:
 
 
 def check_discriminator(discriminator: nn.Module) -> None:
-    """Refuse a discriminator that has batch norm or running statistics, or no trainable parameters.
-
-    Raises:
-        ValueError: such a discriminator.
-    """
+    """Refuse a discriminator that has batch norm or running statistics, or no trainable parameters."""
     for name, layer in discriminator.named_modules():
         if isinstance(layer, _NORMS) and (layer.track_running_stats or "Batch" in type(layer).__name__):
             raise ValueError(

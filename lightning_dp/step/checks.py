@@ -64,11 +64,7 @@ def sample_axes(two: Any, three: Any) -> tuple[str, ...]:
 
 
 def check_rows(batch: Any, count: int, axes: tuple[str, ...]) -> None:
-    """Check that a collated batch holds as many records as were drawn.
-
-    Raises:
-        PrivacyError: the collate function drops or adds records, so that rows would be attributed to the wrong ones.
-    """
+    """Check that a collated batch holds as many records as were drawn, or raise PrivacyError."""
     rows = _rows(batch) if axes else {}
     wrong = [rows.get(path) for path in axes if rows.get(path) != count]
     if wrong:
@@ -86,11 +82,7 @@ def _rows(batch: Any) -> dict[str, int]:
 
 @contextmanager
 def reached(loss: Tensor) -> Iterator[None]:
-    """Check that the code within the context back-propagates a loss.
-
-    Raises:
-        PrivacyError: the loss was not back-propagated, so that weights would move on noise alone.
-    """
+    """Check that the code within the context back-propagates a loss, or raise PrivacyError."""
     if not loss.requires_grad:
         yield
         return
@@ -108,11 +100,7 @@ def reached(loss: Tensor) -> Iterator[None]:
 
 
 def check_accumulation(parts: int, planned: int) -> None:
-    """Check that a logical batch still consists of the planned number of batches.
-
-    Raises:
-        PrivacyError: ``accumulate_grad_batches`` changed.
-    """
+    """Check that a logical batch still consists of the planned number of batches, or raise PrivacyError."""
     if parts != planned:
         raise PrivacyError(
             f"Expected accumulate_grad_batches={planned} as when the data was set up, got {parts}. Parts of several "
@@ -143,11 +131,7 @@ def check_counts_once(optimizer: int, *, unfinished: bool, again: bool, microbat
 def check_no_raw_gradients(
     optimizer: int, stepping: Optimizer, known: Mapping[str, nn.Parameter], module: nn.Module
 ) -> None:
-    """Check that only private parameters hold a gradient when an optimizer is about to step.
-
-    Raises:
-        PrivacyError: another parameter holds a gradient, which is removed before the error is raised.
-    """
+    """Check that only private parameters hold a gradient when an optimizer is about to step, or raise PrivacyError."""
     private = {id(parameter) for parameter in known.values()}
     for group in stepping.param_groups:
         for parameter in group["params"]:
@@ -191,11 +175,7 @@ def check_released(*, seen_backprops: bool, released: Collection[int]) -> None:
 
 
 def check_settled(now: float, settled: float) -> None:
-    """Check that the sensitivity of a sum is still the one that its noise was calibrated for.
-
-    Raises:
-        PrivacyError: the clipping changed within the batch.
-    """
+    """Check that the sensitivity of a sum is still the one that its noise was calibrated for, or raise PrivacyError."""
     if now != settled:
         raise PrivacyError(
             f"Expected a sensitivity of {settled:.6g} as settled when the batch began, got {now:.6g}. The noise would "
@@ -205,11 +185,7 @@ def check_settled(now: float, settled: float) -> None:
 
 
 def check_tried(optimizer: int, untried: Collection[int]) -> None:
-    """Check that a public optimizer has stepped in a trial before its first real step.
-
-    Raises:
-        PrivacyError: the optimizer has not stepped in a trial.
-    """
+    """Check that a public optimizer has stepped in a trial before its first real step, or raise PrivacyError."""
     if optimizer in untried:
         raise PrivacyError(
             f"Expected public optimizer {optimizer} to step where it was tried, got its first step on a batch whose "
@@ -218,11 +194,7 @@ def check_tried(optimizer: int, untried: Collection[int]) -> None:
 
 
 def check_same_dataset(previous: PrivateDataLoader | None, loader: PrivateDataLoader) -> None:
-    """Check that the size of the training set did not change within a run.
-
-    Raises:
-        PrivacyError: the size changed.
-    """
+    """Check that the size of the training set did not change within a run, or raise PrivacyError."""
     if previous is not None and previous.facts.dataset_size != loader.facts.dataset_size:
         raise PrivacyError(
             f"Expected the training set to keep its {previous.facts.dataset_size} {loader.facts.unit}s during the run, "

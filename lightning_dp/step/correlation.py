@@ -129,11 +129,7 @@ def _check_mechanisms(mechanisms: Mechanisms, length: RunLength, steps: int) -> 
 
 
 def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, start: int) -> None:
-    """Check that a run with correlated noise resumes as it was planned.
-
-    Raises:
-        PrivacyError: another length, order, noise or clipping.
-    """
+    """Check that a run with correlated noise resumes as it was planned, or raise PrivacyError."""
     if start == 0 or restored is None or not (now.get("correlation") or restored.get("correlation")):
         return
     names = ("correlation", "noise_multiplier", "sampling", "expected_batch_size", "clipping", "neighboring_relation")
@@ -168,11 +164,7 @@ def check_releases(*, automatic: bool, num_private_optimizers: int, shares_noise
 
 
 def check_mask_may_change(since: int) -> None:
-    """Check that no step has used correlated noise yet, when a mask is about to change.
-
-    Raises:
-        PrivacyError: there are such steps, whose noise the new mask could not cancel.
-    """
+    """Check that no step has used correlated noise yet, when a mask is about to change, or raise PrivacyError."""
     if since:
         raise PrivacyError(
             f"The gradient mask changed after {since} steps with correlated noise. Noise of earlier steps would not be "
@@ -191,11 +183,7 @@ def begin_order(correlation: Correlation | None, loader: PrivateDataLoader, step
 
 
 def check_reload(correlation: Correlation | None, before: PrivateDataLoader | None, loader: PrivateDataLoader) -> None:
-    """Check that the order of the data stays the same when a loader is replaced during a run.
-
-    Raises:
-        PrivacyError: the new loader draws another secret assignment of units to batches.
-    """
+    """Check that the order of the data stays the same when a loader is replaced during a run, or raise PrivacyError."""
     if correlation is None or before is None or before is loader:
         return
     if loader.facts.sampling == "cyclic" and loader.facts.add_remove_changes_one_batch:
@@ -208,11 +196,7 @@ def check_reload(correlation: Correlation | None, before: PrivateDataLoader | No
 
 
 def check_position(position: int | None, step: int) -> None:
-    """Check that a logical batch is the next one in the order of the data.
-
-    Raises:
-        PrivacyError: a batch was left out, or the order began again.
-    """
+    """Check that a logical batch is the next one in the order of the data, or raise PrivacyError."""
     if position != step:
         raise PrivacyError(
             f"Logical step {step} got the batch at position {position} of the order of the data. Its units would come "

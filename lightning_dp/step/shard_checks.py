@@ -16,11 +16,7 @@ from lightning_dp.step.settings import Settings
 def check_sharded(
     module: nn.Module, settings: Settings, mechanisms: Mechanisms, *, world_size: int, device: torch.device
 ) -> None:
-    """Check that a sharded module can be trained privately with these settings.
-
-    Raises:
-        ValueError: the module cannot be trained privately, or not with these settings.
-    """
+    """Check that a sharded module can be trained privately with these settings, or raise ValueError."""
     if not any(units.is_unit(each) for each in module.modules()):
         raise ValueError(
             f"Expected {type(module).__name__}.configure_model to shard the module, got no module that fully_shard was "
