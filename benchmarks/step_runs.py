@@ -1,4 +1,4 @@
-"""Runs of a few steps of a case, under a Trainer or Opacus, with the times and memory peaks of ``step_cost.py``."""
+"""A few steps of a case, under a Trainer or Opacus, with the times and memory peaks of ``step_cost.py``."""
 
 from __future__ import annotations
 

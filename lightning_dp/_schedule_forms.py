@@ -79,20 +79,6 @@ class Intervals:
         return float(self.function(step // self.every))
 
 
-def positive(name: str, value: float | None) -> float:
-    """Return a number, checked to be finite and > 0."""
-    if value is None or not 0 < value < math.inf:
-        raise ValueError(f"Expected 0 < {name} < inf, got {name}={value}. Pass a finite number above 0.")
-    return float(value)
-
-
-def not_negative(name: str, value: float | None) -> float:
-    """Return a number, checked to be finite and >= 0."""
-    if value is None or not 0 <= value < math.inf:
-        raise ValueError(f"Expected 0 <= {name} < inf, got {name}={value}. Pass a finite number of 0 or more.")
-    return float(value)
-
-
 def interval(name: str, value: int | None) -> int:
     """Return a number of steps, checked to be whole and >= 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

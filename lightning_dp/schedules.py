@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable
 
 from lightning_dp import _schedule_forms as forms
+from lightning_dp import _validate as check
 
 Schedule = Callable[[int], float]
 
@@ -42,7 +43,7 @@ def constant(value: float = 1.0) -> Schedule:
         >>> constant()(1000)
         1.0
     """
-    return forms.Constant(forms.positive("value", value))
+    return forms.Constant(check.check_positive("value", value))
 
 
 def step(factor: float | None = None, every: int = 1, *, rate: float | None = None) -> Schedule:
@@ -68,7 +69,9 @@ def step(factor: float | None = None, every: int = 1, *, rate: float | None = No
         [1.0, 1.0, 0.5, 0.5, 0.25]
     """
     forms.exactly_one(factor=factor, rate=rate)
-    on_sigma = forms.positive("factor", factor) if factor is not None else math.sqrt(forms.positive("rate", rate))
+    on_sigma = (
+        check.check_positive("factor", factor) if factor is not None else math.sqrt(check.check_positive("rate", rate))
+    )
     return forms.Geometric(on_sigma, forms.interval("every", every))
 
 
@@ -94,8 +97,8 @@ def exponential(factor: float | None = None, every: int = 1, *, rate: float | No
     """
     forms.exactly_one(factor=factor, rate=rate)
     if factor is not None:
-        return forms.Geometric(forms.positive("factor", factor), forms.interval("every", every))
-    return forms.Exponential(forms.not_negative("rate", rate), forms.interval("every", every))
+        return forms.Geometric(check.check_positive("factor", factor), forms.interval("every", every))
+    return forms.Exponential(check.check_nonnegative("rate", rate), forms.interval("every", every))
 
 
 def linear(
@@ -125,9 +128,9 @@ def linear(
     if rate is not None:
         if over is not None:
             raise ValueError(f"Expected over=None with rate, got over={over}. `over` belongs to `final`.")
-        return forms.Geometric(math.sqrt(forms.positive("rate", rate)), forms.interval("every", every))
+        return forms.Geometric(math.sqrt(check.check_positive("rate", rate)), forms.interval("every", every))
     return forms.Ramp(
-        forms.positive("final", final), forms.interval("over", over), forms.interval("every", every), cosine=False
+        check.check_positive("final", final), forms.interval("over", over), forms.interval("every", every), cosine=False
     )
 
 
@@ -150,7 +153,7 @@ def time(rate: float, every: int = 1) -> Schedule:
         >>> time(rate=3.0)(1)
         0.5
     """
-    return forms.InverseTime(forms.not_negative("rate", rate), forms.interval("every", every))
+    return forms.InverseTime(check.check_nonnegative("rate", rate), forms.interval("every", every))
 
 
 def cosine(final: float, over: int, every: int = 1) -> Schedule:
@@ -174,7 +177,7 @@ def cosine(final: float, over: int, every: int = 1) -> Schedule:
         [1.0, 0.75, 0.5, 0.5]
     """
     return forms.Ramp(
-        forms.positive("final", final), forms.interval("over", over), forms.interval("every", every), cosine=True
+        check.check_positive("final", final), forms.interval("over", over), forms.interval("every", every), cosine=True
     )
 
 

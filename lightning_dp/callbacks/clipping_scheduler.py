@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_dp.callbacks._strategy import private_strategy
-from lightning_dp.callbacks.noise_scheduler import Interval, Kind, PublicSchedule
+from lightning_dp.callbacks.noise_scheduler import ScheduleCallback
 from lightning_dp.clipping.bounds import ScheduledBound
 
 
-class ClippingScheduler(Callback):
+class ClippingScheduler(ScheduleCallback):
     """A public schedule of the clipping bound.
 
         C_e = C_0 f(e),   e = epoch // every_n_epochs
@@ -40,17 +37,6 @@ class ClippingScheduler(Callback):
     References:
         Chilukoti et al. 2023, Auto DP-SGD, arXiv 2312.02400v1.
     """
-
-    def __init__(
-        self,
-        kind: Kind | Callable[[int], float],
-        *,
-        factor: float | None = None,
-        rate: float | None = None,
-        every_n_epochs: int = 1,
-        interval: Interval = "epoch",
-    ) -> None:
-        self.schedule = PublicSchedule(kind, factor=factor, rate=rate, every_n_epochs=every_n_epochs, interval=interval)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

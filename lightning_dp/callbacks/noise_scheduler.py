@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 Interval = Literal["epoch", "step"]
 
 
+@dataclass(frozen=True)
 class PublicSchedule:
     """A kind of schedule with its settings; called with the run length, it returns a function of the step.
 
@@ -30,22 +32,18 @@ class PublicSchedule:
         interval: "epoch" or "step".
     """
 
-    def __init__(
-        self,
-        kind: str | Callable[[int], float],
-        *,
-        factor: float | None,
-        rate: float | None,
-        every_n_epochs: int,
-        interval: str,
-    ) -> None:
-        if not callable(kind):
-            check.check_choice("kind", kind, KINDS)
-        self.kind = kind
-        self.factor, self.rate = factor, rate
-        self.every = check.check_count("every_n_epochs", every_n_epochs)
-        self.interval = check.check_choice("interval", interval, ("epoch", "step"))
-        make_schedule(kind, factor=factor, rate=rate, every=1, over=1)
+    kind: str | Callable[[int], float]
+    factor: float | None
+    rate: float | None
+    every_n_epochs: int
+    interval: str
+
+    def __post_init__(self) -> None:
+        if not callable(self.kind):
+            check.check_choice("kind", self.kind, KINDS)
+        check.check_count("every_n_epochs", self.every_n_epochs)
+        check.check_choice("interval", self.interval, get_args(Interval))
+        make_schedule(self.kind, factor=self.factor, rate=self.rate, every=1, over=1)
 
     def __call__(self, run: RunLength) -> Schedule:
         """Return the schedule for a run of this length.
@@ -53,7 +51,7 @@ class PublicSchedule:
         Raises:
             ValueError: the schedule needs the length of an epoch or of the run, which is unknown.
         """
-        every = self.every
+        every = self.every_n_epochs
         if self.interval == "epoch":
             every *= run.epoch_steps("interval='epoch'", "Pass interval='step'.")
         if self.kind in ("linear", "cosine") and self.factor is not None:
@@ -62,7 +60,22 @@ class PublicSchedule:
         return make_schedule(self.kind, factor=self.factor, rate=self.rate, every=every, over=over)
 
 
-class NoiseScheduler(Callback):
+class ScheduleCallback(Callback):
+    """A callback with a public schedule, made from the arguments that its subclasses document."""
+
+    def __init__(
+        self,
+        kind: Kind | Callable[[int], float],
+        *,
+        factor: float | None = None,
+        rate: float | None = None,
+        every_n_epochs: int = 1,
+        interval: Interval = "epoch",
+    ) -> None:
+        self.schedule = PublicSchedule(kind, factor, rate, every_n_epochs, interval)
+
+
+class NoiseScheduler(ScheduleCallback):
     """A public schedule of the noise multiplier.
 
         sigma_e = sigma_0 f(e),   e = epoch // every_n_epochs  (or step // every_n_epochs with ``interval="step"``)
@@ -100,17 +113,6 @@ class NoiseScheduler(Callback):
     References:
         Chilukoti et al. 2023, Auto DP-SGD, arXiv 2312.02400v1 (the forms with ``rate``).
     """
-
-    def __init__(
-        self,
-        kind: Kind | Callable[[int], float],
-        *,
-        factor: float | None = None,
-        rate: float | None = None,
-        every_n_epochs: int = 1,
-        interval: Interval = "epoch",
-    ) -> None:
-        self.schedule = PublicSchedule(kind, factor=factor, rate=rate, every_n_epochs=every_n_epochs, interval=interval)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -37,10 +37,7 @@ class MLPGenerator(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.layers = nn.Sequential(
-            nn.Linear(z_dim + num_classes, hidden),
-            nn.LeakyReLU(_SLOPE),
-            nn.Linear(hidden, hidden),
-            nn.LeakyReLU(_SLOPE),
+            *_hidden_layers(z_dim + num_classes, hidden),
             nn.Linear(hidden, num_features),
             nn.Tanh() if bounded else nn.Identity(),
         )
@@ -67,13 +64,7 @@ class MLPDiscriminator(nn.Module):
     def __init__(self, num_features: int, *, num_classes: int = 1, hidden: int = 32) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.layers = nn.Sequential(
-            nn.Linear(num_features + num_classes, hidden),
-            nn.LeakyReLU(_SLOPE),
-            nn.Linear(hidden, hidden),
-            nn.LeakyReLU(_SLOPE),
-            nn.Linear(hidden, 1),
-        )
+        self.layers = nn.Sequential(*_hidden_layers(num_features + num_classes, hidden), nn.Linear(hidden, 1))
 
     @override
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -163,6 +154,10 @@ class ConvDiscriminator(nn.Module):
         planes = _one_hot(labels, self.num_classes, images)[:, :, None, None].expand(-1, -1, *images.shape[2:])
         out: Tensor = self.layers(torch.cat([images, planes], dim=1))
         return out
+
+
+def _hidden_layers(num_inputs: int, hidden: int) -> tuple[nn.Module, ...]:
+    return nn.Linear(num_inputs, hidden), nn.LeakyReLU(_SLOPE), nn.Linear(hidden, hidden), nn.LeakyReLU(_SLOPE)
 
 
 def _quarter(image_size: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The frozen plan: default delta, sensitivity, events and runs."""
+"""The frozen plan: default delta, noise under each relation, events and runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 from lightning_dp import schedules
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
 from lightning_dp.clipping import FlatClipping, NoClipping, PerLayerClipping
+from lightning_dp.clipping.bounds import Bound
 from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.reporting.statement import describe_epsilon, privacy_statement, stated_plan, summary_line
 from lightning_dp.step.plan import DPPlan, default_delta
+from lightning_dp.step.release import plan_release
 
 
 def make_plan(**options: Any) -> DPPlan:
@@ -40,10 +42,10 @@ def test_default_delta_is_a_power_of_ten_below_one_over_ten_n(size: int, delta: 
 
 @pytest.mark.parametrize(("relation", "factor"), [("add_or_remove_one", 1), ("zero_out", 1), ("replace_one", 2)])
 @pytest.mark.parametrize(("clipping", "groups"), [(FlatClipping(0.5), 1), (PerLayerClipping(0.5), 4)])
-def test_sensitivity_doubles_where_a_record_is_replaced(relation: str, factor: int, clipping: Any, groups: int) -> None:
-    assert make_plan(neighboring_relation=relation, clipping=clipping).sensitivity(groups) == pytest.approx(
-        0.5 * factor
-    )
+def test_noise_doubles_where_a_record_is_replaced(relation: str, factor: int, clipping: Any, groups: int) -> None:
+    plan = make_plan(neighboring_relation=relation, clipping=clipping)
+    release = plan_release(plan, 0, clipping=clipping, sizes=[7] * groups, bound=Bound(), num_releases=1)
+    assert release.drawn_std == pytest.approx(2.0 * 0.5 * factor)
 
 
 def test_runs_follow_the_schedule_and_the_steps() -> None:
