@@ -22,11 +22,11 @@ def check_number(name: str, value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def check_positive(name: str, value: Any, hint: str = "Pass a finite number above 0.") -> float:
+def check_positive(name: str, value: Any) -> float:
     """Check that ``0 < value < inf``, and return the value as a float."""
     number = check_number(name, value)
     if not 0 < number < math.inf:
-        raise ValueError(f"Expected 0 < {name} < inf, {_given(name, value)} {hint}")
+        raise ValueError(f"Expected 0 < {name} < inf, {_given(name, value)} Pass a finite number above 0.")
     return number
 
 

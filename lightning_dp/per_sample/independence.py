@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from lightning_dp.errors import ComparisonError
 from lightning_dp.system.torch_private import BatchNorm, InstanceNorm
 
-# Allowed difference relative to the largest per-sample norm, by the type the forward ran in.
-RTOL = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-
 _PIECE = 2**18
 """Coordinates that are compared at a time, in float64."""
 
@@ -36,8 +33,7 @@ def compare_with_singles(
     singles: Iterable[Mapping[str, Tensor]],
     *,
     scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-    rtol: float | None = None,
+    rtol: float = 1e-3,
     module: nn.Module | None = None,
     adds_up: Callable[[], bool] | None = None,
     total: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
@@ -56,8 +52,7 @@ def compare_with_singles(
         singles: for each of the ``B`` samples parameter name to gradient, shape ``(*shape)``, of its own loss. Private.
             A name that one side lacks counts as zero there. Asked for one by one, and freed before the next.
         scale: makes ``batched`` gradients of the sum over samples of the loss: ``B`` for a mean loss.
-        dtype: type the forward ran in, ``torch.bfloat16`` under "bf16-mixed"; by default the coarsest of the gradients.
-        rtol: allowed difference, in (0, inf); by default chosen by ``dtype``.
+        rtol: allowed difference, in (0, inf).
         module: searched for layers that explain a difference.
         adds_up: whether the gradient of the whole batch is that of its samples together; asked where gradients differ,
             to tell samples that influence each other from a gradient that this package deals to the wrong sample.
@@ -72,13 +67,10 @@ def compare_with_singles(
         >>> grads = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> compare_with_singles({"w": grads}, [{"w": grads[0]}, {"w": grads[1]}])
     """
-    if rtol is not None and not 0 < rtol < math.inf:
+    if not 0 < rtol < math.inf:
         raise ValueError(f"Expected 0 < rtol < inf, got rtol={rtol}. Pass a tolerance such as 1e-3.")
-    sums, samples, seen = _sums_of(batched, singles, scale)
+    sums, samples = _sums_of(batched, singles, scale)
     sums = dict(total(sums))
-    dtype = dtype or max(seen, key=lambda kind: RTOL.get(kind, 0.0), default=torch.float32)
-    rtol = RTOL.get(dtype, RTOL[torch.float32]) if rtol is None else rtol
-
     totals_b, totals_s, totals_bs, _ = sum(sums.values(), torch.zeros(4, samples, dtype=torch.float64))
     comparable = totals_b.isfinite() | totals_s.isfinite()
     if samples and not bool(comparable.any()):
@@ -162,10 +154,10 @@ def _why_not_together(module: nn.Module) -> str:
 
 def _sums_of(
     batched: Mapping[str, Tensor], singles: Iterable[Mapping[str, Tensor]], scale: float
-) -> tuple[dict[str, Tensor], int, set[torch.dtype]]:
-    """Return the pair sums ``(4, B)`` of every parameter, the number of samples, and the dtypes seen."""
+) -> tuple[dict[str, Tensor], int]:
+    """Return the pair sums ``(4, B)`` of every parameter, and the number of samples."""
     rows: dict[str, dict[int, Tensor]] = {}
-    seen, samples = {tensor.dtype for tensor in batched.values()}, 0
+    samples = 0
     for single in singles:
         for name in dict.fromkeys([*batched, *single]):
             left, right = batched.get(name), single.get(name)
@@ -178,7 +170,6 @@ def _sums_of(
                     f"Expected batched[{name!r}][{samples}] of shape {tuple(other.shape)}, as its single has, "
                     f"got shape={tuple(one.shape)}."
                 )
-            seen.add(other.dtype)
             rows.setdefault(name, {})[samples] = _pair_sums(one.detach(), other.detach().to(one.device), scale)
         samples += 1
         del single
@@ -190,7 +181,7 @@ def _sums_of(
             )
     none = torch.zeros(4, dtype=torch.float64)
     sums = {name: torch.stack([found.get(i, none) for i in range(samples)], 1) for name, found in rows.items()}
-    return sums, samples, seen
+    return sums, samples
 
 
 def _pair_sums(batched: Tensor, alone: Tensor, scale: float) -> Tensor:

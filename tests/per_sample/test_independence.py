@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.independence import RTOL, compare_with_singles, find_unsupported
+from lightning_dp.per_sample.independence import compare_with_singles, find_unsupported
 from tests import reference
 
 Losses = Callable[[nn.Module, Tensor], Tensor]
@@ -116,27 +116,18 @@ def test_compare_names_the_worst_parameters_and_suspects() -> None:
     assert "Found in the module" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", list(RTOL))
-def test_compare_tolerance_is_relative_to_the_largest_gradient(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rtol", [1e-6, 1e-3, 5e-2])
+def test_compare_tolerance_is_relative_to_the_largest_gradient(rtol: float) -> None:
     # sample 1 has the largest norm, 5, over two parameters; the difference is put into sample 0
     batched = {"a": torch.tensor([[1.0], [3.0]]).double(), "b": torch.tensor([[1.0], [4.0]]).double()}
     for share, differs in ((0.8, False), (1.2, True)):
         singles = [{name: grads[i].clone() for name, grads in batched.items()} for i in range(2)]
-        singles[0]["a"] += share * 5 * RTOL[dtype]
+        singles[0]["a"] += share * 5 * rtol
         if differs:
             with pytest.raises(PrivacyError, match=r"in a \(\S+, sample 0\)"):
-                compare_with_singles(batched, singles, dtype=dtype)
+                compare_with_singles(batched, singles, rtol=rtol)
         else:
-            compare_with_singles(batched, singles, dtype=dtype)
-
-
-def test_compare_takes_its_tolerance_from_the_coarsest_gradient() -> None:
-    exact = torch.ones(2, 3)
-    rounded = exact * 1.01
-    with pytest.raises(PrivacyError, match=r"allowed 0\.002"):
-        compare_with_singles({"w": rounded}, [{"w": row} for row in exact])
-    compare_with_singles({"w": rounded.bfloat16()}, [{"w": row} for row in exact])
-    compare_with_singles({"w": rounded}, [{"w": row} for row in exact], rtol=0.02)
+            compare_with_singles(batched, singles, rtol=rtol)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
