@@ -30,10 +30,11 @@ class StepGuard:
 
     Args:
         is_private: tells whether an optimizer holds a private parameter.
+        advice: the supported way to step an optimizer, for messages.
     """
 
-    def __init__(self, is_private: Callable[[Optimizer], bool]) -> None:
-        self._is_private = is_private
+    def __init__(self, is_private: Callable[[Optimizer], bool], advice: str = USE_OPTIMIZERS) -> None:
+        self._is_private, self._advice = is_private, advice
         self._handle: Any = None
         self._expected: list[Optimizer] = []
         self._open = False
@@ -92,11 +93,11 @@ class StepGuard:
         if self.in_sandbox:
             raise PrivacyError(
                 f"{kind} stepped by itself while your step ran on trial, so weights would move on raw gradients. "
-                f"{USE_OPTIMIZERS}"
+                f"{self._advice}"
             )
         if not self._is_private(optimizer):
             return
-        raise PrivacyError(f"{kind} stepped private parameters by itself, without a private gradient. {USE_OPTIMIZERS}")
+        raise PrivacyError(f"{kind} stepped private parameters by itself, without a private gradient. {self._advice}")
 
 
 class Sandbox:
