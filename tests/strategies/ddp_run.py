@@ -31,10 +31,16 @@ def fit(
     strategy: Any = None,
     **options: Any,
 ) -> L.Trainer:
-    strategy = strategy or DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = strategy or private()
     trainer = make_trainer(strategy, OUT, devices=2, callbacks=list(callbacks), **options)
     trainer.fit(module, loader, ckpt_path=resume, weights_only=True if resume else None)
     return trainer
+
+
+def private(*, check_per_sample: bool = False, **options: Any) -> DPDDPStrategy:
+    """Samples are checked in training, next to a public optimizer, and where ranks choose a way."""
+    given = {"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", **options}
+    return DPDDPStrategy(check_per_sample=check_per_sample, **given)
 
 
 class Nothing(Classifier):
@@ -54,16 +60,23 @@ class Indexed(Dataset):
         return torch.zeros(NUM_FEATURES), index
 
 
-class Writing(Nothing):
-    """Keeps the positions that reached it, a list a step; logs with a collective, as users do."""
+class Drawing(Nothing):
+    """Keeps the positions that reached it, a list a step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.drawn: list[list[int]] = []
-        self.logged: list[int] = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.drawn.append(batch[1].tolist())
+
+
+class Writing(Drawing):
+    """Logs with a collective, as users do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[int] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.logged.append(int(batch[1].sum()))
@@ -138,7 +151,7 @@ def main() -> None:
     # correlated noise: 40 steps in 10 passes over 4 batches
     recorder = Recorder()
     correlated = CorrelatedNoise(decay=0.8)
-    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, sampling="cyclic", noise=correlated)
+    strategy = private(sampling="cyclic", noise=correlated, accountant="pld")
     fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=8), [recorder], strategy=strategy, max_epochs=10)
     released = torch.stack([torch.cat([g.flatten() for g in s.values()]) for s in recorder.before_step])
     seen["correlated"] = released * 16 / correlated.sensitivity(40, separation=4, passes=10)
@@ -147,7 +160,10 @@ def main() -> None:
     module = Classifier(optimizer=torch.optim.Adam, lr=0.05)
     with torch.no_grad():
         module.network[0].bias += RANK
-    trainer = fit(module, DataLoader(make_dataset(), batch_size=8), [EpsilonMonitor()], max_epochs=5)
+    strategy = private(check_per_sample=True)
+    trainer = fit(
+        module, DataLoader(make_dataset(), batch_size=8), [EpsilonMonitor()], strategy=strategy, max_epochs=5
+    )
     seen["weights"] = torch.cat([p.detach().flatten() for p in module.parameters()])
     seen["ledger"] = trainer.strategy.ledger.state_dict()["entries"]
     seen["epsilon"] = trainer.strategy.epsilon()
@@ -162,7 +178,7 @@ def main() -> None:
 
     # the sum over ranks, without noise, in microbatches: every record once
     recorder, module = Recorder(), Classifier(lr=0.0)
-    strategy = DPDDPStrategy(noise_multiplier=0.0, max_grad_norm=1.4, microbatch_size=5)
+    strategy = private(noise_multiplier=0.0, max_grad_norm=1.4, microbatch_size=5)
     fit(module, DataLoader(make_dataset(), batch_size=32), [recorder], strategy=strategy, max_epochs=1)
     seen["sum"] = recorder.before_step[0]
 
@@ -174,13 +190,13 @@ def main() -> None:
 
     # the same for users of 1 and 7 records: each is clipped once, on one rank
     recorder, ids = Recorder(), [2 * (record // 8) + (record % 8 > 0) for record in range(64)]
-    strategy = DPDDPStrategy(noise_multiplier=0.0, max_grad_norm=0.7, microbatch_size=5, unit=ids, records_per_unit=7)
+    strategy = private(noise_multiplier=0.0, max_grad_norm=0.7, microbatch_size=5, unit=ids, records_per_unit=7)
     fit(Classifier(lr=0.0), DataLoader(make_dataset(), batch_size=8), [recorder], strategy=strategy, max_epochs=1)
     seen["users"] = recorder.before_step[0]
 
     # who is drawn: positions by rank; a batch of one record is often empty on one rank and not on the other; four
     # passes reach the module, and the same loader hands out 76 more
-    module = Writing()
+    module = Drawing()
     trainer = fit(module, DataLoader(Indexed(), batch_size=1), max_epochs=4)
     items = [item for _ in range(76) for item in trainer.train_dataloader]
     seen["drawn"] = module.drawn + [[p for _, part in item.microbatches for p in part[1].tolist()] for item in items]
@@ -192,7 +208,7 @@ def main() -> None:
         sizes.append(tensor.numel()),
         all_reduce(tensor, *args, **kwargs),
     )[1]
-    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, microbatch_size=3)
+    strategy = private(microbatch_size=3)
     trainer = fit(
         Classifier(),
         DataLoader(make_dataset(), batch_size=4),
@@ -204,13 +220,13 @@ def main() -> None:
     seen["reduced"] = (trainer.strategy.ledger.num_steps, sizes.count(53), max(sizes))
 
     # collectives in the user's logging, while ranks hold different numbers of microbatches
-    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, microbatch_size=2)
+    strategy = private(microbatch_size=2)
     module, synced = Writing(), Synced()
     trainer = fit(module, DataLoader(Indexed(), batch_size=6), [synced], strategy=strategy, max_epochs=4)
     seen["synced"] = {"steps": trainer.strategy.ledger.num_steps, "given": module.logged, "values": synced.values}
 
     # under a mask and with a counted bound: what the gradient and the count carry, and what they should
-    watch, module = Watch(), Writing()
+    watch, module = Watch(), Drawing()
     callbacks = [RandomSparsification(final_rate=0.5, schedule="constant"), AdaptiveClipping(), watch]
     fit(module, DataLoader(Indexed(), batch_size=2), callbacks, max_epochs=40)
     seen["mixed"] = {"noise": torch.stack(watch.noise), "std": watch.std, "counts": watch.counts}

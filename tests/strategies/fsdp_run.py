@@ -40,6 +40,8 @@ from tests.strategies.sharded import CASES, Sharded, plain
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 OUT = Path(sys.argv[1])
+#: Cases whose samples are checked: each network once, and in each precision; the checks know of nothing else.
+CHECKED = ("flat", "weight norm, frozen", "tied, recomputed", "adapter", "bfloat16")
 #: Processes of a run: 2, but for the one that resumes alone.
 DEVICES = 1 if "resumed_alone" in sys.argv else 2
 
@@ -132,7 +134,7 @@ def sums() -> dict[str, Any]:
     found = {}
     for name, (network, shard, options, callbacks, trainer_options) in CASES.items():
         released = Released()
-        strategy = DPFSDPStrategy(noise_multiplier=0.0, max_grad_norm=0.7, **options)
+        strategy = private(noise_multiplier=0.0, max_grad_norm=0.7, check_per_sample=name in CHECKED, **options)
         batch_size = 32 // trainer_options.get("accumulate_grad_batches", 1)
         loader = DataLoader(make_dataset(), batch_size=batch_size)
         fit(
@@ -154,7 +156,7 @@ class Manual(ByHand, Sharded):
 def manual() -> dict[str, Any]:
     """The sum over ranks of one step in microbatches, without noise; then noisy steps on unequal batches."""
     released, loader = Released(), DataLoader(make_dataset(), batch_size=32)
-    strategy = DPFSDPStrategy(noise_multiplier=0.0, max_grad_norm=0.7, microbatch_size=7)
+    strategy = private(noise_multiplier=0.0, max_grad_norm=0.7, microbatch_size=7)
     fit(Manual(plain(), lr=0.0), loader, [released], strategy, max_steps=1)
     module = Manual(plain(), lr=0.05)
     loader = DataLoader(make_dataset(40), batch_size=2)
