@@ -98,7 +98,7 @@ def main() -> None:
     for epsilon in (4.0,) if options.smoke else (2.0, 4.0):
         records = DPStrategy(target_epsilon=epsilon, target_delta=DELTA)
         accuracy = train(records, batch_size=300, max_epochs=epochs)
-        person = user_epsilon(records.ledger, DELTA, records_per_user=EACH)
+        person = user_epsilon(records.ledger, DELTA, records_per_user=EACH, discretization=0.02)
         sigma = records.plan.noise_multiplier
         print(f"| records | {records.epsilon():.2f} | {person:.2f} | {sigma:.2f} | {accuracy:.3f} |")
         people = DPStrategy(target_epsilon=epsilon, target_delta=DELTA, records_per_unit=EACH)

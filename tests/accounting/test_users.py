@@ -19,7 +19,10 @@ def poisson(sigma, rate):
     return PrivacyEvent.poisson(noise_multiplier=sigma, sample_rate=rate)
 
 
-@pytest.mark.parametrize(("records", "expected"), [(1, 0.9127), (2, 1.9467), (4, 4.1482)])
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [(4, 4.1482), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((1, 0.9127), (2, 1.9467)))],
+)
 def test_epsilon_of_a_user_meets_the_reference(records, expected):
     found = user_epsilon(ledger_of((poisson(1.0, 0.01), 200)), DELTA, records_per_user=records)
     assert found == pytest.approx(expected, abs=1e-4)
@@ -27,7 +30,7 @@ def test_epsilon_of_a_user_meets_the_reference(records, expected):
 
 def test_one_record_per_user_is_the_record_level():
     ledger = ledger_of((poisson(1.0, 0.1), 20), (PrivacyEvent.gaussian(noise_multiplier=8.0), 2))
-    found = user_epsilon(ledger, DELTA, records_per_user=1, discretization=5e-4)
+    found = user_epsilon(ledger, DELTA, records_per_user=1, discretization=2e-3)
     assert found == pytest.approx(make_accountant("pld").epsilon(ledger, DELTA), rel=2e-3)
 
 
@@ -35,7 +38,7 @@ def test_one_record_per_user_is_the_record_level():
 def test_one_step_is_a_mixture_over_the_records_that_joined(records):
     """Both directions by numerical integration; the number of records counts, not its square."""
     sigma, rate = 2.0, 0.3
-    x = np.linspace(-40, 40 + records, 400_001)
+    x = np.linspace(-40, 40 + records, 100_001)
     weights = binom.pmf(np.arange(records + 1), records, rate)
     within = sum(weight * norm.pdf(x, k, sigma) for k, weight in enumerate(weights))
     without = norm.pdf(x, 0, sigma)
@@ -67,10 +70,11 @@ def test_unsampled_records_of_a_user_add_up(run):
 def test_edges_of_a_users_epsilon():
     assert user_epsilon(Ledger(), DELTA, records_per_user=3) == 0
     assert user_epsilon(ledger_of((poisson(0.0, 0.1), 1)), DELTA, records_per_user=3) == math.inf
-    zeroed = ledger_of((poisson(4.0, 0.1), 1), relation="zero_out")
-    assert user_epsilon(zeroed, DELTA, records_per_user=2) == user_epsilon(
-        ledger_of((poisson(4.0, 0.1), 1)), DELTA, records_per_user=2
+    added, zeroed = (
+        user_epsilon(ledger_of((poisson(4.0, 0.1), 1), relation=name), DELTA, records_per_user=2, discretization=0.01)
+        for name in ("add_or_remove_one", "zero_out")
     )
+    assert zeroed == added
     with pytest.raises(ValueError, match='for records_per_user, got "replace_one"'):
         user_epsilon(Ledger("replace_one"), DELTA, records_per_user=2)
     with pytest.raises(ValueError, match="integer >= 1, got records_per_user=0"):
