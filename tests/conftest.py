@@ -6,6 +6,7 @@ A test that needs an optional package which is missing is skipped with the reaso
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import re
@@ -89,8 +90,12 @@ def pytest_collection() -> Generator[None, Any, Any]:
 def pytest_collection_finish() -> None:
     """Start the server of scripts, if a test may need it, before any test computes.
 
-    What was imported is left out of garbage collections from here on.
+    What was imported is left out of garbage collections from here on. Each Trainer asks all installed packages for
+    callbacks of theirs; the answer is the same every time.
     """
+    registry: Any = sys.modules.get("lightning.fabric.utilities.registry")
+    if registry is not None:
+        registry.entry_points = functools.cache(registry.entry_points)
     gc.collect()
     gc.freeze()
     processes: Any = sys.modules.get("tests.processes")
