@@ -7,6 +7,8 @@ import math
 import multiprocessing
 import pickle
 from collections.abc import Callable
+from multiprocessing.context import set_spawning_popen
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -34,7 +36,7 @@ def test_epsilon_reads_the_ledger_and_reset_leaves_it(tmp_path: Any) -> None:
 
 def test_epsilon_logged_as_a_metric_object_survives_the_epochs(tmp_path: Any) -> None:
     """Lightning resets a logged Metric every epoch; epsilon must go on growing."""
-    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp", check_per_sample=False)
     ends: list[float] = []
 
     class Logging(Classifier):
@@ -108,7 +110,7 @@ def test_copies_follow_the_live_ledger(name: str, from_run: bool) -> None:
 
 def test_copy_of_a_module_in_fit_follows_the_run(tmp_path: Any) -> None:
     """A module of exponential averages, say, is a copy that is made at the start."""
-    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp", check_per_sample=False)
     copies: list[Any] = []
 
     class Averaged(Classifier):
@@ -143,11 +145,28 @@ def test_pickled_metric_refuses_to_be_stale() -> None:
 
 def test_strategy_in_a_pickle_is_left_out(tmp_path: Any) -> None:
     """Else a module that is saved as a whole would hold Trainer, data and noise generator."""
-    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp", check_per_sample=False)
     make_trainer(strategy, tmp_path, max_epochs=1).fit(Classifier(), make_loader(batch_size=32))
     assert len(pickle.dumps(Epsilon(strategy, delta=1e-5))) < 5000
 
 
+def test_metric_sent_to_a_spawned_process_follows_its_run() -> None:
+    """Run and metric are pickled together, as multiprocessing does at the start of a process."""
+    run = Run()
+    popen: Any = object()
+    set_spawning_popen(popen)
+    try:
+        sent = ForkingPickler.dumps((run, Epsilon(run, 1e-5, "gdp")))
+    finally:
+        set_spawning_popen(None)
+    received, metric = pickle.loads(sent)
+    assert received is not run
+    with pytest.raises(SystemExit, match="17"):
+        follow(received, metric)
+    assert run.ledger.num_steps == 0
+
+
+@pytest.mark.slow
 def test_spawned_process_keeps_the_strategy_of_its_own() -> None:
     """What is sent to a process at its start belongs together: the metric follows the strategy that was sent with
     it.

@@ -4,14 +4,12 @@ fails.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import OPTIONAL, reason_to_skip
+from tests.processes import run_script
 
 CASES = """
 def test_optional():
@@ -36,13 +34,12 @@ def test_missing_optional_package_skips(within: str, tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(
         "from tests.conftest import pytest_make_collect_report, pytest_runtest_call\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-c", "/dev/null", str(tmp_path)]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
-    )
-    assert "needs the package wandb, which the extra test-all installs" in done.stdout
-    assert ("1 failed, 1 skipped" if within == "a test" else "1 skipped") in done.stdout
+    script = tmp_path / "run.py"
+    script.write_text("import sys, pytest\npytest.main(sys.argv[1:])\n")
+    options = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", "/dev/null", "--rootdir", tmp_path]
+    said = run_script(script, *options, tmp_path / "test_some.py", folder=tmp_path)
+    assert "needs the package wandb, which the extra test-all installs" in said
+    assert ("1 failed, 1 skipped" if within == "a test" else "1 skipped") in said
 
 
 def test_only_missing_optional_modules_are_a_reason_to_skip() -> None:

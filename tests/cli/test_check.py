@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from lightning_dp.cli import main, output
 from lightning_dp.per_sample.inspect import inspect
 from tests.cli.modules_to_check import Mixed
+from tests.processes import run_script
 
 FILE = str(Path(__file__).with_name("modules_to_check.py"))
 
@@ -109,13 +109,20 @@ def test_arguments_of_the_module(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Expected --init to be a JSON object" in capsys.readouterr().err
 
 
-def test_command_as_a_process() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "lightning_dp.cli", "check", f"{FILE}:Gone"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
+def test_command_as_a_process(tmp_path: Path) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(
+        """
+import runpy, sys, warnings
+warnings.simplefilter("error")
+for name in [name for name in sys.modules if name.startswith("lightning_dp.cli")]:
+    del sys.modules[name]
+try:
+    runpy.run_module("lightning_dp.cli", run_name="__main__")
+except SystemExit as end:
+    print("ended with", end.code)
+"""
     )
-    assert done.returncode == 2
-    assert done.stderr.startswith("lightning-dp check: error: Expected a module named 'Gone'")
+    assert run_script(script, "check", f"{FILE}:Gone", folder=tmp_path) == "ended with 2\n"
+    said = (tmp_path / "command0.err").read_text()
+    assert said.startswith("lightning-dp check: error: Expected a module named 'Gone'")
