@@ -20,12 +20,16 @@ from tests.strategies.test_models import check_step, traces
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-@pytest.mark.parametrize("name", CASES)
+#: Low-rank adapters are in other cases too; here it is all 22.7 million weights that take the time.
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "MiniLM, LoRA" else ()) for name in CASES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: list[str], name: str) -> None:
     check_step(CASES[name], tmp_path, check_per_sample=False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_model_trains_as_it_is(tmp_path: Any, name: str) -> None:
     check_fit(CASES[name].module(), CASES[name].dataset(), tmp_path)
 
