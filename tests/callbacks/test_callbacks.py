@@ -23,7 +23,9 @@ def spent(steps: int, sigma: float = 1.3, delta: float = 1e-5) -> float:
 
 
 def rdp(**options: Any) -> DPStrategy:
-    return DPStrategy(**{"noise_multiplier": 1.3, "target_delta": 1e-5, "accountant": "rdp", **options})
+    return DPStrategy(
+        **{"noise_multiplier": 1.3, "target_delta": 1e-5, "accountant": "rdp", "check_per_sample": False, **options}
+    )
 
 
 def read_log(tmp_path: Path, key: str) -> list[tuple[int, float]]:

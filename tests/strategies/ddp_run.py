@@ -161,9 +161,7 @@ def main() -> None:
     with torch.no_grad():
         module.network[0].bias += RANK
     strategy = private(check_per_sample=True)
-    trainer = fit(
-        module, DataLoader(make_dataset(), batch_size=8), [EpsilonMonitor()], strategy=strategy, max_epochs=5
-    )
+    trainer = fit(module, DataLoader(make_dataset(), batch_size=8), [EpsilonMonitor()], strategy=strategy, max_epochs=5)
     seen["weights"] = torch.cat([p.detach().flatten() for p in module.parameters()])
     seen["ledger"] = trainer.strategy.ledger.state_dict()["entries"]
     seen["epsilon"] = trainer.strategy.epsilon()

@@ -70,7 +70,9 @@ def test_manual_equals_automatic(tmp_path: Any, microbatch_size: int | None) -> 
     seen = []
     for module in (Classifier(), Manual()):
         recorder = Recorder()
-        strategy = DPStrategy(noise_multiplier=0.7, seed=3, microbatch_size=microbatch_size, max_grad_norm=0.5)
+        strategy = DPStrategy(
+            noise_multiplier=0.7, seed=3, microbatch_size=microbatch_size, max_grad_norm=0.5, check_per_sample=False
+        )
         trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=2)
         trainer.fit(module, make_loader())
         assert strategy.ledger.num_steps == strategy.steps_taken == trainer.global_step == 8
@@ -88,7 +90,7 @@ def test_empty_batches_step_in_manual_mode_too(tmp_path: Any) -> None:
 
 def test_dummy_sample_of_an_empty_batch_contributes_nothing(tmp_path: Any) -> None:
     recorder = Recorder()
-    strategy = DPStrategy(noise_multiplier=0.0)
+    strategy = DPStrategy(noise_multiplier=0.0, check_per_sample=False)
     make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(Manual(lr=0.0), make_loader(batch_size=1))
     empty = [torch.cat([g.flatten() for g in s.values()]).abs().max() == 0 for s in recorder.before_step]
     assert 5 < sum(empty) < 60
@@ -97,7 +99,7 @@ def test_dummy_sample_of_an_empty_batch_contributes_nothing(tmp_path: Any) -> No
 def test_two_private_optimizers_on_one_batch_are_one_event(tmp_path: Any) -> None:
     """Each layer is noised with sigma sqrt(2), so that both together cost one release at sigma."""
     recorder = Recorder()
-    strategy = DPStrategy(noise_multiplier=1.5, max_grad_norm=0.2)
+    strategy = DPStrategy(noise_multiplier=1.5, max_grad_norm=0.2, check_per_sample=False)
     trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=25)
     module = TwoOptimizers(lr=0.0)
     trainer.fit(module, make_loader())
@@ -250,7 +252,9 @@ def test_a_parameter_in_two_optimizers_is_in_both_releases(
     between.
     """
     recorder = Recorder()
-    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1e3, microbatch_size=microbatch_size)
+    strategy = DPStrategy(
+        noise_multiplier=0.0, max_grad_norm=1e3, microbatch_size=microbatch_size, check_per_sample=False
+    )
     trainer = make_trainer(strategy, tmp_path, callbacks=[recorder])
     trainer.fit(SharedWeights(backwards=backwards, zero_between=zero_between), make_loader())
     for first, second in zip(recorder.before_step[::2], recorder.before_step[1::2], strict=True):
@@ -272,7 +276,7 @@ class InTurns(SharedWeights):
 
 def test_shared_parameter_waits_for_no_earlier_optimizer(tmp_path: Any) -> None:
     recorder = Recorder()
-    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1e3)
+    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1e3, check_per_sample=False)
     make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(InTurns(backwards=1), make_loader())
     firsts = [seen for seen in recorder.before_step if "network.0.weight" in seen and "network.2.weight" in seen]
     assert len(recorder.before_step) == 6

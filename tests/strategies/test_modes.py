@@ -15,7 +15,8 @@ from tests.helpers import Classifier, Recorder, make_dataset, make_loader, make_
 
 
 def strategy_of(**options: Any) -> DPStrategy:
-    return DPStrategy(**{"noise_multiplier": 1.3, "target_delta": 1e-3, **options})
+    """Without the checks of samples, unless asked for: most of these tests have another subject."""
+    return DPStrategy(**{"noise_multiplier": 1.3, "target_delta": 1e-3, "check_per_sample": False, **options})
 
 
 def targeted() -> DPStrategy:
@@ -154,7 +155,7 @@ def test_a_compiled_module_is_refused(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_workers_microbatches_and_options_of_the_loader(tmp_path: Any, num_workers: int) -> None:
-    strategy = strategy_of(microbatch_size=5)
+    strategy = strategy_of(microbatch_size=5, check_per_sample=True)
     trainer = make_trainer(strategy, tmp_path, max_epochs=2)
     loader = make_loader(num_workers=num_workers, persistent_workers=num_workers > 0)
     trainer.fit(Classifier(), loader)
@@ -169,7 +170,7 @@ def test_workers_microbatches_and_options_of_the_loader(tmp_path: Any, num_worke
 def test_results_do_not_depend_on_the_microbatch_size(tmp_path: Any) -> None:
     ends = []
     for microbatch_size in (None, 7, 2, 1):
-        strategy = strategy_of(seed=7, microbatch_size=microbatch_size, check_per_sample=False)
+        strategy = strategy_of(seed=7, microbatch_size=microbatch_size)
         module = Classifier()
         make_trainer(strategy, tmp_path, max_epochs=2).fit(module, make_loader())
         ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
@@ -205,7 +206,7 @@ def test_user_hooks_see_the_users_batch(tmp_path: Any) -> None:
             assert len(features) == len(labels)
 
     module = Hooked()
-    make_trainer(strategy_of(), tmp_path).fit(module, make_loader(batch_size=32))
+    make_trainer(strategy_of(check_per_sample=True), tmp_path).fit(module, make_loader(batch_size=32))
     assert len(transferred) > 2
     assert "_on_before_batch_transfer" not in module.__dict__
 
@@ -268,7 +269,7 @@ def test_ablations_are_infinite_and_say_so(tmp_path: Any, options: dict[str, Any
 def test_the_module_is_left_as_it_was(tmp_path: Any) -> None:
     module = Classifier()
     keys, attributes = list(module.state_dict()), set(module.network[0].__dict__)
-    make_trainer(strategy_of(), tmp_path).fit(module, make_loader())
+    make_trainer(strategy_of(check_per_sample=True), tmp_path).fit(module, make_loader())
     assert list(module.state_dict()) == keys
     assert set(module.network[0].__dict__) == attributes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())

@@ -44,7 +44,7 @@ class Nothing(Classifier):
     [
         {},
         {"clipping": PerLayerClipping(0.5, noise="least")},
-        {"clipping": PerLayerClipping(0.5, noise="least"), "microbatch_size": 3, "secure_rng": True},
+        {"clipping": PerLayerClipping(0.5, noise="least"), "microbatch_size": 9, "secure_rng": True},
         {"clipping": PerLayerClipping(0.5, noise="least", group_weights={"*.weight": 2.0, "*": 1.0})},
     ],
     ids=["flat", "least", "least, secure", "least, patterns"],

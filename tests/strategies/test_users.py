@@ -23,7 +23,7 @@ IDS = [f"user {2 * (record // 8) + (record % 8 > 0)}" for record in range(NUM_RE
 
 def fit(tmp_path: Any, *, data: Any = None, batch_size: int = 4, trainer: Any = None, **options: Any) -> Any:
     defaults: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 1, "accountant": "rdp"}
-    strategy = DPStrategy(**{**defaults, **options})
+    strategy = DPStrategy(**{**defaults, "check_per_sample": False, **options})
     module = Classifier()
     made = make_trainer(strategy, tmp_path, max_epochs=2, **(trainer or {}))
     made.fit(module, DataLoader(data or make_dataset(), batch_size=batch_size))
@@ -33,7 +33,7 @@ def fit(tmp_path: Any, *, data: Any = None, batch_size: int = 4, trainer: Any = 
 def test_users_are_what_is_counted_and_stated(tmp_path: Any) -> None:
     card = PrivacyCard()
     options = {"callbacks": [card, EpsilonMonitor()], "logger": L.pytorch.loggers.CSVLogger(tmp_path)}
-    strategy, _ = fit(tmp_path, unit=IDS, records_per_unit=3, trainer=options)
+    strategy, _ = fit(tmp_path, unit=IDS, records_per_unit=3, trainer=options, check_per_sample=True)
     plan = strategy.plan
     assert (plan.dataset_size, plan.expected_batch_size, plan.sample_rate, plan.steps) == (16, 4, 0.25, 8)
     text = strategy.privacy_statement()
@@ -49,7 +49,7 @@ def test_users_are_what_is_counted_and_stated(tmp_path: Any) -> None:
 
 def test_one_record_per_user_trains_as_records_do(tmp_path: Any) -> None:
     _, plain = fit(tmp_path)
-    strategy, users = fit(tmp_path, unit=list(range(NUM_RECORDS)), records_per_unit=1)
+    strategy, users = fit(tmp_path, unit=list(range(NUM_RECORDS)), records_per_unit=1, check_per_sample=True)
     assert torch.equal(plain, users)
     assert strategy.ledger.unit == "user"
 
