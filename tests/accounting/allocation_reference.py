@@ -9,6 +9,30 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 from scipy.stats import norm
 
+from lightning_dp.accounting import Ledger, PLDAccountant, PrivacyEvent, make_accountant
+
+DELTA = 1e-5
+DIRECTIONS = ("remove", "add")
+
+
+def allocation(sigma, num_batches):
+    return PrivacyEvent.allocation(noise_multiplier=sigma, num_batches=num_batches)
+
+
+def passes_of(sigma, num_batches, passes=1):
+    return (allocation(sigma, num_batches), num_batches * passes, passes)
+
+
+def composed(*runs, accountant=None):
+    accountant = accountant or PLDAccountant()
+    ledger = Ledger().extended(runs)
+    losses = accountant.composed_losses(accountant.mechanisms_of(ledger), "add_or_remove_one")
+    return dict(zip(DIRECTIONS, losses, strict=True))
+
+
+def epsilon_of(*runs, name="pld", delta=DELTA):
+    return make_accountant(name).epsilon(Ledger().extended(runs), delta)
+
 
 def delta_of_two_batches(sigma, direction, epsilon, num_points=400_001):
     """Hockey-stick divergence of a pass of two batches: S > c is x_2 > y(x_1), and the inner integral is closed."""

@@ -55,7 +55,7 @@ def two_step_epsilon(first, second, delta, relation="add_or_remove_one"):
     """Epsilon of two Poisson-sampled Gaussians, each (sample rate, noise multiplier)."""
     epsilons = []
     for direction in directions(relation):
-        pair, other = Pair(*first, direction, 20_001), Pair(*second, direction, 20_001)  # type: ignore[call-arg]
+        pair, other = Pair(*first, direction, 10_001), Pair(*second, direction, 10_001)  # type: ignore[call-arg]
         epsilons.append(_root(lambda e, pair=pair, other=other: pair.delta_then(other, e), delta, xtol=1e-5))
     return max(epsilons)
 

@@ -123,7 +123,7 @@ def test_pld_agrees_with_dp_accounting(case, relation):
     sample_rate, noise_multiplier, num_steps = case
     ledger = ledger_of((poisson(noise_multiplier, sample_rate), num_steps), (PrivacyEvent("gaussian", 9.0), 1))
     ledger = Ledger(relation).extended([(entry.event, entry.num_steps) for entry in ledger.entries])
-    library = LibraryPLD(dp_accounting.NeighboringRelation[relation.upper()])
+    library = LibraryPLD(dp_accounting.NeighboringRelation[relation.upper()], 5e-4)
     library.compose(ledger.dp_event())
     expected = library.get_epsilon(DELTA)
     assert make_accountant("pld").epsilon(ledger, DELTA) == pytest.approx(expected, rel=1e-3)
