@@ -7,8 +7,6 @@ import gc
 import inspect
 import io
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -28,7 +26,6 @@ from lightning_dp.step.settings import Settings
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_dataset
 from tests.reference import per_sample_gradients
 
-ROOT = Path(__file__).parents[1]
 SIZE, BATCH = 32, 8
 CLOSE = {"rtol": 3e-6, "atol": 3e-7}  # the clipping keeps a margin of 1e-6 for rounding
 
@@ -614,30 +611,3 @@ def test_close_leaves_the_model_plain() -> None:
         private.step(next(iter(private.loader)))
     mean_loss(model, make_dataset(4, dtype=torch.float64).tensors).backward()
     optimizer.step()
-
-
-def test_loop_never_imports_lightning() -> None:
-    code = """
-import sys, warnings
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from lightning_dp.loop import make_private
-x = torch.randn(128, 64)
-loader = DataLoader(TensorDataset(x, x[:, :10].argmax(1)), batch_size=32)
-model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-def loss_fn(model, batch):
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-with make_private(model, optimizer, loader, loss_fn, epochs=2, target_epsilon=2.0, microbatch_size=20) as private:
-    for _ in range(2):
-        for batch in private.loader:
-            private.step(batch)
-    state = private.state_dict()
-    print(private.privacy_statement())
-print(sorted({name.partition('.')[0] for name in sys.modules} & {"lightning", "pytorch_lightning"}))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "8 steps" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"

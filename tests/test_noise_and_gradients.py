@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lightning_dp
+from tests.sources import tree_of
 
 PACKAGE = Path(lightning_dp.__file__).parent
 
@@ -121,7 +122,7 @@ def found(search: Callable[[ast.AST], Iterator[ast.AST]]) -> dict[str, list[str]
     lines = {
         path.relative_to(PACKAGE).as_posix(): [
             f"{node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
-            for node in search(ast.parse(path.read_text()))
+            for node in search(tree_of(path))
         ]
         for path in PACKAGE.rglob("*.py")
     }
