@@ -42,7 +42,7 @@ def test_one_step_is_a_mixture_over_the_records_that_joined(records):
     weights = binom.pmf(np.arange(records + 1), records, rate)
     within = sum(weight * norm.pdf(x, k, sigma) for k, weight in enumerate(weights))
     without = norm.pdf(x, 0, sigma)
-    found = user_epsilon(ledger_of((poisson(sigma, rate), 1)), DELTA, records_per_user=records, discretization=4e-3)
+    found = user_epsilon(ledger_of((poisson(sigma, rate), 1)), DELTA, records_per_user=records, discretization=1e-2)
 
     def delta(epsilon):
         return max(

@@ -26,9 +26,10 @@ def allocations(world_size: int, accumulate: int) -> tuple[np.ndarray[Any, Any],
             world_size=world_size,
         )
         for number in range(PASSES):
-            for item, records in enumerate(loader.batch_sampler):  # type: ignore[arg-type]
-                assert (found[number, records] == -1).all()
-                found[number, records] = item // accumulate
+            items = [np.asarray(item, dtype=int) for item in loader.batch_sampler]  # type: ignore[union-attr]
+            records = np.concatenate(items)
+            assert len(records) == RECORDS // world_size  # and together all: none twice
+            found[number, records] = np.repeat(np.arange(len(items)) // accumulate, [*map(len, items)])
     assert (found >= 0).all()
     assert loader.facts.batches_per_pass is not None
     return found, loader.facts.batches_per_pass
