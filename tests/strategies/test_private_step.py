@@ -51,7 +51,9 @@ def test_step_without_noise_is_the_clipped_mean(tmp_path: Any, microbatch_size: 
         for x, y in dataset
     ]
     assert min(norms) < 1.4 < max(norms)
-    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1.4, microbatch_size=microbatch_size)
+    strategy = DPStrategy(
+        noise_multiplier=0.0, max_grad_norm=1.4, microbatch_size=microbatch_size, check_per_sample=False
+    )
     recorder = Recorder()
     trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], accumulate_grad_batches=accumulate)
     trainer.fit(module, make_loader(batch_size=64 // accumulate))
@@ -79,7 +81,7 @@ def test_divisor_is_the_expected_batch_size_whatever_was_drawn(tmp_path: Any) ->
             return (self(torch.ones_like(batch[0])) * 1e-3).sum(1).mean()
 
     recorder = Recorder()
-    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1.0)
+    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1.0, check_per_sample=False)
     module = Constant(network=nn.Linear(NUM_FEATURES, NUM_CLASSES), lr=0.0)
     make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=5).fit(module, make_loader(batch_size=16))
     for batch, seen in zip(recorder.batches, recorder.before_step, strict=True):
@@ -229,7 +231,7 @@ def test_rules_refuse_a_weight_penalty_in_the_loss(tmp_path: Any) -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_ledger_holds_a_step_before_its_release(first: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise drawn when the batch began is written down where it is spent; added to the sum, where it is drawn."""
-    strategy = DPStrategy(noise_multiplier=1.5, secure_rng=not first)
+    strategy = DPStrategy(noise_multiplier=1.5, secure_rng=not first, check_per_sample=False)
     drawn: dict[str, list[int]] = {"add_": [], "fill_": []}
     for name, seen in drawn.items():
         draw = getattr(GaussianNoise, name)
@@ -274,7 +276,8 @@ def test_noise_drawn_early_has_its_scale_and_is_used_once(
     take = NormalsAhead.take
     monkeypatch.setattr(NormalsAhead, "take", lambda *args: (out := take(*args), handed_out.append(out is not None))[0])
     monkeypatch.setattr(noising, "has_spare_core", lambda: spare)
-    recorder, strategy = Recorder(), DPStrategy(noise_multiplier=1000.0, max_grad_norm=1.0, target_delta=1e-5)
+    recorder = Recorder()
+    strategy = DPStrategy(noise_multiplier=1000.0, max_grad_norm=1.0, target_delta=1e-5, check_per_sample=False)
     trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=1)
     trainer.fit(Classifier(wide, lr=0.0), make_loader(batch_size=16))
     steps = [torch.cat([g.flatten() for g in found.values()]) * 16 / 1000 for found in recorder.before_step]
