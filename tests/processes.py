@@ -31,6 +31,18 @@ _server: list[socket.socket] = []
 def run_script(script: Path, *arguments: object, folder: Path, ranks: int = 1, **environment: str) -> str:
     """Run a script to its end, on one or several ranks, and return what the first one printed.
 
+    Args as those of :func:`ends_of_script`.
+    """
+    codes = ends_of_script(script, *arguments, folder=folder, ranks=ranks, **environment)
+    files = [folder / f"{script.stem}{rank}.err" for rank in range(ranks)]
+    errors = [f"{code}: {file.read_text()[-3000:]}" for code, file in zip(codes, files, strict=True)]
+    assert not any(codes), "\n".join(errors)
+    return (folder / f"{script.stem}0.out").read_text()
+
+
+def ends_of_script(script: Path, *arguments: object, folder: Path, ranks: int = 1, **environment: str) -> list[int]:
+    """Run a script to its end, on one or several ranks, and return the exit code of each.
+
     Args:
         script: file.
         arguments: of its command line.
@@ -55,10 +67,7 @@ def run_script(script: Path, *arguments: object, folder: Path, ranks: int = 1, *
         }
         for rank in range(ranks)
     ]
-    codes = _ask(jobs) if _server else _start(jobs)
-    errors = [f"{code}: {Path(job['err']).read_text()[-3000:]}" for code, job in zip(codes, jobs, strict=True)]
-    assert not any(codes), "\n".join(errors)
-    return Path(jobs[0]["out"]).read_text()
+    return _ask(jobs) if _server else _start(jobs)
 
 
 def run_two_ranks(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import ends_of_script
+
 SCRIPT = Path(__file__).with_name("lost_rank_run.py")
 
 
@@ -34,21 +36,34 @@ def run(folder: Path, victim: int, how: str, kind: str = "replicated") -> tuple[
         launched.wait()
 
 
-@pytest.mark.parametrize(
-    ("victim", "how"),
-    [
-        pytest.param(1, "killed", id="killed"),
-        pytest.param(0, "killed", id="launcher_killed", marks=pytest.mark.slow),
-        pytest.param(1, "stopped", id="stopped", marks=pytest.mark.slow),
-    ],
-)
-def test_the_other_rank_ends_and_says_why(tmp_path: Path, victim: int, how: str) -> None:
-    """The group's timeout is 30 seconds; the ledger holds the release whose sum never came, which is never too few."""
-    said, seconds = run(tmp_path, victim, how)
+def check_reason(said: str) -> None:
+    """The ledger holds the release whose sum never came, which is never too few."""
     assert "Expected every rank to take part in the sum of a logical step, got" in said
     assert "resume all of them from the newest checkpoint" in said
     releases, steps = map(int, said.split()[-2:])
     assert releases == steps + 1 == 3
+
+
+def test_the_other_rank_ends_and_says_why(tmp_path: Path) -> None:
+    """Each rank is started by itself, as torchrun does it."""
+    killed, ended = ends_of_script(SCRIPT, tmp_path, 0, "killed", "replicated", folder=tmp_path, ranks=2)
+    assert (killed, ended) == (-signal.SIGKILL, 1)
+    check_reason((tmp_path / "error1").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [
+        pytest.param(1, "killed", id="killed"),
+        pytest.param(0, "killed", id="launcher_killed"),
+        pytest.param(1, "stopped", id="stopped"),
+    ],
+)
+def test_the_other_rank_of_a_launched_run_ends(tmp_path: Path, victim: int, how: str) -> None:
+    """The group's timeout is 30 seconds."""
+    said, seconds = run(tmp_path, victim, how)
+    check_reason(said)
     assert seconds < 100
 
 
