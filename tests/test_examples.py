@@ -16,6 +16,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 #: Run in processes of their own: two start themselves a second time, the others load transformers.
 SLOW = {"fsdp", "hf_trainer", "text_lora", "two_processes"}
+#: Run in this process, and take seconds even so.
+LONG = {"combined", "users"}
 #: tests/datalens/test_examples.py runs these.
 ELSEWHERE = {"datalens_2d", "datalens_digits"}
 NAMES = {path.stem for path in EXAMPLES.glob("*.py")} - ELSEWHERE
@@ -35,7 +37,9 @@ def _left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - SLOW))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in sorted(NAMES - SLOW)]
+)
 def test_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--smoke"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
