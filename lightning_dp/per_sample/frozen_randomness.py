@@ -77,6 +77,8 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.by_place, self.coin, self._only = by_place, coin, only
         self.drew = False
         """Whether a value was drawn that another coin would change."""
+        self.communicated = False
+        """Whether this process took part in a collective of ``torch.distributed``."""
         self._dropouts = _InDropout()
 
     @override
@@ -94,6 +96,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation with its random draws replaced."""
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded not in func.tags:
+            self.communicated |= func.namespace == "c10d"
             return func(*args, **kwargs)
         name, arguments = arguments_of(func)
         if self._only is not None and name not in self._only:

@@ -56,7 +56,8 @@ class Units:
                     f"Expected ids that can be hashed, got {type(identity).__name__} for record {record}. Pass numbers "
                     "or strings."
                 ) from error
-        self.most = most
+        self.most, self.owners = most, owners
+        """Largest number of records that a user brings, and the number of each record's user."""
         self._records = np.argsort(owners, kind="stable")
         self._edges = np.searchsorted(owners[self._records], np.arange(len(numbers) + 1))
 

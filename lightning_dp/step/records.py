@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import IterableDataset
 
 from lightning_dp.errors import PrivacyError
@@ -18,6 +20,7 @@ from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step import checks
 from lightning_dp.step.exchange import whole_numbers
 from lightning_dp.step.randomness import kept_generators
+from lightning_dp.step.ranks import mark_of
 from lightning_dp.step.reading import check_reading
 
 _NUM_PLACES = 16  # records that are compared from pass to pass
@@ -93,6 +96,26 @@ class TrainingRecords:
                 "position: shuffle nothing in place, and keep the dataset."
             )
 
+    def marks(self) -> list[float]:
+        """Return numbers that tell apart what this rank trains on; ranks compare them, see ``check_ranks``.
+
+        The first is 1 for a stream and 0 for a dataset; the second marks which records belong to one user. The others
+        mark records at a few positions; 0 if there is none, or if random draws change it.
+        """
+        loader = self.loader
+        if isinstance(loader.dataset, IterableDataset):
+            found = [mark_of(_features(record)) for record in self.take(_NUM_PLACES // 4)]
+            return [1.0, 0.0, *found, *[0.0] * (_NUM_PLACES - len(found))]
+        readings = []
+        for entropy in (1, 2):
+            with fresh_randomness(entropy):
+                records = read(loader.dataset, self._positions(_NUM_PLACES, 1))
+            readings.append([mark_of(_features(record)) for record in records])
+        same = [one if one == other else 0.0 for one, other in zip(*readings, strict=True)]
+        units = getattr(loader.batch_sampler, "units", None)
+        users = 0.0 if units is None else mark_of(units.owners.tobytes())
+        return [0.0, users, *same, *[0.0] * (_NUM_PLACES - len(same))]
+
     def _positions(self, num: int, seed: int) -> list[int]:
         size = self._num_records or 0
         return [int(each) for each in np.random.default_rng(seed).choice(size, size=min(num, size), replace=False)]
@@ -140,3 +163,21 @@ class TrainingRecords:
         """Number of records of the training set; None if unknown."""
         facts = self.loader.facts
         return dataset_length(self.loader.dataset) if facts.unit == "user" else facts.dataset_size
+
+
+def _features(record: Any) -> list[Any]:
+    """Return whole numbers and words of a record, and its other numbers to four digits, at most 64 of each array."""
+    found: list[Any] = whole_numbers(record)
+
+    def look(leaf: Any) -> Any:
+        if isinstance(leaf, float) or (isinstance(leaf, (Tensor, np.ndarray)) and _is_real(leaf)):
+            values = np.asarray(leaf.detach().cpu().float() if isinstance(leaf, Tensor) else leaf).reshape(-1)[:64]
+            found.extend(f"{value:.4g}" for value in values)
+        return leaf
+
+    tree_map(look, record)
+    return found
+
+
+def _is_real(leaf: Any) -> bool:
+    return bool(leaf.is_floating_point()) if isinstance(leaf, Tensor) else leaf.dtype.kind == "f"

@@ -45,6 +45,10 @@ class Reduction:
         """Return whether a flag is set on any rank, always: for a choice that all ranks make alike."""
         return flag
 
+    def each_rank(self, values: Tensor) -> Tensor:
+        """Return the values of all ranks, shape (W, n), from as many values of shape (n,) on each."""
+        return values[None]
+
     def settle(self) -> None:
         """Restore the module's state between two steps: free all gathered parameters."""
 
@@ -139,6 +143,14 @@ class AllReduce(Reduction):
         with communicating("the choice of the way in which samples run"):
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return bool(found)
+
+    @override
+    def each_rank(self, values: Tensor) -> Tensor:
+        own = values.to(self.device)
+        rows = [torch.empty_like(own) for _ in range(self.world_size)]
+        with communicating("the comparison of ranks"):
+            dist.all_gather(rows, own)
+        return torch.stack(rows).to(values.device)
 
     @override
     def reduce(self, accumulator: Accumulator) -> None:

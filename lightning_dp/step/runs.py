@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.frozen_randomness import REJECTING, FrozenRandomness
 from lightning_dp.step.foreign import ForeignCode
 from lightning_dp.step.host import Host
@@ -161,9 +162,22 @@ class TrialRuns:
                     probe.collect(0)
             with frozen:
                 self.host.end_batch(outputs[-1] if outputs else None)
+        if frozen.communicated:
+            self._check_communication()
         if self._bar is not None:
             self._bar.update()
         return probe
+
+    def _check_communication(self) -> None:
+        """Refuse collectives of user code that ranks would call a different number of times."""
+        step = self.step
+        if step.reduction.is_sharded or not (step.runs_samples_alone or step.settings.microbatch_size):
+            return
+        raise PrivacyError(
+            "Expected no collective of torch.distributed in user code that runs once per microbatch, got one. Ranks "
+            "draw different numbers of microbatches, so they would wait for each other, or add what does not belong "
+            "together. Log with sync_dist=True, call self.all_gather, or leave microbatch_size out."
+        )
 
     def _backward(self, output: Any, count: int) -> Tensor | None:
         loss = self.host.loss_of(output, count)

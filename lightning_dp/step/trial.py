@@ -15,6 +15,7 @@ from lightning_dp.step.couplings import Couplings, differing
 from lightning_dp.step.host import Host
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import seed_generators
+from lightning_dp.step.ranks import check_ranks
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
@@ -72,9 +73,7 @@ class Trial:
             PrivacyError: a sample's gradient depends on another sample, or state depends on the samples.
         """
         settings, step = self._step.settings, self._step
-        self._checked_at = step.state.step
-        if settings.check_per_sample:
-            self._host.check_reading(0)
+        self._begin_checks(step.state.step)
         records = self._host.records(NUM_SPREAD)
         checks = settings.check_per_sample and len(records) > 1
         with self._sandbox.enter() as snapshot, self._runs.progress():
@@ -88,6 +87,13 @@ class Trial:
         self._take_note()
         if checks:
             step.unchecked_public = set(settings.public_optimizers)
+
+    def _begin_checks(self, number: int) -> None:
+        """Check that ranks agree, and that an item is the same whatever else is read."""
+        self._checked_at = number
+        check_ranks(self._step, self._host)
+        if self._step.settings.check_per_sample:
+            self._host.check_reading(number)
 
     def _take_note(self) -> None:
         """Record in the privacy state why samples are treated as independent."""
@@ -148,11 +154,10 @@ class Trial:
         Raises:
             PrivacyError: as in :meth:`prepare`.
         """
-        self._checked_at = number
+        self._begin_checks(number)
         if not self._step.settings.check_per_sample:
             return
         self._take_note()
-        self._host.check_reading(number)
         self._step.unchecked_public = set(self._step.settings.public_optimizers)
         self.check_state(number)
         if self._step.settings.runs_samples_alone:

@@ -8,7 +8,9 @@ import pickle
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger
@@ -98,6 +100,24 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
         if self.is_on_trial:
             return tensor
         return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """Gather a tensor of all ranks; in the sandbox, return copies of this rank's."""
+        if self.is_on_trial:
+            return torch.stack([tensor] * self.world_size)
+        return super().all_gather(tensor, group, sync_grads)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return one rank's object on every rank; in the sandbox, return this rank's."""
+        return obj if self.is_on_trial else super().broadcast(obj, src)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks; in the sandbox, for none."""
+        if not self.is_on_trial:
+            super().barrier(*args, **kwargs)
 
     @override
     def _configure_launcher(self) -> None:

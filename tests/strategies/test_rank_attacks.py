@@ -1,0 +1,80 @@
+"""User code and data that would break the guarantee on several processes only: refused alike on every rank."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.processes import run_two_ranks
+
+COUPLED = "ComparisonError: Expected the gradient of every sample in a batch to be its gradient when run alone"
+SETTINGS = "PrivacyError: Expected the same settings on every rank, got different values of "
+DATA = "PrivacyError: Expected the same dataset in the same order on every rank, got other records at 16 of 16"
+
+#: attack -> beginning of the message
+REFUSED = {
+    "loss of all ranks": COUPLED,
+    "loss of the other rank": COUPLED,
+    "gathered loss": COUPLED,
+    "loss of rank 0": COUPLED,
+    "hook": COUPLED,
+    "shuffled": DATA,
+    "halves": DATA,
+    "longer": f"{SETTINGS}dataset_size, sample_rate.",
+    "users": "PrivacyError: Expected the same users on every rank",
+    "stream": "PrivacyError: Expected a stream to give each rank records of its own",
+    "batch size": f"{SETTINGS}expected_batch_size, sample_rate, steps",
+    "bound": f"{SETTINGS}max_grad_norm, clipping, releases.",
+    "noise": f"{SETTINGS}noise_multiplier, releases.",
+    "schedule": f"{SETTINGS}schedule, callbacks",
+    "moved": "PrivacyError: Expected equal replicas, got different values of 'shift'",
+    "plateau": "PrivacyError: Expected equal replicas, got different values of 'the learning rate of optimizer 0",
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks wrote down."""
+    return run_two_ranks(Path(__file__).with_name("rank_attacks_run.py"), tmp_path_factory)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_ranks_do_apart_is_refused_on_both(ranks: list[dict[str, Any]], kind: str, name: str) -> None:
+    for seen in ranks:
+        assert seen[kind][name].startswith(REFUSED[name])
+
+
+def test_collectives_in_microbatches_are_refused_under_ddp(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["ddp"]["collective"].startswith("PrivacyError: Expected no collective of torch.distributed")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_may_talk_through_lightning_in_microbatches(ranks: list[dict[str, Any]], kind: str) -> None:
+    for seen in ranks:
+        assert seen[kind]["talking"] == (12, True)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
+def test_noise_does_not_follow_seeds_of_user_code(ranks: list[dict[str, Any]], kind: str, wrong: float) -> None:
+    """20 steps x 53 coordinates; z under 5 (false alarm < 1e-6); equal draws on both ranks would be sqrt(2) off."""
+    first, second = (seen[kind]["seeded"].double() * 16 / wrong for seen in ranks)
+    assert torch.equal(first, second)
+    assert first.shape == (20, 53)
+    z = float((first.square().sum() - first.numel()) / math.sqrt(2 * first.numel()))
+    assert (abs(z) < 5) == (wrong == 1.0)
+    together = torch.corrcoef(first) - torch.eye(20)
+    assert float(together.abs().max()) < 6 / math.sqrt(53)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_asking_for_no_synchronisation_changes_nothing(ranks: list[dict[str, Any]], kind: str) -> None:
+    (steps, weights), (others, other_weights) = (seen[kind]["without_sync"] for seen in ranks)
+    assert steps == others == 8
+    assert torch.equal(weights, other_weights)
