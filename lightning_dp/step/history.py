@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
+from lightning_dp.step.local import is_sharded, local_part
 from lightning_dp.step.snapshot import few_values
 
 History = Ledger | str | os.PathLike[str] | Sequence[Any] | None
@@ -27,6 +28,8 @@ _PLACES, _FEWEST = 16, 4  # values that are compared, and how many of them must 
 _carried: dict[int, tuple[Any, Lineages, Any]] = {}
 #: values of a parameter at the end of a run or in a checkpoint -> the ledgers of the runs that have trained it
 _values: dict[Any, Lineages] = {}
+#: shape of a sharded parameter -> first and last row of the parts whose values are known
+_parts: dict[Any, set[tuple[int, int]]] = {}
 
 
 def read_history(history: Any) -> list[Ledger]:
@@ -117,13 +120,40 @@ def note_values(parameters: Iterable[nn.Parameter]) -> None:
             _values.setdefault(now, {}).update(ledgers)
 
 
-def _print_of(parameter: nn.Parameter) -> Any:
-    """Return a few values by which copies of a parameter are recognised; None if other parameters may share them."""
-    value = parameter.detach()
+def _print_of(parameter: Tensor, rows: tuple[int, int] | None = None) -> Any:
+    """Return a few values by which copies of a parameter are recognised; None if other parameters may share them.
+
+    Of a sharded parameter, the values are those of this process's rows.
+
+    Args:
+        parameter: whole or sharded.
+        rows: first and last row to take the values of; default: all that this process holds.
+    """
+    value, shape = local_part(parameter).detach(), tuple(parameter.shape)
+    if rows is not None:
+        value = value[slice(*rows)]
+    elif is_sharded(parameter):
+        rows = _rows_of(parameter, len(value))
+        _parts.setdefault(shape, set()).add(rows)
     if value.numel() < _FEWEST or type(value) is not Tensor or value.is_meta:
         return None
     values = tuple(few_values(value, _PLACES).tolist())
-    return (tuple(parameter.shape), values) if len(set(values)) >= _FEWEST else None
+    return (shape, rows, values) if len(set(values)) >= _FEWEST else None
+
+
+def _rows_of(parameter: Any, num: int) -> tuple[int, int]:
+    """Return the first and last row of this process's part of a parameter that is sharded along its first axis."""
+    each = -(-parameter.shape[0] // parameter.device_mesh.size())
+    first = min(each * parameter.device_mesh.get_local_rank(), parameter.shape[0])
+    return first, first + num
+
+
+def _ledgers_of(parameter: Tensor) -> Lineages:
+    """Return the ledgers of the runs that have trained the parameter of which another one is a copy."""
+    found = dict(_values.get(_print_of(parameter), {}))
+    for rows in () if is_sharded(parameter) else _parts.get(tuple(parameter.shape), ()):
+        found |= _values.get(_print_of(parameter, rows), {})
+    return found
 
 
 def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -153,7 +183,7 @@ def check_history(module: nn.Module, known: Iterable[str], *, given: bool, resum
     for name, parameter in module.named_parameters():
         reference, ledgers, _ = _carried.get(id(parameter), (None, {}, None))
         if reference is None or reference() is not parameter:
-            ledgers = _values.get(_print_of(parameter), {})
+            ledgers = _ledgers_of(parameter)
         missing = [
             ledger
             for lineage, ledger in ledgers.items()

@@ -31,7 +31,7 @@ class _WholeFolders(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         path = Path(self.broadcast(filepath))
-        sharded_files.save(checkpoint, path, is_first=self.is_global_zero, barrier=self.barrier)
+        sharded_files.save(checkpoint, path, rank=self.global_rank, barrier=self.barrier)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -39,9 +39,25 @@ class _WholeFolders(ModelParallelStrategy):
         if self.is_global_zero:
             sharded_files.recover(path)
         self.barrier()
-        checkpoint = super().load_checkpoint(path, weights_only)
         if path.is_dir():
+            checkpoint = super().load_checkpoint(path, weights_only)
             sharded_files.check(checkpoint, path)
+            return checkpoint
+        stateless = sharded_files.find_stateless(path, weights_only)
+        if not any(stateless):
+            return super().load_checkpoint(path, weights_only)
+        if not all(stateless):
+            raise ValueError(
+                f"Expected optimizers that all have state or all have none in {path.name}, got both kinds. Torch "
+                "cannot load the state of some optimizers from one file: leave save_distributed_checkpoint=False out."
+            )
+        optimizers, self.optimizers = self.optimizers, []  # the loaders of Lightning and torch fail without a state
+        try:
+            checkpoint = super().load_checkpoint(path, weights_only)
+        finally:
+            self.optimizers = optimizers
+        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            sharded_files.load_groups(optimizer, state)
         return checkpoint
 
 

@@ -4,6 +4,7 @@ weights.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+from torch.optim import Optimizer
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
@@ -25,14 +28,16 @@ from lightning_dp.strategies.checkpoint_io import PARTIAL
 OLD = ".old"
 #: File of a folder that holds everything but tensors; it is written last.
 META = "meta.pt"
+#: Beginning of the name under which each rank writes the mark of the ledger into its own file.
+_PART = f"{saved.KEY}_part_"
 
 
-def save(checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Callable[[], None]) -> None:
+def save(checkpoint: dict[str, Any], path: Path, *, rank: int, barrier: Callable[[], None]) -> None:
     """Write a checkpoint to a folder, on every rank.
 
     Each rank writes its part of the weights into a new folder next to the old one. The first rank then writes
     everything else, and moves the new folder into the place of the old one. The privacy state is written twice: with
-    the weights, and with everything else.
+    the weights, and with everything else. A mark of the ledger is in the files of every rank.
 
     **Guarantee**: if any process dies at any moment while an old folder exists, :func:`recover` leaves the complete old
     or the complete new folder at ``path``.
@@ -40,16 +45,17 @@ def save(checkpoint: dict[str, Any], path: Path, *, is_first: bool, barrier: Cal
     Args:
         checkpoint: Lightning's checkpoint with the privacy state; its tensors are removed.
         path: path of the folder.
-        is_first: whether this is the first rank.
+        rank: this process.
         barrier: returns once all ranks have called it.
     """
-    partial = _beside(path, PARTIAL)
+    partial, is_first = _beside(path, PARTIAL), rank == 0
     if is_first:
         recover(path)
         _remove(partial)
         partial.mkdir(parents=True)
     barrier()
     state = {"state_dict": checkpoint.pop("state_dict"), saved.KEY: _bytes_of(checkpoint[saved.KEY])}
+    state[f"{_PART}{rank}"] = _mark_of(checkpoint[saved.KEY])
     for index, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
         state[f"optimizer_{index}"] = optimizer_state
     save_parts(state, checkpoint_id=partial)
@@ -80,27 +86,64 @@ def recover(path: Path) -> None:
 
 
 def check(checkpoint: dict[str, Any], path: Path) -> None:
-    """Check that the weights and the ledger of a folder were written together; every rank calls it.
+    """Check that the files of all ranks and the ledger of a folder were written together; every rank calls it.
 
     Raises:
         PrivacyError: the ledger in ``checkpoint`` is not the ledger that was written with the weights.
     """
-    found = FileSystemReader(path).read_metadata().state_dict_metadata.get(saved.KEY)
-    if found is None and saved.KEY not in checkpoint:
+    found = FileSystemReader(path).read_metadata().state_dict_metadata
+    if saved.KEY not in found and saved.KEY not in checkpoint:
         return  # not from a private strategy: another check handles this
-    held = {saved.KEY: torch.empty(getattr(found, "size", 0), dtype=torch.uint8)}
-    if found is not None:
-        load(held, checkpoint_id=path)
-    if saved.KEY not in checkpoint or not torch.equal(held[saved.KEY], _bytes_of(checkpoint[saved.KEY])):
+    names = [name for name in found if name == saved.KEY or name.startswith(_PART)]
+    held = {name: torch.empty(getattr(found[name], "size", 0), dtype=torch.uint8) for name in names}
+    state = checkpoint.get(saved.KEY)
+    expected = {} if state is None else {name: _mark_of(state) for name in names} | {saved.KEY: _bytes_of(state)}
+    read = expected.keys() == held.keys() and _reads(held, path)
+    if not read or not all(torch.equal(held[name], expected[name]) for name in held):
         raise PrivacyError(
-            f"Expected the ledger that was written with the weights of {path.name}, got another one in {META}. Files "
-            "of two checkpoints were mixed, so what the weights have spent is unknown: use an intact checkpoint."
+            f"Expected the ledger that was written with the weights of {path.name}, got another one in {META} or in "
+            "the file of a rank. Files of two checkpoints were mixed, so what the weights have spent is unknown: use "
+            "an intact checkpoint."
         )
+
+
+def _reads(held: dict[str, Tensor], path: Path) -> bool:
+    """Read tensors of a folder; tell whether their sizes are those that the folder states."""
+    try:
+        load(held, checkpoint_id=path)
+    except CheckpointException:
+        return False
+    return True
+
+
+def find_stateless(path: Path, weights_only: bool | None) -> list[bool]:
+    """Tell, for each optimizer of a checkpoint in one file, whether it has no state, as SGD without momentum."""
+    checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+    return [not state["state"] for state in checkpoint.get("optimizer_states", [])]
+
+
+def load_groups(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer without state the settings of its parameter groups, such as the learning rate.
+
+    Args:
+        optimizer: holds the same parameters, in the same groups.
+        state: its state in a checkpoint in one file.
+    """
+    groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
+    optimizer.load_state_dict(
+        {"state": {}, "param_groups": [{**then, "params": now["params"]} for now, then in groups]}
+    )
 
 
 def _bytes_of(state: dict[str, Any]) -> Tensor:
     """Return a privacy state as a tensor of bytes, equal for equal states."""
     return torch.frombuffer(bytearray(json.dumps(state, sort_keys=True, default=str).encode()), dtype=torch.uint8)
+
+
+def _mark_of(state: dict[str, Any]) -> Tensor:
+    """Return a mark of the ledger in a privacy state, the same on all ranks of a run."""
+    content = json.dumps(state["ledger"], sort_keys=True, default=str).encode()
+    return torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -34,7 +34,7 @@ def save(steps: int) -> None:
         "global_step": steps,
         "lightning_dp": {"ledger": {"num_steps": steps}, "global_step": steps},
     }
-    sharded_files.save(checkpoint, FOLDER, is_first=True, barrier=lambda: None)
+    sharded_files.save(checkpoint, FOLDER, rank=0, barrier=lambda: None)
 
 
 def read() -> dict[str, Any]:

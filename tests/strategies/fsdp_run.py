@@ -17,14 +17,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_dp import (
     AdaptiveClipping,
     AutoThreshold,
+    CorrelatedNoise,
     DPFSDPStrategy,
+    DPStrategy,
     EpsilonMonitor,
+    GradientDiagnostics,
+    PrivacyAudit,
     PrivacyBudget,
+    PrivacyCard,
     PrivacyError,
     TopAgg,
 )
@@ -310,7 +316,13 @@ def communication() -> dict[str, Any]:
 def planned() -> dict[str, Any]:
     """A target, a budget and a learned bound, each with its callbacks."""
     loader = DataLoader(make_dataset(), batch_size=8)
-    target = fit(Sharded(plain()), loader, strategy=private(noise_multiplier=None, target_epsilon=3.0), max_epochs=2)
+    target = fit(
+        Sharded(plain()),
+        loader,
+        [PrivacyCard(OUT / "card"), SaveFirst()],
+        private(noise_multiplier=None, target_epsilon=3.0),
+        max_epochs=2,
+    )
     budget = fit(Sharded(plain()), loader, [PrivacyBudget(2.5)], max_epochs=50)
     learned, counted, every = AutoThreshold(), AdaptiveClipping(), DataLoader(make_dataset(), batch_size=32)
     fit(Sharded(plain(), lr=0.0), every, [learned], private(noise_multiplier=0.0), max_steps=2)
@@ -318,6 +330,7 @@ def planned() -> dict[str, Any]:
     return {
         "target": target.strategy.epsilon(),
         "statement": target.strategy.privacy_statement(),
+        "card": sorted(path.name for path in (OUT / "card").iterdir()),
         "learned": learned.bound.value,
         "counted": counted.bound.value,
         "budget": (budget.strategy.epsilon(), budget.strategy.ledger.num_steps),
@@ -341,7 +354,31 @@ def refused() -> dict[str, str]:
         "single": said(lambda: fit(Sharded(plain()), loader, strategy=private(microbatch_size=1))),
         "top_agg": said(lambda: fit(Sharded(plain()), loader, strategy=private(clipping=TopAgg(k=3)))),
         "public": said(lambda: fit(Sharded(plain()), loader, strategy=private(public_optimizers=[0]))),
+        "canaries": said(lambda: fit(Sharded(plain()), loader, [PrivacyAudit(num_canaries=4)])),
+        "diagnostics": said(lambda: fit(Sharded(plain()), loader, [GradientDiagnostics()])),
+        "correlated": said(
+            lambda: fit(Sharded(plain()), loader, strategy=private(sampling="cyclic", noise=CorrelatedNoise()))
+        ),
+        "columns": said(lambda: fit(Sharded(even(), {"shard_placement_fn": by_columns}), loader)),
     }
+
+
+def even() -> nn.Module:
+    """A network whose matrices divide by two along both axes."""
+    return nn.Sequential(nn.Linear(NUM_FEATURES, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+def by_columns(parameter: nn.Parameter) -> Any:
+    """Places a matrix by its columns."""
+    return Shard(parameter.dim() - 1)
+
+
+class SaveFirst(L.Callback):
+    """Saves after the first epoch."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(OUT / "target.ckpt")
 
 
 def adam() -> Sharded:
@@ -361,6 +398,8 @@ def saving() -> dict[str, Any]:
     if RANK == 0:
         shutil.copytree(OUT / "parts.ckpt", OUT / "mixed.ckpt")
         shutil.copy(OUT / "later.ckpt" / "meta.pt", OUT / "mixed.ckpt" / "meta.pt")
+        shutil.copytree(OUT / "later.ckpt", OUT / "parts of two.ckpt")
+        shutil.copy(OUT / "parts.ckpt" / "__1_0.distcp", OUT / "parts of two.ckpt" / "__1_0.distcp")
         os.rename(OUT / "parts.ckpt", OUT / "parts.ckpt.old")  # as a death in the middle of a move leaves it
     dist.barrier()
     recovered = fit(adam(), loader, resume=OUT / "parts.ckpt", max_epochs=2)
@@ -371,7 +410,33 @@ def saving() -> dict[str, Any]:
         "lineages": {each.strategy.ledger.lineage for each in (trainer, resumed, recovered)},
         "from full": fit(adam(), loader, resume=OUT / "full.ckpt", max_epochs=3).strategy.ledger.num_steps,
         "mixed": said(lambda: fit(adam(), loader, resume=OUT / "mixed.ckpt", max_epochs=3)),
+        "parts of two": said(lambda: fit(adam(), loader, resume=OUT / "parts of two.ckpt", max_epochs=3)),
+        "stateless": stateless(loader),
+        "copied": copied(module),
     }
+
+
+def stateless(loader: Any) -> dict[str, Any]:
+    """SGD without momentum, saved as a whole after an epoch and resumed by a module that asks for another rate."""
+    first = fit(Sharded(plain(), lr=0.05), loader, strategy=private(save_distributed_checkpoint=False), max_epochs=1)
+    first.save_checkpoint(OUT / "sgd.ckpt")
+    saved = whole(dict(first.lightning_module.named_parameters()))
+    still = fit(Sharded(plain(), lr=0.9), loader, resume=OUT / "sgd.ckpt", max_epochs=1)
+    onward = fit(Sharded(plain(), lr=0.9), loader, resume=OUT / "sgd.ckpt", max_epochs=2)
+    return {
+        "same": all(
+            torch.equal(saved[n], w) for n, w in whole(dict(still.lightning_module.named_parameters())).items()
+        ),
+        "rate": onward.optimizers[0].param_groups[0]["lr"],
+        "steps": onward.strategy.ledger.num_steps,
+    }
+
+
+def copied(module: Sharded) -> str:
+    """What a run of one process says of a whole copy of weights that were sharded when they were trained."""
+    copy = Sharded(plain())
+    copy.load_state_dict(whole(module.state_dict()))
+    return said(lambda: DPStrategy(noise_multiplier=1.0).state.check_history(copy))
 
 
 def resumed_alone() -> dict[str, Any]:
@@ -380,7 +445,16 @@ def resumed_alone() -> dict[str, Any]:
     still = fit(adam(), loader, resume=OUT / "parts.ckpt", max_epochs=2)
     weights = whole(dict(still.lightning_module.named_parameters()))
     onward = fit(adam(), loader, resume=OUT / "parts.ckpt", max_epochs=3)
-    return {"weights": weights, "steps": onward.strategy.ledger.num_steps, "world_size": onward.world_size}
+    strategy = private(noise_multiplier=None, target_epsilon=3.0)
+    target = fit(
+        Sharded(plain()), DataLoader(make_dataset(), batch_size=8), (), strategy, OUT / "target.ckpt", max_epochs=2
+    )
+    return {
+        "weights": weights,
+        "steps": onward.strategy.ledger.num_steps,
+        "world_size": onward.world_size,
+        "target": (target.strategy.epsilon(), [entry.num_steps for entry in target.strategy.ledger.entries]),
+    }
 
 
 def main() -> None:

@@ -148,6 +148,7 @@ def test_target_budget_and_statement_hold_for_all_ranks(ranks: list[dict[str, An
     assert first == second
     assert 2.9 < first["target"] <= 3.0
     assert "Privacy: (epsilon=" in first["statement"]
+    assert {"privacy_card.json", "privacy_card.md"} <= set(first["card"])
     assert first["budget"][0] <= 2.5
     assert 0 < first["budget"][1] < 200
 
@@ -164,6 +165,23 @@ def test_resume_goes_on_with_ledger_and_weights(ranks: list[dict[str, Any]]) -> 
         assert saving["mixed"].startswith(
             "PrivacyError: Expected the ledger that was written with the weights of mixed.ckpt"
         )
+
+
+def test_file_of_a_rank_from_another_checkpoint_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["saving"]["parts of two"].startswith(
+            "PrivacyError: Expected the ledger that was written with the weights of parts of two.ckpt"
+        )
+
+
+def test_whole_checkpoint_of_stateless_sgd_resumes(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["saving"]["stateless"] == {"same": True, "rate": 0.05, "steps": 8}
+
+
+def test_whole_copy_of_sharded_weights_needs_history(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert "was trained by an earlier private run of" in seen["saving"]["copied"]
 
 
 def test_whole_checkpoint_loads_in_a_plain_module(ranks: list[dict[str, Any]], folder: Path) -> None:
@@ -187,6 +205,9 @@ def test_another_number_of_processes_resumes(ranks: list[dict[str, Any]], folder
     alone = torch.load(folder / "alone0.pt", weights_only=False)["resumed_alone"]
     assert alone["world_size"] == 1
     assert alone["steps"] == 12
+    epsilon, steps = alone["target"]  # the second epoch has 8 steps of half the size, with noise of its own
+    assert 2.9 < epsilon <= 3.0
+    assert steps == [4, 8]
     for name, weight in ranks[0]["saving"]["weights"].items():
         assert torch.equal(alone["weights"][name], weight)
 
@@ -209,6 +230,10 @@ def test_learned_bounds_see_the_gradient_of_all_ranks(ranks: list[dict[str, Any]
         ("top_agg", "a sharded module"),
         ("public", "ValueError: Expected private optimizers only in a sharded module"),
         ("stream", "Expected a map-style dataset for Poisson sampling"),
+        ("canaries", "ValueError: Expected sums that no process holds whole, got canaries in gradient space"),
+        ("diagnostics", "ValueError: Expected sums that no process holds whole, got GradientDiagnostics"),
+        ("correlated", "ValueError: Expected independent noise in a sharded module"),
+        ("columns", "ValueError: Expected parameters sharded along their first axis over all 2 processes"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_on_every_rank(ranks: list[dict[str, Any]], what: str, message: str) -> None:
