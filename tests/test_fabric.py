@@ -69,6 +69,48 @@ def test_gradient_equals_a_loop_over_samples(microbatch_size: int | None) -> Non
     dp.close()
 
 
+#: Owners of 32 records: one has 24 of them, six have one or two.
+OWNERS = [0] * 24 + [1, 1, 2, 3, 4, 5, 6, 6]
+
+
+def clipped_users(model: nn.Module, parts: list[Any], bound: float) -> dict[str, Tensor]:
+    """Sum of the clipped gradients of whole users, each of the mean loss of its records in the batch."""
+    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for _, owners, (features, labels) in parts:
+        for user in owners.unique():
+            rows = owners == user
+            loss = mean_loss(model, (features[rows], labels[rows]))
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            factor = min(1.0, bound / float(torch.cat([grad.flatten() for grad in grads]).norm()))
+            for name, grad in zip(total, grads, strict=True):
+                total[name] += factor * grad
+    return total
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 5])
+def test_very_unequal_users_are_clipped_once_each(microbatch_size: int | None) -> None:
+    model = make_model()
+    dp = FabricPrivacy(
+        noise_multiplier=0.0, max_grad_norm=0.5, microbatch_size=microbatch_size, unit=OWNERS, records_per_unit=16
+    )
+    loader = DataLoader(make_dataset(32, dtype=torch.float64), batch_size=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, stepping, batches = dp.setup(Fabric(accelerator="cpu", devices=1), model, optimizer, loader)
+    most = 0
+    for batch in (batch for _ in range(12) for batch in batches):
+        expected = clipped_users(copy.deepcopy(model), batch.parts, 0.5)
+        most = max([most, *(int(torch.bincount(owners).max()) for _, owners, _ in batch.parts)])
+        stepping.zero_grad()
+        dp.backward(mean_loss, batch)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name] / 3, **CLOSE)
+        stepping.step()
+    assert most == 16  # of the 24 records of one user
+    assert (dp.plan.dataset_size, dp.plan.unit) == (7, "user")
+    assert "all records of one user" in dp.privacy_statement()
+    dp.close()
+
+
 def test_bf16_precision_of_fabric_is_used() -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     dp, model, optimizer, loader = start(fabric, torch.float32, noise_multiplier=0.0)

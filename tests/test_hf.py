@@ -109,6 +109,47 @@ def test_gradient_equals_a_loop_over_samples(tmp_path: Path, monkeypatch: pytest
             torch.testing.assert_close(step[name][1], expected, rtol=1e-3, atol=1e-6)
 
 
+#: Owners of 32 sentences: one has 24 of them, six have one or two.
+OWNERS = [0] * 24 + [1, 1, 2, 3, 4, 5, 6, 6]
+
+
+def test_very_unequal_users_are_clipped_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    privacy = {
+        "noise_multiplier": 0.0, "microbatch_size": 5, "max_grad_norm": 0.2, "unit": OWNERS, "records_per_unit": 16,
+    }  # fmt: skip
+    trainer = start(tmp_path, privacy, save_strategy="no", per_device_train_batch_size=3, max_steps=8)
+    batches: list[Any] = []
+    original = PrivateTrainer.training_step
+
+    def keep(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        batches.append(inputs.parts)
+        return original(self, model, inputs, *rest)
+
+    monkeypatch.setattr(PrivateTrainer, "training_step", keep)
+    trainer.train()
+    seen = next(each.seen for each in trainer.callback_handler.callbacks if isinstance(each, Gradients))
+    assert len(batches) == len(seen) == 8
+    assert max(int(torch.bincount(owners).max()) for parts in batches for _, owners, _ in parts) <= 16
+    model, num_users = trainer.model, 0
+    for parts, step in zip(batches, seen, strict=True):
+        model.load_state_dict({name: weight for name, (weight, _) in step.items()}, strict=False)
+        total = {name: torch.zeros_like(weight) for name, (weight, _) in step.items()}
+        for _, owners, records in parts:
+            for user in owners.unique():
+                rows = owners == user
+                loss = model(input_ids=records["input_ids"][rows], labels=records["labels"][rows]).loss
+                grads = torch.autograd.grad(loss, [parameter for _, parameter in model.named_parameters()])
+                factor = min(1.0, 0.2 / float(torch.cat([grad.flatten() for grad in grads]).norm()))
+                for name, grad in zip(total, grads, strict=True):
+                    total[name] += factor * grad
+                num_users += 1
+        for name, (_, gradient) in step.items():
+            torch.testing.assert_close(gradient, total[name] / 3, rtol=1e-3, atol=1e-6)
+    assert num_users > 8
+    assert (trainer.private.plan.dataset_size, trainer.private.plan.unit) == (7, "user")
+    assert "all records of one user" in trainer.private.privacy_statement()
+
+
 def test_log_has_epsilon_and_no_loss(tmp_path: Path) -> None:
     trainer = start(tmp_path, {"target_epsilon": 4.0, "target_delta": 1e-3}, save_strategy="no")
     trainer.train()
