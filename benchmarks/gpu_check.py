@@ -1,7 +1,8 @@
 """Checks of the engine on a GPU, and the cost of a private step there: ``python -m benchmarks.gpu_check`` (under eight
 minutes).
 
-Correctness: per-sample gradients against batch-of-one autograd, the noise's standard deviation, fits with all checks in
+Correctness: per-sample gradients against batch-of-one autograd, norms and clipped sums of bfloat16 layers against
+float64, the number of times that a step waits for the device, the noise's standard deviation, fits with all checks in
 float32 and bf16-mixed, and the sum of a sharded module against that of a whole one. Cost: step time and peak memory of
 three models in bf16 at batch 64, against a plain step, in pairs; and of Opacus' faster mode on two models that it can
 run.
@@ -13,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp.loop import make_private
+from lightning_dp.loop import PrivateLoop, make_private
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import PerSampleEngine
 
@@ -96,6 +98,62 @@ def check_engine() -> dict[str, float]:
             off = torch.cat([(made[n][row] - g).flatten() for n, g in zip(parameters, alone, strict=True)]).norm()
             worst = max(worst, float(off / size))
         found[name] = worst
+    return found
+
+
+def check_short() -> dict[str, float | bool]:
+    """Return how far norms and clipped sums of a bfloat16 layer are from those in float64, and whether it multiplies in
+    bfloat16.
+
+    ``norm``: the lowest norm over the exact one, of 1,024 positions whose terms nearly cancel (not below 1). ``sum``:
+    the largest contribution over its bound (at most 1.00001).
+    """
+    from lightning_dp.per_sample.rules import short
+    from lightning_dp.per_sample.rules.base import Call
+    from lightning_dp.per_sample.rules.linear import LinearRule
+
+    lowest, largest = float("inf"), 0.0
+    for positions in (2, 128, 1024):
+        for width, height in ((768, 3072), (3072, 768), (64, 64)):
+            pairs = torch.randn(4, positions // 2, width, device=DEVICE).repeat_interleave(2, 1).bfloat16()
+            backprop = torch.randn(4, positions // 2, height, device=DEVICE).repeat_interleave(2, 1)
+            signs = torch.tensor([1.0, -1.0], device=DEVICE).repeat(positions // 2)[:, None]
+            drift = 1 + torch.arange(positions, device=DEVICE)[:, None] / (16 * positions)
+            backprop = (backprop * drift).bfloat16() * signs.bfloat16()
+            call, layer = Call(inputs=(), kwargs={}, activation=pairs, backprop=backprop), nn.Linear(width, height)
+            norms = LinearRule().squared_norms(layer, [call], 4, {"weight"})["weight"].sqrt()
+            exact = torch.bmm(backprop.double().mT, pairs.double()).flatten(1).norm(dim=1)
+            lowest = min(lowest, float((norms / exact).min()))
+            for sample in range(4):
+                out = torch.zeros(height, width, device=DEVICE)
+                factors = torch.zeros(4, device=DEVICE)
+                factors[sample] = 0.37 / norms[sample]
+                LinearRule().add_weighted_sum(layer, [call], factors, 4, {"weight": out})
+                largest = max(largest, float(out.double().norm()) / 0.37)
+    return {"short": short.has_short_products(DEVICE.type), "norm": lowest, "sum": largest}
+
+
+def check_waits() -> dict[str, int]:
+    """Return how often the fourth step of a transformer waits for the device, by depth.
+
+    Two waits are for the copies of the batch; a CPU never waits.
+    """
+    found = {}
+    for depth in (2, 6):
+        run, _ = prepared((depth, 64, 2, 16, 50))
+        batches = (item for _ in range(100) for item in run.loader)
+        for _ in range(3):
+            run.step(next(batches))
+        batch = next(batches)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            if DEVICE.type == "cuda":
+                torch.cuda.set_sync_debug_mode("warn")
+            run.step(batch)
+            if DEVICE.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        found[f"{depth} layers"] = sum("synchroniz" in str(each.message) for each in seen)
+        run.close()
     return found
 
 
@@ -202,12 +260,10 @@ def peer(name: str) -> dict[str, float | str]:
 
 def cost(shape: tuple[int, int, int, int, int]) -> dict[str, float]:
     """Return time and peak memory of a private step over a plain one, medians of pairs."""
-    depth, width, heads, tokens, vocabulary = (1, 32, 2, 8, shape[4] and 50) if SMALL else shape
-    features = torch.randint(0, vocabulary, (BATCH, tokens)) if vocabulary else torch.randn(BATCH, tokens, width)
-    data = TensorDataset(features, torch.randint(0, 10, (BATCH,)))
-    plain = Encoder(depth, width, heads, tokens, vocabulary).to(DEVICE)
-    private = Encoder(depth, width, heads, tokens, vocabulary).to(DEVICE)
+    shape = (1, 32, 2, 8, shape[4] and 50) if SMALL else shape
+    plain = Encoder(*shape).to(DEVICE)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.0)
+    run, data = prepared(shape)
     batch = next(iter(DataLoader(data, batch_size=BATCH)))
 
     def plain_step() -> None:
@@ -215,10 +271,6 @@ def cost(shape: tuple[int, int, int, int, int]) -> dict[str, float]:
         loss_fn(plain, batch).backward()
         optimizer.step()
 
-    run = make_private(
-        private, torch.optim.SGD(private.parameters(), lr=0.0), DataLoader(data, batch_size=BATCH), loss_fn,
-        steps=1000, noise_multiplier=1.0, target_delta=1e-3, check_per_sample=False,
-    )  # fmt: skip
     batches = (item for _ in range(1000) for item in run.loader)
 
     def private_step() -> None:
@@ -229,6 +281,16 @@ def cost(shape: tuple[int, int, int, int, int]) -> dict[str, float]:
     ratios = [measured(private_step)[0] / measured(plain_step)[0] for _ in range(PAIRS)]
     memory = measured(private_step)[1] / max(measured(plain_step)[1], 1)
     return {"time": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "memory": memory}
+
+
+def prepared(shape: tuple[int, int, int, int, int]) -> tuple[PrivateLoop, TensorDataset]:
+    """Return a private run over an encoder of that shape, and its data of one batch."""
+    _, width, _, tokens, vocabulary = shape
+    features = torch.randint(0, vocabulary, (BATCH, tokens)) if vocabulary else torch.randn(BATCH, tokens, width)
+    data, model = TensorDataset(features, torch.randint(0, 10, (BATCH,))), Encoder(*shape).to(DEVICE)
+    optimizer, loader = torch.optim.SGD(model.parameters(), lr=0.0), DataLoader(data, batch_size=BATCH)
+    options: Any = {"steps": 1000, "noise_multiplier": 1.0, "target_delta": 1e-3, "check_per_sample": False}
+    return make_private(model, optimizer, loader, loss_fn, **options), data
 
 
 def measured(step: Callable[[], None]) -> tuple[float, int]:
@@ -251,6 +313,8 @@ def main() -> None:
     print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
     parts: dict[str, Callable[[], Any]] = {
         "engine": check_engine,
+        "short": check_short,
+        "waits": check_waits,
         "noise": check_noise,
         "fits": fits,
         "sharded": sharded,

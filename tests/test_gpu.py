@@ -47,6 +47,17 @@ def test_gpu_check_gradients_are_those_of_single_samples(found: dict[str, Any]) 
     assert max(found["engine"].values()) < 2e-6
 
 
+def test_gpu_check_short_norms_bound_their_sums(found: dict[str, Any]) -> None:
+    assert found["short"]["short"] == (found["device"] != "cpu")
+    assert found["short"]["norm"] > 1 - 1e-6
+    assert 0 < found["short"]["sum"] <= 1 + 1e-5
+
+
+def test_gpu_check_waits_do_not_grow_with_the_depth(found: dict[str, Any]) -> None:
+    few, many = found["waits"].values()
+    assert few == many <= 4  # two of them move the batch
+
+
 def test_gpu_check_noise_has_its_standard_deviation(found: dict[str, Any]) -> None:
     """2^22 draws: 5 standard errors are 0.0017."""
     assert abs(found["noise"] - 1) < 5 / (2 * 2**22) ** 0.5

@@ -41,8 +41,10 @@ def exact_arithmetic(device_type: str) -> Iterator[None]:
 def _switches(device_type: str) -> list[tuple[Any, str, Any]]:
     """Return the precision switches of a device: (object, attribute, value for full precision)."""
     backends: Any = torch.backends
-    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
-        return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    matmul = backends.cuda.matmul
+    sums = [(matmul, "allow_bf16_reduced_precision_reduction", False)] if device_type == "cuda" else []
+    if not hasattr(matmul, "fp32_precision"):  # before torch 2.9
+        return [(matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False), *sums]
     if device_type == "cuda":
-        return [(backends.cuda.matmul, "fp32_precision", "ieee"), (backends.cudnn.conv, "fp32_precision", "ieee")]
+        return [(matmul, "fp32_precision", "ieee"), (backends.cudnn.conv, "fp32_precision", "ieee"), *sums]
     return [(backends.mkldnn.matmul, "fp32_precision", "ieee"), (backends.mkldnn.conv, "fp32_precision", "ieee")]

@@ -26,10 +26,12 @@ from lightning_dp.per_sample.rules.base import (
 from lightning_dp.per_sample.rules.outer_products import (
     masked_outer_squared_norm,
     masked_outer_sum,
+    prefer_gram,
     product_squared_norm,
     products,
     squared_norm_of_products,
 )
+from lightning_dp.per_sample.rules.short import add_weighted_product, is_short, multiply, operands
 
 _COST_OF_KEEPING = 20
 """Multiplications in the time that one number of a kept gradient costs (measured on a CPU)."""
@@ -111,18 +113,11 @@ class LinearRule(Rule):
             out["bias"].add_(weighted_rows(_sums_over_positions(calls, batch_size), factors))
         if "weight" not in out:
             return
+        short = _are_short(calls, batch_size)
         for call in calls:  # one by one, so that no tensor has the size of all together
-            inputs, backprops = (widen(_split(tensor, batch_size)) for tensor in (call.activation, call.backprop))
-            factors_B11 = factors.to(backprops.dtype).reshape(-1, 1, 1)
-            if inputs.shape[2] < backprops.shape[2]:  # the smaller of the two is scaled
-                inputs = inputs * factors_B11
-            else:
-                backprops = backprops * factors_B11
-            left, right = (side.flatten(0, 1) for side in (backprops, inputs))
-            if out["weight"].dtype == left.dtype:
-                out["weight"].addmm_(left.mT, right)
-            else:
-                out["weight"].add_(left.mT @ right)
+            inputs, backprops = _split(call.activation, batch_size), _split(call.backprop, batch_size)
+            inputs, backprops = operands(inputs, backprops, short=short)
+            add_weighted_product(out["weight"], backprops, inputs, factors)
 
     @override
     def prefers_active_entries(self, calls: Sequence[Call], batch_size: int, name: str) -> bool:
@@ -166,7 +161,7 @@ class LinearRule(Rule):
             super().fill(module, calls, batch_size, name, out)
             return
         for rows, inputs, backprops in _blocks(calls, batch_size):
-            torch.bmm(backprops.mT, inputs, out=out[rows])
+            multiply(backprops.mT, inputs, out[rows])
 
     @override
     def materialises(self, module: nn.Module, calls: Sequence[Call], batch_size: int, name: str) -> bool:
@@ -175,25 +170,30 @@ class LinearRule(Rule):
         num_positions = _num_positions(calls, batch_size)
         if num_positions == len(calls):  # one position a call: a single one, or a recurrence, whose calls are all small
             return False
-        return prefer_kept(num_positions, calls[0].activation.shape[-1], calls[0].backprop.shape[-1])
+        sizes = num_positions, calls[0].activation.shape[-1], calls[0].backprop.shape[-1]
+        if _are_short(calls, batch_size):  # products are cheap there, memory is not
+            return not prefer_gram(*sizes)
+        return prefer_kept(*sizes)
 
 
 def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield slices of samples with the inputs ``(b, T, d)`` and backprops ``(b, T, p)`` of all calls, in the
-    accumulation dtype.
+    """Yield slices of samples with the inputs ``(b, T, d)`` and backprops ``(b, T, p)`` of all calls, in the type in
+    which they are multiplied.
 
     Several calls are copied together for a few samples at a time, so that the copy stays small. Each block of copies
     overwrites the previous one.
     """
     inputs = [_split(call.activation, batch_size) for call in calls]
     backprops = [_split(call.backprop, batch_size) for call in calls]
+    short = _are_short(calls, batch_size)
     if len(calls) == 1:
-        yield slice(None), widen(inputs[0]), widen(backprops[0])
+        yield slice(None), *operands(inputs[0], backprops[0], short=short)
         return
     num_positions = sum(tensor.shape[1] for tensor in backprops)
     widths = (inputs[0].shape[2], backprops[0].shape[2])
     step = samples_a_block(batch_size, num_positions * sum(widths), backprops[0].device)
-    new = partial(torch.empty, dtype=accumulation_dtype(backprops[0]), device=backprops[0].device)
+    dtype = torch.bfloat16 if short else accumulation_dtype(backprops[0])
+    new = partial(torch.empty, dtype=dtype, device=backprops[0].device)
     joined = [new(step, num_positions, width) for width in widths]
     for low in range(0, max(1, batch_size), step):
         rows = slice(low, min(low + step, batch_size))
@@ -201,6 +201,11 @@ def _blocks(calls: Sequence[Call], batch_size: int) -> Iterator[tuple[slice, Ten
         for side, part in zip((inputs, backprops), parts, strict=True):
             torch.cat([tensor[rows] for tensor in side], dim=1, out=part)
         yield rows, parts[0], parts[1]
+
+
+def _are_short(calls: Sequence[Call], batch_size: int) -> bool:
+    """Tell whether norms and sums multiply bfloat16 operands: not for one position, which needs no large product."""
+    return all(is_short(call.backprop) for call in calls) and _num_positions(calls, batch_size) > 1
 
 
 def _sums_over_positions(calls: Sequence[Call], batch_size: int) -> Tensor:

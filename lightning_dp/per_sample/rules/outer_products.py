@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample.rules.base import samples_a_block, squared_norm
+from lightning_dp.per_sample.rules.base import accumulation_dtype, samples_a_block, squared_norm, widen
 from lightning_dp.per_sample.rules.rounding import at_least_tiny, gram_with_rounding, lengths, with_rounding
+from lightning_dp.per_sample.rules.short import SPLIT_ERROR, multiply, short_error
 
 _LARGE = 1e6
 """Squared norms above this make squares that have vanished in the other factor count."""
@@ -22,8 +23,10 @@ _LARGE = 1e6
 _HUGE = 1e30
 """Squared norms above which rounding leaves no norm under a mask."""
 
-_GRAM_BLOCK = 128
-"""Positions of a block of Gram matrices, of which those above the diagonal are left out: they are symmetric."""
+_GRAM_BLOCKS = {"cpu": 128}
+"""Positions of a block of Gram matrices, of which those above the diagonal are left out: they are symmetric. Other
+devices are better off with few large products.
+"""
 
 
 def prefer_gram(num_positions: int, num_in: int, num_out: int) -> bool:
@@ -37,7 +40,7 @@ def prefer_gram(num_positions: int, num_in: int, num_out: int) -> bool:
 def squared_norm_of_products(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
     """Return ``|sum_t g_t a_t^T|^2`` for every sample, shape ``(B,)``, by the product that costs least."""
     if inputs_BTd.shape[1] == 1:
-        return outer_squared_norm(inputs_BTd[:, 0], backprops_BTp[:, 0])
+        return outer_squared_norm(widen(inputs_BTd[:, 0]), widen(backprops_BTp[:, 0]))
     if prefer_gram(inputs_BTd.shape[1], inputs_BTd.shape[2], backprops_BTp.shape[2]):
         return gram_squared_norm(inputs_BTd, backprops_BTp)
     return product_squared_norm(backprops_BTp, inputs_BTd)
@@ -50,19 +53,23 @@ def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
     sample's contribution.
     """
     size, positions = inputs_BTd.shape[:2]
-    total = inputs_BTd.new_zeros(size)
+    total = inputs_BTd.new_zeros(size, dtype=accumulation_dtype(inputs_BTd))
+    block = _GRAM_BLOCKS.get(inputs_BTd.device.type, 1024)
     squares: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for low in range(0, positions, _GRAM_BLOCK):
-        high = min(low + _GRAM_BLOCK, positions)
-        gram_a = torch.bmm(inputs_BTd[:, low:high], inputs_BTd[:, low:].mT)
-        gram_g = torch.bmm(backprops_BTp[:, low:high], backprops_BTp[:, low:].mT)
+    for low in range(0, positions, block):
+        high = min(low + block, positions)
+        gram_a = multiply(inputs_BTd[:, low:high], inputs_BTd[:, low:].mT)
+        gram_g = multiply(backprops_BTp[:, low:high], backprops_BTp[:, low:].mT)
         for gram, found in zip((gram_a, gram_g), squares, strict=True):
             found.append(gram.diagonal(dim1=1, dim2=2).clone())
         gram_a[:, :, : high - low].mul_(0.5)  # the block on the diagonal is symmetric, the others are visited once
         total += 2 * torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1))
     widths = (inputs_BTd.shape[2], backprops_BTp.shape[2])
     sides = (at_least_tiny(torch.cat(found, 1).sqrt(), width) for found, width in zip(squares, widths, strict=True))
-    return gram_with_rounding(total, *sides)
+    if inputs_BTd.dtype != torch.bfloat16:
+        return gram_with_rounding(total, *sides)
+    of_matrices, of_sum = sum(map(short_error, widths)), short_error(positions) + SPLIT_ERROR
+    return gram_with_rounding(total, *sides, of_matrices=of_matrices, of_sum=of_sum)
 
 
 def outer_squared_norm(inputs_Bd: Tensor, backprops_Bp: Tensor) -> Tensor:
@@ -84,23 +91,26 @@ def _no_underflow(norm_a: Tensor, norm_g: Tensor, num_in: int, num_out: int) -> 
 
 def product_squared_norm(lefts_BTp: Tensor, rights_BTd: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return ``|weights * sum_t left_t right_t^T|^2`` for every sample, including the rounding of the weighted sum."""
-    norms = lefts_BTp.new_empty(lefts_BTp.shape[0])
+    num_terms, is_short = lefts_BTp.shape[1], lefts_BTp.dtype == torch.bfloat16
+    norms = lefts_BTp.new_empty(lefts_BTp.shape[0], dtype=accumulation_dtype(lefts_BTp))
     for rows, part in products(lefts_BTp, rights_BTd):
         if weights is not None:
             part.mul_(weights)
         norms[rows] = squared_norm(part)
-    return with_rounding(norms, torch.linalg.vecdot(lengths(lefts_BTp), lengths(rights_BTd)), lefts_BTp.shape[1])
+    more = 2 * short_error(num_terms) + SPLIT_ERROR if is_short else 0.0
+    total = torch.linalg.vecdot(lengths(lefts_BTp), lengths(rights_BTd))
+    return with_rounding(norms, total, num_terms, more=more)
 
 
 def products(lefts_BTp: Tensor, rights_BTd: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of samples with their ``sum_t left_t right_t^T``, in one small reused buffer."""
     size, num_left, num_right = lefts_BTp.shape[0], lefts_BTp.shape[2], rights_BTd.shape[2]
     step = samples_a_block(size, num_left * num_right, lefts_BTp.device)
-    product = lefts_BTp.new_empty(step, num_left, num_right)
+    product = lefts_BTp.new_empty(step, num_left, num_right, dtype=accumulation_dtype(lefts_BTp))
     for low in range(0, size, step):
         rows = slice(low, min(low + step, size))
         part = product[: rows.stop - low]
-        torch.bmm(lefts_BTp[rows].mT, rights_BTd[rows], out=part)
+        multiply(lefts_BTp[rows].mT, rights_BTd[rows], part)
         yield rows, part
 
 

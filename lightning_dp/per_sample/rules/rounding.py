@@ -24,6 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample.rules.base import accumulation_dtype
+
 _MOST_TERMS = 80
 
 GRAM_ERROR = 8
@@ -48,7 +50,8 @@ def sum_error(num_terms: int, dtype: torch.dtype) -> float:
 
 def lengths(vectors: Tensor, dim: int = -1) -> Tensor:
     """Return the L2 norms along an axis, each at least the smallest norm whose square does not underflow."""
-    return at_least_tiny(torch.linalg.vector_norm(vectors, dim=dim), vectors.shape[dim])
+    norms = torch.linalg.vector_norm(vectors, dim=dim, dtype=accumulation_dtype(vectors))
+    return at_least_tiny(norms, vectors.shape[dim])
 
 
 def at_least_tiny(norms: Tensor, size: int) -> Tensor:
@@ -56,7 +59,9 @@ def at_least_tiny(norms: Tensor, size: int) -> Tensor:
     return norms.clamp_min((torch.finfo(norms.dtype).tiny * size) ** 0.5)
 
 
-def with_rounding(squared_norms_B: Tensor, total_B: Tensor, num_terms: int, *, sums: int = 2) -> Tensor:
+def with_rounding(
+    squared_norms_B: Tensor, total_B: Tensor, num_terms: int, *, sums: int = 2, more: float = 0.0
+) -> Tensor:
     """Return ``(N + (T + 4) eps S)^2``: squared norms that bound the weighted sum despite rounding.
 
     **Guarantee**: not finite where ``S`` is not; such a sample is dropped.
@@ -66,19 +71,24 @@ def with_rounding(squared_norms_B: Tensor, total_B: Tensor, num_terms: int, *, s
         total_B: ``S``, shape ``(B,)``.
         num_terms: ``T``.
         sums: 2 if the norm is also computed from a sum over the terms; 1 if it already includes its own rounding.
+        more: further errors, relative to ``S``; see ``short.py``.
     """
-    rounding_B = sums * sum_error(num_terms, squared_norms_B.dtype) * total_B
+    rounding_B = (sums * sum_error(num_terms, squared_norms_B.dtype) + more) * total_B
     return (squared_norms_B.sqrt() + rounding_B).square()
 
 
-def gram_with_rounding(products_B: Tensor, inputs_BT: Tensor, backprops_BT: Tensor) -> Tensor:
+def gram_with_rounding(
+    products_B: Tensor, inputs_BT: Tensor, backprops_BT: Tensor, *, of_matrices: float = 0.0, of_sum: float = 0.0
+) -> Tensor:
     """Return squared norms from products of Gram matrices, including the rounding of the matrices and of the sum.
 
     Args:
         products_B: ``<A^T A, G^T G>``, shape ``(B,)``; rounding may have made it negative.
         inputs_BT: ``|a_t|``, as :func:`lengths` gives it.
         backprops_BT: ``|g_t|``.
+        of_matrices: further errors of the entries of both matrices, relative to the lengths; see ``short.py``.
+        of_sum: further errors of the weighted sum, relative to ``S``.
     """
     total_B: Tensor = torch.linalg.vecdot(inputs_BT, backprops_BT)
-    rounding_B = GRAM_ERROR * torch.finfo(total_B.dtype).eps * total_B.square()
-    return with_rounding(products_B.clamp_min(0.0) + rounding_B, total_B, inputs_BT.shape[1], sums=1)
+    rounding_B = (GRAM_ERROR * torch.finfo(total_B.dtype).eps + of_matrices) * total_B.square()
+    return with_rounding(products_B.clamp_min(0.0) + rounding_B, total_B, inputs_BT.shape[1], sums=1, more=of_sum)
