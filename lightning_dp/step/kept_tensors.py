@@ -26,8 +26,13 @@ class KeptTensor:
         self.version = num_changes(tensor)
         self.step = self.value.numel() // 1024 if self.value.numel() > _LARGE and self.value.is_contiguous() else 0
 
-    def put_back(self, *, quick: bool) -> None:
-        """Give the tensor its values, memory and shape; see ``Snapshot.put_back``."""
+    def put_back(self, *, quick: bool, changed: bool | None = None) -> None:
+        """Give the tensor its values, memory and shape; see ``Snapshot.put_back``.
+
+        Args:
+            quick: whether to compare few elements of a large tensor.
+            changed: whether the memory holds other values, where this is known.
+        """
         tensor, alias = self.tensor, self.alias
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             tensor.data = self.value.clone()
@@ -39,7 +44,9 @@ class KeptTensor:
             tensor.data = alias
         elif quick and self.step and num_changes(tensor) == self.version and self._sample_is_same():
             return
-        if not same_values(self.memory, self.value):
+        if changed is None:
+            changed = not same_values(self.memory, self.value)
+        if changed:
             self.memory.copy_(self.value)
         self.version = num_changes(tensor)
         if tensor.is_leaf and tensor.requires_grad != self.requires_grad:
@@ -47,6 +54,24 @@ class KeptTensor:
 
     def _sample_is_same(self) -> bool:
         return same_values(self.memory.view(-1)[:: self.step], self.value.view(-1)[:: self.step])
+
+
+def find_changed(tensors: list[KeptTensor]) -> list[bool | None]:
+    """Tell of each tensor whether its memory holds other values than it did, by one read for all on a device.
+
+    A read of every comparison would wait for the device as often. None where nothing waits, and where tensors have no
+    values to compare.
+    """
+    found: list[bool | None] = [None] * len(tensors)
+    flags: dict[torch.device, dict[int, Tensor]] = {}
+    for index, kept in enumerate(tensors):
+        memory, value = kept.memory, kept.value
+        if memory.layout == torch.strided and not memory.is_meta and not _is_near(memory):
+            flags.setdefault(memory.device, {})[index] = (_bits_of(memory) != _bits_of(value)).any()
+    for on_device in flags.values():
+        for index, flag in zip(on_device, torch.stack([*on_device.values()]).tolist(), strict=True):
+            found[index] = flag
+    return found
 
 
 class Together:
@@ -81,6 +106,11 @@ class Together:
             if tensor.shape != shape or tensor.stride() != strides:
                 return False
         return all(torch.equal(torch.cat(now), then) for now, then in self._pieces)
+
+
+def _is_near(tensor: Tensor) -> bool:
+    """Tell whether values of a tensor can be read without a wait."""
+    return tensor.device.type == "cpu"
 
 
 def _place_of(tensor: Tensor) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dp.step.kept_tensors import KeptTensor, Together
+from lightning_dp.step.kept_tensors import KeptTensor, Together, find_changed
 from lightning_dp.step.local import local_part
 from lightning_dp.step.randomness import generator_restorer
 
@@ -109,8 +109,10 @@ class Snapshot:
                 restore()
             if quick and self._are_unchanged():
                 return
-            for kept in self._tensors:
-                kept.put_back(quick=quick)
+            unknown: list[bool | None] = [None] * len(self._tensors)
+            changed = unknown if quick else find_changed(self._tensors)
+            for kept, differs in zip(self._tensors, changed, strict=True):
+                kept.put_back(quick=quick, changed=differs)
 
     def _mappings_are_unchanged(self) -> bool:
         """Tell whether all dictionaries hold the same objects under the same keys, in one pass over them."""

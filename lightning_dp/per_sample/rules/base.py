@@ -123,10 +123,15 @@ def masked_squared_norm(grads: Tensor, mask: Tensor) -> Tensor:
     return norms.to(grads.dtype)
 
 
+def is_cheap_to_read(tensor: Tensor) -> bool:
+    """Tell whether a value of a tensor can be read without a wait for its device."""
+    return tensor.device.type == "cpu"
+
+
 def weighted_rows(grads: Tensor, factors: Tensor) -> Tensor:
     """Return ``sum_i factors[i] * grads[i]``: ``(B, ...), (B,) -> (...)``; a factor of 0 drops even a NaN row."""
     kept = factors != 0
-    if grads.device.type != "cpu" or not bool(kept.all()):
+    if not is_cheap_to_read(grads) or not bool(kept.all()):
         grads = torch.where(kept.reshape(-1, *[1] * (grads.dim() - 1)), grads, grads.new_zeros(()))
     total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, dims=1)
     return total

@@ -29,7 +29,15 @@ from torch.nn import grad as nn_grad
 from typing_extensions import override
 
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample.rules.base import Call, Rule, squared_norm, sum_rows, weighted_rows, widen
+from lightning_dp.per_sample.rules.base import (
+    Call,
+    Rule,
+    is_cheap_to_read,
+    squared_norm,
+    sum_rows,
+    weighted_rows,
+    widen,
+)
 from lightning_dp.per_sample.rules.conv_routes import Route, blocks, choose_route, shape_of
 from lightning_dp.per_sample.rules.rounding import at_least_tiny, gram_with_rounding, lengths, with_rounding
 from lightning_dp.per_sample.rules.unfolding import Conv, gram, unfolded, unfolded_gram, window_sums
@@ -155,7 +163,7 @@ def _rows_of(call: Call, low: int, high: int) -> Call:
 
 def _scaled_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
     factors = row_factors.to(rows.dtype).reshape(-1, *[1] * (rows.dim() - 1))
-    if rows.device.type == "cpu" and bool((row_factors != 0).all()):
+    if is_cheap_to_read(rows) and bool((row_factors != 0).all()):
         return rows * factors
     return torch.where(factors != 0, rows * factors, rows.new_zeros(()))
 
@@ -163,7 +171,7 @@ def _scaled_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
 def _kept_rows(rows: Tensor, row_factors: Tensor) -> Tensor:
     """Replace the rows of factor 0 by zeros, because 0 times a non-finite row is not zero."""
     kept = row_factors != 0
-    if rows.device.type == "cpu" and bool(kept.all()):
+    if is_cheap_to_read(rows) and bool(kept.all()):
         return rows
     return torch.where(kept.reshape(-1, *[1] * (rows.dim() - 1)), rows, rows.new_zeros(()))
 
