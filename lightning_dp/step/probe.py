@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.step.step import PrivateStep
+from lightning_dp.system.torch_private import without_hooks
 
 
 class Probe:
@@ -40,24 +41,29 @@ class Probe:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Attach this probe within the context; keep raw private gradients out of ``p.grad``, so that user code sees
-        none.
+        """Attach this probe within the context; keep raw private gradients out of ``p.grad`` and from hooks on
+        parameters, so that user code sees none.
         """
         public = {name for index in self._step.settings.public_optimizers for name in self._step.parameters.of(index)}
-        handles = [
-            parameter.register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
+        private = {
+            name: parameter
             for name, parameter in self._step.module.named_parameters()
             if parameter.requires_grad and name not in public and not self._engine
-        ]
+        }
         self._step.probe = self
-        try:
-            yield
-        finally:
-            self._step.probe = None
-            for handle in handles:
-                handle.remove()
-            for parameter in self._step.module.parameters() if self.rehearses else ():
-                parameter.grad = None
+        with without_hooks(private.values()):
+            handles = [
+                parameter.register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
+                for name, parameter in private.items()
+            ]
+            try:
+                yield
+            finally:
+                self._step.probe = None
+                for handle in handles:
+                    handle.remove()
+                for parameter in self._step.module.parameters() if self.rehearses else ():
+                    parameter.grad = None
 
     def _taker(self, name: str) -> Any:
         def take(parameter: Tensor) -> None:

@@ -166,8 +166,12 @@ class TrainingRecords:
 
 
 def _features(record: Any) -> list[Any]:
-    """Return whole numbers and words of a record, and its other numbers to four digits, at most 64 of each array."""
-    found: list[Any] = whole_numbers(record)
+    """Return the numbers of a record, those that are not whole to four digits, at most 64 of each array.
+
+    Words count only if there are no numbers: they may be paths, which differ between machines.
+    """
+    words = whole_numbers(record)
+    found = [each for each in words if not isinstance(each, str)]
 
     def look(leaf: Any) -> Any:
         if isinstance(leaf, float) or (isinstance(leaf, (Tensor, np.ndarray)) and _is_real(leaf)):
@@ -176,7 +180,7 @@ def _features(record: Any) -> list[Any]:
         return leaf
 
     tree_map(look, record)
-    return found
+    return found or words
 
 
 def _is_real(leaf: Any) -> bool:

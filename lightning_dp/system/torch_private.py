@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +30,20 @@ def is_compiled(module: nn.Module) -> bool:
 def num_changes(tensor: Tensor) -> int:
     """Return the number of in-place changes of a tensor; -1 for inference tensors, which have no count."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Switch off, within a block, the hooks on leaf tensors that see their gradients."""
+    held = [(tensor, tensor._backward_hooks, tensor._post_accumulate_grad_hooks) for tensor in tensors]
+    held = [each for each in held if each[1] or each[2]]
+    for tensor, _, _ in held:
+        tensor._backward_hooks, tensor._post_accumulate_grad_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for tensor, before, after in held:
+            tensor._backward_hooks, tensor._post_accumulate_grad_hooks = before, after
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

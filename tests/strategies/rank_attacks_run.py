@@ -54,11 +54,20 @@ def loader(dataset: Any = None, batch_size: int = 8) -> DataLoader:
     return DataLoader(make_dataset() if dataset is None else dataset, batch_size=batch_size)
 
 
-def fit(kind: str, module: Any = None, data: Any = None, callbacks: Any = (), epochs: int = 1, **options: Any) -> Any:
+def fit(
+    kind: str,
+    module: Any = None,
+    data: Any = None,
+    callbacks: Any = (),
+    epochs: int = 1,
+    resume: Any = None,
+    **options: Any,
+) -> Any:
     options = {"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", **options}
     strategy = STRATEGIES[kind](**options)
     trainer = make_trainer(strategy, OUT, devices=2, max_epochs=epochs, callbacks=list(callbacks))
-    trainer.fit(module or Attack(), loader() if data is None else data)
+    data = loader() if data is None else data
+    trainer.fit(module or Attack(), data, ckpt_path=resume, weights_only=True if resume else None)
     return trainer
 
 
@@ -215,10 +224,11 @@ class Seeded(Attack):
 
 
 def seeded(kind: str) -> Tensor:
-    """Released gradients of 20 steps."""
-    module = Seeded()
-    fit(kind, module, epochs=5)
-    return torch.stack(module.released)
+    """Released gradients of 20 steps, and of 20 more after a resume."""
+    first, second = Seeded(), Seeded()
+    fit(kind, first, epochs=5).save_checkpoint(OUT / f"{kind}.ckpt")
+    fit(kind, second, epochs=10, resume=OUT / f"{kind}.ckpt")
+    return torch.stack(first.released + second.released)
 
 
 def without_sync(kind: str) -> tuple[int, Tensor]:

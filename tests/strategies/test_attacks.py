@@ -551,6 +551,23 @@ def test_trials_show_no_raw_gradient_and_move_nothing(tmp_path: Any) -> None:
         torch.testing.assert_close(parameter.detach(), old)
 
 
+@pytest.mark.parametrize("check_per_sample", [True, False])
+def test_hooks_on_parameters_see_no_raw_gradient(check_per_sample: bool, tmp_path: Any) -> None:
+    seen: list[Any] = []
+
+    class Watched(Classifier):
+        def on_train_start(self) -> None:
+            for parameter in self.parameters():
+                parameter.register_hook(lambda gradient: seen.append(gradient.clone()))
+                parameter.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad))
+
+    module = Watched()
+    fit(module, tmp_path, check_per_sample=check_per_sample)
+    assert seen == []
+    module.training_step(make_dataset().tensors, 0).backward()
+    assert len(seen) == 2 * len(list(module.parameters()))  # the hooks are there again
+
+
 # ---------------------------------------------------------------- C: side effects once per logical batch
 
 

@@ -66,3 +66,14 @@ def test_wrapped_sampler_is_the_users_own() -> None:
     sampler = SequentialSampler(range(4))
     wrapper = UnrepeatedDistributedSamplerWrapper(sampler, num_replicas=1, rank=0)
     assert torch_private.wrapped_sampler(wrapper) is sampler
+
+
+def test_without_hooks_silences_leaves_and_puts_hooks_back() -> None:
+    leaf, seen = torch.ones(2, requires_grad=True), []
+    leaf.register_hook(lambda gradient: seen.append("hook"))
+    leaf.register_post_accumulate_grad_hook(lambda tensor: seen.append("after"))
+    with torch_private.without_hooks([leaf, torch.ones(1, requires_grad=True)]):
+        leaf.sum().backward()
+    assert seen == []
+    leaf.sum().backward()
+    assert seen == ["hook", "after"]
