@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import random
@@ -26,6 +27,7 @@ _MACHINERY = frozenset(nn.Module().__dict__) - {
 }  # fmt: skip
 #: Attributes that lead out of the user's objects.
 _OUTSIDE = frozenset({"log", "log_dict", "_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"})
+_NOT_PLAIN = _OUTSIDE | _MACHINERY | {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 #: Types whose values cannot change.
 _CONSTANT = (
     bool, int, float, complex, str, bytes, type(None), type, range, torch.dtype, torch.device, torch.Size,
@@ -44,15 +46,18 @@ _DEEPEST = 12
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the user's own attributes of one module, without parameters, buffers and submodules."""
-    machinery = _OUTSIDE | _MACHINERY | {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
-    return {name: value for name, value in vars(module).items() if name not in machinery}
+    return {name: value for name, value in vars(module).items() if name not in _NOT_PLAIN}
 
 
 def few_values(tensor: Tensor, num: int) -> Tensor:
     """Return ``num`` values spread evenly over a tensor, in float64; none for an empty tensor."""
-    flat = tensor.detach().flatten()
-    places = torch.linspace(0, flat.numel() - 1, num if flat.numel() else 0, dtype=torch.float64).long()
-    return flat[places.to(flat.device)].double()
+    flat = tensor.detach().reshape(-1)
+    return flat.index_select(0, _places(flat.numel(), num, flat.device)).double()
+
+
+@functools.lru_cache(4096)  # a hook of a user's callback asks for all parameters twice
+def _places(size: int, num: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, size - 1, num if size else 0, dtype=torch.float64).long().to(device)
 
 
 class Snapshot:
@@ -85,7 +90,7 @@ class Snapshot:
         settle()
         self._restore: list[Callable[[], Any]] = []
         self._refill: list[Callable[[], Any]] = []  # of the mappings below
-        self._mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # dictionaries, with what they held
+        self._mappings: list[dict[Any, Any]] = []
         self._entries: tuple[list[int], list[Any], list[Any]] | None = None  # of all of them
         self._tensors: list[KeptTensor] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used again
@@ -105,6 +110,8 @@ class Snapshot:
             if not (quick and self._mappings_are_unchanged()):
                 for refill in self._refill:
                     refill()
+                if quick:  # with what the host has put there since, such as the silent ``self.log``
+                    self._entries = self._held_now()
             for restore in self._restore:
                 restore()
             if quick and self._are_unchanged():
@@ -115,21 +122,20 @@ class Snapshot:
                 kept.put_back(quick=quick, changed=differs)
 
     def _mappings_are_unchanged(self) -> bool:
-        """Tell whether all dictionaries hold the same objects under the same keys, in one pass over them."""
-        holders = [holder for holder, _ in self._mappings]
+        """Tell whether all dictionaries hold the same objects under the same keys as after the last quick call."""
         if self._entries is None:
-            held = [content for _, content in self._mappings]
-            self._entries = (
-                [len(content) for content in held],
-                [value for content in held for value in content.values()],
-                [key for content in held for key in content],
-            )
+            return False
         sizes, values, keys = self._entries
         return (
-            [*map(len, holders)] == sizes
-            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, holders)), values))
-            and all(map(operator.is_, itertools.chain.from_iterable(holders), keys))
+            [*map(len, self._mappings)] == sizes
+            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self._mappings)), values))
+            and all(map(operator.is_, itertools.chain.from_iterable(self._mappings), keys))
         )
+
+    def _held_now(self) -> tuple[list[int], list[Any], list[Any]]:
+        """Return the sizes, values and keys of all dictionaries."""
+        values = [value for holder in self._mappings for value in holder.values()]
+        return [*map(len, self._mappings)], values, [key for holder in self._mappings for key in holder]
 
     def _are_unchanged(self) -> bool:
         if self._together is None:
@@ -175,7 +181,7 @@ class Snapshot:
         attributes = getattr(owner, "__dict__", None)
         if isinstance(attributes, dict):
             before = {name: value for name, value in attributes.items() if name not in skipped}
-            self._mappings.append((attributes, dict(attributes)))
+            self._mappings.append(attributes)
             self._refill.append(lambda: _reset_attributes(attributes, before, skipped))
             self._follow_all(list(before.values()), depth)
         for name in _slots(type(owner)):
@@ -207,7 +213,7 @@ class Snapshot:
                 refill(holder, content)
 
         if isinstance(content, dict) and isinstance(holder, dict):
-            self._mappings.append((holder, content))
+            self._mappings.append(holder)
             self._refill.append(restore)
         else:
             self._restore.append(restore)

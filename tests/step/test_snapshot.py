@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.step import snapshot
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.snapshot import Snapshot
 from tests.step.photo import photo
@@ -374,6 +375,26 @@ def test_quick_compares_small_tensors_whole() -> None:
     module.thing.data[1] = 1.0
     snapshot.put_back(quick=True)
     assert not bool(module.thing.any())
+
+
+def test_quick_compares_dictionaries_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the host has replaced ``self.log`` since; what changes afterwards is found in every piece."""
+    module = Holder(1.0)
+    held = Snapshot([module])
+    module.__dict__["log"] = print
+    held.put_back(quick=True)
+    passes = []
+    own = snapshot._reset_attributes
+    monkeypatch.setattr(snapshot, "_reset_attributes", lambda *args: passes.append(1) or own(*args))
+    held.put_back(quick=True)
+    assert not passes
+    for name in ("thing", "other"):
+        for _ in range(2):
+            setattr(module, name, 2.0)
+            held.put_back(quick=True)
+            assert module.thing == 1.0
+            assert not hasattr(module, "other")
+    assert passes
 
 
 SAME = [torch.tensor(value) for value in ([1.0], [0.0], [-0.0], [float("nan")], [1], [True], [[1.0]], [1.0 + 0j], [])]
