@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 
-@contextmanager
-def exact_arithmetic(device_type: str) -> Iterator[None]:
-    """Turn off autograd, autocast and reduced precision within the context; restore the settings afterwards.
+def exact_arithmetic(device_type: str) -> AbstractContextManager[None]:
+    """Return a context without autograd, autocast and reduced precision; it restores the settings at its end.
 
     A norm from Gram matrices and a weighted sum from another product agree only up to rounding. With TF32 or bfloat16
     products the rounding is 1e-3 of terms that may cancel, which is enough to void a sensitivity.
@@ -24,6 +23,13 @@ def exact_arithmetic(device_type: str) -> Iterator[None]:
     shortened = [
         switch for switch in saved if switch[2] != switch[3] and not (device_type == "cpu" and switch[2] == "none")
     ]
+    if not (shortened or torch.is_grad_enabled() or torch.is_autocast_enabled(device_type)):
+        return nullcontext()
+    return _exactly(shortened, device_type)
+
+
+@contextmanager
+def _exactly(shortened: list[tuple[Any, str, Any, Any]], device_type: str) -> Iterator[None]:
     try:
         for where, name, _, value in shortened:
             setattr(where, name, value)

@@ -15,7 +15,7 @@ from lightning_dp.per_sample._torch import add_scaled, norms_of
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.combining import zero_gradient
 from lightning_dp.per_sample.joining import Joining
-from lightning_dp.per_sample.rules.base import LONGEST_SUM, widen
+from lightning_dp.per_sample.rules.base import LONGEST_SUM, norms_of_blocks, widen
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -172,12 +172,8 @@ class SingleSampleEngine(GradientEngine):
             norms = self._new_norms(len(groups), self._size)
             for row, group in zip(norms, groups, strict=True):
                 parts = self._received(group, masks or {})
-                pieces = [piece for part in parts.values() for piece in torch.split(part.reshape(-1), LONGEST_SUM)]
-                if pieces:  # one call for all of them: their overhead is most of what a small model costs
-                    found = norms_of(pieces)
-                    if row.dtype == torch.float64:  # gradients may be of both types
-                        found = [norm.double() for norm in found]
-                    row += torch.stack(found).square_().sum(dtype=None if row.device.type == "mps" else torch.float64)
+                if parts:
+                    row += _sum_of_squares([*parts.values()], row.dtype)
             return norms
 
     @override
@@ -223,3 +219,15 @@ class SingleSampleEngine(GradientEngine):
         if torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
             return super()._arithmetic()
         return nullcontext()
+
+
+def _sum_of_squares(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the sum of all squares, in float64 where the device has it; all small tensors take one call, because
+    their overhead is most of what a small model costs.
+    """
+    small = [tensor for tensor in tensors if tensor.numel() <= LONGEST_SUM]
+    found = [norms_of_blocks(tensor.reshape(1, -1))[0] for tensor in tensors if tensor.numel() > LONGEST_SUM]
+    if small:
+        found.append(torch.stack([norm.to(dtype) for norm in norms_of(small)]))
+    norms = torch.cat([each.to(dtype) for each in found])
+    return norms.square_().sum(dtype=None if norms.device.type == "mps" else torch.float64)

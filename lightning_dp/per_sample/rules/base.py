@@ -71,22 +71,23 @@ def samples_a_block(size: int, elements: int, device: torch.device) -> int:
 
 
 def squared_norm(grads: Tensor) -> Tensor:
-    """Return the squared norm of every sample: ``(B, ...) -> (B,)``; not finite if the sample's row is not.
+    """Return the squared norm of every sample: ``(B, ...) -> (B,)``; not finite if the sample's row is not."""
+    flat = grads.reshape(grads.shape[0], -1).contiguous() if grads.shape[0] else grads.new_zeros(0, 1)
+    if flat.shape[1] <= LONGEST_SUM:
+        return _norms(flat).square()
+    return norms_of_blocks(flat).to(_widest(flat)).square().sum(1).to(flat.dtype)
+
+
+def norms_of_blocks(rows: Tensor) -> Tensor:
+    """Return the norms of blocks of every row: ``(B, n) -> (B, blocks)``, for contiguous rows.
 
     A long row is added up in blocks, because equal squares that are added one by one in float32 may all round in the
     same direction (for a row of 16 million equal numbers, by 0.7 % of its squared norm).
     """
-    flat = grads.reshape(grads.shape[0], -1).contiguous() if grads.shape[0] else grads.new_zeros(0, 1)
-    if flat.shape[1] <= LONGEST_SUM:
-        return _norms(flat).square()
-    block = _block_of(flat.shape[1])
+    block = _block_of(rows.shape[1])
     if block:
-        parts = _norms(flat.view(len(flat), -1, block))
-    else:
-        parts = torch.stack(
-            [_norms(flat[:, low : low + LONGEST_SUM]) for low in range(0, flat.shape[1], LONGEST_SUM)], 1
-        )
-    return parts.to(_widest(flat)).square().sum(1).to(flat.dtype)
+        return _norms(rows.view(len(rows), -1, block))
+    return torch.stack([_norms(part) for part in torch.split(rows, LONGEST_SUM, 1)], 1)
 
 
 def _norms(vectors: Tensor) -> Tensor:
