@@ -8,7 +8,7 @@ entries are entries of the parameter, and no pull-back is needed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,9 @@ from lightning_dp.per_sample.rules.base import widen
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
+
+MOST_AT_ONCE = 2**24
+"""Numbers that a pull-back holds at once."""
 
 
 def derive(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
@@ -89,34 +92,83 @@ def _made(tracker: Tracker, func: Any, out: Tensor, key: Hashable, nodes: list[t
     return Node(name, names, lineage, out, region=region, value=out, generation=tracker.recorder.generation)
 
 
-def pulled_back(tracker: Tracker, node: Node, grads: Tensor) -> dict[str, Tensor]:
-    """Return per-sample gradients ``(B, *shape)`` of a node's parameters, given the per-sample gradients of
-    the node.
-    """
-    assert node.value is not None
-    names = [name for name in node.names if name in tracker.stand_ins]
-    roots = [tracker.stand_ins[name] for name in names]
-    value, cotangents = node.value, grads.to(node.value.dtype)
+def pulled_back(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]], names: Collection[str]) -> dict[str, Tensor]:
+    """Return per-sample gradients ``(B, *shape)`` of parameters: the sum over functions of them.
 
-    def found(cotangent: Tensor, batched: bool) -> Sequence[Tensor | None]:
+    Args:
+        tracker: holds the stand-ins of the parameters.
+        grads: functions with their per-sample gradients, ``(B, *shape)``; read while few are held at once.
+        names: parameters whose gradients are asked for; those that no function reaches are left out.
+    """
+    total: dict[str, Tensor] = {}
+    for group in _groups(tracker, grads):
+        reached = dict.fromkeys(name for node in group for name in node.names)
+        roots = {name: tracker.stand_ins[name] for name in reached if name in names and name in tracker.stand_ins}
+        if roots:
+            total = _added([total, _pulled_together(group, roots)])
+    return total
+
+
+def _groups(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]]) -> Iterator[dict[Node, Tensor]]:
+    """Yield functions whose gradients are pulled back in one pass, few enough for a bounded memory; functions of
+    parameters of lower precision one by one, because a pass adds up in their type.
+    """
+    group: dict[Node, Tensor] = {}
+    held = 0
+    for node, grad in grads:
+        assert node.value is not None
+        dtypes = {node.value.dtype, *(tracker.parameters[name].dtype for name in node.names)}
+        narrow = any(dtype.itemsize < 4 for dtype in dtypes)
+        if group and (narrow or held + grad.numel() > MOST_AT_ONCE):
+            yield group
+            group, held = {}, 0
+        group[node] = grad
+        held += grad.numel()
+        if narrow:
+            yield group
+            group, held = {}, 0
+    if group:
+        yield group
+
+
+def _pulled_together(group: Mapping[Node, Tensor], roots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sum of the gradients that some functions pass back to parameters."""
+    values, cotangents = [], []
+    for node, grad in group.items():
+        assert node.value is not None
+        values.append(node.value)
+        cotangents.append(grad.to(node.value.dtype))
+
+    def found(given: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
             return torch.autograd.grad(
-                value, roots, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
+                values, [*roots.values()], given, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )
 
-    if grads.shape[0] == 0:
-        return {name: grads.new_zeros(0, *root.shape) for name, root in zip(names, roots, strict=True)}
-    step = max(1, 2**24 // max(1, node.numel, *(root.numel() for root in roots)))
+    size = len(cotangents[0])
+    if size == 0:
+        return {name: cotangents[0].new_zeros(0, *root.shape) for name, root in roots.items()}
+    step = max(1, MOST_AT_ONCE // max(1, *(one.numel() for one in (*values, *roots.values()))))
     parts: list[Sequence[Tensor | None]] = []
-    for part in torch.split(cotangents, step):
+    for part in zip(*(torch.split(cotangent, step) for cotangent in cotangents), strict=True):
         try:
             parts.append(found(part, True))
         except Exception:  # an operation whose backward cannot be mapped
-            singles = [found(one, False) for one in part]
+            if len(group) > 1:
+                return _added([_pulled_together({node: grad}, roots) for node, grad in group.items()])
+            singles = [found(one, False) for one in zip(*part, strict=True)]
             parts.append([None if s[0] is None else torch.stack(s) for s in zip(*singles, strict=True)])
-    whole = {}
-    for name, pieces in zip(names, zip(*parts, strict=True), strict=True):
-        if pieces[0] is not None:
-            whole[name] = widen(torch.cat(pieces))
-    return whole
+    return {
+        name: widen(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        for name, pieces in zip(roots, zip(*parts, strict=True), strict=True)
+        if pieces[0] is not None
+    }
+
+
+def _added(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, grad in part.items():
+            total[name] = total[name] + grad if name in total else grad
+    return total

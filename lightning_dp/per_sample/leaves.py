@@ -159,10 +159,18 @@ def aligned(
     def copies(tensor: Tensor, node: Node) -> Tensor:
         shape = padded[id(tensor)]
         assert shape is not None
+        dtype = wide.dtype if tensor.dim() == 0 and wide is not None else tensor.dtype
+        key = (node.key, tensor.data_ptr(), tensor.dtype, shape, axis, rows, dtype)
+        shared = None if in_backward() else tracker.copies.get(key)
+        if shared is not None:
+            return shared
         made = copies_of(tracker, tensor, node, lambda v: along(v, shape, axis.axis, size), BatchAxis(axis.axis))
-        if tensor.dim() == 0 and wide is not None:  # a number does not decide the type of a result
-            made = made.to(wide.dtype)
-        return rows_along(made, axis, rows)
+        if dtype != tensor.dtype:  # a number does not decide the type of a result
+            made = made.to(dtype)
+        made = rows_along(made, axis, rows)
+        if not in_backward():
+            tracker.copies[key] = made
+        return made
 
     own = {id(tensor): copies(tensor, node) for tensor, node in tracked}
     args, kwargs = replaced(args, kwargs, lambda t: own.get(id(t), t))

@@ -184,26 +184,22 @@ class Parts:
     def computed(self, names: set[str]) -> dict[str, Tensor]:
         """Return the gradients ``(B, *shape)`` of those of these parameters that a backprop has reached."""
         parts = self.of(names)
-        total: dict[str, Tensor] = {}
-        pulled: dict[Node, dict[str, Tensor]] = {}
+        functions = {node: source for mine in parts.values() for source, node in mine if not node.is_view}
+        grads = ((node, source.cached({node})[node]) for node, source in functions.items())
+        total = pulled_back(self._tracker, grads, names)
         for name, mine in parts.items():
-            added: Tensor | None = None
             for source, node in mine:
-                if node.key == name:
-                    grad = source.cached({name})[name]
-                elif node.is_view:
-                    part = source.cached({node.key})[node.key]
+                if not node.is_view:
+                    continue
+                grad = source.cached({node.key})[node.key]
+                if node.key != name:
+                    part, (offset, shape, strides) = grad, _region(node)
                     grad = part.new_zeros(len(part), *self._parameters[name].shape)
-                    assert node.region is not None
-                    offset, shape, strides = node.region
                     grad.as_strided((len(part), *shape), (grad[:1].numel(), *strides), offset).copy_(part)
-                else:
-                    if node not in pulled:
-                        pulled[node] = pulled_back(self._tracker, node, source.cached({node})[node])
-                    if name not in pulled[node]:
-                        continue
-                    grad = pulled[node][name]
-                added = grad if added is None else added + grad
-            if added is not None:
-                total[name] = added
+                total[name] = total[name] + grad if name in total else grad
         return total
+
+
+def _region(node: Node) -> Region:
+    assert node.region is not None
+    return node.region

@@ -53,6 +53,8 @@ class Tracker:
         self.parameters: dict[str, nn.Parameter] = {}
         self._nodes: dict[int, Node] = {}
         self.stand_ins: dict[str, Tensor] = {}
+        self.copies: dict[Hashable, Tensor] = {}
+        """Copies of parameters for the samples, which all elementwise operations of a microbatch share."""
         self._counts: dict[Key, int] = {}
         self._lineages: dict[Hashable, int] = {}
         self._classes: dict[type[Any], type[Any]] = {}
@@ -89,7 +91,7 @@ class Tracker:
 
     def start(self) -> None:
         """Make the parameters report every operation on them."""
-        self._counts, self.stand_ins, self.untracked = {}, {}, set()
+        self._counts, self.stand_ins, self.copies, self.untracked = {}, {}, {}, set()
         watch_order(on=True)
         self._started = True
         for parameter in self.parameters.values():
@@ -117,7 +119,7 @@ class Tracker:
             watch_order(on=False)
         for parameter, plain in self._replaced:
             parameter.__class__ = plain
-        self._replaced, self.stand_ins = [], {}
+        self._replaced, self.stand_ins, self.copies = [], {}, {}
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
             self._eager = None

@@ -149,7 +149,7 @@ class Use:
     def release(self) -> None:
         """Free everything except what another backward through the same graph would need, if one may follow."""
         self.parts = []
-        if not keeps_graph():
+        if (self.inputs or self.arguments is not None) and not keeps_graph():
             self.done = True
             self.inputs, self.versions = [], []
             self.arguments = None

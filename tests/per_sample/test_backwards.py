@@ -42,6 +42,30 @@ def test_several_backwards_add_up() -> None:
         assert_close(grad, expected[name], 1.0, 1e-9, name)
 
 
+def test_two_losses_may_share_the_copies_of_a_parameter() -> None:
+    """Their graphs are apart, so neither backward needs ``retain_graph``; a first one may be discarded."""
+    gain = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.randn(3, dtype=torch.float64))})
+    data = _data(3)
+    one, two = (lambda x: (x * gain["w"]).sin().sum(1)), (lambda x: (x.exp() * gain["w"]).square().sum(1))
+    both, second = (
+        reference.per_sample_gradients(
+            gain, lambda i, left=left: (left * one(data[i : i + 1]) + two(data[i : i + 1])).sum(), 5
+        )
+        for left in (1, 0)
+    )
+    engine = make_engine(gain, lambda x: one(x) + two(x), data)
+    for expected in (both, second):
+        engine.begin(5)
+        losses = one(data[:5]).sum(), two(data[:5]).sum()
+        losses[0].backward()
+        if expected is second:
+            engine.discard()
+        losses[1].backward()
+        engine.check_tracked()
+        assert_close(engine.per_sample_gradients()["w"], expected["w"], 1.0, 1e-9, "w")
+        engine.end()
+
+
 def test_discard_forgets_what_came_and_keeps_what_is_to_come() -> None:
     module, data = Net(), _data(3)
     one = reference.per_sample_gradients(module, lambda i: module(data[i : i + 1]).sum(), 4)

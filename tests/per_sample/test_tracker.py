@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import PerSampleEngine
+from lightning_dp.per_sample import PerSampleEngine, functions, leaves
 from lightning_dp.per_sample.rules.conv import ConvRule
 from lightning_dp.per_sample.rules.embedding import EmbeddingRule
 from lightning_dp.per_sample.rules.linear import LinearRule
@@ -540,6 +540,76 @@ def test_ways_of_use_agree_with_batches_of_one(way: str, options: dict[str, Any]
     function, held = WAYS[way]
     module = Uses(function, **copy.deepcopy(held))
     assert_engine_agrees(module, _loss(module), _data(4, 3), size=4, **options)
+
+
+def _softplus_thrice() -> Uses:
+    def function(m: Any, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x * F.softplus(m.gain) + F.softplus(m.shift) * m.gain
+        return x
+
+    return Uses(function, gain=drawn(3), shift=drawn(3))
+
+
+def test_elementwise_operations_share_the_copies_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    own = leaves.copies_of
+    monkeypatch.setattr(leaves, "copies_of", lambda *args: made.append(1) or own(*args))
+    module = Uses(lambda m, x: (x * m.gain).tanh() * m.gain - m.gain, gain=drawn(3))
+    engine = assert_engine_agrees(module, _loss(module), _data(4, 3), size=4)
+    made.clear()
+    run_batch(engine, _loss(module), _data(4, 3), 4)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("how", ["in place", "other memory"])
+def test_copies_follow_a_parameter_that_changes_within_a_step(how: str) -> None:
+    """As a step of an optimizer does under manual optimization: the next use sees the new values."""
+    module, x = Uses(lambda m, x: x * m.gain, gain=drawn(3)), _data(4, 3)
+    engine = make_engine(module, _loss(module), x)
+    for factor in (2.0, 3.0):
+        engine.begin(6)
+        before = module(x)
+        with torch.no_grad():
+            if how == "in place":
+                module.gain.mul_(factor)
+            else:
+                module.gain.data = module.gain.data * factor
+        torch.testing.assert_close(module(x), before * factor)
+        engine.end()
+
+
+@pytest.mark.parametrize("how", ["together", "too large together", "not mapped"])
+def test_functions_of_parameters_are_pulled_back_in_one_pass(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Unless they are too large together, or their backward cannot be mapped over the samples."""
+    module, x = _softplus_thrice(), _data(4, 3)
+    engine = make_engine(module, _loss(module), x)
+    run_batch(engine, _loss(module), x, 4)
+    expected = engine.per_sample_gradients()
+    asked: list[bool] = []
+    own: Any = torch.autograd.grad
+
+    def grad(*args: Any, is_grads_batched: bool = False, **kwargs: Any) -> Any:
+        asked.append(is_grads_batched)
+        if is_grads_batched and how == "not mapped":
+            raise RuntimeError("no batching rule")
+        return own(*args, is_grads_batched=is_grads_batched, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    if how == "too large together":
+        monkeypatch.setattr(functions, "MOST_AT_ONCE", 24)
+    run_batch(engine, _loss(module), x, 4)
+    grads = engine.per_sample_gradients()
+    assert (
+        asked
+        == {
+            "together": [True],
+            "too large together": [True] * 3,  # two of six functions at once
+            "not mapped": [True] + 6 * [True, *[False] * 4],
+        }[how]
+    )
+    for name, grad_of_name in grads.items():
+        torch.testing.assert_close(grad_of_name, expected[name], rtol=1e-12, atol=1e-12)
 
 
 def test_ways_of_use_hold_in_float32() -> None:
