@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 
 _entered = functools.cache(entered)
 
+_METHODS = "size dim ndimension numel nelement stride storage_offset data_ptr element_size is_contiguous get_device"
+_ATTRIBUTES = "shape ndim dtype device layout requires_grad is_leaf is_sparse is_cuda is_mps is_quantized is_meta"
+_SHOWS_NO_ENTRY = {
+    *(getattr(Tensor, name) for name in f"{_METHODS} is_floating_point is_complex __len__".split()),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
+    torch.is_floating_point,
+    torch.numel,
+}
+"""Functions that return no tensor and no entry of one: half of all calls of a graph network."""
+
 
 class Follower(TorchFunctionMode):
     """A mode that records, for every tensor that an operation returns, which samples own its rows.
@@ -67,7 +77,9 @@ class Follower(TorchFunctionMode):
 
     def owners_of(self, tensor: Tensor) -> Owners:
         """Return the owners of a tensor: None for a constant, mixed if unknown."""
-        if is_tracked(tensor) or isinstance(tensor, nn.Parameter) or id(tensor) in self._constants:
+        if type(tensor) is not Tensor and (is_tracked(tensor) or isinstance(tensor, nn.Parameter)):
+            return None
+        if id(tensor) in self._constants:
             return None
         note = self._notes.get(id(tensor))
         if note is None or note[0]() is not tensor:
@@ -89,6 +101,8 @@ class Follower(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _SHOWS_NO_ENTRY:
+            return func(*args, **kwargs)
         name: str = getattr(func, "__name__", "")
         if any(isinstance(tensor, Reporting) for tensor in tensors_in(args, kwargs)):
             operation = operation_of(func)

@@ -33,10 +33,11 @@ _MOVES = """
     repeat_interleave tile broadcast_to flip fliplr flipud roll rot90 diagonal unfold masked_select expand_as view_as
     reshape_as select_scatter pad_sequence _pack_padded_sequence _pad_packed_sequence
 """
-_PICKS = """
+_PICKED = """
     __getitem__ index_select gather take take_along_dim repeat_interleave masked_select _pack_padded_sequence
     _pad_packed_sequence
 """
+_PICKS = frozenset(_PICKED.split())
 _RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"))
 _MAKES_CONSTANTS = """
     zeros_like ones_like rand_like randn_like randint_like empty_like new_zeros new_ones new_empty zero_ arange zeros
@@ -193,7 +194,7 @@ def moved_entries(name: str, args: Any) -> list[Tensor]:
     """
     if name.rstrip("_") in _ADDING:
         return [tensor for tensor in (args[0], args[3] if len(args) > 3 else None) if isinstance(tensor, Tensor)]
-    if name in _PICKS.split() and args:
+    if name in _PICKS and args:
         return [*tensors_in((args[0],), {})]
     return []
 

@@ -75,7 +75,12 @@ def compressed(labels: Tensor, identity: Tensor) -> Owners:
     top = int(labels.max())
     if top == NOBODY:
         return None
-    for axis in (axis for axis in range(labels.dim()) if labels.shape[axis] > 1):
+    axes = [axis for axis in range(labels.dim()) if labels.shape[axis] > 1]
+    if len(axes) == 1:
+        index = labels.reshape(-1)
+        is_identity = _fills_identity(index, identity)
+        return Rows(axes[0], identity if is_identity else index, is_identity=is_identity)
+    for axis in axes:
         flat = labels.movedim(axis, 0).reshape(labels.shape[axis], -1)
         index = flat.amax(1)
         if bool(((flat == index[:, None]) | (flat == NOBODY)).all()):
@@ -113,6 +118,9 @@ def merged(owners: list[tuple[int, Rows]], num_axes: int) -> Owners:
         elif found.index is not here.index:
             if found.index.shape != here.index.shape:
                 return MIXED
+            if torch.equal(found.index, here.index):
+                found = here if here.is_identity else found
+                continue
             both = torch.maximum(found.index, here.index)
             if not all(bool(((one == both) | (one == NOBODY)).all()) for one in (found.index, here.index)):
                 return MIXED
