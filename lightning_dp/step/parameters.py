@@ -30,15 +30,14 @@ class PrivateParameters:
         A parameter counts if it is trainable now, or was private in an earlier step, because training steps switch
         ``requires_grad`` off and on within a batch.
         """
+        return self._among(self._module.named_parameters(), optimizer)
+
+    def _among(self, named: Iterable[tuple[str, nn.Parameter]], optimizer: int) -> dict[str, nn.Parameter]:
         own = {id(p) for group in self._optimizers[optimizer].param_groups for p in group["params"]}
         known: Mapping[str, nn.Parameter] = (
             self.accumulators[optimizer].parameters if optimizer in self.accumulators else {}
         )
-        return {
-            name: p
-            for name, p in self._module.named_parameters()
-            if id(p) in own and (p.requires_grad or known.get(name) is p)
-        }
+        return {name: p for name, p in named if id(p) in own and (p.requires_grad or known.get(name) is p)}
 
     def refresh(self, make: Callable[[Mapping[str, nn.Parameter]], Accumulator]) -> dict[str, nn.Parameter]:
         """Update the accumulators for the parameters that currently train; return the parameters to record.
@@ -50,8 +49,9 @@ class PrivateParameters:
             make: parameters of one private optimizer -> accumulator.
         """
         public: set[str] = set()
+        named = list(self._module.named_parameters())
         for index in range(len(self._optimizers)):
-            parameters = self.of(index)
+            parameters = self._among(named, index)
             if index in self._public:
                 public |= parameters.keys()
             elif not parameters:
@@ -59,11 +59,7 @@ class PrivateParameters:
             elif index not in self.accumulators or not self.accumulators[index].holds(parameters):
                 self.accumulators[index] = make(parameters)
         private = {name for accumulator in self.accumulators.values() for name in accumulator.names}
-        return {
-            name: p
-            for name, p in self._module.named_parameters()
-            if name in private or (p.requires_grad and name not in public)
-        }
+        return {name: p for name, p in named if name in private or (p.requires_grad and name not in public)}
 
     def collected(self, optimizer: int) -> list[str]:
         """Return the names of parameters whose backprops are no longer needed, after an optimizer collected its own.

@@ -198,9 +198,10 @@ class UserHooks:
         of each tensor, joined on one device to be compared by one transfer.
         """
         module = self._strategy.module
-        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        parameters = [*module.parameters()]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         saves = owner is not module and (_has("state_dict", owner) or _has("on_save_checkpoint", owner))
-        tensors = [local_part(tensor) for tensor in (*module.parameters(), *module.buffers(), *grads)]
+        tensors = [local_part(tensor) for tensor in (*parameters, *module.buffers(), *grads)]
         marks: list[Any] = [(num_changes(tensor), tensor.data_ptr()) for tensor in tensors]
         held = [] if tensors_only else [*map(plain_attributes, module.modules()), vars(owner) if saves else {}]
         for attributes in held:
