@@ -52,9 +52,30 @@ def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
     **Guarantee**: bounds on the rounding of this sum and of the weighted sum are added, so a norm is never below the
     sample's contribution.
     """
+    sides, widths = (inputs_BTd, backprops_BTp), (inputs_BTd.shape[2], backprops_BTp.shape[2])
+    positions = inputs_BTd.shape[1]
+    if positions <= _block(inputs_BTd):
+        left, right = (multiply(side, side.mT) for side in sides)
+        total = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+        squares = [gram.diagonal(dim1=1, dim2=2) for gram in (left, right)]
+    else:
+        total, squares = _grams_in_blocks(*sides)
+    norms = [at_least_tiny(found.sqrt(), width) for found, width in zip(squares, widths, strict=True)]
+    if inputs_BTd.dtype != torch.bfloat16:
+        return gram_with_rounding(total, *norms)
+    of_matrices, of_sum = sum(map(short_error, widths)), short_error(positions) + SPLIT_ERROR
+    return gram_with_rounding(total, *norms, of_matrices=of_matrices, of_sum=of_sum)
+
+
+def _block(inputs_BTd: Tensor) -> int:
+    return _GRAM_BLOCKS.get(inputs_BTd.device.type, 1024)
+
+
+def _grams_in_blocks(inputs_BTd: Tensor, backprops_BTp: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the sum of the products of both Gram matrices, shape ``(B,)``, and their diagonals, ``(B, T)``."""
     size, positions = inputs_BTd.shape[:2]
     total = inputs_BTd.new_zeros(size, dtype=accumulation_dtype(inputs_BTd))
-    block = _GRAM_BLOCKS.get(inputs_BTd.device.type, 1024)
+    block = _block(inputs_BTd)
     squares: tuple[list[Tensor], list[Tensor]] = ([], [])
     for low in range(0, positions, block):
         high = min(low + block, positions)
@@ -64,12 +85,7 @@ def gram_squared_norm(inputs_BTd: Tensor, backprops_BTp: Tensor) -> Tensor:
             found.append(gram.diagonal(dim1=1, dim2=2).clone())
         gram_a[:, :, : high - low].mul_(0.5)  # the block on the diagonal is symmetric, the others are visited once
         total += 2 * torch.linalg.vecdot(gram_a.flatten(1), gram_g.flatten(1))
-    widths = (inputs_BTd.shape[2], backprops_BTp.shape[2])
-    sides = (at_least_tiny(torch.cat(found, 1).sqrt(), width) for found, width in zip(squares, widths, strict=True))
-    if inputs_BTd.dtype != torch.bfloat16:
-        return gram_with_rounding(total, *sides)
-    of_matrices, of_sum = sum(map(short_error, widths)), short_error(positions) + SPLIT_ERROR
-    return gram_with_rounding(total, *sides, of_matrices=of_matrices, of_sum=of_sum)
+    return total, [torch.cat(found, 1) for found in squares]
 
 
 def outer_squared_norm(inputs_Bd: Tensor, backprops_Bp: Tensor) -> Tensor:
