@@ -226,8 +226,8 @@ def _sum_of_squares(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     their overhead is most of what a small model costs.
     """
     small = [tensor for tensor in tensors if tensor.numel() <= LONGEST_SUM]
-    found = [norms_of_blocks(tensor.reshape(1, -1))[0] for tensor in tensors if tensor.numel() > LONGEST_SUM]
+    found = [norms_of_blocks(tensor, 1).view(-1) for tensor in tensors if tensor.numel() > LONGEST_SUM]
     if small:
-        found.append(torch.stack([norm.to(dtype) for norm in norms_of(small)]))
+        found.append(torch.stack([norm if norm.dtype == dtype else norm.to(dtype) for norm in norms_of(small)]))
     norms = torch.cat([each.to(dtype) for each in found])
     return norms.square_().sum(dtype=None if norms.device.type == "mps" else torch.float64)

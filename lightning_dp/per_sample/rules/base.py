@@ -72,22 +72,29 @@ def samples_a_block(size: int, elements: int, device: torch.device) -> int:
 
 def squared_norm(grads: Tensor) -> Tensor:
     """Return the squared norm of every sample: ``(B, ...) -> (B,)``; not finite if the sample's row is not."""
-    flat = grads.reshape(grads.shape[0], -1).contiguous() if grads.shape[0] else grads.new_zeros(0, 1)
+    if not grads.shape[0]:
+        return grads.new_zeros(0)
+    flat = grads.reshape(grads.shape[0], -1).contiguous()
     if flat.shape[1] <= LONGEST_SUM:
         return _norms(flat).square()
-    return norms_of_blocks(flat).to(_widest(flat)).square().sum(1).to(flat.dtype)
+    return norms_of_blocks(flat, len(flat)).to(_widest(flat)).square().sum(1).to(flat.dtype)
 
 
-def norms_of_blocks(rows: Tensor) -> Tensor:
-    """Return the norms of blocks of every row: ``(B, n) -> (B, blocks)``, for contiguous rows.
+def norms_of_blocks(tensor: Tensor, num_rows: int) -> Tensor:
+    """Return the norms of blocks of every row of a tensor, shape ``(B, blocks)``.
 
     A long row is added up in blocks, because equal squares that are added one by one in float32 may all round in the
     same direction (for a row of 16 million equal numbers, by 0.7 % of its squared norm).
+
+    Args:
+        tensor: one row per sample, of any shape.
+        num_rows: ``B``, at least 1.
     """
-    block = _block_of(rows.shape[1])
+    block = _block_of(tensor.numel() // num_rows)
     if block:
-        return _norms(rows.view(len(rows), -1, block))
-    return torch.stack([_norms(part) for part in torch.split(rows, LONGEST_SUM, 1)], 1)
+        return _norms(tensor.reshape(num_rows, -1, block))
+    parts = torch.split(tensor.reshape(num_rows, -1), LONGEST_SUM, 1)
+    return torch.stack([_norms(part) for part in parts], 1)
 
 
 def _norms(vectors: Tensor) -> Tensor:
