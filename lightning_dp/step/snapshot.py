@@ -134,8 +134,8 @@ class Snapshot:
 
     def _held_now(self) -> tuple[list[int], list[Any], list[Any]]:
         """Return the sizes, values and keys of all dictionaries."""
-        values = [value for holder in self._mappings for value in holder.values()]
-        return [*map(len, self._mappings)], values, [key for holder in self._mappings for key in holder]
+        values = itertools.chain.from_iterable(map(dict.values, self._mappings))
+        return [*map(len, self._mappings)], [*values], [*itertools.chain.from_iterable(self._mappings)]
 
     def _are_unchanged(self) -> bool:
         if self._together is None:
