@@ -5,7 +5,8 @@ step runs, a reduction to a scalar is done for each record by itself, and what i
 
     loss = sum(l) / count   becomes   loss = mean_i( sum(l_i) / count_i )
 
-so that the gradient of the loss of a batch is the mean of those of its records alone.
+so that the gradient of the loss of a batch is the mean of those of its records alone. A record whose loss is not
+finite counts as 0, so that user code that asks for finite losses sees what the other records have.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ _LOSSES = """cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss k
     binary_cross_entropy_with_logits poisson_nll_loss gaussian_nll_loss soft_margin_loss hinge_embedding_loss
     cosine_embedding_loss margin_ranking_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss
     triplet_margin_loss"""
-_ARITHMETIC = """add sub mul div pow rsub truediv rdiv rtruediv radd rmul rpow neg abs"""
+_ARITHMETIC = (
+    """add sub mul div pow rsub truediv rdiv rtruediv radd rmul rpow neg abs eq ne lt le gt ge and or invert"""
+)
 _FUNCTIONS = """add sub subtract mul multiply div divide true_divide pow neg abs exp log log1p expm1 sqrt rsqrt square
-    reciprocal clamp clamp_min clamp_max maximum minimum nan_to_num float double half bfloat16 to type_as clone"""
+    reciprocal clamp clamp_min clamp_max maximum minimum nan_to_num float double half bfloat16 to type_as clone
+    eq ne lt le gt ge isfinite isnan isinf logical_and logical_or logical_not where zeros_like ones_like full_like"""
 _REDUCTIONS = {"sum", "mean", "nansum", "nanmean", "count_nonzero"}
 _IN_PLACE = {f"{name}_" for name in ("add", "sub", "mul", "div")}
 _SCALARS = {*(f"__{name}__" for name in _ARITHMETIC.split()), *_FUNCTIONS.split(), *_IN_PLACE}
@@ -87,11 +91,16 @@ class OwnLosses(TorchFunctionMode):
     def _joined(self, rows: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the scalar of the batch, and note what it is for each record."""
         if rows.is_floating_point():
-            value = rows.sum() if self._sums else rows.mean()
+            value = self._combined(rows)
         else:  # a count: no gradient flows through it
             value = func(*args, **kwargs)
         self._rows[id(value)] = (weakref.ref(value), rows)
         return value
+
+    def _combined(self, rows: Tensor) -> Tensor:
+        """Return the sum or mean of the records' values; one that is not finite counts as 0, as its gradient does."""
+        finite = torch.where(rows.isfinite(), rows, 0.0)
+        return finite.sum() if self._sums else finite.mean()
 
     def _has_rows(self, tensor: Any) -> bool:
         return (
@@ -132,14 +141,18 @@ class OwnLosses(TorchFunctionMode):
     def _of_scalars(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on scalars of records: on scalars for each record, on rows for the rows of each."""
         in_place = func.__name__ in _IN_PLACE
-        if in_place and self._known(args[0]) is None:  # a sum of the user's own, such as one that is logged
-            return func(*args, **kwargs)
+        if in_place and self._known(args[0]) is None:  # a sum of the user's own, such as one over batches: it stays one
+            rows = getattr(args[0].clone(), func.__name__.removesuffix("_"))(self._row(args[1], ()), **kwargs)
+            value = func(*args, **kwargs)
+            if not value.dim():
+                self._rows[id(value)] = (weakref.ref(value), rows)
+            return value
         plain = [one for one in tensors_in(args, kwargs) if self._known(one) is None and one.dim()]
         if not plain:
-            rows: Tensor = func(*[self._row(one, ()) for one in args], **kwargs)
+            rows = func(*[self._row(one, ()) for one in args], **kwargs)
             if not (in_place and rows.is_floating_point()):
                 return self._joined(rows, func, args, kwargs)
-            value: Tensor = args[0].copy_(rows.sum() if self._sums else rows.mean())
+            value = args[0].copy_(self._combined(rows))
             self._rows[id(value)] = (weakref.ref(value), rows)
             return value
         if not all(self._has_rows(one) and len(one) == len(plain[0]) for one in plain):

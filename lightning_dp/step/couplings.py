@@ -97,7 +97,7 @@ class Couplings:
             scale=scale,
             rtol=tolerance,
             module=step.module,
-            adds_up=adds_up,
+            adds_up=None if step.settings.per_sample_loss else adds_up,  # which runs the loss of the batch
             total=step.reduction.total,
         )
 

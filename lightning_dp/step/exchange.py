@@ -152,8 +152,8 @@ def _message(what: str, found: str) -> str:
         causes = (
             "Likely causes: a guard that skips, resets or clamps the loss of the whole batch where one sample is not "
             "finite or is large; steps of a solver, or a scale, that follow the largest sample; a product with zero "
-            "that lets NaN pass. Let each sample have its own, or pass per_sample_loss=True, by which each record runs "
-            "by itself."
+            "that lets NaN pass. Let each sample have its own, or pass per_sample_loss=True, by which each record's "
+            "own loss counts."
         )
     else:
         causes = (

@@ -53,7 +53,23 @@ def shared_out(x: Tensor, y: Tensor) -> Tensor:
     return (x.square() * (y >= 0)[..., None] / (y >= 0).sum()).sum()
 
 
+def in_states_of_a_metric(x: Tensor, y: Tensor) -> Tensor:
+    total, count = torch.zeros((), dtype=x.dtype), torch.zeros((), dtype=torch.long)
+    total += (x.square().sum(-1) * (y >= 0)).sum()
+    count += (y >= 0).sum()
+    return total / count
+
+
+def without_dividing_by_zero(x: Tensor, y: Tensor) -> Tensor:
+    total, count = (x.square().sum(-1) * (y >= 1)).sum(), (y >= 1).sum()
+    is_zero = count == 0
+    safe = torch.where(is_zero, torch.ones_like(count), count)
+    return torch.where(is_zero, torch.zeros_like(total), total / safe)
+
+
 LOSSES: dict[str, Loss] = {
+    "masked mean in the states of a metric": in_states_of_a_metric,
+    "masked mean without dividing by zero": without_dividing_by_zero,
     "cross entropy, ignored labels": flat(),
     "cross entropy of axes": lambda x, y: F.cross_entropy(x.mT, y),
     "cross entropy of a module": lambda x, y: nn.CrossEntropyLoss(weight=WEIGHT)(x.flatten(0, 1), y.flatten()),
@@ -121,6 +137,27 @@ def test_sums_over_batches_take_the_value_of_a_loss() -> None:
         total += loss
         assert float(loss) == float(total)
     assert float(masked(scores, labels)) != float(total)
+
+
+def guarded(x: Tensor, y: Tensor) -> Tensor:
+    loss = masked(x, y)
+    return loss if torch.isfinite(loss) else torch.tensor(1e9, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_guard_of_the_loss_sees_the_other_records(reduction: str, value: float) -> None:
+    scores, labels = records()
+    scores[2] = value
+    scores.requires_grad_()
+    with OwnLosses(B, reduction, []):
+        together = guarded(scores, labels)
+    (grad,) = torch.autograd.grad(together, scores)
+    for i in (0, 1, 3):
+        own = guarded(scores[i : i + 1], labels[i : i + 1])
+        (expected,) = torch.autograd.grad(own, scores)
+        torch.testing.assert_close(grad[i], expected[i] / (B if reduction == "mean" else 1), rtol=1e-12, atol=1e-12)
+    assert not guarded(scores, labels).requires_grad  # the batch by itself is set to a constant
 
 
 @pytest.mark.parametrize("select", [lambda x, m: x[m], torch.masked_select], ids=["index", "function"])
