@@ -90,6 +90,19 @@ def addmm(tracker: Tracker, func: Any, bias: Any, a: Any, b: Any, *, beta: float
     return beta * bias + alpha * (a @ b)
 
 
+def grouped_mm(
+    tracker: Tracker, func: Any, a: Any, b: Any, *, offs: Any = None, bias: Any = None, **options: Any
+) -> Any:
+    """Multiply groups of rows by a matrix each, as one product per group if the samples of rows are followed."""
+    rows_by_matrices = a.dim() == 2 and b.dim() == 3 and offs is not None and bias is None
+    if tracker.follower is None or not rows_by_matrices or is_tracked(a) or any(options.values()):
+        return tracker.primitive(func, (a, b), {"offs": offs, "bias": bias, **options})
+    ends = offs.tolist()
+    made = [a[start:end] @ b[i] for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if start < end]
+    rest = len(a) - (ends[-1] if ends else 0)
+    return torch.cat([*made, a.new_zeros(rest, b.shape[-1])] if rest or not made else made)
+
+
 def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
     """Index a parameter; compute rows at integer indices as an embedding."""
     one = index[0] if isinstance(index, tuple) and len(index) == 1 else index

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.composites import entered
-from lightning_dp.per_sample.moves import CONSTANTS, Step, handler_of, moved_entries, owners_after
+from lightning_dp.per_sample.moves import CONSTANTS, MADE_OF_NUMBERS, Step, handler_of, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import IN_PLACE, operation_of
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows, merged
@@ -172,7 +172,7 @@ class Follower(TorchFunctionMode):
         tensors = [*tensors_in(args, kwargs)]
         found = [(tensor, self.owners_of(tensor)) for tensor in tensors]
         if not tensors:
-            return MIXED
+            return None if name in MADE_OF_NUMBERS else MIXED
         # an index of unknown owners only says where the rows of others go
         entries = {id(tensor) for tensor in moved_entries(name, args)} or {id(tensor) for tensor in tensors}
         for tensor, owners in found:

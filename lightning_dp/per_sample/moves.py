@@ -49,6 +49,9 @@ _ADDING = frozenset(("scatter_add", "index_add", "scatter_reduce", "index_reduce
 CONSTANTS = frozenset(_MAKES_CONSTANTS.split())
 """Names of operations whose result holds no data."""
 
+MADE_OF_NUMBERS = frozenset(("tensor", "as_tensor", "asarray", "scalar_tensor"))
+"""Names of operations whose result holds no data if they are given numbers, not tensors."""
+
 
 def _moved(step: Step) -> Found:
     """Return the owners after an operation that only moves entries, by running the operation on the owners."""

@@ -200,6 +200,7 @@ _GROUP_NORM = _ruled(GroupNormRule(), _group_norm)
 _CONV = _ruled(ConvRule(), _conv)
 _MATMUL, _RECURRENT = _composite(composites.matmul), _composite(recurrent.recurrent)
 _CELL, _LIKE = _composite(cells.rnn_cell), _composite(composites.like)
+_GROUPED = [getattr(home, name) for home, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(home, name)]
 
 _KNOWN: dict[Any, Operation | None] = {
     F.linear: _ruled(LinearRule(), _linear),
@@ -223,6 +224,7 @@ _KNOWN: dict[Any, Operation | None] = {
     torch.broadcast_tensors: _composite(composites.broadcast_tensors),
     F.bilinear: _composite(composites.bilinear),
     torch.prelu: _composite(composites.prelu),
+    **dict.fromkeys(_GROUPED, _composite(composites.grouped_mm)),
     torch.embedding: _composite(bags.embedding_of_weight),
     F.embedding_bag: _composite(bags.embedding_bag),
     torch.lstm_cell: _composite(cells.lstm_cell),

@@ -66,6 +66,34 @@ def test_loops_over_samples_train_privately(how: str) -> None:
     assert strategy.ledger.num_steps == 3
 
 
+class Weighted(nn.Module):
+    """Sets whose losses have weights, which pass through Python as numbers; with ``shift=1``, that of another set."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(3, 2), shift
+
+    def forward(self, batch: list[Tensor]) -> Tensor:
+        weights = torch.tensor([float(one.mean()) for one in batch]).roll(self.shift)
+        rows = self.layer(torch.cat(batch)).square().sum(1).split([len(one) for one in batch])
+        return torch.stack([one.sum() for one in rows]) * weights
+
+
+def _sets() -> list[Tensor]:
+    return [torch.rand(1 + i % 4, 3, generator=torch.Generator().manual_seed(i)) + 0.1 for i in range(12)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_numbers_of_the_same_record_train() -> None:
+    assert fit(Weighted(0), _sets(), list, grad_sample="rules").ledger.num_steps == 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_numbers_of_another_record_are_refused() -> None:
+    with pytest.raises(PrivacyError, match="gradient of every sample in a batch to be its gradient when run alone"):
+        fit(Weighted(1), _sets(), list)
+
+
 class Tokens(nn.Module):
     """A loss over all tokens of the batch that are not padding: samples share its denominator."""
 
