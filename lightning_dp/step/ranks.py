@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from lightning_dp.step.step import PrivateStep
 
 #: Arguments that may differ, because they change neither privacy nor communication; or that other facts cover.
 _FREE = frozenset({"memory", "tune_process", "strict_logging", "seed", "unit"})
+#: Where an object without a text of its own is in memory, which differs between processes.
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 _PLACES = 8  # values of each tensor that are compared
 _TOLERANCE = 1e-3  # of the largest of them: devices of different kinds round differently
 
@@ -79,7 +82,7 @@ def mark_of(fact: Any) -> float:
         >>> mark_of(("a", 1)) == mark_of(("a", 1)) != mark_of(("a", 2))
         True
     """
-    content = fact if isinstance(fact, bytes) else repr(fact).encode()
+    content = fact if isinstance(fact, bytes) else _ADDRESS.sub("", repr(fact)).encode()
     return float(1 + int.from_bytes(hashlib.blake2b(content, digest_size=6).digest(), "big"))
 
 

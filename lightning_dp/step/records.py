@@ -174,7 +174,7 @@ def _features(record: Any) -> list[Any]:
     found = [each for each in words if not isinstance(each, str)]
 
     def look(leaf: Any) -> Any:
-        if isinstance(leaf, float) or (isinstance(leaf, (Tensor, np.ndarray)) and _is_real(leaf)):
+        if isinstance(leaf, (float, np.floating)) or (isinstance(leaf, (Tensor, np.ndarray)) and _is_real(leaf)):
             values = np.asarray(leaf.detach().cpu().float() if isinstance(leaf, Tensor) else leaf).reshape(-1)[:64]
             found.extend(f"{value:.4g}" for value in values)
         return leaf

@@ -171,7 +171,11 @@ class TrialRuns:
     def _check_communication(self) -> None:
         """Refuse collectives of user code that ranks would call a different number of times."""
         step = self.step
-        if step.reduction.is_sharded or not (step.runs_samples_alone or step.settings.microbatch_size):
+        if (
+            step.reduction.is_sharded
+            or step.reduction.world_size == 1
+            or not (step.runs_samples_alone or step.settings.microbatch_size)
+        ):
             return
         raise PrivacyError(
             "Expected no collective of torch.distributed in user code that runs once per microbatch, got one. Ranks "

@@ -22,14 +22,14 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of the short products that were computed."""
     found: list[torch.Size] = []
 
-    def bmm(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+    def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         assert left.dtype == right.dtype == torch.bfloat16
-        product = torch.bmm(left.float(), right.float())
-        found.append(product.shape)
-        return product if out is None else out.copy_(product)
+        made = left.float() @ right.float()
+        found.append(made.shape)
+        return made if out is None else out.copy_(made)
 
     monkeypatch.setattr(short, "has_short_products", lambda kind: True)
-    monkeypatch.setattr(short, "_bmm", bmm)
+    monkeypatch.setattr(short, "_product", product)
     return found
 
 
@@ -121,9 +121,9 @@ def test_cancelling_terms_stay_within_their_norm(
     """Terms of 3, 5 and -8 times a vector of few bits add up to zero, so norm and sum are nothing but rounding."""
     monkeypatch.setattr("lightning_dp.per_sample.rules.outer_products.prefer_gram", lambda *sizes: gram)
     generator, num = torch.Generator().manual_seed(0), positions // 3
-    activation = torch.randn(B, num, D, generator=generator).bfloat16().repeat_interleave(3, 1)
-    vectors = torch.randint(-31, 32, (B, num, P), generator=generator).float().repeat_interleave(3, 1)
-    backprop = (vectors * torch.tensor([3.0, 5.0, -8.0]).repeat(num)[:, None]).bfloat16()
+    vectors = torch.randint(-31, 32, (B, num, D), generator=generator).float().repeat_interleave(3, 1)
+    activation = (vectors * torch.tensor([3.0, 5.0, -8.0]).repeat(num)[:, None]).bfloat16()  # is what is scaled
+    backprop = torch.randn(B, num, P, generator=generator).bfloat16().repeat_interleave(3, 1)
     call = call_of(activation, backprop)
     assert not bool(exact([call]).any())
     norms, largest = norms_of([call]), 0.0

@@ -246,11 +246,24 @@ def without_sync(kind: str) -> tuple[int, Tensor]:
     return trainer.strategy.ledger.num_steps, torch.cat([each.detach().flatten() for each in whole])
 
 
+def hook_calls(kind: str) -> int:
+    """Calls of hooks on parameters, which would see raw gradients."""
+    seen: list[Any] = []
+
+    class Module(Attack):
+        def on_train_start(self) -> None:
+            for parameter in self.parameters():
+                parameter.register_hook(seen.append)
+
+    fit(kind, Module())
+    return len(seen)
+
+
 def main() -> None:
     seen: dict[str, Any] = {}
     for kind in STRATEGIES:
         seen[kind] = {name: said(run, kind) for name, run in ATTACKS.items() if (kind, name) != ("fsdp", "collective")}
-        seen[kind] |= {free.__name__: free(kind) for free in (talking, seeded, without_sync)}
+        seen[kind] |= {free.__name__: free(kind) for free in (talking, seeded, without_sync, hook_calls)}
     torch.save(seen, OUT / f"rank{RANK}.pt")
 
 

@@ -81,3 +81,8 @@ def test_asking_for_no_synchronisation_changes_nothing(ranks: list[dict[str, Any
     (steps, weights), (others, other_weights) = (seen[kind]["without_sync"] for seen in ranks)
     assert steps == others == 8
     assert torch.equal(weights, other_weights)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_hooks_on_parameters_of_ranks_see_no_gradient(ranks: list[dict[str, Any]], kind: str) -> None:
+    assert [seen[kind]["hook_calls"] for seen in ranks] == [0, 0]

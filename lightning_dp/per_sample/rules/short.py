@@ -20,6 +20,7 @@ errors, see ``rounding.py``.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def has_short_products(device_type: str) -> bool:
         return False
     one = torch.ones(1, 16, 16, dtype=torch.bfloat16, device=device_type)
     try:
-        return bool(_bmm(one, one, None)[0, 0, 0] == 16)
+        return bool(_product(one, one)[0, 0, 0] == 16)
     except (RuntimeError, TypeError, NotImplementedError):  # an older device, or torch before 2.8
         return False
 
@@ -85,7 +86,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         out: (b, n, m), written in place of a new tensor.
     """
     if left.dtype == torch.bfloat16:
-        return _bmm(left, right, out)
+        return _product(left, right, out)
     return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
 
 
@@ -105,7 +106,7 @@ def add_weighted_product(out: Tensor, left: Tensor, right: Tensor, factors: Tens
     for part in _parts(scaled.flatten(0, 1), other):
         one, two = (other.mT, part) if scales_right else (part.mT, other)
         if one.dtype == torch.bfloat16:
-            out.add_(_bmm(one[None], two[None], None)[0])
+            out.add_(_product(one, two))
         elif out.dtype == one.dtype:
             out.addmm_(one, two)
         else:
@@ -120,7 +121,12 @@ def _parts(scaled: Tensor, other: Tensor) -> list[Tensor]:
     return [high, scaled.sub_(high).to(torch.bfloat16)]
 
 
-def _bmm(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the product of bfloat16 matrices, or of batches of them, in float32."""
+    matmul: Any = torch.mm if left.dim() == 2 else torch.bmm
+    product: Tensor
     if out is None:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    return torch.bmm(left, right, out_dtype=torch.float32, out=out)
+        product = matmul(left, right, out_dtype=torch.float32)
+    else:
+        product = matmul(left, right, out_dtype=torch.float32, out=out)
+    return product
