@@ -70,7 +70,6 @@ class LoopFit:
             reduction=reduction,
             noise=noise,
         )
-        mechanisms.check(self.step.clipping, target_epsilon=settings.target_epsilon, num_private_optimizers=1)
         state.decided = mechanisms.described()
         self._host = LoopHost(
             called,

@@ -96,9 +96,10 @@ class PrivateStep:
         self.unchecked_public, self._released, self.seen_backprops = set[int](), set[int](), False
         self.engine.attach()
         self._refresh()
+        num = len(self.accumulators)
+        mechanisms.check(self.clipping, target_epsilon=settings.target_epsilon, num_private_optimizers=num)
         if settings.noise is not None:
-            shares = self.clipping.shares_noise
-            check_releases(automatic=automatic, num_private_optimizers=len(self.accumulators), shares_noise=shares)
+            check_releases(automatic=automatic, num_private_optimizers=num, shares_noise=self.clipping.shares_noise)
 
     @property
     def accumulators(self) -> dict[int, Accumulator]:

@@ -61,11 +61,6 @@ class PrivateFit:
             noise=noise,
             automatic=module.automatic_optimization,
         )
-        strategy.mechanisms.check(
-            self.step.clipping,
-            target_epsilon=strategy.settings.target_epsilon,
-            num_private_optimizers=len(self.step.accumulators),
-        )
         self.guard = StepGuard(self.step.parameters.is_private)
         self._host = LightningHost(strategy)
         self._sandbox = Sandbox(module, self.guard, self._host.reachable, self._quiet, self.step.reduction.settle)
