@@ -84,9 +84,7 @@ class Tracker:
         """Set the parameters that are followed."""
         self.stop()
         self.parameters = dict(parameters)
-        self._nodes = {
-            id(parameter): Node(name, (name,), self.number(name), parameter) for name, parameter in parameters.items()
-        }
+        self._nodes = {id(p): Node(name, (name,), self.number(name), p) for name, p in parameters.items()}
         self.sources = {}
 
     def start(self) -> None:
