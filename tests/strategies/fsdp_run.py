@@ -205,10 +205,10 @@ def releases() -> Tensor:
 
 
 def training() -> dict[str, Any]:
-    """40 steps of about 2 records each, in microbatches: ranks draw different numbers of them, and often none."""
+    """20 steps of about 2 records each, in microbatches: ranks draw different numbers of them, and often none."""
     module = Partly(optimizer=torch.optim.Adam, lr=0.05)
     loader = DataLoader(make_dataset(40), batch_size=2)
-    trainer = fit(module, loader, [EpsilonMonitor()], private(microbatch_size=2, check_per_sample=True), max_epochs=4)
+    trainer = fit(module, loader, [EpsilonMonitor()], private(microbatch_size=2, check_per_sample=True), max_epochs=2)
     weights = whole(dict(module.named_parameters()))
     return {
         "weights": torch.cat([w.flatten() for w in weights.values()]),

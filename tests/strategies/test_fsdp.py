@@ -92,9 +92,11 @@ def test_rows_have_streams_of_their_own_and_replicas_one_sum(ranks: list[dict[st
 
 
 def test_empty_and_unequal_batches_keep_ranks_together(ranks: list[dict[str, Any]]) -> None:
-    """40 steps over batches of 2 records per rank on average, in microbatches of 2: many are empty on one rank."""
+    """20 steps over batches of 2 records per rank on average, in microbatches of 2: one in five is empty on one rank
+    alone.
+    """
     first, second = (seen["training"] for seen in ranks)
-    assert first["steps"] == second["steps"] == (40, 40)
+    assert first["steps"] == second["steps"] == (20, 20)
     assert torch.equal(first["weights"], second["weights"])
     assert first["epsilon"] == second["epsilon"]
     assert first["epsilon"][0] == pytest.approx(first["epsilon"][1])
