@@ -138,17 +138,19 @@ def test_other_ways_to_the_gradients_agree(tmp_path: Any, name: str, settings: d
     check_step(CASES[name], tmp_path, check_per_sample=False, **settings)
 
 
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
-def test_module_trains_as_it_is(tmp_path: Any, name: str) -> None:
-    """Three steps: each is in the ledger, moves what is trainable and nothing else, and leaves no trace in the
-    module.
+def test_module_trains_as_it_is(tmp_path: Any, name: str, steps: int) -> None:
+    """Each step is in the ledger, moves what is trainable and nothing else, and leaves no trace in the module.
+
+    The second step repeats the checks of samples, which takes as long as the rest.
     """
     module, recorder = CASES[name].module(), Recorder()
     before, attributes = copy.deepcopy(module.state_dict()), traces(module)
     strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=5, **CASES[name].options)
-    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=2, max_steps=3)
+    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=2, max_steps=steps)
     trainer.fit(module, DataLoader(CASES[name].dataset(), batch_size=NUM_SAMPLES // 2))
-    assert trainer.global_step == strategy.ledger.num_steps == len(recorder.before_step) == 3
+    assert trainer.global_step == strategy.ledger.num_steps == len(recorder.before_step) == steps
     after = module.state_dict()
     assert after.keys() == before.keys()
     assert traces(module) == attributes
