@@ -104,7 +104,8 @@ class Follower(TorchFunctionMode):
         if func in _SHOWS_NO_ENTRY:
             return func(*args, **kwargs)
         name: str = getattr(func, "__name__", "")
-        if any(isinstance(tensor, Reporting) for tensor in tensors_in(args, kwargs)):
+        tensors = [*tensors_in(args, kwargs)]
+        if any(isinstance(tensor, Reporting) for tensor in tensors):
             operation = operation_of(func)
             if operation is not None and operation.is_composite and torch.is_grad_enabled():
                 with self:
@@ -115,15 +116,15 @@ class Follower(TorchFunctionMode):
         if name == "__iter__":
             with self:
                 return iter(torch.unbind(args[0], 0))
-        return self._noted(func, name, args, kwargs, func(*args, **kwargs))
+        return self._noted(func, name, args, kwargs, tensors, func(*args, **kwargs))
 
     def run(self, func: Any, args: Any, kwargs: Any, how: Callable[[], Any]) -> Any:
         """Run an operation in another way than by calling it, as one step: only its result gets owners."""
         with unfollowed():
             out = how()
-        return self._noted(func, func.__name__, args, kwargs, out)
+        return self._noted(func, func.__name__, args, kwargs, [*tensors_in(args, kwargs)], out)
 
-    def _noted(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
+    def _noted(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> Any:
         """Record which samples own the rows of an operation's result, and return the result."""
         if type(out) is torch.Size or self._is_noted(out, args, kwargs):
             return out
@@ -131,7 +132,7 @@ class Follower(TorchFunctionMode):
             if name == "__get__":
                 name = func.__self__.__name__
             with unfollowed():
-                self._note_result(func, name, args, kwargs, out)
+                self._note_result(func, name, args, kwargs, tensors, out)
         return out
 
     def _is_noted(self, out: Any, args: Any, kwargs: Any) -> bool:
@@ -140,11 +141,11 @@ class Follower(TorchFunctionMode):
         note = self._notes.get(id(out)) if of_parameter else None
         return note is not None and note[0]() is out
 
-    def _note_result(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+    def _note_result(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> None:
         results = [args[0]] if out is None else [out] if isinstance(out, Tensor) else [*tensors_in(tuple(out), {})]
         if not results:
             return
-        owners = self._result(func, name, args, kwargs, results[0] if out is None else out)
+        owners = self._result(func, name, args, kwargs, tensors, results[0] if out is None else out)
         if owners is MIXED:
             owners = Mixed(name)
         each = owners if isinstance(owners, list) else [owners] * len(results)
@@ -165,19 +166,19 @@ class Follower(TorchFunctionMode):
             return before.axis != after.axis or not torch.equal(before.index, after.index)
         return True
 
-    def _result(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Any:
+    def _result(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> Any:
         """Return the owners of a result, or of each tensor in it."""
         if name in CONSTANTS:
             return None
-        tensors = [*tensors_in(args, kwargs)]
         found = [(tensor, self.owners_of(tensor)) for tensor in tensors]
         if not tensors:
             return None if name in MADE_OF_NUMBERS else MIXED
-        # an index of unknown owners only says where the rows of others go
-        entries = {id(tensor) for tensor in moved_entries(name, args)} or {id(tensor) for tensor in tensors}
-        for tensor, owners in found:
-            if isinstance(owners, Mixed) and (id(tensor) in entries or self._are_constant(found, entries)):
-                return owners
+        if any(isinstance(owners, Mixed) for _, owners in found):
+            # an index of unknown owners only says where the rows of others go
+            entries = {id(tensor) for tensor in moved_entries(name, args)} or {id(tensor) for tensor in tensors}
+            for tensor, owners in found:
+                if isinstance(owners, Mixed) and (id(tensor) in entries or self._are_constant(found, entries)):
+                    return owners
         owned = [(tensor, owners) for tensor, owners in found if isinstance(owners, Rows)]
         if not owned:
             return None
@@ -197,7 +198,8 @@ class Follower(TorchFunctionMode):
         """Return the shape, and the owners, of what an operation would give."""
         with torch.no_grad(), unfollowed():
             out = func(*args, **kwargs)
-            return getattr(out, "shape", None), self._result(func, func.__name__, args, kwargs, out)
+            tensors = [*tensors_in(args, kwargs)]
+            return getattr(out, "shape", None), self._result(func, func.__name__, args, kwargs, tensors, out)
 
 
 def _fits(tensor: Tensor, owners: Owners) -> bool:

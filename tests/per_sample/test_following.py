@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import PerSampleEngine
+from lightning_dp.per_sample import PerSampleEngine, following
 from tests.per_sample.checks import make_engine, run_batch
 from tests.per_sample.test_owners import GCN, _collate_graphs, _features, _graph, assert_agrees, make
 from tests.per_sample.test_tracker import Uses, drawn
@@ -90,6 +90,14 @@ def test_operations_on_owned_rows_agree_with_batches_of_one(way: str) -> None:
     rtol = 1e-6 if way in ("type of the rows", "products in groups") else 1e-9  # they compute in float32
     engine = assert_agrees(module, loss, lambda chosen: [bags[i] for i in chosen], rtol=rtol)
     assert engine.follows_owners
+
+
+def test_functions_that_are_not_followed_return_no_entries() -> None:
+    x = torch.tensor([[3.5, 7.25]])
+    for function in following._SHOWS_NO_ENTRY:
+        shown = function(x)
+        assert type(shown) in (bool, int, torch.Size, tuple, torch.dtype, torch.device, torch.layout)
+        assert not {3, 7} & set(shown if isinstance(shown, tuple) else (shown,))
 
 
 def test_a_state_repeated_for_every_sample_agrees() -> None:
