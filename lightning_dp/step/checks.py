@@ -66,10 +66,12 @@ def sample_axes(two: Any, three: Any) -> tuple[str, ...]:
 def check_rows(batch: Any, count: int, axes: tuple[str, ...]) -> None:
     """Check that a collated batch holds as many records as were drawn, or raise PrivacyError."""
     rows = _rows(batch) if axes else {}
-    wrong = [rows.get(path) for path in axes if rows.get(path) != count]
+    wrong = [f"{rows.get(path)} rows" for path in axes if rows.get(path) != count]
+    if batch is None:  # Lightning would pass over it
+        wrong = ["None"]
     if wrong:
         raise PrivacyError(
-            f"Expected a batch of {count} records as drawn, got {wrong[0]} rows. The collate function drops or adds "
+            f"Expected a batch of {count} records as drawn, got {wrong[0]}. The collate function drops or adds "
             "records, and gradients would be attributed to the wrong ones: filter the dataset before fit instead."
         )
 

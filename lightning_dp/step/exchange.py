@@ -22,6 +22,9 @@ from lightning_dp.step.reduction import Reduction
 #: Allowed relative difference of the others' gradients, by type: where shapes stay equal, and where they change.
 TOLERANCE = {torch.float64: (1e-11, 1e-5), torch.float32: (2e-6, 1e-4), torch.bfloat16: (1e-3, 5e-2)}
 
+#: Repetitions of a batch if a difference is so small that it may be rounding.
+NUM_REPEATS = 3
+
 
 @dataclass
 class Fingerprint:
@@ -32,12 +35,14 @@ class Fingerprint:
         sums: parameter -> weighted sum over the samples that stay, scaled to equal length. Private.
         shapes: of all samples, the exchanged one included.
         stepped: optimizers that stepped.
+        again: runs the same batch once more.
     """
 
     norms: Tensor
     sums: dict[str, Tensor]
     shapes: Any
     stepped: frozenset[int]
+    again: Callable[[], Fingerprint] | None = None
 
 
 def random_weights(size: int, leaves: int) -> Tensor:
@@ -145,6 +150,33 @@ def compare(
     distance = sum(float(square) for square in total(squares).values()) ** 0.5
     if not distance <= 4 * tolerance * norms.shape[1]:
         raise ComparisonError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
+
+
+def agree_again(first: Fingerprint, second: Fingerprint, check: Callable[[Fingerprint, Fingerprint], None]) -> bool:
+    """Tell whether repetitions of two batches agree, so that their difference is rounding that changes between runs.
+
+    Threads share out their work in another way from time to time, and a library may choose another kernel. A coupling
+    of samples shows in every pair of runs.
+
+    Args:
+        first: fingerprint of one batch.
+        second: fingerprint of the other.
+        check: raises ComparisonError if two fingerprints differ.
+    """
+    if first.again is None or second.again is None:
+        return False
+    ones, others = [first], [second]
+    for _ in range(NUM_REPEATS):
+        ones.append(first.again())
+        others.append(second.again())
+        newest = [*((ones[-1], other) for other in others), *((one, others[-1]) for one in ones[:-1])]
+        for one, other in newest:
+            try:
+                check(one, other)
+            except ComparisonError:
+                continue
+            return True
+    return False
 
 
 def _message(what: str, found: str) -> str:

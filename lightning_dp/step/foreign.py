@@ -38,6 +38,8 @@ class ForeignCode:
         """Number of copies that replace a single record in a run."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_host":  # a copy being built has no state yet
+            raise AttributeError(name)
         return getattr(self._host, name)
 
     def run(self, records: list[Any]) -> Any:

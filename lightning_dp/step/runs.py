@@ -137,7 +137,7 @@ class TrialRuns:
         frozen, before = draws.begin(), host_generators()
 
         def forward_backward() -> Any:
-            with frozen:
+            with torch.enable_grad(), frozen:  # an optimizer may call its closure without gradients
                 output, loss = self.host.run(records), None
                 outputs.append(output)
                 drew = (frozen.drew and not draws.real) or host_generators() != before

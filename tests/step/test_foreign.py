@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import OrderedDict
 from typing import Any
@@ -234,3 +235,11 @@ def test_a_guard_over_the_batch_is_named_as_the_cause(tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=r"was made NaN, .* Likely causes: a guard that skips, resets") as error:
         fit(Guarded(), tmp_path)
     assert "BatchNorm" not in str(error.value)
+
+
+def test_a_copy_runs_on_a_copy_of_its_host() -> None:
+    """A callback that holds the trainer is copied with all that the trainer holds."""
+    host = Recorder()
+    copied = copy.deepcopy(ForeignCode(host, reduction="mean", runs_alone=False))  # type: ignore[arg-type]
+    assert type(copied._host) is Recorder
+    assert copied._host is not host

@@ -1,0 +1,85 @@
+"""Couplings: differences as small as rounding are judged by repetition."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from lightning_dp import DPStrategy
+from lightning_dp.errors import PrivacyError
+from tests.helpers import Classifier, make_dataset, make_loader, make_trainer
+
+
+class Weighted(Classifier):
+    """Weights every loss by the share of a label in the batch, which no spoiled record changes."""
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        features, labels = batch
+        share = (labels == labels.max()).float().mean() + labels.float().mean()
+        return nn.functional.cross_entropy(self(features), labels) * (1.0 + self.strength * share)
+
+
+class Unsteady(Classifier):
+    """Rounds in another way in one of five runs, as with threads that share out their work in another way."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1.0 + 6e-6 * (next(RUNS) % 5 == 2))
+
+
+RUNS = itertools.count()
+
+
+def fit(module: Any, tmp_path: Path) -> DPStrategy:
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    make_trainer(strategy, tmp_path, max_epochs=1).fit(module, make_loader())
+    return strategy
+
+
+@pytest.mark.parametrize("strength", [1e-4, 5e-5])
+def test_weak_couplings_are_refused_in_float32(strength: float, tmp_path: Path) -> None:
+    with pytest.raises(PrivacyError, match="One sample of a batch was exchanged for another record"):
+        fit(Weighted(strength), tmp_path)
+
+
+def test_rounding_that_changes_between_runs_is_allowed(tmp_path: Path) -> None:
+    assert fit(Unsteady(), tmp_path).ledger.num_steps == 4
+
+
+def test_closures_run_with_gradients_under_any_optimizer(tmp_path: Path) -> None:
+    class WithoutGradients(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            loss = None if closure is None else closure()
+            super().step()
+            return loss
+
+    class Asking(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert torch.is_grad_enabled()
+            return super().training_step(batch, batch_idx)
+
+    module = Asking(optimizer=WithoutGradients)
+    assert fit(module, tmp_path).ledger.num_steps == 4
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
+    calls = itertools.count()
+
+    def collate(records: list[Any]) -> Any:
+        return None if next(calls) % 2 == 0 else default_collate(records)
+
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    trainer = make_trainer(strategy, tmp_path, max_epochs=1)
+    with pytest.raises(PrivacyError, match="records as drawn, got None"):
+        trainer.fit(Classifier(), DataLoader(make_dataset(), batch_size=16, collate_fn=collate))
