@@ -90,7 +90,7 @@ def gaussian_process(arguments: dict[str, Any]) -> None:
     train(Net(), loss, arguments, floats(2), torch.randn(64))
 
 
-@case("gpytorch", grad_sample="single")
+@case("gpytorch")
 def variational_gp(arguments: dict[str, Any]) -> None:
     """Sparse variational Gaussian process with learned inducing points."""
     import gpytorch
