@@ -137,3 +137,15 @@ def test_norm_accumulates_bfloat16_in_float32(rule: Rule, layer: nn.Module, shap
     for name in names:
         assert got[name].dtype == torch.float32
         torch.testing.assert_close(got[name].double(), expected[name], rtol=loose, atol=loose)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_group_norm_reads_memory_in_any_order(batch_size: int) -> None:
+    """Channels last, as after a transposition: torch's kernel takes every memory for contiguous."""
+    layer = nn.GroupNorm(1, 3, dtype=F64)
+    nn.init.normal_(layer.weight)
+    x, backprop = (torch.randn(batch_size, 4, 3, dtype=F64).transpose(1, 2) for _ in range(2))
+    call = Call(inputs=(x,), kwargs={}, activation=x, backprop=backprop)
+    made = GroupNormRule().per_sample(layer, [call], batch_size, {"weight", "bias"})
+    for name, expected in looped(layer, [call], batch_size).items():
+        torch.testing.assert_close(made[name], expected, rtol=1e-12, atol=1e-12)

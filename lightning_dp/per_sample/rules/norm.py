@@ -151,7 +151,8 @@ class InstanceNormRule(_ChannelAxisRule):
 
 def _group_norm_gradients(module: nn.GroupNorm, call: Call) -> tuple[Tensor, Tensor]:
     """Return the gradients of weight and bias, ``(B, C)`` each, of one call."""
-    x, backprop = widen(call.activation).contiguous(), widen(call.backprop)
+    # the kernels read memory in order; a reshape of one row may leave other strides
+    x, backprop = widen(call.activation).contiguous(), widen(call.backprop).contiguous()
     rows, channels, groups = x.shape[0], x.shape[1], module.num_groups
     positions = x[0, 0].numel()
     _, means, scales = torch.ops.aten.native_group_norm(x, None, None, rows, channels, positions, groups, module.eps)
