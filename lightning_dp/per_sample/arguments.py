@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -32,3 +33,20 @@ def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[A
         return thing
 
     return tuple([walk(thing) for thing in args]), {key: walk(thing) for key, thing in kwargs.items()}
+
+
+def with_other_values(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor; of numbers with a fraction, one with a different value in every entry.
+
+    Two ways to compute an operation may agree by accident where a tensor holds zeros or equal numbers, as it often does
+    before the first step.
+
+    Example:
+        >>> with_other_values(torch.zeros(3))
+        tensor([0.5000, 1.0000, 1.5000])
+    """
+    copied = tensor.detach().clone().as_subclass(Tensor)
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return copied
+    steps = torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device)
+    return copied + steps.reshape(tensor.shape).to(tensor.dtype)

@@ -5,7 +5,7 @@ Legend: ``B`` samples, ``K`` rows of one sample, "sample-major": the ``K`` rows 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -137,7 +137,8 @@ class Observation:
     output_shapes: list[torch.Size]
     with_grad: bool
     parent: Any = None
-    outputs: list[Tensor] = field(default_factory=list)
+    on_other_values: Callable[[], list[Tensor]] | None = None
+    """Runs an operation on parameters alone with other values, so that equal entries are no accident of theirs."""
     meets_others: bool = False
     meets_gradient: bool = False
     like: Tensor | None = None

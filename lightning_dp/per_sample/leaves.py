@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import in_backward
-from lightning_dp.per_sample.arguments import replaced
+from lightning_dp.per_sample.arguments import replaced, with_other_values
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout, tensors_of
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named
@@ -239,13 +239,45 @@ def over_samples(
         id(tensor): copies_of(tracker, tensor, node, lambda v: v.expand(size, *v.shape), BatchAxis(0))
         for tensor, node in tracked
     }
-    out = over_rows(func, args, kwargs, plan, own, tensors, size, nodes)
     key = (func.__name__, *(node.lineage for node in nodes))
     if key not in tracker.tried:
-        tracker.tried.add(key)
-        if not _alike(out, constant(tracker, func, args, kwargs)):
+        if not _keeps_apart(func, args, kwargs, plan, {id(tensor) for tensor, _ in tracked}, tensors, size, nodes):
             return tracker.unbatched(func, nodes)
-    return out
+        tracker.tried.add(key)
+    return over_rows(func, args, kwargs, plan, own, tensors, size, nodes)
+
+
+def _keeps_apart(
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    plan: CallLayout,
+    tracked: set[int],
+    tensors: Sequence[Tensor],
+    size: int,
+    nodes: Iterable[Node],
+) -> bool:
+    """Tell whether a map over the samples gives what the operation gives, on copies of its tensors.
+
+    Zeros, as many layers begin with, hide a sum over samples, so tensors get other values if the operation allows.
+    """
+
+    def given(change: Callable[[Tensor], Tensor]) -> tuple[Any, Any, dict[int, Tensor]]:
+        made = {id(tensor): change(tensor) for tensor in tensors}
+        return *replaced(args, kwargs, lambda tensor: made[id(tensor)]), made
+
+    def agree(change: Callable[[Tensor], Tensor]) -> bool:
+        new_args, new_kwargs, made = given(change)
+        own = {id(made[at]): made[at].expand(size, *made[at].shape) for at in tracked}
+        mapped = over_rows(func, new_args, new_kwargs, plan, own, [made[id(t)] for t in tensors], size, nodes)
+        new_args, new_kwargs, _ = given(change)  # the operation may have written to its arguments
+        return _alike(mapped, func(*new_args, **new_kwargs))
+
+    with torch.no_grad():
+        try:
+            return agree(with_other_values)
+        except Exception:  # values that the operation refuses
+            return agree(lambda tensor: tensor.detach().clone())
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -8,6 +8,7 @@ of operation on one parameter are matched between runs by their order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import in_backward
-from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample._torch import in_backward, unreported
+from lightning_dp.per_sample.arguments import replaced, tensors_in, with_other_values
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import (
     PENALTY,
@@ -44,7 +45,6 @@ class Observer:
         self.known = known
         self.seen: dict[Key, list[Observation]] = {}
         self.labels: dict[Key, str] = {}
-        self.outputs: dict[Key, list[Any]] = {}
 
     def observe(self, tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation and record its tensors."""
@@ -75,7 +75,8 @@ class Observer:
         out = derive(tracker, func, args, kwargs) if follows else func(*args, **kwargs)
         outputs = tensors_of(out)
         call.output_shapes = [tensor.shape for tensor in outputs]
-        call.outputs = [] if plain else [tensor.detach() for tensor in outputs]
+        if not plain:
+            call.on_other_values = functools.partial(_on_other_values, func, args, kwargs)
         return out
 
 
@@ -211,13 +212,20 @@ def _spread_plan(first: Observation, second: Observation, sizes: tuple[int, int]
     axis = solve_axis(first.output_shapes[0], second.output_shapes[0], sizes)
     if not isinstance(axis, BatchAxis):
         return axis
+    assert second.on_other_values is not None
+    (whole,) = (tensor.movedim(axis.axis, 0) for tensor in second.on_other_values())
     for order in (True, False):
-        whole = second.outputs[0].movedim(axis.axis, 0)
         rows = torch.unflatten(whole, 0, (sizes[1], -1) if order else (-1, sizes[1]))
         rows = rows if order else rows.transpose(0, 1)
         if all(torch.equal(rows[0], other) for other in rows[1:]):
             return CallLayout((), (BatchAxis(axis.axis, axis.multiplicity, order),))
     return Unclear("its result is not the same for every sample")
+
+
+def _on_other_values(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    with torch.no_grad(), unreported():
+        args, kwargs = replaced(args, kwargs, with_other_values)
+        return tensors_of(func(*args, **kwargs))
 
 
 def _followed(learned: Learned) -> set[tuple[Key, int]]:

@@ -773,11 +773,23 @@ def test_parameters_of_one_function_train_together() -> None:
     assert not engine.has_backprops(["a", "b"])
 
 
-def test_a_product_over_the_samples_is_named() -> None:
-    mixing = Uses(lambda m, x: torch.einsum("bti,io->tio", x, m.w), w=drawn(3, 3))
+@pytest.mark.parametrize(("equation", "operands"), [("bti,io->tio", 1), ("bti,io,ctj->b", 2)])
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_product_over_the_samples_is_named(equation: str, operands: int, zero: bool) -> None:
+    """It is found at the first use, before a step has moved a weight from zero."""
+    weight = torch.zeros(3, 3, dtype=torch.float64) if zero else drawn(3, 3)
+    mixing = Uses(lambda m, x: torch.einsum(equation, x, m.w, *[x] * (operands - 1)), w=weight)
     engine = make_engine(mixing, lambda x: mixing(x).sum(), _data(4, 3))
     with pytest.raises(PrivacyError, match=r"einsum of 'w' to keep the samples apart"):
         run_batch(engine, lambda x: mixing(x).sum(), _data(4, 3), 4)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_rows_that_differ_by_sample_are_no_copies(value: float) -> None:
+    """A table of positions that is indexed by samples, by mistake: its rows are equal before the first step only."""
+    module = Uses(lambda m, x: x + m.w[: len(x)], w=torch.full((9, 1, 3), value, dtype=torch.float64))
+    with pytest.raises(PrivacyError, match=r"__getitem__ of 'w' works on, but its result is not the same for every"):
+        make_engine(module, _loss(module), _data(4, 3))
 
 
 def test_the_convolution_rule_needs_the_samples_first() -> None:
