@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
 from lightning_dp.per_sample.moves import CONSTANTS, MADE_OF_NUMBERS, Step, handler_of, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
@@ -146,6 +147,8 @@ class Follower(TorchFunctionMode):
         if not results:
             return
         owners = self._result(func, name, args, kwargs, tensors, results[0] if out is None else out)
+        if self.tracker.compares:
+            self.tracker.chooses_rows |= chooses_rows(name, args, kwargs, self.owners_of, self.size)
         if owners is MIXED:
             owners = Mixed(name)
         each = owners if isinstance(owners, list) else [owners] * len(results)

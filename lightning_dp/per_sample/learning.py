@@ -131,7 +131,7 @@ class Rows:
                 if alike:  # such records do not show whether K is common: it stays as it is
                     learned.pin()
             else:
-                self.follows_owners = tracker.num_misplaced > 0 or self._owners.has_indices
+                self.follows_owners = tracker.num_misplaced > 0 or tracker.chooses_rows or self._owners.has_indices
             finally:
                 tracker.compares = False
         unordered = learned.close()

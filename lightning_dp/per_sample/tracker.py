@@ -73,10 +73,12 @@ class Tracker:
         """Tensor whose rows have the order of those that the operation which runs is given."""
         self.num_misplaced = 0
         """Uses whose rows belong to other samples than their positions say, as far as both are known."""
+        self.chooses_rows = False
+        """Whether rows were chosen by an index while owners were compared: other values may leave other rows."""
 
     def begin_comparison(self) -> None:
         """Compare owners of rows with what their positions say, in the microbatches that follow."""
-        self.compares, self.num_misplaced, self.contradicted = True, 0, None
+        self.compares, self.num_misplaced, self.contradicted, self.chooses_rows = True, 0, None, False
 
     # parameters
 

@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine, register_rule
+from tests import reference
+from tests.per_sample.checks import assert_close
 from tests.per_sample.rule_cases import CASES, Arranged
 from tests.per_sample.test_rounding import CLIPPINGS, added
 from tests.per_sample.test_rounding import record as cancelling
@@ -519,6 +521,56 @@ def test_rows_per_sample_may_change_only_if_they_are_known(how: str, alike: bool
     else:
         with pytest.raises(PrivacyError, match=r"hold 2 row\(s\) for each of 4 samples, got length=12"):
             module(batch)
+    engine.end()
+
+
+class Kept(nn.Module):
+    """A layer on the rows that a mask of the batch keeps, in several ways to write it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(3, 1)
+        self.double()
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        rows, mask = batch
+        kept = mask.nonzero()[:, 0]
+        if self.how == "mask":
+            values = self.layer(rows[mask])
+        elif self.how == "index":
+            values = self.layer(rows.flatten(0, 1)[mask.flatten().nonzero()[:, 0]])
+        elif self.how == "places":
+            values = self.layer(rows[mask.nonzero(as_tuple=True)])
+        else:
+            values = self.layer(torch.cat([row[: int(num)] for row, num in zip(rows, mask.sum(1), strict=True)]))
+        return torch.zeros(len(rows), 1, dtype=torch.float64).index_add(0, kept, values.tanh())
+
+
+@pytest.mark.parametrize("how", ["mask", "index", "places", "slices"])
+def test_rows_that_values_choose_are_followed(how: str) -> None:
+    """All records seen while the layout is learned are whole; later 3 of 4 samples have 6 rows of 4, 1 and 1."""
+    torch.manual_seed(0)
+    module, rows = Kept(how), _features(4, 4, 3)
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    engine = PerSampleEngine(module)
+    engine.attach()
+    engine.set_parameters(dict(module.named_parameters()))
+
+    def run(batch: tuple[Tensor, Tensor]) -> None:
+        engine.see(batch)
+        module(batch).sum().backward()
+
+    engine.learn_layout(lambda size: run((rows[:2].repeat(2, 1, 1)[:size], mask[:size])), (2, 3), alike=True)
+    mask[1, 1:] = mask[2, 1:] = False
+    batch = rows[:3], mask[:3]
+    expected = reference.per_sample_gradients(
+        module, lambda i: module((batch[0][i : i + 1], batch[1][i : i + 1])).sum(), 3
+    )
+    engine.begin(3)
+    run(batch)
+    engine.check_tracked()
+    for name, grad in engine.per_sample_gradients().items():
+        assert_close(grad, expected[name], float(expected[name].abs().max()), 1e-9, name)
     engine.end()
 
 

@@ -1,0 +1,84 @@
+"""Operations that choose rows of samples by an index: other values of the data may choose other rows.
+
+Two runs may then show equally many rows for each sample (records of full length, say) where others have fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.owned import Owners, Rows
+
+OwnersOf = Callable[[Tensor], Owners]
+
+_ALWAYS = frozenset(("masked_select", "take", "_pack_padded_sequence"))
+_ALONG_AN_AXIS = frozenset(("index_select", "gather", "take_along_dim"))
+_JOINS = frozenset(("cat", "concat", "concatenate", "hstack", "vstack"))
+
+
+def chooses_rows(name: str, args: Any, kwargs: Any, owners_of: OwnersOf, size: int) -> bool:
+    """Tell whether an operation may give each sample another number of rows where the data has other values.
+
+    Args:
+        name: of the operation.
+        args: its arguments.
+        kwargs: the same, by name.
+        owners_of: returns the owners of a tensor.
+        size: number of samples.
+    """
+    if name in _JOINS:
+        return any(not _holds_all_alike(owners_of(one), size) for one in tensors_in(args[:1], {}))
+    rows = owners_of(args[0]) if args and isinstance(args[0], Tensor) else None
+    if not isinstance(rows, Rows) or rows.axis is None:
+        return False
+    if name in _ALWAYS:
+        return True
+    if name == "repeat_interleave":
+        return any(isinstance(one, Tensor) for one in (*args[1:], *kwargs.values()))
+    if name in _ALONG_AN_AXIS:
+        axis = kwargs.get("dim", next((one for one in args[1:] if isinstance(one, int)), None))
+        return axis is None or axis % args[0].dim() == rows.axis
+    return name == "__getitem__" and any(
+        _is_a_choice(one, rows, owners_of, size) for one in _indices_at(args[1], rows.axis, args[0].dim())
+    )
+
+
+def _holds_all_alike(owners: Owners, size: int) -> bool:
+    """Tell whether a tensor holds equally many rows of every sample, or none."""
+    if not isinstance(owners, Rows):
+        return True
+    counts = torch.bincount(owners.index.clamp_min(0), minlength=size)
+    return owners.axis is not None and bool((counts == counts[:1]).all())
+
+
+def _indices_at(index: Any, axis: int, num_axes: int) -> Iterator[Any]:
+    """Yield the part of an index that applies to an axis."""
+    parts = index if isinstance(index, tuple) else (index,)
+    named = sum(_num_axes(part) for part in parts)
+    at = 0
+    for part in parts:
+        covers = num_axes - named if part is Ellipsis else _num_axes(part)
+        if at <= axis < at + covers:
+            yield part
+        at += covers
+
+
+def _num_axes(part: Any) -> int:
+    """Return the number of axes that a part of an index applies to; an ellipsis and a new axis have none."""
+    if part is None or part is Ellipsis:
+        return 0
+    return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
+
+
+def _is_a_choice(part: Any, rows: Rows, owners_of: OwnersOf, size: int) -> bool:
+    whole = len(rows.index) == size
+    if isinstance(part, slice):
+        return not whole and part != slice(None)
+    if not isinstance(part, Tensor):
+        return part is not Ellipsis and not isinstance(part, int)
+    return not (whole and part.dtype != torch.bool and owners_of(part) is None and part.numel() == size)

@@ -1,0 +1,70 @@
+"""Operations that choose rows of samples, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dp.per_sample.choices import chooses_rows
+from lightning_dp.per_sample.owned import MIXED, Owners, Rows
+
+SIZE = 3
+X = torch.zeros(3, 2, 4)
+"""One entry of axis 0 for each sample."""
+FOLD = torch.zeros(6, 4)
+"""Two rows of each sample."""
+ONE = torch.zeros(2, 4)
+"""Rows of the second sample."""
+PLACES = torch.tensor([2, 0, 1])
+"""A constant."""
+VALUES = torch.tensor([2, 0, 1])
+"""An index that the data gives."""
+MASK = torch.ones(3, 2, dtype=torch.bool)
+"""A mask that the data gives."""
+
+
+def owners_of(tensor: Tensor) -> Owners:
+    if tensor is X or tensor is MASK:
+        return Rows(0, torch.arange(SIZE))
+    if tensor is FOLD:
+        return Rows(0, torch.arange(SIZE).repeat_interleave(2))
+    if tensor is ONE:
+        return Rows(None, torch.tensor([1]))
+    return MIXED if tensor is VALUES else None
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "chooses"),
+    [
+        ("__getitem__", (X, MASK), True),
+        ("__getitem__", (X, (slice(None), MASK[0])), False),
+        ("__getitem__", (X, PLACES), False),
+        ("__getitem__", (X, VALUES), True),
+        ("__getitem__", (X, (PLACES, VALUES)), False),
+        ("__getitem__", (X, (VALUES, VALUES)), True),
+        ("__getitem__", (X, (Ellipsis, VALUES)), False),
+        ("__getitem__", (X, (None, VALUES)), True),
+        ("__getitem__", (X, slice(2)), False),
+        ("__getitem__", (FOLD, slice(2)), True),
+        ("__getitem__", (FOLD, slice(None)), False),
+        ("__getitem__", (FOLD, PLACES), True),
+        ("__getitem__", (FOLD, 0), False),
+        ("__getitem__", (FOLD, [0, 1]), True),
+        ("index_select", (X, 0, VALUES), True),
+        ("index_select", (X, -1, VALUES), False),
+        ("gather", (X, 1, VALUES), False),
+        ("masked_select", (X, MASK), True),
+        ("repeat_interleave", (X, VALUES, 0), True),
+        ("repeat_interleave", (X, 2, 0), False),
+        ("cat", ([X, X],), False),
+        ("cat", ([ONE, ONE],), True),
+        ("cat", ([FOLD, PLACES],), False),
+        ("add", (X, X), False),
+        ("__getitem__", (PLACES, VALUES), False),
+    ],
+)
+def test_choices_of_rows_are_told_from_moves(name: str, args: Any, chooses: bool) -> None:
+    assert chooses_rows(name, args, {}, owners_of, SIZE) == chooses
