@@ -17,8 +17,12 @@ from lightning_dp.step.snapshot import Snapshot
 
 #: Records of the comparison with single runs, and of the small batches of the exchange test.
 NUM_ALONE, NUM_SMALL = 3, 4
+#: Records among which one is chosen that is exchanged for another one: the one with the rarest whole numbers.
+NUM_SPARES = 32
 #: Relative tolerance of the comparison with single runs, by the narrowest type that takes part.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
+#: Values of a record's numbers that hardly any record has, and that may switch something for the whole batch.
+_SPOILED = {float("nan"): "made NaN", 1e6: "made huge", -1e6: "made huge and negative", 0.0: "made zero"}
 
 
 class Couplings:
@@ -32,9 +36,9 @@ class Couplings:
         self._runs = runs
 
     def real_records(self, seed: int) -> list[Any]:
-        """Return enough training records for a batch of the real size and for the exchanges."""
+        """Return enough training records for a batch of a real size and for the exchanges."""
         host = self._runs.host
-        return host.records(host.batch_size + NUM_SMALL, seed=seed)  # type: ignore[no-any-return]
+        return host.records(host.drawn_size(seed) + NUM_SPARES, seed=seed)  # type: ignore[no-any-return]
 
     def check_state(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that the state after a step does not depend on the records."""
@@ -136,7 +140,7 @@ class Couplings:
         by_place = Draws(by_place=True)
         base = self._fingerprint(snapshot, few, middle, by_place)
         self._compare(snapshot, base, swapped, middle, by_place, "exchanged for another record")
-        for value, what in ((float("nan"), "made NaN"), (1e6, "made huge")):
+        for value, what in _SPOILED.items():
             if exchange.has_floats(few[middle]):
                 swapped[middle] = exchange.spoiled(few[middle], value)
                 self._compare(snapshot, base, swapped, middle, by_place, what, may_raise=True)
@@ -167,10 +171,9 @@ class Couplings:
         self._compare(snapshot, base, swapped, 0, draws, "exchanged next to an infinite one")
 
     def exchange_one(self, snapshot: Snapshot, records: list[Any], *, seed: int, spoil: bool = False) -> None:
-        """Check that no gradient changes if one other sample is exchanged, at the real batch size and with
-        real draws.
-        """
-        batch, spares = records[: self._runs.host.batch_size], records[self._runs.host.batch_size :]
+        """Check that no gradient changes if one other sample is exchanged, at a real batch size and with real draws."""
+        size = self._runs.host.drawn_size(seed)
+        batch, spares = records[:size], records[size:]
         if len(batch) < 2 or not spares:
             return
         place, swapped = 0, list(batch)  # the first one: counting or ranking code passes it to the others

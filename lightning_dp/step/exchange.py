@@ -88,8 +88,10 @@ def join(
 
 
 def most_different(record: Any, others: list[Any]) -> list[Any]:
-    """Return the first record that differs in whole numbers (a label, say), and the first in shape; else any."""
-    chosen = [other for other in others if whole_numbers(other) != whole_numbers(record)][:1]
+    """Return the record with the rarest other whole numbers (a label, say), and the first of another shape, or any."""
+    numbers, own = [repr(whole_numbers(other)) for other in others], repr(whole_numbers(record))
+    differing = [(numbers.count(one), at) for at, one in enumerate(numbers) if one != own]
+    chosen = [others[at] for _, at in sorted(differing)[:1]]
     chosen += [other for other in others if shape_of(other) != shape_of(record)][:1]
     return chosen or others[:1]
 

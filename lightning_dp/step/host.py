@@ -41,6 +41,10 @@ class Host(ABC):
         """Expected number of records in a real microbatch, at most the dataset size."""
         return self.training.batch_size(self._world_size, self._limit)
 
+    def drawn_size(self, seed: int) -> int:
+        """Return a number of records that a real microbatch may hold, the same one for the same seed."""
+        return self.training.drawn_size(self._world_size, self._limit, seed)
+
     def records(self, num: int, seed: int = 0) -> list[Any]:
         """Return a few records from all over the training set, the same ones for the same seed."""
         return self.training.take(num, seed)

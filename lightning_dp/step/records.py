@@ -158,6 +158,24 @@ class TrainingRecords:
         drawn = max(1, facts.expected_batch_size // (world_size * facts.accumulate)) * each
         return min(drawn, limit or drawn, self._num_records or drawn)
 
+    def drawn_size(self, world_size: int, limit: int | None, seed: int) -> int:
+        """Return a number of records that a real microbatch of one rank may hold; it is public.
+
+        Under Poisson sampling it follows from the seed as real sizes do by chance; for seed 0 it is two standard
+        deviations above the expected one. A record of the training set is left to be exchanged, if there is one.
+
+        Args:
+            world_size: ranks.
+            limit: the ``microbatch_size`` of the settings.
+            seed: chooses the size.
+        """
+        expected = self.batch_size(world_size, None)
+        if self.loader.facts.sampling != "poisson":
+            return self.batch_size(world_size, limit)
+        size = expected + round(2 * expected**0.5) if seed == 0 else np.random.default_rng(seed).poisson(expected)
+        most = max(self.batch_size(world_size, limit), min(limit or size, (self._num_records or size) - 1))
+        return min(max(2, int(size)), most)
+
     @property
     def _num_records(self) -> int | None:
         """Number of records of the training set; None if unknown."""

@@ -101,3 +101,10 @@ def test_most_different_records_have_other_labels_or_lengths() -> None:
     others = [(torch.zeros(3), 1), (torch.zeros(3), 2), (torch.zeros(5), 1)]
     assert exchange.most_different(record, others) == [others[1], others[2]]
     assert exchange.most_different(record, others[:1]) == others[:1]
+
+
+def test_the_record_with_the_rarest_label_is_exchanged() -> None:
+    """A class that is rare is the one that has a weight of its own."""
+    others = [(torch.zeros(3), label) for label in (1, 2, 2, 0, 2, 1)]
+    assert exchange.most_different((torch.ones(3), 1), others) == [others[3]]
+    assert exchange.most_different((torch.ones(3), 0), others) == [others[0]]

@@ -411,8 +411,24 @@ def sign_of_the_batch(module: Any, batch: Any) -> Tensor:
     return cross_entropy(module, batch) * torch.sign(batch[0].detach().sum() + 1e-9)
 
 
+def far_below(module: Any, batch: Any) -> Tensor:
+    return cross_entropy(module, batch) * (0.1 if bool((batch[0] < -50).any()) else 1.0)
+
+
+def empty_record(module: Any, batch: Any) -> Tensor:
+    return cross_entropy(module, batch) * (0.1 if bool((batch[0] == 0).all(1).any()) else 1.0)
+
+
+def large_batches(module: Any, batch: Any) -> Tensor:
+    """As many samples as Poisson sampling draws now and then."""
+    return cross_entropy(module, [batch[0] - batch[0].mean(0) if len(batch[0]) > 40 else batch[0], batch[1]])
+
+
 COUPLINGS = [
     hardest_of_many,
+    far_below,
+    empty_record,
+    large_batches,
     capacity,
     guard_against_nan,
     nan_to_num_of_the_batch,
