@@ -191,13 +191,21 @@ def tap_output(output: Tensor, use: Use) -> Tensor:
     """Connect an output to a use like :func:`tap`, at less cost, if the operation's own backward does not need the
     output.
 
-    An ordinary output gets a hook, which later in-place operations move along. A view is replaced by an alias first,
-    because a hook on a view would stay on a dead branch of the graph. An output that requires no grad cannot have a
-    hook and gets a tap.
+    An ordinary output gets a hook on its node of the graph, which sees what hooks of the user's on the output have made
+    of the gradient, and which later in-place operations leave alone. A view is replaced by an alias first, because its
+    node may be replaced. An output that requires no grad has no node and gets a tap.
     """
     if not output.requires_grad:
         return tap(output, use)
     if is_view(output):
         output = own_view(output)
-    output.register_hook(use.receive)  # type: ignore[no-untyped-call]
+    number, node = output.output_nr, output.grad_fn
+    assert node is not None
+
+    def receive(grads: tuple[Tensor | None, ...]) -> None:
+        backprop = grads[number]
+        if backprop is not None:
+            use.receive(backprop)
+
+    node.register_prehook(receive)
     return output

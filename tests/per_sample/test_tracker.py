@@ -395,6 +395,12 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def hooked(x: Tensor) -> Tensor:
+    if x.requires_grad:
+        x.register_hook(lambda gradient: 0.5 * gradient)
+    return x
+
+
 def set_rows(x: Tensor, where: Any, value: Tensor) -> Tensor:
     x = x.clone()
     x[where] = value
@@ -526,6 +532,10 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
     "attention over other widths": (
         lambda m, x: m.mix(x, x[..., :2], x[..., :1])[0],
         {"mix": nn.MultiheadAttention(3, 1, batch_first=True, kdim=2, vdim=1)},
+    ),
+    "hook of the user's on an output": (
+        lambda m, x: hooked(m.layer(m.first(x))).tanh(),
+        {"first": nn.Linear(3, 3), "layer": nn.Linear(3, 2)},
     ),
     "penalty in every loss": (
         lambda m, x: m.layer(x).sum((1, 2)) + m.layer.weight.square().sum(),
@@ -790,6 +800,12 @@ def test_rows_that_differ_by_sample_are_no_copies(value: float) -> None:
     module = Uses(lambda m, x: x + m.w[: len(x)], w=torch.full((9, 1, 3), value, dtype=torch.float64))
     with pytest.raises(PrivacyError, match=r"__getitem__ of 'w' works on, but its result is not the same for every"):
         make_engine(module, _loss(module), _data(4, 3))
+
+
+def test_an_operation_in_place_is_tried_on_copies() -> None:
+    """The first use is compared with the operation itself; the user's tensor is written to once."""
+    module = Uses(lambda m, x: (x[:, 0] * 1.0).addmv_(x, m.w).tanh(), w=drawn(3))
+    assert_engine_agrees(module, lambda x: module(x).square(), _data(3))
 
 
 def test_the_convolution_rule_needs_the_samples_first() -> None:
