@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.errors import ComparisonError
+from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.system.torch_private import BatchNorm, InstanceNorm
 
 _PIECE = 2**18
@@ -61,6 +61,7 @@ def compare_with_singles(
     Raises:
         ComparisonError: where the gradients differ, with the parameters, the size and the likely cause, or where no
             sample has a finite gradient.
+        PrivacyError: where they differ and ``adds_up`` shows that samples are independent.
         ValueError: for arguments that do not fit together.
 
     Example:
@@ -88,7 +89,7 @@ def compare_with_singles(
             index = int(values.argmax())
             worst[name] = (values[index].item() / largest if largest else math.inf, index)
     if worst and adds_up is not None and adds_up():
-        raise ComparisonError(f"{_difference(worst, rtol)} {_OURS}")
+        raise PrivacyError(f"{_difference(worst, rtol)} {_OURS}")
     if worst:
         cause = _cause(totals_b[both_finite], totals_s[both_finite], totals_bs[both_finite], samples, max(rtol, 1e-3))
         raise ComparisonError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")

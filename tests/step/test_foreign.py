@@ -215,7 +215,10 @@ def test_bare_parameters_beside_dropout_and_rsample_train(tmp_path: Any) -> None
     assert fit(Scaled(), tmp_path).ledger.num_steps == 4
 
 
-def test_a_wrong_per_sample_gradient_is_reported_as_ours(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_per_sample_gradient_is_reported_as_ours(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Samples are independent then, so that they may run one at a time."""
     gradients = PerSampleEngine.per_sample_gradients
 
     def rolled(self: Any, names: Any = None) -> dict[str, Tensor]:
@@ -223,7 +226,10 @@ def test_a_wrong_per_sample_gradient_is_reported_as_ours(tmp_path: Any, monkeypa
 
     monkeypatch.setattr(PerSampleEngine, "per_sample_gradients", rolled)
     with pytest.raises(PrivacyError, match=r"so no sample influences another.* which is ours to mend"):
-        fit(Classifier(), tmp_path)
+        fit(Classifier(), tmp_path, grad_sample="rules")
+    with caplog.at_level(logging.INFO):
+        assert fit(Classifier(), tmp_path).state.runs_alone
+    assert "one at a time, through plain autograd. Expected the gradient of every sample" in caplog.text
 
 
 def test_a_guard_over_the_batch_is_named_as_the_cause(tmp_path: Any) -> None:
