@@ -38,6 +38,11 @@ def is_view(tensor: Tensor) -> bool:
     return tensor._is_view()
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Tell whether ``torch.func`` has wrapped a tensor: within ``vmap`` one tensor stands for a batch of them."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def own_view(tensor: Tensor) -> Tensor:
     """Return an alias of a tensor that autograd does not count as a view."""
     alone: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)

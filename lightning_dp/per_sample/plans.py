@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import in_backward, unreported
+from lightning_dp.per_sample._torch import in_backward, is_mapped, unreported
 from lightning_dp.per_sample.arguments import replaced, tensors_in, with_other_values
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import (
@@ -31,6 +31,7 @@ from lightning_dp.per_sample.layout import (
     tensors_of,
 )
 from lightning_dp.per_sample.learned import UNORDERED, Key, Learned, Plan
+from lightning_dp.per_sample.nodes import named
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -53,6 +54,11 @@ class Observer:
         known = [(node, tensor) for node, tensor in zip(nodes, tensors, strict=True) if node is not None]
         if not known or in_backward():
             return func(*args, **kwargs)
+        if any(map(is_mapped, tensors)):
+            raise PrivacyError(
+                f"Expected {func.__name__} of {named(node for node, _ in known)} to see the samples of the batch, got "
+                f"a call within torch.vmap or another transform of torch.func, which hides them. {WAY_OUT}."
+            )
         plain = [tensor for node, tensor in zip(nodes, tensors, strict=True) if node is None]
         keys = list(dict.fromkeys((func.__name__, node.lineage) for node, _ in known))
         with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in known)

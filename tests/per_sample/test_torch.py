@@ -62,6 +62,13 @@ def test_an_own_view_is_no_view() -> None:
     assert alone.data_ptr() == base.data_ptr()
 
 
+def test_tensors_within_vmap_are_seen() -> None:
+    seen: list[bool] = []
+    torch.vmap(lambda row: (seen.append(_torch.is_mapped(row)), row)[1])(torch.ones(2, 3))
+    assert seen == [True]
+    assert not _torch.is_mapped(torch.ones(2))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
 def test_compiled_modules_are_found() -> None:
     in_place = nn.Linear(2, 2)

@@ -794,6 +794,12 @@ def test_a_product_over_the_samples_is_named(equation: str, operands: int, zero:
         run_batch(engine, lambda x: mixing(x).sum(), _data(4, 3), 4)
 
 
+def test_uses_within_vmap_are_refused() -> None:
+    layer = nn.Linear(3, 2).double()
+    with pytest.raises(PrivacyError, match=r"linear of 'weight', 'bias' to see the samples.*a call within torch.vmap"):
+        make_engine(layer, lambda x: torch.vmap(layer)(x).sum(), _data(4, 3))
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_rows_that_differ_by_sample_are_no_copies(value: float) -> None:
     """A table of positions that is indexed by samples, by mistake: its rows are equal before the first step only."""
