@@ -175,6 +175,12 @@ def test_gram_matrices_are_at_most_those_of_unfolding(
     torch.testing.assert_close(norms, reference.squared_norms(looped(layer, [call], 2), [["weight"]])[0])
 
 
+def test_conv_of_one_position_with_other_strides() -> None:
+    """Axes of length 1 may have any stride, by which torch's kernels would guess another memory format."""
+    layer = nn.Conv1d(4, 4, 3, padding=1, dtype=torch.float64)
+    check_against_loop(layer, made_calls(layer, [torch.randn(2, 1, 4, dtype=torch.float64).transpose(1, 2)]), 2)
+
+
 def test_conv_blocks_do_not_change_the_numbers(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_routes, "BLOCK_ELEMENTS", {"grouped": 300, "unfold": 1000, "gram": 8000}[route])
     monkeypatch.setattr(conv_routes, "CACHED_ELEMENTS", 1000)

@@ -221,9 +221,9 @@ def _weight_gradients(conv: Conv, calls: Sequence[Call], route: Route) -> Tensor
             rows = x.shape[0]
             grads = _native_gradient(
                 conv,
-                x.reshape(1, -1, *x.shape[2:]),
+                x.reshape(-1).view(1, -1, *x.shape[2:]),  # axes of length 1 get ordinary strides, as kernels ask for
                 (rows * conv.out_channels, *conv.weight.shape[1:]),
-                backprop.reshape(1, -1, *backprop.shape[2:]),
+                backprop.reshape(-1).view(1, -1, *backprop.shape[2:]),
                 padding,
                 rows * conv.groups,
             )
