@@ -24,7 +24,9 @@ _UNARY = """
     reciprocal logical_not logical_and logical_or logical_xor bitwise_not isnan isinf isfinite nan_to_num round floor
     ceil trunc frac sign sgn dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout bernoulli logit
     long int bool detach threshold hardshrink softshrink tanhshrink rrelu lgamma digamma invert __invert__ __neg__
-    __abs__ __pos__ tril triu cpu cuda requires_grad_ data real imag prelu
+    __abs__ __pos__ tril triu cpu cuda requires_grad_ data real imag prelu asin acos atan asinh acosh atanh sinh cosh
+    sinc angle conj conj_physical resolve_conj positive erfinv bitwise_and bitwise_or bitwise_xor heaviside complex
+    polar bucketize
 """
 _MOVES = """
     __getitem__ index_select gather take take_along_dim cat concat concatenate stack hstack vstack split

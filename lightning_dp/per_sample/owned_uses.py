@@ -152,15 +152,20 @@ def general(
 def _derived(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on parameters alone; if it repeats one for every sample, each sample gets a copy of its own."""
     out, size = derive(tracker, func, args, kwargs), tracker.recorder.batch_size
-    if func.__name__ not in _REPEATS or not isinstance(out, Function) or size < 2:
+    if func.__name__ not in _REPEATS or not isinstance(out, Function) or size == 0:
         return out
+    assert tracker.follower is not None
+    if size == 1:  # whatever a batch of one sample repeats is of this sample
+        one = tracker.follower.identity(out.device)
+        copies = _copy(tracker, out, out.node, out.detach(), OwnedAxis(None, one))
+        tracker.follower.note(copies, Rows(None, one))
+        return copies
     before = (1,) * (out.dim() - args[0].dim()) + tuple(args[0].shape)
     axis = next((a for a in range(out.dim()) if before[a] == 1 and out.shape[a] == size), None)
     if axis is None:
         return out
     one = derive(tracker, torch.narrow, (out, axis, 0, 1), {})
     copies = _copy(tracker, one, one.node, leaves.along(one.detach(), one.shape, axis, size), BatchAxis(axis))
-    assert tracker.follower is not None
     tracker.follower.note(copies, Rows(axis, tracker.follower.identity(copies.device), is_identity=True))
     return copies
 

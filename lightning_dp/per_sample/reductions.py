@@ -21,8 +21,9 @@ _IMAGES = """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-    adaptive_max_pool3d group_norm instance_norm batch_norm upsample_nearest1d upsample_nearest2d upsample_bilinear2d
-    pixel_shuffle pixel_unshuffle glu
+    adaptive_max_pool3d group_norm instance_norm batch_norm upsample_nearest1d upsample_nearest2d
+    upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d im2col pixel_shuffle pixel_unshuffle
+    glu
 """
 
 _REDUCING = {**dict.fromkeys(_REDUCES.split(), 1), **dict.fromkeys(_REDUCES_SECOND.split(), 2)}
@@ -200,6 +201,13 @@ def _embedding(step: Step) -> Found:
     return MIXED if found is None or found[0].is_floating_point() else found[1]
 
 
+def _stacked(step: Step) -> Found:
+    """Stacks of matrices: the first axis of each goes through them."""
+    found = entry_by_entry(step)
+    alike = all(tensor.dim() == 3 for tensor, _ in step.owned)
+    return found if alike and isinstance(found, Rows) and found.axis == 0 else MIXED
+
+
 def _attention(step: Step) -> Found:
     found = entry_by_entry(step)
     return found if isinstance(found, Rows) and (found.axis or 0) < first_of(step.out).dim() - 2 else MIXED
@@ -216,6 +224,7 @@ HANDLERS: dict[str, Callable[[Step], Found]] = {
     "cosine_similarity": _compared,
     "linear": _linear,
     "einsum": _einsum,
-    "embedding": _embedding,
+    **dict.fromkeys(("embedding", "one_hot"), _embedding),
+    "baddbmm": _stacked,
     "scaled_dot_product_attention": _attention,
 }

@@ -66,6 +66,10 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
         lambda m, x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * torch.view_as_complex(m.w), n=4, dim=1),
         {"w": drawn(3, 3, 2)},
     ),
+    "one-hot rows": (lambda m, x: F.one_hot((x[:, 0] > 0).long(), 2).double() @ m.w * x[:, :1], {"w": drawn(2, 3)}),
+    "stacks of products": (lambda m, x: torch.baddbmm(x, x, x[:, :3]) @ m.w, {"w": drawn(3, 2)}),
+    "interpolated rows": (lambda m, x: F.interpolate(x, scale_factor=2.0, mode="linear") * m.w, {"w": drawn(6)}),
+    "angles": (lambda m, x: torch.polar(x.abs(), x.atan()).angle() * m.w, {"w": drawn(3)}),
     "distances": (lambda m, x: torch.cdist(x[:, 0], m.w), {"w": drawn(5, 3)}),
     "cosines": (lambda m, x: F.cosine_similarity(x[:, :1], m.w[None], dim=-1), {"w": drawn(5, 3)}),
     "entries by two indices": (

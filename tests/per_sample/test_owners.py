@@ -73,7 +73,7 @@ def assert_agrees(
         grads = engine.per_sample_gradients() if order == "gradients first" else {}
         norms = engine.squared_norms([names, *[[name] for name in names]])
         factors = torch.linspace(0.5, 1.5, size, dtype=norms.dtype)
-        factors[1] = 0.0
+        factors[1:2] = 0.0
         out = {name: torch.zeros_like(module.get_parameter(name)) for name in names}
         engine.accumulate(factors[None], [names], out)
         grads = grads or engine.per_sample_gradients()
@@ -572,6 +572,26 @@ def test_rows_that_values_choose_are_followed(how: str) -> None:
     for name, grad in engine.per_sample_gradients().items():
         assert_close(grad, expected[name], float(expected[name].abs().max()), 1e-9, name)
     engine.end()
+
+
+class Started(nn.Module):
+    """A recurrent layer from a trained state, then a loop over the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.cell, self.layer = nn.Parameter(torch.randn(1, 1, 3)), nn.GRU(3, 3), nn.Linear(3, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.cell(x.transpose(0, 1), self.start.expand(1, len(x), 3).contiguous())[0]
+        return torch.stack([self.layer(out[:, i]).sum() for i in range(len(x))])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_trained_state_agrees_in_every_size(size: int) -> None:
+    torch.manual_seed(0)
+    module, x = Started(), _features(4, 2, 3)
+    assert assert_agrees(module, module, lambda chosen: x[chosen], size=size).follows_owners
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
