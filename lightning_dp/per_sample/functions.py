@@ -80,7 +80,7 @@ def _made(tracker: Tracker, func: Any, out: Tensor, key: Hashable, nodes: list[t
     if len(nodes) == 1 and nodes[0][0].is_view:
         (node, _), parameter = nodes[0], tracker.parameters[names[0]]
         whole = out.shape == node.shape and out.device == parameter.device
-        if func.__name__ in SAME_ENTRIES and whole:
+        if func.__name__ in SAME_ENTRIES and whole and out.is_complex() == parameter.is_complex():
             if node.region is None:
                 return Node(node.name, names, lineage, out, generation=tracker.recorder.generation)
             region = node.region

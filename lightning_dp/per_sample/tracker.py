@@ -206,6 +206,8 @@ class Tracker:
             return self.general(func, args, kwargs)
         found = {"weight": self.node_of(weight), "bias": self.node_of(bias)}
         nodes = {name: node for name, node in found.items() if node is not None}
+        if nodes and isinstance(weight, Tensor) and weight.is_complex():  # rules do not conjugate
+            return self.general(func, args, kwargs)
         if not nodes:
             return func(*args, **kwargs)
         if self.follower is not None:

@@ -537,6 +537,10 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda m, x: hooked(m.layer(m.first(x))).tanh(),
         {"first": nn.Linear(3, 3), "layer": nn.Linear(3, 2)},
     ),
+    "parameter read as complex": (
+        lambda m, x: (x.mul(1j).exp() @ m.w.to(x.mul(1j).dtype)).imag,
+        {"w": drawn(3, 2)},
+    ),
     "penalty in every loss": (
         lambda m, x: m.layer(x).sum((1, 2)) + m.layer.weight.square().sum(),
         {"layer": nn.Linear(3, 2)},
