@@ -42,25 +42,29 @@ class Couplings:
 
     def check_state(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that the state after a step does not depend on the records."""
-        host = self._runs.host
+        host, step = self._runs.host, self._runs.step
 
         def run(batches: list[list[Any]], *, ends: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
             state: dict[str, Any] = {}
+            trained = [p for accumulator in step.accumulators.values() for p in accumulator.parameters.values()]
+            values = [parameter.detach().clone() for parameter in trained]
             try:
                 for number, batch in enumerate(batches):
                     probe = self._runs.run(batch, Draws(), engine=False, rehearses=number == 0)
                     if number == 0:
                         if ends:
                             host.end_epoch()
-                        state = {**state_check.saved_state(self._runs.step.module, host.others()), **host.saved()}
+                        state = {**state_check.saved_state(step.module, host.others()), **host.saved()}
                         state["the answer of on_train_batch_start"] = host.skips
                         state["trainer.should_stop"] = host.stops
+                        with torch.no_grad():  # a rehearsed step may be so long that later gradients show nothing
+                            for parameter, value in zip(trained, values, strict=True):
+                                parameter.copy_(value)
             finally:
                 snapshot.put_back()
             return state, probe.private
 
         three = (records * 3)[:3] if len(records) < 3 else records[:3]
-        step = self._runs.step
         for ends in (False, True) if host.has_epoch_end else (False,):
             state_check.check_state(
                 partial(run, ends=ends),

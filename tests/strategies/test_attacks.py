@@ -154,6 +154,18 @@ def test_state_written_from_records_is_refused(step: Any, microbatch_size: int |
         fit(module, tmp_path, microbatch_size=microbatch_size)
 
 
+def test_state_is_found_however_long_a_rehearsed_step_is(tmp_path: Any) -> None:
+    """With a bound that clips nothing, a trial step saturates the layers, which hides what a later step reads."""
+
+    def mean_is_kept(module: Any, batch: Any) -> Tensor:
+        centred = batch[0] - module.baseline
+        module.baseline = 0.9 * module.baseline + 0.1 * batch[0].mean(0)
+        return cross_entropy(module, [centred, batch[1]])
+
+    with pytest.raises(PrivacyError, match="changes with what training_step saw before"):
+        fit(attack(mean_is_kept)(), tmp_path, max_grad_norm=1e6)
+
+
 class Hooked(Attack):
     """Writes state from the batch, or from what a step kept of it, in a hook in place of the step."""
 
