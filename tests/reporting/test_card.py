@@ -80,7 +80,7 @@ def test_card_is_beside_the_loggers_files_and_says_what_happened(tmp_path: Path)
     ]
     decided = " ".join(card["mechanism"]["callbacks"])
     assert "RandomSparsification(final_rate=0.5" in decided
-    assert "NoiseScheduler(kind='step', factor=0.5, every=2" in decided
+    assert "NoiseScheduler(kind='step', factor=0.5, every_n_epochs=2" in decided
     assert "logged without noise: nonprivate/clip_fraction" in card["not_covered"]
     assert any("validation" in item for item in card["not_covered"])
     assert any("hyper-parameters" in item for item in card["not_covered"])
