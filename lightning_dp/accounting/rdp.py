@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from dp_accounting.rdp import compute_epsilon
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS
-from scipy.special import gammaln, log_ndtr, logsumexp
+from scipy.special import gammaln, logsumexp
 from typing_extensions import override
 
 from lightning_dp.accounting.base import Accountant, Mechanisms, refuse_replace_one, split_unsampled
@@ -18,10 +21,23 @@ from lightning_dp.accounting.events import Mechanism
 
 Array = npt.NDArray[np.float64]
 
+_LIBRARY_LOG = logging.getLogger("absl")
 _MAX_MOMENT = 256  # of the likelihood ratio of a pass; beyond, a pass counts as one Gaussian
 _ROUNDING = 1e-14  # the divergences of tiny rates are differences of numbers near 1
-#: Terms of the two series of an order that is not whole: computed at a time, and at most. They fall slowly.
-_BLOCK, _MAX_TERMS = 50, 1000
+
+
+@contextmanager
+def _without_skipped_orders() -> Iterator[None]:
+    """Drop the library's log line for each skipped order, because the minimum over the others is still a bound."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "Excluding this order" not in record.getMessage()
+
+    _LIBRARY_LOG.addFilter(keep)
+    try:
+        yield
+    finally:
+        _LIBRARY_LOG.removeFilter(keep)
 
 
 class RDPAccountant(Accountant):
@@ -95,66 +111,10 @@ def divergences_of(key: Mechanism, whole_orders: bool = False) -> Array:
 
 
 def _poisson_divergences(key: Mechanism, orders: Array) -> Array:
-    moments, whole = np.empty(orders.size), orders % 1 == 0
-    moments[whole] = _whole_moments(key.sample_rate, key.noise_multiplier, orders[whole])
-    moments[~whole] = _other_moments(key.sample_rate, key.noise_multiplier, orders[~whole])
-    return np.tile(np.maximum(moments / (orders - 1), 0) + _ROUNDING, (2, 1))
-
-
-def _whole_moments(sample_rate: float, noise_multiplier: float, orders: Array) -> Array:
-    """Return log E[S^a] of one Poisson sample at whole orders a; S is the likelihood ratio.
-
-    E[S^a] = sum over k <= a of binomial(a, k) q^k (1 - q)^(a - k) exp((k^2 - k) / (2 sigma^2))
-    """
-    joined = np.arange(orders.max(initial=0) + 1)
-    left = np.maximum(orders[:, None] - joined, 0)
-    terms = _log_binomials(orders, joined, left) + joined * math.log(sample_rate) + left * math.log1p(-sample_rate)
-    terms += (joined**2 - joined) / (2 * noise_multiplier**2)
-    return np.asarray(logsumexp(np.where(joined <= orders[:, None], terms, -np.inf), axis=1))
-
-
-def _other_moments(sample_rate: float, noise_multiplier: float, orders: Array) -> Array:
-    """Return upper bounds on log E[S^a] of one Poisson sample at orders a that are not whole.
-
-    The integral is split at z0, where both parts of the mixture are equal; each side is a binomial series, summed
-    without its signs until its terms are negligible.
-
-    Returns:
-        One value per order: infinity where the series is still large after 1,000 terms, which leaves the order out.
-
-    References:
-        Mironov, Talwar and Zhang (2019), Section 3.3.
-    """
-    found, open_ = np.full(orders.size, np.inf), np.arange(orders.size)
-    middle = noise_multiplier**2 * math.log(1 / sample_rate - 1) + 0.5
-    log_rate, log_rest, variance = math.log(sample_rate), math.log1p(-sample_rate), noise_multiplier**2
-    total, last = np.full((orders.size, 1), -np.inf), np.full((2, orders.size, 1), -np.inf)
-    for start in range(0, _MAX_TERMS, _BLOCK):
-        first = np.arange(start, start + _BLOCK, dtype=np.float64)
-        second = orders[open_, None] - first
-        binomials = _log_binomials(orders[open_], first, second)
-        below = binomials + first * log_rate + second * log_rest + (first**2 - first) / (2 * variance)
-        above = binomials + second * log_rate + first * log_rest + (second**2 - second) / (2 * variance)
-        terms = np.stack(
-            [
-                below + log_ndtr((middle - first) / noise_multiplier),
-                above + log_ndtr((second - middle) / noise_multiplier),
-            ]
-        )
-        sums = np.logaddexp.accumulate(np.concatenate([total, np.logaddexp(*terms)], axis=1), axis=1)[:, 1:]
-        falling = (terms < np.concatenate([last, terms[:, :, :-1]], axis=2)).all(0)
-        ends = falling & (terms.max(0) < sums - 30)
-        done = ends.any(1)
-        found[open_[done]] = sums[done, ends[done].argmax(1)]
-        open_, total, last = open_[~done], sums[~done, -1:], terms[:, ~done, -1:]
-        if not open_.size:
-            break
-    return found
-
-
-def _log_binomials(orders: Array, first: Array, second: Array) -> Array:
-    """Return the logarithms of the absolute binomial coefficients, shape (orders, terms)."""
-    return np.asarray(gammaln(orders + 1)[:, None] - gammaln(first + 1) - gammaln(second + 1))
+    accountant = RdpAccountant(orders)
+    with _without_skipped_orders():
+        accountant.compose(PoissonSampledDpEvent(key.sample_rate, GaussianDpEvent(key.noise_multiplier)))
+    return np.tile(np.maximum(accountant.rdp, 0) + _ROUNDING, (2, 1))
 
 
 def _allocation_divergences(key: Mechanism, orders: Array) -> Array:

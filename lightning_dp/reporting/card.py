@@ -27,7 +27,7 @@ TYPES = {
     "tcdp": "truncated concentrated differential privacy",
 }
 #: Authors of the code that computes epsilon; for names not listed, this package.
-COMPUTED_BY = {"prv": "opacus"}
+COMPUTED_BY = {"rdp": "dp-accounting", "prv": "opacus"}
 
 
 def epsilon_curve(ledger: Ledger, accountant: Accountant, delta: float) -> list[tuple[int, float]]:

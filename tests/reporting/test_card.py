@@ -281,7 +281,7 @@ def test_many_runs_of_noise_are_cut_in_the_markdown_only() -> None:
     card = privacy_card(stated_plan(_state()), ledger, make_accountant("rdp"), notes=RunNotes())
     assert len(card["mechanism"]["noise_over_steps"]) == 30
     assert "| from 13 on | 18 more runs of equal noise, in the JSON |" in to_markdown(card)
-    assert card["accounting"]["computed_by"].startswith("lightning-dp ")
+    assert card["accounting"]["computed_by"].startswith("dp-accounting ")
 
 
 def test_card_needs_a_step() -> None:
