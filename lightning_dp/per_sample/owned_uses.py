@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import leaves
+from lightning_dp.per_sample import leaves, mapping
 from lightning_dp.per_sample._torch import in_backward
 from lightning_dp.per_sample.arguments import replaced
 from lightning_dp.per_sample.functions import derive
@@ -257,7 +257,7 @@ def _over_rows(
         id(t): _copy(tracker, t, node, t.detach().expand(num, *t.shape), _axis(result.moved(0))) for t, node in tracked
     }
     plan = CallLayout(tuple(axes), (BatchAxis(result.axis),))
-    out = leaves.over_rows(func, args, kwargs, plan, own, tensors, num, nodes)
+    out = mapping.over_rows(func, args, kwargs, plan, own, tensors, num, nodes)
     if out.shape != shape:  # a parameter has entries of its own for each row
         return tracker.unbatched(func, nodes)
     return out

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import leaves, owned_uses
+from lightning_dp.per_sample import leaves, mapping, owned_uses
 from lightning_dp.per_sample._torch import in_backward, unreported
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.following import Follower
@@ -79,8 +79,6 @@ class Tracker:
     def begin_comparison(self) -> None:
         """Compare owners of rows with what their positions say, in the microbatches that follow."""
         self.compares, self.num_misplaced, self.contradicted, self.chooses_rows = True, 0, None, False
-
-    # parameters
 
     def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Set the parameters that are followed."""
@@ -162,8 +160,6 @@ class Tracker:
             leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
             self.stand_ins[name] = leaf
         return self.stand_ins[name]
-
-    # operations
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on a tracked tensor."""
@@ -277,7 +273,7 @@ class Tracker:
             result = leaves.aligned(self, func, args, kwargs, plan, tracked, tensors)
             if result is not NotImplemented:
                 return result
-        return leaves.over_samples(self, func, args, kwargs, plan, tracked, tensors)
+        return mapping.over_samples(self, func, args, kwargs, plan, tracked, tensors)
 
     def plan_of(self, func: Any, node: Node, tensors: Sequence[Tensor]) -> CallLayout | None:
         """Return the layout of an operation; None if it sees no samples."""
