@@ -7,9 +7,9 @@
 Each arm has its own learning rate: the best of one grid on the validation records with a seed that is not reported.
 Then each arm trains with the reported seeds on the whole training split and is judged once each on the test split.
 Written down before any run: a difference beyond two standard errors of the paired differences counts, a smaller one is
-open; a best rate at an end of the grid adds one rate there, at most twice; studies run in the order of this file until
-the time budget ends. Changed once, after validation accuracies of one arm and before any test accuracy: all grids of
-rates were raised.
+open; a best rate at an end of the grid adds one rate there, at most twice; studies run in the order of the file until
+the time budget ends. Changed since: all grids of rates were raised, after validation accuracies of one arm and before
+any test accuracy; grids grow up to four times, after two arms had stayed open for a rate at an end.
 """
 
 from __future__ import annotations
@@ -18,140 +18,18 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.claim_studies import STUDIES, Study
 from benchmarks.recipes import Unfinished, grown
 from benchmarks.runs import Results, Run
 from benchmarks.stats import difference, markdown_table
 from benchmarks.tasks import be_quiet
 
 HERE = Path(__file__).parent
-SEARCH_SEED, SEEDS = 100, (0, 1, 2)
-
-
-@dataclass(frozen=True)
-class Study:
-    """One claim and the arms that test it.
-
-    Args:
-        claim: what the paper says.
-        setting: of the runs.
-        arms: name -> run at any rate.
-        grid: learning rates, the same for every arm.
-        pairs: (arm, its control, and the sign that the difference has if the claim holds).
-    """
-
-    claim: str
-    setting: str
-    arms: dict[str, Run]
-    grid: tuple[float, ...]
-    pairs: tuple[tuple[str, str, int], ...]
-
-
-FLAT = Run("fashion_mnist", "tanh mlp", 6, 1024, 1.0, epsilon=3.0)
-WIDE = Run("fashion_mnist", "wide cnn", 5, 2048, 1.0, epsilon=3.0, decay=True)
-SWITCH = Run("fashion_mnist", "tanh mlp", 6, 1024, 1.0, sigma=2.0)
-PRUNE = Run("fashion_mnist", "mlp 64", 4, 2048, 1.0, epsilon=3.0, decay=True)
-SCHEDULES = ("noise step .85", "noise exponential .1", "auto threshold 3", "quantile .5")
-MNIST_SCHEDULES = ("noise step .85", "noise time .1", "noise linear .5", *SCHEDULES[1:])
-VOTES = Run("mnist", "tanh mlp 16", 4, 1024, 1.0, epsilon=3.0)
-
-
-def _sparse(epsilon: float) -> Study:
-    dense = WIDE.but(epsilon=epsilon)
-    return Study(
-        "Random sparsification with gradual cooling to .9 beats dense DP-SGD with its best schedule of the rate (Zhu "
-        "& Blaschko 2023).",
-        f"epsilon {epsilon:g}, convolutional network of 509,226 parameters, batch 2,048, 5 epochs (the paper: 48); the "
-        "claim holds only if it does against both schedules of the dense rate.",
-        {
-            "dense, rate to 0": dense,
-            "dense, constant rate": dense.but(decay=False),
-            "sparse .9": dense.but(decay=False, method="sparse .9"),
-        },
-        (4.0, 8.0, 16.0),
-        (("sparse .9", "dense, rate to 0", 1), ("sparse .9", "dense, constant rate", 1)),
-    )
-
-
-def _pruning(widths: tuple[int, ...] = (64, 256, 512)) -> Study:
-    arms = {f"width {w}": PRUNE.but(network=f"mlp {w}") for w in widths}
-    arms |= {
-        f"width {w}, {a:g} pruned": PRUNE.but(network=f"mlp {w}", method=f"prune {a:g}") for w in widths for a in (0.9,)
-    }
-    return Study(
-        "Heavy pruning before training helps large networks (Watson et al. 2023).",
-        "perceptron 784-w-w-10, batch 2,048, 4 epochs, epsilon 3; the .9 of the weights smallest at the start are "
-        "removed.",
-        arms,
-        (1.0, 2.0, 4.0),
-        tuple((f"width {w}, 0.9 pruned", f"width {w}", 1) for w in widths),
-    )
-
-
-STUDIES = {
-    "sparsification at epsilon 3": _sparse(3.0),
-    "stages": Study(
-        "Later epochs decide: privacy in the second half of a run costs more than in the first (Watson et al. 2023).",
-        "perceptron 784-128-10 with tanh, batch 1,024, 6 epochs, sigma 2 where private, one rate for both "
-        "halves; only the arm that is private throughout is a private run.",
-        {
-            "private throughout": SWITCH,
-            "never private": SWITCH.but(sigma=None),
-            "private in the second half": SWITCH.but(method="private from 3"),
-            "private in the first half": SWITCH.but(method="private until 3"),
-        },
-        (0.5, 1.0, 2.0),
-        (("private in the second half", "private in the first half", -1),),
-    ),
-    "schedules": Study(
-        "A noise multiplier that decays, or a threshold learned from released values, beats constant ones at the same "
-        "epsilon (sound variants of Auto DP-SGD, Chilukoti et al. 2023).",
-        "perceptron 784-128-10 with tanh, batch 1,024, 6 epochs, epsilon 3.",
-        {"flat": FLAT, **{name: FLAT.but(method=name) for name in SCHEDULES}},
-        (1.0, 2.0, 4.0),
-        tuple((name, "flat", 1) for name in SCHEDULES),
-    ),
-    "parts": Study(
-        "Clipping hurts more than noise (Watson et al. 2023).",
-        "the network, batch and sigma of stages; with one of the two switched off the runs are not private.",
-        {
-            "clipping and noise": SWITCH,
-            "clipping only": SWITCH.but(sigma=0.0),
-            "noise only": SWITCH.but(clipping="none"),
-        },
-        (0.5, 1.0, 2.0),
-        (("clipping only", "noise only", -1),),
-    ),
-    "sparsification at epsilon 1": _sparse(1.0),
-    "pruning": _pruning(),
-    "schedules on MNIST": Study(
-        "A noise multiplier that decays, or a threshold learned from released values, beats constant ones at the same "
-        "epsilon (sound variants of Auto DP-SGD, Chilukoti et al. 2023).",
-        "MNIST, perceptron 784-128-10 with tanh, batch 1,024, 6 epochs, epsilon 3.",
-        {
-            "flat": FLAT.but(data="mnist"),
-            **{name: FLAT.but(data="mnist", method=name) for name in MNIST_SCHEDULES},
-        },
-        (2.0, 4.0, 8.0),
-        tuple((name, "flat", 1) for name in MNIST_SCHEDULES),
-    ),
-    "votes": Study(
-        "Votes on the coordinates in which a gradient is largest (TopAgg, Wang et al. 2021) beat clipped gradients in "
-        "DP-SGD.",
-        "MNIST, perceptron 784-16-10 with tanh, 12,730 weights, batch 1,024, 4 epochs, epsilon 3; each record votes on "
-        "a tenth of the weights with stochastic signs.",
-        {
-            "flat": VOTES,
-            "votes": VOTES.but(clipping="top .1"),
-        },
-        (2.0, 4.0, 8.0),
-        (("votes", "flat", 1),),
-    ),
-}
+SEARCH_SEED, SEEDS, GROWTHS = 100, (0, 1, 2), 4
 
 
 def chosen(study: Study, results: Results, until: float) -> dict[str, Run]:
@@ -163,13 +41,13 @@ def chosen(study: Study, results: Results, until: float) -> dict[str, Run]:
     best = {}
     for name, arm in study.arms.items():
         grid = list(study.grid)
-        for growth in range(3):
+        for growth in range(GROWTHS + 1):
             runs = {rate: arm.but(lr=rate, seed=SEARCH_SEED) for rate in grid}
             if not results.fill(runs.values(), until=until):
                 raise Unfinished
             rate = max(grid, key=lambda rate: results.lines[runs[rate]]["accuracy"])
             more = grown(sorted(grid), rate)
-            if growth == 2 or more is None:
+            if growth == GROWTHS or more is None:
                 break
             grid.append(more)
         best[name] = arm.but(lr=rate, report=True)

@@ -108,7 +108,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def _pixels(name: str, images: np.ndarray) -> Tensor:
     scaled = torch.tensor(images, dtype=torch.float32).div_(255)[:, None]
-    mean, std = {"mnist": MNIST_PIXELS, "mnist:unit": (0.0, 1.0), "mnist:half": (0.5, 0.5)}.get(name, (0.5, 0.5))
+    mean, std = {"mnist": MNIST_PIXELS, "mnist:unit": (0.0, 1.0), "fashion_mnist:unit": (0.0, 1.0)}.get(
+        name, (0.5, 0.5)
+    )
     return scaled.sub_(mean).div_(std)
 
 

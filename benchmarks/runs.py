@@ -52,8 +52,8 @@ CALLBACKS: dict[str, Callable[[str, int], L.Callback]] = {
     "noise exponential": lambda value, seed: NoiseScheduler("exponential", rate=float(value)),
     "auto threshold": lambda value, seed: AutoThreshold(float(value)),
     "quantile": lambda value, seed: AdaptiveClipping(float(value)),
-    "private from": lambda value, seed: SwitchToDP(int(value)),
-    "private until": lambda value, seed: SwitchToDP(int(value), reverse=True),
+    "private from": lambda value, seed: SwitchToDP(int(value.split("x")[0])),
+    "private until": lambda value, seed: SwitchToDP(int(value.split("x")[0]), reverse=True),
 }
 
 #: Decays of the averages of the weights; step t uses min(decay, (1 + t) / (10 + t)).
@@ -80,7 +80,8 @@ class Run:
             coordinates that ``TopAgg`` keeps.
         momentum: of SGD.
         decay: whether the rate falls to nothing in a straight line.
-        method: key of ``CALLBACKS`` and a number.
+        method: key of ``CALLBACKS`` and a number; "x16" after an epoch of "private from" or "private until" multiplies
+            the rate of the private epochs by 16.
         report: judged on the test split, else on the validation records.
         seed: of weights and masks; sampling and noise are not seeded.
         sampling: of ``DPStrategy``.
@@ -129,6 +130,13 @@ class Model(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.run.lr, momentum=self.run.momentum)
+        name, _, value = self.run.method.rpartition(" ")
+        if name.startswith("private") and "x" in value:
+            at, factor = (int(part) for part in value.split("x"))
+            private = {"private from": lambda epoch: epoch >= at, "private until": lambda epoch: epoch < at}[name]
+            return [optimizer], [
+                torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: factor if private(epoch) else 1)
+            ]
         if not self.run.decay:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
