@@ -129,8 +129,8 @@ def epsilons(run: Run, results: Results) -> list[str]:
 
 
 def queue(seeds: Iterable[int]) -> list[Run]:
-    """Return the runs of these seeds, the first seed of every row before the second; short rows come first."""
-    rows = sorted((setting.run for setting in SETTINGS), key=lambda run: run.epochs)
+    """Return the runs of these seeds, the first seed of every row before the second; the rows with tanh come first, then short ones."""
+    rows = sorted((setting.run for setting in SETTINGS), key=lambda run: (run.network != "tanh cnn", run.epochs))
     return [run.but(seed=seed) for seed in seeds for run in rows]
 
 
