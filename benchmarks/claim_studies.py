@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from benchmarks.runs import Run
@@ -59,23 +58,18 @@ def _sparse(epsilon: float) -> Study:
     )
 
 
-WIDTHS, PRUNED = (64, 256, 512, 1024), (0.5, 0.9, 0.98)
+PRUNED = (0.5, 0.9, 0.98)
 
 
-def _pruning() -> Study:
-    arms = {
-        f"width {width}" + (f", {share:g} pruned" if share else ""): PRUNE.but(
-            network=f"mlp {width}", method=f"prune {share:g}" if share else ""
-        )
-        for width, share in itertools.product(WIDTHS, (0.0, *PRUNED))
-    }
-    pairs = [(f"width {width}, {share:g} pruned", f"width {width}", 1) for width in WIDTHS for share in PRUNED]
+def _pruning(width: int) -> Study:
+    dense = PRUNE.but(network=f"mlp {width}")
     return Study(
         "Heavy pruning before training helps large networks (Watson et al. 2023).",
-        "perceptron 784-w-w-10, batch 2,048, 4 epochs, epsilon 3; the weights smallest at the start are removed.",
-        arms,
+        f"perceptron 784-{width}-{width}-10, batch 2,048, 4 epochs, epsilon 3; the weights smallest at the start are "
+        "removed.",
+        {"dense": dense, **{f"{share:g} pruned": dense.but(method=f"prune {share:g}") for share in PRUNED}},
         (1.0, 2.0, 4.0),
-        tuple(pairs),
+        tuple((f"{share:g} pruned", "dense", 1) for share in PRUNED),
     )
 
 
@@ -130,7 +124,7 @@ STUDIES = {
         (("clipping only", "noise only", -1),),
     ),
     "sparsification at epsilon 1": _sparse(1.0),
-    "pruning": _pruning(),
+    **{f"pruning at width {width}": _pruning(width) for width in (64, 256, 512, 1024)},
     "schedules on MNIST": _schedules("MNIST, ", FLAT.but(data="mnist"), (2.0, 4.0, 8.0)),
     "votes": Study(
         "Votes on the coordinates in which a gradient is largest (TopAgg, Wang et al. 2021) beat clipped gradients in "

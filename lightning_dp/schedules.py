@@ -51,7 +51,7 @@ def step(factor: float | None = None, every: int = 1, *, rate: float | None = No
 
         factor^e,   or   rate^(e/2)
 
-    Four plateaus with a factor of 0.8 to 0.9 are a good default.
+    Four plateaus with a factor of 0.8 to 0.9 are a mild schedule.
 
     Args:
         factor: factor on sigma, finite and > 0; below 1 the noise decreases.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from benchmarks import claims, generated, images, noise_studies, published, recipes, runs, units_and_noise
+from benchmarks import claims, images, noise_studies, published, recipes, runs, units_and_noise
 from benchmarks.runs import Results, Run
 from benchmarks.waves import FEATURES, morlet, waves
 
@@ -84,6 +84,21 @@ def test_search_grows_grids_and_keeps_the_step(executed: list[Run], tmp_path: Pa
     assert not any(run.report for run in executed)
 
 
+def test_again_trains_the_recipe_of_an_epsilon(
+    executed: list[Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(recipes, "execute", runs.execute)
+    monkeypatch.setitem(recipes.TASKS, "made up", recipes.Task("Title", RUN, {}))
+    results = Results(tmp_path / "lines")
+    found = list(recipes.recipes(recipes.TASKS["made up"], results, math.inf))
+    text = recipes.again("made up", "8", results)
+    assert executed[-1] == found[2].but(report=True, seed=recipes.SEEDS[0])
+    assert text.startswith("Title: ")
+    assert text.endswith("% at epsilon 2.99")
+    with pytest.raises(ValueError, match="Expected an epsilon of the page, got epsilon=2"):
+        recipes.again("made up", "2", results)
+
+
 def test_search_seeds_are_not_reported() -> None:
     assert not set(recipes.SEARCH_SEEDS) & set(recipes.SEEDS)
     assert claims.SEARCH_SEED not in claims.SEEDS
@@ -124,6 +139,17 @@ def test_verdict_follows_sign_and_error(second: float, sign: int, says: str) -> 
     first = dict.fromkeys(noise, 0.9)
     assert claims.verdict(first, {seed: second + value for seed, value in noise.items()}, sign)[1] == says
     assert claims.verdict(first, {"7": 0.1}, 1)[1] == "not run"
+
+
+def test_claimed_epsilon_adds_up_epochs_not_steps() -> None:
+    assert claims.claimed_epsilon([1.1] * 60, 0.01) == pytest.approx(1.25, abs=0.01)
+
+
+def test_sigmas_follow_the_schedule_of_an_arm() -> None:
+    line = {"steps": 354, "sigma": 2.0}
+    run = Run("made up", "tanh mlp", 6, 1024, 1.0, epsilon=3.0, method="noise step .85")
+    assert claims.sigmas_of(run, line) == pytest.approx([2.0, 2.0, 2.0, 1.7, 1.7, 1.7])
+    assert claims.sigmas_of(run.but(method="quantile .5"), line) == [2.0] * 6
 
 
 def test_published_page_says_what_was_not_run(tmp_path: Path) -> None:
@@ -257,25 +283,3 @@ def test_judge_repeats_lost_cases_with_more_seeds(monkeypatch: pytest.MonkeyPatc
     page = units_and_noise.page(results)
     assert "2 cases: 0 better, 2 worse beyond two standard errors: letter at epsilon 3, last weights (-1.00 ±" in page
     assert "| Poisson, per layer, least noise: last | not run |" in page
-
-
-def test_generated_digits_choose_a_threshold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def execute(run: generated.Lens) -> dict[str, Any]:
-        score = 0.5 + 0.1 * (run.threshold > 0) * (1 if run.epsilon == 10 else -1)
-        return {
-            "linear": score,
-            "cnn": 0.5,
-            "spent": run.epsilon,
-            "noise_std": 9.0,
-            "seconds": 1,
-            "processor_seconds": 1,
-        }
-
-    monkeypatch.setattr(generated, "execute", execute)
-    lines = generated.Lines(tmp_path / "lines")
-    found = generated.chosen(lines, math.inf)
-    assert found is not None
-    assert {epsilon: run.threshold for epsilon, run in found.items()} == {10.0: 0.6, 1.0: 0.0, None: 0.6}
-    assert not any(run.report for run in lines.lines)
-    assert len(generated.Lines(tmp_path / "lines").lines) == len(lines.lines) == 4
-    assert generated.chosen(generated.Lines(tmp_path / "none"), 0.0) is None

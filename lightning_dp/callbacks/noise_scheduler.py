@@ -90,8 +90,8 @@ class NoiseScheduler(ScheduleCallback):
     | "cosine" | half a cosine from 1 to factor at the end of the run | - |
     | a function | called with e, returns the factor on sigma | - |
 
-    Four plateaus of "step" with a factor of 0.8 to 0.9 are a good default. Under ``target_epsilon`` sigma_0 is
-    calibrated over the whole schedule.
+    Constant noise was as good at the same epsilon (``benchmarks/claims.md``); four plateaus of "step" with a factor of
+    0.8 to 0.9 are a mild schedule. Under ``target_epsilon`` sigma_0 is calibrated over the whole schedule.
 
     **Guarantee**: the schedule is public, and each step is recorded in the ledger with its own sigma. The epsilon of an
     "equivalent constant sigma" is never reported, because it would be too small.
