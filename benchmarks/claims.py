@@ -9,7 +9,7 @@ Then each arm trains with the reported seeds on the whole training split and is 
 Written down before any run: a difference beyond two standard errors of the paired differences counts, a smaller one is
 open; a best rate at an end of the grid adds one rate there, at most twice; studies run in the order of the file until
 the time budget ends. Changed since: all grids of rates were raised, after validation accuracies of one arm and before
-any test accuracy; grids grow up to four times, after two arms had stayed open for a rate at an end.
+any test accuracy; grids grow up to six times, after two arms had stayed open for a rate at an end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
 from lightning_dp.run_length import RunLength
 
 HERE = Path(__file__).parent
-SEARCH_SEED, SEEDS, GROWTHS, RECORDS = 100, (0, 1, 2), 4, 60_000
+SEARCH_SEED, SEEDS, GROWTHS, RECORDS = 100, (0, 1, 2), 6, 60_000
 
 
 def chosen(study: Study, results: Results, until: float) -> dict[str, Run]:

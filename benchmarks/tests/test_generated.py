@@ -28,12 +28,17 @@ def test_generated_search_keeps_the_best_way_to_draw(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(generated, "execute", execute)
     lines = generated.Lines(tmp_path / "lines")
-    found = generated.chosen("mnist", lines, math.inf)
+    found = generated.chosen(lines, math.inf)
     assert found is not None
     assert {epsilon: run.weighted for epsilon, run in found.items()} == {10.0: True, 1.0: False}
+    clothes = generated.both(found)["fashion_mnist"]
+    assert {(run.data, run.moves, run.weighted) for run in clothes.values()} == {
+        ("fashion_mnist", 0.5, True),
+        ("fashion_mnist", 0.5, False),
+    }
     assert all(run.seed == lens_run.SEARCH_SEED and not run.report for run in lines.lines)
     assert generated.Lines(tmp_path / "lines").lines.keys() == lines.lines.keys()
-    assert generated.chosen("mnist", generated.Lines(tmp_path / "none"), 0.0) is None
+    assert generated.chosen(generated.Lines(tmp_path / "none"), 0.0) is None
 
 
 def test_kinds_depend_on_one_image_alone() -> None:

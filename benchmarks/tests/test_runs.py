@@ -122,14 +122,14 @@ def test_section_leaves_a_rate_at_an_end_open(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setitem(claims.STUDIES, "made up", study)
     results = Results(tmp_path / "lines")
     for arm, run in arms.items():
-        for rate in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0):
-            peak = 64.0 if arm == "high" else 2.0
+        for rate in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0):
+            peak = 256.0 if arm == "high" else 2.0
             results.add(run.but(lr=rate, seed=claims.SEARCH_SEED), outcome(0.8 - abs(rate - peak) / 100))
         for seed in claims.SEEDS:
             results.add(run.but(lr=peak, seed=seed, report=True), outcome(0.7 + seed / 1000 + (arm == "high") / 10))
     text = claims.section("made up", results)
     assert "| low | 2 |" in text
-    assert "| high | 64, an end of the grid |" in text
+    assert "| high | 256, an end of the grid |" in text
     assert "| high minus low | +10.00 ± 0.00 | open: a rate at an end of the grid |" in text
 
 
