@@ -53,7 +53,7 @@ def top_k_votes(
         Wang et al. 2021, DataLens, Algorithms 2 and 3.
     """
     check.check_choice("signs", signs, SIGNS)
-    if signs == "sign" and top_k == gradients.shape[-1]:  # all coordinates: nothing to select, four times faster
+    if signs == "sign" and top_k == gradients.shape[-1]:  # all coordinates: nothing to select
         grads = _at_least_float32(gradients)
         return torch.where(grads.isfinite().all(-1, keepdim=True), grads.sign(), 0.0)
     values_K, chosen = largest_coordinates(gradients, top_k)
