@@ -24,7 +24,7 @@ class Module(nn.Module):
         return self.layer(batch[0]).square().mean()
 
 
-def test_plain_pass_runs_each_sample_alone_and_leaves_no_gradient() -> None:
+def test_plain_pass_runs_samples_alone_and_leaves_no_gradient() -> None:
     module, singles = Module(), [[torch.randn(1, 2), torch.zeros(1)] for _ in range(3)]
     assert single_cost.plain_pass(module, singles) > 0
     assert module.seen == [(1, 1)] * 3

@@ -79,6 +79,10 @@ class BothRanks(AllReduce):
         ReleaseNoise(self.step.noise.source, self).add(peer, self.step.releases[0], alone=False)
         accumulator.flat.add_(peer.flat)
 
+    def each_rank(self, values: Tensor) -> Tensor:
+        """Return the same facts for both."""
+        return values.expand(2, *values.shape)
+
 
 class TwoRanks(Watching):
     """Plays both of two processes; the other one drew no sample."""
