@@ -183,7 +183,7 @@ def noise() -> Tensor:
 
 
 def releases() -> Tensor:
-    """What this rank holds of 1,000 releases of noise of std 1.5: its rows, then what is replicated."""
+    """What this rank holds of 4,000 releases of noise of std 1.5: its rows, then what is replicated."""
     module = nn.Module()
     module.network, module.shift = plain(), nn.Parameter(torch.zeros(NUM_CLASSES))
     for layer in (module.network[0], module.network):
@@ -194,7 +194,7 @@ def releases() -> Tensor:
     event = PrivacyEvent(kind="poisson", noise_multiplier=1.5, sample_rate=0.5)
     release = Release(sigma=1.5, noise_std=1.5, drawn_std=1.5, statistics_std=0.0, sensitivity=1.0, event=event)
     found = []
-    for number in range(1000):
+    for number in range(4000):
         noise.begin(accumulator, release, first=number % 2 == 0, divisor=1)
         accumulator.used = True
         noise.add(accumulator, release, alone=False)
