@@ -24,6 +24,8 @@ from tests.strategies.sharded import Sharded, plain
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 OUT = Path(sys.argv[1])
 STRATEGIES: dict[str, Any] = {"ddp": DPDDPStrategy, "fsdp": DPFSDPStrategy}
+#: Attacks that the default tests also run under FSDP; ``rank_attacks_fsdp_run.py`` runs the others.
+QUICK = ("loss of the other rank", "shuffled", "bound", "moved")
 
 
 class Attack(Sharded):
@@ -259,11 +261,14 @@ def hook_calls(kind: str) -> int:
     return len(seen)
 
 
-def main() -> None:
+def main(*, whole: bool = False) -> None:
+    """Run everything under DDP and a part under FSDP, or the other part under FSDP."""
     seen: dict[str, Any] = {}
-    for kind in STRATEGIES:
-        seen[kind] = {name: said(run, kind) for name, run in ATTACKS.items() if (kind, name) != ("fsdp", "collective")}
-        seen[kind] |= {free.__name__: free(kind) for free in (talking, seeded, without_sync, hook_calls)}
+    for kind in ["fsdp"] if whole else STRATEGIES:
+        names = [name for name in ATTACKS if kind == "ddp" or (name != "collective" and whole != (name in QUICK))]
+        seen[kind] = {name: said(ATTACKS[name], kind) for name in names}
+        if not whole:
+            seen[kind] |= {free.__name__: free(kind) for free in (talking, seeded, without_sync, hook_calls)}
     torch.save(seen, OUT / f"rank{RANK}.pt")
 
 

@@ -1,0 +1,16 @@
+"""Run by the slow part of test_rank_attacks.py: the attacks under FSDP that the default tests leave out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from tests.strategies.rank_attacks_run import main
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(whole=True)
