@@ -47,6 +47,7 @@ def cli(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def run(*arguments: str) -> Any:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # else the first test of a process meets a warning
         quiet = {"enable_progress_bar": "false", "enable_model_summary": "false", "logger": "false"}
         if arguments[0] == "fit" and "help" not in " ".join(arguments):
             arguments = (*arguments, *(f"--trainer.{name}={value}" for name, value in quiet.items()))

@@ -23,13 +23,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 #: Low-rank adapters are in other cases too; here it is all 22.7 million weights that take the time.
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "MiniLM, LoRA" else ()) for name in CASES]
 
+#: Networks that are trained by default, one per kind; the step of every network is compared by default as well.
+TRAINED = (
+    "BERT, LoRA",
+    "Llama",
+    "ResNet, fixed",
+    "ViT",
+    "Mamba",
+    "two towers, tied tables",
+    "T5, whose first block hands its position bias on",
+    "CLIP, each image with captions of its own",
+)
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: list[str], name: str) -> None:
     check_step(CASES[name], tmp_path, check_per_sample=False)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in TRAINED else pytest.mark.slow) for name in CASES]
+)
 def test_model_trains_as_it_is(tmp_path: Any, name: str) -> None:
     check_fit(CASES[name].module(), CASES[name].dataset(), tmp_path)
 

@@ -16,9 +16,6 @@ from tests.helpers import Classifier, make_dataset
 from tests.processes import run_script, run_two_ranks
 from tests.strategies.test_private_step import clipped_sum
 
-#: One of the processes that share out the tests runs both ranks; the other goes on meanwhile (``--dist loadgroup``).
-pytestmark = pytest.mark.xdist_group(__name__)
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

@@ -19,9 +19,6 @@ from tests.processes import run_script, run_two_ranks
 from tests.strategies.sharded import CASES, Sharded, plain
 from tests.strategies.test_private_step import clipped_sum
 
-#: One of the processes that share out the tests runs both ranks; the other goes on meanwhile (``--dist loadgroup``).
-pytestmark = pytest.mark.xdist_group(__name__)
-
 SCRIPT = Path(__file__).with_name("fsdp_run.py")
 
 

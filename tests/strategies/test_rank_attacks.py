@@ -11,9 +11,6 @@ import torch
 
 from tests.processes import run_two_ranks
 
-#: One of the processes that share out the tests runs both ranks; the other goes on meanwhile (``--dist loadgroup``).
-pytestmark = pytest.mark.xdist_group(__name__)
-
 COUPLED = "ComparisonError: Expected the gradient of every sample in a batch to be its gradient when run alone"
 SETTINGS = "PrivacyError: Expected the same settings on every rank, got different values of "
 DATA = "PrivacyError: Expected the same dataset in the same order on every rank, got other records at 16 of 16"
@@ -39,7 +36,7 @@ REFUSED = {
 }
 
 #: Attacks that the default tests also run under FSDP, as in the script.
-QUICK = ("loss of the other rank", "shuffled", "bound", "moved")
+QUICK = ("shuffled", "moved")
 
 
 @pytest.fixture(scope="module")
