@@ -43,7 +43,7 @@ NUM_SHOWN = 2  # images whose reconstructions are drawn
 
 
 class Collectives(TorchDispatchMode):
-    """A counter of the bytes in the tensors of collective operations."""
+    """A counter of collective operations, and of the bytes in all-reduces; ranks compare themselves by all-gathers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,15 +52,16 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            tensors = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, torch.Tensor)]
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             name = func.__name__.split(".")[0].rstrip("_")
             self.calls[name] = self.calls.get(name, 0) + 1
+            if name == "allreduce":
+                tensors = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, torch.Tensor)]
+                self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return func(*args, **(kwargs or {}))
 
 
 class Counter(L.Callback):
-    """A callback that notes, per step, the bytes in collectives and the figure that the library logs."""
+    """A callback that notes, per step, the bytes in all-reduces and the figure that the library logs."""
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
