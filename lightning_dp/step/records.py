@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
 from lightning_dp.errors import PrivacyError
@@ -18,7 +18,7 @@ from lightning_dp.sampling.fetch import read
 from lightning_dp.sampling.gather import is_plain
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step import checks
-from lightning_dp.step.exchange import whole_numbers
+from lightning_dp.step.exchange import has_floats, whole_numbers
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.ranks import mark_of
 from lightning_dp.step.reading import check_reading
@@ -80,13 +80,9 @@ class TrainingRecords:
         Raises:
             PrivacyError: a quarter of a few records has others, which no random draw explains.
         """
-        dataset, readings = self.loader.dataset, []
-        if isinstance(dataset, IterableDataset):
+        if isinstance(self.loader.dataset, IterableDataset):
             return
-        for entropy in (1, 2):
-            with fresh_randomness(entropy):
-                readings.append([whole_numbers(record) for record in read(dataset, self._positions(_NUM_PLACES, 1))])
-        labels = [one if one == other else None for one, other in zip(*readings, strict=True)]
+        labels = self._steady(whole_numbers)
         moved = sum(old != new for old, new in zip(self.labels, labels, strict=False) if None not in (old, new))
         self.labels = labels
         if 4 * moved >= len(labels):
@@ -106,15 +102,19 @@ class TrainingRecords:
         if isinstance(loader.dataset, IterableDataset):
             found = [mark_of(_features(record)) for record in self.take(_NUM_PLACES // 4)]
             return [1.0, 0.0, *found, *[0.0] * (_NUM_PLACES - len(found))]
-        readings = []
-        for entropy in (1, 2):
-            with fresh_randomness(entropy):
-                records = read(loader.dataset, self._positions(_NUM_PLACES, 1))
-            readings.append([mark_of(_features(record)) for record in records])
-        same = [one if one == other else 0.0 for one, other in zip(*readings, strict=True)]
+        same = [mark or 0.0 for mark in self._steady(lambda record: mark_of(_features(record)))]
         units = getattr(loader.batch_sampler, "units", None)
         users = 0.0 if units is None else mark_of(units.owners.tobytes())
         return [0.0, users, *same, *[0.0] * (_NUM_PLACES - len(same))]
+
+    def _steady(self, look: Callable[[Any], Any]) -> list[Any]:
+        """Return what is seen in a few records, always the same ones; None where random draws change it."""
+        readings = []
+        for entropy in (1, 2):
+            with fresh_randomness(entropy):
+                records = read(self.loader.dataset, self._positions(_NUM_PLACES, 1))
+                readings.append([look(record) for record in records])
+        return [one if one == other else None for one, other in zip(*readings, strict=True)]
 
     def _positions(self, num: int, seed: int) -> list[int]:
         size = self._num_records or 0
@@ -190,16 +190,8 @@ def _features(record: Any) -> list[Any]:
     """
     words = whole_numbers(record)
     found = [each for each in words if not isinstance(each, str)]
-
-    def look(leaf: Any) -> Any:
-        if isinstance(leaf, (float, np.floating)) or (isinstance(leaf, (Tensor, np.ndarray)) and _is_real(leaf)):
+    for leaf in tree_leaves(record):
+        if isinstance(leaf, np.floating) or has_floats(leaf):
             values = np.asarray(leaf.detach().cpu().float() if isinstance(leaf, Tensor) else leaf).reshape(-1)[:64]
             found.extend(f"{value:.4g}" for value in values)
-        return leaf
-
-    tree_map(look, record)
     return found or words
-
-
-def _is_real(leaf: Any) -> bool:
-    return bool(leaf.is_floating_point()) if isinstance(leaf, Tensor) else leaf.dtype.kind == "f"

@@ -13,4 +13,4 @@ from tests.strategies.rank_attacks_run import main
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(whole=True)
+    main(rest=True)

@@ -19,13 +19,11 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_dp import DPDDPStrategy, DPFSDPStrategy, NoiseScheduler, PrivacyError
 from tests.helpers import ByHand, make_dataset, make_trainer
-from tests.strategies.sharded import Sharded, plain
+from tests.strategies.sharded import ALSO_SHARDED, Sharded, plain
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 OUT = Path(sys.argv[1])
 STRATEGIES: dict[str, Any] = {"ddp": DPDDPStrategy, "fsdp": DPFSDPStrategy}
-#: Attacks that the default tests also run under FSDP; ``rank_attacks_fsdp_run.py`` runs the others.
-QUICK = ("shuffled", "moved")
 
 
 class Attack(Sharded):
@@ -261,13 +259,14 @@ def hook_calls(kind: str) -> int:
     return len(seen)
 
 
-def main(*, whole: bool = False) -> None:
-    """Run everything under DDP and a part under FSDP, or the other part under FSDP."""
+def main(*, rest: bool = False) -> None:
+    """Run all attacks under DDP and two under FSDP, or the rest of those under FSDP."""
+    others = [name for name in ATTACKS if name not in (*ALSO_SHARDED, "collective")]
+    chosen = {"fsdp": others} if rest else {"ddp": [*ATTACKS], "fsdp": [*ALSO_SHARDED]}
     seen: dict[str, Any] = {}
-    for kind in ["fsdp"] if whole else STRATEGIES:
-        names = [name for name in ATTACKS if kind == "ddp" or (name != "collective" and whole != (name in QUICK))]
+    for kind, names in chosen.items():
         seen[kind] = {name: said(ATTACKS[name], kind) for name in names}
-        if not whole:
+        if not rest:
             seen[kind] |= {free.__name__: free(kind) for free in (talking, seeded, without_sync, hook_calls)}
     torch.save(seen, OUT / f"rank{RANK}.pt")
 

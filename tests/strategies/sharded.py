@@ -101,6 +101,8 @@ class Adapter(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+#: Attacks of one rank on another that the default tests run under FSDP too; the slow tests run the rest.
+ALSO_SHARDED = ("shuffled", "moved")
 #: name -> network, arguments of fully_shard, options of the strategy, callbacks, options of the Trainer
 CASES: dict[
     str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], Callable[[], list[Any]], dict[str, Any]]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.processes import run_two_ranks
+from tests.strategies.sharded import ALSO_SHARDED
 
 COUPLED = "ComparisonError: Expected the gradient of every sample in a batch to be its gradient when run alone"
 SETTINGS = "PrivacyError: Expected the same settings on every rank, got different values of "
@@ -35,9 +36,6 @@ REFUSED = {
     "plateau": "PrivacyError: Expected equal replicas, got different values of 'the learning rate of optimizer 0",
 }
 
-#: Attacks that the default tests also run under FSDP, as in the script.
-QUICK = ("shuffled", "moved")
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
@@ -45,14 +43,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_two_ranks(Path(__file__).with_name("rank_attacks_run.py"), tmp_path_factory)
 
 
-@pytest.mark.parametrize(("kind", "name"), [*(("ddp", name) for name in REFUSED), *(("fsdp", name) for name in QUICK)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("ddp", name) for name in REFUSED), *(("fsdp", name) for name in ALSO_SHARDED)]
+)
 def test_what_ranks_do_apart_is_refused_on_both(ranks: list[dict[str, Any]], kind: str, name: str) -> None:
     for seen in ranks:
         assert seen[kind][name].startswith(REFUSED[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in REFUSED if name not in QUICK])
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in ALSO_SHARDED])
 def test_other_attacks_are_refused_under_fsdp(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     for seen in run_two_ranks(Path(__file__).with_name("rank_attacks_fsdp_run.py"), tmp_path_factory):
         assert seen["fsdp"][name].startswith(REFUSED[name])
