@@ -6,8 +6,8 @@
 A private step with all pieces against the same step without one of them. Both sides run in turn, each in a process of
 its own, with wall clock; a figure is the median of the pairs' ratios, "without" over "with", so above 1.05 the piece
 gains more than 5 %. Batches have a fixed size, and samples are not checked, so that both sides do the same work. A
-piece that changes nothing here is said to be idle: the generator's state where mkl-random is installed, drawing ahead
-without a spare core (``--threads 1`` leaves one), ending threads with one.
+piece that changes nothing here is said to be idle: the generator's state where mkl-random is installed, threads of
+noise and their ending with one thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from benchmarks.step_machine import environment
 from benchmarks.step_processes import OwnProcesses, serve
 from benchmarks.step_runs import Clock, same_size_batches, trainer_steps
 from lightning_dp import DPStrategy
-from lightning_dp.noise import has_spare_core
 from lightning_dp.noise import sources as noise_sources
 from lightning_dp.system import openmp
 
@@ -42,17 +41,15 @@ WHOLE = "whole"
 #: piece -> module, name in it, and what takes its place where the piece is off
 PIECES: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "allocator": ("lightning_dp.system.allocator", "keep_freed_memory", lambda: False),
-    "owners": ("lightning_dp.step.accumulator", "is_shared", lambda tensor: True),
     "openmp": ("lightning_dp.noise.cpu", "end_waiting_threads", lambda: False),
     "threads": ("lightning_dp.noise.cpu", "_threads_for", lambda num: 1),
     "generator": ("lightning_dp.noise.sources", "_has_known_layout", lambda: False),
-    "prefetch": ("lightning_dp.step.noising", "has_spare_core", lambda: False),
 }
 
 
 def idle_pieces() -> set[str]:
     """Pieces that change nothing in this process."""
-    idle = set() if has_spare_core() else {"prefetch"}
+    idle: set[str] = set()
     if noise_sources._mkl_generator() is not None:
         idle.add("generator")
     if torch.get_num_threads() == 1 or not openmp.can_end_waiting_threads():

@@ -22,18 +22,18 @@ def test_piece_is_switched_off(piece: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_piece_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PIECES, "owners", ("lightning_dp.step.accumulator", "has_moved", lambda: None))
-    with pytest.raises(AttributeError, match=r"Expected lightning_dp.step.accumulator.has_moved, got a module without"):
-        switch_off("owners")
+    monkeypatch.setitem(PIECES, "threads", ("lightning_dp.noise.cpu", "has_moved", lambda: None))
+    with pytest.raises(AttributeError, match=r"Expected lightning_dp.noise.cpu.has_moved, got a module without"):
+        switch_off("threads")
 
 
 @pytest.mark.slow
 def test_each_piece_has_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_pieces, "idle_pieces", lambda: {"prefetch"})
+    monkeypatch.setattr(step_pieces, "idle_pieces", lambda: {"generator"})
     out = tmp_path / "pieces.json"
-    chosen = ["--cases", "mlp", "--pieces", "owners", "prefetch", "--pairs", "1", "--seconds", "0.01"]
+    chosen = ["--cases", "mlp", "--pieces", "allocator", "generator", "--pairs", "1", "--seconds", "0.01"]
     main([*chosen, "--threads", "1", "--out", str(out)])
     found = json.loads(out.read_text())["mlp"]
-    assert found["prefetch"] == "idle"
-    assert found["owners"]["pairs"] == 1
-    assert found["owners"]["min"] == found["owners"]["max"] > 0
+    assert found["generator"] == "idle"
+    assert found["allocator"]["pairs"] == 1
+    assert found["allocator"]["min"] == found["allocator"]["max"] > 0

@@ -35,7 +35,11 @@ def check_buffer(tensor: Tensor, std: float) -> None:
         TypeError: a buffer that is neither float32 nor float64.
         ValueError: a buffer that is not contiguous, or a std that is negative, not finite, or out of the type's range.
     """
-    check_dtype(tensor.dtype)
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"Expected a float32 or float64 buffer, got dtype={tensor.dtype}. Lower precision would round noise away: "
+            "add it before converting."
+        )
     if not tensor.is_contiguous():
         raise ValueError(
             f"Expected a contiguous buffer, got stride={tensor.stride()} for shape={tensor.shape}. "
@@ -46,12 +50,3 @@ def check_buffer(tensor: Tensor, std: float) -> None:
     limits = torch.finfo(tensor.dtype)
     if std != 0 and not limits.tiny <= std <= limits.max:
         raise ValueError(f"Expected std within the range of {tensor.dtype}, got std={std}. Rescale the buffer.")
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raise TypeError unless the dtype is float32 or float64, which do not round noise away."""
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"Expected a float32 or float64 buffer, got dtype={dtype}. Lower precision would round noise away: add it "
-            "before converting."
-        )

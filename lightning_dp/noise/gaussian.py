@@ -1,7 +1,6 @@
 """Independent Gaussian noise: its scale, its rounding, and the single use of every value.
 
-Standard normals are drawn in ``sources.py``, on the CPU by the threads of ``cpu.py``, and ahead of time in
-``prefetch.py``.
+Standard normals are drawn in ``sources.py``, on the CPU by the threads of ``cpu.py``.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_dp.noise.buffers import DEVICE_CHUNK, check_buffer, check_dtype, num_forks
-from lightning_dp.noise.cpu import CHUNK, NUM_STREAMS, CpuStreams
-from lightning_dp.noise.prefetch import NormalsAhead
-from lightning_dp.noise.sources import SECURE_DRAWS, normal_stream, secure_normals, secure_words
+from lightning_dp.noise.buffers import DEVICE_CHUNK, check_buffer, num_forks
+from lightning_dp.noise.cpu import NUM_STREAMS, CpuStreams
+from lightning_dp.noise.sources import SECURE_DRAWS, secure_normals, secure_words
 
 _SECURE_CHUNK = 1 << 16
 _GRID_BITS = 20  # the grid's step is at most std 2^-20: its own variance is below 1e-13 of the noise's
@@ -60,9 +58,8 @@ class GaussianNoise:
         seed: for tests only: whoever knows it can subtract the noise. ``None``: the operating system's entropy. A seed
             gives the same noise for any number of threads, but other noise with ``mkl-random`` than without.
         secure: whether to use the cryptographic variant.
-        tuned: False draws in the calling thread only, never ahead of time, ends no OpenMP threads, and uses numpy's
-            generator in place of torch's with a state written by hand. The distribution is the same; a seed gives other
-            noise.
+        tuned: False draws in the calling thread only, ends no OpenMP threads, and uses numpy's generator in place of
+            torch's with a state written by hand. The distribution is the same; a seed gives other noise.
 
     Raises:
         ValueError: a seed together with ``secure=True``.
@@ -85,42 +82,7 @@ class GaussianNoise:
             )
         self.secure = secure
         self.tuned = tuned
-        self._ahead: NormalsAhead | None = None
         self._start(seed)
-
-    def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Start drawing ``num`` standard normals in the background, for the next call of ``add_`` or ``fill_``.
-
-        That call uses them if its buffer has ``num`` coordinates of that type on that device. Any other call discards
-        them and draws its own. Does nothing on devices other than the CPU, for fewer than 2^15 values, for the secure
-        variant, under a seed, or with ``tuned=False``. Holds one more buffer of that size and type.
-
-        **Guarantee**: as private as noise drawn in the call: the values depend on the generator alone, each is used at
-        most once, and no forked child, copy or pickle has any of them.
-
-        Args:
-            num: number of coordinates of the next buffer.
-            dtype: type of the next buffer, float32 or float64.
-            device: device of the next buffer.
-
-        Raises:
-            TypeError: another type.
-            Exception: an error of an earlier draw of another number or type; other errors are raised by the next call.
-
-        Example:
-            >>> noise = GaussianNoise()
-            >>> noise.prepare(100_000, torch.float32, torch.device("cpu"))
-            >>> sums = torch.zeros(100_000)  # work that overlaps the drawing
-            >>> bool(0.9 < noise.add_(sums, std=1.0).std() < 1.1)
-            True
-        """
-        check_dtype(dtype)
-        self._refuse_the_parents_state()
-        if device.type != "cpu" or num < CHUNK or self.secure or self._root is not None or not self.tuned:
-            return
-        if self._ahead is None:
-            self._ahead = NormalsAhead(normal_stream(self._children(1)[0]))
-        self._ahead.draw(num, dtype)
 
     @torch.no_grad()
     def add_(self, tensor: Tensor, std: float) -> Tensor:
@@ -139,7 +101,7 @@ class GaussianNoise:
             TypeError: another type of tensor.
             ValueError: a buffer that is not contiguous, or a ``std`` that is negative, not finite, or so small that
                 the buffer's type would turn it into zero.
-            Exception: an error of drawing ahead, see ``prepare``.
+            Exception: an error of drawing.
         """
         check_buffer(tensor, std)
         if std > 0:
@@ -179,13 +141,7 @@ class GaussianNoise:
 
     def _write(self, flat: Tensor, std: float, *, adds: bool) -> None:
         self._refuse_the_parents_state()
-        ahead = None if self._ahead is None else self._ahead.take(flat.numel(), flat.dtype)
-        if ahead is not None and flat.device.type == "cpu":
-            if adds:
-                flat.add_(ahead, alpha=std)
-            else:
-                torch.mul(ahead, std, out=flat)
-        elif self.secure:
+        if self.secure:
             self._add_secure(flat if adds else flat.zero_(), std)
         elif flat.device.type == "cpu":
             self._streams.write(flat, std, adds=adds)
@@ -193,7 +149,7 @@ class GaussianNoise:
             self._write_device(flat, std, adds=adds)
 
     def close(self) -> None:
-        """End the threads and discard numbers drawn ahead. A later call starts new threads.
+        """End the threads. A later call starts new ones.
 
         Example:
             >>> noise = GaussianNoise()
@@ -203,9 +159,6 @@ class GaussianNoise:
         """
         if self._fork == num_forks():  # else its threads belong to the parent
             self._streams.close()
-            ahead, self._ahead = self._ahead, None
-            if ahead is not None:
-                ahead.close()
 
     def __reduce__(self) -> tuple[Callable[[], GaussianNoise], tuple[()]]:
         return partial(GaussianNoise, secure=self.secure, tuned=self.tuned), ()
@@ -219,7 +172,6 @@ class GaussianNoise:
         self._fork = num_forks()
         self._root = None if seed is None else np.random.SeedSequence(seed)
         self._streams = CpuStreams(self._children(NUM_STREAMS), tuned=self.tuned)
-        self._ahead = None
         self._device_generators: dict[torch.device, torch.Generator] = {}
         self._random_words = secure_words() if self.secure else None
 

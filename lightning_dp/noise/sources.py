@@ -6,9 +6,11 @@ Fast, on the CPU, the first of these that works on this machine:
   installed: about 1 nanosecond per value, by the inverse distribution function of 32-bit uniforms.
 - torch's generator: about 2.5 nanoseconds. It keeps only 32 bits of a seed, which an attacker can try one by one. So
   its whole state, 624 words, is filled instead, from 256 bits of the operating system's entropy.
-- numpy's generator, if torch's state has another layout or tuning is off: about twice the time of torch's.
+- numpy's generator, if torch's state has another layout or tuning is off. Without mkl-random, a private step of the
+  benchmark's embedding takes 63 ms of processor time with it, and 33 with torch's (6.4 million values; AMD EPYC with
+  AVX-512, 1 thread, 9 pairs of ``benchmarks/step_cost.py`` on 2026-11-28).
 
-Figures of 2026-11-25; the machine was not recorded.
+The times per value are of 2026-11-25; their machine was not recorded.
 
 Secure: AES-256 in counter mode, or the operating system itself.
 """

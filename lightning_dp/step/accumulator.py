@@ -11,8 +11,6 @@ from lightning_dp.clipping import Clipping
 from lightning_dp.masks import ParameterMask
 from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise
 from lightning_dp.step.local import as_gradient, local_part
-from lightning_dp.system import tuning
-from lightning_dp.system.owners import is_shared
 
 
 class Accumulator:
@@ -20,17 +18,17 @@ class Accumulator:
 
     It holds L coordinates of the gradient, behind them S statistics. Without a mask L is P, and the buffer of a step
     becomes that step's gradients once it is noised. Under a mask it holds active coordinates alone, in their order:
-    inactive ones are never noised, never sent, and zero in every gradient. The next step takes the gradients' memory
-    back if nothing else refers to them by then, and fresh memory otherwise. Without a mask, this buffer therefore needs
-    no more memory than the gradients of non-private training.
+    inactive ones are never noised, never sent, and zero in every gradient. The next step begins in memory of its own.
+    Without a mask, this buffer therefore needs no more memory than the gradients of non-private training, if those are
+    freed before.
 
     A sum begins with zeros, or with the noise of its release (``begin_with_noise``). If it begins with noise, sum and
     noise may be stored already divided by the batch size.
 
     **Guarantee**: ``flat`` and ``scratch`` hold private sums. ``flat`` must not be released before noise is added to
     all of it; ``scratch`` is never released and is cleared before gradients are written there. No ``p.grad`` shares
-    memory with ``flat`` before the release. After the release the memory is written again only if this object is its
-    last owner, so a gradient that a user kept never shows a later sum, and neither hooks nor ``zero_grad`` reach one.
+    memory with ``flat`` before the release. After the release this object never writes that memory again, so a
+    gradient that a user kept never shows a later sum, and neither hooks nor ``zero_grad`` reach one.
 
     Args:
         parameters: qualified name -> parameter, all on one device.
@@ -52,8 +50,6 @@ class Accumulator:
         self._dtype = torch.float64 if double else torch.float32
         self._flat: Tensor | None = None
         self._views: dict[str, Tensor] | None = None  # of the buffer of this step; they go before its memory does
-        self._handed_out: Tensor | None = None
-        self._takes_back = tuning.is_allowed() and not is_shared(torch.empty(1, device=first.device))
         self.used = False  # set it before anything is added
         self.noise_std: float | None = None  # of the noise that the gradient began with, in units of the sum
         self.divisor = 1  # every addition is divided by it
@@ -69,22 +65,12 @@ class Accumulator:
     def flat(self) -> Tensor:
         """Buffer of this step, shape (L + S,); zeros at first, unless noise is drawn into it."""
         if self._flat is None:
-            self._flat = self._fresh().zero_()
+            self._flat = self._new(self.num_active).zero_()
         return self._flat
 
-    def _fresh(self) -> Tensor:
-        """Return a buffer with arbitrary values, in the memory of the last gradients if it is free and there is no
-        mask.
-        """
-        return self._memory_of_gradients() if self.active is None else self._new(self.num_active + self.num_statistics)
-
-    def _memory_of_gradients(self) -> Tensor:
-        """Return P + S arbitrary numbers, in the memory of the last gradients if nothing else refers to it."""
-        held, self._handed_out = self._handed_out, None
-        return self._new(self.num_coordinates + self.num_statistics) if held is None or is_shared(held) else held
-
-    def _new(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=self._dtype, device=self._device)
+    def _new(self, num: int) -> Tensor:
+        """Return a buffer of arbitrary numbers for ``num`` coordinates and the statistics."""
+        return torch.empty(num + self.num_statistics, dtype=self._dtype, device=self._device)
 
     def begin_with_noise(
         self,
@@ -104,7 +90,7 @@ class Accumulator:
             shares: factor of each group on the std; empty if all groups have the same std.
             share: factor of this process on the std of coordinates that every process holds.
         """
-        self._flat, self._views = self._fresh(), None
+        self._flat, self._views = self._new(self.num_active), None
         self.statistics.zero_()
         for part, factor in self.noise_parts(shares, share):
             noise.fill_(part, std * factor / divisor)
@@ -165,7 +151,7 @@ class Accumulator:
 
     def _whole(self) -> Tensor:
         if self._scratch is None:
-            self._scratch = self._memory_of_gradients()
+            self._scratch = self._new(self.num_coordinates)
         return self._scratch
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
@@ -286,5 +272,4 @@ class Accumulator:
         for name, gradient in self.views_of(whole[: self.num_coordinates]).items():
             parameter = self.parameters[name]
             parameter.grad = as_gradient(gradient.to(parameter.dtype), parameter) if parameter.requires_grad else None
-        self._handed_out = whole if self._takes_back else None
         self._forget()

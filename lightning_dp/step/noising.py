@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise, has_spare_core
+from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.correlation import Correlation
 from lightning_dp.step.reduction import Reduction
@@ -77,22 +77,16 @@ class ReleaseNoise:
             share = self._reduction.noise_share
             accumulator.begin_with_noise(self._drawn, release.drawn_std, divisor, release.shares, share)
 
-    def add(self, accumulator: Accumulator, release: Release, *, alone: bool) -> None:
+    def add(self, accumulator: Accumulator, release: Release) -> None:
         """Add the noise that the accumulator does not hold yet.
 
         Args:
             accumulator: of one private optimizer, with all samples added.
             release: the same object as in :meth:`begin`.
-            alone: whether it is the only accumulator of a step, so that the next noise may be drawn during the next
-                forward.
         """
-        parts = accumulator.noise_parts(release.shares, self._reduction.noise_share)
         if accumulator.noise_std is None:
-            for part, factor in parts:
+            for part, factor in accumulator.noise_parts(release.shares, self._reduction.noise_share):
                 self._drawn.add_(part, release.drawn_std * factor)
         assert accumulator.noise_std in (None, release.drawn_std), "the buffer began with other noise"
         if accumulator.num_statistics:
             self.source.add_(accumulator.statistics, release.statistics_std * self._reduction.noise_share)
-        gradient, independent = accumulator.gradient, self._correlated is None and not release.shares
-        if release.drawn_std > 0 and alone and independent and len(parts) == 1 and has_spare_core():
-            self.source.prepare(gradient.numel(), gradient.dtype, gradient.device)

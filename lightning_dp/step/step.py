@@ -201,7 +201,7 @@ class PrivateStep:
         canaries.join(optimizer, accumulator, self.bound, adds=self.reduction.rank == 0)
         self.mechanisms.diagnostics.summarise(accumulator.gradient, release.noise_std)
         self.state.record(release.sigma)
-        self.noise.add(accumulator, release, alone=len(self.accumulators) == 1)
+        self.noise.add(accumulator, release)
         self.reduction.reduce(accumulator)
         canaries.observe(optimizer, accumulator, accumulator.gradient, release.noise_std)
         rescale = learn(self.bound, accumulator, self.reduction, release, self.plan.expected_batch_size)

@@ -1,4 +1,4 @@
-"""Tuning of the process: memory allocator, OpenMP threads, reused buffers."""
+"""Tuning of the process: memory allocator, OpenMP threads."""
 
 from lightning_dp.system.tuning import ProcessTuning
 

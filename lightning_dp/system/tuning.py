@@ -1,9 +1,8 @@
 """Tuning of the process while a fit runs, undone afterwards.
 
 These are tuned, each with its gain in its own file: glibc keeps freed memory (``allocator.py``), torch's waiting
-threads are ended before noise is drawn in threads (``openmp.py``, ``noise/cpu.py``), noise is drawn ahead of time
-(``noise/prefetch.py``), torch's generator starts from a state that is written by hand (``noise/sources.py``), and
-buffers are reused (``owners.py``).
+threads are ended before noise is drawn in threads (``openmp.py``, ``noise/cpu.py``), and torch's generator starts from
+a state that is written by hand (``noise/sources.py``).
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ class ProcessTuning:
     Two fits in one process may overlap: the memory settings are undone when the last of them stops. ``start`` and
     ``stop`` may be called twice. A forked child begins without tuning.
 
-    While a tuning with ``enabled=False`` runs, no buffer is reused. Noise has a switch of its own,
-    ``GaussianNoise(tuned=False)``; its threads end in ``GaussianNoise.close``.
+    Noise has a switch of its own, ``GaussianNoise(tuned=False)``; its threads end in ``GaussianNoise.close``.
 
     Args:
         enabled: False leaves the process alone.
@@ -83,11 +81,6 @@ class ProcessTuning:
 
 _running: list[ProcessTuning] = []
 _lock = threading.Lock()
-
-
-def is_allowed() -> bool:
-    """Tell whether buffers may be reused: not while a fit with ``tune_process=False`` runs."""
-    return all(tuning.enabled for tuning in _running)
 
 
 def _begin_child() -> None:

@@ -76,7 +76,7 @@ class BothRanks(AllReduce):
 
     def reduce(self, accumulator: Accumulator) -> None:
         peer = self.make_accumulator(accumulator.parameters, accumulator.clipping, accumulator.num_statistics)
-        ReleaseNoise(self.step.noise.source, self).add(peer, self.step.releases[0], alone=False)
+        ReleaseNoise(self.step.noise.source, self).add(peer, self.step.releases[0])
         accumulator.flat.add_(peer.flat)
 
     def each_rank(self, values: Tensor) -> Tensor:

@@ -91,9 +91,6 @@ class KnownNoise:
         self.added.append((tensor.numel(), std))
         return tensor.add_(self.pattern(tensor.numel()).view_as(tensor), alpha=std)
 
-    def prepare(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Nothing is drawn ahead."""
-
 
 class Rig:
     """One private step that is set up again for every combination; only its engine, which knows no mechanism, is

@@ -78,7 +78,7 @@ def test_correlated_shares_of_two_ranks_add_up(wrong: float) -> None:
             )
             accumulator.reset()
             noise.begin(accumulator, release, first=step != 1, divisor=1)
-            noise.add(accumulator, release, alone=True)
+            noise.add(accumulator, release)
             total[step] += accumulator.gradient / release.noise_std
     squares = (total * wrong).square()
     z = float((squares.sum(1) - 4000).abs().max()) / (2 * 4000) ** 0.5

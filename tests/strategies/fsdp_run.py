@@ -197,7 +197,7 @@ def releases() -> Tensor:
     for number in range(4000):
         noise.begin(accumulator, release, first=number % 2 == 0, divisor=1)
         accumulator.used = True
-        noise.add(accumulator, release, alone=False)
+        noise.add(accumulator, release)
         reduction.reduce(accumulator)
         found.append(accumulator.gradient.clone())
         accumulator.reset()
