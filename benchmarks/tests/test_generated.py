@@ -1,33 +1,32 @@
-"""The search, teachers and generator of the DataLens benchmark; nothing is fetched."""
+"""The searches, the page, the teachers and the generators of the benchmark of images; nothing is fetched."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
-from benchmarks import generated, lens_run, prototypes
+from benchmarks import gan_run, generated, generated_report, lens_run, prototypes
+from benchmarks.tasks import Split
 from lightning_dp.datalens.shards import Shards
 from lightning_dp.datalens.teachers import Teachers
 
+COST = {"cnn": 0.5, "spent": 1.0, "seconds": 1, "processor_seconds": 1}
 
-def test_generated_search_keeps_the_best_way_to_draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+
+def test_generated_search_keeps_the_best_way_to_draw(tmp_path: Path) -> None:
     def execute(run: generated.Lens) -> dict[str, Any]:
-        score = 0.5 + 0.01 * run.weighted * (1 if run.epsilon == 10 else -1)
-        return {
-            "linear": score,
-            "cnn": 0.5,
-            "spent": run.epsilon,
-            "noise_std": 9.0,
-            "seconds": 1,
-            "processor_seconds": 1,
-        }
+        return {"linear": 0.5 + 0.01 * run.weighted * (1 if run.epsilon == 10 else -1), "noise_std": 9.0, **COST}
 
-    monkeypatch.setattr(generated, "execute", execute)
-    lines = generated.Lines(tmp_path / "lines")
+    def lines_of(name: str) -> generated.Lines[generated.Lens]:
+        return generated.Lines(tmp_path / name, generated.Lens, execute)
+
+    lines = lines_of("lines")
     found = generated.chosen(lines, math.inf)
     assert found is not None
     assert {epsilon: run.weighted for epsilon, run in found.items()} == {10.0: True, 1.0: False}
@@ -37,8 +36,65 @@ def test_generated_search_keeps_the_best_way_to_draw(monkeypatch: pytest.MonkeyP
         ("fashion_mnist", 0.5, False),
     }
     assert all(run.seed == lens_run.SEARCH_SEED and not run.report for run in lines.lines)
-    assert generated.Lines(tmp_path / "lines").lines.keys() == lines.lines.keys()
-    assert generated.chosen(generated.Lines(tmp_path / "none"), 0.0) is None
+    assert lines_of("lines").lines.keys() == lines.lines.keys()
+    assert generated.chosen(lines_of("none"), 0.0) is None
+
+
+def test_generated_search_of_the_gan_keeps_each_better_number(tmp_path: Path) -> None:
+    def execute(run: gan_run.Gan) -> dict[str, Any]:
+        score = -abs(run.lr - 4e-3 / run.epsilon) - abs(run.epochs - 24) - abs(run.batch - 600)
+        return {"linear": score, "sigma": 1.0, "steps": 9, **COST}
+
+    lines = generated.Lines(tmp_path / "lines", generated.Gan, execute)
+    found = generated.searched(lines, math.inf)
+    assert found is not None
+    start = gan_run.START
+    assert found[1.0] == replace(start, lr=4e-3, epochs=24)
+    assert found[10.0] == replace(start, epsilon=10.0, lr=1e-3, epochs=24)
+    assert all(run.data == "mnist" and run.seed == lens_run.SEARCH_SEED and not run.report for run in lines.lines)
+    assert len(lines.lines) == 2 * 10  # grids of 3, 3, 3, 2, 2 and 2 values
+    assert {run.data for run in generated.both(found)["fashion_mnist"].values()} == {"fashion_mnist"}
+
+
+def test_generated_page_compares_the_seeds_of_the_report() -> None:
+    lens = generated.Lens("mnist", 1.0, 1, 4000, 100, 2.5, 1.0, 0.3)
+    gan = replace(gan_run.START, batch=601)
+
+    def method(run: Any, scores: list[float]) -> generated_report.Method:
+        whole = {"noise_std": 9.0, "sigma": 1.0, "steps": 9, "machine": "here", "commit": "abc", **COST}
+        tried = {replace(run, seed=100): {**whole, "linear": 0.99}}
+        seeds = {replace(run, seed=n, report=True): {**whole, "linear": s} for n, s in enumerate(scores)}
+        return {**tried, **seeds}, {"mnist": {1.0: run}}
+
+    text = generated_report.page(method(lens, [0.78, 0.8, 0.82]), method(gan, [0.7, 0.72, 0.74]))
+    assert "| 80.0 ± 1.2 (3) | 72.0 ± 1.2 (3) | +8.0 ± 1.6 | DataLens |" in text
+    assert text.count("| 601 |") == 4
+    assert "| MNIST | 10 | logistic regression | not run | not run |  |  |" in text
+
+
+def test_gan_counts_the_steps_of_its_discriminator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = TensorDataset(torch.rand(100, 1, 14, 14) * 2 - 1, torch.arange(100) % 10)
+    seen: dict[str, Any] = {}
+
+    def at_end(module: gan_run.ConditionalGan) -> None:
+        seen.update(ledger=module.trainer.strategy.ledger, optimizer_steps=module.trainer.global_step)
+
+    def judged(made: tuple[torch.Tensor, torch.Tensor], held_out: TensorDataset) -> dict[str, float]:
+        seen["images"], seen["labels"] = made
+        return {"linear": 0.5, "cnn": 0.5}
+
+    monkeypatch.setattr(gan_run, "coarse_split", lambda *_, **__: Split(records, records))
+    monkeypatch.setattr(gan_run, "keep_samples", lambda *_: None)
+    monkeypatch.setattr(gan_run, "judged", judged)
+    monkeypatch.setattr(gan_run.ConditionalGan, "on_train_end", at_end)
+    line = gan_run.execute(replace(gan_run.START, every=3, batch=20, epochs=3))
+    assert 0.95 < line["spent"] <= 1.0
+    assert line["steps"] == seen["ledger"].num_steps == 15
+    assert seen["ledger"].neighboring_relation == "replace_one"
+    assert seen["optimizer_steps"] == 15 + 6  # the generator at batches 0 and 3 of each of three epochs
+    assert seen["images"].shape == (lens_run.SAMPLES, 1, 14, 14)
+    assert float(seen["images"].abs().max()) <= 1
+    assert seen["labels"].bincount().tolist() == [lens_run.SAMPLES // 10] * 10
 
 
 def test_kinds_depend_on_one_image_alone() -> None:
