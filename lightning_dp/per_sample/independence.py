@@ -20,10 +20,17 @@ _PIECE = 2**18
 """Coordinates that are compared at a time, in float64."""
 
 _FIX = "lightning_dp.fix(module) replaces it"
-_OURS = (
+_ADDS_UP = (
     "The gradient of the whole batch is that of its samples together, so no sample influences another: the per-sample "
+)
+_OURS = (
     "gradient of some operation is wrong, which is ours to mend. Until then use grad_sample='single', and report the "
     "module."
+)
+_REORDERED = (
+    "gradients are those of the records in another order. Likely cause: a collate function or a step that sorts its "
+    "records, by length for example. Keep their order (pack_padded_sequence takes enforce_sorted=False), or use "
+    "grad_sample='single'; if nothing sorts them, report the module."
 )
 _SINGLE = "pass per_sample_loss=True, by which each record's own loss counts: another objective, as the statement says"
 
@@ -89,7 +96,9 @@ def compare_with_singles(
             index = int(values.argmax())
             worst[name] = (values[index].item() / largest if largest else math.inf, index)
     if worst and adds_up is not None and adds_up():
-        raise PrivacyError(f"{_difference(worst, rtol)} {_OURS}")
+        pairs = [(one.sqrt().sort().values, two.sqrt().sort().values) for one, two, *_ in sums.values()]
+        sorts = all(torch.allclose(one, two, rtol=0.0, atol=rtol * largest) for one, two in pairs)
+        raise PrivacyError(f"{_difference(worst, rtol)} {_ADDS_UP}{_REORDERED if sorts else _OURS}")
     if worst:
         cause = _cause(totals_b[both_finite], totals_s[both_finite], totals_bs[both_finite], samples, max(rtol, 1e-3))
         raise ComparisonError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")

@@ -77,6 +77,8 @@ class TrialRuns:
         )
         self.has_coins = False
         """True if user code has drawn values in any run that another coin would change."""
+        self.draws_on_host = False
+        """True if user code has drawn from the generators of Python or numpy, whose draws differ from row to row."""
         self._bar: Any = None
 
     @property
@@ -140,7 +142,8 @@ class TrialRuns:
             with torch.enable_grad(), frozen:  # an optimizer may call its closure without gradients
                 output, loss = self.host.run(records), None
                 outputs.append(output)
-                drew = (frozen.drew and not draws.real) or host_generators() != before
+                self.draws_on_host |= host_generators() != before
+                drew = (frozen.drew and not draws.real) or self.draws_on_host
                 self.has_coins = step.reduction.any(self.has_coins or drew)
                 if step.automatic:
                     loss = self._backward(output, len(records))

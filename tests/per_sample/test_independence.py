@@ -247,7 +247,10 @@ def test_a_difference_without_a_factor_has_no_cause() -> None:
 def test_a_wrong_rule_is_told_apart_from_coupled_samples() -> None:
     grads = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     swapped, singles = {"w": grads.flip(0)}, [{"w": grads[0]}, {"w": grads[1]}]
+    mixed = {"w": grads + torch.tensor([[0.1], [-0.1]])}
     with pytest.raises(PrivacyError, match=r"which is ours to mend. Until then use grad_sample='single'"):
+        compare_with_singles(mixed, singles, adds_up=lambda: True)
+    with pytest.raises(PrivacyError, match=r"those of the records in another order. Likely cause: a collate function"):
         compare_with_singles(swapped, singles, adds_up=lambda: True)
     with pytest.raises(PrivacyError, match="samples influence each other"):
         compare_with_singles(swapped, singles, adds_up=lambda: False)
