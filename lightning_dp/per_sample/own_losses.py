@@ -79,12 +79,14 @@ class OwnLosses(TorchFunctionMode):
             rows = self._of_reduction(func, args[0], kwargs)
         elif name in _SCALARS and self._rows and any(self._known(one) is not None for one in tensors_in(args, kwargs)):
             return self._of_scalars(func, args, kwargs)
+        elif name == "stack" and self._rows and len(args) == 1 and not kwargs:
+            rows = self._of_stack(args[0])
         elif name in _SELECTIONS or name == "__getitem__":
             self._check_selection(name, args)
         return func(*args, **kwargs) if rows is None else self._joined(rows, func, args, kwargs)
 
     def _known(self, tensor: Tensor) -> Tensor | None:
-        """Return what a scalar is for each record, shape (B,), if it was computed from records."""
+        """Return what a tensor is for each record, shape (B, *shape), if it was computed from values of records."""
         found = self._rows.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
@@ -100,7 +102,7 @@ class OwnLosses(TorchFunctionMode):
     def _combined(self, rows: Tensor) -> Tensor:
         """Return the sum or mean of the records' values; one that is not finite counts as 0, as its gradient does."""
         finite = torch.where(rows.isfinite(), rows, 0.0)
-        return finite.sum() if self._sums else finite.mean()
+        return finite.sum(0) if self._sums else finite.mean(0)
 
     def _has_rows(self, tensor: Any) -> bool:
         return (
@@ -113,10 +115,16 @@ class OwnLosses(TorchFunctionMode):
         )
 
     def _of_reduction(self, func: Any, tensor: Any, kwargs: Any) -> Tensor | None:
-        if not self._has_rows(tensor):
-            return self._known(tensor) if isinstance(tensor, Tensor) else None
-        rows: Tensor = func(tensor.reshape(self._size, -1), dim=1, **kwargs)
+        known = self._known(tensor) if isinstance(tensor, Tensor) else None
+        if known is None and not self._has_rows(tensor):
+            return None
+        rows: Tensor = func((tensor if known is None else known).reshape(self._size, -1), dim=1, **kwargs)
         return rows
+
+    def _of_stack(self, tensors: Any) -> Tensor | None:
+        rows = [self._known(one) for one in tensors]
+        known = [one for one in rows if one is not None]
+        return torch.stack(known, 1) if len(known) == len(rows) else None
 
     def _of_loss(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         given = _signature(func).bind(*args, **kwargs)
@@ -148,17 +156,24 @@ class OwnLosses(TorchFunctionMode):
                 self._rows[id(value)] = (weakref.ref(value), rows)
             return value
         plain = [one for one in tensors_in(args, kwargs) if self._known(one) is None and one.dim()]
-        if not plain:
-            rows = func(*[self._row(one, ()) for one in args], **kwargs)
+        if not any(self._has_rows(one) for one in plain):
+            num_axes = max(one.dim() for one in tensors_in(args, kwargs))
+            rows = func(*[self._values(one, num_axes) for one in args], **kwargs)
             if not (in_place and rows.is_floating_point()):
                 return self._joined(rows, func, args, kwargs)
             value = args[0].copy_(self._combined(rows))
             self._rows[id(value)] = (weakref.ref(value), rows)
             return value
-        if not all(self._has_rows(one) and len(one) == len(plain[0]) for one in plain):
+        alike = all(self._has_rows(one) and len(one) == len(plain[0]) for one in plain)
+        if not alike or any(one.dim() for one in tensors_in(args, kwargs) if self._known(one) is not None):
             return func(*args, **kwargs)
         shape = (len(plain[0]), *[1] * (max(one.dim() for one in plain) - 1))
         return func(*[self._row(one, shape) for one in args], **kwargs)
+
+    def _values(self, one: Any, num_axes: int) -> Any:
+        """Return what an argument is for each record, with that many axes after the first one."""
+        rows = self._known(one) if isinstance(one, Tensor) else None
+        return one if rows is None else rows.clone().reshape(self._size, *[1] * (num_axes - one.dim()), *one.shape)
 
     def _row(self, one: Any, shape: tuple[int, ...]) -> Any:
         rows = self._known(one) if isinstance(one, Tensor) else None

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.nodes import is_tracked
 from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step.sandbox import USE_OPTIMIZERS
 
@@ -42,8 +43,8 @@ def scalar_loss(output: Any, count: int, reduction: str, source: str = "training
             f"Expected {source} to return a loss tensor, a dictionary with 'loss', or None, got {type(loss).__name__}. "
             "Return the loss of shape () or (B,)."
         )
-    if loss.dim() == 0:
-        return loss
+    if loss.numel() == 1:  # also of shape (1,), by a parameter of that shape
+        return loss.reshape(())
     if loss.dim() == 1 and loss.shape[0] % count == 0:
         return reduced(loss, reduction)
     raise ValueError(
@@ -85,7 +86,7 @@ def _rows(batch: Any) -> dict[str, int]:
 @contextmanager
 def reached(loss: Tensor) -> Iterator[None]:
     """Check that the code within the context back-propagates a loss, or raise PrivacyError."""
-    if not loss.requires_grad:
+    if not loss.requires_grad or is_tracked(loss):  # one of parameters alone is refused for what it is
         yield
         return
     seen: list[bool] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,13 @@ from lightning_dp.per_sample.own_losses import OwnLosses
 
 if TYPE_CHECKING:
     from lightning_dp.step.step import PrivateStep
+
+
+def own_losses(step: PrivateStep, count: int) -> AbstractContextManager[object]:
+    """Return a context in which each of some records has its own loss, if the step computes losses so."""
+    if not step.takes_own_losses or step.runs_samples_alone:
+        return nullcontext()
+    return OwnLosses(count, step.settings.loss_reduction, [*step.module.parameters(), *step.module.buffers()])
 
 
 class Microbatch:
@@ -40,7 +48,7 @@ class Microbatch:
         if owners is not None and step.settings.unit_gradient == "mean":
             self._scale = self._scale / torch.bincount(owners.cpu()).double()
         self.collected: set[int] = set()
-        self._own_losses: OwnLosses | None = None
+        self._own_losses = own_losses(step, count)
 
     def scaled(self, values: Tensor, divisor: int = 1) -> Tensor:
         """Return ``values * scale / divisor`` for values of shape (..., B), one column per sample."""
@@ -53,17 +61,12 @@ class Microbatch:
         step = self._step
         step.engine.begin(self.count, self._owners)
         step.recording = self
-        if step.settings.per_sample_loss and not step.runs_samples_alone:
-            constants = [*step.module.parameters(), *step.module.buffers()]
-            self._own_losses = OwnLosses(self.count, step.settings.loss_reduction, constants)
-            self._own_losses.__enter__()  # type: ignore[no-untyped-call]
+        self._own_losses.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._own_losses is not None:
-            self._own_losses.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-            self._own_losses = None
+        self._own_losses.__exit__(kind, error, trace)
         self._step.engine.end()
         self._step.recording = None

@@ -180,8 +180,13 @@ class Settings:
     @property
     def runs_samples_alone(self) -> bool:
         """True if every microbatch has one sample by the user's choice, so that plain autograd gives its gradient."""
-        unchecked = self.per_sample_loss and (not self.check_per_sample or self.records_per_unit is not None)
+        unchecked = self.per_sample_loss and not self.checks_own_losses
         return self.microbatch_size == 1 or self.grad_sample == "single" or unchecked
+
+    @property
+    def checks_own_losses(self) -> bool:
+        """True if losses of records in a batch can be compared with those of records run alone."""
+        return self.check_per_sample and self.records_per_unit is None
 
     @property
     def counts_samples_alone(self) -> bool:

@@ -76,7 +76,7 @@ class PrivateStep:
     ) -> None:
         self.module, self.optimizers = module, list(optimizers)
         self.settings, self.state, self.mechanisms = settings, state, mechanisms
-        self.reduction, self.automatic = reduction, automatic
+        self.reduction, self.automatic, self.takes_own_losses = reduction, automatic, settings.per_sample_loss
         seed = None if settings.seed is None else settings.seed * 1_000_003 + reduction.rank
         self.noise = ReleaseNoise(noise, reduction, seed)
         self.clipping: Clipping = settings.make_clipping()

@@ -13,6 +13,7 @@ from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import Couplings, differing
 from lightning_dp.step.host import Host
+from lightning_dp.step.microbatch import own_losses
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import seed_generators
 from lightning_dp.step.ranks import check_ranks
@@ -81,7 +82,7 @@ class Trial:
                 error = self._learn_layout(snapshot, records)
                 if error is None and settings.per_sample_loss and not checks:
                     error = PrivacyError("One record is too little to compare its loss in a batch with its own.")
-                self._one_by_one.choose(snapshot, records, error)
+                self._choose(snapshot, records, error)
             if checks:
                 self._host.attempt(lambda: self._check(snapshot, records), snapshot.put_back)
         self._take_note()
@@ -113,9 +114,13 @@ class Trial:
         """
         pair = (differing(records) * 2)[:2]  # records that differ show whether all of them have as many rows
 
+        def run(draws: Draws, size: int) -> None:
+            with own_losses(self._step, size):
+                self._runs.again(snapshot, (pair * size)[:size], draws)
+
         def learn(draws: Draws) -> None:
             self._step.engine.learn_layout(
-                lambda size: self._runs.again(snapshot, (pair * size)[:size], draws),
+                partial(run, draws),
                 sizes=LAYOUT_SIZES,
                 more=draws.coin != MIDDLE,
                 alike=exchange.shape_of(pair[0]) == exchange.shape_of(pair[1]),
@@ -138,15 +143,19 @@ class Trial:
         try:
             self._couplings.check_alone(snapshot, records)
             self._couplings.check_exchange(snapshot, records)
-            if self._step.settings.per_sample_loss:
+            if self._step.takes_own_losses:
                 self._couplings.check_own_losses(snapshot, self._couplings.real_records(0), seed=0)
         except ComparisonError as differing_ones:
-            if not self._step.settings.per_sample_loss:
+            if not self._step.takes_own_losses:
                 raise
             error = differing_ones
         except PrivacyError as unfollowed:
             error = unfollowed
-        self._one_by_one.choose(snapshot, records, error)
+        if self._choose(snapshot, records, error):
+            self._check(snapshot, records)
+
+    def _choose(self, snapshot: Snapshot, records: list[Any], error: PrivacyError | None) -> bool:
+        return self._one_by_one.choose(snapshot, records, error, partial(self._learn_layout, snapshot, records))
 
     def check_again(self, number: int) -> None:
         """Repeat the checks of state and of one exchange, because user code may take another branch later.
@@ -166,9 +175,10 @@ class Trial:
             if not self._step.runs_samples_alone:
                 records = self._couplings.real_records(number)
                 self._couplings.exchange_one(snapshot, records, seed=number)
-                if self._step.settings.per_sample_loss:
+                if self._step.takes_own_losses:
                     self._couplings.check_own_losses(snapshot, records, seed=number)
-            elif not self._step.settings.per_sample_loss:
+            chosen = self._step.runs_samples_alone or self._step.takes_own_losses
+            if chosen and not self._step.settings.per_sample_loss:
                 self._one_by_one.check(snapshot, self._host.records(NUM_FEW + 1, seed=number), seed=number)
 
     def begin_pass(self) -> None:

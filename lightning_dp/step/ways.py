@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
+from lightning_dp.per_sample.layout import PENALTY
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings, differing
 from lightning_dp.step.foreign import OneAloneError
@@ -36,6 +38,9 @@ class OneByOne:
     difference that one exchanged record makes in a batch of the real size. So no coupling of samples becomes another
     objective silently. The choice is the same on every rank; it is noted in the state, so that a resumed run keeps it.
 
+    With the same check, records first keep their own losses in one batch (``OwnLosses``), if rules can follow that: a
+    weight that multiplies the mean of a loss then meets the losses of the records.
+
     Args:
         runs: run the user's step.
         couplings: choose the records of a real batch.
@@ -44,23 +49,39 @@ class OneByOne:
     def __init__(self, runs: TrialRuns, couplings: Couplings) -> None:
         self._runs, self._couplings = runs, couplings
         self._cost = 1.0
+        self._reason: PrivacyError | None = None  # why own losses were tried
 
-    def choose(self, snapshot: Snapshot, records: list[Any], error: PrivacyError | None) -> None:
-        """Run samples one at a time from here on if an error was raised; else go on by rules.
+    def choose(
+        self,
+        snapshot: Snapshot,
+        records: list[Any],
+        error: PrivacyError | None,
+        learn: Callable[[], PrivacyError | None],
+    ) -> bool:
+        """Run samples by their own losses or one at a time from here on if an error was raised; else go on by rules.
+
+        Args:
+            snapshot: of the state before the runs.
+            records: from all over the training set.
+            error: why rules cannot follow the step as it is, or None.
+            learn: infers the layout; returns why rules cannot follow the step, or None.
+
+        Returns:
+            True if each record has its own loss in a batch from here on, which must be checked.
 
         Raises:
             PrivacyError: samples influence each other, or cannot run alone.
         """
         step = self._runs.step
         if not step.reduction.agree(error is not None):
-            return
-        reason = error or PrivacyError("Another rank could not follow the uses of private parameters.")
+            return False
+        reason = self._reason or error or PrivacyError("Another rank could not follow the uses of private parameters.")
         if not step.settings.may_run_alone or step.reduction.is_sharded:
             raise reason
         if step.settings.per_sample_loss:  # the loss of a record alone is the objective
             self._run_alone()
             _messages.info(f"Each record runs alone: its own loss could not be had from a batch. {_public(reason)}")
-            return
+            return False
         coupled: PrivacyError | None = None
         try:
             self.check(snapshot, records, seed=0)
@@ -70,6 +91,12 @@ class OneByOne:
             coupled = ComparisonError(f"{reason} {found}")
         if step.reduction.agree(coupled is not None):
             raise (coupled or ComparisonError(f"{reason} {_COUPLED}")) from reason
+        may_help = step.reduction.agree(PENALTY in str(reason))
+        if may_help and not step.takes_own_losses and step.settings.checks_own_losses:
+            step.takes_own_losses, self._reason = True, reason
+            if not step.reduction.agree(learn() is not None):
+                return True
+        step.takes_own_losses = False
         size = self._runs.host.batch_size
         self._run_alone()
         _messages.info(
@@ -77,6 +104,7 @@ class OneByOne:
             f"batch of {size} takes about {self._cost:.1f} times as long as in one piece, as measured on this machine. "
             "grad_sample='single' takes this way without a trial, grad_sample='rules' raises an error instead."
         )
+        return False
 
     def _run_alone(self) -> None:
         self._runs.step.run_alone()

@@ -88,6 +88,8 @@ LOSSES: dict[str, Loss] = {
     "masked mean by a count": lambda x, y: x.square().sum() / (y >= 0).count_nonzero(),
     "root of a mean": lambda x, y: (x.square().mean() + 1e-3).sqrt(),
     "two terms": lambda x, y: flat()(x, y) + 0.1 * masked(x, y),
+    "two terms in a stack": lambda x, y: (torch.stack([flat()(x, y), masked(x, y)]) * WEIGHT[:2]).square().sum(),
+    "a loss of shape (1,)": lambda x, y: (masked(x, y) * WEIGHT[1:2]).square().mean(),
 }
 
 

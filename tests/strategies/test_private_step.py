@@ -193,6 +193,29 @@ def test_what_training_step_may_return(tmp_path: Any, returned: str | None) -> N
         torch.testing.assert_close(gradient, target, rtol=1e-4, atol=1e-6)
 
 
+def test_a_loss_of_one_element_counts_as_a_scalar(tmp_path: Any) -> None:
+    class Scaled(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.scale * super().training_step(batch, batch_idx)
+
+    strategy = DPStrategy(noise_multiplier=1.0)
+    make_trainer(strategy, tmp_path).fit(Scaled(), make_loader())
+    assert strategy.ledger.num_steps == 4
+
+
+def test_a_loss_of_weights_alone_is_refused_for_what_it_is(tmp_path: Any) -> None:
+    class Alone(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.network[0].weight.square().sum()
+
+    with pytest.raises(PrivacyError, match="a penalty on weights"):
+        make_trainer(DPStrategy(noise_multiplier=1.0, grad_sample="rules"), tmp_path).fit(Alone(), make_loader())
+
+
 def test_a_loss_of_another_shape_is_refused(tmp_path: Any) -> None:
     class Matrix(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

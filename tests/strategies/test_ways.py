@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from typing import Any
 
 import lightning as L
@@ -129,6 +130,41 @@ def test_rules_raise_where_auto_falls() -> None:
         fit(Model(), grad_sample="rules")
 
 
+def test_a_collate_function_that_sorts_is_named() -> None:
+    class Plain(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(x @ self.weight)
+            return out
+
+    with pytest.raises(PrivacyError, match=r"records in another order\. Likely cause: a collate function"):
+        fit(Plain(), grad_sample="rules", collate_fn=lambda records: _stacked(records[::-1]))
+
+
+class Augmented(Model):
+    """Each row is scaled by a draw of Python's generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.mix(torch.stack([row * random.uniform(0.5, 2.0) for row in x]))
+        out: Tensor = self.head((rows @ self.weight).tanh())
+        return out
+
+
+def test_draws_of_python_for_each_row_are_no_coupling(caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    assert fit(Augmented()).strategy.ledger.num_steps == 3
+    assert "one at a time" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["mean", "neighbour", "sum of losses"])
+def test_coupling_next_to_draws_of_python_is_refused(name: str) -> None:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(x, y, reduction="sum" if name == "sum of losses" else "mean")
+
+    mixes: dict[str, Any] = {"mean": lambda x: x - x.mean(0), "neighbour": lambda x: x + 0.05 * x.roll(1, 0)}
+    with pytest.raises(PrivacyError, match=r"^Expected the gradient of every sample|Samples influence each other"):
+        fit(Augmented(mixes.get(name), loss))
+
+
 def test_what_rules_follow_stays_together() -> None:
     module = Model()
     module.forward = lambda x: module.head(torch.tanh(x @ module.weight))  # type: ignore[method-assign]
@@ -144,6 +180,55 @@ def test_a_stream_cannot_be_cut_and_says_so() -> None:
 
     with pytest.raises(PrivacyError, match=r"random access.*got a stream.*grad_sample='single'"):
         fit(Model(), Stream(), target_delta=1e-3, neighboring_relation="replace_one")
+
+
+class Weighted(L.LightningModule):
+    """Two tasks whose losses have learned weights, and a penalty on weights; ``join`` makes the loss of the batch."""
+
+    def __init__(self, join: Any, mean: Any = lambda loss, step: loss.mean()) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.label, self.size = nn.Linear(FEATURES, 5), nn.Linear(5, CLASSES), nn.Linear(5, 1)
+        self.s, self.one = nn.Parameter(torch.tensor([0.3, -0.2])), nn.Parameter(torch.tensor([0.4]))
+        self.join, self.mean = join, mean
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        hidden, step = self.body(batch[0]).tanh(), self.trainer.global_step
+        label = F.cross_entropy(self.label(hidden), batch[1], reduction="none")
+        out: Tensor = self.join(self, self.mean(label, step), F.mse_loss(self.size(hidden)[:, 0], batch[0].sum(1)))
+        return out
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def apart(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    return torch.exp(-m.s[0]) * a + m.s[0] + torch.exp(-m.s[1]) * b + m.s[1] + 0.0 * m.one.sum()
+
+
+JOINED: dict[str, Any] = {
+    "each by itself": apart,
+    "stacked": lambda m, a, b: (torch.exp(-m.s) * torch.stack([a, b]) + m.s).sum() + 0.0 * m.one.sum(),
+    "by a weight of shape (1,)": lambda m, a, b: torch.exp(-m.one) * a + m.one + b + 0.0 * m.s.sum(),
+    "penalty on weights": lambda m, a, b: a + b + 0.1 * sum(p.square().sum() for p in m.parameters()),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_learned_weights_of_losses_meet_those_of_records(name: str, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    together, alone = Weighted(JOINED[name]).double(), Weighted(JOINED[name]).double()
+    options: dict[str, Any] = {"precision": "64-true", "dataset": data(torch.float64), "max_grad_norm": 0.3}
+    fit(together, **options)
+    assert not [r for r in caplog.records if "Samples run one at a time" in r.message]
+    fit(alone, grad_sample="single", **options)
+    torch.testing.assert_close(weights(together), weights(alone), rtol=1e-9, atol=1e-9)
+
+
+def test_losses_of_records_need_checks(caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    fit(Weighted(apart), check_per_sample=False)
+    assert [r for r in caplog.records if "Samples run one at a time" in r.message]
 
 
 def test_a_resumed_run_stays_one_at_a_time(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +328,17 @@ def test_coupling_that_begins_later_is_refused() -> None:
 
     with pytest.raises(PrivacyError, match="samples influence each other"):
         fit(Later())
+
+
+@pytest.mark.parametrize("begins", [0, 1])
+def test_coupling_under_a_learned_weight_is_refused(begins: int) -> None:
+    """The square of a mean loss; the losses of records, of which each would be squared, do not show it."""
+
+    def mean(loss: Tensor, step: int) -> Tensor:
+        return loss.mean() ** 2 if step >= begins else loss.mean()
+
+    with pytest.raises(PrivacyError, match="samples influence each other"):
+        fit(Weighted(apart, mean))
 
 
 def test_a_single_record_says_too_little() -> None:
