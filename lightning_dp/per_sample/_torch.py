@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -33,6 +34,14 @@ def keeps_graph() -> bool:
     return ask is None or bool(ask())
 
 
+def in_custom_forward() -> bool:
+    """Tell whether the ``forward`` of a ``torch.autograd.Function`` is running."""
+    code, frame = torch.autograd.Function.apply.__func__.__code__, sys._getframe(1)  # type: ignore[attr-defined]
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
 def is_view(tensor: Tensor) -> bool:
     """Tell whether autograd counts a tensor as a view of another tensor."""
     return tensor._is_view()
@@ -55,8 +64,9 @@ def arguments_of(func: Any) -> tuple[str, list[Any]]:
 
 
 def is_compiled(module: Any) -> bool:
-    """Tell whether ``torch.compile`` was applied to a module, by a wrapper or in place."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    """Tell whether ``torch.compile`` was applied to a module, by a wrapper, in place or by Lightning."""
+    marks = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
+    return any(getattr(module, name, None) is not None for name in marks)
 
 
 def norms_of(tensors: list[Tensor]) -> list[Tensor]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample.arguments import replaced
+from lightning_dp.per_sample._torch import in_custom_forward, unreported
+from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, region_of
 from lightning_dp.per_sample.operations import IN_PLACE, SAME_ENTRIES
 from lightning_dp.per_sample.rules.base import widen
@@ -35,11 +36,62 @@ def derive(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
         if node is None:
             return tensor
         nodes.append((node, tensor))
-        return tensor if isinstance(tensor, Function) else tracker.stand_in(node, tensor)
+        return tensor if isinstance(tensor, Function) else _stand_in(tracker, node, tensor)
 
     args, kwargs = replaced(args, kwargs, attached)
     out = func(*args, **kwargs)
     return _wrapped(tracker, func, out, args, nodes)
+
+
+def _stand_in(tracker: Tracker, node: Node, parameter: Tensor) -> Tensor:
+    """Return the leaf to which functions of a parameter connect; a gradient that reaches it counts as untracked."""
+    name = node.names[0]
+    if name not in tracker.stand_ins:
+        if tracker.observer is not None:
+            return parameter
+
+        def take(leaf: Tensor) -> None:
+            leaf.grad = None
+            if tracker.recorder.active and tracker.recorder.listening:
+                tracker.untracked.add(name)
+
+        leaf = parameter.detach().requires_grad_()
+        leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+        tracker.stand_ins[name] = leaf
+    return tracker.stand_ins[name]
+
+
+def connected(tracker: Tracker, node: Node, thing: Any) -> bool:
+    """Tell whether a tracked tensor has the graph that its node is pulled back through.
+
+    A result of ``within_custom`` gets its graph from its ``torch.autograd.Function``; as a leaf it has none.
+    """
+    if node.value is not None and not node.value.requires_grad and isinstance(thing, Function):
+        if thing.grad_fn is None:
+            return False
+        tracker.has_custom = True
+        with torch.enable_grad(), unreported():
+            node.value = thing.as_subclass(Tensor)
+    return True
+
+
+def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    """Return the result of an operation without gradient; within the ``forward`` of a ``torch.autograd.Function``, on
+    parameters alone, as a tracked tensor, which is a function of them once that class has given it a gradient.
+    """
+    tensors = [*tensors_in(args, kwargs)]
+    if type(out) is not Tensor or not out.is_floating_point() or not all(isinstance(one, Reporting) for one in tensors):
+        return out
+    nodes = [node for one in tensors if (node := tracker.known_node(one)) is not None]
+    if len(nodes) < len(tensors) or not in_custom_forward():
+        return out
+    names = tuple(dict.fromkeys(name for node in nodes for name in node.names))
+    lineage = tracker.number((func.__name__, "custom", *(node.lineage for node in nodes)))
+    made: Any = out
+    made.__class__ = tracker.function_class
+    label = f"{func.__name__}({', '.join(node.name for node in nodes)})"
+    made.node = Node(label, names, lineage, out, value=out.detach(), generation=tracker.recorder.generation)
+    return made
 
 
 def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, nodes: list[tuple[Node, Tensor]]) -> Any:
@@ -102,10 +154,14 @@ def pulled_back(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]], names: C
     """
     total: dict[str, Tensor] = {}
     for group in _groups(tracker, grads):
-        reached = dict.fromkeys(name for node in group for name in node.names)
-        roots = {name: tracker.stand_ins[name] for name in reached if name in names and name in tracker.stand_ins}
-        if roots:
-            total = _added([total, _pulled_together(group, roots)])
+        reached = [name for name in dict.fromkeys(name for node in group for name in node.names) if name in names]
+        kinds: list[Mapping[str, Tensor]] = [tracker.stand_ins]
+        if tracker.has_custom:  # a torch.autograd.Function takes the parameters themselves
+            kinds.append(tracker.parameters)
+        for kind in kinds:
+            roots = {name: kind[name] for name in reached if name in kind}
+            if roots:
+                total = _added([total, _pulled_together(group, roots)])
     return total
 
 
@@ -140,7 +196,7 @@ def _pulled_together(group: Mapping[Node, Tensor], roots: Mapping[str, Tensor]) 
         cotangents.append(grad.to(node.value.dtype))
 
     def found(given: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), unreported():
             warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
             return torch.autograd.grad(
                 values, [*roots.values()], given, retain_graph=True, allow_unused=True, is_grads_batched=batched

@@ -40,10 +40,17 @@ _MOST_PASSES = 12
 
 
 class Observer:
-    """A recorder of every operation of one run; earlier runs determine which results are followed."""
+    """A recorder of every operation of one run; earlier runs determine which results are followed.
 
-    def __init__(self, known: Learned) -> None:
-        self.known = known
+    Args:
+        known: plans found by earlier runs.
+        without_grad: whether operations without gradient are recorded, too (reentrant checkpoints).
+    """
+
+    def __init__(self, known: Learned, *, without_grad: bool = False) -> None:
+        self.known, self.without_grad = known, without_grad
+        self.recomputes = False
+        self._met, self._skipped = set[str](), set[str]()
         self.seen: dict[Key, list[Observation]] = {}
         self.labels: dict[Key, str] = {}
 
@@ -53,7 +60,9 @@ class Observer:
         nodes = [tracker.node_of(tensor) for tensor in tensors]
         known = [(node, tensor) for node, tensor in zip(nodes, tensors, strict=True) if node is not None]
         if not known or in_backward():
+            self.recomputes |= bool(known)
             return func(*args, **kwargs)
+        self._met |= {name for node, _ in known for name in node.names}
         if any(map(is_mapped, tensors)):
             raise PrivacyError(
                 f"Expected {func.__name__} of {named(node for node, _ in known)} to see the samples of the batch, got "
@@ -85,6 +94,16 @@ class Observer:
             call.on_other_values = functools.partial(_on_other_values, func, args, kwargs)
         return out
 
+    def skip(self, tracker: Tracker, args: Any, kwargs: Any) -> None:
+        """Take note of the parameters of an operation without gradient."""
+        nodes = map(tracker.known_node, tensors_in(args, kwargs))
+        self._skipped |= {name for node in nodes if node is not None for name in node.names}
+
+    @property
+    def needs_more(self) -> bool:
+        """True if operations without gradient matter, because a checkpoint runs them again in its backward."""
+        return not self.without_grad and (self.recomputes or not self._skipped <= self._met)
+
 
 class Learner:
     """A learner that runs the user's forward at two sizes until every operation is understood.
@@ -99,6 +118,7 @@ class Learner:
         self.tracker = tracker
         self.run = run
         self.sizes = sizes
+        self._without_grad = False
 
     def learn(self, names: set[str]) -> Learned:
         """Return the plans of all operations, to be closed once the order of their rows was looked for.
@@ -112,6 +132,9 @@ class Learner:
         known = Learned(names=names)
         for _ in range(_MOST_PASSES):
             observers = [self._observe(size, known) for size in self.sizes]
+            if any(observer.needs_more for observer in observers):
+                self._without_grad, known = True, Learned(names=names)
+                continue
             found, pending = self._solved(observers)
             found.names = names
             if found.spread == known.spread and _followed(found) == _followed(known):
@@ -124,7 +147,7 @@ class Learner:
         )
 
     def _observe(self, size: int, known: Learned) -> Observer:
-        observer = Observer(known)
+        observer = Observer(known, without_grad=self._without_grad)
         self.tracker.observer = observer
         self.tracker.start()
         try:

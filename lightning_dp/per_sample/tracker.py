@@ -19,7 +19,7 @@ from lightning_dp.per_sample import leaves, mapping, owned_uses
 from lightning_dp.per_sample._torch import in_backward, unreported
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.functions import derive
+from lightning_dp.per_sample.functions import connected, derive, within_custom
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.learned import Key, Learned
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, reporting_class
@@ -62,6 +62,8 @@ class Tracker:
         self._replaced: list[tuple[Tensor, type[Any]]] = []
         self._eager: Any = None
         self._started = False
+        self.has_custom = False
+        """Whether some functions of parameters are results of a ``torch.autograd.Function``."""
         self.follower: Follower | None = None
         self.compares = False
         """Whether owners of rows are compared with what their positions say."""
@@ -90,6 +92,7 @@ class Tracker:
     def start(self) -> None:
         """Make the parameters report every operation on them."""
         self._counts, self.stand_ins, self.copies, self.untracked = {}, {}, {}, set()
+        self.has_custom = False
         watch_order(on=True)
         self._started = True
         for parameter in self.parameters.values():
@@ -134,8 +137,11 @@ class Tracker:
         """Return the node of a tracked tensor through which a gradient may flow; None for other objects."""
         if not isinstance(thing, Reporting):
             return None
-        node: Node | None = thing.node if isinstance(thing, Function) else self._nodes.get(id(thing))
-        if node is None or not (thing.requires_grad or self.observer is not None):  # type: ignore[attr-defined]
+        node = self.known_node(thing)
+        follows = self.observer is not None and self.observer.without_grad
+        if node is None or not (thing.requires_grad or follows):  # type: ignore[attr-defined]
+            return None
+        if not (follows or connected(self, node, thing)):
             return None
         if node.generation not in (-1, self.recorder.generation):
             raise PrivacyError(
@@ -144,29 +150,22 @@ class Tracker:
             )
         return node
 
-    def stand_in(self, node: Node, parameter: Tensor) -> Tensor:
-        """Return the leaf to which functions of a parameter connect; a gradient that reaches it counts as untracked."""
-        name = node.names[0]
-        if name not in self.stand_ins:
-            if self.observer is not None:
-                return parameter
-
-            def take(leaf: Tensor) -> None:
-                leaf.grad = None
-                if self.recorder.active and self.recorder.listening:
-                    self.untracked.add(name)
-
-            leaf = parameter.detach().requires_grad_()
-            leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
-            self.stand_ins[name] = leaf
-        return self.stand_ins[name]
+    def known_node(self, thing: Any) -> Node | None:
+        """Return the node of a tracked tensor, whether or not a gradient flows through it."""
+        return thing.node if isinstance(thing, Function) else self._nodes.get(id(thing))
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on a tracked tensor."""
-        operation, records = operation_of(func), self.recorder.active and torch.is_grad_enabled()
-        if operation is None or not (records or self.observer):
+        operation, observer, with_grad = operation_of(func), self.observer, torch.is_grad_enabled()
+        listens = self.recorder.active or observer is not None
+        if operation is None or not listens or not (with_grad or (observer is not None and observer.without_grad)):
             with unreported():
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+            if operation is None or not listens or with_grad:
+                return out
+            if observer is not None:
+                observer.skip(self, args, kwargs)
+            return within_custom(self, func, args, kwargs, out)
         if operation.is_composite:
             return operation.run(self, func, args, kwargs)
         return self.run_one(operation, func, args, kwargs)

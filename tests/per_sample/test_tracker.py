@@ -669,6 +669,44 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight
 
 
+class Rounded(torch.autograd.Function):
+    """A gradient that passes straight through, twice as large; to a step size, one of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor) -> Tensor:
+        return (weight / step).round().clamp(-3, 3) * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return 2 * grads[0], 3 * grads[0].sum().reshape(1)
+
+
+round_by = Rounded.apply
+
+
+def normed(m: Any, x: Tensor) -> Tensor:
+    """Spectral norm: its power iteration runs without gradient on the weight that it then divides."""
+    weight = m.w.flatten(1)
+    with torch.no_grad():
+        v = torch.nn.functional.normalize(weight.t() @ torch.ones(3, dtype=weight.dtype), dim=0)
+        u = torch.nn.functional.normalize(weight @ v, dim=0).clone()
+    return x @ (m.w / torch.dot(u, weight @ v.clone()))
+
+
+BY_OWN_CODE: dict[str, Any] = {
+    "of a parameter": lambda m, x: x @ Rounded.apply(m.w, m.s),
+    "of functions": lambda m, x: x @ (Rounded.apply(m.w / m.s, m.s.exp()) * m.s),
+    "bound early": lambda m, x: (x @ round_by(m.w, m.s)).tanh() @ round_by(m.w, m.s).t(),
+    "without gradient": normed,
+}
+
+
+@pytest.mark.parametrize("name", BY_OWN_CODE)
+def test_functions_of_autograd_on_parameters_alone_are_followed(name: str) -> None:
+    module = Uses(BY_OWN_CODE[name], w=drawn(3, 2), s=torch.tensor([0.4]))
+    assert_engine_agrees(module, _loss(module), _data(4, 3), names=["w"] if name == "without gradient" else None)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
 @pytest.mark.parametrize("scripted", [False, True])
 @pytest.mark.parametrize("derived", [False, True])
