@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from lightning_dp import _validate as check
-from lightning_dp.clipping.base import SAFE_SIDE, FactorClipping, check_bound, check_groups
+from lightning_dp.clipping.base import FactorClipping, check_bound, check_groups, safe_quotients
 from lightning_dp.clipping.per_layer import by_module
 
 # Squares of coordinates vanish in float32 near here: a smaller norm cannot be trusted as a divisor.
@@ -61,7 +61,7 @@ class NormalisingClipping(FactorClipping):
         num_groups = norms.shape[0]
         check_groups(num_groups, None if self.per_layer else 1)
         divisors = self._divisors(norms)
-        factors = self.max_grad_norm / math.sqrt(num_groups) * SAFE_SIDE / divisors
+        factors = safe_quotients(self.max_grad_norm / math.sqrt(num_groups), divisors)
         return torch.where(divisors >= _SMALLEST_DIVISOR, factors, 0.0)
 
 

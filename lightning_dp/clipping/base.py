@@ -219,7 +219,14 @@ class ExplicitClipping(Clipping):
 
 def clip_factors(norms: Tensor, bound: float) -> Tensor:
     """Return min(1, bound / norm), rounded down."""
-    return (bound * SAFE_SIDE / norms).clamp(max=1.0)
+    return safe_quotients(bound, norms).clamp(max=1.0)
+
+
+def safe_quotients(bound: float, norms: Tensor) -> Tensor:
+    """Return bound / norm, rounded down. A number by a tensor would be a product with reciprocals, which are subnormal
+    and coarse for norms above 8e37.
+    """
+    return norms.new_full((), bound * SAFE_SIDE) / norms
 
 
 def check_bound(name: str, value: float) -> None:
