@@ -572,11 +572,6 @@ class Stream(IterableDataset):
             "layers that treat each sample alone",
         ),
         (
-            {"model": torch.compile(nn.Linear(2, 2), backend="eager")},
-            ValueError,
-            "Expected an eager module, got OptimizedModule",
-        ),
-        (
             {"loader": DataLoader(Stream(), batch_size=4), "epochs": 1, "sampling": "shuffle"},
             ValueError,
             "Expected steps for a stream without a length, got epochs=1",

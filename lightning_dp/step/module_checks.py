@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from lightning_dp._replacements import can_replace
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.independence import find_unsupported
-from lightning_dp.system.torch_private import is_compiled
 
 
 def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
@@ -47,7 +46,7 @@ class LayerChecks:
 
 
 def check_parameters(module: nn.Module) -> None:
-    """Refuse modules without parameters, lazy or complex parameters, and compiled modules."""
+    """Refuse modules without parameters, and lazy or complex parameters."""
     if next(module.parameters(), None) is None:
         raise ValueError(
             f"Expected {type(module).__name__} to have trainable parameters, got no parameters at all. Make them in "
@@ -64,11 +63,6 @@ def check_parameters(module: nn.Module) -> None:
         raise ValueError(
             f"Expected real parameters, got {complex_ones[0]!r} of a complex type. Norms and noise are those of real "
             "numbers: keep real and imaginary part as two real parameters and join them by torch.complex."
-        )
-    if is_compiled(module):
-        raise ValueError(
-            f"Expected an eager module, got {type(module).__name__} through torch.compile. The hooks that record "
-            "per-sample gradients do not reach into a compiled graph: pass the module itself."
         )
 
 

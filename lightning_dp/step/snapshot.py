@@ -26,7 +26,9 @@ _MACHINERY = frozenset(nn.Module().__dict__) - {
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
 }  # fmt: skip
 #: Attributes that lead out of the user's objects.
-_OUTSIDE = frozenset({"log", "log_dict", "_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"})
+_OUTSIDE = frozenset(
+    ["log", "log_dict", "print", "_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"]
+)
 _NOT_PLAIN = _OUTSIDE | _MACHINERY | {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 #: Types whose values cannot change.
 _CONSTANT = (

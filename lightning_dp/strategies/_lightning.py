@@ -13,10 +13,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric import wrappers
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder
 from lightning.pytorch.core import saving
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers import multiprocessing
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 
@@ -186,6 +187,17 @@ def drop_loader_states(checkpoint: dict[str, Any]) -> None:
     """Remove the states of training loaders from a checkpoint that Lightning has built."""
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     loop.get("state_dict", {}).pop("combined_loader", None)
+
+
+def is_search(callback: object) -> bool:
+    """Tell whether a callback, of either package, searches a learning rate or batch size by training steps."""
+    return is_a(callback, LearningRateFinder) or is_a(callback, BatchSizeFinder)
+
+
+def is_fitting(module: pl.LightningModule | None) -> bool:
+    """Tell whether a module is attached to a Trainer that fits it."""
+    trainer = None if module is None else module._trainer
+    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
 
 
 def is_searching_learning_rate(trainer: pl.Trainer) -> bool:

@@ -260,11 +260,10 @@ class PrivateStrategy(TrainingInputs, Strategy):
         """Load a checkpoint; on resume, restore its ledger and plan, and refuse a checkpoint without a ledger."""
         with checkpoint_io.reading(checkpoint_path):
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        module = self.lightning_module
-        if module is not None and module.trainer.state.fn == TrainerFn.FITTING:
+        if _lightning.is_fitting(self.lightning_module):
             self.state.load(
                 checkpoint,
                 allow_public=self.settings.allow_public_checkpoint,
-                one_step_a_batch=module.automatic_optimization,
+                one_step_a_batch=self.module.automatic_optimization,
             )
         return checkpoint

@@ -24,6 +24,7 @@ from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
 from lightning_dp.step.snapshot import few_values, plain_attributes
 from lightning_dp.step.state_check import leaves_of, numbers_of
+from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.overrides import Overrides
 from lightning_dp.system.torch_private import num_changes
 
@@ -53,7 +54,7 @@ class UserHooks:
     **Guarantee**: what a hook writes into the module is checked as what ``training_step`` writes: of the module before
     the first step, of a callback when it first writes, before the next step or checkpoint. Hooks around an
     optimizer's step see a gradient there that does not depend on the records. Not watched: hooks of Lightning's own
-    callbacks and of this package's.
+    callbacks and of this package's, and searches, whose steps are in the ledger.
 
     Args:
         strategy: of the Trainer.
@@ -63,7 +64,7 @@ class UserHooks:
     def __init__(self, strategy: PrivateStrategy, others: Callable[[], list[Any]]) -> None:
         self._strategy, self._others = strategy, others
         self._reported: set[str] = set()
-        self._watched = [*getattr(strategy.trainer, "callbacks", [])]
+        self._watched = [one for one in getattr(strategy.trainer, "callbacks", []) if not _lightning.is_search(one)]
         self._overrides = Overrides()
         self.writing: list[Any] = []
         """Callbacks that have changed the module and therefore take part in trials; also the module, if its hook at the

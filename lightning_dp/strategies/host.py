@@ -156,7 +156,9 @@ class LightningHost(Host):
 
 @contextmanager
 def silent(module: pl.LightningModule) -> Iterator[None]:
-    """Let ``self.log`` and ``self.log_dict`` show their figures to nobody but user code that reads them back."""
+    """Let ``self.log`` and ``self.log_dict`` show their figures to nobody but user code that reads them back, and
+    ``self.print`` print nothing.
+    """
 
     def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(value, (int, float, Tensor)):
@@ -171,6 +173,7 @@ def silent(module: pl.LightningModule) -> Iterator[None]:
     overrides = Overrides()
     overrides.set(module, "log", log)
     overrides.set(module, "log_dict", log_dict)
+    overrides.set(module, "print", lambda *args, **kwargs: None)
     try:
         yield
     finally:

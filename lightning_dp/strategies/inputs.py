@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class TrainingInputs(RunFacts, Strategy):
         for parts in {*trainer_checks.accumulation(trainer).values()}:  # each must be possible before the first step
             self._private(dataloader, parts)
         loader = self._private(dataloader, trainer_checks.parts_now(trainer))
-        loader.before_pass = lambda: self._follow_accumulation(dataloader)
+        loader.before_pass = partial(self._follow_accumulation, dataloader)
         checks.check_same_dataset(self._loader, loader)
         if self.state.plan is not None:
             correlation.check_reload(self.state.plan.correlation, self._loader, loader)

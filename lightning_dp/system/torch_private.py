@@ -22,11 +22,6 @@ def replace_children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether ``torch.compile`` returned this module, or Lightning compiled it in place."""
-    return getattr(module, "_compiler_ctx", None) is not None or hasattr(module, "_orig_mod")
-
-
 def num_changes(tensor: Tensor) -> int:
     """Return the number of in-place changes of a tensor; -1 for inference tensors, which have no count."""
     return -1 if tensor.is_inference() else tensor._version

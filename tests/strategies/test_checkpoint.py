@@ -164,6 +164,15 @@ def test_evaluation_loads_any_checkpoint(tmp_path: Path) -> None:
         )
 
 
+def test_a_module_without_trainer_reads_any_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "plain.ckpt"
+    torch.save({"state_dict": Classifier().state_dict()}, path)
+    strategy = DPStrategy(noise_multiplier=1.0)
+    strategy.connect(Classifier())
+    assert strategy.load_checkpoint(path, weights_only=True).keys() == {"state_dict"}
+    assert not strategy.ledger.num_steps
+
+
 def test_a_second_fit_goes_on_with_the_ledger(tmp_path: Path) -> None:
     strategy = DPStrategy(noise_multiplier=1.3)
     trainer = make_trainer(strategy, tmp_path, max_epochs=1, callbacks=[EpsilonMonitor()])

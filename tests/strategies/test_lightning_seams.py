@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import Precision
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -159,6 +159,26 @@ def test_is_searching_learning_rate_during_the_search_only(tmp_path: Path) -> No
     assert found[-4:] == [False] * 4
     assert not any(found[-4:])
     assert during_fit(tmp_path, _lightning.is_searching_learning_rate) == [False] * 4
+
+
+def test_is_fitting_holds_within_a_fit_only(tmp_path: Path) -> None:
+    module = Classifier()
+    assert not _lightning.is_fitting(None)
+    assert not _lightning.is_fitting(module)
+    trainer = make_trainer("auto", tmp_path)
+    trainer.fit(module, make_loader())
+    assert _lightning.is_fitting(module)
+    trainer.validate(module, make_loader(), verbose=False)
+    assert not _lightning.is_fitting(module)
+
+
+def test_is_search_knows_searches_and_their_subclasses() -> None:
+    subclass = type("Mine", (BatchSizeFinder,), {})
+    assert [_lightning.is_search(each) for each in (LearningRateFinder(), subclass(), ModelCheckpoint())] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_launchers_are_read_and_set() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
@@ -138,6 +140,20 @@ def test_learning_rate_search_spends_budget_that_stays_counted(tmp_path: Any) ->
     assert strategy.ledger.num_steps == searched + 8
 
 
+def test_learning_rate_search_within_a_run_is_not_tried(tmp_path: Any) -> None:
+    class Again(LearningRateFinder):
+        def on_fit_start(self, *args: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            self.lr_find(trainer, pl_module)
+
+    module, strategy = Classifier(), strategy_of()
+    finder = Again(num_training_steps=6, early_stop_threshold=None)
+    make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[finder]).fit(module, make_loader())
+    assert strategy.ledger.num_steps >= 6 + 2 * 4
+
+
 def test_learning_rate_search_and_run_share_one_target(tmp_path: Any) -> None:
     strategy = targeted()
     trainer = make_trainer(strategy, tmp_path, max_epochs=2)
@@ -148,9 +164,37 @@ def test_learning_rate_search_and_run_share_one_target(tmp_path: Any) -> None:
     assert 1.98 <= strategy.epsilon() <= 2.0
 
 
-def test_a_compiled_module_is_refused(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match=r"through torch\.compile"):
-        make_trainer(strategy_of(), tmp_path).fit(torch.compile(Classifier(), backend="eager"), make_loader())
+def test_print_of_the_module_shows_each_batch_once(tmp_path: Any, capsys: Any) -> None:
+    class Printing(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.print(f"batch {batch_idx}")
+            return super().training_step(batch, batch_idx)
+
+    make_trainer(strategy_of(microbatch_size=5), tmp_path).fit(Printing(), make_loader())
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("batch")]
+    assert said == [f"batch {i}" for i in range(4)]
+
+
+def test_a_trainer_that_has_fitted_can_be_pickled(tmp_path: Any) -> None:
+    strategy = strategy_of()
+    trainer = make_trainer(strategy, tmp_path)
+    trainer.fit(Classifier(), make_loader())
+    copied = pickle.loads(pickle.dumps(trainer)).strategy
+    assert copied.ledger.num_steps == strategy.ledger.num_steps == 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
+def test_a_compiled_module_trains_as_the_eager_one(tmp_path: Any, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+    trained = []
+    for change in (lambda module: module, lambda module: torch.compile(module, backend="eager")):
+        module = Classifier()
+        strategy = DPStrategy(noise_multiplier=0.0, seed=0, sampling="shuffle")
+        make_trainer(strategy, tmp_path).fit(change(module), make_loader())
+        trained.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    torch.testing.assert_close(*trained)
+    assert not torch.equal(trained[0], torch.cat([p.detach().flatten() for p in Classifier().parameters()]))
+    assert "Compiled submodules run eagerly (the module itself)" in caplog.text
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

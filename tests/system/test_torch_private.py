@@ -37,12 +37,6 @@ def test_replace_children_changes_the_module() -> None:
     assert module[0] is shared
 
 
-def test_is_compiled_tells_compiled_modules() -> None:
-    module = nn.Linear(2, 2)
-    assert not torch_private.is_compiled(module)
-    assert torch_private.is_compiled(torch.compile(module, backend="eager"))
-
-
 def test_num_changes_counts_writes_in_place() -> None:
     tensor = torch.zeros(2)
     before = torch_private.num_changes(tensor)
