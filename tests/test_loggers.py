@@ -16,6 +16,8 @@ from lightning_dp import DPStrategy, EpsilonMonitor
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
 from tests.helpers import Classifier, make_loader, make_trainer
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 Points = dict[str, list[tuple[int, float]]]
 KEYS = ("epsilon", "privacy/delta", "privacy/noise_multiplier")
 

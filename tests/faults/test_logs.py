@@ -17,6 +17,8 @@ from lightning_dp import DPDDPStrategy, DPStrategy, Epsilon, EpsilonMonitor
 from lightning_dp.callbacks import GradientDiagnostics
 from tests.helpers import Classifier, make_loader, make_trainer
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 LEAKS = {"train_loss", "accuracy", "in_dict", "after_batch", "after_epoch", "by_callback", "direct"}
 NAMED = {"nonprivate/loss", "nonprivate/direct"}
 OURS = {"epsilon", "privacy/delta", "privacy/noise_multiplier", "eps_metric"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -35,12 +34,6 @@ from tests.helpers import Classifier, make_loader, make_trainer
 FILES = ["privacy_card.json", "privacy_card.md", "privacy_card.svg"]
 
 
-def with_picture() -> list[str]:
-    """Return the files of a card; skip the test if nothing draws the picture."""
-    pytest.importorskip("matplotlib")
-    return FILES
-
-
 def fit(tmp_path: Path, strategy: DPStrategy | None = None, **options: Any) -> tuple[DPStrategy, L.Trainer]:
     strategy = strategy or DPStrategy(noise_multiplier=1.3, target_delta=1e-5, check_per_sample=False)
     trainer = make_trainer(strategy, tmp_path, log_every_n_steps=1, **options)
@@ -53,6 +46,7 @@ def cards(directory: Path) -> list[str]:
 
 
 def test_card_is_beside_the_loggers_files_and_says_what_happened(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     strategy, _ = fit(
         tmp_path,
         max_epochs=4,
@@ -64,7 +58,7 @@ def test_card_is_beside_the_loggers_files_and_says_what_happened(tmp_path: Path)
         ],
     )
     directory = tmp_path / "lightning_logs" / "version_0"
-    assert cards(directory) == with_picture()
+    assert cards(directory) == FILES
     card = json.loads((directory / "privacy_card.json").read_text(), parse_constant=pytest.fail)
     assert card["epsilon"] == pytest.approx(strategy.epsilon(), rel=1e-12)
     assert (card["delta"], card["setting"]) == (1e-5, "central")
@@ -110,11 +104,12 @@ def test_nothing_is_written_without_a_logger_or_in_a_dry_run(tmp_path: Path, dry
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_callback_says_where_and_whether(tmp_path: Path) -> None:
     fit(tmp_path, callbacks=[PrivacyCard(tmp_path / "here" / "it is")])
-    assert cards(tmp_path / "here" / "it is") == with_picture()
+    assert cards(tmp_path / "here" / "it is") == FILES[:2]
     fit(tmp_path / "root", callbacks=[PrivacyCard()])
-    assert cards(tmp_path / "root") == with_picture()
+    assert cards(tmp_path / "root") == FILES[:2]
     fit(tmp_path / "none", logger=CSVLogger(tmp_path / "none"), callbacks=[PrivacyCard(enabled=False)])
     assert cards(tmp_path / "none") == []
     fit(tmp_path / "other", logger=CSVLogger(tmp_path / "logs"), callbacks=[PrivacyCard(tmp_path / "other")])
@@ -123,15 +118,17 @@ def test_callback_says_where_and_whether(tmp_path: Path) -> None:
     assert cards(tmp_path / "dry") == []
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_callback_leaves_nothing_behind(tmp_path: Path) -> None:
     _, trainer = fit(tmp_path, logger=CSVLogger(tmp_path), callbacks=[PrivacyCard(enabled=False)])
     assert cards(tmp_path) == []
     trainer.callbacks.clear()
     trainer.fit_loop.max_epochs = 2
     trainer.fit(Classifier(), make_loader())
-    assert cards(tmp_path) == with_picture()
+    assert cards(tmp_path) == FILES[:2]
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_card_holds_audits_of_callbacks_after_it(tmp_path: Path) -> None:
     """The card is written when all callbacks have ended."""
     audit = PrivacyAudit(10)
@@ -147,6 +144,7 @@ def test_callback_needs_a_private_strategy_and_a_path(tmp_path: Path) -> None:
         PrivacyCard(3)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_files_that_cannot_be_written_do_not_end_a_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="privacy card could not be written"):
@@ -154,8 +152,8 @@ def test_files_that_cannot_be_written_do_not_end_a_run(tmp_path: Path) -> None:
     assert strategy.ledger.num_steps == 4
 
 
-def test_without_matplotlib_the_numbers_are_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+@pytest.mark.usefixtures("no_picture")
+def test_without_matplotlib_the_numbers_are_a_table(tmp_path: Path) -> None:
     strategy, _ = fit(tmp_path, callbacks=[PrivacyCard(tmp_path)])
     assert cards(tmp_path) == FILES[:2]
     markdown = (tmp_path / "privacy_card.md").read_text()
@@ -173,6 +171,7 @@ def test_a_run_without_noise_says_that_it_is_not_private(tmp_path: Path) -> None
     assert "| 4 | infinite |" in (tmp_path / "privacy_card.md").read_text()
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_a_seed_is_said_and_survives_a_resume_without_one(tmp_path: Path) -> None:
     _, trainer = fit(
         tmp_path, DPStrategy(noise_multiplier=1.3, target_delta=1e-5, seed=3), callbacks=[GradientDiagnostics()]

@@ -12,10 +12,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import lightning as L
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp import AdaptiveClipping, CorrelatedNoise, DPDDPStrategy, EpsilonMonitor, RandomSparsification
+from lightning_dp.accounting import PrivacyEvent
+from lightning_dp.clipping import FlatClipping
+from lightning_dp.noise import GaussianNoise
+from lightning_dp.step.noising import ReleaseNoise
+from lightning_dp.step.reduction import AllReduce
+from lightning_dp.step.release import Release
 from tests.helpers import NUM_FEATURES, Classifier, Recorder, make_dataset, make_trainer
 from tests.strategies.test_manual import GAN
 
@@ -39,7 +45,7 @@ def fit(
 
 def private(*, check_per_sample: bool = False, **options: Any) -> DPDDPStrategy:
     """Samples are checked in training, next to a public optimizer, and where ranks choose a way."""
-    given = {"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", **options}
+    given = {"noise_multiplier": 1.0, "target_delta": 1e-3, **options}
     return DPDDPStrategy(check_per_sample=check_per_sample, **given)
 
 
@@ -140,6 +146,25 @@ class Watch(L.Callback):
         self.noise.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone())
 
 
+def releases() -> Tensor:
+    """What 1,000 releases of a masked gradient, of noise of std 1.5, and of two counts, of std 0.5, hold."""
+    reduction = AllReduce(RANK, 2, torch.device("cpu"))
+    accumulator = reduction.make_accumulator({"weight": nn.Parameter(torch.zeros(60))}, FlatClipping(1.0), 2)
+    accumulator.set_masks([{"weight": torch.arange(60) % 2 == 0}], (1,))
+    noise = ReleaseNoise(GaussianNoise(), reduction)
+    event = PrivacyEvent(kind="poisson", noise_multiplier=1.5, sample_rate=0.5)
+    release = Release(sigma=1.5, noise_std=1.5, drawn_std=1.5, statistics_std=0.5, sensitivity=1.0, event=event)
+    found = []
+    for number in range(1000):
+        noise.begin(accumulator, release, first=number % 2 == 0, divisor=1)
+        accumulator.used = True
+        noise.add(accumulator, release)
+        reduction.reduce(accumulator)
+        found.append(accumulator.flat.clone())
+        accumulator.reset()
+    return torch.stack(found)
+
+
 def main() -> None:
     seen: dict[str, Any] = {}
 
@@ -151,7 +176,7 @@ def main() -> None:
     # correlated noise: 40 steps in 10 passes over 4 batches
     recorder = Recorder()
     correlated = CorrelatedNoise(decay=0.8)
-    strategy = private(sampling="cyclic", noise=correlated, accountant="pld")
+    strategy = private(sampling="cyclic", noise=correlated)
     fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=8), [recorder], strategy=strategy, max_epochs=10)
     released = torch.stack([torch.cat([g.flatten() for g in s.values()]) for s in recorder.before_step])
     seen["correlated"] = released * 16 / correlated.sensitivity(40, separation=4, passes=10)
@@ -226,9 +251,10 @@ def main() -> None:
     # under a mask and with a counted bound: what the gradient and the count carry, and what they should
     watch, module = Watch(), Drawing()
     callbacks = [RandomSparsification(final_rate=0.5, schedule="constant"), AdaptiveClipping(), watch]
-    fit(module, DataLoader(Indexed(), batch_size=2), callbacks, max_epochs=40)
+    fit(module, DataLoader(Indexed(), batch_size=2), callbacks, max_epochs=4)
     seen["mixed"] = {"noise": torch.stack(watch.noise), "std": watch.std, "counts": watch.counts}
     seen["mixed"]["sizes"] = [len(positions) for positions in module.drawn]
+    seen["releases"] = releases()
 
     # a public generator next to a private discriminator: replicas stay equal
     module = GAN()

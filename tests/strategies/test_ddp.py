@@ -37,26 +37,36 @@ def test_noise_of_the_reduced_gradient_is_there_exactly_once(ranks: list[dict[st
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
 def test_masked_gradient_and_count_share_one_noise(ranks: list[dict[str, Any]], wrong: float) -> None:
-    """400 steps of B = 4 at z = 1, so s_b = 1 and z_g = (1 - 1/4)^-1/2; z under 5 (false alarm < 1e-5).
+    """40 steps of B = 4 at z = 1, so s_b = 1 and z_g = (1 - 1/4)^-1/2; z under 5 (false alarm < 1e-5).
 
-    Noise of both ranks, or of half, would be sqrt(2) off.
+    Noise of both ranks, or of half, would be sqrt(2) off. The next test has counts enough to see that in them.
     """
     mixed = [seen["mixed"] for seen in ranks]
     assert torch.equal(mixed[0]["noise"], mixed[1]["noise"])
     assert mixed[0]["counts"] == mixed[1]["counts"]
     noise, std = mixed[0]["noise"].double() * 4, torch.tensor(mixed[0]["std"], dtype=torch.float64)
-    assert noise.shape == (400, 53)
+    assert noise.shape == (40, 53)
     live = noise != 0
-    assert live.sum(1).tolist() == [27] * 400
+    assert live.sum(1).tolist() == [27] * 40
     assert std[0] == pytest.approx(0.75**-0.5)  # the bound is still 1; it shrinks, since no norm is above it
     assert std[-1] < 0.5
     drawn = (noise / std[:, None])[live] / wrong
     z = (drawn.square().sum() - drawn.numel()) / math.sqrt(2 * drawn.numel())
     assert (abs(z) < 5) == (wrong == 1.0)
     sizes = torch.tensor([a + b for a, b in zip(mixed[0]["sizes"], mixed[1]["sizes"], strict=True)])
-    error = (torch.tensor(mixed[0]["counts"], dtype=torch.float64) - sizes / 2) / wrong
-    z = (error.square().sum() - 400) / math.sqrt(800)
-    assert (abs(z) < 5) == (wrong == 1.0)
+    error = torch.tensor(mixed[0]["counts"], dtype=torch.float64) - sizes / 2
+    assert abs(error.square().sum() - 40) / math.sqrt(80) < 5
+
+
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
+def test_every_coordinate_and_count_carries_noise_once(ranks: list[dict[str, Any]], wrong: float) -> None:
+    """1,000 releases of 30 active coordinates and 2 counts; each z under 5.5 (false alarm 32 x 4e-8)."""
+    first, second = (seen["releases"].double() / wrong for seen in ranks)
+    assert torch.equal(first, second)
+    noise = first / torch.tensor([1.5] * 30 + [0.5] * 2)
+    z = (noise.square().sum(0) - 1000) / math.sqrt(2000)
+    assert bool((z.abs() < 5.5).all()) == (wrong == 1.0)
+    assert bool((z.abs() < 5.5).any()) == (wrong == 1.0)
 
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
@@ -86,7 +96,7 @@ def test_ledger_and_epsilon_speak_of_the_whole_batch(ranks: list[dict[str, Any]]
     ledger.record(PrivacyEvent(kind="poisson", noise_multiplier=1.0, sample_rate=16 / 64), 20)
     for seen in ranks:
         assert seen["ledger"] == ledger.state_dict()["entries"]
-        assert seen["epsilon"] == pytest.approx(make_accountant("rdp").epsilon(ledger, 1e-3))
+        assert seen["epsilon"] == pytest.approx(make_accountant("pld").epsilon(ledger, 1e-3))
         assert seen["resumed"] == 24
 
 
