@@ -172,7 +172,7 @@ def test_loss_is_logged_on_request_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_resumed_run_spends_what_one_run_does(tmp_path: Path) -> None:
-    privacy = {"target_epsilon": 4.0, "target_delta": 1e-3, "accountant": "rdp"}
+    privacy = {"target_epsilon": 4.0, "target_delta": 1e-3}
     half = start(tmp_path, privacy, stop=3)
     half.train()
     assert (tmp_path / "checkpoint-3" / STATE).is_file()

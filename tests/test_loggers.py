@@ -95,7 +95,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 )
 def test_epsilon_is_in_the_loggers_files(tmp_path: Path, name: str) -> None:
     make, read = LOGGERS[name]
-    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5)
     logger = make(tmp_path)
     trainer = make_trainer(
         strategy,
@@ -124,4 +124,4 @@ def spent(steps: int) -> float:
     """Epsilon of so many steps at q = 1/4, straight from a ledger of its own."""
     ledger = Ledger()
     ledger.record(PrivacyEvent.poisson(noise_multiplier=1.3, sample_rate=0.25), steps)
-    return make_accountant("rdp").epsilon(ledger, 1e-5)
+    return make_accountant("pld").epsilon(ledger, 1e-5)

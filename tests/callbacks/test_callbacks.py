@@ -19,13 +19,11 @@ def spent(steps: int, sigma: float = 1.3, delta: float = 1e-5) -> float:
     """Epsilon of so many steps at q = 1/4, straight from a ledger of its own."""
     ledger = Ledger()
     ledger.record(PrivacyEvent(kind="poisson", noise_multiplier=sigma, sample_rate=0.25), steps)
-    return make_accountant("rdp").epsilon(ledger, delta)
+    return make_accountant("pld").epsilon(ledger, delta)
 
 
-def rdp(**options: Any) -> DPStrategy:
-    return DPStrategy(
-        **{"noise_multiplier": 1.3, "target_delta": 1e-5, "accountant": "rdp", "check_per_sample": False, **options}
-    )
+def private(**options: Any) -> DPStrategy:
+    return DPStrategy(**{"noise_multiplier": 1.3, "target_delta": 1e-5, "check_per_sample": False, **options})
 
 
 def read_log(tmp_path: Path, key: str) -> list[tuple[int, float]]:
@@ -35,7 +33,7 @@ def read_log(tmp_path: Path, key: str) -> list[tuple[int, float]]:
 
 def test_epsilon_is_logged_every_n_steps_and_at_each_epochs_end(tmp_path: Path) -> None:
     trainer = make_trainer(
-        rdp(),
+        private(),
         tmp_path,
         max_epochs=2,
         logger=CSVLogger(tmp_path),
@@ -53,7 +51,7 @@ def test_epsilon_is_logged_every_n_steps_and_at_each_epochs_end(tmp_path: Path) 
 def test_epsilon_names_checkpoints(tmp_path: Path) -> None:
     checkpoints = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}-{epsilon:.2f}", save_top_k=-1)
     trainer = make_trainer(
-        rdp(), tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[EpsilonMonitor(), checkpoints]
+        private(), tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[EpsilonMonitor(), checkpoints]
     )
     trainer.fit(Classifier(), make_loader(), make_loader(batch_size=32))
     names = sorted(path.name for path in tmp_path.glob("*.ckpt"))
@@ -77,7 +75,7 @@ def test_epsilon_in_a_file_name_is_that_of_its_weights(
     """Also where steps between two logged values are before the end: a name must not promise less than was spent."""
     saved = ModelCheckpoint(dirpath=tmp_path, filename="{step}-{epsilon:.3f}", save_top_k=-1, **saving)
     callbacks = [EpsilonMonitor(every_n_steps=50), *options.pop("callbacks", []), saved]
-    trainer = make_trainer(rdp(), tmp_path, enable_checkpointing=True, callbacks=callbacks, **options)
+    trainer = make_trainer(private(), tmp_path, enable_checkpointing=True, callbacks=callbacks, **options)
     trainer.fit(Classifier(), make_loader(), make_loader(batch_size=32))
     names = {path.name for path in tmp_path.glob("*.ckpt")}
     assert names >= {f"step={step}-epsilon={spent(step):.3f}.ckpt" for step in steps}
@@ -89,7 +87,7 @@ def test_epsilon_can_stop_a_run_early(tmp_path: Path) -> None:
     stopping = EarlyStopping(
         monitor="epsilon", mode="min", divergence_threshold=spent(10), patience=100, check_on_train_epoch_end=True
     )
-    strategy = rdp()
+    strategy = private()
     make_trainer(strategy, tmp_path, max_epochs=9, callbacks=[EpsilonMonitor(), stopping]).fit(
         Classifier(), make_loader()
     )
@@ -110,7 +108,7 @@ def test_monitor_arguments(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize("allowed", [3, 4, 7])
 def test_budget_stops_before_the_step_that_would_exceed_it(tmp_path: Path, allowed: int) -> None:
     budget = (spent(allowed) + spent(allowed + 1)) / 2
-    strategy = rdp()
+    strategy = private()
     trainer = make_trainer(strategy, tmp_path, max_epochs=5, callbacks=[PrivacyBudget(budget)])
     trainer.fit(Classifier(), make_loader())
     assert strategy.ledger.num_steps == trainer.global_step == allowed
@@ -118,7 +116,7 @@ def test_budget_stops_before_the_step_that_would_exceed_it(tmp_path: Path, allow
 
 
 def test_budget_holds_where_the_trainer_may_not_stop(tmp_path: Path) -> None:
-    strategy = rdp()
+    strategy = private()
     trainer = make_trainer(strategy, tmp_path, max_epochs=5, min_epochs=3, callbacks=[PrivacyBudget(spent(6))])
     with pytest.raises(PrivacyError, match="stop after 6 steps"):
         trainer.fit(Classifier(), make_loader())
@@ -126,7 +124,7 @@ def test_budget_holds_where_the_trainer_may_not_stop(tmp_path: Path) -> None:
 
 
 def test_budget_refuses_a_run_already_over_it(tmp_path: Path) -> None:
-    strategy = rdp()
+    strategy = private()
     trainer = make_trainer(strategy, tmp_path, max_epochs=2)
     trainer.fit(Classifier(), make_loader())
     trainer.callbacks.append(PrivacyBudget(spent(5)))
@@ -135,11 +133,11 @@ def test_budget_refuses_a_run_already_over_it(tmp_path: Path) -> None:
         trainer.fit(Classifier(), make_loader())
     assert strategy.ledger.num_steps == 8
     with pytest.raises(PrivacyError, match="no steps recorded"):
-        make_trainer(rdp(), tmp_path, callbacks=[PrivacyBudget(1e-3)]).fit(Classifier(), make_loader())
+        make_trainer(private(), tmp_path, callbacks=[PrivacyBudget(1e-3)]).fit(Classifier(), make_loader())
 
 
 def test_budget_that_fits_the_run_changes_nothing(tmp_path: Path) -> None:
-    strategy = rdp()
+    strategy = private()
     trainer = make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[PrivacyBudget(spent(8))])
     trainer.fit(Classifier(), make_loader())
     assert strategy.ledger.num_steps == 8
@@ -147,7 +145,7 @@ def test_budget_that_fits_the_run_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_budget_on_a_run_without_bounds(tmp_path: Path) -> None:
-    strategy = rdp()
+    strategy = private()
     make_trainer(strategy, tmp_path, max_epochs=-1, callbacks=[PrivacyBudget(spent(9))]).fit(
         Classifier(), make_loader()
     )
@@ -156,7 +154,7 @@ def test_budget_on_a_run_without_bounds(tmp_path: Path) -> None:
 
 def test_second_budget_is_refused(tmp_path: Path) -> None:
     """The last one would decide, whatever the first one promised."""
-    trainer = make_trainer(rdp(), tmp_path, callbacks=[PrivacyBudget(0.5), PrivacyBudget(50.0)])
+    trainer = make_trainer(private(), tmp_path, callbacks=[PrivacyBudget(0.5), PrivacyBudget(50.0)])
     with pytest.raises(ValueError, match="one callback for the limit on epsilon, got PrivacyBudget and PrivacyBudget"):
         trainer.fit(Classifier(), make_loader())
 

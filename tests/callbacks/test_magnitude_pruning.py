@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def private(**options: Any) -> DPStrategy:
-    defaults: dict[str, Any] = {"target_delta": 1e-3, "accountant": "rdp", "check_per_sample": False}
+    defaults: dict[str, Any] = {"target_delta": 1e-3, "check_per_sample": False}
     return DPStrategy(**{"noise_multiplier": 1.0, **defaults, **options})
 
 

@@ -26,9 +26,7 @@ P = 53  # coordinates of the classifier: 6 x 5 + 5 + 5 x 3 + 3
 
 
 def private(**options: Any) -> DPStrategy:
-    return DPStrategy(
-        **{"noise_multiplier": 1.0, "target_delta": 1e-5, "accountant": "rdp", "check_per_sample": False, **options}
-    )
+    return DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-5, "check_per_sample": False, **options})
 
 
 class Steps(Recorder):

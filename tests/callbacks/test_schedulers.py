@@ -49,7 +49,7 @@ PAIRS = [*zip(KINDS, itertools.cycle(INTERVALS), strict=False)]
 
 
 def quick(**options: Any) -> DPStrategy:
-    defaults = {"target_delta": 1e-3, "accountant": "rdp", "check_per_sample": False, "max_grad_norm": 0.5}
+    defaults = {"target_delta": 1e-3, "check_per_sample": False, "max_grad_norm": 0.5}
     return DPStrategy(**{**defaults, **options})
 
 
@@ -100,7 +100,7 @@ def test_target_is_calibrated_over_the_whole_schedule(kind: str, tmp_path: Path)
     assert 1.98 <= strategy.epsilon() <= 2.0
     constant = Ledger()
     constant.record(strategy.plan.event(0), NUM_STEPS)
-    assert make_accountant("rdp").epsilon(constant, 1e-3) < 1.9
+    assert make_accountant("pld").epsilon(constant, 1e-3) < 1.9
 
 
 class Planned(L.Callback):

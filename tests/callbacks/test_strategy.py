@@ -14,7 +14,7 @@ from lightning_dp.datalens import DataLens, MLPDiscriminator, MLPGenerator
 from lightning_dp.step.facts import StateFacts
 from tests.helpers import Classifier, make_loader, make_trainer
 from tests.strategies.test_manual import GAN
-from tests.strategies.test_soundness import rdp
+from tests.strategies.test_soundness import private
 
 HOLDER = {*vars(StateFacts), *get_type_hints(StateFacts)}
 STRATEGY = HOLDER | {*get_type_hints(PrivateStrategy)}
@@ -54,7 +54,7 @@ def test_accumulators_leave_public_parameters_out(tmp_path: Path) -> None:
             with pytest.raises(TypeError, match="does not support item assignment"):
                 strategy.accumulators[0] = None
 
-    trainer = make_trainer(rdp(public_optimizers=[0]), tmp_path, callbacks=[Look()])
+    trainer = make_trainer(private(public_optimizers=[0]), tmp_path, callbacks=[Look()])
     module = GAN()
     trainer.fit(module, make_loader())
     expected = {f"discriminator.{name}" for name, _ in module.discriminator.named_parameters()}
@@ -88,7 +88,7 @@ def test_losses_are_those_of_evaluation_and_have_no_effect(tmp_path: Path) -> No
             alone = [Classifier.training_step(pl_module, [part[None] for part in record], 0) for record in records]
             assert found == pytest.approx([float(loss.detach()) for loss in alone], rel=1e-5)
 
-    trainer = make_trainer(rdp(), tmp_path, callbacks=[Look()])
+    trainer = make_trainer(private(), tmp_path, callbacks=[Look()])
     trainer.fit(Counting(), make_loader())
     assert len(found) == 3
     assert "leak" not in trainer.callback_metrics

@@ -149,9 +149,7 @@ def all_reduce_halfway(self: AllReduce, accumulator: Accumulator) -> None:
 def live() -> None:
     """One life: resume, train, save after every second step, until death."""
     strategy: Any = DPDDPStrategy if fate["place"] == "all-reduce" else DPStrategy
-    strategy = strategy(
-        noise_multiplier=1.3, target_delta=1e-5, accountant="rdp", check_per_sample=False, microbatch_size=8
-    )
+    strategy = strategy(noise_multiplier=1.3, target_delta=1e-5, check_per_sample=False, microbatch_size=8)
     if fate["place"] == "all-reduce":
         AllReduce.reduce = all_reduce_halfway  # type: ignore[method-assign]
     before(PrivateStep, "collect", "clip")

@@ -71,9 +71,7 @@ class Counter(Recorder):
 
 
 def noiseless(**options: Any) -> DPStrategy:
-    return DPStrategy(
-        noise_multiplier=0.0, microbatch_size=8, max_grad_norm=1e-3, check_per_sample=False, accountant="rdp", **options
-    )
+    return DPStrategy(noise_multiplier=0.0, microbatch_size=8, max_grad_norm=1e-3, check_per_sample=False, **options)
 
 
 def check_next_fit(trainer: Any, strategy: DPStrategy, module: Any, recorder: Recorder, released: int) -> None:

@@ -30,7 +30,7 @@ def deaths(folder: Path, number: int, seed: int) -> list[dict[str, Any]]:
 def spent(steps: int) -> float:
     ledger = Ledger()
     ledger.record(PrivacyEvent(kind="poisson", noise_multiplier=1.3, sample_rate=0.25), steps)
-    return make_accountant("rdp").epsilon(ledger, 1e-5)
+    return make_accountant("pld").epsilon(ledger, 1e-5)
 
 
 def check(folder: Path, found: list[dict[str, Any]]) -> None:
@@ -57,7 +57,7 @@ def check(folder: Path, found: list[dict[str, Any]]) -> None:
 
 def resumed_run(folder: Path, truth: int) -> None:
     """After the last death, epsilon covers all releases."""
-    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp", check_per_sample=False)
+    strategy = DPStrategy(noise_multiplier=1.3, target_delta=1e-5, check_per_sample=False)
     trainer = make_trainer(strategy, folder, max_steps=truth + 3, max_epochs=-1)
     trainer.fit(Classifier(), make_loader(), ckpt_path=folder / "last.ckpt", weights_only=True)
     assert strategy.ledger.num_steps == strategy.steps_taken == truth + 3

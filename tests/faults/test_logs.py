@@ -91,7 +91,7 @@ def shown_by(tmp_path: Path, strategy: Any, **options: Any) -> tuple[set[str], L
 
 def make(name: str, **options: Any) -> Any:
     strategy = {"single": DPStrategy, "ddp": DPDDPStrategy}[name]
-    return strategy(noise_multiplier=1.3, target_delta=1e-5, accountant="rdp", **options)
+    return strategy(noise_multiplier=1.3, target_delta=1e-5, **options)
 
 
 def test_strict_logging_drops_unnamed_training_figures(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_checkpoint_keeps_the_plain_modules_keys(tmp_path: Path) -> None:
 
 def test_calibrated_noise_is_kept_on_resume(tmp_path: Path) -> None:
     def calibrated() -> DPStrategy:
-        return DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp", check_per_sample=False)
+        return DPStrategy(target_epsilon=2.0, target_delta=1e-3, check_per_sample=False)
 
     whole = fit(tmp_path / "whole", strategy=calibrated(), max_epochs=4)
     trainer = make_trainer(
@@ -77,7 +77,7 @@ def test_a_longer_run_is_calibrated_to_what_is_left(tmp_path: Path) -> None:
         callbacks=[save_at(tmp_path)],
         strategy=DPStrategy(noise_multiplier=4.0),
     )
-    spent = DPStrategy(target_epsilon=3.0, target_delta=1e-3, accountant="rdp")
+    spent = DPStrategy(target_epsilon=3.0, target_delta=1e-3)
     fit(tmp_path / "more", max_epochs=4, resume=tmp_path / "epoch=1-step=8.ckpt", strategy=spent)
     assert spent.ledger.num_steps == 16
     assert 2.97 <= spent.epsilon() <= 3.0

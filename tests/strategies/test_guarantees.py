@@ -81,7 +81,7 @@ def test_what_we_log_and_the_scale_of_the_noise_are_public(tmp_path: Path, monke
             RandomSparsification(final_rate=0.5, schedule="constant"),
             recorder,
         ]
-        strategy = DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp")
+        strategy = DPStrategy(target_epsilon=2.0, target_delta=1e-3)
         logger = CSVLogger(out, name="", version="")
         make_trainer(strategy, out, max_epochs=3, callbacks=callbacks, logger=logger, log_every_n_steps=1).fit(
             Classifier(lr=0.0), loader

@@ -17,13 +17,13 @@ from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import Classifier, make_loader, make_trainer
 
 
-def rdp(**options: Any) -> DPStrategy:
-    return DPStrategy(**{"noise_multiplier": 1.3, "target_delta": 1e-5, "accountant": "rdp", **options})
+def private(**options: Any) -> DPStrategy:
+    return DPStrategy(**{"noise_multiplier": 1.3, "target_delta": 1e-5, **options})
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_batch_size_of_the_loader_is_the_users(tmp_path: Path, accumulate: int) -> None:
-    trainer = make_trainer(rdp(), tmp_path, accumulate_grad_batches=accumulate)
+    trainer = make_trainer(private(), tmp_path, accumulate_grad_batches=accumulate)
     trainer.fit(Classifier(), make_loader(batch_size=8))
     assert trainer.train_dataloader.batch_size == 8
     assert trainer.strategy.plan.expected_batch_size == 8 * accumulate
@@ -44,7 +44,7 @@ class Stopping(L.Callback):
 def test_plain_trainer_resumes_a_private_run_in_mid_epoch(tmp_path: Path) -> None:
     path = tmp_path / "half.ckpt"
     module = Classifier()
-    make_trainer(rdp(), tmp_path, callbacks=[Stopping(path)], min_steps=1).fit(module, make_loader())
+    make_trainer(private(), tmp_path, callbacks=[Stopping(path)], min_steps=1).fit(module, make_loader())
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == 2  # of four
     plain = make_trainer("auto", tmp_path, max_epochs=2)
@@ -66,7 +66,7 @@ def test_hooks_get_the_users_outputs_where_nothing_was_drawn(tmp_path: Path) -> 
             keys.append(set(outputs))
             sizes.append(len(batch[1]))
 
-    make_trainer(rdp(), tmp_path).fit(Returning(), make_loader(batch_size=1))
+    make_trainer(private(), tmp_path).fit(Returning(), make_loader(batch_size=1))
     assert 0 in sizes
     assert keys == [{"loss", "num"}] * len(sizes)
 
@@ -79,7 +79,7 @@ def test_training_step_may_be_a_partial(tmp_path: Path) -> None:
     module = Classifier()
     before = [p.detach().clone() for p in module.parameters()]
     module.training_step = functools.partial(scaled_loss, module, scale=0.5)  # type: ignore[method-assign]
-    strategy = rdp()
+    strategy = private()
     make_trainer(strategy, tmp_path).fit(module, make_loader())
     assert strategy.ledger.num_steps == 4
     assert all(bool((p != old).any()) for p, old in zip(module.parameters(), before, strict=True))
@@ -94,7 +94,7 @@ def test_a_module_without_optimizers_is_refused_in_words(tmp_path: Path) -> None
         def configure_optimizers(self) -> None:
             return None
 
-    module, strategy = Still(), rdp()
+    module, strategy = Still(), private()
     before = [p.detach().clone() for p in module.parameters()]
     trainer = make_trainer(strategy, tmp_path)
     with (
@@ -109,10 +109,10 @@ def test_a_module_without_optimizers_is_refused_in_words(tmp_path: Path) -> None
 def test_load_checkpoint_before_a_module_is_attached(tmp_path: Path) -> None:
     """A strategy by itself reads a file, private or not, as Lightning's own do."""
     path = tmp_path / "last.ckpt"
-    trainer = make_trainer(rdp(), tmp_path)
+    trainer = make_trainer(private(), tmp_path)
     trainer.fit(Classifier(), make_loader())
     trainer.save_checkpoint(path)
-    strategy = rdp()
+    strategy = private()
     checkpoint = strategy.load_checkpoint(path, weights_only=True)
     assert checkpoint["lightning_dp"]["ledger"]["num_steps"] == 4
     assert strategy.ledger.num_steps == 0
@@ -127,7 +127,7 @@ def test_a_step_without_a_loss_is_said_once(tmp_path: Path, caplog: pytest.LogCa
             loss = super().training_step(batch, batch_idx)
             return loss if batch_idx == 0 else None
 
-    strategy = rdp()
+    strategy = private()
     with caplog.at_level(logging.INFO):
         make_trainer(strategy, tmp_path).fit(Forgetful(), make_loader())
     said = [record.getMessage() for record in caplog.records if "returned no loss" in record.getMessage()]
@@ -152,7 +152,7 @@ def test_own_attributes_of_instances_are_put_back(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     logger.log_metrics = own = lambda metrics, step=None: called.append("log_metrics")  # type: ignore[method-assign]
     module = Own()
-    make_trainer(rdp(), tmp_path, logger=logger, log_every_n_steps=1).fit(module, make_loader())
+    make_trainer(private(), tmp_path, logger=logger, log_every_n_steps=1).fit(module, make_loader())
     assert "zero_grad" in called
     assert vars(logger)["log_metrics"] is own
     called.clear()

@@ -17,7 +17,7 @@ from tests.helpers import Classifier, make_loader, make_trainer
 
 
 def run(module: Any, tmp_path: Path, callbacks: Any = (), epochs: int = 1, **options: Any) -> DPStrategy:
-    defaults: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp"}
+    defaults: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3}
     strategy = DPStrategy(**{**defaults, "check_per_sample": False, **options})
     make_trainer(strategy, tmp_path, max_epochs=epochs, callbacks=list(callbacks)).fit(module, make_loader())
     return strategy
@@ -79,12 +79,12 @@ def test_a_resume_needs_the_history_of_its_run(tmp_path: Path) -> None:
     second = run(Classifier(), tmp_path, history=first.ledger)
     second.trainer.save_checkpoint(tmp_path / "second.ckpt")
     for history, steps in ((first.ledger, 12), (None, 12)):
-        strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", history=history)
+        strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, history=history)
         trainer = make_trainer(strategy, tmp_path, max_epochs=2)
         trainer.fit(Classifier(), make_loader(), ckpt_path=tmp_path / "second.ckpt", weights_only=True)
         assert strategy.ledger.num_steps == steps
     other = run(Classifier(), tmp_path, noise_multiplier=2.0)
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", history=other.ledger)
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, history=other.ledger)
     with pytest.raises(PrivacyError, match="began with the same history"):
         make_trainer(strategy, tmp_path, max_epochs=2).fit(
             Classifier(), make_loader(), ckpt_path=tmp_path / "second.ckpt", weights_only=True
@@ -92,7 +92,7 @@ def test_a_resume_needs_the_history_of_its_run(tmp_path: Path) -> None:
 
 
 def test_one_strategy_serves_a_second_trainer(tmp_path: Path) -> None:
-    module, strategy = Classifier(), DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    module, strategy = Classifier(), DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     for _ in range(2):
         trainer = make_trainer(strategy, tmp_path)
         trainer.fit(module, make_loader())

@@ -15,7 +15,7 @@ from lightning_dp import DPStrategy, PrivacyBudget, PrivacyError
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
 from tests.helpers import Classifier, make_loader, make_trainer
 from tests.strategies.test_manual import Manual, TwoOptimizers
-from tests.strategies.test_soundness import rdp
+from tests.strategies.test_soundness import private
 
 
 def test_reloaded_loader_is_accounted_with_its_batch_size(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_reloaded_loader_is_accounted_with_its_batch_size(tmp_path: Path) -> Non
         def train_dataloader(self) -> DataLoader:
             return make_loader(batch_size=16 if self.trainer.current_epoch == 0 else 32)
 
-    strategy = rdp()
+    strategy = private()
     make_trainer(strategy, tmp_path, max_epochs=2, reload_dataloaders_every_n_epochs=1).fit(Growing())
     assert [(run.num_steps, run.event.sample_rate) for run in strategy.ledger.entries] == [(4, 0.25), (2, 0.5)]
     assert strategy.plan.expected_batch_size == 32
@@ -39,7 +39,7 @@ def test_batch_size_search_is_accounted_or_refused(tmp_path: Path) -> None:
             return make_loader(batch_size=self.hparams.batch_size)
 
     finder = {"mode": "power", "steps_per_trial": 2, "max_trials": 2, "init_val": 2}
-    strategy = rdp()
+    strategy = private()
     make_trainer(strategy, tmp_path, callbacks=[BatchSizeFinder(**finder)]).fit(Sized(), val_dataloaders=make_loader())
     final = strategy.ledger.entries[-1].event.sample_rate
     assert final == strategy.plan.expected_batch_size / 64
@@ -51,7 +51,7 @@ def test_batch_size_search_is_accounted_or_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("later", [8, 64])
 def test_a_target_holds_after_a_resume_with_another_batch_size(tmp_path: Path, later: int) -> None:
     def target() -> DPStrategy:
-        return DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp", check_per_sample=False)
+        return DPStrategy(target_epsilon=2.0, target_delta=1e-3, check_per_sample=False)
 
     class Stopping(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -72,7 +72,7 @@ def test_a_target_refuses_steps_beyond_the_plan(tmp_path: Path) -> None:
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             trainer.fit_loop.max_epochs = 3
 
-    strategy = DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp", check_per_sample=False)
+    strategy = DPStrategy(target_epsilon=2.0, target_delta=1e-3, check_per_sample=False)
     with pytest.raises(PrivacyError, match="at most the 4 planned steps"):
         make_trainer(strategy, tmp_path, callbacks=[Extending()]).fit(Classifier(), make_loader())
     assert strategy.epsilon() <= 2.0
@@ -84,7 +84,7 @@ def test_shuffled_passes_cut_short_are_planned_one_by_one(tmp_path: Path) -> Non
     trainer.fit(Classifier(), make_loader())
     assert sum(run.num_passes for run in strategy.ledger.entries) == 6
     assert 2.97 <= strategy.epsilon() <= 3.0
-    budget = rdp(sampling="shuffle", noise_multiplier=3.0)
+    budget = private(sampling="shuffle", noise_multiplier=3.0)
     make_trainer(budget, tmp_path, max_epochs=6, limit_train_batches=2, callbacks=[PrivacyBudget(2.0)]).fit(
         Classifier(), make_loader()
     )
@@ -98,17 +98,13 @@ def test_unplanned_steps_are_refused_under_a_limit(tmp_path: Path, callbacks: li
             for _ in range(3):
                 super().training_step(batch, batch_idx)
 
-    strategy = (
-        rdp()
-        if callbacks
-        else DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp", check_per_sample=False)
-    )
+    strategy = private() if callbacks else DPStrategy(target_epsilon=2.0, target_delta=1e-3, check_per_sample=False)
     with pytest.raises(PrivacyError, match="to step once per batch"):
         make_trainer(strategy, tmp_path, callbacks=callbacks).fit(Thrice(), make_loader())
 
 
 def test_two_planned_optimizers_meet_a_target_exactly(tmp_path: Path) -> None:
-    strategy = DPStrategy(target_epsilon=2.0, target_delta=1e-3, accountant="rdp", check_per_sample=False)
+    strategy = DPStrategy(target_epsilon=2.0, target_delta=1e-3, check_per_sample=False)
     make_trainer(strategy, tmp_path, max_epochs=2).fit(TwoOptimizers(), make_loader())
     assert 1.98 <= strategy.epsilon() <= 2.0
     assert strategy.ledger.entries[0].event.noise_multiplier == strategy.plan.noise_multiplier
@@ -117,8 +113,8 @@ def test_two_planned_optimizers_meet_a_target_exactly(tmp_path: Path) -> None:
 def test_a_budget_binds_in_a_learning_rate_search(tmp_path: Path) -> None:
     ledger = Ledger()
     ledger.record(PrivacyEvent(kind="poisson", noise_multiplier=1.3, sample_rate=0.25), 10)
-    budget = make_accountant("rdp").epsilon(ledger, 1e-3)
-    strategy = rdp()
+    budget = make_accountant("pld").epsilon(ledger, 1e-3)
+    strategy = private()
     finder = LearningRateFinder(num_training_steps=40, update_attr=False, attr_name="lr")
     with pytest.raises(PrivacyError, match="stop after 10 steps"):
         make_trainer(strategy, tmp_path, max_epochs=20, callbacks=[PrivacyBudget(budget), finder]).fit(

@@ -11,7 +11,7 @@ import torch
 from lightning_dp import PrivacyError
 from tests.helpers import make_loader, make_trainer
 from tests.strategies.test_manual import GAN
-from tests.strategies.test_soundness import rdp
+from tests.strategies.test_soundness import private
 
 
 class Critic(GAN):
@@ -32,7 +32,7 @@ class Critic(GAN):
 
 def test_a_public_optimizer_that_steps_late_is_still_checked(tmp_path: Path) -> None:
     with pytest.raises(PrivacyError, match="changes with which samples"):
-        make_trainer(rdp(public_optimizers=[0]), tmp_path).fit(Critic(), make_loader())
+        make_trainer(private(public_optimizers=[0]), tmp_path).fit(Critic(), make_loader())
 
 
 def test_a_public_optimizer_that_sees_the_data_later_is_refused(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_public_optimizer_that_sees_the_data_later_is_refused(tmp_path: Path) 
             self.manual_backward(self.discriminator(batch[0]).mean())
             discriminator.step()
 
-    strategy = rdp(public_optimizers=[0])
+    strategy = private(public_optimizers=[0])
     with pytest.raises(PrivacyError, match="changes with which samples"):
         make_trainer(strategy, tmp_path).fit(Later(), make_loader())
     assert strategy.ledger.num_steps == 1
@@ -62,7 +62,7 @@ def test_a_public_optimizer_never_tried_is_refused(tmp_path: Path) -> None:
             super().training_step(batch, 0 if on_trial else 3)
 
     with pytest.raises(PrivacyError, match="trial did not step it"):
-        make_trainer(rdp(public_optimizers=[0]), tmp_path).fit(Whimsical(), make_loader())
+        make_trainer(private(public_optimizers=[0]), tmp_path).fit(Whimsical(), make_loader())
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 4, 1])
@@ -83,7 +83,7 @@ def test_gans_in_the_usual_order(tmp_path: Path, microbatch_size: int | None) ->
             generator.step()
             self.untoggle_optimizer(generator)
 
-    strategy = rdp(public_optimizers=[0], microbatch_size=microbatch_size)
+    strategy = private(public_optimizers=[0], microbatch_size=microbatch_size)
     trainer = make_trainer(strategy, tmp_path)
     trainer.fit(Usual(), make_loader())
     assert (strategy.ledger.num_steps, trainer.global_step) == (4, 8)

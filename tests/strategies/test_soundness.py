@@ -19,8 +19,8 @@ from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_
 from tests.strategies.test_manual import Manual, TwoOptimizers
 
 
-def rdp(**options: Any) -> DPStrategy:
-    return DPStrategy(**{"noise_multiplier": 1.3, "target_delta": 1e-3, "accountant": "rdp", **options})
+def private(**options: Any) -> DPStrategy:
+    return DPStrategy(**{"noise_multiplier": 1.3, "target_delta": 1e-3, **options})
 
 
 # ---------------------------------------------------------------- raw gradients
@@ -36,7 +36,7 @@ def test_discriminator_frozen_and_thawed_is_always_noised(tmp_path: Path) -> Non
             self.network.requires_grad_(False)
 
     recorder = Recorder()
-    strategy = rdp(noise_multiplier=100.0)
+    strategy = private(noise_multiplier=100.0)
     make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=2).fit(Switching(lr=0.0), make_loader())
     assert strategy.ledger.num_steps == 8
     for seen in recorder.before_step:
@@ -52,7 +52,7 @@ def test_a_layer_unfrozen_within_the_step_is_refused(tmp_path: Path) -> None:
     module = Late()
     module.network[0].requires_grad_(False)
     with pytest.raises(PrivacyError, match=r"raw one of 'network\.0\.weight'"):
-        make_trainer(rdp(), tmp_path).fit(module, make_loader())
+        make_trainer(private(), tmp_path).fit(module, make_loader())
 
 
 def test_a_layer_outside_the_module_is_refused(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_layer_outside_the_module_is_refused(tmp_path: Path) -> None:
             return self.hidden(self.network(features))
 
     with pytest.raises(PrivacyError, match="not in the module"):
-        make_trainer(rdp(), tmp_path).fit(Hidden(), make_loader())
+        make_trainer(private(), tmp_path).fit(Hidden(), make_loader())
 
 
 def test_exhausted_iterator_in_the_step_is_an_error(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_exhausted_iterator_in_the_step_is_an_error(tmp_path: Path) -> None:
             next(iter([]))
 
     with pytest.raises(RuntimeError, match="training_step raised StopIteration"):
-        make_trainer(rdp(check_per_sample=False), tmp_path).fit(Exhausted(), make_loader())
+        make_trainer(private(check_per_sample=False), tmp_path).fit(Exhausted(), make_loader())
 
 
 # ---------------------------------------------------------------- one sample, one contribution
@@ -92,7 +92,7 @@ def test_several_steps_a_batch_in_microbatches_are_refused(tmp_path: Path, micro
             super().training_step(batch, batch_idx)
 
     with pytest.raises(PrivacyError, match="enter the sum twice"):
-        make_trainer(rdp(microbatch_size=microbatch_size), tmp_path).fit(Twice(), make_loader(batch_size=32))
+        make_trainer(private(microbatch_size=microbatch_size), tmp_path).fit(Twice(), make_loader(batch_size=32))
 
 
 def test_a_step_that_skips_bad_batches_is_refused(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_a_step_that_skips_bad_batches_is_refused(tmp_path: Path) -> None:
     features[5] = float("nan")
     loader = DataLoader(TensorDataset(features, labels), batch_size=64)
     with pytest.raises(PrivacyError, match=r"One sample could switch off all others|made NaN"):
-        make_trainer(rdp(), tmp_path).fit(Skipping(), loader)
-    strategy = rdp(microbatch_size=1)
+        make_trainer(private(), tmp_path).fit(Skipping(), loader)
+    strategy = private(microbatch_size=1)
     make_trainer(strategy, tmp_path).fit(Skipping(), loader)
     assert strategy.ledger.num_steps == 1
 
@@ -132,7 +132,7 @@ def test_a_manual_step_that_hangs_on_the_loss_is_refused(tmp_path: Path, microba
     features = features.clone()
     features[5] = float("nan")
     loader = DataLoader(TensorDataset(features, labels), batch_size=64)
-    strategy = rdp(microbatch_size=microbatch_size)
+    strategy = private(microbatch_size=microbatch_size)
     with pytest.raises(
         PrivacyError,
         match=r"steps of \[\] on a batch and of \[0\] on one|which optimizers step",
@@ -166,7 +166,7 @@ def test_a_manual_step_that_hangs_on_public_counts_is_free(tmp_path: Path, count
             if not self.trainer.strategy.is_on_trial:
                 left.append(sum(p.grad is not None for p in self.parameters()))
 
-    strategy = rdp()
+    strategy = private()
     trainer = make_trainer(strategy, tmp_path, max_epochs=2)
     trainer.fit(InTurn(), make_loader())
     assert (strategy.ledger.num_steps, trainer.global_step, left) == (8, 8, [2] * 8)
@@ -179,7 +179,7 @@ def test_accumulation_may_not_change_during_the_run(tmp_path: Path) -> None:
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             trainer.accumulate_grad_batches = 1 + trainer.current_epoch
 
-    strategy = rdp()
+    strategy = private()
     with pytest.raises(PrivacyError, match="accumulate_grad_batches=1 as when the data was set up, got 2"):
         make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[Growing()]).fit(Classifier(), make_loader())
     assert strategy.ledger.num_steps == 4
@@ -197,7 +197,7 @@ def test_mixing_after_the_transfer_is_always_found(tmp_path: Path, weight: float
 
     torch.manual_seed(repeat)
     with pytest.raises(PrivacyError, match="network"):
-        make_trainer(rdp(), tmp_path).fit(Mixing(), make_loader())
+        make_trainer(private(), tmp_path).fit(Mixing(), make_loader())
 
 
 def test_mixup_with_numpys_draws_is_found(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_mixup_with_numpys_draws_is_found(tmp_path: Path) -> None:
             )
 
     with pytest.raises(PrivacyError, match="network"):
-        make_trainer(rdp(), tmp_path).fit(Mixup(), make_loader())
+        make_trainer(private(), tmp_path).fit(Mixup(), make_loader())
 
 
 def test_sorted_data_does_not_hide_a_class_weighted_mean(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_sorted_data_does_not_hide_a_class_weighted_mean(tmp_path: Path) -> None
     order = labels.argsort()
     loader = DataLoader(TensorDataset(features[order], labels[order]), batch_size=16)
     with pytest.raises(PrivacyError, match="network"):
-        make_trainer(rdp(), tmp_path).fit(Weighted(), loader)
+        make_trainer(private(), tmp_path).fit(Weighted(), loader)
 
 
 @pytest.mark.filterwarnings("ignore:Found 1 module")
@@ -236,7 +236,7 @@ def test_batch_norm_switched_to_training_later_is_refused(tmp_path: Path) -> Non
 
     network = nn.Sequential(nn.Linear(NUM_FEATURES, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, NUM_CLASSES))
     network[1].eval()
-    strategy = rdp()
+    strategy = private()
     with pytest.raises(PrivacyError, match="BatchNorm1d"):
         make_trainer(strategy, tmp_path, max_epochs=2).fit(Thawing(network), make_loader())
     assert strategy.ledger.num_steps == 4
@@ -254,7 +254,7 @@ def test_hooks_see_a_batch_of_length_zero_when_nothing_was_drawn(tmp_path: Path)
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             self.log("size", float(len(batch[0])), on_step=False, on_epoch=True, batch_size=1)
 
-    make_trainer(rdp(), tmp_path).fit(Unpacking(), make_loader(batch_size=1))
+    make_trainer(private(), tmp_path).fit(Unpacking(), make_loader(batch_size=1))
     assert 0 in sizes
 
 
@@ -266,7 +266,7 @@ def test_losses_a_sample_under_a_sum(tmp_path: Path) -> None:
     seen = []
     for reduction in ("mean", "sum"):
         recorder = Recorder()
-        strategy = rdp(noise_multiplier=0.0, loss_reduction=reduction)
+        strategy = private(noise_multiplier=0.0, loss_reduction=reduction)
         make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(Losses(lr=0.0), make_loader(batch_size=64))
         seen.append(recorder.before_step[0])
     torch.testing.assert_close(*seen)

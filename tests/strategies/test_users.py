@@ -22,7 +22,7 @@ IDS = [f"user {2 * (record // 8) + (record % 8 > 0)}" for record in range(NUM_RE
 
 
 def fit(tmp_path: Any, *, data: Any = None, batch_size: int = 4, trainer: Any = None, **options: Any) -> Any:
-    defaults: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 1, "accountant": "rdp"}
+    defaults: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 1}
     strategy = DPStrategy(**{**defaults, "check_per_sample": False, **options})
     module = Classifier()
     made = make_trainer(strategy, tmp_path, max_epochs=2, **(trainer or {}))
@@ -173,7 +173,7 @@ def test_a_loop_protects_users(tmp_path: Any) -> None:
     strategy, trained = fit(tmp_path, unit=IDS, records_per_unit=3, microbatch_size=6)
     module = Classifier()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    options: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 1, "accountant": "rdp"}
+    options: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 1}
     with make_private(
         module,
         optimizer,
