@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample.combining import add_combined, norm_of
+from lightning_dp.per_sample.combining import Joined, add_combined, norm_of
 from lightning_dp.per_sample.functions import pulled_back
 from lightning_dp.per_sample.nodes import Node, Region, view_of
+from lightning_dp.per_sample.rules.base import squared_norm
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.tracker import Tracker
+
+Views = dict[Source, dict[Hashable, tuple[str, Region | None]]]
+"""Name of the parameter and region of each view, by key, by source."""
 
 
 class Parts:
@@ -33,7 +37,9 @@ class Parts:
         self._tracker, self._recorder = tracker, tracker.recorder
         self._known_disjoint: dict[Hashable, bool] = {}
         self._whole: dict[str, Tensor] = {}  # gradients of parameters that are used in several ways
-        self._whole_at = -1
+        self._joined: dict[tuple[str, ...], Joined] = {}  # gradients with few numbers, by group
+        self._known_sorted: dict[Hashable, tuple[Views, set[str]]] = {}
+        self._at = -1  # all three are of the backprops up to that change
 
     @property
     def _parameters(self) -> Mapping[str, nn.Parameter]:
@@ -41,7 +47,13 @@ class Parts:
 
     def clear(self) -> None:
         """Free the gradients."""
-        self._whole = {}
+        self._whole, self._joined, self._known_sorted = {}, {}, {}
+
+    def _forget_older(self) -> None:
+        """Forget what was computed before the last backprop arrived."""
+        if self._at != self._recorder.changes:
+            self.clear()
+            self._at = self._recorder.changes
 
     def of(self, names: Collection[str]) -> dict[str, list[tuple[Source, Node]]]:
         """Return, by parameter, its derived tensors that received backprops, with their sources."""
@@ -78,16 +90,26 @@ class Parts:
         self, sums: Tensor, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask]
     ) -> Tensor:
         """Add the squared norms of the parameters of each group to ``sums`` of shape ``(G, B)``, and return it."""
+        self._forget_older()
         norms: dict[str, Tensor] = {}
+        few: dict[str, list[tuple[Hashable, Region | None, Tensor]]] = {}
         views, whole = self._sorted({name for group in groups for name in group}, masks)
         for source, keys in views.items():
             mine = {key: masks[name] for key, (name, _) in keys.items() if name in masks}
-            for key, norm in source.squared_norms(set(keys), mine).items():
+            made, small = source.squared_norms(set(keys), mine)
+            for key, norm in made.items():
                 name, _ = keys[key]
                 norms[name] = norms[name] + norm if name in norms else norm
+            for key, grad in small.items():
+                name, region = keys[key]
+                few.setdefault(name, []).append((key, region, grad))
         for name, grad in self._gathered(whole).items():
             norms[name] = norm_of(grad, masks.get(name))
         for row, group in zip(sums, groups, strict=True):
+            parts = [(name, *part) for name in group for part in few.get(name, ())]
+            if parts:
+                joined = self._joined[tuple(group)] = Joined(parts)
+                row += squared_norm(joined.grads)
             for name in group:
                 if name in norms:
                     row += norms[name]
@@ -115,12 +137,19 @@ class Parts:
             if total is not out[name]:
                 out[name].add_(masks[name].select(total) if name in masks else total)
 
+        self._forget_older()
         dead = factors == 0
         any_dead = bool(dead.any())
         for row, group in enumerate(groups):
             lost = dead[row] if any_dead else None
+            joined = self._joined.get(tuple(group))
+            done = set() if joined is None else joined.add_weighted_sum(factors[row], lost, out, masks)
             views, whole = self._sorted(set(group), masks)
             for source, keys in views.items():
+                if done:
+                    keys = {key: part for key, part in keys.items() if (part[0], key) not in done}
+                    if not keys:
+                        continue
                 masked = {key: name for key, (name, _) in keys.items() if name in masks}
                 rows = {key: out[name] for key, name in masked.items()}
                 mine = {key: masks[name] for key, name in masked.items()}
@@ -138,15 +167,16 @@ class Parts:
                 add_combined(total, grad, factors[row], lost)
                 take(name, total)
 
-    def _sorted(
-        self, names: set[str], masks: Mapping[str, ParameterMask]
-    ) -> tuple[dict[Source, dict[Hashable, tuple[str, Region | None]]], set[str]]:
+    def _sorted(self, names: set[str], masks: Mapping[str, ParameterMask]) -> tuple[Views, set[str]]:
         """Return the sources of disjoint views of parameters, and the parameters whose whole gradient is needed.
 
         A parameter that is seen through views needs all of it under a mask: the masked norm and the masked sum of a
         view come from different products, whose rounding no norm covers.
         """
-        views: dict[Source, dict[Hashable, tuple[str, Region | None]]] = {}
+        asked = frozenset(names), frozenset(masks)
+        if asked in self._known_sorted:
+            return self._known_sorted[asked]
+        views: Views = {}
         whole: set[str] = set()
         for name, parts in self.of(names).items():
             through_views = name in masks and any(node.region is not None for _, node in parts)
@@ -159,6 +189,7 @@ class Parts:
                 continue
             for source, node in parts:
                 views.setdefault(source, {})[node.key] = (name, node.region)
+        self._known_sorted[asked] = views, whole
         return views, whole
 
     def _disjoint(self, name: str, nodes: Sequence[Node]) -> bool:
@@ -174,8 +205,7 @@ class Parts:
 
     def _gathered(self, names: set[str]) -> dict[str, Tensor]:
         """Return per-sample gradients with all contributions added, because cross terms count."""
-        if self._whole_at != self._recorder.changes:
-            self._whole, self._whole_at = {}, self._recorder.changes
+        self._forget_older()
         # norms and weighted sum are taken from the same tensor: nothing is lost where parts cancel
         if missing := names - self._whole.keys():
             self._whole.update(self.computed(missing))

@@ -26,6 +26,12 @@ from lightning_dp.per_sample.workspace import Workspace
 
 Grads = dict[Hashable, Tensor]
 
+FEW = 2**15
+"""Numbers of a tensor's per-sample gradients up to which one product costs less than the calls of other ways."""
+
+MOST_JOINED = 2**13
+"""Numbers of a tensor's per-sample gradients up to which a copy costs less than norms and sums by themselves."""
+
 MOST_ACTIVE = 0.5
 """Largest share of active entries that are cached by themselves: to pick an entry costs more than to pass it over."""
 
@@ -86,13 +92,7 @@ class Source:
 
     def live(self) -> set[Hashable]:
         """Return the keys for which a backprop arrived."""
-        found = set(self._made)
-        for use in self.uses:
-            for _, keys in use.parts:
-                found |= keys
-            if len(found) == len(self.keys):
-                break
-        return found
+        return set(self._made).union(*(keys for use in self.uses for _, keys in use.parts))
 
     def discard(self, keys: frozenset[Hashable]) -> None:
         """Drop the backprops received so far for these keys; uses that are still in a graph remain valid."""
@@ -122,10 +122,10 @@ class Source:
 
     def _make_at_once(self, call: Call, keys: frozenset[Hashable]) -> bool:
         """Compute the gradients if all of them can be cached; return whether this was done."""
-        small = {key for key in keys if self._is_small(key, [call])}
-        if not all(self._is_cached(key, [call]) for key in keys - small):
+        buffers = self._buffers(keys, [call])
+        if len(buffers) < len(keys):
             return False
-        self._make_cached(keys, [call], self._made)
+        self._make_cached(buffers, [call], self._made)
         return True
 
     def _add_made(self, call: Call, keys: frozenset[Hashable]) -> None:
@@ -165,21 +165,22 @@ class Source:
     def cached(self, keys: set[Hashable]) -> Grads:
         """Return the gradients of these keys, cached ones first; cache new ones if the settings allow."""
         memory = self.memory()
-        missing = keys - memory.keys()
-        made = self.per_sample(missing) if missing else {}
+        made = self.per_sample(missing) if (missing := keys - memory.keys()) else {}
         grads = {**{key: memory[key] for key in keys - missing}, **made}
         if self._workspace is not None or self._materialise:
             memory.update(made)
         return grads
 
-    def squared_norms(self, keys: set[Hashable], masks: Mapping[Hashable, ParameterMask]) -> Grads:
-        """Return squared norms ``(B,)`` of the (masked) gradients."""
+    def squared_norms(self, keys: set[Hashable], masks: Mapping[Hashable, ParameterMask]) -> tuple[Grads, Grads]:
+        """Return squared norms ``(B,)`` of the (masked) gradients; of other keys, gradients with few numbers, of which
+        the caller computes norms and sums together.
+        """
         if self._materialise:
-            return {key: norm_of(grad, masks.get(key)) for key, grad in self.cached(keys).items()}
+            return {key: norm_of(grad, masks.get(key)) for key, grad in self.cached(keys).items()}, {}
         size, cached = self.recorder.num_samples, self.memory()
         norms: Grads = {}
         for wanted, calls in self._asked(keys - cached.keys()):
-            self._make_cached(wanted.values(), calls, cached)
+            self._make_cached(self._buffers(wanted.values(), calls), calls, cached)
             rest = {local for local, key in wanted.items() if key not in cached}
             masked = {local: masks[wanted[local]] for local in rest if wanted[local] in masks}
             if plain := rest - masked.keys():
@@ -193,25 +194,24 @@ class Source:
             if masked:
                 made = self.rule.masked_squared_norms(self.spec, calls, size, masked)
                 norms.update((wanted[local], norm) for local, norm in made.items())
-        norms.update((key, norm_of(cached[key], masks.get(key))) for key in keys & cached.keys())
-        return norms
-
-    def _make_cached(self, keys: Iterable[Hashable], calls: list[Call], cached: Grads) -> None:
-        """Compute the gradients that are cached: small ones, and those that are faster cached and have a buffer."""
-        size = self.recorder.num_samples
-        small = {self.local[key]: key for key in keys if self._is_small(key, calls)}
-        if small:
-            made = self.rule.per_sample(self.spec, calls, size, set(small))
-            cached.update((small[local], grad) for local, grad in made.items())
-        for key in sorted(set(keys) - set(small.values()), key=lambda key: self.local[key]):
-            if not self._is_cached(key, calls):
-                continue
-            local = self.local[key]
-            buffer = self._buffer(key, calls)
-            if buffer is None:
-                cached[key] = self.rule.per_sample(self.spec, calls, size, {local})[local]
+        joined: Grads = {}
+        for key in keys & cached.keys():
+            grad = cached[key]
+            if key not in masks and grad.numel() <= MOST_JOINED and grad.is_floating_point():
+                joined[key] = grad
             else:
-                self.rule.fill(self.spec, calls, size, local, buffer)
+                norms[key] = norm_of(grad, masks.get(key))
+        return norms, joined
+
+    def _make_cached(self, buffers: Mapping[Hashable, Tensor | None], calls: list[Call], cached: Grads) -> None:
+        """Compute gradients into the buffers, and those without a buffer as new tensors."""
+        size = self.recorder.num_samples
+        if new := {self.local[key]: key for key, buffer in buffers.items() if buffer is None}:
+            made = self.rule.per_sample(self.spec, calls, size, set(new))
+            cached.update((new[local], grad) for local, grad in made.items())
+        for key, buffer in buffers.items():
+            if buffer is not None:
+                self.rule.fill(self.spec, calls, size, self.local[key], buffer)
                 cached[key] = buffer
 
     def _active_entries(self, key: Hashable, calls: list[Call], mask: ParameterMask) -> Tensor | None:
@@ -228,27 +228,27 @@ class Source:
         self._active[key, mask] = entries = self.rule.active_entries(self.spec, calls, size, local, mask)
         return entries
 
-    def _is_small(self, key: Hashable, calls: list[Call]) -> bool:
-        """Tell whether the gradients of a key take no more memory than their backprops."""
-        return self.recorder.num_samples * self.nodes[key].numel <= sum(call.backprop.numel() for call in calls)
-
-    def _is_cached(self, key: Hashable, calls: list[Call]) -> bool:
-        """Tell whether a key's large gradients should be cached, because that is faster and memory allows."""
-        size = self.recorder.num_samples
-        if self._workspace is None or not self.rule.materialises(self.spec, calls, size, self.local[key]):
-            return False
-        if self.rule.fills_buffers:
-            return self._buffer(key, calls) is not None
-        num_bytes = size * self.nodes[key].numel * accumulation_dtype(calls[0].backprop).itemsize
-        return self._workspace.admits(key, num_bytes)
-
-    def _buffer(self, key: Hashable, calls: list[Call]) -> Tensor | None:
-        """Return the reused buffer for a key's gradients; None if the rule needs none or memory does not allow."""
-        assert self._workspace is not None
-        if not self.rule.fills_buffers:
-            return None
-        backprop, shape = calls[0].backprop, (self.recorder.num_samples, *self.nodes[key].shape)
-        return self._workspace.take(key, shape, accumulation_dtype(backprop), backprop.device)
+    def _buffers(self, keys: Iterable[Hashable], calls: list[Call]) -> dict[Hashable, Tensor | None]:
+        """Return the keys whose gradients are cached, because they are no larger than their backprops or because that
+        is faster and memory allows; each with its reused buffer, or None for a new tensor.
+        """
+        size, backprop, workspace = self.recorder.num_samples, calls[0].backprop, self._workspace
+        most = sum(call.backprop.numel() for call in calls)
+        dtype = accumulation_dtype(backprop)
+        buffers: dict[Hashable, Tensor | None] = {}
+        for key in sorted(keys, key=self.local.__getitem__):
+            local, num = self.local[key], size * self.nodes[key].numel
+            if num <= most:
+                buffers[key] = None
+            elif workspace is None or (num > FEW and not self.rule.materialises(self.spec, calls, size, local)):
+                continue
+            elif self.rule.fills_buffers:
+                buffer = workspace.take(key, (size, *self.nodes[key].shape), dtype, backprop.device)
+                if buffer is not None:
+                    buffers[key] = buffer
+            elif workspace.admits(key, num * dtype.itemsize):
+                buffers[key] = None
+        return buffers
 
     def add_active_entries(
         self,

@@ -65,10 +65,12 @@ class Workspace:
         return held[:size].view(*shape)
 
     def admits(self, key: Hashable, num_bytes: int) -> bool:
-        """Tell whether a tensor that the caller allocates fits into the limit, and count its size if it does."""
-        if num_bytes > self._admitted.pop(key, 0) and num_bytes > self._limit() - self.num_bytes:
-            return False
-        self._admitted[key] = num_bytes
+        """Tell whether a tensor that the caller allocates fits into the limit; if so, count its largest size."""
+        if num_bytes > self._admitted.get(key, 0):
+            self._admitted.pop(key, None)
+            if num_bytes > self._limit() - self.num_bytes:
+                return False
+            self._admitted[key] = num_bytes
         return True
 
     def clear(self) -> None:

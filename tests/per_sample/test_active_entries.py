@@ -160,6 +160,7 @@ def test_entries_are_cached_if_memory_allows(
     if engine._workspace is not None:
         engine._workspace._limit = lambda: limit
     found = []
+    monkeypatch.setattr(sources, "FEW", 0)
     own = LinearRule.active_entries
     monkeypatch.setattr(LinearRule, "active_entries", lambda *args: (found.append(args[5]), own(*args))[1])
     monkeypatch.setattr(LinearRule, "materialises", lambda *args: False)

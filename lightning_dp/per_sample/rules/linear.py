@@ -220,7 +220,7 @@ def _sums_over_positions(calls: Sequence[Call], batch_size: int) -> Tensor:
 
 def _num_positions(calls: Sequence[Call], batch_size: int) -> int:
     """Return ``T``, the positions per sample over all calls; 0 for an empty batch."""
-    return sum(call.activation[..., 0].numel() for call in calls) // max(1, batch_size)
+    return sum(call.activation.shape[:-1].numel() for call in calls) // max(1, batch_size)
 
 
 def _split(tensor: Tensor, batch_size: int) -> Tensor:
