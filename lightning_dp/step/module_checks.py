@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_dp._replacements import can_replace
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.independence import find_unsupported
+from lightning_dp.system.torch_private import layers_of, parameters_of
 
 
 def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
@@ -37,8 +38,9 @@ class LayerChecks:
 
     def check(self) -> None:
         """Check the module if a flag has changed; later, everything may be frozen between two batches."""
-        flags = [layer.training for layer in self._module.modules()]
-        flags += [parameter.requires_grad for parameter in self._module.parameters()]
+        layers = layers_of(self._module)
+        flags = [layer.training for layer in layers]
+        flags += [parameter.requires_grad for parameter in parameters_of(layers)]
         if flags != self._flags:
             check = check_layers if self._flags else check_module
             check(self._module, runs_samples_alone=self._alone)

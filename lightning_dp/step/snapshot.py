@@ -57,7 +57,17 @@ def few_values(tensor: Tensor, num: int) -> Tensor:
     return flat.index_select(0, _places(flat.numel(), num, flat.device)).double()
 
 
-@functools.lru_cache(4096)  # a hook of a user's callback asks for all parameters twice
+def few_places(tensor: Tensor, num: int) -> Tensor:
+    """Return at most ``num`` entries spread over a tensor, with the last one: a view if the tensor is contiguous."""
+    size = tensor.numel()
+    step = max(1, -(-size // num))
+    count = -(-size // step)
+    if not tensor.is_contiguous():
+        return tensor.detach().reshape(-1).flip(0)[::step]
+    return tensor.as_strided((count,), (step,), tensor.storage_offset() + (size - 1) % step if size else 0)
+
+
+@functools.lru_cache(4096)
 def _places(size: int, num: int, device: torch.device) -> Tensor:
     return torch.linspace(0, size - 1, num if size else 0, dtype=torch.float64).long().to(device)
 

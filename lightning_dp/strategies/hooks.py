@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_map
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
-from lightning_dp.step.snapshot import few_values, plain_attributes
+from lightning_dp.step.snapshot import few_places, plain_attributes
 from lightning_dp.step.state_check import leaves_of, numbers_of
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.overrides import Overrides
-from lightning_dp.system.torch_private import num_changes
+from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -162,7 +162,7 @@ class UserHooks:
             before = None if self._takes_part(owner, name) else self._marks_of(owner, is_far)
             with self.watching_stops():
                 answer = hook(*args, **kwargs)
-            if before is None or (self.stopped == has_stopped and _are_same(before, self._marks_of(owner, is_far))):
+            if before is None or (self.stopped == has_stopped and before.is_same(self._marks_of(owner, is_far))):
                 return answer
             self.due = True
             if is_far:
@@ -194,29 +194,61 @@ class UserHooks:
                 hook = getattr(owner, name)
                 yield owner, hook if owner is module else functools.partial(hook, trainer, module)
 
-    def _marks_of(self, owner: Any, tensors_only: bool) -> tuple[list[Any], Tensor]:
-        """Return marks that change with the module, a learning rate or the saved state of a callback, and a few values
-        of each tensor, joined on one device to be compared by one transfer.
+    def _marks_of(self, owner: Any, tensors_only: bool) -> Marks:
+        """Return marks that change with the module, a learning rate or the saved state of a callback, and places of
+        each tensor.
         """
         module = self._strategy.module
-        parameters = [*module.parameters()]
+        layers = layers_of(module)
+        parameters = parameters_of(layers)
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         saves = owner is not module and (_has("state_dict", owner) or _has("on_save_checkpoint", owner))
-        tensors = [local_part(tensor) for tensor in (*parameters, *module.buffers(), *grads)]
+        tensors = [local_part(tensor) for tensor in (*parameters, *buffers_of(layers), *grads)]
         marks: list[Any] = [(num_changes(tensor), tensor.data_ptr()) for tensor in tensors]
-        held = [] if tensors_only else [*map(plain_attributes, module.modules()), vars(owner) if saves else {}]
+        held = [] if tensors_only else [*map(plain_attributes, layers), vars(owner) if saves else {}]
         for attributes in held:
             for name, value in attributes.items():
-                changes = num_changes(value) if isinstance(value, Tensor) else 0
-                marks.append((name, id(value), len(value) if isinstance(value, _CONTAINERS) else changes))
+                kind = _kind(type(value))
+                size = len(value) if kind == "container" else num_changes(value) if kind == "tensor" else 0
+                marks.append((name, id(value), size))
         if not tensors_only:
             marks += [value for _, value in numbers_of(self._others()) if not isinstance(value, Tensor)]
-        few = [few_values(tensor, _PLACES) for tensor in tensors]
-        return marks, torch.cat([values.to(few[0].device) for values in few]) if few else torch.empty(0)
+        return Marks(marks, tensors)
 
 
-def _are_same(before: tuple[list[Any], Tensor], after: tuple[list[Any], Tensor]) -> bool:
-    return before[0] == after[0] and same_values(before[1], after[1])
+class Marks:
+    """Marks of a state, and some places of each of its tensors, whose values are compared.
+
+    Args:
+        marks: of the state.
+        tensors: of the state.
+    """
+
+    def __init__(self, marks: list[Any], tensors: list[Tensor]) -> None:
+        self._marks = marks
+        with torch.no_grad():
+            self._places = [few_places(tensor, _PLACES) for tensor in tensors]
+        self._values = self._read()
+
+    def _read(self) -> Tensor:
+        """Return the values at all places, joined on one device to be compared by one transfer."""
+        alike: dict[Any, list[Tensor]] = {}
+        for places in self._places:
+            alike.setdefault((places.device, places.dtype), []).append(places)
+        joined = [torch.cat(parts).double() for parts in alike.values()]
+        return torch.cat([values.to(joined[0].device) for values in joined]) if joined else torch.empty(0)
+
+    def is_same(self, other: Marks) -> bool:
+        """Tell whether the marks of a later state are the same, and so are the values at the same places."""
+        return self._marks == other._marks and same_values(self._values, other._values)
+
+
+@functools.lru_cache(4096)
+def _kind(kind: type[Any]) -> str | None:
+    """Return whether objects of a class are tensors or containers, whose changes an ``id`` does not show."""
+    if issubclass(kind, Tensor):
+        return "tensor"
+    return "container" if issubclass(kind, _CONTAINERS) else None
 
 
 def outputs_of(output: Any) -> Any:

@@ -27,6 +27,29 @@ def num_changes(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all layers in it, each once: as ``module.modules()``, in less time."""
+    layers, seen = [module], {id(module)}
+    for layer in layers:  # grows on the way
+        for child in layer._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                layers.append(child)
+    return layers
+
+
+def parameters_of(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters that layers hold themselves, each once."""
+    held = (parameter for layer in layers for parameter in layer._parameters.values() if parameter is not None)
+    return [*{id(parameter): parameter for parameter in held}.values()]
+
+
+def buffers_of(layers: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the buffers that layers hold themselves, each once."""
+    held = (buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None)
+    return [*{id(buffer): buffer for buffer in held}.values()]
+
+
 @contextmanager
 def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Switch off, within a block, the hooks on leaf tensors that see their gradients."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_dp.step import snapshot
 from lightning_dp.step.kept_tensors import same_values
-from lightning_dp.step.snapshot import Snapshot
+from lightning_dp.step.snapshot import Snapshot, few_places
 from tests.step.photo import photo
 
 
@@ -403,3 +403,13 @@ SAME = [torch.tensor(value) for value in ([1.0], [0.0], [-0.0], [float("nan")], 
 @pytest.mark.parametrize(("left", "right"), list(itertools.product(range(len(SAME)), repeat=2)))
 def test_same_values_is_equality_of_bits(left: int, right: int) -> None:
     assert same_values(SAME[left], SAME[right].clone()) == (left == right)
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 30, 31, 1000])
+def test_few_places_are_spread_up_to_the_last_entry(size: int) -> None:
+    numbers = torch.arange(2.0 * size).reshape(size, 2)
+    for tensor in (numbers[:, 0].contiguous(), numbers[:, 0]):  # a view, and a copy
+        places = few_places(tensor, 16).sort().values.div(2)
+        assert len(places) == min(size, 16) or 8 <= len(places) <= 16
+        assert places[-1:].tolist() == [size - 1] * bool(size)
+        assert len(places.diff().unique()) <= 1

@@ -71,3 +71,14 @@ def test_without_hooks_silences_leaves_and_puts_hooks_back() -> None:
     assert seen == []
     leaf.sum().backward()
     assert seen == ["hook", "after"]
+
+
+def test_layers_and_their_tensors_are_found_once_each() -> None:
+    shared = nn.BatchNorm1d(2)
+    module = nn.Sequential(shared, nn.Sequential(nn.Linear(2, 2), shared), nn.Linear(2, 2, bias=False))
+    module[2].weight = module[1][0].weight
+    module.register_module("absent", None)
+    layers = torch_private.layers_of(module)
+    assert sorted(map(id, layers)) == sorted(map(id, module.modules()))
+    assert sorted(map(id, torch_private.parameters_of(layers))) == sorted(map(id, module.parameters()))
+    assert sorted(map(id, torch_private.buffers_of(layers))) == sorted(map(id, module.buffers()))
