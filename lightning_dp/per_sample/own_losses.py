@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,19 +70,22 @@ class OwnLosses(TorchFunctionMode):
         self._rows: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name: str = getattr(func, "__name__", "")
+        kwargs, kind = kwargs or {}, _kind(func)
         rows: Tensor | None = None
-        if func in _reductions_of_losses():
+        if kind is None:
+            return func(*args, **kwargs)
+        if kind == "loss":
             rows = self._of_loss(func, args, kwargs)
-        elif name in _REDUCTIONS and len(args) == 1 and not kwargs.keys() - {"dtype"}:
-            rows = self._of_reduction(func, args[0], kwargs)
-        elif name in _SCALARS and self._rows and any(self._known(one) is not None for one in tensors_in(args, kwargs)):
+        elif kind == "reduction":
+            if len(args) == 1 and not kwargs.keys() - {"dtype"}:
+                rows = self._of_reduction(func, args[0], kwargs)
+        elif kind == "stack":
+            if self._rows and len(args) == 1 and not kwargs:
+                rows = self._of_stack(args[0])
+        elif kind == "selection":
+            self._check_selection(func.__name__, args)
+        elif self._rows and any(self._known(one) is not None for one in tensors_in(args, kwargs)):
             return self._of_scalars(func, args, kwargs)
-        elif name == "stack" and self._rows and len(args) == 1 and not kwargs:
-            rows = self._of_stack(args[0])
-        elif name in _SELECTIONS or name == "__getitem__":
-            self._check_selection(name, args)
         return func(*args, **kwargs) if rows is None else self._joined(rows, func, args, kwargs)
 
     def _known(self, tensor: Tensor) -> Tensor | None:
@@ -198,9 +201,19 @@ class OwnLosses(TorchFunctionMode):
             )
 
 
-@functools.cache
-def _reductions_of_losses() -> frozenset[Callable[..., Any]]:
-    return frozenset(getattr(F, name) for name in _LOSSES.split())
+@functools.lru_cache(4096)  # asked of every operation of a step
+def _kind(func: Any) -> str | None:
+    """Return the kind of an operation that this mode knows; None for all others."""
+    name: str = getattr(func, "__name__", "")
+    if func in [getattr(F, one) for one in _LOSSES.split()]:
+        return "loss"
+    if name in _REDUCTIONS:
+        return "reduction"
+    if name in _SCALARS:
+        return "scalar"
+    if name in _SELECTIONS or name == "__getitem__":
+        return "selection"
+    return "stack" if name == "stack" else None
 
 
 _signature = functools.cache(inspect.signature)
