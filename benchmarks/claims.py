@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.claim_studies import STUDIES, Study
-from benchmarks.recipes import Unfinished, grown
+from benchmarks.recipes import Unfinished, cost_of, grown
 from benchmarks.runs import CALLBACKS, DELTA, Results, Run
 from benchmarks.stats import difference, markdown_table
 from benchmarks.tasks import be_quiet
@@ -84,11 +85,12 @@ def section(name: str, results: Results) -> str:
     except Unfinished:
         return text + "Not run.\n"
     ends = [arm for arm, run in best.items() if at_end(study.arms[arm], run, results)]
-    rows, seconds = [], 0.0
+    rows: list[list[str]] = []
+    ran: list[Mapping[str, Any]] = []
     for arm, run in best.items():
         mean, lines = results.mean(run, SEEDS), [results.lines.get(run.but(seed=seed)) for seed in SEEDS]
         spent = {line["epsilon"].get("pld", "inf") for line in lines if line}
-        seconds += sum(line["seconds"] for line in lines if line)
+        ran += [line for line in lines if line]
         shown = f"{100 * mean.value:.2f} ± {100 * mean.error:.2f} ({mean.count})" if mean else "not run"
         rate = f"{run.lr:g}" + (", an end of the grid" if arm in ends else "")
         rows.append([arm, rate, shown, ", ".join(str(value) for value in sorted(spent, key=str))])
@@ -102,7 +104,7 @@ def section(name: str, results: Results) -> str:
         + markdown_table(["arm", "rate", "test accuracy, % (seeds)", "epsilon (PLD)"], rows)
         + "\n\n"
         + markdown_table(["difference", "percentage points", "the claim"], pairs)
-        + f"\n\nReported runs: {seconds:.0f} s of wall clock.\n"
+        + f"\n\n{textwrap.fill(f'On the test split: {cost_of(ran)}', 120)}\n"
     )
 
 

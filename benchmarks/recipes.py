@@ -18,10 +18,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -183,15 +185,14 @@ def again(name: str, epsilon: str, results: Results) -> str:
     raise ValueError(f"Expected an epsilon of the page, got epsilon={epsilon}. Choose 1, 3 or 8.")
 
 
-def seconds(results: Results) -> str:
-    """Return one sentence on all runs of the file."""
-    lines = results.lines.values()
+def cost_of(lines: Collection[Mapping[str, Any]]) -> str:
+    """Return number, cost, machines and commits of some runs."""
     machines = sorted({line["machine"] for line in lines})
     commits = list(dict.fromkeys(line["commit"] for line in lines))
     return (
-        f"\n{len(lines)} runs, {sum(line['processor_seconds'] for line in lines) / 60:.0f} minutes of one core and "
-        f"{sum(line['seconds'] for line in lines) / 60:.0f} of wall clock on a machine that others used "
-        f"({'; '.join(machines)}); commits {', '.join(commits)}. Each run is a line of `benchmarks/recipes.jsonl`."
+        f"{len(lines)} runs, {sum(line['processor_seconds'] for line in lines) / 60:.1f} minutes of one core and "
+        f"{sum(line['seconds'] for line in lines) / 60:.1f} of wall clock on a machine that others used "
+        f"({'; '.join(machines)}); commits {', '.join(commits)}."
     )
 
 
@@ -214,7 +215,12 @@ def main() -> None:
                 results.fill([run.but(report=True, seed=seed) for seed in SEEDS], until=until)
         except Unfinished:
             print(f"{task.title}: the time budget ended; call again")
-    write_section("recipes", "\n".join(table(task, results) for task in TASKS.values()) + seconds(results), readme=PAGE)
+    cost = f"{cost_of(results.lines.values())} Each run is a line of `benchmarks/recipes.jsonl`."
+    write_section(
+        "recipes",
+        "\n".join(table(task, results) for task in TASKS.values()) + "\n" + textwrap.fill(cost, 120),
+        readme=PAGE,
+    )
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def test_section_leaves_a_rate_at_an_end_open(monkeypatch: pytest.MonkeyPatch, t
     assert "| low | 2 |" in text
     assert "| high | 256, an end of the grid |" in text
     assert "| high minus low | +10.00 ± 0.00 | open: a rate at an end of the grid |" in text
+    assert "On the test split: 6 runs, 0.1 minutes of one core and 0.2 of wall clock" in text
 
 
 @pytest.mark.parametrize(("second", "sign", "says"), [(0.8, 1, "holds"), (0.8, -1, "does not hold"), (0.9, 1, "open")])
