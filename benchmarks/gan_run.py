@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot, softplus
 from torch.nn.utils import vector_to_parameters
 from torch.utils.data import DataLoader
 
-from benchmarks import runs
+from benchmarks import prototypes, runs
 from benchmarks.lens_run import DELTA, SAMPLES, SEARCH_SEED, judged, keep_samples
 from benchmarks.prototypes import COEFFICIENTS, coarse_split, cosines
 from lightning_dp import DPStrategy
@@ -43,6 +43,8 @@ class Gan:
         width: hidden units of the discriminator.
         report: judged on the test images, else on the last training images, which are not trained on.
         seed: of the initial weights and of the random numbers of the generator; sampling and noise are not seeded.
+        moves: how far generated images are moved, and
+        noise: size of the smooth noise on them, as for ``Prototypes``; with 0 images are left as they are.
     """
 
     data: str
@@ -56,8 +58,18 @@ class Gan:
     width: int
     report: bool = False
     seed: int = SEARCH_SEED
-    title: ClassVar[str] = "GAN"
-    kind: ClassVar[str] = "gan"  # in the names of files
+    moves: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """Name of the method in the picture."""
+        return "GAN, moved" if self.moves else "GAN"
+
+    @property
+    def kind(self) -> str:
+        """Name of the method in the names of files."""
+        return "gan-moved" if self.moves else "gan"
 
 
 #: Setting that the search begins with, and the values of each number in the order in which they are tried.
@@ -152,7 +164,11 @@ def execute(run: Gan) -> dict[str, Any]:
     with torch.no_grad():
         vector_to_parameters(averages.weights[AVERAGE], module.parameters())
         labels = torch.arange(SAMPLES) % 10
-        made = module(labels), labels
+        images = module(labels)
+        if run.moves:
+            z = 2 * torch.rand(SAMPLES, prototypes.Z_DIM) - 1
+            images = prototypes.Prototypes(10, moves=run.moves, noise=run.noise).varied(images, z)
+    made = images, labels
     keep_samples(run, made)
     return {
         **judged(made, split.held_out),

@@ -26,6 +26,7 @@ from benchmarks.tasks import be_quiet
 
 HERE = Path(__file__).parent
 Kind = TypeVar("Kind", Lens, Gan)
+Found = dict[str, dict[float, Kind]]  # settings by data set and epsilon
 
 
 class Lines(Generic[Kind]):
@@ -104,7 +105,18 @@ def on_clothes(run: Kind) -> Kind:
     return replace(run, data="fashion_mnist", **moves)
 
 
-def both(found: dict[float, Kind] | None) -> dict[str, dict[float, Kind]]:
+def moved(found: Found[Gan], lenses: Found[Lens]) -> Found[Gan]:
+    """Return the settings of the GAN with the moves and the noise of DataLens' images."""
+    return {
+        name: {
+            epsilon: replace(run, moves=lenses[name][epsilon].moves, noise=lenses[name][epsilon].noise)
+            for epsilon, run in by_epsilon.items()
+        }
+        for name, by_epsilon in found.items()
+    }
+
+
+def both(found: dict[float, Kind] | None) -> Found[Kind]:
     """Return the settings by data set and epsilon; empty before the search has ended."""
     if found is None:
         return {}
@@ -121,7 +133,8 @@ def main() -> None:
     until = 0.0 if options.report else time.time() + 60 * options.minutes
     lenses = Lines(HERE / "generated.jsonl", Lens, lens_run.execute)
     gans = Lines(HERE / "gan.jsonl", Gan, gan_run.execute)
-    methods = (lenses, both(chosen(lenses, until))), (gans, both(searched(gans, until)))
+    lens, gan = both(chosen(lenses, until)), both(searched(gans, until))
+    methods = (lenses, lens), (gans, gan), (gans, moved(gan, lens) if lens else {})
     for seed in SEEDS:
         for lines, found in methods:
             best = (

@@ -66,10 +66,14 @@ def test_generated_page_compares_the_seeds_of_the_report() -> None:
         seeds = {replace(run, seed=n, report=True): {**whole, "linear": s} for n, s in enumerate(scores)}
         return {**tried, **seeds}, {"mnist": {1.0: run}}
 
-    text = generated_report.page(method(lens, [0.78, 0.8, 0.82]), method(gan, [0.7, 0.72, 0.74]))
-    assert "| 80.0 ± 1.2 (3) | 72.0 ± 1.2 (3) | +8.0 ± 1.6 | DataLens |" in text
+    moved = generated.moved({"mnist": {1.0: gan}}, {"mnist": {1.0: lens}})["mnist"][1.0]
+    assert (moved.moves, moved.noise) == (lens.moves, lens.noise)
+    plain, other = method(gan, [0.7, 0.72, 0.74]), method(moved, [0.79, 0.8, 0.82])
+    text = generated_report.page(method(lens, [0.78, 0.8, 0.82]), plain, other)
+    figures = "| 80.0 ± 1.2 (3) | 72.0 ± 1.2 (3) | +8.0 ± 1.6 (DataLens) | 80.3 ± 0.9 (3) | -0.3 ± 1.5 (open) |"
+    assert figures in text
     assert text.count("| 601 |") == 4
-    assert "| MNIST | 10 | logistic regression | not run | not run |  |  |" in text
+    assert "| MNIST | 10 | logistic regression | not run | not run |  | not run |  |" in text
 
 
 def test_gan_counts_the_steps_of_its_discriminator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +91,7 @@ def test_gan_counts_the_steps_of_its_discriminator_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(gan_run, "keep_samples", lambda *_: None)
     monkeypatch.setattr(gan_run, "judged", judged)
     monkeypatch.setattr(gan_run.ConditionalGan, "on_train_end", at_end)
-    line = gan_run.execute(replace(gan_run.START, every=3, batch=20, epochs=3))
+    line = gan_run.execute(replace(gan_run.START, every=3, batch=20, epochs=3, moves=1.0, noise=0.3))
     assert 0.95 < line["spent"] <= 1.0
     assert line["steps"] == seen["ledger"].num_steps == 15
     assert seen["ledger"].neighboring_relation == "replace_one"
