@@ -54,7 +54,7 @@ class UserHooks:
     **Guarantee**: what a hook writes into the module is checked as what ``training_step`` writes: of the module before
     the first step, of a callback when it first writes, before the next step or checkpoint. Hooks around an
     optimizer's step see a gradient there that does not depend on the records. Not watched: hooks of Lightning's own
-    callbacks and of this package's, and searches, whose steps are in the ledger.
+    callbacks and of this package's, and those between epochs of searches, whose steps are in the ledger.
 
     Args:
         strategy: of the Trainer.
@@ -64,7 +64,7 @@ class UserHooks:
     def __init__(self, strategy: PrivateStrategy, others: Callable[[], list[Any]]) -> None:
         self._strategy, self._others = strategy, others
         self._reported: set[str] = set()
-        self._watched = [one for one in getattr(strategy.trainer, "callbacks", []) if not _lightning.is_search(one)]
+        self._watched = [*getattr(strategy.trainer, "callbacks", [])]
         self._overrides = Overrides()
         self.writing: list[Any] = []
         """Callbacks that have changed the module and therefore take part in trials; also the module, if its hook at the
@@ -143,7 +143,8 @@ class UserHooks:
         """
         module = self._strategy.module
         for owner in (*self._watched, module):
-            for name in (*_OF_BATCHES, *BETWEEN_EPOCHS, *_FAR):
+            searches = _lightning.is_search(owner)
+            for name in _OF_BATCHES if searches else (*_OF_BATCHES, *BETWEEN_EPOCHS, *_FAR):
                 if _has(name, owner):
                     self._overrides.set(owner, name, self._watching(owner, name, is_on_trial))
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
-from lightning_dp import DPStrategy, schedules
+from lightning_dp import DPStrategy, PrivacyError, schedules
 from tests.helpers import Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 
@@ -152,6 +152,19 @@ def test_learning_rate_search_within_a_run_is_not_tried(tmp_path: Any) -> None:
     finder = Again(num_training_steps=6, early_stop_threshold=None)
     make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[finder]).fit(module, make_loader())
     assert strategy.ledger.num_steps >= 6 + 2 * 4
+
+
+def test_batch_hooks_of_a_search_are_watched(tmp_path: Any) -> None:
+    class Keeping(LearningRateFinder):
+        def on_fit_start(self, *args: Any) -> None:
+            pass
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            pl_module.network[0].bias.data.fill_(batch[0].sum())
+
+    trainer = make_trainer(strategy_of(check_per_sample=True), tmp_path, max_epochs=1, callbacks=[Keeping()])
+    with pytest.raises(PrivacyError, match="bias"):
+        trainer.fit(Classifier(), make_loader())
 
 
 def test_learning_rate_search_and_run_share_one_target(tmp_path: Any) -> None:
