@@ -67,7 +67,7 @@ def main() -> None:
     dp.close()
 
     def start() -> tuple[FabricPrivacy, Any, Any, Any]:
-        dp = FabricPrivacy(target_epsilon=3.0, target_delta=1e-3, epochs=10, microbatch_size=2, accountant="rdp")
+        dp = FabricPrivacy(target_epsilon=3.0, target_delta=1e-3, epochs=10, microbatch_size=2)
         model = classifier()
         return dp, *dp.setup(fabric, model, torch.optim.Adam(model.parameters(), lr=0.1), loader(40, 1))
 

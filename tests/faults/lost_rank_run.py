@@ -36,7 +36,6 @@ def main() -> None:
     strategy = kind(
         noise_multiplier=1.0,
         target_delta=1e-3,
-        accountant="rdp",
         process_group_backend="gloo",
         timeout=timedelta(seconds=30),
     )

@@ -32,7 +32,6 @@ def make_settings(**options: Any) -> Settings:
     defaults: dict[str, Any] = {
         "noise_multiplier": SIGMA,
         "target_delta": 1e-5,
-        "accountant": "rdp",
         "check_per_sample": False,
         "seed": 0,
     }
@@ -53,7 +52,7 @@ def make_plan(clipping: Clipping, mechanisms: Mechanisms | None = None, **option
         "noise_multiplier": SIGMA,
         "clipping": clipping,
         "delta": 1e-5,
-        "accountant": "rdp",
+        "accountant": "pld",
         "schedule": asked.noise_schedule(LENGTH),
         "is_private": asked.is_private(LENGTH),
         "unsound": asked.never_private,
@@ -64,7 +63,7 @@ def make_plan(clipping: Clipping, mechanisms: Mechanisms | None = None, **option
 def make_state(plan: DPPlan | None = None, **options: Any) -> PrivacyState:
     """A fresh state with a plan."""
     relation = "add_or_remove_one" if plan is None else plan.neighboring_relation
-    state = PrivacyState(relation, make_accountant("rdp"), **{"seeded": False, "secure": False, **options})
+    state = PrivacyState(relation, make_accountant("pld"), **{"seeded": False, "secure": False, **options})
     state.plan = make_plan(FlatClipping(1.0)) if plan is None else plan
     return state
 

@@ -40,7 +40,7 @@ RUNS = itertools.count()
 
 
 def fit(module: Any, tmp_path: Path) -> DPStrategy:
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     make_trainer(strategy, tmp_path, max_epochs=1).fit(module, make_loader())
     return strategy
 
@@ -79,7 +79,7 @@ def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
     def collate(records: list[Any]) -> Any:
         return None if next(calls) % 2 == 0 else default_collate(records)
 
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     trainer = make_trainer(strategy, tmp_path, max_epochs=1)
     with pytest.raises(PrivacyError, match="records as drawn, got None"):
         trainer.fit(Classifier(), DataLoader(make_dataset(), batch_size=16, collate_fn=collate))

@@ -36,7 +36,7 @@ class OfPython(Classifier):
 
 
 def fit(module: Any, tmp_path: Path, **options: Any) -> None:
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     make_trainer(strategy, tmp_path, max_epochs=1, **options).fit(module, make_loader())
 
 
@@ -85,7 +85,7 @@ def test_layers_that_a_coin_leaves_out_are_learned(memory: Any, tmp_path: Path) 
                     x = x + layer(x)
             return nn.functional.cross_entropy(self.head(x), batch[1])
 
-    module, options = Dropping(), {"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", "memory": memory}
+    module, options = Dropping(), {"noise_multiplier": 1.0, "target_delta": 1e-3, "memory": memory}
     trainer = make_trainer(DPStrategy(**options), tmp_path, max_epochs=4)
     trainer.fit(module, make_loader())
     assert trainer.global_step == 16
@@ -100,7 +100,7 @@ def test_layers_that_a_coin_leaves_out_are_learned(memory: Any, tmp_path: Path) 
     ],
 )
 def test_statement_says_why_samples_are_independent(options: Any, expected: str, tmp_path: Path) -> None:
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", **options)
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, **options)
     make_trainer(strategy, tmp_path, max_epochs=3).fit(Plain(), make_loader())
     assert f"samples kept apart: {expected}" in strategy.privacy_statement()
     card = privacy_card(strategy.plan, strategy.ledger, strategy.accountant, notes=strategy.state.notes)

@@ -43,7 +43,7 @@ def fit(strategy: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    options: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", "microbatch_size": 3}
+    options: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3, "microbatch_size": 3}
     seen = {kind.__name__: fit(kind(**options)) for kind in (DPDDPStrategy, DPFSDPStrategy)}
     torch.save(seen, OUT / f"rank{os.environ['RANK']}.pt")
 

@@ -17,7 +17,7 @@ from tests.helpers import Classifier, make_dataset, make_trainer
 def main() -> None:
     out, start_method = Path(sys.argv[1]), sys.argv[2]
     accelerator_connector._IS_INTERACTIVE = start_method == "fork"  # as in a notebook, where nothing else is allowed
-    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", start_method=start_method)
+    strategy = DPDDPStrategy(noise_multiplier=1.0, target_delta=1e-3, start_method=start_method)
     trainer = make_trainer(strategy, out, devices=2)
     trainer.fit(Classifier(), DataLoader(make_dataset(), batch_size=8))
     trainer.save_checkpoint(out / "after.ckpt")

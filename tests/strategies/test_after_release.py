@@ -140,7 +140,7 @@ def test_a_callback_around_the_step_is_judged(hook: str, kind: type[L.Callback],
     def write(self: Any, trainer: Any, module: Any, *args: Any) -> None:
         AROUND[hook](module, *args)
 
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     trainer = make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[type("Writes", (kind,), {hook: write})()])
     with pytest.raises(PrivacyError, match="with another value after"):
         trainer.fit(Keeps(), make_loader())

@@ -24,7 +24,7 @@ def cross_entropy(module: Any, batch: Any, **options: Any) -> Tensor:
 
 
 def fit(module: Any, tmp_path: Any, loader: Any = None, epochs: int = 1, **options: Any) -> Any:
-    strategy = DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", **options})
+    strategy = DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, **options})
     trainer = make_trainer(strategy, tmp_path, max_epochs=epochs)
     trainer.fit(module, loader or make_loader())
     return strategy
@@ -203,7 +203,7 @@ def test_state_written_by_a_callback_is_refused(hook: str, tmp_path: Any) -> Non
         HOOKS[hook](module, *args)
 
     callback = type("Writes", (L.Callback,), {hook: write})()
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     with pytest.raises(PrivacyError, match=r"with another value after|changes with what training_step saw"):
         make_trainer(strategy, tmp_path, callbacks=[callback]).fit(Hooked(), make_loader())
 
@@ -225,7 +225,7 @@ def test_state_written_by_a_lambda_callback_is_refused(tmp_path: Any) -> None:
         module.saved.copy_(batch[0].mean(0))
 
     callback = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=write)
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     with pytest.raises(PrivacyError, match="with another value after"):
         make_trainer(strategy, tmp_path, callbacks=[callback]).fit(Hooked(), make_loader())
     assert callback.on_train_batch_end is write
@@ -257,7 +257,7 @@ def test_callbacks_run_in_real_batches_only(tmp_path: Any) -> None:
             lines.append(float(outputs["loss"]))
 
     callback = Prints()
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[callback]).fit(Classifier(), make_loader())
     assert len(lines) == 8
     assert "on_train_batch_end" not in vars(callback)
@@ -274,7 +274,7 @@ def test_a_callback_that_follows_the_weights_is_free(tmp_path: Any) -> None:
             module.frozen.data.mul_(0.9).add_(module.network[0].weight.detach()[0], alpha=0.1)
 
     callback = Follows()
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[callback]).fit(Hooked(), make_loader())
     assert (callback.count, strategy.ledger.num_steps) == (8, 8)
 
@@ -463,7 +463,7 @@ def test_a_coupling_that_begins_later_is_found(since: int, tmp_path: Any) -> Non
             features = batch[0] - batch[0].mean(0) if self.global_step >= since else batch[0]
             return cross_entropy(self, [features, batch[1]])
 
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     with pytest.raises(PrivacyError, match="influence each other"):
         make_trainer(strategy, tmp_path, max_epochs=4).fit(Later(), make_loader())
     assert strategy.ledger.num_steps == since

@@ -18,7 +18,7 @@ from tests.strategies.test_attacks import fit
 
 
 def run(module: Any, tmp_path: Any, *callbacks: Any, data: Any = None, epochs: int = 2) -> DPStrategy:
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp")
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     trainer = make_trainer(strategy, tmp_path, max_epochs=epochs, callbacks=list(callbacks))
     trainer.fit(module, **({"train_dataloaders": make_loader()} if data is None else {"datamodule": data}))
     return strategy

@@ -67,9 +67,7 @@ class Spy:
 def fit(module: L.LightningModule, callbacks: list[Any], batch_size: int, epochs: int, **options: Any) -> list[Any]:
     """Trains in both processes; returns the gradients of every step."""
     recorder = Recorder()
-    strategy = DPDDPStrategy(
-        **{"noise_multiplier": 1.0, "target_delta": 1e-3, "accountant": "rdp", "check_per_sample": False, **options}
-    )
+    strategy = DPDDPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, "check_per_sample": False, **options})
     trainer = make_trainer(strategy, OUT, devices=2, callbacks=[*callbacks, recorder], max_epochs=epochs)
     trainer.fit(module, DataLoader(make_dataset(), batch_size=batch_size))
     return [torch.cat([gradient.flatten() for gradient in step.values()]) for step in recorder.before_step]

@@ -122,7 +122,7 @@ class Combination:
         """A strategy with its clipping; predictable unless a seed is given, and quick: without the check of the first
         batch.
         """
-        defaults: dict[str, Any] = {"target_delta": 1e-3, "accountant": "rdp", "seed": 0, "check_per_sample": False}
+        defaults: dict[str, Any] = {"target_delta": 1e-3, "seed": 0, "check_per_sample": False}
         if not {"noise_multiplier", "target_epsilon"} & options.keys():
             defaults["noise_multiplier"] = 2.0
         return DPStrategy(clipping=CLIPPINGS[self.clipping](), **{**defaults, **options})
