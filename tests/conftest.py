@@ -94,14 +94,15 @@ def pytest_collection() -> Generator[None, Any, Any]:
 def pytest_collection_finish() -> None:
     """Start the server of scripts, if a test may need it, before any test computes.
 
-    What was imported is left out of garbage collections from here on. Each Trainer asks all installed packages for
-    callbacks of theirs; the answer is the same every time.
+    What was imported is left out of garbage collections from here on, and they are rarer. Each Trainer asks all
+    installed packages for callbacks of theirs; the answer is the same every time.
     """
     registry: Any = sys.modules.get("lightning.fabric.utilities.registry")
     if registry is not None:
         registry.entry_points = functools.cache(registry.entry_points)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
     processes: Any = sys.modules.get("tests.processes")
     if processes is not None:
         processes.start_server()
