@@ -67,11 +67,15 @@ class Joined:
             masks: by name; parts of masked parameters are left to the caller.
         """
         total = combine(self.grads, factors, dead)
-        targets: dict[tuple[str, Hashable], tuple[Tensor, Tensor]] = {}
+        done: set[tuple[str, Hashable]] = set()
+        targets: list[Tensor] = []
+        added: list[Tensor] = []
         sums = torch.split(total, [shape.numel() for *_, shape in self._parts])
         for (name, key, region, shape), part in zip(self._parts, sums, strict=True):
             if name not in masks and (region is None or out[name].is_contiguous()):
-                targets[name, key] = view_of(out[name], region), part.view(shape)
+                targets.append(view_of(out[name], region))
+                added.append(part.view(shape))
+                done.add((name, key))
         if targets:
-            add_scaled(*map(list, zip(*targets.values(), strict=True)), 1.0)
-        return set(targets)
+            add_scaled(targets, added, 1.0)
+        return done

@@ -209,7 +209,8 @@ class UserHooks:
         held = [] if tensors_only else [*map(plain_attributes, layers), vars(owner) if saves else {}]
         for attributes in held:
             for name, value in attributes.items():
-                kind = _kind(type(value))
+                type_of_value: Any = type(value)
+                kind = _kind(type_of_value)
                 size = len(value) if kind == "container" else num_changes(value) if kind == "tensor" else 0
                 marks.append((name, id(value), size))
         if not tensors_only:
