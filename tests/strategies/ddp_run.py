@@ -22,7 +22,7 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.step.noising import ReleaseNoise
 from lightning_dp.step.reduction import AllReduce
 from lightning_dp.step.release import Release
-from tests.helpers import NUM_FEATURES, Classifier, Recorder, make_dataset, make_trainer
+from tests.helpers import NUM_FEATURES, Classifier, Hidden, Recorder, make_dataset, make_trainer
 from tests.strategies.test_manual import GAN
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -100,26 +100,14 @@ class Synced(L.Callback):
         self.values.append(float(trainer.callback_metrics["positions"]))
 
 
-class Unseen(torch.autograd.Function):
-    """A weight as it is, which reports nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return weight.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
-
-
 class UnseenOnOne(Classifier):
     """A classifier whose first weight no rule can follow, on rank 0 alone."""
 
     def forward(self, features: Tensor) -> Tensor:
         network: Any = self.network
         first, rest = network[0], network[1:]
-        weight = Unseen.apply(first.weight) if RANK == 0 else first.weight
-        out: Tensor = rest(torch.nn.functional.linear(features, weight, first.bias))
+        hidden = Hidden.apply(features, first.weight.mT) if RANK == 0 else features @ first.weight.mT
+        out: Tensor = rest(hidden + first.bias)
         return out
 
 

@@ -198,12 +198,19 @@ def test_a_trainer_that_has_fitted_can_be_pickled(tmp_path: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
 def test_a_compiled_module_trains_as_the_eager_one(tmp_path: Any, caplog: Any) -> None:
+    class Logging(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
     caplog.set_level(logging.INFO)
     trained = []
     for change in (lambda module: module, lambda module: torch.compile(module, backend="eager")):
-        module = Classifier()
-        strategy = DPStrategy(noise_multiplier=0.0, seed=0, sampling="shuffle")
-        make_trainer(strategy, tmp_path).fit(change(module), make_loader())
+        module = Logging()
+        trainer = make_trainer(DPStrategy(noise_multiplier=0.0, seed=0, sampling="shuffle"), tmp_path)
+        trainer.fit(change(module), make_loader())
+        assert "loss" in trainer.callback_metrics
         trained.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
     torch.testing.assert_close(*trained)
     assert not torch.equal(trained[0], torch.cat([p.detach().flatten() for p in Classifier().parameters()]))
