@@ -167,7 +167,7 @@ def test_resumed_run_trains_on_the_canaries_of_before(tmp_path: Path) -> None:
                     trained.update(batch[0].argmax(1)[batch[1] > 0].tolist())
                 return super().training_step(batch, batch_idx)
 
-        strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="rdp", check_per_sample=False)
+        strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, check_per_sample=False)
         trainer = make_trainer(strategy, tmp_path, max_epochs=epochs, callbacks=[audit])
         trainer.fit(Watching(40, lr=0.1), zeros_loader(60, 40), ckpt_path=ckpt_path, weights_only=True)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
