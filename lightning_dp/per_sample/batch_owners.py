@@ -79,7 +79,8 @@ class BatchOwners:
         # one size alone does not tell samples from other things of which there are as many
         known, size = (self._kinds or {}) if len(self._sizes) > 1 else {}, follower.size
         indices = self._indices(batch, size)
-        follower.known = [*indices.values()]
+        named = {name: Rows(0, index) for name, index in indices.items()}
+        follower.known = [*named.values()]
         by_path = dict(_kinds_of(batch, size, indices))
         settled: list[Path] = []
         for path, thing in _walk(batch):
@@ -93,7 +94,7 @@ class BatchOwners:
                 if kinds:
                     _note_packed(thing, follower)
             elif isinstance(thing, Tensor):
-                follower.note(thing, _owners_of(path, kinds, thing, follower, indices))
+                follower.note(thing, _owners_of(path, kinds, thing, follower, named))
 
     def _indices(self, batch: Any, size: int) -> dict[str, Tensor]:
         """Return the owner indices of a batch by name, each with the sample of every row, node or edge."""
@@ -114,16 +115,14 @@ class BatchOwners:
         return found
 
 
-def _owners_of(
-    path: Path, kinds: set[Kind], tensor: Tensor, follower: Follower, indices: Mapping[str, Tensor]
-) -> Owners:
+def _owners_of(path: Path, kinds: set[Kind], tensor: Tensor, follower: Follower, named: Mapping[str, Rows]) -> Owners:
     """Return the owners of the rows of a batch's tensor; ``MIXED`` if nothing in the batch names them."""
     if not kinds:
         return MIXED
     axis, name = min(kinds, key=lambda kind: _rank(path, kind[1]))
     if name == "sample":
-        return Rows(axis, follower.identity(tensor.device), is_identity=True)
-    return Rows(axis, indices[name])
+        return follower.samples(tensor.device).moved(axis)
+    return named[name].moved(axis)
 
 
 def _note_records(records: Any, follower: Follower) -> None:
@@ -143,16 +142,15 @@ def _note_records(records: Any, follower: Follower) -> None:
 def _note_packed(packed: PackedSequence, follower: Follower) -> None:
     follower.note(packed.data, Rows(0, _packed(packed)))
     if packed.sorted_indices is not None and packed.unsorted_indices is not None:
-        follower.note(packed.sorted_indices, Rows(0, packed.sorted_indices))
-        identity = follower.identity(packed.unsorted_indices.device)
-        follower.note(packed.unsorted_indices, Rows(0, identity, is_identity=True))
+        follower.note(packed.sorted_indices, Rows(0, packed.sorted_indices.clone()))
+        follower.note(packed.unsorted_indices, follower.samples(packed.unsorted_indices.device))
 
 
 def _add_given(found: dict[str, Tensor], given: Any, size: int, where: str) -> None:
     for name, index in given.items() if isinstance(given, Mapping) else [("", given)]:
         index = torch.as_tensor(index)
         _check_index(index, size, f"{where}[{name!r}]" if name else where)
-        found[f"given {name}"] = index.long()
+        found[f"given {name}"] = index.to(torch.int64, copy=True)  # the step may write to its batch
 
 
 def _check_index(index: Tensor, size: int, where: str) -> None:
@@ -186,7 +184,7 @@ def _nodes_of(container: Mapping[str, Any], size: int) -> Tensor:
             "rows would be dealt to the wrong ones: filter the dataset before fit instead."
         )
     _check_index(batch, size, "batch")
-    return batch.long()
+    return batch.to(torch.int64, copy=True)  # the step may write to its batch
 
 
 def _packed(packed: PackedSequence) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_dp.per_sample.owned import OwnedAxis, laid_out
+from lightning_dp.per_sample.owned import OwnedAxis, arrangement, laid_out
 from lightning_dp.per_sample.rules.base import Call
 from lightning_dp.per_sample.uses import Recorder, Use
 
@@ -73,11 +72,11 @@ def _joined(recorder: Recorder, parts: list[tuple[Use, Tensor]]) -> Call:
     """Return uses whose rows belong to samples by an index as one use, with equally many rows per sample."""
     size = recorder.batch_size
     axes = [use.out_axis for use, _ in parts if isinstance(use.out_axis, OwnedAxis)]
-    index = torch.cat([axis.index for axis in axes])
+    arranged = arrangement(axes, size)
     sides = [[axis.rows(backprop) for axis, (_, backprop) in zip(axes, parts, strict=True)]]
     if parts[0][0].inputs:
         sides.append([axis.rows(use.inputs[0]) for axis, (use, _) in zip(axes, parts, strict=True)])
-    (backprop, rows), *inputs = (laid_out(side, index, size) for side in sides)
+    (backprop, rows), *inputs = (laid_out(side, arranged) for side in sides)
     joining = recorder.joining
     if joining is not None:
         backprop = joining.backprops(backprop, rows)

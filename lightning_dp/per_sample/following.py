@@ -24,17 +24,20 @@ from lightning_dp.per_sample.composites import entered
 from lightning_dp.per_sample.moves import CONSTANTS, MADE_OF_NUMBERS, Step, handler_of, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import IN_PLACE, operation_of
-from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows, merged
+from lightning_dp.per_sample.owned import MIXED, Memo, Mixed, Owners, Rows, merged
+from lightning_dp.per_sample.reductions import entry_by_entry
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
 
 _entered = functools.cache(entered)
 
-_METHODS = "size dim ndimension numel nelement stride storage_offset data_ptr element_size is_contiguous get_device"
-_ATTRIBUTES = "shape ndim dtype device layout requires_grad is_leaf is_sparse is_cuda is_mps is_quantized is_meta"
+_METHODS = """size dim ndimension numel nelement stride storage_offset data_ptr element_size is_contiguous get_device
+    is_floating_point is_complex is_inference __len__"""
+_ATTRIBUTES = """shape ndim dtype device layout requires_grad is_leaf is_sparse is_cuda is_mps is_quantized is_meta
+    _version"""
 _SHOWS_NO_ENTRY = {
-    *(getattr(Tensor, name) for name in f"{_METHODS} is_floating_point is_complex __len__".split()),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
     torch.is_floating_point,
     torch.numel,
@@ -58,19 +61,24 @@ class Follower(TorchFunctionMode):
     def __init__(self, tracker: Tracker, size: int, constants: list[Tensor]) -> None:
         super().__init__()
         self.tracker, self.size = tracker, size
-        self.known: list[Tensor] = []
-        """Indices that the batch holds, for rows that nothing was written to."""
+        self.known: list[Rows] = []
+        """Owners that the batch holds, for rows that nothing was written to."""
+        self.memo = Memo()
         self._constants = {id(tensor) for tensor in constants}
-        self._identities: dict[torch.device, Tensor] = {}
+        self._samples: dict[torch.device, Rows] = {}
         self._notes: dict[int, tuple[weakref.ref[Tensor], int, Owners]] = {}
         self._written: dict[int, int] = {}
         self._time = 0
 
     def identity(self, device: torch.device) -> Tensor:
         """Return the tensor ``0 ... B - 1`` on a device, the same object in every call."""
-        if device not in self._identities:
-            self._identities[device] = torch.arange(self.size, device=device)
-        return self._identities[device]
+        return self.samples(device).index
+
+    def samples(self, device: torch.device) -> Rows:
+        """Return the owners of rows that are the samples in their order."""
+        if device not in self._samples:
+            self._samples[device] = Rows(0, torch.arange(self.size, device=device), is_identity=True)
+        return self._samples[device]
 
     def note(self, tensor: Tensor, owners: Owners) -> None:
         """Record the owners of a tensor."""
@@ -95,7 +103,7 @@ class Follower(TorchFunctionMode):
         owners: Owners = next((one for _, one in found if isinstance(one, Mixed)), None)
         if owners is None:
             rows = [(axes, one) for axes, one in found if isinstance(one, Rows)]
-            owners = merged(rows, max(axes for axes, _ in found))
+            owners = merged(rows, max(axes for axes, _ in found), self.memo)
         for result in results:
             if result is not None:
                 self.note(result, owners)
@@ -106,7 +114,7 @@ class Follower(TorchFunctionMode):
             return func(*args, **kwargs)
         name: str = getattr(func, "__name__", "")
         tensors = [*tensors_in(args, kwargs)]
-        if any(isinstance(tensor, Reporting) for tensor in tensors):
+        if any(map(is_tracked, tensors)):
             operation = operation_of(func)
             if operation is not None and operation.is_composite and torch.is_grad_enabled():
                 with self:
@@ -129,6 +137,8 @@ class Follower(TorchFunctionMode):
         """Record which samples own the rows of an operation's result, and return the result."""
         if type(out) is torch.Size or self._is_noted(out, args, kwargs):
             return out
+        if type(out) is Tensor and handler_of(name) is entry_by_entry and self._note_alike(args, kwargs, tensors, out):
+            return out
         if isinstance(out, (Tensor, list, tuple)) or name in ("__setitem__", "__set__"):
             if name == "__get__":
                 name = func.__self__.__name__
@@ -141,6 +151,29 @@ class Follower(TorchFunctionMode):
         of_parameter = args and isinstance(args[0], Reporting) and not isinstance(out, Reporting) and not kwargs
         note = self._notes.get(id(out)) if of_parameter else None
         return note is not None and note[0]() is out
+
+    def _note_alike(self, args: Any, kwargs: Any, tensors: list[Tensor], out: Tensor) -> bool:
+        """Record the owners of a result that is computed entry by entry, if all data in it has the same owners."""
+        found, at = None, 0
+        for tensor in tensors:
+            owners = self.owners_of(tensor)
+            if owners is None:
+                continue
+            if not isinstance(owners, Rows) or owners.axis is None or owners.only is not None:
+                return False
+            if found is None:
+                found, at = owners, owners.axis - tensor.dim()
+            elif owners.index is not found.index or owners.axis - tensor.dim() != at:
+                return False
+        if found is None or "out" in kwargs:
+            return False
+        if args and out is args[0]:  # it keeps its owners, if it has some
+            return self.owners_of(out) is not None
+        rows = found.moved(at + out.dim())
+        if not _fits(out, rows):
+            return False
+        self.note(out, rows)
+        return True
 
     def _note_result(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> None:
         results = [args[0]] if out is None else [out] if isinstance(out, Tensor) else [*tensors_in(tuple(out), {})]
@@ -188,7 +221,8 @@ class Follower(TorchFunctionMode):
         if handler_of(name) is None and (known := operation_of(func)) is not None and known.keeps_rows:
             return owned[0][1]
         try:
-            step = Step(func, args, kwargs, out, owned, self.identity(owned[0][0].device), self.known)
+            samples = self.samples(owned[0][0].device)
+            step = Step(func, args, kwargs, out, owned, samples.index, [samples, *self.known], self.memo)
             return owners_after(step, name)
         except (IndexError, RuntimeError, TypeError, ValueError):  # arguments given in a way that is not known here
             return MIXED
@@ -209,4 +243,4 @@ def _fits(tensor: Tensor, owners: Owners) -> bool:
     """Tell whether owners have one entry for each row of a tensor."""
     if not isinstance(owners, Rows) or owners.axis is None:
         return True
-    return owners.axis < tensor.dim() and tensor.shape[owners.axis] == len(owners.index)
+    return owners.axis < tensor.dim() and tensor.shape[owners.axis] == owners.index.shape[0]

@@ -17,6 +17,7 @@ from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step, alone, entry_by_entry
+from lightning_dp.per_sample.views import joined_rows, moved_rows
 
 _UNARY = """
     relu relu6 gelu sigmoid tanh exp exp2 expm1 log log1p log2 log10 sqrt rsqrt abs absolute neg negative sin cos tan
@@ -40,13 +41,13 @@ _PICKED = """
     _pad_packed_sequence
 """
 _PICKS = frozenset(_PICKED.split())
-_RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"))
 _MAKES_CONSTANTS = """
     zeros_like ones_like rand_like randn_like randint_like empty_like new_zeros new_ones new_empty zero_ arange zeros
     ones empty eye linspace logspace rand randn randint randperm tril_indices triu_indices normal uniform_ normal_
     hann_window hamming_window full new_full full_like
 """
 
+JOINS = frozenset(("cat", "concat", "concatenate"))
 _ADDING = frozenset(("scatter_add", "index_add", "scatter_reduce", "index_reduce", "scatter", "index_copy"))
 CONSTANTS = frozenset(_MAKES_CONSTANTS.split())
 """Names of operations whose result holds no data."""
@@ -65,8 +66,14 @@ def _moved(step: Step) -> Found:
     counts = name == "repeat_interleave" and len(step.args) + len(step.kwargs) == 1
     if counts or any(isinstance(option, torch.dtype) for option in (*step.args, *step.kwargs.values())):
         return MIXED  # numbers that are read as counts, or bits as other numbers
-    if len(data) == 1 and name in _RESHAPES:
-        return _reshaped(by_id[id(data[0])], data[0].shape, step.out.shape, step.identity)
+    if len(data) == 1:
+        found = moved_rows(step, name, data[0], by_id[id(data[0])])
+        if found is not None:
+            return found
+    elif name in JOINS:
+        found = joined_rows(step, data, by_id)
+        if found is not None:
+            return found
     labels = {id(t): _labels_of(t, by_id.get(id(t)), step.identity, narrow=_goes_by_rows(step, t, by_id)) for t in data}
     args, kwargs = replaced(step.args, step.kwargs, lambda t: labels.get(id(t), t))
     if name in ("_pad_packed_sequence", "pad_sequence"):  # what is filled up belongs to nobody
@@ -84,21 +91,6 @@ def _moved(step: Step) -> Found:
     if isinstance(made, Tensor):
         return compressed(made, step.identity)
     return [compressed(one, step.identity) for one in made]
-
-
-def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, identity: Tensor) -> Owners:
-    """Return the owners of the same entries, in the same order, in another shape.
-
-    The labels of the leading axes are enough if their entries fill leading axes of the result: the rest keeps apart.
-    """
-    if rows.axis is None or after[: rows.axis + 1] == before[: rows.axis + 1]:
-        return rows
-    for upto in range(rows.axis + 1, len(before) + 1):
-        for lead in range(len(after) + 1):
-            if after[:lead].numel() == before[:upto].numel():
-                shape = (*after[:lead], *[1] * (len(after) - lead))
-                return compressed(rows.labels(before[:upto]).reshape(shape), identity)
-    return MIXED
 
 
 def _goes_by_rows(step: Step, tensor: Tensor, by_id: dict[int, Rows]) -> bool:
@@ -154,30 +146,43 @@ def _added(step: Step) -> Found:
         return None
     if rows is None or (rows.axis is not None and rows.axis != dim % target.dim()):
         return MIXED
+    if before is not None and (before.axis is None or before.axis != dim % target.dim()):
+        return MIXED
     if index.dim() > 1:  # the same index for all entries of a row, as message passing has it
-        others = [axis for axis in range(index.dim()) if axis != dim % target.dim()]
-        whole = index
-        for axis in sorted(others, reverse=True):
-            index = index.narrow(axis, 0, 1)
-        if not torch.equal(index.expand_as(whole), whole):
+        whole, index = index, _column(index, dim % target.dim())
+        if whole.stride() != index.expand_as(whole).stride() and not torch.equal(index.expand_as(whole), whole):
             return MIXED
         index = index.flatten()
-    owners = rows.labels(torch.Size([len(index)])) if rows.axis is None else rows.index[: len(index)]
     size = target.shape[dim]
+    found = step.memo.get(
+        ("added", size, rows.axis is None), (rows, before), index, lambda: _sums(step, rows, before, index, size)
+    )
+    return found if found is None or found is MIXED else found.moved(dim % target.dim())
+
+
+def _column(index: Tensor, axis: int) -> Tensor:
+    """Return the first entries along all axes but one, whose length becomes 1."""
+    for other in range(index.dim()):
+        if other != axis:
+            index = index.narrow(other, 0, 1)
+    return index
+
+
+def _sums(step: Step, rows: Rows, before: Rows | None, index: Tensor, size: int) -> Owners:
+    """Return the owners of sums of rows along the first axis."""
+    owners = rows.labels(torch.Size([len(index)])) if rows.axis is None else rows.index[: len(index)]
     made = owners.new_full((size,), NOBODY).scatter_reduce_(0, index, owners, "amax")
     if not bool(((made[index] == owners) | (owners == NOBODY)).all()):
         return MIXED
     if before is not None:
-        if before.axis is None or before.axis != dim % target.dim():
-            return MIXED
         both = torch.maximum(made, before.index)
         if not all(bool(((one == both) | (one == NOBODY)).all()) for one in (made, before.index)):
             return MIXED
         made = both
-    fitting = [index for index in (step.identity, *step.known) if _fits(made, index)]
-    if fitting and all(torch.equal(fitting[0], other) for other in fitting[1:]):
-        made = fitting[0]  # also the rows that nothing was added to
-    return Rows(dim % target.dim(), made, is_identity=made is step.identity)
+    fitting = [known for known in step.known if _fits(made, known.index)]
+    if fitting and all(torch.equal(fitting[0].index, other.index) for other in fitting[1:]):
+        return fitting[0]  # also the rows that nothing was added to
+    return Rows(0, made)
 
 
 def _fits(made: Tensor, index: Tensor) -> bool:
@@ -191,6 +196,8 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
     "__setitem__": _written,
     **reductions.HANDLERS,
 }
+_TAKES_WHOLE = frozenset((_moved, entry_by_entry, _written, _added))
+"""Functions that know tensors which belong to one sample as a whole."""
 
 
 def moved_entries(name: str, args: Any) -> list[Tensor]:
@@ -211,13 +218,13 @@ def handler_of(name: str) -> Callable[[Step], Found] | None:
 
 def owners_after(step: Step, name: str) -> Found:
     """Return the owners of a finished operation's result, or of each tensor in the result."""
-    one = {rows.only for _, rows in step.owned}
-    if len(one) == 1 and None not in one:
-        return Rows(None, step.owned[0][1].index[:1])
+    first = step.owned[0][1]
+    if first.only is not None and all(rows.only == first.only for _, rows in step.owned):
+        return Rows(None, first.index[:1])
     handler = handler_of(name)
     if handler is None:
         return MIXED
-    if handler not in (_moved, entry_by_entry, _written, _added) and any(rows.axis is None for _, rows in step.owned):
+    if handler not in _TAKES_WHOLE and any(rows.axis is None for _, rows in step.owned):
         return MIXED
     return handler(step)
 

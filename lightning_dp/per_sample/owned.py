@@ -5,8 +5,10 @@ Legend: ``B`` samples, ``R`` rows, ``K`` most rows of one sample.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +23,34 @@ class Rows:
     Args:
         axis: axis along which the owners vary; None if the whole tensor belongs to one sample.
         index: int64, shape ``(R,)`` with the owner of each entry of the axis, or ``NOBODY``; ``(1,)`` for one sample.
+            Nothing may write to it.
         is_identity: whether row b belongs to sample b in every batch, because of the way it was computed.
+        layout: results of :func:`arrangement` for this index.
     """
 
-    __slots__ = ("axis", "index", "is_identity", "only")
+    __slots__ = ("axis", "index", "is_identity", "layout", "only")
 
-    def __init__(self, axis: int | None, index: Tensor, *, is_identity: bool = False) -> None:
+    def __init__(
+        self, axis: int | None, index: Tensor, *, is_identity: bool = False, layout: dict[Any, Any] | None = None
+    ) -> None:
         self.axis, self.index, self.is_identity = axis, index, is_identity
+        self.layout: dict[Any, Any] = {} if layout is None else layout
         self.only = int(index[0]) if index.numel() == 1 and int(index[0]) != NOBODY else None
         """The one sample that owns everything, where it is seen at once."""
 
     def moved(self, axis: int | None) -> Rows:
         """Return the same owners along another axis."""
-        return self if axis == self.axis else Rows(axis, self.index, is_identity=self.is_identity)
+        if axis == self.axis:
+            return self
+        return Rows(axis, self.index, is_identity=self.is_identity, layout=self.layout)
+
+    @property
+    def has_nobody(self) -> bool:
+        """True if some entries belong to nobody."""
+        if "nobody" not in self.layout:
+            self.layout["nobody"] = bool((self.index == NOBODY).any())
+        found: bool = self.layout["nobody"]
+        return found
 
     def labels(self, shape: torch.Size) -> Tensor:
         """Return the owner of every entry of a tensor of a given shape, as an expanded view."""
@@ -94,12 +111,43 @@ def _fills_identity(index: Tensor, identity: Tensor) -> bool:
     return len(index) == len(identity) and torch.equal(index, identity)
 
 
-def merged(owners: list[tuple[int, Rows]], num_axes: int) -> Owners:
+class Memo:
+    """Owners that were computed earlier in the same microbatch, for operations that are repeated in every layer.
+
+    **Guarantee**: an index is looked up by its values, so a write to it between two operations is seen. Rows are looked
+    up by identity, because nothing writes to their index.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[Rows] = []
+        """Rows with an index that was computed from values."""
+        self._by_key: dict[Hashable, list[tuple[Tensor | None, Any, Any]]] = {}
+
+    def get(self, key: Hashable, rows: tuple[Rows | None, ...], index: Tensor | None, make: Callable[[], Any]) -> Any:
+        """Return the earlier result for equal arguments, or make one.
+
+        Args:
+            key: everything else that the result depends on.
+            rows: owners of the arguments.
+            index: values that the result depends on.
+            make: returns the result.
+        """
+        seen = self._by_key.setdefault((key, *(None if one is None else id(one.index) for one in rows)), [])
+        for values, _, result in seen:
+            if index is None or (values is not None and torch.equal(values, index)):
+                return result
+        result = make()
+        seen.append((None if index is None else index.clone(), rows, result))  # rows stay alive: their id is the key
+        return result
+
+
+def merged(owners: list[tuple[int, Rows]], num_axes: int, memo: Memo) -> Owners:
     """Return the owners of a result computed entry by entry from broadcast tensors.
 
     Args:
         owners: number of axes and owners of each tensor that holds data.
         num_axes: number of axes of the result.
+        memo: of the microbatch.
     """
     found: Rows | None = None
     whole: int | None = None
@@ -116,21 +164,33 @@ def merged(owners: list[tuple[int, Rows]], num_axes: int) -> Owners:
         elif found.axis != here.axis:
             return MIXED
         elif found.index is not here.index:
-            if found.index.shape != here.index.shape:
+            known = memo.get(
+                ("joined", found.is_identity, here.is_identity), (found, here), None, partial(_joined, found, here)
+            )
+            if known is None:
                 return MIXED
-            if torch.equal(found.index, here.index):
-                found = here if here.is_identity else found
-                continue
-            both = torch.maximum(found.index, here.index)
-            if not all(bool(((one == both) | (one == NOBODY)).all()) for one in (found.index, here.index)):
-                return MIXED
-            found = Rows(here.axis, both, is_identity=found.is_identity or here.is_identity)
+            found = known.moved(here.axis)
     if whole is None:
         return found
     if found is None or bool(((found.index == whole) | (found.index == NOBODY)).all()):
         like = owners[0][1].index
         return Rows(None, like.new_tensor([whole])) if found is None else found
     return MIXED
+
+
+def _joined(one: Rows, other: Rows) -> Rows | None:
+    """Return the owners of rows that two tensors hold together; None if they have different owners."""
+    if one.index.shape != other.index.shape:
+        return None
+    if torch.equal(one.index, other.index):
+        return other if other.is_identity else one
+    both = torch.maximum(one.index, other.index)
+    if not all(bool(((side.index == both) | (side.index == NOBODY)).all()) for side in (one, other)):
+        return None
+    for side in (one, other):
+        if torch.equal(side.index, both):
+            return side
+    return Rows(other.axis, both, is_identity=one.is_identity or other.is_identity)
 
 
 @dataclass(frozen=True)
@@ -140,10 +200,12 @@ class OwnedAxis:
     Args:
         axis: position of the axis; None for a tensor of one sample, which gets an axis of length 1.
         index: owner of every entry, shape ``(R,)``.
+        layout: results of :func:`arrangement` for this index.
     """
 
     axis: int | None
     index: Tensor
+    layout: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the tensor with the axis of its rows first; the order of rows stays."""
@@ -151,27 +213,61 @@ class OwnedAxis:
 
     def to_front(self, tensor: Tensor, batch_size: int, where: str) -> tuple[Tensor, int]:
         """Return a tensor's rows grouped by sample, zero-padded to ``K`` rows per sample, and ``K``."""
-        return laid_out([self.rows(tensor)], self.index, batch_size)
+        return laid_out([self.rows(tensor)], arrangement([self], batch_size))
 
 
-def laid_out(parts: list[Tensor], index: Tensor, batch_size: int) -> tuple[Tensor, int]:
+Arrangement = tuple[Tensor | None, int, int]
+"""Row of every entry in a tensor of ``B * K`` rows (None if entry b is the only one of sample b); ``B * K``; ``K``."""
+
+
+def arrangement(axes: list[OwnedAxis], batch_size: int) -> Arrangement:
+    """Return the rows that the entries of several axes get, grouped by sample; computed once for each index."""
+    layout = axes[0].layout
+    # other layouts are part of the key and so stay alive
+    key = (batch_size, *(_ById(axis.index) for axis in axes))
+    if key not in layout:
+        layout[key] = _arranged(axes[0].index if len(axes) == 1 else torch.cat([a.index for a in axes]), batch_size)
+    found: Arrangement = layout[key]
+    return found
+
+
+class _ById:
+    """A tensor as a key, compared by identity."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and other.tensor is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+
+def _arranged(index: Tensor, batch_size: int) -> Arrangement:
+    if len(index) == batch_size and torch.equal(index, torch.arange(batch_size, device=index.device)):
+        return None, batch_size, 1
+    counts = torch.bincount(index, minlength=batch_size)
+    most = max(1, int(counts.max())) if batch_size else 1
+    order = index.argsort(stable=True)
+    ordered = index[order]
+    place = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[ordered]
+    return torch.empty_like(index).scatter_(0, order, ordered * most + place), batch_size * most, most
+
+
+def laid_out(parts: list[Tensor], arranged: Arrangement) -> tuple[Tensor, int]:
     """Return the rows of several tensors as ``(B * K, ...)``; samples with fewer rows are padded with zeros.
 
     A row of zeros with a backprop of zeros adds nothing to any gradient.
 
     Args:
         parts: rows first.
-        index: owner of each row of all parts, shape ``(R,)``.
-        batch_size: ``B``.
+        arranged: of the owners of all parts.
     """
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if len(index) == batch_size and torch.equal(index, torch.arange(batch_size, device=index.device)):
+    places, num, most = arranged
+    if places is None:
         return rows, 1
-    counts = torch.bincount(index, minlength=batch_size)
-    most = max(1, int(counts.max())) if batch_size else 1
-    order = index.argsort(stable=True)
-    ordered = index[order]
-    place = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[ordered]
-    out = rows.new_zeros(batch_size * most, *rows.shape[1:])
-    out[(ordered * most + place).to(rows.device)] = rows[order.to(rows.device)]
-    return out, most
+    return rows.new_zeros(num, *rows.shape[1:]).index_copy_(0, places.to(rows.device), rows), most

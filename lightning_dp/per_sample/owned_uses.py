@@ -16,7 +16,7 @@ from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, named
 from lightning_dp.per_sample.operations import ALIGNED, Bound
-from lightning_dp.per_sample.owned import NOBODY, Mixed, OwnedAxis, Rows, merged
+from lightning_dp.per_sample.owned import Mixed, OwnedAxis, Rows, merged
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.uses import Use, tap, tap_output
 
@@ -100,7 +100,7 @@ def _axis_for(rule: Rule, spec: Any, rows: Rows, tensor: Tensor) -> OwnedAxis | 
     if rows.axis is not None and rule.follows(spec, rows.axis, tensor.dim()):
         if rows.is_identity:
             return BatchAxis(rows.axis)
-        return None if bool((rows.index == NOBODY).any()) else OwnedAxis(rows.axis, rows.index)
+        return None if rows.has_nobody else OwnedAxis(rows.axis, rows.index, rows.layout)
     if rows.only is None:
         return None
     if tensor.dim() and rule.follows(spec, 0, tensor.dim()):
@@ -123,7 +123,7 @@ def general(
     found = [(tensor, follower.owners_of(tensor)) for tensor in tensors if id(tensor) not in mine]
     owned = [(tensor, rows) for tensor, rows in found if isinstance(rows, Rows)]
     num_axes = max(tensor.dim() for tensor in tensors)
-    rows = merged([(tensor.dim(), rows) for tensor, rows in owned], num_axes)
+    rows = merged([(tensor.dim(), rows) for tensor, rows in owned], num_axes, follower.memo)
     compare(tracker, func, mine.values(), rows if isinstance(rows, Rows) else None)
     for _, unknown in found:
         if isinstance(unknown, Mixed):
@@ -137,7 +137,7 @@ def general(
         return _run(func, args, kwargs, own)
     if not isinstance(rows, Rows) or rows.axis is None:
         return tracker.unbatched(func, mine.values())
-    if bool((rows.index == NOBODY).any()):
+    if rows.has_nobody:
         return tracker.unbatched(func, mine.values())
     if func.__name__ in ALIGNED:
         copies = _aligned(tracker, tracked, rows, num_axes, [tensor for tensor, _ in owned])
@@ -166,7 +166,7 @@ def _derived(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
         return out
     one = derive(tracker, torch.narrow, (out, axis, 0, 1), {})
     copies = _copy(tracker, one, one.node, leaves.along(one.detach(), one.shape, axis, size), BatchAxis(axis))
-    tracker.follower.note(copies, Rows(axis, tracker.follower.identity(copies.device), is_identity=True))
+    tracker.follower.note(copies, tracker.follower.samples(copies.device).moved(axis))
     return copies
 
 
@@ -185,7 +185,7 @@ def _run(func: Any, args: Any, kwargs: Any, own: Mapping[int, Tensor]) -> Any:
 
 def _axis(rows: Rows) -> OwnedAxis | BatchAxis:
     assert rows.axis is not None
-    return BatchAxis(rows.axis) if rows.is_identity else OwnedAxis(rows.axis, rows.index)
+    return BatchAxis(rows.axis) if rows.is_identity else OwnedAxis(rows.axis, rows.index, rows.layout)
 
 
 def _aligned(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_dp.per_sample.owned import MIXED, NOBODY, Owners, Rows, merged
+from lightning_dp.per_sample.owned import MIXED, NOBODY, Memo, Owners, Rows, merged
 
 _REDUCES = """
     sum nansum mean nanmean amax amin prod logsumexp softmax log_softmax cumsum cumprod cummax cummin logcumsumexp any
@@ -44,7 +44,8 @@ class Step(NamedTuple):
         out: its result.
         owned: tensors that hold data, with their owners.
         identity: ``0 ... B - 1``.
-        known: indices that the batch holds.
+        known: owners that the batch holds or that are the samples in order.
+        memo: of the microbatch.
     """
 
     func: Any
@@ -53,7 +54,8 @@ class Step(NamedTuple):
     out: Any
     owned: list[tuple[Tensor, Rows]]
     identity: Tensor
-    known: Sequence[Tensor]
+    known: Sequence[Rows]
+    memo: Memo
 
 
 Found = Owners | list[Owners]
@@ -73,7 +75,7 @@ def alone(step: Step) -> tuple[Tensor, Rows] | None:
 
 def entry_by_entry(step: Step) -> Found:
     """Return the owners of a result whose entries are computed one by one, with broadcasting."""
-    return merged([(tensor.dim(), rows) for tensor, rows in step.owned], first_of(step.out).dim())
+    return merged([(tensor.dim(), rows) for tensor, rows in step.owned], first_of(step.out).dim(), step.memo)
 
 
 def _reduced(step: Step) -> Found:
@@ -124,7 +126,7 @@ def _matmul(step: Step) -> Found:
             aligned.append(rows.moved(num_axes - 1))
         else:
             aligned.append(rows.moved(num_axes + (lost if is_left or rows.axis < axes - 2 else 0) - axes + rows.axis))
-    return merged([(num_axes, rows) for rows in aligned], num_axes)
+    return merged([(num_axes, rows) for rows in aligned], num_axes, step.memo)
 
 
 def _einsum(step: Step) -> Found:
@@ -143,7 +145,7 @@ def _einsum(step: Step) -> Found:
                 if letter not in result:
                     return MIXED
                 aligned.append((len(result), rows.moved(result.index(letter))))
-    return merged(aligned, len(result))
+    return merged(aligned, len(result), step.memo)
 
 
 def _layer_norm(step: Step) -> Found:
@@ -184,7 +186,7 @@ def _compared(step: Step) -> Found:
     """Rows compared along one axis, which the result does not have."""
     axes = max(tensor.dim() for tensor in step.args[:2])
     over = step.kwargs.get("dim", step.args[2] if len(step.args) > 2 else 1) % axes
-    found = merged([(tensor.dim(), rows) for tensor, rows in step.owned], axes)
+    found = merged([(tensor.dim(), rows) for tensor, rows in step.owned], axes, step.memo)
     if not isinstance(found, Rows) or found.axis is None or found.axis == over:
         return MIXED
     return found.moved(found.axis - (over < found.axis))

@@ -129,6 +129,38 @@ def test_a_state_repeated_for_every_sample_agrees() -> None:
         assert engine.follows_owners
 
 
+def test_an_index_written_between_two_uses_is_read_again() -> None:
+    torch.manual_seed(0)
+    layer, bags = nn.Linear(3, 3).double(), bags_of(3)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        rows = torch.cat(batch)
+        index = torch.arange(len(rows))
+        once = layer(rows[index])
+        index.numpy()[:] = index.flip(0).numpy()  # no operation of torch reports it
+        again = layer(rows[index]).flip(0)
+        return summed(once, batch) + summed(again.tanh(), batch)
+
+    assert assert_agrees(layer, loss, lambda chosen: [bags[i] for i in chosen]).follows_owners
+
+
+def test_owners_of_a_batch_stay_if_the_step_writes_to_it() -> None:
+    layer, head, bags = nn.Linear(3, 3).double(), nn.Linear(3, 1).double(), bags_of(3)
+
+    def batch_of(chosen: list[int]) -> dict[str, Tensor]:
+        counts = torch.tensor([len(bags[i]) for i in chosen])
+        owners = torch.arange(len(chosen)).repeat_interleave(counts)
+        return {"x": torch.cat([bags[i] for i in chosen]), "y": torch.zeros(len(chosen), 3), "sample_of_row": owners}
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        rows = layer(batch["x"])
+        batch["sample_of_row"].zero_()
+        return head(rows.new_zeros(batch["y"].shape).index_add(0, batch["sample_of_row"], rows)).sum(1)
+
+    with pytest.raises(PrivacyError, match="rows that come from index_add"):
+        make(nn.ModuleList([layer, head]), loss, batch_of)
+
+
 def test_rows_in_an_order_of_the_data_agree() -> None:
     torch.manual_seed(0)
     layer, bags = nn.Linear(3, 3).double(), bags_of(3)

@@ -1,0 +1,156 @@
+"""Owners after operations that move whole rows: views, read from strides; rows selected by an index; joined tensors.
+
+No labels of single entries are needed for these.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.per_sample._torch import is_mapped
+from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.owned import MIXED, NOBODY, Memo, Owners, Rows, compressed
+from lightning_dp.per_sample.reductions import Found, Step
+
+_RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"))
+
+
+def owners_of_view(tensor: Tensor, rows: Rows, out: Tensor, memo: Memo) -> Rows | None:
+    """Return the owners of a view of a tensor; None where this cannot be seen from strides.
+
+    The entry at memory offset ``o`` of a tensor has position ``(o mod P) // s`` on the axis of the owners: ``s`` is the
+    axis' stride, the other axes move by less than ``s`` together or by multiples of ``P``. An axis of the view that
+    moves by ``s`` follows the owners, one that moves by less or by multiples of ``P`` stays with one.
+
+    Args:
+        tensor: the tensor.
+        rows: its owners.
+        out: result of an operation on the tensor that shows entries of it.
+        memo: of the microbatch.
+    """
+    axis = rows.axis
+    strided = tensor.layout == out.layout == torch.strided and out.dtype == tensor.dtype and not is_mapped(tensor)
+    if (
+        axis is None
+        or out is tensor
+        or not strided
+        or out.dtype != tensor.dtype
+        or not (tensor.numel() and out.numel())
+    ):
+        return None
+    sizes, strides = tensor.shape, tensor.stride()
+    size, stride = sizes[axis], strides[axis]
+    others = [(n, t) for at, (n, t) in enumerate(zip(sizes, strides, strict=True)) if at != axis and n > 1]
+    inner = sum(t * (n - 1) for n, t in others if t < stride)
+    outer = [(n, t) for n, t in others if t >= stride]
+    period = min((t for _, t in outer), default=0)
+    if size < 2 or inner >= stride or (outer and (period < stride * size or any(t % period for _, t in outer))):
+        return None
+    reach = inner + stride * (size - 1) + sum(t * (n - 1) for n, t in outer)
+    start, apart = divmod(out.data_ptr() - tensor.data_ptr(), tensor.element_size())
+    if apart or not 0 <= start <= reach:  # memory of its own
+        return None
+    first, rest = divmod(start % period if outer else start, stride)
+    found: tuple[int, int, int] | None = None
+    for at, (n, t) in enumerate(zip(out.shape, out.stride(), strict=True)):
+        if n == 1 or t == 0 or (outer and t % period == 0):
+            continue
+        if t < stride:
+            rest += t * (n - 1)
+        elif t % stride == 0 and found is None:
+            found = at, n, t // stride
+        else:
+            return None
+    if rest >= stride or found is None or first + (found[1] - 1) * found[2] >= size:
+        return None
+    at, n, step = found
+    if (first, n, step) == (0, size, 1):
+        return rows.moved(at)
+    end = first + (n - 1) * step + 1
+    part: Rows = memo.get(("part", first, end, step), (rows,), None, lambda: Rows(at, rows.index[first:end:step]))
+    return part.moved(at)
+
+
+def moved_rows(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
+    """Return the owners after an operation that moves whole rows of one tensor; None for other operations."""
+    if rows.axis is None or rows.only is not None:
+        return _reshaped(rows, tensor.shape, step.out.shape, step.identity) if name in _RESHAPES else None
+    index = _index_of_rows(name, step.args, rows.axis, tensor.dim())
+    if index is not None:
+        found = step.memo.get(("rows", index.dtype), (rows,), index, lambda: _shared(step, rows.index[index]))
+        return found.moved(rows.axis) if isinstance(found, Rows) else found
+    views = [owners_of_view(tensor, rows, out, step.memo) for out in tensors_in((step.out,), {})]
+    if None not in views:
+        return views[0] if isinstance(step.out, Tensor) else views  # type: ignore[return-value]
+    if name in _RESHAPES:
+        before, after = tensor.shape, step.out.shape
+        key = "reshape", rows.axis, before, after
+        made: Found = step.memo.get(key, (rows,), None, partial(_reshaped, rows, before, after, step.identity))
+        return made
+    return None
+
+
+def _index_of_rows(name: str, args: Any, axis: int, num_axes: int) -> Tensor | None:
+    """Return the index by which an operation selects whole rows along the axis of the owners; None for others."""
+    index: Any = None
+    if name == "index_select" and len(args) == 3:
+        index = args[2] if args[1] % num_axes == axis else None
+    elif name == "__getitem__":
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if all(isinstance(part, slice) and part == slice(None) for part in parts[:axis]) and len(parts) == axis + 1:
+            index = parts[axis]
+    kinds = (torch.int64, torch.int32, torch.bool)
+    return index if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in kinds else None
+
+
+def joined_rows(step: Step, data: list[Tensor], by_id: dict[int, Rows]) -> Found:
+    """Return the owners of tensors that are put together, one after the other; None where labels are needed."""
+    over = (step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)) % data[0].dim()
+    found, parts = [by_id.get(id(one)) for one in data], []
+    first = found[0]
+    if first is not None and first.only is None and first.axis != over:
+        alike = all(rows is not None and rows.index is first.index and rows.axis == first.axis for rows in found)
+        return first if alike and all(one.dim() == data[0].dim() for one in data) else None
+    for one, rows in zip(data, found, strict=True):
+        if one.dim() != data[0].dim():
+            return None
+        if rows is None:
+            parts.append(step.identity.new_full((one.shape[over],), NOBODY))
+        elif rows.only is not None:
+            parts.append(rows.index[:1].expand(one.shape[over]))
+        elif rows.axis == over:
+            parts.append(rows.index)
+        else:
+            return None
+    made = _shared(step, torch.cat(parts))
+    return made.moved(over) if isinstance(made, Rows) else made
+
+
+def _shared(step: Step, index: Tensor) -> Owners:
+    """Return rows with owners that were computed: a known object where one has the same owners."""
+    for known in (*step.known, *step.memo.made):
+        if known.index.shape == index.shape and known.index.device == index.device and torch.equal(known.index, index):
+            return known
+    if index.numel() and int(index.max()) == NOBODY:
+        return None
+    step.memo.made.append(Rows(0, index))
+    return step.memo.made[-1]
+
+
+def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, identity: Tensor) -> Owners:
+    """Return the owners of the same entries, in the same order, in another shape.
+
+    The labels of the leading axes are enough if their entries fill leading axes of the result: the rest keeps apart.
+    """
+    if rows.axis is None or after[: rows.axis + 1] == before[: rows.axis + 1]:
+        return rows
+    for upto in range(rows.axis + 1, len(before) + 1):
+        for lead in range(len(after) + 1):
+            if after[:lead].numel() == before[:upto].numel():
+                shape = (*after[:lead], *[1] * (len(after) - lead))
+                return compressed(rows.labels(before[:upto]).reshape(shape), identity)
+    return MIXED
