@@ -15,6 +15,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.frozen_randomness import REJECTING, FrozenRandomness
 from lightning_dp.step.foreign import ForeignCode
 from lightning_dp.step.host import Host
+from lightning_dp.step.loss_form import LossForm
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import host_generators, seed_generators, seed_low_or_high
 from lightning_dp.step.sandbox import Sandbox
@@ -75,6 +76,7 @@ class TrialRuns:
         self.host = ForeignCode(
             host, reduction=step.settings.loss_reduction, runs_alone=step.settings.runs_samples_alone
         )
+        self.loss_form = LossForm()
         self.has_coins = False
         """True if user code has drawn values in any run that another coin would change."""
         self.draws_on_host = False
@@ -191,5 +193,7 @@ class TrialRuns:
         if loss is not None and not loss.requires_grad:
             loss = None
         if not self.step.reduction.any(loss is None) and loss is not None:
+            if self.step.state.step == self.loss_form.checked_at:
+                self.loss_form.see(loss, checked=True)
             self.host.backward(loss)
         return None if loss is None else loss.detach()

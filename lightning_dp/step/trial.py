@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import Couplings, differing
@@ -92,6 +94,7 @@ class Trial:
     def _begin_checks(self, number: int) -> None:
         """Check that ranks agree, and that an item is the same whatever else is read."""
         self._checked_at = number
+        self._runs.loss_form.checked_at = number
         check_ranks(self._step, self._host)
         if self._step.settings.check_per_sample:
             self._host.check_reading(number)
@@ -180,6 +183,26 @@ class Trial:
             chosen = self._step.runs_samples_alone or self._step.takes_own_losses
             if chosen and not self._step.settings.per_sample_loss:
                 self._one_by_one.check(snapshot, self._host.records(NUM_FEW + 1, seed=number), seed=number)
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Read the form of a real loss, before its backward."""
+        if self._step.settings.check_per_sample and not self._step.runs_samples_alone:
+            self._runs.loss_form.see(loss, checked=False)
+
+    def check_new_loss(self, *, first_of_pass: bool) -> None:
+        """Repeat the checks before a release if a loss has a form that they have not seen; several processes agree on
+        this at the first step of a pass only.
+
+        Raises:
+            PrivacyError: as in :meth:`prepare`.
+        """
+        form, step = self._runs.loss_form, self._step
+        since, alone = step.state.step - self._checked_at, step.reduction.world_size == 1
+        if since == 0:  # this step began with a check
+            form.settle(by_check=False)
+        elif (alone or first_of_pass) and step.reduction.any(form.is_due(since)):
+            self.check_again(step.state.step)
+            form.settle(by_check=True)
 
     def begin_pass(self) -> None:
         """Check, where users or the noise rely on positions, that the records are where they were in the last pass."""

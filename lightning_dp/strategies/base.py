@@ -189,6 +189,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
             closure_loss = checks.reduced(closure_loss, self.settings.loss_reduction)
         if self._fit is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
+        self._fit.see_loss(closure_loss)
         with checks.reached(closure_loss):
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         self._fit.backward_done()
@@ -217,6 +218,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         def private_closure() -> Any:
             with fit.guard.user_code():
                 outputs.append(closure())
+                fit.check_new_loss()
             fit.step.finish(index)
             fit.patches.clip(optimizer)
             fit.guard.released()

@@ -270,6 +270,16 @@ class PrivateFit:
             self._strategy.module.eval()
             return [float(loss(self._strategy.module, self._host.training.batch_of([record]))) for record in records]
 
+    def see_loss(self, loss: Tensor) -> None:
+        """Read the form of a loss that Lightning is about to back-propagate."""
+        if self.step.automatic and not self.on_trial:
+            self._trial.see_loss(loss)
+
+    def check_new_loss(self) -> None:
+        """Check a loss of a new form before anything of it is released, under automatic optimization."""
+        if self.step.automatic and not self.on_trial:
+            self._trial.check_new_loss(first_of_pass=self._strategy.trainer.fit_loop.batch_idx == 0)
+
     def backward_done(self) -> None:
         """Check the backward of a microbatch; under automatic optimization, clip it and add it to the sum."""
         step = self.step

@@ -43,6 +43,28 @@ def test_discriminator_frozen_and_thawed_is_always_noised(tmp_path: Path) -> Non
         assert float(torch.cat([g.flatten() for g in seen.values()]).norm()) > 100.0 * 0.5 * 53**0.5 / 16
 
 
+@pytest.mark.parametrize("begins", [0, 2, 5])
+def test_a_loss_over_the_batch_that_begins_later_trains_no_step(tmp_path: Path, begins: int) -> None:
+    class Curriculum(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            scores = self(batch[0])
+            scores = scores - scores.mean(0) if self.global_step >= begins else scores
+            return nn.functional.cross_entropy(scores, batch[1])
+
+    strategy = rdp()
+    with pytest.raises(PrivacyError, match=r"differ by|to be its gradient when run alone"):
+        make_trainer(strategy, tmp_path, max_epochs=2).fit(Curriculum(), make_loader())
+    assert strategy.ledger.num_steps == begins
+
+
+def test_a_loss_of_one_form_is_checked_at_the_usual_steps(tmp_path: Path) -> None:
+    strategy = rdp()
+    trainer = make_trainer(strategy, tmp_path, max_epochs=2, accumulate_grad_batches=2)
+    trainer.fit(Classifier(), make_loader(80))
+    assert strategy.state.checked_steps == [0, 1]
+    assert strategy.ledger.num_steps == 4
+
+
 def test_a_layer_unfrozen_within_the_step_is_refused(tmp_path: Path) -> None:
     class Late(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
