@@ -51,14 +51,14 @@ def test_a_loss_over_the_batch_that_begins_later_trains_no_step(tmp_path: Path, 
             scores = scores - scores.mean(0) if self.global_step >= begins else scores
             return nn.functional.cross_entropy(scores, batch[1])
 
-    strategy = rdp()
+    strategy = private()
     with pytest.raises(PrivacyError, match=r"differ by|to be its gradient when run alone"):
         make_trainer(strategy, tmp_path, max_epochs=2).fit(Curriculum(), make_loader())
     assert strategy.ledger.num_steps == begins
 
 
 def test_a_loss_of_one_form_is_checked_at_the_usual_steps(tmp_path: Path) -> None:
-    strategy = rdp()
+    strategy = private()
     trainer = make_trainer(strategy, tmp_path, max_epochs=2, accumulate_grad_batches=2)
     trainer.fit(Classifier(), make_loader(80))
     assert strategy.state.checked_steps == [0, 1]
