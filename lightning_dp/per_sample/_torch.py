@@ -79,6 +79,11 @@ def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> N
     torch._foreach_add_(targets, tensors, alpha=factor)
 
 
+def copy_all(targets: list[Tensor], tensors: list[Tensor]) -> None:
+    """Copy each tensor to its target, in one call."""
+    torch._foreach_copy_(targets, tensors)
+
+
 def fused_kernel(kind: str) -> Callable[..., Any]:
     """Return torch's fused recurrent kernel with a given name, such as ``"lstm"``."""
     kernel: Callable[..., Any] = getattr(torch._VF, kind)

@@ -17,19 +17,92 @@ from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample.precision import exact_arithmetic
 
 
-class GradientEngine(ABC):
+class SampleGradients(ABC):
+    """The interface through which norms and weighted sums of the gradients of B samples are read.
+
+    **Guarantee**: a sample with factor 0 contributes exactly zero, even if its gradient is not finite. Returned norms
+    and gradients are not private: they are computed from the data without noise.
+    """
+
+    _parameters: dict[str, nn.Parameter]
+
+    @abstractmethod
+    def squared_norms(
+        self, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
+    ) -> Tensor:
+        """Return the squared norm of every sample's gradient over each group of parameters.
+
+        Args:
+            groups: names of the parameters of each group.
+            masks: masks by parameter name. Only the active coordinates of a masked parameter count.
+
+        Returns:
+            Shape ``(G, B)``, float32 (float64 if a private parameter is). Not finite if the gradient is not. Not
+            private. If :meth:`accumulate` computes the gradient in another way, the norm includes a bound on the
+            rounding between the two ways. A sample's contribution is therefore never longer than its factor times its
+            norm, to 1e-5, even if the terms of its gradient cancel.
+        """
+
+    @abstractmethod
+    def accumulate(
+        self,
+        factors: Tensor,
+        groups: Sequence[Sequence[str]],
+        out: Mapping[str, Tensor],
+        masks: Mapping[str, ParameterMask] | None = None,
+        scratch: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add ``sum_i factors[g, i] * gradient_i`` to ``out[name]`` for every parameter of every group g.
+
+        Args:
+            factors: shape ``(G, B)``, finite. A factor of 0 drops the sample, even a non-finite one.
+            groups: names of the parameters of each group.
+            out: accumulation targets by parameter name: of the parameter's shape, or 1-D over the active coordinates if
+                the parameter has a mask.
+            masks: as for :meth:`squared_norms`.
+            scratch: by name, one buffer of the full shape per masked parameter, in the dtype of ``out``. The full sum
+                is written there before its active entries are taken. Allocated if None.
+        """
+
+    @abstractmethod
+    def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return every sample's gradient per parameter, shape ``(B, *shape)``; zero if no backprop arrived. Not
+        private.
+        """
+
+    def _new_norms(self, num_groups: int, batch_size: int) -> Tensor:
+        """Return zeros in the type and on the device of the norms, shape ``(G, B)``."""
+        parameters = list(self._parameters.values())
+        double = any(parameter.dtype == torch.float64 for parameter in parameters)
+        device = parameters[0].device if parameters else None
+        return torch.zeros(num_groups, batch_size, dtype=torch.float64 if double else torch.float32, device=device)
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return exact_arithmetic(next((p.device.type for p in self._parameters.values()), "cpu"))
+
+
+class GradientEngine(SampleGradients):
     """The interface of engines that compute norms and weighted sums of a microbatch's per-sample gradients.
 
     **Guarantee**: between :meth:`begin` and :meth:`end` no raw gradient stays in a private parameter's ``.grad``.
-    ``gradient_i`` is the part of the back-propagated gradient that comes from the rows of sample i. A sample with
-    factor 0 contributes exactly zero, even if its gradient is not finite. Returned norms and gradients are not
-    private: they are computed from the data without noise.
+    ``gradient_i`` is the part of the back-propagated gradient that comes from the rows of sample i.
     """
 
     listening: bool
     """True if backprops are recorded; set to False around a backward that is not the loss's (adversarial examples)."""
 
-    _parameters: dict[str, nn.Parameter]
+    @property
+    def most_kept(self) -> int:
+        """Largest number of samples that the engine keeps to be clipped together; 0 if each is clipped at once."""
+        return 0
+
+    def keep(self, position: int) -> None:
+        """Keep the sample of this microbatch, as number ``position`` of those to be clipped together."""
+        raise NotImplementedError
+
+    def kept(self, num: int) -> SampleGradients:
+        """Return the gradients of the first ``num`` samples that were kept."""
+        raise NotImplementedError
 
     @property
     @abstractmethod
@@ -129,57 +202,3 @@ class GradientEngine(ABC):
     @abstractmethod
     def end(self) -> None:
         """Free the microbatch's data; until the next :meth:`begin` the module trains as if there were no engine."""
-
-    @abstractmethod
-    def squared_norms(
-        self, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
-    ) -> Tensor:
-        """Return the squared norm of every sample's gradient over each group of parameters.
-
-        Args:
-            groups: names of the parameters of each group.
-            masks: masks by parameter name. Only the active coordinates of a masked parameter count.
-
-        Returns:
-            Shape ``(G, B)``, float32 (float64 if a private parameter is). Not finite if the gradient is not. Not
-            private. If :meth:`accumulate` computes the gradient in another way, the norm includes a bound on the
-            rounding between the two ways. A sample's contribution is therefore never longer than its factor times its
-            norm, to 1e-5, even if the terms of its gradient cancel.
-        """
-
-    @abstractmethod
-    def accumulate(
-        self,
-        factors: Tensor,
-        groups: Sequence[Sequence[str]],
-        out: Mapping[str, Tensor],
-        masks: Mapping[str, ParameterMask] | None = None,
-        scratch: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Add ``sum_i factors[g, i] * gradient_i`` to ``out[name]`` for every parameter of every group g.
-
-        Args:
-            factors: shape ``(G, B)``, finite. A factor of 0 drops the sample, even a non-finite one.
-            groups: names of the parameters of each group.
-            out: accumulation targets by parameter name: of the parameter's shape, or 1-D over the active coordinates if
-                the parameter has a mask.
-            masks: as for :meth:`squared_norms`.
-            scratch: by name, one buffer of the full shape per masked parameter, in the dtype of ``out``. The full sum
-                is written there before its active entries are taken. Allocated if None.
-        """
-
-    @abstractmethod
-    def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return every sample's gradient per parameter, shape ``(B, *shape)``; zero if no backprop arrived. Not
-        private.
-        """
-
-    def _new_norms(self, num_groups: int, batch_size: int) -> Tensor:
-        """Return zeros in the type and on the device of the norms, shape ``(G, B)``."""
-        parameters = list(self._parameters.values())
-        double = any(parameter.dtype == torch.float64 for parameter in parameters)
-        device = parameters[0].device if parameters else None
-        return torch.zeros(num_groups, batch_size, dtype=torch.float64 if double else torch.float32, device=device)
-
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        return exact_arithmetic(next((p.device.type for p in self._parameters.values()), "cpu"))

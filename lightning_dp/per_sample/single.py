@@ -15,6 +15,7 @@ from lightning_dp.per_sample._torch import add_scaled, norms_of
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.combining import zero_gradient
 from lightning_dp.per_sample.joining import Joining
+from lightning_dp.per_sample.kept_samples import KeptSamples, most_kept
 from lightning_dp.per_sample.rules.base import LONGEST_SUM, norms_of_blocks, widen
 
 _WIDE = (torch.float32, torch.float64)
@@ -50,6 +51,8 @@ class SingleSampleEngine(GradientEngine):
         self._size = 1
         self._grads: dict[str, Tensor] = {}
         self._before: dict[str, Tensor | None] = {}
+        self._kept: KeptSamples | None = None
+        self._most_kept = 0
         self.listening = True
 
     @override
@@ -78,7 +81,7 @@ class SingleSampleEngine(GradientEngine):
             return
         attached = self._attached
         self.detach()
-        self._parameters = dict(parameters)
+        self._parameters, self._kept, self._most_kept = dict(parameters), None, most_kept(parameters.values())
         if attached:
             self.attach()
 
@@ -144,6 +147,24 @@ class SingleSampleEngine(GradientEngine):
     @override
     def has_backprops(self, names: Iterable[str]) -> bool:
         return any(name in self._grads for name in names)
+
+    @property
+    @override
+    def most_kept(self) -> int:
+        return self._most_kept if self._size else 0
+
+    @override
+    def keep(self, position: int) -> None:
+        if self._kept is None:
+            self._kept = KeptSamples(self._parameters)
+        self._kept.write(position, self._grads)
+        self._grads = {}
+
+    @override
+    def kept(self, num: int) -> KeptSamples:
+        assert self._kept is not None
+        self._kept.num = num
+        return self._kept
 
     @override
     def accept_grads(self, names: Iterable[str]) -> None:

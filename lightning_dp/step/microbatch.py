@@ -44,18 +44,12 @@ class Microbatch:
         self._step, self._owners = step, owners
         self.count, self.weight, self.further = count, weight, further
         mean = step.settings.loss_reduction == "mean"
-        self._scale: float | Tensor = weight * (count if mean else 1) * divisor
+        self.scale: float | Tensor = weight * (count if mean else 1) * divisor
         if owners is not None and step.settings.unit_gradient == "mean":
-            self._scale = self._scale / torch.bincount(owners.cpu()).double()
+            self.scale = self.scale / torch.bincount(owners.cpu()).double()
+        """Factor from the recorded gradient of each sample to that of its own loss; one, or shape (B,) in float64."""
         self.collected: set[int] = set()
         self._own_losses = own_losses(step, count)
-
-    def scaled(self, values: Tensor, divisor: int = 1) -> Tensor:
-        """Return ``values * scale / divisor`` for values of shape (..., B), one column per sample."""
-        factor = self._scale / divisor
-        if isinstance(factor, Tensor):
-            factor = factor.to(values.dtype).to(values.device)
-        return values * factor
 
     def __enter__(self) -> Microbatch:
         step = self._step

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from lightning_dp.clipping.bounds import Bound, NoisyRelease
-from lightning_dp.per_sample import GradientEngine
+from lightning_dp.clipping.contribution import Contribution
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.diagnostics import Diagnostics
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import Release
+from lightning_dp.step.samples import Samples
 
 
 def learn(
@@ -39,17 +37,11 @@ def learn(
     return bound.rescale(statistics)
 
 
-def diagnose(
-    diagnostics: Diagnostics,
-    engine: GradientEngine,
-    accumulator: Accumulator,
-    norms_GB: Tensor,
-    kept_norms_B: Tensor,
-    scaled: Callable[[Tensor], Tensor],
+def observe(
+    bound: Bound, diagnostics: Diagnostics, accumulator: Accumulator, samples: Samples, contribution: Contribution
 ) -> None:
-    """Add the raw sum and the norms of a microbatch to the un-noised figures. NOT private."""
-    raw = accumulator.gradient.new_zeros(accumulator.num_coordinates)
-    ones = norms_GB.isfinite().all(0).to(norms_GB.dtype).repeat(len(accumulator.groups), 1)
-    engine.accumulate(scaled(ones), accumulator.groups, accumulator.views_of(raw))
-    active = raw if accumulator.active is None else raw[accumulator.active]
-    diagnostics.add(active, torch.linalg.vector_norm(norms_GB, dim=0), kept_norms_B)
+    """Show clipped samples to a bound that learns from their statistics, and to un-noised diagnostics."""
+    if bound.num_statistics:
+        accumulator.statistics.add_(bound.statistics(torch.linalg.vector_norm(samples.norms, dim=0)))
+    if diagnostics.reads_sums:
+        diagnostics.add(samples.raw_sum, torch.linalg.vector_norm(samples.norms, dim=0), contribution.norms)

@@ -2,7 +2,7 @@
 
     begin        fixes masks, clipping bound and the Release from public state
     microbatch   the user's forward and backward; the engine records
-    collect      per-sample norms -> factors -> weighted sum into the accumulator
+    collect      per-sample norms -> factors -> weighted sum into the accumulator (``clipper.py``)
     release      ledger entry -> noise -> sum over ranks -> p.grad
 
 From ``p.grad`` on, everything is post-processing.
@@ -23,17 +23,17 @@ from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import GradientEngine, SingleSampleEngine, make_engine
 from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.step.clipper import Clipper
 from lightning_dp.step.correlation import check_position, check_releases
 from lightning_dp.step.history import carry, note_values
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.noising import ReleaseNoise
-from lightning_dp.step.observers import diagnose, learn
+from lightning_dp.step.observers import learn
 from lightning_dp.step.parameters import PrivateParameters
 from lightning_dp.step.randomness import RandomStreams
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import Release
-from lightning_dp.step.samples import Samples
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.settling import settle
 from lightning_dp.step.state import PrivacyState
@@ -77,6 +77,7 @@ class PrivateStep:
         self.module, self.optimizers = module, list(optimizers)
         self.settings, self.state, self.mechanisms = settings, state, mechanisms
         self.reduction, self.automatic, self.takes_own_losses = reduction, automatic, settings.per_sample_loss
+        self._clipper = Clipper(self)
         seed = None if settings.seed is None else settings.seed * 1_000_003 + reduction.rank
         self.noise = ReleaseNoise(noise, reduction, seed)
         self.clipping: Clipping = settings.make_clipping()
@@ -141,6 +142,7 @@ class PrivateStep:
         self.noise.follow(correlation, step)
         self._refresh()
         self.bound, self.releases = settle(self.accumulators, self.mechanisms, self.plan, step, self.noise.since)
+        self._clipper.begin()
         self.streams.begin()
         self.mechanisms.canaries.begin(self.plan.sample_rate)
         for accumulator in self.accumulators.values():
@@ -177,16 +179,8 @@ class PrivateStep:
         self._begin_sum(optimizer)
         if recording.weight == 0.0:  # the dummy sample of an empty batch must not even count
             self.reduction.accumulate(engine, None, accumulator)
-            engine.discard(self.parameters.collected(optimizer))
-            return
-        samples = Samples(engine, accumulator, recording.scaled, self.reduction)
-        contribution = accumulator.clipping.contribution(samples)  # factors or explicit vectors: one call, no branch
-        contribution.add()
-        if self.bound.num_statistics:
-            accumulator.statistics.add_(self.bound.statistics(torch.linalg.vector_norm(samples.norms, dim=0)))
-        if self.mechanisms.diagnostics.reads_sums:
-            norms = samples.norms, contribution.norms
-            diagnose(self.mechanisms.diagnostics, engine, accumulator, *norms, recording.scaled)
+        else:
+            self._clipper.add(recording, accumulator)
         engine.discard(self.parameters.collected(optimizer))
 
     @torch.no_grad()
@@ -198,6 +192,7 @@ class PrivateStep:
         self.state.check_budget()
         checks.check_settled(accumulator.sensitivity, release.sensitivity)
         self._begin_sum(optimizer)
+        self._clipper.finish(accumulator)
         canaries.join(optimizer, accumulator, self.bound, adds=self.reduction.rank == 0)
         self.mechanisms.diagnostics.summarise(accumulator.gradient, release.noise_std)
         self.state.record(release.sigma)

@@ -1,0 +1,91 @@
+"""Samples that ran one after another and are clipped together: what is read of them agrees with each alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.masks import ParameterMask
+from lightning_dp.per_sample import SingleSampleEngine
+from lightning_dp.per_sample.kept_samples import KeptSamples, most_kept
+
+NUM = 4
+
+
+class Halves(nn.Module):
+    """Every second sample leaves a parameter out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 3, sparse=True)
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, index: int) -> Tensor:
+        layer = self.first if index % 2 else self.second
+        return (layer(self.table(torch.tensor([index, 2 * index]))).square().sum() + 1) * (index + 1)
+
+
+def _run(module: nn.Module, groups: list[list[str]], masks: dict[str, ParameterMask]) -> tuple[KeptSamples, list]:
+    """The kept samples, and of each alone: norms, twice the active gradient, and the gradient."""
+    engine = SingleSampleEngine(module)
+    engine.attach()
+    engine.set_parameters(dict(module.named_parameters()))
+    alone = []
+    for index in range(2 * NUM):  # what a sample of the second round leaves out was written in the first one
+        is_second, position = divmod(index, NUM)
+        engine.begin(1)
+        module(position + is_second).backward()
+        if is_second:
+            out = _zeros(module, masks)
+            engine.accumulate(torch.full((len(groups), 1), 2.0), groups, out, masks)
+            alone.append((engine.squared_norms(groups, masks), out, engine.per_sample_gradients()))
+        engine.keep(position)
+        assert not engine.has_backprops(dict(module.named_parameters()))
+        engine.end()
+    return engine.kept(NUM), alone
+
+
+def _zeros(module: nn.Module, masks: dict[str, ParameterMask]) -> dict[str, Tensor]:
+    shapes = {name: (masks[name].num_active,) if name in masks else p.shape for name, p in module.named_parameters()}
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_kept_samples_agree_with_each_sample_alone(masked: bool) -> None:
+    torch.manual_seed(0)
+    module = Halves()
+    names = [name for name, _ in module.named_parameters()]
+    groups = [names[:2], names[2:]]
+    masks = {name: ParameterMask(torch.rand(p.shape) < 0.5) for name, p in module.named_parameters() if masked}
+    kept, alone = _run(module, groups, masks)
+    torch.testing.assert_close(kept.squared_norms(groups, masks), torch.cat([norms for norms, _, _ in alone], 1))
+    factors, out = torch.rand(2, NUM), _zeros(module, masks)
+    kept.accumulate(factors, groups, out, masks)
+    for row, group in zip(factors, groups, strict=True):
+        for name in group:
+            expected = sum(factor / 2 * single[name] for factor, (_, single, _) in zip(row, alone, strict=True))
+            torch.testing.assert_close(out[name], expected)
+            torch.testing.assert_close(
+                kept.per_sample_gradients([name])[name], torch.cat([grads[name] for _, _, grads in alone])
+            )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_kept_sample_of_factor_zero_is_exactly_zero(bad: float) -> None:
+    kept = KeptSamples({"w": nn.Parameter(torch.zeros(3))})
+    for position, value in enumerate((1.0, bad, 2.0)):
+        kept.write(position, {"w": torch.full((3,), value)})
+    kept.num = 3
+    assert kept.squared_norms([["w"]]).isfinite().tolist() == [[True, False, True]]
+    out = {"w": torch.ones(3)}
+    kept.accumulate(torch.tensor([[1.0, 0.0, 1.0]]), [["w"]], out)
+    assert torch.equal(out["w"], torch.full((3,), 4.0))
+
+
+def test_large_gradients_are_not_kept() -> None:
+    assert most_kept([torch.empty(10)]) == 64
+    assert most_kept([torch.empty(2**20), torch.empty(1)]) == 0
+    engine = SingleSampleEngine(nn.Linear(2, 1))
+    engine.set_parameters({"weight": nn.Parameter(torch.empty(2**21, device="meta"))})
+    assert engine.most_kept == 0
