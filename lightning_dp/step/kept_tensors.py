@@ -13,8 +13,6 @@ _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 """Types whose values show the bits of a floating-point type of as many bytes."""
 _LARGE = 2**14
 """Elements above which a quick comparison looks at about 1,000 of a tensor's elements."""
-_RUN = 8
-"""Elements next to each other among these."""
 
 
 class KeptTensor:
@@ -55,7 +53,7 @@ class KeptTensor:
             tensor.requires_grad_(self.requires_grad)
 
     def _sample_is_same(self) -> bool:
-        return same_values(_some_of(self.memory, self.step), _some_of(self.value, self.step))
+        return same_values(self.memory.view(-1)[:: self.step], self.value.view(-1)[:: self.step])
 
 
 def find_changed(tensors: list[KeptTensor]) -> list[bool | None]:
@@ -92,8 +90,8 @@ class Together:
         )
         pieces: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for kept in tensors if self._comparable else ():
-            memory, value = (_some_of(_bits_of(one), kept.step) for one in (kept.memory, kept.value))
-            pieces.setdefault((memory.dtype, memory.device, memory.dim()), []).append((memory, value))
+            memory, value = (_bits_of(one).view(-1)[:: kept.step or 1] for one in (kept.memory, kept.value))
+            pieces.setdefault((memory.dtype, memory.device), []).append((memory, value))
         self._pieces = [
             ([now for now, _ in pairs], torch.cat([then for _, then in pairs])) for pairs in pieces.values()
         ]
@@ -108,12 +106,6 @@ class Together:
             if tensor.shape != shape or tensor.stride() != strides:
                 return False
         return all(torch.equal(torch.cat(now), then) for now, then in self._pieces)
-
-
-def _some_of(tensor: Tensor, step: int) -> Tensor:
-    """Return a view of all elements, or of one in ``step``: runs of neighbours, which share a line of the cache."""
-    flat = tensor.view(-1)
-    return flat.unfold(0, _RUN, _RUN * step) if step else flat
 
 
 def _is_near(tensor: Tensor) -> bool:

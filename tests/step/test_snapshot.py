@@ -362,7 +362,7 @@ def test_quick_leaves_to_exact_what_it_misses() -> None:
     """One element written through ``data``; had a quick comparison found it, it would have compared all of them."""
     module = large()
     snapshot = Snapshot([module])
-    module.thing.data[100] = 1.0
+    module.thing.data[1] = 1.0
     snapshot.put_back(quick=True)
     assert int(module.thing.sum()) == 1
     snapshot.put_back()
