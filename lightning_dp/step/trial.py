@@ -14,10 +14,10 @@ from torch import Tensor
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import Couplings, differing
+from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.host import Host
 from lightning_dp.step.microbatch import own_losses
 from lightning_dp.step.probe import Probe
-from lightning_dp.step.randomness import seed_generators
 from lightning_dp.step.ranks import check_ranks
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
@@ -27,12 +27,8 @@ from lightning_dp.step.ways import OneByOne
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
 LAYOUT_SIZES = (2, 3)
-#: Records from all over the training set for the checks before the first step, and for the later ones.
-NUM_SPREAD, NUM_FEW = 9, 3
-_STOPS = (
-    "Expected user code to set trainer.should_stop whatever the records are, got it set for a batch and not for one "
-    "record alone. The number of steps would depend on the data: let counts, the clock or validation figures decide."
-)
+#: Records from all over the training set for the checks before the first step.
+NUM_SPREAD = 9
 
 
 class Trial:
@@ -49,6 +45,7 @@ class Trial:
         self._couplings = Couplings(self._runs)
         self._one_by_one = OneByOne(self._runs, self._couplings)
         self._step, self._host, self._sandbox = step, self._runs.host, sandbox
+        self.decisions = Decisions(self._runs, sandbox)
         self._checked_at = 0
 
     @property
@@ -251,82 +248,3 @@ class Trial:
                         "step)."
                     )
         self._step.unchecked_public -= found[0].stepped
-
-    def check_skip(self) -> None:
-        """Check that ``training_step``, which returned no loss for a batch, returns none for single samples either.
-
-        Raises:
-            PrivacyError: a single sample gave a loss, so whether a sample counts depends on the samples around it.
-        """
-        for record in self._host.records(NUM_FEW):
-            with self._sandbox.enter() as snapshot:
-                seed_generators(0)
-                output = self._host.attempt(partial(self._host.run, [record]), snapshot.put_back)
-                if self._step.reduction.any(output is not None):
-                    raise PrivacyError(
-                        "Expected training_step to return None for every sample or for none, got None for a batch and "
-                        "a loss for one sample alone. One sample could switch off all others: return the loss (a "
-                        "sample that is not finite contributes zero anyway)."
-                    )
-
-    def check_end_of_epoch(self) -> None:
-        """Check that user code, which skipped the rest of an epoch, does so on single records too.
-
-        Raises:
-            PrivacyError: it does not, so the number of steps would tell something about the records.
-        """
-        if not self._step.settings.check_per_sample:
-            return
-        for record in self._host.records(NUM_FEW):
-            with self._sandbox.enter():
-                if not self._host.skips_on(record):
-                    raise PrivacyError(
-                        "Expected on_train_batch_start to skip the rest of an epoch whatever the records are, got -1 "
-                        "for a batch and another answer for one record alone. The number of steps would depend on the "
-                        "data: let counts or the weights decide."
-                    )
-
-    def check_stop(self, counts: Any) -> None:
-        """Check, where user code has asked for the end of the run, that it does so whatever the records are.
-
-        Args:
-            counts: context manager that gives public counters the values of before the batch.
-
-        Raises:
-            PrivacyError: it does not, so the number of steps would tell something about the records.
-        """
-        if not self._step.settings.check_per_sample:
-            return
-        for record in self._host.records(NUM_FEW):
-            if not any(self._stops(record, partial(counts, after=after)) for after in (False, True)):
-                raise PrivacyError(_STOPS)
-
-    def _stops(self, record: Any, counts: Any) -> bool:
-        """Tell whether the run ends after a batch of one record, with these public counters."""
-        with self._sandbox.enter() as snapshot, counts():
-            self._host.attempt(partial(self._runs.run, [record], Draws(real=True), engine=False), snapshot.put_back)
-            self._host.end_epoch()
-            return bool(self._host.stops)
-
-    def check_steps(self, real: set[int], counts: Any) -> None:
-        """Check that a private optimizer, which did not step on a batch, does not step on single samples either.
-
-        Args:
-            real: private optimizers that stepped.
-            counts: makes a context in which public counters have their values from before the batch.
-
-        Raises:
-            PrivacyError: other optimizers step on a single sample, so whether noise is released depends on the samples.
-        """
-        private = self._step.accumulators.keys()
-        for record in self._host.records(NUM_FEW):
-            automatic = self._step.automatic  # there the host decides, within its optimizer_step
-            run = partial(self._runs.run, [record], Draws(real=True), engine=False, rehearses=automatic)
-            with self._sandbox.enter() as snapshot, counts():
-                stepped = self._host.attempt(run, snapshot.put_back).stepped & private
-            if self._step.reduction.any(stepped != real):
-                raise PrivacyError(
-                    f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a "
-                    f"batch and of {sorted(stepped)} on one sample alone. One sample could switch off all others: let "
-                    "batch_idx or a count decide when to step (a sample that is not finite contributes zero anyway)."
-                )

@@ -123,7 +123,7 @@ class PrivateFit:
         self.check_callbacks()
         if self.step.reduction.any(self._host.hooks.stopped) and self._counts is not None:
             self._counts.end()
-            self._trial.check_stop(self._counts.back_in)
+            self._trial.decisions.check_stop(self._counts.back_in)
         self.step.check_released()
 
     def run(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,9 +229,9 @@ class PrivateFit:
         anywhere = self.step.reduction.any
         if counts is None:
             if anywhere(output is None and microbatch.count > 1):
-                self._trial.check_skip()
+                self._trial.decisions.check_skip()
         elif self.step.settings.check_per_sample and anywhere(microbatch.collected < self.step.accumulators.keys()):
-            self._trial.check_steps(microbatch.collected, counts.back_in)
+            self._trial.decisions.check_steps(microbatch.collected, counts.back_in)
 
     def _run_real(self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0) -> Any:
         """Run the only call of a logical batch with lasting effects; under automatic optimization, Lightning runs its

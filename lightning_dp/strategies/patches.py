@@ -75,7 +75,7 @@ class Patches:
         def begin_batch(*args: Any, **kwargs: Any) -> Any:
             answer = hook(*args, **kwargs)
             if isinstance(answer, int) and answer == -1 and not self._is_on_trial():
-                self._trial.check_end_of_epoch()
+                self._trial.decisions.check_end_of_epoch()
             return answer
 
         return begin_batch
@@ -90,7 +90,7 @@ class Patches:
             counts, before = Counts(self._strategy), self._step.state.steps_taken
             answer = optimizer_step(*args, **kwargs)
             if self._step.settings.check_per_sample and self._step.state.steps_taken == before:
-                self._trial.check_steps(set(), counts.back_in)
+                self._trial.decisions.check_steps(set(), counts.back_in)
             return answer
 
         return step
