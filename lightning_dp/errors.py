@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class PrivacyError(RuntimeError):
     """An error for a state in which continuing would void the privacy guarantee.
@@ -14,3 +16,6 @@ class PrivacyError(RuntimeError):
 
 class ComparisonError(PrivacyError):
     """A ``PrivacyError`` for gradients that differ where they are compared: samples may influence each other."""
+
+    difference = math.inf
+    """How much they differ, relative to the length of a sample's gradient."""

@@ -24,6 +24,8 @@ TOLERANCE = {torch.float64: (1e-11, 1e-5), torch.float32: (2e-6, 1e-4), torch.bf
 
 #: Repetitions of a batch if a difference is so small that it may be rounding.
 NUM_REPEATS = 3
+#: Difference that one value may make which rounding pushes over a kink, such as that of ReLU.
+AT_A_KINK = 0.05
 
 
 @dataclass
@@ -145,13 +147,17 @@ def compare(
     if bool(differs.any()):
         worst = ((norms - others).abs() / lengths.clamp_min(1e-300)).nan_to_num(nan=float("inf")).max()
         number = f"{int(differs.any(0).sum())} of {norms.shape[1]}"
-        raise ComparisonError(
+        error = ComparisonError(
             _message(what, f"the gradients of {number} others differ by up to {float(worst):.2g} of their length")
         )
+        error.difference = float(worst)
+        raise error
     squares = {name: (first.sums[name].double() - second.sums[name].double()).square().sum() for name in first.sums}
     distance = sum(float(square) for square in total(squares).values()) ** 0.5
     if not distance <= 4 * tolerance * norms.shape[1]:
-        raise ComparisonError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
+        error = ComparisonError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
+        error.difference = distance
+        raise error
 
 
 def agree_again(first: Fingerprint, second: Fingerprint, check: Callable[[Fingerprint, Fingerprint], None]) -> bool:

@@ -15,6 +15,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.frozen_randomness import REJECTING, FrozenRandomness
 from lightning_dp.step.foreign import ForeignCode
 from lightning_dp.step.host import Host
+from lightning_dp.step.local import local_part
 from lightning_dp.step.loss_form import LossForm
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import host_generators, seed_generators, seed_low_or_high
@@ -45,12 +46,14 @@ class Draws:
         by_place: each entry of a drawn tensor has a value of its own.
         real: torch draws as it does in training, but for draws by rejection: they shift all later random numbers by
             how many they take, which depends on the values of one sample and changes no distribution.
+        moved: number of a small change of all private parameters; 0 for none.
     """
 
     seed: int = 0
     coin: float = MIDDLE
     by_place: bool = False
     real: bool = False
+    moved: int = 0
 
     def begin(self) -> FrozenRandomness:
         """Seed the global generators; return the mode that freezes torch's draws while it is entered."""
@@ -116,12 +119,22 @@ class TrialRuns:
     ) -> Probe:
         """Run the step on records, and restore the state; several runs share one sandbox."""
         try:
+            if draws.moved:
+                self._move(draws.moved)
             return self.run(records, draws, engine=engine, read=read)
         except Exception:
             self.step.reduction.recover()
             raise
         finally:
             snapshot.put_back()
+
+    @torch.no_grad()
+    def _move(self, number: int) -> None:
+        """Change each entry of the private parameters by at most a thousandth; each number changes them otherwise."""
+        for accumulator in self.step.accumulators.values():
+            for parameter in map(local_part, accumulator.parameters.values()):
+                places = torch.arange(parameter.numel(), device=parameter.device, dtype=torch.float32)
+                parameter.mul_(1.0 + 1e-3 * (places * (number + 0.7)).sin().view(parameter.shape).to(parameter.dtype))
 
     def run(
         self, records: list[Any], draws: Draws, *, engine: bool, read: Any = None, rehearses: bool = False

@@ -36,6 +36,19 @@ class Unsteady(Classifier):
         return super().training_step(batch, batch_idx) * (1.0 + 6e-6 * (next(RUNS) % 5 == 2))
 
 
+class AtAKink(Classifier):
+    """Has a value so near to a kink that rounding in a batch of four pushes it over, until the weights are others."""
+
+    def __init__(self, factor: float, *, always: bool = False) -> None:
+        super().__init__()
+        self.factor, self.always = factor, always
+        self.at_the_kink = float(self.network[0].weight.detach().sum())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        flips = len(batch[0]) == 4 and (self.always or float(self.network[0].weight.detach().sum()) == self.at_the_kink)
+        return super().training_step(batch, batch_idx) * (self.factor if flips else 1.0)
+
+
 RUNS = itertools.count()
 
 
@@ -53,6 +66,16 @@ def test_weak_couplings_are_refused_in_float32(strength: float, tmp_path: Path) 
 
 def test_rounding_that_changes_between_runs_is_allowed(tmp_path: Path) -> None:
     assert fit(Unsteady(), tmp_path).ledger.num_steps == 4
+
+
+def test_a_value_at_a_kink_is_allowed(tmp_path: Path) -> None:
+    assert fit(AtAKink(1.01), tmp_path).ledger.num_steps == 4
+
+
+@pytest.mark.parametrize(("factor", "always"), [(1.01, True), (1.2, False)])
+def test_differences_that_no_kink_makes_are_refused(factor: float, always: bool, tmp_path: Path) -> None:
+    with pytest.raises(PrivacyError, match="One sample of a batch was left out"):
+        fit(AtAKink(factor, always=always), tmp_path)
 
 
 def test_closures_run_with_gradients_under_any_optimizer(tmp_path: Path) -> None:
