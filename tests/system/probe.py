@@ -22,6 +22,7 @@ LIBRARY.malloc.restype = ctypes.c_void_p
 
 def is_mapped(size: int) -> bool:
     """Whether glibc maps a block of its own for so many bytes: bit 1 of the size that it writes before the block."""
+    LIBRARY.malloc_trim(ctypes.c_size_t(0))  # else what was freed before may be large enough
     address = LIBRARY.malloc(ctypes.c_size_t(size))
     mapped = bool(ctypes.c_size_t.from_address(address - 8).value & 2)
     LIBRARY.free(ctypes.c_void_p(address))
@@ -37,10 +38,11 @@ def resident_mib() -> float:
 
 def kept_mib(num_blocks: int) -> float:
     """How much larger the process is after so many blocks of 1 MiB have been written and freed."""
+    blocks = (ctypes.c_void_p * num_blocks)()  # made before them: what is above a freed block keeps it from the system
     before = resident_mib()
-    blocks = [LIBRARY.malloc(ctypes.c_size_t(MIB)) for _ in range(num_blocks)]
-    for block in blocks:
-        ctypes.memset(block, 1, MIB)
+    for number in range(num_blocks):
+        blocks[number] = LIBRARY.malloc(ctypes.c_size_t(MIB))
+        ctypes.memset(blocks[number], 1, MIB)
     for block in blocks:
         LIBRARY.free(ctypes.c_void_p(block))
     return resident_mib() - before
