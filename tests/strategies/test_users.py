@@ -50,7 +50,7 @@ def test_users_are_what_is_counted_and_stated(tmp_path: Any) -> None:
 def test_one_record_per_user_trains_as_records_do(tmp_path: Any) -> None:
     _, plain = fit(tmp_path)
     strategy, users = fit(tmp_path, unit=list(range(NUM_RECORDS)), records_per_unit=1, check_per_sample=True)
-    assert torch.equal(plain, users)
+    torch.testing.assert_close(users, plain, rtol=0.0, atol=1e-6)  # small gradients are summed in another order
     assert strategy.ledger.unit == "user"
 
 
