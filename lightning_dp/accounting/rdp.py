@@ -1,4 +1,4 @@
-"""Rényi accounting: looser than the privacy loss distribution, and very cheap."""
+"""Rényi accounting: looser than the privacy loss distribution."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from lightning_dp.step.plan import DPPlan, default_delta
 #: Notes for the reader on accountants that have an answer.
 NOTES = {
     "pld": "tight; DPStrategy's default",
-    "rdp": "looser, very cheap",
+    "rdp": "looser, the classical one",
     "prv": "opacus' upper bound; includes an absolute 0.01",
     "gdp": "exact",
     "tcdp": "closed form, loose",
