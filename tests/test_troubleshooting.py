@@ -15,7 +15,7 @@ PAGE = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
 ROWS = re.findall(r"^\| `([^`]+)` \| (.+) \| (.+) \|$", PAGE, flags=re.MULTILINE)
 #: Files whose error takes its text from a function of the same file.
 COMPOSED = {
-    "trial.py": "Expected user code to set trainer.should_stop whatever the records are",
+    "decisions.py": "Expected user code to set trainer.should_stop whatever the records are",
     "exchange.py": "One sample of a batch was",
     "ways.py": "The gradient of a batch is not that of its records alone",
     "reading.py": "An item of the dataset was read, and",

@@ -19,7 +19,7 @@ _STOPS = (
 
 
 class Decisions:
-    """Checks that user code decides about single records as it has decided about a batch.
+    """A set of checks that user code decides about single records as it has decided about a batch.
 
     Args:
         runs: run the user's step.
