@@ -197,7 +197,7 @@ class Trial:
         since, alone = step.state.step - self._checked_at, step.reduction.world_size == 1
         if since == 0:  # this step began with a check
             form.settle(by_check=False)
-        elif (alone or first_of_pass) and step.reduction.any(form.is_due(since)):
+        elif (alone or first_of_pass) and step.reduction.agree(form.is_due(since)):
             self.check_again(step.state.step)
             form.settle(by_check=True)
 

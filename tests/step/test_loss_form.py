@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 
 from lightning_dp.step.loss_form import MOST, NEAR, LossForm
+from lightning_dp.step.trial import Trial
 
 
 def test_new_operations_are_due_until_settled() -> None:
@@ -42,3 +46,16 @@ def test_operations_far_from_the_loss_are_not_read() -> None:
     assert not form.is_new
     form.see(torch.zeros(()), checked=False)
     assert not form.is_new
+
+
+def test_ranks_agree_on_a_check_of_a_new_form() -> None:
+    """A rank that checked alone would wait for the others in the comparison of ranks."""
+    asked: list[int] = []
+    trial: Any = object.__new__(Trial)
+    reduction = SimpleNamespace(world_size=2, agree=lambda flag: asked.append(flag) or True)
+    trial._step = SimpleNamespace(state=SimpleNamespace(step=5), reduction=reduction)
+    trial._runs, trial._checked_at, trial.check_again = SimpleNamespace(loss_form=LossForm()), 0, asked.append
+    trial.check_new_loss(first_of_pass=False)
+    assert asked == []
+    trial.check_new_loss(first_of_pass=True)
+    assert asked == [False, 5]
