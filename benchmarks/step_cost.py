@@ -5,7 +5,8 @@
     python benchmarks/step_cost.py --device cuda         # the same on a GPU, or an error where there is none
 
 Both sides run in a Lightning Trainer with automatic optimization, noise and optimizer included. They alternate, each in
-its own process; a figure is the median of the pairs' ratios. Opacus runs in a plain loop, its best case. Batches have a
+its own process; a figure is the median of the pairs' ratios, and each side of a pair the median of its steps, which
+leaves out the check of samples at step 10. Opacus runs in a plain loop, its best case. Batches have a
 fixed size on all sides, so that all do the same work. ``kept`` is the step without privacy under the process settings
 of a private fit: freed memory is kept from step to step (``allocator.py``, on a CPU), and the rows of a batch are
 gathered at once (``sampling/gather.py``).

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,8 @@ class Clock(L.Callback):
         self.began.append(self.now())
 
     def seconds_a_step(self, warmup: int) -> float:
-        return (self.began[-1] - self.began[warmup]) / (len(self.began) - 1 - warmup)
+        """Return the median of the steps after the warm-up: the check of samples at step 10 is no part of it."""
+        return statistics.median(after - before for before, after in itertools.pairwise(self.began[warmup:]))
 
 
 def same_size_batches() -> None:

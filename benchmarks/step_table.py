@@ -22,7 +22,8 @@ def step_page(results: dict[str, Any]) -> str:
             "Medians of pairs, each side in a process of its own, against the same step without privacy; a goal in "
             "brackets, with a cross where it is missed and a question mark where a mode of Opacus that might be "
             "faster was not measured. Sparse to dense is measured in pairs of the two. Each machine's figures are of "
-            "the code of the days they name.",
+            "the code of the days they name. Since 2026-11-28 each side is the median of its steps, so that the check "
+            "of samples at step 10 is no part of it; before, it was the mean of a few dozen steps.",
             *(machine_section(machine) for machine in results["machines"]),
             "### Counts\n\n" + counts_section(names),
         ]
