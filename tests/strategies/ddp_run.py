@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp import AdaptiveClipping, CorrelatedNoise, DPDDPStrategy, EpsilonMonitor, RandomSparsification
-from lightning_dp.accounting import PrivacyEvent
 from lightning_dp.clipping import FlatClipping
-from lightning_dp.noise import GaussianNoise
-from lightning_dp.step.noising import ReleaseNoise
 from lightning_dp.step.reduction import AllReduce
-from lightning_dp.step.release import Release
 from tests.helpers import NUM_FEATURES, Classifier, Hidden, Recorder, make_dataset, make_trainer
+from tests.strategies.releases import releases_of
 from tests.strategies.test_manual import GAN
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -139,18 +136,7 @@ def releases() -> Tensor:
     reduction = AllReduce(RANK, 2, torch.device("cpu"))
     accumulator = reduction.make_accumulator({"weight": nn.Parameter(torch.zeros(60))}, FlatClipping(1.0), 2)
     accumulator.set_masks([{"weight": torch.arange(60) % 2 == 0}], (1,))
-    noise = ReleaseNoise(GaussianNoise(), reduction)
-    event = PrivacyEvent(kind="poisson", noise_multiplier=1.5, sample_rate=0.5)
-    release = Release(sigma=1.5, noise_std=1.5, drawn_std=1.5, statistics_std=0.5, sensitivity=1.0, event=event)
-    found = []
-    for number in range(1000):
-        noise.begin(accumulator, release, first=number % 2 == 0, divisor=1)
-        accumulator.used = True
-        noise.add(accumulator, release)
-        reduction.reduce(accumulator)
-        found.append(accumulator.flat.clone())
-        accumulator.reset()
-    return torch.stack(found)
+    return releases_of(accumulator, reduction, statistics_std=0.5)
 
 
 def main() -> None:

@@ -34,14 +34,11 @@ from lightning_dp import (
     PrivacyError,
     TopAgg,
 )
-from lightning_dp.accounting import PrivacyEvent
 from lightning_dp.clipping import FlatClipping
-from lightning_dp.noise import GaussianNoise
-from lightning_dp.step.noising import ReleaseNoise
-from lightning_dp.step.release import Release
 from lightning_dp.step.shards import Shards
 from lightning_dp.step.step import PrivateStep
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, ByHand, Largest, make_dataset, make_trainer
+from tests.strategies.releases import releases_of
 from tests.strategies.sharded import CASES, Sharded, plain
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -189,18 +186,7 @@ def releases() -> Tensor:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     reduction = Shards(module, RANK, 2, torch.device("cpu"))
     accumulator = reduction.make_accumulator(dict(module.named_parameters()), FlatClipping(1.0), 0)
-    noise = ReleaseNoise(GaussianNoise(), reduction)
-    event = PrivacyEvent(kind="poisson", noise_multiplier=1.5, sample_rate=0.5)
-    release = Release(sigma=1.5, noise_std=1.5, drawn_std=1.5, statistics_std=0.0, sensitivity=1.0, event=event)
-    found = []
-    for number in range(1000):
-        noise.begin(accumulator, release, first=number % 2 == 0, divisor=1)
-        accumulator.used = True
-        noise.add(accumulator, release)
-        reduction.reduce(accumulator)
-        found.append(accumulator.gradient.clone())
-        accumulator.reset()
-    return torch.stack(found)
+    return releases_of(accumulator, reduction)
 
 
 def training() -> dict[str, Any]:
