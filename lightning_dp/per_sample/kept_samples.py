@@ -28,12 +28,12 @@ class KeptSamples(SampleGradients):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters, self.num = dict(parameters), 0
-        self.most = most_kept(parameters.values())
+        most = most_kept(parameters.values())
         self._stacks = {
-            name: torch.empty(self.most, *each.shape, dtype=accumulation_dtype(each), device=each.device)
+            name: torch.empty(most, *each.shape, dtype=accumulation_dtype(each), device=each.device)
             for name, each in parameters.items()
         }
-        self._rows = [{name: stack[row] for name, stack in self._stacks.items()} for row in range(self.most)]
+        self._rows = [{name: stack[row] for name, stack in self._stacks.items()} for row in range(most)]
 
     def write(self, position: int, grads: Mapping[str, Tensor]) -> None:
         """Write the gradients of one sample; those of parameters that are left out are zero."""

@@ -45,9 +45,9 @@ class Microbatch:
         self.count, self.weight, self.further = count, weight, further
         mean = step.settings.loss_reduction == "mean"
         self.scale: float | Tensor = weight * (count if mean else 1) * divisor
+        """Factor from the recorded gradient of each sample to that of its own loss; one, or shape (B,) in float64."""
         if owners is not None and step.settings.unit_gradient == "mean":
             self.scale = self.scale / torch.bincount(owners.cpu()).double()
-        """Factor from the recorded gradient of each sample to that of its own loss; one, or shape (B,) in float64."""
         self.collected: set[int] = set()
         self._own_losses = own_losses(step, count)
 
