@@ -144,18 +144,20 @@ def test_an_index_written_between_two_uses_is_read_again() -> None:
     assert assert_agrees(layer, loss, lambda chosen: [bags[i] for i in chosen]).follows_owners
 
 
-def test_owners_of_a_batch_stay_if_the_step_writes_to_it() -> None:
+@pytest.mark.parametrize("name", ["sample_of_row", "batch"])
+def test_owners_of_a_batch_stay_if_the_step_writes_to_it(name: str) -> None:
     layer, head, bags = nn.Linear(3, 3).double(), nn.Linear(3, 1).double(), bags_of(3)
 
     def batch_of(chosen: list[int]) -> dict[str, Tensor]:
         counts = torch.tensor([len(bags[i]) for i in chosen])
         owners = torch.arange(len(chosen)).repeat_interleave(counts)
-        return {"x": torch.cat([bags[i] for i in chosen]), "y": torch.zeros(len(chosen), 3), "sample_of_row": owners}
+        found = {"x": torch.cat([bags[i] for i in chosen]), "y": torch.zeros(len(chosen), 3), name: owners}
+        return found | ({"ptr": nn.functional.pad(counts.cumsum(0), (1, 0))} if name == "batch" else {})
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         rows = layer(batch["x"])
-        batch["sample_of_row"].zero_()
-        return head(rows.new_zeros(batch["y"].shape).index_add(0, batch["sample_of_row"], rows)).sum(1)
+        batch[name].zero_()
+        return head(rows.new_zeros(batch["y"].shape).index_add(0, batch[name], rows)).sum(1)
 
     with pytest.raises(PrivacyError, match="rows that come from index_add"):
         make(nn.ModuleList([layer, head]), loss, batch_of)
