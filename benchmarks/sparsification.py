@@ -61,7 +61,7 @@ class Collectives(TorchDispatchMode):
 
 
 class Counter(L.Callback):
-    """A callback that notes, per step, the bytes in all-reduces and the figure that the library logs."""
+    """A callback that notes the bytes in all-reduces and the figure that the library logs, for steps within a pass."""
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
@@ -75,6 +75,8 @@ class Counter(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if batch_idx == 0:  # before the first step of a pass, ranks also agree on checks
+            return
         gradient = torch.cat([parameter.grad.flatten() for parameter in pl_module.parameters()])
         self.steps.append(
             {
@@ -122,7 +124,7 @@ def measure_bytes(epochs: int) -> dict[str, Any]:
         subprocess.run([*command, "--epochs", str(epochs)], check=True, cwd=folder, stdout=subprocess.DEVNULL)
         counted: dict[str, Any] = json.loads(out.read_text())
     for name in ("dense", "sparsified"):
-        steps = counted[name][1:]  # in the first, ranks also agree on the way in which samples run
+        steps = counted[name]
         counted[name] = steps[:1] + [step for before, step in itertools.pairwise(steps) if step != before]
     return counted
 
