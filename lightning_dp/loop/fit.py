@@ -107,6 +107,7 @@ class LoopFit:
             self._run(self._move(last), count, owners)
         else:
             self._run(self._records.stand_in(self._trial.copies), self._trial.copies, weight=0.0)
+        self._trial.check_new_loss(first_of_pass=begins_pass)
         self.step.finish(0)
         return self._losses
 
@@ -145,6 +146,8 @@ class LoopFit:
         with self.step.microbatch(count, owners, weight=weight, further=further):
             self.step.engine.see(batch)
             loss = self._host.loss_of(self._host.loss(self._called, batch), count)
+            if not further:
+                self._trial.see_loss(loss)
             loss.backward()  # type: ignore[no-untyped-call]
             self.step.backward_done()
             self.step.collect(0)

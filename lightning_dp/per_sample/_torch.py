@@ -28,6 +28,11 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def num_operations() -> int:
+    """Return the number of differentiable operations that this thread has run so far."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
 def keeps_graph() -> bool:
     """Tell whether the current backward keeps, or may keep, its graph for another backward (``retain_graph=True``)."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)

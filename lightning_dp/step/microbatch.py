@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.per_sample.own_losses import OwnLosses
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Microbatch:
         if owners is not None and step.settings.unit_gradient == "mean":
             self.scale = self.scale / torch.bincount(owners.cpu()).double()
         self.collected: set[int] = set()
+        self.began = 0
+        """Number of differentiable operations before the forward."""
         self._own_losses = own_losses(step, count)
 
     def __enter__(self) -> Microbatch:
@@ -56,6 +59,7 @@ class Microbatch:
         step.engine.begin(self.count, self._owners)
         step.recording = self
         self._own_losses.__enter__()
+        self.began = num_operations()
         return self
 
     def __exit__(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dp.errors import ComparisonError, PrivacyError
+from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import Couplings, differing
 from lightning_dp.step.decisions import NUM_FEW, Decisions
@@ -27,6 +28,10 @@ from lightning_dp.step.ways import OneByOne
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
 LAYOUT_SIZES = (2, 3)
+RELEASED = (
+    "The loss took a new form in the step before this one, which was released: its epsilon does not hold for the "
+    "weights of now. Take those of an earlier checkpoint."
+)
 #: Records from all over the training set for the checks before the first step.
 NUM_SPREAD = 9
 
@@ -183,12 +188,13 @@ class Trial:
 
     def see_loss(self, loss: Tensor) -> None:
         """Read the form of a real loss, before its backward."""
-        if self._step.settings.check_per_sample and not self._step.runs_samples_alone:
-            self._runs.loss_form.see(loss, checked=False)
+        step = self._step
+        if step.settings.check_per_sample and not step.runs_samples_alone and step.recording is not None:
+            self._runs.loss_form.see(loss, checked=False, num_operations=num_operations() - step.recording.began)
 
     def check_new_loss(self, *, first_of_pass: bool) -> None:
-        """Repeat the checks before a release if a loss has a form that they have not seen; several processes agree on
-        this at the first step of a pass only.
+        """Repeat the checks if a loss has a form that they have not seen; several processes agree on this at the first
+        step of a pass only. Before a release, or, under manual optimization, before the next step.
 
         Raises:
             PrivacyError: as in :meth:`prepare`.
@@ -198,7 +204,12 @@ class Trial:
         if since == 0:  # this step began with a check
             form.settle(by_check=False)
         elif (alone or first_of_pass) and step.reduction.agree(form.is_due(since)):
-            self.check_again(step.state.step)
+            try:
+                self.check_again(step.state.step)
+            except PrivacyError as error:
+                if step.automatic:
+                    raise
+                raise PrivacyError(f"{error} {RELEASED}") from error
             form.settle(by_check=True)
 
     def begin_pass(self) -> None:

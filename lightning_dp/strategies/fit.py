@@ -47,8 +47,7 @@ class PrivateFit:
         self._restore_generators = generators_restorer(self._device)
         self._batch: LogicalBatch | None = None
         self._on_device: Any = None
-        self._part = 0
-        self._prepared = False
+        self._part, self._prepared, self._begins_pass = 0, False, True
         self._layers = LayerChecks(module, runs_samples_alone=strategy.settings.counts_samples_alone)
         self._counts: Counts | None = None  # public counters before the last batch
         self.step = PrivateStep(
@@ -121,6 +120,8 @@ class PrivateFit:
     def check_end(self) -> None:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""
         self.check_callbacks()
+        if not self.step.automatic and self._prepared:
+            self._trial.check_new_loss(first_of_pass=True)
         if self.step.reduction.any(self._host.hooks.stopped) and self._counts is not None:
             self._counts.end()
             self._trial.decisions.check_stop(self._counts.back_in)
@@ -180,9 +181,8 @@ class PrivateFit:
         return begins
 
     def _begin(self, position: int | None) -> None:
-        strategy, step = self._strategy, self.step
-        _ = strategy.plan
-        begins = strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared
+        step, _ = self.step, self._strategy.plan
+        self._begins_pass = begins = self._strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared
         step.begin(first_of_pass=begins, position=position)
         if begins:
             self._trial.begin_pass()
@@ -190,8 +190,10 @@ class PrivateFit:
             self._host.training.learn_rows(self._device)
             self._trial.prepare()
             self._prepared = True
-        elif self._trial.is_due(step.state.step, first_of_pass=strategy.trainer.fit_loop.batch_idx == 0):
+        elif self._trial.is_due(step.state.step, first_of_pass=begins):
             self._trial.check_again(step.state.step)
+        if not step.automatic:  # a form that began in the step before
+            self._trial.check_new_loss(first_of_pass=begins)
         if step.unchecked_public:
             self._trial.check_public()
 
@@ -271,14 +273,14 @@ class PrivateFit:
             return [float(loss(self._strategy.module, self._host.training.batch_of([record]))) for record in records]
 
     def see_loss(self, loss: Tensor) -> None:
-        """Read the form of a loss that Lightning is about to back-propagate."""
-        if self.step.automatic and not self.on_trial:
+        """Read the form of a real loss that is about to be back-propagated."""
+        if not self.on_trial:
             self._trial.see_loss(loss)
 
     def check_new_loss(self) -> None:
         """Check a loss of a new form before anything of it is released, under automatic optimization."""
         if self.step.automatic and not self.on_trial:
-            self._trial.check_new_loss(first_of_pass=self._strategy.trainer.fit_loop.batch_idx == 0)
+            self._trial.check_new_loss(first_of_pass=self._begins_pass)
 
     def backward_done(self) -> None:
         """Check the backward of a microbatch; under automatic optimization, clip it and add it to the sum."""

@@ -89,3 +89,14 @@ def test_schemas_and_kernels_are_named() -> None:
     name, arguments = _torch.arguments_of(torch.ops.aten.add_.Tensor)
     assert (name, [argument.name for argument in arguments]) == ("add", ["self", "other", "alpha"])
     assert _torch.fused_kernel("lstm") is torch._VF.lstm
+
+
+def test_differentiable_operations_are_counted() -> None:
+    x = torch.ones(2, requires_grad=True)
+    before = _torch.num_operations()
+    assert _torch.num_operations() == before
+    (x * 2).sum()
+    assert _torch.num_operations() == before + 2
+    with torch.no_grad():
+        x.exp()
+    assert _torch.num_operations() == before + 2

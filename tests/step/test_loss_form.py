@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
+from lightning_dp.per_sample import PerSampleEngine
 from lightning_dp.step.loss_form import MOST, NEAR, LossForm
 from lightning_dp.step.trial import Trial
 
@@ -34,15 +36,61 @@ def test_after_many_new_forms_checks_are_rarer() -> None:
         form.settle(by_check=True)
 
 
-def test_operations_far_from_the_loss_are_not_read() -> None:
-    x, form = torch.ones(3, requires_grad=True), LossForm()
-    deep, other = x.clone(), x.exp()
+def chains() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two losses of as many operations that differ far from their ends."""
+    x = torch.ones(3, requires_grad=True)
+    one, other = x.clone(), x.exp()
     for _ in range(NEAR + 1):
-        deep, other = deep.neg(), other.neg()
-    form.see(deep, checked=True)
-    form.see(other, checked=False)
+        one, other = one.neg(), other.neg()
+    return one, other
+
+
+def test_far_operations_are_read_if_their_number_is_new() -> None:
+    (one, other), form = chains(), LossForm()
+    form.see(one, checked=True, num_operations=70)
+    form.see(other, checked=False, num_operations=71)
+    assert form.is_new
+
+
+def test_far_operations_of_a_known_number_are_read_in_time() -> None:
+    (one, other), form = chains(), LossForm()
+    form.see(one, checked=True, num_operations=70)
+    form.see(other, checked=False, num_operations=70)
     assert not form.is_new
+    for _ in range(15):
+        form.see(other, checked=False, num_operations=70)
+    assert form.is_new
+
+
+def test_a_known_operation_over_another_dimension_is_new() -> None:
+    x, form = torch.ones(3, 3, requires_grad=True), LossForm()
+    form.see(x.softmax(1).sum(), checked=True)
+    form.see(x.softmax(1).sum(), checked=False)
+    assert not form.is_new
+    form.see(x.softmax(0).sum(), checked=False)
+    assert form.is_new
+
+
+def test_a_loss_without_a_graph_has_no_form() -> None:
+    form = LossForm()
     form.see(torch.zeros(()), checked=False)
+    assert not form.is_new
+
+
+def test_recorded_operations_have_the_form_of_plain_ones() -> None:
+    """What the engine adds to a graph would make every form new, and run the checks in vain."""
+    layer, form = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 1)), LossForm()
+    rows = torch.randn(2, 3)
+    form.see(layer(rows).mean(), checked=True)
+    engine = PerSampleEngine(layer)
+    engine.attach()
+    engine.set_parameters(dict(layer.named_parameters()))
+    engine.learn_layout(lambda size: layer(rows.repeat(3, 1)[:size]))
+    engine.begin(2)
+    loss = layer(rows).mean()
+    form.see(loss, checked=False)
+    engine.end()
+    assert loss.grad_fn is not None
     assert not form.is_new
 
 
