@@ -57,6 +57,11 @@ def is_mapped(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
+def in_transform() -> bool:
+    """Tell whether a function runs within ``vmap`` or another transform of ``torch.func``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def own_view(tensor: Tensor) -> Tensor:
     """Return an alias of a tensor that autograd does not count as a view."""
     alone: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample._torch import in_custom_forward, unreported
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import in_custom_forward, in_transform, unreported
 from lightning_dp.per_sample.arguments import replaced, tensors_in
+from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, region_of
 from lightning_dp.per_sample.operations import IN_PLACE, SAME_ENTRIES
 from lightning_dp.per_sample.rules.base import widen
@@ -55,6 +57,11 @@ def _stand_in(tracker: Tracker, node: Node, parameter: Tensor) -> Tensor:
             if tracker.recorder.active and tracker.recorder.listening:
                 tracker.untracked.add(name)
 
+        if in_transform():  # torch makes no leaf there
+            raise PrivacyError(
+                f"Expected functions of {name!r} alone outside of torch.func, got one within torch.vmap or another "
+                f"transform. Compute it before the transform; {WAY_OUT}."
+            )
         leaf = parameter.detach().requires_grad_()
         leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
         tracker.stand_ins[name] = leaf

@@ -69,6 +69,13 @@ def test_tensors_within_vmap_are_seen() -> None:
     assert not _torch.is_mapped(torch.ones(2))
 
 
+def test_transforms_are_seen_around_any_tensor() -> None:
+    seen: list[bool] = []
+    torch.vmap(lambda row: (seen.append(_torch.in_transform()), row)[1])(torch.ones(2, 3))
+    assert seen == [True]
+    assert not _torch.in_transform()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
 def test_compiled_modules_are_found() -> None:
     in_place = nn.Linear(2, 2)

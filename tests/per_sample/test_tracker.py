@@ -842,6 +842,13 @@ def test_uses_within_vmap_are_refused() -> None:
         make_engine(layer, lambda x: torch.vmap(layer)(x).sum(), _data(4, 3))
 
 
+def test_functions_of_parameters_within_vmap_are_refused() -> None:
+    """Torch raises an error of its own there, after which samples would not run one at a time."""
+    module = Uses(lambda m, x: torch.vmap(lambda row: row @ m.w.exp())(x), w=drawn(3, 2))
+    with pytest.raises(PrivacyError, match=r"Expected functions of 'w' alone outside of torch\.func"):
+        make_engine(module, _loss(module), _data(4, 3))
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_rows_that_differ_by_sample_are_no_copies(value: float) -> None:
     """A table of positions that is indexed by samples, by mistake: its rows are equal before the first step only."""
