@@ -81,6 +81,12 @@ def check_positions(name: str, values: Any, hint: str) -> tuple[int, ...]:
     return positions
 
 
+def check_kind(name: str, value: Any, kind: Any, hint: str) -> None:
+    """Check that a value is an instance of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"Expected {name} to be of type {kind.__name__}, got {type(value).__name__}. {hint}")
+
+
 def check_flag(name: str, value: Any) -> bool:
     """Check that a value is ``True`` or ``False``."""
     if not isinstance(value, bool):

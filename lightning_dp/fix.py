@@ -48,6 +48,7 @@ def fix(module: nn.Module) -> Fixed:
         The module and a sentence per change, which begins with the layer's qualified name.
 
     Raises:
+        TypeError: something else than a module.
         ValueError: a lazy batch norm has not seen its first batch.
 
     Example:
@@ -61,7 +62,11 @@ def fix(module: nn.Module) -> Fixed:
     References:
         Wu and He (2018), Group Normalization, section 3: 32 groups, or 16 channels per group.
     """
-    from lightning_dp._replacements import replace
+    from torch import nn
 
+    from lightning_dp._replacements import replace
+    from lightning_dp._validate import check_kind
+
+    check_kind("module", module, nn.Module, "Pass the network or the LightningModule itself.")
     changes: list[str] = []
     return Fixed(replace(module, changes), changes)

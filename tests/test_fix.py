@@ -236,3 +236,8 @@ def test_fix_refuses_lazy_layers_that_have_no_parameters_yet() -> None:
         fix(module)
     module(torch.randn(2, 3, 5, 5))
     assert type(fix(module).module[1]) is nn.GroupNorm
+
+
+def test_fix_refuses_what_is_no_module() -> None:
+    with pytest.raises(TypeError, match=r"Expected module to be of type Module, got str\. Pass the network"):
+        fix("net")

@@ -507,6 +507,19 @@ def test_outputs_that_are_no_loss_are_refused(loss_fn: Any, error: type[Exceptio
         private.step(next(iter(private.loader)))
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"model": "net", "optimizer": "sgd"}, "Expected model to be of type Module, got str. Pass the network"),
+        ({"optimizer": "sgd"}, "Expected optimizer to be of type Optimizer, got str. Pass an optimizer"),
+        ({"loss_fn": "mse"}, "Expected loss_fn to be of type Callable, got str. Pass a function of model and batch"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        start(**options)
+
+
 def test_batches_are_used_once_and_from_the_own_loader() -> None:
     with start() as private, start() as other:
         batch = next(iter(private.loader))

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import Self, Unpack
 
+from lightning_dp._validate import check_kind
 from lightning_dp.loop import saving
 from lightning_dp.loop.batches import LogicalBatches
 from lightning_dp.loop.facts import LoopFacts, steps_left
@@ -122,6 +123,9 @@ class PrivateLoop(LoopFacts):
         move: Callable[[Any], Any] | None = None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        check_kind("model", model, nn.Module, "Pass the network itself.")
+        check_kind("optimizer", optimizer, Optimizer, "Pass an optimizer of the model's parameters.")
+        check_kind("loss_fn", loss_fn, Callable, "Pass a function of model and batch, or a criterion.")
         module_checks.check_module(model, runs_samples_alone=settings.counts_samples_alone)
         module_checks.check_optimizers([optimizer], model, ())
         running = _open.get(model, lambda: None)()
