@@ -42,6 +42,7 @@ _FOREIGN = (
 )  # fmt: skip
 #: Classes of random generators.
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+_CONTAINERS = (MutableMapping, MutableSequence, deque, MutableSet)
 _EMPTY = object()  # value of a slot that was never set
 _DEEPEST = 12
 
@@ -164,16 +165,8 @@ class Snapshot:
             self._keep_array(value)
         elif isinstance(value, GENERATORS):
             self._restore.append(generator_restorer(value))
-        elif isinstance(value, MutableMapping):
-            self._keep(value, dict(value), _refill_mapping)
-            self._follow_all([*value.values()], depth)
-            self._follow_attributes(value, depth)
-        elif isinstance(value, (MutableSequence, deque)):
-            self._keep(value, list(value), _refill_sequence)
-            self._follow_all(list(value), depth)
-            self._follow_attributes(value, depth)
-        elif isinstance(value, MutableSet):
-            self._keep(value, set(value), _refill_mapping)
+        elif isinstance(value, _CONTAINERS):
+            self._follow_container(value, depth)
             self._follow_attributes(value, depth)
         elif isinstance(value, tuple):
             self._follow_all(list(tuple.__iter__(value)), depth)  # a subclass may refuse to be counted
@@ -183,6 +176,16 @@ class Snapshot:
             self._follow_attributes(value, 0)
         elif not depth or not any(kind.__module__.startswith(_FOREIGN) for kind in type(value).__mro__):
             self._follow_attributes(value, depth)
+
+    def _follow_container(self, value: Any, depth: int) -> None:
+        kind = dict if isinstance(value, MutableMapping) else set if isinstance(value, MutableSet) else list
+        try:
+            content: Any = kind(value)
+        except Exception:  # it cannot be read, such as a configuration that is None: its attributes hold all it has
+            return
+        self._keep(value, content, _refill_sequence if kind is list else _refill_mapping)
+        if kind is not set:
+            self._follow_all([*content.values()] if kind is dict else content, depth)
 
     def _follow_all(self, values: list[Any], depth: int) -> None:
         for value in values:

@@ -324,6 +324,25 @@ def test_tuple_that_refuses_to_be_counted_is_followed() -> None:
     assert state == [1]
 
 
+class Unset(UserList[int]):
+    """A list that cannot be read while it is unset, as an optional one of omegaconf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = None  # type: ignore[assignment]
+
+
+def test_container_that_cannot_be_read_is_put_back() -> None:
+    module, unset = Holder(), Unset()
+    module.thing = {"sizes": unset}
+    snapshot = Snapshot([module])
+    unset.data = [1]
+    module.thing["sizes"] = [2]
+    snapshot.put_back()
+    assert module.thing["sizes"] is unset
+    assert unset.data is None
+
+
 def test_unchanged_memory_is_not_written() -> None:
     """A tensor that kept its values keeps its version, so a graph that saved it can still be used."""
     module = Holder(torch.full((3,), float("nan")))
