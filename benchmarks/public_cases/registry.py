@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-EPOCHS, BATCH = 3, 16
+EPOCHS, BATCH = 8, 16
 
 
 @dataclass(frozen=True)
