@@ -5,6 +5,7 @@ Each function takes the tracker, the torch function, and that function's argumen
 
 from __future__ import annotations
 
+import math
 from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,26 @@ def matmul(tracker: Tracker, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
         if a.dim() == 1:
             return F.linear(b.mT, a.unsqueeze(0)).squeeze(-1)
     return tracker.primitive(torch.matmul, (a, b), kwargs)
+
+
+def tensordot(tracker: Tracker, func: Any, a: Any, b: Any, dims: Any = 2, out: Any = None) -> Any:
+    """Sum over products with a parameter along several axes, as a linear layer."""
+    if isinstance(dims, int):
+        dims = range(a.dim() - dims, a.dim()), range(dims)
+    if out is not None or isinstance(dims, Tensor) or is_tracked(a) == is_tracked(b):
+        return tracker.primitive(func, (a, b), {"dims": dims, "out": out})
+    sides = []
+    for tensor, summed in zip((a, b), dims, strict=True):
+        summed = [axis % tensor.dim() for axis in ([summed] if isinstance(summed, int) else summed)]
+        kept = [axis for axis in range(tensor.dim()) if axis not in summed]
+        sides.append((tensor, kept, summed, [tensor.shape[axis] for axis in summed]))
+    if sides[0][3] != sides[1][3] or not sides[0][3] or not all(kept for _, kept, *_ in sides):
+        return tracker.primitive(func, (a, b), {"dims": dims})
+    (data, kept, summed, _), (weight, outer, inner, lengths) = sides[::-1] if is_tracked(a) else sides
+    rows = data.permute(*kept, *summed).flatten(len(kept))
+    made = F.linear(rows, weight.permute(*outer, *inner).reshape(-1, math.prod(lengths)))
+    made = made.reshape(*made.shape[:-1], *(weight.shape[axis] for axis in outer))
+    return made.movedim([*range(-len(outer), 0)], [*range(len(outer))]) if is_tracked(a) else made
 
 
 def addmm(tracker: Tracker, func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:

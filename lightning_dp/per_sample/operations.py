@@ -214,6 +214,7 @@ _KNOWN: dict[Any, Operation | None] = {
     **dict.fromkeys((torch.matmul, torch.mm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.mv), _MATMUL),
     **dict.fromkeys((Tensor.__matmul__, Tensor.__rmatmul__), _MATMUL),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _composite(composites.addmm)),
+    torch.tensordot: _composite(composites.tensordot),
     **dict.fromkeys((torch.index_select, Tensor.index_select), _composite(composites.index_select)),
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _RECURRENT),
     **dict.fromkeys((torch.rnn_tanh_cell, torch.rnn_relu_cell), _CELL),

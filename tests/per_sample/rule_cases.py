@@ -89,6 +89,10 @@ CASES: dict[str, Case] = {
     "elementwise": Case(lambda: Bare(lambda x, w: x * w, 5), (5,)),
     "repeated for every sample": Case(lambda: Bare(lambda x, w: x + w.expand(x.shape), 5), (5,)),
     "mapped over the samples": Case(lambda: Bare(lambda x, w: torch.einsum("...i,ij->...j", x, w), 5, 3), (5,)),
+    "tensordot": Case(lambda: Bare(lambda x, w: torch.tensordot(x, w, ((-1, -2), (1, 0))), 3, 4, 2), (3, 4)),
+    "tensordot, weight first": Case(
+        lambda: Bare(lambda x, w: torch.tensordot(w, x, ([1], [-1])).movedim(0, -1), 3, 5), (5,)
+    ),
     "slices of a weight": Case(lambda: Bare(lambda x, w: x @ w[:, :3] + x @ w[:, 2:5], 12, 5), (12,)),
     "disjoint slices": Case(lambda: Bare(lambda x, w: x @ w[:, :3] + x @ w[:, 3:], 12, 6), (12,)),
     "weight norm": Case(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(12, 10)), (12,), 9),
