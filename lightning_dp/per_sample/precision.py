@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -44,6 +45,7 @@ def _exactly(shortened: list[tuple[Any, str, Any, Any]], device_type: str) -> It
             setattr(where, name, before)
 
 
+@functools.cache
 def _switches(device_type: str) -> list[tuple[Any, str, Any]]:
     """Return the precision switches of a device: (object, attribute, value for full precision)."""
     backends: Any = torch.backends

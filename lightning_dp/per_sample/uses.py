@@ -35,6 +35,8 @@ class Recorder:
         self.batch_size = 0
         self.joining: Joining | None = None
         self.changes = 0
+        self.num_bytes = 0
+        """Total size, in bytes, of the tensors that :meth:`count` received in this microbatch."""
         self._sizes: dict[int, int] = {}
         self._taps: dict[torch.device, Tensor] = {}
 
@@ -44,7 +46,7 @@ class Recorder:
         """
         self.batch_size, self.joining = batch_size, joining
         self.active = True
-        self._sizes = {}
+        self._sizes, self.num_bytes = {}, 0
 
     @property
     def num_samples(self) -> int:
@@ -59,12 +61,9 @@ class Recorder:
 
     def count(self, tensor: Tensor) -> None:
         """Add the size of an input or output to :attr:`num_bytes`; a tensor that layers share counts once."""
-        self._sizes[tensor.data_ptr()] = tensor.nbytes
-
-    @property
-    def num_bytes(self) -> int:
-        """Total size, in bytes, of the tensors that :meth:`count` received in this microbatch."""
-        return sum(self._sizes.values())
+        place, size = tensor.data_ptr(), tensor.nbytes
+        self.num_bytes += size - self._sizes.get(place, 0)
+        self._sizes[place] = size
 
     def tap_source(self, device: torch.device) -> Tensor:
         """Return an empty leaf that requires grad; it makes a tapped output require grad."""

@@ -39,11 +39,8 @@ class Workspace:
         self._limit = limit
         self._buffers: dict[Hashable, Tensor] = {}
         self._admitted: dict[Hashable, int] = {}
-
-    @property
-    def num_bytes(self) -> int:
+        self.num_bytes = 0
         """Total size, in bytes, of all buffers and admitted tensors."""
-        return sum(buffer.nbytes for buffer in self._buffers.values()) + sum(self._admitted.values())
 
     def take(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return the buffer of a key in a given shape, with arbitrary values; None if the buffer does not fit.
@@ -57,22 +54,24 @@ class Workspace:
         size = math.prod(shape)
         held = self._buffers.get(key)
         if held is None or held.dtype != dtype or held.device != device or held.numel() < size:
-            self._buffers.pop(key, None)
+            self.num_bytes -= self._buffers.pop(key).nbytes if held is not None else 0
             room = (self._limit() - self.num_bytes) // dtype.itemsize
             if size > room:
                 return None
             held = self._buffers[key] = torch.empty(int(min(room, size * _SPARE)), dtype=dtype, device=device)
+            self.num_bytes += held.nbytes
         return held[:size].view(*shape)
 
     def admits(self, key: Hashable, num_bytes: int) -> bool:
         """Tell whether a tensor that the caller allocates fits into the limit; if so, count its largest size."""
         if num_bytes > self._admitted.get(key, 0):
-            self._admitted.pop(key, None)
+            self.num_bytes -= self._admitted.pop(key, 0)
             if num_bytes > self._limit() - self.num_bytes:
                 return False
             self._admitted[key] = num_bytes
+            self.num_bytes += num_bytes
         return True
 
     def clear(self) -> None:
         """Free every buffer."""
-        self._buffers, self._admitted = {}, {}
+        self._buffers, self._admitted, self.num_bytes = {}, {}, 0
