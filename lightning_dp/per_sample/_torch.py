@@ -79,19 +79,9 @@ def is_compiled(module: Any) -> bool:
     return any(getattr(module, name, None) is not None for name in marks)
 
 
-def norms_of(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the L2 norm of each tensor, in one call."""
-    return list(torch._foreach_norm(tensors))
-
-
 def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> None:
     """Add ``factor * tensor`` to each target, in one call."""
     torch._foreach_add_(targets, tensors, alpha=factor)
-
-
-def copy_all(targets: list[Tensor], tensors: list[Tensor]) -> None:
-    """Copy each tensor to its target, in one call."""
-    torch._foreach_copy_(targets, tensors)
 
 
 def fused_kernel(kind: str) -> Callable[..., Any]:

@@ -93,15 +93,15 @@ class GradientEngine(SampleGradients):
 
     @property
     def most_kept(self) -> int:
-        """Largest number of samples that the engine keeps to be clipped together; 0 if each is clipped at once."""
+        """Largest number of samples to take, to be clipped together; 0 if each is clipped at once."""
         return 0
 
-    def keep(self, position: int) -> None:
-        """Keep the sample of this microbatch, as number ``position`` of those to be clipped together."""
+    def take(self) -> Any:
+        """Return the gradient of the one sample of this microbatch, and forget it."""
         raise NotImplementedError
 
-    def kept(self, num: int) -> SampleGradients:
-        """Return the gradients of the first ``num`` samples that were kept."""
+    def taken(self, samples: Sequence[Any]) -> SampleGradients:
+        """Return the gradients of samples that were taken, to clip them together."""
         raise NotImplementedError
 
     @property

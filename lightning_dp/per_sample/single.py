@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +10,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample._torch import add_scaled, norms_of
 from lightning_dp.per_sample.base import GradientEngine
-from lightning_dp.per_sample.combining import zero_gradient
 from lightning_dp.per_sample.joining import Joining
-from lightning_dp.per_sample.kept_samples import KeptSamples, most_kept
-from lightning_dp.per_sample.rules.base import LONGEST_SUM, norms_of_blocks, widen
+from lightning_dp.per_sample.rules.base import widen
+from lightning_dp.per_sample.single_gradients import SingleGradients, SingleSample, most_kept
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -49,9 +46,8 @@ class SingleSampleEngine(GradientEngine):
         self._attached = False
         self._active = False
         self._size = 1
-        self._grads: dict[str, Tensor] = {}
+        self._sample = SingleSample()
         self._before: dict[str, Tensor | None] = {}
-        self._kept: KeptSamples | None = None
         self._most_kept = 0
         self.listening = True
 
@@ -81,7 +77,7 @@ class SingleSampleEngine(GradientEngine):
             return
         attached = self._attached
         self.detach()
-        self._parameters, self._kept, self._most_kept = dict(parameters), None, most_kept(parameters.values())
+        self._parameters, self._most_kept = dict(parameters), most_kept(parameters.values())
         if attached:
             self.attach()
 
@@ -117,7 +113,7 @@ class SingleSampleEngine(GradientEngine):
                 return
             if grad.layout != torch.strided or grad.requires_grad or grad.dtype not in _WIDE:
                 grad = widen((grad if grad.layout == torch.strided else grad.to_dense()).detach())
-            self._grads[name] = self._grads[name] + grad if name in self._grads else grad
+            self._sample.add(name, grad)
 
         return collect
 
@@ -141,12 +137,12 @@ class SingleSampleEngine(GradientEngine):
     @override
     def discard(self, names: Iterable[str] | None = None) -> None:
         for name in list(self._parameters) if names is None else names:
-            self._grads.pop(name, None)
+            self._sample.drop(name)
             self._before.pop(name, None)
 
     @override
     def has_backprops(self, names: Iterable[str]) -> bool:
-        return any(name in self._grads for name in names)
+        return any(name in self._sample.grads for name in names)
 
     @property
     @override
@@ -154,17 +150,16 @@ class SingleSampleEngine(GradientEngine):
         return self._most_kept if self._size else 0
 
     @override
-    def keep(self, position: int) -> None:
-        if self._kept is None:
-            self._kept = KeptSamples(self._parameters)
-        self._kept.write(position, self._grads)
-        self._grads = {}
+    def take(self) -> SingleSample:
+        taken, self._sample = self._sample, SingleSample()
+        for name, grad in taken.grads.items():
+            if grad.untyped_storage().nbytes() > 2 * grad.nbytes:  # it would keep much more than itself
+                taken.grads[name] = grad.clone()
+        return taken
 
     @override
-    def kept(self, num: int) -> KeptSamples:
-        assert self._kept is not None
-        self._kept.num = num
-        return self._kept
+    def taken(self, samples: Sequence[SingleSample]) -> SingleGradients:
+        return SingleGradients(self._parameters, samples)
 
     @override
     def accept_grads(self, names: Iterable[str]) -> None:
@@ -180,7 +175,7 @@ class SingleSampleEngine(GradientEngine):
     def end(self) -> None:
         """Free the gradients; restore the contents of ``.grad`` from before :meth:`begin`."""
         self._active = False
-        self._grads = {}
+        self._sample = SingleSample()
         for name, grad in self._before.items():
             self._parameters[name].grad = grad
         self._before = {}
@@ -189,13 +184,7 @@ class SingleSampleEngine(GradientEngine):
     def squared_norms(
         self, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
     ) -> Tensor:
-        with self._arithmetic():
-            norms = self._new_norms(len(groups), self._size)
-            for row, group in zip(norms, groups, strict=True):
-                parts = self._received(group, masks or {})
-                if parts:
-                    row += _sum_of_squares([*parts.values()], row.dtype)
-            return norms
+        return self._present.squared_norms(groups, masks)
 
     @override
     def accumulate(
@@ -206,49 +195,13 @@ class SingleSampleEngine(GradientEngine):
         masks: Mapping[str, ParameterMask] | None = None,
         scratch: Mapping[str, Tensor] | None = None,
     ) -> None:
-        with self._arithmetic():
-            for row, group in zip(factors, groups, strict=True):
-                parts = self._received(group, masks or {})
-                if not parts:
-                    continue
-                if row.device.type == "cpu":
-                    if factor := float(row[0]):
-                        add_scaled([out[name] for name in parts], [*parts.values()], factor)
-                    continue
-                for name, active in parts.items():  # without waiting for the device
-                    out[name].add_(torch.where(row[0] == 0, 0.0, active * row[0].to(active.dtype)))
+        self._present.accumulate(factors, groups, out, masks, scratch)
 
     @override
     def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        asked = list(self._parameters if names is None else names)
-        grads = {name: zero_gradient(self._parameters[name], self._size) for name in asked}
-        return {**grads, **{name: grad.unsqueeze(0) for name, grad in self._received(asked, {}).items()}}
+        return self._present.per_sample_gradients(names)
 
-    def _received(self, names: Iterable[str], masks: Mapping[str, ParameterMask]) -> dict[str, Tensor]:
-        """Return the (masked) gradients of these parameters: nothing in an empty microbatch, or where no backward has
-        reached.
-        """
-        grads = self._grads if self._size else {}
-        return {
-            name: masks[name].select(grads[name]) if name in masks else grads[name] for name in names if name in grads
-        }
-
-    @override
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        # sums of squares and of products with a number have no shortened form; autocast may still change their types
-        kind = next((parameter.device.type for parameter in self._parameters.values()), "cpu")
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
-            return super()._arithmetic()
-        return nullcontext()
-
-
-def _sum_of_squares(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the sum of all squares, in float64 where the device has it; all small tensors take one call, because
-    their overhead is most of what a small model costs.
-    """
-    small = [tensor for tensor in tensors if tensor.numel() <= LONGEST_SUM]
-    found = [norms_of_blocks(tensor, 1).view(-1) for tensor in tensors if tensor.numel() > LONGEST_SUM]
-    if small:
-        found.append(torch.stack([norm if norm.dtype == dtype else norm.to(dtype) for norm in norms_of(small)]))
-    norms = torch.cat([each.to(dtype) for each in found])
-    return norms.square_().sum(dtype=None if norms.device.type == "mps" else torch.float64)
+    @property
+    def _present(self) -> SingleGradients:
+        """The gradients of this microbatch: of one sample, or of none in an empty microbatch."""
+        return SingleGradients(self._parameters, [self._sample] if self._size else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,29 +28,28 @@ class Clipper:
 
     def __init__(self, step: PrivateStep) -> None:
         self._step = step
-        self._scales: list[float] = []  # of the samples that the engine keeps
+        self._waiting: list[tuple[float, Any]] = []  # samples: scale and gradient
 
     def begin(self) -> None:
         """Begin a logical batch without samples that wait."""
-        self._scales.clear()
+        self._waiting.clear()
 
     def add(self, recording: Microbatch, accumulator: Accumulator) -> None:
-        """Clip the samples of a microbatch and add them to a sum, or let the engine keep them until later."""
+        """Clip the samples of a microbatch and add them to a sum, or let one that is small wait."""
         step, engine = self._step, self._step.engine
-        if not step.automatic or step.reduction.is_sharded or engine.most_kept <= len(self._scales):
+        if not step.automatic or step.reduction.is_sharded or not engine.most_kept:
             self._add(engine, accumulator, recording.scale)
             return
-        engine.keep(len(self._scales))
-        self._scales.append(float(recording.scale))
-        if len(self._scales) == engine.most_kept:
+        self._waiting.append((float(recording.scale), engine.take()))
+        if len(self._waiting) >= engine.most_kept:
             self.finish(accumulator)
 
     def finish(self, accumulator: Accumulator) -> None:
         """Clip the samples that wait and add them to a sum."""
-        if self._scales:
-            kept = self._step.engine.kept(len(self._scales))
-            self._add(kept, accumulator, torch.tensor(self._scales, dtype=torch.float64))
-            self._scales.clear()
+        if self._waiting:
+            scales, samples = zip(*self._waiting, strict=True)
+            self._waiting.clear()
+            self._add(self._step.engine.taken(samples), accumulator, torch.tensor(scales, dtype=torch.float64))
 
     def _add(self, gradients: SampleGradients, accumulator: Accumulator, scale: float | Tensor) -> None:
         step = self._step

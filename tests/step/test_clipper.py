@@ -118,4 +118,4 @@ def test_clipper_adds_at_once_under_manual_optimization() -> None:
     step = _step(FlatClipping(1.0), automatic=False)
     step.begin(first_of_pass=True)
     _run(step, SAMPLES[:1])
-    assert not step._clipper._scales
+    assert not step._clipper._waiting

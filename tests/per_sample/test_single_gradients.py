@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_dp.masks import ParameterMask
 from lightning_dp.per_sample import SingleSampleEngine
-from lightning_dp.per_sample.kept_samples import KeptSamples, most_kept
+from lightning_dp.per_sample.single_gradients import SingleGradients, SingleSample, most_kept
 
 NUM = 4
 
@@ -26,24 +26,22 @@ class Halves(nn.Module):
         return (layer(self.table(torch.tensor([index, 2 * index]))).square().sum() + 1) * (index + 1)
 
 
-def _run(module: nn.Module, groups: list[list[str]], masks: dict[str, ParameterMask]) -> tuple[KeptSamples, list]:
-    """The kept samples, and of each alone: norms, twice the active gradient, and the gradient."""
+def _run(module: nn.Module, groups: list[list[str]], masks: dict[str, ParameterMask]) -> tuple[SingleGradients, list]:
+    """Return the samples taken, and of each alone: norms, twice the active gradient, and the gradient."""
     engine = SingleSampleEngine(module)
     engine.attach()
     engine.set_parameters(dict(module.named_parameters()))
-    alone = []
-    for index in range(2 * NUM):  # what a sample of the second round leaves out was written in the first one
-        is_second, position = divmod(index, NUM)
+    alone, samples = [], []
+    for index in range(NUM):
         engine.begin(1)
-        module(position + is_second).backward()
-        if is_second:
-            out = _zeros(module, masks)
-            engine.accumulate(torch.full((len(groups), 1), 2.0), groups, out, masks)
-            alone.append((engine.squared_norms(groups, masks), out, engine.per_sample_gradients()))
-        engine.keep(position)
+        module(index).backward()
+        out = _zeros(module, masks)
+        engine.accumulate(torch.full((len(groups), 1), 2.0), groups, out, masks)
+        alone.append((engine.squared_norms(groups, masks), out, engine.per_sample_gradients()))
+        samples.append(engine.take())
         assert not engine.has_backprops(dict(module.named_parameters()))
         engine.end()
-    return engine.kept(NUM), alone
+    return engine.taken(samples), alone
 
 
 def _zeros(module: nn.Module, masks: dict[str, ParameterMask]) -> dict[str, Tensor]:
@@ -71,12 +69,36 @@ def test_kept_samples_agree_with_each_sample_alone(masked: bool) -> None:
             )
 
 
+def test_norm_of_a_long_gradient_follows_every_change() -> None:
+    sample, zeros = SingleSample(), torch.zeros(5000)
+    gradients = SingleGradients({"w": nn.Parameter(zeros)}, [sample])
+    for expected in (5000.0, 20000.0):  # of two backwards
+        sample.add("w", zeros + 1)
+        torch.testing.assert_close(gradients.squared_norms([["w"]]), torch.tensor([[expected]]))
+    masks = {"w": ParameterMask(torch.arange(5000) < 10)}
+    torch.testing.assert_close(gradients.squared_norms([["w"]], masks), torch.tensor([[40.0]]))
+    sample.drop("w")
+    assert float(gradients.squared_norms([["w"]])) == 0.0
+
+
+def test_taken_gradients_hold_no_more_memory_than_their_own() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    engine = SingleSampleEngine(nn.ParameterDict({"w": weight}))
+    engine.attach()
+    engine.set_parameters({"w": weight})
+    engine.begin(1)
+    torch.cat([weight, torch.zeros(1000)]).square().sum().backward()
+    grad = engine.take().grads["w"]
+    assert grad.tolist() == [2.0, 2.0, 2.0]
+    assert grad.untyped_storage().nbytes() == grad.nbytes
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_kept_sample_of_factor_zero_is_exactly_zero(bad: float) -> None:
-    kept = KeptSamples({"w": nn.Parameter(torch.zeros(3))})
-    for position, value in enumerate((1.0, bad, 2.0)):
-        kept.write(position, {"w": torch.full((3,), value)})
-    kept.num = 3
+    samples = [SingleSample() for _ in range(3)]
+    for sample, value in zip(samples, (1.0, bad, 2.0), strict=True):
+        sample.add("w", torch.full((3,), value))
+    kept = SingleGradients({"w": nn.Parameter(torch.zeros(3))}, samples)
     assert kept.squared_norms([["w"]]).isfinite().tolist() == [[True, False, True]]
     out = {"w": torch.ones(3)}
     kept.accumulate(torch.tensor([[1.0, 0.0, 1.0]]), [["w"]], out)
