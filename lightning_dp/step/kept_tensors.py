@@ -12,7 +12,8 @@ from lightning_dp.system.torch_private import num_changes
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types whose values show the bits of a floating-point type of as many bytes."""
 _LARGE = 2**14
-"""Elements above which a quick comparison looks at about 1,000 of a tensor's elements."""
+"""Elements above which a quick comparison looks at ``_RUNS`` runs of ``_RUN`` elements spread over a tensor."""
+_RUNS, _RUN = 64, 16
 
 
 class KeptTensor:
@@ -24,7 +25,7 @@ class KeptTensor:
         self.memory = _memory_of(self.alias)
         self.value = self.memory.clone()
         self.version = num_changes(tensor)
-        self.step = self.value.numel() // 1024 if self.value.numel() > _LARGE and self.value.is_contiguous() else 0
+        self.is_large = self.value.numel() > _LARGE and self.memory.is_contiguous()
 
     def put_back(self, *, quick: bool, changed: bool | None = None) -> None:
         """Give the tensor its values, memory and shape; see ``Snapshot.put_back``.
@@ -42,7 +43,7 @@ class KeptTensor:
         now = tensor.detach()
         if _place_of(now) != _place_of(alias):
             tensor.data = alias
-        elif quick and self.step and num_changes(tensor) == self.version and self._sample_is_same():
+        elif quick and self.is_large and num_changes(tensor) == self.version and self._sample_is_same():
             return
         if changed is None:
             changed = not same_values(self.memory, self.value)
@@ -52,8 +53,14 @@ class KeptTensor:
         if tensor.is_leaf and tensor.requires_grad != self.requires_grad:
             tensor.requires_grad_(self.requires_grad)
 
+    def few(self, memory: Tensor) -> Tensor:
+        """Return the elements of its memory, or of a copy, that a quick comparison reads: runs within cache lines."""
+        if not self.is_large:
+            return memory.view(-1)
+        return memory.as_strided((_RUNS, _RUN), (memory.numel() // _RUNS, 1), memory.storage_offset())
+
     def _sample_is_same(self) -> bool:
-        return same_values(self.memory.view(-1)[:: self.step], self.value.view(-1)[:: self.step])
+        return same_values(self.few(self.memory), self.few(self.value))
 
 
 def find_changed(tensors: list[KeptTensor]) -> list[bool | None]:
@@ -82,7 +89,7 @@ class Together:
     """
 
     def __init__(self, tensors: list[KeptTensor]) -> None:
-        self._large = [kept for kept in tensors if kept.step]
+        self._large = [kept for kept in tensors if kept.is_large]
         self._places = [(kept.tensor, *_place_of(kept.alias), kept.requires_grad) for kept in tensors]
         self._comparable = all(
             kept.tensor.layout == torch.strided and kept.memory.is_contiguous() and kept.memory.device.type != "meta"
@@ -90,8 +97,8 @@ class Together:
         )
         pieces: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for kept in tensors if self._comparable else ():
-            memory, value = (_bits_of(one).view(-1)[:: kept.step or 1] for one in (kept.memory, kept.value))
-            pieces.setdefault((memory.dtype, memory.device), []).append((memory, value))
+            memory, value = (_bits_of(kept.few(one)) for one in (kept.memory, kept.value))
+            pieces.setdefault((memory.dtype, memory.device, memory.shape[1:]), []).append((memory, value))
         self._pieces = [
             ([now for now, _ in pairs], torch.cat([then for _, then in pairs])) for pairs in pieces.values()
         ]

@@ -8,7 +8,7 @@ import operator
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Collection, Iterable, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
 import numpy as np
@@ -102,8 +102,9 @@ class Snapshot:
         self._settle = settle
         settle()
         self._restore: list[Callable[[], Any]] = []
-        self._refill: list[Callable[[], Any]] = []  # of the mappings below
+        self._refill: list[Callable[[], Any]] = []  # of the containers below
         self._mappings: list[dict[Any, Any]] = []
+        self._others: list[Collection[Any]] = []  # lists, sets and queues
         self._entries: tuple[list[int], list[Any], list[Any]] | None = None  # of all of them
         self._tensors: list[KeptTensor] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used again
@@ -120,7 +121,7 @@ class Snapshot:
         """
         self._settle()
         with torch.no_grad():
-            if not (quick and self._mappings_are_unchanged()):
+            if not (quick and self._containers_are_unchanged()):
                 for refill in self._refill:
                     refill()
                 if quick:  # with what the host has put there since, such as the silent ``self.log``
@@ -134,21 +135,23 @@ class Snapshot:
             for kept, differs in zip(self._tensors, changed, strict=True):
                 kept.put_back(quick=quick, changed=differs)
 
-    def _mappings_are_unchanged(self) -> bool:
-        """Tell whether all dictionaries hold the same objects under the same keys as after the last quick call."""
+    def _containers_are_unchanged(self) -> bool:
+        """Tell whether all containers hold the same objects, under the same keys, as after the last quick call."""
         if self._entries is None:
             return False
         sizes, values, keys = self._entries
+        containers = [*self._mappings, *self._others]
         return (
-            [*map(len, self._mappings)] == sizes
+            [*map(len, containers)] == sizes
             and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self._mappings)), values))
-            and all(map(operator.is_, itertools.chain.from_iterable(self._mappings), keys))
+            and all(map(operator.is_, itertools.chain.from_iterable(containers), keys))
         )
 
     def _held_now(self) -> tuple[list[int], list[Any], list[Any]]:
-        """Return the sizes, values and keys of all dictionaries."""
+        """Return the sizes of all containers, the values of dictionaries, and the keys or elements of all."""
+        containers = [*self._mappings, *self._others]
         values = itertools.chain.from_iterable(map(dict.values, self._mappings))
-        return [*map(len, self._mappings)], [*values], [*itertools.chain.from_iterable(self._mappings)]
+        return [*map(len, containers)], [*values], [*itertools.chain.from_iterable(containers)]
 
     def _are_unchanged(self) -> bool:
         if self._together is None:
@@ -229,9 +232,12 @@ class Snapshot:
 
         if isinstance(content, dict) and isinstance(holder, dict):
             self._mappings.append(holder)
-            self._refill.append(restore)
+        elif type(holder) in (list, set, deque):
+            self._others.append(holder)
         else:
             self._restore.append(restore)
+            return
+        self._refill.append(restore)
 
     def _keep_array(self, array: Any) -> None:
         content, shape, writeable = array.copy(), array.shape, array.flags.writeable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import copy
 import itertools
 import random
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
@@ -381,7 +382,7 @@ def test_quick_leaves_to_exact_what_it_misses() -> None:
     """One element written through ``data``; had a quick comparison found it, it would have compared all of them."""
     module = large()
     snapshot = Snapshot([module])
-    module.thing.data[1] = 1.0
+    module.thing.data[500] = 1.0
     snapshot.put_back(quick=True)
     assert int(module.thing.sum()) == 1
     snapshot.put_back()
@@ -392,6 +393,36 @@ def test_quick_compares_small_tensors_whole() -> None:
     module = Holder(torch.zeros(2**10))
     snapshot = Snapshot([module])
     module.thing.data[1] = 1.0
+    snapshot.put_back(quick=True)
+    assert not bool(module.thing.any())
+
+
+@pytest.mark.parametrize(
+    ("thing", "change"),
+    [
+        ([1], lambda held: held.append(2)),
+        ([1], lambda held: held.__setitem__(0, 2)),
+        ({1}, lambda held: held.add(2)),
+        (deque([1, 2]), lambda held: held.rotate()),
+        ({1: 1}, lambda held: held.update({1: 2})),
+    ],
+    ids=["list", "element", "set", "deque", "dict"],
+)
+def test_quick_finds_changes_of_every_container(thing: Any, change: Any) -> None:
+    module, before = Holder(thing), copy.copy(thing)
+    snapshot = Snapshot([module])
+    snapshot.put_back(quick=True)
+    for _ in range(2):
+        change(module.thing)
+        assert module.thing != before
+        snapshot.put_back(quick=True)
+        assert module.thing == before
+
+
+def test_quick_reads_memory_that_a_view_holds_in_part() -> None:
+    module = Holder(torch.zeros(2**10, 2**6)[:, :40])
+    snapshot = Snapshot([module])
+    module.thing.data[500, 30] = 1.0
     snapshot.put_back(quick=True)
     assert not bool(module.thing.any())
 
