@@ -218,7 +218,8 @@ class PrivateFit:
                         output = self._call(batch, count, weight=weight)
                         loss = self._loss_of(output, count) if step.automatic else None
                         if loss is not None:
-                            self._strategy.backward(loss, None)
+                            self._host.back_propagate(loss, self._host.hooks.run)
+                            self.backward_done()
                 self._check_steps(microbatch, output, counts)
 
     def _loss_of(self, output: Any, count: int) -> Tensor | None:

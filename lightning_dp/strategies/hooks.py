@@ -114,6 +114,11 @@ class UserHooks:
                     warnings.warn(f"{problem} What it writes from a batch is not checked.", stacklevel=2)
         return answers
 
+    def run(self, name: str, *args: Any) -> None:
+        """Call the same hooks in a microbatch; an error is raised as in training."""
+        for _, hook in self._with(name):
+            hook(*args)
+
     def saved(self) -> dict[str, Any]:
         """Return copies of what the user's hooks put into a checkpoint, by its path: those of the module, the data
         module, and callbacks that take part in trials.

@@ -68,16 +68,25 @@ class LightningHost(Host):
 
     @override
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate a loss, with the hooks before and after it."""
+        """Back-propagate the loss of a trial, with the hooks that free gradients before."""
         strategy = self._strategy
         if strategy.module.automatic_optimization:
             optimizers = _lightning.lightning_optimizers(strategy)[:1]
             self.hooks.call("on_before_zero_grad", *optimizers)
             self.hooks.call("optimizer_zero_grad", strategy.trainer.current_epoch, self._batch_idx, *optimizers)
-        self.hooks.call("on_before_backward", loss)
+        self.back_propagate(loss, self.hooks.call)
+
+    def back_propagate(self, loss: Tensor, call: Callable[..., object]) -> None:
+        """Back-propagate a loss in the sandbox, with the hooks that take part there.
+
+        Args:
+            loss: a scalar.
+            call: calls hooks by name.
+        """
+        call("on_before_backward", loss)
         with checks.reached(loss):
-            strategy.module.backward(loss)
-        self.hooks.call("on_after_backward")
+            self._strategy.module.backward(loss)
+        call("on_after_backward")
 
     @override
     def rehearse(self, closure: Callable[[], Any]) -> None:
