@@ -63,12 +63,20 @@ def test_step_without_noise_is_the_clipped_mean(tmp_path: Any, microbatch_size: 
 
 @pytest.mark.parametrize("microbatch_size", MICROBATCHES)
 def test_raw_gradients_never_reach_a_hook(tmp_path: Any, microbatch_size: int | None) -> None:
-    recorder = Recorder()
-    strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=microbatch_size)
-    make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(Classifier(), make_loader())
-    assert recorder.after_backward
-    for seen in recorder.after_backward:
-        assert all(gradient is None for gradient in seen.values())
+    """The module's hook runs in every microbatch; a callback's has one effect per batch, whatever was drawn."""
+    recorder, seen = Recorder(), []
+
+    class Watching(Classifier):
+        def on_after_backward(self) -> None:
+            seen.extend(parameter.grad for parameter in self.parameters())
+
+    strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=microbatch_size, check_per_sample=False)
+    make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(Watching(), make_loader())
+    assert len(recorder.after_backward) == strategy.ledger.num_steps
+    for gradients in recorder.after_backward:
+        assert all(gradient is None for gradient in gradients.values())
+    assert microbatch_size is None or len(seen) > 2 * 4 * strategy.ledger.num_steps  # of four parameters
+    assert all(gradient is None for gradient in seen)
 
 
 def test_divisor_is_the_expected_batch_size_whatever_was_drawn(tmp_path: Any) -> None:
