@@ -91,7 +91,7 @@ def _agrees(tracker: Tracker, key: tuple[str, int], rows: Rows) -> bool:
 def _refuse(func: Any, nodes: Iterable[Node], rows: Mixed) -> NoReturn:
     raise PrivacyError(
         f"Expected {func.__name__} of {named(nodes)} to meet rows of known samples, got rows that come from {rows.by}. "
-        f"{WAY_OUT}."
+        f"Give the sample of each row as 'sample_of_row' in the batch or on the module; {WAY_OUT}."
     )
 
 
