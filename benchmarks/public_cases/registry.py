@@ -38,7 +38,11 @@ class Case:
     @property
     def tree(self) -> str:
         """The package of Lightning whose Trainer trains the model."""
-        return "pytorch_lightning" if self.package in ("darts", "neuralforecast") else "lightning.pytorch"
+        return (
+            "pytorch_lightning"
+            if self.package in ("darts", "neuralforecast", "pytorch-tabular")
+            else "lightning.pytorch"
+        )
 
 
 CASES: dict[str, Case] = {}
