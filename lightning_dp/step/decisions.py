@@ -80,9 +80,13 @@ class Decisions:
 
     def _stops(self, record: Any, counts: Any) -> bool:
         """Tell whether the run ends after a batch of one record, with these public counters."""
-        with self._sandbox.enter() as snapshot, counts():
-            self._host.attempt(partial(self._runs.run, [record], Draws(real=True), engine=False), snapshot.put_back)
+
+        def run() -> None:
+            self._runs.run([record], Draws(real=True), engine=False)
             self._host.end_epoch()
+
+        with self._sandbox.enter() as snapshot, counts():
+            self._host.attempt(run, snapshot.put_back)
             return bool(self._host.stops)
 
     def check_steps(self, real: set[int], counts: Any) -> None:

@@ -34,6 +34,7 @@ class ForeignCode:
 
     def __init__(self, host: Host, *, reduction: str, runs_alone: bool) -> None:
         self._host, self._sums, self.runs_alone = host, reduction == "sum", runs_alone
+        self._ran_one = False
         self.copies = 1
         """Number of copies that replace a single record in a run."""
 
@@ -49,6 +50,7 @@ class ForeignCode:
             OneAloneError: the step raised on one record.
         """
         chosen = records * self.copies if len(records) == 1 else records
+        self._ran_one = len(chosen) == 1
         try:
             return self._host.run(chosen)
         except PrivacyError:
@@ -61,6 +63,19 @@ class ForeignCode:
                 "lightning_dp had called the training step on trial, without effect, with "
                 f"{_named(len(chosen), len(records))}.",
             )
+            raise
+
+    def end_epoch(self) -> None:
+        """Call the user's hooks between two epochs.
+
+        Raises:
+            OneAloneError: a hook raised after a run on one record, such as a metric over two that it computes.
+        """
+        try:
+            self._host.end_epoch()
+        except PrivacyError as error:
+            if self._ran_one and not self.runs_alone and error.__cause__ is not None:
+                raise OneAloneError from error.__cause__
             raise
 
     def loss_of(self, output: Any, count: int) -> Tensor | None:
@@ -82,9 +97,9 @@ class ForeignCode:
             self.copies, raised = 2, alone.__cause__
         answer = check()
         _messages.info(
-            f"The training step raised {type(raised).__name__} on one record alone ({str(raised)[:200]}), so the "
-            "checks ran it on two copies. Training raises, too, if a batch holds one record: Poisson sampling draws "
-            "such batches where batches are small."
+            f"The training step or a hook raised {type(raised).__name__} on one record alone ({str(raised)[:200]}), so "
+            "the checks ran it on two copies. Training raises, too, if a batch holds one record: Poisson sampling "
+            "draws such batches where batches are small."
         )
         return answer
 

@@ -55,6 +55,34 @@ def test_a_step_that_needs_two_records_is_checked_on_copies(
     assert "raised ValueError on one record alone (Needs at least two samples" in said
 
 
+class ComputesAtTheEnd(Classifier):
+    """Computes and resets a metric over two records when an epoch ends, as many modules of packages do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(len(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        if sum(self.seen) < 2:
+            raise ValueError("Needs at least two samples to calculate r2 score")
+        self.seen.clear()
+        self.epochs = self.current_epoch
+
+
+def test_an_epoch_end_that_needs_two_records_is_checked_on_copies(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0)
+    with caplog.at_level(logging.INFO):
+        make_trainer(strategy, tmp_path, max_epochs=3).fit(ComputesAtTheEnd(), make_loader())
+    assert strategy.ledger.num_steps == 12
+    assert any("a hook raised ValueError on one record alone" in r.getMessage() for r in caplog.records)
+
+
 def test_copies_do_not_hide_that_samples_are_mixed(tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match="samples influence each other"):
         fit(NeedsTwoAndMixes(), tmp_path)
