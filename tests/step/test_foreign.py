@@ -73,9 +73,7 @@ class ComputesAtTheEnd(Classifier):
         self.epochs = self.current_epoch
 
 
-def test_an_epoch_end_that_needs_two_records_is_checked_on_copies(
-    tmp_path: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_epoch_end_that_needs_two_records_runs_on_copies(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     strategy = DPStrategy(noise_multiplier=1.0)
     with caplog.at_level(logging.INFO):
         make_trainer(strategy, tmp_path, max_epochs=3).fit(ComputesAtTheEnd(), make_loader())
