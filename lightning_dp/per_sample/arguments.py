@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis), torch.Size, torch.dtype))
 
-def tensors_in(args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """Yield the tensors of arguments, nested in lists, tuples and dictionaries, in a fixed order."""
-    for thing in (*args, *kwargs.values()):
-        if isinstance(thing, Tensor):
-            yield thing
-        elif type(thing) in (tuple, list):
-            yield from tensors_in(thing, {})
-        elif type(thing) is dict:
-            yield from tensors_in((), thing)
+
+def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors of arguments, nested in lists, tuples and dictionaries, in a fixed order."""
+    found: list[Tensor] = []
+    _collect(args, found)
+    if kwargs:
+        _collect(kwargs.values(), found)
+    return found
+
+
+def _collect(things: Iterable[Any], found: list[Tensor]) -> None:
+    for thing in things:
+        kind = type(thing)
+        if kind is Tensor:  # whether something is another kind of tensor is slow to tell
+            found.append(thing)
+        elif kind in _NO_TENSORS:
+            continue
+        elif kind is tuple or kind is list:
+            _collect(thing, found)
+        elif kind is dict:
+            _collect(thing.values(), found)
+        elif isinstance(thing, Tensor):
+            found.append(thing)
 
 
 def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lightning_dp.per_sample.moves import CONSTANTS, MADE_OF_NUMBERS, Step, hand
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import IN_PLACE, operation_of
 from lightning_dp.per_sample.owned import MIXED, Memo, Mixed, Owners, Rows, merged
-from lightning_dp.per_sample.reductions import entry_by_entry
+from lightning_dp.per_sample.reductions import Found, entry_by_entry
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -35,7 +35,7 @@ _entered = functools.cache(entered)
 _METHODS = """size dim ndimension numel nelement stride storage_offset data_ptr element_size is_contiguous get_device
     is_floating_point is_complex is_inference __len__"""
 _ATTRIBUTES = """shape ndim dtype device layout requires_grad is_leaf is_sparse is_cuda is_mps is_quantized is_meta
-    _version"""
+    _version is_nested"""
 _SHOWS_NO_ENTRY = {
     *(getattr(Tensor, name) for name in _METHODS.split()),
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
@@ -43,6 +43,32 @@ _SHOWS_NO_ENTRY = {
     torch.numel,
 }
 """Functions that return no tensor and no entry of one: half of all calls of a graph network."""
+
+
+class _Traits(NamedTuple):
+    """Properties of a torch function that are known before it runs.
+
+    Args:
+        name: name of the operation, or of the attribute that is read.
+        handler: computes the owners of its result; None if nothing does.
+        is_entered: whether it is a function of ``torch.nn.functional`` that only its operations say something about.
+        in_place: whether it may change its first argument.
+    """
+
+    name: str
+    handler: Callable[[Step], Found] | None
+    is_entered: bool
+    in_place: bool
+
+
+@functools.lru_cache(4096)
+def _traits_of(func: Any) -> _Traits:
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = func.__self__.__name__
+    handler = handler_of(name)
+    is_functional = isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional"
+    return _Traits(name, handler, is_functional and handler is None, bool(IN_PLACE.fullmatch(name)))
 
 
 class Follower(TorchFunctionMode):
@@ -93,7 +119,7 @@ class Follower(TorchFunctionMode):
         note = self._notes.get(id(tensor))
         if note is None or note[0]() is not tensor:
             return MIXED
-        if self._written and self._written.get(tensor.untyped_storage().data_ptr(), 0) > note[1]:
+        if note[1] < self._time and self._written.get(tensor.untyped_storage().data_ptr(), 0) > note[1]:
             return Mixed("a view of memory that was written in place")
         return note[2]
 
@@ -112,38 +138,40 @@ class Follower(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SHOWS_NO_ENTRY:
             return func(*args, **kwargs)
-        name: str = getattr(func, "__name__", "")
-        tensors = [*tensors_in(args, kwargs)]
-        if any(map(is_tracked, tensors)):
+        traits, tensors = _traits_of(func), tensors_in(args, kwargs)
+        if any(type(tensor) is not Tensor and is_tracked(tensor) for tensor in tensors):
             operation = operation_of(func)
             if operation is not None and operation.is_composite and torch.is_grad_enabled():
                 with self:
                     return operation.run(self.tracker, func, args, kwargs)
-        elif isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional" and not handler_of(name):
+        elif traits.is_entered:
             with self:
                 return _entered(func)(*args, **kwargs)
-        if name == "__iter__":
+        if traits.name == "__iter__":
             with self:
                 return iter(torch.unbind(args[0], 0))
-        return self._noted(func, name, args, kwargs, tensors, func(*args, **kwargs))
+        return self._noted(func, traits, args, kwargs, tensors, func(*args, **kwargs))
 
     def run(self, func: Any, args: Any, kwargs: Any, how: Callable[[], Any]) -> Any:
         """Run an operation in another way than by calling it, as one step: only its result gets owners."""
         with unfollowed():
             out = how()
-        return self._noted(func, func.__name__, args, kwargs, [*tensors_in(args, kwargs)], out)
+        return self._noted(func, _traits_of(func), args, kwargs, tensors_in(args, kwargs), out)
 
-    def _noted(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> Any:
+    def _noted(self, func: Any, traits: _Traits, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> Any:
         """Record which samples own the rows of an operation's result, and return the result."""
-        if type(out) is torch.Size or self._is_noted(out, args, kwargs):
+        name, kind = traits.name, type(out)
+        if kind is not Tensor:
+            may_hold = isinstance(out, (Tensor, list, tuple)) and kind is not torch.Size
+            if not may_hold and name not in ("__setitem__", "__set__"):
+                return out
+        if self._is_noted(out, args, kwargs):
             return out
-        if type(out) is Tensor and handler_of(name) is entry_by_entry and self._note_alike(args, kwargs, tensors, out):
+        owners = [self.owners_of(tensor) for tensor in tensors]
+        if kind is Tensor and traits.handler is entry_by_entry and self._note_alike(args, kwargs, tensors, owners, out):
             return out
-        if isinstance(out, (Tensor, list, tuple)) or name in ("__setitem__", "__set__"):
-            if name == "__get__":
-                name = func.__self__.__name__
-            with unfollowed():
-                self._note_result(func, name, args, kwargs, tensors, out)
+        with unfollowed():
+            self._note_result(func, traits, args, kwargs, tensors, owners, out)
         return out
 
     def _is_noted(self, out: Any, args: Any, kwargs: Any) -> bool:
@@ -152,40 +180,49 @@ class Follower(TorchFunctionMode):
         note = self._notes.get(id(out)) if of_parameter else None
         return note is not None and note[0]() is out
 
-    def _note_alike(self, args: Any, kwargs: Any, tensors: list[Tensor], out: Tensor) -> bool:
+    def _note_alike(self, args: Any, kwargs: Any, tensors: list[Tensor], owners: list[Owners], out: Tensor) -> bool:
         """Record the owners of a result that is computed entry by entry, if all data in it has the same owners."""
         found, at = None, 0
-        for tensor in tensors:
-            owners = self.owners_of(tensor)
-            if owners is None:
+        for tensor, rows in zip(tensors, owners, strict=True):
+            if rows is None:
                 continue
-            if not isinstance(owners, Rows) or owners.axis is None or owners.only is not None:
+            if type(rows) is not Rows or rows.axis is None or rows.only is not None:
                 return False
             if found is None:
-                found, at = owners, owners.axis - tensor.dim()
-            elif owners.index is not found.index or owners.axis - tensor.dim() != at:
+                found, at = rows, rows.axis - tensor.dim()
+            elif rows.index is not found.index or rows.axis - tensor.dim() != at:
                 return False
         if found is None or "out" in kwargs:
             return False
         if args and out is args[0]:  # it keeps its owners, if it has some
-            return self.owners_of(out) is not None
+            return owners[0] is not None
         rows = found.moved(at + out.dim())
         if not _fits(out, rows):
             return False
         self.note(out, rows)
         return True
 
-    def _note_result(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> None:
-        results = [args[0]] if out is None else [out] if isinstance(out, Tensor) else [*tensors_in(tuple(out), {})]
+    def _note_result(
+        self,
+        func: Any,
+        traits: _Traits,
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        owners: list[Owners],
+        out: Any,
+    ) -> None:
+        name = traits.name
+        results = [args[0]] if out is None else [out] if isinstance(out, Tensor) else tensors_in(out, {})
         if not results:
             return
-        owners = self._result(func, name, args, kwargs, tensors, results[0] if out is None else out)
+        found = self._result(func, name, args, kwargs, tensors, owners, results[0] if out is None else out)
         if self.tracker.compares:
             self.tracker.chooses_rows |= chooses_rows(name, args, kwargs, self.owners_of, self.size)
-        if owners is MIXED:
-            owners = Mixed(name)
-        each = owners if isinstance(owners, list) else [owners] * len(results)
-        in_place = bool(args) and results[0] is args[0] and bool(IN_PLACE.fullmatch(name))
+        if found is MIXED:
+            found = Mixed(name)
+        each = found if isinstance(found, list) else [found] * len(results)
+        in_place = traits.in_place and bool(args) and results[0] is args[0]
         if (in_place or kwargs.get("out") is not None) and self._changes(results[0], each[0]):
             self._time += 1
             self._written[results[0].untyped_storage().data_ptr()] = self._time
@@ -202,20 +239,27 @@ class Follower(TorchFunctionMode):
             return before.axis != after.axis or not torch.equal(before.index, after.index)
         return True
 
-    def _result(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> Any:
+    def _result(
+        self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], owners: list[Owners], out: Any
+    ) -> Any:
         """Return the owners of a result, or of each tensor in it."""
         if name in CONSTANTS:
             return None
-        found = [(tensor, self.owners_of(tensor)) for tensor in tensors]
         if not tensors:
             return None if name in MADE_OF_NUMBERS else MIXED
-        if any(isinstance(owners, Mixed) for _, owners in found):
+        owned, mixed = [], False
+        for tensor, rows in zip(tensors, owners, strict=True):
+            if type(rows) is Rows:
+                owned.append((tensor, rows))
+            elif rows is not None:
+                mixed = True
+        if mixed:
+            found = [*zip(tensors, owners, strict=True)]
             # an index of unknown owners only says where the rows of others go
             entries = {id(tensor) for tensor in moved_entries(name, args)} or {id(tensor) for tensor in tensors}
-            for tensor, owners in found:
-                if isinstance(owners, Mixed) and (id(tensor) in entries or self._are_constant(found, entries)):
-                    return owners
-        owned = [(tensor, owners) for tensor, owners in found if isinstance(owners, Rows)]
+            for tensor, rows in found:
+                if isinstance(rows, Mixed) and (id(tensor) in entries or self._are_constant(found, entries)):
+                    return rows
         if not owned:
             return None
         if handler_of(name) is None and (known := operation_of(func)) is not None and known.keeps_rows:
@@ -235,8 +279,9 @@ class Follower(TorchFunctionMode):
         """Return the shape, and the owners, of what an operation would give."""
         with torch.no_grad(), unfollowed():
             out = func(*args, **kwargs)
-            tensors = [*tensors_in(args, kwargs)]
-            return getattr(out, "shape", None), self._result(func, func.__name__, args, kwargs, tensors, out)
+            tensors = tensors_in(args, kwargs)
+            owners = [self.owners_of(tensor) for tensor in tensors]
+            return getattr(out, "shape", None), self._result(func, func.__name__, args, kwargs, tensors, owners, out)
 
 
 def _fits(tensor: Tensor, owners: Owners) -> bool:

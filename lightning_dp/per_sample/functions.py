@@ -86,7 +86,7 @@ def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any)
     """Return the result of an operation without gradient; within the ``forward`` of a ``torch.autograd.Function``, on
     parameters alone, as a tracked tensor, which is a function of them once that class has given it a gradient.
     """
-    tensors = [*tensors_in(args, kwargs)]
+    tensors = tensors_in(args, kwargs)
     if type(out) is not Tensor or not out.is_floating_point() or not all(isinstance(one, Reporting) for one in tensors):
         return out
     nodes = [node for one in tensors if (node := tracker.known_node(one)) is not None]

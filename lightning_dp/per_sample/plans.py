@@ -56,7 +56,7 @@ class Observer:
 
     def observe(self, tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation and record its tensors."""
-        tensors = [*tensors_in(args, kwargs)]
+        tensors = tensors_in(args, kwargs)
         nodes = [tracker.node_of(tensor) for tensor in tensors]
         known = [(node, tensor) for node, tensor in zip(nodes, tensors, strict=True) if node is not None]
         if not known or in_backward():

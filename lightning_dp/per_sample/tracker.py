@@ -245,7 +245,7 @@ class Tracker:
         """Run an operation that has no rule: derive a function of parameters, or expand the parameters to the
         samples.
         """
-        tensors = [*tensors_in(args, kwargs)]
+        tensors = tensors_in(args, kwargs)
         tracked = [(tensor, node) for tensor in tensors if (node := self.node_of(tensor)) is not None]
         if not tracked:
             return func(*args, **kwargs)

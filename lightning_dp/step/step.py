@@ -21,6 +21,7 @@ from lightning_dp.clipping import Clipping
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import GradientEngine, SingleSampleEngine, make_engine
+from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.clipper import Clipper
@@ -176,12 +177,13 @@ class PrivateStep:
         if optimizer not in self.accumulators or self.recording is None:
             return
         accumulator, engine, recording = self.accumulators[optimizer], self.engine, self.recording
-        self._begin_sum(optimizer)
-        if recording.weight == 0.0:  # the dummy sample of an empty batch must not even count
-            self.reduction.accumulate(engine, None, accumulator)
-        else:
-            self._clipper.add(recording, accumulator)
-        engine.discard(self.parameters.collected(optimizer))
+        with unfollowed():
+            self._begin_sum(optimizer)
+            if recording.weight == 0.0:  # the dummy sample of an empty batch must not even count
+                self.reduction.accumulate(engine, None, accumulator)
+            else:
+                self._clipper.add(recording, accumulator)
+            engine.discard(self.parameters.collected(optimizer))
 
     @torch.no_grad()
     def release(self, optimizer: int = 0) -> None:
