@@ -12,7 +12,7 @@ The owner of a row is the sample that it belongs to. These name owners:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
 
 Path = tuple[Any, ...]
+Container = tuple[Path, dict[str, Any]]
 Kind = tuple[Any, str]
 """Axis and name of an index; axis "each" for a list with one thing for each sample."""
 
@@ -47,7 +49,9 @@ class BatchOwners:
         """Record how a batch of ``size`` samples names the owners of rows; keep only facts true for all
         batches seen.
         """
-        seen = dict(_kinds_of(batch, size, self._indices(batch, size)))
+        things, containers = _read(batch)
+        indices = self._indices(batch, containers, size)
+        seen = {path: _kinds_of(path, thing, size, indices) for path, thing in things}
         known = self._kinds
         self._sizes.add(size)
         self._kinds = seen if known is None else {path: seen[path] & known[path] for path in seen.keys() & known.keys()}
@@ -76,17 +80,23 @@ class BatchOwners:
         Raises:
             PrivacyError: an index does not fit the number of samples.
         """
+        with unfollowed():
+            self._note(batch, follower)
+
+    def _note(self, batch: Any, follower: Follower) -> None:
         # one size alone does not tell samples from other things of which there are as many
         known, size = (self._kinds or {}) if len(self._sizes) > 1 else {}, follower.size
-        indices = self._indices(batch, size)
+        things, containers = _read(batch)
+        indices = self._indices(batch, containers, size)
         named = {name: Rows(0, index) for name, index in indices.items()}
         follower.known = [*named.values()]
-        by_path = dict(_kinds_of(batch, size, indices))
         settled: list[Path] = []
-        for path, thing in _walk(batch):
+        for path, thing in things:
             if any(path[: len(done)] == done for done in settled):
                 continue
-            kinds = known.get(path, set()) & by_path.get(path, set())
+            kinds = known.get(path, set())
+            if kinds:
+                kinds = kinds & _kinds_of(path, thing, size, indices)
             if any(axis == "each" for axis, _ in kinds):
                 settled.append(path)
                 _note_records(thing, follower)
@@ -96,14 +106,14 @@ class BatchOwners:
             elif isinstance(thing, Tensor):
                 follower.note(thing, _owners_of(path, kinds, thing, follower, named))
 
-    def _indices(self, batch: Any, size: int) -> dict[str, Tensor]:
+    def _indices(self, batch: Any, containers: Iterable[Container], size: int) -> dict[str, Tensor]:
         """Return the owner indices of a batch by name, each with the sample of every row, node or edge."""
         found: dict[str, Tensor] = {}
         given = getattr(self._module, KEY, None)
         given = given(batch) if callable(given) else given
         if given is not None:
             _add_given(found, given, size, f"the module's {KEY}")
-        for path, container in _containers(batch):
+        for path, container in containers:
             if KEY in container:
                 _add_given(found, container[KEY], size, KEY)
             if _is_graph(container):
@@ -129,7 +139,7 @@ def _note_records(records: Any, follower: Follower) -> None:
     """Note the tensors of a list of records; one that two different records hold is mixed."""
     holders: dict[int, frozenset[int]] = {}
     for sample, record in enumerate(records):
-        mine = [tensor for _, tensor in _walk(record) if isinstance(tensor, Tensor)]
+        mine = [tensor for _, tensor in _read(record)[0] if isinstance(tensor, Tensor)]
         whole = frozenset(map(id, mine))
         for tensor in mine:
             if holders.setdefault(id(tensor), whole) == whole:
@@ -155,8 +165,9 @@ def _add_given(found: dict[str, Tensor], given: Any, size: int, where: str) -> N
 
 def _check_index(index: Tensor, size: int, where: str) -> None:
     whole = index.dim() == 1 and not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
-    if not whole or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size):
-        got = f"shape={tuple(index.shape)}, dtype={index.dtype}" + (f", max={int(index.max())}" if whole else "")
+    low, high = map(int, index.aminmax()) if whole and index.numel() else (0, 0)
+    if not whole or not 0 <= low <= high < max(1, size):
+        got = f"shape={tuple(index.shape)}, dtype={index.dtype}" + (f", max={high}" if whole else "")
         raise PrivacyError(
             f"Expected {where} to give each row one of {size} samples by its position 0 to {size - 1}, got {got}. The "
             "collate function must hold as many samples as were drawn, in their order."
@@ -195,27 +206,26 @@ def _packed(packed: PackedSequence) -> Tensor:
     return torch.cat([order[: int(num)] for num in packed.batch_sizes])
 
 
-def _kinds_of(batch: Any, size: int, indices: Mapping[str, Tensor]) -> Iterator[tuple[Path, set[Kind]]]:
-    """Yield the path of each object in a batch with its possible kinds (axis and index name), inferred from lengths."""
-    for path, thing in _walk(batch):
-        kinds: set[Kind] = set()
-        if isinstance(thing, PackedSequence):
-            if int(thing.batch_sizes[0]) == size:
-                kinds.add((0, "packed"))
-        elif not isinstance(thing, Tensor):
-            if len(thing) == size:
-                kinds.add(("each", "sample"))
-        elif thing.dim():
-            if thing.shape[0] == size:
-                kinds.add((0, "sample"))
-            for name, index in indices.items():
-                if name.startswith("given ") and name != "given " and name != f"given {path[-1] if path else ''}":
-                    continue
-                if thing.shape[0] == len(index):
-                    kinds.add((0, name))
-                elif name.startswith("edges") and thing.dim() == 2 and thing.shape == (2, len(index)):
-                    kinds.add((1, name))
-        yield path, kinds
+def _kinds_of(path: Path, thing: Any, size: int, indices: Mapping[str, Tensor]) -> set[Kind]:
+    """Return the possible kinds (axis and index name) of an object in a batch, inferred from lengths."""
+    kinds: set[Kind] = set()
+    if isinstance(thing, PackedSequence):
+        if int(thing.batch_sizes[0]) == size:
+            kinds.add((0, "packed"))
+    elif not isinstance(thing, Tensor):
+        if len(thing) == size:
+            kinds.add(("each", "sample"))
+    elif thing.dim():
+        if thing.shape[0] == size:
+            kinds.add((0, "sample"))
+        for name, index in indices.items():
+            if name.startswith("given ") and name != "given " and name != f"given {path[-1] if path else ''}":
+                continue
+            if thing.shape[0] == len(index):
+                kinds.add((0, name))
+            elif name.startswith("edges") and thing.dim() == 2 and thing.shape == (2, len(index)):
+                kinds.add((1, name))
+    return kinds
 
 
 def _rank(path: Path, name: str) -> int:
@@ -230,30 +240,33 @@ def _rank(path: Path, name: str) -> int:
 
 def shapes_in(thing: Any) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of the tensors in a record or batch, in a fixed order."""
-    return tuple(tuple(value.shape) for _, value in _walk(thing) if isinstance(value, Tensor))
+    return tuple(tuple(value.shape) for _, value in _read(thing)[0] if isinstance(value, Tensor))
 
 
-def _walk(thing: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield the tensors, packed sequences, lists and tuples of a batch, with their paths."""
-    if isinstance(thing, (Tensor, PackedSequence)):
-        yield path, thing
-        return
-    if isinstance(thing, (list, tuple)):
-        yield path, thing
-    if len(path) < _DEEPEST:
-        for key, value in _items(thing):
-            yield from _walk(value, (*path, key))
+def _read(batch: Any) -> tuple[list[tuple[Path, Any]], list[Container]]:
+    """Return, with their paths, the tensors, packed sequences, lists and tuples of a batch, and as dictionaries its
+    mappings, named tuples and objects with attributes.
+    """
+    things: list[tuple[Path, Any]] = []
+    containers: list[Container] = []
 
+    def walk(thing: Any, path: Path) -> None:
+        if isinstance(thing, (Tensor, PackedSequence)):
+            things.append((path, thing))
+            return
+        is_list = isinstance(thing, (list, tuple))
+        if is_list:
+            things.append((path, thing))
+        if len(path) >= _DEEPEST:
+            return
+        items = [*_items(thing)]
+        if not is_list or hasattr(thing, "_fields"):
+            containers.append((path, {str(key): value for key, value in items}))
+        for key, value in items:
+            walk(value, (*path, key))
 
-def _containers(thing: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the mappings, named tuples and objects with attributes in a batch, each as a path and a dictionary."""
-    if isinstance(thing, (Tensor, PackedSequence)) or len(path) >= _DEEPEST:
-        return
-    items = dict(_items(thing))
-    if not isinstance(thing, (list, tuple)) or hasattr(thing, "_fields"):
-        yield path, {str(key): value for key, value in items.items()}
-    for key, value in items.items():
-        yield from _containers(value, (*path, key))
+    walk(batch, ())
+    return things, containers
 
 
 def _items(thing: Any) -> Iterator[tuple[Any, Any]]:
