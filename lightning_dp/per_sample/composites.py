@@ -119,8 +119,10 @@ def grouped_mm(
     if tracker.follower is None or not rows_by_matrices or is_tracked(a) or any(options.values()):
         return tracker.primitive(func, (a, b), {"offs": offs, "bias": bias, **options})
     ends = offs.tolist()
-    made = [a[start:end] @ b[i] for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if start < end]
     rest = len(a) - (ends[-1] if ends else 0)
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    groups = zip(a.split([*counts, rest]), b.mT.unbind(), strict=False)
+    made = [F.linear(rows, matrix) for rows, matrix in groups if rows.shape[0]]
     return torch.cat([*made, a.new_zeros(rest, b.shape[-1])] if rest or not made else made)
 
 
