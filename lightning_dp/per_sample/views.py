@@ -16,6 +16,9 @@ from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Memo, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step
 
+_CUTS = frozenset(("split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk"))
+_EXPANDS = frozenset(("expand", "expand_as", "broadcast_to"))
+_SWAPS = frozenset(("transpose", "swapaxes", "swapdims"))
 _RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"))
 
 
@@ -79,6 +82,13 @@ def moved_rows(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
     """Return the owners after an operation that moves whole rows of one tensor; None for other operations."""
     if rows.axis is None or rows.only is not None:
         return _reshaped(rows, tensor.shape, step.out.shape, step.identity) if name in _RESHAPES else None
+    if name in _RESHAPES and _keeps_leading(step.out.shape, tensor.shape, rows.axis):
+        return rows
+    if name in _CUTS:
+        return _cut(step, rows, tensor.dim())
+    at = _axis_after(step, name, rows.axis, tensor.dim())
+    if at is not None and step.out.shape[at] == len(rows.index):
+        return rows.moved(at)
     index = _index_of_rows(name, step.args, rows.axis, tensor.dim())
     if index is not None:
         found = step.memo.get(("rows", index.dtype), (rows,), index, lambda: _shared(step, rows.index[index]))
@@ -92,6 +102,43 @@ def moved_rows(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
         made: Found = step.memo.get(key, (rows,), None, partial(_reshaped, rows, before, after, step.identity))
         return made
     return None
+
+
+def _axis_after(step: Step, name: str, axis: int, num_axes: int) -> int | None:
+    """Return the axis of the owners after an operation that puts axes in another order or adds some; None for other
+    operations.
+    """
+    given = step.args[1:]
+    if name in _EXPANDS:
+        return axis + int(step.out.dim()) - num_axes
+    if name in _SWAPS and len(given) == 2:
+        one, other = given[0] % num_axes, given[1] % num_axes
+        return int({one: other, other: one}.get(axis, axis))
+    if name == "unsqueeze" and len(given) == 1:
+        return axis + int(given[0] % (num_axes + 1) <= axis)
+    if name == "permute" and given:
+        order = given[0] if len(given) == 1 else given
+        return [one % num_axes for one in order].index(axis)
+    return None
+
+
+def _cut(step: Step, rows: Rows, num_axes: int) -> list[Owners]:
+    """Return the owners of consecutive pieces of a tensor."""
+    over = (step.args[2] if len(step.args) > 2 else step.kwargs.get("dim", 0)) % num_axes
+    if over != rows.axis:
+        return [rows] * len(step.out)
+    sizes = tuple(one.shape[over] for one in step.out)
+
+    def made() -> list[Owners]:
+        return [Rows(over, part) for part in torch.split(rows.index, [*sizes])]
+
+    found: list[Owners] = step.memo.get(("cut", over, sizes), (rows,), None, made)
+    return found
+
+
+def _keeps_leading(after: torch.Size, before: torch.Size, axis: int) -> bool:
+    """Tell whether the axes up to one are the same in another shape of the same entries."""
+    return after[: axis + 1] == before[: axis + 1]
 
 
 def _index_of_rows(name: str, args: Any, axis: int, num_axes: int) -> Tensor | None:
@@ -146,7 +193,7 @@ def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, identity: Tenso
 
     The labels of the leading axes are enough if their entries fill leading axes of the result: the rest keeps apart.
     """
-    if rows.axis is None or after[: rows.axis + 1] == before[: rows.axis + 1]:
+    if rows.axis is None or _keeps_leading(after, before, rows.axis):
         return rows
     for upto in range(rows.axis + 1, len(before) + 1):
         for lead in range(len(after) + 1):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.owned import Memo, Rows
-from lightning_dp.per_sample.views import owners_of_view
+from lightning_dp.per_sample.reductions import Step
+from lightning_dp.per_sample.views import moved_rows, owners_of_view
 
 Move = Callable[[Tensor], Tensor]
 
@@ -54,3 +57,30 @@ def test_owners_of_view_are_those_of_its_entries(name: str) -> None:
 def test_owners_of_view_are_unknown_where_rows_are_split(move: Move) -> None:
     x = torch.zeros(5, 6)
     assert owners_of_view(x, Rows(0, torch.arange(5)), move(x), Memo()) is None
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("transpose", (0, -1)),
+        ("swapaxes", (0, 1)),
+        ("permute", (2, 0, 1)),
+        ("permute", ((1, 2, 0),)),
+        ("unsqueeze", (1,)),
+        ("unsqueeze", (-1,)),
+        ("expand", (5, 5, 5, 5)),
+        ("reshape", (5, 5, 5, 1)),
+        ("split", (2, 1)),
+        ("split", ([1, 4],)),
+        ("chunk", (2, -1)),
+    ],
+)
+def test_rows_that_a_named_operation_moves_keep_owners(name: str, given: Any, axis: int) -> None:
+    x, rows, move = torch.zeros(5, 5, 5), Rows(axis, torch.tensor([2, 0, -1, 1, 1])), getattr(Tensor, name)
+    out = move(x, *given)
+    step = Step(move, (x, *given), {}, out, [(x, rows)], torch.arange(3), [], Memo())
+    found: Any = moved_rows(step, name, x, rows)
+    labels = tensors_in((move(rows.labels(x.shape), *given),), {})
+    for one, expected in zip([found] if isinstance(found, Rows) else found, labels, strict=True):
+        assert torch.equal(one.labels(expected.shape), expected)
