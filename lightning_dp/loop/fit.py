@@ -95,7 +95,7 @@ class LoopFit:
         Returns:
             Loss and number of records of each microbatch; empty for an empty batch. NOT private.
         """
-        self._host.loss_fn, self._losses = loss_fn, []
+        self._host.loss_fn, self._losses, self._trial.positions = loss_fn, [], batch.positions
         self._begin(begins_pass, batch.position)
         if self.step.runs_samples_alone:
             batch = self._loader.one_by_one(batch)
@@ -145,7 +145,8 @@ class LoopFit:
         """Run forward, backward and clipping of one microbatch, and add it to the sum."""
         with self.step.microbatch(count, owners, weight=weight, further=further):
             self.step.engine.see(batch)
-            loss = self._host.loss_of(self._host.loss(self._called, batch), count)
+            with nullcontext() if further else self._trial.watching(count):
+                loss = self._host.loss_of(self._host.loss(self._called, batch), count)
             if not further:
                 self._trial.see_loss(loss)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -55,6 +55,11 @@ class LogicalBatch:
         ]
 
     @property
+    def positions(self) -> list[int]:
+        """Positions of the records of the last microbatch in the dataset; empty if unknown (private)."""
+        return list(self.draw)[-self.parts[-1][0] :] if self.draw and self.microbatches else []
+
+    @property
     def num_samples(self) -> int:
         """Number of units over all microbatches (private)."""
         return sum(count for count, _ in self.microbatches)

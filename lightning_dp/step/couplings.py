@@ -198,9 +198,11 @@ class Couplings:
         swapped[0] = spare
         self._compare(snapshot, base, swapped, 0, draws, "exchanged next to an infinite one")
 
-    def exchange_one(self, snapshot: Snapshot, records: list[Any], *, seed: int, spoil: bool = False) -> None:
+    def exchange_one(
+        self, snapshot: Snapshot, records: list[Any], *, seed: int, spoil: bool = False, size: int = 0
+    ) -> None:
         """Check that no gradient changes if one other sample is exchanged, at a real batch size and with real draws."""
-        size = self._runs.host.drawn_size(seed)
+        size = size or self._runs.host.drawn_size(seed)
         batch, spares = records[:size], records[size:]
         if len(batch) < 2 or not spares:
             return

@@ -49,6 +49,10 @@ class Host(ABC):
         """Return a few records from all over the training set, the same ones for the same seed."""
         return self.training.take(num, seed)
 
+    def read(self, positions: list[int]) -> list[Any]:
+        """Return the records at some positions."""
+        return self.training.read(positions)
+
     def check_reading(self, seed: int) -> None:
         """Check that an item of the dataset is the same whatever else is read."""
         self.training.check_reading(seed)

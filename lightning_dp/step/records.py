@@ -64,6 +64,10 @@ class TrainingRecords:
             return peek_samples(loader, num)
         return read(loader.dataset, self._positions(num, seed))
 
+    def read(self, positions: list[int]) -> list[Any]:
+        """Return the records at some positions of a dataset with random access."""
+        return read(self.loader.dataset, positions)
+
     def check_reading(self, seed: int) -> None:
         """Check that an item of a dataset with random access is the same whatever else is read.
 

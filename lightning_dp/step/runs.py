@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,11 @@ class TrialRuns:
         """Narrowest floating-point dtype in which the step computes."""
         return torch.bfloat16 if torch.bfloat16 in self.step.engine.dtypes else self.host.narrow
 
+    @property
+    def _is_check(self) -> bool:
+        """True while the checks run that samples are independent."""
+        return bool(self.step.state.step == self.loss_form.checked_at)
+
     def coarsest(self, dtypes: Iterable[torch.dtype]) -> torch.dtype:
         """Return the type by whose rounding gradients are compared: float64 if all have it, else ``narrow``."""
         return torch.float64 if set(dtypes) == {torch.float64} else self.narrow
@@ -155,7 +160,8 @@ class TrialRuns:
 
         def forward_backward() -> Any:
             with torch.enable_grad(), frozen:  # an optimizer may call its closure without gradients
-                output, loss = self.host.run(records), None
+                with self.loss_form.watching(checked=True) if self._is_check else nullcontext():
+                    output, loss = self.host.run(records), None
                 outputs.append(output)
                 self.draws_on_host |= host_generators() != before
                 drew = (frozen.drew and not draws.real) or self.draws_on_host
@@ -206,7 +212,7 @@ class TrialRuns:
         if loss is not None and not loss.requires_grad:
             loss = None
         if not self.step.reduction.any(loss is None) and loss is not None:
-            if self.step.state.step == self.loss_form.checked_at:
+            if self._is_check:
                 self.loss_form.see(loss, checked=True)
             self.host.backward(loss)
         return None if loss is None else loss.detach()

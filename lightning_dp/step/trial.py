@@ -6,6 +6,7 @@ optimizer nor state depend on the samples.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.step import exchange
-from lightning_dp.step.couplings import Couplings, differing
+from lightning_dp.step.couplings import NUM_SPARES, Couplings, differing
 from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.host import Host
 from lightning_dp.step.microbatch import own_losses
@@ -51,7 +52,10 @@ class Trial:
         self._one_by_one = OneByOne(self._runs, self._couplings)
         self._step, self._host, self._sandbox = step, self._runs.host, sandbox
         self.decisions = Decisions(self._runs, sandbox)
-        self._checked_at = 0
+        self._checked_at, self._begins = 0, True
+        self.positions: list[int] = []
+        """Positions of the records of the real batch; empty if unknown."""
+        self._watched: list[int] = []
 
     @property
     def copies(self) -> int:
@@ -109,7 +113,7 @@ class Trial:
         elif not settings.check_per_sample:
             state.note_kept_apart("taken as said (check_per_sample=False)")
         else:
-            state.checked_steps.append(state.step)
+            state.checked_steps += [state.step] if state.step not in state.checked_steps else []
 
     def _learn_layout(self, snapshot: Snapshot, records: list[Any]) -> PrivacyError | None:
         """Infer the layout, also with low and high coins if user code draws any, which may select other layers.
@@ -162,8 +166,13 @@ class Trial:
     def _choose(self, snapshot: Snapshot, records: list[Any], error: PrivacyError | None) -> bool:
         return self._one_by_one.choose(snapshot, records, error, partial(self._learn_layout, snapshot, records))
 
-    def check_again(self, number: int) -> None:
+    def check_again(self, number: int, positions: list[int] | None = None) -> None:
         """Repeat the checks of state and of one exchange, because user code may take another branch later.
+
+        Args:
+            number: of the logical step.
+            positions: of the records of a real batch, one of which is exchanged; default: of the coming batch. Several
+                processes exchange one of other records, the same ones on all ranks.
 
         Raises:
             PrivacyError: as in :meth:`prepare`.
@@ -179,12 +188,23 @@ class Trial:
         with self._sandbox.enter() as snapshot, self._runs.progress():
             if not self._step.runs_samples_alone:
                 records = self._couplings.real_records(number)
-                self._couplings.exchange_one(snapshot, records, seed=number)
+                batch = self._host.read(self.positions if positions is None else positions)
+                real = len(batch) > 1 and self._step.reduction.world_size == 1
+                exchanged = [*batch, *records[-NUM_SPARES:]] if real else records
+                self._couplings.exchange_one(snapshot, exchanged, seed=number, size=len(batch) if real else 0)
                 if self._step.takes_own_losses:
                     self._couplings.check_own_losses(snapshot, records, seed=number)
             chosen = self._step.runs_samples_alone or self._step.takes_own_losses
             if chosen and not self._step.settings.per_sample_loss:
                 self._one_by_one.check(snapshot, self._host.records(NUM_FEW + 1, seed=number), seed=number)
+
+    def watching(self, count: int) -> AbstractContextManager[None]:
+        """Watch the calls of user code on a real batch now and then, see ``LossForm``."""
+        self._watched = self.positions
+        if not self._step.settings.check_per_sample or self._step.runs_samples_alone:
+            return nullcontext()
+        always, self._begins = self._begins or self._checked_at == self._step.state.step, False
+        return self._runs.loss_form.watching(count, always=always)
 
     def see_loss(self, loss: Tensor) -> None:
         """Read the form of a real loss, before its backward."""
@@ -203,9 +223,9 @@ class Trial:
         since, alone = step.state.step - self._checked_at, step.reduction.world_size == 1
         if since == 0:  # this step began with a check
             form.settle(by_check=False)
-        elif (alone or first_of_pass) and step.reduction.agree(form.is_due(since)):
+        if (alone or first_of_pass) and step.reduction.agree(form.is_due(since)):
             try:
-                self.check_again(step.state.step)
+                self.check_again(step.state.step, self._watched)
             except PrivacyError as error:
                 if step.automatic:
                     raise
@@ -214,6 +234,7 @@ class Trial:
 
     def begin_pass(self) -> None:
         """Check, where users or the noise rely on positions, that the records are where they were in the last pass."""
+        self._begins = True
         settings = self._step.settings
         if settings.records_per_unit is not None or settings.noise is not None:
             self._host.check_order()

@@ -136,6 +136,7 @@ class PrivateFit:
         batch, self._batch = checks.drawn(self._batch), None
         self._host.arguments = (rest, kwargs)
         self._counts = Counts.of_batch(self._strategy, self._counts, stopped=self._host.hooks.stopped)
+        self._trial.positions = batch.positions
         self._layers.check()
         self.check_callbacks()
         try:
@@ -151,8 +152,7 @@ class PrivateFit:
             if not batch:
                 copies = self._trial.copies
                 return self._run_real(self._host.training.stand_in(copies), copies, weight=0.0)
-            count, owners, _ = batch.parts[-1]
-            return self._run_real(self._on_device, count, owners)
+            return self._run_real(self._on_device, *batch.parts[-1][:2])
         except StopIteration as error:  # Lightning would treat it as the end of the data and skip this step
             raise RuntimeError(checks.STOP_ITERATION) from error
 
@@ -245,7 +245,8 @@ class PrivateFit:
         divisor = self._strategy.trainer.accumulate_grad_batches if automatic else 1
         with ExitStack() as until_backward:
             microbatch = until_backward.enter_context(step.microbatch(count, owners, weight=weight, divisor=divisor))
-            with self._logs.muted() if weight == 0.0 and step.reduction.world_size == 1 else ExitStack():
+            mutes = weight == 0.0 and step.reduction.world_size == 1
+            with self._trial.watching(count), self._logs.muted() if mutes else ExitStack():
                 output = self._call(batch, count, weight=weight)
             if automatic:
                 loss = self._loss_of(output, count)
@@ -261,10 +262,9 @@ class PrivateFit:
         return output
 
     def _call(self, batch: Any, count: int, *, weight: float) -> Any:
-        rest, kwargs = self._host.arguments
         _lightning.set_batch_of_logs(self._strategy.trainer, batch, None if weight else 0)
         with self._logs.in_training_step(), self._host.hooks.watching_stops():
-            return self._strategy.call_training_step(batch, rest, kwargs)
+            return self._strategy.call_training_step(batch, *self._host.arguments)
 
     @torch.no_grad()
     def losses(self, records: Sequence[Any], loss: Callable[[Any, Any], Tensor]) -> list[float]:

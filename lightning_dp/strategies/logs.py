@@ -12,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 
 from lightning_dp import _messages
 from lightning_dp.metrics import Epsilon
+from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.strategies._lightning import fit_results
 from lightning_dp.strategies.overrides import Overrides
 
@@ -97,7 +98,8 @@ class TrainingLogs:
     def _watched_log(self, log: Callable[..., None]) -> Callable[..., None]:
         def watched(fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
             if not self._is_muted and self._passes(name, value):
-                log(fx, name, value, *args, **kwargs)
+                with unfollowed():  # its operations are not the user's
+                    log(fx, name, value, *args, **kwargs)
 
         return watched
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from lightning_dp.per_sample import PerSampleEngine
-from lightning_dp.step.loss_form import MOST, NEAR, LossForm
+from lightning_dp.step.loss_form import EVERY, MOST, NEAR, LossForm
 from lightning_dp.step.trial import Trial
 
 
@@ -52,14 +54,57 @@ def test_far_operations_are_read_if_their_number_is_new() -> None:
     assert form.is_new
 
 
-def test_far_operations_of_a_known_number_are_read_in_time() -> None:
+def test_far_operations_of_a_known_number_are_left_out() -> None:
+    """Reading them would cost a microsecond each in every step; the calls of torch are watched instead."""
     (one, other), form = chains(), LossForm()
     form.see(one, checked=True, num_operations=70)
     form.see(other, checked=False, num_operations=70)
     assert not form.is_new
-    for _ in range(15):
-        form.see(other, checked=False, num_operations=70)
-    assert form.is_new
+
+
+def calls(form: LossForm, change: Callable[[torch.Tensor], Any], **how: Any) -> bool:
+    """Run a change of plain data in a batch, and tell whether it is new."""
+    with form.watching(**how):
+        change(torch.ones(3, 4).abs())
+    return form.is_new
+
+
+KNOWN = [lambda x: x.mean(1).exp(), lambda x: x[:, 0].exp(), lambda x: x.view(3, 4).exp(), lambda x: x.exp()]
+OTHER = [lambda x: x.mean(0).exp(), lambda x: x[0].exp(), lambda x: x.T.exp(), lambda x: x.numpy()]
+
+
+@pytest.mark.parametrize(("known", "other"), [*zip(KNOWN, OTHER, strict=True)])
+def test_calls_on_plain_data_are_new_until_settled(known: Any, other: Any) -> None:
+    form = LossForm()
+    calls(form, known, checked=True)
+    assert not calls(form, known, kind=3)
+    assert calls(form, other, kind=3, always=True)
+    form.settle(by_check=False)
+    assert form.is_due(since=1)
+    form.settle(by_check=True)
+    assert not calls(form, other, kind=3, always=True)
+
+
+def test_calls_are_watched_in_a_new_kind_and_in_time() -> None:
+    form = LossForm()
+    calls(form, KNOWN[0], checked=True)
+    calls(form, KNOWN[0], kind=3)
+    assert [calls(form, OTHER[0], kind=3) for _ in range(EVERY)] == [False] * (EVERY - 1) + [True]
+    form.settle(by_check=True)
+    assert calls(form, OTHER[1], kind=4)
+
+
+def test_sizes_logs_and_calls_after_the_loss_are_not_watched() -> None:
+    x, form = torch.ones(3, requires_grad=True), LossForm()
+    calls(form, lambda rows: rows.sum(), checked=True)
+
+    def change(rows: torch.Tensor) -> None:
+        rows.detach().clone().squeeze().sum()
+        assert rows.shape[0] == rows.size(0)
+        form.see(x, checked=False)
+        rows.exp().cos()
+
+    assert not calls(form, change, always=True)
 
 
 def test_a_known_operation_over_another_dimension_is_new() -> None:
@@ -100,7 +145,8 @@ def test_ranks_agree_on_a_check_of_a_new_form() -> None:
     trial: Any = object.__new__(Trial)
     reduction = SimpleNamespace(world_size=2, agree=lambda flag: asked.append(flag) or True)
     trial._step = SimpleNamespace(state=SimpleNamespace(step=5), reduction=reduction)
-    trial._runs, trial._checked_at, trial.check_again = SimpleNamespace(loss_form=LossForm()), 0, asked.append
+    trial._runs, trial._checked_at, trial._watched = SimpleNamespace(loss_form=LossForm()), 0, []
+    trial.check_again = lambda number, positions: asked.append(number)
     trial.check_new_loss(first_of_pass=False)
     assert asked == []
     trial.check_new_loss(first_of_pass=True)

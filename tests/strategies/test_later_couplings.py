@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -13,20 +14,22 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dp import DPStrategy, PrivacyError, make_private
 
 BEGINS = 15
-PLANNED = 20
+PLANNED = 25
+PASS = 10
 
 
 class Network(nn.Module):
-    """Subtracts the mean of the batch from features that are far from the loss, if asked to."""
+    """Subtracts the mean of the batch, if asked to, from features that are far from the loss, or from the data."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_data: bool = False) -> None:
         super().__init__()
+        self.of_data = of_data
         self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
         self.middle = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(20))
 
     def forward(self, rows: Tensor, *, mixes: bool) -> Tensor:
-        features = self.first(rows)
-        features = features - features.mean(0) if mixes else features
+        features = self.first(rows - rows.mean(0) if mixes and self.of_data else rows)
+        features = features - features.mean(0) if mixes and not self.of_data else features
         for layer in self.middle:
             features = features + layer(features)
         out: Tensor = self.last(features)
@@ -34,9 +37,9 @@ class Network(nn.Module):
 
 
 class Module(L.LightningModule):
-    def __init__(self, *, automatic: bool, begins: int) -> None:
+    def __init__(self, *, automatic: bool, begins: int, of_data: bool) -> None:
         super().__init__()
-        self.network, self.automatic_optimization, self.begins = Network(), automatic, begins
+        self.network, self.automatic_optimization, self.begins = Network(of_data=of_data), automatic, begins
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.network(batch[0], mixes=self.global_step >= self.begins).square().mean()
@@ -57,7 +60,7 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(100, 4)), batch_size=10)
 
 
-def steps_of_fit(*, automatic: bool, begins: int) -> tuple[int, str]:
+def steps_of_fit(*, automatic: bool, begins: int, of_data: bool = False) -> tuple[int, str]:
     """Number of released steps, and what stopped the run."""
     strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
     trainer = L.Trainer(
@@ -70,7 +73,7 @@ def steps_of_fit(*, automatic: bool, begins: int) -> tuple[int, str]:
         enable_model_summary=False,
     )
     try:
-        trainer.fit(Module(automatic=automatic, begins=begins), loader())
+        trainer.fit(Module(automatic=automatic, begins=begins, of_data=of_data), loader())
     except PrivacyError as error:
         return strategy.steps_taken, str(error)
     return strategy.steps_taken, ""
@@ -95,33 +98,48 @@ def test_coupling_in_the_last_manual_step_is_refused() -> None:
     assert "which was released" in error
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 4])
-def test_coupling_in_a_loop_is_refused_before_its_step(microbatch_size: int | None) -> None:
-    network = Network()
+def test_statistics_of_data_from_a_pass_on_are_refused() -> None:
+    """They leave no trace in the graph of the loss."""
+    steps, error = steps_of_fit(automatic=True, begins=2 * PASS, of_data=True)
+    assert steps == 2 * PASS
+    assert "exchanged for another record" in error
+    steps, error = steps_of_fit(automatic=False, begins=2 * PASS, of_data=True)
+    assert steps == 2 * PASS + 1
+    assert "which was released" in error
+
+
+def train(network: Network, mixes: Callable[[int, int], bool], **more: Any) -> tuple[int, list[int]]:
+    """Train in a loop until a coupling is refused; return the number of released steps, and the sizes of batches."""
+    sizes: list[int] = []
 
     def loss_fn(model: Any, batch: Any) -> Tensor:
-        return model(batch[0], mixes=private.steps_taken >= BEGINS).square().mean()
+        return model(batch[0], mixes=mixes(private.steps_taken, len(batch[0]))).square().mean()
 
-    private = make_private(
-        network,
-        torch.optim.SGD(network.parameters(), lr=0.01),
-        loader(),
-        loss_fn,
-        steps=PLANNED,
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        target_delta=1e-3,
-        microbatch_size=microbatch_size,
-    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    settings: Any = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "target_delta": 1e-3, "seed": 0, **more}
+    private = make_private(network, optimizer, loader(), loss_fn, steps=200, **settings)
 
-    def train() -> None:
-        while private.steps_taken < PLANNED:
+    def fit() -> None:
+        while private.steps_taken < 200:
             for batch in private.loader:
+                sizes.append(batch.num_samples)
                 private.step(batch)
 
     with private, pytest.raises(PrivacyError, match="exchanged for another record"):
-        train()
-    assert private.steps_taken == BEGINS
+        fit()
+    return private.steps_taken, sizes
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_coupling_in_a_loop_is_refused_before_its_step(microbatch_size: int | None) -> None:
+    assert train(Network(), lambda step, size: step >= BEGINS, microbatch_size=microbatch_size)[0] == BEGINS
+
+
+@pytest.mark.parametrize("size", [8, 9, 12])
+def test_coupling_of_one_size_is_refused_before_its_step(size: int) -> None:
+    """The real batch that shows the new form is exchanged: others do not show it."""
+    steps, sizes = train(Network(of_data=True), lambda step, rows: rows == size)
+    assert sizes.index(size) == steps
 
 
 @pytest.mark.parametrize("automatic", [True, False])
