@@ -97,9 +97,14 @@ class Trial:
         if checks:
             step.unchecked_public = set(settings.public_optimizers)
 
-    def _begin_checks(self, number: int) -> None:
-        """Check that ranks agree, and that an item is the same whatever else is read."""
-        self._checked_at = number
+    def _begin_checks(self, number: int, *, public: bool = True) -> None:
+        """Check that ranks agree, and that an item is the same whatever else is read.
+
+        Args:
+            number: of the logical step.
+            public: whether public state alone asked for the checks; else no later check may shift.
+        """
+        self._checked_at = number if public else self._checked_at
         self._runs.loss_form.checked_at = number
         check_ranks(self._step, self._host)
         if self._step.settings.check_per_sample:
@@ -113,7 +118,7 @@ class Trial:
         elif not settings.check_per_sample:
             state.note_kept_apart("taken as said (check_per_sample=False)")
         else:
-            state.checked_steps += [state.step] if state.step not in state.checked_steps else []
+            state.checked_steps.append(state.step)
 
     def _learn_layout(self, snapshot: Snapshot, records: list[Any]) -> PrivacyError | None:
         """Infer the layout, also with low and high coins if user code draws any, which may select other layers.
@@ -177,10 +182,11 @@ class Trial:
         Raises:
             PrivacyError: as in :meth:`prepare`.
         """
-        self._begin_checks(number)
+        self._begin_checks(number, public=positions is None)
         if not self._step.settings.check_per_sample:
             return
-        self._take_note()
+        if positions is None:  # else the data asked for the check, and the statement carries no noise
+            self._take_note()
         self._step.unchecked_public = set(self._step.settings.public_optimizers)
         self.check_state(number)
         if self._step.settings.runs_samples_alone:
@@ -220,7 +226,7 @@ class Trial:
             PrivacyError: as in :meth:`prepare`.
         """
         form, step = self._runs.loss_form, self._step
-        since, alone = step.state.step - self._checked_at, step.reduction.world_size == 1
+        since, alone = step.state.step - form.checked_at, step.reduction.world_size == 1
         if since == 0:  # this step began with a check
             form.settle(by_check=False)
         if (alone or first_of_pass) and step.reduction.agree(form.is_due(since)):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError
+from lightning_dp.step.trial import Trial
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 from tests.strategies.test_manual import Manual, TwoOptimizers
 
@@ -57,12 +58,40 @@ def test_a_loss_over_the_batch_that_begins_later_trains_no_step(tmp_path: Path, 
     assert strategy.ledger.num_steps == begins
 
 
-def test_a_loss_of_one_form_is_checked_at_the_usual_steps(tmp_path: Path) -> None:
-    strategy = private()
+def steps_of_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps at which checks are repeated from here on."""
+    steps: list[int] = []
+    check_again = Trial.check_again
+
+    def noted(trial: Trial, number: int, *more: Any) -> None:
+        steps.append(number)
+        check_again(trial, number, *more)
+
+    monkeypatch.setattr(Trial, "check_again", noted)
+    return steps
+
+
+def test_a_loss_of_one_form_is_checked_at_the_usual_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy, steps = private(), steps_of_checks(monkeypatch)
     trainer = make_trainer(strategy, tmp_path, max_epochs=2, accumulate_grad_batches=2)
     trainer.fit(Classifier(), make_loader(80))
+    assert steps == [1]
     assert strategy.state.checked_steps == [0, 1]
     assert strategy.ledger.num_steps == 4
+
+
+def test_checks_that_data_ask_for_are_not_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records of a batch may choose the form of its loss, and the statement carries no noise."""
+
+    class Branching(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss.exp().log() if self.global_step in (2, 9) else loss
+
+    strategy, steps = private(), steps_of_checks(monkeypatch)
+    make_trainer(strategy, tmp_path, max_epochs=3).fit(Branching(), make_loader())
+    assert steps == [1, 2, 9]
+    assert strategy.state.checked_steps == [0, 1, 9]
 
 
 def test_a_layer_unfrozen_within_the_step_is_refused(tmp_path: Path) -> None:
