@@ -134,9 +134,8 @@ class PrivateFit:
             PrivacyError: the private loader did not draw the batch, or the batch was used already.
         """
         batch, self._batch = checks.drawn(self._batch), None
-        self._host.arguments = (rest, kwargs)
+        self._host.arguments, self._trial.positions = (rest, kwargs), batch.positions
         self._counts = Counts.of_batch(self._strategy, self._counts, stopped=self._host.hooks.stopped)
-        self._trial.positions = batch.positions
         self._layers.check()
         self.check_callbacks()
         try:
