@@ -10,13 +10,15 @@ torch are watched now and then, which costs about 5 microseconds each.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
 
 NEAR = 32
 """Nodes of the graph that are read if their number is known, nearest to the loss first."""
@@ -81,6 +83,24 @@ class LossForm:
         else:
             self._new |= pairs - self._checked
 
+    def see_writes(self, module: nn.Module, before: list[tuple[Tensor, int]], numbers: Iterable[str]) -> None:
+        """Read which parameters and buffers the user's step has replaced or changed in place, and how often.
+
+        Args:
+            module: the user's.
+            before: result of :func:`versions_of` before the step.
+            numbers: names of the numbers of optimizers and schedulers that the step has changed.
+        """
+        after = versions_of(module)
+        writes: set[Any] = {
+            ("written", index, found is not tensor, changes - earlier)
+            for index, ((tensor, earlier), (found, changes)) in enumerate(zip(before, after, strict=False))
+            if found is not tensor or changes != earlier
+        }
+        writes |= {("written", name) for name in numbers}
+        writes |= {("held", more) for more in (len(after) - len(before),) if more}
+        self._new |= writes - self._checked
+
     @contextmanager
     def watching(self, kind: Hashable = None, *, always: bool = False, checked: bool = False) -> Iterator[None]:
         """Watch calls of torch in user code until its first loss, for a new kind of batch and one in 16 of each kind.
@@ -134,12 +154,18 @@ class LossForm:
             self._new_calls = set()
 
 
+def versions_of(module: nn.Module) -> list[tuple[Tensor, int]]:
+    """Return the parameters and buffers of a module, each with the number of its changes in place."""
+    layers = layers_of(module)
+    return [(tensor, num_changes(tensor)) for tensor in (*parameters_of(layers), *buffers_of(layers))]
+
+
 _NAMES_SIZES = {"view", "reshape", "expand", "repeat", "zeros", "ones", "full", "empty", "arange", "rand", "randn"}
 """Functions whose whole numbers are sizes, which may follow those of the batch."""
 
 _SHOWS_NOTHING = {"__get__", "__set__", "size", "dim", "numel", "__len__", "clone", "detach", "tensor", "as_tensor"}
-_SHOWS_NOTHING |= {"squeeze", "_record_function_enter_new", "_record_function_exit"}
-"""Functions that show no entry, or only pass on what ``self.log`` is given or ``zero_grad`` sets."""
+_SHOWS_NOTHING |= {"squeeze", "to", "_record_function_enter_new", "_record_function_exit"}
+"""Functions that show no entry, only move tensors, or pass on what ``self.log`` is given or ``zero_grad`` sets."""
 
 
 class _Calls(TorchFunctionMode):

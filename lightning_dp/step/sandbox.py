@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.snapshot import Snapshot
+from lightning_dp.step.state_check import numbers_of
 
 USE_OPTIMIZERS = (
     "Step through self.optimizers(), with self.manual_backward for the backward: only such a step gets a private "
@@ -125,6 +126,10 @@ class Sandbox:
     ) -> None:
         self._module, self._guard, self._others, self._quiet = module, guard, others, quiet
         self._settle = settle
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the numbers of optimizers and schedulers, by name."""
+        return {name: value for name, value in numbers_of([*self._others()]) if not isinstance(value, Tensor)}
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot of module, optimizers and schedulers."""

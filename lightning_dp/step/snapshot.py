@@ -20,8 +20,7 @@ from lightning_dp.step.kept_tensors import KeptTensor, Together, find_changed
 from lightning_dp.step.local import local_part
 from lightning_dp.step.randomness import generator_restorer
 
-#: Attributes of every module that are not the user's state: hooks, and the dictionaries that are followed by
-#: themselves.
+#: Attributes of every module that are not the user's state: hooks, and dictionaries that are followed by themselves.
 _MACHINERY = frozenset(nn.Module().__dict__) - {
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
 }  # fmt: skip
@@ -154,8 +153,7 @@ class Snapshot:
         return [*map(len, containers)], [*values], [*itertools.chain.from_iterable(containers)]
 
     def _are_unchanged(self) -> bool:
-        if self._together is None:
-            self._together = Together(self._tensors)
+        self._together = self._together or Together(self._tensors)
         return self._together.are_unchanged()
 
     def _follow(self, value: Any, depth: int) -> None:
@@ -171,10 +169,8 @@ class Snapshot:
         elif isinstance(value, _CONTAINERS):
             self._follow_container(value, depth)
             self._follow_attributes(value, depth)
-        elif isinstance(value, tuple):
-            self._follow_all(list(tuple.__iter__(value)), depth)  # a subclass may refuse to be counted
-        elif isinstance(value, frozenset):
-            self._follow_all(list(value), depth)
+        elif isinstance(value, (tuple, frozenset)):  # a subclass of tuple may refuse to be counted
+            self._follow_all(list(tuple.__iter__(value) if isinstance(value, tuple) else value), depth)
         elif isinstance(value, nn.Module):
             self._follow_attributes(value, 0)
         elif not depth or not any(kind.__module__.startswith(_FOREIGN) for kind in type(value).__mro__):

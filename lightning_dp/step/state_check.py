@@ -28,8 +28,12 @@ Gradients = dict[str, Tensor]
 
 
 def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
-    """Return copies of parameters, persistent buffers, and numeric settings of optimizers and schedulers."""
+    """Return copies of parameters, persistent buffers, and numeric settings of optimizers and schedulers; also what
+    trains, and the mode of each layer.
+    """
     state = {name: _copied(value) for name, value in numbers_of(others)}
+    state |= {f"{name}.requires_grad": p.requires_grad for name, p in module.named_parameters()}
+    state |= {f"{name}.training": layer.training for name, layer in module.named_modules()}
     state |= {name: local_part(p).detach().clone() for name, p in module.named_parameters()}
     state |= {name: value.detach().clone() for name, value in saved_buffers(module)}
     extra = {name: value for name, value in module.state_dict().items() if name not in state}
@@ -49,7 +53,8 @@ def numbers_of(others: list[Any]) -> Iterator[tuple[str, Any]]:
             for name, value in group.items():
                 if isinstance(value, (bool, int, float, Tensor)):
                     yield f"optimizer {number}, param_groups[{index}][{name!r}]", value
-        for name, value in vars(other).items() if not hasattr(other, "param_groups") else ():
+        held = {} if hasattr(other, "param_groups") else getattr(other, "__dict__", {})
+        for name, value in held.items():
             if isinstance(value, (bool, int, float)):
                 yield f"{type(other).__name__}.{name}", value
 

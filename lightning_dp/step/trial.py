@@ -6,7 +6,8 @@ optimizer nor state depend on the samples.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,14 @@ from lightning_dp.step import exchange
 from lightning_dp.step.couplings import NUM_SPARES, Couplings, differing
 from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.host import Host
+from lightning_dp.step.loss_form import versions_of
 from lightning_dp.step.microbatch import own_losses
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.ranks import check_ranks
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
+from lightning_dp.step.state_check import changed
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.ways import OneByOne
 
@@ -204,13 +207,22 @@ class Trial:
             if chosen and not self._step.settings.per_sample_loss:
                 self._one_by_one.check(snapshot, self._host.records(NUM_FEW + 1, seed=number), seed=number)
 
-    def watching(self, count: int) -> AbstractContextManager[None]:
-        """Watch the calls of user code on a real batch now and then, see ``LossForm``."""
-        self._watched = self.positions
-        if not self._step.settings.check_per_sample or self._step.runs_samples_alone:
-            return nullcontext()
-        always, self._begins = self._begins or self._checked_at == self._step.state.step, False
-        return self._runs.loss_form.watching(count, always=always)
+    @contextmanager
+    def watching(self, count: int) -> Iterator[None]:
+        """Watch what user code writes on a real batch, and now and then its calls, see ``LossForm``; -1: a transfer."""
+        self._watched, form, step = self.positions, self._runs.loss_form, self._step
+        if not step.settings.check_per_sample or (count == -1 and step.runs_samples_alone):
+            yield
+            return
+        if count == -1:
+            with form.watching(count):
+                yield
+            return
+        always, self._begins = self._begins or self._checked_at == step.state.step, False
+        before, numbers = versions_of(step.module), self._sandbox.numbers()
+        with nullcontext() if step.runs_samples_alone else form.watching(count, always=always):
+            yield
+        form.see_writes(step.module, before, changed(numbers, self._sandbox.numbers()))
 
     def see_loss(self, loss: Tensor) -> None:
         """Read the form of a real loss, before its backward."""
@@ -218,15 +230,15 @@ class Trial:
         if step.settings.check_per_sample and not step.runs_samples_alone and step.recording is not None:
             self._runs.loss_form.see(loss, checked=False, num_operations=num_operations() - step.recording.began)
 
-    def check_new_loss(self, *, first_of_pass: bool) -> None:
+    def check_new_loss(self, *, first_of_pass: bool, at_end: bool = False) -> None:
         """Repeat the checks if a loss has a form that they have not seen; several processes agree on this at the first
-        step of a pass only. Before a release, or, under manual optimization, before the next step.
+        step of a pass only. Before a release, or, under manual optimization, before the next step or the end.
 
         Raises:
             PrivacyError: as in :meth:`prepare`.
         """
         form, step = self._runs.loss_form, self._step
-        since, alone = step.state.step - form.checked_at, step.reduction.world_size == 1
+        since, alone = 100 if at_end else step.state.step - form.checked_at, step.reduction.world_size == 1
         if since == 0:  # this step began with a check
             form.settle(by_check=False)
         if (alone or first_of_pass) and step.reduction.agree(form.is_due(since)):

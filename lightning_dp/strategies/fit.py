@@ -99,11 +99,10 @@ class PrivateFit:
     # ---------------------------------------------------------------- one logical batch
 
     def take(self, batch: LogicalBatch) -> Any:
-        """Return the last microbatch on the device, for the real call; for an empty batch, return tensors of
-        length 0.
-        """
+        """Return the last microbatch on the device, for the real call; for an empty batch, tensors of length 0."""
         self._batch = batch
-        self._on_device = self._strategy.to_device(batch.microbatches[-1][1]) if batch else self._host.empty_batch()
+        with self._trial.watching(-1):
+            self._on_device = self._strategy.to_device(batch.microbatches[-1][1]) if batch else self._host.empty_batch()
         return self._on_device
 
     def check_callbacks(self) -> None:
@@ -115,13 +114,14 @@ class PrivateFit:
         if self._host.hooks.due:
             self._host.hooks.due = False
             if self._prepared:  # else the checks before the first step are still to come
-                self._trial.check_state()
+                for seed in range(4):  # a figure of two records may be on the same side of a threshold
+                    self._trial.check_state(seed)
 
     def check_end(self) -> None:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""
         self.check_callbacks()
         if not self.step.automatic and self._prepared:
-            self._trial.check_new_loss(first_of_pass=True)
+            self._trial.check_new_loss(first_of_pass=True, at_end=True)
         if self.step.reduction.any(self._host.hooks.stopped) and self._counts is not None:
             self._counts.end()
             self._trial.decisions.check_stop(self._counts.back_in)

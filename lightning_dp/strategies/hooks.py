@@ -210,7 +210,7 @@ class UserHooks:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         saves = owner is not module and (_has("state_dict", owner) or _has("on_save_checkpoint", owner))
         tensors = [local_part(tensor) for tensor in (*parameters, *buffers_of(layers), *grads)]
-        marks: list[Any] = [(num_changes(tensor), tensor.data_ptr()) for tensor in tensors]
+        marks: list[Any] = [(num_changes(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
         held = [] if tensors_only else [*map(plain_attributes, layers), vars(owner) if saves else {}]
         for attributes in held:
             for name, value in attributes.items():

@@ -60,10 +60,8 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(100, 4)), batch_size=10)
 
 
-def steps_of_fit(*, automatic: bool, begins: int, of_data: bool = False) -> tuple[int, str]:
-    """Number of released steps, and what stopped the run."""
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
-    trainer = L.Trainer(
+def trainer(strategy: DPStrategy, **more: Any) -> L.Trainer:
+    return L.Trainer(
         max_steps=PLANNED,
         strategy=strategy,
         accelerator="cpu",
@@ -71,9 +69,15 @@ def steps_of_fit(*, automatic: bool, begins: int, of_data: bool = False) -> tupl
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **more,
     )
+
+
+def steps_of_fit(*, automatic: bool, begins: int, of_data: bool = False) -> tuple[int, str]:
+    """Number of released steps, and what stopped the run."""
+    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
     try:
-        trainer.fit(Module(automatic=automatic, begins=begins, of_data=of_data), loader())
+        trainer(strategy).fit(Module(automatic=automatic, begins=begins, of_data=of_data), loader())
     except PrivacyError as error:
         return strategy.steps_taken, str(error)
     return strategy.steps_taken, ""
@@ -145,3 +149,77 @@ def test_coupling_of_one_size_is_refused_before_its_step(size: int) -> None:
 @pytest.mark.parametrize("automatic", [True, False])
 def test_modules_without_a_coupling_train(automatic: bool) -> None:
     assert steps_of_fit(automatic=automatic, begins=PLANNED) == (PLANNED, "")
+
+
+class Writes(Module):
+    """Lets the records of one batch change something else than its loss."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(automatic=what != "a rate set by hand", begins=PLANNED, of_data=False)
+        self.what = what
+        self.register_buffer("mean", torch.zeros(4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == BEGINS or (self.global_step > BEGINS and not self.automatic_optimization):
+            self.write(batch[0].mean(0))
+        return super().training_step(batch, batch_idx)
+
+    @torch.no_grad()
+    def write(self, seen: Tensor) -> None:
+        if self.what == "a parameter":
+            self.network.first.weight.add_(seen)
+        elif self.what == "another parameter":
+            self.network.first.weight = nn.Parameter(self.network.first.weight + seen)
+        elif self.what == "a state":
+            state = {name: value + seen.sum() for name, value in self.network.state_dict().items()}
+            self.network.load_state_dict(state)
+        elif self.what == "a buffer":
+            self.mean.copy_(seen)
+        else:
+            optimizer: Any = self.optimizers()
+            optimizer.param_groups[0]["lr"] = 0.01 * float(seen.sum().exp())
+
+
+@pytest.mark.parametrize(
+    "what", ["a parameter", "another parameter", "a state", "a buffer", "a rate", "a rate set by hand"]
+)
+def test_a_single_write_of_data_is_refused(what: str) -> None:
+    """It is in the weights or in the next release, without noise; that of a manual step only if it goes on."""
+    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    with pytest.raises(PrivacyError, match="with another value after another record"):
+        trainer(strategy).fit(Writes(what), loader())
+    assert strategy.steps_taken == BEGINS + (what == "a rate set by hand")
+
+
+class Switches(L.Callback):
+    """Lets a batch decide what trains, or in which mode."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        positive = bool(batch[0].mean() > 0)
+        if self.what == "mode":
+            pl_module.network.middle.train(positive)
+        else:
+            pl_module.network.last.requires_grad_(positive)
+
+
+@pytest.mark.parametrize("what", ["mode", "what trains"])
+def test_a_callback_that_switches_by_data_is_refused(what: str) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    module = Module(automatic=True, begins=PLANNED, of_data=False)
+    with pytest.raises(PrivacyError, match=r"another value after another record|samples influence each other"):
+        trainer(strategy, callbacks=[Switches(what)]).fit(module, loader())
+    assert strategy.steps_taken <= 10
+
+
+def test_a_transfer_that_begins_to_mix_is_refused_in_time() -> None:
+    class Centred(Module):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] - batch[0].mean(0)] if self.trainer.global_step >= 3 else batch
+
+    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    with pytest.raises(PrivacyError, match="exchanged for another record"):
+        trainer(strategy).fit(Centred(automatic=True, begins=PLANNED, of_data=False), loader())
+    assert strategy.steps_taken <= 16
