@@ -90,7 +90,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "relu cnn": functools.partial(small_cnn, nn.ReLU),
     "tanh cnn": functools.partial(small_cnn, nn.Tanh),
     "wide cnn": wide_cnn,
-    **{f"mlp {width}": functools.partial(perceptron, width) for width in (64, 256, 512, 1024)},
+    **{f"mlp {width}": functools.partial(perceptron, width) for width in (64, 256, 512, 1024, 2048, 4096)},
     "deep mlp": functools.partial(perceptron, 64, 2, nn.Tanh),
     "letter mlp": functools.partial(perceptron, 64, 2, nn.Tanh, 16, 26),
     "letter norms": lambda: nn.Sequential(
