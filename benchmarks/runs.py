@@ -45,6 +45,7 @@ MICROBATCH = {True: 512, False: 2048}
 CALLBACKS: dict[str, Callable[[str, int], L.Callback]] = {
     "sparse": lambda value, seed: RandomSparsification(float(value), seed=seed),
     "prune": lambda value, seed: MagnitudePruning(float(value)),
+    "prune each layer": lambda value, seed: MagnitudePruning(float(value), scope="layer"),
     "random mask": lambda value, seed: MagnitudePruning(float(value), scores="random", seed=seed),
     "noise step": lambda value, seed: NoiseScheduler("step", factor=float(value), every_n_epochs=3),
     "noise linear": lambda value, seed: NoiseScheduler("linear", factor=float(value)),
