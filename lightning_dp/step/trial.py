@@ -179,8 +179,8 @@ class Trial:
 
         Args:
             number: of the logical step.
-            positions: of the records of a real batch, one of which is exchanged; default: of the coming batch. Several
-                processes exchange one of other records, the same ones on all ranks.
+            positions: of the records of a real batch, one of which is exchanged; default: of a batch of other records,
+                of a size that is drawn. Several processes exchange one of other records, the same ones on all ranks.
 
         Raises:
             PrivacyError: as in :meth:`prepare`.
@@ -197,9 +197,10 @@ class Trial:
         with self._sandbox.enter() as snapshot, self._runs.progress():
             if not self._step.runs_samples_alone:
                 records = self._couplings.real_records(number)
-                batch = self._host.read(self.positions if positions is None else positions)
-                real = len(batch) > 1 and self._step.reduction.world_size == 1
-                exchanged = [*batch, *records[-NUM_SPARES:]] if real else records
+                batch = self._host.read(positions or [])
+                spares = [record for record in records if not any(record is own for own in batch)][-NUM_SPARES:]
+                real = len(batch) > 1 and spares and self._step.reduction.world_size == 1
+                exchanged = [*batch, *spares] if real else records
                 self._couplings.exchange_one(snapshot, exchanged, seed=number, size=len(batch) if real else 0)
                 if self._step.takes_own_losses:
                     self._couplings.check_own_losses(snapshot, records, seed=number)
@@ -215,9 +216,8 @@ class Trial:
             yield
             return
         if count == -1:
-            with form.watching(count):
-                yield
-            return
+            with form.watching():
+                return (yield)
         always, self._begins = self._begins or self._checked_at == step.state.step, False
         before, numbers = versions_of(step.module), self._sandbox.numbers()
         with nullcontext() if step.runs_samples_alone else form.watching(count, always=always):

@@ -141,9 +141,9 @@ def test_coupling_in_a_loop_is_refused_before_its_step(microbatch_size: int | No
 
 @pytest.mark.parametrize("size", [8, 9, 12])
 def test_coupling_of_one_size_is_refused_before_its_step(size: int) -> None:
-    """The real batch that shows the new form is exchanged: others do not show it."""
+    """The real batch that shows the new form is exchanged, unless a regular check drew the size before."""
     steps, sizes = train(Network(of_data=True), lambda step, rows: rows == size)
-    assert sizes.index(size) == steps
+    assert size not in sizes[:steps]
 
 
 @pytest.mark.parametrize("automatic", [True, False])
