@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling.units import Units
 
 _CHOICES, _ENTROPY = 1, 2  # children of a rank's seed, in addition to the stream of its draws
@@ -92,6 +93,20 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
         self.num_own = len(range(rank, dataset_size, world_size))
         self._num_draws = 0
         self._start()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; those that determine the sampling rate are set once.
+
+        Raises:
+            PrivacyError: the rate would change, and the ledger would not know.
+        """
+        if name in self.__dict__ and name not in ("alone", "position") and not name.startswith("_"):
+            raise PrivacyError(
+                f"Expected {name} of the private sampler to stay as the ledger counts it, got {name}={value!r} for "
+                f"{self.__dict__[name]!r}. Set the batch size of your own loader, and steps per batch by "
+                "GradientAccumulationScheduler."
+            )
+        super().__setattr__(name, value)
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulate

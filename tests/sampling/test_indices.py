@@ -15,7 +15,9 @@ import torch
 from scipy import stats
 from torch.utils.data import DataLoader
 
+from lightning_dp import PrivacyError
 from lightning_dp.sampling import private_dataloader
+from lightning_dp.sampling.indices import PoissonBatchSampler
 
 SAMPLINGS = ("poisson", "shuffle")
 
@@ -189,3 +191,17 @@ def test_copies_draw_from_fresh_entropy(duplicate: Any) -> None:
     assert first != second
     assert second != third
     assert first != third
+
+
+@pytest.mark.parametrize("name", ["expected_batch_size", "dataset_size", "steps_per_epoch", "accumulate", "num_own"])
+def test_what_determines_the_rate_cannot_be_changed(name: str) -> None:
+    """The ledger would go on to count the rate of before."""
+    sampler = PoissonBatchSampler(
+        dataset_size=100, expected_batch_size=10, steps_per_epoch=10, accumulate=1, rank=0, world_size=1, seed=0
+    )
+    restored = pickle.loads(pickle.dumps(sampler))
+    for each in (sampler, restored):
+        with pytest.raises(PrivacyError, match=f"Expected {name} of the private sampler to stay.*got {name}=50 for"):
+            setattr(each, name, 50)
+        each.alone = True
+        assert len([*each]) == 10
