@@ -64,7 +64,8 @@ def test_step_without_noise_is_the_clipped_mean(tmp_path: Any, microbatch_size: 
 @pytest.mark.parametrize("microbatch_size", MICROBATCHES)
 def test_raw_gradients_never_reach_a_hook(tmp_path: Any, microbatch_size: int | None) -> None:
     """The module's hook runs in every microbatch; a callback's has one effect per batch, whatever was drawn."""
-    recorder, seen = Recorder(), []
+    recorder = Recorder()
+    seen: list[Tensor | None] = []
 
     class Watching(Classifier):
         def on_after_backward(self) -> None:
