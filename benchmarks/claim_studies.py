@@ -64,7 +64,7 @@ PRUNED = (0.5, 0.9, 0.98)
 def _pruning(
     width: int, shares: tuple[float, ...] = PRUNED, grid: tuple[float, ...] = (1.0, 2.0, 4.0), method: str = "prune"
 ) -> Study:
-    dense = PRUNE.but(network=f"mlp {width}")
+    dense = PRUNE.but(network=f"mlp {width}", lr=16.0)  # the rate where the grid is empty
     return Study(
         "Heavy pruning before training helps large networks (Watson et al. 2023).",
         f"perceptron 784-{width}-{width}-10, batch 2,048, 4 epochs, epsilon 3; the weights smallest at the start "
@@ -130,6 +130,7 @@ STUDIES = {
     **{f"pruning at width {width}": _pruning(width) for width in (64, 256, 512, 1024)},
     # .98 was at chance at all smaller widths; the best rates of arms that learned were 4, 8 and 16
     "pruning at width 2048": _pruning(2048, (0.5, 0.9), (4.0, 8.0, 16.0)),
+    "pruning at width 4096": _pruning(4096, (0.5,), ()),
     "pruning each layer at width 1024": _pruning(1024, (0.9, 0.98), (4.0, 8.0, 16.0), "prune each layer"),
     "schedules on MNIST": _schedules("MNIST, ", FLAT.but(data="mnist"), (2.0, 4.0, 8.0)),
     "votes": Study(
