@@ -53,6 +53,16 @@ def small_cnn(activation: Callable[[], nn.Module], width: int = 16) -> nn.Module
     return network.to(memory_format=torch.channels_last)
 
 
+def glorot(network: nn.Module) -> nn.Module:
+    """Return a network with weights uniform within ±√(6 / (inputs + outputs)) and biases zero, as Keras starts them."""
+    for name, parameter in network.named_parameters():
+        if name.endswith("weight"):
+            nn.init.xavier_uniform_(parameter)
+        else:
+            nn.init.zeros_(parameter)
+    return network
+
+
 def wide_cnn() -> nn.Module:
     """Return one convolution and two linear layers, 509,226 parameters: the size on which random sparsification was
     published.
@@ -88,6 +98,7 @@ def linear(inputs: int, classes: int) -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "relu cnn": functools.partial(small_cnn, nn.ReLU),
+    "relu cnn, glorot": lambda: glorot(small_cnn(nn.ReLU)),
     "tanh cnn": functools.partial(small_cnn, nn.Tanh),
     "wide cnn": wide_cnn,
     **{f"mlp {width}": functools.partial(perceptron, width) for width in (64, 256, 512, 1024, 2048, 4096)},
