@@ -92,6 +92,7 @@ def section(name: str, results: Results) -> str:
         spent = {line["epsilon"].get("pld", "inf") for line in lines if line}
         ran += [line for line in lines if line]
         shown = f"{100 * mean.value:.2f} ± {100 * mean.error:.2f} ({mean.count})" if mean else "not run"
+        shown = shown.replace("± nan ", "")
         rate = f"{run.lr:g}" + (", an end of the grid" if arm in ends else "")
         rows.append([arm, rate, shown, ", ".join(str(value) for value in sorted(spent, key=str))])
     pairs = []
