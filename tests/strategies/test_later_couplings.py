@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError, make_private
+from tests.helpers import make_trainer
 
 BEGINS = 15
 PLANNED = 25
@@ -61,16 +62,7 @@ def loader() -> DataLoader[Any]:
 
 
 def trainer(strategy: DPStrategy, **more: Any) -> L.Trainer:
-    return L.Trainer(
-        max_steps=PLANNED,
-        strategy=strategy,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **more,
-    )
+    return make_trainer(strategy, None, max_epochs=-1, max_steps=PLANNED, **more)
 
 
 def steps_of_fit(*, automatic: bool, begins: int, of_data: bool = False) -> tuple[int, str]:
