@@ -1,13 +1,11 @@
-"""Trial: runs the user's step on a few records in the sandbox, to infer the layout and to check it.
-
-It infers the batch axis of every layer. It checks that samples are independent, and that neither the steps of an
-optimizer nor state depend on the samples.
+"""Trial: runs the user's step on a few records in the sandbox, to infer the batch axis of every layer, and to check
+that samples are independent, and that neither the steps of an optimizer nor state depend on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -179,8 +177,7 @@ class Trial:
 
         Args:
             number: of the logical step.
-            positions: of the records of a real batch, one of which is exchanged; default: of a batch of other records,
-                of a size that is drawn. Several processes exchange one of other records, the same ones on all ranks.
+            positions: of the records of a real batch, one of which one process exchanges; default: of other records.
 
         Raises:
             PrivacyError: as in :meth:`prepare`.
@@ -197,7 +194,7 @@ class Trial:
         with self._sandbox.enter() as snapshot, self._runs.progress():
             if not self._step.runs_samples_alone:
                 records = self._couplings.real_records(number)
-                batch = self._host.read(positions or [])
+                batch = self._host.read(positions) if positions else []
                 spares = [record for record in records if not any(record is own for own in batch)][-NUM_SPARES:]
                 real = len(batch) > 1 and spares and self._step.reduction.world_size == 1
                 exchanged = [*batch, *spares] if real else records
@@ -210,19 +207,21 @@ class Trial:
 
     @contextmanager
     def watching(self, count: int) -> Iterator[None]:
-        """Watch what user code writes on a real batch, and now and then its calls, see ``LossForm``; -1: a transfer."""
+        """Watch what user code writes on a real batch, and now and then its calls, see ``LossForm``."""
         self._watched, form, step = self.positions, self._runs.loss_form, self._step
-        if not step.settings.check_per_sample or (count == -1 and step.runs_samples_alone):
+        if not step.settings.check_per_sample:
             yield
             return
-        if count == -1:
-            with form.watching():
-                return (yield)
         always, self._begins = self._begins or self._checked_at == step.state.step, False
         before, numbers = versions_of(step.module), self._sandbox.numbers()
         with nullcontext() if step.runs_samples_alone else form.watching(count, always=always):
             yield
         form.see_writes(step.module, before, changed(numbers, self._sandbox.numbers()))
+
+    def watching_transfer(self) -> AbstractContextManager[None]:
+        """Watch, now and then, the calls of hooks that transfer a real batch."""
+        off = self._step.runs_samples_alone or not self._step.settings.check_per_sample
+        return nullcontext() if off else self._runs.loss_form.watching()
 
     def see_loss(self, loss: Tensor) -> None:
         """Read the form of a real loss, before its backward."""
