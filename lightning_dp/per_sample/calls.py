@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,8 +32,11 @@ def call_of(recorder: Recorder, use: Use, backprop: Tensor) -> Call:
     return Call((activation,), {}, activation, backprop, rows_of_one)
 
 
-def calls_of(recorder: Recorder, uses: Iterable[Use]) -> list[tuple[set[Hashable], list[Call]]]:
+def calls_of(recorder: Recorder, uses: Sequence[Use]) -> list[tuple[set[Hashable], list[Call]]]:
     """Return groups of keys that received the same backprops, with their calls."""
+    if len(uses) == 1 == len(uses[0].parts) and not isinstance(uses[0].out_axis, OwnedAxis):
+        ((backprop, keys),) = uses[0].parts
+        return [({*keys}, [call_of(recorder, uses[0], backprop)])]
     calls: dict[Hashable, list[Call]] = {}
     owned: dict[Any, list[tuple[Use, Tensor]]] = {}
     for use in uses:

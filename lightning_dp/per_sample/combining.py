@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-
 import torch
 from torch import Tensor
 
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample._torch import add_scaled
-from lightning_dp.per_sample.nodes import Region, view_of
 from lightning_dp.per_sample.rules.base import accumulation_dtype, masked_squared_norm, squared_norm
 
 
@@ -38,44 +34,3 @@ def combine(grads: Tensor, factors: Tensor, dead: Tensor | None) -> Tensor:
 def zero_gradient(parameter: Tensor, batch_size: int) -> Tensor:
     """Return the per-sample gradients of a parameter that no backprop reached."""
     return torch.zeros(batch_size, *parameter.shape, dtype=accumulation_dtype(parameter), device=parameter.device)
-
-
-class Joined:
-    """Per-sample gradients with few numbers, next to each other in one matrix: a norm and a sum for all of them.
-
-    Args:
-        parts: name of a parameter, key of a tensor that is a part of it, region of that part, gradients ``(B, ...)``.
-    """
-
-    def __init__(self, parts: Sequence[tuple[str, Hashable, Region | None, Tensor]]) -> None:
-        self.grads = torch.cat([grad.reshape(len(grad), grad.shape[1:].numel()) for *_, grad in parts], 1)
-        self._parts = [(name, key, region, grad.shape[1:]) for name, key, region, grad in parts]
-
-    def add_weighted_sum(
-        self,
-        factors: Tensor,
-        dead: Tensor | None,
-        out: Mapping[str, Tensor],
-        masks: Mapping[str, ParameterMask],
-    ) -> set[tuple[str, Hashable]]:
-        """Add ``sum_i factors[i] gradient_i`` to the targets; return the names and keys of the parts that were added.
-
-        Args:
-            factors: shape ``(B,)``.
-            dead: marks the samples of factor 0; None if there are none.
-            out: accumulation targets by name.
-            masks: by name; parts of masked parameters are left to the caller.
-        """
-        total = combine(self.grads, factors, dead)
-        done: set[tuple[str, Hashable]] = set()
-        targets: list[Tensor] = []
-        added: list[Tensor] = []
-        sums = torch.split(total, [shape.numel() for *_, shape in self._parts])
-        for (name, key, region, shape), part in zip(self._parts, sums, strict=True):
-            if name not in masks and (region is None or out[name].is_contiguous()):
-                targets.append(view_of(out[name], region))
-                added.append(part.view(shape))
-                done.add((name, key))
-        if targets:
-            add_scaled(targets, added, 1.0)
-        return done

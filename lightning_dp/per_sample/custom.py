@@ -107,6 +107,8 @@ AXES = (BatchAxis, OwnedAxis)
 
 
 class _Registered(Rule):
+    is_stackable = False
+
     def __init__(self, gradients: Gradients) -> None:
         self._gradients = gradients
 

@@ -78,7 +78,7 @@ class PerSampleEngine(GradientEngine):
         self._had_grad: set[str] = set()
         self._untracked: set[str] = set()
         self._guards: list[Any] = []
-        self._parts = Parts(self._tracker)
+        self._parts = Parts(self._tracker, lean=memory == "lean")
         self._rows = Rows(module, self._tracker, self)
 
     @override

@@ -9,21 +9,23 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample.combining import Joined, add_combined, norm_of
+from lightning_dp.per_sample.combining import add_combined, norm_of
 from lightning_dp.per_sample.functions import pulled_back
 from lightning_dp.per_sample.nodes import Node, Region, view_of
 from lightning_dp.per_sample.rules.base import squared_norm
 from lightning_dp.per_sample.sources import Source
+from lightning_dp.per_sample.stacking import Block, Joined, Part, Views, stacks_of
 from lightning_dp.per_sample.tracker import Tracker
 
-Views = dict[Source, dict[Hashable, tuple[str, Region | None]]]
-"""Name of the parameter and region of each view, by key, by source."""
+_MOST_KNOWN = 64
+"""Kinds of steps whose parts are remembered."""
 
 
 class Parts:
@@ -31,15 +33,18 @@ class Parts:
 
     Args:
         tracker: follows the parameters; its sources hold the backprops.
+        lean: whether only gradients that have no more numbers than their backprops are kept.
     """
 
-    def __init__(self, tracker: Tracker) -> None:
+    def __init__(self, tracker: Tracker, *, lean: bool = False) -> None:
+        self._lean = lean
         self._tracker, self._recorder = tracker, tracker.recorder
         self._known_disjoint: dict[Hashable, bool] = {}
         self._whole: dict[str, Tensor] = {}  # gradients of parameters that are used in several ways
         self._joined: dict[tuple[str, ...], Joined] = {}  # gradients with few numbers, by group
-        self._known_sorted: dict[Hashable, tuple[Views, set[str]]] = {}
-        self._at = -1  # all three are of the backprops up to that change
+        self._known_sorted: dict[Hashable, tuple[Views, set[str]]] = {}  # by names, masks and parts with backprops
+        self._live: tuple[Any, ...] | None = None  # parts with backprops
+        self._at = -1  # gradients and parts are of the backprops up to that change
 
     @property
     def _parameters(self) -> Mapping[str, nn.Parameter]:
@@ -47,7 +52,7 @@ class Parts:
 
     def clear(self) -> None:
         """Free the gradients."""
-        self._whole, self._joined, self._known_sorted = {}, {}, {}
+        self._whole, self._joined, self._live = {}, {}, None
 
     def _forget_older(self) -> None:
         """Forget what was computed before the last backprop arrived."""
@@ -92,23 +97,39 @@ class Parts:
         """Add the squared norms of the parameters of each group to ``sums`` of shape ``(G, B)``, and return it."""
         self._forget_older()
         norms: dict[str, Tensor] = {}
-        few: dict[str, list[tuple[Hashable, Region | None, Tensor]]] = {}
-        views, whole = self._sorted({name for group in groups for name in group}, masks)
+        rows_of: dict[str, list[int]] = {}
+        for number, group in enumerate(groups):
+            for name in group:
+                rows_of.setdefault(name, []).append(number)
+        blocks: list[list[Block]] = [[] for _ in groups]
+        views, whole = self._sorted(set(rows_of), masks)
+        stacked: set[Source] = set()
+        for sources, made_together in stacks_of(views, masks, lean=self._lean):
+            stacked.update(sources)
+            for block in made_together:
+                if len(groups) == 1:
+                    blocks[0].append(block)
+                    continue
+                for part, grads in zip(block.parts, torch.split(block.grads, 1), strict=True):
+                    for number in rows_of[part.name]:
+                        blocks[number].append(Block([part], grads))
         for source, keys in views.items():
+            if source in stacked:
+                continue
             mine = {key: masks[name] for key, (name, _) in keys.items() if name in masks}
-            made, small = source.squared_norms(set(keys), mine)
+            made, few = source.squared_norms(set(keys), mine)
             for key, norm in made.items():
                 name, _ = keys[key]
                 norms[name] = norms[name] + norm if name in norms else norm
-            for key, grad in small.items():
+            for key, grad in few.items():
                 name, region = keys[key]
-                few.setdefault(name, []).append((key, region, grad))
+                for number in rows_of[name]:
+                    blocks[number].append(Block([Part(name, key, region)], grad.unsqueeze(0)))
         for name, grad in self._gathered(whole).items():
             norms[name] = norm_of(grad, masks.get(name))
-        for row, group in zip(sums, groups, strict=True):
-            parts = [(name, *part) for name in group for part in few.get(name, ())]
-            if parts:
-                joined = self._joined[tuple(group)] = Joined(parts)
+        for row, group, small in zip(sums, groups, blocks, strict=True):
+            if small:
+                joined = self._joined[tuple(group)] = Joined(small)
                 row += squared_norm(joined.grads)
             for name in group:
                 if name in norms:
@@ -173,9 +194,15 @@ class Parts:
         A parameter that is seen through views needs all of it under a mask: the masked norm and the masked sum of a
         view come from different products, whose rounding no norm covers.
         """
-        asked = frozenset(names), frozenset(masks)
+        if self._live is None:
+            self._live = tuple(
+                (source, frozenset(live)) for source in self._tracker.sources.values() if (live := source.live())
+            )
+        asked = frozenset(names), frozenset(masks), self._live
         if asked in self._known_sorted:
             return self._known_sorted[asked]
+        if len(self._known_sorted) >= _MOST_KNOWN:
+            self._known_sorted.clear()
         views: Views = {}
         whole: set[str] = set()
         for name, parts in self.of(names).items():

@@ -15,19 +15,17 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample._torch import keeps_graph
 from lightning_dp.per_sample.calls import call_of, calls_of, without
 from lightning_dp.per_sample.combining import add_combined, norm_of
 from lightning_dp.per_sample.nodes import Node
 from lightning_dp.per_sample.owned import OwnedAxis
 from lightning_dp.per_sample.precision import exact_arithmetic
 from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype, squared_norm
-from lightning_dp.per_sample.uses import Recorder, Use
+from lightning_dp.per_sample.uses import FEW, Recorder, Use
 from lightning_dp.per_sample.workspace import Workspace
 
 Grads = dict[Hashable, Tensor]
-
-FEW = 2**15
-"""Numbers of a tensor's per-sample gradients up to which one product costs less than the calls of other ways."""
 
 MOST_JOINED = 2**13
 """Numbers of a tensor's per-sample gradients up to which a copy costs less than norms and sums by themselves."""
@@ -60,18 +58,17 @@ class Source:
         materialise: bool,
         workspace: Workspace | None,
     ) -> None:
-        self.recorder = recorder
-        self.rule = rule
-        self.spec = spec
+        self.recorder, self.rule, self.spec = recorder, rule, spec
         self.nodes = {node.key: node for node in nodes.values()}
-        self.local = {node.key: local for local, node in nodes.items()}
+        self.key_of = {local: node.key for local, node in nodes.items()}
+        self.local = {key: local for local, key in self.key_of.items()}
         self.keys = frozenset(self.nodes)
         self.name = f"{operation} with {', '.join(repr(node.name) for node in nodes.values())}"
         self.uses: list[Use] = []
         self.calls = 0
-        self._materialise = materialise
+        self.materialises = materialise
         self._workspace = workspace
-        self._computed_at = -1  # what follows is of the backprops up to that change
+        self._computed_at = -1  # the rest is of the backprops up to that change
         self._cached: Grads = {}
         self._groups: list[tuple[set[Hashable], list[Call]]] | None = None
         self._active: dict[tuple[Hashable, ParameterMask], Tensor] = {}  # active entries of the gradients
@@ -103,9 +100,12 @@ class Source:
 
     def received(self, use: Use) -> None:
         """Compute the gradients immediately, during the backward, if that frees memory."""
-        if self._materialise or self.uses != [use] or len(use.parts) != 1 or isinstance(use.out_axis, OwnedAxis):
+        if self.materialises or self.uses != [use] or len(use.parts) != 1 or isinstance(use.out_axis, OwnedAxis):
             return
         backprop, keys = use.parts[0]
+        if not self._made and self.recorder.may_wait(sum(tensor.numel() for tensor in (backprop, *use.inputs))):
+            use.done = bool(use.inputs) and not keeps_graph()
+            return
         shapes = (use.inputs[0].shape if use.inputs else None, backprop.shape, keys)
         if not self._made and (self.calls != 1 or shapes in self._not_at_once):
             return
@@ -167,7 +167,7 @@ class Source:
         memory = self.memory()
         made = self.per_sample(missing) if (missing := keys - memory.keys()) else {}
         grads = {**{key: memory[key] for key in keys - missing}, **made}
-        if self._workspace is not None or self._materialise:
+        if self._workspace is not None or self.materialises:
             memory.update(made)
         return grads
 
@@ -175,7 +175,7 @@ class Source:
         """Return squared norms ``(B,)`` of the (masked) gradients; of other keys, gradients with few numbers, of which
         the caller computes norms and sums together.
         """
-        if self._materialise:
+        if self.materialises:
             return {key: norm_of(grad, masks.get(key)) for key, grad in self.cached(keys).items()}, {}
         size, cached = self.recorder.num_samples, self.memory()
         norms: Grads = {}
@@ -290,7 +290,7 @@ class Source:
             dead: marks the samples of factor 0; None if there are none.
         """
         memory = self.memory()
-        ready = {key for key in out if self._materialise or key in memory}
+        ready = {key for key in out if self.materialises or key in memory}
         for key, grad in self.cached(ready).items() if ready else ():
             add_combined(out[key], grad, factors, dead)
         for wanted, calls in self._asked(out.keys() - ready):

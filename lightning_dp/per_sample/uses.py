@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from lightning_dp.per_sample.sources import Source
 
 
+FEW = 2**15
+"""Numbers up to which the calls of torch cost more than the arithmetic."""
+
+MOST_WAITING = 2**20
+"""Numbers of all inputs and backprops that are kept until the end of the backward although they could be freed."""
+
+
 class Recorder:
     """State of one microbatch that all its uses share."""
 
@@ -38,6 +45,7 @@ class Recorder:
         self.num_bytes = 0
         """Total size, in bytes, of the tensors that :meth:`count` received in this microbatch."""
         self._sizes: dict[int, int] = {}
+        self._num_waiting = 0
         self._taps: dict[torch.device, Tensor] = {}
 
     def begin(self, batch_size: int, joining: Joining | None = None) -> None:
@@ -46,7 +54,14 @@ class Recorder:
         """
         self.batch_size, self.joining = batch_size, joining
         self.active = True
-        self._sizes, self.num_bytes = {}, 0
+        self._sizes, self.num_bytes, self._num_waiting = {}, 0, 0
+
+    def may_wait(self, num: int) -> bool:
+        """Tell whether so many numbers are few enough to keep them until the end of the backward."""
+        if num > FEW or self._num_waiting + num > MOST_WAITING:
+            return False
+        self._num_waiting += num
+        return True
 
     @property
     def num_samples(self) -> int:

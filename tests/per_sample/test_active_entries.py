@@ -10,7 +10,7 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 
 from lightning_dp.masks import ParameterMask
-from lightning_dp.per_sample import sources
+from lightning_dp.per_sample import sources, stacking
 from lightning_dp.per_sample.rules.base import Call, Rule
 from lightning_dp.per_sample.rules.conv import ConvRule
 from lightning_dp.per_sample.rules.linear import LinearRule
@@ -161,6 +161,7 @@ def test_entries_are_cached_if_memory_allows(
         engine._workspace._limit = lambda: limit
     found = []
     monkeypatch.setattr(sources, "FEW", 0)
+    monkeypatch.setattr(stacking, "FEW", 0)
     own = LinearRule.active_entries
     monkeypatch.setattr(LinearRule, "active_entries", lambda *args: (found.append(args[5]), own(*args))[1])
     monkeypatch.setattr(LinearRule, "materialises", lambda *args: False)

@@ -151,8 +151,9 @@ def test_a_rule_that_returns_something_else_is_named(found: dict[str, Tensor], g
     try:
         module = Net()
         engine = make_engine(module, loss_of(module), DATA)
+        run_batch(engine, loss_of(module), DATA, 4)
         with pytest.raises(ValueError, match=f"Expected a registered rule to return .*got ({got})"):
-            run_batch(engine, loss_of(module), DATA, 4)
+            engine.squared_norms([["weight", "bias"]])
     finally:
         remove()
 

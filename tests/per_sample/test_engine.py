@@ -14,7 +14,7 @@ import lightning_dp.per_sample.nodes
 import lightning_dp.per_sample.rules.base
 import lightning_dp.per_sample.single
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, make_engine, sources
+from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, make_engine, sources, stacking
 from lightning_dp.per_sample import parts as parts_module
 from lightning_dp.per_sample.precision import exact_arithmetic
 from lightning_dp.per_sample.rules.base import Rule
@@ -202,6 +202,7 @@ def test_rules_run_in_exact_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
         return true(self, *args)
 
     monkeypatch.setattr(sources, "FEW", 0)
+    monkeypatch.setattr(stacking, "FEW", 0)
     monkeypatch.setattr(LinearRule, "add_weighted_sum", add_weighted_sum)
     module = nn.Linear(3, 2)
     engine = checks.make_engine(module, _loss(module), torch.randn(6, 3))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import PerSampleEngine, engine
+from lightning_dp.per_sample import PerSampleEngine, engine, stacking, uses
 from lightning_dp.per_sample.rules import base, outer_products
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.workspace import SHARE, Workspace
@@ -21,6 +21,13 @@ from tests.per_sample import checks
 CPU = torch.device("cpu")
 LENGTH = 24
 """Positions: enough that a kept gradient pays for the layers below, few enough that none is small."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small gradients have a way of their own, see test_stacking.py."""
+    monkeypatch.setattr(uses, "FEW", 0)
+    monkeypatch.setattr(stacking, "FEW", 0)
 
 
 def loss_of(module: nn.Module) -> Callable[[Any], Tensor]:
@@ -256,8 +263,10 @@ def test_a_backward_lets_go_of_what_a_kept_gradient_was_made_of(memory: str) -> 
     made.check_tracked()
 
 
-def test_a_second_backward_without_retain_graph_is_refused() -> None:
+@pytest.mark.parametrize("few", [0, 2**15])
+def test_a_second_backward_without_retain_graph_is_refused(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A single layer at the beginning saves nothing for its backward: autograd would let it pass."""
+    monkeypatch.setattr(uses, "FEW", few)
     module = nn.Linear(40, 30).double()
     made = checks.make_engine(module, loss_of(module), data_of(6))
     made.begin(6)

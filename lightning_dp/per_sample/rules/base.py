@@ -161,6 +161,9 @@ class Rule(ABC):
     fills_buffers = False
     """True if :meth:`fill` writes directly into its output: large gradients are then cached in one reused buffer."""
 
+    is_stackable = True
+    """True if equal layers can be computed as one layer of all their samples."""
+
     parameters: tuple[str, ...] = ("weight", "bias")
     """Local names of the parameters the rule knows."""
 

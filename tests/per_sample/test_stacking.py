@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from lightning_dp.masks import ParameterMask
-from lightning_dp.per_sample import PerSampleEngine, sources
-from lightning_dp.per_sample.combining import Joined
+from lightning_dp.per_sample import PerSampleEngine, sources, stacking, uses
+from lightning_dp.per_sample.stacking import Block, Joined, Part
 from tests.per_sample import checks
 
 NAN_ROW = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])
@@ -47,16 +47,39 @@ def run(depth: int, **options: Any) -> tuple[PerSampleEngine, list[str]]:
     return engine, [name for name, _ in module.named_parameters()]
 
 
-@pytest.mark.parametrize("depth", [1, 5])
-def test_few_numbers_share_norm_and_sum_at_any_depth(depth: int) -> None:
+def counted(depth: int) -> Counter[str]:
     engine, names = run(depth)
     out = {name: torch.zeros_like(parameter) for name, parameter in engine._parameters.items()}
     with Counted() as mode:
         engine.squared_norms([names])
         engine.accumulate(torch.ones(1, 6), [names], out)
-    computed = {name: mode.counts[name] for name in ("linalg_vector_norm", "cat", "mm", "addmm", "bmm", "addmv_")}
-    assert computed == {"linalg_vector_norm": 1, "cat": 1, "mm": 1, "addmm": 0, "bmm": 0, "addmv_": 0}
     engine.end()
+    return mode.counts
+
+
+def test_small_gradients_are_computed_together_at_any_depth() -> None:
+    counts = counted(2)
+    computed = {name: counts[name] for name in ("linalg_vector_norm", "bmm", "native_layer_norm", "mm", "addmm")}
+    assert computed == {"linalg_vector_norm": 1, "bmm": 1, "native_layer_norm": 1, "mm": 1, "addmm": 0}
+    deep = counted(9)
+    assert {name: deep[name] for name in computed} == computed
+
+
+@pytest.mark.parametrize(
+    "where", ["sources.FEW", "stacking.MOST_STACKED", "stacking.FEW", "uses.FEW", "uses.MOST_WAITING"]
+)
+def test_ways_of_small_gradients_agree(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, name = where.split(".")
+    monkeypatch.setattr({"sources": sources, "stacking": stacking, "uses": uses}[home], name, 0)
+    module, data = network(3).double(), torch.randn(6, 3, 4, dtype=torch.float64)
+    checks.assert_engine_agrees(module, loss_of(module), data)
+
+
+def test_layers_of_other_settings_are_computed_apart() -> None:
+    norms = [nn.LayerNorm(4, eps=eps) for eps in (1e-5, 0.1, 1e-5)]
+    module = nn.Sequential(nn.Linear(4, 4), *norms, nn.Linear(4, 4, bias=False), nn.Linear(4, 4)).double()
+    data = torch.randn(6, 3, 4, dtype=torch.float64)
+    checks.assert_engine_agrees(module, loss_of(module), data)
 
 
 def test_joined_agrees_with_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,21 +89,29 @@ def test_joined_agrees_with_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.assert_engine_agrees(module, loss_of(module), data)
 
 
-def test_lean_memory_caches_no_further_gradients() -> None:
-    engine, _ = run(1, memory="lean")
-    cached = {key for source in engine._tracker.sources.values() for key in source._made}
-    assert cached == {"0.2.weight", "0.2.bias"}
+def test_lean_memory_stacks_no_more_than_the_backprops() -> None:
+    engine, names = run(2, memory="lean")
+    engine.squared_norms([names])
+    kept = {key for source in engine._tracker.sources.values() for key in source.memory()}
+    assert kept == {*names} - {"0.0.weight", "1.0.weight"}
     engine.end()
 
 
-def test_few_numbers_are_cached_in_place_of_products() -> None:
-    engine, names = run(1)
-    assert {key for source in engine._tracker.sources.values() for key in source._made} == set(names)
-    engine.end()
+def test_few_inputs_and_backprops_wait_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are used within the backward, which frees them."""
+    for few, made in ((uses.FEW, set()), (0, {"0.0.weight", "0.0.bias", "0.2.weight", "0.2.bias"})):
+        monkeypatch.setattr(uses, "FEW", few)
+        engine, _ = run(1)
+        assert {key for source in engine._tracker.sources.values() for key in source._made} == made
+        engine.end()
+
+
+def joined_of(*parts: tuple[str, str, Any, Tensor]) -> Joined:
+    return Joined([Block([Part(name, key, region)], grads.unsqueeze(0)) for name, key, region, grads in parts])
 
 
 def test_joined_sum_drops_samples_of_factor_zero() -> None:
-    joined = Joined([("a", "a", None, NAN_ROW)])
+    joined = joined_of(("a", "a", None, NAN_ROW))
     out = {"a": torch.ones(2)}
     factors = torch.tensor([2.0, 0.0])
     assert joined.add_weighted_sum(factors, factors == 0, out, {}) == {("a", "a")}
@@ -89,7 +120,7 @@ def test_joined_sum_drops_samples_of_factor_zero() -> None:
 
 def test_joined_sum_leaves_masked_parts_to_the_caller() -> None:
     grads = torch.ones(1, 2)
-    joined = Joined([("a", "a", None, grads), ("b", "b", None, grads)])
+    joined = joined_of(("a", "a", None, grads), ("b", "b", None, grads))
     out = {"a": torch.zeros(1), "b": torch.zeros(2)}
     mask = ParameterMask(torch.tensor([True, False]))
     assert joined.add_weighted_sum(torch.ones(1), None, out, {"a": mask}) == {("b", "b")}
@@ -101,7 +132,7 @@ def test_joined_sum_goes_to_the_region_of_a_view() -> None:
     grads: Tensor = torch.tensor([[1.0, 2.0]])
     region = (1, torch.Size([2]), (3,))  # second column of a 2 x 3 parameter
     out = {"a": torch.zeros(2, 3)}
-    Joined([("a", "column", region, grads)]).add_weighted_sum(torch.ones(1), None, out, {})
+    joined_of(("a", "column", region, grads)).add_weighted_sum(torch.ones(1), None, out, {})
     assert out["a"].tolist() == [[0.0, 1.0, 0.0], [0.0, 2.0, 0.0]]
     apart = {"a": torch.zeros(3, 2).mT}  # a region counts elements of contiguous memory
-    assert Joined([("a", "column", region, grads)]).add_weighted_sum(torch.ones(1), None, apart, {}) == set()
+    assert joined_of(("a", "column", region, grads)).add_weighted_sum(torch.ones(1), None, apart, {}) == set()
