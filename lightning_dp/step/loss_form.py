@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from lightning_dp.per_sample._torch import unreported
 from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
 
 NEAR = 32
@@ -157,7 +157,8 @@ class LossForm:
 def versions_of(module: nn.Module) -> list[tuple[Tensor, int]]:
     """Return the parameters and buffers of a module, each with the number of its changes in place."""
     layers = layers_of(module)
-    return [(tensor, num_changes(tensor)) for tensor in (*parameters_of(layers), *buffers_of(layers))]
+    with unreported():  # followed parameters would report each question
+        return [(tensor, num_changes(tensor)) for tensor in (*parameters_of(layers), *buffers_of(layers))]
 
 
 _NAMES_SIZES = {"view", "reshape", "expand", "repeat", "zeros", "ones", "full", "empty", "arange", "rand", "randn"}
@@ -186,21 +187,42 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@functools.lru_cache(4096)
+def _name_of(func: Any) -> str | None:
+    """Return the name of a function; None if it shows nothing."""
+    name = str(getattr(func, "__name__", "")).partition(".")[0]
+    if name in _SHOWS_NOTHING:
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+        return name if name in ("T", "mT", "H", "mH") else None
+    return name
+
+
 def _call_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return the name of a function with its small whole numbers, or with the kinds of its indices; None for a function
     that shows nothing.
     """
-    name = getattr(func, "__name__", "").partition(".")[0]
-    if name in _SHOWS_NOTHING:
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        return name if name in ("T", "mT", "H", "mH") else None
+    name = _name_of(func)
     if name in ("__getitem__", "__setitem__"):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return name, *(type(each).__name__ for each in index)
-    if name in _NAMES_SIZES:
+    if name is None or name in _NAMES_SIZES:
         return name
-    numbers = tree_leaves((args[1:], kwargs))
-    return name, *(each for each in numbers if type(each) is int and -4 <= each <= 4)
+    numbers: list[int] = []
+    _collect_numbers(args[1:], numbers)
+    _collect_numbers(kwargs.values(), numbers)
+    return name, *numbers
+
+
+def _collect_numbers(things: Iterable[Any], found: list[int]) -> None:
+    for each in things:
+        kind = type(each)
+        if kind is int:
+            if -4 <= each <= 4:
+                found.append(each)
+        elif kind is tuple or kind is list:
+            _collect_numbers(each, found)
+        elif kind is dict:
+            _collect_numbers(each.values(), found)
 
 
 @functools.lru_cache(1024)
