@@ -28,10 +28,17 @@ if TYPE_CHECKING:
 MOST_AT_ONCE = 2**24
 """Numbers that a pull-back holds at once."""
 
+_LONG = 200
+"""Characters up to which a name says which functions of parameters it was computed from."""
+
 
 def derive(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on parameters and constants; return its result as a function of parameters."""
     nodes: list[tuple[Node, Tensor]] = []
+    given = tensors_in(args, kwargs)
+    if all(isinstance(tensor, Function) for tensor in given):  # they have their graphs
+        nodes = [(node, tensor) for tensor in given if (node := tracker.node_of(tensor)) is not None]
+        return _wrapped(tracker, func, func(*args, **kwargs), args, nodes)
 
     def attached(tensor: Tensor) -> Tensor:
         node = tracker.node_of(tensor)
@@ -147,7 +154,8 @@ def _made(tracker: Tracker, func: Any, out: Tensor, key: Hashable, nodes: list[t
             region = region_of(out, parameter)
         if region is not None and region == (0, parameter.shape, parameter.stride()):
             return Node(node.name, names, lineage, out, generation=tracker.recorder.generation)
-    name = f"{func.__name__}({', '.join(node.name for node, _ in nodes)})"
+    inner = ", ".join([node.name for node, _ in nodes])
+    name = f"{func.__name__}({inner if len(inner) < _LONG else '...'})"
     return Node(name, names, lineage, out, region=region, value=out, generation=tracker.recorder.generation)
 
 

@@ -43,8 +43,9 @@ class Recorder:
         self.joining: Joining | None = None
         self.changes = 0
         self.num_bytes = 0
-        """Total size, in bytes, of the tensors that :meth:`count` received in this microbatch."""
+        """Total size, in bytes, of the tensors that :meth:`count` received in the largest microbatch."""
         self._sizes: dict[int, int] = {}
+        self._largest, self._counts = -1, False
         self._num_waiting = 0
         self._taps: dict[torch.device, Tensor] = {}
 
@@ -54,7 +55,9 @@ class Recorder:
         """
         self.batch_size, self.joining = batch_size, joining
         self.active = True
-        self._sizes, self.num_bytes, self._num_waiting = {}, 0, 0
+        self._counts, self._num_waiting = batch_size > self._largest, 0
+        if self._counts:  # a smaller one holds less
+            self._largest, self._sizes, self.num_bytes = batch_size, {}, 0
 
     def may_wait(self, num: int) -> bool:
         """Tell whether so many numbers are few enough to keep them until the end of the backward."""
@@ -76,6 +79,8 @@ class Recorder:
 
     def count(self, tensor: Tensor) -> None:
         """Add the size of an input or output to :attr:`num_bytes`; a tensor that layers share counts once."""
+        if not self._counts:
+            return
         place, size = tensor.data_ptr(), tensor.nbytes
         self.num_bytes += size - self._sizes.get(place, 0)
         self._sizes[place] = size
