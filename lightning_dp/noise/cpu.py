@@ -44,15 +44,16 @@ class CpuStreams:
             Exception: an error of drawing. No thread writes into the buffer after the call.
         """
         num_threads = _threads_for(flat.numel()) if self._tuned else 1
+        if num_threads == 1:
+            for number in range(NUM_STREAMS):
+                self._write_stream(number, flat, std, adds=adds)
+            return
 
         @torch.no_grad()
         def write_streams(first: int) -> None:
             for number in range(first, NUM_STREAMS, num_threads):
                 self._write_stream(number, flat, std, adds=adds)
 
-        if num_threads == 1:
-            write_streams(0)
-            return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(NUM_STREAMS - 1, thread_name_prefix="noise")
         others = [self._threads.submit(write_streams, first) for first in range(1, num_threads)]

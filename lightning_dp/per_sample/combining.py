@@ -27,8 +27,8 @@ def combine(grads: Tensor, factors: Tensor, dead: Tensor | None) -> Tensor:
     """Return ``sum_i factors[i] grads[i]`` without the dropped samples, even if their entries are not finite."""
     if dead is not None:
         grads = grads.masked_fill(dead.reshape(-1, *[1] * (grads.dim() - 1)), 0.0)
-    total: Tensor = torch.tensordot(factors.to(grads.dtype), grads, dims=1)
-    return total
+    total = torch.mv(grads.reshape(len(grads), grads.shape[1:].numel()).mT, factors.to(grads.dtype))
+    return total.view(grads.shape[1:])
 
 
 def zero_gradient(parameter: Tensor, batch_size: int) -> Tensor:

@@ -80,6 +80,8 @@ class Parts:
         self.clear()
         chosen = frozenset(names)
         for source in self._tracker.sources.values():
+            if not source.live():
+                continue
             gone = set()
             for key, node in source.nodes.items():
                 if chosen.issuperset(node.names):

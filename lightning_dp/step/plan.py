@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -20,6 +21,11 @@ Run = tuple[PrivacyEvent, int] | tuple[PrivacyEvent, int, int]
 _UNSAVED = ("steps_per_epoch", "is_private", "unsound")  # fields of a plan that no checkpoint holds
 #: Sensitivity of the clipped sum in units of what one sample can add, for each relation between neighbouring datasets.
 SENSITIVITY_FACTOR = {"add_or_remove_one": 1.0, "zero_out": 1.0, "replace_one": 2.0}
+
+
+@functools.lru_cache(64)  # asked for twice in each step
+def _poisson(sigma: float, sample_rate: float) -> PrivacyEvent:
+    return PrivacyEvent.poisson(noise_multiplier=sigma, sample_rate=sample_rate)
 
 
 def every_step(step: int) -> bool:
@@ -141,7 +147,7 @@ class DPPlan:
                 return PrivacyEvent.allocation(noise_multiplier=sigma, num_batches=self.batches_per_pass)
             return PrivacyEvent.shuffle(noise_multiplier=sigma)
         assert self.sample_rate is not None
-        return PrivacyEvent(kind="poisson", noise_multiplier=sigma, sample_rate=self.sample_rate)
+        return _poisson(sigma, self.sample_rate)
 
     def runs(self, start: int, stop: int, noise_multiplier: float | None = None) -> list[Run]:
         """Return the events of the logical steps ``start <= t < stop``, with equal events in a row counted together.
