@@ -51,7 +51,8 @@ class BatchAxis:
                 f"Expected a tensor with the batch in axis {self.axis}, got shape={tuple(tensor.shape)} in {where}. "
                 f"The layer is used in a way that was not seen when its layout was learned; {WAY_OUT}."
             )
-        return self.rows_in(tensor.shape[self.axis], batch_size, where)
+        length = tensor.shape[self.axis]
+        return 1 if length == batch_size and self.multiplicity == 1 else self.rows_in(length, batch_size, where)
 
     def rows_in(self, length: int, batch_size: int, where: str) -> int:
         """Return ``K`` for an axis of this length; raise PrivacyError if samples cannot be distinguished."""

@@ -126,7 +126,7 @@ class Parts:
             for key, grad in few.items():
                 name, region = keys[key]
                 for number in rows_of[name]:
-                    blocks[number].append(Block([Part(name, key, region)], grad.unsqueeze(0)))
+                    blocks[number].append(Block([Part(name, region, key)], grad.unsqueeze(0)))
         for name, grad in self._gathered(whole).items():
             norms[name] = norm_of(grad, masks.get(name))
         for row, group, small in zip(sums, groups, blocks, strict=True):

@@ -36,13 +36,13 @@ class Part(NamedTuple):
 
     Args:
         name: qualified name of the parameter.
+        region: of a view; None for the whole parameter.
         key: of the tensor: the parameter or a view of it.
-        region: of the view; None for the whole parameter.
     """
 
     name: str
-    key: Hashable
     region: Region | None
+    key: Hashable
 
 
 class Block(NamedTuple):
@@ -86,14 +86,14 @@ def stacks_of(views: Views, masks: Collection[str], *, lean: bool) -> Iterator[t
         calls = each[0] if len(each) == 1 else [_stacked(uses) for uses in zip(*each, strict=True)]
         locals_ = {sources[0].local[key] for key in keys}
         made = sources[0].rule.per_sample(sources[0].spec, calls, len(members) * size, locals_)
-        blocks = []
+        blocks, memories = [], [source.memory() for source in sources]
         for local, grads in made.items():
             grads = grads.reshape(len(members), size, *grads.shape[1:])
             parts = []
-            for source, grad in zip(sources, grads.unbind(0), strict=True):
+            for source, memory, grad in zip(sources, memories, grads.unbind(0), strict=True):
                 key = source.key_of[local]
-                source.memory()[key] = grad
-                parts.append(Part(views[source][key][0], key, views[source][key][1]))
+                memory[key] = grad
+                parts.append(Part(*views[source][key], key))
             blocks.append(Block(parts, grads))
         yield sources, blocks
 
@@ -106,14 +106,16 @@ def small_calls(source: Source, keys: Collection[Hashable], *, lean: bool) -> li
         keys: of tensors.
         lean: whether a gradient must not have more numbers than its backprops.
     """
-    if source.materialises or not source.rule.is_stackable or source.memory() or len(groups := source.groups()) != 1:
+    size = source.recorder.num_samples
+    largest = size * max(source.nodes[key].numel for key in keys)
+    if not 0 < largest <= FEW or source.materialises or not source.rule.is_stackable or source.memory():
+        return None
+    if len(groups := source.groups()) != 1:
         return None
     held, calls = groups[0]
-    most = min(FEW, sum(call.backprop.numel() for call in calls)) if lean else FEW
-    size = source.recorder.num_samples
-    if not size or not held.issuperset(keys) or calls[0].backprop.is_complex():
+    if not held.issuperset(keys) or calls[0].backprop.is_complex():
         return None
-    return calls if all(size * source.nodes[key].numel <= most for key in keys) else None
+    return None if lean and largest > sum(call.backprop.numel() for call in calls) else calls
 
 
 def _shapes_of(call: Call) -> Hashable:
@@ -166,7 +168,7 @@ class Joined:
         added: list[Tensor] = []
         sums = torch.split(combine(self.grads, factors, dead), self._sizes)
         for (parts, shape), total in zip(self._shapes, sums, strict=True):
-            for (name, key, region), part in zip(parts, total.view(shape).unbind(0), strict=True):
+            for (name, region, key), part in zip(parts, total.view(shape).unbind(0), strict=True):
                 if name not in masks and (region is None or out[name].is_contiguous()):
                     targets.append(view_of(out[name], region))
                     added.append(part)

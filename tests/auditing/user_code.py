@@ -34,10 +34,10 @@ def check_cancelling_positions_stay_within_the_bound(tmp_path: Path) -> None:
 
     for scale in (0.1, 1e9):
         positions = torch.tensor([3.0, 5.0, -8.0])[:, None] * torch.linspace(0.3, 0.7, 64) * scale
-        records = positions.expand(4, -1, -1).contiguous()
+        records = positions.expand(16, -1, -1).contiguous()  # of gradients too large to be computed in full
         strategy = Watching(noise_multiplier=1.0, max_grad_norm=BOUND)
-        fit(strategy, tmp_path, OverPositions(), DataLoader(TensorDataset(records), batch_size=4))
-        moved = float(strategy.clean[0].norm()) / 4
+        fit(strategy, tmp_path, OverPositions(), DataLoader(TensorDataset(records), batch_size=16))
+        moved = float(strategy.clean[0].norm()) / 16
         assert moved <= BOUND * (1 + 1e-5), f"one cancelling record moves the sum by {moved:.3g}, the bound is {BOUND}"
 
 

@@ -107,7 +107,7 @@ def test_few_inputs_and_backprops_wait_for_the_end(monkeypatch: pytest.MonkeyPat
 
 
 def joined_of(*parts: tuple[str, str, Any, Tensor]) -> Joined:
-    return Joined([Block([Part(name, key, region)], grads.unsqueeze(0)) for name, key, region, grads in parts])
+    return Joined([Block([Part(name, region, key)], grads.unsqueeze(0)) for name, key, region, grads in parts])
 
 
 def test_joined_sum_drops_samples_of_factor_zero() -> None:
