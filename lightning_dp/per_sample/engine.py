@@ -45,7 +45,7 @@ class PerSampleEngine(GradientEngine):
         memory: ``"fast"`` caches per-sample gradients between the norms and the weighted sum if that is fastest, in
             buffers that together are smaller than the layers' inputs and outputs, the parameters and their gradients;
             ``"lean"`` caches only gradients that are smaller than the backprops, and the gradients of parameters that
-            are used in several ways.
+            are used in several ways. ``"fast"`` also caches small gradients, of 2^20 numbers together at most.
 
     Example:
         >>> import torch
