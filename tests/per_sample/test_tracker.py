@@ -874,3 +874,21 @@ def test_the_convolution_rule_needs_the_samples_first() -> None:
     assert ConvRule().follows(spec, 0, 3)
     assert not ConvRule().follows(spec, 1, 3)
     assert not ConvRule().follows(spec, 0, 2)  # the channels of one sample
+
+
+def test_long_chains_of_functions_have_short_names() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(3, 3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight
+            for _ in range(100):
+                weight = weight.sin() + 0.1
+            return F.linear(x, weight)
+
+    module, data = Chain(), torch.randn(5, 3, dtype=torch.float64)
+    engine = assert_engine_agrees(module, lambda x: module(x).sum(1), data)
+    run_batch(engine, lambda x: module(x).sum(1), data, 5)
+    assert max(len(source.name) for source in engine._tracker.sources.values()) < 400

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine
 from lightning_dp.per_sample.nodes import Reporting
-from lightning_dp.per_sample.uses import Use
+from lightning_dp.per_sample.uses import Recorder, Use
 from tests import reference
 from tests.per_sample.checks import assert_close, assert_engine_agrees, make_engine, run_batch
 
@@ -308,3 +308,14 @@ def test_attach_before_parameters_and_twice() -> None:
     run_batch(engine, _loss(module), data, 4)
     assert all(len(p._post_accumulate_grad_hooks) == 1 for p in module.parameters())
     assert engine.has_backprops(["first.weight"])
+
+
+def test_sizes_are_those_of_the_largest_batch() -> None:
+    recorder = Recorder()
+    sizes = []
+    for size in (4, 2, 5):
+        recorder.begin(size)
+        recorder.count(torch.zeros(size, 3))
+        sizes.append(recorder.num_bytes)
+        recorder.end()
+    assert sizes == [4 * 12, 4 * 12, 5 * 12]
