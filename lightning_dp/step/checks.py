@@ -39,9 +39,10 @@ def scalar_loss(output: Any, count: int, reduction: str, source: str = "training
     if loss is None and not isinstance(output, Mapping):
         return None
     if not isinstance(loss, Tensor):
+        got = type(loss).__name__ if loss is not None else f"a dictionary with {sorted(map(str, output))} only"
         raise TypeError(
-            f"Expected {source} to return a loss tensor, a dictionary with 'loss', or None, got {type(loss).__name__}. "
-            "Return the loss of shape () or (B,)."
+            f"Expected {source} to return a loss tensor, a dictionary with 'loss', or None, got {got}. Return the loss "
+            "of shape () or (B,)."
         )
     if loss.numel() == 1:  # also of shape (1,), by a parameter of that shape
         return loss.reshape(())

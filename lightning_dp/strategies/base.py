@@ -165,6 +165,8 @@ class PrivateStrategy(TrainingInputs, Strategy):
         super().on_train_end()
         assert self._fit is not None
         self._fit.check_end()
+        if any(each.param_groups for each in self.optimizers):  # else nothing trains, and Lightning says so
+            self._fit.step.check_released()
         card_files.write(self.trainer, self, self.mechanisms.card)
         _messages.info(self.state.summary_line())
 

@@ -125,7 +125,6 @@ class PrivateFit:
         if self.step.reduction.any(self._host.hooks.stopped) and self._counts is not None:
             self._counts.end()
             self._trial.decisions.check_stop(self._counts.back_in)
-        self.step.check_released()
 
     def run(self, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the user's code on a logical batch; return the output of the real call.

@@ -91,9 +91,11 @@ class LightningHost(Host):
     @override
     def rehearse(self, closure: Callable[[], Any]) -> None:
         """Step the one optimizer through the module's ``optimizer_step``, as Lightning does, and its schedulers."""
-        strategy, module = self._strategy, self._strategy.module
+        strategy, module, trainer = self._strategy, self._strategy.module, self._strategy.trainer
+        left = trainer.accumulate_grad_batches - self._batch_idx % trainer.accumulate_grad_batches
+        last = min(self._batch_idx + left, trainer.num_training_batches) - 1  # of the logical batch, which steps
         for optimizer in _lightning.lightning_optimizers(strategy)[:1]:
-            module.optimizer_step(strategy.trainer.current_epoch, self._batch_idx, optimizer, closure)
+            module.optimizer_step(trainer.current_epoch, int(last), optimizer, closure)
         for config in strategy.lr_scheduler_configs:
             if not config.reduce_on_plateau:
                 with suppress(Exception):  # it may be at its end

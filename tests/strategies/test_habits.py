@@ -85,10 +85,8 @@ def test_training_step_may_be_a_partial(tmp_path: Path) -> None:
     assert all(bool((p != old).any()) for p, old in zip(module.parameters(), before, strict=True))
 
 
-def test_a_module_without_optimizers_is_refused_in_words(tmp_path: Path) -> None:
-    """Nothing is released, and the weights stay: gradients without an optimizer would reach nobody but the user's own
-    lines.
-    """
+def test_a_module_without_optimizers_trains_nothing(tmp_path: Path) -> None:
+    """Nothing is released, and the weights stay, as without privacy."""
 
     class Still(Classifier):
         def configure_optimizers(self) -> None:
@@ -97,13 +95,30 @@ def test_a_module_without_optimizers_is_refused_in_words(tmp_path: Path) -> None
     module, strategy = Still(), private()
     before = [p.detach().clone() for p in module.parameters()]
     trainer = make_trainer(strategy, tmp_path)
-    with (
-        pytest.warns(UserWarning, match="`LightningModule.configure_optimizers` returned `None`"),
-        pytest.raises(PrivacyError, match="no private optimizer has ever stepped, so nothing is trained"),
-    ):
+    with pytest.warns(UserWarning, match="`LightningModule.configure_optimizers` returned `None`"):
         trainer.fit(module, make_loader())
     assert strategy.ledger.num_steps == 0
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+def test_optimizer_step_is_called_with_the_last_of_its_batches(tmp_path: Path) -> None:
+    class Stepping(Classifier):
+        def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
+            assert batch_idx in (1, 3)
+            super().optimizer_step(epoch, batch_idx, *args, **kwargs)
+
+    strategy = private()
+    make_trainer(strategy, tmp_path, accumulate_grad_batches=2, limit_train_batches=4).fit(Stepping(), make_loader())
+    assert strategy.ledger.num_steps == 2
+
+
+def test_a_dictionary_without_a_loss_is_named(tmp_path: Path) -> None:
+    class Other(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            return {"output": 5}
+
+    with pytest.raises(TypeError, match=r"or None, got a dictionary with \['output'\] only"):
+        make_trainer(private(), tmp_path).fit(Other(), make_loader())
 
 
 def test_load_checkpoint_before_a_module_is_attached(tmp_path: Path) -> None:
