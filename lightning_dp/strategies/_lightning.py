@@ -155,6 +155,17 @@ def completed_steps(trainer: pl.Trainer) -> Any:
     return loop.manual_optimization.optim_step_progress.total
 
 
+@contextmanager
+def within_epoch(trainer: pl.Trainer) -> Iterator[None]:
+    """Let ``current_epoch`` be that of the last epoch; once a fit has ended, Lightning counts one more."""
+    progress = trainer.fit_loop.epoch_progress.current
+    completed, progress.completed = progress.completed, min(progress.completed, max(progress.ready - 1, 0))
+    try:
+        yield
+    finally:
+        progress.completed = completed
+
+
 def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], Any]) -> Callable[[], None]:
     """Pass training data through ``change`` before Lightning sees it; return a function that undoes this.
 

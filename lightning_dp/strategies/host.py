@@ -156,10 +156,11 @@ class LightningHost(Host):
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Keep ``self.log`` and ``self.log_dict`` to the trial, and switch off the count of optimizer steps."""
+        """Keep ``self.log`` and ``self.log_dict`` to the trial, stay in the epoch, and count no optimizer steps."""
         with ExitStack() as stack:
             stack.enter_context(_lightning.kept_figures(self._strategy.trainer))
             stack.enter_context(silent(self._strategy.module))
+            stack.enter_context(_lightning.within_epoch(self._strategy.trainer))
             for optimizer in _lightning.lightning_optimizers(self._strategy):
                 stack.enter_context(_lightning.without_progress(optimizer))
             yield

@@ -269,3 +269,24 @@ def test_weights_that_are_swapped_for_validation_are_free(tmp_path: Any) -> None
             self.losses.clear()
 
     assert run(Swaps(), tmp_path).ledger.num_steps == 8
+
+
+def test_hooks_on_trial_see_an_epoch_of_the_fit(tmp_path: Any) -> None:
+    """A callback that writes at the end of training is judged after it, when the Trainer counts one epoch more."""
+
+    class Averages(L.Callback):
+        rates = (0.5, 0.25)
+
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            self.average = [p.detach().clone() for p in module.parameters()]
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            for kept, parameter in zip(self.average, module.parameters(), strict=True):
+                kept.lerp_(parameter.detach(), self.rates[trainer.current_epoch])
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            assert trainer.current_epoch == 2 or trainer.strategy._fit.on_trial
+            for kept, parameter in zip(self.average, module.parameters(), strict=True):
+                parameter.data.copy_(kept)
+
+    assert run(Classifier(), tmp_path, Averages()).ledger.num_steps == 8
