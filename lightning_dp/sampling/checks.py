@@ -47,7 +47,7 @@ def check_loader(loader: object, sampling: str) -> DataLoader[Any]:
         raise TypeError(
             f"Expected a torch.utils.data.DataLoader for training, got {type(loader).__name__}. Private sampling needs "
             "to know dataset, batch size and collate function: return one DataLoader. An iterable of batches trains "
-            'under sampling="shuffle".'
+            'under sampling="shuffle" with neighboring_relation="replace_one" and a target_delta.'
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
@@ -162,7 +162,8 @@ def _check_iterable(loader: DataLoader[Any], sampling: str) -> None:
         raise TypeError(
             f"Expected a map-style dataset for Poisson sampling, got the IterableDataset {name}. Records that can only "
             "be read in order cannot join each step independently, and an epsilon that assumes it would be too small. "
-            'Use sampling="shuffle" (accounted without amplification) or a map-style dataset.'
+            'Use a map-style dataset, or sampling="shuffle" with neighboring_relation="replace_one" and a target_delta '
+            "(without amplification)."
         )
     if sampling == "cyclic":
         raise TypeError(

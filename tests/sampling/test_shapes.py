@@ -225,5 +225,7 @@ def test_iterables_of_indistinct_records_are_refused(batches: Any, error: type[E
 def test_an_iterable_of_batches_cannot_be_sampled() -> None:
     batches = Batches(torch.zeros(2, 1))
     assert one_loader(batches, sampling="poisson") is batches
-    with pytest.raises(TypeError, match=r'got Batches.* iterable of batches trains under sampling="shuffle"'):
+    with pytest.raises(
+        TypeError, match=r'got Batches.* trains under sampling="shuffle" with neighboring_relation="replace_one"'
+    ):
         private_dataloader(batches)  # type: ignore[arg-type]
