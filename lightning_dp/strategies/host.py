@@ -42,6 +42,7 @@ class LightningHost(Host):
         self.narrow = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         self.hooks = UserHooks(strategy, self.others)
         self._batch: Any = None
+        self._is_ending = False  # whether the run ends anyway, by a callback of Lightning's own
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the current ``training_step``."""
 
@@ -62,7 +63,7 @@ class LightningHost(Host):
         """Collate records and move them to the device, call the hooks that see the batch, and run ``training_step``."""
         rest, kwargs = self.arguments
         self._batch = self.training.batch_of(records)
-        self._strategy.trainer.should_stop = False
+        self._strategy.trainer.should_stop = self._is_ending
         self.skips = self._skips(self._batch)
         return self._strategy.call_training_step(self._batch, rest, kwargs)
 
@@ -157,6 +158,7 @@ class LightningHost(Host):
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Keep ``self.log`` and ``self.log_dict`` to the trial, stay in the epoch, and count no optimizer steps."""
+        self._is_ending = self._strategy.trainer.should_stop and not self.hooks.stopped
         with ExitStack() as stack:
             stack.enter_context(_lightning.kept_figures(self._strategy.trainer))
             stack.enter_context(silent(self._strategy.module))

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
@@ -110,6 +111,19 @@ def test_optimizer_step_is_called_with_the_last_of_its_batches(tmp_path: Path) -
     strategy = private()
     make_trainer(strategy, tmp_path, accumulate_grad_batches=2, limit_train_batches=4).fit(Stepping(), make_loader())
     assert strategy.ledger.num_steps == 2
+
+
+def test_a_step_on_trial_sees_that_the_run_is_about_to_end(tmp_path: Path) -> None:
+    class Reads(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert self.trainer.should_stop is (self.current_epoch == 2)
+            self.log("constant", 1.0, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    stop, strategy = EarlyStopping("constant", patience=0, check_on_train_epoch_end=True), private()
+    trainer = make_trainer(strategy, tmp_path, min_epochs=3, max_epochs=3, callbacks=[stop])
+    trainer.fit(Reads(), make_loader())
+    assert strategy.ledger.num_steps == 12  # a regular check ran in the last epoch, before step 10
 
 
 def test_a_dictionary_without_a_loss_is_named(tmp_path: Path) -> None:
