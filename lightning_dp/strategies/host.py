@@ -163,9 +163,23 @@ class LightningHost(Host):
             stack.enter_context(_lightning.kept_figures(self._strategy.trainer))
             stack.enter_context(silent(self._strategy.module))
             stack.enter_context(_lightning.within_epoch(self._strategy.trainer))
+            stack.enter_context(kept_numbers(self._strategy.trainer.datamodule))  # type: ignore[attr-defined]
             for optimizer in _lightning.lightning_optimizers(self._strategy):
                 stack.enter_context(_lightning.without_progress(optimizer))
             yield
+
+
+@contextmanager
+def kept_numbers(owner: Any) -> Iterator[None]:
+    """Give the numbers and words that an object holds as attributes back their values; nothing of None."""
+    own = {} if owner is None else vars(owner)
+    before = _plain(own)
+    try:
+        yield
+    finally:
+        for name in _plain(own).keys() - before.keys():
+            del own[name]
+        own.update(before)
 
 
 @contextmanager

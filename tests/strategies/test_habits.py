@@ -126,6 +126,24 @@ def test_a_step_on_trial_sees_that_the_run_is_about_to_end(tmp_path: Path) -> No
     assert strategy.ledger.num_steps == 12  # a regular check ran in the last epoch, before step 10
 
 
+def test_counters_of_a_datamodule_count_real_batches(tmp_path: Path) -> None:
+    """Checks and further microbatches leave them as they are, so they do not show how many records were drawn."""
+
+    class Counting(L.LightningDataModule):
+        count = 0
+
+        def train_dataloader(self) -> Any:
+            return make_loader()
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.count += 1
+            return batch
+
+    data = Counting()
+    make_trainer(private(microbatch_size=4), tmp_path).fit(Classifier(), datamodule=data)
+    assert data.count == 4
+
+
 def test_a_dictionary_without_a_loss_is_named(tmp_path: Path) -> None:
     class Other(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
