@@ -64,9 +64,11 @@ def load(path: str) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise ValueError(f"Expected a checkpoint file, got {path!r}, which does not exist. Check the path.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"Expected a whole file of torch.save, got {path!r}, which is none. Check the path.")
     try:
         # weights are memory-mapped, because only ledger and plan are read
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -90,7 +90,7 @@ def test_errors_are_one_line_and_exit_code_2(
 
 def test_what_is_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
-    for path, message in ((tmp_path / "gone.ckpt", "which does not exist"), (tmp_path / "text.ckpt", "plain values")):
+    for path, message in ((tmp_path / "gone.ckpt", "which does not exist"), (tmp_path / "text.ckpt", "which is none")):
         assert main(["card", str(path)]) == 2
         assert message in capsys.readouterr().err
 
