@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,9 @@ class LightningHost(Host):
 
     def reachable(self) -> list[Any]:
         """Return the objects, in addition to the module, whose state is restored after a trial."""
-        return [*self.others(), *(vars(callback) for callback in self.hooks.callbacks)]
+        datamodule = self._strategy.trainer.datamodule  # type: ignore[attr-defined]
+        counters = [] if datamodule is None else [Numbers(datamodule)]
+        return [*self.others(), *(vars(callback) for callback in self.hooks.callbacks), *counters]
 
     @override
     def run(self, records: list[Any]) -> Any:
@@ -163,23 +165,41 @@ class LightningHost(Host):
             stack.enter_context(_lightning.kept_figures(self._strategy.trainer))
             stack.enter_context(silent(self._strategy.module))
             stack.enter_context(_lightning.within_epoch(self._strategy.trainer))
-            stack.enter_context(kept_numbers(self._strategy.trainer.datamodule))  # type: ignore[attr-defined]
             for optimizer in _lightning.lightning_optimizers(self._strategy):
                 stack.enter_context(_lightning.without_progress(optimizer))
             yield
 
 
-@contextmanager
-def kept_numbers(owner: Any) -> Iterator[None]:
-    """Give the numbers and words that an object holds as attributes back their values; nothing of None."""
-    own = {} if owner is None else vars(owner)
-    before = _plain(own)
-    try:
-        yield
-    finally:
-        for name in _plain(own).keys() - before.keys():
-            del own[name]
-        own.update(before)
+class Numbers(MutableMapping[str, Any]):
+    """A view of the numbers and words that an object holds as attributes; the rest of it is not followed.
+
+    Args:
+        owner: the object.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        # a function, because a snapshot would copy all that an attribute leads to
+        self._held: Callable[[], dict[str, Any]] = lambda: vars(owner)
+
+    @override
+    def __getitem__(self, name: str) -> Any:
+        return _plain(self._held())[name]
+
+    @override
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._held()[name] = value
+
+    @override
+    def __delitem__(self, name: str) -> None:
+        del self._held()[name]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(_plain(self._held()))
+
+    @override
+    def __len__(self) -> int:
+        return len(_plain(self._held()))
 
 
 @contextmanager
