@@ -101,7 +101,7 @@ class PrivateFit:
     def take(self, batch: LogicalBatch) -> Any:
         """Return the last microbatch on the device, for the real call; for an empty batch, tensors of length 0."""
         self._batch = batch
-        with self._trial.watching_transfer():
+        with self._trial.watching_transfer(), ExitStack() if batch else self._sandbox.enter():
             self._on_device = self._strategy.to_device(batch.microbatches[-1][1]) if batch else self._host.empty_batch()
         return self._on_device
 
