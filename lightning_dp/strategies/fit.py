@@ -101,8 +101,9 @@ class PrivateFit:
     def take(self, batch: LogicalBatch) -> Any:
         """Return the last microbatch on the device, for the real call; for an empty batch, tensors of length 0."""
         self._batch = batch
-        with self._trial.watching_transfer(), ExitStack() if batch else self._sandbox.enter():
-            self._on_device = self._strategy.to_device(batch.microbatches[-1][1]) if batch else self._host.empty_batch()
+        last, copies = batch.microbatches[-1][1] if batch else None, self._trial.copies
+        with self._trial.watching_transfer():
+            self._on_device = self._strategy.to_device(last) if batch else self._host.empty_batch(copies)
         return self._on_device
 
     def check_callbacks(self) -> None:
@@ -149,7 +150,7 @@ class PrivateFit:
                 self._run_further(others)
             if not batch:
                 copies = self._trial.copies
-                return self._run_real(self._host.training.stand_in(copies), copies, weight=0.0)
+                return self._run_real(self._host.idle_batch(copies), copies, weight=0.0)
             return self._run_real(self._on_device, *batch.parts[-1][:2])
         except StopIteration as error:  # Lightning would treat it as the end of the data and skip this step
             raise RuntimeError(checks.STOP_ITERATION) from error

@@ -42,6 +42,7 @@ class LightningHost(Host):
         self.narrow = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
         self.hooks = UserHooks(strategy, self.others)
         self._batch: Any = None
+        self._idle: tuple[int, Any] = (0, None)  # number of records and batch, if none was drawn
         self._is_ending = False  # whether the run ends anyway, by a callback of Lightning's own
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the current ``training_step``."""
@@ -152,10 +153,16 @@ class LightningHost(Host):
     def loss_of(self, output: Any, count: int) -> Tensor | None:
         return checks.scalar_loss(output, count, self._strategy.settings.loss_reduction)
 
-    def empty_batch(self) -> Any:
+    def empty_batch(self, copies: int) -> Any:
         """Return the batch that hooks see if no sample was drawn: the user's structure with tensors of length 0."""
-        batch = self.training.stand_in()
+        batch = self.training.stand_in(copies)
+        self._idle = copies, batch
         return tree_map(lambda leaf: leaf[:0] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
+
+    def idle_batch(self, copies: int) -> Any:
+        """Return the records that run with weight 0 if no sample was drawn; hooks of transfers have seen them."""
+        (known, batch), self._idle = self._idle, (0, None)
+        return batch if known == copies else self.training.stand_in(copies)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

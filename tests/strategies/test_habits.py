@@ -144,17 +144,26 @@ def test_counters_of_a_datamodule_count_real_batches(tmp_path: Path) -> None:
     assert data.count == 4
 
 
-def test_hooks_of_transfers_run_once_for_an_empty_batch(tmp_path: Path) -> None:
-    class Counting(Classifier):
-        count = 0
+def test_hooks_run_in_the_same_order_for_an_empty_batch(tmp_path: Path) -> None:
+    class Noting(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[str] = []
 
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            self.count += 1
+            self.calls.append("transfer")
             return batch
 
-    module = Counting()
-    make_trainer(private(), tmp_path).fit(module, make_loader(num_records=40, batch_size=1))  # 15 empty ones
-    assert module.count == 40
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.calls.append("start")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.calls.append("step")
+            return super().training_step(batch, batch_idx)
+
+    module = Noting()
+    make_trainer(private(), tmp_path).fit(module, make_loader(num_records=40, batch_size=1))  # about 15 empty ones
+    assert module.calls == ["transfer", "start", "step"] * 40
 
 
 def test_a_dictionary_without_a_loss_is_named(tmp_path: Path) -> None:
