@@ -102,9 +102,9 @@ class LoopFit:
         for count, _, part in batch.parts:
             checks.check_rows(part, count, self._records.axes)
         if batch:
-            *others, (count, owners, last) = batch.parts
+            *others, (count, owners, _) = batch.parts
             self._run_further(others)
-            self._run(self._move(last), count, owners)
+            self._run(self._trial.transfer(batch), count, owners)
         else:
             self._run(self._records.stand_in(self._trial.copies), self._trial.copies, weight=0.0)
         self._trial.check_new_loss(first_of_pass=begins_pass)

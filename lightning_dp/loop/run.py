@@ -26,6 +26,7 @@ from lightning_dp.step import module_checks
 from lightning_dp.step.arguments import PrivateArguments, check_length, make_settings, planned_length
 from lightning_dp.step.correlation import begin_order
 from lightning_dp.step.history import History
+from lightning_dp.step.loading import LoadingWatch
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.planning import build_plan
@@ -140,7 +141,8 @@ class PrivateLoop(LoopFacts):
         self._move = move or (lambda batch: move_to(next(model.parameters()).device, batch))
         self._around = around
         rank, world_size = self._reduction.rank, self._reduction.world_size
-        self._drawn = private_dataloader(loader, **settings.drawing, rank=rank, world_size=world_size)
+        drawing: Any = {**settings.drawing, "watch": LoadingWatch()}
+        self._drawn = private_dataloader(loader, **drawing, rank=rank, world_size=world_size)
         self._length = planned_length(*length, self._drawn.facts)
         self.state = state = PrivacyState.of(settings, history)
         self.loader = LogicalBatches(self._drawn, lambda: steps_left(state), self._begin_order)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,12 +38,13 @@ class LogicalBatch:
         (2, 3, [None, None], False)
     """
 
-    __slots__ = ("draw", "microbatches", "owners", "position")
+    __slots__ = ("draw", "exchanged", "microbatches", "owners", "position")
 
     def __init__(self, microbatches: Sequence[tuple[int, Any]], owners: Sequence[Tensor | None] | None = None) -> None:
         self.microbatches = list(microbatches)
         self.owners: list[Tensor | None] = [None] * len(self.microbatches) if owners is None else list(owners)
         self.position: int | None = None  # of the logical batch in the order of the data, where that matters; public
+        self.exchanged: Any = None  # the last microbatch with one record exchanged, see ``LoadingWatch``; private
         self.draw: Any = None  # the indices that it was read at, where the dataset has random access; private
 
     @property
@@ -73,8 +74,18 @@ class LogicalBatch:
     def pin_memory(self) -> LogicalBatch:
         """Return the same batch with every tensor in page-locked memory; a ``DataLoader`` calls this."""
         pinned = LogicalBatch([(count, _pin(batch)) for count, batch in self.microbatches], _pin(self.owners))
-        pinned.draw = self.draw
+        pinned.draw, pinned.exchanged = self.draw, self.exchanged
         return pinned
+
+
+class Watch(Protocol):
+    """An object that watches how records are read and collated; see ``LoadingWatch``."""
+
+    def read(self, dataset: Any, positions: list[int]) -> None:
+        """Check that items depend on nothing else that is read."""
+
+    def collate(self, function: Collate, records: list[Any]) -> tuple[Any, Any]:
+        """Return a collated batch, and one with an exchanged record or None."""
 
 
 class MicrobatchCollate:
@@ -88,11 +99,17 @@ class MicrobatchCollate:
     Args:
         collate_fn: the user's function from a list of samples to a batch.
         microbatch_size: largest number of records in a microbatch, >= 1; ``None`` for one microbatch.
+        watch: collates the last microbatch, and looks at what the function mixes.
     """
 
-    def __init__(self, collate_fn: Collate, microbatch_size: int | None) -> None:
+    def __init__(self, collate_fn: Collate, microbatch_size: int | None, watch: Watch | None = None) -> None:
         self.collate_fn = collate_fn
         self.microbatch_size = microbatch_size
+        self.watch = watch
+
+    def replaced(self, collate_fn: Collate) -> MicrobatchCollate:
+        """Return the same cuts with another collate function."""
+        return MicrobatchCollate(collate_fn, self.microbatch_size, self.watch)
 
     def __call__(self, samples: list[Any], sizes: list[int] | None = None, *, alone: bool = False) -> LogicalBatch:
         """Return the logical batch of these samples.
@@ -109,11 +126,19 @@ class MicrobatchCollate:
         starts = [0, *itertools.accumulate(counts)]
         microbatches: list[tuple[int, Any]] = []
         owners: list[Tensor | None] = []
+        exchanged = None
         for first, last in itertools.pairwise(self._cuts(counts, 1 if alone else self.microbatch_size)):
-            microbatches.append((last - first, self.collate_fn(samples[starts[first] : starts[last]])))
+            chosen = samples[starts[first] : starts[last]]
+            if self.watch is None or last < len(counts):
+                batch = self.collate_fn(chosen)
+            else:
+                batch, exchanged = self.watch.collate(self.collate_fn, chosen)
+            microbatches.append((last - first, batch))
             repeats = None if sizes is None else torch.tensor(sizes[first:last])
             owners.append(None if repeats is None else torch.repeat_interleave(repeats))
-        return LogicalBatch(microbatches, owners)
+        collated = LogicalBatch(microbatches, owners)
+        collated.exchanged = exchanged
+        return collated
 
     @staticmethod
     def _cuts(counts: list[int], most: int | None) -> list[int]:

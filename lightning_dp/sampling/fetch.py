@@ -110,6 +110,8 @@ class BeforeRecords(_Before):
     def __getitems__(self, draw: Draw) -> LogicalBatch:
         with fresh_randomness(draw.entropy) if self._draws else nullcontext():
             batch = self._collate(read(self._dataset, draw), draw.sizes, alone=draw.alone)
+        if self._draws and self._collate.watch is not None:
+            self._collate.watch.read(self._dataset, [*dict.fromkeys(draw)])
         batch.draw = draw
         return batch
 

@@ -195,7 +195,7 @@ class PrivateDataLoader(DataLoader[Any]):
             self.__dict__["dataset"] = (
                 BeforeRecords(dataset, collate)
                 if rows is None
-                else BeforeRecords(rows, MicrobatchCollate(rows.collate, collate.microbatch_size), draws=False)
+                else BeforeRecords(rows, collate.replaced(rows.collate), draws=False)
             )
         try:
             return super().__iter__()

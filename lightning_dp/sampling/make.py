@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
-from lightning_dp.sampling.batches import MicrobatchCollate
+from lightning_dp.sampling.batches import MicrobatchCollate, Watch
 from lightning_dp.sampling.checks import check_count, check_loader, check_once, check_options, dataset_length
 from lightning_dp.sampling.facts import map_facts, stream_facts
 from lightning_dp.sampling.fetch import read
@@ -38,6 +38,7 @@ def private_dataloader(
     records_per_unit: int | None = None,
     fixed_order: bool = False,
     public_assignment: int | None = None,
+    watch: Watch | None = None,
 ) -> PrivateDataLoader:
     """Return a loader over the same dataset whose batches are drawn as the privacy accounting assumes.
 
@@ -74,6 +75,7 @@ def private_dataloader(
         fixed_order: promise that a stream has the same order in every pass.
         public_assignment: for "cyclic": a number, the same on all ranks, that determines the groups and may be
             published, so that a run can resume; see ``CyclicBatchSampler`` for its price. ``None``: secret.
+        watch: watches how items are read and collated, in the loading process.
 
     Returns:
         The loader, with its public ``facts``.
@@ -121,7 +123,7 @@ def private_dataloader(
         public_assignment=public_assignment,
     )
     kept = kept_options(loader)
-    kept["collate_fn"] = MicrobatchCollate(_user_collate(loader), microbatch_size)
+    kept["collate_fn"] = MicrobatchCollate(user_collate(loader), microbatch_size, watch)
     if is_stream:
         return PrivateDataLoader(
             dataset,
@@ -202,10 +204,11 @@ def collate_samples(loader: DataLoader[Any], samples: list[Any]) -> Any:
     """
     if not samples:
         raise ValueError("Expected at least one sample, got samples=[]. An empty batch is never collated.")
-    return _user_collate(loader)(samples)
+    return user_collate(loader)(samples)
 
 
-def _user_collate(loader: DataLoader[Any]) -> Any:
+def user_collate(loader: DataLoader[Any]) -> Any:
+    """Return the user's own collate function of a loader."""
     collate_fn = loader.collate_fn
     return collate_fn.collate_fn if isinstance(collate_fn, MicrobatchCollate) else collate_fn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.independence import compare_with_singles
 from lightning_dp.step import exchange, state_check
+from lightning_dp.step.loading import Collated, Exchanged
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.snapshot import Snapshot
@@ -216,6 +218,13 @@ class Couplings:
             swapped[place] = exchange.spoiled(batch[place], 1e6)
             self._compare(snapshot, base, swapped, place, draws, "made huge", may_raise=True)
 
+    def exchange_collated(self, snapshot: Snapshot, found: Exchanged, *, seed: int) -> None:
+        """Check that no gradient of a batch changes if another record is exchanged before the batch is collated."""
+        draws = Draws(seed=seed, real=True)
+        real, other = Collated(found.num_records, found.real), Collated(found.num_records, found.other)
+        base = self._fingerprint(snapshot, real, found.place, draws)
+        self._compare(snapshot, base, other, found.place, draws, "exchanged for another record")
+
     def _compare(
         self,
         snapshot: Snapshot,
@@ -266,7 +275,7 @@ class Couplings:
 
         probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
         found = exchange.join(probe.found, records, self._runs.scale(size), frozenset(probe.stepped))
-        found.again = partial(self._fingerprint, snapshot, list(records), place, draws)
+        found.again = partial(self._fingerprint, snapshot, copy.copy(records), place, draws)
         return found
 
 

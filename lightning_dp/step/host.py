@@ -27,6 +27,8 @@ class Host(ABC):
     """True if a progress bar may be shown."""
     skips = False
     """True if user code asked, in the last run, to skip the rest of the epoch."""
+    has_transfer = False
+    """True if hooks of the user take part in moving a batch to the device."""
     narrow = torch.float32
     """Narrowest floating-point dtype in which the step computes."""
 

@@ -101,6 +101,12 @@ class LossForm:
         writes |= {("held", more) for more in (len(after) - len(before),) if more}
         self._new |= writes - self._checked
 
+    def see_spread(self, paths: Iterable[Any]) -> bool:
+        """Read which values of a batch change with a record of others; tell whether one of them is new."""
+        new = {("spread", path) for path in paths} - self._checked
+        self._new_calls |= new
+        return bool(new)
+
     @contextmanager
     def watching(self, kind: Hashable = None, *, always: bool = False, checked: bool = False) -> Iterator[None]:
         """Watch calls of torch in user code until its first loss, for a new kind of batch and one in 16 of each kind.

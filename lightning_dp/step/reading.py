@@ -26,12 +26,13 @@ _DEEPEST, _LONGEST, _LARGEST = 5, 64, 2**20
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
-def check_reading(dataset: Any, positions: list[int]) -> None:
+def check_reading(dataset: Any, positions: list[int], *, streams: int = NUM_STREAMS) -> None:
     """Check that items are the same whatever else is read.
 
     Args:
         dataset: with random access.
         positions: three different positions; fewer if the dataset is smaller.
+        streams: number of random streams under which they are read.
 
     Raises:
         PrivacyError: an item changes with another one: by memory that items share, by state of the dataset (a running
@@ -40,7 +41,7 @@ def check_reading(dataset: Any, positions: list[int]) -> None:
     if len(positions) < 2:
         return
     first, second, third = (positions * 2)[:3]
-    for stream in range(NUM_STREAMS):
+    for stream in range(streams):
         once = _content(_read(dataset, [first], stream)[0], dataset)
         item = _read(dataset, [first], stream)[0]
         state, before = _state(dataset), _content(item, dataset)

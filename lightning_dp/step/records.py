@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,11 @@ from lightning_dp.sampling import PrivateDataLoader, collate_samples, peek_sampl
 from lightning_dp.sampling.checks import dataset_length
 from lightning_dp.sampling.fetch import read
 from lightning_dp.sampling.gather import is_plain
+from lightning_dp.sampling.make import user_collate
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step import checks
 from lightning_dp.step.exchange import has_floats, whole_numbers
+from lightning_dp.step.loading import Collated, KeptState
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.ranks import mark_of
 from lightning_dp.step.reading import check_reading
@@ -37,7 +40,7 @@ class TrainingRecords:
     """
 
     def __init__(self, loader: Callable[[], PrivateDataLoader], move: Callable[[Any], Any]) -> None:
-        self._loader, self._move = loader, move
+        self._loader, self.move = loader, move
         self.axes: tuple[str, ...] = ()
         """Paths of the tensors of a batch that have one row per record, once ``learn_rows`` has found them."""
         self._stand_in: tuple[PrivateDataLoader, list[Any]] | None = None  # with the loader that it comes from
@@ -132,7 +135,7 @@ class TrainingRecords:
         """
         pair = (self.take(2) * 2)[:2]
         with kept_generators(device):
-            two, three = (collate_samples(self.loader, (pair * size)[:size]) for size in (2, 3))
+            two, three = (self._collated((pair * size)[:size]) for size in (2, 3))
         self.axes = checks.sample_axes(two, three)
 
     def batch_of(self, records: list[Any]) -> Any:
@@ -141,9 +144,18 @@ class TrainingRecords:
         Raises:
             PrivacyError: the collate function drops or adds records.
         """
-        batch = collate_samples(self.loader, records)
+        batch = self._collated(records)
         checks.check_rows(batch, len(records), self.axes)
-        return self._move(batch)
+        return self.move(batch)
+
+    def _collated(self, records: list[Any]) -> Any:
+        if isinstance(records, Collated):
+            return copy.deepcopy(records.batch)
+        kept = KeptState(user_collate(self.loader))
+        try:
+            return collate_samples(self.loader, records)
+        finally:
+            kept.put_back()
 
     def stand_in(self, copies: int = 1) -> Any:
         """Return a batch on the device that replaces an empty one: one record, or copies of it."""

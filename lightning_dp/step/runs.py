@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from tqdm import tqdm
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.frozen_randomness import REJECTING, FrozenRandomness
+from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step.foreign import ForeignCode
 from lightning_dp.step.host import Host
+from lightning_dp.step.loading import Exchanged
 from lightning_dp.step.local import local_part
 from lightning_dp.step.loss_form import LossForm
 from lightning_dp.step.probe import Probe
@@ -80,6 +83,8 @@ class TrialRuns:
             host, reduction=step.settings.loss_reduction, runs_alone=step.settings.runs_samples_alone
         )
         self.loss_form = LossForm()
+        self.exchanged: Exchanged | None = None
+        """A real batch, and what becomes of it by an exchange that changes values of other records in a new way."""
         self.has_coins = False
         """True if user code has drawn values in any run that another coin would change."""
         self.draws_on_host = False
@@ -118,6 +123,33 @@ class TrialRuns:
                 yield
             finally:
                 self._bar = None
+
+    def transfer(self, batch: LogicalBatch) -> Any:
+        """Move the last microbatch to the device, and watch, now and then, what mixes its records on the way."""
+        off, move = self.step.runs_samples_alone or not self.step.settings.check_per_sample, self.host.training.move
+        with nullcontext() if off else self.loss_form.watching():
+            moved = move(batch.microbatches[-1][1])
+        if batch.exchanged is not None and not off:
+            self._see_exchanged(batch.exchanged)
+        return moved
+
+    def take_exchanged(self) -> Exchanged | None:
+        """Return ``exchanged``, once."""
+        found, self.exchanged = self.exchanged, None
+        return found
+
+    def _see_exchanged(self, found: Exchanged) -> None:
+        """Read which values of a real batch, moved as hooks do, change with another record."""
+        moved = []
+        with self.sandbox.enter() if self.host.has_transfer else nullcontext() as snapshot:
+            for batch in (found.real, found.other):
+                if snapshot is not None:
+                    seed_generators(0)
+                    batch = self.host.training.move(copy.deepcopy(batch))
+                    snapshot.put_back()
+                moved.append(batch)
+        if self.loss_form.see_spread(found._replace(real=moved[0], other=moved[1]).spread()):
+            self.exchanged = found
 
     def again(
         self, snapshot: Snapshot, records: list[Any], draws: Draws, *, engine: bool = False, read: Any = None

@@ -5,7 +5,7 @@ that samples are independent, and that neither the steps of an optimizer nor sta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,7 @@ class Trial:
         self.positions: list[int] = []
         """Positions of the records of the real batch; empty if unknown."""
         self._watched: list[int] = []
+        self.transfer = self._runs.transfer
 
     @property
     def copies(self) -> int:
@@ -198,6 +199,8 @@ class Trial:
                 spares = [record for record in records if not any(record is own for own in batch)][-NUM_SPARES:]
                 real = len(batch) > 1 and spares and self._step.reduction.world_size == 1
                 exchanged = [*batch, *spares] if real else records
+                if found := self._runs.take_exchanged():
+                    self._couplings.exchange_collated(snapshot, found, seed=number)
                 self._couplings.exchange_one(snapshot, exchanged, seed=number, size=len(batch) if real else 0)
                 if self._step.takes_own_losses:
                     self._couplings.check_own_losses(snapshot, records, seed=number)
@@ -218,11 +221,6 @@ class Trial:
             yield
         form.see_writes(step.module, before, changed(numbers, self._sandbox.numbers()))
 
-    def watching_transfer(self) -> AbstractContextManager[None]:
-        """Watch, now and then, the calls of hooks that transfer a real batch."""
-        off = self._step.runs_samples_alone or not self._step.settings.check_per_sample
-        return nullcontext() if off else self._runs.loss_form.watching()
-
     def see_loss(self, loss: Tensor) -> None:
         """Read the form of a real loss, before its backward."""
         step = self._step
@@ -241,10 +239,11 @@ class Trial:
         if since == 0:  # this step began with a check
             form.settle(by_check=False)
         if (alone or first_of_pass) and step.reduction.agree(form.is_due(since)):
+            was_released = not (step.automatic or self._runs.exchanged)
             try:
                 self.check_again(step.state.step, self._watched)
             except PrivacyError as error:
-                if step.automatic:
+                if not was_released:
                     raise
                 raise PrivacyError(f"{error} {RELEASED}") from error
             form.settle(by_check=True)

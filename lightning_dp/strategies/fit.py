@@ -101,9 +101,8 @@ class PrivateFit:
     def take(self, batch: LogicalBatch) -> Any:
         """Return the last microbatch on the device, for the real call; for an empty batch, tensors of length 0."""
         self._batch = batch
-        last, copies = batch.microbatches[-1][1] if batch else None, self._trial.copies
-        with self._trial.watching_transfer():
-            self._on_device = self._strategy.to_device(last) if batch else self._host.empty_batch(copies)
+        copies = self._trial.copies
+        self._on_device = self._trial.transfer(batch) if batch else self._host.empty_batch(copies)
         return self._on_device
 
     def check_callbacks(self) -> None:

@@ -44,6 +44,7 @@ _OF_BATCHES = (
 _FAR = (
     "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end", "on_validation_end", "on_train_end",
 )  # fmt: skip
+_OF_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _CONTAINERS = (MutableSequence, MutableMapping, MutableSet, deque)
 _PLACES = 16  # values of a tensor that are compared, for what is written through ``.data``
 
@@ -256,6 +257,12 @@ def _kind(kind: type[Any]) -> str | None:
     if issubclass(kind, Tensor):
         return "tensor"
     return "container" if issubclass(kind, _CONTAINERS) else None
+
+
+def has_transfer(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Tell whether hooks of the user's take part in moving a batch to the device."""
+    owners = (module, getattr(trainer, "datamodule", None))
+    return any(_has(name, owner) for owner in owners if owner is not None for name in _OF_TRANSFER)
 
 
 def outputs_of(output: Any) -> Any:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_dp.step import checks
 from lightning_dp.step.host import Host
 from lightning_dp.strategies import _lightning
-from lightning_dp.strategies.hooks import UserHooks, outputs_of
+from lightning_dp.strategies.hooks import UserHooks, has_transfer, outputs_of
 from lightning_dp.strategies.overrides import Overrides
 
 if TYPE_CHECKING:
@@ -122,6 +122,11 @@ class LightningHost(Host):
     def end_batch(self, output: Any) -> None:
         self.hooks.call("on_train_batch_end", outputs_of(output), self._batch, self._batch_idx)
         self._batch = None
+
+    @property
+    @override
+    def has_transfer(self) -> bool:  # type: ignore[override]
+        return has_transfer(self._strategy.trainer, self._strategy.module)
 
     @property
     @override

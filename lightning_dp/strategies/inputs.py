@@ -15,8 +15,10 @@ from lightning_dp import _messages
 from lightning_dp.fix import fix
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, one_loader, private_dataloader
 from lightning_dp.step import checks, correlation
+from lightning_dp.step.loading import LoadingWatch
 from lightning_dp.strategies import _lightning, trainer_checks
 from lightning_dp.strategies.facts import RunFacts
+from lightning_dp.strategies.hooks import has_transfer
 
 
 class TrainingInputs(RunFacts, Strategy):
@@ -84,6 +86,7 @@ class TrainingInputs(RunFacts, Strategy):
             world_size=self.world_size,
             num_batches_kept=trainer_checks.batches_kept(trainer, dataloader, parts),
             extra_records=self.mechanisms.extra_records,
+            watch=LoadingWatch(always=has_transfer(trainer, self.module)),
         )
 
     def _follow_accumulation(self, dataloader: Any) -> None:

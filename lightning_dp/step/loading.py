@@ -1,0 +1,230 @@
+"""The watch of data loading: batches are collated once more with one record exchanged, and items are read again."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate, get_worker_info
+
+from lightning_dp.sampling.gather import Gather, is_plain
+from lightning_dp.step.exchange import shape_of
+from lightning_dp.step.kept_tensors import same_values
+from lightning_dp.step.loss_form import EVERY
+from lightning_dp.step.randomness import generator_restorer, generators_restorer
+from lightning_dp.step.reading import check_reading
+from lightning_dp.step.snapshot import GENERATORS
+
+#: Depth to which the values of a batch are followed; containers that are copied, and their greatest length.
+_DEEPEST, _FILLED, _LONGEST = 6, (list, dict, set, deque), 4096
+_CPU = torch.device("cpu")
+
+
+class Exchanged(NamedTuple):
+    """A batch as the collate function makes it if one record is exchanged for another of the batch. Private.
+
+    Args:
+        place: index of the exchanged record.
+        num_records: of the batch.
+        real: copy of the real batch.
+        other: the batch with the exchanged record.
+    """
+
+    place: int
+    num_records: int
+    real: Any
+    other: Any
+
+    def spread(self) -> set[Any]:
+        """Return the paths of the values of other records that the exchange has changed; empty if shapes differ."""
+        found: set[Any] = set()
+        pairs = list(zip(_leaves(self.real, self.num_records), _leaves(self.other, self.num_records), strict=False))
+        if any(one.shape != other.shape for (_, one), (_, other) in pairs):
+            return found
+        for (path, one), (_, other) in pairs:
+            if self.place in path or same_values(one, other):  # within a list of the records' own values
+                continue
+            differs = (one != other) & ~((one != one) & (other != other))
+            axes = [axis for axis, size in enumerate(one.shape) if size == self.num_records]
+            if not any(_only_at(differs, axis, self.place) for axis in axes):
+                # parts of records that are joined to one tensor: their number differs from record to record
+                found.add((*(each for each in path if type(each) is str), bool(axes or differs.double().mean() > 0.5)))
+        return found
+
+
+class LoadingWatch:
+    """The watch of one loading process: one batch in 16 over all workers.
+
+    **Guarantee**: a dataset with random access whose items begin to depend on other items is refused within 16 batches
+    per worker process. A batch whose collation begins to mix values of two records of equal shape is reported to the
+    step, which refuses it if a gradient shows it. Not found: mixing that needs certain records, or records of shapes
+    that no two in the batch share; what a collate function keeps of earlier batches is left to the regular checks.
+
+    Args:
+        always: whether to exchange records also if torch's own function collates them, because hooks may mix them.
+    """
+
+    def __init__(self, *, always: bool = False) -> None:
+        self._always, self._num_read, self._num_collated = always, -1, -1
+
+    def read(self, dataset: Any, positions: list[int]) -> None:
+        """Check now and then that an item is the same whatever else is read.
+
+        Raises:
+            PrivacyError: an item changes with another one.
+        """
+        self._num_read += bool(positions)
+        if positions and self._num_read % _period() == 0 and self._num_read and not is_plain(dataset):
+            check_reading(dataset, positions[:3], streams=1)
+
+    def collate(self, function: Callable[[list[Any]], Any], records: list[Any]) -> tuple[Any, Exchanged | None]:
+        """Collate records, now and then also with one of them exchanged, under the same randomness and state.
+
+        Returns:
+            The batch, and the exchanged one, if it can be made and if values of other records changed.
+        """
+        self._num_collated += 1
+        own = function is not default_collate and not isinstance(getattr(function, "__self__", None), Gather)
+        due = self._num_collated % _period() == 0 and (self._always or own)
+        places = _alike(records) if due else None
+        if places is None:
+            return function(records), None
+        try:
+            copies, before, seeds = copy.deepcopy(records), KeptState(function), generators_restorer(_CPU)
+        except Exception:  # they cannot be copied
+            return function(records), None
+        batch = function(records)
+        after, seeds_after = KeptState(function), generators_restorer(_CPU)
+
+        def again(chosen: list[Any]) -> Any:
+            before.put_back()
+            seeds()
+            return function([copy.deepcopy(record) for record in chosen])
+
+        try:
+            return batch, self._exchange(again, copies, places, copy.deepcopy(batch))
+        except Exception:  # nothing that the user's own call would show
+            return batch, None
+        finally:
+            after.put_back()
+            seeds_after()
+
+    def _exchange(
+        self, again: Callable[[list[Any]], Any], records: list[Any], places: tuple[int, int], real: Any
+    ) -> Exchanged | None:
+        place, source = places
+        swapped = [*records[:place], records[source], *records[place + 1 :]]
+        found = Exchanged(place, len(records), real, again(swapped))
+        if self._always:
+            return found
+        repeated = Exchanged(place, len(records), real, again(records))  # a generator of its own changes the batch
+        return found if found.spread() and not repeated.spread() else None
+
+
+class Collated(list[Any]):
+    """Records with the batch that was made of them.
+
+    Args:
+        count: number of records.
+        batch: on the host; a run moves a copy to the device.
+    """
+
+    def __init__(self, count: int, batch: Any) -> None:
+        super().__init__([None] * count)
+        self.batch = batch
+
+
+class KeptState:
+    """The state that a collate function keeps: its attributes, closure and globals, and the attributes of its object.
+
+    Names are bound again to the objects of now; the content of small containers and of generators is restored. NOT
+    followed: tensors and arrays that are changed in place, and what other objects keep.
+    """
+
+    def __init__(self, function: Any) -> None:
+        parts: list[Any] = [function]
+        for part in parts:  # grows
+            inner = (getattr(part, "__self__", None), getattr(part, "func", None), getattr(part, "__func__", None))
+            parts += [each for each in inner if each is not None and not isinstance(each, types.ModuleType)]
+        self._cells = [
+            (cell, cell.cell_contents)
+            for part in parts
+            for cell in getattr(part, "__closure__", None) or ()
+            if cell != types.CellType()
+        ]
+        self._names: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for part in parts:
+            held, used = getattr(part, "__dict__", None), getattr(getattr(part, "__code__", None), "co_names", ())
+            if isinstance(held, dict):
+                self._names.append((held, dict(held)))
+            if used:
+                known = part.__globals__
+                self._names.append((known, {name: known[name] for name in used if name in known}))
+        values = [content for _, content in self._cells]
+        values += [value for _, before in self._names for value in before.values()]
+        self._containers = [
+            (each, copy.copy(each)) for each in values if type(each) in _FILLED and len(each) <= _LONGEST
+        ]
+        self._generators = [generator_restorer(each) for each in values if isinstance(each, GENERATORS)]
+
+    def put_back(self) -> None:
+        """Restore the state."""
+        for cell, content in self._cells:
+            cell.cell_contents = content
+        for held, before in self._names:
+            held.update(before)
+        for container, content in self._containers:
+            container.clear()
+            (container.update if isinstance(container, (dict, set)) else container.extend)(content)
+        for restore in self._generators:
+            restore()
+
+
+def _period() -> int:
+    worker = get_worker_info()
+    return EVERY if worker is None else max(1, EVERY // worker.num_workers)
+
+
+def _alike(records: list[Any]) -> tuple[int, int] | None:
+    """Return the indices of a record and of the last one of the same shape."""
+    shapes = [(shape_of(record), [leaf.shape for _, leaf in _leaves(record, 0)]) for record in records]
+    for place, shape in enumerate(shapes):
+        last = len(shapes) - 1 - shapes[::-1].index(shape)
+        if last > place:
+            return place, last
+    return None
+
+
+def _only_at(differs: Tensor, axis: int, place: int) -> bool:
+    """Tell whether a mask is true at one index of an axis only."""
+    at = differs.movedim(axis, 0).flatten(1).any(1) if differs.dim() > 1 else differs
+    at = at.clone()
+    at[place] = False
+    return not bool(at.any())
+
+
+def _leaves(value: Any, count: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Yield the arrays and tensors that are reachable from a batch or a record, each with its path: names, and indices
+    of sequences with one entry per record.
+    """
+    if isinstance(value, Tensor):
+        if value.layout == torch.strided and not value.is_quantized:
+            yield path, value.detach()
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind in "biufc":
+            yield path, torch.as_tensor(value)
+    elif len(path) > _DEEPEST or isinstance(value, (str, bytes, int, float, type, types.FunctionType)):
+        return
+    elif isinstance(value, (list, tuple)):
+        for index, each in enumerate(value):
+            yield from _leaves(each, count, (*path, index if len(value) == count else str(index)))
+    else:
+        inner = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+        for name in [*inner]:
+            yield from _leaves(inner[name], count, (*path, str(name)))
