@@ -6,12 +6,15 @@ from functools import partial
 from typing import Any
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.step import exchange
 from lightning_dp.step.randomness import seed_generators
 from lightning_dp.step.runs import Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 
 #: Records from all over the training set for the checks after the first ones.
 NUM_FEW = 3
+#: Values of a record's numbers that give an uncommon loss: those of few records may be on one side of a threshold.
+_EXTREMES = (0.0, 1e6)
 _STOPS = (
     "Expected user code to set trainer.should_stop whatever the records are, got it set for a batch and not for one "
     "record alone. The number of steps would depend on the data: let counts, the clock or validation figures decide."
@@ -74,8 +77,16 @@ class Decisions:
         """
         if not self._step.settings.check_per_sample:
             return
-        for record in self._host.records(NUM_FEW):
-            if not any(self._stops(record, partial(counts, after=after)) for after in (False, True)):
+        records = self._host.records(NUM_FEW)
+        extremes = [exchange.spoiled(records[0], value) for value in _EXTREMES] if exchange.has_floats(records) else []
+        for number, record in enumerate([*records, *extremes]):
+            try:
+                stops = any(self._stops(record, partial(counts, after=after)) for after in (False, True))
+            except Exception:
+                if number < len(records):
+                    raise
+                continue  # the user's code refuses such a record
+            if not stops:
                 raise PrivacyError(_STOPS)
 
     def _stops(self, record: Any, counts: Any) -> bool:

@@ -261,7 +261,8 @@ class PrivateFit:
 
     def _call(self, batch: Any, count: int, *, weight: float) -> Any:
         _lightning.set_batch_of_logs(self._strategy.trainer, batch, None if weight else 0)
-        with self._logs.in_training_step(), self._host.hooks.watching_stops():
+        stops = self._host.hooks.watching_stops(self._strategy.module, "training_step")
+        with self._logs.in_training_step(), stops:
             return self._strategy.call_training_step(batch, *self._host.arguments)
 
     @torch.no_grad()

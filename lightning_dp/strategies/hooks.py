@@ -167,7 +167,7 @@ class UserHooks:
                 return hook(*args, **kwargs)
             is_far, has_stopped = name in _FAR, self.stopped
             before = None if self._takes_part(owner, name) else self._marks_of(owner, is_far)
-            with self.watching_stops():
+            with self.watching_stops(owner, "" if is_far else name):
                 answer = hook(*args, **kwargs)
             if before is None or (self.stopped == has_stopped and before.is_same(self._marks_of(owner, is_far))):
                 return answer
@@ -181,12 +181,20 @@ class UserHooks:
         return watched
 
     @contextmanager
-    def watching_stops(self) -> Iterator[None]:
-        """Take note if the user code within asks for the end of the run."""
+    def watching_stops(self, owner: Any, name: str) -> Iterator[None]:
+        """Take note if the user code within asks for the end of the run; the privacy statement says so.
+
+        Args:
+            owner: of the hook.
+            name: of the hook; empty if it sees nothing of the training data.
+        """
         trainer = self._strategy.trainer
         before = trainer.should_stop
         yield
-        self.stopped |= trainer.should_stop and not before
+        if trainer.should_stop and not before:
+            self.stopped = True
+            if name:
+                self._strategy.state.choices.add(f"perhaps the end of the run, by {type(owner).__name__}.{name}")
 
     def _takes_part(self, owner: Any, name: str) -> bool:
         """Tell whether trials call a hook."""
