@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 
+def real_view(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as real numbers, with a last axis for real and imaginary part; any other unchanged.
+
+    Example:
+        >>> real_view(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]])
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def unreported() -> AbstractContextManager[None]:
     """Return a context in which tracked tensors do not see the operations on them."""
     context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()

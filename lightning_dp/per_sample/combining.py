@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample.rules.base import accumulation_dtype, masked_squared_norm, squared_norm
 
 
@@ -33,4 +34,5 @@ def combine(grads: Tensor, factors: Tensor, dead: Tensor | None) -> Tensor:
 
 def zero_gradient(parameter: Tensor, batch_size: int) -> Tensor:
     """Return the per-sample gradients of a parameter that no backprop reached."""
-    return torch.zeros(batch_size, *parameter.shape, dtype=accumulation_dtype(parameter), device=parameter.device)
+    shape = real_view(parameter.detach()).shape
+    return torch.zeros(batch_size, *shape, dtype=accumulation_dtype(parameter), device=parameter.device)

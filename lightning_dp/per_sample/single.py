@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.joining import Joining
 from lightning_dp.per_sample.rules.base import widen
@@ -111,6 +112,7 @@ class SingleSampleEngine(GradientEngine):
             parameter.grad = None
             if not self.listening:
                 return
+            grad = real_view(grad)
             if grad.layout != torch.strided or grad.requires_grad or grad.dtype not in _WIDE:
                 grad = widen((grad if grad.layout == torch.strided else grad.to_dense()).detach())
             self._sample.add(name, grad)

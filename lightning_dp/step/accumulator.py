@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_dp.clipping import Clipping
 from lightning_dp.masks import ParameterMask
 from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise
+from lightning_dp.per_sample._torch import real_view
 from lightning_dp.step.local import as_gradient, local_part
 
 
@@ -24,6 +25,8 @@ class Accumulator:
 
     A sum begins with zeros, or with the noise of its release (``begin_with_noise``). If it begins with noise, sum and
     noise may be stored already divided by the batch size.
+
+    A complex entry is two real coordinates, each with its own noise.
 
     **Guarantee**: ``flat`` and ``scratch`` hold private sums. ``flat`` must not be released before noise is added to
     all of it; ``scratch`` is never released and is cleared before gradients are written there. No ``p.grad`` shares
@@ -41,8 +44,9 @@ class Accumulator:
         self.names = list(self.parameters)
         self.groups = clipping.groups(self.parameters)
         first = next(iter(self.parameters.values()))
-        double = any(parameter.dtype == torch.float64 for parameter in self.parameters.values())
-        self._shapes = {name: local_part(parameter).shape for name, parameter in self.parameters.items()}
+        parts = {name: real_view(local_part(parameter).detach()) for name, parameter in self.parameters.items()}
+        double = any(part.dtype == torch.float64 for part in parts.values())
+        self._shapes = {name: part.shape for name, part in parts.items()}
         self._sizes = [shape.numel() for shape in self._shapes.values()]
         self.num_coordinates = sum(self._sizes)
         self.num_statistics = num_statistics
@@ -180,7 +184,8 @@ class Accumulator:
         views = self.views_of(active)
         for mask in masks:
             for name in mask.keys() & views.keys():
-                views[name].logical_and_(mask[name].to(active.device))
+                whole = mask[name].to(active.device)  # both numbers of a complex entry are active, or none
+                views[name].logical_and_(whole[..., None] if self.parameters[name].is_complex() else whole)
         self.masks = {name: ParameterMask(view) for name, view in views.items() if not bool(view.all())}
         self.active = active if self.masks else None
         self._active_indices = active.nonzero().squeeze(1) if self.masks else None
@@ -271,5 +276,7 @@ class Accumulator:
             whole.index_copy_(0, self._active_indices, noisy)
         for name, gradient in self.views_of(whole[: self.num_coordinates]).items():
             parameter = self.parameters[name]
+            if parameter.is_complex():
+                gradient = torch.view_as_complex(gradient.clone())
             parameter.grad = as_gradient(gradient.to(parameter.dtype), parameter) if parameter.requires_grad else None
         self._forget()

@@ -48,7 +48,7 @@ class LayerChecks:
 
 
 def check_parameters(module: nn.Module) -> None:
-    """Refuse modules without parameters, and lazy or complex parameters."""
+    """Refuse modules without parameters, and lazy parameters."""
     if next(module.parameters(), None) is None:
         raise ValueError(
             f"Expected {type(module).__name__} to have trainable parameters, got no parameters at all. Make them in "
@@ -59,12 +59,6 @@ def check_parameters(module: nn.Module) -> None:
         raise ValueError(
             f"Expected parameters with a shape, got {lazy[0]!r} of a lazy layer that has not run yet. Give the layer "
             "its sizes, or run the module once on data that is public before fit."
-        )
-    complex_ones = [name for name, parameter in module.named_parameters() if parameter.is_complex()]
-    if complex_ones:
-        raise ValueError(
-            f"Expected real parameters, got {complex_ones[0]!r} of a complex type. Norms and noise are those of real "
-            "numbers: keep real and imaginary part as two real parameters and join them by torch.complex."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample._torch import real_view
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.system.torch_private import without_hooks
 
@@ -69,7 +70,7 @@ class Probe:
         def take(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
-                gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+                gradient = real_view(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
                 self._raw[name] = self._raw[name] + gradient if name in self._raw else gradient
 
         return take

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dp.per_sample._torch import real_view
 from lightning_dp.step.kept_tensors import KeptTensor, Together, find_changed
 from lightning_dp.step.local import local_part
 from lightning_dp.step.randomness import generator_restorer
@@ -53,17 +54,17 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 def few_values(tensor: Tensor, num: int) -> Tensor:
     """Return ``num`` values spread evenly over a tensor, in float64; none for an empty tensor."""
-    flat = tensor.detach().reshape(-1)
-    return flat.index_select(0, _places(flat.numel(), num, flat.device)).double()
+    flat = real_view(tensor.detach()).reshape(-1)
+    return flat[_places(flat.numel(), num, flat.device)].double()
 
 
 def few_places(tensor: Tensor, num: int) -> Tensor:
     """Return at most ``num`` entries spread over a tensor, with the last one: a view if the tensor is contiguous."""
-    size = tensor.numel()
-    step = max(1, -(-size // num))
+    tensor = real_view(tensor.detach())
+    size, step = tensor.numel(), max(1, -(-tensor.numel() // num))
     count = -(-size // step)
     if not tensor.is_contiguous():
-        return tensor.detach().reshape(-1).flip(0)[::step]
+        return tensor.reshape(-1).flip(0)[::step]
     return tensor.as_strided((count,), (step,), tensor.storage_offset() + (size - 1) % step if size else 0)
 
 

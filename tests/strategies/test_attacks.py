@@ -686,13 +686,6 @@ def test_draws_do_not_follow_from_seeds_or_batch_sizes(
 # ---------------------------------------------------------------- K: refused by name
 
 
-def test_complex_parameters_are_refused(tmp_path: Any) -> None:
-    module = Classifier()
-    module.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"real parameters, got 'phase'"):
-        fit(module, tmp_path)
-
-
 def test_sparse_adam_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="got SparseAdam"):
         fit(Classifier(optimizer=torch.optim.SparseAdam), tmp_path)

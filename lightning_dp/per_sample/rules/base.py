@@ -49,8 +49,8 @@ class Call:
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of norms and sums: float64 for float64 tensors, float32 for all others."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    """Return the dtype of norms and sums: float64 for float64 and complex128 tensors, float32 for all others."""
+    return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def widen(tensor: Tensor) -> Tensor:
