@@ -271,7 +271,7 @@ def _read(batch: Any) -> tuple[list[tuple[Path, Any]], list[Container]]:
 
 def _items(thing: Any) -> Iterator[tuple[Any, Any]]:
     """Yield the key-value pairs of a container: a mapping, a sequence, a graph, or an object with attributes."""
-    if isinstance(thing, Mapping):
+    if isinstance(thing, Mapping) or callable(getattr(type(thing), "items", None)):  # also a tensorclass
         yield from thing.items()
     elif isinstance(thing, tuple) and hasattr(thing, "_fields"):
         yield from zip(thing._fields, thing, strict=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.per_sample._torch import is_mapped, unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
@@ -224,8 +224,11 @@ class Follower(TorchFunctionMode):
         each = found if isinstance(found, list) else [found] * len(results)
         in_place = traits.in_place and bool(args) and results[0] is args[0]
         if (in_place or kwargs.get("out") is not None) and self._changes(results[0], each[0]):
-            self._time += 1
-            self._written[results[0].untyped_storage().data_ptr()] = self._time
+            if is_mapped(results[0]):  # torch.func hides its memory, and so which views it changes
+                each = [Mixed(name)] * len(results)
+            else:
+                self._time += 1
+                self._written[results[0].untyped_storage().data_ptr()] = self._time
         for tensor, one in zip(results, each, strict=False):
             if not isinstance(tensor, Reporting):
                 self.note(tensor, one if _fits(tensor, one) else Mixed(name))

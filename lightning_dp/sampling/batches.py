@@ -78,6 +78,21 @@ class LogicalBatch:
         return pinned
 
 
+class Stacked:
+    """A collate function for the records of a dataset that gives a loader its rows as one object.
+
+    Args:
+        collate_fn: the user's, from such an object to a batch.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """Return the batch of these samples."""
+        return self.collate_fn(torch.stack(samples))
+
+
 class Watch(Protocol):
     """An object that watches how records are read and collated; see ``LoadingWatch``."""
 

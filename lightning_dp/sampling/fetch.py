@@ -27,6 +27,13 @@ def reads_many(dataset: Any) -> bool:
     return bool(getattr(dataset, "__getitems__", None))
 
 
+def is_whole(dataset: Any) -> bool:
+    """Tell whether a dataset is one object with a row per record, such as a ``TensorDict``, whose rows ``torch.stack``
+    joins again.
+    """
+    return reads_many(dataset) and hasattr(dataset, "unbind")
+
+
 def read(dataset: Any, indices: list[int]) -> list[Any]:
     """Return the samples at these indices; no dataset is called with an empty list.
 
@@ -39,6 +46,8 @@ def read(dataset: Any, indices: list[int]) -> list[Any]:
     if not reads_many(dataset):
         return [dataset[index] for index in indices]
     samples = dataset.__getitems__(indices)
+    if is_whole(dataset) and len(samples) == len(indices):
+        return list(samples.unbind(0))
     if not isinstance(samples, (list, tuple)) or len(samples) != len(indices):
         raise TypeError(
             f"Expected a list with one sample an index from {type(dataset).__name__}.__getitems__, got "

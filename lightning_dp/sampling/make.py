@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
-from lightning_dp.sampling.batches import MicrobatchCollate, Watch
+from lightning_dp.sampling.batches import MicrobatchCollate, Stacked, Watch
 from lightning_dp.sampling.checks import check_count, check_loader, check_once, check_options, dataset_length
 from lightning_dp.sampling.facts import map_facts, stream_facts
-from lightning_dp.sampling.fetch import read
+from lightning_dp.sampling.fetch import is_whole, read
 from lightning_dp.sampling.indices import CyclicBatchSampler, PoissonBatchSampler, ShuffleBatchSampler
 from lightning_dp.sampling.loader import PrivateDataLoader, kept_options
 from lightning_dp.sampling.units import Unit, Units, unit_ids
@@ -123,7 +123,8 @@ def private_dataloader(
         public_assignment=public_assignment,
     )
     kept = kept_options(loader)
-    kept["collate_fn"] = MicrobatchCollate(user_collate(loader), microbatch_size, watch)
+    collate = user_collate(loader)
+    kept["collate_fn"] = MicrobatchCollate(Stacked(collate) if is_whole(dataset) else collate, microbatch_size, watch)
     if is_stream:
         return PrivateDataLoader(
             dataset,

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_SMALL = "a batch holds one record: Poisson sampling draws such batches where batches are small."
+
+
 class OneAloneError(Exception):
     """An error of the user's step on one record alone; ``__cause__`` is the original exception."""
 
@@ -24,7 +27,8 @@ class ForeignCode:
     """A wrapper of a host that adds the number of records to each exception of the user's step.
 
     If a step cannot run on one record (a metric over two records, a ``squeeze`` that drops the batch axis), it runs on
-    two copies of the record. The mean over two copies is the loss of the record itself; a sum is halved.
+    two copies of the record. The mean over two copies is the loss of the record itself; a sum is halved. Where training
+    runs each record alone, the step runs twice on the record instead: a hook at an epoch's end sees two batches.
 
     Args:
         host: the object that runs the step.
@@ -36,7 +40,7 @@ class ForeignCode:
         self._host, self._sums, self.runs_alone = host, reduction == "sum", runs_alone
         self._ran_one = False
         self.copies = 1
-        """Number of copies that replace a single record in a run."""
+        """Number of copies that replace a single record in a run, or of runs where training runs it alone."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "_host":  # a copy being built has no state yet
@@ -49,9 +53,12 @@ class ForeignCode:
         Raises:
             OneAloneError: the step raised on one record.
         """
-        chosen = records * self.copies if len(records) == 1 else records
-        self._ran_one = len(chosen) == 1
+        copies = self.copies if len(records) == 1 else 1
+        chosen = records if self.runs_alone else records * copies
+        self._ran_one = copies * len(records) == 1
         try:
+            for _ in range(copies - 1 if self.runs_alone else 0):
+                self._host.run(chosen)
             return self._host.run(chosen)
         except PrivacyError:
             raise
@@ -61,7 +68,7 @@ class ForeignCode:
             note(
                 error,
                 "lightning_dp had called the training step on trial, without effect, with "
-                f"{_named(len(chosen), len(records))}.",
+                f"{_named(len(chosen), len(records))}{', as training runs it' if self.runs_alone else ''}.",
             )
             raise
 
@@ -74,7 +81,7 @@ class ForeignCode:
         try:
             self._host.end_epoch()
         except PrivacyError as error:
-            if self._ran_one and not self.runs_alone and error.__cause__ is not None:
+            if self._ran_one and error.__cause__ is not None:
                 raise OneAloneError from error.__cause__
             raise
 
@@ -98,8 +105,8 @@ class ForeignCode:
         answer = check()
         _messages.info(
             f"The training step or a hook raised {type(raised).__name__} on one record alone ({str(raised)[:200]}), so "
-            "the checks ran it on two copies. Training raises, too, if a batch holds one record: Poisson sampling "
-            "draws such batches where batches are small."
+            f"the checks ran it {'twice' if self.runs_alone else 'on two copies'}. Training raises, too, if "
+            f"{'an epoch has one batch.' if self.runs_alone else _SMALL}"
         )
         return answer
 

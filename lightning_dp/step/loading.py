@@ -92,12 +92,14 @@ class LoadingWatch:
         self._num_collated += 1
         own = function is not default_collate and not isinstance(getattr(function, "__self__", None), Gather)
         due = self._num_collated % _period() == 0 and (self._always or own)
-        places = _alike(records) if due else None
-        if places is None:
+        if not due:
             return function(records), None
         try:
+            places = _alike(records)
             copies, before, seeds = copy.deepcopy(records), KeptState(function), generators_restorer(_CPU)
-        except Exception:  # they cannot be copied
+        except Exception:  # they can be neither compared nor copied
+            places = None
+        if places is None:
             return function(records), None
         batch = function(records)
         after, seeds_after = KeptState(function), generators_restorer(_CPU)
@@ -226,5 +228,5 @@ def _leaves(value: Any, count: int, path: tuple[Any, ...] = ()) -> Iterator[tupl
             yield from _leaves(each, count, (*path, index if len(value) == count else str(index)))
     else:
         inner = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-        for name in [*inner]:
-            yield from _leaves(inner[name], count, (*path, str(name)))
+        for name, each in [*inner.items()]:
+            yield from _leaves(each, count, (*path, str(name)))

@@ -62,7 +62,7 @@ class Trial:
     @property
     def copies(self) -> int:
         """Number of copies of a record that the user's step needs in order to run on one record."""
-        return self._host.copies
+        return 1 if self._host.runs_alone else self._host.copies
 
     def is_due(self, number: int, *, first_of_pass: bool) -> bool:
         """Tell whether to repeat the checks: at logical steps 2, 10 and 100; later at the first step of an epoch that

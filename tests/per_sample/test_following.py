@@ -432,3 +432,15 @@ def test_one_size_does_not_tell_samples_from_columns() -> None:
     with pytest.raises(PrivacyError, match="meet rows of known samples"):
         module(batch[0])
     engine.end()
+
+
+def test_steps_within_torch_func_are_refused_by_name() -> None:
+    """A fast weight of each record, by an inner step; torch hides the memory of what it differentiates."""
+
+    def of_one(weight: Tensor, row: Tensor) -> Tensor:
+        inner = torch.func.grad(lambda w: (row @ w - 1).square())(weight)
+        return (row @ (weight - 0.1 * inner)).square()
+
+    module, data = Uses(lambda m, x: torch.stack([of_one(m.w, row) for row in x]).mean(), w=drawn(3)), drawn(4, 3).double()
+    with pytest.raises(PrivacyError, match="to meet rows of known samples"):
+        make(module, module, lambda chosen: data[chosen])

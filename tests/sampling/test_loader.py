@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -24,6 +25,7 @@ from lightning_dp.sampling import (
     peek_samples,
     private_dataloader,
 )
+from lightning_dp.sampling.fetch import as_it_is
 
 SAMPLINGS = ("poisson", "shuffle")
 FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -286,3 +288,36 @@ def test_state_is_empty() -> None:
     assert loader.state_dict() == {}
     loader.load_state_dict({"anything": 1})
     assert len(list(loader)) == 5
+
+
+class Table:
+    """Rows that stay together, as in a ``TensorDict``: read by a list of indices, joined by ``torch.stack``."""
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: Any) -> Table:
+        return Table({name: column[index] for name, column in self.columns.items()})
+
+    __getitems__ = __getitem__
+
+    def unbind(self, dim: int) -> list[Table]:
+        return [self[index] for index in range(len(self))]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Table:
+        assert func is torch.stack
+        return Table({name: torch.stack([row.columns[name] for row in args[0]]) for name in args[0][0].columns})
+
+
+def test_rows_that_a_dataset_reads_together_are_joined_again() -> None:
+    table = Table({"x": torch.arange(12.0).reshape(6, 2), "y": torch.arange(6)})
+    loader = private_dataloader(DataLoader(table, batch_size=3, collate_fn=as_it_is), sampling="shuffle")  # type: ignore[arg-type]
+    parts = [part for item in loader for _, part in item.microbatches]
+    assert all(isinstance(part, Table) for part in parts)
+    rows = sorted(row.columns["y"].item() for part in parts for row in part.unbind(0))
+    assert rows == list(range(6))
+    assert collate_samples(loader, peek_samples(loader, 2)).columns["x"].tolist() == [[0.0, 1.0], [2.0, 3.0]]

@@ -73,8 +73,11 @@ class ComputesAtTheEnd(Classifier):
         self.epochs = self.current_epoch
 
 
-def test_an_epoch_end_that_needs_two_records_runs_on_copies(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
-    strategy = DPStrategy(noise_multiplier=1.0)
+@pytest.mark.parametrize("way", ["auto", "single"])
+def test_an_epoch_end_that_needs_two_records_runs_on_copies(
+    way: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0, grad_sample=way)
     with caplog.at_level(logging.INFO):
         make_trainer(strategy, tmp_path, max_epochs=3).fit(ComputesAtTheEnd(), make_loader())
     assert strategy.ledger.num_steps == 12
@@ -133,7 +136,7 @@ def test_what_a_step_raises_on_trial_is_reported_as_ours(tmp_path: Any) -> None:
 def test_step_that_needs_two_is_not_doubled_for_one(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="Needs at least two") as error:
         fit(NeedsTwo(), tmp_path, microbatch_size=1)
-    assert error.value.__notes__[0].endswith("with 1 record.")
+    assert error.value.__notes__[0].endswith("with 1 record, as training runs it.")
 
 
 class Host:
