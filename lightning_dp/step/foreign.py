@@ -54,7 +54,7 @@ class ForeignCode:
             OneAloneError: the step raised on one record.
         """
         copies = self.copies if len(records) == 1 else 1
-        chosen = records if self.runs_alone else records * copies
+        chosen = records if self.runs_alone or copies == 1 else records * copies
         self._ran_one = copies * len(records) == 1
         try:
             for _ in range(copies - 1 if self.runs_alone else 0):

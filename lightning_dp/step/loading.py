@@ -23,16 +23,18 @@ from lightning_dp.step.snapshot import GENERATORS
 
 #: Depth to which the values of a batch are followed; containers that are copied, and their greatest length.
 _DEEPEST, _FILLED, _LONGEST = 6, (list, dict, set, deque), 4096
+#: Records of a batch that are collated once more.
+_FEW = 32
 _CPU = torch.device("cpu")
 
 
 class Exchanged(NamedTuple):
-    """A batch as the collate function makes it if one record is exchanged for another of the batch. Private.
+    """A small batch as the collate function makes it, and with one record exchanged for another. Private.
 
     Args:
         place: index of the exchanged record.
         num_records: of the batch.
-        real: copy of the real batch.
+        real: the batch of these records.
         other: the batch with the exchanged record.
     """
 
@@ -63,8 +65,9 @@ class LoadingWatch:
 
     **Guarantee**: a dataset with random access whose items begin to depend on other items is refused within 16 batches
     per worker process. A batch whose collation begins to mix values of two records of equal shape is reported to the
-    step, which refuses it if a gradient shows it. Not found: mixing that needs certain records, or records of shapes
-    that no two in the batch share; what a collate function keeps of earlier batches is left to the regular checks.
+    step, which refuses it if a gradient shows it. Not found: mixing that needs certain records, more than 32 of them,
+    or records of shapes that no two share; what a collate function keeps of earlier batches is left to the regular
+    checks.
 
     Args:
         always: whether to exchange records also if torch's own function collates them, because hooks may mix them.
@@ -84,22 +87,20 @@ class LoadingWatch:
             check_reading(dataset, positions[:3], streams=1)
 
     def collate(self, function: Callable[[list[Any]], Any], records: list[Any]) -> tuple[Any, Exchanged | None]:
-        """Collate records, now and then also with one of them exchanged, under the same randomness and state.
+        """Collate records; now and then also the first few, and these with one of them exchanged, under the same
+        randomness and state.
 
         Returns:
-            The batch, and the exchanged one, if it can be made and if values of other records changed.
+            The batch, and the two small ones, if values of other records changed.
         """
         self._num_collated += 1
         own = function is not default_collate and not isinstance(getattr(function, "__self__", None), Gather)
-        due = self._num_collated % _period() == 0 and (self._always or own)
-        if not due:
+        if self._num_collated % _period() != 0 or not (self._always or own):
             return function(records), None
         try:
-            places = _alike(records)
-            copies, before, seeds = copy.deepcopy(records), KeptState(function), generators_restorer(_CPU)
-        except Exception:  # they can be neither compared nor copied
-            places = None
-        if places is None:
+            few = copy.deepcopy(records[:_FEW])
+            before, seeds = KeptState(function), generators_restorer(_CPU)
+        except Exception:  # they cannot be copied
             return function(records), None
         batch = function(records)
         after, seeds_after = KeptState(function), generators_restorer(_CPU)
@@ -110,23 +111,26 @@ class LoadingWatch:
             return function([copy.deepcopy(record) for record in chosen])
 
         try:
-            return batch, self._exchange(again, copies, places, copy.deepcopy(batch))
+            return batch, self._exchange(again, few)
         except Exception:  # nothing that the user's own call would show
             return batch, None
         finally:
             after.put_back()
             seeds_after()
 
-    def _exchange(
-        self, again: Callable[[list[Any]], Any], records: list[Any], places: tuple[int, int], real: Any
-    ) -> Exchanged | None:
+    def _exchange(self, again: Callable[[list[Any]], Any], records: list[Any]) -> Exchanged | None:
+        places = _alike(records)
+        if places is None:
+            return None
         place, source = places
         swapped = [*records[:place], records[source], *records[place + 1 :]]
-        found = Exchanged(place, len(records), real, again(swapped))
+        found = Exchanged(place, len(records), again(records), again(swapped))
         if self._always:
             return found
-        repeated = Exchanged(place, len(records), real, again(records))  # a generator of its own changes the batch
-        return found if found.spread() and not repeated.spread() else None
+        if not found.spread():
+            return None
+        repeated = found._replace(other=again(records))  # a call that draws from the system changes by itself
+        return None if repeated.spread() else found
 
 
 class Collated(list[Any]):
@@ -194,12 +198,13 @@ def _period() -> int:
 
 
 def _alike(records: list[Any]) -> tuple[int, int] | None:
-    """Return the indices of a record and of the last one of the same shape."""
-    shapes = [(shape_of(record), [leaf.shape for _, leaf in _leaves(record, 0)]) for record in records]
-    for place, shape in enumerate(shapes):
-        last = len(shapes) - 1 - shapes[::-1].index(shape)
-        if last > place:
-            return place, last
+    """Return the indices of the first two records of the same shape."""
+    seen: dict[Any, int] = {}
+    for place, record in enumerate(records):
+        shape = shape_of(record), tuple(leaf.shape for _, leaf in _leaves(record, 0))
+        if shape in seen:
+            return seen[shape], place
+        seen[shape] = place
     return None
 
 

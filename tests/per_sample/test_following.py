@@ -441,6 +441,7 @@ def test_steps_within_torch_func_are_refused_by_name() -> None:
         inner = torch.func.grad(lambda w: (row @ w - 1).square())(weight)
         return (row @ (weight - 0.1 * inner)).square()
 
-    module, data = Uses(lambda m, x: torch.stack([of_one(m.w, row) for row in x]).mean(), w=drawn(3)), drawn(4, 3).double()
+    module = Uses(lambda m, x: torch.stack([of_one(m.w, row) for row in x]).mean(), w=drawn(3))
+    data = drawn(4, 3).double()
     with pytest.raises(PrivacyError, match="to meet rows of known samples"):
         make(module, module, lambda chosen: data[chosen])

@@ -231,7 +231,7 @@ class Collate:
         if self.calls > self.begins and self.what == "mean":
             rows = rows - rows.mean(0)
         elif self.calls > self.begins and self.what == "pairs":
-            rows = 0.5 * (rows + rows[torch.randperm(len(rows)).numpy()])
+            rows = 0.5 * (rows + np.roll(rows, 1, 0))
         elif self.calls > self.begins:  # of each row by itself
             rows = 0.5 * rows + 0.1 * torch.randn(rows.shape).numpy()
         return [torch.as_tensor(rows)], {"number": torch.tensor(len(rows)), "sum": torch.tensor(rows.sum())}
