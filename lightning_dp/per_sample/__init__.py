@@ -6,12 +6,12 @@ from torch import nn
 
 from lightning_dp import _messages
 from lightning_dp.per_sample.base import GradientEngine
-from lightning_dp.per_sample.custom import register_rule
+from lightning_dp.per_sample.custom import check_rule, register_rule
 from lightning_dp.per_sample.engine import Memory, PerSampleEngine
 from lightning_dp.per_sample.notices import notices
 from lightning_dp.per_sample.single import SingleSampleEngine
 
-__all__ = ["GradientEngine", "PerSampleEngine", "SingleSampleEngine", "make_engine", "register_rule"]
+__all__ = ["GradientEngine", "PerSampleEngine", "SingleSampleEngine", "check_rule", "make_engine", "register_rule"]
 
 
 def make_engine(module: nn.Module, *, grad_sample: str, memory: Memory, alone: bool) -> GradientEngine:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import ComparisonError, PrivacyError
+from lightning_dp.per_sample.custom import wrong_rules
 from lightning_dp.per_sample.independence import compare_with_singles
 from lightning_dp.step import exchange, state_check
 from lightning_dp.step.loading import Collated, Exchanged
@@ -109,7 +110,12 @@ class Couplings:
                 (run([record], engine=False).private for record in records),
                 adds_up=None if step.settings.per_sample_loss else adds_up,  # which runs the loss of the batch
             )
-        except PrivacyError:
+        except PrivacyError as error:
+            if (wrong := wrong_rules(str(error))) and not isinstance(error, ComparisonError):
+                raise ValueError(
+                    f"Expected the registered rules for {', '.join(wrong)} to return the gradient of each row, got "
+                    f"another one. Test a rule by lightning_dp.per_sample.check_rule. {error}"
+                ) from error
             if not step.reduction.any(self._runs.draws_on_host):
                 raise
             # a record alone gets the draws of the first one: look at it in its place, among copies of itself

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_dp import DPStrategy
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import register_rule
+from lightning_dp.per_sample import check_rule, register_rule
+from tests.helpers import make_trainer
 from tests.per_sample.checks import assert_engine_agrees, make_engine, run_batch
 
 DATA = torch.randn(6, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -162,3 +166,87 @@ def test_a_rule_that_returns_something_else_is_named(found: dict[str, Tensor], g
 def test_a_rule_needs_parameters_among_its_arguments(parameters: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="Expected parameters among arguments"):
         register_rule(Affine, gradients, arguments=("x", "weight"), parameters=parameters)
+
+
+ARGUMENTS = torch.randn(5, 3, 2), torch.randn(2, 4), torch.randn(4), 2.0
+
+
+def with_rule(found: Any, arguments: tuple[str, ...] = ("x", "weight", "bias", "scale")) -> Callable[[], None]:
+    return register_rule(Affine, found, arguments=arguments, parameters=("weight", "bias"))
+
+
+def changed(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Any, Tensor], Any]:
+    return lambda values, backprop: change(dict(gradients(values, backprop)))
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "a factor": (changed(lambda g: {n: 2 * t for n, t in g.items()}), "for 'weight' 2 times that of row 0"),
+    "another row": (changed(lambda g: g | {"bias": g["bias"].roll(1, 0)}), "for 'bias' another than that of row 0"),
+    "a sum": (changed(lambda g: g | {"bias": g["bias"].sum(0)}), r"'bias' of shape \(5, 4\), got \(4,\)"),
+    "none": (lambda values, backprop: None, r"'weight' of shape \(5, 2, 4\), got nothing"),
+    "a tuple": (changed(lambda g: tuple(g.values())), r"got tuple. The rule for Affine returns a dictionary"),
+    "a name": (
+        lambda values, backprop: values["input"],
+        r"rule for Affine raised KeyError: 'input'. It was given values",
+    ),
+}
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_right_rule_passes_its_check() -> None:
+    check_rule(Affine, *ARGUMENTS)
+    check_rule(Affine, ARGUMENTS[0][:, 0].double(), *(one.double() for one in ARGUMENTS[1:3]), 2.0)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_rule_fails_its_check(what: str) -> None:
+    found, message = WRONG[what]
+    remove = with_rule(found)
+    try:
+        with pytest.raises(ValueError, match=message):
+            check_rule(Affine, *ARGUMENTS)
+    finally:
+        remove()
+    with pytest.raises(ValueError, match=r"Expected an operation with a registered rule, got .*Affine"):
+        check_rule(Affine, *ARGUMENTS)
+
+
+class Trained(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net().float()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.net(batch[0]).square().mean()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("way", ["auto", "rules"])
+@pytest.mark.parametrize("what", ["a factor", "another row"])
+def test_a_wrong_rule_does_not_train(what: str, way: Any) -> None:
+    remove = with_rule(WRONG[what][0])
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, grad_sample=way)
+    try:
+        with pytest.raises(ValueError, match=r"registered rules for Affine to return the gradient of each row, got"):
+            make_trainer(strategy, None).fit(Trained(), DataLoader(TensorDataset(DATA.float()), batch_size=3))
+    finally:
+        remove()
+    assert strategy.steps_taken == 0
+
+
+@pytest.mark.parametrize("operation", [3, "linear", nn.Linear])
+def test_what_is_no_operation_gets_no_rule(operation: Any) -> None:
+    with pytest.raises(TypeError, match=r"Expected a function, or a subclass of torch.autograd.Function"):
+        register_rule(operation, gradients, arguments=("x", "weight"), parameters=("weight",))
+
+
+def test_a_rule_names_all_arguments() -> None:
+    remove = with_rule(gradients, ("x", "weight", "bias"))
+    try:
+        with pytest.raises(ValueError, match="to name all 4 arguments of Affine, got arguments="):
+            check_rule(Affine, *ARGUMENTS)
+    finally:
+        remove()
