@@ -239,11 +239,11 @@ class Trial:
         if since == 0:  # this step began with a check
             form.settle(by_check=False)
         if (alone or first_of_pass) and step.reduction.agree(form.is_due(since)):
-            was_released = not (step.automatic or self._runs.exchanged)
+            exchanged = self._runs.exchanged  # before a release, also by manual steps
             try:
                 self.check_again(step.state.step, self._watched)
             except PrivacyError as error:
-                if not was_released:
+                if step.automatic or exchanged:
                     raise
                 raise PrivacyError(f"{error} {RELEASED}") from error
             form.settle(by_check=True)

@@ -145,7 +145,8 @@ def test_ranks_agree_on_a_check_of_a_new_form() -> None:
     trial: Any = object.__new__(Trial)
     reduction = SimpleNamespace(world_size=2, agree=lambda flag: asked.append(flag) or True)
     trial._step = SimpleNamespace(state=SimpleNamespace(step=5), reduction=reduction)
-    trial._runs, trial._checked_at, trial._watched = SimpleNamespace(loss_form=LossForm()), 0, []
+    trial._runs = SimpleNamespace(loss_form=LossForm(), exchanged=None)
+    trial._checked_at, trial._watched = 0, []
     trial.check_again = lambda number, positions: asked.append(number)
     trial.check_new_loss(first_of_pass=False)
     assert asked == []
