@@ -125,10 +125,8 @@ class LoadingWatch:
         place, source = places
         swapped = [*records[:place], records[source], *records[place + 1 :]]
         found = Exchanged(place, len(records), again(records), again(swapped))
-        if self._always:
-            return found
         if not found.spread():
-            return None
+            return found if self._always else None
         repeated = found._replace(other=again(records))  # a call that draws from the system changes by itself
         return None if repeated.spread() else found
 

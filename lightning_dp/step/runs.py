@@ -140,16 +140,19 @@ class TrialRuns:
 
     def _see_exchanged(self, found: Exchanged) -> None:
         """Read which values of a real batch, moved as hooks do, change with another record."""
-        moved = []
-        with self.sandbox.enter() if self.host.has_transfer else nullcontext() as snapshot:
-            for batch in (found.real, found.other):
-                if snapshot is not None:
+        try:
+            moved = copy.deepcopy([found.real, found.other])
+        except Exception:  # such a batch cannot run twice
+            return
+        alone = self.step.reduction.world_size == 1  # else ranks would have to agree on a run
+        if self.host.has_transfer and alone:
+            with self.sandbox.enter() as snapshot:
+                for number, batch in enumerate(moved):
                     seed_generators(0)
-                    batch = self.host.training.move(copy.deepcopy(batch))
+                    moved[number] = self.host.training.move(batch)
                     snapshot.put_back()
-                moved.append(batch)
-        if self.loss_form.see_spread(found._replace(real=moved[0], other=moved[1]).spread()):
-            self.exchanged = found
+        is_new = self.loss_form.see_spread(found._replace(real=moved[0], other=moved[1]).spread())
+        self.exchanged = found if is_new and alone else self.exchanged
 
     def again(
         self, snapshot: Snapshot, records: list[Any], draws: Draws, *, engine: bool = False, read: Any = None

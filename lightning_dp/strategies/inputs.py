@@ -86,7 +86,7 @@ class TrainingInputs(RunFacts, Strategy):
             world_size=self.world_size,
             num_batches_kept=trainer_checks.batches_kept(trainer, dataloader, parts),
             extra_records=self.mechanisms.extra_records,
-            watch=LoadingWatch(always=has_transfer(trainer, self.module)),
+            watch=LoadingWatch(always=has_transfer(trainer, self.module)) if self.settings.check_per_sample else None,
         )
 
     def _follow_accumulation(self, dataloader: Any) -> None:

@@ -270,6 +270,36 @@ def test_collation_of_single_rows_trains() -> None:
     assert PLANNED - 1 <= collate.calls <= PLANNED  # not if no record was drawn
 
 
+def test_entropy_of_the_system_is_no_coupling() -> None:
+    """Each call draws otherwise, and a hook of the transfer lets exchanges be looked at after it."""
+
+    class Moves(Module):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch
+
+    def collate(records: list[Any]) -> Any:
+        rows = torch.stack([row for (row,) in records])
+        noise = np.random.default_rng().normal(size=rows.shape) if strategy.steps_taken >= 12 else 0.0
+        return [rows + torch.as_tensor(noise, dtype=rows.dtype)]
+
+    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    module = Moves(automatic=True, begins=PLANNED, of_data=False)
+    trainer(strategy).fit(module, DataLoader(loader().dataset, batch_size=10, collate_fn=collate))
+    assert strategy.steps_taken == PLANNED
+
+
+def test_without_checks_nothing_is_watched() -> None:
+    class Always(Items):
+        begun = True
+
+    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3, check_per_sample=False)
+    module = Module(automatic=True, begins=PLANNED, of_data=False)
+    trainer(strategy).fit(
+        module, DataLoader(Always(), batch_size=10, collate_fn=lambda records: Collate("rows", 0)(records)[0])
+    )
+    assert strategy.steps_taken == PLANNED
+
+
 def test_a_hook_that_begins_to_mix_by_numpy_is_refused() -> None:
     class Centred(Module):
         def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
