@@ -186,6 +186,10 @@ class GradientEngine(SampleGradients):
         """Dtypes of the private parameters in the forward."""
         return {parameter.dtype for parameter in self._parameters.values()}
 
+    def prefer_owners(self) -> bool:
+        """Follow the owners of rows when the layout is learned again; return False if that is not possible or new."""
+        return False
+
     @abstractmethod
     def accept_grads(self, names: Iterable[str]) -> None:
         """Accept that these parameters hold a ``.grad`` within a microbatch, because it is the privatized gradient."""

@@ -161,6 +161,10 @@ class PerSampleEngine(GradientEngine):
         return self._rows.follows_owners
 
     @override
+    def prefer_owners(self) -> bool:
+        return self._rows.prefer_owners()
+
+    @override
     def see(self, batch: Any) -> None:
         self._rows.see(batch)
 

@@ -17,6 +17,8 @@ from lightning_dp.errors import PrivacyError
 
 WAY_OUT = "grad_sample='single' works for any module"
 PENALTY = "Add a penalty on weights to the loss of each sample before their mean, or use the optimizer's weight_decay"
+#: Parts of messages: records that were seen first had the same number of rows, or took the same branches, by chance.
+MISLED = ("row(s) for each of", "in a way that was learned")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class BatchAxis:
         changed = (self.multiplicity == 1 and batch_size != 1) or self.is_pinned
         if rest or rows == 0 or (changed and rows != self.multiplicity):
             raise PrivacyError(
-                f"Expected axis {self.axis} to hold {self.multiplicity} row(s) for each of {batch_size} samples, "
+                f"Expected axis {self.axis} to hold {self.multiplicity} {MISLED[0]} {batch_size} samples, "
                 f"got length={length} in {where}. Each sample must own the same number of rows; {WAY_OUT}."
             )
         return rows

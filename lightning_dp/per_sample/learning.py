@@ -36,12 +36,19 @@ class Rows:
         self._learning_size: int | None = None
         self.follows_owners = False
         """Whether rows belong to samples by an index that is followed through the step, not by their positions."""
+        self._prefers_owners = False
 
     @property
     def are_known(self) -> bool:
         """True if every use of every parameter is understood, or its rows are followed."""
         learned = self._tracker.learned
         return self.follows_owners or (learned is not None and self._tracker.parameters.keys() <= learned.names)
+
+    def prefer_owners(self) -> bool:
+        """Follow owners when the layout is learned again, because positions misled; return False if that is not new."""
+        is_new = not (self._prefers_owners or self.follows_owners)
+        self._prefers_owners = True
+        return is_new
 
     def see(self, batch: Any) -> None:
         """Take note of the batch that the user's step is about to run on."""
@@ -62,7 +69,9 @@ class Rows:
         grads = {parameter: parameter.grad for parameter in self._module.parameters()}
         try:
             with torch.enable_grad():
-                if more and self.follows_owners:
+                if self._prefers_owners and not more:
+                    self._learn_owners(run, sizes)
+                elif more and self.follows_owners:
                     self._try_owners(run, sizes)
                 else:
                     self._learn_positions(run, sizes, more=more, alike=alike)
@@ -81,12 +90,8 @@ class Rows:
         except PrivacyError as error:
             if more:  # the result of these runs is unclear: such uses are refused later
                 return
-            for size in sizes:
-                if self._owners.was_seen and not self._owners.has_learned(size):
-                    run_of(size)
-            self._learning_size, self._tracker.learned = None, None
             try:
-                self._try_owners(run, sizes)
+                self._learn_owners(run, sizes)
             except PrivacyError as second:
                 if WAY_OUT not in str(error):  # samples that meet each other: one by one they are others
                     raise error from second
@@ -95,6 +100,15 @@ class Rows:
             before = self._tracker.learned
             self._tracker.learned = before.joined(learned) if more and before is not None else learned
             self._settle(run, sizes, alike=alike, more=more)
+
+    def _learn_owners(self, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
+        """Learn where batches hold the owners of rows, and follow them."""
+        for size in sizes:
+            if (self._owners.was_seen or self._prefers_owners) and not self._owners.has_learned(size):
+                self._learning_size = size
+                run(size)
+        self._learning_size, self._tracker.learned = None, None
+        self._try_owners(run, sizes)
 
     def _try_owners(self, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
         """Run the user's forward and follow the owners of rows, because positions do not determine them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
-from lightning_dp.per_sample.layout import PENALTY
+from lightning_dp.per_sample.layout import MISLED, PENALTY
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings, differing
 from lightning_dp.step.foreign import OneAloneError
@@ -67,7 +67,8 @@ class OneByOne:
             learn: infers the layout; returns why rules cannot follow the step, or None.
 
         Returns:
-            True if each record has its own loss in a batch from here on, which must be checked.
+            True if rules follow the step in another way from here on, which must be checked: each record has its own
+            loss in a batch, or rows have owners.
 
         Raises:
             PrivacyError: samples influence each other, or cannot run alone.
@@ -76,6 +77,9 @@ class OneByOne:
         if not step.reduction.agree(error is not None):
             return False
         reason = self._reason or error or PrivacyError("Another rank could not follow the uses of private parameters.")
+        misled = step.reduction.agree(any(each in str(reason) for each in MISLED)) and not step.reduction.is_sharded
+        if misled and step.engine.prefer_owners() and not step.reduction.agree(learn() is not None):
+            return True
         if not step.settings.may_run_alone or step.reduction.is_sharded:
             raise reason
         if step.settings.per_sample_loss:  # the loss of a record alone is the objective

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError, make_private
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine
+from lightning_dp.step.trial import NUM_SPREAD
 from lightning_dp.step.ways import _public
 from tests.helpers import Hidden, make_trainer
 
@@ -365,3 +367,36 @@ def test_a_record_that_cannot_run_alone_is_refused() -> None:
 def test_reason_in_the_log_holds_no_number_of_records() -> None:
     reason = PrivacyError("differ by up to 0.33 of 12 (1e-5), 'network.0.weight', layer1, shape (3, 4).")
     assert _public(reason) == "differ by up to # of # (#), 'network.0.weight', layer1, shape (#, #)."
+
+
+class Experts(L.LightningModule):
+    """Sends each record to one of several layers, by the record; the first two records choose alike by chance."""
+
+    def __init__(self, alike: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers, self.alike = nn.ModuleList(nn.Linear(FEATURES, CLASSES) for _ in range(3)), alike
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        out = x.new_zeros(len(x), CLASSES)
+        for index, layer in enumerate(self.layers):
+            at = (x[:, 0].long() == index).nonzero(as_tuple=True)[0]
+            if len(at) or self.alike == "one expert":
+                out = out.index_add(0, at, layer(x[at]))
+        return F.cross_entropy(out, y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("alike", ["one expert", "one branch"])
+def test_records_that_choose_alike_by_chance_are_followed(alike: str) -> None:
+    x, y = torch.rand(NUM, FEATURES), torch.arange(NUM) % CLASSES
+    x[:, 0] = torch.arange(NUM) % 3 + 0.5
+    first = np.random.default_rng(0).choice(NUM, NUM_SPREAD, replace=False)[:2]  # those that show the layout
+    x[first.tolist(), 0] = 0.5
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+    make_trainer(strategy, None, max_epochs=2).fit(Experts(alike), DataLoader(TensorDataset(x, y), batch_size=6))
+    assert "checked on a few records" in strategy.privacy_statement()
+    assert "one sample runs at a time" not in strategy.privacy_statement()
