@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dp.errors import ComparisonError
 from lightning_dp.per_sample.batch_owners import shapes_in
+from lightning_dp.step.reading import is_same
 from lightning_dp.step.reduction import Reduction
 
 #: Allowed relative difference of the others' gradients, by type: where shapes stay equal, and where they change.
@@ -90,12 +91,14 @@ def join(
 
 
 def most_different(record: Any, others: list[Any]) -> list[Any]:
-    """Return the record with the rarest other whole numbers (a label, say), and the first of another shape, or any."""
+    """Return the record with the rarest other whole numbers (a label, say), and the first of another shape, or any that
+    is not the same.
+    """
     numbers, own = [repr(whole_numbers(other)) for other in others], repr(whole_numbers(record))
     differing = [(numbers.count(one), at) for at, one in enumerate(numbers) if one != own]
     chosen = [others[at] for _, at in sorted(differing)[:1]]
     chosen += [other for other in others if shape_of(other) != shape_of(record)][:1]
-    return chosen or others[:1]
+    return chosen or [other for other in others if not is_same(record, other)][:1] or others[:1]
 
 
 def whole_numbers(record: Any) -> list[Any]:

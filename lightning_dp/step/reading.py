@@ -128,6 +128,11 @@ def _walk(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
         yield from _walk(each, depth + 1, seen)
 
 
+def is_same(record: Any, other: Any) -> bool:
+    """Tell whether two records hold the same values."""
+    return _same(_content(record), _content(other))
+
+
 def _same(left: list[Any], right: list[Any]) -> bool:
     return len(left) == len(right) and all(map(_equal, left, right))
 

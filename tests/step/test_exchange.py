@@ -108,3 +108,10 @@ def test_the_record_with_the_rarest_label_is_exchanged() -> None:
     others = [(torch.zeros(3), label) for label in (1, 2, 2, 0, 2, 1)]
     assert exchange.most_different((torch.ones(3), 1), others) == [others[3]]
     assert exchange.most_different((torch.ones(3), 0), others) == [others[0]]
+
+
+def test_a_record_is_not_exchanged_for_itself() -> None:
+    """It may have been read twice, as part of the real batch and among those left to be exchanged."""
+    others = [(torch.ones(3),), (torch.zeros(3),)]
+    assert exchange.most_different((torch.ones(3),), others) == others[1:]
+    assert exchange.most_different((torch.ones(3),), others[:1]) == others[:1]
