@@ -64,7 +64,7 @@ class BatchAxis:
         changed = (self.multiplicity == 1 and batch_size != 1) or self.is_pinned
         if rest or rows == 0 or (changed and rows != self.multiplicity):
             raise PrivacyError(
-                f"Expected axis {self.axis} to hold {self.multiplicity} {MISLED[0]} {batch_size} samples, "
+                f"Expected axis {self.axis} to hold {self.multiplicity} row(s) for each of {batch_size} samples, "
                 f"got length={length} in {where}. Each sample must own the same number of rows; {WAY_OUT}."
             )
         return rows
