@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,54 +20,16 @@ from lightning_dp.per_sample._torch import is_mapped, unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
-from lightning_dp.per_sample.moves import CONSTANTS, MADE_OF_NUMBERS, Step, handler_of, moved_entries, owners_after
+from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
-from lightning_dp.per_sample.operations import IN_PLACE, operation_of
+from lightning_dp.per_sample.operations import operation_of
 from lightning_dp.per_sample.owned import MIXED, Memo, Mixed, Owners, Rows, merged
-from lightning_dp.per_sample.reductions import Found, entry_by_entry
+from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY, Traits, traits_of
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
 
 _entered = functools.cache(entered)
-
-_METHODS = """size dim ndimension numel nelement stride storage_offset data_ptr element_size is_contiguous get_device
-    is_floating_point is_complex is_inference __len__"""
-_ATTRIBUTES = """shape ndim dtype device layout requires_grad is_leaf is_sparse is_cuda is_mps is_quantized is_meta
-    _version is_nested"""
-_SHOWS_NO_ENTRY = {
-    *(getattr(Tensor, name) for name in _METHODS.split()),
-    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
-    torch.is_floating_point,
-    torch.numel,
-}
-"""Functions that return no tensor and no entry of one: half of all calls of a graph network."""
-
-
-class _Traits(NamedTuple):
-    """Properties of a torch function that are known before it runs.
-
-    Args:
-        name: name of the operation, or of the attribute that is read.
-        handler: computes the owners of its result; None if nothing does.
-        is_entered: whether it is a function of ``torch.nn.functional`` that only its operations say something about.
-        in_place: whether it may change its first argument.
-    """
-
-    name: str
-    handler: Callable[[Step], Found] | None
-    is_entered: bool
-    in_place: bool
-
-
-@functools.lru_cache(4096)
-def _traits_of(func: Any) -> _Traits:
-    name: str = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = func.__self__.__name__
-    handler = handler_of(name)
-    is_functional = isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional"
-    return _Traits(name, handler, is_functional and handler is None, bool(IN_PLACE.fullmatch(name)))
 
 
 class Follower(TorchFunctionMode):
@@ -135,18 +96,21 @@ class Follower(TorchFunctionMode):
                 self.note(result, owners)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SHOWS_NO_ENTRY:
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if func in _SHOWS_NO_ENTRY:
-            return func(*args, **kwargs)
-        traits, tensors = _traits_of(func), tensors_in(args, kwargs)
-        if any(type(tensor) is not Tensor and is_tracked(tensor) for tensor in tensors):
-            operation = operation_of(func)
-            if operation is not None and operation.is_composite and torch.is_grad_enabled():
+        traits, tensors = traits_of(func), tensors_in(args, kwargs)
+        for tensor in tensors:
+            if type(tensor) is not Tensor and is_tracked(tensor):
+                operation = operation_of(func)
+                if operation is not None and operation.is_composite and torch.is_grad_enabled():
+                    with self:
+                        return operation.run(self.tracker, func, args, kwargs)
+                break
+        else:
+            if traits.is_entered:
                 with self:
-                    return operation.run(self.tracker, func, args, kwargs)
-        elif traits.is_entered:
-            with self:
-                return _entered(func)(*args, **kwargs)
+                    return _entered(func)(*args, **kwargs)
         if traits.name == "__iter__":
             with self:
                 return iter(torch.unbind(args[0], 0))
@@ -156,9 +120,9 @@ class Follower(TorchFunctionMode):
         """Run an operation in another way than by calling it, as one step: only its result gets owners."""
         with unfollowed():
             out = how()
-        return self._noted(func, _traits_of(func), args, kwargs, tensors_in(args, kwargs), out)
+        return self._noted(func, traits_of(func), args, kwargs, tensors_in(args, kwargs), out)
 
-    def _noted(self, func: Any, traits: _Traits, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> Any:
+    def _noted(self, func: Any, traits: Traits, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> Any:
         """Record which samples own the rows of an operation's result, and return the result."""
         name, kind = traits.name, type(out)
         if kind is not Tensor:
@@ -168,10 +132,14 @@ class Follower(TorchFunctionMode):
         if self._is_noted(out, args, kwargs):
             return out
         owners = [self.owners_of(tensor) for tensor in tensors]
-        if kind is Tensor and traits.handler is entry_by_entry and self._note_alike(args, kwargs, tensors, owners, out):
-            return out
-        with unfollowed():
-            self._note_result(func, traits, args, kwargs, tensors, owners, out)
+        found = NotImplemented
+        if kind is Tensor and "out" not in kwargs:
+            found = self._simply(traits, args, kwargs, tensors, owners, out)
+        if found is NotImplemented:
+            with unfollowed():
+                self._note_result(func, traits, args, kwargs, tensors, owners, out)
+        elif not args or out is not args[0]:
+            self.note(out, found)
         return out
 
     def _is_noted(self, out: Any, args: Any, kwargs: Any) -> bool:
@@ -180,32 +148,47 @@ class Follower(TorchFunctionMode):
         note = self._notes.get(id(out)) if of_parameter else None
         return note is not None and note[0]() is out
 
-    def _note_alike(self, args: Any, kwargs: Any, tensors: list[Tensor], owners: list[Owners], out: Tensor) -> bool:
-        """Record the owners of a result that is computed entry by entry, if all data in it has the same owners."""
-        found, at = None, 0
+    def _simply(
+        self, traits: Traits, args: Any, kwargs: Any, tensors: list[Tensor], owners: list[Owners], out: Tensor
+    ) -> Any:
+        """Return the owners of a result which follow from the operation's arguments without a look at any values;
+        NotImplemented for all other results, and for those that an operation in place gives other owners.
+        """
+        if traits.is_constant:
+            return NotImplemented if traits.in_place else None
+        found, data, at = None, None, 0
         for tensor, rows in zip(tensors, owners, strict=True):
             if rows is None:
                 continue
             if type(rows) is not Rows or rows.axis is None or rows.only is not None:
-                return False
+                return NotImplemented
             if found is None:
-                found, at = rows, rows.axis - tensor.dim()
-            elif rows.index is not found.index or rows.axis - tensor.dim() != at:
-                return False
-        if found is None or "out" in kwargs:
-            return False
-        if args and out is args[0]:  # it keeps its owners, if it has some
-            return owners[0] is not None
-        rows = found.moved(at + out.dim())
-        if not _fits(out, rows):
-            return False
-        self.note(out, rows)
-        return True
+                found, data, at = rows, tensor, rows.axis - tensor.dim()
+            elif not traits.of_first and (
+                not traits.is_aligned or rows.index is not found.index or rows.axis - tensor.dim() != at
+            ):
+                return NotImplemented
+        if found is None or data is None:
+            return None if tensors else NotImplemented
+        if args and out is args[0] and owners[0] is None:
+            return NotImplemented
+        axis: int | None = None
+        if traits.is_aligned:
+            axis = at + out.dim()
+        elif traits.axis_after is not None and not self.tracker.compares:
+            try:
+                axis = traits.axis_after(data, at + data.dim(), args, kwargs, out)
+            except (IndexError, TypeError, ValueError, KeyError):  # arguments given in a way that is not known here
+                return NotImplemented
+        if axis is None:
+            return NotImplemented
+        rows = found.moved(axis)
+        return rows if _fits(out, rows) else NotImplemented
 
     def _note_result(
         self,
         func: Any,
-        traits: _Traits,
+        traits: Traits,
         args: Any,
         kwargs: Any,
         tensors: list[Tensor],
@@ -216,7 +199,7 @@ class Follower(TorchFunctionMode):
         results = [args[0]] if out is None else [out] if isinstance(out, Tensor) else tensors_in(out, {})
         if not results:
             return
-        found = self._result(func, name, args, kwargs, tensors, owners, results[0] if out is None else out)
+        found = self._result(func, traits, args, kwargs, tensors, owners, results[0] if out is None else out)
         if self.tracker.compares:
             self.tracker.chooses_rows |= chooses_rows(name, args, kwargs, self.owners_of, self.size)
         if found is MIXED:
@@ -243,13 +226,20 @@ class Follower(TorchFunctionMode):
         return True
 
     def _result(
-        self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], owners: list[Owners], out: Any
+        self,
+        func: Any,
+        traits: Traits,
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        owners: list[Owners],
+        out: Any,
     ) -> Any:
         """Return the owners of a result, or of each tensor in it."""
-        if name in CONSTANTS:
+        if traits.is_constant:
             return None
         if not tensors:
-            return None if name in MADE_OF_NUMBERS else MIXED
+            return None if traits.name in MADE_OF_NUMBERS else MIXED
         owned, mixed = [], False
         for tensor, rows in zip(tensors, owners, strict=True):
             if type(rows) is Rows:
@@ -259,18 +249,18 @@ class Follower(TorchFunctionMode):
         if mixed:
             found = [*zip(tensors, owners, strict=True)]
             # an index of unknown owners only says where the rows of others go
-            entries = {id(tensor) for tensor in moved_entries(name, args)} or {id(tensor) for tensor in tensors}
+            entries = {id(tensor) for tensor in moved_entries(traits.name, args)} or {id(tensor) for tensor in tensors}
             for tensor, rows in found:
                 if isinstance(rows, Mixed) and (id(tensor) in entries or self._are_constant(found, entries)):
                     return rows
         if not owned:
             return None
-        if handler_of(name) is None and (known := operation_of(func)) is not None and known.keeps_rows:
+        if traits.handler is None and (known := operation_of(func)) is not None and known.keeps_rows:
             return owned[0][1]
         try:
             samples = self.samples(owned[0][0].device)
             step = Step(func, args, kwargs, out, owned, samples.index, [samples, *self.known], self.memo)
-            return owners_after(step, name)
+            return owners_after(step, traits.handler, traits.axis_after)
         except (IndexError, RuntimeError, TypeError, ValueError):  # arguments given in a way that is not known here
             return MIXED
 
@@ -284,7 +274,7 @@ class Follower(TorchFunctionMode):
             out = func(*args, **kwargs)
             tensors = tensors_in(args, kwargs)
             owners = [self.owners_of(tensor) for tensor in tensors]
-            return getattr(out, "shape", None), self._result(func, func.__name__, args, kwargs, tensors, owners, out)
+            return getattr(out, "shape", None), self._result(func, traits_of(func), args, kwargs, tensors, owners, out)
 
 
 def _fits(tensor: Tensor, owners: Owners) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_dp.per_sample import reductions
 from lightning_dp.per_sample.arguments import replaced, tensors_in
+from lightning_dp.per_sample.axes import AxisAfter
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step, alone, entry_by_entry
@@ -220,14 +221,16 @@ def handler_of(name: str) -> Callable[[Step], Found] | None:
     return _HANDLERS.get(name) or _HANDLERS.get(name.rstrip("_"))
 
 
-def owners_after(step: Step, name: str) -> Found:
+def owners_after(step: Step, handler: Callable[[Step], Found] | None, axis_after: AxisAfter | None) -> Found:
     """Return the owners of a finished operation's result, or of each tensor in the result."""
     first = step.owned[0][1]
     if first.only is not None and all(rows.only == first.only for _, rows in step.owned):
         return Rows(None, first.index[:1])
-    handler = handler_of(name)
     if handler is None:
-        return MIXED
+        if axis_after is None or len(step.owned) > 1 or first.axis is None:
+            return MIXED
+        axis = axis_after(step.owned[0][0], first.axis, step.args, step.kwargs, step.out)
+        return MIXED if axis is None else first.moved(axis)
     if handler not in _TAKES_WHOLE and any(rows.axis is None for _, rows in step.owned):
         return MIXED
     return handler(step)

@@ -52,6 +52,16 @@ class Rows:
         found: bool = self.layout["nobody"]
         return found
 
+    @property
+    def sole(self) -> int | None:
+        """The one sample that owns all entries which somebody owns; None if there are several, or none."""
+        if "sole" not in self.layout:
+            top = int(self.index.max()) if self.index.numel() else NOBODY
+            alone = top != NOBODY and bool(((self.index == top) | (self.index == NOBODY)).all())
+            self.layout["sole"] = top if alone else None
+        found: int | None = self.layout["sole"]
+        return found
+
     def labels(self, shape: torch.Size) -> Tensor:
         """Return the owner of every entry of a tensor of a given shape, as an expanded view."""
         if self.axis is None:

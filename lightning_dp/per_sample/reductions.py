@@ -7,31 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_dp.per_sample.owned import MIXED, NOBODY, Memo, Owners, Rows, merged
-
-_REDUCES = """
-    sum nansum mean nanmean amax amin prod logsumexp softmax log_softmax cumsum cumprod cummax cummin logcumsumexp any
-    all argmax argmin sort argsort median nanmedian var std count_nonzero max min var_mean std_mean aminmax
-"""
-_REDUCES_SECOND = """
-    norm vector_norm linalg_norm linalg_vector_norm topk kthvalue fft_fft fft_ifft fft_rfft fft_irfft fft_hfft
-    fft_ihfft
-"""
-_IMAGES = """
-    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
-    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-    adaptive_max_pool3d group_norm instance_norm batch_norm upsample_nearest1d upsample_nearest2d
-    upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d im2col pixel_shuffle pixel_unshuffle
-    glu
-"""
-
-_REDUCING = {**dict.fromkeys(_REDUCES.split(), 1), **dict.fromkeys(_REDUCES_SECOND.split(), 2)}
-"""Names of operations that compute over some axes, with the position of the argument that names these."""
-
-_LAST_AXIS = frozenset(
-    ["sort", "argsort", "topk", "kthvalue", "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft"]
-)
+from lightning_dp.per_sample.axes import AXES, REDUCING, first_of
+from lightning_dp.per_sample.owned import MIXED, Memo, Owners, Rows, merged
 
 
 class Step(NamedTuple):
@@ -61,13 +38,6 @@ class Step(NamedTuple):
 Found = Owners | list[Owners]
 
 
-def first_of(out: Any) -> Tensor:
-    """Return the first tensor of a result."""
-    while not isinstance(out, Tensor):
-        out = out[0]
-    return out
-
-
 def alone(step: Step) -> tuple[Tensor, Rows] | None:
     """Return the only tensor with data, and its owners; None if there are several."""
     return step.owned[0] if len(step.owned) == 1 else None
@@ -84,30 +54,15 @@ def _reduced(step: Step) -> Found:
     if len(step.owned) > 1 or (len(step.args) > 1 and isinstance(step.args[1], Tensor)):
         return entry_by_entry(step)
     tensor, rows = step.owned[0]
-    at = _REDUCING[name]
-    default = -1 if name in _LAST_AXIS else None
-    over = step.kwargs.get("dim", step.kwargs.get("axis", step.args[at] if len(step.args) > at else default))
-    named = () if over is None or isinstance(over, bool) else (over,) if isinstance(over, int) else tuple(over)
-    axes = {axis % max(1, tensor.dim()) for axis in named or range(tensor.dim())}
     if rows.axis is None:
         return rows
-    if rows.axis in axes and name in ("sort", "argsort") and tensor.dim() == 1:
+    at = AXES[name](tensor, rows.axis, step.args, step.kwargs, step.out)
+    if at is not None:
+        return rows.moved(at)
+    if name in ("sort", "argsort") and tensor.dim() == 1:
         order = step.out if name == "argsort" else step.out[1]
         return Rows(0, rows.index[order])
-    if rows.axis in axes:
-        top = rows.index.max() if rows.index.numel() else rows.index.new_tensor(NOBODY)
-        same = bool(((rows.index == top) | (rows.index == NOBODY)).all())
-        return Rows(None, top.reshape(1)) if same and int(top) != NOBODY else MIXED
-    keeps = first_of(step.out).dim() == tensor.dim()
-    return rows.moved(rows.axis if keeps else rows.axis - sum(axis < rows.axis for axis in axes))
-
-
-def _linear(step: Step) -> Found:
-    found = alone(step)
-    if found is None or found[0] is not step.args[0]:
-        return MIXED
-    tensor, rows = found
-    return rows if rows.axis is not None and rows.axis < tensor.dim() - 1 else MIXED
+    return MIXED if rows.sole is None else Rows(None, rows.index.new_tensor([rows.sole]))
 
 
 def _matmul(step: Step) -> Found:
@@ -148,40 +103,6 @@ def _einsum(step: Step) -> Found:
     return merged(aligned, len(result), step.memo)
 
 
-def _layer_norm(step: Step) -> Found:
-    found, shape = alone(step), step.args[1] if len(step.args) > 1 else step.kwargs["normalized_shape"]
-    if found is None or found[1].axis is None:
-        return MIXED
-    return found[1] if found[1].axis < found[0].dim() - len(shape) else MIXED
-
-
-def _padded(step: Step) -> Found:
-    """Return the owners after padding: unchanged if only later axes are padded or cut."""
-    found, sides = alone(step), step.args[1] if len(step.args) > 1 else step.kwargs["pad"]
-    if found is None or found[1].axis is None or found[1].axis >= found[0].dim() - len(sides) // 2:
-        return MIXED
-    return found[1]
-
-
-def _of_images(step: Step) -> Found:
-    found = alone(step)
-    if step.func.__name__ == "batch_norm" and step.kwargs.get("training", step.args[5:6] != (False,)):
-        return MIXED  # statistics of the batch
-    if found is None or found[1].axis != 0 or first_of(step.out).shape[:1] != found[0].shape[:1]:
-        return MIXED
-    return found[1]
-
-
-def _last_axis(step: Step) -> Found:
-    """Numbers that are read as pairs along the last axis, or distances between rows: other axes stay."""
-    found, out = alone(step), first_of(step.out)
-    if found is None or found[1].axis is None or found[0] is not step.args[0]:
-        return MIXED
-    if step.func.__name__ == "cdist" and found[0].dim() != out.dim():
-        return MIXED
-    return found[1] if found[1].axis < min(found[0].dim() - 1, out.dim()) else MIXED
-
-
 def _compared(step: Step) -> Found:
     """Rows compared along one axis, which the result does not have."""
     axes = max(tensor.dim() for tensor in step.args[:2])
@@ -198,11 +119,6 @@ def _unpooled(step: Step) -> Found:
     return found if isinstance(found, Rows) and found.axis == 0 else MIXED
 
 
-def _embedding(step: Step) -> Found:
-    found = alone(step)
-    return MIXED if found is None or found[0].is_floating_point() else found[1]
-
-
 def _stacked(step: Step) -> Found:
     """Stacks of matrices: the first axis of each goes through them."""
     found = entry_by_entry(step)
@@ -216,17 +132,11 @@ def _attention(step: Step) -> Found:
 
 
 HANDLERS: dict[str, Callable[[Step], Found]] = {
-    **dict.fromkeys(_REDUCING, _reduced),
+    **dict.fromkeys(REDUCING, _reduced),
     **dict.fromkeys(("matmul", "mm", "mv", "bmm", "__matmul__", "__rmatmul__"), _matmul),
-    **dict.fromkeys(_IMAGES.split(), _of_images),
-    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
-    **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
-    **dict.fromkeys(("view_as_complex", "view_as_real", "cdist"), _last_axis),
     **dict.fromkeys(("max_unpool1d", "max_unpool2d", "max_unpool3d"), _unpooled),
     "cosine_similarity": _compared,
-    "linear": _linear,
     "einsum": _einsum,
-    **dict.fromkeys(("embedding", "one_hot"), _embedding),
     "baddbmm": _stacked,
     "scaled_dot_product_attention": _attention,
 }

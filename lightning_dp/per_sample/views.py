@@ -5,7 +5,6 @@ No labels of single entries are needed for these.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +12,11 @@ from torch import Tensor
 
 from lightning_dp.per_sample._torch import is_mapped
 from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.axes import AXES, RESHAPES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Memo, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step
 
 _CUTS = frozenset(("split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk"))
-_EXPANDS = frozenset(("expand", "expand_as", "broadcast_to"))
-_SWAPS = frozenset(("transpose", "swapaxes", "swapdims"))
-_RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"))
 
 
 def owners_of_view(tensor: Tensor, rows: Rows, out: Tensor, memo: Memo) -> Rows | None:
@@ -81,45 +78,29 @@ def owners_of_view(tensor: Tensor, rows: Rows, out: Tensor, memo: Memo) -> Rows 
 def moved_rows(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
     """Return the owners after an operation that moves whole rows of one tensor; None for other operations."""
     if rows.axis is None or rows.only is not None:
-        return _reshaped(rows, tensor.shape, step.out.shape, step.identity) if name in _RESHAPES else None
-    if name in _RESHAPES and _keeps_leading(step.out.shape, tensor.shape, rows.axis):
-        return rows
+        return _reshaped(rows, tensor.shape, step.out.shape, step.identity) if name in RESHAPES else None
     if name in _CUTS:
         return _cut(step, rows, tensor.dim())
-    at = _axis_after(step, name, rows.axis, tensor.dim())
+    at = AXES[name](tensor, rows.axis, step.args, step.kwargs, step.out) if name in AXES else None
     if at is not None and step.out.shape[at] == len(rows.index):
         return rows.moved(at)
+    if name in RESHAPES:
+        before, after = tensor.shape, step.out.shape
+
+        def made() -> Owners:
+            found = owners_of_view(tensor, rows, step.out, step.memo)
+            return _reshaped(rows, before, after, step.identity) if found is None else found
+
+        reshaped: Found = step.memo.get(("reshape", rows.axis, before, after), (rows,), None, made)
+        return reshaped
     index = _index_of_rows(name, step.args, rows.axis, tensor.dim())
     if index is not None:
         found = step.memo.get(("rows", index.dtype), (rows,), index, lambda: _shared(step, rows.index[index]))
         return found.moved(rows.axis) if isinstance(found, Rows) else found
     views = [owners_of_view(tensor, rows, out, step.memo) for out in tensors_in((step.out,), {})]
-    if None not in views:
-        return views[0] if isinstance(step.out, Tensor) else views  # type: ignore[return-value]
-    if name in _RESHAPES:
-        before, after = tensor.shape, step.out.shape
-        key = "reshape", rows.axis, before, after
-        made: Found = step.memo.get(key, (rows,), None, partial(_reshaped, rows, before, after, step.identity))
-        return made
-    return None
-
-
-def _axis_after(step: Step, name: str, axis: int, num_axes: int) -> int | None:
-    """Return the axis of the owners after an operation that puts axes in another order or adds some; None for other
-    operations.
-    """
-    given = step.args[1:]
-    if name in _EXPANDS:
-        return axis + int(step.out.dim()) - num_axes
-    if name in _SWAPS and len(given) == 2:
-        one, other = given[0] % num_axes, given[1] % num_axes
-        return int({one: other, other: one}.get(axis, axis))
-    if name == "unsqueeze" and len(given) == 1:
-        return axis + int(given[0] % (num_axes + 1) <= axis)
-    if name == "permute" and given:
-        order = given[0] if len(given) == 1 else given
-        return [one % num_axes for one in order].index(axis)
-    return None
+    if None in views:
+        return None
+    return views[0] if isinstance(step.out, Tensor) else views  # type: ignore[return-value]
 
 
 def _cut(step: Step, rows: Rows, num_axes: int) -> list[Owners]:
@@ -134,11 +115,6 @@ def _cut(step: Step, rows: Rows, num_axes: int) -> list[Owners]:
 
     found: list[Owners] = step.memo.get(("cut", over, sizes), (rows,), None, made)
     return found
-
-
-def _keeps_leading(after: torch.Size, before: torch.Size, axis: int) -> bool:
-    """Tell whether the axes up to one are the same in another shape of the same entries."""
-    return after[: axis + 1] == before[: axis + 1]
 
 
 def _index_of_rows(name: str, args: Any, axis: int, num_axes: int) -> Tensor | None:
@@ -193,7 +169,7 @@ def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, identity: Tenso
 
     The labels of the leading axes are enough if their entries fill leading axes of the result: the rest keeps apart.
     """
-    if rows.axis is None or _keeps_leading(after, before, rows.axis):
+    if rows.axis is None or after[: rows.axis + 1] == before[: rows.axis + 1]:
         return rows
     for upto in range(rows.axis + 1, len(before) + 1):
         for lead in range(len(after) + 1):

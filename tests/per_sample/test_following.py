@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import PerSampleEngine, following
+from lightning_dp.per_sample import PerSampleEngine
+from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
 from tests.per_sample.checks import make_engine, run_batch
 from tests.per_sample.test_owners import GCN, _collate_graphs, _features, _graph, assert_agrees, make
 from tests.per_sample.test_tracker import Uses, drawn
@@ -98,7 +99,7 @@ def test_operations_on_owned_rows_agree_with_batches_of_one(way: str) -> None:
 
 def test_functions_that_are_not_followed_return_no_entries() -> None:
     x = torch.tensor([[3.5, 7.25]])
-    for function in following._SHOWS_NO_ENTRY:
+    for function in SHOWS_NO_ENTRY:
         shown = function(x)
         assert type(shown) in (bool, int, torch.Size, tuple, torch.dtype, torch.device, torch.layout)
         assert not {3, 7} & set(shown if isinstance(shown, tuple) else (shown,))

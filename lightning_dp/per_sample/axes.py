@@ -1,0 +1,166 @@
+"""The axis of the owners in the result of an operation on one tensor with data, found without a look at any values.
+
+Each function takes the tensor, the axis of its owners, and the operation's arguments and result. It returns None where
+the owners do not simply stay with their entries: moves.py and reductions.py then compute them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+AxisAfter = Callable[[Tensor, int, Any, Any, Any], int | None]
+
+_REDUCES = """
+    sum nansum mean nanmean amax amin prod logsumexp softmax log_softmax cumsum cumprod cummax cummin logcumsumexp any
+    all argmax argmin sort argsort median nanmedian var std count_nonzero max min var_mean std_mean aminmax
+"""
+_REDUCES_SECOND = """
+    norm vector_norm linalg_norm linalg_vector_norm topk kthvalue fft_fft fft_ifft fft_rfft fft_irfft fft_hfft
+    fft_ihfft
+"""
+_LAST_AXIS = frozenset(
+    ["sort", "argsort", "topk", "kthvalue", "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft"]
+)
+_IMAGES = """
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d group_norm instance_norm upsample_nearest1d upsample_nearest2d upsample_linear1d
+    upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d im2col pixel_shuffle pixel_unshuffle glu
+"""
+REDUCING = {**dict.fromkeys(_REDUCES.split(), 1), **dict.fromkeys(_REDUCES_SECOND.split(), 2)}
+"""Names of operations that compute over some axes, with the position of the argument that names these."""
+
+RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"))
+
+
+def first_of(out: Any) -> Tensor:
+    """Return the first tensor of a result."""
+    while not isinstance(out, Tensor):
+        out = out[0]
+    return out
+
+
+def _reduced(
+    tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any, *, at: int, default: int | None
+) -> int | None:
+    if len(args) > 1 and isinstance(args[1], Tensor):
+        return None
+    over = kwargs.get("dim", kwargs.get("axis", args[at] if len(args) > at else default))
+    named = () if over is None or isinstance(over, bool) else (over,) if isinstance(over, int) else tuple(over)
+    axes = {one % max(1, tensor.dim()) for one in named or range(tensor.dim())}
+    if axis in axes:
+        return None
+    return axis if first_of(out).dim() == tensor.dim() else axis - sum(one < axis for one in axes)
+
+
+def _linear(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    return axis if tensor is args[0] and axis < tensor.dim() - 1 else None
+
+
+def _layer_norm(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    return axis if axis < tensor.dim() - len(shape) else None
+
+
+def _padded(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    """Return the axis if only later axes are padded or cut."""
+    sides = args[1] if len(args) > 1 else kwargs["pad"]
+    return axis if axis < tensor.dim() - len(sides) // 2 else None
+
+
+def _of_images(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    is_image = tensor is (args[0] if args else kwargs.get("input"))
+    return axis if is_image and axis == 0 and first_of(out).shape[:1] == tensor.shape[:1] else None
+
+
+def _batch_norm(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    has_statistics_of_the_batch = kwargs.get("training", args[5:6] != (False,))
+    return None if has_statistics_of_the_batch else _of_images(tensor, axis, args, kwargs, out)
+
+
+def _last_axis(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    """Return the axis if it is not the last one, which is read as pairs, or compared between rows."""
+    return axis if tensor is args[0] and axis < min(tensor.dim() - 1, out.dim()) else None
+
+
+def _distances(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    return _last_axis(tensor, axis, args, kwargs, out) if tensor.dim() == out.dim() else None
+
+
+def _embedding(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    return None if tensor.is_floating_point() else axis
+
+
+def _reshaped(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    """Return the axis if the axes up to it are the same in another shape of the same entries."""
+    keeps = tensor is args[0] and out.shape[: axis + 1] == tensor.shape[: axis + 1]
+    return axis if keeps and out.dtype == tensor.dtype else None  # not bits read as other numbers
+
+
+def _expanded(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    return axis + int(out.dim()) - tensor.dim() if tensor is args[0] else None
+
+
+def _swapped(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    if len(args) != 3:
+        return None
+    one, other = args[1] % tensor.dim(), args[2] % tensor.dim()
+    return int(other if axis == one else one if axis == other else axis)
+
+
+def _unsqueezed(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    return axis + int(args[1] % (tensor.dim() + 1) <= axis) if len(args) == 2 else None
+
+
+def _permuted(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    if len(args) < 2:
+        return None
+    return [one % tensor.dim() for one in (args[1] if len(args) == 2 else args[1:])].index(axis)
+
+
+def _indexed(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    """Return the axis after an index of numbers, slices and new axes, if it takes every entry of the axis."""
+    at = after = 0
+    found: int | None = None
+    parts = args[1] if type(args[1]) is tuple else (args[1],)
+    for part in parts:
+        if part is None:
+            after += 1
+            continue
+        kind, covers = type(part), 1
+        if part is Ellipsis:
+            covers = tensor.dim() - sum(one is not None and one is not Ellipsis for one in parts)
+        elif kind is not slice and kind is not int:
+            return None
+        if at <= axis < at + covers:
+            if kind is int or (kind is slice and part != slice(None)):
+                return None
+            found = after + axis - at
+        at += covers
+        after += 0 if kind is int else covers
+    return after + axis - at if found is None else found
+
+
+AXES: dict[str, AxisAfter] = {
+    **{name: partial(_reduced, at=at, default=-1 if name in _LAST_AXIS else None) for name, at in REDUCING.items()},
+    **dict.fromkeys(_IMAGES.split(), _of_images),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
+    **dict.fromkeys(("view_as_complex", "view_as_real"), _last_axis),
+    **dict.fromkeys(("embedding", "one_hot"), _embedding),
+    "batch_norm": _batch_norm,
+    "cdist": _distances,
+    "linear": _linear,
+    **dict.fromkeys(RESHAPES, _reshaped),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expanded),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _swapped),
+    "unsqueeze": _unsqueezed,
+    "permute": _permuted,
+    "__getitem__": _indexed,
+}
+"""Functions by the name of the operation."""

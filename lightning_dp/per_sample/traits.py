@@ -1,0 +1,72 @@
+"""Properties of torch functions that are known before they run, for the owners of their results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_dp.per_sample.axes import AXES, AxisAfter
+from lightning_dp.per_sample.moves import CONSTANTS, handler_of
+from lightning_dp.per_sample.operations import IN_PLACE
+from lightning_dp.per_sample.reductions import Found, Step, entry_by_entry
+
+_METHODS = """size dim ndimension numel nelement stride storage_offset data_ptr element_size is_contiguous get_device
+    is_floating_point is_complex is_inference __len__"""
+_ATTRIBUTES = """shape ndim dtype device layout requires_grad is_leaf is_sparse is_cuda is_mps is_quantized is_meta
+    _version is_nested"""
+SHOWS_NO_ENTRY = {
+    *(getattr(Tensor, name) for name in _METHODS.split()),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
+    torch.is_floating_point,
+    torch.numel,
+}
+"""Functions that return no tensor and no entry of one: half of all calls of a graph network."""
+
+
+class Traits(NamedTuple):
+    """Properties of a torch function that are known before it runs.
+
+    Args:
+        name: name of the operation, or of the attribute that is read.
+        handler: computes the owners of its result; None if nothing does.
+        is_entered: whether it is a function of ``torch.nn.functional`` that only its operations say something about.
+        in_place: whether it may change its first argument.
+        is_aligned: whether its result is computed entry by entry.
+        axis_after: finds the axis of the owners in its result.
+        is_constant: whether its result holds no data.
+        of_first: whether its result has the entries of its first argument alone.
+    """
+
+    name: str
+    handler: Callable[[Step], Found] | None
+    is_entered: bool
+    in_place: bool
+    is_aligned: bool
+    axis_after: AxisAfter | None
+    is_constant: bool
+    of_first: bool
+
+
+@functools.lru_cache(4096)
+def traits_of(func: Any) -> Traits:
+    """Return the properties of a torch function."""
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = func.__self__.__name__
+    handler, axis_after = handler_of(name), AXES.get(name)
+    is_functional = isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional"
+    return Traits(
+        name,
+        handler,
+        is_functional and handler is None and axis_after is None,
+        bool(IN_PLACE.fullmatch(name)),
+        handler is entry_by_entry,
+        axis_after,
+        name in CONSTANTS,
+        name in ("expand_as", "view_as", "reshape_as"),
+    )
