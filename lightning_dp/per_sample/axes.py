@@ -35,6 +35,7 @@ _IMAGES = """
 REDUCING = {**dict.fromkeys(_REDUCES.split(), 1), **dict.fromkeys(_REDUCES_SECOND.split(), 2)}
 """Names of operations that compute over some axes, with the position of the argument that names these."""
 
+JOINS = frozenset(("cat", "concat", "concatenate"))
 RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"))
 
 
@@ -146,6 +147,11 @@ def _indexed(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int
     return after + axis - at if found is None else found
 
 
+def _joined(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    over = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    return None if over % out.dim() == axis else axis
+
+
 AXES: dict[str, AxisAfter] = {
     **{name: partial(_reduced, at=at, default=-1 if name in _LAST_AXIS else None) for name, at in REDUCING.items()},
     **dict.fromkeys(_IMAGES.split(), _of_images),
@@ -162,5 +168,6 @@ AXES: dict[str, AxisAfter] = {
     "unsqueeze": _unsqueezed,
     "permute": _permuted,
     "__getitem__": _indexed,
+    **dict.fromkeys(JOINS, _joined),
 }
 """Functions by the name of the operation."""

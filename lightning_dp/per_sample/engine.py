@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample._torch import unfollowed, unreported
+from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.combining import zero_gradient
 from lightning_dp.per_sample.joining import Joining
@@ -213,7 +213,7 @@ class PerSampleEngine(GradientEngine):
 
     @override
     def check_tracked(self) -> None:
-        with unreported():
+        with unfollowed():
             set_since = {name for name, p in self._parameters.items() if p.grad is not None} - self._had_grad
         untracked = sorted(self._untracked | self._tracker.untracked | set_since)
         self._untracked, self._tracker.untracked = set(), set()
@@ -227,9 +227,10 @@ class PerSampleEngine(GradientEngine):
                 f"size, so that records share them. {PENALTY}; per_sample_loss=True lets each record count by itself; "
                 f"{WAY_OUT}."
             )
-        for source in self._tracker.sources.values():
-            for use in source.uses:
-                use.check_unchanged()
+        with unfollowed():
+            for source in self._tracker.sources.values():
+                for use in source.uses:
+                    use.check_unchanged()
 
     @override
     def end(self) -> None:

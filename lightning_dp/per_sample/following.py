@@ -132,7 +132,7 @@ class Follower(TorchFunctionMode):
         if self._is_noted(out, args, kwargs):
             return out
         owners = [self.owners_of(tensor) for tensor in tensors]
-        found = NotImplemented
+        found: Any = NotImplemented
         if kind is Tensor and "out" not in kwargs:
             found = self._simply(traits, args, kwargs, tensors, owners, out)
         if found is NotImplemented:
@@ -165,7 +165,9 @@ class Follower(TorchFunctionMode):
             if found is None:
                 found, data, at = rows, tensor, rows.axis - tensor.dim()
             elif not traits.of_first and (
-                not traits.is_aligned or rows.index is not found.index or rows.axis - tensor.dim() != at
+                not (traits.is_aligned or traits.joins)
+                or rows.index is not found.index
+                or rows.axis - tensor.dim() != at
             ):
                 return NotImplemented
         if found is None or data is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_dp.per_sample import reductions
 from lightning_dp.per_sample.arguments import replaced, tensors_in
-from lightning_dp.per_sample.axes import AxisAfter
+from lightning_dp.per_sample.axes import JOINS, AxisAfter
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step, alone, entry_by_entry
@@ -48,7 +48,6 @@ _MAKES_CONSTANTS = """
     hann_window hamming_window full new_full full_like
 """
 
-JOINS = frozenset(("cat", "concat", "concatenate"))
 _ADDING = frozenset(("scatter_add", "index_add", "scatter_reduce", "index_reduce", "scatter", "index_copy"))
 CONSTANTS = frozenset(_MAKES_CONSTANTS.split())
 """Names of operations whose result holds no data."""
@@ -86,12 +85,12 @@ def _moved(step: Step) -> Found:
         else step.func(*args, **kwargs)
     )
     if name.startswith("_pa"):  # data and batch sizes; or sequences and their lengths
-        sequences = compressed(made[0], step.identity)
+        sequences = compressed(made[0], step.shared)
         known = name == "_pad_packed_sequence" and isinstance(sequences, Rows)
         return [sequences, sequences.moved(0) if known else MIXED]  # type: ignore[union-attr]
     if isinstance(made, Tensor):
-        return compressed(made, step.identity)
-    return [compressed(one, step.identity) for one in made]
+        return compressed(made, step.shared)
+    return [compressed(one, step.shared) for one in made]
 
 
 def _goes_by_rows(step: Step, tensor: Tensor, by_id: dict[int, Rows]) -> bool:
@@ -129,36 +128,41 @@ def _picked(step: Step, name: str) -> Found:
 def _written(step: Step) -> Found:
     """Return the owners of a tensor after ``tensor[index] = value``."""
     (target, index, value), by_id = step.args, {id(tensor): rows for tensor, rows in step.owned}
+    if id(target) not in by_id and id(value) not in by_id:  # constants, put where data says
+        return None
     labels = _labels_of(target, by_id.get(id(target)), step.identity, narrow=False).clone()
     if isinstance(value, Tensor):
         labels[index] = _labels_of(value, by_id.get(id(value)), step.identity, narrow=False)
     else:
         labels[index] = NOBODY
-    return compressed(labels, step.identity)
+    return compressed(labels, step.shared)
 
 
 def _added(step: Step) -> Found:
     """Return the owners after rows are added up by an index; mixed if one sum holds rows of several samples."""
     by_id = {id(tensor): rows for tensor, rows in step.owned}
     target, dim, index, source = step.args[:4]
+    axis = dim % target.dim()
     # counted constants belong to the owner of the index
     rows, before = by_id.get(id(source), by_id.get(id(index))), by_id.get(id(target))
     if rows is None and before is None:
         return None
-    if rows is None or (rows.axis is not None and rows.axis != dim % target.dim()):
+    if rows is None or (rows.axis is not None and rows.axis != axis):
         return MIXED
-    if before is not None and (before.axis is None or before.axis != dim % target.dim()):
+    if before is not None and (before.axis is None or before.axis != axis):
         return MIXED
     if index.dim() > 1:  # the same index for all entries of a row, as message passing has it
-        whole, index = index, _column(index, dim % target.dim())
-        if whole.stride() != index.expand_as(whole).stride() and not torch.equal(index.expand_as(whole), whole):
+        whole, index = index, _column(index, axis)
+        others = (one for one in range(whole.dim()) if one != axis)
+        repeats = all(whole.stride(one) == 0 or whole.shape[one] == 1 for one in others)
+        if not repeats and not torch.equal(index.expand_as(whole), whole):
             return MIXED
         index = index.flatten()
     size = target.shape[dim]
     found = step.memo.get(
         ("added", size, rows.axis is None), (rows, before), index, lambda: _sums(step, rows, before, index, size)
     )
-    return found if found is None or found is MIXED else found.moved(dim % target.dim())
+    return found if found is None or found is MIXED else found.moved(axis)
 
 
 def _column(index: Tensor, axis: int) -> Tensor:
@@ -171,11 +175,12 @@ def _column(index: Tensor, axis: int) -> Tensor:
 
 def _sums(step: Step, rows: Rows, before: Rows | None, index: Tensor, size: int) -> Owners:
     """Return the owners of sums of rows along the first axis."""
-    owners = rows.labels(torch.Size([len(index)])) if rows.axis is None else rows.index[: len(index)]
-    alike = [known for known in step.known if len(known.index) == size]
-    fresh = len(alike) == 1 and (before is None or before.index is alike[0].index)
-    if fresh and torch.equal(alike[0].index[index], owners):  # as the batch says of the rows that are added to
-        return alike[0]
+    owners = rows.labels(index.shape) if rows.axis is None else rows.index[: index.shape[0]]
+    alike = [known for known in step.known if known.index.shape[0] == size]
+    if len(alike) == 1 and (before is None or before.index is alike[0].index):
+        said = alike[0].index[index]  # of the rows that are added to
+        if torch.equal(said, owners) or bool(((said == owners) | (owners == NOBODY)).all()):
+            return alike[0]
     made = owners.new_full((size,), NOBODY).scatter_reduce_(0, index, owners, "amax")
     if not bool(((made[index] == owners) | (owners == NOBODY)).all()):
         return MIXED

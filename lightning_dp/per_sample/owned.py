@@ -45,29 +45,33 @@ class Rows:
         return Rows(axis, self.index, is_identity=self.is_identity, layout=self.layout)
 
     @property
+    def _bounds(self) -> tuple[int, int]:
+        """The lowest and the highest owner."""
+        if "bounds" not in self.layout:
+            low, high = self.index.aminmax() if self.index.numel() else (0, NOBODY)
+            self.layout["bounds"] = int(low), int(high)
+        found: tuple[int, int] = self.layout["bounds"]
+        return found
+
+    @property
     def has_nobody(self) -> bool:
         """True if some entries belong to nobody."""
-        if "nobody" not in self.layout:
-            self.layout["nobody"] = bool((self.index == NOBODY).any())
-        found: bool = self.layout["nobody"]
-        return found
+        return self._bounds[0] == NOBODY
 
     @property
     def sole(self) -> int | None:
         """The one sample that owns all entries which somebody owns; None if there are several, or none."""
-        if "sole" not in self.layout:
-            top = int(self.index.max()) if self.index.numel() else NOBODY
-            alone = top != NOBODY and bool(((self.index == top) | (self.index == NOBODY)).all())
-            self.layout["sole"] = top if alone else None
-        found: int | None = self.layout["sole"]
-        return found
+        low, high = self._bounds
+        if high == NOBODY or low not in (high, NOBODY):
+            return None
+        return high if low == high or bool(((self.index == high) | (self.index == NOBODY)).all()) else None
 
     def labels(self, shape: torch.Size) -> Tensor:
         """Return the owner of every entry of a tensor of a given shape, as an expanded view."""
         if self.axis is None:
             return self.index.expand(shape) if len(shape) else self.index[0]
         wide = [1] * len(shape)
-        wide[self.axis] = len(self.index)
+        wide[self.axis] = self.index.shape[0]
         return self.index.view(wide).expand(shape)
 
 
@@ -87,38 +91,32 @@ Owners = Rows | Mixed | None
 """``None``: the tensor holds no sample's data."""
 
 
-def compressed(labels: Tensor, identity: Tensor) -> Owners:
+def compressed(labels: Tensor, shared: Callable[[Tensor], Rows]) -> Owners:
     """Return the owners given by labels of entries; mixed if they vary along more than one axis.
 
     Args:
         labels: owner of every entry.
-        identity: ``0 ... B - 1``.
+        shared: returns rows with these owners along the first axis.
     """
     for axis, stride in enumerate(labels.stride()):
         if stride == 0 and labels.shape[axis] > 1:
             labels = labels.narrow(axis, 0, 1)
     if labels.numel() == 0:
-        return Rows(0, identity[:0]) if labels.dim() else None
+        return Rows(0, labels.flatten()) if labels.dim() else None
     top = int(labels.max())
     if top == NOBODY:
         return None
     axes = [axis for axis in range(labels.dim()) if labels.shape[axis] > 1]
     if len(axes) == 1:
-        index = labels.reshape(-1)
-        is_identity = _fills_identity(index, identity)
-        return Rows(axes[0], identity if is_identity else index, is_identity=is_identity)
+        return shared(labels.reshape(-1)).moved(axes[0])
     for axis in axes:
         flat = labels.movedim(axis, 0).reshape(labels.shape[axis], -1)
         index = flat.amax(1)
         if bool(((flat == index[:, None]) | (flat == NOBODY)).all()):
-            return Rows(axis, index, is_identity=_fills_identity(index, identity))
+            return shared(index).moved(axis)
     if bool(((labels == top) | (labels == NOBODY)).all()):
         return Rows(None, labels.new_tensor([top]))
     return MIXED
-
-
-def _fills_identity(index: Tensor, identity: Tensor) -> bool:
-    return len(index) == len(identity) and torch.equal(index, identity)
 
 
 class Memo:
@@ -257,13 +255,13 @@ class _ById:
 
 
 def _arranged(index: Tensor, batch_size: int) -> Arrangement:
-    if len(index) == batch_size and torch.equal(index, torch.arange(batch_size, device=index.device)):
+    if index.shape[0] == batch_size and torch.equal(index, torch.arange(batch_size, device=index.device)):
         return None, batch_size, 1
     counts = torch.bincount(index, minlength=batch_size)
     most = max(1, int(counts.max())) if batch_size else 1
     order = index.argsort(stable=True)
     ordered = index[order]
-    place = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[ordered]
+    place = torch.arange(index.shape[0], device=index.device) - (counts.cumsum(0) - counts)[ordered]
     return torch.empty_like(index).scatter_(0, order, ordered * most + place), batch_size * most, most
 
 

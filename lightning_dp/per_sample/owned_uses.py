@@ -74,7 +74,7 @@ def _agrees(tracker: Tracker, key: tuple[str, int], rows: Rows) -> bool:
         return True
     layout = tracker.learned.layout(key, index)
     axis = next((one for one in layout.inputs if isinstance(one, BatchAxis)), None) if layout is not None else None
-    if layout is None or axis is None or rows.axis is None or len(rows.index) != size * axis.multiplicity:
+    if layout is None or axis is None or rows.axis is None or rows.index.shape[0] != size * axis.multiplicity:
         return False
     identity = torch.arange(size, device=rows.index.device)
     by_sample = torch.equal(rows.index, identity.repeat_interleave(axis.multiplicity))
@@ -203,7 +203,7 @@ def _aligned(
         if padded[rows.axis] != 1:
             return None
         made = _copy(
-            tracker, tensor, node, leaves.along(tensor.detach(), padded, rows.axis, len(rows.index)), _axis(rows)
+            tracker, tensor, node, leaves.along(tensor.detach(), padded, rows.axis, rows.index.shape[0]), _axis(rows)
         )
         if tensor.dim() == 0 and wide is not None:
             made = made.to(wide.dtype)
@@ -214,7 +214,7 @@ def _aligned(
 def _repeated(tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows) -> dict[int, Tensor]:
     """Return copies of parameters that the user expands along the rows, as in ``token.expand(B, -1, -1)``."""
     copies: dict[int, Tensor] = {}
-    axis, num = rows.axis, len(rows.index)
+    axis, num = rows.axis, rows.index.shape[0]
     assert axis is not None
     for tensor, _ in tracked:
         if tensor.dim() > axis and tensor.shape[axis] == num and num > 1 and tensor.stride(axis) == 0:
@@ -247,7 +247,7 @@ def _over_rows(
     shape, result = follower.result(func, *replaced(args, kwargs, lambda tensor: values.get(id(tensor), tensor)))
     if not isinstance(result, Rows) or result.axis is None:
         return tracker.unbatched(func, nodes)
-    of, axes, num = {id(tensor): rows for tensor, rows in found}, [], len(result.index)
+    of, axes, num = {id(tensor): rows for tensor, rows in found}, [], result.index.shape[0]
     for tensor in tensors:
         rows = of.get(id(tensor))
         if rows is not None and (rows.axis is None or not torch.equal(rows.index, result.index)):

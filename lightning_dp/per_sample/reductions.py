@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.axes import AXES, REDUCING, first_of
@@ -33,6 +34,16 @@ class Step(NamedTuple):
     identity: Tensor
     known: Sequence[Rows]
     memo: Memo
+
+    def shared(self, index: Tensor) -> Rows:
+        """Return rows with these owners along the first axis: the same object for the same owners, so that what is
+        computed from them is computed once.
+        """
+        for rows in (*self.known, *self.memo.made):
+            if rows.index.shape == index.shape and rows.index.device == index.device and torch.equal(rows.index, index):
+                return rows
+        self.memo.made.append(Rows(0, index))
+        return self.memo.made[-1]
 
 
 Found = Owners | list[Owners]

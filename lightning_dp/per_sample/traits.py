@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample.axes import AXES, AxisAfter
+from lightning_dp.per_sample.axes import AXES, JOINS, AxisAfter
 from lightning_dp.per_sample.moves import CONSTANTS, handler_of
 from lightning_dp.per_sample.operations import IN_PLACE
 from lightning_dp.per_sample.reductions import Found, Step, entry_by_entry
@@ -37,6 +37,7 @@ class Traits(NamedTuple):
         is_entered: whether it is a function of ``torch.nn.functional`` that only its operations say something about.
         in_place: whether it may change its first argument.
         is_aligned: whether its result is computed entry by entry.
+        joins: whether it puts tensors together along one of their axes.
         axis_after: finds the axis of the owners in its result.
         is_constant: whether its result holds no data.
         of_first: whether its result has the entries of its first argument alone.
@@ -47,6 +48,7 @@ class Traits(NamedTuple):
     is_entered: bool
     in_place: bool
     is_aligned: bool
+    joins: bool
     axis_after: AxisAfter | None
     is_constant: bool
     of_first: bool
@@ -66,6 +68,7 @@ def traits_of(func: Any) -> Traits:
         is_functional and handler is None and axis_after is None,
         bool(IN_PLACE.fullmatch(name)),
         handler is entry_by_entry,
+        name in JOINS,
         axis_after,
         name in CONSTANTS,
         name in ("expand_as", "view_as", "reshape_as"),

@@ -78,24 +78,24 @@ def owners_of_view(tensor: Tensor, rows: Rows, out: Tensor, memo: Memo) -> Rows 
 def moved_rows(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
     """Return the owners after an operation that moves whole rows of one tensor; None for other operations."""
     if rows.axis is None or rows.only is not None:
-        return _reshaped(rows, tensor.shape, step.out.shape, step.identity) if name in RESHAPES else None
+        return _reshaped(rows, tensor.shape, step.out.shape, step) if name in RESHAPES else None
     if name in _CUTS:
         return _cut(step, rows, tensor.dim())
     at = AXES[name](tensor, rows.axis, step.args, step.kwargs, step.out) if name in AXES else None
-    if at is not None and step.out.shape[at] == len(rows.index):
+    if at is not None and step.out.shape[at] == rows.index.shape[0]:
         return rows.moved(at)
     if name in RESHAPES:
         before, after = tensor.shape, step.out.shape
 
         def made() -> Owners:
             found = owners_of_view(tensor, rows, step.out, step.memo)
-            return _reshaped(rows, before, after, step.identity) if found is None else found
+            return _reshaped(rows, before, after, step) if found is None else found
 
         reshaped: Found = step.memo.get(("reshape", rows.axis, before, after), (rows,), None, made)
         return reshaped
     index = _index_of_rows(name, step.args, rows.axis, tensor.dim())
     if index is not None:
-        found = step.memo.get(("rows", index.dtype), (rows,), index, lambda: _shared(step, rows.index[index]))
+        found = step.memo.get(("rows", index.dtype), (rows,), index, lambda: _owned(step, rows.index[index]))
         return found.moved(rows.axis) if isinstance(found, Rows) else found
     views = [owners_of_view(tensor, rows, out, step.memo) for out in tensors_in((step.out,), {})]
     if None in views:
@@ -132,6 +132,7 @@ def _index_of_rows(name: str, args: Any, axis: int, num_axes: int) -> Tensor | N
 
 def joined_rows(step: Step, data: list[Tensor], by_id: dict[int, Rows]) -> Found:
     """Return the owners of tensors that are put together, one after the other; None where labels are needed."""
+    data = [one for one in data if one.shape != (0,)] or data  # an empty vector joins anything
     over = (step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)) % data[0].dim()
     found, parts = [by_id.get(id(one)) for one in data], []
     first = found[0]
@@ -149,22 +150,16 @@ def joined_rows(step: Step, data: list[Tensor], by_id: dict[int, Rows]) -> Found
             parts.append(rows.index)
         else:
             return None
-    made = _shared(step, torch.cat(parts))
+    made = _owned(step, torch.cat(parts))
     return made.moved(over) if isinstance(made, Rows) else made
 
 
-def _shared(step: Step, index: Tensor) -> Owners:
-    """Return rows with owners that were computed: a known object where one has the same owners."""
-    for known in (*step.known, *step.memo.made):
-        if known.index.shape == index.shape and known.index.device == index.device and torch.equal(known.index, index):
-            return known
-    if index.numel() and int(index.max()) == NOBODY:
-        return None
-    step.memo.made.append(Rows(0, index))
-    return step.memo.made[-1]
+def _owned(step: Step, index: Tensor) -> Rows | None:
+    """Return rows with owners that were computed; None if they belong to nobody."""
+    return None if index.numel() and int(index.max()) == NOBODY else step.shared(index)
 
 
-def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, identity: Tensor) -> Owners:
+def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, step: Step) -> Owners:
     """Return the owners of the same entries, in the same order, in another shape.
 
     The labels of the leading axes are enough if their entries fill leading axes of the result: the rest keeps apart.
@@ -175,5 +170,5 @@ def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, identity: Tenso
         for lead in range(len(after) + 1):
             if after[:lead].numel() == before[:upto].numel():
                 shape = (*after[:lead], *[1] * (len(after) - lead))
-                return compressed(rows.labels(before[:upto]).reshape(shape), identity)
+                return compressed(rows.labels(before[:upto]).reshape(shape), step.shared)
     return MIXED

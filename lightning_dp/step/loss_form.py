@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_dp.per_sample._torch import unreported
+from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
 
 NEAR = 32
@@ -163,7 +163,7 @@ class LossForm:
 def versions_of(module: nn.Module) -> list[tuple[Tensor, int]]:
     """Return the parameters and buffers of a module, each with the number of its changes in place."""
     layers = layers_of(module)
-    with unreported():  # followed parameters would report each question
+    with unfollowed():  # followed parameters would report each question
         return [(tensor, num_changes(tensor)) for tensor in (*parameters_of(layers), *buffers_of(layers))]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.trial import Trial
@@ -112,6 +113,7 @@ class Patches:
         @functools.wraps(zero_grad)
         def discard(*args: Any, **kwargs: Any) -> None:
             self._step.discard(index)
-            zero_grad(*args, **kwargs)
+            with unfollowed():  # followed parameters would report each question for their gradient
+                zero_grad(*args, **kwargs)
 
         return discard
