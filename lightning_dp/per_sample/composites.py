@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import is_view, unreported
+from lightning_dp.per_sample._torch import is_view, unfollowed, unreported
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, is_tracked
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
+
+
+FEW = 2**17
+"""Numbers of a product up to which one product with all groups costs less than the calls for each of them."""
 
 
 def scaled(out: Tensor, weight: Any, bias: Any) -> Tensor:
@@ -114,14 +118,26 @@ def addmm(tracker: Tracker, func: Any, bias: Any, a: Any, b: Any, *, beta: float
 def grouped_mm(
     tracker: Tracker, func: Any, a: Any, b: Any, *, offs: Any = None, bias: Any = None, **options: Any
 ) -> Any:
-    """Multiply groups of rows by a matrix each, as one product per group if the samples of rows are followed."""
+    """Multiply groups of rows by a matrix each, as linear layers if the samples of rows are followed: one layer for
+    each group, or for few numbers one with all matrices, of whose result each row keeps the part of its group.
+    """
+    follower = tracker.follower
     rows_by_matrices = a.dim() == 2 and b.dim() == 3 and offs is not None and bias is None
-    if tracker.follower is None or not rows_by_matrices or is_tracked(a) or any(options.values()):
+    if follower is None or not rows_by_matrices or is_tracked(a) or any(options.values()):
         return tracker.primitive(func, (a, b), {"offs": offs, "bias": bias, **options})
     ends = offs.tolist()
-    rest = len(a) - (ends[-1] if ends else 0)
+    rest = a.shape[0] - (ends[-1] if ends else 0)
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    groups = zip(a.split([*counts, rest]), b.mT.unbind(), strict=False)
+    num, width = b.shape[0], b.shape[-1]
+    matrices = b.mT
+    if a.shape[0] * num * width <= FEW and matrices.is_contiguous() and min(counts) >= 0:
+        with unfollowed():
+            group = torch.searchsorted(offs, torch.arange(a.shape[0], dtype=offs.dtype, device=a.device), right=True)
+            of_row = group[:, None] == torch.arange(num, device=a.device)
+        follower.note(of_row, None)  # as the numbers in ``counts``
+        products = F.linear(a, matrices.flatten(0, 1)).view(-1, num, width)
+        return torch.where(of_row[:, :, None], products, 0.0).sum(1)
+    groups = zip(a.split([*counts, rest]), matrices.unbind(), strict=False)
     made = [F.linear(rows, matrix) for rows, matrix in groups if rows.shape[0]]
     return torch.cat([*made, a.new_zeros(rest, b.shape[-1])] if rest or not made else made)
 

@@ -86,13 +86,9 @@ def moved_rows(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
         return rows.moved(at)
     if name in RESHAPES:
         before, after = tensor.shape, step.out.shape
-
-        def made() -> Owners:
-            found = owners_of_view(tensor, rows, step.out, step.memo)
-            return _reshaped(rows, before, after, step) if found is None else found
-
-        reshaped: Found = step.memo.get(("reshape", rows.axis, before, after), (rows,), None, made)
-        return reshaped
+        key = "reshape", rows.axis, before, after
+        made: Found = step.memo.get(key, (rows,), None, lambda: _reshaped(rows, before, after, step))
+        return made
     index = _index_of_rows(name, step.args, rows.axis, tensor.dim())
     if index is not None:
         found = step.memo.get(("rows", index.dtype), (rows,), index, lambda: _owned(step, rows.index[index]))
