@@ -225,7 +225,7 @@ class OwnedAxis:
 
 
 Arrangement = tuple[Tensor | None, int, int]
-"""Row of every entry in a tensor of ``B * K`` rows (None if entry b is the only one of sample b); ``B * K``; ``K``."""
+"""Row of every entry in a tensor of ``B * K`` rows (None if every entry is in its row); ``B * K``; ``K``."""
 
 
 def arrangement(axes: list[OwnedAxis], batch_size: int) -> Arrangement:
@@ -255,14 +255,16 @@ class _ById:
 
 
 def _arranged(index: Tensor, batch_size: int) -> Arrangement:
-    if index.shape[0] == batch_size and torch.equal(index, torch.arange(batch_size, device=index.device)):
-        return None, batch_size, 1
+    ordered, order = index.sort(stable=True)
     counts = torch.bincount(index, minlength=batch_size)
     most = max(1, int(counts.max())) if batch_size else 1
-    order = index.argsort(stable=True)
-    ordered = index[order]
-    place = torch.arange(index.shape[0], device=index.device) - (counts.cumsum(0) - counts)[ordered]
-    return torch.empty_like(index).scatter_(0, order, ordered * most + place), batch_size * most, most
+    num, is_sorted = batch_size * most, torch.equal(ordered, index)
+    if is_sorted and num == index.shape[0]:
+        return None, num, most
+    entries = torch.arange(max(batch_size, index.shape[0]), device=index.device)
+    shifts = entries[:batch_size] * most - (counts.cumsum(0) - counts)  # from a sample's first entry to its first row
+    rows = entries[: index.shape[0]] + shifts.index_select(0, ordered)
+    return rows if is_sorted else torch.empty_like(index).scatter_(0, order, rows), num, most
 
 
 def laid_out(parts: list[Tensor], arranged: Arrangement) -> tuple[Tensor, int]:
@@ -277,5 +279,5 @@ def laid_out(parts: list[Tensor], arranged: Arrangement) -> tuple[Tensor, int]:
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     places, num, most = arranged
     if places is None:
-        return rows, 1
+        return rows, most
     return rows.new_zeros(num, *rows.shape[1:]).index_copy_(0, places.to(rows.device), rows), most
