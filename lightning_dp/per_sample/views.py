@@ -128,7 +128,6 @@ def _index_of_rows(name: str, args: Any, axis: int, num_axes: int) -> Tensor | N
 
 def joined_rows(step: Step, data: list[Tensor], by_id: dict[int, Rows]) -> Found:
     """Return the owners of tensors that are put together, one after the other; None where labels are needed."""
-    data = [one for one in data if one.shape != (0,)] or data  # an empty vector joins anything
     over = (step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)) % data[0].dim()
     found, parts = [by_id.get(id(one)) for one in data], []
     first = found[0]

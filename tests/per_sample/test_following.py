@@ -40,6 +40,13 @@ def by_experts(m: Any, x: Tensor) -> Tensor:
     return torch._grouped_mm(rows[order], matrices, offs=ends)[order.argsort()].view(len(x), -1)
 
 
+def written_into_zeros(m: Any, x: Tensor) -> Tensor:
+    """The rows in memory that held constants before, times a parameter."""
+    made = torch.zeros_like(x)
+    made[torch.arange(len(x))] = x
+    return made * m.w
+
+
 # what a network may do with the rows of all bags, shape (R, 4, 3)
 WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "product of two functions of parameters": (
@@ -80,6 +87,8 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     ),
     "products in groups": (by_experts, {"w": drawn(3, 4, 4), "turned": True}),
     "products in groups, each by itself": (by_experts, {"w": drawn(3, 4, 4), "turned": False}),
+    "written into zeros": (written_into_zeros, {"w": drawn(3)}),
+    "joined to nothing": (lambda m, x: torch.cat([torch.tensor([]).double(), x], 1) * m.w, {"w": drawn(3)}),
     "numbers": (lambda m, x: x * torch.tensor([1.0, 2.0, 3.0]).double() * m.w + torch.as_tensor(2.0), {"w": drawn(3)}),
     "type of the rows": (lambda m, x: x * m.w.float().to(x) * m.w.type_as(x), {"w": drawn(3)}),
 }
