@@ -130,12 +130,12 @@ def grouped_mm(
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     num, width = b.shape[0], b.shape[-1]
     matrices = b.mT
-    if a.shape[0] * num * width <= FEW and matrices.is_contiguous() and min(counts) >= 0:
+    if a.shape[0] * num * width <= FEW and matrices.is_contiguous() and min(*counts, rest) >= 0:
         with unfollowed():
             group = torch.searchsorted(offs, torch.arange(a.shape[0], dtype=offs.dtype, device=a.device), right=True)
             of_row = group[:, None] == torch.arange(num, device=a.device)
         follower.note(of_row, None)  # as the numbers in ``counts``
-        products = F.linear(a, matrices.flatten(0, 1)).view(-1, num, width)
+        products = F.linear(a, matrices.flatten(0, 1)).view(a.shape[0], num, width)
         return torch.where(of_row[:, :, None], products, 0.0).sum(1)
     groups = zip(a.split([*counts, rest]), matrices.unbind(), strict=False)
     made = [F.linear(rows, matrix) for rows, matrix in groups if rows.shape[0]]

@@ -37,7 +37,7 @@ def by_experts(m: Any, x: Tensor) -> Tensor:
     chosen, order = (rows[:, 0] > 0).long().sort()
     ends = chosen.bincount(minlength=3).cumsum(0).int()
     matrices = m.w.float().mT if m.turned else m.w.float()
-    return torch._grouped_mm(rows[order], matrices, offs=ends)[order.argsort()].view(len(x), -1)
+    return torch._grouped_mm(rows[order], matrices, offs=ends)[order.argsort()].view(len(x), 16)
 
 
 def written_into_zeros(m: Any, x: Tensor) -> Tensor:
