@@ -94,6 +94,12 @@ def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> N
     torch._foreach_add_(targets, tensors, alpha=factor)
 
 
+def flattened(tensors: list[Tensor]) -> Tensor:
+    """Return the elements of tensors of any shapes in one vector, in one call."""
+    joined: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return joined
+
+
 def fused_kernel(kind: str) -> Callable[..., Any]:
     """Return torch's fused recurrent kernel with a given name, such as ``"lstm"``."""
     kernel: Callable[..., Any] = getattr(torch._VF, kind)

@@ -14,7 +14,7 @@ from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.joining import Joining
 from lightning_dp.per_sample.rules.base import widen
-from lightning_dp.per_sample.single_gradients import SingleGradients, SingleSample, most_kept
+from lightning_dp.per_sample.single_gradients import SingleGradients, most_kept
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -47,7 +47,7 @@ class SingleSampleEngine(GradientEngine):
         self._attached = False
         self._active = False
         self._size = 1
-        self._sample = SingleSample()
+        self._sample: dict[str, Tensor] = {}
         self._before: dict[str, Tensor | None] = {}
         self._most_kept = 0
         self.listening = True
@@ -104,10 +104,8 @@ class SingleSampleEngine(GradientEngine):
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
-            if not self._active:
-                return
             grad = parameter.grad
-            if grad is None:
+            if grad is None or not self._active:
                 return
             parameter.grad = None
             if not self.listening:
@@ -115,7 +113,7 @@ class SingleSampleEngine(GradientEngine):
             grad = real_view(grad)
             if grad.layout != torch.strided or grad.requires_grad or grad.dtype not in _WIDE:
                 grad = widen((grad if grad.layout == torch.strided else grad.to_dense()).detach())
-            self._sample.add(name, grad)
+            self._sample[name] = self._sample[name] + grad if name in self._sample else grad
 
         return collect
 
@@ -139,12 +137,12 @@ class SingleSampleEngine(GradientEngine):
     @override
     def discard(self, names: Iterable[str] | None = None) -> None:
         for name in list(self._parameters) if names is None else names:
-            self._sample.drop(name)
+            self._sample.pop(name, None)
             self._before.pop(name, None)
 
     @override
     def has_backprops(self, names: Iterable[str]) -> bool:
-        return any(name in self._sample.grads for name in names)
+        return any(name in self._sample for name in names)
 
     @property
     @override
@@ -152,15 +150,15 @@ class SingleSampleEngine(GradientEngine):
         return self._most_kept if self._size else 0
 
     @override
-    def take(self) -> SingleSample:
-        taken, self._sample = self._sample, SingleSample()
-        for name, grad in taken.grads.items():
+    def take(self) -> dict[str, Tensor]:
+        taken, self._sample = self._sample, {}
+        for name, grad in taken.items():
             if grad.untyped_storage().nbytes() > 2 * grad.nbytes:  # it would keep much more than itself
-                taken.grads[name] = grad.clone()
+                taken[name] = grad.clone()
         return taken
 
     @override
-    def taken(self, samples: Sequence[SingleSample]) -> SingleGradients:
+    def taken(self, samples: Sequence[Mapping[str, Tensor]]) -> SingleGradients:
         return SingleGradients(self._parameters, samples)
 
     @override
@@ -177,7 +175,7 @@ class SingleSampleEngine(GradientEngine):
     def end(self) -> None:
         """Free the gradients; restore the contents of ``.grad`` from before :meth:`begin`."""
         self._active = False
-        self._sample = SingleSample()
+        self._sample = {}
         for name, grad in self._before.items():
             self._parameters[name].grad = grad
         self._before = {}

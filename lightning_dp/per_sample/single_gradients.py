@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample._torch import add_scaled
+from lightning_dp.per_sample._torch import add_scaled, flattened
 from lightning_dp.per_sample.base import SampleGradients
 from lightning_dp.per_sample.combining import add_combined, zero_gradient
 from lightning_dp.per_sample.rules.base import LONGEST_SUM, norms_of_blocks
@@ -20,51 +20,15 @@ _MOST_ELEMENTS = 2**21
 _MOST_SAMPLES = 64
 
 
-class SingleSample:
-    """The gradient of one sample, in the tensors that autograd has made; zero for parameters without an entry."""
-
-    def __init__(self) -> None:
-        self.grads: dict[str, Tensor] = {}
-        self._norms: dict[str, Tensor] = {}  # of blocks of long gradients, read while these are in the cache
-
-    def add(self, name: str, grad: Tensor) -> None:
-        """Add what a backward has brought to the gradient of a parameter."""
-        self.grads[name] = grad = self.grads[name] + grad if name in self.grads else grad
-        if grad.numel() > LONGEST_SUM:
-            self._norms[name] = _shortened(grad)
-
-    def drop(self, name: str) -> None:
-        """Forget the gradient of a parameter."""
-        self.grads.pop(name, None)
-        self._norms.pop(name, None)
-
-    def active(self, names: Iterable[str], masks: Mapping[str, ParameterMask]) -> dict[str, Tensor]:
-        """Return the gradients of these parameters, or their active entries, without those that are zero."""
-        grads = self.grads
-        return {n: masks[n].select(grads[n]) if n in masks else grads[n] for n in names if n in grads}
-
-    def squared_norm(self, names: Iterable[str], masks: Mapping[str, ParameterMask]) -> Tensor | None:
-        """Return the squared norm of the same gradients, in float64 if the device has it; None if all are zero."""
-        parts = [
-            self._norms[name] if name in self._norms and name not in masks else _shortened(grad)
-            for name, grad in self.active(names, masks).items()
-        ]
-        if not parts:
-            return None
-        dtype = None if parts[0].is_mps else torch.float64
-        norm: Tensor = torch.linalg.vector_norm(torch.cat(parts), dtype=dtype)
-        return norm.square()
-
-
 class SingleGradients(SampleGradients):
     """Gradients of samples that ran one after another.
 
     Args:
         parameters: private parameters by name.
-        samples: of each, its gradient.
+        samples: of each, the tensors that autograd has made; zero for parameters without an entry.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], samples: Sequence[SingleSample]) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], samples: Sequence[Mapping[str, Tensor]]) -> None:
         self._parameters, self._samples = parameters, samples
 
     @override
@@ -76,9 +40,8 @@ class SingleGradients(SampleGradients):
             norms = self._new_norms(len(groups), len(self._samples))
             for row, group in zip(norms, groups, strict=True):
                 for index, sample in enumerate(self._samples):
-                    squared = sample.squared_norm(group, masks)
-                    if squared is not None:
-                        row[index] = squared
+                    if parts := _active(sample, group, masks):
+                        row[index] = _squared_norm(parts.values())
             return norms
 
     @override
@@ -101,7 +64,7 @@ class SingleGradients(SampleGradients):
                 return
             for row, group in zip(factors.tolist(), groups, strict=True):
                 for factor, sample in zip(row, self._samples, strict=True):
-                    if factor and (parts := sample.active(group, masks)):
+                    if factor and (parts := _active(sample, group, masks)):
                         add_scaled([out[name] for name in parts], [*parts.values()], factor)
 
     @override
@@ -110,8 +73,8 @@ class SingleGradients(SampleGradients):
         found = {name: zero_gradient(self._parameters[name], len(self._samples)) for name in asked}
         for name, rows in found.items():
             for row, sample in zip(rows, self._samples, strict=True):
-                if name in sample.grads:
-                    row.copy_(sample.grads[name])
+                if name in sample:
+                    row.copy_(sample[name])
         return found
 
     @override
@@ -129,6 +92,13 @@ def most_kept(parameters: Iterable[Tensor]) -> int:
     return most if most > 1 else 0
 
 
-def _shortened(grad: Tensor) -> Tensor:
-    """Return a vector of the same norm: the norms of blocks of a long gradient."""
-    return norms_of_blocks(grad, 1).view(-1) if grad.numel() > LONGEST_SUM else grad.reshape(-1)
+def _active(grads: Mapping[str, Tensor], names: Iterable[str], masks: Mapping[str, ParameterMask]) -> dict[str, Tensor]:
+    """Return the gradients of these parameters, or their active entries, without those that are zero."""
+    return {name: masks[name].select(grads[name]) if name in masks else grads[name] for name in names if name in grads}
+
+
+def _squared_norm(grads: Iterable[Tensor]) -> Tensor:
+    """Return the squared norm of these gradients together, in float64 if the device has it."""
+    parts = flattened([norms_of_blocks(grad, 1) if grad.numel() > LONGEST_SUM else grad for grad in grads])
+    norm: Tensor = torch.linalg.vector_norm(parts, dtype=None if parts.is_mps else torch.float64)
+    return norm.square()

@@ -45,7 +45,7 @@ def scalar_loss(output: Any, count: int, reduction: str, source: str = "training
             "of shape () or (B,)."
         )
     if loss.numel() == 1:  # also of shape (1,), by a parameter of that shape
-        return loss.reshape(())
+        return loss.reshape(()) if loss.dim() else loss
     if loss.dim() == 1 and loss.shape[0] % count == 0:
         return reduced(loss, reduction)
     raise ValueError(

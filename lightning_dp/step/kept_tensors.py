@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class KeptTensor:
         if self.is_leaf and not tensor.is_leaf:  # an operation in place has made it part of a graph
             tensor.detach_()
         now = tensor.detach()
-        if _place_of(now) != _place_of(alias):
+        if _places_of([now]) != _places_of([alias]):
             tensor.data = alias
         elif quick and self.is_large and num_changes(tensor) == self.version and self._sample_is_same():
             return
@@ -90,7 +91,8 @@ class Together:
 
     def __init__(self, tensors: list[KeptTensor]) -> None:
         self._large = [kept for kept in tensors if kept.is_large]
-        self._places = [(kept.tensor, *_place_of(kept.alias), kept.requires_grad) for kept in tensors]
+        self._tensors, aliases = [kept.tensor for kept in tensors], [kept.alias for kept in tensors]
+        self._places = _places_of(aliases), [kept.requires_grad for kept in tensors]
         self._comparable = all(
             kept.tensor.layout == torch.strided and kept.memory.is_contiguous() and kept.memory.device.type != "meta"
             for kept in tensors
@@ -107,11 +109,8 @@ class Together:
         """Tell whether all are as they were kept; False also where some have to be compared by themselves."""
         if not self._comparable or any(num_changes(kept.tensor) != kept.version for kept in self._large):
             return False
-        for tensor, address, dtype, shape, strides, requires_grad in self._places:
-            if tensor.data_ptr() != address or tensor.dtype != dtype or tensor.requires_grad != requires_grad:
-                return False
-            if tensor.shape != shape or tensor.stride() != strides:
-                return False
+        if (_places_of(self._tensors), [tensor.requires_grad for tensor in self._tensors]) != self._places:
+            return False
         return all(torch.equal(torch.cat(now), then) for now, then in self._pieces)
 
 
@@ -120,8 +119,9 @@ def _is_near(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _place_of(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def _places_of(tensors: list[Tensor]) -> list[Any]:
+    form = map(operator.attrgetter("dtype", "shape"), tensors)
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *form]
 
 
 def _memory_of(tensor: Tensor) -> Tensor:

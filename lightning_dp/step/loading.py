@@ -17,9 +17,9 @@ from lightning_dp.sampling.gather import Gather, is_plain
 from lightning_dp.step.exchange import shape_of
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.loss_form import EVERY
+from lightning_dp.step.object_kinds import GENERATORS
 from lightning_dp.step.randomness import generator_restorer, generators_restorer
 from lightning_dp.step.reading import check_reading
-from lightning_dp.step.snapshot import GENERATORS
 
 #: Depth to which the values of a batch are followed; containers that are copied, and their greatest length.
 _DEEPEST, _FILLED, _LONGEST = 6, (list, dict, set, deque), 4096

@@ -16,8 +16,8 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling.fetch import read, reads_many
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step.kept_tensors import same_values
+from lightning_dp.step.object_kinds import GENERATORS
 from lightning_dp.step.randomness import generator_restorer, host_generators
-from lightning_dp.step.snapshot import GENERATORS
 
 #: Random streams under which items are read: what a coin mixes now and then is tried.
 NUM_STREAMS = 8

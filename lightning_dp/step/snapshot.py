@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-import random
-import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, MutableSet
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp.per_sample._torch import real_view
 from lightning_dp.step.kept_tensors import KeptTensor, Together, find_changed
 from lightning_dp.step.local import local_part
+from lightning_dp.step.object_kinds import kind_of, slots_of
 from lightning_dp.step.randomness import generator_restorer
 
 #: Attributes of every module that are not the user's state: hooks, and dictionaries that are followed by themselves.
@@ -30,19 +27,6 @@ _OUTSIDE = frozenset(
     ["log", "log_dict", "print", "_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"]
 )
 _NOT_PLAIN = _OUTSIDE | _MACHINERY | {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
-#: Types whose values cannot change.
-_CONSTANT = (
-    bool, int, float, complex, str, bytes, type(None), type, range, torch.dtype, torch.device, torch.Size,
-    types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, Dataset, DataLoader,
-)  # fmt: skip
-#: Packages whose objects are not followed: they are no state of the user's, or lead to everything else.
-_FOREIGN = (
-    "lightning.", "pytorch_lightning.", "lightning_dp.", "torch.distributed", "logging", "threading", "_thread",
-    "weakref", "_io",
-)  # fmt: skip
-#: Classes of random generators.
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-_CONTAINERS = (MutableMapping, MutableSequence, deque, MutableSet)
 _EMPTY = object()  # value of a slot that was never set
 _DEEPEST = 12
 
@@ -103,9 +87,11 @@ class Snapshot:
         settle()
         self._restore: list[Callable[[], Any]] = []
         self._refill: list[Callable[[], Any]] = []  # of the containers below
+        self._attributes: list[dict[str, Any]] = []  # of objects
+        self._names: list[list[str]] = []  # of those attributes that are state
         self._mappings: list[dict[Any, Any]] = []
         self._others: list[Collection[Any]] = []  # lists, sets and queues
-        self._entries: tuple[list[int], list[Any], list[Any]] | None = None  # of all of them
+        self._entries: tuple[list[int], list[Any]] | None = None  # sizes and contents of all of them
         self._tensors: list[KeptTensor] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used again
         for root in roots:
@@ -125,7 +111,7 @@ class Snapshot:
                 for refill in self._refill:
                     refill()
                 if quick:  # with what the host has put there since, such as the silent ``self.log``
-                    self._entries = self._held_now()
+                    self._entries = [*map(len, self._containers())], [*self._contents()]
             for restore in self._restore:
                 restore()
             if quick and self._are_unchanged():
@@ -139,42 +125,44 @@ class Snapshot:
         """Tell whether all containers hold the same objects, under the same keys, as after the last quick call."""
         if self._entries is None:
             return False
-        sizes, values, keys = self._entries
-        containers = [*self._mappings, *self._others]
-        return (
-            [*map(len, containers)] == sizes
-            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self._mappings)), values))
-            and all(map(operator.is_, itertools.chain.from_iterable(containers), keys))
-        )
+        sizes, contents = self._entries
+        try:
+            return [*map(len, self._containers())] == sizes and all(map(operator.is_, self._contents(), contents))
+        except KeyError:  # an attribute is gone
+            return False
 
-    def _held_now(self) -> tuple[list[int], list[Any], list[Any]]:
-        """Return the sizes of all containers, the values of dictionaries, and the keys or elements of all."""
-        containers = [*self._mappings, *self._others]
-        values = itertools.chain.from_iterable(map(dict.values, self._mappings))
-        return [*map(len, containers)], [*values], [*itertools.chain.from_iterable(containers)]
+    def _containers(self) -> list[Collection[Any]]:
+        return [*self._attributes, *self._mappings, *self._others]
+
+    def _contents(self) -> Iterator[Any]:
+        """Yield attributes by name, the values of other dictionaries, and the keys or elements of all but objects."""
+        attributes = map(map, (each.__getitem__ for each in self._attributes), self._names)
+        values, keys = map(dict.values, self._mappings), [*self._mappings, *self._others]
+        return itertools.chain.from_iterable(itertools.chain(attributes, values, keys))
 
     def _are_unchanged(self) -> bool:
         self._together = self._together or Together(self._tensors)
         return self._together.are_unchanged()
 
     def _follow(self, value: Any, depth: int) -> None:
-        if isinstance(value, _CONSTANT) or id(value) in self._seen or depth > _DEEPEST:
+        kind = kind_of(value.__class__)
+        if kind == "constant" or id(value) in self._seen or depth > _DEEPEST:
             return
         self._seen[id(value)] = value
-        if isinstance(value, Tensor):
+        if kind == "tensor":
             self._keep_tensor(value)
-        elif isinstance(value, np.ndarray):
+        elif kind == "array":
             self._keep_array(value)
-        elif isinstance(value, GENERATORS):
+        elif kind == "generator":
             self._restore.append(generator_restorer(value))
-        elif isinstance(value, _CONTAINERS):
+        elif kind == "container":
             self._follow_container(value, depth)
             self._follow_attributes(value, depth)
-        elif isinstance(value, (tuple, frozenset)):  # a subclass of tuple may refuse to be counted
+        elif kind == "fixed":  # a subclass of tuple may refuse to be counted
             self._follow_all(list(tuple.__iter__(value) if isinstance(value, tuple) else value), depth)
-        elif isinstance(value, nn.Module):
+        elif kind == "module":
             self._follow_attributes(value, 0)
-        elif not depth or not any(kind.__module__.startswith(_FOREIGN) for kind in type(value).__mro__):
+        elif not depth or kind == "own":
             self._follow_attributes(value, depth)
 
     def _follow_container(self, value: Any, depth: int) -> None:
@@ -196,10 +184,11 @@ class Snapshot:
         attributes = getattr(owner, "__dict__", None)
         if isinstance(attributes, dict):
             before = {name: value for name, value in attributes.items() if name not in skipped}
-            self._mappings.append(attributes)
+            self._attributes.append(attributes)
+            self._names.append([*before])
             self._refill.append(lambda: _reset_attributes(attributes, before, skipped))
             self._follow_all(list(before.values()), depth)
-        for name in _slots(type(owner)):
+        for name in slots_of(owner.__class__):
             self._keep_slot(owner, name, depth)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
@@ -250,17 +239,6 @@ class Snapshot:
                 array[...] = content
 
         self._restore.append(restore)
-
-
-def _slots(kind: type) -> list[str]:
-    """Return the names of all slots of a class, private ones as Python mangles them."""
-    found: list[str] = []
-    for each in kind.__mro__:
-        own = vars(each).get("__slots__", ())
-        for name in [own] if isinstance(own, str) else own:
-            private = name.startswith("__") and not name.endswith("__")
-            found.append(f"_{each.__name__.lstrip('_')}{name}" if private else name)
-    return [name for name in found if name not in ("__dict__", "__weakref__")]
 
 
 def _reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str]) -> None:

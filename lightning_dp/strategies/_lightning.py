@@ -5,6 +5,7 @@ A new minor version of Lightning that moves one of these breaks one function and
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from lightning_dp.strategies.overrides import Overrides
 
 MultiProcessingLauncher = multiprocessing._MultiProcessingLauncher
 _OURS, _THEIRS = "lightning.pytorch", "pytorch_lightning"
+#: Packages whose methods are not the user's; their hooks write no state from records into the module.
+_KNOWN = ("lightning.", "pytorch_lightning.", "lightning_dp.", "builtins")
 _NOTES: list[Callable[[nn.Module, dict[str, Any]], None]] = []
 
 
@@ -47,11 +50,18 @@ def is_a(thing: object, kind: type) -> bool:
 
 
 def is_overridden(name: str, owner: object) -> bool:
-    """Tell whether a module, data module or callback of either package overrides a method."""
-    for kind in type(owner).__mro__:
-        if name in vars(kind):
-            return not kind.__module__.startswith((f"{_OURS}.", f"{_THEIRS}."))
-    return False
+    """Tell whether a module, data module or callback has a method of the user's; that of a ``LambdaCallback`` is an
+    attribute of the instance.
+    """
+    kind: Any = type(owner)
+    return name in vars(owner) or _is_of_user(name, kind, getattr(kind, name, None))
+
+
+@functools.lru_cache(4096)
+def _is_of_user(name: str, kind: Any, method: Any) -> bool:
+    """Tell whether a class of the user's defines a method; the method itself is a key, as classes can be patched."""
+    holder = next((each for each in kind.__mro__ if name in vars(each)), object)
+    return not holder.__module__.startswith(_KNOWN)
 
 
 def serve_both(strategy: type = object) -> None:

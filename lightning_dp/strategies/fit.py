@@ -204,7 +204,8 @@ class PrivateFit:
         """
         step = self.step
         counts = None if step.automatic else Counts(self._strategy)
-        with self._sandbox.series() as piece:
+        stops = self._host.hooks.watching_stops(self._strategy.module, "training_step")
+        with self._sandbox.series() as piece, stops:
             for given in microbatches:
                 weight, (count, owners, records) = (
                     (1.0, given) if given is not None else (0.0, (self._trial.copies, None, None))
@@ -213,7 +214,7 @@ class PrivateFit:
                     step.streams.begin()
                     batch = self._host.training.stand_in(count) if given is None else self._strategy.to_device(records)
                     with step.microbatch(count, owners, weight=weight, further=True) as microbatch:
-                        output = self._call(batch, count, weight=weight)
+                        output = self._strategy.call_training_step(batch, *self._host.arguments)
                         loss = self._loss_of(output, count) if step.automatic else None
                         if loss is not None:
                             self._host.back_propagate(loss, self._host.hooks.run)
@@ -245,7 +246,10 @@ class PrivateFit:
             microbatch = until_backward.enter_context(step.microbatch(count, owners, weight=weight, divisor=divisor))
             mutes = weight == 0.0 and step.reduction.world_size == 1
             with self._trial.watching(count), self._logs.muted() if mutes else ExitStack():
-                output = self._call(batch, count, weight=weight)
+                _lightning.set_batch_of_logs(self._strategy.trainer, batch, None if weight else 0)
+                stops = self._host.hooks.watching_stops(self._strategy.module, "training_step")
+                with self._logs.in_training_step(), stops:
+                    output = self._strategy.call_training_step(batch, *self._host.arguments)
             if automatic:
                 loss = self._loss_of(output, count)
                 if loss is not None:
@@ -258,12 +262,6 @@ class PrivateFit:
             step.leave_open()
         self._check_steps(microbatch, output, counts)
         return output
-
-    def _call(self, batch: Any, count: int, *, weight: float) -> Any:
-        _lightning.set_batch_of_logs(self._strategy.trainer, batch, None if weight else 0)
-        stops = self._host.hooks.watching_stops(self._strategy.module, "training_step")
-        with self._logs.in_training_step(), stops:
-            return self._strategy.call_training_step(batch, *self._host.arguments)
 
     @torch.no_grad()
     def losses(self, records: Sequence[Any], loss: Callable[[Any, Any], Tensor]) -> list[float]:

@@ -31,8 +31,6 @@ from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
 
-#: Packages whose hooks are not the user's; they write no state from records into the module.
-_KNOWN = ("lightning.", "pytorch_lightning.", "lightning_dp.")
 #: Called between two epochs, where values that were collected batch by batch may be written into the module.
 BETWEEN_EPOCHS = ("on_train_epoch_end", "on_train_epoch_start")
 #: Hooks that see a batch, or what was computed from it.
@@ -131,7 +129,7 @@ class UserHooks:
         checkpoint |= {"optimizer_states": [], "lr_schedulers": []}
         self.call("on_save_checkpoint", checkpoint)
         for owner in (*self.callbacks, trainer.datamodule):  # type: ignore[attr-defined]
-            if owner is not None and _has("state_dict", owner):
+            if owner is not None and _lightning.is_overridden("state_dict", owner):
                 with suppress(Exception):  # it raises in training too
                     checkpoint[f"{type(owner).__name__}.state_dict()"] = owner.state_dict()
         return {
@@ -151,7 +149,7 @@ class UserHooks:
         for owner in (*self._watched, module):
             searches = _lightning.is_search(owner)
             for name in _OF_BATCHES if searches else (*_OF_BATCHES, *BETWEEN_EPOCHS, *_FAR):
-                if _has(name, owner):
+                if _lightning.is_overridden(name, owner):
                     self._overrides.set(owner, name, self._watching(owner, name, is_on_trial))
 
     def unwatch(self) -> None:
@@ -205,7 +203,7 @@ class UserHooks:
     def _with(self, name: str) -> Iterator[tuple[Any, Any]]:
         trainer, module = self._strategy.trainer, self._strategy.module
         for owner in (*self.callbacks, module):
-            if _has(name, owner) and self._takes_part(owner, name):
+            if _lightning.is_overridden(name, owner) and self._takes_part(owner, name):
                 hook = getattr(owner, name)
                 yield owner, hook if owner is module else functools.partial(hook, trainer, module)
 
@@ -217,10 +215,11 @@ class UserHooks:
         layers = layers_of(module)
         parameters = parameters_of(layers)
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        saves = owner is not module and (_has("state_dict", owner) or _has("on_save_checkpoint", owner))
+        saves = any(_lightning.is_overridden(name, owner) for name in ("state_dict", "on_save_checkpoint"))
         tensors = [local_part(tensor) for tensor in (*parameters, *buffers_of(layers), *grads)]
         marks: list[Any] = [(num_changes(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-        held = [] if tensors_only else [*map(plain_attributes, layers), vars(owner) if saves else {}]
+        held = [] if tensors_only else [*map(plain_attributes, layers)]
+        held += [vars(owner)] if saves and not tensors_only and owner is not module else []
         for attributes in held:
             for name, value in attributes.items():
                 type_of_value: Any = type(value)
@@ -270,7 +269,7 @@ def _kind(kind: type[Any]) -> str | None:
 def has_transfer(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     """Tell whether hooks of the user's take part in moving a batch to the device."""
     owners = (module, getattr(trainer, "datamodule", None))
-    return any(_has(name, owner) for owner in owners if owner is not None for name in _OF_TRANSFER)
+    return any(_lightning.is_overridden(name, owner) for owner in owners if owner is not None for name in _OF_TRANSFER)
 
 
 def outputs_of(output: Any) -> Any:
@@ -279,11 +278,3 @@ def outputs_of(output: Any) -> Any:
         return {}
     found = output if isinstance(output, Mapping) else {"loss": output}
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, dict(found))
-
-
-def _has(name: str, owner: Any) -> bool:
-    """Tell whether a callback or module has a hook of the user's; that of a ``LambdaCallback`` is an attribute of the
-    instance.
-    """
-    kinds = (kind for kind in type(owner).__mro__ if name in vars(kind))
-    return name in vars(owner) or not next(kinds, object).__module__.startswith((*_KNOWN, "builtins"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -87,9 +87,10 @@ class LightningHost(Host):
             loss: a scalar.
             call: calls hooks by name.
         """
+        module = self._strategy.module
         call("on_before_backward", loss)
-        with checks.reached(loss):
-            self._strategy.module.backward(loss)
+        with checks.reached(loss) if _lightning.is_overridden("backward", module) else nullcontext():
+            module.backward(loss)
         call("on_after_backward")
 
     @override

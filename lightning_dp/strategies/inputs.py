@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from typing_extensions import override
@@ -110,5 +111,7 @@ class TrainingInputs(RunFacts, Strategy):
 
     def to_device(self, batch: Any) -> Any:
         """Prepare one microbatch as Lightning's loop prepares a batch before the step."""
-        batch = _lightning.apply_transfer_hook(self.module, self.precision_plugin.convert_input(batch))
-        return super().batch_to_device(batch, self.root_device, 0)
+        batch = self.precision_plugin.convert_input(batch)
+        if not has_transfer(self.trainer, self.module):
+            return move_data_to_device(batch, self.root_device)  # what Lightning's own hooks do, in a third of the time
+        return super().batch_to_device(_lightning.apply_transfer_hook(self.module, batch), self.root_device, 0)

@@ -1,0 +1,53 @@
+"""Kinds of objects, by their class: how a snapshot follows them."""
+
+from __future__ import annotations
+
+import functools
+import random
+import types
+from collections import deque
+from collections.abc import MutableMapping, MutableSequence, MutableSet
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+#: Types whose values cannot change.
+_CONSTANT = (
+    bool, int, float, complex, str, bytes, type(None), type, range, torch.dtype, torch.device, torch.Size,
+    types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, Dataset, DataLoader,
+)  # fmt: skip
+#: Packages whose objects are not followed: they are no state of the user's, or lead to everything else.
+_FOREIGN = (
+    "lightning.", "pytorch_lightning.", "lightning_dp.", "torch.distributed", "logging", "threading", "_thread",
+    "weakref", "_io",
+)  # fmt: skip
+#: Classes of random generators.
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+_CONTAINERS = (MutableMapping, MutableSequence, deque, MutableSet)
+_KINDS: dict[str, Any] = {
+    "constant": _CONSTANT, "tensor": Tensor, "array": np.ndarray, "generator": GENERATORS, "container": _CONTAINERS,
+    "fixed": (tuple, frozenset), "module": nn.Module,
+}  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def kind_of(kind: Any) -> str:
+    """Return how the objects of a class are followed."""
+    found = next((name for name, kinds in _KINDS.items() if issubclass(kind, kinds)), "own")
+    foreign = found == "own" and any(each.__module__.startswith(_FOREIGN) for each in kind.__mro__)
+    return "foreign" if foreign else found
+
+
+@functools.lru_cache(4096)
+def slots_of(kind: Any) -> list[str]:
+    """Return the names of all slots of a class, private ones as Python mangles them."""
+    found: list[str] = []
+    for each in kind.__mro__:
+        own = vars(each).get("__slots__", ())
+        for name in [own] if isinstance(own, str) else own:
+            private = name.startswith("__") and not name.endswith("__")
+            found.append(f"_{each.__name__.lstrip('_')}{name}" if private else name)
+    return [name for name in found if name not in ("__dict__", "__weakref__")]
