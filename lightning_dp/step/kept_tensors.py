@@ -90,13 +90,14 @@ class Together:
     """
 
     def __init__(self, tensors: list[KeptTensor]) -> None:
-        self._large = [kept for kept in tensors if kept.is_large]
-        self._tensors, aliases = [kept.tensor for kept in tensors], [kept.alias for kept in tensors]
-        self._places = _places_of(aliases), [kept.requires_grad for kept in tensors]
+        self._kept, self._large = tensors, [kept for kept in tensors if kept.is_large]
+        self._tensors, self._forms = [kept.tensor for kept in tensors], list[Any]()
         self._comparable = all(
             kept.tensor.layout == torch.strided and kept.memory.is_contiguous() and kept.memory.device.type != "meta"
             for kept in tensors
         )
+        if self._comparable:
+            self._forms = [*_places_of([kept.alias for kept in tensors]), *(kept.requires_grad for kept in tensors)]
         pieces: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for kept in tensors if self._comparable else ():
             memory, value = (_bits_of(kept.few(one)) for one in (kept.memory, kept.value))
@@ -109,9 +110,22 @@ class Together:
         """Tell whether all are as they were kept; False also where some have to be compared by themselves."""
         if not self._comparable or any(num_changes(kept.tensor) != kept.version for kept in self._large):
             return False
-        if (_places_of(self._tensors), [tensor.requires_grad for tensor in self._tensors]) != self._places:
+        return self._have_same_forms() and all(torch.equal(torch.cat(now), then) for now, then in self._pieces)
+
+    def renew(self) -> bool:
+        """Keep the present values instead; return False if the form or memory of a tensor is another than it was."""
+        same = self._comparable and self._have_same_forms()
+        if not same or any(kept.tensor.is_leaf != kept.is_leaf for kept in self._kept):
             return False
-        return all(torch.equal(torch.cat(now), then) for now, then in self._pieces)
+        for kept in self._kept:
+            kept.value.copy_(kept.memory)
+            kept.version = num_changes(kept.tensor)
+        for now, then in self._pieces:
+            torch.cat(now, out=then)
+        return True
+
+    def _have_same_forms(self) -> bool:
+        return [*_places_of(self._tensors), *(tensor.requires_grad for tensor in self._tensors)] == self._forms
 
 
 def _is_near(tensor: Tensor) -> bool:

@@ -126,6 +126,7 @@ class Sandbox:
     ) -> None:
         self._module, self._guard, self._others, self._quiet = module, guard, others, quiet
         self._settle = settle
+        self._last: Snapshot | None = None  # of the last series; the next one takes its memory
 
     def numbers(self) -> dict[str, Any]:
         """Return the numbers of optimizers and schedulers, by name."""
@@ -143,7 +144,9 @@ class Sandbox:
             A function that returns the context of a piece. After a piece large tensors are compared quickly; the end of
             the series puts everything back exactly.
         """
-        with self.enter() as snapshot:
+        if self._last is None or not self._last.renew([self._module, *self._others()]):
+            self._last = self.snapshot()
+        with self.enter(self._last) as snapshot:
             parameters = list(self._module.parameters())
 
             @contextmanager
@@ -158,10 +161,10 @@ class Sandbox:
             yield piece
 
     @contextmanager
-    def enter(self) -> Iterator[Snapshot]:
-        """Run what is inside without effect."""
+    def enter(self, taken: Snapshot | None = None) -> Iterator[Snapshot]:
+        """Run what is inside without effect; ``taken`` is a snapshot of the present state, if there is one."""
         self._settle()
-        taken = self.snapshot()
+        taken = self.snapshot() if taken is None else taken
         gradients = [(parameter, parameter.grad) for parameter in self._module.parameters()]
         device = next((parameter.device for parameter, _ in gradients), torch.device("cpu"))
         for parameter, _ in gradients:

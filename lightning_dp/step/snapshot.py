@@ -91,12 +91,24 @@ class Snapshot:
         self._names: list[list[str]] = []  # of those attributes that are state
         self._mappings: list[dict[Any, Any]] = []
         self._others: list[Collection[Any]] = []  # lists, sets and queues
-        self._entries: tuple[list[int], list[Any]] | None = None  # sizes and contents of all of them
         self._tensors: list[KeptTensor] = []
         self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used again
-        for root in roots:
+        self._roots = [*roots]
+        for root in self._roots:
             self._follow(root, 0)
+        self._first = self._quick = self._held()
         self._together: Together | None = None
+
+    def renew(self, roots: Iterable[Any]) -> bool:
+        """Keep the present values instead, in the same memory.
+
+        Returns:
+            False if objects have been replaced since the snapshot was taken, or cannot be compared: then take another.
+        """
+        self._settle()
+        with torch.no_grad():
+            same = not self._restore and [*map(id, roots)] == [*map(id, self._roots)] and self._is_held(self._first)
+            return same and self._all_tensors.renew()
 
     def put_back(self, *, quick: bool = False) -> None:
         """Restore every value; tensors and containers are written only if they have changed.
@@ -107,25 +119,28 @@ class Snapshot:
         """
         self._settle()
         with torch.no_grad():
-            if not (quick and self._containers_are_unchanged()):
+            if not self._is_held(self._quick if quick else self._first):
                 for refill in self._refill:
                     refill()
                 if quick:  # with what the host has put there since, such as the silent ``self.log``
-                    self._entries = [*map(len, self._containers())], [*self._contents()]
+                    self._quick = self._held()
             for restore in self._restore:
                 restore()
-            if quick and self._are_unchanged():
+            unchanged = self._all_tensors.are_unchanged()
+            if quick and unchanged:
                 return
-            unknown: list[bool | None] = [None] * len(self._tensors)
-            changed = unknown if quick else find_changed(self._tensors)
-            for kept, differs in zip(self._tensors, changed, strict=True):
+            tensors = [kept for kept in self._tensors if kept.is_large] if unchanged else self._tensors
+            unknown: list[bool | None] = [None] * len(tensors)
+            changed = unknown if quick else find_changed(tensors)
+            for kept, differs in zip(tensors, changed, strict=True):
                 kept.put_back(quick=quick, changed=differs)
 
-    def _containers_are_unchanged(self) -> bool:
-        """Tell whether all containers hold the same objects, under the same keys, as after the last quick call."""
-        if self._entries is None:
-            return False
-        sizes, contents = self._entries
+    def _held(self) -> tuple[list[int], list[Any]]:
+        return [*map(len, self._containers())], [*self._contents()]
+
+    def _is_held(self, held: tuple[list[int], list[Any]]) -> bool:
+        """Tell whether all containers hold the same objects as at an earlier time, under the same keys."""
+        sizes, contents = held
         try:
             return [*map(len, self._containers())] == sizes and all(map(operator.is_, self._contents(), contents))
         except KeyError:  # an attribute is gone
@@ -140,9 +155,10 @@ class Snapshot:
         values, keys = map(dict.values, self._mappings), [*self._mappings, *self._others]
         return itertools.chain.from_iterable(itertools.chain(attributes, values, keys))
 
-    def _are_unchanged(self) -> bool:
+    @property
+    def _all_tensors(self) -> Together:
         self._together = self._together or Together(self._tensors)
-        return self._together.are_unchanged()
+        return self._together
 
     def _follow(self, value: Any, depth: int) -> None:
         kind = kind_of(value.__class__)
