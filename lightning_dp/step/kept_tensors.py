@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ class KeptTensor:
         if self.is_leaf and not tensor.is_leaf:  # an operation in place has made it part of a graph
             tensor.detach_()
         now = tensor.detach()
-        if _places_of([now]) != _places_of([alias]):
+        if _place_of(now) != _place_of(alias):
             tensor.data = alias
         elif quick and self.is_large and num_changes(tensor) == self.version and self._sample_is_same():
             return
@@ -91,13 +90,13 @@ class Together:
 
     def __init__(self, tensors: list[KeptTensor]) -> None:
         self._kept, self._large = tensors, [kept for kept in tensors if kept.is_large]
-        self._tensors, self._forms = [kept.tensor for kept in tensors], list[Any]()
+        self._places: list[tuple[Any, ...]] = []
         self._comparable = all(
             kept.tensor.layout == torch.strided and kept.memory.is_contiguous() and kept.memory.device.type != "meta"
             for kept in tensors
         )
         if self._comparable:
-            self._forms = [*_places_of([kept.alias for kept in tensors]), *(kept.requires_grad for kept in tensors)]
+            self._places = [(kept.tensor, *_place_of(kept.alias), kept.requires_grad) for kept in tensors]
         pieces: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for kept in tensors if self._comparable else ():
             memory, value = (_bits_of(kept.few(one)) for one in (kept.memory, kept.value))
@@ -110,12 +109,11 @@ class Together:
         """Tell whether all are as they were kept; False also where some have to be compared by themselves."""
         if not self._comparable or any(num_changes(kept.tensor) != kept.version for kept in self._large):
             return False
-        return self._have_same_forms() and all(torch.equal(torch.cat(now), then) for now, then in self._pieces)
+        return self._are_in_place() and all(torch.equal(torch.cat(now), then) for now, then in self._pieces)
 
     def renew(self) -> bool:
         """Keep the present values instead; return False if the form or memory of a tensor is another than it was."""
-        same = self._comparable and self._have_same_forms()
-        if not same or any(kept.tensor.is_leaf != kept.is_leaf for kept in self._kept):
+        if not (self._comparable and self._are_in_place()):
             return False
         for kept in self._kept:
             kept.value.copy_(kept.memory)
@@ -124,8 +122,13 @@ class Together:
             torch.cat(now, out=then)
         return True
 
-    def _have_same_forms(self) -> bool:
-        return [*_places_of(self._tensors), *(tensor.requires_grad for tensor in self._tensors)] == self._forms
+    def _are_in_place(self) -> bool:
+        for tensor, address, dtype, shape, strides, requires_grad in self._places:
+            if tensor.data_ptr() != address or tensor.dtype != dtype or tensor.requires_grad != requires_grad:
+                return False
+            if tensor.shape != shape or tensor.stride() != strides:
+                return False
+        return True
 
 
 def _is_near(tensor: Tensor) -> bool:
@@ -133,9 +136,8 @@ def _is_near(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _places_of(tensors: list[Tensor]) -> list[Any]:
-    form = map(operator.attrgetter("dtype", "shape"), tensors)
-    return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *form]
+def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _memory_of(tensor: Tensor) -> Tensor:

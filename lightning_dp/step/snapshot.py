@@ -88,7 +88,8 @@ class Snapshot:
         self._restore: list[Callable[[], Any]] = []
         self._refill: list[Callable[[], Any]] = []  # of the containers below
         self._attributes: list[dict[str, Any]] = []  # of objects
-        self._names: list[list[str]] = []  # of those attributes that are state
+        self._readers: list[Callable[[str], Any]] = []  # of the same attributes
+        self._names: list[list[str]] = []  # of those that are state
         self._mappings: list[dict[Any, Any]] = []
         self._others: list[Collection[Any]] = []  # lists, sets and queues
         self._tensors: list[KeptTensor] = []
@@ -151,7 +152,7 @@ class Snapshot:
 
     def _contents(self) -> Iterator[Any]:
         """Yield attributes by name, the values of other dictionaries, and the keys or elements of all but objects."""
-        attributes = map(map, (each.__getitem__ for each in self._attributes), self._names)
+        attributes = map(map, self._readers, self._names)
         values, keys = map(dict.values, self._mappings), [*self._mappings, *self._others]
         return itertools.chain.from_iterable(itertools.chain(attributes, values, keys))
 
@@ -201,6 +202,7 @@ class Snapshot:
         if isinstance(attributes, dict):
             before = {name: value for name, value in attributes.items() if name not in skipped}
             self._attributes.append(attributes)
+            self._readers.append(attributes.__getitem__)
             self._names.append([*before])
             self._refill.append(lambda: _reset_attributes(attributes, before, skipped))
             self._follow_all(list(before.values()), depth)

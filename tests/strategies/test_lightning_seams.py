@@ -240,3 +240,22 @@ def test_kept_figures_puts_figures_and_the_stop_back(tmp_path: Path) -> None:
             store["within"] = 2.0
         assert trainer.callback_metrics["within"] == 2.0
     assert (stores[0], stores[1], trainer.should_stop) == ({"before": 1.0}, {}, False)
+
+
+def test_is_overridden_follows_a_class_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also an attribute of one instance; methods of Lightning and of this package are nobody's own."""
+
+    class Own(Classifier):
+        pass
+
+    module, callback = Own(), L.pytorch.callbacks.LambdaCallback(on_train_end=print)
+    for _ in range(2):
+        assert not _lightning.is_overridden("backward", module)
+        with monkeypatch.context() as patch:
+            patch.setattr(Own, "backward", lambda self, loss: loss.backward())
+            assert _lightning.is_overridden("backward", module)
+    module.backward = print
+    assert _lightning.is_overridden("backward", module)
+    assert _lightning.is_overridden("on_train_end", callback)
+    assert not _lightning.is_overridden("on_train_start", callback)
+    assert not _lightning.is_overridden("backward", torch.nn.Linear(1, 1))
