@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -87,6 +87,11 @@ def is_compiled(module: Any) -> bool:
     """Tell whether ``torch.compile`` was applied to a module, by a wrapper, in place or by Lightning."""
     marks = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
     return any(getattr(module, name, None) is not None for name in marks)
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Return a context in which compiled code runs eagerly; code that is called under a mode would else stay eager."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> None:

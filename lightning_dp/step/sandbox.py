@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import uncompiled
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.state_check import numbers_of
@@ -164,14 +165,15 @@ class Sandbox:
     def enter(self, taken: Snapshot | None = None) -> Iterator[Snapshot]:
         """Run what is inside without effect; ``taken`` is a snapshot of the present state, if there is one."""
         self._settle()
-        taken = self.snapshot() if taken is None else taken
+        is_trial, taken = taken is None, taken or self.snapshot()
         gradients = [(parameter, parameter.grad) for parameter in self._module.parameters()]
         device = next((parameter.device for parameter, _ in gradients), torch.device("cpu"))
         for parameter, _ in gradients:
             parameter.grad = None
         self._guard.in_sandbox += 1
         try:
-            with kept_generators(device), self._quiet(), warnings.catch_warnings():
+            eager = uncompiled() if is_trial else nullcontext()  # trials watch operations
+            with kept_generators(device), self._quiet(), eager, warnings.catch_warnings():
                 # a scheduler stepped by hand: its optimizer must not step here
                 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
                 yield taken

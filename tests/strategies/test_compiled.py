@@ -1,0 +1,53 @@
+"""Compiled modules: they stay compiled where samples run one at a time, and run eagerly by rules."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp import DPStrategy
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, NUM_RECORDS, Classifier, make_loader, make_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
+
+
+class Network(nn.Module):
+    """Not a container of torch's own, which ``Module.compile`` leaves eager."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layer(features).tanh()
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "whole"])
+@pytest.mark.parametrize("grad_sample", ["single", "rules"])
+def test_compiled_code_runs_for_single_samples_alone(tmp_path: Any, caplog: Any, grad_sample: Any, how: str) -> None:
+    """Also after the fit, whose trials watch operations: torch would not compile again what it has run so."""
+    torch.compiler.reset()
+    caplog.set_level(logging.INFO)
+    runs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return lambda *args: runs.append(1) or graph.forward(*args)
+
+    network, module = Network(), Classifier()
+    module.network = torch.compile(network, backend=backend) if how == "wrapped" else network
+    if how == "in place":
+        network.compile(backend=backend)
+    given: Any = torch.compile(module, backend=backend) if how == "whole" else module
+    before = network.layer.weight.detach().clone()
+    strategy = DPStrategy(noise_multiplier=0.0, sampling="shuffle", grad_sample=grad_sample, seed=0)
+    make_trainer(strategy, tmp_path).fit(given, make_loader())
+    assert not torch.equal(network.layer.weight, before)
+    num = NUM_RECORDS if grad_sample == "single" else 0
+    assert len(runs) == num
+    assert caplog.text.count("Compiled submodules run eagerly") == (0 if num else 1)
+    given(torch.ones(2, NUM_FEATURES))
+    assert len(runs) > num
