@@ -96,7 +96,8 @@ def uncompiled() -> AbstractContextManager[object]:
 
 def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> None:
     """Add ``factor * tensor`` to each target, in one call."""
-    torch._foreach_add_(targets, tensors, alpha=factor)
+    if tensors:
+        torch._foreach_add_(targets, tensors, alpha=factor)
 
 
 def flattened(tensors: list[Tensor]) -> Tensor:

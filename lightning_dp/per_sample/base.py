@@ -93,7 +93,7 @@ class GradientEngine(SampleGradients):
 
     @property
     def most_kept(self) -> int:
-        """Largest number of samples to take, to be clipped together; 0 if each is clipped at once."""
+        """Largest number of samples to take, to be clipped together; 0 if the engine clips whole microbatches."""
         return 0
 
     def take(self) -> Any:

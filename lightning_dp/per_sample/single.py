@@ -152,7 +152,7 @@ class SingleSampleEngine(GradientEngine):
     @override
     def take(self) -> dict[str, Tensor]:
         taken, self._sample = self._sample, {}
-        for name, grad in taken.items():
+        for name, grad in taken.items() if self._most_kept > 1 else ():
             if grad.untyped_storage().nbytes() > 2 * grad.nbytes:  # it would keep much more than itself
                 taken[name] = grad.clone()
         return taken

@@ -98,9 +98,33 @@ def test_kept_sample_of_factor_zero_is_exactly_zero(bad: float) -> None:
     assert torch.equal(out["w"], torch.full((3,), 4.0))
 
 
-def test_large_gradients_are_not_kept() -> None:
+def test_large_gradients_are_clipped_one_by_one() -> None:
     assert most_kept([torch.empty(10)]) == 64
-    assert most_kept([torch.empty(2**20), torch.empty(1)]) == 0
+    assert most_kept([torch.empty(2**20), torch.empty(1)]) == 1
     engine = SingleSampleEngine(nn.Linear(2, 1))
     engine.set_parameters({"weight": nn.Parameter(torch.empty(2**21, device="meta"))})
-    assert engine.most_kept == 0
+    assert engine.most_kept == 1
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few rows", "most rows"])
+def test_large_tables_add_rows_that_are_not_zero(few: bool) -> None:
+    """Also in sums of another type, and under a mask; a sample that is not finite adds nothing."""
+    rows = torch.arange(0, 2**13, 100 if few else 1)
+    samples = [{"table": torch.zeros(2**13, 64), "bias": torch.ones(3)} for _ in range(3)]
+    for number, sample in enumerate(samples):
+        sample["table"][rows] = torch.randn(len(rows), 64)
+        sample["table"][number] = torch.tensor([0.0, torch.inf, 1.0][number])
+    parameters = {name: nn.Parameter(torch.zeros_like(grad)) for name, grad in samples[0].items()}
+    gradients, groups = SingleGradients(parameters, samples), [["table"], ["bias"]]
+    norms = torch.tensor([[float(s[n].double().norm() ** 2) for s in samples] for (n,) in groups])
+    torch.testing.assert_close(gradients.squared_norms(groups), norms)
+    for dtype in (torch.float32, torch.float64):
+        out = {name: torch.ones_like(each, dtype=dtype) for name, each in parameters.items()}
+        gradients.accumulate(torch.tensor([[0.5, 0.0, 2.0], [1.0, 1.0, 1.0]]), groups, out)
+        expected = 1 + 0.5 * samples[0]["table"].to(dtype) + 2 * samples[2]["table"].to(dtype)
+        torch.testing.assert_close(out["table"], expected)
+        assert out["bias"].tolist() == [4.0, 4.0, 4.0]
+    active = torch.rand(2**13, 64) < 0.5
+    out["table"] = torch.ones(int(active.sum()))
+    gradients.accumulate(torch.tensor([[0.5, 0.0, 2.0]]), groups[:1], out, {"table": ParameterMask(active)})
+    torch.testing.assert_close(out["table"], expected[active].float())
