@@ -22,6 +22,7 @@ DRAWS_NOISE = {
     "noise/gaussian.py": "is the noise",
     "noise/redrawn.py": "is the noise of streams: correlated, drawn again from its key",
     "noise/sources.py": "is where the noise is drawn from",
+    "per_sample/custom.py": "makes a random backprop, to compare a user's rule with autograd",
     "step/accumulator.py": "begins a sum with the noise of its release",
     "step/noising.py": "adds what the release states, before or after the samples are added",
     "step/step.py": "asks noising.py for the noise of the release that it settled and recorded",

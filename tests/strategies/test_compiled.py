@@ -31,6 +31,7 @@ class Network(nn.Module):
 def test_compiled_code_runs_for_single_samples_alone(tmp_path: Any, caplog: Any, grad_sample: Any, how: str) -> None:
     """Also after the fit, whose trials watch operations: torch would not compile again what it has run so."""
     torch.compiler.reset()
+    torch.compiler.set_stance("default")  # another test may have left an engine in the middle of a batch
     caplog.set_level(logging.INFO)
     runs = []
 
