@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -35,7 +36,12 @@ def unfollowed() -> AbstractContextManager[None]:
 
 def in_backward() -> bool:
     """Tell whether autograd is running a backward. A forward at that time is a recomputation (checkpointing)."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_number() != -1
+
+
+def backward_number() -> int:
+    """Return the number of the backward that autograd runs now; -1 if it runs none."""
+    return int(torch._C._current_graph_task_id())
 
 
 def num_operations() -> int:
@@ -47,6 +53,18 @@ def keeps_graph() -> bool:
     """Tell whether the current backward keeps, or may keep, its graph for another backward (``retain_graph=True``)."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or bool(ask())
+
+
+def adds_to_leaves() -> bool:
+    """Tell whether the current backward adds to the gradients of leaves: ``torch.autograd.grad`` does not.
+
+    A backward that runs on another thread than its caller (of a GPU) counts as one that does.
+    """
+    asked, added = torch.autograd.grad.__code__, torch.autograd.backward.__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not asked and frame.f_code is not added:
+        frame = frame.f_back
+    return frame is None or frame.f_code is added
 
 
 def in_custom_forward() -> bool:

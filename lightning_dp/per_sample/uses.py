@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import is_view, keeps_graph, own_view
+from lightning_dp.per_sample._torch import adds_to_leaves, backward_number, is_view, keeps_graph, own_view
 from lightning_dp.system.torch_private import num_changes
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Recorder:
         self._sizes: dict[int, int] = {}
         self._largest, self._counts = -1, False
         self._num_waiting = 0
+        self._backward, self._adds = -1, True
         self._taps: dict[torch.device, Tensor] = {}
 
     def begin(self, batch_size: int, joining: Joining | None = None) -> None:
@@ -65,6 +66,12 @@ class Recorder:
             return False
         self._num_waiting += num
         return True
+
+    def counts_backward(self) -> bool:
+        """Tell whether the backward that runs now counts: one of ``torch.autograd.grad`` gives parameters nothing."""
+        if (number := backward_number()) != self._backward:
+            self._backward, self._adds = number, adds_to_leaves()
+        return self._adds
 
     @property
     def num_samples(self) -> int:
@@ -146,6 +153,8 @@ class Use:
                 f"Expected a backward without create_graph, got create_graph=True through {source.name}. "
                 "Gradient penalties need second derivatives, which only grad_sample='single' supports."
             )
+        if not recorder.counts_backward():
+            return
         if self.done:
             raise PrivacyError(
                 f"Expected one backward through {source.name}, got a second one. Give all but the last "

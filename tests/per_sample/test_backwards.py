@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
@@ -210,3 +210,21 @@ def test_parameters_switched_off_for_a_pass_get_nothing_from_it() -> None:
     twice = engine.per_sample_gradients()
     for name, grad in twice.items():
         assert_close(grad, expected[name] * (2 if name == "first.weight" else 1), 1.0, 1e-9, name)
+
+
+class ByInputs(nn.Module):
+    """A feature that is the gradient of an energy by the inputs, which gives the weights of the energy nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy, self.head = nn.Linear(3, 4), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x.detach().requires_grad_()
+        (force,) = torch.autograd.grad(self.energy(inputs).tanh().square().sum(), inputs)
+        return torch.cat([self.head(x + force), self.energy(x)], 1)
+
+
+def test_gradients_by_inputs_give_weights_nothing() -> None:
+    module = ByInputs().double()
+    assert_engine_agrees(module, lambda x: module(x).square().sum(1), torch.randn(5, 3, dtype=torch.float64))
