@@ -78,11 +78,11 @@ def stacks_of(views: Views, masks: Collection[str], *, lean: bool) -> Iterator[t
         sources, each = [source for source, _ in members], [calls for _, calls in members]
         keys = views[sources[0]]
         size = sources[0].recorder.num_samples
-        total += len(members) * (
-            sum(map(_numbers_of, each[0])) + size * sum(sources[0].nodes[key].numel for key in keys)
-        )
-        if total > MOST_STACKED:
-            return
+        copied = sum(map(_numbers_of, each[0])) if len(each) > 1 else 0
+        num = len(each) * (copied + size * sum(sources[0].nodes[key].numel for key in keys))
+        if total + num > MOST_STACKED:
+            continue
+        total += num
         calls = each[0] if len(each) == 1 else [_stacked(uses) for uses in zip(*each, strict=True)]
         locals_ = {sources[0].local[key] for key in keys}
         made = sources[0].rule.per_sample(sources[0].spec, calls, len(members) * size, locals_)

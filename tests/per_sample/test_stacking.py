@@ -75,6 +75,24 @@ def test_ways_of_small_gradients_agree(where: str, monkeypatch: pytest.MonkeyPat
     checks.assert_engine_agrees(module, loss_of(module), data)
 
 
+def test_long_inputs_of_one_layer_leave_the_others_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacking, "MOST_STACKED", 500)
+    first, others = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module, data = nn.ModuleList([first, others]), torch.randn(4, 200, 2)
+    monkeypatch.setattr(stacking, "FEW", 1000)
+
+    def loss(x: Tensor) -> Tensor:
+        return others((first(x) + first(x.sin())).sum(1)).sum(1)
+
+    engine = checks.make_engine(module, loss, data)
+    checks.run_batch(engine, loss, data, 4)
+    names = [name for name, _ in module.named_parameters()]
+    engine.squared_norms([names])
+    parts = [len(parts) for parts, _ in engine._parts._joined[tuple(names)]._shapes]
+    assert sorted(parts) == [1, 1, 2, 2]
+    engine.end()
+
+
 def test_layers_of_other_settings_are_computed_apart() -> None:
     norms = [nn.LayerNorm(4, eps=eps) for eps in (1e-5, 0.1, 1e-5)]
     module = nn.Sequential(nn.Linear(4, 4), *norms, nn.Linear(4, 4, bias=False), nn.Linear(4, 4)).double()
