@@ -43,7 +43,10 @@ NUM_SHOWN = 2  # images whose reconstructions are drawn
 
 
 class Collectives(TorchDispatchMode):
-    """A counter of collective operations, and of the bytes in all-reduces; ranks compare themselves by all-gathers."""
+    """A counter of collective operations, and of the bytes of sums in all-reduces.
+
+    Ranks also agree on checks by all-reduces of one whole number, and compare themselves by all-gathers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,12 +59,12 @@ class Collectives(TorchDispatchMode):
             self.calls[name] = self.calls.get(name, 0) + 1
             if name == "allreduce":
                 tensors = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, torch.Tensor)]
-                self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                self.bytes += sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
         return func(*args, **(kwargs or {}))
 
 
 class Counter(L.Callback):
-    """A callback that notes the bytes in all-reduces and the figure that the library logs, for steps within a pass."""
+    """A callback that notes the bytes of sums in all-reduces and the figure that the library logs."""
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
@@ -75,8 +78,6 @@ class Counter(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == 0:  # before the first step of a pass, ranks also agree on checks
-            return
         gradient = torch.cat([parameter.grad.flatten() for parameter in pl_module.parameters()])
         self.steps.append(
             {

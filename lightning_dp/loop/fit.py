@@ -107,7 +107,7 @@ class LoopFit:
             self._run(self._trial.transfer(batch), count, owners)
         else:
             self._run(self._records.stand_in(self._trial.copies), self._trial.copies, weight=0.0)
-        self._trial.check_new_loss(first_of_pass=begins_pass)
+        self._trial.check_new_loss()
         self.step.finish(0)
         return self._losses
 

@@ -227,18 +227,18 @@ class Trial:
         if step.settings.check_per_sample and not step.runs_samples_alone and step.recording is not None:
             self._runs.loss_form.see(loss, checked=False, num_operations=num_operations() - step.recording.began)
 
-    def check_new_loss(self, *, first_of_pass: bool, at_end: bool = False) -> None:
-        """Repeat the checks if a loss has a form that they have not seen; several processes agree on this at the first
-        step of a pass only. Before a release, or, under manual optimization, before the next step or the end.
+    def check_new_loss(self, *, at_end: bool = False) -> None:
+        """Repeat the checks if a loss has a form that they have not seen, on any of several processes. Before a
+        release, or, under manual optimization, before the next step or the end.
 
         Raises:
             PrivacyError: as in :meth:`prepare`.
         """
         form, step = self._runs.loss_form, self._step
-        since, alone = 100 if at_end else step.state.step - form.checked_at, step.reduction.world_size == 1
+        since = 100 if at_end else step.state.step - form.checked_at
         if since == 0:  # this step began with a check
             form.settle(by_check=False)
-        if (alone or first_of_pass) and step.reduction.agree(form.is_due(since)):
+        if step.reduction.agree(form.is_due(since)):
             exchanged = self._runs.exchanged  # before a release, also by manual steps
             try:
                 self.check_again(step.state.step, self._watched)

@@ -1,4 +1,4 @@
-"""Private training in N processes on any number of nodes: one all-reduce per logical step, no
+"""Private training in N processes on any number of nodes: one all-reduce of sums per logical step, no
 DistributedDataParallel.
 """
 
@@ -41,7 +41,8 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
     """Differentially private training of any LightningModule in several processes, on one machine or many.
 
     Every rank draws its own part of each Poisson sample, clips its samples and adds 1/W of the noise variance; one
-    all-reduce per logical step adds the sums of all W ranks. ``batch_size`` of the loader is per process, so that
+    all-reduce per logical step adds the sums of all W ranks, and one of a single number agrees on checks.
+    ``batch_size`` of the loader is per process, so that
     ``expected_batch_size = batch_size x world_size x accumulate_grad_batches``. Replicas start equal and stay equal.
 
     **Guarantee**: as for ``DPStrategy``, for the data of all ranks together.

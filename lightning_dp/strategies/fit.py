@@ -47,7 +47,7 @@ class PrivateFit:
         self._restore_generators = generators_restorer(self._device)
         self._batch: LogicalBatch | None = None
         self._on_device: Any = None
-        self._part, self._prepared, self._begins_pass = 0, False, True
+        self._part, self._prepared = 0, False
         self._layers = LayerChecks(module, runs_samples_alone=strategy.settings.counts_samples_alone)
         self._counts: Counts | None = None  # public counters before the last batch
         self.step = PrivateStep(
@@ -121,7 +121,7 @@ class PrivateFit:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""
         self.check_callbacks()
         if not self.step.automatic and self._prepared:
-            self._trial.check_new_loss(first_of_pass=True, at_end=True)
+            self._trial.check_new_loss(at_end=True)
         if self.step.reduction.any(self._host.hooks.stopped) and self._counts is not None:
             self._counts.end()
             self._trial.decisions.check_stop(self._counts.back_in)
@@ -180,7 +180,7 @@ class PrivateFit:
 
     def _begin(self, position: int | None) -> None:
         step, _ = self.step, self._strategy.plan
-        self._begins_pass = begins = self._strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared
+        begins = self._strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared
         step.begin(first_of_pass=begins, position=position)
         if begins:
             self._trial.begin_pass()
@@ -191,7 +191,7 @@ class PrivateFit:
         elif self._trial.is_due(step.state.step, first_of_pass=begins):
             self._trial.check_again(step.state.step)
         if not step.automatic:  # a form that began in the step before
-            self._trial.check_new_loss(first_of_pass=begins)
+            self._trial.check_new_loss()
         if step.unchecked_public:
             self._trial.check_public()
 
@@ -278,7 +278,7 @@ class PrivateFit:
     def check_new_loss(self) -> None:
         """Check a loss of a new form before anything of it is released, under automatic optimization."""
         if self.step.automatic and not self.on_trial:
-            self._trial.check_new_loss(first_of_pass=self._begins_pass)
+            self._trial.check_new_loss()
 
     def backward_done(self) -> None:
         """Check the backward of a microbatch; under automatic optimization, clip it and add it to the sum."""

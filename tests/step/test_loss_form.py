@@ -148,7 +148,5 @@ def test_ranks_agree_on_a_check_of_a_new_form() -> None:
     trial._runs = SimpleNamespace(loss_form=LossForm(), exchanged=None)
     trial._checked_at, trial._watched = 0, []
     trial.check_again = lambda number, positions: asked.append(number)
-    trial.check_new_loss(first_of_pass=False)
-    assert asked == []
-    trial.check_new_loss(first_of_pass=True)
+    trial.check_new_loss()
     assert asked == [False, 5]

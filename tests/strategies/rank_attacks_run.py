@@ -94,6 +94,14 @@ def loss_of_rank_0(module: Any, loss: Tensor) -> float:
     return module.trainer.strategy.broadcast(float(loss))
 
 
+class Later(Attack):
+    """The loss begins to couple records within the first pass."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * loss.detach() if batch_idx == 2 else loss
+
+
 class Hooked(Attack):
     """A backward hook scales gradients by their length over all ranks."""
 
@@ -161,6 +169,7 @@ ATTACKS: dict[str, Callable[[str], Any]] = {
     "loss of the other rank": lambda kind: fit(kind, Attack(loss_of_the_other_rank)),
     "gathered loss": lambda kind: fit(kind, Attack(gathered_loss)),
     "loss of rank 0": lambda kind: fit(kind, Attack(loss_of_rank_0)),
+    "later": lambda kind: fit(kind, Later()),
     "hook": lambda kind: fit(kind, Hooked()),
     "shuffled": lambda kind: fit(kind, data=loader(shuffled())),
     "halves": lambda kind: fit(kind, data=loader(Subset(make_dataset(), range(RANK, 64, 2)))),

@@ -22,6 +22,7 @@ REFUSED = {
     "loss of the other rank": COUPLED,
     "gathered loss": COUPLED,
     "loss of rank 0": COUPLED,
+    "later": "ComparisonError: One sample of a batch was exchanged for another record",
     "hook": COUPLED,
     "shuffled": DATA,
     "halves": DATA,
