@@ -30,7 +30,7 @@ class LoopFacts(StateFacts):
         """
         self.state.nonprivate_logs.add("nonprivate_loss")
         num = sum(count for _, count in self._losses)
-        mean = self.settings.loss_reduction == "mean"
+        mean = self.state.loss_reduction == "mean"
         return sum(float(loss) * (count if mean else 1) for loss, count in self._losses) / num if num else math.nan
 
 

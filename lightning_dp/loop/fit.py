@@ -76,7 +76,7 @@ class LoopFit:
             optimizer,
             loader,
             move,
-            reduction=settings.loss_reduction,
+            reduction=lambda: state.loss_reduction,
             world_size=reduction.world_size,
             limit=settings.samples_at_once,
         )

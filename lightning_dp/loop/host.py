@@ -31,7 +31,7 @@ class LoopHost(Host):
         optimizer: optimizer of the model.
         loader: the private loader.
         move: moves a batch to the device.
-        reduction: "mean" or "sum": how a scalar loss combines the samples.
+        reduction: returns "mean" or "sum": how a scalar loss combines the samples.
         world_size: ranks.
         limit: most samples of a microbatch, or None.
     """
@@ -43,7 +43,7 @@ class LoopHost(Host):
         loader: PrivateDataLoader,
         move: Callable[[Any], Any],
         *,
-        reduction: str,
+        reduction: Callable[[], str],
         world_size: int,
         limit: int | None,
     ) -> None:
@@ -90,7 +90,7 @@ class LoopHost(Host):
             TypeError: something that is no loss.
             ValueError: a loss of another shape, or one without a gradient.
         """
-        loss = checks.scalar_loss(output, count, self._reduction, source="loss_fn")
+        loss = checks.scalar_loss(output, count, self._reduction(), source="loss_fn")
         if loss is None:
             raise TypeError("Expected loss_fn to return a loss tensor, got None. Return the loss of shape () or (B,).")
         if not loss.requires_grad:

@@ -95,21 +95,13 @@ class Couplings:
         step, scale = self._runs.step, self._runs.scale(len(records))
         batched = run(records, engine=True).private
         tolerance = TOLERANCE[self._runs.coarsest(gradient.dtype for gradient in batched.values())]
-
-        def adds_up() -> bool:
-            """Tell whether the gradient of the whole batch equals the sum of its samples' gradients alone."""
-            whole = {name: gradient * scale for name, gradient in run(records, engine=False).private.items()}
-            parts = [run([record], engine=False).private for record in records]
-            return exchange.add_up(parts, whole, tolerance, step.reduction.total)
-
+        adds_up = partial(self.adds_up, snapshot, records, coin)
         compare = partial(
             compare_with_singles, batched, scale=scale, rtol=tolerance, module=step.module, total=step.reduction.total
         )
-        try:
-            compare(
-                (run([record], engine=False).private for record in records),
-                adds_up=None if step.settings.per_sample_loss else adds_up,  # which runs the loss of the batch
-            )
+        singles = (run([record], engine=False).private for record in records)
+        try:  # the loss of the batch counts for ``adds_up``
+            compare(singles, adds_up=None if step.settings.per_sample_loss else adds_up)
         except PrivacyError as error:
             if (wrong := wrong_rules(str(error))) and not isinstance(error, ComparisonError):
                 raise ValueError(
@@ -125,6 +117,16 @@ class Couplings:
                 raise
             among = (run([record] * len(records), engine=True).private for record in records)
             compare({name: rows[i] * scale for name, rows in one.items()} for i, one in enumerate(among))
+
+    def adds_up(self, snapshot: Snapshot, records: list[Any], coin: float = MIDDLE) -> bool:
+        """Tell whether the gradient of a batch, as its loss is read, is the sum of its records' gradients alone."""
+        whole, *parts = (
+            self._runs.again(snapshot, chosen, Draws(seed=1, coin=coin)).private
+            for chosen in (records, *([record] for record in records))
+        )
+        scale, total = self._runs.scale(len(records)), self._runs.step.reduction.total
+        tolerance = TOLERANCE[self._runs.coarsest(gradient.dtype for gradient in whole.values())]
+        return exchange.add_up(parts, {name: gradient * scale for name, gradient in whole.items()}, tolerance, total)
 
     def check_own_losses(self, snapshot: Snapshot, records: list[Any], *, seed: int) -> None:
         """Compare the gradients of three samples in a batch of the real size with those of the samples run alone."""

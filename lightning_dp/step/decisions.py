@@ -1,4 +1,6 @@
-"""Decisions of user code about steps and about the end of a run, which must not depend on the records."""
+"""Decisions of user code about steps and about the end of a run, and gradients of public optimizers, none of which may
+depend on the records.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import Any
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import exchange
+from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import seed_generators
 from lightning_dp.step.runs import Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
@@ -122,3 +125,34 @@ class Decisions:
                     f"batch and of {sorted(stepped)} on one sample alone. One sample could switch off all others: let "
                     "batch_idx or a count decide when to step (a sample that is not finite contributes zero anyway)."
                 )
+
+    def check_public(self) -> None:
+        """Check that a public optimizer's gradient depends neither on the records nor on their number.
+
+        An optimizer that did not step in this trial stays unchecked, and its real steps are refused until a later trial
+        has stepped it.
+
+        Raises:
+            PrivacyError: the gradient changes.
+        """
+        records = self._host.records(NUM_FEW)
+        found: list[Probe] = []
+        for chosen in (records[:1], records[1:2], records):
+            with self._sandbox.enter():
+                chosen = chosen * 2 if len(chosen) == 1 else chosen
+                found.append(self._runs.run(chosen, Draws(by_place=True), engine=False))
+        positions = self._step.settings.public_optimizers
+        for other, what in (
+            (found[1], "which samples are in the batch"),
+            (found[2], "how many samples the batch holds"),
+        ):
+            for name, gradient in found[0].public.items():
+                bound = 1e-5 * (1e-8 + float(gradient.abs().max()))
+                if name not in other.public or float((gradient - other.public[name]).abs().max()) > bound:
+                    raise PrivacyError(
+                        f"Expected the gradients of public_optimizers={positions!r} to be free of the data, got one "
+                        f"for {name!r} that changes with {what}. Leave the optimizer out of public_optimizers, or keep "
+                        "data and batch size out of its loss (a generator draws a fixed number of fakes for its own "
+                        "step)."
+                    )
+        self._step.unchecked_public -= found[0].stepped

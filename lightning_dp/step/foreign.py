@@ -32,12 +32,12 @@ class ForeignCode:
 
     Args:
         host: the object that runs the step.
-        reduction: "mean" or "sum": how a scalar loss combines the samples.
+        reduction: returns "mean" or "sum": how a scalar loss combines the samples.
         runs_alone: whether training itself runs each record alone, so that copies would hide an error.
     """
 
-    def __init__(self, host: Host, *, reduction: str, runs_alone: bool) -> None:
-        self._host, self._sums, self.runs_alone = host, reduction == "sum", runs_alone
+    def __init__(self, host: Host, *, reduction: Callable[[], str], runs_alone: bool) -> None:
+        self._host, self._reduction, self.runs_alone = host, reduction, runs_alone
         self._ran_one = False
         self.copies = 1
         """Number of copies that replace a single record in a run, or of runs where training runs it alone."""
@@ -88,7 +88,9 @@ class ForeignCode:
     def loss_of(self, output: Any, count: int) -> Tensor | None:
         """Return the loss of an output as a scalar; a summed loss of copies is divided by their number."""
         loss = self._host.loss_of(output, count)
-        return loss / self.copies if loss is not None and count == 1 and self._sums else loss
+        if loss is None or count > 1 or self._reduction() == "mean":
+            return loss
+        return loss / self.copies
 
     def attempt(self, check: Callable[[], T], put_back: Callable[[], None]) -> T:
         """Run a check and return its answer; if a record cannot run alone, repeat the check with two copies of it.
@@ -102,13 +104,12 @@ class ForeignCode:
         except OneAloneError as alone:
             put_back()
             self.copies, raised = 2, alone.__cause__
-        answer = check()
         _messages.info(
             f"The training step or a hook raised {type(raised).__name__} on one record alone ({str(raised)[:200]}), so "
-            f"the checks ran it {'twice' if self.runs_alone else 'on two copies'}. Training raises, too, if "
+            f"the checks run it {'twice' if self.runs_alone else 'on two copies'}. Training raises, too, if "
             f"{'an epoch has one batch.' if self.runs_alone else _SMALL}"
         )
-        return answer
+        return check()
 
 
 def note(error: BaseException, text: str) -> None:

@@ -20,7 +20,7 @@ def own_losses(step: PrivateStep, count: int) -> AbstractContextManager[object]:
     """Return a context in which each of some records has its own loss, if the step computes losses so."""
     if not step.takes_own_losses or step.runs_samples_alone:
         return nullcontext()
-    return OwnLosses(count, step.settings.loss_reduction, [*step.module.parameters(), *step.module.buffers()])
+    return OwnLosses(count, step.state.loss_reduction, [*step.module.parameters(), *step.module.buffers()])
 
 
 class Microbatch:
@@ -44,7 +44,7 @@ class Microbatch:
     ) -> None:
         self._step, self._owners = step, owners
         self.count, self.weight, self.further = count, weight, further
-        mean = step.settings.loss_reduction == "mean"
+        mean = step.state.loss_reduction == "mean"
         self.scale: float | Tensor = weight * (count if mean else 1) * divisor
         """Factor from the recorded gradient of each sample to that of its own loss; one, or shape (B,) in float64."""
         if owners is not None and step.settings.unit_gradient == "mean":

@@ -80,7 +80,7 @@ class TrialRuns:
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
         self.step, self.sandbox = step, sandbox
         self.host = ForeignCode(
-            host, reduction=step.settings.loss_reduction, runs_alone=step.settings.runs_samples_alone
+            host, reduction=lambda: step.state.loss_reduction, runs_alone=step.settings.runs_samples_alone
         )
         self.loss_form = LossForm()
         self.exchanged: Exchanged | None = None
@@ -107,7 +107,7 @@ class TrialRuns:
 
     def scale(self, count: int) -> int:
         """Return the factor from gradients of the loss of ``count`` samples to gradients of each sample's own loss."""
-        return count if self.step.settings.loss_reduction == "mean" else 1
+        return count if self.step.state.loss_reduction == "mean" else 1
 
     @contextmanager
     def progress(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ ClippingName = Literal["flat", "per_layer", "automatic", "psac", "none"]
 AccountantName = Literal["pld", "rdp", "prv", "gdp", "tcdp"]
 Sampling = Literal["poisson", "shuffle", "cyclic"]
 Relation = Literal["add_or_remove_one", "replace_one", "zero_out"]
-LossReduction = Literal["mean", "sum"]
+LossReduction = Literal["auto", "mean", "sum"]
 UnitGradient = Literal["mean", "sum"]
 GradSample = Literal["auto", "rules", "single", "materialize"]
 _FLAGS = (
@@ -49,7 +49,7 @@ class Settings:
     allow_public_checkpoint: bool = False
     secure_rng: bool = False
     seed: int | None = None
-    loss_reduction: str = "mean"
+    loss_reduction: str = "auto"
     public_optimizers: tuple[int, ...] = ()
     strict_logging: bool = False
     tune_process: bool = True
@@ -91,7 +91,7 @@ class Settings:
         check.check_choice("grad_sample", self.grad_sample, ("auto", "rules", "single", "materialize"))
         check.check_choice("neighboring_relation", self.neighboring_relation, RELATIONS)
         check.check_choice("memory", self.memory, ("fast", "lean"))
-        check.check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
+        check.check_choice("loss_reduction", self.loss_reduction, ("auto", "mean", "sum"))
         object.__setattr__(self, "public_optimizers", check_positions(self.public_optimizers))
         self._check_unit()
         self._check_noise()

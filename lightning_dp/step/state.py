@@ -20,6 +20,7 @@ from lightning_dp.step.settings import Settings
 
 _ALONE = "by construction, one sample runs at a time"
 _UNFOLLOWED = f"{_ALONE}, since no rule follows the module's operations"
+_SUMMED = "the loss of a batch taken for the sum of its records' losses, as a comparison showed"
 
 
 class PrivacyState:
@@ -55,7 +56,7 @@ class PrivacyState:
         self.checked_steps: list[int] = []
         self._kept_apart: list[str] = []
         self.decided: tuple[str, ...] = ()
-        self._seeded, self._secure = seeded, secure
+        self._seeded, self._secure, self._reduction = seeded, secure, "auto"
         self._history: list[Ledger] = []
         self._history_given = self._own_steps = False
 
@@ -69,6 +70,7 @@ class PrivacyState:
             seeded=settings.seed is not None,
             secure=settings.secure_rng,
         )
+        state._reduction = settings.loss_reduction
         if history is not None:
             state.begin_after(read_history(history))
         return state
@@ -142,6 +144,16 @@ class PrivacyState:
             chosen: whether the user asked for it; else no rule could follow the module.
         """
         self.note_kept_apart(_ALONE if chosen else _UNFOLLOWED)
+
+    @property
+    def loss_reduction(self) -> str:
+        """Way in which a scalar loss combines the samples: "mean" or "sum", as given or as found, resumed or not."""
+        found = "sum" if _SUMMED in self._kept_apart else "mean"
+        return found if self._reduction == "auto" else self._reduction
+
+    def note_sum(self, *, found: bool) -> None:
+        """Take note that a loss whose reduction was not given is a sum over the batch, or drop this note."""
+        self._kept_apart = [why for why in self._kept_apart if why != _SUMMED] + [_SUMMED] * found
 
     def summary_line(self) -> str:
         """Return the line that reports, at the end of a fit, the privacy spent."""

@@ -19,7 +19,6 @@ from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.host import Host
 from lightning_dp.step.loss_form import versions_of
 from lightning_dp.step.microbatch import own_losses
-from lightning_dp.step.probe import Probe
 from lightning_dp.step.ranks import check_ranks
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
@@ -78,7 +77,8 @@ class Trial:
     def prepare(self) -> None:
         """Infer the layout, and check on records from all over the training set that samples are independent.
 
-        Where rules cannot follow the module, and samples are independent, they run one at a time from here on.
+        Where rules cannot follow the module, and samples are independent, they run one at a time from here on. A loss
+        that proves to be a sum over the batch is read as one, see ``OneByOne.find_sum``.
 
         Raises:
             PrivacyError: a sample's gradient depends on another sample, or state depends on the samples.
@@ -87,17 +87,28 @@ class Trial:
         self._begin_checks(step.state.step)
         records = self._host.records(NUM_SPREAD)
         checks = settings.check_per_sample and len(records) > 1
+        begins_run = step.state.steps_taken == 0  # else the reading of the first step stays
+        if begins_run:
+            step.state.note_sum(found=False)
         with self._sandbox.enter() as snapshot, self._runs.progress():
-            if not step.runs_samples_alone:
-                error = self._learn_layout(snapshot, records)
-                if error is None and settings.per_sample_loss and not checks:
-                    error = PrivacyError("One record is too little to compare its loss in a batch with its own.")
-                self._choose(snapshot, records, error)
-            if checks:
-                self._host.attempt(lambda: self._check(snapshot, records), snapshot.put_back)
+            try:
+                self._prepare(snapshot, records, checks=checks)
+            except ComparisonError:
+                if not (begins_run and checks and self._one_by_one.find_sum(snapshot, records)):
+                    raise
+                self._prepare(snapshot, records, checks=checks)
         self._take_note()
         if checks:
             step.unchecked_public = set(settings.public_optimizers)
+
+    def _prepare(self, snapshot: Snapshot, records: list[Any], *, checks: bool) -> None:
+        if not self._step.runs_samples_alone:
+            error = self._learn_layout(snapshot, records)
+            if error is None and self._step.settings.per_sample_loss and not checks:
+                error = PrivacyError("One record is too little to compare its loss in a batch with its own.")
+            self._choose(snapshot, records, error)
+        if checks:
+            self._host.attempt(lambda: self._check(snapshot, records), snapshot.put_back)
 
     def _begin_checks(self, number: int, *, public: bool = True) -> None:
         """Check that ranks agree, and that an item is the same whatever else is read.
@@ -199,6 +210,7 @@ class Trial:
                 spares = [record for record in records if not any(record is own for own in batch)][-NUM_SPARES:]
                 real = len(batch) > 1 and spares and self._step.reduction.world_size == 1
                 exchanged = [*batch, *spares] if real else records
+                self._one_by_one.check_sum(snapshot, records)
                 if found := self._runs.take_exchanged():
                     self._couplings.exchange_collated(snapshot, found, seed=number)
                 self._couplings.exchange_one(snapshot, exchanged, seed=number, size=len(batch) if real else 0)
@@ -265,34 +277,3 @@ class Trial:
         if len(few) > 1:
             with self._sandbox.enter() as snapshot, self._runs.progress():
                 self._host.attempt(lambda: self._couplings.check_state(snapshot, few), snapshot.put_back)
-
-    def check_public(self) -> None:
-        """Check that a public optimizer's gradient depends neither on the records nor on their number.
-
-        An optimizer that did not step in this trial stays unchecked, and its real steps are refused until a later trial
-        has stepped it.
-
-        Raises:
-            PrivacyError: the gradient changes.
-        """
-        records = self._host.records(NUM_FEW)
-        found: list[Probe] = []
-        for chosen in (records[:1], records[1:2], records):
-            with self._sandbox.enter():
-                chosen = chosen * 2 if len(chosen) == 1 else chosen
-                found.append(self._runs.run(chosen, Draws(by_place=True), engine=False))
-        positions = self._step.settings.public_optimizers
-        for other, what in (
-            (found[1], "which samples are in the batch"),
-            (found[2], "how many samples the batch holds"),
-        ):
-            for name, gradient in found[0].public.items():
-                bound = 1e-5 * (1e-8 + float(gradient.abs().max()))
-                if name not in other.public or float((gradient - other.public[name]).abs().max()) > bound:
-                    raise PrivacyError(
-                        f"Expected the gradients of public_optimizers={positions!r} to be free of the data, got one "
-                        f"for {name!r} that changes with {what}. Leave the optimizer out of public_optimizers, or keep "
-                        "data and batch size out of its loss (a generator draws a fixed number of fakes for its own "
-                        "step)."
-                    )
-        self._step.unchecked_public -= found[0].stepped

@@ -110,6 +110,57 @@ class OneByOne:
         )
         return False
 
+    def find_sum(self, snapshot: Snapshot, records: list[Any]) -> bool:
+        """Read a scalar loss as a sum over the batch if it proves to be one and ``loss_reduction`` is "auto".
+
+            grad(loss of a batch)  =  sum_i grad(loss of record i alone)
+
+        **Guarantee**: the reading changes neither sensitivity nor noise, because each sample is clipped under either
+        one. It is made before the first release, where the run would be refused otherwise, from an identity of the loss
+        that holds on all records; so it tells no more of them than that the run was not refused. All later checks hold
+        the loss to it, in resumed runs too.
+
+        Args:
+            snapshot: of the state before the runs.
+            records: from all over the training set.
+
+        Returns:
+            True if the loss is read as a sum from here on, by all ranks.
+        """
+        step = self._runs.step
+        if step.settings.loss_reduction != "auto" or step.state.loss_reduction == "sum":
+            return False
+        step.state.note_sum(found=True)
+        if not self._adds_up(snapshot, records):
+            step.state.note_sum(found=False)
+            return False
+        _messages.info(
+            "The loss is a sum over the batch, as a comparison with records run alone shows, so each record's own loss "
+            "counts, as with loss_reduction='sum'. Private gradients are divided by the expected batch size as ever."
+        )
+        return True
+
+    def check_sum(self, snapshot: Snapshot, records: list[Any]) -> None:
+        """Check that a loss that was found to be a sum over the batch still is one.
+
+        Raises:
+            ComparisonError: it is not.
+        """
+        step = self._runs.step
+        found = step.settings.loss_reduction == "auto" and step.state.loss_reduction == "sum"
+        if found and not self._adds_up(snapshot, records):
+            raise ComparisonError(
+                "Expected the loss to stay the sum over a batch that it was before the first step, got another one. "
+                "Gradients would be too small or too large: use one reduction in all steps."
+            )
+
+    def _adds_up(self, snapshot: Snapshot, records: list[Any]) -> bool:
+        coins = (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,)
+        few = differing(records)[:NUM_ALONE]
+        return not self._runs.step.reduction.agree(
+            not all(self._couplings.adds_up(snapshot, few, coin) for coin in coins)
+        )
+
     def _run_alone(self) -> None:
         self._runs.step.run_alone()
         self._runs.host.runs_alone = True

@@ -67,7 +67,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         allow_public_checkpoint: bool = False,
         secure_rng: bool = False,
         seed: int | None = None,
-        loss_reduction: LossReduction = "mean",
+        loss_reduction: LossReduction = "auto",
         public_optimizers: Sequence[int] = (),
         strict_logging: bool = False,
         history: History = None,
@@ -188,7 +188,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Back-propagate one microbatch; under automatic optimization, add its clipped sum immediately."""
         if closure_loss.dim() > 0:
-            closure_loss = checks.reduced(closure_loss, self.settings.loss_reduction)
+            closure_loss = checks.reduced(closure_loss, self.state.loss_reduction)
         if self._fit is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         self._fit.see_loss(closure_loss)

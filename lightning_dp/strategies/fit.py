@@ -193,7 +193,7 @@ class PrivateFit:
         if not step.automatic:  # a form that began in the step before
             self._trial.check_new_loss()
         if step.unchecked_public:
-            self._trial.check_public()
+            self._trial.decisions.check_public()
 
     def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any] | None]) -> None:
         """Run all microbatches except the real call's in the sandbox, each from the same state.

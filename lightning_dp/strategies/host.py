@@ -157,7 +157,7 @@ class LightningHost(Host):
 
     @override
     def loss_of(self, output: Any, count: int) -> Tensor | None:
-        return checks.scalar_loss(output, count, self._strategy.settings.loss_reduction)
+        return checks.scalar_loss(output, count, self._strategy.state.loss_reduction)
 
     def empty_batch(self, copies: int) -> Any:
         """Return the batch that hooks see if no sample was drawn: the user's structure with tensors of length 0."""

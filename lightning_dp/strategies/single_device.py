@@ -63,7 +63,8 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
             rule can follow the module and samples are independent, which is said once; "rules": an error there;
             "single": one record at a time, for any module; "materialize": explicit per-sample gradients of every layer
             (the reference).
-        loss_reduction: "mean" or "sum": how a scalar loss combines the samples. A loss of shape (B,) needs neither.
+        loss_reduction: "mean" or "sum": how a scalar loss combines the samples. "auto": a mean, or a sum if the checks
+            before the first step show that it is one, which is said once. A loss of shape (B,) needs neither.
         fix: replace layers that cannot be trained privately (BatchNorm), as ``lightning_dp.fix`` does, before the
             optimizers are made. It changes what such layers compute.
         per_sample_loss: let each record's own loss count, as computed on that record alone, where the loss of a batch

@@ -126,7 +126,7 @@ USUAL: dict[str, list[Any]] = {
     "check_per_sample": [True, False],
     "secure_rng": [True, False],
     "seed": [0, 10**30],
-    "loss_reduction": ["mean", "sum"],
+    "loss_reduction": ["auto", "mean", "sum"],
     "public_optimizers": [(), (0,), (1,)],
     "strict_logging": [True, False],
 }

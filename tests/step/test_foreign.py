@@ -44,7 +44,7 @@ def fit(module: Any, tmp_path: Any, loader: Any = None, **options: Any) -> DPStr
     return strategy
 
 
-@pytest.mark.parametrize(("module", "reduction"), [(NeedsTwo, "mean"), (Sums, "sum")])
+@pytest.mark.parametrize(("module", "reduction"), [(NeedsTwo, "mean"), (Sums, "sum"), (Sums, "auto")])
 def test_a_step_that_needs_two_records_is_checked_on_copies(
     module: Any, reduction: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,7 +160,7 @@ class Host:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_loss_of_two_copies_is_that_of_the_record(reduction: str) -> None:
     host = Host(sums=reduction == "sum")
-    code = ForeignCode(host, reduction=reduction, runs_alone=False)  # type: ignore[arg-type]
+    code = ForeignCode(host, reduction=lambda: reduction, runs_alone=False)  # type: ignore[arg-type]
     with pytest.raises(OneAloneError):
         code.run([3.0])
     put_back: list[int] = []
@@ -275,6 +275,6 @@ def test_a_guard_over_the_batch_is_named_as_the_cause(tmp_path: Any) -> None:
 def test_a_copy_runs_on_a_copy_of_its_host() -> None:
     """A callback that holds the trainer is copied with all that the trainer holds."""
     host = Recorder()
-    copied = copy.deepcopy(ForeignCode(host, reduction="mean", runs_alone=False))  # type: ignore[arg-type]
+    copied = copy.deepcopy(ForeignCode(host, reduction=lambda: "mean", runs_alone=False))  # type: ignore[arg-type]
     assert type(copied._host) is Recorder
     assert copied._host is not host

@@ -239,7 +239,10 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "mixup": (Case(lambda: Mixup(mlp()), vectors), TOGETHER),
     "mean over tokens": (Case(lambda: TokenMean(CASES["tied language model"].module().network), tokens), SCALED),
     "class weights": (Case(lambda: ClassWeights(mlp()), vectors), SCALED),
-    "sum taken for a mean": (CASES["sum of losses"]._replace(options={}), "not a mean. Pass loss_reduction='sum'"),
+    "sum taken for a mean": (
+        CASES["sum of losses"]._replace(options={"loss_reduction": "mean"}),
+        "not a mean. Pass loss_reduction='sum'",
+    ),
     "root of the batch size": (
         Case(lambda: MeanOfSquares(mlp()), vectors),
         "something that depends on the batch's size",
