@@ -153,7 +153,8 @@ def _mapped(
         axes.append(axis if isinstance(axis, BatchAxis) and not copied else None)
         if isinstance(axis, BatchAxis) and not copied:
             front, rows = axis.to_front(tensor, size, where)
-            tensor = front.reshape(size, rows, *front.shape[1:])
+            # by one axis: a view that kept odd strides of axes of length 1 makes backwards of convolutions fail
+            tensor = front.reshape(-1).view(size, rows, *front.shape[1:])
         inputs.append(tensor)
     structures: list[Any] = []
 

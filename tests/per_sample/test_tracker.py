@@ -241,6 +241,22 @@ def test_layers_without_a_rule(layer: nn.Module) -> None:
     assert_engine_agrees(module, _loss(module), data)
 
 
+def test_a_transposed_convolution_of_one_position() -> None:
+    """Its input is a transposed view, whose strides torch takes for channels that come last."""
+
+    class Use(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Linear(4, 4), nn.ConvTranspose1d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.first(x).tanh().transpose(1, 2))
+
+    torch.manual_seed(0)
+    module = Use().double()
+    assert_engine_agrees(module, _loss(module), _data(1, 4))
+
+
 def test_randomness_beside_a_parameter_is_drawn_once() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
