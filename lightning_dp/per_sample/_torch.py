@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -101,10 +101,12 @@ def arguments_of(func: Any) -> tuple[str, list[Any]]:
     return func._schema.name.removeprefix("aten::").rstrip("_"), list(func._schema.arguments)
 
 
-def is_compiled(module: Any) -> bool:
-    """Tell whether ``torch.compile`` was applied to a module, by a wrapper, in place or by Lightning."""
+def is_compiled(code: Any) -> bool:
+    """Tell whether ``torch.compile`` was applied to a function or a module, by a wrapper, in place or by Lightning."""
+    if isinstance(code, FunctionType):
+        return hasattr(code, "_torchdynamo_orig_callable") and not getattr(code, "_torchdynamo_disable", False)
     marks = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
-    return any(getattr(module, name, None) is not None for name in marks)
+    return any(getattr(code, name, None) is not None for name in marks)
 
 
 def uncompiled() -> AbstractContextManager[object]:

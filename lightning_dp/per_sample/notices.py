@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+
 from torch import nn
 
 from lightning_dp.per_sample._torch import is_compiled
@@ -26,13 +28,22 @@ def notices(module: nn.Module, *, runs_samples_alone: bool) -> list[str]:
         found.append(
             f"Embeddings with sparse=True get dense gradients ({_listed(sparse)}): noise is added to every coordinate."
         )
-    compiled = [name or "the module itself" for name, layer in module.named_modules() if is_compiled(layer)]
+    compiled = [name for path, layer in module.named_modules() for name in _compiled_in(path, layer)]
     if compiled and not runs_samples_alone:
         found.append(
-            f"Compiled submodules run eagerly ({_listed(compiled)}): compiled code does not report what it does with "
-            "parameters. grad_sample='single' keeps them compiled."
+            f"Compiled modules and functions run eagerly ({_listed(compiled)}): compiled code does not report what it "
+            "does with parameters. grad_sample='single' keeps them compiled."
         )
     return found
+
+
+def _compiled_in(path: str, layer: nn.Module) -> list[str]:
+    """Return the path of a compiled layer, or of compiled functions that are attributes of a layer or of its class."""
+    if is_compiled(layer):
+        return [path or "the module itself"]
+    held = {name: value for owner in (*reversed(type(layer).__mro__), layer) for name, value in vars(owner).items()}
+    functions = [name for name, value in held.items() if isinstance(value, FunctionType) and is_compiled(value)]
+    return [f"{path}.{name}".removeprefix(".") for name in functions]
 
 
 def _listed(names: list[str]) -> str:

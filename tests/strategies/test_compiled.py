@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from lightning_dp import DPStrategy
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, NUM_RECORDS, Classifier, make_loader, make_trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
+pytestmark = [  # torch's own warnings, when its compiler is imported and when it looks at an input
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 class Network(nn.Module):
@@ -20,13 +23,13 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+        self.layer, self.activation = nn.Linear(NUM_FEATURES, NUM_CLASSES), torch.tanh
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layer(features).tanh()
+        return self.activation(self.layer(features))
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "whole"])
+@pytest.mark.parametrize("how", ["wrapped", "in place", "whole", "function"])
 @pytest.mark.parametrize("grad_sample", ["single", "rules"])
 def test_compiled_code_runs_for_single_samples_alone(tmp_path: Any, caplog: Any, grad_sample: Any, how: str) -> None:
     """Also after the fit, whose trials watch operations: torch would not compile again what it has run so."""
@@ -42,6 +45,8 @@ def test_compiled_code_runs_for_single_samples_alone(tmp_path: Any, caplog: Any,
     module.network = torch.compile(network, backend=backend) if how == "wrapped" else network
     if how == "in place":
         network.compile(backend=backend)
+    if how == "function":
+        network.activation = torch.compile(lambda x: x.tanh(), backend=backend)
     given: Any = torch.compile(module, backend=backend) if how == "whole" else module
     before = network.layer.weight.detach().clone()
     strategy = DPStrategy(noise_multiplier=0.0, sampling="shuffle", grad_sample=grad_sample, seed=0)
@@ -49,6 +54,7 @@ def test_compiled_code_runs_for_single_samples_alone(tmp_path: Any, caplog: Any,
     assert not torch.equal(network.layer.weight, before)
     num = NUM_RECORDS if grad_sample == "single" else 0
     assert len(runs) == num
-    assert caplog.text.count("Compiled submodules run eagerly") == (0 if num else 1)
+    assert caplog.text.count("Compiled modules and functions run eagerly") == (0 if num else 1)
+    assert ("(network.activation)" in caplog.text) == (how == "function" and not num)
     given(torch.ones(2, NUM_FEATURES))
     assert len(runs) > num
