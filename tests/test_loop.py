@@ -456,10 +456,6 @@ def coupled(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(outputs - outputs.mean(0), batch[1])
 
 
-def summed(model: nn.Module, batch: Any) -> Tensor:
-    return losses(model, batch).sum()
-
-
 class Queue:
     """A loss that remembers records in a list of its own."""
 
@@ -478,7 +474,6 @@ class Queue:
     [
         (stepping, "SGD stepped by itself while your step ran on trial"),
         (coupled, "gradient"),
-        (summed, "gradient"),
         (Queue(), "changes with what training_step saw before"),
     ],
 )

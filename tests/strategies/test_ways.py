@@ -299,7 +299,7 @@ ATTACKS: dict[str, Any] = {
     "shared denominator": lambda: Model(loss=denominator),
     "ranking": lambda: Model(loss=ranked),
     "spread of the batch": lambda: Model(loss=spread),
-    "sum taken for a mean": lambda: Model(loss=lambda x, y: F.cross_entropy(x, y, reduction="sum")),
+    "sum under a constant": lambda: Model(loss=lambda x, y: F.cross_entropy(x, y, reduction="sum") / len(x) ** 0.5),
     "large batches alone": lambda: Model(Late()),
     "a rare coin": lambda: Model(lambda x: x - x.mean(0) if torch.rand(()) < 0.1 else x),
 }
