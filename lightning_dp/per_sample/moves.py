@@ -230,7 +230,9 @@ def owners_after(step: Step, handler: Callable[[Step], Found] | None, axis_after
     """Return the owners of a finished operation's result, or of each tensor in the result."""
     first = step.owned[0][1]
     if first.only is not None and all(rows.only == first.only for _, rows in step.owned):
-        return Rows(None, first.index[:1])
+        # a sum of one sample's rows may get rows of other samples later
+        found = _added(step) if handler is _added and len(step.identity) > 1 else MIXED
+        return found if isinstance(found, Rows) else Rows(None, first.index[:1])
     if handler is None:
         if axis_after is None or len(step.owned) > 1 or first.axis is None:
             return MIXED

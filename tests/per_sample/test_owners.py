@@ -574,6 +574,48 @@ def test_rows_that_values_choose_are_followed(how: str) -> None:
     engine.end()
 
 
+class Experts(nn.Module):
+    """Each row goes through the expert of its sign; the results are added up in place, one expert after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), nn.Linear(3, 1)
+        self.double()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        result = torch.zeros_like(rows)
+        for sign, expert in zip((1, -1), self.experts, strict=True):
+            chosen = (rows[:, 0].sign() == sign).nonzero()[:, 0]
+            result.index_add_(0, chosen, expert(rows[chosen]).tanh())
+        return self.head(result)
+
+
+@pytest.mark.parametrize("signs", [[-1, 1], [1, -1], [-1, 1, -1], [1]], ids=str)
+def test_experts_of_one_row_each_are_followed(signs: list[int]) -> None:
+    torch.manual_seed(0)
+    module, rows = Experts(), _features(3, 3)
+    rows[:, 0] = rows[:, 0].abs()
+    engine = PerSampleEngine(module)
+    engine.attach()
+    engine.set_parameters(dict(module.named_parameters()))
+
+    def run(batch: Tensor) -> None:
+        engine.see(batch)
+        module(batch).square().sum().backward()
+
+    assert engine.prefer_owners()
+    engine.learn_layout(lambda size: run(rows[[0, 1, 0][:size]]), (2, 3), alike=True)
+    batch = rows[: len(signs)].clone()
+    batch[:, 0] *= torch.tensor(signs)
+    expected = reference.per_sample_gradients(module, lambda i: module(batch[i : i + 1]).square().sum(), len(signs))
+    engine.begin(len(signs))
+    run(batch)
+    engine.check_tracked()
+    for name, grad in engine.per_sample_gradients().items():
+        assert_close(grad, expected[name], float(expected[name].abs().max()), 1e-9, name)
+    engine.end()
+
+
 class Started(nn.Module):
     """A recurrent layer from a trained state, then a loop over the samples."""
 
