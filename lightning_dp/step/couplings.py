@@ -118,8 +118,8 @@ class Couplings:
             among = (run([record] * len(records), engine=True).private for record in records)
             compare({name: rows[i] * scale for name, rows in one.items()} for i, one in enumerate(among))
 
-    def adds_up(self, snapshot: Snapshot, records: list[Any], coin: float = MIDDLE) -> bool:
-        """Tell whether the gradient of a batch, as its loss is read, is the sum of its records' gradients alone."""
+    def adds_up(self, snapshot: Snapshot, records: list[Any], coin: float = MIDDLE) -> bool | None:
+        """Tell whether the gradient of a batch is the sum of its records' gradients alone; None if all are zero."""
         whole, *parts = (
             self._runs.again(snapshot, chosen, Draws(seed=1, coin=coin)).private
             for chosen in (records, *([record] for record in records))

@@ -145,7 +145,8 @@ def compare(
     if norms.numel() == 0:
         return
     lengths = norms.nan_to_num().square().sum(0).sqrt()
-    differs = (norms - others).abs() > tolerance * lengths
+    # a gradient of zero may have the norm of a floor of rounding, which is scaled by the size of the batch
+    differs = (norms - others).abs() > tolerance * lengths + torch.finfo(first.norms.dtype).tiny ** 0.5
     differs |= norms.isfinite() != others.isfinite()
     if bool(differs.any()):
         worst = ((norms - others).abs() / lengths.clamp_min(1e-300)).nan_to_num(nan=float("inf")).max()
@@ -221,8 +222,8 @@ def add_up(
     whole: Mapping[str, Tensor],
     tolerance: float,
     total: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
-) -> bool:
-    """Tell whether gradients add up to a whole, within a tolerance relative to the longest of them.
+) -> bool | None:
+    """Tell whether gradients add up to a whole, within a tolerance relative to the longest; None if all are zero.
 
     Args:
         parts: gradients by parameter; a missing one is zero.
@@ -238,8 +239,10 @@ def add_up(
     rest = whole
     for part in parts:
         rest = minus(rest, part)
-    longest = max(map(length, parts))
-    return longest > 0 and length(rest) <= tolerance * longest  # not where a gradient is NaN
+    longest, left = max(map(length, parts)), length(rest)
+    if longest == left == 0:
+        return None
+    return longest > 0 and left <= tolerance * longest  # not where a gradient is NaN
 
 
 def spoiled(record: Any, value: float) -> Any:

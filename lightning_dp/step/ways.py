@@ -88,7 +88,7 @@ class OneByOne:
             return False
         coupled: PrivacyError | None = None
         try:
-            self.check(snapshot, records, seed=0)
+            self.check(snapshot, records, seed=0, first=True)
         except OneAloneError as alone:
             coupled = PrivacyError(f"{reason} Nor can a record run alone: {alone.__cause__}")
         except ComparisonError as found:
@@ -131,7 +131,8 @@ class OneByOne:
         if step.settings.loss_reduction != "auto" or step.state.loss_reduction == "sum":
             return False
         step.state.note_sum(found=True)
-        if not self._adds_up(snapshot, records):
+        found = self._adds_up(snapshot, records)
+        if step.reduction.agree(False in found or True not in found):
             step.state.note_sum(found=False)
             return False
         _messages.info(
@@ -148,25 +149,29 @@ class OneByOne:
         """
         step = self._runs.step
         found = step.settings.loss_reduction == "auto" and step.state.loss_reduction == "sum"
-        if found and not self._adds_up(snapshot, records):
+        if found and step.reduction.agree(False in self._adds_up(snapshot, records)):
             raise ComparisonError(
                 "Expected the loss to stay the sum over a batch that it was before the first step, got another one. "
                 "Gradients would be too small or too large: use one reduction in all steps."
             )
 
-    def _adds_up(self, snapshot: Snapshot, records: list[Any]) -> bool:
+    def _adds_up(self, snapshot: Snapshot, records: list[Any]) -> list[bool | None]:
         coins = (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,)
         few = differing(records)[:NUM_ALONE]
-        return not self._runs.step.reduction.agree(
-            not all(self._couplings.adds_up(snapshot, few, coin) for coin in coins)
-        )
+        return [self._couplings.adds_up(snapshot, few, coin) for coin in coins]
 
     def _run_alone(self) -> None:
         self._runs.step.run_alone()
         self._runs.host.runs_alone = True
 
-    def check(self, snapshot: Snapshot, records: list[Any], *, seed: int) -> None:
+    def check(self, snapshot: Snapshot, records: list[Any], *, seed: int, first: bool = False) -> None:
         """Check that the gradient of a batch is that of its records run alone.
+
+        Args:
+            snapshot: of the state before the runs.
+            records: from all over the training set.
+            seed: chooses the records of a batch of the real size.
+            first: whether gradients that are all zero are too little to tell; later they may be, as of a hinge loss.
 
         Raises:
             ComparisonError: it is not, or there is too little to tell.
@@ -174,18 +179,20 @@ class OneByOne:
         few = differing(records)[: NUM_ALONE + 1]
         if len(few) < 2:
             raise ComparisonError(f"{len(few)} record is too little to tell. {_COUPLED}")
-        self._check_batch(snapshot, few[:NUM_ALONE], MIDDLE)
+        shown = [self._check_batch(snapshot, few[:NUM_ALONE], MIDDLE)]
         if len(few) > NUM_ALONE:
-            self._check_batch(snapshot, [*few[1:NUM_ALONE], few[-1]], MIDDLE)
+            shown.append(self._check_batch(snapshot, [*few[1:NUM_ALONE], few[-1]], MIDDLE))
         for coin in (LOW, HIGH) if self._runs.has_coins else ():
-            self._check_batch(snapshot, few[:NUM_ALONE], coin)
+            shown.append(self._check_batch(snapshot, few[:NUM_ALONE], coin))
         self._check_exchange(snapshot, self._couplings.real_records(seed), seed)
+        if first and not any(shown):
+            raise ComparisonError(f"Gradients that are all zero are too little to tell. {_COUPLED}")
 
-    def _check_batch(self, snapshot: Snapshot, records: list[Any], coin: float) -> None:
+    def _check_batch(self, snapshot: Snapshot, records: list[Any], coin: float) -> bool:
         draws = Draws(seed=1, coin=coin)
         together, _ = self._gradient(snapshot, records, draws)
         alone = [self._gradient(snapshot, [record], draws)[0] for record in records]
-        _check_sum(alone, together, self._runs.coarsest(gradient.dtype for gradient in together.values()))
+        return _check_sum(alone, together, self._runs.coarsest(gradient.dtype for gradient in together.values()))
 
     def _check_exchange(self, snapshot: Snapshot, records: list[Any], seed: int) -> None:
         """Exchange the first record of a batch of the real size: its own two gradients alone must explain what
@@ -220,9 +227,12 @@ class OneByOne:
         return {name: gradient * scale for name, gradient in found.items()}, time.perf_counter() - began
 
 
-def _check_sum(parts: list[dict[str, Tensor]], whole: dict[str, Tensor], dtype: torch.dtype) -> None:
-    if not exchange.add_up(parts, whole, TOLERANCE[dtype]):
+def _check_sum(parts: list[dict[str, Tensor]], whole: dict[str, Tensor], dtype: torch.dtype) -> bool:
+    """Check that gradients add up to a whole; return whether any of them is not zero."""
+    found = exchange.add_up(parts, whole, TOLERANCE[dtype])
+    if found is False:
         raise ComparisonError(_COUPLED)
+    return found is not None
 
 
 def _public(reason: PrivacyError) -> str:

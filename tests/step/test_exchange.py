@@ -66,6 +66,28 @@ def test_another_direction_is_found_where_norms_agree() -> None:
         exchange.compare(one, two, stays, tolerance=1e-6, what="exchanged")
 
 
+@pytest.mark.parametrize(("dtype", "floor"), [(torch.float64, 1e-160), (torch.float32, 1e-22)])
+def test_a_norm_of_a_floor_of_rounding_is_zero(dtype: torch.dtype, floor: float) -> None:
+    """It is scaled by the size of the batch, which differs where a sample is left out."""
+
+    def found(size: int, low: float) -> exchange.Fingerprint:
+        norms = torch.tensor([[size * low, 1.0, 1.0]], dtype=dtype)
+        return exchange.Fingerprint(norms, {}, size, frozenset())
+
+    stays = torch.ones(3, dtype=torch.bool)
+    exchange.compare(found(4, floor), found(3, floor), stays, tolerance=1e-5, what="left out")
+    with pytest.raises(PrivacyError, match="1 of 3 others differ"):
+        exchange.compare(found(4, 1e-10), found(3, 1e-10), stays, tolerance=1e-5, what="left out")
+
+
+def test_gradients_that_are_all_zero_tell_nothing() -> None:
+    none, some = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    assert exchange.add_up([none, none], none, 1e-3) is None
+    assert exchange.add_up([none, none], some, 1e-3) is False
+    assert exchange.add_up([some, none], some, 1e-3) is True
+    assert exchange.add_up([some, none], {"w": torch.full((2,), torch.nan)}, 1e-3) is False
+
+
 def test_steps_and_missing_losses_are_compared() -> None:
     x, other, stays = batches()
     one, two = fingerprint_of(x), fingerprint_of(other)

@@ -120,6 +120,18 @@ def test_a_sum_that_becomes_a_mean_is_refused(tmp_path: Path) -> None:
         train(SumAtFirst(), tmp_path, epochs=3)
 
 
+class Satisfied(Classifier):
+    """A sum whose gradient is zero from the second epoch on, as of a hinge loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="none")
+        return (losses - 1e6 * (self.current_epoch > 0)).relu().sum()
+
+
+def test_a_sum_without_gradients_later_stays_a_sum(tmp_path: Path) -> None:
+    assert train(Satisfied(), tmp_path, epochs=3).ledger.num_steps == 3
+
+
 def test_a_loop_finds_a_sum_before_its_first_step_only() -> None:
     torch.manual_seed(0)
     model = nn.Linear(NUM_FEATURES, NUM_CLASSES)

@@ -332,6 +332,33 @@ def test_coupling_that_begins_later_is_refused() -> None:
         fit(Later())
 
 
+class Hinge(Model):
+    """A loss whose gradient is zero from some step on."""
+
+    begins, reduction = 1, "mean"
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+        losses = (losses - 1e6 * (self.trainer.global_step >= self.begins)).relu()
+        return losses.sum() if self.reduction == "sum" else losses.mean()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_zero_are_no_coupling_later(reduction: str, caplog: Any) -> None:
+    module = Hinge()
+    module.reduction = reduction
+    caplog.set_level(logging.INFO)
+    assert fit(module).strategy.ledger.num_steps == 3
+    assert "Samples run one at a time" in caplog.text
+
+
+def test_gradients_of_zero_before_the_first_step_say_too_little() -> None:
+    module = Hinge()
+    module.begins = 0
+    with pytest.raises(PrivacyError, match="all zero are too little to tell"):
+        fit(module)
+
+
 @pytest.mark.parametrize("begins", [0, 1])
 def test_coupling_under_a_learned_weight_is_refused(begins: int) -> None:
     """The square of a mean loss; the losses of records, of which each would be squared, do not show it."""
