@@ -193,7 +193,7 @@ def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) ->
 def like(tracker: Tracker, func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """Give a tensor the type or shape of another one, of which nothing else is read."""
     other, name = args[0] if args else kwargs.get("other"), func.__name__
-    if not isinstance(other, Tensor):
+    if not isinstance(other, Tensor) or (name == "expand_as" and is_tracked(tensor) and is_tracked(other)):
         return tracker.primitive(func, (tensor, *args), kwargs)
     if name in ("to", "type_as"):
         return tensor.to(other.device, other.dtype, *args[1:])

@@ -23,7 +23,7 @@ from lightning_dp.per_sample.uses import Use, tap, tap_output
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
 
-_REPEATS = ("expand", "expand_as", "repeat")
+_REPEATS = ("expand", "repeat")  # "expand_as" has the shape of another parameter here, whatever the number of samples
 
 
 def use(

@@ -95,13 +95,13 @@ class Couplings:
         step, scale = self._runs.step, self._runs.scale(len(records))
         batched = run(records, engine=True).private
         tolerance = TOLERANCE[self._runs.coarsest(gradient.dtype for gradient in batched.values())]
-        adds_up = partial(self.adds_up, snapshot, records, coin)
+        adds_up = None if step.settings.per_sample_loss else lambda: bool(self.adds_up(snapshot, records, coin))
         compare = partial(
             compare_with_singles, batched, scale=scale, rtol=tolerance, module=step.module, total=step.reduction.total
         )
         singles = (run([record], engine=False).private for record in records)
-        try:  # the loss of the batch counts for ``adds_up``
-            compare(singles, adds_up=None if step.settings.per_sample_loss else adds_up)
+        try:
+            compare(singles, adds_up=adds_up)  # which runs the loss of the batch
         except PrivacyError as error:
             if (wrong := wrong_rules(str(error))) and not isinstance(error, ComparisonError):
                 raise ValueError(

@@ -339,6 +339,24 @@ def test_sample_of_row_gives_the_owners_of_sets(where: str) -> None:
     assert assert_agrees(module, loss, batch_of).follows_owners
 
 
+@pytest.mark.parametrize("width", [4, 5])
+def test_a_normalised_weight_may_be_as_wide_as_the_batch(width: int) -> None:
+    """Its norm is repeated along its width, which is no repetition for each sample."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(3, width, dtype=torch.float64))
+    module, sets = nn.ParameterList([weight]), [_features(2 + 3 * i, width, seed=i) for i in range(4)]
+
+    def batch_of(chosen: list[int]) -> dict[str, Any]:
+        index = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(sets[i]) for i in chosen]))
+        return {"rows": torch.cat([sets[i] for i in chosen]), "sample_of_row": index, "num": len(chosen)}
+
+    def loss(batch: dict[str, Any]) -> Tensor:
+        rows = F.linear(batch["rows"], F.normalize(weight, dim=-1)).tanh().sum(1)
+        return rows.new_zeros(batch["num"]).index_add_(0, batch["sample_of_row"], rows).square()
+
+    assert assert_agrees(module, loss, batch_of).follows_owners
+
+
 def test_instances_of_bags_agree_with_batches_of_one() -> None:
     """Multiple instances: images of a bag through a convolution, attention pooling within the bag by ``split``."""
     torch.manual_seed(0)
