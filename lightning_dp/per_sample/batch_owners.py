@@ -89,7 +89,7 @@ class BatchOwners:
         things, containers = _read(batch)
         indices = self._indices(batch, containers, size)
         named = {name: Rows(0, index) for name, index in indices.items()}
-        follower.known = [*named.values()]
+        follower.memo.known += named.values()
         settled: list[Path] = []
         for path, thing in things:
             if any(path[: len(done)] == done for done in settled):

@@ -20,7 +20,7 @@ from lightning_dp.per_sample._torch import is_mapped, unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
-from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, moved_entries, owners_after
+from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, after_index, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
 from lightning_dp.per_sample.owned import MIXED, Memo, Mixed, Owners, Rows, merged
@@ -48,8 +48,6 @@ class Follower(TorchFunctionMode):
     def __init__(self, tracker: Tracker, size: int, constants: list[Tensor]) -> None:
         super().__init__()
         self.tracker, self.size = tracker, size
-        self.known: list[Rows] = []
-        """Owners that the batch holds, for rows that nothing was written to."""
         self.memo = Memo()
         self._constants = {id(tensor) for tensor in constants}
         self._samples: dict[torch.device, Rows] = {}
@@ -65,6 +63,7 @@ class Follower(TorchFunctionMode):
         """Return the owners of rows that are the samples in their order."""
         if device not in self._samples:
             self._samples[device] = Rows(0, torch.arange(self.size, device=device), is_identity=True)
+            self.memo.known.insert(0, self._samples[device])
         return self._samples[device]
 
     def note(self, tensor: Tensor, owners: Owners) -> None:
@@ -120,26 +119,28 @@ class Follower(TorchFunctionMode):
         """Run an operation in another way than by calling it, as one step: only its result gets owners."""
         with unfollowed():
             out = how()
-        return self._noted(func, traits_of(func), args, kwargs, tensors_in(args, kwargs), out)
+            return self._noted(func, traits_of(func), args, kwargs, tensors_in(args, kwargs), out)
 
     def _noted(self, func: Any, traits: Traits, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> Any:
         """Record which samples own the rows of an operation's result, and return the result."""
-        name, kind = traits.name, type(out)
+        kind = type(out)
         if kind is not Tensor:
             may_hold = isinstance(out, (Tensor, list, tuple)) and kind is not torch.Size
-            if not may_hold and name not in ("__setitem__", "__set__"):
+            if not may_hold and traits.name not in ("__setitem__", "__set__"):
                 return out
-        if self._is_noted(out, args, kwargs):
+        if tensors and type(tensors[0]) is not Tensor and self._is_noted(out, args, kwargs):
             return out
         owners = [self.owners_of(tensor) for tensor in tensors]
         found: Any = NotImplemented
-        if kind is Tensor and "out" not in kwargs:
+        if kind is Tensor and "out" not in kwargs and not self.tracker.compares:
             found = self._simply(traits, args, kwargs, tensors, owners, out)
         if found is NotImplemented:
             with unfollowed():
                 self._note_result(func, traits, args, kwargs, tensors, owners, out)
         elif not args or out is not args[0]:
             self.note(out, found)
+        elif found is not owners[0]:
+            self.note(out, self._written_with(out, found, traits.name) if traits.in_place else found)
         return out
 
     def _is_noted(self, out: Any, args: Any, kwargs: Any) -> bool:
@@ -151,8 +152,8 @@ class Follower(TorchFunctionMode):
     def _simply(
         self, traits: Traits, args: Any, kwargs: Any, tensors: list[Tensor], owners: list[Owners], out: Tensor
     ) -> Any:
-        """Return the owners of a result which follow from the operation's arguments without a look at any values;
-        NotImplemented for all other results, and for those that an operation in place gives other owners.
+        """Return the owners of a result which follow from few facts about the operation's arguments; NotImplemented
+        for all other results.
         """
         if traits.is_constant:
             return NotImplemented if traits.in_place else None
@@ -160,32 +161,32 @@ class Follower(TorchFunctionMode):
         for tensor, rows in zip(tensors, owners, strict=True):
             if rows is None:
                 continue
+            if type(rows) is Mixed and not traits.has_index:
+                return Mixed(traits.name) if rows is MIXED else rows
             if type(rows) is not Rows or rows.axis is None or rows.only is not None:
                 return NotImplemented
             if found is None:
                 found, data, at = rows, tensor, rows.axis - tensor.dim()
-            elif not traits.of_first and (
-                not (traits.is_aligned or traits.joins)
-                or rows.index is not found.index
-                or rows.axis - tensor.dim() != at
-            ):
+            elif traits.is_aligned or traits.joins:
+                if rows.index is not found.index or rows.axis - tensor.dim() != at:
+                    return NotImplemented
+            elif not (traits.of_first or traits.has_index):
                 return NotImplemented
         if found is None or data is None:
             return None if tensors else NotImplemented
-        if args and out is args[0] and owners[0] is None:
-            return NotImplemented
-        axis: int | None = None
-        if traits.is_aligned:
-            axis = at + out.dim()
-        elif traits.axis_after is not None and not self.tracker.compares:
-            try:
+        result: Rows | None = None
+        try:
+            if traits.is_aligned:
+                result = found.moved(at + out.dim())
+            elif traits.has_index and len(tensors) > 1:
+                with unfollowed():
+                    result = after_index(traits.name, args, tensors, owners, self.memo)  # type: ignore[arg-type]
+            elif traits.axis_after is not None:
                 axis = traits.axis_after(data, at + data.dim(), args, kwargs, out)
-            except (IndexError, TypeError, ValueError, KeyError):  # arguments given in a way that is not known here
-                return NotImplemented
-        if axis is None:
+                result = None if axis is None else found.moved(axis)
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError):  # arguments in a way that is not known here
             return NotImplemented
-        rows = found.moved(axis)
-        return rows if _fits(out, rows) else NotImplemented
+        return result if result is not None and _fits(out, result) else NotImplemented
 
     def _note_result(
         self,
@@ -208,15 +209,22 @@ class Follower(TorchFunctionMode):
             found = Mixed(name)
         each = found if isinstance(found, list) else [found] * len(results)
         in_place = traits.in_place and bool(args) and results[0] is args[0]
-        if (in_place or kwargs.get("out") is not None) and self._changes(results[0], each[0]):
-            if is_mapped(results[0]):  # torch.func hides its memory, and so which views it changes
-                each = [Mixed(name)] * len(results)
-            else:
-                self._time += 1
-                self._written[results[0].untyped_storage().data_ptr()] = self._time
+        if in_place or kwargs.get("out") is not None:
+            each = [self._written_with(results[0], each[0], name), *each[1:]]
         for tensor, one in zip(results, each, strict=False):
             if not isinstance(tensor, Reporting):
                 self.note(tensor, one if _fits(tensor, one) else Mixed(name))
+
+    def _written_with(self, tensor: Tensor, after: Owners, name: str) -> Owners:
+        """Return the owners of a tensor after an operation in place; other views of its memory become mixed if these
+        owners may be others than before.
+        """
+        if self._changes(tensor, after):
+            if is_mapped(tensor):  # torch.func hides its memory, and so which views it changes
+                return Mixed(name)
+            self._time += 1
+            self._written[tensor.untyped_storage().data_ptr()] = self._time
+        return after
 
     def _changes(self, tensor: Tensor, after: Owners) -> bool:
         """Tell whether an in-place write may change the owners of other views of the same memory."""
@@ -261,7 +269,7 @@ class Follower(TorchFunctionMode):
             return owned[0][1]
         try:
             samples = self.samples(owned[0][0].device)
-            step = Step(func, args, kwargs, out, owned, samples.index, [samples, *self.known], self.memo)
+            step = Step(func, args, kwargs, out, owned, samples.index, self.memo)
             return owners_after(step, traits.handler, traits.axis_after)
         except (IndexError, RuntimeError, TypeError, ValueError):  # arguments given in a way that is not known here
             return MIXED
@@ -283,4 +291,4 @@ def _fits(tensor: Tensor, owners: Owners) -> bool:
     """Tell whether owners have one entry for each row of a tensor."""
     if not isinstance(owners, Rows) or owners.axis is None:
         return True
-    return owners.axis < tensor.dim() and tensor.shape[owners.axis] == owners.index.shape[0]
+    return owners.axis < tensor.dim() and tensor.size(owners.axis) == owners.num

@@ -16,9 +16,9 @@ from lightning_dp.per_sample import reductions
 from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.axes import JOINS, AxisAfter
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
-from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
+from lightning_dp.per_sample.owned import MIXED, NOBODY, Memo, Mixed, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step, alone, entry_by_entry
-from lightning_dp.per_sample.views import joined_rows, moved_rows
+from lightning_dp.per_sample.views import joined_rows, moved_rows, rows_at
 
 _UNARY = """
     relu relu6 gelu sigmoid tanh exp exp2 expm1 log log1p log2 log10 sqrt rsqrt abs absolute neg negative sin cos tan
@@ -85,12 +85,12 @@ def _moved(step: Step) -> Found:
         else step.func(*args, **kwargs)
     )
     if name.startswith("_pa"):  # data and batch sizes; or sequences and their lengths
-        sequences = compressed(made[0], step.shared)
+        sequences = compressed(made[0], step.memo.shared)
         known = name == "_pad_packed_sequence" and isinstance(sequences, Rows)
         return [sequences, sequences.moved(0) if known else MIXED]  # type: ignore[union-attr]
     if isinstance(made, Tensor):
-        return compressed(made, step.shared)
-    return [compressed(one, step.shared) for one in made]
+        return compressed(made, step.memo.shared)
+    return [compressed(one, step.memo.shared) for one in made]
 
 
 def _goes_by_rows(step: Step, tensor: Tensor, by_id: dict[int, Rows]) -> bool:
@@ -135,16 +135,32 @@ def _written(step: Step) -> Found:
         labels[index] = _labels_of(value, by_id.get(id(value)), step.identity, narrow=False)
     else:
         labels[index] = NOBODY
-    return compressed(labels, step.shared)
+    return compressed(labels, step.memo.shared)
 
 
 def _added(step: Step) -> Found:
-    """Return the owners after rows are added up by an index; mixed if one sum holds rows of several samples."""
+    """Return the owners after rows are added up by an index."""
     by_id = {id(tensor): rows for tensor, rows in step.owned}
     target, dim, index, source = step.args[:4]
-    axis = dim % target.dim()
     # counted constants belong to the owner of the index
-    rows, before = by_id.get(id(source), by_id.get(id(index))), by_id.get(id(target))
+    rows = by_id.get(id(source), by_id.get(id(index)))
+    return _after_adding(target, dim, index, by_id.get(id(target)), rows, step.memo)
+
+
+def _after_adding(
+    target: Tensor, dim: int, index: Tensor, before: Rows | None, rows: Rows | None, memo: Memo
+) -> Owners:
+    """Return the owners after rows are added to a target by an index; mixed if one sum holds rows of several samples.
+
+    Args:
+        target: that rows are added to.
+        dim: axis of the index.
+        index: position in the target of every row, or of every entry.
+        before: owners of the target.
+        rows: owners of the rows.
+        memo: of the microbatch.
+    """
+    axis = dim % target.dim()
     if rows is None and before is None:
         return None
     if rows is None or (rows.axis is not None and rows.axis != axis):
@@ -152,31 +168,24 @@ def _added(step: Step) -> Found:
     if before is not None and (before.axis is None or before.axis != axis):
         return MIXED
     if index.dim() > 1:  # the same index for all entries of a row, as message passing has it
-        whole, index = index, _column(index, axis)
-        others = (one for one in range(whole.dim()) if one != axis)
-        repeats = all(whole.stride(one) == 0 or whole.shape[one] == 1 for one in others)
-        if not repeats and not torch.equal(index.expand_as(whole), whole):
+        whole, repeats = index, True
+        for other in range(index.dim() - 1, -1, -1):
+            if other != axis:
+                repeats &= whole.stride(other) == 0 or whole.shape[other] == 1
+                index = index.select(other, 0)
+        if not repeats and not torch.equal(index.view(-1, *[1] * (whole.dim() - axis - 1)).expand_as(whole), whole):
             return MIXED
-        index = index.flatten()
-    size = target.shape[dim]
-    found = step.memo.get(
-        ("added", size, rows.axis is None), (rows, before), index, lambda: _sums(step, rows, before, index, size)
+    size = target.shape[axis]
+    found = memo.get(
+        ("added", size, rows.axis is None), (rows, before), index, lambda: _sums(memo, rows, before, index, size)
     )
-    return found if found is None or found is MIXED else found.moved(axis)
+    return found.moved(axis) if isinstance(found, Rows) else found
 
 
-def _column(index: Tensor, axis: int) -> Tensor:
-    """Return the first entries along all axes but one, whose length becomes 1."""
-    for other in range(index.dim()):
-        if other != axis:
-            index = index.narrow(other, 0, 1)
-    return index
-
-
-def _sums(step: Step, rows: Rows, before: Rows | None, index: Tensor, size: int) -> Owners:
+def _sums(memo: Memo, rows: Rows, before: Rows | None, index: Tensor, size: int) -> Owners:
     """Return the owners of sums of rows along the first axis."""
     owners = rows.labels(index.shape) if rows.axis is None else rows.index[: index.shape[0]]
-    alike = [known for known in step.known if known.index.shape[0] == size]
+    alike = [known for known in memo.known if known.num == size and known.index.device == owners.device]
     if len(alike) == 1 and (before is None or before.index is alike[0].index):
         said = alike[0].index[index]  # of the rows that are added to
         if torch.equal(said, owners) or bool(((said == owners) | (owners == NOBODY)).all()):
@@ -189,14 +198,10 @@ def _sums(step: Step, rows: Rows, before: Rows | None, index: Tensor, size: int)
         if not all(bool(((one == both) | (one == NOBODY)).all()) for one in (made, before.index)):
             return MIXED
         made = both
-    fitting = [known for known in step.known if _fits(made, known.index)]
+    fitting = [known for known in alike if bool(((made == known.index) | (made == NOBODY)).all())]
     if fitting and all(torch.equal(fitting[0].index, other.index) for other in fitting[1:]):
         return fitting[0]  # also the rows that nothing was added to
     return Rows(0, made)
-
-
-def _fits(made: Tensor, index: Tensor) -> bool:
-    return made.shape == index.shape and bool(((made == index) | (made == NOBODY)).all())
 
 
 _HANDLERS: dict[str, Callable[[Step], Found]] = {
@@ -210,6 +215,11 @@ _TAKES_WHOLE = frozenset((_moved, entry_by_entry, _written, _added))
 """Functions that know tensors which belong to one sample as a whole."""
 
 
+def has_index(name: str) -> bool:
+    """Tell whether an index among the arguments of an operation says where entries go, whoever owns the index."""
+    return name in _PICKS or name.rstrip("_") in _ADDING
+
+
 def moved_entries(name: str, args: Any) -> list[Tensor]:
     """Return the arguments whose entries an indexed operation puts into its result; an empty list for other
     operations.
@@ -219,6 +229,26 @@ def moved_entries(name: str, args: Any) -> list[Tensor]:
     if name in _PICKS and args:
         return tensors_in((args[0],), {})
     return []
+
+
+def after_index(name: str, args: Any, tensors: list[Tensor], owners: list[Rows | None], memo: Memo) -> Rows | None:
+    """Return the owners of rows that an index selects, or of sums of rows by an index; None for all other results.
+
+    Args:
+        name: of an operation that :func:`has_index` names.
+        args: its arguments.
+        tensors: in its arguments.
+        owners: of each tensor, along an axis; None for a constant.
+        memo: of the microbatch.
+    """
+    found: Owners = None
+    first = owners[0] if tensors[0] is args[0] else None
+    if name in _PICKS:
+        found = None if first is None else rows_at(memo, name, args, first, tensors[0].dim())
+    elif len(tensors) == 3 and len(args) > 3 and tensors[2] is args[3]:
+        target, dim, index = args[:3]
+        found = _after_adding(target, dim, index, first, owners[2] or owners[1], memo)
+    return found if isinstance(found, Rows) else None
 
 
 def handler_of(name: str) -> Callable[[Step], Found] | None:

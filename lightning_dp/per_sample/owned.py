@@ -28,14 +28,15 @@ class Rows:
         layout: results of :func:`arrangement` for this index.
     """
 
-    __slots__ = ("axis", "index", "is_identity", "layout", "only")
+    __slots__ = ("axis", "index", "is_identity", "layout", "num", "only")
 
     def __init__(
         self, axis: int | None, index: Tensor, *, is_identity: bool = False, layout: dict[Any, Any] | None = None
     ) -> None:
         self.axis, self.index, self.is_identity = axis, index, is_identity
         self.layout: dict[Any, Any] = {} if layout is None else layout
-        self.only = int(index[0]) if index.numel() == 1 and int(index[0]) != NOBODY else None
+        self.num = index.numel()
+        self.only = int(index[0]) if self.num == 1 and int(index[0]) != NOBODY else None
         """The one sample that owns everything, where it is seen at once."""
 
     def moved(self, axis: int | None) -> Rows:
@@ -127,9 +128,24 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self.made: list[Rows] = []
-        """Rows with an index that was computed from values."""
+        self.known: list[Rows] = []
+        """Owners that are the samples in order, or that the batch holds for rows that nothing was written to."""
+        self._made: list[Rows] = []
         self._by_key: dict[Hashable, list[tuple[Tensor | None, Any, Any]]] = {}
+
+    def shared(self, index: Tensor) -> Rows:
+        """Return rows with these owners along the first axis: the same object for the same owners, so that what is
+        computed from them is computed once.
+        """
+        for rows in (*self.known, *self._made):
+            if rows.index.shape == index.shape and rows.index.device == index.device and torch.equal(rows.index, index):
+                return rows
+        self._made.append(Rows(0, index))
+        return self._made[-1]
+
+    def owned(self, index: Tensor) -> Rows | None:
+        """Return rows with owners that were computed; None if they belong to nobody."""
+        return None if index.numel() and int(index.max()) == NOBODY else self.shared(index)
 
     def get(self, key: Hashable, rows: tuple[Rows | None, ...], index: Tensor | None, make: Callable[[], Any]) -> Any:
         """Return the earlier result for equal arguments, or make one.
@@ -140,7 +156,7 @@ class Memo:
             index: values that the result depends on.
             make: returns the result.
         """
-        seen = self._by_key.setdefault((key, *(None if one is None else id(one.index) for one in rows)), [])
+        seen = self._by_key.setdefault((key, *[None if one is None else id(one.index) for one in rows]), [])
         for values, _, result in seen:
             if index is None or (values is not None and torch.equal(values, index)):
                 return result

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.axes import AXES, REDUCING, first_of
@@ -22,7 +21,6 @@ class Step(NamedTuple):
         out: its result.
         owned: tensors that hold data, with their owners.
         identity: ``0 ... B - 1``.
-        known: owners that the batch holds or that are the samples in order.
         memo: of the microbatch.
     """
 
@@ -32,18 +30,7 @@ class Step(NamedTuple):
     out: Any
     owned: list[tuple[Tensor, Rows]]
     identity: Tensor
-    known: Sequence[Rows]
     memo: Memo
-
-    def shared(self, index: Tensor) -> Rows:
-        """Return rows with these owners along the first axis: the same object for the same owners, so that what is
-        computed from them is computed once.
-        """
-        for rows in (*self.known, *self.memo.made):
-            if rows.index.shape == index.shape and rows.index.device == index.device and torch.equal(rows.index, index):
-                return rows
-        self.memo.made.append(Rows(0, index))
-        return self.memo.made[-1]
 
 
 Found = Owners | list[Owners]

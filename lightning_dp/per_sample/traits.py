@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.axes import AXES, JOINS, AxisAfter
-from lightning_dp.per_sample.moves import CONSTANTS, handler_of
+from lightning_dp.per_sample.moves import CONSTANTS, handler_of, has_index
 from lightning_dp.per_sample.operations import IN_PLACE
 from lightning_dp.per_sample.reductions import Found, Step, entry_by_entry
 
@@ -41,6 +41,7 @@ class Traits(NamedTuple):
         axis_after: finds the axis of the owners in its result.
         is_constant: whether its result holds no data.
         of_first: whether its result has the entries of its first argument alone.
+        has_index: whether an index may say where entries go, whoever owns the index.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Traits(NamedTuple):
     axis_after: AxisAfter | None
     is_constant: bool
     of_first: bool
+    has_index: bool
 
 
 @functools.lru_cache(4096)
@@ -72,4 +74,5 @@ def traits_of(func: Any) -> Traits:
         axis_after,
         name in CONSTANTS,
         name in ("expand_as", "view_as", "reshape_as"),
+        has_index(name),
     )

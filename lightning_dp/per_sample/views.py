@@ -89,10 +89,9 @@ def moved_rows(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
         key = "reshape", rows.axis, before, after
         made: Found = step.memo.get(key, (rows,), None, lambda: _reshaped(rows, before, after, step))
         return made
-    index = _index_of_rows(name, step.args, rows.axis, tensor.dim())
-    if index is not None:
-        found = step.memo.get(("rows", index.dtype), (rows,), index, lambda: _owned(step, rows.index[index]))
-        return found.moved(rows.axis) if isinstance(found, Rows) else found
+    found = rows_at(step.memo, name, step.args, rows, tensor.dim())
+    if found is not None:
+        return found
     views = [owners_of_view(tensor, rows, out, step.memo) for out in tensors_in((step.out,), {})]
     if None in views:
         return None
@@ -113,45 +112,47 @@ def _cut(step: Step, rows: Rows, num_axes: int) -> list[Owners]:
     return found
 
 
-def _index_of_rows(name: str, args: Any, axis: int, num_axes: int) -> Tensor | None:
-    """Return the index by which an operation selects whole rows along the axis of the owners; None for others."""
+def rows_at(memo: Memo, name: str, args: Any, rows: Rows, num_axes: int) -> Rows | None:
+    """Return the owners of whole rows that an index selects along the axis of the owners; None for other operations."""
     index: Any = None
     if name == "index_select" and len(args) == 3:
-        index = args[2] if args[1] % num_axes == axis else None
+        index = args[2] if args[1] % num_axes == rows.axis else None
     elif name == "__getitem__":
         parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-        if all(isinstance(part, slice) and part == slice(None) for part in parts[:axis]) and len(parts) == axis + 1:
-            index = parts[axis]
+        if len(parts) - 1 == rows.axis and all(isinstance(one, slice) and one == slice(None) for one in parts[:-1]):
+            index = parts[-1]
     kinds = (torch.int64, torch.int32, torch.bool)
-    return index if isinstance(index, Tensor) and index.dim() == 1 and index.dtype in kinds else None
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in kinds:
+        return None
+    found = memo.get(("rows", index.dtype), (rows,), index, lambda: memo.owned(rows.index[index]))
+    return found.moved(rows.axis) if isinstance(found, Rows) else None
 
 
 def joined_rows(step: Step, data: list[Tensor], by_id: dict[int, Rows]) -> Found:
     """Return the owners of tensors that are put together, one after the other; None where labels are needed."""
     over = (step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)) % data[0].dim()
-    found, parts = [by_id.get(id(one)) for one in data], []
+    found = [by_id.get(id(one)) for one in data]
     first = found[0]
+    if any(one.dim() != data[0].dim() for one in data):
+        return None
     if first is not None and first.only is None and first.axis != over:
         alike = all(rows is not None and rows.index is first.index and rows.axis == first.axis for rows in found)
-        return first if alike and all(one.dim() == data[0].dim() for one in data) else None
-    for one, rows in zip(data, found, strict=True):
-        if one.dim() != data[0].dim():
-            return None
-        if rows is None:
-            parts.append(step.identity.new_full((one.shape[over],), NOBODY))
-        elif rows.only is not None:
-            parts.append(rows.index[:1].expand(one.shape[over]))
-        elif rows.axis == over:
-            parts.append(rows.index)
-        else:
-            return None
-    made = _owned(step, torch.cat(parts))
-    return made.moved(over) if isinstance(made, Rows) else made
+        return first if alike else None
+    if any(rows is not None and rows.only is None and rows.axis != over for rows in found):
+        return None
+    sizes = tuple([one.shape[over] for one in data])
 
+    def made() -> Rows | None:
+        parts = []
+        for rows, num in zip(found, sizes, strict=True):
+            if rows is None:
+                parts.append(step.identity.new_full((num,), NOBODY))
+            else:
+                parts.append(rows.index if rows.only is None else rows.index[:1].expand(num))
+        return step.memo.owned(torch.cat(parts))
 
-def _owned(step: Step, index: Tensor) -> Rows | None:
-    """Return rows with owners that were computed; None if they belong to nobody."""
-    return None if index.numel() and int(index.max()) == NOBODY else step.shared(index)
+    rows = step.memo.get(("cat", sizes), tuple(found), None, made)
+    return rows.moved(over) if isinstance(rows, Rows) else rows
 
 
 def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, step: Step) -> Owners:
@@ -165,5 +166,5 @@ def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, step: Step) -> 
         for lead in range(len(after) + 1):
             if after[:lead].numel() == before[:upto].numel():
                 shape = (*after[:lead], *[1] * (len(after) - lead))
-                return compressed(rows.labels(before[:upto]).reshape(shape), step.shared)
+                return compressed(rows.labels(before[:upto]).reshape(shape), step.memo.shared)
     return MIXED

@@ -79,7 +79,7 @@ def test_owners_of_view_are_unknown_where_rows_are_split(move: Move) -> None:
 def test_rows_that_a_named_operation_moves_keep_owners(name: str, given: Any, axis: int) -> None:
     x, rows, move = torch.zeros(5, 5, 5), Rows(axis, torch.tensor([2, 0, -1, 1, 1])), getattr(Tensor, name)
     out = move(x, *given)
-    step = Step(move, (x, *given), {}, out, [(x, rows)], torch.arange(3), [], Memo())
+    step = Step(move, (x, *given), {}, out, [(x, rows)], torch.arange(3), Memo())
     found: Any = moved_rows(step, name, x, rows)
     labels = tensors_in((move(rows.labels(x.shape), *given),), {})
     for one, expected in zip([found] if isinstance(found, Rows) else found, labels, strict=True):
