@@ -39,15 +39,15 @@ def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[A
     """Return the arguments with ``change`` applied to every tensor, in the order of :func:`tensors_in`."""
 
     def walk(thing: Any) -> Any:
-        if isinstance(thing, Tensor):
-            return change(thing)
-        if type(thing) in (tuple, list):
-            return type(thing)([walk(one) for one in thing])
-        if type(thing) is dict:
+        kind = type(thing)
+        if kind is tuple or kind is list:
+            return kind([walk(one) for one in thing])
+        if kind is dict:
             return {key: walk(one) for key, one in thing.items()}
-        return thing
+        return change(thing) if kind not in _NO_TENSORS and isinstance(thing, Tensor) else thing
 
-    return tuple([walk(thing) for thing in args]), {key: walk(thing) for key, thing in kwargs.items()}
+    changed = tuple([walk(thing) for thing in args])
+    return changed, {key: walk(thing) for key, thing in kwargs.items()} if kwargs else {}
 
 
 def with_other_values(tensor: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from lightning_dp.per_sample.uses import Recorder, Use
 
 def call_of(recorder: Recorder, use: Use, backprop: Tensor) -> Call:
     """Return a use with its rows sample-major, batch axis first; the rows of one user form one sample."""
-    size, joining, name = recorder.batch_size, recorder.joining, use.source.name
-    backprop, rows = use.out_axis.to_front(backprop, size, name)
+    size, joining, source = recorder.batch_size, recorder.joining, use.source
+    backprop, rows = use.out_axis.to_front(backprop, size, source)
     if joining is not None:
         backprop = joining.backprops(backprop, rows)
     data = _as_it_is if joining is None else joining.data
@@ -26,7 +26,7 @@ def call_of(recorder: Recorder, use: Use, backprop: Tensor) -> Call:
     if not use.inputs:
         return Call((), {}, backprop, backprop, rows_of_one)
     assert use.in_axis is not None
-    activation, in_rows = use.in_axis.to_front(use.inputs[0], size, name)
+    activation, in_rows = use.in_axis.to_front(use.inputs[0], size, source)
     assert rows == in_rows
     activation = data(activation, rows)
     return Call((activation,), {}, activation, backprop, rows_of_one)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import in_custom_forward, in_transform, unreported
+from lightning_dp.per_sample._torch import in_custom_forward, in_transform, is_view, unreported
 from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, region_of
@@ -32,24 +32,24 @@ _LONG = 200
 """Characters up to which a name says which functions of parameters it was computed from."""
 
 
-def derive(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation on parameters and constants; return its result as a function of parameters."""
-    nodes: list[tuple[Node, Tensor]] = []
-    given = tensors_in(args, kwargs)
-    if all(isinstance(tensor, Function) for tensor in given):  # they have their graphs
-        nodes = [(node, tensor) for tensor in given if (node := tracker.node_of(tensor)) is not None]
-        return _wrapped(tracker, func, func(*args, **kwargs), args, nodes)
+def derive(
+    tracker: Tracker, func: Any, args: Any, kwargs: Any, tracked: Sequence[tuple[Tensor, Node]] | None = None
+) -> Any:
+    """Run an operation on parameters and constants; return its result as a function of parameters.
 
-    def attached(tensor: Tensor) -> Tensor:
-        node = tracker.node_of(tensor)
-        if node is None:
-            return tensor
-        nodes.append((node, tensor))
-        return tensor if isinstance(tensor, Function) else _stand_in(tracker, node, tensor)
-
-    args, kwargs = replaced(args, kwargs, attached)
-    out = func(*args, **kwargs)
-    return _wrapped(tracker, func, out, args, nodes)
+    Args:
+        tracker: follows the parameters.
+        func: the operation.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        tracked: tensors of the arguments that have a node, with it; None to look for them.
+    """
+    if tracked is None:
+        tracked = [(one, node) for one in tensors_in(args, kwargs) if (node := tracker.node_of(one)) is not None]
+    own = {id(one): _stand_in(tracker, node, one) for one, node in tracked if not isinstance(one, Function)}
+    if own:  # functions have their graphs
+        args, kwargs = replaced(args, kwargs, lambda one: own.get(id(one), one))
+    return _wrapped(tracker, func, func(*args, **kwargs), args, tracked)
 
 
 def _stand_in(tracker: Tracker, node: Node, parameter: Tensor) -> Tensor:
@@ -108,55 +108,64 @@ def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any)
     return made
 
 
-def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, nodes: list[tuple[Node, Tensor]]) -> Any:
+def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, tracked: Sequence[tuple[Tensor, Node]]) -> Any:
     """Return the result of an operation on nodes as a function of parameters, or unchanged if no gradient flows."""
-    key = (func.__name__, tuple(node.lineage for node, _ in nodes))
+    key = (func.__name__, *[node.lineage for _, node in tracked])
     if args and (out is None or out is args[0]) and IN_PLACE.fullmatch(func.__name__):
         target: Any = args[0]
         if isinstance(target, Tensor) and target.requires_grad:
             value = target.view_as(target)
             target.__class__ = tracker.function_class
-            args[0].node = _made(tracker, func, value, (*key, "in place"), nodes)
+            args[0].node = _made(tracker, func, value, (*key, "in place"), tracked)
         return out
     if args and out is args[0] and isinstance(out, Function):
         return out
     if isinstance(out, (tuple, list)):
-        parts = [_wrap_one(tracker, func, one, (*key, i), nodes) for i, one in enumerate(out)]
+        parts = [_wrap_one(tracker, func, one, (*key, "part", i), tracked) for i, one in enumerate(out)]
         return type(out)(*parts) if hasattr(type(out), "_fields") else type(out)(parts)
-    return _wrap_one(tracker, func, out, key, nodes)
+    return _wrap_one(tracker, func, out, key, tracked)
 
 
-def _wrap_one(tracker: Tracker, func: Any, out: Any, key: Hashable, nodes: list[tuple[Node, Tensor]]) -> Any:
+def _wrap_one(tracker: Tracker, func: Any, out: Any, key: Hashable, tracked: Sequence[tuple[Tensor, Node]]) -> Any:
     if not isinstance(out, Tensor) or not (out.is_floating_point() or out.is_complex()):
         return out
     if not (out.requires_grad or tracker.observer is not None) or isinstance(out, Reporting):
         return out
-    for node, tensor in nodes:
+    for tensor, node in tracked:
         if node.value is None and out is tracker.stand_ins.get(node.names[0]):
             return tensor
-    made = out.as_subclass(tracker.function_class)
-    made.node = _made(tracker, func, out, key, nodes)
+    made: Any = out
+    if type(out) is Tensor and out.grad_fn is not None:
+        made.__class__ = tracker.function_class  # an alias would be one more operation to pull back through
+    else:
+        made = out.as_subclass(tracker.function_class)
+    made.node = _made(tracker, func, out, key, tracked)
     return made
 
 
-def _made(tracker: Tracker, func: Any, out: Tensor, key: Hashable, nodes: list[tuple[Node, Tensor]]) -> Node:
-    names = tuple(dict.fromkeys(name for node, _ in nodes for name in node.names))
+def _made(tracker: Tracker, func: Any, out: Tensor, key: Hashable, tracked: Sequence[tuple[Tensor, Node]]) -> Node:
     lineage = tracker.number(key)
+    if lineage not in tracker.labels:
+        inner = ", ".join([node.name for _, node in tracked])
+        label = f"{func.__name__}({inner if len(inner) < _LONG else '...'})"
+        tracker.labels[lineage] = label, tuple(dict.fromkeys(name for _, node in tracked for name in node.names))
+    name, names = tracker.labels[lineage]
     region = None
-    if len(nodes) == 1 and nodes[0][0].is_view:
-        (node, _), parameter = nodes[0], tracker.parameters[names[0]]
-        whole = out.shape == node.shape and out.device == parameter.device
-        if func.__name__ in SAME_ENTRIES and whole and out.is_complex() == parameter.is_complex():
-            if node.region is None:
-                return Node(node.name, names, lineage, out, generation=tracker.recorder.generation)
-            region = node.region
-        else:
+    if len(tracked) == 1 and tracked[0][1].is_view:
+        node, parameter = tracked[0][1], tracker.parameters[names[0]]
+        if func.__name__ in SAME_ENTRIES:
+            whole = out.shape == node.shape and out.device == parameter.device
+            if whole and out.is_complex() == parameter.is_complex():
+                if node.region is None:
+                    return Node(node.name, names, lineage, out, generation=tracker.recorder.generation)
+                region = node.region
+        if region is None and is_view(out):
             region = region_of(out, parameter)
         if region is not None and region == (0, parameter.shape, parameter.stride()):
             return Node(node.name, names, lineage, out, generation=tracker.recorder.generation)
-    inner = ", ".join([node.name for node, _ in nodes])
-    name = f"{func.__name__}({inner if len(inner) < _LONG else '...'})"
-    return Node(name, names, lineage, out, region=region, value=out, generation=tracker.recorder.generation)
+    made = Node(name, names, lineage, out, region=region, value=out, generation=tracker.recorder.generation)
+    tracker.made.append(made)
+    return made
 
 
 def pulled_back(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]], names: Collection[str]) -> dict[str, Tensor]:
@@ -204,37 +213,57 @@ def _groups(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]]) -> Iterator[
 
 def _pulled_together(group: Mapping[Node, Tensor], roots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the sum of the gradients that some functions pass back to parameters."""
+    size = len(next(iter(group.values())))
+    if size == 0:
+        empty = next(iter(group.values()))
+        return {name: empty.new_zeros(0, *root.shape) for name, root in roots.items()}
+    numbers = [node for node, grad in group.items() if node.numel == 1 and grad.dtype.itemsize >= 4]
+    if len(numbers) == 1:  # such as a penalty: its gradient is the same for all samples, up to a factor
+        rest = {node: grad for node, grad in group.items() if node is not numbers[0]}
+        parts = [_pulled_together(rest, roots)] if rest else []
+        return _added([*parts, _of_number(numbers[0], group[numbers[0]], roots)])
     values, cotangents = [], []
     for node, grad in group.items():
         assert node.value is not None
         values.append(node.value)
         cotangents.append(grad.to(node.value.dtype))
-
-    def found(given: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        with warnings.catch_warnings(), unreported():
-            warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
-            return torch.autograd.grad(
-                values, [*roots.values()], given, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
-
-    size = len(cotangents[0])
-    if size == 0:
-        return {name: cotangents[0].new_zeros(0, *root.shape) for name, root in roots.items()}
     step = max(1, MOST_AT_ONCE // max(1, *(one.numel() for one in (*values, *roots.values()))))
-    parts: list[Sequence[Tensor | None]] = []
+    pieces: list[Sequence[Tensor | None]] = []
     for part in zip(*(torch.split(cotangent, step) for cotangent in cotangents), strict=True):
         try:
-            parts.append(found(part, True))
+            pieces.append(_vjp(values, roots, part, batched=True))
         except Exception:  # an operation whose backward cannot be mapped
             if len(group) > 1:
                 return _added([_pulled_together({node: grad}, roots) for node, grad in group.items()])
-            singles = [found(one, False) for one in zip(*part, strict=True)]
-            parts.append([None if s[0] is None else torch.stack(s) for s in zip(*singles, strict=True)])
+            singles = [_vjp(values, roots, one) for one in zip(*part, strict=True)]
+            pieces.append([None if s[0] is None else torch.stack(s) for s in zip(*singles, strict=True)])
     return {
-        name: widen(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
-        for name, pieces in zip(roots, zip(*parts, strict=True), strict=True)
-        if pieces[0] is not None
+        name: widen(found[0] if len(found) == 1 else torch.cat(found))
+        for name, found in zip(roots, zip(*pieces, strict=True), strict=True)
+        if found[0] is not None
     }
+
+
+def _of_number(node: Node, grad: Tensor, roots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients that a function with a single entry passes back: outer products with one gradient."""
+    assert node.value is not None
+    factors = grad.to(node.value.dtype).flatten()
+    found = zip(roots.items(), _vjp([node.value], roots, [torch.ones_like(node.value)]), strict=True)
+    return {
+        name: widen(torch.outer(factors.to(one.dtype), one.flatten()).view(-1, *root.shape))
+        for (name, root), one in found
+        if one is not None
+    }
+
+
+def _vjp(
+    values: Sequence[Tensor], roots: Mapping[str, Tensor], given: Sequence[Tensor], *, batched: bool = False
+) -> Sequence[Tensor | None]:
+    with warnings.catch_warnings(), unreported():
+        warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
+        return torch.autograd.grad(
+            values, [*roots.values()], given, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
 
 
 def _added(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

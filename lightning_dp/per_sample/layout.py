@@ -46,7 +46,7 @@ class BatchAxis:
         """Require from here on that ``K`` is what it was when it was learned."""
         object.__setattr__(self, "is_pinned", self.multiplicity > 1)
 
-    def rows_of_one(self, tensor: Tensor, batch_size: int, where: str) -> int:
+    def rows_of_one(self, tensor: Tensor, batch_size: int, where: object) -> int:
         """Return ``K``, the rows per sample of a tensor; raise PrivacyError if samples cannot be distinguished."""
         if tensor.dim() <= self.axis:
             raise PrivacyError(
@@ -56,7 +56,7 @@ class BatchAxis:
         length = tensor.shape[self.axis]
         return 1 if length == batch_size and self.multiplicity == 1 else self.rows_in(length, batch_size, where)
 
-    def rows_in(self, length: int, batch_size: int, where: str) -> int:
+    def rows_in(self, length: int, batch_size: int, where: object) -> int:
         """Return ``K`` for an axis of this length; raise PrivacyError if samples cannot be distinguished."""
         if batch_size == 0:
             return self.multiplicity
@@ -69,7 +69,7 @@ class BatchAxis:
             )
         return rows
 
-    def to_front(self, tensor: Tensor, batch_size: int, where: str) -> tuple[Tensor, int]:
+    def to_front(self, tensor: Tensor, batch_size: int, where: object) -> tuple[Tensor, int]:
         """Return the tensor with its batch axis first and its rows sample-major, and ``K``."""
         rows = self.rows_of_one(tensor, batch_size, where)
         if self.axis:

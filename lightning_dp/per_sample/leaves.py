@@ -6,6 +6,7 @@ the samples, see ``mapping.py``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, Reporting
 from lightning_dp.per_sample.rules.base import Call, Rule, sum_rows, widen
-from lightning_dp.per_sample.uses import Use, tap
+from lightning_dp.per_sample.uses import Use, tap_copies
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -41,6 +42,7 @@ class LeafRule(Rule):
 
 
 LEAF = LeafRule()
+_rows = functools.cache(BatchAxis)
 
 
 def padded_shape(shape: Sequence[int], axis: BatchAxis, num_axes: int) -> tuple[int, ...] | None:
@@ -78,11 +80,11 @@ def constant(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
 def copies_of(
     tracker: Tracker, tensor: Tensor, node: Node, make: Callable[[Tensor], Tensor], axis: BatchAxis
 ) -> Tensor:
-    """Return expanded copies of a tracked tensor; the tensor's source receives their gradient."""
+    """Return copies that ``make`` expands from a detached leaf; the tensor's source receives their gradient."""
     source = tracker.source(LEAF, node.shape, "copies", {"copy": node})
     if not in_backward():
         source.calls += 1
-    return tap(make(tensor.detach()), Use(source, source.keys, (), None, axis))
+    return tap_copies(make(tensor.detach().requires_grad_()), Use(source, source.keys, (), None, axis))
 
 
 def aligned(
@@ -112,11 +114,11 @@ def aligned(
         shape = padded[id(tensor)]
         assert shape is not None
         dtype = wide.dtype if tensor.dim() == 0 and wide is not None else tensor.dtype
-        key = (node.key, tensor.data_ptr(), tensor.dtype, shape, axis, rows, dtype)
+        key = (node.key, tensor.data_ptr(), tensor.dtype, shape, axis.axis, axis.sample_major, rows, dtype)
         shared = None if in_backward() else tracker.copies.get(key)
         if shared is not None:
             return shared
-        made = copies_of(tracker, tensor, node, lambda v: along(v, shape, axis.axis, size), BatchAxis(axis.axis))
+        made = copies_of(tracker, tensor, node, lambda v: along(v, shape, axis.axis, size), _rows(axis.axis))
         if dtype != tensor.dtype:  # a number does not decide the type of a result
             made = made.to(dtype)
         made = rows_along(made, axis, rows)

@@ -235,7 +235,7 @@ class OwnedAxis:
         """Return the tensor with the axis of its rows first; the order of rows stays."""
         return tensor.unsqueeze(0) if self.axis is None else tensor.movedim(self.axis, 0)
 
-    def to_front(self, tensor: Tensor, batch_size: int, where: str) -> tuple[Tensor, int]:
+    def to_front(self, tensor: Tensor, batch_size: int, where: object) -> tuple[Tensor, int]:
         """Return a tensor's rows grouped by sample, zero-padded to ``K`` rows per sample, and ``K``."""
         return laid_out([self.rows(tensor)], arrangement([self], batch_size))
 

@@ -60,20 +60,22 @@ class Source:
     ) -> None:
         self.recorder, self.rule, self.spec = recorder, rule, spec
         self.nodes = {node.key: node for node in nodes.values()}
+        self.is_lasting = all(node.is_view for node in nodes.values())
         self.key_of = {local: node.key for local, node in nodes.items()}
         self.local = {key: local for local, key in self.key_of.items()}
         self.keys = frozenset(self.nodes)
-        self.name = f"{operation} with {', '.join(repr(node.name) for node in nodes.values())}"
+        self._operation = operation
+        self.materialises, self._workspace = materialise, workspace
         self.uses: list[Use] = []
-        self.calls = 0
-        self.materialises = materialise
-        self._workspace = workspace
-        self._computed_at = -1  # the rest is of the backprops up to that change
+        self.calls, self._computed_at = 0, -1  # the rest is of the backprops up to that change
         self._cached: Grads = {}
         self._groups: list[tuple[set[Hashable], list[Call]]] | None = None
         self._active: dict[tuple[Hashable, ParameterMask], Tensor] = {}  # active entries of the gradients
         self._made: Grads = {}  # computed within the backward; later backprops are then added to them
         self._not_at_once: set[Any] = set()  # shapes for which caching was slower or had no buffer
+
+    def __str__(self) -> str:
+        return f"{self._operation} with {', '.join(repr(node.name) for node in self.nodes.values())}"
 
     def clear(self) -> None:
         """Forget all uses and all cached gradients."""
@@ -123,10 +125,9 @@ class Source:
     def _make_at_once(self, call: Call, keys: frozenset[Hashable]) -> bool:
         """Compute the gradients if all of them can be cached; return whether this was done."""
         buffers = self._buffers(keys, [call])
-        if len(buffers) < len(keys):
-            return False
-        self._make_cached(buffers, [call], self._made)
-        return True
+        if all_fit := len(buffers) == len(keys):
+            self._make_cached(buffers, [call], self._made)
+        return all_fit
 
     def _add_made(self, call: Call, keys: frozenset[Hashable]) -> None:
         """Add the gradients of another backprop to those computed during the backward."""
@@ -144,8 +145,7 @@ class Source:
 
     def _asked(self, keys: set[Hashable]) -> Iterable[tuple[dict[str, Hashable], list[Call]]]:
         for held, calls in self.groups():
-            wanted = {self.local[key]: key for key in held & keys}
-            if wanted:
+            if wanted := {self.local[key]: key for key in held & keys}:
                 yield wanted, calls
 
     def memory(self) -> Grads:

@@ -7,7 +7,6 @@ decide between these cases (plans.py).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import leaves, mapping, owned_uses
-from lightning_dp.per_sample._torch import in_backward, unreported
+from lightning_dp.per_sample._torch import in_backward, uncompiled, unreported
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.functions import connected, derive, within_custom
@@ -57,6 +56,9 @@ class Tracker:
         """Copies of parameters for the samples, which all elementwise operations of a microbatch share."""
         self._counts: dict[Key, int] = {}
         self._lineages: dict[Hashable, int] = {}
+        self.labels: dict[int, tuple[str, tuple[str, ...]]] = {}
+        """Labels of functions of parameters, and the parameters that they are computed from, by lineage."""
+        self.made: list[Node] = []  # functions of parameters of this microbatch
         self._classes: dict[type[Any], type[Any]] = {}
         self.function_class: type[Function] = reporting_class(Function, self)
         self._replaced: list[tuple[Tensor, type[Any]]] = []
@@ -101,9 +103,8 @@ class Tracker:
                 self._classes[plain] = reporting_class(plain, self)
             self._replaced.append((parameter, plain))
             parameter.__class__ = self._classes[plain]
-        if "torch._dynamo" in sys.modules:  # compiled code does not report its operations
-            self._eager = torch.compiler.set_stance("force_eager")
-            self._eager.__enter__()
+        self._eager = uncompiled()  # compiled code does not report its operations
+        self._eager.__enter__()
 
     def follow(self, size: int, constants: list[Tensor]) -> None:
         """Follow the owners of rows through every operation, until :meth:`stop`."""
@@ -124,10 +125,12 @@ class Tracker:
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
             self._eager = None
-        for key, source in [*self.sources.items()]:
+        for node in self.made:  # its tensor holds the node, and the node its tensor
+            node.value = None
+        self.made = []
+        for source in self.sources.values():
             source.clear()
-            if any(not node.is_view for node in source.nodes.values()):
-                del self.sources[key]
+        self.sources = {key: source for key, source in self.sources.items() if source.is_lasting}
 
     def number(self, what: Hashable) -> int:
         """Return the number of a lineage; a new lineage gets the next free number."""
@@ -188,11 +191,9 @@ class Tracker:
 
     def primitive(self, func: Any, args: Any, kwargs: Any, operation: Operation = _GENERAL) -> Any:
         """Run an operation that a composite one consists of; in the general way if it has no rule."""
-
-        def run() -> Any:
+        if self.follower is None:
             return self.run_one(operation, func, args, kwargs)
-
-        return run() if self.follower is None else self.follower.run(func, args, kwargs, run)
+        return self.follower.run(func, args, kwargs, lambda: self.run_one(operation, func, args, kwargs))
 
     def use(self, func: Any, args: Any, kwargs: Any, rule: Rule, bound: Bound) -> Any:
         """Run an operation that has a rule."""
@@ -234,12 +235,11 @@ class Tracker:
     def source(self, rule: Rule, spec: Any, operation: str, nodes: Mapping[str, Node]) -> Source:
         """Return the source of all uses of these tensors in one operation."""
         key = (rule, spec, *nodes, *(node.key for node in nodes.values()))
-        source = self.sources.get(key)
-        if source is None:
-            source = self.sources[key] = Source(
+        if key not in self.sources:
+            self.sources[key] = Source(
                 self.recorder, rule, spec, operation, nodes, materialise=self._materialise, workspace=self._workspace
             )
-        return source
+        return self.sources[key]
 
     def general(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation that has no rule: derive a function of parameters, or expand the parameters to the
@@ -255,7 +255,7 @@ class Tracker:
         assert self.learned is not None
         if len(tracked) == len(tensors):
             if (func.__name__, nodes[0].lineage) not in self.learned.spread:
-                return derive(self, func, args, kwargs)
+                return derive(self, func, args, kwargs, tracked)
             return leaves.spread(self, func, args, kwargs, self.plan_of(func, nodes[0], tensors), nodes)
         plan = self.plan_of(func, nodes[0], tensors)
         if plan is None:
@@ -265,7 +265,7 @@ class Tracker:
                     f"Expected {func.__name__} to meet {named(nodes)} as it did when its layout was learned, got a "
                     f"tensor that requires grad. {WAY_OUT}."
                 )
-            return derive(self, func, args, kwargs)
+            return derive(self, func, args, kwargs, tracked)
         if len(plan.inputs) != len(tensors):
             return self.unbatched(func, nodes)
         if func.__name__ in ALIGNED:

@@ -145,20 +145,19 @@ class Use:
             return
         if not recorder.active or self.generation != recorder.generation:
             raise PrivacyError(
-                f"Expected a backward through this microbatch only, got one through an earlier {source.name}. Detach "
+                f"Expected a backward through this microbatch only, got one through an earlier {source}. Detach "
                 "what is carried from batch to batch."
             )
         if torch.is_grad_enabled():
             raise PrivacyError(
-                f"Expected a backward without create_graph, got create_graph=True through {source.name}. "
+                f"Expected a backward without create_graph, got create_graph=True through {source}. "
                 "Gradient penalties need second derivatives, which only grad_sample='single' supports."
             )
         if not recorder.counts_backward():
             return
         if self.done:
             raise PrivacyError(
-                f"Expected one backward through {source.name}, got a second one. Give all but the last "
-                "retain_graph=True."
+                f"Expected one backward through {source}, got a second one. Give all but the last retain_graph=True."
             )
         recorder.changes += 1
         backprop = backprop.detach()
@@ -187,7 +186,7 @@ class Use:
         for tensor, version in zip(self.inputs, self.versions, strict=True):
             if num_changes(tensor) != version:
                 raise PrivacyError(
-                    f"Expected the input of {self.source.name} to stay as it was until the backward, got one "
+                    f"Expected the input of {self.source} to stay as it was until the backward, got one "
                     "modified in place. Use the out-of-place operation there; grad_sample='single' shows where."
                 )
 
@@ -213,6 +212,24 @@ def tap(output: Tensor, use: Use) -> Tensor:
     """Return the output connected to a use, which receives the gradient of the output."""
     tapped: Tensor = _Tap.apply(output, use.source.recorder.tap_source(output.device), use)  # type: ignore[no-untyped-call]
     return tapped
+
+
+def tap_copies(copies: Tensor, use: Use) -> Tensor:
+    """Connect copies of a detached leaf to a use, which receives their gradient; the leaf receives none.
+
+    Args:
+        copies: result of ``expand``, of which nothing else is computed from that leaf.
+        use: receives the gradient.
+    """
+
+    def take(grads: tuple[Tensor | None, ...]) -> tuple[None]:
+        if grads[0] is not None:
+            use.receive(grads[0])
+        return (None,)
+
+    assert copies.grad_fn is not None
+    copies.grad_fn.register_prehook(take)
+    return copies
 
 
 def tap_output(output: Tensor, use: Use) -> Tensor:

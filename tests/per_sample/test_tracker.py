@@ -5,6 +5,8 @@ name.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any, ClassVar
 
 import pytest
@@ -642,6 +644,42 @@ def test_functions_of_parameters_are_pulled_back_in_one_pass(monkeypatch: pytest
         torch.testing.assert_close(grad_of_name, expected[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("numbers", [1, 2])
+def test_a_number_is_pulled_back_without_a_map(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    """Its gradient is that of all samples, up to a factor; several numbers take one mapped pass with the rest."""
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        penalties = [m.gain.exp().square().sum(), m.shift.sin().sum()][:numbers]
+        return x * F.softplus(m.gain) + sum(x.mean((1, 2), keepdim=True) * one for one in penalties)
+
+    module = Uses(function, gain=drawn(3), shift=drawn(3))
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x).flatten(1).sum(1)
+
+    names = ["gain", "shift"][:numbers]
+    engine = assert_engine_agrees(module, loss, _data(4, 3), names=names, size=4)
+    asked: list[bool] = []
+    own: Any = functions._vjp
+    monkeypatch.setattr(functions, "_vjp", lambda *a, batched=False: asked.append(batched) or own(*a, batched=batched))
+    run_batch(engine, loss, _data(4, 3), 4)
+    engine.per_sample_gradients()
+    assert asked == {1: [True, False], 2: [True]}[numbers]
+
+
+def test_functions_of_parameters_are_freed_with_the_step() -> None:
+    module = Uses(lambda m, x: x * m.gain.exp(), gain=drawn(3))
+    engine = make_engine(module, _loss(module), _data(4, 3))
+    engine.begin(4)
+    made = weakref.ref(module.gain.exp())
+    engine.end()
+    gc.disable()
+    try:
+        assert made() is None
+    finally:
+        gc.enable()
+
+
 def test_ways_of_use_hold_in_float32() -> None:
     for function, held in WAYS.values():
         module = Uses(function, **copy.deepcopy(held)).float()
@@ -907,4 +945,4 @@ def test_long_chains_of_functions_have_short_names() -> None:
     module, data = Chain(), torch.randn(5, 3, dtype=torch.float64)
     engine = assert_engine_agrees(module, lambda x: module(x).sum(1), data)
     run_batch(engine, lambda x: module(x).sum(1), data, 5)
-    assert max(len(source.name) for source in engine._tracker.sources.values()) < 400
+    assert max(len(str(source)) for source in engine._tracker.sources.values()) < 400
