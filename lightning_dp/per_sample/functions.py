@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import in_custom_forward, in_transform, is_view, unreported
@@ -80,13 +81,17 @@ def connected(tracker: Tracker, node: Node, thing: Any) -> bool:
 
     A result of ``within_custom`` gets its graph from its ``torch.autograd.Function``; as a leaf it has none.
     """
-    if node.value is not None and not node.value.requires_grad and isinstance(thing, Function):
+    if isinstance(node.value, Tensor) and isinstance(thing, Function):
         if thing.grad_fn is None:
             return False
         tracker.has_custom = True
-        with torch.enable_grad(), unreported():
-            node.value = thing.as_subclass(Tensor)
+        node.value = _beginning(thing)
     return True
+
+
+def _beginning(made: Tensor) -> Tensor | GradientEdge:
+    """Return where the graph of a tensor begins, which later operations in place leave alone."""
+    return made.detach() if made.grad_fn is None else GradientEdge(made.grad_fn, made.output_nr)
 
 
 def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
@@ -114,9 +119,8 @@ def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, tracked: Sequence
     if args and (out is None or out is args[0]) and IN_PLACE.fullmatch(func.__name__):
         target: Any = args[0]
         if isinstance(target, Tensor) and target.requires_grad:
-            value = target.view_as(target)
             target.__class__ = tracker.function_class
-            args[0].node = _made(tracker, func, value, (*key, "in place"), tracked)
+            args[0].node = _made(tracker, func, target, (*key, "in place"), tracked)
         return out
     if args and out is args[0] and isinstance(out, Function):
         return out
@@ -163,9 +167,8 @@ def _made(tracker: Tracker, func: Any, out: Tensor, key: Hashable, tracked: Sequ
             region = region_of(out, parameter)
         if region is not None and region == (0, parameter.shape, parameter.stride()):
             return Node(node.name, names, lineage, out, generation=tracker.recorder.generation)
-    made = Node(name, names, lineage, out, region=region, value=out, generation=tracker.recorder.generation)
-    tracker.made.append(made)
-    return made
+    generation = tracker.recorder.generation
+    return Node(name, names, lineage, out, region=region, value=_beginning(out), generation=generation)
 
 
 def pulled_back(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]], names: Collection[str]) -> dict[str, Tensor]:
@@ -196,8 +199,7 @@ def _groups(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]]) -> Iterator[
     group: dict[Node, Tensor] = {}
     held = 0
     for node, grad in grads:
-        assert node.value is not None
-        dtypes = {node.value.dtype, *(tracker.parameters[name].dtype for name in node.names)}
+        dtypes = {node.dtype, *(tracker.parameters[name].dtype for name in node.names)}
         narrow = any(dtype.itemsize < 4 for dtype in dtypes)
         if group and (narrow or held + grad.numel() > MOST_AT_ONCE):
             yield group
@@ -222,20 +224,17 @@ def _pulled_together(group: Mapping[Node, Tensor], roots: Mapping[str, Tensor]) 
         rest = {node: grad for node, grad in group.items() if node is not numbers[0]}
         parts = [_pulled_together(rest, roots)] if rest else []
         return _added([*parts, _of_number(numbers[0], group[numbers[0]], roots)])
-    values, cotangents = [], []
-    for node, grad in group.items():
-        assert node.value is not None
-        values.append(node.value)
-        cotangents.append(grad.to(node.value.dtype))
-    step = max(1, MOST_AT_ONCE // max(1, *(one.numel() for one in (*values, *roots.values()))))
+    cotangents = [grad.to(node.dtype) for node, grad in group.items()]
+    largest = max(*(node.numel for node in group), *(root.numel() for root in roots.values()), 1)
+    step = max(1, MOST_AT_ONCE // largest)
     pieces: list[Sequence[Tensor | None]] = []
     for part in zip(*(torch.split(cotangent, step) for cotangent in cotangents), strict=True):
         try:
-            pieces.append(_vjp(values, roots, part, batched=True))
+            pieces.append(_vjp(group, roots, part, batched=True))
         except Exception:  # an operation whose backward cannot be mapped
             if len(group) > 1:
                 return _added([_pulled_together({node: grad}, roots) for node, grad in group.items()])
-            singles = [_vjp(values, roots, one) for one in zip(*part, strict=True)]
+            singles = [_vjp(group, roots, one) for one in zip(*part, strict=True)]
             pieces.append([None if s[0] is None else torch.stack(s) for s in zip(*singles, strict=True)])
     return {
         name: widen(found[0] if len(found) == 1 else torch.cat(found))
@@ -246,9 +245,8 @@ def _pulled_together(group: Mapping[Node, Tensor], roots: Mapping[str, Tensor]) 
 
 def _of_number(node: Node, grad: Tensor, roots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradients that a function with a single entry passes back: outer products with one gradient."""
-    assert node.value is not None
-    factors = grad.to(node.value.dtype).flatten()
-    found = zip(roots.items(), _vjp([node.value], roots, [torch.ones_like(node.value)]), strict=True)
+    factors = grad.to(node.dtype).flatten()
+    found = zip(roots.items(), _vjp([node], roots, [torch.ones_like(grad[0], dtype=node.dtype)]), strict=True)
     return {
         name: widen(torch.outer(factors.to(one.dtype), one.flatten()).view(-1, *root.shape))
         for (name, root), one in found
@@ -257,8 +255,9 @@ def _of_number(node: Node, grad: Tensor, roots: Mapping[str, Tensor]) -> dict[st
 
 
 def _vjp(
-    values: Sequence[Tensor], roots: Mapping[str, Tensor], given: Sequence[Tensor], *, batched: bool = False
+    nodes: Iterable[Node], roots: Mapping[str, Tensor], given: Sequence[Tensor], *, batched: bool = False
 ) -> Sequence[Tensor | None]:
+    values: Any = [node.value for node in nodes]
     with warnings.catch_warnings(), unreported():
         warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
         return torch.autograd.grad(

@@ -21,6 +21,7 @@ from lightning_dp.per_sample.layout import BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, Reporting
 from lightning_dp.per_sample.rules.base import Call, Rule, sum_rows, widen
 from lightning_dp.per_sample.uses import Use, tap_copies
+from lightning_dp.system.torch_private import num_changes
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -114,7 +115,8 @@ def aligned(
         shape = padded[id(tensor)]
         assert shape is not None
         dtype = wide.dtype if tensor.dim() == 0 and wide is not None else tensor.dtype
-        key = (node.key, tensor.data_ptr(), tensor.dtype, shape, axis.axis, axis.sample_major, rows, dtype)
+        held = tensor.data_ptr() if node.is_view else num_changes(tensor)
+        key = (node.key, held, tensor.dtype, shape, axis.axis, axis.sample_major, rows, dtype)
         shared = None if in_backward() else tracker.copies.get(key)
         if shared is not None:
             return shared

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -29,10 +30,10 @@ class Node:
         lineage: number of the sequence of operations that computed it; equal for equal operations on equal lineages.
         like: tensor with the shape of the node.
         region: index map of a view into its parameter; None for all other nodes.
-        value: the tensor with its graph; None for the parameter itself.
+        value: where its graph begins, or the tensor while it has none; None for the parameter itself.
     """
 
-    __slots__ = ("generation", "key", "lineage", "name", "names", "numel", "region", "shape", "value")
+    __slots__ = ("dtype", "generation", "key", "lineage", "name", "names", "numel", "region", "shape", "value")
 
     def __init__(
         self,
@@ -42,11 +43,11 @@ class Node:
         like: Tensor,
         *,
         region: Region | None = None,
-        value: Tensor | None = None,
+        value: Tensor | GradientEdge | None = None,
         generation: int = -1,
     ) -> None:
         self.name, self.names, self.lineage = name, names, lineage
-        self.shape, self.numel = like.shape, like.numel()
+        self.shape, self.numel, self.dtype = like.shape, like.numel(), like.dtype
         self.region, self.value, self.generation = region, value, generation
         self.key: Hashable = self
         if region is not None:

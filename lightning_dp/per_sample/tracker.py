@@ -26,6 +26,7 @@ from lightning_dp.per_sample.operations import ALIGNED, Bound, Operation, operat
 from lightning_dp.per_sample.plans import Observer
 from lightning_dp.per_sample.recurrent import watch_order
 from lightning_dp.per_sample.rules.base import Rule
+from lightning_dp.per_sample.sharing import Sharing
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.uses import Recorder, Use, tap_output
 from lightning_dp.per_sample.workspace import Workspace
@@ -54,11 +55,11 @@ class Tracker:
         self.stand_ins: dict[str, Tensor] = {}
         self.copies: dict[Hashable, Tensor] = {}
         """Copies of parameters for the samples, which all elementwise operations of a microbatch share."""
+        self._sharing = Sharing()
         self._counts: dict[Key, int] = {}
         self._lineages: dict[Hashable, int] = {}
         self.labels: dict[int, tuple[str, tuple[str, ...]]] = {}
         """Labels of functions of parameters, and the parameters that they are computed from, by lineage."""
-        self.made: list[Node] = []  # functions of parameters of this microbatch
         self._classes: dict[type[Any], type[Any]] = {}
         self.function_class: type[Function] = reporting_class(Function, self)
         self._replaced: list[tuple[Tensor, type[Any]]] = []
@@ -93,8 +94,7 @@ class Tracker:
 
     def start(self) -> None:
         """Make the parameters report every operation on them."""
-        self._counts, self.stand_ins, self.copies, self.untracked = {}, {}, {}, set()
-        self.has_custom = False
+        self._counts, self.untracked, self.has_custom = {}, set(), False
         watch_order(on=True)
         self._started = True
         for parameter in self.parameters.values():
@@ -122,12 +122,10 @@ class Tracker:
         for parameter, plain in self._replaced:
             parameter.__class__ = plain
         self._replaced, self.stand_ins, self.copies = [], {}, {}
+        self._sharing.clear()
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
             self._eager = None
-        for node in self.made:  # its tensor holds the node, and the node its tensor
-            node.value = None
-        self.made = []
         for source in self.sources.values():
             source.clear()
         self.sources = {key: source for key, source in self.sources.items() if source.is_lasting}
@@ -255,7 +253,10 @@ class Tracker:
         assert self.learned is not None
         if len(tracked) == len(tensors):
             if (func.__name__, nodes[0].lineage) not in self.learned.spread:
-                return derive(self, func, args, kwargs, tracked)
+                out = derive(self, func, args, kwargs, tracked)
+                if type(out) is self.function_class and not kwargs:
+                    self._sharing.share(func, args, out, tracked)
+                return out
             return leaves.spread(self, func, args, kwargs, self.plan_of(func, nodes[0], tensors), nodes)
         plan = self.plan_of(func, nodes[0], tensors)
         if plan is None:
