@@ -22,6 +22,7 @@ from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step import checks
 from lightning_dp.step.exchange import has_floats, whole_numbers
 from lightning_dp.step.loading import Collated, KeptState
+from lightning_dp.step.partners import check_partners
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.ranks import mark_of
 from lightning_dp.step.reading import check_reading
@@ -72,14 +73,15 @@ class TrainingRecords:
         return read(self.loader.dataset, positions)
 
     def check_reading(self, seed: int) -> None:
-        """Check that an item of a dataset with random access is the same whatever else is read.
+        """Check that an item of a dataset with random access is the same whatever else is read, and made of one record.
 
         Raises:
-            PrivacyError: an item changes with another one.
+            PrivacyError: an item changes with another one, or random draws decide which records it is made of.
         """
         dataset = self.loader.dataset
         if not isinstance(dataset, IterableDataset) and not is_plain(dataset):
             check_reading(dataset, self._positions(3, seed))
+            check_partners(dataset, self._positions(3, seed))
 
     def check_order(self) -> None:
         """Check, at the beginning of a pass, that the records are where they were, by their whole numbers and words.
