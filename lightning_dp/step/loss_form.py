@@ -14,11 +14,8 @@ from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-from lightning_dp.per_sample._torch import unfollowed
-from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
 
 NEAR = 32
 """Nodes of the graph that are read if their number is known, nearest to the loss first."""
@@ -83,23 +80,14 @@ class LossForm:
         else:
             self._new |= pairs - self._checked
 
-    def see_writes(self, module: nn.Module, before: list[tuple[Tensor, int]], numbers: Iterable[str]) -> None:
-        """Read which parameters and buffers the user's step has replaced or changed in place, and how often.
+    def see_writes(self, keys: Iterable[Any], *, between: bool = False) -> None:
+        """Take note of what user code has written.
 
         Args:
-            module: the user's.
-            before: result of :func:`versions_of` before the step.
-            numbers: names of the numbers of optimizers and schedulers that the step has changed.
+            keys: of the writes.
+            between: whether it has written after the forward of the step before, so that this step was released.
         """
-        after = versions_of(module)
-        writes: set[Any] = {
-            ("written", index, found is not tensor, changes - earlier)
-            for index, ((tensor, earlier), (found, changes)) in enumerate(zip(before, after, strict=False))
-            if found is not tensor or changes != earlier
-        }
-        writes |= {("written", name) for name in numbers}
-        writes |= {("held", more) for more in (len(after) - len(before),) if more}
-        self._new |= writes - self._checked
+        self._new |= {("written", between, key) for key in keys} - self._checked
 
     def see_spread(self, paths: Iterable[Any]) -> bool:
         """Read which values of a batch change with a record of others; tell whether one of them is new."""
@@ -138,6 +126,11 @@ class LossForm:
         """True if a real loss had operations that no check has seen."""
         return bool(self._new or self._new_calls)
 
+    @property
+    def was_released(self) -> bool:
+        """True if what is new was done after the forward of the step before."""
+        return any(each[:2] == ("written", True) for each in self._new)
+
     def is_due(self, since: int) -> bool:
         """Tell whether to check a new form now.
 
@@ -158,13 +151,6 @@ class LossForm:
         if by_check:
             self._checked |= self._new_calls
             self._new_calls = set()
-
-
-def versions_of(module: nn.Module) -> list[tuple[Tensor, int]]:
-    """Return the parameters and buffers of a module, each with the number of its changes in place."""
-    layers = layers_of(module)
-    with unfollowed():  # followed parameters would report each question
-        return [(tensor, num_changes(tensor)) for tensor in (*parameters_of(layers), *buffers_of(layers))]
 
 
 _NAMES_SIZES = {"view", "reshape", "expand", "repeat", "zeros", "ones", "full", "empty", "arange", "rand", "randn"}

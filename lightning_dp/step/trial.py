@@ -17,20 +17,19 @@ from lightning_dp.step import exchange
 from lightning_dp.step.couplings import NUM_SPARES, Couplings, differing
 from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.host import Host
-from lightning_dp.step.loss_form import versions_of
 from lightning_dp.step.microbatch import own_losses
 from lightning_dp.step.ranks import check_ranks
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
-from lightning_dp.step.state_check import changed
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.ways import OneByOne
+from lightning_dp.step.writes import Look, WriteWatch
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
 LAYOUT_SIZES = (2, 3)
 RELEASED = (
-    "The loss took a new form in the step before this one, which was released: its epsilon does not hold for the "
+    "User code did something new in the step before this one, which was released: its epsilon does not hold for the "
     "weights of now. Take those of an earlier checkpoint."
 )
 #: Records from all over the training set for the checks before the first step.
@@ -56,7 +55,8 @@ class Trial:
         self.positions: list[int] = []
         """Positions of the records of the real batch; empty if unknown."""
         self._watched: list[int] = []
-        self.transfer = self._runs.transfer
+        self.transfer, self.see_writes = self._runs.transfer, self._runs.loss_form.see_writes
+        self._writes = WriteWatch(lambda: Look(step.module, sandbox.numbers()), self.see_writes)
 
     @property
     def copies(self) -> int:
@@ -64,13 +64,14 @@ class Trial:
         return 1 if self._host.runs_alone else self._host.copies
 
     def is_due(self, number: int, *, first_of_pass: bool) -> bool:
-        """Tell whether to repeat the checks: at logical steps 2, 10 and 100; later at the first step of an epoch that
-        comes 1,000 steps after the last check, and at any step 10,000 after it.
+        """Read what was written since the last forward, and tell whether to repeat the checks: at logical steps 2, 10
+        and 100; later at the first step of an epoch 1,000 steps after the last check, and at any step 10,000 after it.
 
         Args:
             number: number of the logical step, from 0.
             first_of_pass: whether a pass over the data begins with this step.
         """
+        self._writes.begin()
         since = number - self._checked_at
         return since > 0 and (number in (1, 9, 99) or since >= (1_000 if first_of_pass else 10_000))
 
@@ -228,10 +229,9 @@ class Trial:
             yield
             return
         always, self._begins = self._begins or self._checked_at == step.state.step, False
-        before, numbers = versions_of(step.module), self._sandbox.numbers()
-        with nullcontext() if step.runs_samples_alone else form.watching(count, always=always):
+        calls = nullcontext() if step.runs_samples_alone else form.watching(count, always=always)
+        with self._writes.forward(), calls:
             yield
-        form.see_writes(step.module, before, changed(numbers, self._sandbox.numbers()))
 
     def see_loss(self, loss: Tensor) -> None:
         """Read the form of a real loss, before its backward."""
@@ -239,7 +239,7 @@ class Trial:
         if step.settings.check_per_sample and not step.runs_samples_alone and step.recording is not None:
             self._runs.loss_form.see(loss, checked=False, num_operations=num_operations() - step.recording.began)
 
-    def check_new_loss(self, *, at_end: bool = False) -> None:
+    def check_new_loss(self, *, at_end: bool = False, counts: Any = nullcontext) -> None:
         """Repeat the checks if a loss has a form that they have not seen, on any of several processes. Before a
         release, or, under manual optimization, before the next step or the end.
 
@@ -253,9 +253,10 @@ class Trial:
         if step.reduction.agree(form.is_due(since)):
             exchanged = self._runs.exchanged  # before a release, also by manual steps
             try:
-                self.check_again(step.state.step, self._watched)
+                with counts():  # those of before the batch
+                    self.check_again(step.state.step, self._watched)
             except PrivacyError as error:
-                if step.automatic or exchanged:
+                if (step.automatic and not form.was_released) or exchanged:
                     raise
                 raise PrivacyError(f"{error} {RELEASED}") from error
             form.settle(by_check=True)
@@ -273,6 +274,7 @@ class Trial:
         Raises:
             PrivacyError: the state depends on the records.
         """
+        self._writes.forget()
         few = self._host.records(NUM_FEW, seed=seed) if self._step.settings.check_per_sample else []
         if len(few) > 1:
             with self._sandbox.enter() as snapshot, self._runs.progress():

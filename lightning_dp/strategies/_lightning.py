@@ -95,23 +95,25 @@ def fit_results(trainer: pl.Trainer) -> Any:
     return trainer.fit_loop.epoch_loop._results
 
 
+_FIGURES = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+
+
 def figures(trainer: pl.Trainer) -> list[dict[str, Any]]:
     """Return the mappings behind ``callback_metrics``, ``logged_metrics`` and ``progress_bar_metrics``."""
-    connector: Any = trainer._logger_connector
-    return [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics]
+    return [getattr(trainer._logger_connector, name) for name in _FIGURES]
 
 
 @contextmanager
-def kept_figures(trainer: pl.Trainer) -> Iterator[None]:
-    """Give ``callback_metrics`` and the like the figures back that they held, and ``should_stop`` its value."""
-    before, should_stop = [dict(store) for store in figures(trainer)], trainer.should_stop
+def kept_figures(trainer: pl.Trainer, on_trial: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Replace the mappings of figures by those that ``on_trial`` makes, and restore them."""
+    connector, before = trainer._logger_connector, figures(trainer)
+    for name, held in zip(_FIGURES, before, strict=True):
+        setattr(connector, name, on_trial(held))
     try:
         yield
     finally:
-        trainer.should_stop = should_stop
-        for store, content in zip(figures(trainer), before, strict=True):
-            store.clear()
-            store.update(content)
+        for name, held in zip(_FIGURES, before, strict=True):
+            setattr(connector, name, held)
 
 
 def logger_step(trainer: pl.Trainer) -> int:

@@ -222,12 +222,13 @@ class PrivateStrategy(TrainingInputs, Strategy):
                 outputs.append(closure())
                 fit.check_new_loss()
             fit.step.finish(index)
-            fit.patches.clip(optimizer)
+            fit.patches.released(optimizer)
             fit.guard.released()
             return outputs[-1] if fit.on_trial else None  # the loss carries no noise: no optimizer may use it
 
         with fit.stepping(optimizer):
             self._step(optimizer, private_closure, model, **kwargs)
+        fit.patches.stepped()
         return outputs[-1] if outputs else None
 
     def _step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any, **kwargs: Any) -> Any:

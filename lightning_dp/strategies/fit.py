@@ -278,7 +278,8 @@ class PrivateFit:
     def check_new_loss(self) -> None:
         """Check a loss of a new form before anything of it is released, under automatic optimization."""
         if self.step.automatic and not self.on_trial:
-            self._trial.check_new_loss()
+            counts = ExitStack if self._counts is None else self._counts.back_in
+            self._trial.check_new_loss(counts=counts)
 
     def backward_done(self) -> None:
         """Check the backward of a microbatch; under automatic optimization, clip it and add it to the sum."""

@@ -25,6 +25,7 @@ from lightning_dp.step.local import local_part
 from lightning_dp.step.snapshot import few_places, plain_attributes
 from lightning_dp.step.state_check import leaves_of, numbers_of
 from lightning_dp.strategies import _lightning
+from lightning_dp.strategies.outcomes import limits
 from lightning_dp.strategies.overrides import Overrides
 from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
 
@@ -187,8 +188,14 @@ class UserHooks:
             name: of the hook; empty if it sees nothing of the training data.
         """
         trainer = self._strategy.trainer
-        before = trainer.should_stop
+        before, ends = trainer.should_stop, limits(trainer)
         yield
+        if name and limits(trainer)[1:] != ends[1:] and self._strategy.settings.check_per_sample:
+            raise PrivacyError(
+                f"Expected max_epochs and max_steps to stay while training, got a change by {type(owner).__name__}."
+                f"{name}. The number of steps could depend on the data: set trainer.should_stop, which is checked, or "
+                "set them before fit."
+            )
         if trainer.should_stop and not before:
             self.stopped = True
             if name:

@@ -17,6 +17,7 @@ from lightning_dp.step import checks
 from lightning_dp.step.host import Host
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.hooks import UserHooks, has_transfer, outputs_of
+from lightning_dp.strategies.outcomes import TrialFigures, kept_outcomes
 from lightning_dp.strategies.overrides import Overrides
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class LightningHost(Host):
         """Keep ``self.log`` and ``self.log_dict`` to the trial, stay in the epoch, and count no optimizer steps."""
         self._is_ending = self._strategy.trainer.should_stop and not self.hooks.stopped
         with ExitStack() as stack:
-            stack.enter_context(_lightning.kept_figures(self._strategy.trainer))
+            stack.enter_context(kept_outcomes(self._strategy.trainer))
             stack.enter_context(silent(self._strategy.module))
             stack.enter_context(_lightning.within_epoch(self._strategy.trainer))
             for optimizer in _lightning.lightning_optimizers(self._strategy):
@@ -225,7 +226,8 @@ def silent(module: pl.LightningModule) -> Iterator[None]:
         if isinstance(value, (int, float, Tensor)):
             figure = torch.as_tensor(value).detach()
             for store in _lightning.figures(module.trainer):
-                store |= dict.fromkeys((name, f"{name}_step", f"{name}_epoch"), figure)
+                assert isinstance(store, TrialFigures)
+                store.log((name, f"{name}_step", f"{name}_epoch"), figure)
 
     def log_dict(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         for name, value in values.items():
@@ -269,8 +271,7 @@ class Counts:
 
     @contextmanager
     def back_in(self, *, after: bool = False) -> Iterator[None]:
-        """Set the counters to their values at creation; afterwards restore the Trainer's count, not the module's
-        numbers.
+        """Set the counters to their values at creation; afterwards restore them.
 
         Args:
             after: whether the Trainer's count is that of ``end``, which the last hooks of the batch have seen.
@@ -279,13 +280,19 @@ class Counts:
         completed = progress.completed
         progress.completed = self._after if after and self._after is not None else self._global_step
         own = self._strategy.module.__dict__
-        for name in _plain(own).keys() - self._attributes.keys():
-            del own[name]
-        own.update(self._attributes)
+        now = _plain(own)
+        _set_plain(own, self._attributes)
         try:
             yield
         finally:
             progress.completed = completed
+            _set_plain(own, now)
+
+
+def _set_plain(attributes: dict[str, Any], values: dict[str, Any]) -> None:
+    for name in _plain(attributes).keys() - values.keys():
+        del attributes[name]
+    attributes.update(values)
 
 
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.trial import Trial
+from lightning_dp.step.writes import Gradients
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.host import Counts
 from lightning_dp.strategies.overrides import Overrides
@@ -36,6 +37,7 @@ class Patches:
         self._strategy, self._step, self._trial, self._is_on_trial = strategy, step, trial, is_on_trial
         self._overrides = Overrides()
         self._clips: dict[int, Callable[[], None]] = {}
+        self._released: Gradients | None = None
 
     @property
     def is_rehearsing(self) -> bool:
@@ -63,11 +65,18 @@ class Patches:
         """Restore the methods of all objects."""
         self._overrides.undo()
 
-    def clip(self, optimizer: Optimizer) -> None:
-        """Clip a private gradient once, if ``clip_gradients`` was called for it under manual optimization."""
+    def released(self, optimizer: Optimizer) -> None:
+        """Watch private gradients; clip them once if ``clip_gradients`` was called under manual optimization."""
+        self._released = None if self._is_on_trial() else Gradients(optimizer)
         clip = self._clips.pop(id(optimizer), None)
         if clip is not None:
             clip()
+
+    def stepped(self) -> None:
+        """Read which private gradients user code has changed since their release."""
+        if self._released is not None:
+            self._trial.see_writes(self._released.writes(), between=True)
+            self._released = None
 
     def _checking_skips(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """Return the module's ``on_train_batch_start`` with a check that skipping does not depend on the records."""

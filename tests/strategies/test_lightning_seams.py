@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_dp.strategies import _lightning
+from lightning_dp.strategies.outcomes import kept_outcomes
 from lightning_dp.strategies.overrides import Overrides
 from tests.helpers import ByHand, Classifier, make_loader, make_trainer
 
@@ -229,17 +230,20 @@ def test_loaded_checkpoints_are_shown_with_their_module(tmp_path: Path, monkeypa
     assert shown == [(module, 4)]
 
 
-def test_kept_figures_puts_figures_and_the_stop_back(tmp_path: Path) -> None:
+def test_kept_outcomes_puts_figures_and_ends_back(tmp_path: Path) -> None:
     trainer = make_trainer("auto", tmp_path)
     stores = _lightning.figures(trainer)
     assert stores[0] is trainer.callback_metrics
     stores[0]["before"] = 1.0
-    with _lightning.kept_figures(trainer):
+    with kept_outcomes(trainer):
         trainer.should_stop = True
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_batches = 99, 99, 99
         for store in _lightning.figures(trainer):
             store["within"] = 2.0
         assert trainer.callback_metrics["within"] == 2.0
     assert (stores[0], stores[1], trainer.should_stop) == ({"before": 1.0}, {}, False)
+    assert trainer.callback_metrics is stores[0]
+    assert 99 not in (trainer.max_epochs, trainer.max_steps, trainer.num_training_batches)
 
 
 def test_is_overridden_follows_a_class_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,130 @@
+"""Watch of what user code writes: parameters, buffers, attributes, modes, learning rates and released gradients."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.step.state_check import changed
+from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
+
+
+class Look:
+    """A look at a module, and at numbers of optimizers and schedulers.
+
+    Values of tensors are not read, so a write through ``.data`` into the same memory is not seen. Nor is a change
+    within a container.
+
+    Args:
+        module: the user's.
+        numbers: by name.
+    """
+
+    def __init__(self, module: nn.Module, numbers: dict[str, Any]) -> None:
+        layers = layers_of(module)
+        with unfollowed():  # followed parameters would report each question
+            self._tensors = [*parameters_of(layers), *buffers_of(layers)]
+            self._changes = [(*map(num_changes, self._tensors),), _addresses_of(self._tensors)]
+        self._attributes = [vars(layer) for layer in layers if _is_own(type(layer).__module__)]
+        self._held = [[*map(id, held.values())] for held in self._attributes]
+        self._modes = [layer.training for layer in layers]
+        self._numbers = numbers
+
+    def writes_until(self, after: Look) -> Iterator[tuple[Any, ...]]:
+        """Yield a key for each write until a later look, the same one for a write of the same kind."""
+        same = [*map(operator.is_, self._tensors, after._tensors)]
+        if self._changes != after._changes or not all(same):
+            rows = zip(same, *self._changes, *after._changes, strict=False)
+            for index, (is_same, before, old, now, new) in enumerate(rows):
+                if not is_same or now != before or old != new:
+                    yield "tensor", index, is_same, now - before, old == new
+        if len(after._tensors) != len(self._tensors):
+            yield "number of tensors", len(after._tensors) - len(self._tensors)
+        for index, (ids, others, held) in enumerate(zip(self._held, after._held, after._attributes, strict=False)):
+            if ids != others:
+                pairs = zip(held, [*ids, *[None] * len(others)], others, strict=False)
+                yield from (("attribute", index, name) for name, one, other in pairs if one != other)
+        if self._modes != after._modes:
+            yield ("modes",)
+        if self._numbers != after._numbers:
+            yield from (("number", name) for name in changed(self._numbers, after._numbers))
+
+
+class WriteWatch:
+    """A watch of what is written within a forward, and from its end to the beginning of the next logical batch.
+
+    Args:
+        look: takes a look.
+        see: is given the keys of writes, and whether they were made after a forward.
+    """
+
+    def __init__(self, look: Callable[[], Look], see: Callable[..., None]) -> None:
+        self._look, self._see = look, see
+        self._begun: Look | None = None
+        self._ended: Look | None = None  # after the last forward
+
+    def begin(self) -> None:
+        """Begin a logical batch."""
+        self._begun = self._look()
+        if self._ended is not None:
+            self._see(self._ended.writes_until(self._begun), between=True)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Watch the user's forward."""
+        before, self._begun = self._begun or self._look(), None
+        yield
+        self._ended = self._look()
+        self._see(before.writes_until(self._ended))
+
+    def forget(self) -> None:
+        """Forget all looks: a trial puts state back, which counts as a change of tensors."""
+        self._begun = self._ended = None
+
+
+class Gradients:
+    """The private gradients of a release.
+
+    Args:
+        optimizer: it steps on them.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        with unfollowed():
+            self._before = self._look()
+
+    def _look(self) -> tuple[list[Any], list[int]]:
+        grads = [each.grad for each in self._parameters]
+        # all of one dtype are views of one buffer, and count its changes together
+        return grads, [-1 if each is None else num_changes(each) for each in (*grads[:1], *grads[-1:])]
+
+    def writes(self) -> Iterator[tuple[Any, ...]]:
+        """Yield a key for gradients that were changed in place since, and for each that was replaced."""
+        with unfollowed():
+            grads, changes = self._look()
+        before, counted = self._before
+        for index, (one, other) in enumerate(zip(before, grads, strict=True)):
+            if other is not None and one is not other:
+                yield "another gradient", index
+        yield from (("gradients", now - then) for then, now in zip(counted, changes, strict=True) if now > then)
+
+
+@functools.lru_cache(4096)
+def _is_own(package: str) -> bool:
+    """Tell whether layers whose class a module defines may hold attributes of the user's."""
+    return not package.startswith("torch.nn.")
+
+
+def _addresses_of(tensors: list[Tensor]) -> tuple[int, ...]:
+    try:
+        return tuple(tensor.data_ptr() for tensor in tensors)
+    except RuntimeError:  # sparse tensors and sharded ones have none
+        return (0,) * len(tensors)

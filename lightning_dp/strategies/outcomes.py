@@ -1,0 +1,49 @@
+"""Figures and ends of a run, which a trial leaves as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_dp.strategies import _lightning
+
+
+@contextmanager
+def kept_outcomes(trainer: pl.Trainer) -> Iterator[None]:
+    """Give ``callback_metrics`` and the like the figures back that they held, and restore what ends the run."""
+    ends = limits(trainer)
+    with _lightning.kept_figures(trainer, TrialFigures):
+        try:
+            yield
+        finally:
+            for owner, name, value in ends:
+                setattr(owner, name, value)
+
+
+def limits(trainer: pl.Trainer) -> list[tuple[Any, str, Any]]:
+    """Return what ends a run or an epoch, as objects, names of attributes, and values."""
+    loop = trainer.fit_loop
+    held = ((trainer, "should_stop"), (loop, "max_epochs"), (loop.epoch_loop, "max_steps"), (loop, "max_batches"))
+    return [(owner, name, getattr(owner, name)) for owner, name in held]
+
+
+class TrialFigures(dict[str, Any]):
+    """Figures of a trial: what it has logged itself stays when Lightning adds those of the last real batch."""
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        super().__init__(held)
+        self._own: dict[str, Any] = {}
+
+    def log(self, names: tuple[str, ...], figure: Tensor) -> None:
+        """Hold a figure under several names."""
+        self._own |= dict.fromkeys(names, figure)
+        super().update(self._own)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Take other figures, except under names of this trial's own."""
+        super().update(*args, **kwargs)
+        super().update(self._own)
