@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
+from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling.gather import Gather, is_plain
+from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step.exchange import shape_of
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.loss_form import EVERY
 from lightning_dp.step.object_kinds import GENERATORS
 from lightning_dp.step.randomness import generator_restorer, generators_restorer
-from lightning_dp.step.reading import check_reading
+from lightning_dp.step.reading import alike, check_reading, content_of
 
 #: Depth to which the values of a batch are followed; containers that are copied, and their greatest length.
 _DEEPEST, _FILLED, _LONGEST = 6, (list, dict, set, deque), 4096
@@ -66,8 +68,8 @@ class LoadingWatch:
     **Guarantee**: a dataset with random access whose items begin to depend on other items is refused within 16 batches
     per worker process. A batch whose collation begins to mix values of two records of equal shape is reported to the
     step, which refuses it if a gradient shows it. Not found: mixing that needs certain records, more than 32 of them,
-    or records of shapes that no two share; what a collate function keeps of earlier batches is left to the regular
-    checks.
+    or records of shapes that no two share. What a collate function keeps of earlier batches is left to the regular
+    checks, see ``check_collating``.
 
     Args:
         always: whether to exchange records also if torch's own function collates them, because hooks may mix them.
@@ -94,8 +96,7 @@ class LoadingWatch:
             The batch, and the two small ones, if values of other records changed.
         """
         self._num_collated += 1
-        own = function is not default_collate and not isinstance(getattr(function, "__self__", None), Gather)
-        if self._num_collated % _period() != 0 or not (self._always or own):
+        if self._num_collated % _period() != 0 or not (self._always or is_own(function)):
             return function(records), None
         try:
             few = copy.deepcopy(records[:_FEW])
@@ -188,6 +189,44 @@ class KeptState:
             (container.update if isinstance(container, (dict, set)) else container.extend)(content)
         for restore in self._generators:
             restore()
+
+
+def is_own(function: Any) -> bool:
+    """Tell whether a collate function is neither torch's own nor this package's."""
+    return function is not default_collate and not isinstance(getattr(function, "__self__", None), Gather)
+
+
+def check_collating(function: Any, collate: Callable[[list[Any]], Any], records: list[Any]) -> None:
+    """Check that a batch does not depend on the batch that was collated before it.
+
+    Args:
+        function: the user's collate function, whose state is restored.
+        collate: collates records by it.
+        records: three of them.
+
+    Raises:
+        PrivacyError: a record collated after another one gave another batch.
+    """
+    kept = KeptState(function)
+
+    def last_of(*chosen: Any) -> list[Any]:
+        kept.put_back()
+        with fresh_randomness(0):
+            return [content_of(collate([copy.deepcopy(record)])) for record in chosen][-1]
+
+    first, second, third = records
+    try:
+        one, other, again = last_of(first, third), last_of(second, third), last_of(first, third)
+    except Exception:  # it needs more records, say
+        return
+    finally:
+        kept.put_back()
+    if alike(one, again) and not alike(one, other):
+        raise PrivacyError(
+            "A record was collated after another one, and its batch was another one than after a third. The collate "
+            "function keeps values of earlier records (a running mean, a queue) and changes later batches by them "
+            "without noise. Compute them on public data before fit, or leave them out."
+        )
 
 
 def _period() -> int:

@@ -42,17 +42,17 @@ def check_reading(dataset: Any, positions: list[int], *, streams: int = NUM_STRE
         return
     first, second, third = (positions * 2)[:3]
     for stream in range(streams):
-        once = _content(_read(dataset, [first], stream)[0], dataset)
+        once = content_of(_read(dataset, [first], stream)[0], dataset)
         item = _read(dataset, [first], stream)[0]
-        state, before = _state(dataset), _content(item, dataset)
+        state, before = _state(dataset), content_of(item, dataset)
         _read(dataset, [second], stream)
         between = _state(dataset)
-        if not _same(before, _content(item, dataset)):
+        if not alike(before, content_of(item, dataset)):
             raise PrivacyError(_message("its memory was written to as the next one was read", "Return a copy"))
-        again = _content(_read(dataset, [first], stream)[0], dataset)
+        again = content_of(_read(dataset, [first], stream)[0], dataset)
         # an item that changes whenever it is read, and leaves no state, draws from the system's entropy
-        has_state = _same(once, before) or not (_same(state, between) and _same(state, _state(dataset)))
-        if has_state and not _same(before, again):
+        has_state = alike(once, before) or not (alike(state, between) and alike(state, _state(dataset)))
+        if has_state and not alike(before, again):
             raise PrivacyError(
                 _message("it was another one after other items were read", "Keep no state of items in the dataset")
             )
@@ -63,10 +63,10 @@ def check_reading(dataset: Any, positions: list[int], *, streams: int = NUM_STRE
 def _check_together(dataset: Any, first: int, second: int, third: int) -> None:
     for place, ours, others in ((0, [first, second], [first, third]), (1, [second, first], [third, first])):
         drawn: list[bool] = []
-        items = [_content(_read(dataset, positions, 0, drawn)[place], dataset) for positions in (ours, ours, others)]
+        items = [content_of(_read(dataset, positions, 0, drawn)[place], dataset) for positions in (ours, ours, others)]
         if place and any(drawn):  # its draws follow those of the item before it
             continue
-        if _same(items[0], items[1]) and not _same(items[0], items[2]):
+        if alike(items[0], items[1]) and not alike(items[0], items[2]):
             raise PrivacyError(_message("it was another one among other items", "Let __getitems__ treat each alone"))
 
 
@@ -93,10 +93,10 @@ def _state(dataset: Any) -> list[Any]:
             cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
             kept += [*cells, *(function.__globals__.get(name) for name in function.__code__.co_names)]
         kept += [value for name, value in vars(type(each)).items() if not name.startswith("__")]
-    return [value for each in kept for value in _content(each)]
+    return [value for each in kept for value in content_of(each)]
 
 
-def _content(value: Any, beyond: Any = None) -> list[Any]:
+def content_of(value: Any, beyond: Any = None) -> list[Any]:
     """Return copies of the values that are reachable from an item or a dataset, without those of ``beyond``."""
     found: list[Any] = []
     for each in _walk(value, 0, {id(beyond)}):
@@ -130,10 +130,11 @@ def _walk(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
 
 def is_same(record: Any, other: Any) -> bool:
     """Tell whether two records hold the same values."""
-    return _same(_content(record), _content(other))
+    return alike(content_of(record), content_of(other))
 
 
-def _same(left: list[Any], right: list[Any]) -> bool:
+def alike(left: list[Any], right: list[Any]) -> bool:
+    """Tell whether two results of ``content_of`` are equal."""
     return len(left) == len(right) and all(map(_equal, left, right))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from lightning_dp.sampling.make import user_collate
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step import checks
 from lightning_dp.step.exchange import has_floats, whole_numbers
-from lightning_dp.step.loading import Collated, KeptState
+from lightning_dp.step.loading import Collated, KeptState, check_collating, is_own
 from lightning_dp.step.partners import check_partners
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.ranks import mark_of
@@ -73,13 +74,19 @@ class TrainingRecords:
         return read(self.loader.dataset, positions)
 
     def check_reading(self, seed: int) -> None:
-        """Check that an item of a dataset with random access is the same whatever else is read, and made of one record.
+        """Check that an item of a dataset with random access is the same whatever else is read, and made of one record;
+        and that a batch does not depend on the batches before it.
 
         Raises:
-            PrivacyError: an item changes with another one, or random draws decide which records it is made of.
+            PrivacyError: an item or a batch changes with others, or random draws decide of which records an item is
+                made.
         """
         dataset = self.loader.dataset
-        if not isinstance(dataset, IterableDataset) and not is_plain(dataset):
+        if isinstance(dataset, IterableDataset):
+            return
+        if is_own(collate := user_collate(self.loader)) and (self._num_records or 0) > 2:
+            check_collating(collate, partial(collate_samples, self.loader), self.take(3, seed))
+        if not is_plain(dataset):
             check_reading(dataset, self._positions(3, seed))
             check_partners(dataset, self._positions(3, seed))
 

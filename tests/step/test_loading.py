@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_dp.step.loading import Exchanged, KeptState, LoadingWatch
+from lightning_dp import PrivacyError
+from lightning_dp.step.loading import Exchanged, KeptState, LoadingWatch, check_collating
 
 RECORDS = [torch.arange(3.0) + 10 * index for index in range(4)]
 
@@ -104,3 +105,35 @@ def test_state_of_a_function_is_restored() -> None:
     assert (keeps.total, number, NUM_CALLS, seen) == (2, 2, 2, [0, 1, 2])
     state.put_back()
     assert (keeps.total, number, NUM_CALLS, seen) == (1, 1, 1, [0, 1])
+
+
+class RunningMean:
+    """Subtracts from a row the running mean of earlier ones, of public ones, or a number of calls."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.mean, self.calls = what, torch.zeros(3), 0
+
+    def __call__(self, records: list[Any]) -> Any:
+        rows = torch.stack(records)
+        self.calls += 1
+        if self.what == "too few records":
+            raise RuntimeError("two at least")
+        shift = self.calls if self.what == "a count" else torch.rand(3) if self.what == "draws" else self.mean
+        if self.what == "earlier rows":
+            self.mean = 0.9 * self.mean + 0.1 * rows.mean(0)
+        return rows - shift
+
+
+def test_a_collation_by_earlier_records_is_refused() -> None:
+    collate = RunningMean("earlier rows")
+    with pytest.raises(PrivacyError, match="collate function keeps values of earlier records"):
+        check_collating(collate, collate, [torch.full((3,), float(value)) for value in range(3)])
+    assert collate.calls == 0
+    assert not collate.mean.any()
+
+
+@pytest.mark.parametrize("what", ["public rows", "a count", "draws", "too few records"])
+def test_a_collation_by_counts_and_draws_passes(what: str) -> None:
+    collate = RunningMean(what)
+    check_collating(collate, collate, [torch.full((3,), float(value)) for value in range(3)])
+    assert collate.calls == 0
