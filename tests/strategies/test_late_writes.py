@@ -115,6 +115,25 @@ class Refreshes(Module):
         return loss
 
 
+class Scales(Module):
+    """By one entry of one record of the batch, which an exchange of two others does not change."""
+
+    def __init__(self, extreme: Any) -> None:
+        super().__init__()
+        self.extreme = extreme
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        factor = self.extreme(map(float, batch[0][:, 0].tolist())) if self.begun else 1.0
+        return super().training_step([batch[0] * factor], batch_idx)
+
+
+@pytest.mark.parametrize("extreme", [max, min])
+def test_an_extreme_of_the_batch_that_is_used_later_is_refused(extreme: Any) -> None:
+    steps, error = fit(Scales(extreme))
+    assert BEGINS <= steps <= 20
+    assert "One sample of a batch was" in error
+
+
 class Assigns(Module):
     """Once, by a counter of its own, and without a change that torch would count."""
 
