@@ -163,7 +163,7 @@ class Follower(TorchFunctionMode):
                 continue
             if type(rows) is Mixed and not traits.has_index:
                 return Mixed(traits.name) if rows is MIXED else rows
-            if type(rows) is not Rows or rows.axis is None or rows.only is not None:
+            if type(rows) is not Rows or rows.axis is None:
                 return NotImplemented
             if found is None:
                 found, data, at = rows, tensor, rows.axis - tensor.dim()
@@ -229,7 +229,7 @@ class Follower(TorchFunctionMode):
     def _changes(self, tensor: Tensor, after: Owners) -> bool:
         """Tell whether an in-place write may change the owners of other views of the same memory."""
         before = self.owners_of(tensor)
-        if before is after or (before is None and after is None):
+        if before is after or (before is None and after is None) or not tensor.numel():
             return False
         if isinstance(before, Rows) and isinstance(after, Rows):
             return before.axis != after.axis or not torch.equal(before.index, after.index)

@@ -256,21 +256,29 @@ def handler_of(name: str) -> Callable[[Step], Found] | None:
     return _HANDLERS.get(name) or _HANDLERS.get(name.rstrip("_"))
 
 
+def _fills(step: Step, handler: Callable[[Step], Found] | None) -> bool:
+    """Tell whether an operation puts entries into a tensor without data that may have rows of all samples."""
+    if handler not in (_written, _added):
+        return False
+    target = step.args[0]
+    return 1 < len(step.identity) in target.shape and all(tensor is not target for tensor, _ in step.owned)
+
+
 def owners_after(step: Step, handler: Callable[[Step], Found] | None, axis_after: AxisAfter | None) -> Found:
     """Return the owners of a finished operation's result, or of each tensor in the result."""
     first = step.owned[0][1]
-    if first.only is not None and all(rows.only == first.only for _, rows in step.owned):
-        # a sum of one sample's rows may get rows of other samples later
-        found = _added(step) if handler is _added and len(step.identity) > 1 else MIXED
-        return found if isinstance(found, Rows) else Rows(None, first.index[:1])
+    if first.only is not None and all(rows.only == first.only for _, rows in step.owned) and not _fills(step, handler):
+        return Rows(None, first.index[:1])
     if handler is None:
         if axis_after is None or len(step.owned) > 1 or first.axis is None:
             return MIXED
         axis = axis_after(step.owned[0][0], first.axis, step.args, step.kwargs, step.out)
         return MIXED if axis is None else first.moved(axis)
-    if handler not in _TAKES_WHOLE and any(rows.axis is None for _, rows in step.owned):
-        return MIXED
-    return handler(step)
+    takes = handler in _TAKES_WHOLE or all(rows.axis is not None for _, rows in step.owned)
+    found = handler(step) if takes else MIXED
+    if found is MIXED and len(soles := {rows.sole for _, rows in step.owned if rows.num}) == 1 and None not in soles:
+        return Rows(None, first.index.new_tensor([*soles]))
+    return found
 
 
 __all__ = ["CONSTANTS", "Mixed", "Step", "handler_of", "owners_after"]

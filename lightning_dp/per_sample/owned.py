@@ -36,8 +36,8 @@ class Rows:
         self.axis, self.index, self.is_identity = axis, index, is_identity
         self.layout: dict[Any, Any] = {} if layout is None else layout
         self.num = index.numel()
-        self.only = int(index[0]) if self.num == 1 and int(index[0]) != NOBODY else None
-        """The one sample that owns everything, where it is seen at once."""
+        self.only = int(index[0]) if axis is None and int(index[0]) != NOBODY else None
+        """The one sample that owns the whole tensor, if this needs no axis."""
 
     def moved(self, axis: int | None) -> Rows:
         """Return the same owners along another axis."""
@@ -103,7 +103,7 @@ def compressed(labels: Tensor, shared: Callable[[Tensor], Rows]) -> Owners:
         if stride == 0 and labels.shape[axis] > 1:
             labels = labels.narrow(axis, 0, 1)
     if labels.numel() == 0:
-        return Rows(0, labels.flatten()) if labels.dim() else None
+        return Rows(labels.shape.index(0), labels.flatten())
     top = int(labels.max())
     if top == NOBODY:
         return None

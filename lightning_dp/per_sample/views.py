@@ -77,7 +77,7 @@ def owners_of_view(tensor: Tensor, rows: Rows, out: Tensor, memo: Memo) -> Rows 
 
 def moved_rows(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
     """Return the owners after an operation that moves whole rows of one tensor; None for other operations."""
-    if rows.axis is None or rows.only is not None:
+    if rows.axis is None:
         return _reshaped(rows, tensor.shape, step.out.shape, step) if name in RESHAPES else None
     if name in _CUTS:
         return _cut(step, rows, tensor.dim())
