@@ -104,7 +104,9 @@ def _reshaped(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> in
 
 
 def _expanded(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
-    return axis + int(out.dim()) - tensor.dim() if tensor is args[0] else None
+    """Return the axis if it keeps its length: its entries are not repeated."""
+    at = axis + int(out.dim()) - tensor.dim()
+    return at if tensor is args[0] and out.shape[at] == tensor.shape[axis] else None
 
 
 def _swapped(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
@@ -163,7 +165,7 @@ AXES: dict[str, AxisAfter] = {
     "cdist": _distances,
     "linear": _linear,
     **dict.fromkeys(RESHAPES, _reshaped),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expanded),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat", "tile"), _expanded),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _swapped),
     "unsqueeze": _unsqueezed,
     "permute": _permuted,

@@ -158,10 +158,12 @@ class Follower(TorchFunctionMode):
         if traits.is_constant:
             return NotImplemented if traits.in_place else None
         found, data, at = None, None, 0
-        for tensor, rows in zip(tensors, owners, strict=True):
+        result: Rows | None = None
+        by_index = traits.has_index and len(tensors) > 1
+        for tensor, rows in () if by_index else zip(tensors, owners, strict=True):
             if rows is None:
                 continue
-            if type(rows) is Mixed and not traits.has_index:
+            if type(rows) is Mixed:
                 return Mixed(traits.name) if rows is MIXED else rows
             if type(rows) is not Rows or rows.axis is None:
                 return NotImplemented
@@ -170,17 +172,16 @@ class Follower(TorchFunctionMode):
             elif traits.is_aligned or traits.joins:
                 if rows.index is not found.index or rows.axis - tensor.dim() != at:
                     return NotImplemented
-            elif not (traits.of_first or traits.has_index):
+            elif not traits.of_first:
                 return NotImplemented
-        if found is None or data is None:
-            return None if tensors else NotImplemented
-        result: Rows | None = None
         try:
-            if traits.is_aligned:
-                result = found.moved(at + out.dim())
-            elif traits.has_index and len(tensors) > 1:
+            if by_index:
                 with unfollowed():
-                    result = after_index(traits.name, args, tensors, owners, self.memo)  # type: ignore[arg-type]
+                    result = after_index(traits.name, args, tensors, owners, self.memo)
+            elif found is None or data is None:
+                return None if tensors else NotImplemented
+            elif traits.is_aligned:
+                result = found.moved(at + out.dim())
             elif traits.axis_after is not None:
                 axis = traits.axis_after(data, at + data.dim(), args, kwargs, out)
                 result = None if axis is None else found.moved(axis)

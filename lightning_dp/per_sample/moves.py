@@ -231,23 +231,24 @@ def moved_entries(name: str, args: Any) -> list[Tensor]:
     return []
 
 
-def after_index(name: str, args: Any, tensors: list[Tensor], owners: list[Rows | None], memo: Memo) -> Rows | None:
+def after_index(name: str, args: Any, tensors: list[Tensor], owners: list[Owners], memo: Memo) -> Rows | None:
     """Return the owners of rows that an index selects, or of sums of rows by an index; None for all other results.
 
     Args:
         name: of an operation that :func:`has_index` names.
         args: its arguments.
         tensors: in its arguments.
-        owners: of each tensor, along an axis; None for a constant.
+        owners: of each tensor.
         memo: of the microbatch.
     """
     found: Owners = None
-    first = owners[0] if tensors[0] is args[0] else None
+    first = owners[0] if tensors[0] is args[0] else MIXED
     if name in _PICKS:
-        found = None if first is None else rows_at(memo, name, args, first, tensors[0].dim())
+        found = rows_at(memo, name, args, first, tensors[0].dim()) if isinstance(first, Rows) else None
     elif len(tensors) == 3 and len(args) > 3 and tensors[2] is args[3]:
-        target, dim, index = args[:3]
-        found = _after_adding(target, dim, index, first, owners[2] or owners[1], memo)
+        (target, dim, index), rows = args[:3], owners[2] or owners[1]
+        if not isinstance(first, Mixed) and not isinstance(rows, Mixed):
+            found = _after_adding(target, dim, index, first, rows, memo)
     return found if isinstance(found, Rows) else None
 
 

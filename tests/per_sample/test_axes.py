@@ -33,6 +33,8 @@ CASES: dict[str, Case] = {
     "view": (Tensor.view, (3, 20, 6), [0, None, None, None]),
     "view as other numbers": (Tensor.view, (torch.int32,), [None] * 4),
     "expand": (Tensor.expand, (2, 3, 4, 5, 6), [1, 2, 3, 4]),
+    "repeat": (Tensor.repeat, (2, 1, 3, 1, 1), [1, None, 3, 4]),
+    "tile": (torch.tile, ((1, 2),), [0, 1, 2, None]),
     "transpose": (torch.transpose, (-1, 1), [0, 3, 2, 1]),
     "unsqueeze": (torch.unsqueeze, (-2,), [0, 1, 2, 4]),
     "permute": (Tensor.permute, (2, 0, -1, 1), [1, 3, 0, 2]),
