@@ -76,17 +76,25 @@ def _stand_in(tracker: Tracker, node: Node, parameter: Tensor) -> Tensor:
     return tracker.stand_ins[name]
 
 
-def connected(tracker: Tracker, node: Node, thing: Any) -> bool:
-    """Tell whether a tracked tensor has the graph that its node is pulled back through.
+def connected(tracker: Tracker, node: Node, thing: Any) -> Node | None:
+    """Return the node of a function of parameters, connected to the graph of its tensor; None while it has no graph.
 
-    A result of ``within_custom`` gets its graph from its ``torch.autograd.Function``; as a leaf it has none.
+    A result of ``within_custom`` gets its graph from its ``torch.autograd.Function``; as a leaf it has none. A tensor
+    that was changed in place through a view has another graph, and so gets another node.
     """
-    if isinstance(node.value, Tensor) and isinstance(thing, Function):
-        if thing.grad_fn is None:
-            return False
+    if not isinstance(thing, Function):
+        return node
+    with unreported():
+        grad_fn = thing.grad_fn
+    if isinstance(node.value, Tensor):
+        if grad_fn is None:
+            return None
         tracker.has_custom = True
         node.value = _beginning(thing)
-    return True
+    elif grad_fn is not (thing.began or node.value.node):  # type: ignore[union-attr]
+        node = Node(node.name, node.names, node.lineage, thing, value=_beginning(thing), generation=node.generation)
+        thing.node, thing.began = node, None
+    return node
 
 
 def _beginning(made: Tensor) -> Tensor | GradientEdge:
@@ -121,6 +129,7 @@ def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, tracked: Sequence
         if isinstance(target, Tensor) and target.requires_grad:
             target.__class__ = tracker.function_class
             args[0].node = _made(tracker, func, target, (*key, "in place"), tracked)
+            args[0].began = None
         return out
     if args and out is args[0] and isinstance(out, Function):
         return out
@@ -143,6 +152,7 @@ def _wrap_one(tracker: Tracker, func: Any, out: Any, key: Hashable, tracked: Seq
         made.__class__ = tracker.function_class  # an alias would be one more operation to pull back through
     else:
         made = out.as_subclass(tracker.function_class)
+        made.began = made.grad_fn
     made.node = _made(tracker, func, out, key, tracked)
     return made
 

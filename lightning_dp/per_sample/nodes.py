@@ -83,6 +83,8 @@ class Function(Reporting, Tensor):
     """A tracked tensor that is a function of private parameters."""
 
     node: Node
+    began: Any = None
+    """The ``grad_fn`` for which the node was made, if its graph does not begin there."""
 
 
 def is_tracked(thing: Any) -> bool:

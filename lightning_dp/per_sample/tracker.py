@@ -142,7 +142,7 @@ class Tracker:
         follows = self.observer is not None and self.observer.without_grad
         if node is None or not (thing.requires_grad or follows):  # type: ignore[attr-defined]
             return None
-        if not (follows or node.value is None or connected(self, node, thing)):
+        if not (follows or node.value is None) and (node := connected(self, node, thing)) is None:
             return None
         if node.generation not in (-1, self.recorder.generation):
             raise PrivacyError(

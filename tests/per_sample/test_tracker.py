@@ -243,6 +243,30 @@ def test_layers_without_a_rule(layer: nn.Module) -> None:
     assert_engine_agrees(module, _loss(module), data)
 
 
+@pytest.mark.parametrize("how", ["base", "view", "both"])
+def test_functions_of_parameters_changed_through_a_view(how: str) -> None:
+    """The change is part of what is used later, and of nothing that was used before."""
+
+    class Use(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.w * 1.0
+            row = weight[0]
+            before = F.linear(x, weight * 2) if how == "both" else x
+            if how == "view":
+                weight.mul_(3.0)
+                return x * row
+            row.mul_(3.0)
+            return F.linear(before.tanh(), weight)
+
+    torch.manual_seed(0)
+    module = Use().double()
+    assert_engine_agrees(module, _loss(module), _data(4))
+
+
 def test_a_transposed_convolution_of_one_position() -> None:
     """Its input is a transposed view, whose strides torch takes for channels that come last."""
 
