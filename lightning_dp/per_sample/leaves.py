@@ -20,7 +20,7 @@ from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, Reporting
 from lightning_dp.per_sample.rules.base import Call, Rule, sum_rows, widen
-from lightning_dp.per_sample.uses import Use, tap_copies
+from lightning_dp.per_sample.uses import FEW, Use, tap_copies
 from lightning_dp.system.torch_private import num_changes
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class LeafRule(Rule):
 
 LEAF = LeafRule()
 _rows = functools.cache(BatchAxis)
+_BLOCKS = 4  # least number of blocks of a parameter, and largest ratio to those used, to copy all of them
 
 
 def padded_shape(shape: Sequence[int], axis: BatchAxis, num_axes: int) -> tuple[int, ...] | None:
@@ -115,12 +116,14 @@ def aligned(
         shape = padded[id(tensor)]
         assert shape is not None
         dtype = wide.dtype if tensor.dim() == 0 and wide is not None else tensor.dtype
-        held = tensor.data_ptr() if node.is_view else num_changes(tensor)
+        held = node.is_view and tensor.data_ptr(), num_changes(tensor)
         key = (node.key, held, tensor.dtype, shape, axis.axis, axis.sample_major, rows, dtype)
-        shared = None if in_backward() else tracker.copies.get(key)
+        shared: Tensor | None = None if in_backward() else tracker.copies.get(key)
         if shared is not None:
             return shared
-        made = copies_of(tracker, tensor, node, lambda v: along(v, shape, axis.axis, size), _rows(axis.axis))
+        made = _block(tracker, tensor, node, shape, axis.axis, size)
+        if made is None:
+            made = copies_of(tracker, tensor, node, lambda v: along(v, shape, axis.axis, size), _rows(axis.axis))
         if dtype != tensor.dtype:  # a number does not decide the type of a result
             made = made.to(dtype)
         made = rows_along(made, axis, rows)
@@ -131,6 +134,34 @@ def aligned(
     own = {id(tensor): copies(tensor, node) for tensor, node in tracked}
     args, kwargs = replaced(args, kwargs, lambda t: own.get(id(t), t))
     return func(*args, **kwargs)
+
+
+def _block(tracker: Tracker, tensor: Tensor, node: Node, padded: Sequence[int], axis: int, size: int) -> Tensor | None:
+    """Return the copies of a block of a small parameter whose blocks are used one by one, as ``w[i, j]`` in a loop.
+
+    The copies of all blocks are made together, and so are their gradients. None for other tensors, and before uses of
+    blocks have covered a quarter of the parameter.
+    """
+    name, num = node.names[0], node.numel
+    if node.region is None or not num or in_backward():
+        return None
+    parameter, offset = tracker.parameters[name], node.region[0]
+    whole, rest = divmod(parameter.numel(), num)
+    if rest or offset % num or whole < _BLOCKS or size * whole * num > FEW or not tensor.is_contiguous():
+        return None
+    used = tracker.blocks.setdefault((name, num), set())
+    used.add(offset)
+    key = (name, num, parameter.data_ptr(), num_changes(parameter))  # autograd refuses these views after a change
+    if _BLOCKS * len(used) < whole or tensor.data_ptr() != key[2] + offset * tensor.itemsize:
+        return None
+    if key not in tracker.copies:
+        of_parameter = tracker.known_node(parameter)
+        assert of_parameter is not None
+        tracker.copies[key] = copies_of(
+            tracker, parameter, of_parameter, lambda v: v.reshape(whole, 1, num).expand(whole, size, num), _rows(1)
+        ).unbind()
+    block: Tensor = tracker.copies[key][offset // num]
+    return block.reshape(size, *padded[:axis], *padded[axis + 1 :]).movedim(0, axis)
 
 
 def spread(tracker: Tracker, func: Any, args: Any, kwargs: Any, plan: CallLayout | None, nodes: list[Node]) -> Any:

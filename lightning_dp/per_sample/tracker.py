@@ -53,13 +53,13 @@ class Tracker:
         self.parameters: dict[str, nn.Parameter] = {}
         self._nodes: dict[int, Node] = {}
         self.stand_ins: dict[str, Tensor] = {}
-        self.copies: dict[Hashable, Tensor] = {}
+        self.copies: dict[Hashable, Any] = {}
         """Copies of parameters for the samples, which all elementwise operations of a microbatch share."""
+        self.blocks: dict[Hashable, set[int]] = {}  # blocks of parameters that were used one by one, see leaves.py
         self._sharing = Sharing()
         self._counts: dict[Key, int] = {}
         self._lineages: dict[Hashable, int] = {}
-        self.labels: dict[int, tuple[str, tuple[str, ...]]] = {}
-        """Labels of functions of parameters, and the parameters that they are computed from, by lineage."""
+        self.labels: dict[int, tuple[str, tuple[str, ...]]] = {}  # with names of parameters, by lineage
         self._classes: dict[type[Any], type[Any]] = {}
         self.function_class: type[Function] = reporting_class(Function, self)
         self._replaced: list[tuple[Tensor, type[Any]]] = []

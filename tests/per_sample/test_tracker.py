@@ -632,6 +632,40 @@ def test_elementwise_operations_share_the_copies_of_a_parameter(monkeypatch: pyt
     assert len(made) == 1
 
 
+BLOCKS: dict[str, tuple[Any, int]] = {
+    "entries": (lambda m, x: sum((x * m.w[i, j]).sin() * m.w[i, 0] for i in range(4) for j in range(3)), 1),
+    "rows": (lambda m, x: sum((x * w).sin() for w in m.w), 1),
+    "rows along a later axis": (lambda m, x: sum((x.movedim(0, 2) * w[:, None]).sin() for w in m.w).movedim(2, 0), 1),
+    "entries and rows": (lambda m, x: sum((x * w + w[1]).sin() for w in m.w), 2),
+    "rows and the whole": (lambda m, x: sum((x * w).sin() for w in m.w) + F.linear(x, m.w[1:]), 1),
+    "one of many": (lambda m, x: x * m.w.flatten()[7], 1),
+    "columns": (lambda m, x: sum((x * w).sin() for w in m.w[:3].T), 3),
+}
+
+
+@pytest.mark.parametrize("how", list(BLOCKS))
+def test_blocks_of_a_parameter_are_copied_together(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    function, num = BLOCKS[how]
+    module, made, own = Uses(function, w=drawn(4, 3)), [], leaves.copies_of
+    assert_engine_agrees(module, _loss(module), _data(4, 3), size=4)
+    engine = assert_engine_agrees(module, _loss(module), _data(4, 3), size=4, memory="lean")
+    monkeypatch.setattr(leaves, "copies_of", lambda *args: made.append(1) or own(*args))
+    run_batch(engine, _loss(module), _data(4, 3), 4)
+    assert len(made) == num
+
+
+def test_copies_of_blocks_follow_a_parameter_that_changes() -> None:
+    module, x = Uses(lambda m, x: sum(x * w for w in m.w), w=drawn(4, 3)), _data(4, 3)
+    engine = make_engine(module, _loss(module), x)
+    for factor in (2.0, 3.0):
+        engine.begin(6)
+        before = module(x)
+        with torch.no_grad():
+            module.w.mul_(factor)
+        torch.testing.assert_close(module(x), before * factor)
+        engine.end()
+
+
 @pytest.mark.parametrize("how", ["in place", "other memory"])
 def test_copies_follow_a_parameter_that_changes_within_a_step(how: str) -> None:
     """As a step of an optimizer does under manual optimization: the next use sees the new values."""
