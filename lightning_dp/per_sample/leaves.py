@@ -104,8 +104,10 @@ def aligned(
     axis, size = plan.outputs[0], tracker.recorder.batch_size
     assert isinstance(axis, BatchAxis)
     num_axes = max(tensor.dim() for tensor in tensors)
+    if axis.axis >= num_axes:
+        return NotImplemented
     padded = {id(t): padded_shape(t.shape, axis, num_axes) for t, _ in tracked}
-    if axis.axis >= num_axes or any(shape is None for shape in padded.values()):
+    if any(shape is None for shape in padded.values()):
         return NotImplemented
     plain = [tensor for tensor in tensors if id(tensor) not in padded]
     lengths = {tensor.shape[at] for tensor in plain if (at := axis.axis - num_axes + tensor.dim()) >= 0}
