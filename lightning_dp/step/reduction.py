@@ -140,7 +140,7 @@ class AllReduce(Reduction):
     @override
     def agree(self, flag: bool) -> bool:
         found = torch.tensor(int(flag), device=self.device)
-        with communicating("the choice of the way in which samples run"):
+        with communicating("a choice that all make alike"):
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return bool(found)
 

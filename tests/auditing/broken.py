@@ -33,9 +33,9 @@ from lightning_dp.step.sandbox import StepGuard
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.step.step import PrivateStep
-from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.fit import PrivateFit
 from lightning_dp.strategies.hooks import UserHooks
+from lightning_dp.strategies.outcomes import TrialFigures
 from tests.auditing import checks, user_code
 
 Check = Callable[[Path], None]
@@ -225,7 +225,7 @@ def checkpoints_unread(patch: pytest.MonkeyPatch) -> None:
 
 def figures_unread(patch: pytest.MonkeyPatch) -> None:
     """What a trial logs cannot be read back."""
-    patch.setattr(_lightning, "figures", lambda trainer: [])
+    patch.setattr(TrialFigures, "log", lambda self, names, figure: None)
 
 
 def coins_in_the_middle(patch: pytest.MonkeyPatch) -> None:
