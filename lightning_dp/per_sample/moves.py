@@ -270,6 +270,8 @@ def owners_after(step: Step, handler: Callable[[Step], Found] | None, axis_after
     first = step.owned[0][1]
     if first.only is not None and all(rows.only == first.only for _, rows in step.owned) and not _fills(step, handler):
         return Rows(None, first.index[:1])
+    if len(step.identity) == 1 and all(rows.num == 1 and not rows.has_nobody for _, rows in step.owned):
+        return Rows(None, first.index)  # in a batch of one record, whatever has no other rows is its as a whole
     if handler is None:
         if axis_after is None or len(step.owned) > 1 or first.axis is None:
             return MIXED

@@ -161,6 +161,32 @@ def test_rows_without_data_are_not_of_the_only_record(how: str) -> None:
             _assert_step_agrees(engine, module, [2, 3], 1)
 
 
+class Tokens(nn.Module):
+    """Each record has a learned token before its rows, and a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.places, self.edges = nn.Parameter(torch.randn(4)), nn.Embedding(3, 4), nn.Linear(4, 4)
+        self.register_buffer("numbers", torch.arange(3)[None])
+
+    sample_of_row = Few.sample_of_row
+
+    def forward(self, batch: Any) -> Tensor:
+        y = batch["y"]
+        rows = torch.cat([self.token.expand(len(y), 1, -1), y[:, None].expand(-1, 2, -1)], 1)
+        total = torch.zeros_like(y).index_add(0, batch["of_edge"], self.edges(batch["edge"]))
+        return ((rows + self.places(self.numbers)).square().sum(1) - total).square().sum(1)
+
+
+@pytest.mark.parametrize("records", [[1], [3], [1, 3], [0, 1, 3]])
+def test_a_batch_of_one_record_is_followed_as_others_are(records: list[int]) -> None:
+    torch.manual_seed(0)
+    module = Tokens()
+    engine = make(module, module, lambda chosen: batch_of(chosen, 0))
+    assert engine.follows_owners
+    _assert_step_agrees(engine, module, records, 1)
+
+
 class Mixing(nn.Module):
     """A layer between two steps over rows that belong to one record each, until a later step mixes them."""
 
