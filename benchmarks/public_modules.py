@@ -193,6 +193,7 @@ def rows() -> list[dict[str, str]]:
                 "trains": verdict(found),
                 "way": found.get("way", ""),
                 "step to plain": str(found.get("ratio", "")),
+                "pairs": str(found.get("pairs", "")),
                 "agreement": f"{found['differs']:.0e}" if "differs" in found else "",
                 "in float64": f"{found['differs64']:.0e}" if "differs64" in found else "",
                 "message, first sentence": message[:240],
@@ -217,11 +218,13 @@ def write_tables() -> None:
         f"{refused} are coupled by nature and refused, {len(entries) - trained - refused} fail."
     )
     about = (
-        "Made by `python -m benchmarks.public_modules`. Ratios are those of median steps, without the loader, in "
-        "processor time of one thread on a shared machine, at toy size: hints, not figures. "
-        '"Agreement" is the largest difference between per-sample gradients in a batch and those '
-        "of samples run alone, relative to the largest gradient (float32; EfficientNet, which leaves one pixel to its "
-        'last groups, agrees to 5e-14 in float64). Way "single" needs no such comparison.'
+        "Made by `python -m benchmarks.public_modules`. Ratios are medians over pairs of fits, plain and private in "
+        "turn, of the median steps without the loader, in processor time of one thread on a shared machine, at toy "
+        "size. Where a row has 1 pair it is older, and a hint only: in repeated fits plain steps are faster. "
+        '"Agreement" is the largest difference between per-sample gradients in a batch and those of samples run alone, '
+        "relative to the largest gradient, in float32 and, where it was measured and the package trains in it, in "
+        "float64. EfficientNet leaves one pixel to its last groups. Llama, T5, Mamba and x-transformers compute norms "
+        'or a softmax in float32 by themselves. Way "single" needs no such comparison.'
     )
     page = [
         "# Public packages, unchanged",
