@@ -188,15 +188,16 @@ class UserHooks:
             name: of the hook; empty if it sees nothing of the training data.
         """
         trainer = self._strategy.trainer
-        before, ends = trainer.should_stop, limits(trainer)
+        (*_, stopped), *ends = limits(trainer)
         yield
-        if name and limits(trainer)[1:] != ends[1:] and self._strategy.settings.check_per_sample:
+        (*_, stops), *others = limits(trainer)
+        if name and others != ends and self._strategy.settings.check_per_sample:
             raise PrivacyError(
                 f"Expected max_epochs and max_steps to stay while training, got a change by {type(owner).__name__}."
                 f"{name}. The number of steps could depend on the data: set trainer.should_stop, which is checked, or "
                 "set them before fit."
             )
-        if trainer.should_stop and not before:
+        if stops and not stopped:
             self.stopped = True
             if name:
                 self._strategy.state.choices.add(f"perhaps the end of the run, by {type(owner).__name__}.{name}")
