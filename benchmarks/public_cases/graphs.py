@@ -80,6 +80,38 @@ def gin(arguments: dict[str, Any]) -> None:
 
 
 @case("torch_geometric")
+def hetero(arguments: dict[str, Any]) -> None:
+    """Messages between two kinds of nodes, and a mean over the nodes of each kind."""
+    from torch_geometric.data import HeteroData
+    from torch_geometric.loader import DataLoader as GraphLoader
+    from torch_geometric.nn import HeteroConv, SAGEConv, global_mean_pool
+
+    torch.manual_seed(0)
+    to, back = ("user", "rates", "film"), ("film", "is rated by", "user")
+    made = []
+    for number in range(64):
+        graph, users, films = HeteroData(), 3 + number % 4, 2 + number % 3
+        graph["user"].x, graph["film"].x = torch.randn(users, 6), torch.randn(films, 5)
+        edges = torch.stack([torch.randint(users, (2 * users,)), torch.randint(films, (2 * users,))])
+        graph[to].edge_index, graph[back].edge_index = edges, edges.flip(0)
+        graph.y = torch.tensor([number % 3])
+        made.append(graph)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = HeteroConv({to: SAGEConv((6, 5), 8), back: SAGEConv((5, 6), 8)}), nn.Linear(16, 3)
+
+        def forward(self, batch: Any) -> Any:
+            hidden = self.body(batch.x_dict, batch.edge_index_dict)
+            pooled = [global_mean_pool(hidden[kind].relu(), batch[kind].batch) for kind in ("user", "film")]
+            return self.head(torch.cat(pooled, 1))
+
+    task = Task(Net(), lambda net, batch: nn.functional.cross_entropy(net(batch), batch.y))
+    fit(task, GraphLoader(made, batch_size=BATCH, shuffle=True), arguments)
+
+
+@case("torch_geometric")
 def schnet(arguments: dict[str, Any]) -> None:
     """SchNet: continuous filters over the distances of atoms."""
     from torch_geometric.data import Data

@@ -6,13 +6,14 @@ The owner of a row is the sample that it belongs to. These name owners:
     list of B things      thing b belongs to sample b
     ``sample_of_row``     in the batch or on the module: an index for the tensors with as many rows, or one per tensor
                           name
-    ``batch``, ``ptr``    of a batch of graphs: an index for its nodes; an edge belongs to the graph of its first node
+    ``batch``, ``ptr``    of a batch of graphs: an index for its nodes, or for those of each kind; an edge belongs to
+                          the graph of its first node
     ``PackedSequence``    an index from its ``batch_sizes``
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,16 +22,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.per_sample.batch_reading import Container, Path, read
 from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
 
-Path = tuple[Any, ...]
-Container = tuple[Path, dict[str, Any]]
 Kind = tuple[Any, str]
 """Axis and name of an index; axis "each" for a list with one thing for each sample."""
 
 KEY = "sample_of_row"
-_DEEPEST = 5
 
 
 class BatchOwners:
@@ -49,7 +48,7 @@ class BatchOwners:
         """Record how a batch of ``size`` samples names the owners of rows; keep only facts true for all
         batches seen.
         """
-        things, containers = _read(batch)
+        things, containers = read(batch)
         indices = self._indices(batch, containers, size)
         seen = {path: _kinds_of(path, thing, size, indices) for path, thing in things}
         known = self._kinds
@@ -86,7 +85,7 @@ class BatchOwners:
     def _note(self, batch: Any, follower: Follower) -> None:
         # one size alone does not tell samples from other things of which there are as many
         known, size = (self._kinds or {}) if len(self._sizes) > 1 else {}, follower.size
-        things, containers = _read(batch)
+        things, containers = read(batch)
         indices = self._indices(batch, containers, size)
         named = {name: Rows(0, index) for name, index in indices.items()}
         follower.memo.known += named.values()
@@ -117,11 +116,14 @@ class BatchOwners:
             if KEY in container:
                 _add_given(found, container[KEY], size, KEY)
             if _is_graph(container):
-                nodes = _nodes_of(container, size)
-                found[f"nodes {path}"] = nodes
-                edges = container.get("edge_index")
-                if isinstance(edges, Tensor) and edges.dim() == 2 and len(edges) == 2 and not edges.is_floating_point():
-                    found[f"edges {path}"] = nodes[edges[0]]
+                found[f"nodes {path}"] = _nodes_of(container, size)
+        for path, container in containers:
+            nodes = found.get(f"nodes {_of_first_nodes(path)}")
+            edges = container.get("edge_index")
+            if nodes is None or not isinstance(edges, Tensor):
+                continue
+            if edges.dim() == 2 and len(edges) == 2 and not edges.is_floating_point():
+                found[f"edges {path}"] = nodes[edges[0]]
         return found
 
 
@@ -129,7 +131,7 @@ def _owners_of(path: Path, kinds: set[Kind], tensor: Tensor, follower: Follower,
     """Return the owners of the rows of a batch's tensor; ``MIXED`` if nothing in the batch names them."""
     if not kinds:
         return MIXED
-    axis, name = min(kinds, key=lambda kind: _rank(path, kind[1]))
+    axis, name = min(kinds, key=lambda kind: (_rank(path, kind[1]), not kind[1].endswith(f" {path[:-1]}")))
     if name == "sample":
         return follower.samples(tensor.device).moved(axis)
     return named[name].moved(axis)
@@ -139,7 +141,7 @@ def _note_records(records: Any, follower: Follower) -> None:
     """Note the tensors of a list of records; one that two different records hold is mixed."""
     holders: dict[int, frozenset[int]] = {}
     for sample, record in enumerate(records):
-        mine = [tensor for _, tensor in _read(record)[0] if isinstance(tensor, Tensor)]
+        mine = [tensor for _, tensor in read(record)[0] if isinstance(tensor, Tensor)]
         whole = frozenset(map(id, mine))
         for tensor in mine:
             if holders.setdefault(id(tensor), whole) == whole:
@@ -172,6 +174,14 @@ def _check_index(index: Tensor, size: int, where: str) -> None:
             f"Expected {where} to give each row one of {size} samples by its position 0 to {size - 1}, got {got}. The "
             "collate function must hold as many samples as were drawn, in their order."
         )
+
+
+def _of_first_nodes(path: Path) -> Path:
+    """Return the path of the container of the nodes from which edges go: their own one, or, of a kind of edges named by
+    kind of nodes, relation, kind of nodes, the one of the first kind.
+    """
+    is_of_kinds = bool(path) and isinstance(path[-1], tuple) and len(path[-1]) == 3
+    return (*path[:-1], path[-1][0]) if is_of_kinds else path
 
 
 def _is_graph(container: Mapping[str, Any]) -> bool:
@@ -236,52 +246,3 @@ def _rank(path: Path, name: str) -> int:
         ["given", "packed", "edges", "nodes", "sample"] if of_edges else ["given", "packed", "nodes", "sample", "edges"]
     )
     return order.index(kind) * 2 - (name != "given " and kind == "given")
-
-
-def shapes_in(thing: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of the tensors in a record or batch, in a fixed order."""
-    return tuple(tuple(value.shape) for _, value in _read(thing)[0] if isinstance(value, Tensor))
-
-
-def _read(batch: Any) -> tuple[list[tuple[Path, Any]], list[Container]]:
-    """Return, with their paths, the tensors, packed sequences, lists and tuples of a batch, and as dictionaries its
-    mappings, named tuples and objects with attributes.
-    """
-    things: list[tuple[Path, Any]] = []
-    containers: list[Container] = []
-
-    def walk(thing: Any, path: Path) -> None:
-        if isinstance(thing, (Tensor, PackedSequence)):
-            things.append((path, thing))
-            return
-        is_list = isinstance(thing, (list, tuple))
-        if is_list:
-            things.append((path, thing))
-        if len(path) >= _DEEPEST:
-            return
-        items = [*_items(thing)]
-        if not is_list or hasattr(thing, "_fields"):
-            containers.append((path, {str(key): value for key, value in items}))
-        for key, value in items:
-            walk(value, (*path, key))
-
-    walk(batch, ())
-    return things, containers
-
-
-def _items(thing: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the key-value pairs of a container: a mapping, a sequence, a graph, or an object with attributes."""
-    if isinstance(thing, Mapping) or callable(getattr(type(thing), "items", None)):  # also a tensorclass
-        yield from thing.items()
-    elif isinstance(thing, tuple) and hasattr(thing, "_fields"):
-        yield from zip(thing._fields, thing, strict=True)
-    elif isinstance(thing, (list, tuple)):
-        yield from enumerate(thing)
-    elif hasattr(thing, "keys") and hasattr(thing, "__getitem__"):  # as torch_geometric's Data has it
-        keys = thing.keys() if callable(thing.keys) else thing.keys
-        yield from ((key, thing[key]) for key in keys)
-    elif not isinstance(thing, (nn.Module, type)) and not callable(thing):
-        slots = (slot for kind in type(thing).__mro__ for slot in getattr(kind, "__slots__", ()))
-        yield from {
-            name: getattr(thing, name) for name in (*slots, *getattr(thing, "__dict__", ())) if hasattr(thing, name)
-        }.items()

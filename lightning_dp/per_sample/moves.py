@@ -147,6 +147,14 @@ def _added(step: Step) -> Found:
     return _after_adding(target, dim, index, by_id.get(id(target)), rows, step.memo)
 
 
+def _counted(step: Step) -> Found:
+    """Return the owners of the numbers of times that an index names each position."""
+    rows = next(rows for _, rows in step.owned)
+    if any(other.index is not rows.index for _, other in step.owned):  # weights
+        return MIXED
+    return _after_adding(step.out, 0, step.args[0], None, rows, step.memo)
+
+
 def _after_adding(
     target: Tensor, dim: int, index: Tensor, before: Rows | None, rows: Rows | None, memo: Memo
 ) -> Owners:
@@ -209,6 +217,7 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(_MOVES.split(), _moved),
     **dict.fromkeys(_ADDING, _added),
     "__setitem__": _written,
+    "bincount": _counted,
     **reductions.HANDLERS,
 }
 _TAKES_WHOLE = frozenset((_moved, entry_by_entry, _written, _added))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dp.errors import ComparisonError
-from lightning_dp.per_sample.batch_owners import shapes_in
+from lightning_dp.per_sample.batch_reading import shapes_in
 from lightning_dp.step.reading import is_same
 from lightning_dp.step.reduction import Reduction
 
