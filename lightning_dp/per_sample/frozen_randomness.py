@@ -28,8 +28,8 @@ _DROPOUTS = {
 }
 
 
-#: Draws by rejection: the values of one sample decide how many random numbers are left for the others.
-REJECTING = frozenset({"binomial", "poisson", "_standard_gamma", "_sample_dirichlet"})
+#: Draws of which the values of one sample decide how many random numbers are left for the others.
+REJECTING = frozenset({"binomial", "poisson", "_standard_gamma", "_sample_dirichlet", "rrelu_with_noise"})
 
 
 class _InDropout(TorchFunctionMode):
@@ -52,7 +52,8 @@ class _InDropout(TorchFunctionMode):
 class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that replaces random draws by fixed values, so that two runs differ only in their samples.
 
-    Dropout is off. Permutations become a cyclic shift, which mixes whatever can be mixed. Other draws of values:
+    Dropout is off, and random slopes of ``rrelu`` are one quantile of their range. Permutations become a cyclic shift,
+    which mixes whatever can be mixed. Other draws of values:
 
     - by default the same value in every entry (uniform: the quantile ``coin`` of its range; integers likewise; normal:
       ``mean + std / 2``, or two deviations off for a low or high coin; Bernoulli: its probability, or ``coin < p`` for
@@ -113,6 +114,9 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 kwargs["dropout_p"] = 0.0
             return func(*args, **kwargs)
+        if name == "rrelu_with_noise":
+            slope = named["lower"] + self.coin * (named["upper"] - named["lower"])
+            return func(*args[:2], slope, slope, named["training"])
         if name == "bernoulli" and "p" not in named:
             named["p"] = named["self"].clone()
         result = func(*args, **kwargs)
@@ -148,8 +152,9 @@ def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None, coin:
     if name in ("rand", "rand_like", "uniform"):
         low, high = named.get("from", 0.0), named.get("to", 1.0)
         return low + (high - low) * u
-    if name in ("randint", "randint_like"):
-        low, high = named.get("low", 0), named.get("high", named.get("low", 0) + 1)
+    if name in ("randint", "randint_like") or (name == "random" and named.get("to") is not None):
+        low = named.get("low", named.get("from", 0))
+        high = named.get("high", named.get("to", low + 1))
         if uniform is not None:
             return low + (uniform * (high - low)).floor()
         return low if coin <= 0.5 else max(low, high - 1)

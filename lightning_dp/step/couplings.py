@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.custom import wrong_rules
 from lightning_dp.per_sample.independence import compare_with_singles
-from lightning_dp.step import exchange, state_check
+from lightning_dp.step import exchange, made_records, state_check
 from lightning_dp.step.loading import Collated, Exchanged
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
@@ -79,7 +79,7 @@ class Couplings:
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that the per-sample gradients of a batch equal the gradients of its samples run alone."""
-        records = differing(records)[:NUM_ALONE]
+        records = exchange.differing(records)[:NUM_ALONE]
         for coin in (MIDDLE, LOW, HIGH):
             try:
                 self._compare_alone(snapshot, records, coin)
@@ -164,8 +164,8 @@ class Couplings:
         base = self._fingerprint(snapshot, few, middle, by_place)
         self._compare(snapshot, base, swapped, middle, by_place, "exchanged for another record")
         for value, what in _SPOILED.items():
-            if exchange.has_floats(few[middle]):
-                swapped[middle] = exchange.spoiled(few[middle], value)
+            if made_records.has_floats(few[middle]):
+                swapped[middle] = made_records.spoiled(few[middle], value)
                 self._compare(snapshot, base, swapped, middle, by_place, what, may_raise=True)
         if last + 1 > self._runs.host.copies:
             self._compare_left_out(snapshot, few)
@@ -196,9 +196,9 @@ class Couplings:
     def _exchange_beside_spoiled(self, snapshot: Snapshot, few: list[Any], spare: Any, draws: Draws) -> None:
         """Exchange the first sample next to an infinite record, because user code may replace that record by copies."""
         middle, swapped = len(few) // 2, list(few)
-        if not exchange.has_floats(few[middle]):
+        if not made_records.has_floats(few[middle]):
             return
-        swapped[middle] = exchange.spoiled(few[middle], float("inf"))
+        swapped[middle] = made_records.spoiled(few[middle], float("inf"))
         try:
             base = self._fingerprint(snapshot, swapped, 0, draws)
         except PrivacyError:
@@ -217,11 +217,16 @@ class Couplings:
         place, swapped = 0, list(batch)  # the first one: counting or ranking code passes it to the others
         draws = Draws(seed=seed, real=True)
         base = self._fingerprint(snapshot, batch, place, draws)
-        for spare in exchange.most_different(batch[place], spares):
+        chosen, shape = exchange.most_different(batch[place], spares), exchange.shape_of(batch[place])
+        for spare in chosen:
             swapped[place] = spare
             self._compare(snapshot, base, swapped, place, draws, "exchanged for another record")
-        for value in (1e6, -1e6) if exchange.has_floats(batch[place]) else ():  # what a maximum shows
-            swapped[place] = exchange.spoiled(batch[place], value)
+        if all(exchange.shape_of(spare) != shape for spare in chosen):  # real draws need a record of the same shape
+            swapped[place] = made_records.of_one_row(batch[place])
+            if swapped[place] is not None:
+                self._compare(snapshot, base, swapped, place, draws, "given one row in all places", may_raise=True)
+        for value in (1e6, -1e6) if made_records.has_floats(batch[place]) else ():  # what a maximum shows
+            swapped[place] = made_records.spoiled(batch[place], value)
             self._compare(snapshot, base, swapped, place, draws, _SPOILED[value], may_raise=True)
 
     def exchange_collated(self, snapshot: Snapshot, found: Exchanged, *, seed: int) -> None:
@@ -262,10 +267,16 @@ class Couplings:
         try:
             check(base, other)
         except ComparisonError:
+            shifts = base.shapes != other.shapes and not loose and (draws.real or draws.by_place)
+            if shifts and base.again is not None:  # the others may have got other draws: give all records the same
+                for coin in (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,):
+                    same = Draws(seed=draws.seed, coin=coin)
+                    self._compare(snapshot, base.again(same), records, place, same, what, may_raise=may_raise)
+                return
             if not same_shape or self._runs.step.reduction.is_sharded:
                 raise
             check(base, other, rough)  # no rounding makes so large a difference
-            if not exchange.agree_again(base, other, check):
+            if not exchange.agree_again(base, other, draws, check):
                 raise
 
     def _fingerprint(self, snapshot: Snapshot, records: list[Any], place: int, draws: Draws) -> exchange.Fingerprint:
@@ -281,17 +292,5 @@ class Couplings:
 
         probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
         found = exchange.join(probe.found, records, self._runs.scale(size), frozenset(probe.stepped))
-        found.again = partial(self._fingerprint, snapshot, copy.copy(records), place, draws)
+        found.again = partial(self._fingerprint, snapshot, copy.copy(records), place)
         return found
-
-
-def differing(records: list[Any]) -> list[Any]:
-    """Return the records reordered, so that the first ones differ in shape."""
-    seen: set[Any] = set()
-    first: list[Any] = []
-    rest: list[Any] = []
-    for record in records:
-        shape = exchange.shape_of(record)
-        (rest if shape in seen else first).append(record)
-        seen.add(shape)
-    return first + rest

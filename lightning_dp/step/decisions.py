@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step import exchange
+from lightning_dp.step import made_records
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import seed_generators
 from lightning_dp.step.runs import Draws, TrialRuns
@@ -81,7 +81,9 @@ class Decisions:
         if not self._step.settings.check_per_sample:
             return
         records = self._host.records(NUM_FEW)
-        extremes = [exchange.spoiled(records[0], value) for value in _EXTREMES] if exchange.has_floats(records) else []
+        extremes = (
+            [made_records.spoiled(records[0], value) for value in _EXTREMES] if made_records.has_floats(records) else []
+        )
         for number, record in enumerate([*records, *extremes]):
             try:
                 stops = any(self._stops(record, partial(counts, after=after)) for after in (False, True))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lightning_dp.errors import ComparisonError
 from lightning_dp.per_sample.batch_reading import shapes_in
@@ -38,14 +38,14 @@ class Fingerprint:
         sums: parameter -> weighted sum over the samples that stay, scaled to equal length. Private.
         shapes: of all samples, the exchanged one included.
         stepped: optimizers that stepped.
-        again: runs the same batch once more.
+        again: runs the same batch once more, with the given draws.
     """
 
     norms: Tensor
     sums: dict[str, Tensor]
     shapes: Any
     stepped: frozenset[int]
-    again: Callable[[], Fingerprint] | None = None
+    again: Callable[[Any], Fingerprint] | None = None
 
 
 def random_weights(size: int, leaves: int) -> Tensor:
@@ -164,7 +164,9 @@ def compare(
         raise error
 
 
-def agree_again(first: Fingerprint, second: Fingerprint, check: Callable[[Fingerprint, Fingerprint], None]) -> bool:
+def agree_again(
+    first: Fingerprint, second: Fingerprint, draws: Any, check: Callable[[Fingerprint, Fingerprint], None]
+) -> bool:
     """Tell whether repetitions of two batches agree, so that their difference is rounding that changes between runs.
 
     Threads share out their work in another way from time to time, and a library may choose another kernel. A coupling
@@ -173,14 +175,15 @@ def agree_again(first: Fingerprint, second: Fingerprint, check: Callable[[Finger
     Args:
         first: fingerprint of one batch.
         second: fingerprint of the other.
+        draws: of both.
         check: raises ComparisonError if two fingerprints differ.
     """
     if first.again is None or second.again is None:
         return False
     ones, others = [first], [second]
     for _ in range(NUM_REPEATS):
-        ones.append(first.again())
-        others.append(second.again())
+        ones.append(first.again(draws))
+        others.append(second.again(draws))
         newest = [*((ones[-1], other) for other in others), *((one, others[-1]) for one in ones[:-1])]
         for one, other in newest:
             try:
@@ -245,27 +248,16 @@ def add_up(
     return longest > 0 and left <= tolerance * longest  # not where a gradient is NaN
 
 
-def spoiled(record: Any, value: float) -> Any:
-    """Return a record with all floating-point values replaced by one value; the same record if it has none."""
-
-    def replaced(leaf: Any) -> Any:
-        if not _has_floats(leaf):
-            return leaf
-        full = torch.full_like if isinstance(leaf, Tensor) else np.full_like
-        return value if isinstance(leaf, float) else full(leaf, value)
-
-    return tree_map(replaced, record)
-
-
-def has_floats(record: Any) -> bool:
-    """Tell whether a record has floating-point values."""
-    return any(map(_has_floats, tree_leaves(record)))
-
-
-def _has_floats(leaf: Any) -> bool:
-    if isinstance(leaf, Tensor):
-        return leaf.is_floating_point()
-    return isinstance(leaf, float) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f")
+def differing(records: list[Any]) -> list[Any]:
+    """Return the records reordered, so that the first ones differ in shape."""
+    seen: set[Any] = set()
+    first: list[Any] = []
+    rest: list[Any] = []
+    for record in records:
+        shape = shape_of(record)
+        (rest if shape in seen else first).append(record)
+        seen.add(shape)
+    return first + rest
 
 
 def shape_of(record: Any) -> Any:

@@ -47,7 +47,7 @@ class Draws:
         seed: of the global generators.
         coin: quantile of uniform draws; also of the first draws of numpy and Python unless it is ``MIDDLE``.
         by_place: each entry of a drawn tensor has a value of its own.
-        real: torch draws as it does in training, but for draws by rejection: they shift all later random numbers by
+        real: torch draws as it does in training, but for draws that shift all later random numbers by
             how many they take, which depends on the values of one sample and changes no distribution.
         moved: number of a small change of all private parameters; 0 for none.
     """

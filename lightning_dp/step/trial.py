@@ -14,8 +14,9 @@ from torch import Tensor
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.step import exchange
-from lightning_dp.step.couplings import NUM_SPARES, Couplings, differing
+from lightning_dp.step.couplings import NUM_SPARES, Couplings
 from lightning_dp.step.decisions import NUM_FEW, Decisions
+from lightning_dp.step.exchange import differing
 from lightning_dp.step.host import Host
 from lightning_dp.step.microbatch import own_losses
 from lightning_dp.step.ranks import check_ranks

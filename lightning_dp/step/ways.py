@@ -14,7 +14,7 @@ from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.layout import MISLED, PENALTY
 from lightning_dp.step import exchange
-from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings, differing
+from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings
 from lightning_dp.step.foreign import OneAloneError
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.snapshot import Snapshot
@@ -157,7 +157,7 @@ class OneByOne:
 
     def _adds_up(self, snapshot: Snapshot, records: list[Any]) -> list[bool | None]:
         coins = (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,)
-        few = differing(records)[:NUM_ALONE]
+        few = exchange.differing(records)[:NUM_ALONE]
         return [self._couplings.adds_up(snapshot, few, coin) for coin in coins]
 
     def _run_alone(self) -> None:
@@ -176,7 +176,7 @@ class OneByOne:
         Raises:
             ComparisonError: it is not, or there is too little to tell.
         """
-        few = differing(records)[: NUM_ALONE + 1]
+        few = exchange.differing(records)[: NUM_ALONE + 1]
         if len(few) < 2:
             raise ComparisonError(f"{len(few)} record is too little to tell. {_COUPLED}")
         shown = [self._check_batch(snapshot, few[:NUM_ALONE], MIDDLE)]

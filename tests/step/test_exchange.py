@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step import exchange
+from lightning_dp.step import exchange, made_records
 from lightning_dp.step.reduction import Reduction
 from tests.per_sample.checks import make_engine, run_batch
 
@@ -111,11 +111,11 @@ def test_random_weights_leave_one_sample_out(size: int) -> None:
 
 def test_spoiled_record_has_its_floats_replaced() -> None:
     record = {"x": torch.ones(2), "n": 3, "f": 0.5, "a": np.ones(2, np.float32), "i": np.arange(2), "s": "word"}
-    found = exchange.spoiled(record, 7.0)
+    found = made_records.spoiled(record, 7.0)
     assert found["x"].tolist() == found["a"].tolist() == [7.0, 7.0]
     assert (found["n"], found["f"], found["s"], found["i"].tolist()) == (3, 7.0, "word", [0, 1])
-    assert exchange.has_floats(record)
-    assert not exchange.has_floats({"n": 3, "i": np.arange(2), "x": torch.arange(2)})
+    assert made_records.has_floats(record)
+    assert not made_records.has_floats({"n": 3, "i": np.arange(2), "x": torch.arange(2)})
 
 
 def test_most_different_records_have_other_labels_or_lengths() -> None:
@@ -137,3 +137,14 @@ def test_a_record_is_not_exchanged_for_itself() -> None:
     others = [(torch.ones(3),), (torch.zeros(3),)]
     assert exchange.most_different((torch.ones(3),), others) == others[1:]
     assert exchange.most_different((torch.ones(3),), others[:1]) == others[:1]
+
+
+def test_a_record_of_one_row_has_the_shapes_and_leaves_the_record() -> None:
+    record = {"x": torch.arange(4.0), "pair": (np.arange(3), torch.tensor([[1, 2], [3, 4]])), "y": 5}
+    made = made_records.of_one_row(record)
+    assert exchange.shape_of(made) == exchange.shape_of(record)
+    assert made["x"].tolist() == [3.0] * 4
+    assert made["pair"][0].tolist() == [2] * 3
+    assert made["pair"][1].tolist() == [[3, 4]] * 2
+    assert record["x"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert made_records.of_one_row(entry for entry in "a") is None

@@ -1,0 +1,53 @@
+"""Records that are made for checks: of the shapes of a real record, with other values."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_dp.per_sample.batch_reading import read
+
+
+def spoiled(record: Any, value: float) -> Any:
+    """Return a record with all floating-point values replaced by one value; the same record if it has none."""
+
+    def replaced(leaf: Any) -> Any:
+        if not _has_floats(leaf):
+            return leaf
+        full = torch.full_like if isinstance(leaf, Tensor) else np.full_like
+        return value if isinstance(leaf, float) else full(leaf, value)
+
+    return tree_map(replaced, record)
+
+
+def has_floats(record: Any) -> bool:
+    """Tell whether a record has floating-point values."""
+    return any(map(_has_floats, tree_leaves(record)))
+
+
+def _has_floats(leaf: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return leaf.is_floating_point()
+    return isinstance(leaf, float) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f")
+
+
+def of_one_row(record: Any) -> Any:
+    """Return a copy of a record in which the last row of each tensor and array stands in all its rows; None if the
+    record has no copy. It has the shapes of the record, and only whole numbers that the record has.
+    """
+    try:
+        made = copy.deepcopy(record)
+        leaves = [*tree_leaves(made), *(thing for _, thing in read(made)[0])]
+        for leaf in {id(leaf): leaf for leaf in leaves}.values():
+            if isinstance(leaf, Tensor) and leaf.dim():
+                leaf.copy_(leaf[-1:].clone().expand_as(leaf))
+            elif isinstance(leaf, np.ndarray) and leaf.ndim:
+                leaf[...] = leaf[-1:].copy()
+    except Exception:  # an object that cannot be copied, or written to
+        return None
+    return made

@@ -1,0 +1,116 @@
+"""Random draws in batches of records of unequal shape: an exchanged record moves the draws of the others."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from lightning_dp import DPStrategy
+from lightning_dp.errors import PrivacyError
+from tests.helpers import make_trainer
+
+HOWS = ["dropout", "noise", "leaks at random"]
+
+
+class Sets(L.LightningModule):
+    """The mean over each set of rows, which random draws have changed."""
+
+    def __init__(self, how: str, *, padded: bool, mixes: bool) -> None:
+        super().__init__()
+        self.how, self.padded, self.mixes = how, padded, mixes
+        self.first, self.last, self.drop = nn.Linear(3, 4), nn.Linear(4, 1), nn.Dropout(0.4)
+
+    def changed(self, rows: Tensor) -> Tensor:
+        rows = self.first(rows)
+        if self.how == "noise":
+            return rows + torch.randn_like(rows)
+        return self.drop(rows) if self.how == "dropout" else nn.functional.rrelu(rows, training=True)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        rows, owner = batch
+        rows = self.changed(rows)
+        if self.padded:
+            mask = (torch.arange(rows.shape[1]) < owner[:, None]).unsqueeze(2)
+            means = (rows * mask).sum(1) / owner[:, None]
+        else:
+            num = int(owner.max()) + 1
+            total = rows.new_zeros(num, 4).index_add_(0, owner, rows)
+            means = total / torch.bincount(owner, minlength=num)[:, None]
+        if self.mixes:
+            means = means + 0.01 * float(means.mean())  # a number, whose owners nobody follows
+        return self.last(means).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _joined(records: list[Tensor]) -> dict[str, Tensor]:
+    counts = torch.tensor([len(record) for record in records])
+    return {"rows": torch.cat(records), "sample_of_row": torch.arange(len(records)).repeat_interleave(counts)}
+
+
+def _padded(records: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return pad_sequence(records, batch_first=True), torch.tensor([len(record) for record in records])
+
+
+class Joined(Sets):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch["rows"], batch["sample_of_row"]), batch_idx)
+
+
+def steps_of_fit(how: str, *, padded: bool, mixes: bool = False) -> int:
+    torch.manual_seed(0)
+    data = [torch.randn(1 + 7 * number % 40, 3) for number in range(40)]  # an exchange changes the longest, often
+    strategy = DPStrategy(noise_multiplier=1.0, grad_sample="rules")
+    module = (Sets if padded else Joined)(how, padded=padded, mixes=mixes)
+    collate: Any = _padded if padded else _joined
+    make_trainer(strategy, None, max_epochs=3).fit(module, DataLoader(data, batch_size=8, collate_fn=collate))
+    return strategy.ledger.num_steps
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "joined"])
+@pytest.mark.parametrize("how", HOWS)
+def test_draws_beside_records_of_other_shape_train(how: str, padded: bool) -> None:
+    assert steps_of_fit(how, padded=padded) == 15
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "joined"])
+@pytest.mark.parametrize("how", HOWS)
+def test_mixing_beside_draws_is_refused(how: str, padded: bool) -> None:
+    with pytest.raises(PrivacyError, match="Samples influence each other"):
+        steps_of_fit(how, padded=padded, mixes=True)
+
+
+class Dropped(Sets):
+    """Mixes the sets where a real dropout has dropped something, in batches of sets of which no two have one shape."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        words, lengths = batch
+        mask = (torch.arange(words.shape[1]) < lengths[:, None]).unsqueeze(2)
+        means = (self.first(nn.functional.one_hot(words, 3).float()) * mask).sum(1) / lengths[:, None]
+        drops = nn.functional.dropout(torch.ones(64), 0.5) == 0.0
+        if self.mixes and bool(drops.any()):
+            means = means + 0.01 * float(means.mean())
+        return self.last(means).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("mixes", [False, True])
+def test_mixing_by_real_draws_alone_is_refused(mixes: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randint(3, (2 + number,), generator=generator) for number in range(40)]
+    strategy = DPStrategy(noise_multiplier=1.0)
+    trainer = make_trainer(strategy, None)
+    with pytest.raises(PrivacyError, match="given one row in all places") if mixes else nullcontext():
+        loader: Any = DataLoader(data, batch_size=8, collate_fn=_padded)
+        trainer.fit(Dropped("dropout", padded=True, mixes=mixes), loader)
+    assert strategy.ledger.num_steps == (0 if mixes else 5)
