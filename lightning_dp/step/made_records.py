@@ -37,8 +37,8 @@ def _has_floats(leaf: Any) -> bool:
 
 
 def of_one_row(record: Any) -> Any:
-    """Return a copy of a record in which the last row of each tensor and array stands in all its rows; None if the
-    record has no copy. It has the shapes of the record, and only whole numbers that the record has.
+    """Return a copy of a record in which all rows of each tensor and array are its last row; None if the record has no
+    copy. It has the shapes of the record, and only whole numbers that the record has.
     """
     try:
         made = copy.deepcopy(record)

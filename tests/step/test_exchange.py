@@ -139,7 +139,7 @@ def test_a_record_is_not_exchanged_for_itself() -> None:
     assert exchange.most_different((torch.ones(3),), others[:1]) == others[:1]
 
 
-def test_a_record_of_one_row_has_the_shapes_and_leaves_the_record() -> None:
+def test_a_record_of_one_row_has_the_shapes_of_the_record() -> None:
     record = {"x": torch.arange(4.0), "pair": (np.arange(3), torch.tensor([[1, 2], [3, 4]])), "y": 5}
     made = made_records.of_one_row(record)
     assert exchange.shape_of(made) == exchange.shape_of(record)
