@@ -267,8 +267,9 @@ class Couplings:
         try:
             check(base, other)
         except ComparisonError:
-            shifts = base.shapes != other.shapes and not loose and (draws.real or draws.by_place)
-            if shifts and base.again is not None:  # the others may have got other draws: give all records the same
+            shifts = not loose and (base.shapes, base.drawn) != (other.shapes, other.drawn)
+            if shifts and (draws.real or draws.by_place) and base.again is not None:
+                # the others may have got other draws: give all records the same
                 for coin in (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,):
                     same = Draws(seed=draws.seed, coin=coin)
                     self._compare(snapshot, base.again(same), records, place, same, what, may_raise=may_raise)
@@ -292,5 +293,6 @@ class Couplings:
 
         probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
         found = exchange.join(probe.found, records, self._runs.scale(size), frozenset(probe.stepped))
+        found.drawn = probe.drawn
         found.again = partial(self._fingerprint, snapshot, copy.copy(records), place)
         return found

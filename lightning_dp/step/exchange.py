@@ -38,6 +38,7 @@ class Fingerprint:
         sums: parameter -> weighted sum over the samples that stay, scaled to equal length. Private.
         shapes: of all samples, the exchanged one included.
         stepped: optimizers that stepped.
+        drawn: states of the global generators after the forward.
         again: runs the same batch once more, with the given draws.
     """
 
@@ -45,6 +46,7 @@ class Fingerprint:
     sums: dict[str, Tensor]
     shapes: Any
     stepped: frozenset[int]
+    drawn: Any = None
     again: Callable[[Any], Fingerprint] | None = None
 
 

@@ -38,6 +38,7 @@ class Probe:
         self.private: dict[str, Tensor] = {}
         self.public: dict[str, Tensor] = {}
         self.stepped: set[int] = set()
+        self.drawn: Any = None  # states of the global generators after the forward
         self._raw: dict[str, Tensor] = {}
 
     @contextmanager

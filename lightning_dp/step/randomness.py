@@ -63,6 +63,12 @@ def host_generators() -> tuple[Any, ...]:
     return (kind, np.asarray(key).tobytes(), *rest, random.getstate())
 
 
+def all_generators() -> tuple[Any, ...]:
+    """Return the states of the global generators in a comparable form: those of torch too, but not that of MPS."""
+    devices = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return (*(state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)), *host_generators())
+
+
 def generators_restorer(device: torch.device) -> Callable[[], None]:
     """Return a function that restores the current states of the global generators: torch's for the CPU and one device,
     numpy's, Python's.

@@ -21,7 +21,7 @@ from lightning_dp.step.loading import Exchanged
 from lightning_dp.step.local import local_part
 from lightning_dp.step.loss_form import LossForm
 from lightning_dp.step.probe import Probe
-from lightning_dp.step.randomness import host_generators, seed_generators, seed_low_or_high
+from lightning_dp.step.randomness import all_generators, host_generators, seed_generators, seed_low_or_high
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
@@ -198,6 +198,7 @@ class TrialRuns:
                 with self.loss_form.watching(checked=True) if self._is_check else nullcontext():
                     output, loss = self.host.run(records), None
                 outputs.append(output)
+                probe.drawn = all_generators()
                 self.draws_on_host |= host_generators() != before
                 drew = (frozen.drew and not draws.real) or self.draws_on_host
                 self.has_coins = step.reduction.any(self.has_coins or drew)

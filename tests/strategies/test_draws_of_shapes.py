@@ -114,3 +114,26 @@ def test_mixing_by_real_draws_alone_is_refused(mixes: bool) -> None:
         loader: Any = DataLoader(data, batch_size=8, collate_fn=_padded)
         trainer.fit(Dropped("dropout", padded=True, mixes=mixes), loader)
     assert strategy.ledger.num_steps == (0 if mixes else 5)
+
+
+class Gated(Sets):
+    """Draws for the rows whose first word is 0 alone: as many draws as a record has such rows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        words, _ = batch
+        rows = self.first(nn.functional.one_hot(words, 3).float())
+        zero = words == 0
+        rows[zero] = nn.functional.dropout(rows[zero], 0.5)
+        means = rows.mean(1)
+        return self.last(means + 0.01 * float(means.mean()) if self.mixes else means).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("mixes", [False, True])
+def test_as_many_draws_as_a_record_asks_for_are_no_coupling(mixes: bool) -> None:
+    data = [torch.randint(3, (6,), generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
+    strategy = DPStrategy(noise_multiplier=1.0, grad_sample="rules")
+    with pytest.raises(PrivacyError, match="Samples influence each other") if mixes else nullcontext():
+        loader: Any = DataLoader(data, batch_size=8, collate_fn=_padded)
+        make_trainer(strategy, None).fit(Gated("dropout", padded=True, mixes=mixes), loader)
+    assert strategy.ledger.num_steps == (0 if mixes else 5)
