@@ -5,7 +5,6 @@ Shapes: G groups of parameters, B samples, P private coordinates.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
@@ -161,8 +160,8 @@ class FactorClipping(Clipping):
                 f"Expected norms of shape (groups, samples), got shape={tuple(norms.shape)}. Add an axis of one group."
             )
         factors = self._raw_factors(norms)
-        # written so that NaN is dropped as well
-        usable = ((norms >= 0) & (norms < math.inf)).all(dim=0) & (factors >= SMALLEST_FACTOR) & (factors < math.inf)
+        finite = _are_finite(norms, 0.0)
+        usable = (finite if len(norms) == 1 else finite.all(dim=0)) & _are_finite(factors, SMALLEST_FACTOR)
         return torch.where(usable, factors, 0.0)
 
     @override
@@ -215,6 +214,11 @@ class ExplicitClipping(Clipping):
     @override
     def gives_mean(self) -> bool:
         return False
+
+
+def _are_finite(values: Tensor, least: float) -> Tensor:
+    """Tell which values are finite and at least ``least``; NaN is not, because it differs from itself."""
+    return values.clamp(least, torch.finfo(values.dtype).max) == values
 
 
 def clip_factors(norms: Tensor, bound: float) -> Tensor:

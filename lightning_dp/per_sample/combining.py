@@ -28,8 +28,9 @@ def combine(grads: Tensor, factors: Tensor, dead: Tensor | None) -> Tensor:
     """Return ``sum_i factors[i] grads[i]`` without the dropped samples, even if their entries are not finite."""
     if dead is not None:
         grads = grads.masked_fill(dead.reshape(-1, *[1] * (grads.dim() - 1)), 0.0)
-    total = torch.mv(grads.reshape(len(grads), grads.shape[1:].numel()).mT, factors.to(grads.dtype))
-    return total.view(grads.shape[1:])
+    rows = grads if grads.dim() == 2 else grads.reshape(len(grads), grads.shape[1:].numel())
+    total = torch.mv(rows.mT, factors.to(grads.dtype))
+    return total if rows is grads else total.view(grads.shape[1:])
 
 
 def zero_gradient(parameter: Tensor, batch_size: int) -> Tensor:

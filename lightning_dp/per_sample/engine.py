@@ -5,8 +5,7 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -243,7 +242,7 @@ class PerSampleEngine(GradientEngine):
     def squared_norms(
         self, groups: Sequence[Sequence[str]], masks: Mapping[str, ParameterMask] | None = None
     ) -> Tensor:
-        with self._arithmetic():
+        with unfollowed(), self._arithmetic():
             sums = self._new_norms(len(groups), self._recorder.num_samples)
             return self._parts.squared_norms(sums, groups, masks or {})
 
@@ -256,13 +255,13 @@ class PerSampleEngine(GradientEngine):
         masks: Mapping[str, ParameterMask] | None = None,
         scratch: Mapping[str, Tensor] | None = None,
     ) -> None:
-        with self._arithmetic():
+        with unfollowed(), self._arithmetic():
             self._parts.accumulate(factors, groups, out, masks or {}, scratch or {})
 
     @override
     def per_sample_gradients(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         asked = list(self._parameters if names is None else names)
-        with self._arithmetic():
+        with unfollowed(), self._arithmetic():
             # cached gradients may be in a buffer that the next microbatch overwrites
             grads = {name: grad.clone() for name, grad in self._parts.computed(set(asked)).items()}
             size = self._recorder.num_samples
@@ -278,9 +277,3 @@ class PerSampleEngine(GradientEngine):
             parameters = sum(parameter.nbytes for parameter in self._module.parameters())
             self._num_bytes = parameters + sum(parameter.nbytes for parameter in self._parameters.values())
         return SHARE * (self._recorder.num_bytes + self._num_bytes)
-
-    @override
-    @contextmanager
-    def _arithmetic(self) -> Iterator[None]:
-        with unfollowed(), super()._arithmetic():
-            yield

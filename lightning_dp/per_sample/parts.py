@@ -161,10 +161,9 @@ class Parts:
                 out[name].add_(masks[name].select(total) if name in masks else total)
 
         self._forget_older()
-        dead = factors == 0
-        any_dead = bool(dead.any())
+        dead = factors == 0 if int(factors.count_nonzero()) < factors.numel() else None
         for row, group in enumerate(groups):
-            lost = dead[row] if any_dead else None
+            lost = None if dead is None else dead[row]
             joined = self._joined.get(tuple(group))
             done = set() if joined is None else joined.add_weighted_sum(factors[row], lost, out, masks)
             views, whole = self._sorted(set(group), masks)

@@ -95,7 +95,8 @@ class Accumulator:
             share: factor of this process on the std of coordinates that every process holds.
         """
         self._flat, self._views = self._new(self.num_active), None
-        self.statistics.zero_()
+        if self.num_statistics:
+            self.statistics.zero_()
         for part, factor in self.noise_parts(shares, share):
             noise.fill_(part, std * factor / divisor)
         self.used, self.noise_std, self.divisor = True, std, divisor
@@ -130,7 +131,7 @@ class Accumulator:
     @property
     def gradient(self) -> Tensor:
         """Active coordinates of the gradient: the first L numbers of the buffer."""
-        return self.flat[: self.num_active]
+        return self.flat[: self.num_active] if self.num_statistics else self.flat
 
     @property
     def statistics(self) -> Tensor:

@@ -67,7 +67,8 @@ class Samples:
         """Add the sum of ``factor * gradient`` over the samples to the accumulator."""
         accumulator = self._accumulator
         weights = self._scaled(factors_GB, accumulator.divisor)
-        weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
+        if not (weights.numel() and float(weights.min()) >= SMALLEST_FACTOR):
+            weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
         if self._reduction.is_sharded:
             _ = self.norms  # every rank communicates for them, whether they are read or not
         self._reduction.accumulate(self._gradients, weights, accumulator)

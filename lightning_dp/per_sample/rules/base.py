@@ -74,7 +74,7 @@ def squared_norm(grads: Tensor) -> Tensor:
     """Return the squared norm of every sample: ``(B, ...) -> (B,)``; not finite if the sample's row is not."""
     if not grads.shape[0]:
         return grads.new_zeros(0)
-    flat = grads.reshape(grads.shape[0], -1).contiguous()
+    flat = (grads if grads.dim() == 2 else grads.reshape(grads.shape[0], -1)).contiguous()
     if flat.shape[1] <= LONGEST_SUM:
         return _norms(flat).square()
     return norms_of_blocks(flat, len(flat)).to(_widest(flat)).square().sum(1).to(flat.dtype)

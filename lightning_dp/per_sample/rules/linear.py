@@ -60,7 +60,10 @@ class LinearRule(Rule):
         self, module: nn.Module, calls: Sequence[Call], batch_size: int, names: set[str]
     ) -> dict[str, Tensor]:
         grads: dict[str, Tensor] = {}
-        if "weight" in names:
+        if "weight" in names and len(calls) == 1:
+            ((_, inputs, backprops),) = _blocks(calls, batch_size)
+            grads["weight"] = multiply(backprops.mT, inputs)
+        elif "weight" in names:
             activation, backprop = calls[0].activation, calls[0].backprop
             new = partial(torch.empty, dtype=accumulation_dtype(backprop), device=backprop.device)
             shape = (backprop.shape[-1], activation.shape[-1])

@@ -31,6 +31,9 @@ from lightning_dp.per_sample.rules.base import widen
 SPLIT_ERROR = 2.0**-16
 _BLOCK, _TRUNCATION = 8, 2.0**-23
 
+_WIDE_ROW = 16
+"""Numbers of a row from which an outer product is faster entry by entry than as a matrix product."""
+
 
 def short_error(num_terms: int) -> float:
     """Return a bound on the rounding of a sum of exact products, relative to the sum of the lengths of its terms.
@@ -87,6 +90,8 @@ def multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if left.dtype == torch.bfloat16:
         return _product(left, right, out)
+    if left.shape[2] == 1 and right.shape[2] >= _WIDE_ROW:
+        return torch.mul(left, right, out=out)
     return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
 
 
