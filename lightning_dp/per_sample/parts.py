@@ -21,7 +21,7 @@ from lightning_dp.per_sample.functions import pulled_back
 from lightning_dp.per_sample.nodes import Node, Region, view_of
 from lightning_dp.per_sample.rules.base import squared_norm
 from lightning_dp.per_sample.sources import Source
-from lightning_dp.per_sample.stacking import Block, Joined, Part, Views, stacks_of
+from lightning_dp.per_sample.stacking import Gradient, Joined, Part, Views, stacks_of
 from lightning_dp.per_sample.tracker import Tracker
 
 _MOST_KNOWN = 64
@@ -103,35 +103,30 @@ class Parts:
         for number, group in enumerate(groups):
             for name in group:
                 rows_of.setdefault(name, []).append(number)
-        blocks: list[list[Block]] = [[] for _ in groups]
+        small: list[list[Gradient]] = [[] for _ in groups]
         views, whole = self._sorted(set(rows_of), masks)
         stacked: set[Source] = set()
+        gradients: list[Gradient] = []
         for sources, made_together in stacks_of(views, masks, lean=self._lean):
             stacked.update(sources)
-            for block in made_together:
-                if len(groups) == 1:
-                    blocks[0].append(block)
-                    continue
-                for part, grads in zip(block.parts, torch.split(block.grads, 1), strict=True):
-                    for number in rows_of[part.name]:
-                        blocks[number].append(Block([part], grads))
-        for source, keys in views.items():
+            gradients += made_together
+        for source, parts in views.items():
             if source in stacked:
                 continue
-            mine = {key: masks[name] for key, (name, _) in keys.items() if name in masks}
-            made, few = source.squared_norms(set(keys), mine)
+            mine = {key: masks[part.name] for key, part in parts.items() if part.name in masks}
+            made, few = source.squared_norms(set(parts), mine)
             for key, norm in made.items():
-                name, _ = keys[key]
+                name = parts[key].name
                 norms[name] = norms[name] + norm if name in norms else norm
-            for key, grad in few.items():
-                name, region = keys[key]
-                for number in rows_of[name]:
-                    blocks[number].append(Block([Part(name, region, key)], grad.unsqueeze(0)))
+            gradients += [(parts[key], grad) for key, grad in few.items()]
+        for gradient in gradients:
+            for number in rows_of[gradient[0].name]:
+                small[number].append(gradient)
         for name, grad in self._gathered(whole).items():
             norms[name] = norm_of(grad, masks.get(name))
-        for row, group, small in zip(sums, groups, blocks, strict=True):
-            if small:
-                joined = self._joined[tuple(group)] = Joined(small)
+        for row, group, few_numbers in zip(sums, groups, small, strict=True):
+            if few_numbers:
+                joined = self._joined[tuple(group)] = Joined(few_numbers)
                 row += squared_norm(joined.grads)
             for name in group:
                 if name in norms:
@@ -165,22 +160,21 @@ class Parts:
         for row, group in enumerate(groups):
             lost = None if dead is None else dead[row]
             joined = self._joined.get(tuple(group))
-            done = set() if joined is None else joined.add_weighted_sum(factors[row], lost, out, masks)
+            done: set[Hashable] = set() if joined is None else joined.add_weighted_sum(factors[row], lost, out, masks)
             views, whole = self._sorted(set(group), masks)
-            for source, keys in views.items():
-                if done:
-                    keys = {key: part for key, part in keys.items() if (part[0], key) not in done}
-                    if not keys:
-                        continue
-                masked = {key: name for key, (name, _) in keys.items() if name in masks}
+            for source, parts in views.items():
+                keys = parts.keys() - done
+                if not keys:
+                    continue
+                masked = {key: name for key in keys if (name := parts[key].name) in masks}
                 rows = {key: out[name] for key, name in masked.items()}
                 mine = {key: masks[name] for key, name in masked.items()}
-                rest = keys.keys() - source.add_active_entries(rows, mine, factors[row], lost)
+                rest = keys - source.add_active_entries(rows, mine, factors[row], lost)
                 sums: dict[str, Tensor] = {}
-                for name, region in map(keys.__getitem__, rest):
+                for name, region, *_ in map(parts.__getitem__, rest):
                     if name not in sums:
                         sums[name] = target(name, direct=region is None or out[name].is_contiguous())
-                targets = {key: view_of(sums[keys[key][0]], keys[key][1]) for key in rest}
+                targets = {key: view_of(sums[parts[key].name], parts[key].region) for key in rest}
                 source.add_weighted_sum(targets, factors[row], lost)
                 for name, total in sums.items():
                     take(name, total)
@@ -206,6 +200,7 @@ class Parts:
             self._known_sorted.clear()
         views: Views = {}
         whole: set[str] = set()
+        ranks = {name: rank for rank, name in enumerate(self._parameters)}
         for name, parts in self.of(names).items():
             through_views = name in masks and any(node.region is not None for _, node in parts)
             if (
@@ -216,7 +211,8 @@ class Parts:
                 whole.add(name)
                 continue
             for source, node in parts:
-                views.setdefault(source, {})[node.key] = (name, node.region)
+                rank = ranks[name], node.region[0] if node.region else 0
+                views.setdefault(source, {})[node.key] = Part(name, node.region, node.key, rank)
         self._known_sorted[asked] = views, whole
         return views, whole
 

@@ -9,10 +9,9 @@ Legend: ``L`` sources of a stack, ``B`` samples of the microbatch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,42 +21,37 @@ from lightning_dp.per_sample.combining import combine
 from lightning_dp.per_sample.nodes import Region, view_of
 from lightning_dp.per_sample.rules.base import Call
 from lightning_dp.per_sample.sources import Source
+from lightning_dp.per_sample.targets import Targets
 from lightning_dp.per_sample.uses import FEW
 
 MOST_STACKED = 2**20
 """Numbers of all gradients that are computed in stacks: they are kept from the norms to the sums."""
 
-Views = dict[Source, dict[Hashable, tuple[str, Region | None]]]
-"""Name of the parameter and region of each view, by key, by source."""
-
 
 class Part(NamedTuple):
-    """The gradients of one tensor in a block.
+    """A parameter, or a view of one, that is disjoint from all other parts.
 
     Args:
         name: qualified name of the parameter.
         region: of a view; None for the whole parameter.
         key: of the tensor: the parameter or a view of it.
+        rank: of the part in the order of the parameters and, within one, of their entries.
     """
 
     name: str
     region: Region | None
     key: Hashable
+    rank: tuple[int, int]
 
 
-class Block(NamedTuple):
-    """Gradients of equal shapes.
+Views = dict[Source, dict[Hashable, Part]]
+"""Parts by key, by source."""
 
-    Args:
-        parts: L tensors.
-        grads: shape ``(L, B, *shape)``.
-    """
-
-    parts: Sequence[Part]
-    grads: Tensor
+Gradient = tuple[Part, Tensor]
+"""A part with its per-sample gradients, shape ``(B, *shape)``."""
 
 
-def stacks_of(views: Views, masks: Collection[str], *, lean: bool) -> Iterator[tuple[list[Source], list[Block]]]:
+def stacks_of(views: Views, masks: Collection[str], *, lean: bool) -> Iterator[tuple[list[Source], list[Gradient]]]:
     """Yield the small gradients of sources with equal rules and shapes, and keep them in these sources.
 
     Args:
@@ -65,37 +59,32 @@ def stacks_of(views: Views, masks: Collection[str], *, lean: bool) -> Iterator[t
         masks: names of masked parameters, which are left out.
         lean: whether a gradient must not have more numbers than its backprops.
     """
-    groups: dict[Hashable, list[tuple[Source, list[Call]]]] = {}
-    for source, keys in views.items():
-        calls = small_calls(source, keys.keys(), lean=lean)
-        if calls and not any(name in masks for name, _ in keys.values()):
-            names = tuple(sorted(source.local[key] for key in keys))
-            shapes = tuple(_shapes_of(call) for call in calls)
+    groups: dict[tuple[Any, ...], list[tuple[Source, list[Call]]]] = {}
+    for source, parts in views.items():
+        calls = small_calls(source, parts.keys(), lean=lean)
+        if calls and not (masks and any(part.name in masks for part in parts.values())):
+            names = frozenset([source.local[key] for key in parts])
+            shapes = tuple([_shapes_of(call) for call in calls])
             alone = source if sum(map(_numbers_of, calls)) > FEW else None
             groups.setdefault((source.rule, source.spec, names, shapes, alone), []).append((source, calls))
     total = 0
-    for members in groups.values():
-        sources, each = [source for source, _ in members], [calls for _, calls in members]
-        keys = views[sources[0]]
-        size = sources[0].recorder.num_samples
-        copied = sum(map(_numbers_of, each[0])) if len(each) > 1 else 0
-        num = len(each) * (copied + size * sum(sources[0].nodes[key].numel for key in keys))
-        if total + num > MOST_STACKED:
+    for (_, _, locals_, *_), members in groups.items():
+        (first, calls), size, num = members[0], members[0][0].recorder.num_samples, len(members)
+        copied = sum(map(_numbers_of, calls)) if num > 1 else 0
+        numbers = num * (copied + size * sum(first.nodes[key].numel for key in views[first]))
+        if total + numbers > MOST_STACKED:
             continue
-        total += num
-        calls = each[0] if len(each) == 1 else [_stacked(uses) for uses in zip(*each, strict=True)]
-        locals_ = {sources[0].local[key] for key in keys}
-        made = sources[0].rule.per_sample(sources[0].spec, calls, len(members) * size, locals_)
-        blocks, memories = [], [source.memory() for source in sources]
-        for local, grads in made.items():
-            grads = grads.reshape(len(members), size, *grads.shape[1:])
-            parts = []
-            for source, memory, grad in zip(sources, memories, grads.unbind(0), strict=True):
+        total += numbers
+        if num > 1:
+            calls = [_stacked(uses, size) for uses in zip(*(calls for _, calls in members), strict=True)]
+        gradients: list[Gradient] = []
+        for local, grads in first.rule.per_sample(first.spec, calls, num * size, set(locals_)).items():
+            each = (grads,) if num == 1 else grads.reshape(size, num, *grads.shape[1:]).unbind(1)
+            for (source, _), grad in zip(members, each, strict=True):
                 key = source.key_of[local]
-                memory[key] = grad
-                parts.append(Part(*views[source][key], key))
-            blocks.append(Block(parts, grads))
-        yield sources, blocks
+                source.memory()[key] = grad
+                gradients.append((views[source][key], grad))
+        yield [source for source, _ in members], gradients
 
 
 def small_calls(source: Source, keys: Collection[Hashable], *, lean: bool) -> list[Call] | None:
@@ -127,26 +116,36 @@ def _numbers_of(call: Call) -> int:
     return call.activation.numel() + call.backprop.numel()
 
 
-def _stacked(calls: Sequence[Call]) -> Call:
-    """Return calls of equal shapes as one call, sample after sample."""
-    backprop = torch.cat([call.backprop for call in calls])
-    if calls[0].activation is calls[0].backprop:
-        return replace(calls[0], inputs=(), activation=backprop, backprop=backprop)
-    return replace(calls[0], inputs=(), activation=torch.cat([call.activation for call in calls]), backprop=backprop)
+def _stacked(calls: Sequence[Call], size: int) -> Call:
+    """Return calls of equal shapes as one call: of each sample, the rows of all calls next to each other."""
+    backprop = _next_to_each_other([call.backprop for call in calls], size)
+    same = calls[0].activation is calls[0].backprop
+    activation = backprop if same else _next_to_each_other([call.activation for call in calls], size)
+    return replace(calls[0], inputs=(), activation=activation, backprop=backprop)
+
+
+def _next_to_each_other(tensors: list[Tensor], size: int) -> Tensor:
+    shape = tensors[0].shape
+    if len(shape) != 2 or shape[0] != size:
+        tensors = [tensor.reshape(size, -1) for tensor in tensors]
+    return torch.cat(tensors, 1).view(len(tensors) * shape[0], *shape[1:])
 
 
 class Joined:
     """Small gradients next to each other in one matrix, shape ``(B, N)``: a norm and a sum for all of them.
 
     Args:
-        blocks: gradients of equal shapes.
+        gradients: of disjoint parts.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self._shapes = [(block.parts, (len(block.parts), *block.grads.shape[2:])) for block in blocks]
-        self._sizes = [math.prod(shape) for _, shape in self._shapes]
-        rows = [block.grads.transpose(0, 1) for block in blocks]
-        self.grads = torch.cat([row.reshape(len(row), num) for row, num in zip(rows, self._sizes, strict=True)], 1)
+    def __init__(self, gradients: Sequence[Gradient]) -> None:
+        ordered = sorted(gradients, key=_rank_of)
+        self.parts = [(part, grads.shape[1:]) for part, grads in ordered]
+        rows = [
+            grads if grads.dim() == 2 else grads.reshape(len(grads), shape.numel())
+            for (_, grads), (_, shape) in zip(ordered, self.parts, strict=True)
+        ]
+        self.grads = torch.cat(rows, 1)
 
     def add_weighted_sum(
         self,
@@ -154,8 +153,8 @@ class Joined:
         dead: Tensor | None,
         out: Mapping[str, Tensor],
         masks: Collection[str],
-    ) -> set[tuple[str, Hashable]]:
-        """Add ``sum_i factors[i] gradient_i`` to the targets; return the names and keys of the parts that were added.
+    ) -> set[Hashable]:
+        """Add ``sum_i factors[i] gradient_i`` to the targets; return the keys of the parts that were added.
 
         Args:
             factors: shape ``(B,)``.
@@ -163,16 +162,31 @@ class Joined:
             out: accumulation targets by name.
             masks: names of masked parameters, whose parts are left to the caller.
         """
-        done: set[tuple[str, Hashable]] = set()
+        total = combine(self.grads, factors, dead)
+        done: set[Hashable] = set()
         targets: list[Tensor] = []
         added: list[Tensor] = []
-        sums = torch.split(combine(self.grads, factors, dead), self._sizes)
-        for (parts, shape), total in zip(self._shapes, sums, strict=True):
-            for (name, region, key), part in zip(parts, total.view(shape).unbind(0), strict=True):
-                if name not in masks and (region is None or out[name].is_contiguous()):
-                    targets.append(view_of(out[name], region))
-                    added.append(part)
-                    done.add((name, key))
-        if targets:
-            add_scaled(targets, added, 1.0)
+        runs: list[tuple[int, int, int]] = []  # parts in a row: first column, end, first number in the buffer
+        low = high = 0
+        for part, shape in self.parts:
+            low, high = high, high + shape.numel()
+            start = out.start(part.name, part.region) if isinstance(out, Targets) else None
+            if part.name in masks or not (start is not None or part.region is None or out[part.name].is_contiguous()):
+                continue
+            done.add(part.key)
+            if start is None:
+                targets.append(view_of(out[part.name], part.region))
+                added.append(total[low:high].view(shape))
+            elif runs and runs[-1][1] == low and runs[-1][2] - runs[-1][0] == start - low:
+                runs[-1] = (runs[-1][0], high, runs[-1][2])
+            else:
+                runs.append((low, high, start))
+        if isinstance(out, Targets):
+            targets += [out.flat[start : start + high - low] for low, high, start in runs]
+            added += [total[low:high] for low, high, _ in runs]
+        add_scaled(targets, added, 1.0)
         return done
+
+
+def _rank_of(gradient: Gradient) -> tuple[int, int]:
+    return gradient[0].rank

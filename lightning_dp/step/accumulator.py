@@ -11,6 +11,7 @@ from lightning_dp.clipping import Clipping
 from lightning_dp.masks import ParameterMask
 from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise
 from lightning_dp.per_sample._torch import real_view
+from lightning_dp.per_sample.targets import Places, Targets, places_of
 from lightning_dp.step.local import as_gradient, local_part
 
 
@@ -53,7 +54,8 @@ class Accumulator:
         self._device = first.device
         self._dtype = torch.float64 if double else torch.float32
         self._flat: Tensor | None = None
-        self._views: dict[str, Tensor] | None = None  # of the buffer of this step; they go before its memory does
+        self._places: Places | None = None  # of the views, under the masks
+        self._views: Targets | None = None  # of the buffer of this step; they go before its memory does
         self.used = False  # set it before anything is added
         self.noise_std: float | None = None  # of the noise that the gradient began with, in units of the sum
         self.divisor = 1  # every addition is divided by it
@@ -139,14 +141,15 @@ class Accumulator:
         return self.flat[self.num_active :]
 
     @property
-    def views(self) -> dict[str, Tensor]:
+    def views(self) -> Targets:
         """Accumulation targets by parameter name: a view of its shape, or a 1-D view of its active coordinates if
         masked.
         """
+        if self._places is None:
+            masked = {name: torch.Size([mask.num_active]) for name, mask in self.masks.items()}
+            self._places = places_of({**self._shapes, **masked})
         if self._views is None:
-            sizes = self._active_sizes
-            parts = dict(zip(sizes, torch.split(self.gradient, list(sizes.values())), strict=True))
-            self._views = {n: part if n in self.masks else part.view(self._shapes[n]) for n, part in parts.items()}
+            self._views = Targets(self.gradient, self._places)
         return self._views
 
     @property
@@ -181,6 +184,7 @@ class Accumulator:
         """
         self.mask_version = version
         self._forget()
+        self._places = None
         active = torch.ones(self.num_coordinates, dtype=torch.bool, device=self._device)
         views = self.views_of(active)
         for mask in masks:

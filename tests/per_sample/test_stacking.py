@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from lightning_dp.masks import ParameterMask
 from lightning_dp.per_sample import PerSampleEngine, sources, stacking, uses
-from lightning_dp.per_sample.stacking import Block, Joined, Part
+from lightning_dp.per_sample.stacking import Joined, Part
+from lightning_dp.per_sample.targets import Targets, places_of
 from tests.per_sample import checks
 
 NAN_ROW = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])
@@ -87,9 +88,8 @@ def test_long_inputs_of_one_layer_leave_the_others_stacked(monkeypatch: pytest.M
     engine = checks.make_engine(module, loss, data)
     checks.run_batch(engine, loss, data, 4)
     names = [name for name, _ in module.named_parameters()]
-    engine.squared_norms([names])
-    parts = [len(parts) for parts, _ in engine._parts._joined[tuple(names)]._shapes]
-    assert sorted(parts) == [1, 1, 2, 2]
+    views, _ = engine._parts._sorted({*names}, {})
+    assert [len(together) for together, _ in stacking.stacks_of(views, {}, lean=False)] == [1, 2]
     engine.end()
 
 
@@ -125,14 +125,15 @@ def test_few_inputs_and_backprops_wait_for_the_end(monkeypatch: pytest.MonkeyPat
 
 
 def joined_of(*parts: tuple[str, str, Any, Tensor]) -> Joined:
-    return Joined([Block([Part(name, region, key)], grads.unsqueeze(0)) for name, key, region, grads in parts])
+    ranked = enumerate(parts)
+    return Joined([(Part(name, region, key, (rank, 0)), grads) for rank, (name, key, region, grads) in ranked])
 
 
 def test_joined_sum_drops_samples_of_factor_zero() -> None:
     joined = joined_of(("a", "a", None, NAN_ROW))
     out = {"a": torch.ones(2)}
     factors = torch.tensor([2.0, 0.0])
-    assert joined.add_weighted_sum(factors, factors == 0, out, {}) == {("a", "a")}
+    assert joined.add_weighted_sum(factors, factors == 0, out, {}) == {"a"}
     assert out["a"].tolist() == [3.0, 5.0]
 
 
@@ -141,7 +142,7 @@ def test_joined_sum_leaves_masked_parts_to_the_caller() -> None:
     joined = joined_of(("a", "a", None, grads), ("b", "b", None, grads))
     out = {"a": torch.zeros(1), "b": torch.zeros(2)}
     mask = ParameterMask(torch.tensor([True, False]))
-    assert joined.add_weighted_sum(torch.ones(1), None, out, {"a": mask}) == {("b", "b")}
+    assert joined.add_weighted_sum(torch.ones(1), None, out, {"a": mask}) == {"b"}
     assert out["a"].tolist() == [0.0]
     assert out["b"].tolist() == [1.0, 1.0]
 
@@ -154,3 +155,21 @@ def test_joined_sum_goes_to_the_region_of_a_view() -> None:
     assert out["a"].tolist() == [[0.0, 1.0, 0.0], [0.0, 2.0, 0.0]]
     apart = {"a": torch.zeros(3, 2).mT}  # a region counts elements of contiguous memory
     assert joined_of(("a", "column", region, grads)).add_weighted_sum(torch.ones(1), None, apart, {}) == set()
+
+
+def test_joined_sum_of_neighbours_goes_to_the_buffer_at_once() -> None:
+    """Whole parameters, and regions that are rows of numbers, in the order of the buffer; others by themselves."""
+    shapes = {name: torch.Size(shape) for name, shape in (("a", (2,)), ("left", (1,)), ("b", (2, 2)), ("c", (2,)))}
+    places, expected = places_of(shapes), torch.tensor([1.0, 2.0, 0.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    for rows, strides in ((True, (1,)), (False, (2,))):
+        regions = [(number if not rows else 2 * number, torch.Size([2]), strides) for number in range(2)]
+        seen = [[3.0, 4.0], [5.0, 6.0]] if rows else [[3.0, 5.0], [4.0, 6.0]]
+        halves = [("b", f"b{i}", regions[i], torch.tensor([seen[i]])) for i in range(2)]
+        whole = [(name, name, None, torch.tensor([values])) for name, values in (("a", [1.0, 2.0]), ("c", [7.0, 8.0]))]
+        joined = joined_of(whole[0], *halves, whole[1])
+        with Counted() as mode:
+            out = Targets(torch.zeros(9), places)
+            done = joined.add_weighted_sum(torch.ones(1), None, out, {})
+        assert done == {"a", "b0", "b1", "c"}
+        assert torch.equal(out.flat, expected)
+        assert mode.counts["as_strided"] == (0 if rows else 2)
