@@ -124,11 +124,17 @@ class _PrivateBatchSampler(Sampler[list[int]], ABC):
             return np.random.SeedSequence(secrets.randbits(256))
         return np.random.SeedSequence(self.seed, spawn_key=(self.rank, *key))
 
+    def _entropy(self) -> int:
+        """Return 128 bits for the code that reads the next records."""
+        if self.seed is None:
+            return secrets.randbits(128)  # a tenth of the time of a seed sequence
+        return int.from_bytes(self._child(_ENTROPY, self._num_draws).generate_state(4).tobytes(), "little")
+
     def _records(self, own: NDArray[Any]) -> Draw:
         """Return the records of the units with these indices among the rank's units."""
         units = own * self.world_size + self.rank
         self._num_draws += 1
-        entropy = int.from_bytes(self._child(_ENTROPY, self._num_draws).generate_state(4).tobytes(), "little")
+        entropy = self._entropy()
         if self.units is None:
             return Draw(units.tolist(), entropy=entropy, alone=self.alone)
         records, sizes = self.units.choose(units, self._choices)
