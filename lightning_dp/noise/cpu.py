@@ -43,6 +43,9 @@ class CpuStreams:
         Raises:
             Exception: an error of drawing. No thread writes into the buffer after the call.
         """
+        if 0 < flat.numel() <= CHUNK:
+            self._write_chunk(0, flat, std, adds=adds)
+            return
         num_threads = _threads_for(flat.numel()) if self._tuned else 1
         if num_threads == 1:
             for number in range(NUM_STREAMS):
@@ -73,16 +76,19 @@ class CpuStreams:
 
     def _write_stream(self, number: int, flat: Tensor, std: float, *, adds: bool) -> None:
         """Write the noise of one stream to every fourth chunk, starting with chunk ``number``."""
-        stream = self._streams[number]
         for start in range(number * CHUNK, flat.numel(), NUM_STREAMS * CHUNK):
-            target = flat[start : start + CHUNK]
-            if not adds:
-                stream(target, std)
-                continue
-            noise = self._buffer(number, flat.dtype)[: target.numel()]
-            stream(noise, std)
-            sums = target.numpy()
-            sums += noise.numpy()  # cheaper per call than torch's, and too short for threads
+            self._write_chunk(number, flat[start : start + CHUNK], std, adds=adds)
+
+    def _write_chunk(self, number: int, target: Tensor, std: float, *, adds: bool) -> None:
+        """Write the next noise of one stream to a chunk."""
+        stream = self._streams[number]
+        if not adds:
+            stream(target, std)
+            return
+        noise = self._buffer(number, target.dtype)[: target.numel()]
+        stream(noise, std)
+        sums = target.numpy()
+        sums += noise.numpy()  # cheaper per call than torch's, and too short for threads
 
     def _buffer(self, number: int, dtype: torch.dtype) -> Tensor:
         key = (number, dtype)

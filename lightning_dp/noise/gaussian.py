@@ -84,7 +84,6 @@ class GaussianNoise:
         self.tuned = tuned
         self._start(seed)
 
-    @torch.no_grad()
     def add_(self, tensor: Tensor, std: float) -> Tensor:
         """Add N(0, std^2) to every coordinate, in place.
 
@@ -108,7 +107,6 @@ class GaussianNoise:
             self._write(tensor.detach().view(-1), std, adds=True)
         return tensor
 
-    @torch.no_grad()
     def fill_(self, tensor: Tensor, std: float) -> Tensor:
         """Overwrite every coordinate with N(0, std^2); cheaper than adding noise to a sum later.
 
@@ -136,7 +134,7 @@ class GaussianNoise:
         if std > 0:
             self._write(tensor.detach().view(-1), std, adds=False)
         else:
-            tensor.zero_()
+            tensor.detach().zero_()
         return tensor
 
     def _write(self, flat: Tensor, std: float, *, adds: bool) -> None:

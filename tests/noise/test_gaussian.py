@@ -270,3 +270,15 @@ def test_cuda_noise(secure: bool) -> None:
     assert scale_is_right(first, 2.0)
     assert not scale_is_right(first, 3.0)
     assert (first == second).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("std", [0.0, 1.0])
+def test_a_buffer_that_requires_grad_is_written_without_graph(secure: bool, std: float) -> None:
+    buffer = torch.full((3,), 5.0, requires_grad=True)
+    noise = GaussianNoise(secure=secure)
+    noise.fill_(buffer, std)
+    assert bool((buffer.detach() != 5).all())
+    noise.add_(buffer, std)
+    assert buffer.is_leaf
+    assert buffer.grad_fn is None
