@@ -82,6 +82,7 @@ class Mechanisms:
 
     def __init__(self) -> None:
         self._asked: dict[int, tuple[object, dict[str, Any]]] = {}
+        self._chosen: dict[str, Any] = {}  # of all owners, since every step reads it often
         self.masks: tuple[GradientMask, ...] = ()
         """Gradient masks, empty before ``begin_run``; a coordinate is active if it is active in all masks."""
         self._begun = False
@@ -139,10 +140,15 @@ class Mechanisms:
                         f"{type(owner).__name__}. Leave one of them out."
                     )
         self._asked[id(owner)] = owner, asked
+        self._choose()
 
     def remove(self, owner: object) -> None:
         """Drop all requests of an owner."""
         self._asked.pop(id(owner), None)
+        self._choose()
+
+    def _choose(self) -> None:
+        self._chosen = {what: value for _, asked in self._asked.values() for what, value in asked.items()}
 
     # ---------------------------------------------------------------- for the step
 
@@ -153,7 +159,7 @@ class Mechanisms:
         self.bound.begin_run(length)
 
     def _get(self, what: str) -> Any:
-        return next((asked[what] for _, asked in self._asked.values() if what in asked), _OFF[what])
+        return self._chosen[what] if what in self._chosen else _OFF[what]
 
     def _owner(self, what: str) -> str:
         """Return the name of the callback that requested a mechanism."""
