@@ -46,7 +46,7 @@ def watch_order(*, on: bool) -> None:
     before, _watching = _watching, _watching + (1 if on else -1)
     if not before or not _watching:
         for kind, forward in _PLAIN.items():
-            kind.forward = _noting(forward) if on else forward  # type: ignore[method-assign]
+            kind.forward = _NOTING[kind] if on else forward  # type: ignore[method-assign]
 
 
 def _noting(forward: Any) -> Any:
@@ -57,6 +57,9 @@ def _noting(forward: Any) -> Any:
         return forward(self, input, *args, **kwargs)
 
     return noted
+
+
+_NOTING = {kind: _noting(forward) for kind, forward in _PLAIN.items()}
 
 
 class _Time(torch.autograd.Function):

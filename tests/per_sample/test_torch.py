@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,3 +108,24 @@ def test_differentiable_operations_are_counted() -> None:
     with torch.no_grad():
         x.exp()
     assert _torch.num_operations() == before + 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
+def test_code_runs_uncompiled_and_then_as_the_user_said() -> None:
+    compiled: list[bool] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(True)
+        return graph.forward
+
+    torch.compiler.reset()
+    function = torch.compile(lambda x: x * 2, backend=backend)
+    with torch.compiler.set_stance("eager_on_recompile"):
+        with _torch.uncompiled():
+            function(torch.ones(2))
+        function(torch.ones(2))
+    with _torch.uncompiled():
+        function(torch.ones(2))
+    assert not compiled
+    function(torch.ones(2))
+    assert compiled
