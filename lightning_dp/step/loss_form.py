@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -87,7 +87,9 @@ class LossForm:
             keys: of the writes.
             between: whether it has written after the forward of the step before, so that this step was released.
         """
-        self._new |= {("written", between, key) for key in keys} - self._checked
+        written = {("written", between, key) for key in keys}
+        if written:
+            self._new |= written - self._checked
 
     def see_spread(self, paths: Iterable[Any]) -> bool:
         """Read which values of a batch change with a record of others; tell whether one of them is new."""
@@ -95,8 +97,9 @@ class LossForm:
         self._new_calls |= new
         return bool(new)
 
-    @contextmanager
-    def watching(self, kind: Hashable = None, *, always: bool = False, checked: bool = False) -> Iterator[None]:
+    def watching(
+        self, kind: Hashable = None, *, always: bool = False, checked: bool = False
+    ) -> AbstractContextManager[None]:
         """Watch calls of torch in user code until its first loss, for a new kind of batch and one in 16 of each kind.
 
         Args:
@@ -107,8 +110,11 @@ class LossForm:
         if not checked:
             self._kinds[kind] = number = self._kinds.get(kind, -1) + 1
             if not always and number % EVERY != 0:
-                yield
-                return
+                return nullcontext()
+        return self._watching(checked)
+
+    @contextmanager
+    def _watching(self, checked: bool) -> Iterator[None]:
         before, self._calls = self._calls, _Calls()
         calls = self._calls
         try:
@@ -218,9 +224,9 @@ def _collect_numbers(things: Iterable[Any], found: list[int]) -> None:
 
 
 @functools.lru_cache(1024)
-def _dimensions_of(kind: type) -> tuple[str, ...]:
-    """Return the attributes of a kind of operation that hold dimensions."""
-    return tuple(name for name in ("_saved_dim", "_saved_dim0", "_saved_dim1") if hasattr(kind, name))
+def _kind_of(kind: type) -> tuple[str, tuple[str, ...]]:
+    """Return the name of a kind of operation, and its attributes that hold dimensions."""
+    return kind.__name__, tuple(name for name in ("_saved_dim", "_saved_dim0", "_saved_dim1") if hasattr(kind, name))
 
 
 def _pairs_of(loss: Tensor, most: int) -> set[Any]:
@@ -231,16 +237,16 @@ def _pairs_of(loss: Tensor, most: int) -> set[Any]:
     nodes = [] if loss.grad_fn is None else [loss.grad_fn]
     known = set(nodes)
     for node in nodes:  # grows
-        name = type(node).__name__
-        for dimension in _dimensions_of(type(node)):
+        name, dimensions = _kind_of(type(node))
+        for dimension in dimensions:
             pairs.add((name, dimension, getattr(node, dimension)))
-        before = [before for before, _ in node.next_functions]
-        for other in before:  # grows
+        before = [*node.next_functions]
+        for other, _ in before:  # grows
             if other is None:
                 continue
-            kind = type(other).__name__
+            kind, _ = _kind_of(type(other))
             if kind == "_TapBackward":
-                before += [further for further, _ in other.next_functions]
+                before += other.next_functions
             elif kind != "AccumulateGrad":
                 pairs.add((name, kind))
                 if other not in known and len(nodes) < most:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -16,7 +16,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import uncompiled
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.snapshot import Snapshot
-from lightning_dp.step.state_check import numbers_of
+from lightning_dp.step.state_check import Numbers, held_numbers
 
 USE_OPTIMIZERS = (
     "Step through self.optimizers(), with self.manual_backward for the backward: only such a step gets a private "
@@ -129,9 +129,9 @@ class Sandbox:
         self._settle = settle
         self._last: Snapshot | None = None  # of the last series; the next one takes its memory
 
-    def numbers(self) -> dict[str, Any]:
-        """Return the numbers of optimizers and schedulers, by name."""
-        return {name: value for name, value in numbers_of([*self._others()]) if not isinstance(value, Tensor)}
+    def numbers(self) -> Numbers:
+        """Return the numbers of optimizers and schedulers; see ``held_numbers``."""
+        return held_numbers([*self._others()])
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot of module, optimizers and schedulers."""

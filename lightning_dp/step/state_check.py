@@ -25,6 +25,7 @@ ROUNDING = 1e-6
 _PLACES = 64  # values of each tensor in the state of an optimizer that are compared
 
 Gradients = dict[str, Tensor]
+Numbers = dict[tuple[int, int], dict[str, Any]]
 
 
 def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
@@ -57,6 +58,18 @@ def numbers_of(others: list[Any]) -> Iterator[tuple[str, Any]]:
         for name, value in held.items():
             if isinstance(value, (bool, int, float)):
                 yield f"{type(other).__name__}.{name}", value
+
+
+def held_numbers(others: list[Any]) -> Numbers:
+    """Return the same numbers but for those in tensors, by the part of an object that holds them: its position among
+    the objects, and that of a group of parameters.
+    """
+    found: Numbers = {}
+    for number, other in enumerate(others):
+        groups = getattr(other, "param_groups", None)
+        for index, held in enumerate([getattr(other, "__dict__", {})] if groups is None else groups):
+            found[number, index] = {name: value for name, value in held.items() if isinstance(value, (int, float))}
+    return found
 
 
 def leaves_of(saved: Any) -> Iterator[tuple[str, Any]]:

@@ -231,8 +231,10 @@ class Trial:
             return
         always, self._begins = self._begins or self._checked_at == step.state.step, False
         calls = nullcontext() if step.runs_samples_alone else form.watching(count, always=always)
-        with self._writes.forward(), calls:
+        before = self._writes.begin_forward()
+        with calls:
             yield
+        self._writes.end_forward(before)
 
     def see_loss(self, loss: Tensor) -> None:
         """Read the form of a real loss, before its backward."""

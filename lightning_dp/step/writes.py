@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dp.per_sample._torch import unfollowed
-from lightning_dp.step.state_check import changed
-from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
+from lightning_dp.step.state_check import Numbers, changed
+from lightning_dp.system.torch_private import buffers_of, changes_of, layers_of, num_changes, parameters_of
+
+_MOST_KNOWN = 1_000
+"""Patterns of changes of all tensors that are remembered; an optimizer's step makes the same one each time."""
 
 
 class Look:
@@ -24,37 +26,46 @@ class Look:
 
     Args:
         module: the user's.
-        numbers: by name.
+        numbers: see ``held_numbers``.
     """
 
-    def __init__(self, module: nn.Module, numbers: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, numbers: Numbers) -> None:
         layers = layers_of(module)
         with unfollowed():  # followed parameters would report each question
             self._tensors = [*parameters_of(layers), *buffers_of(layers)]
-            self._changes = [(*map(num_changes, self._tensors),), _addresses_of(self._tensors)]
+            self._changes = [changes_of(self._tensors), _addresses_of(self._tensors)]
         self._attributes = [vars(layer) for layer in layers if _is_own(type(layer).__module__)]
         self._held = [[*map(id, held.values())] for held in self._attributes]
         self._modes = [layer.training for layer in layers]
         self._numbers = numbers
 
-    def writes_until(self, after: Look) -> Iterator[tuple[Any, ...]]:
-        """Yield a key for each write until a later look, the same one for a write of the same kind."""
+    def writes_until(self, after: Look, known: set[Any]) -> Iterator[tuple[Any, ...]]:
+        """Yield a key for each write until a later look, the same one for a write of the same kind.
+
+        Args:
+            after: the later look.
+            known: numbers of changes of all tensors whose keys have been yielded, and are not yielded again.
+        """
         same = [*map(operator.is_, self._tensors, after._tensors)]
-        if self._changes != after._changes or not all(same):
+        (counts, places), (counts_after, places_after) = self._changes, after._changes
+        changes = tuple(map(operator.sub, counts_after, counts))
+        if not all(same) or places != places_after or (any(changes) and changes not in known):
+            if all(same) and places == places_after and len(known) < _MOST_KNOWN:
+                known.add(changes)
             rows = zip(same, *self._changes, *after._changes, strict=False)
             for index, (is_same, before, old, now, new) in enumerate(rows):
                 if not is_same or now != before or old != new:
                     yield "tensor", index, is_same, now - before, old == new
         if len(after._tensors) != len(self._tensors):
             yield "number of tensors", len(after._tensors) - len(self._tensors)
-        for index, (ids, others, held) in enumerate(zip(self._held, after._held, after._attributes, strict=False)):
-            if ids != others:
+        if self._held != after._held:
+            for index, (ids, others, held) in enumerate(zip(self._held, after._held, after._attributes, strict=False)):
                 pairs = zip(held, [*ids, *[None] * len(others)], others, strict=False)
                 yield from (("attribute", index, name) for name, one, other in pairs if one != other)
         if self._modes != after._modes:
             yield ("modes",)
         if self._numbers != after._numbers:
-            yield from (("number", name) for name in changed(self._numbers, after._numbers))
+            yield from (("number", name) for name in changed(_joined(self._numbers), _joined(after._numbers)))
 
 
 class WriteWatch:
@@ -67,6 +78,7 @@ class WriteWatch:
 
     def __init__(self, look: Callable[[], Look], see: Callable[..., None]) -> None:
         self._look, self._see = look, see
+        self._known: dict[bool, set[Any]] = {False: set(), True: set()}  # by whether after a forward
         self._begun: Look | None = None
         self._ended: Look | None = None  # after the last forward
 
@@ -74,15 +86,17 @@ class WriteWatch:
         """Begin a logical batch."""
         self._begun = self._look()
         if self._ended is not None:
-            self._see(self._ended.writes_until(self._begun), between=True)
+            self._see(self._ended.writes_until(self._begun, self._known[True]), between=True)
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Watch the user's forward."""
+    def begin_forward(self) -> Look:
+        """Return a look at the state before the user's forward, which begins now."""
         before, self._begun = self._begun or self._look(), None
-        yield
+        return before
+
+    def end_forward(self, before: Look) -> None:
+        """Read what the forward that ends now has written since a look."""
         self._ended = self._look()
-        self._see(before.writes_until(self._ended))
+        self._see(before.writes_until(self._ended, self._known[False]))
 
     def forget(self) -> None:
         """Forget all looks: a trial puts state back, which counts as a change of tensors."""
@@ -123,8 +137,12 @@ def _is_own(package: str) -> bool:
     return not package.startswith("torch.nn.")
 
 
+def _joined(numbers: Numbers) -> dict[Any, Any]:
+    return {(part, name): value for part, held in numbers.items() for name, value in held.items()}
+
+
 def _addresses_of(tensors: list[Tensor]) -> tuple[int, ...]:
     try:
-        return tuple(tensor.data_ptr() for tensor in tensors)
+        return tuple([tensor.data_ptr() for tensor in tensors])
     except RuntimeError:  # sparse tensors and sharded ones have none
         return (0,) * len(tensors)

@@ -23,9 +23,9 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
 from lightning_dp.step.snapshot import few_places, plain_attributes
-from lightning_dp.step.state_check import leaves_of, numbers_of
+from lightning_dp.step.state_check import held_numbers, leaves_of
 from lightning_dp.strategies import _lightning
-from lightning_dp.strategies.outcomes import limits
+from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides
 from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
 
@@ -188,9 +188,9 @@ class UserHooks:
             name: of the hook; empty if it sees nothing of the training data.
         """
         trainer = self._strategy.trainer
-        (*_, stopped), *ends = limits(trainer)
+        stopped, *ends = ends_of(trainer)
         yield
-        (*_, stops), *others = limits(trainer)
+        stops, *others = ends_of(trainer)
         if name and others != ends and self._strategy.settings.check_per_sample:
             raise PrivacyError(
                 f"Expected max_epochs and max_steps to stay while training, got a change by {type(owner).__name__}."
@@ -235,7 +235,7 @@ class UserHooks:
                 size = len(value) if kind == "container" else num_changes(value) if kind == "tensor" else 0
                 marks.append((name, id(value), size))
         if not tensors_only:
-            marks += [value for _, value in numbers_of(self._others()) if not isinstance(value, Tensor)]
+            marks.append(held_numbers(self._others()))
         return Marks(marks, tensors)
 
 

@@ -296,4 +296,4 @@ def _set_plain(attributes: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if isinstance(value, (bool, int, float, str))}
+    return {name: value for name, value in attributes.items() if isinstance(value, (int, float, str))}

@@ -15,20 +15,18 @@ from lightning_dp.strategies import _lightning
 @contextmanager
 def kept_outcomes(trainer: pl.Trainer) -> Iterator[None]:
     """Give ``callback_metrics`` and the like the figures back that they held, and restore what ends the run."""
-    ends = limits(trainer)
+    loop, ends = trainer.fit_loop, ends_of(trainer)
     with _lightning.kept_figures(trainer, TrialFigures):
         try:
             yield
         finally:
-            for owner, name, value in ends:
-                setattr(owner, name, value)
+            trainer.should_stop, loop.max_epochs, loop.epoch_loop.max_steps, loop.max_batches = ends
 
 
-def limits(trainer: pl.Trainer) -> list[tuple[Any, str, Any]]:
-    """Return what ends a run or an epoch, as objects, names of attributes, and values."""
+def ends_of(trainer: pl.Trainer) -> tuple[Any, ...]:
+    """Return what ends a run or an epoch: whether the Trainer should stop, most epochs, steps, and batches of one."""
     loop = trainer.fit_loop
-    held = ((trainer, "should_stop"), (loop, "max_epochs"), (loop.epoch_loop, "max_steps"), (loop, "max_batches"))
-    return [(owner, name, getattr(owner, name)) for owner, name in held]
+    return trainer.should_stop, loop.max_epochs, loop.epoch_loop.max_steps, loop.max_batches
 
 
 class TrialFigures(dict[str, Any]):

@@ -27,6 +27,14 @@ def num_changes(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def changes_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Return ``num_changes`` of each tensor."""
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except RuntimeError:  # of an inference tensor
+        return tuple([num_changes(tensor) for tensor in tensors])
+
+
 def layers_of(module: nn.Module) -> list[nn.Module]:
     """Return a module and all layers in it, each once: as ``module.modules()``, in less time."""
     layers, seen = [module], {id(module)}
@@ -40,14 +48,45 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 
 def parameters_of(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Return the parameters that layers hold themselves, each once."""
-    held = (parameter for layer in layers for parameter in layer._parameters.values() if parameter is not None)
-    return [*{id(parameter): parameter for parameter in held}.values()]
+    found: dict[int, nn.Parameter] = {}
+    for layer in layers:
+        for parameter in layer._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+    return [*found.values()]
 
 
 def buffers_of(layers: Iterable[nn.Module]) -> list[Tensor]:
     """Return the buffers that layers hold themselves, each once."""
-    held = (buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None)
-    return [*{id(buffer): buffer for buffer in held}.values()]
+    found: dict[int, Tensor] = {}
+    for layer in layers:
+        for buffer in layer._buffers.values():
+            if buffer is not None:
+                found[id(buffer)] = buffer
+    return [*found.values()]
+
+
+_ASK = (nn.Module.named_parameters, nn.Module.named_modules)
+
+
+def named_parameters_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters in a module with their names: as ``module.named_parameters()``, in less time."""
+    if any(getattr(getattr(module, ask.__name__), "__func__", None) is not ask for ask in _ASK):
+        return [*module.named_parameters()]
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    seen = {id(module)}
+
+    def collect(layer: nn.Module, prefix: str) -> None:
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and id(parameter) not in found:
+                found[id(parameter)] = prefix + name, parameter
+        for name, child in layer._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                collect(child, f"{prefix}{name}.")
+
+    collect(module, "")
+    return [*found.values()]
 
 
 @contextmanager

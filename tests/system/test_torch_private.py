@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
@@ -43,7 +45,30 @@ def test_num_changes_counts_writes_in_place() -> None:
     tensor.add_(1)
     assert torch_private.num_changes(tensor) == before + 1
     with torch.inference_mode():
-        assert torch_private.num_changes(torch.zeros(2)) == -1
+        frozen = torch.zeros(2)
+        assert torch_private.num_changes(frozen) == -1
+    assert torch_private.changes_of([tensor, torch.zeros(2)]) == (before + 1, 0)
+    assert torch_private.changes_of([tensor, frozen]) == (before + 1, -1)
+
+
+def test_parameters_have_the_names_that_torch_gives() -> None:
+    shared, deep = (
+        nn.Linear(2, 2),
+        nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())),
+    )
+    module = nn.ModuleDict({"a": deep, "b": shared, "c": nn.Sequential(shared, deep[1]), "d": nn.LSTM(2, 2)})
+    module.register_parameter("own", nn.Parameter(torch.ones(1)))
+    module.register_parameter("absent", None)
+    module["b"].again = deep[0].weight
+    deep.register_module("missing", None)
+    assert torch_private.named_parameters_of(module) == [*module.named_parameters()]
+    assert len(torch_private.named_parameters_of(module)) == 10
+
+    class Renamed(nn.Linear):
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            return ((f"my_{name}", parameter) for name, parameter in super().named_parameters(*args, **kwargs))
+
+    assert [name for name, _ in torch_private.named_parameters_of(Renamed(2, 2))] == ["my_weight", "my_bias"]
 
 
 def test_saved_buffers_are_those_of_the_state_dict() -> None:

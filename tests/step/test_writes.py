@@ -1,0 +1,85 @@
+"""The watch of what user code writes: each kind of write is reported once, in the forward and after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_dp.step.state_check import held_numbers
+from lightning_dp.step.writes import Look, WriteWatch
+
+
+class Module(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.flag = nn.Linear(2, 2), 0
+        self.register_buffer("count", torch.zeros(1))
+
+
+class Watched:
+    """A watch of a module and its optimizer; ``seen`` holds what it has reported last."""
+
+    def __init__(self) -> None:
+        self.module = Module()
+        self.optimizer = torch.optim.SGD([self.module.layer.weight], lr=0.1)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 5)
+        self.seen: set[Any] = set()
+        self.watch = WriteWatch(self._look, self._see)
+        self.forward(lambda: None)
+
+    def _look(self) -> Look:
+        return Look(self.module, held_numbers([self.optimizer, self.scheduler]))
+
+    def _see(self, keys: Any, *, between: bool = False) -> None:
+        self.seen = {(between, *key) for key in keys}
+
+    def forward(self, write: Any) -> set[Any]:
+        before = self.watch.begin_forward()
+        write()
+        self.watch.end_forward(before)
+        return self.seen
+
+    @torch.no_grad()
+    def add(self, *tensors: Any) -> None:
+        for tensor in tensors:
+            tensor.add_(1)
+
+
+def test_writes_of_tensors_are_reported_once_for_each_kind() -> None:
+    rig = Watched()
+    weight, bias, count = rig.module.layer.weight, rig.module.layer.bias, rig.module.count
+    assert rig.forward(lambda: rig.add(weight)) == {(False, "tensor", 0, True, 1, True)}
+    assert rig.forward(lambda: rig.add(weight)) == set()
+    assert rig.forward(lambda: rig.add(weight, weight)) == {(False, "tensor", 0, True, 2, True)}
+    assert rig.forward(lambda: rig.add(weight, bias)) >= {(False, "tensor", 1, True, 1, True)}
+    assert rig.forward(lambda: rig.add(count)) == {(False, "tensor", 2, True, 1, True)}
+    rig.add(weight)
+    rig.watch.begin()
+    assert rig.seen == {(True, "tensor", 0, True, 1, True)}  # known of forwards only
+
+
+def test_replaced_tensors_are_reported_each_time() -> None:
+    rig = Watched()
+
+    def move() -> None:
+        rig.module.layer.weight.data = rig.module.layer.weight.data.clone()
+
+    def replace() -> None:
+        rig.module.count = torch.zeros(1)
+
+    for _ in range(2):
+        assert {(False, "tensor", 0, True, 0, False)} <= rig.forward(move)
+        assert any(key[:4] == (False, "tensor", 2, False) for key in rig.forward(replace))
+
+
+def test_numbers_attributes_and_modes_are_reported() -> None:
+    rig = Watched()
+    group = rig.optimizer.param_groups[0]
+    assert rig.forward(lambda: group.update(lr=0.5)) == {(False, "number", ((0, 0), "lr"))}
+    assert rig.forward(lambda: vars(rig.scheduler).update(last_epoch=7)) == {(False, "number", ((1, 0), "last_epoch"))}
+    more = {"params": [rig.module.layer.bias], "lr": 0.3}
+    assert (False, "number", ((0, 1), "lr")) in rig.forward(lambda: rig.optimizer.add_param_group(more))
+    assert rig.forward(lambda: setattr(rig.module, "flag", 1000)) == {(False, "attribute", 0, "flag")}
+    assert (False, "modes") in rig.forward(rig.module.eval)
