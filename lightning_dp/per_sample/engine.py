@@ -5,6 +5,7 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -115,9 +116,8 @@ class PerSampleEngine(GradientEngine):
 
     @override
     def set_parameters(self, parameters: Mapping[str, nn.Parameter], gathered: Collection[str] = ()) -> None:
-        if self._parameters.keys() == parameters.keys() and all(
-            self._parameters[name] is parameter for name, parameter in parameters.items()
-        ):
+        known = map(self._parameters.get, parameters)
+        if len(self._parameters) == len(parameters) and all(map(operator.is_, known, parameters.values())):
             return
         self.end()
         held = {id(parameter) for parameter in self._module.parameters()}

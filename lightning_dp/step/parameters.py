@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dp.step.accumulator import Accumulator
+from lightning_dp.system.torch_private import named_parameters_of
 
 
 class PrivateParameters:
@@ -22,6 +24,8 @@ class PrivateParameters:
     def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], public: Collection[int]) -> None:
         self._module, self._optimizers, self._public = module, optimizers, public
         self.accumulators: dict[int, Accumulator] = {}
+        self._read: tuple[Any, ...] = ()
+        self._recorded: dict[str, nn.Parameter] = {}
         self._taken: dict[str, set[int]] = {}  # parameters of several optimizers: who has collected its backprops
 
     def of(self, optimizer: int) -> dict[str, nn.Parameter]:
@@ -30,7 +34,7 @@ class PrivateParameters:
         A parameter counts if it is trainable now, or was private in an earlier step, because training steps switch
         ``requires_grad`` off and on within a batch.
         """
-        return self._among(self._module.named_parameters(), optimizer)
+        return self._among(named_parameters_of(self._module), optimizer)
 
     def _among(self, named: Iterable[tuple[str, nn.Parameter]], optimizer: int) -> dict[str, nn.Parameter]:
         own = {id(p) for group in self._optimizers[optimizer].param_groups for p in group["params"]}
@@ -48,8 +52,12 @@ class PrivateParameters:
         Args:
             make: parameters of one private optimizer -> accumulator.
         """
+        named = named_parameters_of(self._module)
+        held = [[*map(id, group["params"])] for optimizer in self._optimizers for group in optimizer.param_groups]
+        read = [(name, id(p), p.requires_grad, p.device) for name, p in named], held
+        if (*read, self.accumulators) == self._read:
+            return self._recorded
         public: set[str] = set()
-        named = list(self._module.named_parameters())
         for index in range(len(self._optimizers)):
             parameters = self._among(named, index)
             if index in self._public:
@@ -59,7 +67,9 @@ class PrivateParameters:
             elif index not in self.accumulators or not self.accumulators[index].holds(parameters):
                 self.accumulators[index] = make(parameters)
         private = {name for accumulator in self.accumulators.values() for name in accumulator.names}
-        return {name: p for name, p in named if name in private or (p.requires_grad and name not in public)}
+        self._read = *read, self.accumulators.copy()
+        self._recorded = {name: p for name, p in named if name in private or (p.requires_grad and name not in public)}
+        return self._recorded
 
     def collected(self, optimizer: int) -> list[str]:
         """Return the names of parameters whose backprops are no longer needed, after an optimizer collected its own.
