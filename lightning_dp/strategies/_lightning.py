@@ -64,6 +64,11 @@ def _is_of_user(name: str, kind: Any, method: Any) -> bool:
     return not holder.__module__.startswith(_KNOWN)
 
 
+def runs_backward(module: object, precision: object) -> bool:
+    """Tell whether Lightning's own code back-propagates a loss, not that of a module or of a precision plugin."""
+    return type(precision).__module__.startswith(_KNOWN) and not is_overridden("backward", module)
+
+
 def serve_both(strategy: type = object) -> None:
     """Make Trainers of ``pytorch_lightning`` accept a strategy and this package's callbacks, if that package is in use.
 
@@ -86,7 +91,7 @@ def serve_both(strategy: type = object) -> None:
 
 def set_batch_of_logs(trainer: pl.Trainer, batch: Any, batch_size: int | None) -> None:
     """Set the batch whose size is the weight of ``self.log`` in means."""
-    results: Any = trainer._results
+    results = fit_results(trainer)
     results.batch, results.batch_size = batch, batch_size
 
 

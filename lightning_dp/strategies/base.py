@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -192,10 +193,15 @@ class PrivateStrategy(TrainingInputs, Strategy):
         if self._fit is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         self._fit.see_loss(closure_loss)
-        with checks.reached(closure_loss):
+        with nullcontext() if self._runs_backward(closure_loss) else checks.reached(closure_loss):
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         self._fit.backward_done()
         return loss
+
+    def _runs_backward(self, loss: Tensor) -> bool:
+        """Tell whether the code that back-propagates a loss is Lightning's and torch's own, so that it does."""
+        own = _lightning.runs_backward(self.module, self.precision_plugin)
+        return own and type(loss) is Tensor and not vars(loss)
 
     @override
     def optimizer_step(
@@ -226,7 +232,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
             fit.guard.released()
             return outputs[-1] if fit.on_trial else None  # the loss carries no noise: no optimizer may use it
 
-        with fit.stepping(optimizer):
+        with fit.guard.stepping(optimizer), fit.only_own_callbacks():
             self._step(optimizer, private_closure, model, **kwargs)
         fit.patches.stepped()
         return outputs[-1] if outputs else None

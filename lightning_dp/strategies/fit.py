@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch
@@ -43,6 +42,7 @@ class PrivateFit:
     def __init__(self, strategy: PrivateStrategy, noise: GaussianNoise) -> None:
         self._strategy = strategy
         module, trainer = strategy.module, strategy.trainer
+        self._trainer = trainer
         self._device = strategy.root_device
         self._restore_generators = generators_restorer(self._device)
         self._batch: LogicalBatch | None = None
@@ -90,11 +90,9 @@ class PrivateFit:
         """True while user code runs in the sandbox, where no optimizer may step."""
         return self.guard.in_sandbox > 0
 
-    @contextmanager
-    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
-        """Expect the step of an optimizer; on trial without callbacks that take no part in it."""
-        with self.guard.stepping(optimizer), self._host.own_callbacks() if self.on_trial else ExitStack():
-            yield
+    def only_own_callbacks(self) -> AbstractContextManager[None]:
+        """Return a context for the step of an optimizer: on trial without callbacks that take no part in it."""
+        return self._host.own_callbacks() if self.on_trial else nullcontext()
 
     # ---------------------------------------------------------------- one logical batch
 
@@ -140,17 +138,17 @@ class PrivateFit:
         try:
             if self._begins_logical_batch():
                 self._begin(batch.position)
-            batch = self._cut(batch)
-            for count, _, part in batch.parts:
+            parts = self._cut(batch).parts
+            for count, _, part in parts:
                 checks.check_rows(part, count, self._host.training.axes)
-            num = max(1, len(batch.parts))
-            others = [None] * (self.step.reduction.same_count(num) - num) + batch.parts[:-1]
+            num = max(1, len(parts))
+            others = [None] * (self.step.reduction.same_count(num) - num) + parts[:-1]
             if others:
                 self._run_further(others)
-            if not batch:
+            if not parts:
                 copies = self._trial.copies
                 return self._run_real(self._host.idle_batch(copies), copies, weight=0.0)
-            return self._run_real(self._on_device, *batch.parts[-1][:2])
+            return self._run_real(self._on_device, *parts[-1][:2])
         except StopIteration as error:  # Lightning would treat it as the end of the data and skip this step
             raise RuntimeError(checks.STOP_ITERATION) from error
 
@@ -169,7 +167,7 @@ class PrivateFit:
         The two agree, except after a resume from within an accumulation, because the loader then starts over. Parts of
         two logical batches must never be summed, since one sample may be in both.
         """
-        trainer = self._strategy.trainer
+        trainer = self._trainer
         index, parts = trainer.fit_loop.batch_idx, trainer.accumulate_grad_batches
         checks.check_accumulation(parts, self._strategy.loader.facts.accumulate)
         if index == 0 or not self._prepared:
@@ -180,7 +178,7 @@ class PrivateFit:
 
     def _begin(self, position: int | None) -> None:
         step, _ = self.step, self._strategy.plan
-        begins = self._strategy.trainer.fit_loop.batch_idx == 0 or not self._prepared
+        begins = self._trainer.fit_loop.batch_idx == 0 or not self._prepared
         step.begin(first_of_pass=begins, position=position)
         if begins:
             self._trial.begin_pass()
@@ -241,12 +239,12 @@ class PrivateFit:
         """
         step, automatic = self.step, self.step.automatic
         counts = None if automatic else Counts(self._strategy)
-        divisor = self._strategy.trainer.accumulate_grad_batches if automatic else 1
+        divisor = self._trainer.accumulate_grad_batches if automatic else 1
         with ExitStack() as until_backward:
             microbatch = until_backward.enter_context(step.microbatch(count, owners, weight=weight, divisor=divisor))
             mutes = weight == 0.0 and step.reduction.world_size == 1
-            with self._trial.watching(count), self._logs.muted() if mutes else ExitStack():
-                _lightning.set_batch_of_logs(self._strategy.trainer, batch, None if weight else 0)
+            with self._trial.watching(count), self._logs.muted() if mutes else nullcontext():
+                _lightning.set_batch_of_logs(self._trainer, batch, None if weight else 0)
                 stops = self._host.hooks.watching_stops(self._strategy.module, "training_step")
                 with self._logs.in_training_step(), stops:
                     output = self._strategy.call_training_step(batch, *self._host.arguments)
@@ -278,7 +276,7 @@ class PrivateFit:
     def check_new_loss(self) -> None:
         """Check a loss of a new form before anything of it is released, under automatic optimization."""
         if self.step.automatic and not self.on_trial:
-            counts = ExitStack if self._counts is None else self._counts.back_in
+            counts = nullcontext if self._counts is None else self._counts.back_in
             self._trial.check_new_loss(counts=counts)
 
     def backward_done(self) -> None:

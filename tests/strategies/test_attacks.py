@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -704,6 +705,38 @@ def test_a_backward_that_goes_nowhere_is_refused(check_per_sample: bool, tmp_pat
     with pytest.raises(PrivacyError, match=r"back-propagate the loss"):
         fit(Nowhere(), tmp_path, check_per_sample=check_per_sample)
     assert fit(Scaled(), tmp_path, check_per_sample=check_per_sample).ledger.num_steps == 4
+
+
+def test_other_backwards_that_go_nowhere_are_refused(tmp_path: Any) -> None:
+    class Nowhere(Precision):
+        def backward(self, tensor: Tensor, model: Any, *args: Any, **kwargs: Any) -> None:
+            return None
+
+    class Lost(Tensor):
+        def backward(self, *args: Any, **kwargs: Any) -> None:
+            return None
+
+    class OfClass(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx).as_subclass(Lost)
+
+    class OfInstance(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = super().training_step(batch, batch_idx)
+            loss.backward = lambda *args, **kwargs: None
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+    with pytest.raises(PrivacyError, match=r"back-propagate the loss"):
+        make_trainer(strategy, tmp_path, plugins=[Nowhere()]).fit(Classifier(), make_loader())
+    for module in (OfClass(), OfInstance()):
+        with pytest.raises(PrivacyError, match=r"back-propagate the loss"):
+            fit(module, tmp_path, check_per_sample=False)
 
 
 def test_backprops_without_any_step_are_refused(tmp_path: Any) -> None:
