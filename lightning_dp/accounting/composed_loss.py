@@ -38,8 +38,10 @@ class ComposedLoss:
     @cached_property
     def divergences(self) -> Array:
         """Delta at the epsilon of each grid point; delta is linear in exp(epsilon) between points."""
-        steps = -math.expm1(-self.interval) * self._damped[:0:-1]
-        return np.append(np.cumsum(steps)[::-1], 0.0) + self.infinite
+        found = np.zeros(self.masses.size)
+        np.cumsum(-math.expm1(-self.interval) * self._damped[:0:-1], out=found[-2::-1])
+        found += self.infinite
+        return found
 
     def epsilon(self, delta: float) -> float:
         """Return the least epsilon >= 0 whose hockey-stick divergence is at most delta; inf if there is none."""
@@ -48,7 +50,10 @@ class ComposedLoss:
         start = max(0, -self.offset)  # losses below 0 never count
         if start >= self.masses.size:
             return 0.0
-        index = start + int(np.searchsorted(-self.divergences[start:], -delta))  # first point at which delta is reached
+        if start:
+            return ComposedLoss(self.masses[start:], 0, self.interval, self.infinite).epsilon(delta)
+        # first point at which delta is reached
+        index = self.masses.size - int(np.searchsorted(self.divergences[::-1], delta, side="right"))
         excess = self.infinite + float(self.masses[index:].sum()) - delta
         if excess <= 0:  # delta exceeds the mass from there on
             return 0.0
