@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,25 +14,19 @@ _NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis
 def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
     """Return the tensors of arguments, nested in lists, tuples and dictionaries, in a fixed order."""
     found: list[Tensor] = []
-    _collect(args, found)
-    if kwargs:
-        _collect(kwargs.values(), found)
-    return found
-
-
-def _collect(things: Iterable[Any], found: list[Tensor]) -> None:
-    for thing in things:
+    for thing in args if not kwargs else (*args, *kwargs.values()):
         kind = type(thing)
         if kind is Tensor:  # whether something is another kind of tensor is slow to tell
             found.append(thing)
         elif kind in _NO_TENSORS:
             continue
         elif kind is tuple or kind is list:
-            _collect(thing, found)
+            found += tensors_in(thing, None)
         elif kind is dict:
-            _collect(thing.values(), found)
+            found += tensors_in((), thing)
         elif isinstance(thing, Tensor):
             found.append(thing)
+    return found
 
 
 def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[Any, Any]:

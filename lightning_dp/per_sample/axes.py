@@ -99,8 +99,10 @@ def _embedding(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> i
 
 def _reshaped(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
     """Return the axis if the axes up to it are the same in another shape of the same entries."""
-    keeps = tensor is args[0] and out.shape[: axis + 1] == tensor.shape[: axis + 1]
-    return axis if keeps and out.dtype == tensor.dtype else None  # not bits read as other numbers
+    before, after = tensor.shape, out.shape
+    keeps = len(after) > axis and after[axis] == before[axis] and (axis == 0 or after[:axis] == before[:axis])
+    keeps = keeps and tensor is args[0] and out.dtype == tensor.dtype  # not bits read as other numbers
+    return axis if keeps else None
 
 
 def _expanded(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:

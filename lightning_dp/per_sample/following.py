@@ -20,7 +20,7 @@ from lightning_dp.per_sample._torch import is_mapped, unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
-from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, after_index, moved_entries, owners_after
+from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
 from lightning_dp.per_sample.owned import MIXED, Memo, Mixed, Owners, Rows, merged
@@ -49,7 +49,7 @@ class Follower(TorchFunctionMode):
         super().__init__()
         self.tracker, self.size = tracker, size
         self.memo = Memo()
-        self._constants = {id(tensor) for tensor in constants}
+        self._constants = {id(tensor): tensor for tensor in constants}  # held, so that no other tensor gets their ids
         self._samples: dict[torch.device, Rows] = {}
         self._notes: dict[int, tuple[weakref.ref[Tensor], int, Owners]] = {}
         self._written: dict[int, int] = {}
@@ -72,16 +72,26 @@ class Follower(TorchFunctionMode):
 
     def owners_of(self, tensor: Tensor) -> Owners:
         """Return the owners of a tensor: None for a constant, mixed if unknown."""
-        if type(tensor) is not Tensor and (is_tracked(tensor) or isinstance(tensor, nn.Parameter)):
-            return None
-        if id(tensor) in self._constants:
-            return None
-        note = self._notes.get(id(tensor))
-        if note is None or note[0]() is not tensor:
-            return MIXED
-        if note[1] < self._time and self._written.get(tensor.untyped_storage().data_ptr(), 0) > note[1]:
-            return Mixed("a view of memory that was written in place")
-        return note[2]
+        return self._with_owners((tensor,))[0][1]
+
+    def _with_owners(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Owners]]:
+        found: list[tuple[Tensor, Owners]] = []
+        for tensor in tensors:
+            key = id(tensor)
+            note = self._notes.get(key)
+            owners: Owners = None
+            if key in self._constants or (
+                type(tensor) is not Tensor and (is_tracked(tensor) or isinstance(tensor, nn.Parameter))
+            ):
+                pass
+            elif note is None or note[0]() is not tensor:
+                owners = MIXED
+            elif note[1] < self._time and self._written.get(tensor.untyped_storage().data_ptr(), 0) > note[1]:
+                owners = Mixed("a view of memory that was written in place")
+            else:
+                owners = note[2]
+            found.append((tensor, owners))
+        return found
 
     def hand_on(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> None:
         """Give the owners of tensors, which broadcast, to results computed from them in a way that reports nothing."""
@@ -130,17 +140,17 @@ class Follower(TorchFunctionMode):
                 return out
         if tensors and type(tensors[0]) is not Tensor and self._is_noted(out, args, kwargs):
             return out
-        owners = [self.owners_of(tensor) for tensor in tensors]
+        given = self._with_owners(tensors)
         found: Any = NotImplemented
-        if kind is Tensor and "out" not in kwargs and not self.tracker.compares:
-            found = self._simply(traits, args, kwargs, tensors, owners, out)
+        if kind is Tensor and not (self.tracker.compares or "out" in kwargs):
+            found = traits.quick(traits, args, kwargs, given, out, self.memo)
         if found is NotImplemented:
             with unfollowed():
-                self._note_result(func, traits, args, kwargs, tensors, owners, out)
+                self._note_result(func, traits, args, kwargs, given, out)
         elif not args or out is not args[0]:
             self.note(out, found)
-        elif found is not owners[0]:
-            self.note(out, self._written_with(out, found, traits.name) if traits.in_place else found)
+        elif found is not given[0][1]:
+            self.note(out, self._written_with(out, given[0][1], found, traits) if traits.in_place else found)
         return out
 
     def _is_noted(self, out: Any, args: Any, kwargs: Any) -> bool:
@@ -149,120 +159,50 @@ class Follower(TorchFunctionMode):
         note = self._notes.get(id(out)) if of_parameter else None
         return note is not None and note[0]() is out
 
-    def _simply(
-        self, traits: Traits, args: Any, kwargs: Any, tensors: list[Tensor], owners: list[Owners], out: Tensor
-    ) -> Any:
-        """Return the owners of a result which follow from few facts about the operation's arguments; NotImplemented
-        for all other results.
-        """
-        if traits.is_constant:
-            return NotImplemented if traits.in_place else None
-        found, data, at = None, None, 0
-        result: Rows | None = None
-        by_index = traits.has_index and len(tensors) > 1
-        for tensor, rows in () if by_index else zip(tensors, owners, strict=True):
-            if rows is None:
-                continue
-            if type(rows) is Mixed:
-                return Mixed(traits.name) if rows is MIXED else rows
-            if type(rows) is not Rows or rows.axis is None:
-                return NotImplemented
-            if found is None:
-                found, data, at = rows, tensor, rows.axis - tensor.dim()
-            elif traits.is_aligned or traits.joins:
-                if rows.index is not found.index or rows.axis - tensor.dim() != at:
-                    return NotImplemented
-            elif not traits.of_first:
-                return NotImplemented
-        try:
-            if by_index:
-                with unfollowed():
-                    result = after_index(traits.name, args, tensors, owners, self.memo)
-            elif found is None or data is None:
-                return None if tensors else NotImplemented
-            elif traits.is_aligned:
-                result = found.moved(at + out.dim())
-            elif traits.axis_after is not None:
-                axis = traits.axis_after(data, at + data.dim(), args, kwargs, out)
-                result = None if axis is None else found.moved(axis)
-        except (IndexError, KeyError, RuntimeError, TypeError, ValueError):  # arguments in a way that is not known here
-            return NotImplemented
-        return result if result is not None and _fits(out, result) else NotImplemented
-
     def _note_result(
-        self,
-        func: Any,
-        traits: Traits,
-        args: Any,
-        kwargs: Any,
-        tensors: list[Tensor],
-        owners: list[Owners],
-        out: Any,
+        self, func: Any, traits: Traits, args: Any, kwargs: Any, given: list[tuple[Tensor, Owners]], out: Any
     ) -> None:
-        name = traits.name
         results = [args[0]] if out is None else [out] if isinstance(out, Tensor) else tensors_in(out, {})
         if not results:
             return
-        found = self._result(func, traits, args, kwargs, tensors, owners, results[0] if out is None else out)
+        found = self._result(func, traits, args, kwargs, given, results[0] if out is None else out)
         if self.tracker.compares:
-            self.tracker.chooses_rows |= chooses_rows(name, args, kwargs, self.owners_of, self.size)
+            self.tracker.chooses_rows |= chooses_rows(traits.name, args, kwargs, self.owners_of, self.size)
         if found is MIXED:
-            found = Mixed(name)
+            found = traits.mixed
         each = found if isinstance(found, list) else [found] * len(results)
         in_place = traits.in_place and bool(args) and results[0] is args[0]
         if in_place or kwargs.get("out") is not None:
-            each = [self._written_with(results[0], each[0], name), *each[1:]]
+            each = [self._written_with(results[0], self.owners_of(results[0]), each[0], traits), *each[1:]]
         for tensor, one in zip(results, each, strict=False):
             if not isinstance(tensor, Reporting):
-                self.note(tensor, one if _fits(tensor, one) else Mixed(name))
+                self.note(tensor, one if _fits(tensor, one) else traits.mixed)
 
-    def _written_with(self, tensor: Tensor, after: Owners, name: str) -> Owners:
+    def _written_with(self, tensor: Tensor, before: Owners, after: Owners, traits: Traits) -> Owners:
         """Return the owners of a tensor after an operation in place; other views of its memory become mixed if these
         owners may be others than before.
         """
-        if self._changes(tensor, after):
+        if _changes(tensor, before, after):
             if is_mapped(tensor):  # torch.func hides its memory, and so which views it changes
-                return Mixed(name)
+                return traits.mixed
             self._time += 1
             self._written[tensor.untyped_storage().data_ptr()] = self._time
         return after
 
-    def _changes(self, tensor: Tensor, after: Owners) -> bool:
-        """Tell whether an in-place write may change the owners of other views of the same memory."""
-        before = self.owners_of(tensor)
-        if before is after or (before is None and after is None) or not tensor.numel():
-            return False
-        if isinstance(before, Rows) and isinstance(after, Rows):
-            return before.axis != after.axis or not torch.equal(before.index, after.index)
-        return True
-
     def _result(
-        self,
-        func: Any,
-        traits: Traits,
-        args: Any,
-        kwargs: Any,
-        tensors: list[Tensor],
-        owners: list[Owners],
-        out: Any,
+        self, func: Any, traits: Traits, args: Any, kwargs: Any, given: list[tuple[Tensor, Owners]], out: Any
     ) -> Any:
         """Return the owners of a result, or of each tensor in it."""
         if traits.is_constant:
             return None
-        if not tensors:
+        if not given:
             return None if traits.name in MADE_OF_NUMBERS else MIXED
-        owned, mixed = [], False
-        for tensor, rows in zip(tensors, owners, strict=True):
-            if type(rows) is Rows:
-                owned.append((tensor, rows))
-            elif rows is not None:
-                mixed = True
-        if mixed:
-            found = [*zip(tensors, owners, strict=True)]
+        owned = [(tensor, rows) for tensor, rows in given if isinstance(rows, Rows)]
+        if any(isinstance(rows, Mixed) for _, rows in given):
             # an index of unknown owners only says where the rows of others go
-            entries = {id(tensor) for tensor in moved_entries(traits.name, args)} or {id(tensor) for tensor in tensors}
-            for tensor, rows in found:
-                if isinstance(rows, Mixed) and (id(tensor) in entries or self._are_constant(found, entries)):
+            entries = {id(tensor) for tensor in moved_entries(traits.name, args)} or {id(tensor) for tensor, _ in given}
+            for tensor, rows in given:
+                if isinstance(rows, Mixed) and (id(tensor) in entries or self._are_constant(given, entries)):
                     return rows
         if not owned:
             return None
@@ -283,9 +223,17 @@ class Follower(TorchFunctionMode):
         """Return the shape, and the owners, of what an operation would give."""
         with torch.no_grad(), unfollowed():
             out = func(*args, **kwargs)
-            tensors = tensors_in(args, kwargs)
-            owners = [self.owners_of(tensor) for tensor in tensors]
-            return getattr(out, "shape", None), self._result(func, traits_of(func), args, kwargs, tensors, owners, out)
+            given = self._with_owners(tensors_in(args, kwargs))
+            return getattr(out, "shape", None), self._result(func, traits_of(func), args, kwargs, given, out)
+
+
+def _changes(tensor: Tensor, before: Owners, after: Owners) -> bool:
+    """Tell whether an in-place write may change the owners of other views of the same memory."""
+    if before is after or not tensor.numel():
+        return False
+    if isinstance(before, Rows) and isinstance(after, Rows):
+        return before.axis != after.axis or not torch.equal(before.index, after.index)
+    return True
 
 
 def _fits(tensor: Tensor, owners: Owners) -> bool:

@@ -176,10 +176,10 @@ def _after_adding(
     if before is not None and (before.axis is None or before.axis != axis):
         return MIXED
     if index.dim() > 1:  # the same index for all entries of a row, as message passing has it
-        whole, repeats = index, True
-        for other in range(index.dim() - 1, -1, -1):
+        whole, sizes, strides, repeats = index, index.shape, index.stride(), True
+        for other in range(len(sizes) - 1, -1, -1):
             if other != axis:
-                repeats &= whole.stride(other) == 0 or whole.shape[other] == 1
+                repeats &= strides[other] == 0 or sizes[other] == 1
                 index = index.select(other, 0)
         if not repeats and not torch.equal(index.view(-1, *[1] * (whole.dim() - axis - 1)).expand_as(whole), whole):
             return MIXED
@@ -240,22 +240,23 @@ def moved_entries(name: str, args: Any) -> list[Tensor]:
     return []
 
 
-def after_index(name: str, args: Any, tensors: list[Tensor], owners: list[Owners], memo: Memo) -> Rows | None:
+def after_index(name: str, args: Any, given: list[tuple[Tensor, Owners]], memo: Memo) -> Rows | None:
     """Return the owners of rows that an index selects, or of sums of rows by an index; None for all other results.
 
     Args:
         name: of an operation that :func:`has_index` names.
         args: its arguments.
-        tensors: in its arguments.
-        owners: of each tensor.
+        given: the tensors among these, with their owners.
         memo: of the microbatch.
     """
     found: Owners = None
-    first = owners[0] if tensors[0] is args[0] else MIXED
+    tensor, first = given[0]
+    if tensor is not args[0]:
+        first = MIXED
     if name in _PICKS:
-        found = rows_at(memo, name, args, first, tensors[0].dim()) if isinstance(first, Rows) else None
-    elif len(tensors) == 3 and len(args) > 3 and tensors[2] is args[3]:
-        (target, dim, index), rows = args[:3], owners[2] or owners[1]
+        found = rows_at(memo, name, args, first, tensor.dim()) if isinstance(first, Rows) else None
+    elif len(given) == 3 and len(args) > 3 and given[2][0] is args[3]:
+        (target, dim, index), rows = args[:3], given[2][1] or given[1][1]
         if not isinstance(first, Mixed) and not isinstance(rows, Mixed):
             found = _after_adding(target, dim, index, first, rows, memo)
     return found if isinstance(found, Rows) else None

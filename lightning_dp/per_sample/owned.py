@@ -156,7 +156,10 @@ class Memo:
             index: values that the result depends on.
             make: returns the result.
         """
-        seen = self._by_key.setdefault((key, *[None if one is None else id(one.index) for one in rows]), [])
+        names: list[Hashable] = [key]
+        for one in rows:
+            names.append(None if one is None else id(one.index))
+        seen = self._by_key.setdefault(tuple(names), [])
         for values, _, result in seen:
             if index is None or (values is not None and torch.equal(values, index)):
                 return result

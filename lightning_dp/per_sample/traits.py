@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_dp.per_sample.axes import AXES, JOINS, AxisAfter
 from lightning_dp.per_sample.moves import CONSTANTS, handler_of, has_index
 from lightning_dp.per_sample.operations import IN_PLACE
+from lightning_dp.per_sample.owned import Mixed
+from lightning_dp.per_sample.quick import Quick, aligned, along, by_index, constant
 from lightning_dp.per_sample.reductions import Found, Step, entry_by_entry
 
 _METHODS = """size dim ndimension numel nelement stride storage_offset data_ptr element_size is_contiguous get_device
@@ -36,43 +38,43 @@ class Traits(NamedTuple):
         handler: computes the owners of its result; None if nothing does.
         is_entered: whether it is a function of ``torch.nn.functional`` that only its operations say something about.
         in_place: whether it may change its first argument.
-        is_aligned: whether its result is computed entry by entry.
         joins: whether it puts tensors together along one of their axes.
         axis_after: finds the axis of the owners in its result.
         is_constant: whether its result holds no data.
         of_first: whether its result has the entries of its first argument alone.
-        has_index: whether an index may say where entries go, whoever owns the index.
+        quick: returns the owners of its result if they follow from few facts.
+        mixed: the owners of its result if it mixes samples.
     """
 
     name: str
     handler: Callable[[Step], Found] | None
     is_entered: bool
     in_place: bool
-    is_aligned: bool
     joins: bool
     axis_after: AxisAfter | None
     is_constant: bool
     of_first: bool
-    has_index: bool
+    quick: Quick
+    mixed: Mixed
 
 
-@functools.lru_cache(4096)
+@functools.cache
 def traits_of(func: Any) -> Traits:
     """Return the properties of a torch function."""
     name: str = getattr(func, "__name__", "")
     if name == "__get__":
         name = func.__self__.__name__
-    handler, axis_after = handler_of(name), AXES.get(name)
+    handler, axis_after, is_constant = handler_of(name), AXES.get(name), name in CONSTANTS
     is_functional = isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional"
     return Traits(
         name,
         handler,
         is_functional and handler is None and axis_after is None,
         bool(IN_PLACE.fullmatch(name)),
-        handler is entry_by_entry,
         name in JOINS,
         axis_after,
-        name in CONSTANTS,
+        is_constant,
         name in ("expand_as", "view_as", "reshape_as"),
-        has_index(name),
+        constant if is_constant else by_index if has_index(name) else aligned if handler is entry_by_entry else along,
+        Mixed(name),
     )

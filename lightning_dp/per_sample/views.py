@@ -16,6 +16,7 @@ from lightning_dp.per_sample.axes import AXES, RESHAPES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Memo, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step
 
+_OF_INDICES = frozenset((torch.int64, torch.int32, torch.bool))
 _CUTS = frozenset(("split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk"))
 
 
@@ -118,11 +119,10 @@ def rows_at(memo: Memo, name: str, args: Any, rows: Rows, num_axes: int) -> Rows
     if name == "index_select" and len(args) == 3:
         index = args[2] if args[1] % num_axes == rows.axis else None
     elif name == "__getitem__":
-        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-        if len(parts) - 1 == rows.axis and all(isinstance(one, slice) and one == slice(None) for one in parts[:-1]):
-            index = parts[-1]
-    kinds = (torch.int64, torch.int32, torch.bool)
-    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in kinds:
+        parts = args[1] if type(args[1]) is tuple else (args[1],)
+        whole = len(parts) == 1 or all(isinstance(one, slice) and one == slice(None) for one in parts[:-1])
+        index = parts[-1] if whole and len(parts) - 1 == rows.axis else None
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in _OF_INDICES:
         return None
     found = memo.get(("rows", index.dtype), (rows,), index, lambda: memo.owned(rows.index[index]))
     return found.moved(rows.axis) if isinstance(found, Rows) else None

@@ -1,0 +1,104 @@
+"""Owners of results that follow from few facts about an operation's arguments, as for most operations of a step.
+
+Each function takes the operation's traits and arguments, the tensors among these with their owners, the result, and the
+memo of the microbatch. It returns NotImplemented for all other results, whose owners moves.py computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.per_sample.moves import after_index
+from lightning_dp.per_sample.owned import MIXED, Memo, Mixed, Owners, Rows
+
+if TYPE_CHECKING:
+    from lightning_dp.per_sample.traits import Traits
+
+Given = list[tuple[Tensor, Owners]]
+"""The tensors among the arguments of an operation, with their owners."""
+
+Quick = Callable[["Traits", Any, Any, Given, Tensor, Memo], Any]
+"""Returns the owners of a result, or NotImplemented."""
+
+_UNKNOWN = (IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""Errors that arguments cause if they are given in a way that is not known here."""
+
+
+def constant(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, memo: Memo) -> Any:
+    """Return the owners of a result that holds no data."""
+    return NotImplemented if traits.in_place else None
+
+
+def aligned(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, memo: Memo) -> Any:
+    """Return the owners of a result that is computed entry by entry from tensors with the same owners."""
+    found, at = None, 0
+    for tensor, rows in given:
+        if rows is None:
+            continue
+        if type(rows) is not Rows or rows.axis is None:
+            return _not_of_rows(traits, rows)
+        if found is None:
+            found, at = rows, rows.axis - tensor.dim()
+        elif rows.index is not found.index or rows.axis - tensor.dim() != at:
+            return NotImplemented
+    if found is None:
+        return None if given else NotImplemented
+    shape = out.shape
+    at += len(shape)
+    if at < 0 or shape[at] != found.num:
+        return NotImplemented
+    return found if at == found.axis else found.moved(at)
+
+
+def along(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, memo: Memo) -> Any:
+    """Return the owners of a result whose axis of owners is known without a look at values."""
+    found: Any = None
+    data, at = None, 0
+    for tensor, rows in given:
+        if rows is None:
+            continue
+        if type(rows) is not Rows or rows.axis is None:
+            return _not_of_rows(traits, rows)
+        if found is None:
+            found, data, at = rows, tensor, rows.axis - tensor.dim()
+        elif traits.joins:
+            if rows.index is not found.index or rows.axis - tensor.dim() != at:
+                return NotImplemented
+        elif not traits.of_first:
+            return NotImplemented
+    if found is None or data is None:
+        return None if given else NotImplemented
+    if traits.axis_after is None:
+        return NotImplemented
+    try:
+        axis = traits.axis_after(data, found.axis, args, kwargs, out)
+        if axis is None or out.shape[axis] != found.num:
+            return NotImplemented
+    except _UNKNOWN:
+        return NotImplemented
+    return found if axis == found.axis else found.moved(axis)
+
+
+def by_index(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, memo: Memo) -> Any:
+    """Return the owners of rows that an index selects, or of sums of rows by an index."""
+    if len(given) < 2:
+        return along(traits, args, kwargs, given, out, memo)
+    try:
+        with unfollowed():
+            found = after_index(traits.name, args, given, memo)
+        if found is None or found.axis is None or out.shape[found.axis] != found.num:
+            return NotImplemented
+    except _UNKNOWN:
+        return NotImplemented
+    return found
+
+
+def _not_of_rows(traits: Traits, owners: Owners) -> Any:
+    """Return the owners of a result computed from a tensor that has no axis of owners."""
+    if type(owners) is Mixed:
+        return traits.mixed if owners is MIXED else owners
+    return NotImplemented
