@@ -137,8 +137,9 @@ class Memo:
         """Return rows with these owners along the first axis: the same object for the same owners, so that what is
         computed from them is computed once.
         """
+        num = index.numel()
         for rows in (*self.known, *self._made):
-            if rows.index.shape == index.shape and rows.index.device == index.device and torch.equal(rows.index, index):
+            if rows.num == num and rows.index.device == index.device and torch.equal(rows.index, index):
                 return rows
         self._made.append(Rows(0, index))
         return self._made[-1]
@@ -274,15 +275,17 @@ class _ById:
 
 
 def _arranged(index: Tensor, batch_size: int) -> Arrangement:
+    num_entries = index.shape[0]
+    if num_entries == 0:
+        return index if batch_size else None, batch_size, 1
     ordered, order = index.sort(stable=True)
-    counts = torch.bincount(index, minlength=batch_size)
-    most = max(1, int(counts.max())) if batch_size else 1
+    # position of each entry among those of its sample
+    within = torch.arange(num_entries, device=index.device).sub_(torch.searchsorted(ordered, ordered))
+    most = int(within.max()) + 1
     num, is_sorted = batch_size * most, torch.equal(ordered, index)
-    if is_sorted and num == index.shape[0]:
+    if is_sorted and num == num_entries and (int(ordered[0]), int(ordered[-1])) == (0, batch_size - 1):
         return None, num, most
-    entries = torch.arange(max(batch_size, index.shape[0]), device=index.device)
-    shifts = entries[:batch_size] * most - (counts.cumsum(0) - counts)  # from a sample's first entry to its first row
-    rows = entries[: index.shape[0]] + shifts.index_select(0, ordered)
+    rows = within.add_(ordered, alpha=most)
     return rows if is_sorted else torch.empty_like(index).scatter_(0, order, rows), num, most
 
 

@@ -38,3 +38,10 @@ def test_rows_are_laid_out_by_sample_in_their_order(owners: list[int]) -> None:
         mine = rows[index == sample]
         expected.append(torch.cat([mine, mine.new_zeros(most - len(mine), 2)]))
     torch.testing.assert_close(made, torch.cat(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("owners", [[NOBODY, 0], [0, 2], [NOBODY, 0, 1], [2, 0, 1]], ids=str)
+def test_rows_of_no_sample_are_not_laid_out(owners: list[int]) -> None:
+    axis = OwnedAxis(0, torch.tensor(owners))
+    with pytest.raises(IndexError, match="out of bounds"):
+        laid_out([torch.ones(len(owners), 1)], arrangement([axis], 2))
