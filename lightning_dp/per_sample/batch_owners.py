@@ -91,7 +91,7 @@ class BatchOwners:
         follower.memo.known += named.values()
         settled: list[Path] = []
         for path, thing in things:
-            if any(path[: len(done)] == done for done in settled):
+            if settled and any(path[: len(done)] == done for done in settled):
                 continue
             kinds = known.get(path, set())
             if kinds:
@@ -131,7 +131,10 @@ def _owners_of(path: Path, kinds: set[Kind], tensor: Tensor, follower: Follower,
     """Return the owners of the rows of a batch's tensor; ``MIXED`` if nothing in the batch names them."""
     if not kinds:
         return MIXED
-    axis, name = min(kinds, key=lambda kind: (_rank(path, kind[1]), not kind[1].endswith(f" {path[:-1]}")))
+    if len(kinds) == 1:
+        axis, name = next(iter(kinds))
+    else:
+        axis, name = min(kinds, key=lambda kind: (_rank(path, kind[1]), not kind[1].endswith(f" {path[:-1]}")))
     if name == "sample":
         return follower.samples(tensor.device).moved(axis)
     return named[name].moved(axis)
@@ -193,10 +196,9 @@ def _nodes_of(container: Mapping[str, Any], size: int) -> Tensor:
     """Return the graph index of every node."""
     batch, ptr = container.get("batch"), container.get("ptr")
     if isinstance(ptr, Tensor):
-        counts = ptr.diff()
+        num = max(0, ptr.shape[0] - 1)
         if not isinstance(batch, Tensor):
-            batch = torch.arange(len(counts), device=ptr.device).repeat_interleave(counts)
-        num = len(counts)
+            batch = torch.arange(num, device=ptr.device).repeat_interleave(ptr.diff())
     else:
         num = int(batch.max()) + 1 if isinstance(batch, Tensor) and batch.numel() else 0
     if not isinstance(batch, Tensor) or num != size:
@@ -226,14 +228,16 @@ def _kinds_of(path: Path, thing: Any, size: int, indices: Mapping[str, Tensor]) 
         if len(thing) == size:
             kinds.add(("each", "sample"))
     elif thing.dim():
-        if thing.shape[0] == size:
+        shape = thing.shape
+        if shape[0] == size:
             kinds.add((0, "sample"))
         for name, index in indices.items():
             if name.startswith("given ") and name != "given " and name != f"given {path[-1] if path else ''}":
                 continue
-            if thing.shape[0] == len(index):
+            num = index.shape[0]
+            if shape[0] == num:
                 kinds.add((0, name))
-            elif name.startswith("edges") and thing.dim() == 2 and thing.shape == (2, len(index)):
+            elif shape == (2, num) and name.startswith("edges"):
                 kinds.add((1, name))
     return kinds
 
