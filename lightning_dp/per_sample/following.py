@@ -76,20 +76,18 @@ class Follower(TorchFunctionMode):
 
     def _with_owners(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Owners]]:
         found: list[tuple[Tensor, Owners]] = []
+        notes, constants, now = self._notes, self._constants, self._time
         for tensor in tensors:
             key = id(tensor)
-            note = self._notes.get(key)
-            owners: Owners = None
-            if key in self._constants or (
+            owners: Owners = MIXED
+            if key in constants or (
                 type(tensor) is not Tensor and (is_tracked(tensor) or isinstance(tensor, nn.Parameter))
             ):
-                pass
-            elif note is None or note[0]() is not tensor:
-                owners = MIXED
-            elif note[1] < self._time and self._written.get(tensor.untyped_storage().data_ptr(), 0) > note[1]:
-                owners = Mixed("a view of memory that was written in place")
-            else:
+                owners = None
+            elif (note := notes.get(key)) is not None and note[0]() is tensor:
                 owners = note[2]
+                if note[1] < now and self._written.get(tensor.untyped_storage().data_ptr(), 0) > note[1]:
+                    owners = Mixed("a view of memory that was written in place")
             found.append((tensor, owners))
         return found
 

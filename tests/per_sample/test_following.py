@@ -13,7 +13,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine
+from lightning_dp.per_sample.following import Follower
+from lightning_dp.per_sample.owned import MIXED
+from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
+from lightning_dp.per_sample.uses import Recorder
 from tests.per_sample.checks import make_engine, run_batch
 from tests.per_sample.test_owners import GCN, _collate_graphs, _features, _graph, assert_agrees, make
 from tests.per_sample.test_tracker import Uses, drawn
@@ -114,6 +118,15 @@ def test_functions_that_are_not_followed_return_no_entries() -> None:
         shown = function(x)
         assert type(shown) in (bool, int, torch.Size, tuple, torch.dtype, torch.device, torch.layout)
         assert not {3, 7} & set(shown if isinstance(shown, tuple) else (shown,))
+
+
+def test_memory_of_a_replaced_buffer_holds_data_again() -> None:
+    buffers = [torch.ones(2)]
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, buffers)
+    assert follower.owners_of(buffers[0]) is None
+    buffers.clear()
+    later = [torch.ones(2) for _ in range(50)]
+    assert all(follower.owners_of(tensor) is MIXED for tensor in later)
 
 
 def test_a_state_repeated_for_every_sample_agrees() -> None:
