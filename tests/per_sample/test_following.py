@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine
 from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.owned import MIXED
+from lightning_dp.per_sample.owned import MIXED, Mixed, Rows
 from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
 from lightning_dp.per_sample.uses import Recorder
@@ -127,6 +127,24 @@ def test_memory_of_a_replaced_buffer_holds_data_again() -> None:
     buffers.clear()
     later = [torch.ones(2) for _ in range(50)]
     assert all(follower.owners_of(tensor) is MIXED for tensor in later)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, other, one: x * other,
+        lambda x, other, one: one * torch.ones(4, 3),
+        lambda x, other, one: F.linear(x, other),
+        lambda x, other, one: torch.cat([x, other], 1),
+    ],
+)
+def test_results_of_several_samples_have_no_owners(function: Callable[..., Tensor]) -> None:
+    x, other, one = torch.ones(4, 3), torch.ones(4, 3), torch.ones(1, 3)
+    with Follower(Tracker(Recorder(), materialise=False, workspace=None), 4, []) as follower:
+        follower.note(x, Rows(0, torch.arange(4)))
+        follower.note(other, Rows(0, torch.tensor([1, 0, 3, 2])))
+        follower.note(one, Rows(0, torch.tensor([2])))
+        assert isinstance(follower.owners_of(function(x, other, one)), Mixed)
 
 
 def test_a_state_repeated_for_every_sample_agrees() -> None:
