@@ -237,6 +237,8 @@ class OwnedAxis:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the tensor with the axis of its rows first; the order of rows stays."""
+        if self.axis == 0:
+            return tensor
         return tensor.unsqueeze(0) if self.axis is None else tensor.movedim(self.axis, 0)
 
     def to_front(self, tensor: Tensor, batch_size: int, where: object) -> tuple[Tensor, int]:

@@ -79,7 +79,11 @@ class Parts:
         """
         self.clear()
         chosen = frozenset(names)
+        everything = chosen.issuperset(self._parameters)
         for source in self._tracker.sources.values():
+            if everything:
+                source.discard(source.keys)
+                continue
             if not source.live():
                 continue
             gone = set()

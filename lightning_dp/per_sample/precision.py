@@ -19,10 +19,11 @@ def exact_arithmetic(device_type: str) -> AbstractContextManager[None]:
     Args:
         device_type: ``"cpu"``, ``"cuda"``, ...
     """
-    saved = [(where, name, getattr(where, name), value) for where, name, value in _switches(device_type)]
     # entered for every use of a parameter: to set what holds already would cost 20 microseconds each time
     shortened = [
-        switch for switch in saved if switch[2] != switch[3] and not (device_type == "cpu" and switch[2] == "none")
+        (where, name, before, value)
+        for where, name, value in _switches(device_type)
+        if (before := getattr(where, name)) != value and not (device_type == "cpu" and before == "none")
     ]
     if not (shortened or torch.is_grad_enabled() or torch.is_autocast_enabled(device_type)):
         return nullcontext()

@@ -142,7 +142,7 @@ class Joined:
         ordered = sorted(gradients, key=_rank_of)
         self.parts = [(part, grads.shape[1:]) for part, grads in ordered]
         rows = [
-            grads if grads.dim() == 2 else grads.reshape(len(grads), shape.numel())
+            grads if grads.dim() == 2 else grads.reshape(grads.shape[0], shape.numel())
             for (_, grads), (_, shape) in zip(ordered, self.parts, strict=True)
         ]
         self.grads = torch.cat(rows, 1)
