@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample.nodes import Reporting
+
 _NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis), torch.Size, torch.dtype))
+_NESTED = frozenset((tuple, list, dict))
 
 
 def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
@@ -16,7 +19,7 @@ def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for thing in args if not kwargs else (*args, *kwargs.values()):
         kind = type(thing)
-        if kind is Tensor:  # whether something is another kind of tensor is slow to tell
+        if kind is Tensor or isinstance(thing, Reporting):  # of other kinds of tensors this is slow to tell
             found.append(thing)
         elif kind in _NO_TENSORS:
             continue
@@ -42,6 +45,21 @@ def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[A
 
     changed = tuple([walk(thing) for thing in args])
     return changed, {key: walk(thing) for key, thing in kwargs.items()} if kwargs else {}
+
+
+def exchanged(args: Any, kwargs: Any, own: Mapping[int, Any]) -> tuple[Any, Any]:
+    """Return the arguments with some tensors, given by their identity, replaced by others."""
+
+    def walk(thing: Any) -> Any:
+        kind = type(thing)
+        if kind is tuple or kind is list:
+            return kind([walk(one) for one in thing])
+        if kind is dict:
+            return {key: walk(one) for key, one in thing.items()}
+        return own.get(id(thing), thing)
+
+    changed = tuple([own.get(id(one), one) if type(one) not in _NESTED else walk(one) for one in args])
+    return changed, {key: walk(one) for key, one in kwargs.items()} if kwargs else {}
 
 
 def with_other_values(tensor: Tensor) -> Tensor:

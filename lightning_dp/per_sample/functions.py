@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import in_custom_forward, in_transform, is_view, unreported
-from lightning_dp.per_sample.arguments import replaced, tensors_in
+from lightning_dp.per_sample.arguments import exchanged, tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, region_of
 from lightning_dp.per_sample.operations import IN_PLACE, SAME_ENTRIES
@@ -47,15 +47,17 @@ def derive(
     """
     if tracked is None:
         tracked = [(one, node) for one in tensors_in(args, kwargs) if (node := tracker.node_of(one)) is not None]
-    own = {id(one): _stand_in(tracker, node, one) for one, node in tracked if not isinstance(one, Function)}
-    if own:  # functions have their graphs
-        args, kwargs = replaced(args, kwargs, lambda one: own.get(id(one), one))
+    for _, node in tracked:
+        if node.generation < 0:  # functions have their graphs
+            own = {id(one): _stand_in(tracker, node, one) for one, node in tracked if node.generation < 0}
+            args, kwargs = exchanged(args, kwargs, own)
+            break
     return _wrapped(tracker, func, func(*args, **kwargs), args, tracked)
 
 
 def _stand_in(tracker: Tracker, node: Node, parameter: Tensor) -> Tensor:
     """Return the leaf to which functions of a parameter connect; a gradient that reaches it counts as untracked."""
-    name = node.names[0]
+    name = node.name
     if name not in tracker.stand_ins:
         if tracker.observer is not None:
             return parameter
@@ -76,30 +78,30 @@ def _stand_in(tracker: Tracker, node: Node, parameter: Tensor) -> Tensor:
     return tracker.stand_ins[name]
 
 
-def connected(tracker: Tracker, node: Node, thing: Any) -> Node | None:
+def connected(tracker: Tracker, node: Node, thing: Function) -> Node | None:
     """Return the node of a function of parameters, connected to the graph of its tensor; None while it has no graph.
 
     A result of ``within_custom`` gets its graph from its ``torch.autograd.Function``; as a leaf it has none. A tensor
     that was changed in place through a view has another graph, and so gets another node.
     """
-    if not isinstance(thing, Function):
+    grad_fn = thing.grad_fn
+    if grad_fn is None:
+        return None if isinstance(node.value, Tensor) else node
+    if grad_fn is thing.began:
         return node
-    with unreported():
-        grad_fn = thing.grad_fn
     if isinstance(node.value, Tensor):
-        if grad_fn is None:
-            return None
         tracker.has_custom = True
         node.value = _beginning(thing)
-    elif grad_fn is not (thing.began or node.value.node):  # type: ignore[union-attr]
-        node = Node(node.name, node.names, node.lineage, thing, value=_beginning(thing), generation=node.generation)
-        thing.node, thing.began = node, None
+    else:
+        node = Node(node.name, node.names, node.lineage, thing, None, _beginning(thing), node.generation)
+    thing.node, thing.began = node, grad_fn
     return node
 
 
-def _beginning(made: Tensor) -> Tensor | GradientEdge:
+def _beginning(made: Tensor) -> Tensor | tuple[Any, int]:
     """Return where the graph of a tensor begins, which later operations in place leave alone."""
-    return made.detach() if made.grad_fn is None else GradientEdge(made.grad_fn, made.output_nr)
+    grad_fn = made.grad_fn
+    return made.detach() if grad_fn is None else (grad_fn, made.output_nr)
 
 
 def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
@@ -117,22 +119,22 @@ def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any)
     made: Any = out
     made.__class__ = tracker.function_class
     label = f"{func.__name__}({', '.join(node.name for node in nodes)})"
-    made.node = Node(label, names, lineage, out, value=out.detach(), generation=tracker.recorder.generation)
+    made.node = Node(label, names, lineage, out, None, out.detach(), tracker.recorder.generation)
+    made.began = None
     return made
 
 
 def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, tracked: Sequence[tuple[Tensor, Node]]) -> Any:
     """Return the result of an operation on nodes as a function of parameters, or unchanged if no gradient flows."""
     key = (func.__name__, *[node.lineage for _, node in tracked])
-    if args and (out is None or out is args[0]) and IN_PLACE.fullmatch(func.__name__):
+    if args and (out is None or out is args[0]):
         target: Any = args[0]
-        if isinstance(target, Tensor) and target.requires_grad:
-            target.__class__ = tracker.function_class
-            args[0].node = _made(tracker, func, target, (*key, "in place"), tracked)
-            args[0].began = None
-        return out
-    if args and out is args[0] and isinstance(out, Function):
-        return out
+        if IN_PLACE.fullmatch(func.__name__):
+            if isinstance(target, Tensor) and target.requires_grad:
+                _track(tracker, func, target, target, (*key, "in place"), tracked)
+            return out
+        if isinstance(out, Function):
+            return out
     if isinstance(out, (tuple, list)):
         parts = [_wrap_one(tracker, func, one, (*key, "part", i), tracked) for i, one in enumerate(out)]
         return type(out)(*parts) if hasattr(type(out), "_fields") else type(out)(parts)
@@ -140,6 +142,8 @@ def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, tracked: Sequence
 
 
 def _wrap_one(tracker: Tracker, func: Any, out: Any, key: Hashable, tracked: Sequence[tuple[Tensor, Node]]) -> Any:
+    if type(out) is Tensor and out.grad_fn is not None:  # an alias would be one more operation to pull back through
+        return _track(tracker, func, out, out, key, tracked)
     if not isinstance(out, Tensor) or not (out.is_floating_point() or out.is_complex()):
         return out
     if not (out.requires_grad or tracker.observer is not None) or isinstance(out, Reporting):
@@ -147,38 +151,41 @@ def _wrap_one(tracker: Tracker, func: Any, out: Any, key: Hashable, tracked: Seq
     for tensor, node in tracked:
         if node.value is None and out is tracker.stand_ins.get(node.names[0]):
             return tensor
-    made: Any = out
-    if type(out) is Tensor and out.grad_fn is not None:
-        made.__class__ = tracker.function_class  # an alias would be one more operation to pull back through
-    else:
-        made = out.as_subclass(tracker.function_class)
-        made.began = made.grad_fn
-    made.node = _made(tracker, func, out, key, tracked)
+    return _track(tracker, func, out.as_subclass(tracker.function_class), out, key, tracked)
+
+
+def _track(
+    tracker: Tracker, func: Any, made: Any, out: Tensor, key: Hashable, tracked: Sequence[tuple[Tensor, Node]]
+) -> Any:
+    """Make a tensor a function of parameters, whose graph begins at ``out``, the result of an operation."""
+    made.__class__ = tracker.function_class
+    made.began = made.grad_fn
+    made.node = _node(tracker, func, out, key, tracked)
     return made
 
 
-def _made(tracker: Tracker, func: Any, out: Tensor, key: Hashable, tracked: Sequence[tuple[Tensor, Node]]) -> Node:
-    lineage = tracker.number(key)
-    if lineage not in tracker.labels:
+def _node(tracker: Tracker, func: Any, out: Tensor, key: Hashable, tracked: Sequence[tuple[Tensor, Node]]) -> Node:
+    known = tracker.labels.get(key)
+    if known is None:
         inner = ", ".join([node.name for _, node in tracked])
         label = f"{func.__name__}({inner if len(inner) < _LONG else '...'})"
-        tracker.labels[lineage] = label, tuple(dict.fromkeys(name for _, node in tracked for name in node.names))
-    name, names = tracker.labels[lineage]
-    region = None
-    if len(tracked) == 1 and tracked[0][1].is_view:
-        node, parameter = tracked[0][1], tracker.parameters[names[0]]
+        names = tuple(dict.fromkeys(name for _, node in tracked for name in node.names))
+        known = tracker.labels[key] = tracker.number(key), label, names
+    lineage, name, names = known
+    region, generation, node = None, tracker.recorder.generation, tracked[0][1]
+    if node.key is not node and len(tracked) == 1:
+        parameter = tracker.parameters[names[0]]
         if func.__name__ in SAME_ENTRIES:
             whole = out.shape == node.shape and out.device == parameter.device
             if whole and out.is_complex() == parameter.is_complex():
                 if node.region is None:
-                    return Node(node.name, names, lineage, out, generation=tracker.recorder.generation)
+                    return Node(node.name, names, lineage, out, None, None, generation)
                 region = node.region
         if region is None and is_view(out):
             region = region_of(out, parameter)
         if region is not None and region == (0, parameter.shape, parameter.stride()):
-            return Node(node.name, names, lineage, out, generation=tracker.recorder.generation)
-    generation = tracker.recorder.generation
-    return Node(name, names, lineage, out, region=region, value=_beginning(out), generation=generation)
+            return Node(node.name, names, lineage, out, None, None, generation)
+    return Node(name, names, lineage, out, region, _beginning(out), generation)
 
 
 def pulled_back(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]], names: Collection[str]) -> dict[str, Tensor]:
@@ -267,7 +274,7 @@ def _of_number(node: Node, grad: Tensor, roots: Mapping[str, Tensor]) -> dict[st
 def _vjp(
     nodes: Iterable[Node], roots: Mapping[str, Tensor], given: Sequence[Tensor], *, batched: bool = False
 ) -> Sequence[Tensor | None]:
-    values: Any = [node.value for node in nodes]
+    values: Any = [GradientEdge(*node.value) for node in nodes]  # type: ignore[misc]
     with warnings.catch_warnings(), unreported():
         warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
         return torch.autograd.grad(

@@ -166,7 +166,7 @@ def _block(tracker: Tracker, tensor: Tensor, node: Node, padded: Sequence[int], 
     return block.reshape(size, *padded[:axis], *padded[axis + 1 :]).movedim(0, axis)
 
 
-def spread(tracker: Tracker, func: Any, args: Any, kwargs: Any, plan: CallLayout | None, nodes: list[Node]) -> Any:
+def spread(tracker: Tracker, func: Any, args: Any, kwargs: Any, plan: CallLayout | None) -> Any:
     """Run an operation whose result repeats a function of parameters for every sample, such as ``expand``."""
     assert plan is not None
     axis, size = plan.outputs[0], tracker.recorder.batch_size

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -30,10 +29,12 @@ class Node:
         lineage: number of the sequence of operations that computed it; equal for equal operations on equal lineages.
         like: tensor with the shape of the node.
         region: index map of a view into its parameter; None for all other nodes.
-        value: where its graph begins, or the tensor while it has none; None for the parameter itself.
+        value: where its graph begins, as an operation and the number of its result, or the tensor while it has none;
+            None for a tensor with the entries of its parameter.
+        generation: number of the microbatch that computed it; -1 for a parameter.
     """
 
-    __slots__ = ("dtype", "generation", "key", "lineage", "name", "names", "numel", "region", "shape", "value")
+    __slots__ = ("dtype", "generation", "key", "lineage", "name", "names", "region", "shape", "value")
 
     def __init__(
         self,
@@ -41,19 +42,23 @@ class Node:
         names: tuple[str, ...],
         lineage: int,
         like: Tensor,
-        *,
         region: Region | None = None,
-        value: Tensor | GradientEdge | None = None,
+        value: Tensor | tuple[Any, int] | None = None,
         generation: int = -1,
     ) -> None:
         self.name, self.names, self.lineage = name, names, lineage
-        self.shape, self.numel, self.dtype = like.shape, like.numel(), like.dtype
+        self.shape, self.dtype = like.shape, like.dtype
         self.region, self.value, self.generation = region, value, generation
         self.key: Hashable = self
         if region is not None:
             self.key = (names[0], region)
         elif value is None:
             self.key = names[0]
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return self.shape.numel()
 
     @property
     def is_view(self) -> bool:
@@ -83,8 +88,8 @@ class Function(Reporting, Tensor):
     """A tracked tensor that is a function of private parameters."""
 
     node: Node
-    began: Any = None
-    """The ``grad_fn`` for which the node was made, if its graph does not begin there."""
+    began: Any
+    """The ``grad_fn`` for which the tensor got its node."""
 
 
 def is_tracked(thing: Any) -> bool:

@@ -58,4 +58,4 @@ class Sharing:
         given += [(node.key, num_changes(one), node.is_view and one.data_ptr()) for one, node in tracked]
         first, before, node = self._first.setdefault(lineage, (made, given, made.node))
         if node is not made.node and before == given and torch.equal(first, made):
-            made.began, made.node = made.grad_fn, node
+            made.node = node

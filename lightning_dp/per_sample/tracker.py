@@ -59,7 +59,7 @@ class Tracker:
         self._sharing = Sharing()
         self._counts: dict[Key, int] = {}
         self._lineages: dict[Hashable, int] = {}
-        self.labels: dict[int, tuple[str, tuple[str, ...]]] = {}  # with names of parameters, by lineage
+        self.labels: dict[Hashable, tuple[int, str, tuple[str, ...]]] = {}  # number, label, parameters of lineages
         self._classes: dict[type[Any], type[Any]] = {}
         self.function_class: type[Function] = reporting_class(Function, self)
         self._replaced: list[tuple[Tensor, type[Any]]] = []
@@ -142,7 +142,7 @@ class Tracker:
         follows = self.observer is not None and self.observer.without_grad
         if node is None or not (thing.requires_grad or follows):  # type: ignore[attr-defined]
             return None
-        if not (follows or node.value is None) and (node := connected(self, node, thing)) is None:
+        if isinstance(thing, Function) and not follows and (node := connected(self, node, thing)) is None:
             return None
         if node.generation not in (-1, self.recorder.generation):
             raise PrivacyError(
@@ -224,10 +224,9 @@ class Tracker:
         source = self.source(rule, spec, func.__name__, nodes)
         if not in_backward():
             source.calls += 1
-        recorder = self.recorder
         use = Use(source, source.keys, (tensor,), in_axis, out_axis)
-        recorder.count(use.inputs[0])
-        recorder.count(out)
+        self.recorder.count(use.inputs[0])
+        self.recorder.count(out)
         return tap_output(out, use)
 
     def source(self, rule: Rule, spec: Any, operation: str, nodes: Mapping[str, Node]) -> Source:
@@ -247,17 +246,17 @@ class Tracker:
         tracked = [(tensor, node) for tensor in tensors if (node := self.node_of(tensor)) is not None]
         if not tracked:
             return func(*args, **kwargs)
-        nodes = [node for _, node in tracked]
         if self.follower is not None:
             return owned_uses.general(self, func, args, kwargs, tensors, tracked)
         assert self.learned is not None
         if len(tracked) == len(tensors):
-            if (func.__name__, nodes[0].lineage) not in self.learned.spread:
+            if (func.__name__, tracked[0][1].lineage) not in self.learned.spread:
                 out = derive(self, func, args, kwargs, tracked)
                 if type(out) is self.function_class and not kwargs:
                     self._sharing.share(func, args, out, tracked)
                 return out
-            return leaves.spread(self, func, args, kwargs, self.plan_of(func, nodes[0], tensors), nodes)
+            return leaves.spread(self, func, args, kwargs, self.plan_of(func, tracked[0][1], tensors))
+        nodes = [node for _, node in tracked]
         plan = self.plan_of(func, nodes[0], tensors)
         if plan is None:
             mine = {id(tensor) for tensor, _ in tracked}

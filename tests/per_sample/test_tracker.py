@@ -463,6 +463,13 @@ EACH = torch.arange(4)
 
 
 #: what a network may do with bare parameters; input (B, 4, 3)
+def _copy_changed_in_place(m: Any, x: Tensor) -> Tensor:
+    copied = m.w.clone()
+    before = nn.functional.linear(x, copied)
+    copied[0].mul_(2.0)
+    return before * nn.functional.linear(x, copied)
+
+
 def _changed_in_place(m: Any, x: Tensor) -> Tensor:
     first = m.w * 2
     before = x * first
@@ -488,6 +495,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
     "one slice twice": (lambda m, x: x @ m.w[0] + x.sin() @ m.w[0], {"w": drawn(2, 3, 3)}),
     "low-rank product": (lambda m, x: F.linear(x, m.b @ m.a), {"a": drawn(2, 3), "b": drawn(4, 2)}),
     "changed in place after a use": (_changed_in_place, {"w": drawn(3)}),
+    "copy changed in place through a view": (_copy_changed_in_place, {"w": drawn(3, 3)}),
     "one function of several numbers": (
         lambda m, x: sum(x.sin() * (m.w**n).exp() for n in (1, 2, 1, 3, 2)) + x * m.w.pow(2) + x * torch.pow(2, m.w),
         {"w": drawn(3)},
