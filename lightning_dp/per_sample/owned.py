@@ -137,9 +137,8 @@ class Memo:
         """Return rows with these owners along the first axis: the same object for the same owners, so that what is
         computed from them is computed once.
         """
-        num = index.numel()
         for rows in (*self.known, *self._made):
-            if rows.num == num and rows.index.device == index.device and torch.equal(rows.index, index):
+            if rows.num == index.shape[0] and rows.index.device == index.device and torch.equal(rows.index, index):
                 return rows
         self._made.append(Rows(0, index))
         return self._made[-1]
@@ -157,10 +156,7 @@ class Memo:
             index: values that the result depends on.
             make: returns the result.
         """
-        names: list[Hashable] = [key]
-        for one in rows:
-            names.append(None if one is None else id(one.index))
-        seen = self._by_key.setdefault(tuple(names), [])
+        seen = self._by_key.setdefault((key, *[None if one is None else id(one.index) for one in rows]), [])
         for values, _, result in seen:
             if index is None or (values is not None and torch.equal(values, index)):
                 return result
@@ -281,7 +277,6 @@ def _arranged(index: Tensor, batch_size: int) -> Arrangement:
     if num_entries == 0:
         return index if batch_size else None, batch_size, 1
     ordered, order = index.sort(stable=True)
-    # position of each entry among those of its sample
     within = torch.arange(num_entries, device=index.device).sub_(torch.searchsorted(ordered, ordered))
     most = int(within.max()) + 1
     num, is_sorted = batch_size * most, torch.equal(ordered, index)
