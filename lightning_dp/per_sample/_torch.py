@@ -145,3 +145,8 @@ def fused_kernel(kind: str) -> Callable[..., Any]:
     """Return torch's fused recurrent kernel with a given name, such as ``"lstm"``."""
     kernel: Callable[..., Any] = getattr(torch._VF, kind)
     return kernel
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory; -1 for all sparse tensors, which have several."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else -1

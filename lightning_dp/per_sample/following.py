@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_dp.per_sample._torch import is_mapped, unfollowed
+from lightning_dp.per_sample._torch import is_mapped, memory_of, unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
@@ -86,7 +86,7 @@ class Follower(TorchFunctionMode):
                 owners = None
             elif (note := notes.get(key)) is not None and note[0]() is tensor:
                 owners = note[2]
-                if note[1] < now and self._written.get(tensor.untyped_storage().data_ptr(), 0) > note[1]:
+                if note[1] < now and self._written.get(memory_of(tensor), 0) > note[1]:
                     owners = Mixed("a view of memory that was written in place")
             found.append((tensor, owners))
         return found
@@ -121,6 +121,10 @@ class Follower(TorchFunctionMode):
         if traits.name == "__iter__":
             with self:
                 return iter(torch.unbind(args[0], 0))
+        if traits.name in ("sort", "argsort") and len(args) <= 3:
+            # else the values of other samples decide on the order of equal ones
+            named = dict(zip(("dim", "descending"), args[1:], strict=False))
+            args, kwargs = args[:1], {**named, **kwargs, "stable": True}
         return self._noted(func, traits, args, kwargs, tensors, func(*args, **kwargs))
 
     def run(self, func: Any, args: Any, kwargs: Any, how: Callable[[], Any]) -> Any:
@@ -184,7 +188,7 @@ class Follower(TorchFunctionMode):
             if is_mapped(tensor):  # torch.func hides its memory, and so which views it changes
                 return traits.mixed
             self._time += 1
-            self._written[tensor.untyped_storage().data_ptr()] = self._time
+            self._written[memory_of(tensor)] = self._time
         return after
 
     def _result(

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import memory_of
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.nodes import is_tracked
 
@@ -66,7 +67,7 @@ class OwnLosses(TorchFunctionMode):
     def __init__(self, size: int, reduction: str, constants: Iterable[Tensor]) -> None:
         super().__init__()
         self._size, self._sums = size, reduction == "sum"
-        self._constants = {tensor.untyped_storage().data_ptr() for tensor in constants}
+        self._constants = {memory_of(tensor) for tensor in constants}
         self._rows: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,7 +115,7 @@ class OwnLosses(TorchFunctionMode):
             and len(tensor) > 0
             and len(tensor) % self._size == 0
             and not is_tracked(tensor)
-            and tensor.untyped_storage().data_ptr() not in self._constants
+            and memory_of(tensor) not in self._constants
         )
 
     def _of_reduction(self, func: Any, tensor: Any, kwargs: Any) -> Tensor | None:

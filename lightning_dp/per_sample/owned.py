@@ -233,9 +233,7 @@ class OwnedAxis:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the tensor with the axis of its rows first; the order of rows stays."""
-        if self.axis == 0:
-            return tensor
-        return tensor.unsqueeze(0) if self.axis is None else tensor.movedim(self.axis, 0)
+        return tensor if self.axis == 0 else tensor.unsqueeze(0) if self.axis is None else tensor.movedim(self.axis, 0)
 
     def to_front(self, tensor: Tensor, batch_size: int, where: object) -> tuple[Tensor, int]:
         """Return a tensor's rows grouped by sample, zero-padded to ``K`` rows per sample, and ``K``."""
@@ -287,9 +285,8 @@ def _arranged(index: Tensor, batch_size: int) -> Arrangement:
 
 
 def laid_out(parts: list[Tensor], arranged: Arrangement) -> tuple[Tensor, int]:
-    """Return the rows of several tensors as ``(B * K, ...)``; samples with fewer rows are padded with zeros.
-
-    A row of zeros with a backprop of zeros adds nothing to any gradient.
+    """Return the rows of several tensors as ``(B * K, ...)``; samples with fewer rows are padded with zeros, which add
+    nothing to any gradient.
 
     Args:
         parts: rows first.

@@ -147,6 +147,37 @@ def test_results_of_several_samples_have_no_owners(function: Callable[..., Tenso
         assert isinstance(follower.owners_of(function(x, other, one)), Mixed)
 
 
+@pytest.mark.parametrize(
+    "sort",
+    [
+        lambda x: torch.sort(x, 0, True).indices,
+        lambda x: x.sort(descending=True)[1],
+        lambda x: x.argsort(0, descending=True),
+        lambda x: torch.argsort(input=x, dim=0, descending=True),
+    ],
+)
+def test_equal_values_keep_their_order_in_a_sort(sort: Callable[[Tensor], Tensor]) -> None:
+    """Otherwise the values of one sample would decide on the order of another's."""
+    values = torch.zeros(60)
+    values[::3] = 1.0
+    expected = values.sort(descending=True, stable=True).indices
+    assert not torch.equal(sort(values), expected)
+    with Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, []):
+        assert torch.equal(sort(values), expected)
+
+
+def test_sparse_data_after_a_write_is_of_unknown_owners() -> None:
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    dense, sparse = torch.ones(4, 3), torch.eye(4).to_sparse()
+    with follower:
+        follower.note(dense, Rows(0, torch.tensor([0, 0, 1, 1])))
+        follower.note(sparse, Rows(0, torch.tensor([0, 0, 1, 1])))
+        part = dense[:2]
+        part.mul_(torch.ones(3))
+        dense[1:3] = dense.flip(0)[1:3]
+        assert isinstance(follower.owners_of(sparse @ dense), Mixed)
+
+
 def test_a_state_repeated_for_every_sample_agrees() -> None:
     torch.manual_seed(0)
 
