@@ -222,7 +222,7 @@ class Couplings:
             swapped[place] = spare
             self._compare(snapshot, base, swapped, place, draws, "exchanged for another record")
         if all(exchange.shape_of(spare) != shape for spare in chosen):  # real draws need a record of the same shape
-            swapped[place] = made_records.of_one_row(batch[place])
+            swapped[place] = made_records.of_one_row(batch[place], chosen[0])
             if swapped[place] is not None:
                 self._compare(snapshot, base, swapped, place, draws, "given one row in all places", may_raise=True)
         for value in (1e6, -1e6) if made_records.has_floats(batch[place]) else ():  # what a maximum shows

@@ -36,18 +36,31 @@ def _has_floats(leaf: Any) -> bool:
     return isinstance(leaf, float) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f")
 
 
-def of_one_row(record: Any) -> Any:
-    """Return a copy of a record in which all rows of each tensor and array are its last row; None if the record has no
-    copy. It has the shapes of the record, and only whole numbers that the record has.
+def of_one_row(record: Any, other: Any) -> Any:
+    """Return a copy of a record in which all rows of each tensor and array are its last row; None if it has no copy.
+
+    It has the shapes of the record, and whole numbers that the record has in the same columns.
+
+    Args:
+        record: a record.
+        other: a record of another shape, which shows along which axis the rows of a tensor are.
     """
     try:
         made = copy.deepcopy(record)
-        leaves = [*tree_leaves(made), *(thing for _, thing in read(made)[0])]
-        for leaf in {id(leaf): leaf for leaf in leaves}.values():
-            if isinstance(leaf, Tensor) and leaf.dim():
-                leaf.copy_(leaf[-1:].clone().expand_as(leaf))
-            elif isinstance(leaf, np.ndarray) and leaf.ndim:
-                leaf[...] = leaf[-1:].copy()
+        for leaf, like in zip(_arrays(made), _arrays(other), strict=True):
+            sizes = zip(leaf.shape, like.shape, strict=False)
+            axis = next((axis for axis, (one, two) in enumerate(sizes) if one != two), None)
+            if axis is None or leaf.shape[axis] == 0:
+                continue
+            if isinstance(leaf, Tensor):
+                leaf.copy_(leaf.narrow(axis, -1, 1).clone().expand_as(leaf))
+            else:
+                leaf[...] = np.take(leaf, [-1], axis)
     except Exception:  # an object that cannot be copied, or written to
         return None
     return made
+
+
+def _arrays(record: Any) -> list[Any]:
+    found = [*tree_leaves(record), *(thing for _, thing in read(record)[0])]
+    return [*{id(leaf): leaf for leaf in found if isinstance(leaf, (Tensor, np.ndarray))}.values()]

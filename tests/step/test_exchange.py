@@ -140,11 +140,14 @@ def test_a_record_is_not_exchanged_for_itself() -> None:
 
 
 def test_a_record_of_one_row_has_the_shapes_of_the_record() -> None:
-    record = {"x": torch.arange(4.0), "pair": (np.arange(3), torch.tensor([[1, 2], [3, 4]])), "y": 5}
-    made = made_records.of_one_row(record)
+    edges = torch.tensor([[1, 2, 0], [3, 4, 5]])
+    record = {"x": torch.arange(4.0), "pair": (np.arange(3), edges), "fixed": torch.tensor([7, 8]), "y": 5}
+    other = {"x": torch.ones(2), "pair": (np.arange(2), edges[:, :1]), "fixed": torch.tensor([8, 7]), "y": 6}
+    made = made_records.of_one_row(record, other)
     assert exchange.shape_of(made) == exchange.shape_of(record)
     assert made["x"].tolist() == [3.0] * 4
     assert made["pair"][0].tolist() == [2] * 3
-    assert made["pair"][1].tolist() == [[3, 4]] * 2
+    assert made["pair"][1].tolist() == [[0] * 3, [5] * 3]
+    assert made["fixed"].tolist() == [7, 8]
     assert record["x"].tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert made_records.of_one_row(entry for entry in "a") is None
+    assert made_records.of_one_row((entry for entry in "a"), other) is None
