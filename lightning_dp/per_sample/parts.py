@@ -43,6 +43,7 @@ class Parts:
         self._whole: dict[str, Tensor] = {}  # gradients of parameters that are used in several ways
         self._joined: dict[tuple[str, ...], Joined] = {}  # gradients with few numbers, by group
         self._known_sorted: dict[Hashable, tuple[Views, set[str]]] = {}  # by names, masks and parts with backprops
+        self._passes = False  # whether some of these parts are functions of parameters, which end with the microbatch
         self._live: tuple[Any, ...] | None = None  # parts with backprops
         self._at = -1  # gradients and parts are of the backprops up to that change
 
@@ -53,6 +54,8 @@ class Parts:
     def clear(self) -> None:
         """Free the gradients."""
         self._whole, self._joined, self._live = {}, {}, None
+        if self._passes:
+            self._known_sorted, self._passes = {}, False
 
     def _forget_older(self) -> None:
         """Forget what was computed before the last backprop arrived."""
@@ -218,6 +221,7 @@ class Parts:
                 rank = ranks[name], node.region[0] if node.region else 0
                 views.setdefault(source, {})[node.key] = Part(name, node.region, node.key, rank)
         self._known_sorted[asked] = views, whole
+        self._passes |= not all(source.is_lasting for source, _ in self._live)
         return views, whole
 
     def _disjoint(self, name: str, nodes: Sequence[Node]) -> bool:

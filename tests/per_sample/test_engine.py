@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +176,20 @@ def test_gradients_of_functions_of_parameters_are_computed_once(monkeypatch: pyt
     engine.squared_norms([names])
     engine.accumulate(torch.ones(1, 6), [names], {name: torch.zeros_like(p) for name, p in module.named_parameters()})
     assert len(calls) == 1
+
+
+def test_functions_of_parameters_end_with_the_microbatch() -> None:
+    module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    engine = checks.make_engine(module, _loss(module), torch.randn(6, 3))
+    ended: list[weakref.ref[Any]] = []
+    for _ in range(3):
+        run_batch(engine, _loss(module), torch.randn(6, 3), 6)
+        engine.squared_norms([[name for name, _ in module.named_parameters()]])
+        ended += [weakref.ref(source) for source in engine._tracker.sources.values() if not source.is_lasting]
+        engine.end()
+    gc.collect()
+    assert len(ended) == 3
+    assert not any(ref() for ref in ended)
 
 
 def test_full_precision_inside_and_the_users_setting_outside() -> None:
