@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_dp.per_sample.nodes import Reporting
 
 _NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis), torch.Size, torch.dtype))
-_NESTED = frozenset((tuple, list, dict))
 
 
 def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
@@ -35,20 +34,19 @@ def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
 def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[Any, Any]:
     """Return the arguments with ``change`` applied to every tensor, in the order of :func:`tensors_in`."""
 
-    def walk(thing: Any) -> Any:
-        kind = type(thing)
-        if kind is tuple or kind is list:
-            return kind([walk(one) for one in thing])
-        if kind is dict:
-            return {key: walk(one) for key, one in thing.items()}
-        return change(thing) if kind not in _NO_TENSORS and isinstance(thing, Tensor) else thing
+    def one_of(thing: Any) -> Any:
+        return change(thing) if type(thing) not in _NO_TENSORS and isinstance(thing, Tensor) else thing
 
-    changed = tuple([walk(thing) for thing in args])
-    return changed, {key: walk(thing) for key, thing in kwargs.items()} if kwargs else {}
+    return _mapped(args, kwargs, one_of)
 
 
 def exchanged(args: Any, kwargs: Any, own: Mapping[int, Any]) -> tuple[Any, Any]:
     """Return the arguments with some tensors, given by their identity, replaced by others."""
+    return _mapped(args, kwargs, lambda thing: own.get(id(thing), thing))
+
+
+def _mapped(args: Any, kwargs: Any, change: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Return the arguments with ``change`` applied to everything in them that is no list, tuple or dictionary."""
 
     def walk(thing: Any) -> Any:
         kind = type(thing)
@@ -56,10 +54,10 @@ def exchanged(args: Any, kwargs: Any, own: Mapping[int, Any]) -> tuple[Any, Any]
             return kind([walk(one) for one in thing])
         if kind is dict:
             return {key: walk(one) for key, one in thing.items()}
-        return own.get(id(thing), thing)
+        return change(thing)
 
-    changed = tuple([own.get(id(one), one) if type(one) not in _NESTED else walk(one) for one in args])
-    return changed, {key: walk(one) for key, one in kwargs.items()} if kwargs else {}
+    changed = tuple([walk(thing) for thing in args])
+    return changed, {key: walk(thing) for key, thing in kwargs.items()} if kwargs else {}
 
 
 def with_other_values(tensor: Tensor) -> Tensor:
