@@ -20,7 +20,8 @@ def own_losses(step: PrivateStep, count: int) -> AbstractContextManager[object]:
     """Return a context in which each of some records has its own loss, if the step computes losses so."""
     if not step.takes_own_losses or step.runs_samples_alone:
         return nullcontext()
-    return OwnLosses(count, step.state.loss_reduction, [*step.module.parameters(), *step.module.buffers()])
+    layers = step.parameters.layers.now()
+    return OwnLosses(count, step.state.loss_reduction, [*layers.parameters(), *layers.buffers()])
 
 
 class Microbatch:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightning_dp._replacements import can_replace
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.independence import find_unsupported
-from lightning_dp.system.torch_private import layers_of, parameters_of
+from lightning_dp.system.torch_private import Layers
 
 
 def check_module(module: nn.Module, *, runs_samples_alone: bool) -> None:
@@ -34,13 +34,14 @@ class LayerChecks:
 
     def __init__(self, module: nn.Module, *, runs_samples_alone: bool) -> None:
         self._module, self._alone = module, runs_samples_alone
+        self._layers = Layers(module)
         self._flags: list[bool] = []
 
     def check(self) -> None:
         """Check the module if a flag has changed; later, everything may be frozen between two batches."""
-        layers = layers_of(self._module)
-        flags = [layer.training for layer in layers]
-        flags += [parameter.requires_grad for parameter in parameters_of(layers)]
+        layers = self._layers.now()
+        flags = [layer.training for layer in layers.all]
+        flags += [parameter.requires_grad for parameter in layers.parameters()]
         if flags != self._flags:
             check = check_layers if self._flags else check_module
             check(self._module, runs_samples_alone=self._alone)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dp.step.accumulator import Accumulator
-from lightning_dp.system.torch_private import named_parameters_of
+from lightning_dp.system.torch_private import Layers
 
 
 class PrivateParameters:
@@ -22,7 +22,7 @@ class PrivateParameters:
     """
 
     def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], public: Collection[int]) -> None:
-        self._module, self._optimizers, self._public = module, optimizers, public
+        self.layers, self._optimizers, self._public = Layers(module), optimizers, public
         self.accumulators: dict[int, Accumulator] = {}
         self._read: tuple[Any, ...] = ()
         self._recorded: dict[str, nn.Parameter] = {}
@@ -34,7 +34,7 @@ class PrivateParameters:
         A parameter counts if it is trainable now, or was private in an earlier step, because training steps switch
         ``requires_grad`` off and on within a batch.
         """
-        return self._among(named_parameters_of(self._module), optimizer)
+        return self._among(self.layers.now().named_parameters(), optimizer)
 
     def _among(self, named: Iterable[tuple[str, nn.Parameter]], optimizer: int) -> dict[str, nn.Parameter]:
         own = {id(p) for group in self._optimizers[optimizer].param_groups for p in group["params"]}
@@ -52,7 +52,7 @@ class PrivateParameters:
         Args:
             make: parameters of one private optimizer -> accumulator.
         """
-        named = named_parameters_of(self._module)
+        named = self.layers.now().named_parameters()
         held = [[*map(id, group["params"])] for optimizer in self._optimizers for group in optimizer.param_groups]
         read = [(name, id(p), p.requires_grad, p.device) for name, p in named], held
         if (*read, self.accumulators) == self._read:

@@ -57,7 +57,7 @@ class Trial:
         """Positions of the records of the real batch; empty if unknown."""
         self._watched: list[int] = []
         self.transfer, self.see_writes = self._runs.transfer, self._runs.loss_form.see_writes
-        self._writes = WriteWatch(lambda: Look(step.module, sandbox.numbers()), self.see_writes)
+        self._writes = WriteWatch(lambda: Look(step.parameters.layers, sandbox.numbers()), self.see_writes)
 
     @property
     def copies(self) -> int:

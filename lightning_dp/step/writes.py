@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.state_check import Numbers, changed
-from lightning_dp.system.torch_private import buffers_of, changes_of, layers_of, num_changes, parameters_of
+from lightning_dp.system.torch_private import Layers, changes_of, num_changes
 
 _MOST_KNOWN = 1_000
 """Patterns of changes of all tensors that are remembered; an optimizer's step makes the same one each time."""
@@ -25,18 +24,18 @@ class Look:
     within a container.
 
     Args:
-        module: the user's.
+        layers: of the user's module.
         numbers: see ``held_numbers``.
     """
 
-    def __init__(self, module: nn.Module, numbers: Numbers) -> None:
-        layers = layers_of(module)
+    def __init__(self, layers: Layers, numbers: Numbers) -> None:
+        layers = layers.now()
         with unfollowed():  # followed parameters would report each question
-            self._tensors = [*parameters_of(layers), *buffers_of(layers)]
+            self._tensors = [*layers.parameters(), *layers.buffers()]
             self._changes = [changes_of(self._tensors), _addresses_of(self._tensors)]
-        self._attributes = [vars(layer) for layer in layers if _is_own(type(layer).__module__)]
+        self._attributes = [vars(layer) for layer in layers.own]
         self._held = [[*map(id, held.values())] for held in self._attributes]
-        self._modes = [layer.training for layer in layers]
+        self._modes = [layer.training for layer in layers.all]
         self._numbers = numbers
 
     def writes_until(self, after: Look, known: set[Any]) -> Iterator[tuple[Any, ...]]:
@@ -129,12 +128,6 @@ class Gradients:
             if other is not None and one is not other:
                 yield "another gradient", index
         yield from (("gradients", now - then) for then, now in zip(counted, changes, strict=True) if now > then)
-
-
-@functools.lru_cache(4096)
-def _is_own(package: str) -> bool:
-    """Tell whether layers whose class a module defines may hold attributes of the user's."""
-    return not package.startswith("torch.nn.")
 
 
 def _joined(numbers: Numbers) -> dict[Any, Any]:

@@ -27,7 +27,7 @@ from lightning_dp.step.state_check import held_numbers, leaves_of
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides
-from lightning_dp.system.torch_private import buffers_of, layers_of, num_changes, parameters_of
+from lightning_dp.system.torch_private import Layers, num_changes
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -63,6 +63,7 @@ class UserHooks:
 
     def __init__(self, strategy: PrivateStrategy, others: Callable[[], list[Any]]) -> None:
         self._strategy, self._others = strategy, others
+        self._layers = Layers(strategy.module)
         self._reported: set[str] = set()
         self._watched = [*getattr(strategy.trainer, "callbacks", [])]
         self._overrides = Overrides()
@@ -219,14 +220,13 @@ class UserHooks:
         """Return marks that change with the module, a learning rate or the saved state of a callback, and places of
         each tensor.
         """
-        module = self._strategy.module
-        layers = layers_of(module)
-        parameters = parameters_of(layers)
+        module, layers = self._strategy.module, self._layers.now()
+        parameters = layers.parameters()
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         saves = any(_lightning.is_overridden(name, owner) for name in ("state_dict", "on_save_checkpoint"))
-        tensors = [local_part(tensor) for tensor in (*parameters, *buffers_of(layers), *grads)]
+        tensors = [local_part(tensor) for tensor in (*parameters, *layers.buffers(), *grads)]
         marks: list[Any] = [(num_changes(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-        held = [] if tensors_only else [*map(plain_attributes, layers)]
+        held = [] if tensors_only else [*map(plain_attributes, layers.all)]
         held += [vars(owner)] if saves and not tensors_only and owner is not module else []
         for attributes in held:
             for name, value in attributes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,58 +36,75 @@ def changes_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         return tuple([num_changes(tensor) for tensor in tensors])
 
 
-def layers_of(module: nn.Module) -> list[nn.Module]:
-    """Return a module and all layers in it, each once: as ``module.modules()``, in less time."""
-    layers, seen = [module], {id(module)}
-    for layer in layers:  # grows on the way
-        for child in layer._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                layers.append(child)
-    return layers
-
-
-def parameters_of(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Return the parameters that layers hold themselves, each once."""
-    found: dict[int, nn.Parameter] = {}
-    for layer in layers:
-        for parameter in layer._parameters.values():
-            if parameter is not None:
-                found[id(parameter)] = parameter
-    return [*found.values()]
-
-
-def buffers_of(layers: Iterable[nn.Module]) -> list[Tensor]:
-    """Return the buffers that layers hold themselves, each once."""
-    found: dict[int, Tensor] = {}
-    for layer in layers:
-        for buffer in layer._buffers.values():
-            if buffer is not None:
-                found[id(buffer)] = buffer
-    return [*found.values()]
-
-
 _ASK = (nn.Module.named_parameters, nn.Module.named_modules)
 
 
-def named_parameters_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters in a module with their names: as ``module.named_parameters()``, in less time."""
-    if any(getattr(getattr(module, ask.__name__), "__func__", None) is not ask for ask in _ASK):
-        return [*module.named_parameters()]
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    seen = {id(module)}
+class Layers:
+    """The layers of a module and what they hold; :meth:`now` walks through the module only if a layer in it was added,
+    removed, exchanged or renamed.
 
-    def collect(layer: nn.Module, prefix: str) -> None:
-        for name, parameter in layer._parameters.items():
-            if parameter is not None and id(parameter) not in found:
-                found[id(parameter)] = prefix + name, parameter
-        for name, child in layer._modules.items():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                collect(child, f"{prefix}{name}.")
+    Args:
+        module: the user's.
+    """
 
-    collect(module, "")
-    return [*found.values()]
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._read()
+
+    def _read(self) -> None:
+        self.all: list[nn.Module] = []
+        """The module and all layers in it, each once, in the order of ``module.modules()``."""
+        self._prefixes: list[str] = []
+        seen = {id(self._module)}
+
+        def collect(layer: nn.Module, prefix: str) -> None:
+            self.all.append(layer)
+            self._prefixes.append(prefix)
+            for name, child in layer._modules.items():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    collect(child, f"{prefix}{name}.")
+
+        collect(self._module, "")
+        self.own = [layer for layer in self.all if not type(layer).__module__.startswith("torch.nn.")]
+        """Layers whose class is not one of torch, and that may hold attributes of the user's."""
+        self._names, self._children = self._held()
+
+    def _held(self) -> tuple[Any, list[nn.Module | None]]:
+        """Return the number of direct submodules by layer with their names, and these."""
+        held = [layer._modules for layer in self.all]
+        sizes, held = [*map(len, held)], [children for children in held if children]
+        names = [name for children in held for name in children.keys()]  # noqa: SIM118, a script's has keys alone
+        return (sizes, names), [child for children in held for child in children.values()]
+
+    def now(self) -> Layers:
+        """Return the layers as they are now."""
+        names, children = self._held()
+        if names != self._names or not all(map(operator.is_, children, self._children)):
+            self._read()
+        return self
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters with their names, as ``module.named_parameters()``."""
+        module = self._module
+        if any(getattr(getattr(module, ask.__name__), "__func__", None) is not ask for ask in _ASK):
+            return [*module.named_parameters()]
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for layer, prefix in zip(self.all, self._prefixes, strict=True):
+            for name, parameter in layer._parameters.items():
+                if parameter is not None and id(parameter) not in found:
+                    found[id(parameter)] = prefix + name, parameter
+        return [*found.values()]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the layers hold, each once."""
+        found = [p for layer in self.all if layer._parameters for p in layer._parameters.values() if p is not None]
+        return [*dict(zip(map(id, found), found, strict=True)).values()]
+
+    def buffers(self) -> list[Tensor]:
+        """Return the buffers that the layers hold, each once."""
+        found = [b for layer in self.all if layer._buffers for b in layer._buffers.values() if b is not None]
+        return [*dict(zip(map(id, found), found, strict=True)).values()]
 
 
 @contextmanager

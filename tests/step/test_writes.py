@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_dp.step.state_check import held_numbers
 from lightning_dp.step.writes import Look, WriteWatch
+from lightning_dp.system.torch_private import Layers
 
 
 class Module(nn.Module):
@@ -23,6 +24,7 @@ class Watched:
 
     def __init__(self) -> None:
         self.module = Module()
+        self.layers = Layers(self.module)
         self.optimizer = torch.optim.SGD([self.module.layer.weight], lr=0.1)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 5)
         self.seen: set[Any] = set()
@@ -30,7 +32,7 @@ class Watched:
         self.forward(lambda: None)
 
     def _look(self) -> Look:
-        return Look(self.module, held_numbers([self.optimizer, self.scheduler]))
+        return Look(self.layers, held_numbers([self.optimizer, self.scheduler]))
 
     def _see(self, keys: Any, *, between: bool = False) -> None:
         self.seen = {(between, *key) for key in keys}

@@ -61,14 +61,14 @@ def test_parameters_have_the_names_that_torch_gives() -> None:
     module.register_parameter("absent", None)
     module["b"].again = deep[0].weight
     deep.register_module("missing", None)
-    assert torch_private.named_parameters_of(module) == [*module.named_parameters()]
-    assert len(torch_private.named_parameters_of(module)) == 10
+    assert torch_private.Layers(module).named_parameters() == [*module.named_parameters()]
+    assert len(torch_private.Layers(module).named_parameters()) == 10
 
     class Renamed(nn.Linear):
         def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
             return ((f"my_{name}", parameter) for name, parameter in super().named_parameters(*args, **kwargs))
 
-    assert [name for name, _ in torch_private.named_parameters_of(Renamed(2, 2))] == ["my_weight", "my_bias"]
+    assert [name for name, _ in torch_private.Layers(Renamed(2, 2)).named_parameters()] == ["my_weight", "my_bias"]
 
 
 def test_saved_buffers_are_those_of_the_state_dict() -> None:
@@ -103,7 +103,44 @@ def test_layers_and_their_tensors_are_found_once_each() -> None:
     module = nn.Sequential(shared, nn.Sequential(nn.Linear(2, 2), shared), nn.Linear(2, 2, bias=False))
     module[2].weight = module[1][0].weight
     module.register_module("absent", None)
-    layers = torch_private.layers_of(module)
-    assert sorted(map(id, layers)) == sorted(map(id, module.modules()))
-    assert sorted(map(id, torch_private.parameters_of(layers))) == sorted(map(id, module.parameters()))
-    assert sorted(map(id, torch_private.buffers_of(layers))) == sorted(map(id, module.buffers()))
+    layers = torch_private.Layers(module)
+    assert layers.own == []
+    _check_layers(layers, module)
+
+
+def _check_layers(layers: torch_private.Layers, module: nn.Module) -> None:
+    assert [*map(id, layers.now().all)] == [*map(id, module.modules())]
+    assert [*map(id, layers.parameters())] == [*map(id, module.parameters())]
+    assert [*map(id, layers.buffers())] == [*map(id, module.buffers())]
+    assert layers.named_parameters() == [*module.named_parameters()]
+
+
+class _Own(nn.Sequential):
+    """A class that torch does not define."""
+
+
+_CHANGES = {
+    "exchanged": lambda module: module.__setitem__(0, nn.Linear(3, 3)),
+    "exchanged within": lambda module: module[0].__setitem__(1, nn.BatchNorm1d(2)),
+    "added": lambda module: module[1][0].register_module("more", nn.Linear(2, 2)),
+    "removed": lambda module: module.__delitem__(2),
+    "removed at the end of a layer": lambda module: module[0].pop(-1),
+    "set to None": lambda module: module.__setitem__(1, None),
+    "renamed": lambda module: module[0]._modules.__setitem__("other", module[0]._modules.pop("1")),
+    "moved": lambda module: module[1]._modules.update({"0": module[0].pop(-1), "1": module[1][0]}),
+    "another dictionary": lambda module: setattr(module[0], "_modules", {"0": nn.Bilinear(2, 2, 2)}),
+    "another parameter": lambda module: setattr(module[0][0], "weight", nn.Parameter(torch.ones(1))),
+    "another buffer": lambda module: module[2].register_buffer("mean", torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+def test_layers_follow_changes_of_the_module(change: str) -> None:
+    module = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), _Own(nn.Linear(2, 1)), nn.InstanceNorm1d(2))
+    layers = torch_private.Layers(module)
+    _check_layers(layers, module)
+    assert layers.own == [module[1]]
+    _CHANGES[change](module)
+    _check_layers(layers, module)
+    _check_layers(layers, module)
+    assert layers.own == [layer for layer in module.modules() if isinstance(layer, _Own)]
