@@ -128,6 +128,9 @@ _CHANGES = {
     "set to None": lambda module: module.__setitem__(1, None),
     "renamed": lambda module: module[0]._modules.__setitem__("other", module[0]._modules.pop("1")),
     "moved": lambda module: module[1]._modules.update({"0": module[0].pop(-1), "1": module[1][0]}),
+    "moved under its name": lambda module: setattr(
+        module[1], "_modules", {"1": module[0].pop(-1), **module[1]._modules}
+    ),
     "another dictionary": lambda module: setattr(module[0], "_modules", {"0": nn.Bilinear(2, 2, 2)}),
     "another parameter": lambda module: setattr(module[0][0], "weight", nn.Parameter(torch.ones(1))),
     "another buffer": lambda module: module[2].register_buffer("mean", torch.ones(1)),
