@@ -197,9 +197,8 @@ class Parts:
         view come from different products, whose rounding no norm covers.
         """
         if self._live is None:
-            self._live = tuple(
-                (source, frozenset(live)) for source in self._tracker.sources.values() if (live := source.live())
-            )
+            sources = self._tracker.sources.values()
+            self._live = tuple([(source, live) for source in sources if (live := source.live())])
         asked = frozenset(names), frozenset(masks), self._live
         if asked in self._known_sorted:
             return self._known_sorted[asked]

@@ -89,16 +89,20 @@ class Source:
             self._computed_at = self.recorder.changes
             self._cached, self._groups, self._active = {}, None, {}
 
-    def live(self) -> set[Hashable]:
+    def live(self) -> frozenset[Hashable]:
         """Return the keys for which a backprop arrived."""
-        return set(self._made).union(*(keys for use in self.uses for _, keys in use.parts))
+        received = {keys for use in self.uses for _, keys in use.parts}
+        if not self._made and len(received) == 1:
+            return received.pop()
+        return frozenset(self._made).union(*received)
 
     def discard(self, keys: frozenset[Hashable]) -> None:
         """Drop the backprops received so far for these keys; uses that are still in a graph remain valid."""
         for use in self.uses:
             use.forget(keys)
         self.uses = [use for use in self.uses if use.parts]
-        self._made = {key: grad for key, grad in self._made.items() if key not in keys}
+        if self._made:
+            self._made = {key: grad for key, grad in self._made.items() if key not in keys}
 
     def received(self, use: Use) -> None:
         """Compute the gradients immediately, during the backward, if that frees memory."""
