@@ -24,6 +24,7 @@ from lightning_dp.per_sample.parts import Parts
 from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.per_sample.uses import Recorder
 from lightning_dp.per_sample.workspace import SHARE, Workspace
+from lightning_dp.system.torch_private import Layers
 
 GradSample = Literal["auto", "materialize"]
 Memory = Literal["fast", "lean"]
@@ -68,7 +69,7 @@ class PerSampleEngine(GradientEngine):
             )
         if memory not in ("fast", "lean"):
             raise ValueError(f"Expected memory 'fast' or 'lean', got memory={memory!r}. Pass one of these.")
-        self._module = module
+        self._module, self._layers = module, Layers(module)
         self._workspace = Workspace(self._most_kept) if memory == "fast" else None
         self._recorder = Recorder()
         self._tracker = Tracker(self._recorder, materialise=grad_sample == "materialize", workspace=self._workspace)
@@ -190,7 +191,7 @@ class PerSampleEngine(GradientEngine):
         self._recorder.begin(batch_size, None if owners is None else Joining(owners))
         self._tracker.start()
         if self._rows.follows_owners:
-            self._tracker.follow(batch_size, [*self._module.buffers()])
+            self._tracker.follow(batch_size, self._layers.now().buffers())
 
     @override
     def discard(self, names: Iterable[str] | None = None) -> None:
