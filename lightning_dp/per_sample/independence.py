@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import ComparisonError, PrivacyError
+from lightning_dp.per_sample.layout import REORDERED
 from lightning_dp.system.torch_private import BatchNorm, InstanceNorm
 
 _PIECE = 2**18
@@ -28,7 +29,7 @@ _OURS = (
     "module."
 )
 _REORDERED = (
-    "gradients are those of the records in another order. Likely cause: a collate function or a step that sorts its "
+    f"gradients are {REORDERED}. Likely cause: a collate function or a step that sorts its "
     "records, by length for example. Keep their order (pack_padded_sequence takes enforce_sorted=False), or use "
     "grad_sample='single'; if nothing sorts them, report the module."
 )

@@ -17,8 +17,11 @@ from lightning_dp.errors import PrivacyError
 
 WAY_OUT = "grad_sample='single' works for any module"
 PENALTY = "Add a penalty on weights to the loss of each sample before their mean, or use the optimizer's weight_decay"
-#: Parts of messages: records that were seen first had the same number of rows, or took the same branches, by chance.
-MISLED = ("row(s) for each of", "in a way that was learned")
+#: Part of a message: the step sorts its records.
+REORDERED = "those of the records in another order"
+#: Parts of messages: records that were seen first had the same number of rows, took the same branches, or kept their
+#: order, by chance.
+MISLED = ("row(s) for each of", "in a way that was learned", REORDERED)
 
 
 @dataclass(frozen=True)

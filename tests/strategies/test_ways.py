@@ -142,6 +142,24 @@ def test_a_collate_function_that_sorts_is_named() -> None:
         fit(Plain(), grad_sample="rules", collate_fn=lambda records: _stacked(records[::-1]))
 
 
+class Sorting(Model):
+    """Records are sorted by their first value before a cell, as older code sorts sequences by length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].sort(descending=True).indices
+        out: Tensor = self.head(torch.tanh(x[order] @ self.weight))[order.sort().indices]
+        return out
+
+
+def test_a_step_that_sorts_runs_by_rules_with_its_result() -> None:
+    by_rules, alone = Sorting().double(), Sorting().double()
+    options: dict[str, Any] = {"dataset": data(torch.float64), "precision": "64-true", "max_grad_norm": 0.3}
+    trainer = fit(by_rules, grad_sample="rules", **options)
+    fit(alone, grad_sample="single", **options)
+    assert not trainer.strategy.state.runs_alone
+    torch.testing.assert_close(weights(by_rules), weights(alone), rtol=1e-12, atol=1e-12)
+
+
 class Augmented(Model):
     """Each row is scaled by a draw of Python's generator."""
 
