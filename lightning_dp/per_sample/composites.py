@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import is_view, unfollowed, unreported
+from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
-from lightning_dp.per_sample.nodes import Function, is_tracked
+from lightning_dp.per_sample.nodes import Function, is_tracked, named
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -236,6 +237,18 @@ def watch(tracker: Tracker, func: Any, tensor: Any, *args: Any) -> Any:
         )
     with unreported():
         return func(tensor, *args)
+
+
+def grad(tracker: Tracker, func: Any, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run ``torch.autograd.grad``; refuse it for private parameters, because the step would use raw gradients."""
+    nodes = [node for tensor in tensors_in((inputs,), {}) if (node := tracker.node_of(tensor)) is not None]
+    if nodes:
+        raise PrivacyError(
+            f"Expected gradients of data within a step, got those of {named(nodes)}. Steps that compute with gradients "
+            "of weights, as inner loops of meta-learning do, need second derivatives, which only grad_sample='single' "
+            "supports."
+        )
+    return tracker.primitive(func, (outputs, inputs, *args), kwargs)
 
 
 _BYPASS = dict.fromkeys(

@@ -223,6 +223,7 @@ _KNOWN: dict[Any, Operation | None] = {
     Tensor.__setitem__: _composite(composites.setitem),
     **dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as), _LIKE),
     torch.broadcast_tensors: _composite(composites.broadcast_tensors),
+    torch.autograd.grad: _composite(composites.grad),
     F.bilinear: _composite(composites.bilinear),
     torch.prelu: _composite(composites.prelu),
     **dict.fromkeys(_GROUPED, _composite(composites.grouped_mm)),

@@ -160,6 +160,24 @@ def test_a_step_that_sorts_runs_by_rules_with_its_result() -> None:
     torch.testing.assert_close(weights(by_rules), weights(alone), rtol=1e-12, atol=1e-12)
 
 
+class InnerLoop(Model):
+    """Each record moves the weight by a gradient step before its loss, as in meta-learning."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = []
+        for x, y in zip(batch[0], batch[1], strict=True):
+            loss = F.cross_entropy(self.head(x @ self.weight), y)
+            (moved,) = torch.autograd.grad(loss, [self.weight], create_graph=True)
+            losses.append(F.cross_entropy(self.head(x @ (self.weight - 0.1 * moved)), y))
+        return torch.stack(losses).mean()
+
+
+def test_inner_loops_of_meta_learning_run_one_at_a_time() -> None:
+    assert fit(InnerLoop()).strategy.state.runs_alone
+    with pytest.raises(PrivacyError, match=r"^Expected gradients of data within a step, got those of 'weight'"):
+        fit(InnerLoop(), grad_sample="rules")
+
+
 class Augmented(Model):
     """Each row is scaled by a draw of Python's generator."""
 
