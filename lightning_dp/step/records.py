@@ -21,7 +21,7 @@ from lightning_dp.sampling.gather import is_plain
 from lightning_dp.sampling.make import user_collate
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step import checks
-from lightning_dp.step.exchange import whole_numbers
+from lightning_dp.step.exchange import differing, whole_numbers
 from lightning_dp.step.loading import Collated, KeptState, check_collating, is_own
 from lightning_dp.step.made_records import has_floats
 from lightning_dp.step.partners import check_partners
@@ -143,10 +143,14 @@ class TrainingRecords:
         Args:
             device: its global generator and those of the CPU are restored.
         """
-        pair = (self.take(2) * 2)[:2]
+        first = (self.take(2) * 2)[:2]
+        unlike = (differing(self.take(_NUM_PLACES)) * 2)[:2]  # of flat lists of parts, few records may have one each
         with kept_generators(device):
-            two, three = (self._collated((pair * size)[:size]) for size in (2, 3))
-        self.axes = checks.sample_axes(two, three)
+            for pair in (unlike, first):  # the collate function may drop one that is unlike the others
+                two, three = (self._collated((pair * size)[:size]) for size in (2, 3))
+                self.axes = checks.sample_axes(two, three)
+                if self.axes:
+                    break
 
     def batch_of(self, records: list[Any]) -> Any:
         """Return records collated and moved to the device.

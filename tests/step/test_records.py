@@ -38,3 +38,24 @@ def test_batches_of_a_fixed_size_are_tried_in_that_size() -> None:
     found = records(100, 8, sampling="shuffle")
     assert {found.drawn_size(1, None, seed) for seed in range(9)} == {8}
     assert found.drawn_size(1, 5, 0) == 5
+
+
+def test_a_flat_list_of_parts_is_no_axis_of_records() -> None:
+    """Targets of all records in one list: the first two have one each, as most do. A collate function that drops the
+    record with two is still seen.
+    """
+
+    def flat(samples: list[Any]) -> dict[str, Any]:
+        return {"x": torch.stack([x for x, _ in samples]), "targets": torch.cat([parts for _, parts in samples])}
+
+    def dropping(samples: list[Any]) -> dict[str, Any]:
+        return flat([sample for sample in samples if sample is not data[rare]])
+
+    rare = 3
+    data = [(torch.randn(2), torch.ones(2 if number == rare else 1)) for number in range(12)]
+    for collate, axes in ((flat, ("['x']",)), (dropping, ("['x']", "['targets']"))):
+        loader = private_dataloader(DataLoader(data, batch_size=4, shuffle=True, collate_fn=collate))  # type: ignore[arg-type]
+        found = TrainingRecords(lambda loader=loader: loader, lambda batch: batch)  # type: ignore[misc]
+        assert not {id(each) for each in found.take(2)} & {id(data[rare])}
+        found.learn_rows(torch.device("cpu"))
+        assert found.axes == axes
