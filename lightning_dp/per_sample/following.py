@@ -242,4 +242,4 @@ def _fits(tensor: Tensor, owners: Owners) -> bool:
     """Tell whether owners have one entry for each row of a tensor."""
     if not isinstance(owners, Rows) or owners.axis is None:
         return True
-    return owners.axis < tensor.dim() and tensor.size(owners.axis) == owners.num
+    return 0 <= owners.axis < tensor.dim() and tensor.size(owners.axis) == owners.num

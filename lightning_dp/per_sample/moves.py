@@ -220,7 +220,7 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
     "bincount": _counted,
     **reductions.HANDLERS,
 }
-_TAKES_WHOLE = frozenset((_moved, entry_by_entry, _written, _added))
+_TAKES_WHOLE = frozenset((_moved, entry_by_entry, reductions.where, _written, _added))
 """Functions that know tensors which belong to one sample as a whole."""
 
 

@@ -46,6 +46,20 @@ def entry_by_entry(step: Step) -> Found:
     return merged([(tensor.dim(), rows) for tensor, rows in step.owned], first_of(step.out).dim(), step.memo)
 
 
+def positions(step: Step) -> Found:
+    """Return the owners of the positions at which a tensor is not zero: those of the entries there."""
+    found = alone(step)
+    if found is None or found[1].axis is None:
+        return MIXED
+    columns = step.out.unbind(1) if isinstance(step.out, Tensor) else step.out
+    return Rows(0, found[1].index[columns[found[1].axis]])
+
+
+def where(step: Step) -> Found:
+    """Return the owners after ``where``, which finds positions if it is given a condition alone."""
+    return positions(step) if isinstance(step.out, tuple) else entry_by_entry(step)
+
+
 def _reduced(step: Step) -> Found:
     """Return the owners after a reduction: unchanged if the reduced axes do not include theirs."""
     name = step.func.__name__.rstrip("_")
@@ -133,6 +147,8 @@ HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(REDUCING, _reduced),
     **dict.fromkeys(("matmul", "mm", "mv", "bmm", "__matmul__", "__rmatmul__"), _matmul),
     **dict.fromkeys(("max_unpool1d", "max_unpool2d", "max_unpool3d"), _unpooled),
+    **dict.fromkeys(("nonzero", "argwhere"), positions),
+    "where": where,
     "cosine_similarity": _compared,
     "einsum": _einsum,
     "baddbmm": _stacked,

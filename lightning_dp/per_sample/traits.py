@@ -15,7 +15,7 @@ from lightning_dp.per_sample.moves import CONSTANTS, handler_of, has_index
 from lightning_dp.per_sample.operations import IN_PLACE
 from lightning_dp.per_sample.owned import Mixed
 from lightning_dp.per_sample.quick import Quick, aligned, along, by_index, constant
-from lightning_dp.per_sample.reductions import Found, Step, entry_by_entry
+from lightning_dp.per_sample.reductions import Found, Step, entry_by_entry, where
 
 _METHODS = """size dim ndimension numel nelement stride storage_offset data_ptr element_size is_contiguous get_device
     is_floating_point is_complex is_inference __len__"""
@@ -75,6 +75,12 @@ def traits_of(func: Any) -> Traits:
         axis_after,
         is_constant,
         name in ("expand_as", "view_as", "reshape_as"),
-        constant if is_constant else by_index if has_index(name) else aligned if handler is entry_by_entry else along,
+        _quick(name, handler, is_constant=is_constant),
         Mixed(name),
     )
+
+
+def _quick(name: str, handler: Callable[[Step], Found] | None, *, is_constant: bool) -> Quick:
+    if is_constant:
+        return constant
+    return by_index if has_index(name) else aligned if handler in (entry_by_entry, where) else along

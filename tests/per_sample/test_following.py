@@ -51,6 +51,22 @@ def written_into_zeros(m: Any, x: Tensor) -> Tensor:
     return made * m.w
 
 
+def added_by_experts(m: Any, x: Tensor) -> Tensor:
+    """Each row by the two experts that it chooses, added up where its number stands, as mixtures of experts have it."""
+    rows, out = x[:, 0], torch.zeros_like(x[:, 0])
+    weight, chosen = (rows @ m.gate).softmax(-1).topk(2, -1)
+    for number in range(len(m.w)):
+        row, place = torch.where(chosen == number)
+        out[row] += weight[row, place, None] * (rows[row] @ m.w[number])
+    return out @ m.w[0]
+
+
+def at_positions(m: Any, x: Tensor) -> Tensor:
+    """Entries that are chosen by their values, each with a parameter of its place, added up row by row."""
+    row, place = (x[:, :, 0] > 0).nonzero().unbind(1)
+    return torch.zeros_like(x[:, 0]).index_add(0, row, m.w[place].unsqueeze(1) * x[row, place])
+
+
 # what a network may do with the rows of all bags, shape (R, 4, 3)
 WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "product of two functions of parameters": (
@@ -91,6 +107,8 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     ),
     "products in groups": (by_experts, {"w": drawn(3, 4, 4), "turned": True}),
     "products in groups, each by itself": (by_experts, {"w": drawn(3, 4, 4), "turned": False}),
+    "experts that rows choose": (added_by_experts, {"w": drawn(4, 3, 3), "gate": drawn(3, 4)}),
+    "positions that are not zero": (at_positions, {"w": drawn(4)}),
     "written into zeros": (written_into_zeros, {"w": drawn(3)}),
     "joined to nothing": (lambda m, x: torch.cat([torch.tensor([]).double(), x], 1) * m.w, {"w": drawn(3)}),
     "numbers": (lambda m, x: x * torch.tensor([1.0, 2.0, 3.0]).double() * m.w + torch.as_tensor(2.0), {"w": drawn(3)}),
@@ -145,6 +163,17 @@ def test_results_of_several_samples_have_no_owners(function: Callable[..., Tenso
         follower.note(other, Rows(0, torch.tensor([1, 0, 3, 2])))
         follower.note(one, Rows(0, torch.tensor([2])))
         assert isinstance(follower.owners_of(function(x, other, one)), Mixed)
+
+
+@pytest.mark.parametrize("find", [torch.where, torch.nonzero, torch.argwhere, lambda x: x.nonzero(as_tuple=True)])
+def test_positions_have_the_owners_of_their_entries(find: Callable[[Tensor], Any]) -> None:
+    """As many as there are samples, by chance."""
+    mask = torch.tensor([[True, True], [False, False]])
+    with Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, []) as follower:
+        follower.note(mask, follower.samples(mask.device))
+        found = find(mask)
+        owners = [follower.owners_of(one) for one in (found if isinstance(found, tuple) else [found])]
+    assert all(isinstance(one, Rows) and one.axis == 0 and one.index.tolist() == [0, 0] for one in owners)
 
 
 @pytest.mark.parametrize(
