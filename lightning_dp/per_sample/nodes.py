@@ -90,6 +90,8 @@ class Function(Reporting, Tensor):
     node: Node
     began: Any
     """The ``grad_fn`` for which the tensor got its node."""
+    repeated: tuple[Node, Tensor]
+    """Its node, and the row that the tensor repeats; unset for other tensors."""
 
 
 def is_tracked(thing: Any) -> bool:

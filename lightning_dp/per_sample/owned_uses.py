@@ -17,7 +17,9 @@ from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, named
 from lightning_dp.per_sample.operations import ALIGNED, Bound
 from lightning_dp.per_sample.owned import Mixed, OwnedAxis, Rows, merged
+from lightning_dp.per_sample.repeats import of_constants, one_of
 from lightning_dp.per_sample.rules.base import Rule
+from lightning_dp.per_sample.traits import traits_of
 from lightning_dp.per_sample.uses import Use, tap, tap_output
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def use(
         return _refuse(func, nodes.values(), rows)
     compare(tracker, func, nodes.values(), rows)
     if rows is None:
-        return derive(tracker, func, args, kwargs)
+        return of_constants(tracker, func, args, kwargs, tensor, follows=rule.follows(spec, 0, tensor.dim()))
     axis = _axis_for(rule, spec, rows, tensor)
     if axis is None:
         return tracker.unbatched(func, nodes.values())
@@ -139,11 +141,13 @@ def general(
         return tracker.unbatched(func, mine.values())
     if rows.has_nobody:
         return tracker.unbatched(func, mine.values())
+    repeated = _repeated(tracker, tracked, rows)
+    if traits_of(func).in_place and id(args[0]) in repeated:  # not the tensor itself would change
+        return tracker.unbatched(func, mine.values())
     if func.__name__ in ALIGNED:
-        copies = _aligned(tracker, tracked, rows, num_axes, [tensor for tensor, _ in owned])
+        copies = _aligned(tracker, tracked, rows, num_axes, [tensor for tensor, _ in owned], repeated)
         if copies is not None:
             return _run(func, args, kwargs, copies)
-    repeated = _repeated(tracker, tracked, rows)
     if len(repeated) == len(tracked):
         return _run(func, args, kwargs, repeated)
     return _over_rows(tracker, func, args, kwargs, tensors, tracked, found)
@@ -189,12 +193,17 @@ def _axis(rows: Rows) -> OwnedAxis | BatchAxis:
 
 
 def _aligned(
-    tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows, num_axes: int, data: list[Tensor]
+    tracker: Tracker,
+    tracked: list[tuple[Tensor, Node]],
+    rows: Rows,
+    num_axes: int,
+    data: list[Tensor],
+    repeated: Mapping[int, Tensor],
 ) -> dict[int, Tensor] | None:
     """Return copies of parameters that broadcast along the rows; None if a parameter varies along this axis."""
     assert rows.axis is not None
     wide = next((tensor for tensor in data if tensor.dim() and tensor.is_floating_point()), None)
-    repeated, copies = _repeated(tracker, tracked, rows), {}
+    copies = {}
     for tensor, node in tracked:
         if id(tensor) in repeated:
             copies[id(tensor)] = repeated[id(tensor)]
@@ -212,13 +221,13 @@ def _aligned(
 
 
 def _repeated(tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows) -> dict[int, Tensor]:
-    """Return copies of parameters that the user expands along the rows, as in ``token.expand(B, -1, -1)``."""
+    """Return copies of tensors with one entry for all rows, as ``token.expand(B, -1, -1)`` or a type of all tokens."""
     copies: dict[int, Tensor] = {}
     axis, num = rows.axis, rows.index.shape[0]
     assert axis is not None
     for tensor, _ in tracked:
-        if tensor.dim() > axis and tensor.shape[axis] == num and num > 1 and tensor.stride(axis) == 0:
-            one = derive(tracker, torch.narrow, (tensor, axis, 0, 1), {})
+        one = one_of(tracker, tensor, axis) if tensor.dim() > axis and tensor.shape[axis] == num > 1 else None
+        if one is not None:
             node = tracker.node_of(one)
             assert node is not None
             copies[id(tensor)] = _copy(

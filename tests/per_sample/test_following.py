@@ -67,6 +67,11 @@ def at_positions(m: Any, x: Tensor) -> Tensor:
     return torch.zeros_like(x[:, 0]).index_add(0, row, m.w[place].unsqueeze(1) * x[row, place])
 
 
+def with_types(m: Any, x: Tensor) -> Tensor:
+    """The rows, and the embedding of a type that all of them have."""
+    return x * F.embedding(torch.ones(x.shape[:2], dtype=torch.long), m.w)
+
+
 # what a network may do with the rows of all bags, shape (R, 4, 3)
 WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "product of two functions of parameters": (
@@ -109,6 +114,7 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "products in groups, each by itself": (by_experts, {"w": drawn(3, 4, 4), "turned": False}),
     "experts that rows choose": (added_by_experts, {"w": drawn(4, 3, 3), "gate": drawn(3, 4)}),
     "positions that are not zero": (at_positions, {"w": drawn(4)}),
+    "type of all rows": (with_types, {"w": drawn(2, 3)}),
     "written into zeros": (written_into_zeros, {"w": drawn(3)}),
     "joined to nothing": (lambda m, x: torch.cat([torch.tensor([]).double(), x], 1) * m.w, {"w": drawn(3)}),
     "numbers": (lambda m, x: x * torch.tensor([1.0, 2.0, 3.0]).double() * m.w + torch.as_tensor(2.0), {"w": drawn(3)}),
@@ -145,6 +151,23 @@ def test_memory_of_a_replaced_buffer_holds_data_again() -> None:
     buffers.clear()
     later = [torch.ones(2) for _ in range(50)]
     assert all(follower.owners_of(tensor) is MIXED for tensor in later)
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_a_repeated_row_that_is_changed_in_place_is_refused(by_rows: bool) -> None:
+    def changed(m: Any, x: Tensor) -> Tensor:
+        types = F.embedding(torch.zeros(x.shape[:2], dtype=torch.long), m.w)
+        if by_rows:
+            types[1:] *= 2.0
+        else:
+            types += x
+        return types * x
+
+    module, bags = Uses(changed, w=drawn(2, 3)), bags_of(4, 3)
+    with pytest.raises(PrivacyError, match="keep the samples apart"):
+        assert_agrees(
+            module, lambda batch: summed(module(torch.cat(batch)), batch), lambda chosen: [bags[i] for i in chosen]
+        )
 
 
 @pytest.mark.parametrize(
