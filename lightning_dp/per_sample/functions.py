@@ -1,33 +1,26 @@
-"""Functions of private parameters: their construction, and the pull-back of per-sample gradients through them.
+"""Functions of private parameters: their construction.
 
-A function of parameters is an ordinary result of autograd, connected to a stand-in of each parameter. The pull-back is
-a vector-Jacobian product of that graph, mapped over the samples. If the function is a view of its parameter, its
-entries are entries of the parameter, and no pull-back is needed.
+A function of parameters is an ordinary result of autograd, connected to a stand-in of each parameter. If the function
+is a view of its parameter, its entries are entries of the parameter; else its gradients are pulled back through that
+graph (pulling.py).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import in_custom_forward, in_transform, is_view, unreported
+from lightning_dp.per_sample._torch import in_custom_forward, in_transform, is_view
 from lightning_dp.per_sample.arguments import exchanged, tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, region_of
-from lightning_dp.per_sample.operations import IN_PLACE, SAME_ENTRIES
-from lightning_dp.per_sample.rules.base import widen
+from lightning_dp.per_sample.operations import ENTRYWISE, IN_PLACE, SAME_ENTRIES
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
-
-MOST_AT_ONCE = 2**24
-"""Numbers that a pull-back holds at once."""
 
 _LONG = 200
 """Characters up to which a name says which functions of parameters it was computed from."""
@@ -185,106 +178,8 @@ def _node(tracker: Tracker, func: Any, out: Tensor, key: Hashable, tracked: Sequ
             region = region_of(out, parameter)
         if region is not None and region == (0, parameter.shape, parameter.stride()):
             return Node(node.name, names, lineage, out, None, None, generation)
-    return Node(name, names, lineage, out, region, _beginning(out), generation)
-
-
-def pulled_back(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]], names: Collection[str]) -> dict[str, Tensor]:
-    """Return per-sample gradients ``(B, *shape)`` of parameters: the sum over functions of them.
-
-    Args:
-        tracker: holds the stand-ins of the parameters.
-        grads: functions with their per-sample gradients, ``(B, *shape)``; read while few are held at once.
-        names: parameters whose gradients are asked for; those that no function reaches are left out.
-    """
-    total: dict[str, Tensor] = {}
-    for group in _groups(tracker, grads):
-        reached = [name for name in dict.fromkeys(name for node in group for name in node.names) if name in names]
-        kinds: list[Mapping[str, Tensor]] = [tracker.stand_ins]
-        if tracker.has_custom:  # a torch.autograd.Function takes the parameters themselves
-            kinds.append(tracker.parameters)
-        for kind in kinds:
-            roots = {name: kind[name] for name in reached if name in kind}
-            if roots:
-                total = _added([total, _pulled_together(group, roots)])
-    return total
-
-
-def _groups(tracker: Tracker, grads: Iterable[tuple[Node, Tensor]]) -> Iterator[dict[Node, Tensor]]:
-    """Yield functions whose gradients are pulled back in one pass, few enough for a bounded memory; functions of
-    parameters of lower precision one by one, because a pass adds up in their type.
-    """
-    group: dict[Node, Tensor] = {}
-    held = 0
-    for node, grad in grads:
-        dtypes = {node.dtype, *(tracker.parameters[name].dtype for name in node.names)}
-        narrow = any(dtype.itemsize < 4 for dtype in dtypes)
-        if group and (narrow or held + grad.numel() > MOST_AT_ONCE):
-            yield group
-            group, held = {}, 0
-        group[node] = grad
-        held += grad.numel()
-        if narrow:
-            yield group
-            group, held = {}, 0
-    if group:
-        yield group
-
-
-def _pulled_together(group: Mapping[Node, Tensor], roots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sum of the gradients that some functions pass back to parameters."""
-    size = len(next(iter(group.values())))
-    if size == 0:
-        empty = next(iter(group.values()))
-        return {name: empty.new_zeros(0, *root.shape) for name, root in roots.items()}
-    numbers = [node for node, grad in group.items() if node.numel == 1 and grad.dtype.itemsize >= 4]
-    if len(numbers) == 1:  # such as a penalty: its gradient is the same for all samples, up to a factor
-        rest = {node: grad for node, grad in group.items() if node is not numbers[0]}
-        parts = [_pulled_together(rest, roots)] if rest else []
-        return _added([*parts, _of_number(numbers[0], group[numbers[0]], roots)])
-    cotangents = [grad.to(node.dtype) for node, grad in group.items()]
-    largest = max(*(node.numel for node in group), *(root.numel() for root in roots.values()), 1)
-    step = max(1, MOST_AT_ONCE // largest)
-    pieces: list[Sequence[Tensor | None]] = []
-    for part in zip(*(torch.split(cotangent, step) for cotangent in cotangents), strict=True):
-        try:
-            pieces.append(_vjp(group, roots, part, batched=True))
-        except Exception:  # an operation whose backward cannot be mapped
-            if len(group) > 1:
-                return _added([_pulled_together({node: grad}, roots) for node, grad in group.items()])
-            singles = [_vjp(group, roots, one) for one in zip(*part, strict=True)]
-            pieces.append([None if s[0] is None else torch.stack(s) for s in zip(*singles, strict=True)])
-    return {
-        name: widen(found[0] if len(found) == 1 else torch.cat(found))
-        for name, found in zip(roots, zip(*pieces, strict=True), strict=True)
-        if found[0] is not None
-    }
-
-
-def _of_number(node: Node, grad: Tensor, roots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradients that a function with a single entry passes back: outer products with one gradient."""
-    factors = grad.to(node.dtype).flatten()
-    found = zip(roots.items(), _vjp([node], roots, [torch.ones_like(grad[0], dtype=node.dtype)]), strict=True)
-    return {
-        name: widen(torch.outer(factors.to(one.dtype), one.flatten()).view(-1, *root.shape))
-        for (name, root), one in found
-        if one is not None
-    }
-
-
-def _vjp(
-    nodes: Iterable[Node], roots: Mapping[str, Tensor], given: Sequence[Tensor], *, batched: bool = False
-) -> Sequence[Tensor | None]:
-    values: Any = [GradientEdge(*node.value) for node in nodes]  # type: ignore[misc]
-    with warnings.catch_warnings(), unreported():
-        warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
-        return torch.autograd.grad(
-            values, [*roots.values()], given, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-
-
-def _added(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
-    for part in parts:
-        for name, grad in part.items():
-            total[name] = total[name] + grad if name in total else grad
-    return total
+    made = Node(name, names, lineage, out, region, _beginning(out), generation)
+    if func.__name__ in ENTRYWISE:
+        shape, dtype = made.shape, made.dtype
+        made.is_entrywise = all(n.is_entrywise and n.shape == shape and n.dtype == dtype for _, n in tracked)
+    return made

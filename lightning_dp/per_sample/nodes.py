@@ -34,7 +34,7 @@ class Node:
         generation: number of the microbatch that computed it; -1 for a parameter.
     """
 
-    __slots__ = ("dtype", "generation", "key", "lineage", "name", "names", "region", "shape", "value")
+    __slots__ = ("dtype", "generation", "is_entrywise", "key", "lineage", "name", "names", "region", "shape", "value")
 
     def __init__(
         self,
@@ -50,6 +50,8 @@ class Node:
         self.shape, self.dtype = like.shape, like.dtype
         self.region, self.value, self.generation = region, value, generation
         self.key: Hashable = self
+        self.is_entrywise = region is None and value is None
+        """Whether each entry is a function of the entries of parameters, of equal shape, at its own index."""
         if region is not None:
             self.key = (names[0], region)
         elif value is None:

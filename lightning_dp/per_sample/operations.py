@@ -66,6 +66,13 @@ SAME_ENTRIES = frozenset(_COPIES.split())
 IN_PLACE = re.compile(r"[a-z].*_|__i[a-z]+__|__setitem__")
 """Names of operations that change their first argument."""
 
+_UNARY = "softplus exp log log1p expm1 sigmoid tanh relu neg __neg__ abs square sqrt rsqrt reciprocal"
+
+ENTRYWISE = frozenset(
+    [*_UNARY.split(), *(name for name in ALIGNED if not IN_PLACE.fullmatch(name) and "attention" not in name)]
+)
+"""Names of operations whose result is computed entry by entry, without randomness, and is no argument of them."""
+
 _NOT_FOLLOWED = frozenset(_WITHOUT_GRADIENT.split())
 """Names of operations through which no gradient flows."""
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample.combining import add_combined, norm_of
-from lightning_dp.per_sample.functions import pulled_back
 from lightning_dp.per_sample.nodes import Node, Region, view_of
+from lightning_dp.per_sample.pulling import pulled_back
 from lightning_dp.per_sample.rules.base import squared_norm
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.stacking import Gradient, Joined, Part, Views, stacks_of

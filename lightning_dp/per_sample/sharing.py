@@ -10,15 +10,11 @@ from torch import Tensor
 
 from lightning_dp.per_sample._torch import in_backward
 from lightning_dp.per_sample.nodes import Function, Node
-from lightning_dp.per_sample.operations import ALIGNED, IN_PLACE
+from lightning_dp.per_sample.operations import ENTRYWISE
 from lightning_dp.system.torch_private import num_changes
 
 MOST_NUMBERS = 2**12
 """Numbers of a function up to which a comparison costs less than another pull-back."""
-
-_UNARY = "softplus exp log log1p expm1 sigmoid tanh relu neg __neg__ square sqrt reciprocal"
-_DETERMINISTIC = {*_UNARY.split(), *(name for name in ALIGNED if not IN_PLACE.fullmatch(name))}
-_DETERMINISTIC -= {"scaled_dot_product_attention"}
 
 
 class Sharing:
@@ -50,7 +46,7 @@ class Sharing:
         if lineage not in self._repeated:  # no microbatch computed it twice
             (self._repeated if lineage in self._seen else self._seen).add(lineage)
             return
-        if func.__name__ not in _DETERMINISTIC or made.numel() > MOST_NUMBERS or in_backward():
+        if func.__name__ not in ENTRYWISE or made.numel() > MOST_NUMBERS or in_backward():
             return
         if made.device.type != "cpu":  # a comparison would wait for the device
             return

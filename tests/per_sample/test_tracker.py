@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import PerSampleEngine, functions, leaves
+from lightning_dp.per_sample import PerSampleEngine, leaves, pulling
 from lightning_dp.per_sample.rules.conv import ConvRule
 from lightning_dp.per_sample.rules.embedding import EmbeddingRule
 from lightning_dp.per_sample.rules.linear import LinearRule
@@ -620,10 +621,10 @@ def test_ways_of_use_agree_with_batches_of_one(way: str, options: dict[str, Any]
     assert_engine_agrees(module, _loss(module), _data(4, 3), size=4, **options)
 
 
-def _softplus_thrice() -> Uses:
+def _thrice(way: Callable[[Tensor], Tensor] = F.softplus) -> Uses:
     def function(m: Any, x: Tensor) -> Tensor:
         for _ in range(3):
-            x = x * F.softplus(m.gain) + F.softplus(m.shift) * m.gain
+            x = x * way(m.gain) + way(m.shift) * m.gain
         return x
 
     return Uses(function, gain=drawn(3), shift=drawn(3))
@@ -694,7 +695,7 @@ def test_copies_follow_a_parameter_that_changes_within_a_step(how: str) -> None:
 @pytest.mark.parametrize("how", ["together", "too large together", "not mapped"])
 def test_functions_of_parameters_are_pulled_back_in_one_pass(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Unless they are too large together, or their backward cannot be mapped over the samples."""
-    module, x = _softplus_thrice(), _data(4, 3)
+    module, x = _thrice(lambda weight: F.softplus(weight[None])), _data(4, 3)
     engine = make_engine(module, _loss(module), x)
     run_batch(engine, _loss(module), x, 4)
     expected = engine.per_sample_gradients()
@@ -709,7 +710,7 @@ def test_functions_of_parameters_are_pulled_back_in_one_pass(monkeypatch: pytest
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
     if how == "too large together":
-        monkeypatch.setattr(functions, "MOST_AT_ONCE", 12)
+        monkeypatch.setattr(pulling, "MOST_AT_ONCE", 12)
     run_batch(engine, _loss(module), x, 4)
     grads = engine.per_sample_gradients()
     assert (
@@ -726,11 +727,11 @@ def test_functions_of_parameters_are_pulled_back_in_one_pass(monkeypatch: pytest
 
 @pytest.mark.parametrize("numbers", [1, 2])
 def test_a_number_is_pulled_back_without_a_map(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
-    """Its gradient is that of all samples, up to a factor; several numbers take one mapped pass with the rest."""
+    """Its gradient is that of all samples, up to a factor; numbers of different parameters take one pass."""
 
     def function(m: Any, x: Tensor) -> Tensor:
         penalties = [m.gain.exp().square().sum(), m.shift.sin().sum()][:numbers]
-        return x * F.softplus(m.gain) + sum(x.mean((1, 2), keepdim=True) * one for one in penalties)
+        return x * m.gain.softmax(0) + sum(x.mean((1, 2), keepdim=True) * one for one in penalties)
 
     module = Uses(function, gain=drawn(3), shift=drawn(3))
 
@@ -740,11 +741,47 @@ def test_a_number_is_pulled_back_without_a_map(monkeypatch: pytest.MonkeyPatch, 
     names = ["gain", "shift"][:numbers]
     engine = assert_engine_agrees(module, loss, _data(4, 3), names=names, size=4)
     asked: list[bool] = []
-    own: Any = functions._vjp
-    monkeypatch.setattr(functions, "_vjp", lambda *a, batched=False: asked.append(batched) or own(*a, batched=batched))
+    own: Any = pulling._vjp
+    monkeypatch.setattr(pulling, "_vjp", lambda *a, batched=False: asked.append(batched) or own(*a, batched=batched))
     run_batch(engine, loss, _data(4, 3), 4)
     engine.per_sample_gradients()
-    assert asked == {1: [True, False], 2: [True]}[numbers]
+    assert asked == [False, True]
+
+
+ENTRYWISE: dict[str, tuple[Callable[[Any], Tensor], int]] = {
+    "chain": (lambda m: m.gain + torch.log1p(m.shift.exp()) * m.noise, 0),
+    "twice": (lambda m: m.gain.sigmoid() * m.gain, 0),
+    "two of one parameter": (lambda m: F.softplus(m.gain) * m.row + m.gain.exp().cos(), 1),
+    "constants that broadcast": (lambda m: torch.where(m.gain > 0, m.gain * 2.0, m.row.abs()) * m.row, 0),
+    "row that broadcasts": (lambda m: m.gain * m.row.exp(), 1),
+    "transposed": (lambda m: m.gain.T * m.shift, 1),
+    "changed through a view": (lambda m: _with_first_row_of_zero(m.gain * 2.0) * m.shift, 1),
+    "in place": (lambda m: (m.gain * 2.0).mul_(m.row), 1),
+    "sum over entries": (lambda m: m.gain.cumsum(0) * m.shift, 1),
+}
+
+
+def _with_first_row_of_zero(tensor: Tensor) -> Tensor:
+    tensor[0].zero_()
+    return tensor
+
+
+@pytest.mark.parametrize("how", list(ENTRYWISE))
+def test_a_function_entry_by_entry_is_pulled_back_without_a_map(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Its Jacobian is a diagonal; others are pulled back for each sample."""
+    function, num_mapped = ENTRYWISE[how]
+    module = Uses(lambda m, x: F.linear(x, function(m)), gain=drawn(3, 3), shift=drawn(3, 3))
+    for name, shape in {"noise": (3, 3), "row": (3,)}.items():
+        module.register_buffer(name, drawn(*shape).double())
+    if how in ("two of one parameter", "row that broadcasts"):
+        module.row = nn.Parameter(module._buffers.pop("row"))
+    engine = assert_engine_agrees(module, _loss(module), _data(4, 3), size=4)
+    asked: list[bool] = []
+    own: Any = pulling._vjp
+    monkeypatch.setattr(pulling, "_vjp", lambda *a, batched=False: asked.append(batched) or own(*a, batched=batched))
+    run_batch(engine, _loss(module), _data(4, 3), 4)
+    engine.per_sample_gradients()
+    assert sum(asked) == num_mapped
 
 
 def test_functions_of_parameters_are_freed_with_the_step() -> None:
