@@ -85,7 +85,7 @@ class OwnLosses(TorchFunctionMode):
                 rows = self._of_stack(args[0])
         elif kind == "selection":
             self._check_selection(func.__name__, args)
-        elif self._rows and any(self._known(one) is not None for one in tensors_in(args, kwargs)):
+        elif self._rows and self._knows_one(args, kwargs):
             return self._of_scalars(func, args, kwargs)
         return func(*args, **kwargs) if rows is None else self._joined(rows, func, args, kwargs)
 
@@ -93,6 +93,13 @@ class OwnLosses(TorchFunctionMode):
         """Return what a tensor is for each record, shape (B, *shape), if it was computed from values of records."""
         found = self._rows.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
+
+    def _knows_one(self, args: Any, kwargs: Any) -> bool:
+        """Tell whether one of the arguments, of which none is a list, was computed from values of records."""
+        given = (*args, *kwargs.values()) if kwargs else args
+        if self._rows.keys().isdisjoint(map(id, given)):
+            return False
+        return any(self._known(one) is not None for one in given)
 
     def _joined(self, rows: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the scalar of the batch, and note what it is for each record."""

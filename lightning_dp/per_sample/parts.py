@@ -8,7 +8,7 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lightning_dp.per_sample.combining import add_combined, norm_of
 from lightning_dp.per_sample.nodes import Node, Region, view_of
 from lightning_dp.per_sample.pulling import pulled_back
 from lightning_dp.per_sample.rules.base import squared_norm
-from lightning_dp.per_sample.sources import Source
+from lightning_dp.per_sample.sources import MOST_JOINED, Source
 from lightning_dp.per_sample.stacking import Gradient, Joined, Part, Views, stacks_of
 from lightning_dp.per_sample.tracker import Tracker
 
@@ -42,7 +42,9 @@ class Parts:
         self._known_disjoint: dict[Hashable, bool] = {}
         self._whole: dict[str, Tensor] = {}  # gradients of parameters that are used in several ways
         self._joined: dict[tuple[str, ...], Joined] = {}  # gradients with few numbers, by group
-        self._known_sorted: dict[Hashable, tuple[Views, set[str]]] = {}  # by names, masks and parts with backprops
+        self._known_sorted: dict[
+            Hashable, tuple[Views, dict[str, Part]]
+        ] = {}  # by names, masks and parts with backprops
         self._passes = False  # whether some of these parts are functions of parameters, which end with the microbatch
         self._live: tuple[Any, ...] | None = None  # parts with backprops
         self._at = -1  # gradients and parts are of the backprops up to that change
@@ -126,11 +128,14 @@ class Parts:
                 name = parts[key].name
                 norms[name] = norms[name] + norm if name in norms else norm
             gradients += [(parts[key], grad) for key, grad in few.items()]
+        for name, grad in self._gathered(whole.keys()).items():
+            if name not in masks and grad.numel() <= MOST_JOINED and grad.is_floating_point():
+                gradients.append((whole[name], grad))
+            else:
+                norms[name] = norm_of(grad, masks.get(name))
         for gradient in gradients:
             for number in rows_of[gradient[0].name]:
                 small[number].append(gradient)
-        for name, grad in self._gathered(whole).items():
-            norms[name] = norm_of(grad, masks.get(name))
         for row, group, few_numbers in zip(sums, groups, small, strict=True):
             if few_numbers:
                 joined = self._joined[tuple(group)] = Joined(few_numbers)
@@ -185,12 +190,12 @@ class Parts:
                 source.add_weighted_sum(targets, factors[row], lost)
                 for name, total in sums.items():
                     take(name, total)
-            for name, grad in self._gathered(whole).items():
+            for name, grad in self._gathered(whole.keys() - done).items():
                 total = target(name)
                 add_combined(total, grad, factors[row], lost)
                 take(name, total)
 
-    def _sorted(self, names: set[str], masks: Mapping[str, ParameterMask]) -> tuple[Views, set[str]]:
+    def _sorted(self, names: set[str], masks: Mapping[str, ParameterMask]) -> tuple[Views, dict[str, Part]]:
         """Return the sources of disjoint views of parameters, and the parameters whose whole gradient is needed.
 
         A parameter that is seen through views needs all of it under a mask: the masked norm and the masked sum of a
@@ -205,7 +210,7 @@ class Parts:
         if len(self._known_sorted) >= _MOST_KNOWN:
             self._known_sorted.clear()
         views: Views = {}
-        whole: set[str] = set()
+        whole: dict[str, Part] = {}
         ranks = {name: rank for rank, name in enumerate(self._parameters)}
         for name, parts in self.of(names).items():
             through_views = name in masks and any(node.region is not None for _, node in parts)
@@ -214,7 +219,7 @@ class Parts:
                 or not all(node.is_view for _, node in parts)
                 or not self._disjoint(name, [node for _, node in parts])
             ):
-                whole.add(name)
+                whole[name] = Part(name, None, name, (ranks[name], 0))
                 continue
             for source, node in parts:
                 rank = ranks[name], node.region[0] if node.region else 0
@@ -234,7 +239,7 @@ class Parts:
             self._known_disjoint[key] = bool((counts <= 1).all())
         return self._known_disjoint[key]
 
-    def _gathered(self, names: set[str]) -> dict[str, Tensor]:
+    def _gathered(self, names: Set[str]) -> dict[str, Tensor]:
         """Return per-sample gradients with all contributions added, because cross terms count."""
         self._forget_older()
         # norms and weighted sum are taken from the same tensor: nothing is lost where parts cancel
@@ -242,7 +247,7 @@ class Parts:
             self._whole.update(self.computed(missing))
         return {name: self._whole[name] for name in names & self._whole.keys()}
 
-    def computed(self, names: set[str]) -> dict[str, Tensor]:
+    def computed(self, names: Set[str]) -> dict[str, Tensor]:
         """Return the gradients ``(B, *shape)`` of those of these parameters that a backprop has reached."""
         parts = self.of(names)
         functions = {node: source for mine in parts.values() for source, node in mine if not node.is_view}

@@ -96,7 +96,7 @@ def _without_map(
         simple = node.numel == 1 or (
             node.is_entrywise and all(roots[name].dtype == node.dtype for name in node.names if name in roots)
         )
-        if not simple or at == _MOST_PASSES or grad.dtype.itemsize < 4:
+        if not simple or at == _MOST_PASSES or not node.dtype.is_floating_point or grad.dtype.itemsize < 4:
             rest[node] = grad
             continue
         if at == len(passes):
@@ -116,13 +116,10 @@ def _multiplied(group: Mapping[Node, Tensor], roots: Mapping[str, Tensor]) -> di
     found: dict[str, Tensor] = {}
     for node, grad in group.items():
         for name in node.names:
-            if (one := jacobian.get(name)) is None:
-                continue
-            if node.numel == 1:
-                factors = grad.to(node.dtype).flatten().to(one.dtype)
-                found[name] = widen(torch.outer(factors, one.flatten()).view(-1, *one.shape))
-            else:
-                found[name] = widen(grad.to(node.dtype) * one)
+            if (one := jacobian.get(name)) is not None:
+                one = widen(one)
+                grads = grad if node.numel != 1 else grad.reshape(len(grad), *[1] * one.dim())
+                found[name] = grads.to(one.dtype) * one
     return found
 
 
