@@ -126,9 +126,9 @@ def _stacked(calls: Sequence[Call], size: int) -> Call:
 
 def _next_to_each_other(tensors: list[Tensor], size: int) -> Tensor:
     shape = tensors[0].shape
-    if len(shape) != 2 or shape[0] != size:
+    if len(shape) < 2 or shape[0] != size:
         tensors = [tensor.reshape(size, -1) for tensor in tensors]
-    return torch.cat(tensors, 1).view(len(tensors) * shape[0], *shape[1:])
+    return torch.cat(tensors, 1).reshape(len(tensors) * shape[0], *shape[1:])
 
 
 class Joined:
