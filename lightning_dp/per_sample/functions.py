@@ -128,7 +128,7 @@ def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, tracked: Sequence
             return out
         if isinstance(out, Function):
             return out
-    if isinstance(out, (tuple, list)):
+    if type(out) is not Tensor and isinstance(out, (tuple, list)):
         parts = [_wrap_one(tracker, func, one, (*key, "part", i), tracked) for i, one in enumerate(out)]
         return type(out)(*parts) if hasattr(type(out), "_fields") else type(out)(parts)
     return _wrap_one(tracker, func, out, key, tracked)

@@ -136,7 +136,7 @@ class Tracker:
 
     def node_of(self, thing: Any) -> Node | None:
         """Return the node of a tracked tensor through which a gradient may flow; None for other objects."""
-        if not isinstance(thing, Reporting):
+        if type(thing) is Tensor or not isinstance(thing, Reporting):  # of other objects this is slow to tell
             return None
         node = self.known_node(thing)
         follows = self.observer is not None and self.observer.without_grad
