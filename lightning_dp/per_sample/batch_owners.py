@@ -24,6 +24,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.batch_reading import Container, Path, read
 from lightning_dp.per_sample.following import Follower
+from lightning_dp.per_sample.memo import Memo
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
 
 Kind = tuple[Any, str]
@@ -49,7 +50,7 @@ class BatchOwners:
         batches seen.
         """
         things, containers = read(batch)
-        indices = self._indices(batch, containers, size)
+        indices = self._indices(batch, containers, size, Memo())
         seen = {path: _kinds_of(path, thing, size, indices) for path, thing in things}
         known = self._kinds
         self._sizes.add(size)
@@ -86,16 +87,12 @@ class BatchOwners:
         # one size alone does not tell samples from other things of which there are as many
         known, size = (self._kinds or {}) if len(self._sizes) > 1 else {}, follower.size
         things, containers = read(batch)
-        indices = self._indices(batch, containers, size)
-        named = {name: Rows(0, index) for name, index in indices.items()}
-        follower.memo.known += named.values()
+        indices = self._indices(batch, containers, size, follower.memo)
         settled: list[Path] = []
         for path, thing in things:
             if settled and any(path[: len(done)] == done for done in settled):
                 continue
-            kinds = known.get(path, set())
-            if kinds:
-                kinds = kinds & _kinds_of(path, thing, size, indices)
+            kinds = {kind for kind in known.get(path, ()) if _is_of(kind, thing, size, indices)}
             if any(axis == "each" for axis, _ in kinds):
                 settled.append(path)
                 _note_records(thing, follower)
@@ -103,27 +100,30 @@ class BatchOwners:
                 if kinds:
                     _note_packed(thing, follower)
             elif isinstance(thing, Tensor):
-                follower.note(thing, _owners_of(path, kinds, thing, follower, named))
+                follower.note(thing, _owners_of(path, kinds, thing, follower, indices))
 
-    def _indices(self, batch: Any, containers: Iterable[Container], size: int) -> dict[str, Tensor]:
+    def _indices(self, batch: Any, containers: Iterable[Container], size: int, memo: Memo) -> dict[str, Rows]:
         """Return the owner indices of a batch by name, each with the sample of every row, node or edge."""
-        found: dict[str, Tensor] = {}
+        named: dict[str, Rows] = {}
         given = getattr(self._module, KEY, None)
         given = given(batch) if callable(given) else given
         if given is not None:
-            _add_given(found, given, size, f"the module's {KEY}")
+            _add_given(named, given, size, f"the module's {KEY}")
         for path, container in containers:
             if KEY in container:
-                _add_given(found, container[KEY], size, KEY)
+                _add_given(named, container[KEY], size, KEY)
             if _is_graph(container):
-                found[f"nodes {path}"] = _nodes_of(container, size)
+                named[f"nodes {path}"] = _nodes_of(container, size)
+        found = {name: memo.hold(rows) for name, rows in named.items()}
         for path, container in containers:
             nodes = found.get(f"nodes {_of_first_nodes(path)}")
             edges = container.get("edge_index")
             if nodes is None or not isinstance(edges, Tensor):
                 continue
             if edges.dim() == 2 and len(edges) == 2 and not edges.is_floating_point():
-                found[f"edges {path}"] = nodes[edges[0]]
+                of_edges = memo.at(nodes, edges[0])
+                assert of_edges is not None
+                found[f"edges {path}"] = memo.hold(of_edges)
         return found
 
 
@@ -161,14 +161,14 @@ def _note_packed(packed: PackedSequence, follower: Follower) -> None:
         follower.note(packed.unsorted_indices, follower.samples(packed.unsorted_indices.device))
 
 
-def _add_given(found: dict[str, Tensor], given: Any, size: int, where: str) -> None:
+def _add_given(found: dict[str, Rows], given: Any, size: int, where: str) -> None:
     for name, index in given.items() if isinstance(given, Mapping) else [("", given)]:
         index = torch.as_tensor(index)
-        _check_index(index, size, f"{where}[{name!r}]" if name else where)
-        found[f"given {name}"] = index.to(torch.int64, copy=True)  # the step may write to its batch
+        found[f"given {name}"] = _checked(index, size, f"{where}[{name!r}]" if name else where)
 
 
-def _check_index(index: Tensor, size: int, where: str) -> None:
+def _checked(index: Tensor, size: int, where: str) -> Rows:
+    """Return the owners that an index names."""
     whole = index.dim() == 1 and not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
     low, high = map(int, index.aminmax()) if whole and index.numel() else (0, 0)
     if not whole or not 0 <= low <= high < max(1, size):
@@ -177,6 +177,8 @@ def _check_index(index: Tensor, size: int, where: str) -> None:
             f"Expected {where} to give each row one of {size} samples by its position 0 to {size - 1}, got {got}. The "
             "collate function must hold as many samples as were drawn, in their order."
         )
+    copied = index.to(torch.int64, copy=True)  # the step may write to its batch
+    return Rows(0, copied, layout={"bounds": (low, high)} if index.numel() else None)
 
 
 def _of_first_nodes(path: Path) -> Path:
@@ -192,8 +194,8 @@ def _is_graph(container: Mapping[str, Any]) -> bool:
     return all(marks) or (any(marks) and any("edge" in key for key in container))
 
 
-def _nodes_of(container: Mapping[str, Any], size: int) -> Tensor:
-    """Return the graph index of every node."""
+def _nodes_of(container: Mapping[str, Any], size: int) -> Rows:
+    """Return the graph of every node."""
     batch, ptr = container.get("batch"), container.get("ptr")
     if isinstance(ptr, Tensor):
         num = max(0, ptr.shape[0] - 1)
@@ -206,8 +208,7 @@ def _nodes_of(container: Mapping[str, Any], size: int) -> Tensor:
             f"Expected a batch of {size} graphs as drawn, got {num}. The collate function drops or adds records, so "
             "rows would be dealt to the wrong ones: filter the dataset before fit instead."
         )
-    _check_index(batch, size, "batch")
-    return batch.to(torch.int64, copy=True)  # the step may write to its batch
+    return _checked(batch, size, "batch")
 
 
 def _packed(packed: PackedSequence) -> Tensor:
@@ -218,28 +219,27 @@ def _packed(packed: PackedSequence) -> Tensor:
     return torch.cat([order[: int(num)] for num in packed.batch_sizes])
 
 
-def _kinds_of(path: Path, thing: Any, size: int, indices: Mapping[str, Tensor]) -> set[Kind]:
+def _kinds_of(path: Path, thing: Any, size: int, indices: Mapping[str, Rows]) -> set[Kind]:
     """Return the possible kinds (axis and index name) of an object in a batch, inferred from lengths."""
-    kinds: set[Kind] = set()
+    named = {"given ", f"given {path[-1] if path else ''}"}
+    kinds: list[Kind] = [("each", "sample"), (0, "packed"), (0, "sample")]
+    for name in indices:
+        if name in named or not name.startswith("given "):
+            kinds += [(0, name), (1, name)] if name.startswith("edges") else [(0, name)]
+    return {kind for kind in kinds if _is_of(kind, thing, size, indices)}
+
+
+def _is_of(kind: Kind, thing: Any, size: int, indices: Mapping[str, Rows]) -> bool:
+    """Tell whether an object in a batch has the lengths of a kind."""
+    axis, name = kind
     if isinstance(thing, PackedSequence):
-        if int(thing.batch_sizes[0]) == size:
-            kinds.add((0, "packed"))
-    elif not isinstance(thing, Tensor):
-        if len(thing) == size:
-            kinds.add(("each", "sample"))
-    elif thing.dim():
-        shape = thing.shape
-        if shape[0] == size:
-            kinds.add((0, "sample"))
-        for name, index in indices.items():
-            if name.startswith("given ") and name != "given " and name != f"given {path[-1] if path else ''}":
-                continue
-            num = index.shape[0]
-            if shape[0] == num:
-                kinds.add((0, name))
-            elif shape == (2, num) and name.startswith("edges"):
-                kinds.add((1, name))
-    return kinds
+        return name == "packed" and int(thing.batch_sizes[0]) == size
+    if not isinstance(thing, Tensor):
+        return axis == "each" and len(thing) == size
+    if axis == "each" or not (name == "sample" or name in indices):
+        return False
+    shape, num = thing.shape, size if name == "sample" else indices[name].num
+    return shape == (2, num) != (num, num) if axis == 1 else len(shape) > 0 and shape[0] == num
 
 
 def _rank(path: Path, name: str) -> int:

@@ -20,10 +20,11 @@ from lightning_dp.per_sample._torch import is_mapped, memory_of, unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
+from lightning_dp.per_sample.memo import Memo, merged
 from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
-from lightning_dp.per_sample.owned import MIXED, Memo, Mixed, Owners, Rows, merged
+from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY, Traits, traits_of
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ class Follower(TorchFunctionMode):
             may_hold = isinstance(out, (Tensor, list, tuple)) and kind is not torch.Size
             if not may_hold and traits.name not in ("__setitem__", "__set__"):
                 return out
+            if isinstance(out, Reporting) and not (traits.in_place or "out" in kwargs or self.tracker.compares):
+                return out  # tracked tensors have no owners
         if tensors and type(tensors[0]) is not Tensor and self._is_noted(out, args, kwargs):
             return out
         given = self._with_owners(tensors)

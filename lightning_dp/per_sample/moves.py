@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample import reductions
+from lightning_dp.per_sample.adding import added, after_adding, counted
 from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.axes import JOINS, AxisAfter
+from lightning_dp.per_sample.memo import Memo
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
-from lightning_dp.per_sample.owned import MIXED, NOBODY, Memo, Mixed, Owners, Rows, compressed
+from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step, alone, entry_by_entry
 from lightning_dp.per_sample.views import joined_rows, moved_rows, rows_at
 
@@ -138,89 +140,15 @@ def _written(step: Step) -> Found:
     return compressed(labels, step.memo.shared)
 
 
-def _added(step: Step) -> Found:
-    """Return the owners after rows are added up by an index."""
-    by_id = {id(tensor): rows for tensor, rows in step.owned}
-    target, dim, index, source = step.args[:4]
-    # counted constants belong to the owner of the index
-    rows = by_id.get(id(source), by_id.get(id(index)))
-    return _after_adding(target, dim, index, by_id.get(id(target)), rows, step.memo)
-
-
-def _counted(step: Step) -> Found:
-    """Return the owners of the numbers of times that an index names each position."""
-    rows = next(rows for _, rows in step.owned)
-    if any(other.index is not rows.index for _, other in step.owned):  # weights
-        return MIXED
-    return _after_adding(step.out, 0, step.args[0], None, rows, step.memo)
-
-
-def _after_adding(
-    target: Tensor, dim: int, index: Tensor, before: Rows | None, rows: Rows | None, memo: Memo
-) -> Owners:
-    """Return the owners after rows are added to a target by an index; mixed if one sum holds rows of several samples.
-
-    Args:
-        target: that rows are added to.
-        dim: axis of the index.
-        index: position in the target of every row, or of every entry.
-        before: owners of the target.
-        rows: owners of the rows.
-        memo: of the microbatch.
-    """
-    axis = dim % target.dim()
-    if rows is None and before is None:
-        return None
-    if rows is None or (rows.axis is not None and rows.axis != axis):
-        return MIXED
-    if before is not None and (before.axis is None or before.axis != axis):
-        return MIXED
-    if index.dim() > 1:  # the same index for all entries of a row, as message passing has it
-        whole, sizes, strides, repeats = index, index.shape, index.stride(), True
-        for other in range(len(sizes) - 1, -1, -1):
-            if other != axis:
-                repeats &= strides[other] == 0 or sizes[other] == 1
-                index = index.select(other, 0)
-        if not repeats and not torch.equal(index.view(-1, *[1] * (whole.dim() - axis - 1)).expand_as(whole), whole):
-            return MIXED
-    size = target.shape[axis]
-    found = memo.get(
-        ("added", size, rows.axis is None), (rows, before), index, lambda: _sums(memo, rows, before, index, size)
-    )
-    return found.moved(axis) if isinstance(found, Rows) else found
-
-
-def _sums(memo: Memo, rows: Rows, before: Rows | None, index: Tensor, size: int) -> Owners:
-    """Return the owners of sums of rows along the first axis."""
-    owners = rows.labels(index.shape) if rows.axis is None else rows.index[: index.shape[0]]
-    alike = [known for known in memo.known if known.num == size and known.index.device == owners.device]
-    if len(alike) == 1 and (before is None or before.index is alike[0].index):
-        said = alike[0].index[index]  # of the rows that are added to
-        if torch.equal(said, owners) or bool(((said == owners) | (owners == NOBODY)).all()):
-            return alike[0]
-    made = owners.new_full((size,), NOBODY).scatter_reduce_(0, index, owners, "amax")
-    if not bool(((made[index] == owners) | (owners == NOBODY)).all()):
-        return MIXED
-    if before is not None:
-        both = torch.maximum(made, before.index)
-        if not all(bool(((one == both) | (one == NOBODY)).all()) for one in (made, before.index)):
-            return MIXED
-        made = both
-    fitting = [known for known in alike if bool(((made == known.index) | (made == NOBODY)).all())]
-    if fitting and all(torch.equal(fitting[0].index, other.index) for other in fitting[1:]):
-        return fitting[0]  # also the rows that nothing was added to
-    return Rows(0, made)
-
-
 _HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys((*ALIGNED, *SAME_ENTRIES, *_UNARY.split()), entry_by_entry),
     **dict.fromkeys(_MOVES.split(), _moved),
-    **dict.fromkeys(_ADDING, _added),
+    **dict.fromkeys(_ADDING, added),
     "__setitem__": _written,
-    "bincount": _counted,
+    "bincount": counted,
     **reductions.HANDLERS,
 }
-_TAKES_WHOLE = frozenset((_moved, entry_by_entry, reductions.where, _written, _added))
+_TAKES_WHOLE = frozenset((_moved, entry_by_entry, reductions.where, _written, added))
 """Functions that know tensors which belong to one sample as a whole."""
 
 
@@ -258,7 +186,7 @@ def after_index(name: str, args: Any, given: list[tuple[Tensor, Owners]], memo: 
     elif len(given) == 3 and len(args) > 3 and given[2][0] is args[3]:
         (target, dim, index), rows = args[:3], given[2][1] or given[1][1]
         if not isinstance(first, Mixed) and not isinstance(rows, Mixed):
-            found = _after_adding(target, dim, index, first, rows, memo)
+            found = after_adding(target, dim, index, first, rows, memo)
     return found if isinstance(found, Rows) else None
 
 
@@ -269,7 +197,7 @@ def handler_of(name: str) -> Callable[[Step], Found] | None:
 
 def _fills(step: Step, handler: Callable[[Step], Found] | None) -> bool:
     """Tell whether an operation puts entries into a tensor without data that may have rows of all samples."""
-    if handler not in (_written, _added):
+    if handler not in (_written, added):
         return False
     target = step.args[0]
     return 1 < len(step.identity) in target.shape and all(tensor is not target for tensor, _ in step.owned)

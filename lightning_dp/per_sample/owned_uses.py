@@ -14,9 +14,10 @@ from lightning_dp.per_sample._torch import in_backward
 from lightning_dp.per_sample.arguments import replaced
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
+from lightning_dp.per_sample.memo import merged
 from lightning_dp.per_sample.nodes import Function, Node, named
 from lightning_dp.per_sample.operations import ALIGNED, Bound
-from lightning_dp.per_sample.owned import Mixed, OwnedAxis, Rows, merged
+from lightning_dp.per_sample.owned import Mixed, OwnedAxis, Rows
 from lightning_dp.per_sample.repeats import of_constants, one_of
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.traits import traits_of

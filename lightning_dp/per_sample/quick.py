@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.memo import Memo
 from lightning_dp.per_sample.moves import after_index
-from lightning_dp.per_sample.owned import MIXED, Memo, Mixed, Owners, Rows
+from lightning_dp.per_sample.operations import operation_of
+from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
+from lightning_dp.per_sample.reductions import Step
+from lightning_dp.per_sample.views import joined_rows
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.traits import Traits
@@ -76,6 +81,13 @@ def along(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, mem
         return NotImplemented
     try:
         axis = traits.axis_after(data, found.axis, args, kwargs, out)
+        if (
+            axis is None
+            and traits.reduces
+            and found.sole is None
+            and not (len(args) > 1 and isinstance(args[1], Tensor))
+        ):
+            return traits.mixed
         if axis is None or out.shape[axis] != found.num:
             return NotImplemented
     except _UNKNOWN:
@@ -95,6 +107,40 @@ def by_index(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, 
     except _UNKNOWN:
         return NotImplemented
     return found
+
+
+def joined(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, memo: Memo) -> Any:
+    """Return the owners of tensors that are put together, one after the other."""
+    found = along(traits, args, kwargs, given, out, memo)
+    if found is not NotImplemented or kwargs.keys() - {"dim"}:
+        return found
+    owned = [(tensor, rows) for tensor, rows in given if isinstance(rows, Rows)]
+    if len(owned) + sum(rows is None for _, rows in given) < len(given):
+        return NotImplemented
+    if not owned or any(rows.axis is None or rows.num == 1 for _, rows in owned):
+        return NotImplemented
+    try:
+        with unfollowed():
+            step = Step(traits.func, args, kwargs, out, owned, owned[0][1].index, memo)
+            found = joined_rows(step, tensors_in((args[0],), {}), {id(tensor): rows for tensor, rows in owned})
+        if not isinstance(found, Rows) or found.axis is None or out.shape[found.axis] != found.num:
+            return NotImplemented
+    except _UNKNOWN:
+        return NotImplemented
+    return found
+
+
+def unknown(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, memo: Memo) -> Any:
+    """Return the owners of the result of an operation of which nothing is known: several rows make it mixed."""
+    found: Any = None if given else NotImplemented
+    for _, rows in given:
+        if rows is None:
+            continue
+        if type(rows) is not Rows or rows.axis is None:
+            return _not_of_rows(traits, rows)
+        found = NotImplemented if rows.num == 1 or found is NotImplemented else traits.mixed
+    known = operation_of(traits.func)
+    return NotImplemented if known is not None and known.keeps_rows else found
 
 
 def _not_of_rows(traits: Traits, owners: Owners) -> Any:

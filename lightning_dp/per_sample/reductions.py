@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_dp.per_sample.axes import AXES, REDUCING, first_of
-from lightning_dp.per_sample.owned import MIXED, Memo, Owners, Rows, merged
+from lightning_dp.per_sample.memo import Memo, merged
+from lightning_dp.per_sample.owned import MIXED, Owners, Rows
 
 
 class Step(NamedTuple):

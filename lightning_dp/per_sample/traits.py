@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample.axes import AXES, JOINS, AxisAfter
+from lightning_dp.per_sample.axes import AXES, JOINS, REDUCING, AxisAfter
 from lightning_dp.per_sample.moves import CONSTANTS, handler_of, has_index
 from lightning_dp.per_sample.operations import IN_PLACE
 from lightning_dp.per_sample.owned import Mixed
-from lightning_dp.per_sample.quick import Quick, aligned, along, by_index, constant
+from lightning_dp.per_sample.quick import Quick, aligned, along, by_index, constant, joined, unknown
 from lightning_dp.per_sample.reductions import Found, Step, entry_by_entry, where
 
 _METHODS = """size dim ndimension numel nelement stride storage_offset data_ptr element_size is_contiguous get_device
@@ -34,11 +34,13 @@ class Traits(NamedTuple):
     """Properties of a torch function that are known before it runs.
 
     Args:
+        func: the function.
         name: name of the operation, or of the attribute that is read.
         handler: computes the owners of its result; None if nothing does.
         is_entered: whether it is a function of ``torch.nn.functional`` that only its operations say something about.
         in_place: whether it may change its first argument.
         joins: whether it puts tensors together along one of their axes.
+        reduces: whether it computes over some axes, and mixes the rows along these.
         axis_after: finds the axis of the owners in its result.
         is_constant: whether its result holds no data.
         of_first: whether its result has the entries of its first argument alone.
@@ -46,11 +48,13 @@ class Traits(NamedTuple):
         mixed: the owners of its result if it mixes samples.
     """
 
+    func: Any
     name: str
     handler: Callable[[Step], Found] | None
     is_entered: bool
     in_place: bool
     joins: bool
+    reduces: bool
     axis_after: AxisAfter | None
     is_constant: bool
     of_first: bool
@@ -67,20 +71,31 @@ def traits_of(func: Any) -> Traits:
     handler, axis_after, is_constant = handler_of(name), AXES.get(name), name in CONSTANTS
     is_functional = isinstance(func, FunctionType) and func.__module__ == "torch.nn.functional"
     return Traits(
+        func,
         name,
         handler,
         is_functional and handler is None and axis_after is None,
         bool(IN_PLACE.fullmatch(name)),
         name in JOINS,
+        name in REDUCING and name not in ("sort", "argsort"),
         axis_after,
         is_constant,
         name in ("expand_as", "view_as", "reshape_as"),
-        _quick(name, handler, is_constant=is_constant),
+        _quick(name, handler, axis_after, is_constant=is_constant),
         Mixed(name),
     )
 
 
-def _quick(name: str, handler: Callable[[Step], Found] | None, *, is_constant: bool) -> Quick:
+def _quick(
+    name: str, handler: Callable[[Step], Found] | None, axis_after: AxisAfter | None, *, is_constant: bool
+) -> Quick:
+    """Return the function that decides the common cases."""
     if is_constant:
         return constant
-    return by_index if has_index(name) else aligned if handler in (entry_by_entry, where) else along
+    if has_index(name):
+        return by_index
+    if name in JOINS:
+        return joined
+    if handler is None and axis_after is None:
+        return unknown
+    return aligned if handler in (entry_by_entry, where) else along

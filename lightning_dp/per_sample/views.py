@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_dp.per_sample._torch import is_mapped
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.axes import AXES, RESHAPES
-from lightning_dp.per_sample.owned import MIXED, NOBODY, Memo, Owners, Rows, compressed
+from lightning_dp.per_sample.memo import Memo
+from lightning_dp.per_sample.owned import MIXED, NOBODY, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step
 
 _OF_INDICES = frozenset((torch.int64, torch.int32, torch.bool))
@@ -124,8 +125,8 @@ def rows_at(memo: Memo, name: str, args: Any, rows: Rows, num_axes: int) -> Rows
         index = parts[-1] if whole and len(parts) - 1 == rows.axis else None
     if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in _OF_INDICES:
         return None
-    found = memo.get(("rows", index.dtype), (rows,), index, lambda: memo.owned(rows.index[index]))
-    return found.moved(rows.axis) if isinstance(found, Rows) else None
+    found = memo.at(rows, index)
+    return None if found is None else found.moved(rows.axis)
 
 
 def joined_rows(step: Step, data: list[Tensor], by_id: dict[int, Rows]) -> Found:

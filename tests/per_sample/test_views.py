@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.arguments import tensors_in
-from lightning_dp.per_sample.owned import Memo, Rows
+from lightning_dp.per_sample.memo import Memo
+from lightning_dp.per_sample.owned import Rows
 from lightning_dp.per_sample.reductions import Step
 from lightning_dp.per_sample.views import moved_rows, owners_of_view
 
