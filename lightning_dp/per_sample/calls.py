@@ -34,9 +34,11 @@ def call_of(recorder: Recorder, use: Use, backprop: Tensor) -> Call:
 
 def calls_of(recorder: Recorder, uses: Sequence[Use]) -> list[tuple[set[Hashable], list[Call]]]:
     """Return groups of keys that received the same backprops, with their calls."""
-    if len(uses) == 1 == len(uses[0].parts) and not isinstance(uses[0].out_axis, OwnedAxis):
-        ((backprop, keys),) = uses[0].parts
-        return [({*keys}, [call_of(recorder, uses[0], backprop)])]
+    if len(uses) == 1 == len(uses[0].parts):
+        (use,), ((backprop, keys),) = uses, uses[0].parts
+        is_owned = isinstance(use.out_axis, OwnedAxis) and use.arguments is None
+        call = _joined(recorder, [(use, backprop)]) if is_owned else call_of(recorder, use, backprop)
+        return [({*keys}, [call])]
     calls: dict[Hashable, list[Call]] = {}
     owned: dict[Any, list[tuple[Use, Tensor]]] = {}
     for use in uses:

@@ -152,7 +152,7 @@ def arrangement(axes: list[OwnedAxis], batch_size: int) -> Arrangement:
     """Return the rows that the entries of several axes get, grouped by sample; computed once for each index."""
     layout = axes[0].layout
     # other layouts are part of the key and so stay alive
-    key = (batch_size, *(_ById(axis.index) for axis in axes))
+    key = batch_size if len(axes) == 1 else (batch_size, *(_ById(axis.index) for axis in axes))
     if key not in layout:
         layout[key] = _arranged(axes[0].index if len(axes) == 1 else torch.cat([a.index for a in axes]), batch_size)
     found: Arrangement = layout[key]
