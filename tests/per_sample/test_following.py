@@ -177,6 +177,9 @@ def test_a_repeated_row_that_is_changed_in_place_is_refused(by_rows: bool) -> No
         lambda x, other, one: one * torch.ones(4, 3),
         lambda x, other, one: F.linear(x, other),
         lambda x, other, one: torch.cat([x, other], 1),
+        lambda x, other, one: torch.linalg.pinv(x),  # of which nothing is known
+        lambda x, other, one: x.max(),
+        lambda x, other, one: torch.cat([x, x]).scatter_add(0, torch.tensor([[0] * 3, [7] * 3]), other[:2]),
     ],
 )
 def test_results_of_several_samples_have_no_owners(function: Callable[..., Tensor]) -> None:
