@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
@@ -230,7 +230,7 @@ def silent(module: pl.LightningModule) -> Iterator[None]:
                 store.log((name, f"{name}_step", f"{name}_epoch"), figure)
 
     def log_dict(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        for name, value in values.items():
+        for name, value in () if isinstance(values, nn.Module) else values.items():  # metrics are no figures
             log(name, value)
 
     overrides = Overrides()

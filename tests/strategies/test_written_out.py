@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torchmetrics import MaxMetric, MeanMetric, MetricCollection
 
 from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, make_loader, make_trainer
@@ -182,6 +183,31 @@ def test_figures_of_a_trial_stay_in_it(tmp_path: Any) -> None:
 
     run(Looks(), tmp_path, epochs=1)
     assert [figures.get("loss", 3.0) for figures in seen] == [3.0] * 4
+
+
+def test_metrics_logged_together_are_not_copied(tmp_path: Any) -> None:
+    """Also on trial, which does not read them."""
+
+    class Collection(MetricCollection):
+        def items(self, keep_base: bool = False, copy_state: bool = True) -> Any:
+            assert not (copy_state and logging)
+            return super().items(keep_base, copy_state)
+
+    class Logs(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metrics = Collection({"mean": MeanMetric(), "maximum": MaxMetric()})
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.metrics.update(1.0)
+            logging.append(True)
+            self.log_dict(self.metrics, on_epoch=True)
+            logging.clear()
+            return loss
+
+    logging: list[bool] = []
+    assert run(Logs(), tmp_path, epochs=1).trainer.callback_metrics["mean"] == 1.0
 
 
 # ---------------------------------------------------------------- the end of the run
