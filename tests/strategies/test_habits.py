@@ -196,9 +196,15 @@ def test_a_step_without_a_loss_is_said_once(tmp_path: Path, caplog: pytest.LogCa
             loss = super().training_step(batch, batch_idx)
             return loss if batch_idx == 0 else None
 
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if not self.trainer.strategy.is_on_trial:
+                ended.append(outputs.keys())
+
+    ended: list[Any] = []
     strategy = private()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match="`training_step` returned `None`"):
         make_trainer(strategy, tmp_path).fit(Forgetful(), make_loader())
+    assert ended == [{"loss"}, set(), set(), set()]
     said = [record.getMessage() for record in caplog.records if "returned no loss" in record.getMessage()]
     assert len(said) == 1
     assert "counts towards epsilon" in said[0]

@@ -185,6 +185,7 @@ def test_empty_batch_runs_once_is_noised_and_counted(tmp_path: Any) -> None:
     assert len(calls) - 2 == 64  # two more calls learned the layout
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 @pytest.mark.parametrize("returned", [None, "shape (B,)", "dict"])
 def test_what_training_step_may_return(tmp_path: Any, returned: str | None) -> None:
     class Returning(Classifier):
