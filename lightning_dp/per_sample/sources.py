@@ -92,17 +92,14 @@ class Source:
     def live(self) -> frozenset[Hashable]:
         """Return the keys for which a backprop arrived."""
         received = {keys for use in self.uses for _, keys in use.parts}
-        if not self._made and len(received) == 1:
-            return received.pop()
-        return frozenset(self._made).union(*received)
+        return frozenset(self._made).union(*received) if self._made or len(received) != 1 else received.pop()
 
     def discard(self, keys: frozenset[Hashable]) -> None:
         """Drop the backprops received so far for these keys; uses that are still in a graph remain valid."""
         for use in self.uses:
             use.forget(keys)
         self.uses = [use for use in self.uses if use.parts]
-        if self._made:
-            self._made = {key: grad for key, grad in self._made.items() if key not in keys}
+        self._made = {key: grad for key, grad in self._made.items() if key not in keys}
 
     def received(self, use: Use) -> None:
         """Compute the gradients immediately, during the backward, if that frees memory."""
@@ -182,7 +179,7 @@ class Source:
         if self.materialises:
             return {key: norm_of(grad, masks.get(key)) for key, grad in self.cached(keys).items()}, {}
         size, cached = self.recorder.num_samples, self.memory()
-        norms: Grads = {}
+        norms, joined = Grads(), Grads()
         for wanted, calls in self._asked(keys - cached.keys()):
             self._make_cached(self._buffers(wanted.values(), calls), calls, cached)
             rest = {local for local, key in wanted.items() if key not in cached}
@@ -198,7 +195,6 @@ class Source:
             if masked:
                 made = self.rule.masked_squared_norms(self.spec, calls, size, masked)
                 norms.update((wanted[local], norm) for local, norm in made.items())
-        joined: Grads = {}
         for key in keys & cached.keys():
             grad = cached[key]
             if key not in masks and grad.numel() <= MOST_JOINED and grad.is_floating_point():
