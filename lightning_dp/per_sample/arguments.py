@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_dp.per_sample.nodes import Reporting
 
 _NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis), torch.Size, torch.dtype))
+_CONTAINERS = frozenset((tuple, list, dict))
 
 
 def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
@@ -42,6 +43,8 @@ def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[A
 
 def exchanged(args: Any, kwargs: Any, own: Mapping[int, Any]) -> tuple[Any, Any]:
     """Return the arguments with some tensors, given by their identity, replaced by others."""
+    if not kwargs and _CONTAINERS.isdisjoint(map(type, args)):
+        return tuple([own.get(id(thing), thing) for thing in args]), {}
     return _mapped(args, kwargs, lambda thing: own.get(id(thing), thing))
 
 

@@ -181,5 +181,9 @@ def _node(tracker: Tracker, func: Any, out: Tensor, key: Hashable, tracked: Sequ
     made = Node(name, names, lineage, out, region, _beginning(out), generation)
     if func.__name__ in ENTRYWISE:
         shape, dtype = made.shape, made.dtype
-        made.is_entrywise = all(n.is_entrywise and n.shape == shape and n.dtype == dtype for _, n in tracked)
+        for _, node in tracked:
+            if not (node.is_entrywise and node.shape == shape and node.dtype == dtype):
+                break
+        else:
+            made.is_entrywise = True
     return made

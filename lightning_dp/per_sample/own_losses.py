@@ -116,14 +116,10 @@ class OwnLosses(TorchFunctionMode):
         return finite.sum(0) if self._sums else finite.mean(0)
 
     def _has_rows(self, tensor: Any) -> bool:
-        return (
-            isinstance(tensor, Tensor)
-            and tensor.dim() > 0
-            and len(tensor) > 0
-            and len(tensor) % self._size == 0
-            and not is_tracked(tensor)
-            and memory_of(tensor) not in self._constants
-        )
+        if not isinstance(tensor, Tensor) or is_tracked(tensor) or not tensor.dim():
+            return False
+        num = tensor.shape[0]
+        return num > 0 and num % self._size == 0 and memory_of(tensor) not in self._constants
 
     def _of_reduction(self, func: Any, tensor: Any, kwargs: Any) -> Tensor | None:
         known = self._known(tensor) if isinstance(tensor, Tensor) else None

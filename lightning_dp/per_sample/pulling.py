@@ -118,7 +118,7 @@ def _multiplied(group: Mapping[Node, Tensor], roots: Mapping[str, Tensor]) -> di
         for name in node.names:
             if (one := jacobian.get(name)) is not None:
                 one = widen(one)
-                grads = grad if node.numel != 1 else grad.reshape(len(grad), *[1] * one.dim())
+                grads = grad if node.numel != 1 else grad.reshape(grad.shape[0], *[1] * one.dim())
                 found[name] = grads.to(one.dtype) * one
     return found
 
