@@ -16,13 +16,15 @@ _CONTAINERS = frozenset((tuple, list, dict))
 
 def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
     """Return the tensors of arguments, nested in lists, tuples and dictionaries, in a fixed order."""
-    found: list[Tensor] = []
+    found: list[Any] = []
     for thing in args if not kwargs else (*args, *kwargs.values()):
         kind = type(thing)
-        if kind is Tensor or isinstance(thing, Reporting):  # of other kinds of tensors this is slow to tell
+        if kind is Tensor:
             found.append(thing)
         elif kind in _NO_TENSORS:
             continue
+        elif isinstance(thing, Reporting):  # of other kinds of tensors this is slow to tell
+            found.append(thing)
         elif kind is tuple or kind is list:
             found += tensors_in(thing, None)
         elif kind is dict:

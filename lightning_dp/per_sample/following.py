@@ -85,7 +85,7 @@ class Follower(TorchFunctionMode):
                 type(tensor) is not Tensor and (is_tracked(tensor) or isinstance(tensor, nn.Parameter))
             ):
                 owners = None
-            elif (note := notes.get(key)) is not None and note[0]() is tensor:
+            elif key in notes and (note := notes[key])[0]() is tensor:
                 owners = note[2]
                 if note[1] < now and self._written.get(memory_of(tensor), 0) > note[1]:
                     owners = Mixed("a view of memory that was written in place")
