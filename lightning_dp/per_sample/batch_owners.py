@@ -239,7 +239,9 @@ def _is_of(kind: Kind, thing: Any, size: int, indices: Mapping[str, Rows]) -> bo
     if axis == "each" or not (name == "sample" or name in indices):
         return False
     shape, num = thing.shape, size if name == "sample" else indices[name].num
-    return shape == (2, num) != (num, num) if axis == 1 else len(shape) > 0 and shape[0] == num
+    if axis == 1:
+        return num != 2 and shape == (2, num)
+    return len(shape) > 0 and shape[0] == num
 
 
 def _rank(path: Path, name: str) -> int:

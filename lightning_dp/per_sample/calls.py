@@ -36,15 +36,14 @@ def calls_of(recorder: Recorder, uses: Sequence[Use]) -> list[tuple[set[Hashable
     """Return groups of keys that received the same backprops, with their calls."""
     if len(uses) == 1 == len(uses[0].parts):
         (use,), ((backprop, keys),) = uses, uses[0].parts
-        is_owned = isinstance(use.out_axis, OwnedAxis) and use.arguments is None
-        call = _joined(recorder, [(use, backprop)]) if is_owned else call_of(recorder, use, backprop)
+        call = call_of(recorder, use, backprop) if _owned(use) is None else _joined(recorder, [(use, backprop)])
         return [({*keys}, [call])]
     calls: dict[Hashable, list[Call]] = {}
     owned: dict[Any, list[tuple[Use, Tensor]]] = {}
     for use in uses:
         for backprop, keys in use.parts:
-            if isinstance(use.out_axis, OwnedAxis) and use.arguments is None:
-                shapes = [use.out_axis.rows(one).shape[1:] for one in (*use.inputs, backprop)]
+            if (axis := _owned(use)) is not None:
+                shapes = [axis.rows(one).shape[1:] for one in (*use.inputs, backprop)]
                 owned.setdefault((keys, *shapes), []).append((use, backprop))
                 continue
             call = call_of(recorder, use, backprop)
@@ -71,6 +70,11 @@ def without(call: Call, dead: Tensor) -> Call:
 
     activation = cleared(call.activation)
     return replace(call, inputs=(activation, *call.inputs[1:]), activation=activation, backprop=cleared(call.backprop))
+
+
+def _owned(use: Use) -> OwnedAxis | None:
+    """Return the axis of a use whose rows belong to samples by an index; None for other uses."""
+    return use.out_axis if isinstance(use.out_axis, OwnedAxis) and use.arguments is None else None
 
 
 def _joined(recorder: Recorder, parts: list[tuple[Use, Tensor]]) -> Call:

@@ -9,6 +9,14 @@ from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample.rules.base import accumulation_dtype, masked_squared_norm, squared_norm
 
+MOST_JOINED = 2**13
+"""Numbers of a tensor's per-sample gradients up to which a copy costs less than norms and sums by themselves."""
+
+
+def is_joined(grads: Tensor, mask: ParameterMask | None) -> bool:
+    """Tell whether gradients have so few numbers that norms and sums are computed of all such gradients together."""
+    return mask is None and grads.numel() <= MOST_JOINED and grads.is_floating_point()
+
 
 def norm_of(grads: Tensor, mask: ParameterMask | None) -> Tensor:
     """Return the squared norm of every sample's gradient, or of its active entries: shape ``(B,)``."""

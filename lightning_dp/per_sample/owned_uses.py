@@ -143,7 +143,7 @@ def general(
     if rows.has_nobody:
         return tracker.unbatched(func, mine.values())
     repeated = _repeated(tracker, tracked, rows)
-    if traits_of(func).in_place and id(args[0]) in repeated:  # not the tensor itself would change
+    if traits_of(func).in_place and id(tensors[0]) in repeated:  # not the tensor itself would change
         return tracker.unbatched(func, mine.values())
     if func.__name__ in ALIGNED:
         copies = _aligned(tracker, tracked, rows, num_axes, [tensor for tensor, _ in owned], repeated)

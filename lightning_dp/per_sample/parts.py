@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample.combining import add_combined, norm_of
+from lightning_dp.per_sample.combining import add_combined, is_joined, norm_of
 from lightning_dp.per_sample.nodes import Node, Region, view_of
 from lightning_dp.per_sample.pulling import pulled_back
 from lightning_dp.per_sample.rules.base import squared_norm
-from lightning_dp.per_sample.sources import MOST_JOINED, Source
+from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.stacking import Gradient, Joined, Part, Views, stacks_of
 from lightning_dp.per_sample.tracker import Tracker
 
@@ -42,9 +42,8 @@ class Parts:
         self._known_disjoint: dict[Hashable, bool] = {}
         self._whole: dict[str, Tensor] = {}  # gradients of parameters that are used in several ways
         self._joined: dict[tuple[str, ...], Joined] = {}  # gradients with few numbers, by group
-        self._known_sorted: dict[
-            Hashable, tuple[Views, dict[str, Part]]
-        ] = {}  # by names, masks and parts with backprops
+        # by names, masks and parts with backprops
+        self._known_sorted: dict[Hashable, tuple[Views, dict[str, Part]]] = {}
         self._passes = False  # whether some of these parts are functions of parameters, which end with the microbatch
         self._live: tuple[Any, ...] | None = None  # parts with backprops
         self._at = -1  # gradients and parts are of the backprops up to that change
@@ -129,7 +128,7 @@ class Parts:
                 norms[name] = norms[name] + norm if name in norms else norm
             gradients += [(parts[key], grad) for key, grad in few.items()]
         for name, grad in self._gathered(whole.keys()).items():
-            if name not in masks and grad.numel() <= MOST_JOINED and grad.is_floating_point():
+            if is_joined(grad, masks.get(name)):
                 gradients.append((whole[name], grad))
             else:
                 norms[name] = norm_of(grad, masks.get(name))

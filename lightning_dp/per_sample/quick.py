@@ -115,9 +115,11 @@ def joined(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, me
     if found is not NotImplemented or kwargs.keys() - {"dim"}:
         return found
     owned = [(tensor, rows) for tensor, rows in given if isinstance(rows, Rows)]
-    if len(owned) + sum(rows is None for _, rows in given) < len(given):
-        return NotImplemented
-    if not owned or any(rows.axis is None or rows.num == 1 for _, rows in owned):
+    if (
+        not owned
+        or any(isinstance(rows, Mixed) for _, rows in given)
+        or any(rows.axis is None or rows.num == 1 for _, rows in owned)
+    ):
         return NotImplemented
     try:
         with unfollowed():

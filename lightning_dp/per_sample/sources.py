@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample._torch import keeps_graph
 from lightning_dp.per_sample.calls import call_of, calls_of, without
-from lightning_dp.per_sample.combining import add_combined, norm_of
+from lightning_dp.per_sample.combining import add_combined, is_joined, norm_of
 from lightning_dp.per_sample.nodes import Node
 from lightning_dp.per_sample.owned import OwnedAxis
 from lightning_dp.per_sample.precision import exact_arithmetic
@@ -26,9 +26,6 @@ from lightning_dp.per_sample.uses import FEW, Recorder, Use
 from lightning_dp.per_sample.workspace import Workspace
 
 Grads = dict[Hashable, Tensor]
-
-MOST_JOINED = 2**13
-"""Numbers of a tensor's per-sample gradients up to which a copy costs less than norms and sums by themselves."""
 
 MOST_ACTIVE = 0.5
 """Largest share of active entries that are cached by themselves: to pick an entry costs more than to pass it over."""
@@ -197,7 +194,7 @@ class Source:
                 norms.update((wanted[local], norm) for local, norm in made.items())
         for key in keys & cached.keys():
             grad = cached[key]
-            if key not in masks and grad.numel() <= MOST_JOINED and grad.is_floating_point():
+            if is_joined(grad, masks.get(key)):
                 joined[key] = grad
             else:
                 norms[key] = norm_of(grad, masks.get(key))

@@ -138,7 +138,7 @@ class Tracker:
         """Return the node of a tracked tensor through which a gradient may flow; None for other objects."""
         if type(thing) is Tensor or not isinstance(thing, Reporting):  # of other objects this is slow to tell
             return None
-        node = thing.node if isinstance(thing, Function) else self._nodes.get(id(thing))
+        node = self.known_node(thing)
         follows = self.observer is not None and self.observer.without_grad
         if node is None or not (thing.requires_grad or follows):  # type: ignore[attr-defined]
             return None

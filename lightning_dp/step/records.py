@@ -143,10 +143,10 @@ class TrainingRecords:
         Args:
             device: its global generator and those of the CPU are restored.
         """
-        first = (self.take(2) * 2)[:2]
-        unlike = (differing(self.take(_NUM_PLACES)) * 2)[:2]  # of flat lists of parts, few records may have one each
         with kept_generators(device):
-            for pair in (unlike, first):  # the collate function may drop one that is unlike the others
+            # of flat lists of parts, few records may have one each; of unlike ones, the collate function may drop one
+            for num in (_NUM_PLACES, 2):
+                pair = (differing(self.take(num)) * 2)[:2]
                 two, three = (self._collated((pair * size)[:size]) for size in (2, 3))
                 self.axes = checks.sample_axes(two, three)
                 if self.axes:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from lightning_dp.masks import ParameterMask
-from lightning_dp.per_sample import PerSampleEngine, sources, stacking, uses
+from lightning_dp.per_sample import PerSampleEngine, combining, sources, stacking, uses
 from lightning_dp.per_sample.stacking import Joined, Part
 from lightning_dp.per_sample.targets import Targets, places_of
 from tests.per_sample import checks
@@ -102,8 +102,8 @@ def test_layers_of_other_settings_are_computed_apart() -> None:
 
 def test_joined_agrees_with_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     module, data = network(3).double(), torch.randn(6, 3, 4, dtype=torch.float64)
-    for most in (0, 6 * 4, sources.MOST_JOINED):  # nothing, the vectors alone, everything
-        monkeypatch.setattr(sources, "MOST_JOINED", most)
+    for most in (0, 6 * 4, combining.MOST_JOINED):  # nothing, the vectors alone, everything
+        monkeypatch.setattr(combining, "MOST_JOINED", most)
         checks.assert_engine_agrees(module, loss_of(module), data)
 
 
