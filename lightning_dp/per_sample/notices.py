@@ -37,6 +37,26 @@ def notices(module: nn.Module, *, runs_samples_alone: bool) -> list[str]:
     return found
 
 
+def unused_notice(unused: dict[str, int], total: int) -> str:
+    """Return the sentence on parameters that no loss uses.
+
+    Args:
+        unused: number of entries by name.
+        total: number of entries of all private parameters.
+
+    Example:
+        >>> unused_notice({"pooler.weight": 25, "pooler.bias": 5}, 120)[:56]
+        'No loss of the checks used 25% of the private parameters'
+    """
+    share = sum(unused.values()) / total
+    return (
+        f"No loss of the checks used {share:.0%} of the private parameters ({_listed(list(unused))}). Non-private "
+        "training leaves such parameters as they are. Private training cannot know that no later sample uses them: it "
+        "adds noise to them at every step, which takes time and ruins trained weights. If the model does not train "
+        "them, call requires_grad_(False) on them."
+    )
+
+
 def _compiled_in(path: str, layer: nn.Module) -> list[str]:
     """Return the path of a compiled layer, or of compiled functions that are attributes of a layer or of its class."""
     if is_compiled(layer):

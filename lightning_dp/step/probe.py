@@ -38,6 +38,7 @@ class Probe:
         self.private: dict[str, Tensor] = {}
         self.public: dict[str, Tensor] = {}
         self.stepped: set[int] = set()
+        self.used = set[str]()  # names of private parameters that got a gradient; none if the engine records
         self.drawn: Any = None  # states of the global generators after the forward
         self._raw: dict[str, Tensor] = {}
 
@@ -71,6 +72,7 @@ class Probe:
         def take(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
+                self.used.add(name)
                 gradient = real_view(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
                 self._raw[name] = self._raw[name] + gradient if name in self._raw else gradient
 

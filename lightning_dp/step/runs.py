@@ -89,6 +89,10 @@ class TrialRuns:
         """True if user code has drawn values in any run that another coin would change."""
         self.draws_on_host = False
         """True if user code has drawn from the generators of Python or numpy, whose draws differ from row to row."""
+        self.used = set[str]()
+        """Names of the private parameters that got a gradient in any run without the engine."""
+        self.stepped = set[int]()
+        """Optimizers that would have stepped in any run."""
         self._bar: Any = None
 
     @property
@@ -222,6 +226,8 @@ class TrialRuns:
                     probe.collect(0)
             with frozen:
                 self.host.end_batch(outputs[-1] if outputs else None)
+        self.used |= probe.used
+        self.stepped |= probe.stepped
         if frozen.communicated:
             self._check_communication()
         if self._bar is not None:

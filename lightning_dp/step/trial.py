@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample._torch import num_operations
+from lightning_dp.per_sample.notices import unused_notice
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import NUM_SPARES, Couplings
 from lightning_dp.step.decisions import NUM_FEW, Decisions
@@ -102,6 +104,19 @@ class Trial:
         self._take_note()
         if checks:
             step.unchecked_public = set(settings.public_optimizers)
+            self._say_unused()
+
+    def _say_unused(self) -> None:
+        """Tell the user which private parameters got no gradient in any run of the checks."""
+        if self._step.reduction.is_sharded:  # a rank may hold no entry of a parameter
+            return
+        sizes = {
+            name: parameter.numel()
+            for optimizer in self._runs.stepped & self._step.accumulators.keys()
+            for name, parameter in self._step.parameters.of(optimizer).items()
+        }
+        if unused := {name: size for name, size in sizes.items() if name not in self._runs.used}:
+            _messages.info(unused_notice(unused, sum(sizes.values())))
 
     def _prepare(self, snapshot: Snapshot, records: list[Any], *, checks: bool) -> None:
         if not self._step.runs_samples_alone:
