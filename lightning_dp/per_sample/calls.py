@@ -36,8 +36,7 @@ def calls_of(recorder: Recorder, uses: Sequence[Use]) -> list[tuple[set[Hashable
     """Return groups of keys that received the same backprops, with their calls."""
     if len(uses) == 1 == len(uses[0].parts):
         (use,), ((backprop, keys),) = uses, uses[0].parts
-        call = call_of(recorder, use, backprop) if _owned(use) is None else _joined(recorder, [(use, backprop)])
-        return [({*keys}, [call])]
+        return [({*keys}, [call_of(recorder, use, backprop)])]
     calls: dict[Hashable, list[Call]] = {}
     owned: dict[Any, list[tuple[Use, Tensor]]] = {}
     for use in uses:
