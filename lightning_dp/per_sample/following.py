@@ -21,16 +21,20 @@ from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
 from lightning_dp.per_sample.memo import Memo, merged
-from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, moved_entries, owners_after
+from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, keeps_to_positions, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
+from lightning_dp.per_sample.quick import aligned, are_positions
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY, Traits, traits_of
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
 
 _entered = functools.cache(entered)
+_WRITTEN = Mixed("a view of memory that was written in place")
+_SEVERAL = Mixed("rows of several samples that were written to one position")
+_NEVER = (0, MIXED)
 
 
 class Follower(TorchFunctionMode):
@@ -53,7 +57,7 @@ class Follower(TorchFunctionMode):
         self._constants = {id(tensor): tensor for tensor in constants}  # held, so that no other tensor gets their ids
         self._samples: dict[torch.device, Rows] = {}
         self._notes: dict[int, tuple[weakref.ref[Tensor], int, Owners]] = {}
-        self._written: dict[int, int] = {}
+        self._written: dict[int, tuple[int, Mixed]] = {}
         self._time = 0
 
     def identity(self, device: torch.device) -> Tensor:
@@ -72,7 +76,11 @@ class Follower(TorchFunctionMode):
         self._notes[id(tensor)] = (weakref.ref(tensor), self._time, owners)
 
     def owners_of(self, tensor: Tensor) -> Owners:
-        """Return the owners of a tensor: None for a constant, mixed if unknown."""
+        """Return the owners of a tensor: None for a constant, mixed if unknown or if several samples share a row."""
+        owners, several = self._noted_owners(tensor), self.memo.several
+        return _SEVERAL if several is not None and isinstance(owners, Rows) and owners.has(several) else owners
+
+    def _noted_owners(self, tensor: Tensor) -> Owners:
         return self._with_owners((tensor,))[0][1]
 
     def _with_owners(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Owners]]:
@@ -87,14 +95,14 @@ class Follower(TorchFunctionMode):
                 owners = None
             elif key in notes and (note := notes[key])[0]() is tensor:
                 owners = note[2]
-                if note[1] < now and self._written.get(memory_of(tensor), 0) > note[1]:
-                    owners = Mixed("a view of memory that was written in place")
+                if note[1] < now and (write := self._written.get(memory_of(tensor), _NEVER))[0] > note[1]:
+                    owners = write[1]
             found.append((tensor, owners))
         return found
 
     def hand_on(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> None:
         """Give the owners of tensors, which broadcast, to results computed from them in a way that reports nothing."""
-        found = [(tensor.dim(), self.owners_of(tensor)) for tensor in tensors if tensor is not None]
+        found = [(tensor.dim(), self._noted_owners(tensor)) for tensor in tensors if tensor is not None]
         owners: Owners = next((one for _, one in found if isinstance(one, Mixed)), None)
         if owners is None:
             rows = [(axes, one) for axes, one in found if isinstance(one, Rows)]
@@ -172,13 +180,13 @@ class Follower(TorchFunctionMode):
             return
         found = self._result(func, traits, args, kwargs, given, results[0] if out is None else out)
         if self.tracker.compares:
-            self.tracker.chooses_rows |= chooses_rows(traits.name, args, kwargs, self.owners_of, self.size)
+            self.tracker.chooses_rows |= chooses_rows(traits.name, args, kwargs, self._noted_owners, self.size)
         if found is MIXED:
             found = traits.mixed
         each = found if isinstance(found, list) else [found] * len(results)
         in_place = traits.in_place and bool(args) and results[0] is args[0]
         if in_place or kwargs.get("out") is not None:
-            each = [self._written_with(results[0], self.owners_of(results[0]), each[0], traits), *each[1:]]
+            each = [self._written_with(results[0], self._noted_owners(results[0]), each[0], traits), *each[1:]]
         for tensor, one in zip(results, each, strict=False):
             if not isinstance(tensor, Reporting):
                 self.note(tensor, one if _fits(tensor, one) else traits.mixed)
@@ -191,7 +199,7 @@ class Follower(TorchFunctionMode):
             if is_mapped(tensor):  # torch.func hides its memory, and so which views it changes
                 return traits.mixed
             self._time += 1
-            self._written[memory_of(tensor)] = self._time
+            self._written[memory_of(tensor)] = self._time, after if isinstance(after, Mixed) else _WRITTEN
         return after
 
     def _result(
@@ -203,7 +211,9 @@ class Follower(TorchFunctionMode):
         if not given:
             return None if traits.name in MADE_OF_NUMBERS else MIXED
         owned = [(tensor, rows) for tensor, rows in given if isinstance(rows, Rows)]
-        if any(isinstance(rows, Mixed) for _, rows in given):
+        if traits.quick is aligned and isinstance(out, Tensor) and are_positions(given, out):
+            return merged([(tensor.dim(), rows) for tensor, rows in owned], out.dim(), self.memo)
+        if any(isinstance(rows, Mixed) for _, rows in given) and not keeps_to_positions(traits.name, args, given):
             # an index of unknown owners only says where the rows of others go
             entries = {id(tensor) for tensor in moved_entries(traits.name, args)} or {id(tensor) for tensor, _ in given}
             for tensor, rows in given:

@@ -23,6 +23,8 @@ class Memo:
         self.known: list[Rows] = []
         """Owners that are the samples in order, or that the batch holds for rows that nothing was written to."""
         self._made: list[Rows] = []
+        self.several: int | None = None
+        """Owner of rows that several samples share, once there are such rows."""
         self._by_key: dict[Hashable, list[tuple[Tensor | None, Any, Any]]] = {}
 
     def shared(self, index: Tensor) -> Rows:

@@ -128,16 +128,51 @@ def _picked(step: Step, name: str) -> Found:
 
 
 def _written(step: Step) -> Found:
-    """Return the owners of a tensor after ``tensor[index] = value``."""
+    """Return the owners of a tensor after ``tensor[index] = value``.
+
+    Constants that a sample puts somewhere are its own. If an index sends rows of different samples to one position, any
+    of them may remain there, so this position belongs to several samples. It does no harm if it is cut off, like a last
+    position of a dense batch that takes all rows beyond its width.
+    """
     (target, index, value), by_id = step.args, {id(tensor): rows for tensor, rows in step.owned}
-    if id(target) not in by_id and id(value) not in by_id:  # constants, put where data says
-        return None
-    labels = _labels_of(target, by_id.get(id(target)), step.identity, narrow=False).clone()
-    if isinstance(value, Tensor):
-        labels[index] = _labels_of(value, by_id.get(id(value)), step.identity, narrow=False)
+    before, after = by_id.get(id(target)), by_id.get(id(value))
+    parts = index if isinstance(index, tuple) else (index,)
+    lists = all(isinstance(one, Tensor) and one.dim() == 1 and one.dtype == torch.int64 for one in parts)
+    put: Any = NOBODY
+    if before is None and after is None:
+        puts = [by_id[id(one)].labels(one.shape) for one in parts if id(one) in by_id] if lists else []
+        if not puts:  # constants, put where data says
+            return None
+        if not all(torch.equal(puts[0], other) for other in puts[1:]):
+            return MIXED
+        shape, put = target.shape[: len(parts)], puts[0]
     else:
-        labels[index] = NOBODY
+        narrow = lists and _writes_rows(target, parts, value, by_id)
+        shape = target.shape[: len(parts)] if narrow else target.shape
+        if isinstance(value, Tensor) and after is not None:
+            put = after.labels(value.shape[:1] if narrow else value.shape)
+    labels = step.identity.new_full(shape, NOBODY) if before is None else before.labels(shape).clone()
+    labels[index] = put
+    if isinstance(put, Tensor) and bool((lost := labels[index] != put).any()):
+        at = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[index]
+        labels.view(-1)[at[lost]] = step.memo.several = len(step.identity)
     return compressed(labels, step.memo.shared)
+
+
+def _writes_rows(target: Tensor, index: tuple[Tensor, ...], value: Any, by_id: dict[int, Rows]) -> bool:
+    """Tell whether ``target[index] = value`` writes whole rows of one axis, one for each entry of the index."""
+    before, after = by_id.get(id(target)), by_id.get(id(value))
+    alike = not isinstance(value, Tensor) or value.shape == (len(index[0]), *target.shape[len(index) :])
+    return alike and (before is None or (before.axis or 0) < len(index)) and (after is None or not after.axis)
+
+
+def keeps_to_positions(name: str, args: Any, given: list[tuple[Tensor, Owners]]) -> bool:
+    """Tell whether only running sums have unknown owners, and only say to which positions of a tensor rows go."""
+    return name == "__setitem__" and all(
+        rows.is_running and tensor is not args[0] and tensor is not args[2]
+        for tensor, rows in given
+        if isinstance(rows, Mixed)
+    )
 
 
 _HANDLERS: dict[str, Callable[[Step], Found]] = {

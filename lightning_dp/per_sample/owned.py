@@ -53,6 +53,10 @@ class Rows:
         found: tuple[int, int] = self.layout["bounds"]
         return found
 
+    def has(self, owner: int) -> bool:
+        """Tell whether some entries belong to the last of all owners."""
+        return self._bounds[1] == owner
+
     @property
     def has_nobody(self) -> bool:
         """True if some entries belong to nobody."""
@@ -82,9 +86,12 @@ class Mixed(NamedTuple):
 
     Args:
         by: the operation that mixed them, for messages.
+        is_running: whether they were computed from running sums of whole numbers, such as the positions at which
+            samples begin.
     """
 
     by: str = "what no operation on the batch made"
+    is_running: bool = False
 
 
 MIXED = Mixed()

@@ -45,7 +45,7 @@ def aligned(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, m
         if rows is None:
             continue
         if type(rows) is not Rows or rows.axis is None:
-            return _not_of_rows(traits, rows)
+            return NotImplemented if are_positions(given, out) else _not_of_rows(traits, rows)
         if found is None:
             found, at = rows, rows.axis - tensor.dim()
         elif rows.index is not found.index or rows.axis - tensor.dim() != at:
@@ -57,6 +57,23 @@ def aligned(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, m
     if at < 0 or shape[at] != found.num:
         return NotImplemented
     return found if at == found.axis else found.moved(at)
+
+
+def are_positions(given: Given, out: Tensor) -> bool:
+    """Tell whether an operation computes positions of rows from owned ones and from running sums of whole numbers.
+
+    So do the position of a node within its graph, and its place in a dense batch. They belong to the owners of the
+    positions, as the edges of a graph do: their numbers count the nodes of the graphs before it, too.
+    """
+    of_rows = False
+    if out.is_floating_point() or out.is_complex():
+        return False
+    for tensor, rows in given:
+        if isinstance(rows, Mixed) and (not rows.is_running or tensor.is_floating_point() or tensor.shape != out.shape):
+            return False
+        if isinstance(rows, Rows):
+            of_rows |= tensor.shape == out.shape
+    return of_rows
 
 
 def along(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, memo: Memo) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dp.per_sample.axes import AXES, REDUCING, first_of
 from lightning_dp.per_sample.memo import Memo, merged
-from lightning_dp.per_sample.owned import MIXED, Owners, Rows
+from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
 
 
 class Step(NamedTuple):
@@ -76,6 +76,13 @@ def _reduced(step: Step) -> Found:
         order = step.out if name == "argsort" else step.out[1]
         return Rows(0, rows.index[order])
     return MIXED if rows.sole is None else Rows(None, rows.index.new_tensor([rows.sole]))
+
+
+def _running(step: Step) -> Found:
+    """Return the owners of running sums: mixed along the axis of the owners, but of whole numbers said to be such."""
+    found = _reduced(step)
+    is_whole = isinstance(step.out, Tensor) and not (step.out.is_floating_point() or step.out.is_complex())
+    return Mixed("cumsum", is_running=True) if found is MIXED and is_whole else found
 
 
 def _matmul(step: Step) -> Found:
@@ -146,6 +153,7 @@ def _attention(step: Step) -> Found:
 
 HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(REDUCING, _reduced),
+    "cumsum": _running,
     **dict.fromkeys(("matmul", "mm", "mv", "bmm", "__matmul__", "__rmatmul__"), _matmul),
     **dict.fromkeys(("max_unpool1d", "max_unpool2d", "max_unpool3d"), _unpooled),
     **dict.fromkeys(("nonzero", "argwhere"), positions),

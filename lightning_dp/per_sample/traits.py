@@ -77,7 +77,7 @@ def traits_of(func: Any) -> Traits:
         is_functional and handler is None and axis_after is None,
         bool(IN_PLACE.fullmatch(name)),
         name in JOINS,
-        name in REDUCING and name not in ("sort", "argsort"),
+        name in REDUCING and name not in ("sort", "argsort", "cumsum"),
         axis_after,
         is_constant,
         name in ("expand_as", "view_as", "reshape_as"),
