@@ -7,13 +7,18 @@ from torch import Tensor
 
 from lightning_dp.per_sample.memo import Memo
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Owners, Rows
-from lightning_dp.per_sample.reductions import Found, Step
+from lightning_dp.per_sample.reductions import Found, Step, entry_by_entry
 
 
 def added(step: Step) -> Found:
     """Return the owners after rows are added up by an index."""
     by_id = {id(tensor): rows for tensor, rows in step.owned}
     target, dim, index, source = step.args[:4]
+    if step.func.__name__.startswith("scatter") and all(
+        rows.axis not in (None, dim % target.dim()) and one.shape[rows.axis] == target.shape[rows.axis]
+        for one, rows in step.owned
+    ):
+        return entry_by_entry(step)  # within rows
     # counted constants belong to the owner of the index
     rows = by_id.get(id(source), by_id.get(id(index)))
     return after_adding(target, dim, index, by_id.get(id(target)), rows, step.memo)

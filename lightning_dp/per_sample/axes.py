@@ -90,7 +90,10 @@ def _last_axis(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> i
 
 
 def _distances(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
-    return _last_axis(tensor, axis, args, kwargs, out) if tensor.dim() == out.dim() else None
+    """Return the axis of the rows that distances are computed for: those of the second tensor are the last axis."""
+    if tensor.dim() != out.dim() or axis == tensor.dim() - 1:
+        return None
+    return axis + 1 if axis == tensor.dim() - 2 and tensor is not args[0] else axis
 
 
 def _embedding(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:

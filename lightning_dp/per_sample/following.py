@@ -153,7 +153,7 @@ class Follower(TorchFunctionMode):
                 return out  # tracked tensors have no owners
         if tensors and type(tensors[0]) is not Tensor and self._is_noted(out, args, kwargs):
             return out
-        given = self._with_owners(tensors)
+        given = self._with_owners(tensors[:1] if traits.of_first else tensors)
         found: Any = NotImplemented
         if kind is Tensor and not (self.tracker.compares or "out" in kwargs):
             found = traits.quick(traits, args, kwargs, given, out, self.memo)

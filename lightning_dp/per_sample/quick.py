@@ -90,7 +90,7 @@ def along(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, mem
         elif traits.joins:
             if rows.index is not found.index or rows.axis - tensor.dim() != at:
                 return NotImplemented
-        elif not traits.of_first:
+        else:
             return NotImplemented
     if found is None or data is None:
         return None if given else NotImplemented

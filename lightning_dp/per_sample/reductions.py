@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from string import ascii_letters
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -104,13 +105,25 @@ def _matmul(step: Step) -> Found:
     return merged([(num_axes, rows) for rows in aligned], num_axes, step.memo)
 
 
+def _without_dots(equation: str, operands: list[Tensor]) -> str:
+    """Return an equation with a letter for each axis that an ellipsis names."""
+    terms = equation.split("->")[0].split(",")
+    widths = [one.dim() - len(term) + 3 for term, one in zip(terms, operands, strict=True) if "..." in term]
+    letters = "".join([letter for letter in ascii_letters if letter not in equation][: max(widths, default=0)])
+    named = [
+        term.replace("...", letters[len(letters) - one.dim() + len(term) - 3 :])
+        for term, one in zip(terms, operands, strict=True)
+    ]
+    return f"{','.join(named)}->{equation.split('->')[1].replace('...', letters)}"
+
+
 def _einsum(step: Step) -> Found:
     equation, *operands = step.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = [*operands[0]]
-    if not isinstance(equation, str) or "->" not in equation or "..." in equation:
+    if not isinstance(equation, str) or "->" not in equation:
         return MIXED
-    given, result = equation.replace(" ", "").split("->")
+    given, result = _without_dots(equation.replace(" ", ""), operands).split("->")
     terms, aligned = given.split(","), []
     for tensor, rows in step.owned:
         for term, operand in zip(terms, operands, strict=True):

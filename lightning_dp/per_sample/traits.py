@@ -80,7 +80,7 @@ def traits_of(func: Any) -> Traits:
         name in REDUCING and name not in ("sort", "argsort", "cumsum"),
         axis_after,
         is_constant,
-        name in ("expand_as", "view_as", "reshape_as"),
+        name in ("expand_as", "view_as", "reshape_as", "to", "type_as"),
         _quick(name, handler, axis_after, is_constant=is_constant),
         Mixed(name),
     )

@@ -105,6 +105,20 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "interpolated rows": (lambda m, x: F.interpolate(x, scale_factor=2.0, mode="linear") * m.w, {"w": drawn(6)}),
     "angles": (lambda m, x: torch.polar(x.abs(), x.atan()).angle() * m.w, {"w": drawn(3)}),
     "distances": (lambda m, x: torch.cdist(x[:, 0], m.w), {"w": drawn(5, 3)}),
+    "one-hot rows by a scatter": (
+        lambda m, x: torch.zeros(len(x), 2).double().scatter_(1, (x[:, 0, :1] > 0).long(), 1.0) @ m.w * x[:, 0, :1],
+        {"w": drawn(2, 3)},
+    ),
+    "sums within rows": (
+        lambda m, x: torch.zeros_like(x).scatter_add(1, (x > 0).long(), x * m.w) * m.w,
+        {"w": drawn(3)},
+    ),
+    "distances to rows": (lambda m, x: torch.cdist(m.w, x[:, 0]).mT, {"w": drawn(5, 3)}),
+    "constants of the type of rows": (lambda m, x: x * torch.linspace(1, 2, 3).to(x) * m.w, {"w": drawn(3)}),
+    "sums with an ellipsis": (
+        lambda m, x: torch.einsum("...k,...k->...", (x * m.w).transpose(0, 1), x.transpose(0, 1)).mT @ m.a,
+        {"w": drawn(3), "a": drawn(4, 2)},
+    ),
     "cosines": (lambda m, x: F.cosine_similarity(x[:, :1], m.w[None], dim=-1), {"w": drawn(5, 3)}),
     "entries by two indices": (
         lambda m, x: m.w[(x[:, 0, 0] > 0).long(), (x[:, 1, 0] > 0).long() - 1] * x[:, 0, 0],
@@ -142,6 +156,18 @@ def test_functions_that_are_not_followed_return_no_entries() -> None:
         shown = function(x)
         assert type(shown) in (bool, int, torch.Size, tuple, torch.dtype, torch.device, torch.layout)
         assert not {3, 7} & set(shown if isinstance(shown, tuple) else (shown,))
+
+
+def test_distances_have_the_owners_of_both_kinds_of_rows() -> None:
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    owners, rows, fixed = torch.tensor([0, 0, 1]), _features(3, 2), torch.ones(3, 2).double()
+    follower.note(rows, Rows(0, owners))
+    follower.note(fixed, None)
+    with follower:
+        made = torch.cdist(fixed, rows), torch.cdist(rows, fixed), torch.cdist(rows, rows)
+    found = [follower.owners_of(one) for one in made]
+    assert [one.axis for one in found if isinstance(one, Rows)] == [1, 0]
+    assert isinstance(found[2], Mixed)
 
 
 def test_memory_of_a_replaced_buffer_holds_data_again() -> None:
