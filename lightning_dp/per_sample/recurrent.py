@@ -24,8 +24,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import fused_kernel, unreported
+from lightning_dp.per_sample._torch import fused_kernel, unfollowed, unreported
 from lightning_dp.per_sample.layout import WAY_OUT
+from lightning_dp.per_sample.recurrent_starts import hold_no_data, of_constants, with_rows_of
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -176,7 +177,7 @@ def _rnn_backward(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
     return gates, gates, None, d_hidden, None
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """Weights of one layer in one direction."""
 
     ih: Any
@@ -187,9 +188,13 @@ class _Weights(NamedTuple):
 
 
 def _run_layer(
-    tracker: Tracker, kind: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: _Weights
+    tracker: Tracker, kind: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: Weights
 ) -> tuple[Tensor, Tensor | None]:
     """Run one layer in one direction over ``(B, T, features)``; return outputs and, for an LSTM, cells."""
+    if tracker.follower is not None:
+        if hold_no_data(tracker, x, h0, c0):
+            return of_constants(tracker, kind, x, h0, c0, weights)
+        h0, c0 = with_rows_of(tracker, x, h0), None if c0 is None else with_rows_of(tracker, x, c0)
     plain = [weight.detach() for weight in weights if weight is not None]
     options = (weights.b_ih is not None, 1, 0.0, False, False, True)
     fused = fused_kernel(kind)
@@ -204,9 +209,12 @@ def _run_layer(
     projected = None
     if weights.hr is not None:
         assert c0 is not None
-        i, f, g, o = (gates_x.detach() + gates_h.detach()).chunk(4, -1)
-        cells = _cells(f.sigmoid(), i.sigmoid() * g.tanh(), c0.detach())
-        projected = F.linear(o.sigmoid() * cells.tanh(), weights.hr)
+        with unfollowed():
+            i, f, g, o = (gates_x.detach() + gates_h.detach()).chunk(4, -1)
+            hidden = o.sigmoid() * _cells(f.sigmoid(), i.sigmoid() * g.tanh(), c0.detach()).tanh()
+        if tracker.follower is not None:
+            tracker.follower.hand_on([x], [hidden])
+        projected = F.linear(hidden, weights.hr)
     hr = None if weights.hr is None else weights.hr.detach()
     outputs: tuple[Tensor, Tensor | None] = _Time.apply(  # type: ignore[no-untyped-call]
         gates_x, gates_h, projected, h0, c0, kind, out, weights.hh.detach(), hr
@@ -269,7 +277,7 @@ def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
             own = [*flat[index * per_layer : (index + 1) * per_layer]]
             hr = own.pop() if per_layer in (3, 5) else None
             b_ih, b_hh = own[2:] if has_biases else (None, None)
-            weights = _Weights(own[0], own[1], b_ih, b_hh, hr)
+            weights = Weights(own[0], own[1], b_ih, b_hh, hr)
             initial = [one[index] for one in states]
             given = _turned(x, lengths) if direction else x
             out, cells = _run_layer(tracker, kind, given, initial[0], initial[1] if len(initial) > 1 else None, weights)
@@ -280,7 +288,7 @@ def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
         x = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
         if dropout and train and layer < num_layers - 1:
             x = F.dropout(x, dropout)
-    finals = [torch.stack(each) for each in last]
+    finals = [each[0].unsqueeze(0) if len(each) == 1 else torch.stack(each) for each in last]
     if not packed:
         return (x if batch_first else x.transpose(0, 1), *finals)
     assert lengths is not None

@@ -1,0 +1,64 @@
+"""Recurrent layers that start from rows without data, for rows of unequal number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.errors import PrivacyError
+from tests.per_sample.test_owners import _collate_graphs, _graph, assert_agrees, make
+
+LAYERS: dict[str, nn.Module] = {
+    "lstm": nn.LSTM(6, 3),
+    "lstm with projection": nn.LSTM(6, 5, proj_size=3),
+    "lstm without bias": nn.LSTM(6, 3, bias=False),
+    "gru": nn.GRU(6, 3),
+    "tanh": nn.RNN(6, 3),
+    "relu": nn.RNN(6, 3, nonlinearity="relu"),
+}
+
+
+class Queries(nn.Module):
+    """Queries of each graph, which start from zeros, and sums over its nodes that these weigh, for some turns."""
+
+    def __init__(self, layer: nn.Module, how: str, times: int = 1) -> None:
+        super().__init__()
+        self.layer, self.how, self.times = layer.double(), how, times
+        self.first, self.last = nn.Linear(3, 3).double(), nn.Linear(6, 1).double()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        rows, owners = self.first(batch["x"]), batch["batch"]
+        size = int(owners.max()) + 1
+        query, state = torch.zeros(size, 6).double(), None
+        if self.how == "rows unlike each other":
+            query = query + torch.arange(size).double()[:, None]
+        for turn in range(3):
+            made, state = self.layer(query.expand(self.times, -1, -1), state)
+            asked = made[-1]
+            if turn == 0 and self.how == "rows in another order":
+                asked = asked.flip(0)
+            weights = (rows * asked[owners]).sum(1, keepdim=True).tanh()
+            found = torch.zeros(size, 3).double().index_add(0, owners, weights * rows)
+            query = torch.cat([made[-1], found], 1)
+        return self.last(query).squeeze(1).square()
+
+
+def batch_of(chosen: list[int]) -> Any:
+    return _collate_graphs([_graph(i) for i in chosen])
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+@pytest.mark.parametrize("how", ["one time", "two times", "rows in another order"])
+def test_layers_that_start_from_zeros_agree(name: str, how: str) -> None:
+    torch.manual_seed(0)
+    module = Queries(LAYERS[name], how, times=1 + (how == "two times"))
+    assert assert_agrees(module, module, batch_of).follows_owners
+
+
+def test_a_layer_that_starts_from_unlike_rows_is_refused() -> None:
+    module = Queries(nn.LSTM(6, 3), "rows unlike each other")
+    with pytest.raises(PrivacyError, match=r"Nor can rows be followed to their samples: .* got cat of"):
+        make(module, module, batch_of)
