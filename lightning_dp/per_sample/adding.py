@@ -65,12 +65,17 @@ def after_adding(target: Tensor, dim: int, index: Tensor, before: Rows | None, r
     if said is not None and said.index is rows.index and rows.axis is not None:
         return alike[0].moved(axis)
     found = memo.get(
-        ("added", size, rows.axis is None), (rows, before), index, lambda: _sums(rows, before, index, size, alike, said)
+        ("added", size, rows.axis is None),
+        (rows, before),
+        index,
+        lambda: _sums(rows, before, index, size, alike, said, memo),
     )
     return found.moved(axis) if isinstance(found, Rows) else found
 
 
-def _sums(rows: Rows, before: Rows | None, index: Tensor, size: int, alike: list[Rows], said: Rows | None) -> Owners:
+def _sums(
+    rows: Rows, before: Rows | None, index: Tensor, size: int, alike: list[Rows], said: Rows | None, memo: Memo
+) -> Owners:
     """Return the owners of sums of rows along the first axis.
 
     Args:
@@ -80,6 +85,7 @@ def _sums(rows: Rows, before: Rows | None, index: Tensor, size: int, alike: list
         size: length of the target.
         alike: owners that the batch holds for as many rows.
         said: of these, those at the index; None if there are several, or none, or the target has other owners.
+        memo: of the microbatch.
     """
     owners = rows.labels(index.shape) if rows.axis is None else rows.index[: index.shape[0]]
     if said is not None and torch.equal(torch.where(owners == NOBODY, said.index, owners), said.index):
@@ -92,7 +98,9 @@ def _sums(rows: Rows, before: Rows | None, index: Tensor, size: int, alike: list
         if not all(bool(((one == both) | (one == NOBODY)).all()) for one in (made, before.index)):
             return MIXED
         made = both
-    fitting = [known for known in alike if bool(((made == known.index) | (made == NOBODY)).all())]
+    # messages that were selected from rows often return to these rows
+    senders = [one for one in memo.origins_of(rows) if one.num == size and not one.has_nobody]
+    fitting = [one for one in (*alike, *senders) if bool(((made == one.index) | (made == NOBODY)).all())]
     if fitting and all(torch.equal(fitting[0].index, other.index) for other in fitting[1:]):
         return fitting[0]  # also the rows that nothing was added to
     return Rows(0, made)

@@ -23,6 +23,7 @@ class Memo:
         self.known: list[Rows] = []
         """Owners that are the samples in order, or that the batch holds for rows that nothing was written to."""
         self._made: list[Rows] = []
+        self._origins: dict[int, list[Rows]] = {}
         self.several: int | None = None
         """Owner of rows that several samples share, once there are such rows."""
         self._by_key: dict[Hashable, list[tuple[Tensor | None, Any, Any]]] = {}
@@ -61,7 +62,15 @@ class Memo:
             return found
 
         found: Rows | None = self.get(index.dtype, (rows,), index, made)
+        if found is not None and all(rows is not one for one in self.origins_of(found)):
+            self._origins.setdefault(id(found.index), []).append(
+                rows
+            )  # the index stays alive in ``known`` or ``_made``
         return found
+
+    def origins_of(self, rows: Rows) -> list[Rows]:
+        """Return the rows from which an index has selected rows with these owners."""
+        return self._origins.get(id(rows.index), [])
 
     def get(self, key: Hashable, rows: tuple[Rows | None, ...], index: Tensor | None, make: Callable[[], Any]) -> Any:
         """Return the earlier result for equal arguments, or make one.

@@ -449,6 +449,38 @@ def test_a_tensor_that_two_records_hold_is_refused(shared: bool) -> None:
         make(layer, loss, lambda chosen: [records[i] for i in chosen])
 
 
+class Chosen(nn.Module):
+    """Messages from row to row among those that their values choose; the first of each bag gets none."""
+
+    def __init__(self, *, to_others: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.to_others = nn.Linear(3, 3).double(), nn.Linear(3, 3).double(), to_others
+
+    def forward(self, batch: list[Tensor]) -> Tensor:
+        rows = self.first(torch.cat(batch))
+        owners = torch.arange(len(batch)).repeat_interleave(torch.tensor([len(bag) for bag in batch]))
+        kept = rows.detach()[:, 0] > -0.5
+        rows, owners = rows[kept], owners[kept]
+        senders = torch.arange(len(rows) - 1)[owners[1:] == owners[:-1]]
+        sums = torch.zeros_like(rows).index_add(0, senders + 1, rows[senders])
+        if self.to_others:
+            sums = sums.flip(0)
+        made = self.last(self.last(sums) + rows).square().sum(1)
+        return torch.stack([made[owners == sample].sum() for sample in range(len(batch))])
+
+
+def test_rows_that_get_no_message_belong_to_those_they_return_to() -> None:
+    torch.manual_seed(0)
+    module, bags = Chosen(to_others=False), bags_of(3)
+    assert assert_agrees(module, module, lambda chosen: [bags[i] for i in chosen]).follows_owners
+
+
+def test_messages_that_return_to_rows_of_others_are_refused() -> None:
+    module, bags = Chosen(to_others=True), bags_of(3)
+    with pytest.raises(PrivacyError, match="rows of known samples, got rows that come from add"):
+        make(module, module, lambda chosen: [bags[i] for i in chosen])
+
+
 def test_an_index_that_differs_between_columns_is_refused() -> None:
     layer, bags = nn.Linear(3, 3).double(), bags_of(3)
 
