@@ -148,5 +148,10 @@ def fused_kernel(kind: str) -> Callable[..., Any]:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory; -1 for all sparse tensors, which have several."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else -1
+    """Return the address of a tensor's memory; -1 for all sparse tensors, which have several, and for tensors that hold
+    their values in others, as those of a sharded parameter do.
+    """
+    try:
+        return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else -1
+    except RuntimeError:
+        return -1

@@ -18,7 +18,9 @@ OwnersOf = Callable[[Tensor], Owners]
 
 _ALWAYS = frozenset(("masked_select", "take", "_pack_padded_sequence"))
 _ALONG_AN_AXIS = frozenset(("index_select", "gather", "take_along_dim"))
-_JOINS = frozenset(("cat", "concat", "concatenate", "hstack", "vstack"))
+_FINDS = frozenset(("nonzero", "argwhere"))
+_SORTS = frozenset(("sort", "argsort"))
+_JOINS = frozenset(("cat", "concat", "concatenate", "hstack", "vstack", "stack", "row_stack", "pad_sequence"))
 
 
 def chooses_rows(name: str, args: Any, kwargs: Any, owners_of: OwnersOf, size: int) -> bool:
@@ -33,11 +35,17 @@ def chooses_rows(name: str, args: Any, kwargs: Any, owners_of: OwnersOf, size: i
     """
     if name in _JOINS:
         return any(not _holds_all_alike(owners_of(one), size) for one in tensors_in(args[:1], {}))
-    rows = owners_of(args[0]) if args and isinstance(args[0], Tensor) else None
+    given = args[2] if name == "__setitem__" else args[0] if args else None
+    rows = owners_of(given) if isinstance(given, Tensor) else None
     if not isinstance(rows, Rows) or rows.axis is None:
         return False
-    if name in _ALWAYS:
+    if name in _ALWAYS or name in _FINDS or (name == "where" and len(args) + len(kwargs) == 1):
         return True
+    if name in _SORTS:
+        return bool(args[0].dim() == 1)
+    if name == "__setitem__":  # rows that are put where an index says
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(part, (Tensor, list)) and _is_a_choice(part, rows, owners_of, size) for part in parts)
     if name == "repeat_interleave":
         return any(isinstance(one, Tensor) for one in (*args[1:], *kwargs.values()))
     if name in _ALONG_AN_AXIS:

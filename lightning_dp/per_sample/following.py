@@ -58,6 +58,8 @@ class Follower(TorchFunctionMode):
         self._samples: dict[torch.device, Rows] = {}
         self._notes: dict[int, tuple[weakref.ref[Tensor], int, Owners]] = {}
         self._written: dict[int, tuple[int, Mixed]] = {}
+        self._chosen: dict[int, weakref.ref[Tensor]] = {}
+        self._of_numbers: dict[int, weakref.ref[Tensor]] = {}
         self._time = 0
 
     def identity(self, device: torch.device) -> Tensor:
@@ -74,6 +76,14 @@ class Follower(TorchFunctionMode):
     def note(self, tensor: Tensor, owners: Owners) -> None:
         """Record the owners of a tensor."""
         self._notes[id(tensor)] = (weakref.ref(tensor), self._time, owners)
+
+    def choose(self, tensor: Tensor) -> None:
+        """Record that data choose the rows of a tensor, so that other values may leave other rows of each sample."""
+        self._chosen[id(tensor)] = weakref.ref(tensor)
+
+    def is_chosen(self, tensor: Tensor) -> bool:
+        """Tell whether data choose the rows of a tensor, as far as this was recorded."""
+        return _holds(self._chosen, tensor)
 
     def owners_of(self, tensor: Tensor) -> Owners:
         """Return the owners of a tensor: None for a constant, mixed if unknown or if several samples share a row."""
@@ -180,7 +190,7 @@ class Follower(TorchFunctionMode):
             return
         found = self._result(func, traits, args, kwargs, given, results[0] if out is None else out)
         if self.tracker.compares:
-            self.tracker.chooses_rows |= chooses_rows(traits.name, args, kwargs, self._noted_owners, self.size)
+            self._note_choice(traits.name, args, kwargs, given, results)
         if found is MIXED:
             found = traits.mixed
         each = found if isinstance(found, list) else [found] * len(results)
@@ -190,6 +200,20 @@ class Follower(TorchFunctionMode):
         for tensor, one in zip(results, each, strict=False):
             if not isinstance(tensor, Reporting):
                 self.note(tensor, one if _fits(tensor, one) else traits.mixed)
+
+    def _note_choice(
+        self, name: str, args: Any, kwargs: Any, given: list[tuple[Tensor, Owners]], results: list[Tensor]
+    ) -> None:
+        """Record whether data choose the rows of results, and whether these were made of numbers, which may be data."""
+
+        def owners_of(tensor: Tensor) -> Owners:
+            return MIXED if _holds(self._of_numbers, tensor) else self._noted_owners(tensor)
+
+        if any(self.is_chosen(tensor) for tensor, _ in given) or chooses_rows(name, args, kwargs, owners_of, self.size):
+            for tensor in results:
+                self.choose(tensor)
+        if all(_holds(self._of_numbers, tensor) for tensor, _ in given) and (given or name in MADE_OF_NUMBERS):
+            self._of_numbers |= {id(tensor): weakref.ref(tensor) for tensor in results}
 
     def _written_with(self, tensor: Tensor, before: Owners, after: Owners, traits: Traits) -> Owners:
         """Return the owners of a tensor after an operation in place; other views of its memory become mixed if these
@@ -240,6 +264,11 @@ class Follower(TorchFunctionMode):
             out = func(*args, **kwargs)
             given = self._with_owners(tensors_in(args, kwargs))
             return getattr(out, "shape", None), self._result(func, traits_of(func), args, kwargs, given, out)
+
+
+def _holds(noted: dict[int, weakref.ref[Tensor]], tensor: Tensor) -> bool:
+    found = noted.get(id(tensor))
+    return found is not None and found() is tensor
 
 
 def _changes(tensor: Tensor, before: Owners, after: Owners) -> bool:

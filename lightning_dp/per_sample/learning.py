@@ -118,18 +118,16 @@ class Rows:
                 self._engine.begin(size)
                 run(size)
                 self._engine.end()
-        except PrivacyError:
+        except BaseException:
             self.follows_owners = False
             self._engine.end()
             raise
 
     def _settle(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool, more: bool) -> None:
-        """Check that each sample has K rows in the learned order, if several rows per sample are folded into the batch
-        axis.
-        """
+        """Check that each sample has K rows in the learned order whatever the data are; else follow the owners."""
         learned, tracker, reason = self._tracker.learned, self._tracker, ""
         assert learned is not None
-        if learned.has_folds and self._owners.was_seen:
+        if self._owners.was_seen:
             self._learning_size = None
             tracker.begin_comparison()
             try:
@@ -142,10 +140,17 @@ class Rows:
                         f"Expected the rows of {tracker.contradicted} in the order of the samples, got them in another "
                         f"one, such as one of the data.{reason}"
                     ) from error
+                if tracker.chooses_rows:
+                    tracker.learned = None
+                    raise PrivacyError(
+                        "Expected equally many rows of each sample whatever the data are, got rows that data choose, "
+                        f"of which other records may have more or fewer.{reason} {WAY_OUT}."
+                    ) from error
                 if alike:  # such records do not show whether K is common: it stays as it is
                     learned.pin()
             else:
-                self.follows_owners = tracker.num_misplaced > 0 or tracker.chooses_rows or self._owners.has_indices
+                has_indices = learned.has_folds and self._owners.has_indices
+                self.follows_owners = tracker.num_misplaced > 0 or tracker.chooses_rows or has_indices
             finally:
                 tracker.compares = False
         unordered = learned.close()

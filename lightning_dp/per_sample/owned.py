@@ -116,6 +116,8 @@ def compressed(labels: Tensor, shared: Callable[[Tensor], Rows]) -> Owners:
     if top == NOBODY:
         return None
     axes = [axis for axis in range(labels.dim()) if labels.shape[axis] > 1]
+    if axes and axes[0] > 0 and bool((labels == top).all()):  # one row
+        return Rows(None, labels.new_tensor([top]))
     if len(axes) == 1:
         return shared(labels.reshape(-1)).moved(axes[0])
     for axis in axes:

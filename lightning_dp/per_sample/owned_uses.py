@@ -38,7 +38,7 @@ def use(
     rows = tracker.follower.owners_of(tensor)
     if isinstance(rows, Mixed):
         return _refuse(func, nodes.values(), rows)
-    compare(tracker, func, nodes.values(), rows)
+    compare(tracker, func, nodes.values(), rows, (tensor,))
     if rows is None:
         return of_constants(tracker, func, args, kwargs, tensor, follows=rule.follows(spec, 0, tensor.dim()))
     axis = _axis_for(rule, spec, rows, tensor)
@@ -54,17 +54,21 @@ def use(
     return tap_output(out, made)
 
 
-def compare(tracker: Tracker, func: Any, nodes: Iterable[Node], rows: Rows | None) -> None:
-    """Set the order of a use's rows where it is unknown; count the use where positions name other samples than owners.
+def compare(tracker: Tracker, func: Any, nodes: Iterable[Node], rows: Rows | None, tensors: Iterable[Tensor]) -> None:
+    """Set the order of a use's rows where it is unknown; count the use where positions name other samples than owners,
+    and take note of rows that data choose.
 
     Args:
         tracker: compares only while the layout is learned.
         func: the operation.
         nodes: its parameters.
         rows: owners; None where it sees no samples.
+        tensors: its arguments.
     """
     if not tracker.compares or rows is None:
         return
+    assert tracker.follower is not None
+    tracker.chooses_rows |= any(map(tracker.follower.is_chosen, tensors))
     for node in nodes:
         tracker.num_misplaced += not _agrees(tracker, (func.__name__, node.lineage), rows)
 
@@ -127,7 +131,7 @@ def general(
     owned = [(tensor, rows) for tensor, rows in found if isinstance(rows, Rows)]
     num_axes = max(tensor.dim() for tensor in tensors)
     rows = merged([(tensor.dim(), rows) for tensor, rows in owned], num_axes, follower.memo)
-    compare(tracker, func, mine.values(), rows if isinstance(rows, Rows) else None)
+    compare(tracker, func, mine.values(), rows if isinstance(rows, Rows) else None, tensors)
     for _, unknown in found:
         if isinstance(unknown, Mixed):
             return _refuse(func, mine.values(), unknown)

@@ -79,7 +79,7 @@ class Tracker:
         self.num_misplaced = 0
         """Uses whose rows belong to other samples than their positions say, as far as both are known."""
         self.chooses_rows = False
-        """Whether rows were chosen by an index while owners were compared: other values may leave other rows."""
+        """Whether data have chosen the rows of a use while owners were compared: other values may leave other rows."""
 
     def begin_comparison(self) -> None:
         """Compare owners of rows with what their positions say, in the microbatches that follow."""

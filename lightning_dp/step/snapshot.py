@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.per_sample._torch import real_view
+from lightning_dp.per_sample._torch import real_view, unfollowed
 from lightning_dp.step.kept_tensors import KeptTensor, Together, find_changed
 from lightning_dp.step.local import local_part
 from lightning_dp.step.object_kinds import kind_of, slots_of
@@ -119,7 +119,7 @@ class Snapshot:
                 exact call finds changes that this misses.
         """
         self._settle()
-        with torch.no_grad():
+        with torch.no_grad(), unfollowed():  # an engine may record
             if not self._is_held(self._quick if quick else self._first):
                 for refill in self._refill:
                     refill()
