@@ -71,11 +71,15 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         coin: quantile in (0, 1) of every uniform draw: a low and a high one take the branches that a middle one does
             not.
         only: names of the draws to replace; None for all.
+        rates: scale by the root of its probability what dropout and Bernoulli draws keep, so that a change of their
+            rate shows; else a middle coin hides it.
     """
 
-    def __init__(self, *, by_place: bool = False, coin: float = 0.5, only: Container[str] | None = None) -> None:
+    def __init__(
+        self, *, by_place: bool = False, coin: float = 0.5, only: Container[str] | None = None, rates: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.by_place, self.coin, self._only = by_place, coin, only
+        self.by_place, self.coin, self._only, self._rates = by_place, coin, only, rates
         self.drew = False
         """Whether a value was drawn that another coin would change."""
         self.communicated = False
@@ -106,7 +110,10 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
         named |= {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
         if name == "native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+            kept = (1.0 - named["p"]) ** 0.5 if self._rates else 1.0
+            return args[0] * kept, torch.ones_like(args[0], dtype=torch.bool)
+        if self._rates and name == "bernoulli":
+            named["p"] = named.get("p", args[0]) ** 1.5  # which the caller divides by the probability
         if "dropout_p" in named:
             position = [argument.name for argument in arguments].index("dropout_p")
             if position < len(args):

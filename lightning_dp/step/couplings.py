@@ -53,7 +53,7 @@ class Couplings:
             values = [parameter.detach().clone() for parameter in trained]
             try:
                 for number, batch in enumerate(batches):
-                    probe = self._runs.run(batch, Draws(), engine=False, rehearses=number == 0)
+                    probe = self._runs.run(batch, Draws(rates=True), engine=False, rehearses=number == 0)
                     if number == 0:
                         if ends:
                             host.end_epoch()
@@ -256,6 +256,7 @@ class Couplings:
             if may_raise:  # the user's code refuses such a record: an exception, which the guarantee does not cover
                 return
             raise
+        exchange.check_seeds(base, other, draws, what)
         stays = torch.arange(base.norms.shape[1], device=base.norms.device) != place
         exact, rough = exchange.TOLERANCE[self._runs.coarsest([base.norms.dtype])]
         same_shape, total = base.shapes == other.shapes and not loose, self._runs.step.reduction.total
@@ -293,6 +294,6 @@ class Couplings:
 
         probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
         found = exchange.join(probe.found, records, self._runs.scale(size), frozenset(probe.stepped))
-        found.drawn = probe.drawn
+        found.drawn, found.seed = probe.drawn, probe.seed
         found.again = partial(self._fingerprint, snapshot, copy.copy(records), place)
         return found

@@ -39,6 +39,7 @@ class Fingerprint:
         shapes: of all samples, the exchanged one included.
         stepped: optimizers that stepped.
         drawn: states of the global generators after the forward.
+        seed: of torch's global generator after the forward, which user code may have set.
         again: runs the same batch once more, with the given draws.
     """
 
@@ -48,6 +49,7 @@ class Fingerprint:
     stepped: frozenset[int]
     drawn: Any = None
     again: Callable[[Any], Fingerprint] | None = None
+    seed: int = 0
 
 
 def random_weights(size: int, leaves: int) -> Tensor:
@@ -164,6 +166,22 @@ def compare(
         error = ComparisonError(_message(what, f"the others' gradients point elsewhere (difference {distance:.2g})"))
         error.difference = distance
         raise error
+
+
+def check_seeds(first: Fingerprint, second: Fingerprint, draws: Any, what: str) -> None:
+    """Check that user code does not seed torch from records: the draws of all others would change with one of them.
+
+    Args:
+        first: fingerprint of one batch.
+        second: fingerprint of the other.
+        draws: of both.
+        what: change of the exchanged sample.
+
+    Raises:
+        ComparisonError: the seed changes with a record, and not from run to run.
+    """
+    if first.seed != second.seed and first.again is not None and first.again(draws).seed == first.seed:
+        raise ComparisonError(_message(what, "the seed that user code gives torch changes with it"))
 
 
 def agree_again(

@@ -50,6 +50,7 @@ class Draws:
         real: torch draws as it does in training, but for draws that shift all later random numbers by
             how many they take, which depends on the values of one sample and changes no distribution.
         moved: number of a small change of all private parameters; 0 for none.
+        rates: whether rates of dropout and Bernoulli draws show.
     """
 
     seed: int = 0
@@ -57,6 +58,7 @@ class Draws:
     by_place: bool = False
     real: bool = False
     moved: int = 0
+    rates: bool = False
 
     def begin(self) -> FrozenRandomness:
         """Seed the global generators; return the mode that freezes torch's draws while it is entered."""
@@ -65,7 +67,7 @@ class Draws:
             seed_low_or_high(high=self.coin > MIDDLE)
         if self.real:
             return FrozenRandomness(by_place=True, only=REJECTING)
-        return FrozenRandomness(by_place=self.by_place, coin=self.coin)
+        return FrozenRandomness(by_place=self.by_place, coin=self.coin, rates=self.rates)
 
 
 class TrialRuns:
@@ -202,7 +204,7 @@ class TrialRuns:
                 with self.loss_form.watching(checked=True) if self._is_check else nullcontext():
                     output, loss = self.host.run(records), None
                 outputs.append(output)
-                probe.drawn = all_generators()
+                probe.drawn, probe.seed = all_generators(), torch.initial_seed()
                 self.draws_on_host |= host_generators() != before
                 drew = (frozen.drew and not draws.real) or self.draws_on_host
                 self.has_coins = step.reduction.any(self.has_coins or drew)

@@ -1,4 +1,4 @@
-"""Watch of what user code writes: parameters, buffers, attributes, modes, learning rates and released gradients."""
+"""Watch of what user code writes: parameters, buffers, attributes, modes, rates, released gradients, what trains."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Look:
         with unfollowed():  # followed parameters would report each question
             self._tensors = [*layers.parameters(), *layers.buffers()]
             self._changes = [changes_of(self._tensors), _addresses_of(self._tensors)]
+            self._trains = [tensor.requires_grad for tensor in self._tensors]
         self._attributes = [vars(layer) for layer in layers.own]
         self._held = [[*map(id, held.values())] for held in self._attributes]
         self._modes = [layer.training for layer in layers.all]
@@ -63,6 +64,8 @@ class Look:
                 yield from (("attribute", index, name) for name, one, other in pairs if one != other)
         if self._modes != after._modes:
             yield ("modes",)
+        if self._trains != after._trains:
+            yield ("which tensors train",)
         if self._numbers != after._numbers:
             yield from (("number", name) for name in changed(_joined(self._numbers), _joined(after._numbers)))
 

@@ -36,12 +36,26 @@ def changes_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         return tuple([num_changes(tensor) for tensor in tensors])
 
 
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def _may_change(layer: nn.Module) -> bool:
+    """Tell whether user code may keep something in attributes of a layer."""
+    kind = type(layer)
+    if not kind.__module__.startswith("torch.nn.") or isinstance(layer, nn.modules.dropout._DropoutNd):
+        return True
+    known = _OF_TORCH.union(
+        getattr(kind, "__constants__", ()), *(getattr(one, "__annotations__", ()) for one in kind.__mro__)
+    )
+    return not known.issuperset(vars(layer))
+
+
 _ASK = (nn.Module.named_parameters, nn.Module.named_modules)
 
 
 class Layers:
     """The layers of a module and what they hold; :meth:`now` walks through the module only if a layer in it was added,
-    removed, exchanged or renamed.
+    removed, exchanged or renamed, or got or lost an attribute.
 
     Args:
         module: the user's.
@@ -66,16 +80,17 @@ class Layers:
                     collect(child, f"{prefix}{name}.")
 
         collect(self._module, "")
-        self.own = [layer for layer in self.all if not type(layer).__module__.startswith("torch.nn.")]
-        """Layers whose class is not one of torch, and that may hold attributes of the user's."""
+        self.own = [*filter(_may_change, self.all)]
+        """Layers that are not of torch, or have a rate or attributes of the user's."""
         self._names, self._children = self._held()
 
     def _held(self) -> tuple[Any, list[nn.Module | None]]:
-        """Return the number of direct submodules by layer with their names, and these."""
+        """Return the number of direct submodules by layer with their names and of attributes, and these submodules."""
+        num_attributes = sum([len(layer.__dict__) for layer in self.all])
         held = [layer._modules for layer in self.all]
         sizes, held = [*map(len, held)], [children for children in held if children]
         names = [name for children in held for name in children.keys()]  # noqa: SIM118, a script's has keys alone
-        return (sizes, names), [child for children in held for child in children.values()]
+        return (sizes, names, num_attributes), [child for children in held for child in children.values()]
 
     def now(self) -> Layers:
         """Return the layers as they are now."""

@@ -137,3 +137,28 @@ def test_as_many_draws_as_a_record_asks_for_are_no_coupling(mixes: bool) -> None
         loader: Any = DataLoader(data, batch_size=8, collate_fn=_padded)
         make_trainer(strategy, None).fit(Gated("dropout", padded=True, mixes=mixes), loader)
     assert strategy.ledger.num_steps == (0 if mixes else 5)
+
+
+class Seeds(L.LightningModule):
+    """Adds noise whose seed is the number of the batch, or is made of its records."""
+
+    def __init__(self, *, of_records: bool) -> None:
+        super().__init__()
+        self.layer, self.of_records = nn.Linear(3, 1), of_records
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        torch.manual_seed(int(batch.abs().sum() * 1000) if self.of_records else batch_idx)
+        return self.layer(batch + torch.randn_like(batch)).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("of_records", [False, True])
+def test_a_seed_that_is_made_of_records_is_refused(of_records: bool) -> None:
+    torch.manual_seed(0)
+    trainer = make_trainer(DPStrategy(noise_multiplier=1.0), None)
+    loader = DataLoader(torch.randn(32, 3), batch_size=8)  # type: ignore[arg-type]
+    refused = pytest.raises(PrivacyError, match="the seed that user code gives torch changes with it")
+    with refused if of_records else nullcontext():
+        trainer.fit(Seeds(of_records=of_records), loader)

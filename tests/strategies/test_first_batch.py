@@ -184,6 +184,10 @@ def test_frozen_draws_are_constant_and_permutations_mix() -> None:
         assert torch.multinomial(torch.tensor([[0.0, 1.0, 1.0], [8.0, 1.0, 0.0]]), 1).tolist() == [[1], [0]]
         assert sorted(torch.multinomial(torch.tensor([[0.0, 1.0, 2.0]]), 2)[0].tolist()) == [1, 2]
     assert torch.randn(4).std() > 0
+    with FrozenRandomness(rates=True):
+        for kept in (0.25, 0.81):
+            torch.testing.assert_close(nn.functional.dropout(torch.ones(50), 1 - kept), torch.full((50,), kept**0.5))
+            torch.testing.assert_close(torch.empty(3).bernoulli_(kept) / kept, torch.full((3,), kept**0.5))
 
 
 def test_draws_frozen_by_place_show_how_many_rows_were_drawn() -> None:

@@ -144,12 +144,41 @@ class Assigns(Module):
         return loss
 
 
-@pytest.mark.parametrize("kind", [Refreshes, Assigns])
+class SetsTheRateOfADropout(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.begun:
+            self.network[1].p = float(self.seen.abs().clamp(max=0.9))
+        return loss
+
+
+class KeepsInALayerOfTorch(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        before = getattr(self.network[0], "seen", 0.0)
+        loss = super().training_step([batch[0] - before], batch_idx)
+        if self.begun:
+            self.network[0].seen = self.seen
+        return loss
+
+
+@pytest.mark.parametrize("kind", [Refreshes, Assigns, SetsTheRateOfADropout, KeepsInALayerOfTorch])
 def test_a_write_in_the_forward_is_refused_in_time(kind: type[Module]) -> None:
     steps, error = fit(kind())
     assert steps == BEGINS
     assert "after another record" in error
     assert "was released" not in error
+
+
+class FreezesInAHook(Module):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.begun:
+            self.network[0].weight.requires_grad_(bool(batch[0][0, 0] > 5))
+
+
+def test_data_that_decide_what_trains_are_refused_in_time() -> None:
+    steps, error = fit(FreezesInAHook())
+    assert steps == BEGINS
+    assert "Samples influence each other" in error
 
 
 class Limits(Module):

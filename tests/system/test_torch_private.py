@@ -108,6 +108,14 @@ def test_layers_and_their_tensors_are_found_once_each() -> None:
     _check_layers(layers, module)
 
 
+def test_layers_of_torch_with_rates_or_attributes_are_looked_at() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Dropout(), nn.GRUCell(2, 2), nn.GELU())
+    layers = torch_private.Layers(module)
+    assert layers.own == [module[1]]
+    module[0].mean = torch.ones(1)
+    assert layers.now().own == [module[0], module[1]]
+
+
 def _check_layers(layers: torch_private.Layers, module: nn.Module) -> None:
     assert [*map(id, layers.now().all)] == [*map(id, module.modules())]
     assert [*map(id, layers.parameters())] == [*map(id, module.parameters())]
