@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import is_mapped, memory_of, unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
+from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.memo import Memo, merged
 from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, keeps_to_positions, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
 from lightning_dp.per_sample.quick import aligned, are_positions
+from lightning_dp.per_sample.reductions import entry_by_entry, where
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY, Traits, traits_of
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ class Follower(TorchFunctionMode):
         self._written: dict[int, tuple[int, Mixed]] = {}
         self._chosen: dict[int, weakref.ref[Tensor]] = {}
         self._of_numbers: dict[int, weakref.ref[Tensor]] = {}
+        self._assumed: dict[int, weakref.ref[Tensor]] = {}
         self._time = 0
 
     def identity(self, device: torch.device) -> Tensor:
@@ -80,6 +84,12 @@ class Follower(TorchFunctionMode):
     def choose(self, tensor: Tensor) -> None:
         """Record that data choose the rows of a tensor, so that other values may leave other rows of each sample."""
         self._chosen[id(tensor)] = weakref.ref(tensor)
+
+    def assume(self, tensor: Tensor) -> None:
+        """Record that a tensor holds a parameter repeated for every sample, as its length says; rows of other owners
+        that it meets entry by entry are refused.
+        """
+        self._assumed[id(tensor)] = weakref.ref(tensor)
 
     def is_chosen(self, tensor: Tensor) -> bool:
         """Tell whether data choose the rows of a tensor, as far as this was recorded."""
@@ -174,7 +184,19 @@ class Follower(TorchFunctionMode):
             self.note(out, found)
         elif found is not given[0][1]:
             self.note(out, self._written_with(out, given[0][1], found, traits) if traits.in_place else found)
+        if self._assumed and kind is Tensor and any(_holds(self._assumed, tensor) for tensor, _ in given):
+            self._check_assumed(func, traits, given, out)
         return out
+
+    def _check_assumed(self, func: Any, traits: Traits, given: list[tuple[Tensor, Owners]], out: Tensor) -> None:
+        """Refuse a parameter repeated for every sample that meets rows of other owners entry by entry."""
+        if not isinstance(self.owners_of(out), Mixed):
+            self.assume(out)
+        elif traits.handler in (entry_by_entry, where) and not any(isinstance(rows, Mixed) for _, rows in given):
+            raise PrivacyError(
+                f"Expected a parameter repeated for every sample to meet rows of the same samples, got {func.__name__} "
+                f"with rows of others, of which there are as many. Repeat it for the rows of each sample; {WAY_OUT}."
+            )
 
     def _is_noted(self, out: Any, args: Any, kwargs: Any) -> bool:
         """Tell whether an operation on parameters has made copies for the samples, which know their owners."""

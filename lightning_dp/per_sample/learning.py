@@ -66,6 +66,7 @@ class Rows:
         if not more:
             self.follows_owners = False
             self._owners.forget()
+            self._tracker.repeats.clear()
         grads = {parameter: parameter.grad for parameter in self._module.parameters()}
         try:
             with torch.enable_grad():
@@ -112,7 +113,7 @@ class Rows:
 
     def _try_owners(self, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
         """Run the user's forward and follow the owners of rows, because positions do not determine them."""
-        self.follows_owners = True
+        self.follows_owners = self._tracker.repeats.learns = True
         try:
             for size in sizes:
                 self._engine.begin(size)
@@ -122,6 +123,8 @@ class Rows:
             self.follows_owners = False
             self._engine.end()
             raise
+        finally:
+            self._tracker.repeats.learns = False
 
     def _settle(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool, more: bool) -> None:
         """Check that each sample has K rows in the learned order whatever the data are; else follow the owners."""

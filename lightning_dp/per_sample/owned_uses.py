@@ -15,18 +15,16 @@ from lightning_dp.per_sample.arguments import replaced
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.memo import merged
-from lightning_dp.per_sample.nodes import Function, Node, named
+from lightning_dp.per_sample.nodes import Node, named
 from lightning_dp.per_sample.operations import ALIGNED, Bound
 from lightning_dp.per_sample.owned import Mixed, OwnedAxis, Rows
-from lightning_dp.per_sample.repeats import of_constants, one_of
+from lightning_dp.per_sample.repeats import copy_of, of_constants, one_of, repeated_for_samples
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.traits import traits_of
-from lightning_dp.per_sample.uses import Use, tap, tap_output
+from lightning_dp.per_sample.uses import Use, tap_output
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
-
-_REPEATS = ("expand", "repeat")  # "expand_as" has the shape of another parameter here, whatever the number of samples
 
 
 def use(
@@ -136,17 +134,17 @@ def general(
         if isinstance(unknown, Mixed):
             return _refuse(func, mine.values(), unknown)
     if not owned:
-        return derive(tracker, func, args, kwargs) if found else _derived(tracker, func, args, kwargs)
+        return derive(tracker, func, args, kwargs) if found else repeated_for_samples(tracker, func, args, kwargs)
     one = {rows.only for _, rows in owned}
     if len(one) == 1 and None not in one:  # the whole tensor belongs to one sample
         axis = OwnedAxis(None, owned[0][1].index[:1])
-        own = {id(t): _copy(tracker, t, node, t.detach().view_as(t), axis) for t, node in tracked}
+        own = {id(t): copy_of(tracker, t, node, t.detach().view_as(t), axis) for t, node in tracked}
         return _run(func, args, kwargs, own)
     if not isinstance(rows, Rows) or rows.axis is None:
         return tracker.unbatched(func, mine.values())
     if rows.has_nobody:
         return tracker.unbatched(func, mine.values())
-    repeated = _repeated(tracker, tracked, rows)
+    repeated = _repeated(tracker, tracked, rows, num_axes)
     if traits_of(func).in_place and id(tensors[0]) in repeated:  # not the tensor itself would change
         return tracker.unbatched(func, mine.values())
     if func.__name__ in ALIGNED:
@@ -156,35 +154,6 @@ def general(
     if len(repeated) == len(tracked):
         return _run(func, args, kwargs, repeated)
     return _over_rows(tracker, func, args, kwargs, tensors, tracked, found)
-
-
-def _derived(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation on parameters alone; if it repeats one for every sample, each sample gets a copy of its own."""
-    out, size = derive(tracker, func, args, kwargs), tracker.recorder.batch_size
-    if func.__name__ not in _REPEATS or not isinstance(out, Function) or size == 0:
-        return out
-    assert tracker.follower is not None
-    if size == 1:  # whatever a batch of one sample repeats is of this sample
-        one = tracker.follower.identity(out.device)
-        copies = _copy(tracker, out, out.node, out.detach(), OwnedAxis(None, one))
-        tracker.follower.note(copies, Rows(None, one))
-        return copies
-    before = (1,) * (out.dim() - args[0].dim()) + tuple(args[0].shape)
-    axis = next((a for a in range(out.dim()) if before[a] == 1 and out.shape[a] == size), None)
-    if axis is None:
-        return out
-    one = derive(tracker, torch.narrow, (out, axis, 0, 1), {})
-    copies = _copy(tracker, one, one.node, leaves.along(one.detach(), one.shape, axis, size), BatchAxis(axis))
-    tracker.follower.note(copies, tracker.follower.samples(copies.device).moved(axis))
-    return copies
-
-
-def _copy(tracker: Tracker, tensor: Tensor, node: Node, value: Tensor, axis: OwnedAxis | BatchAxis) -> Tensor:
-    """Connect expanded copies of a tensor to the tensor's source, which receives their gradient; return the copies."""
-    source = tracker.source(leaves.LEAF, node.shape, "copies", {"copy": node})
-    if not in_backward():
-        source.calls += 1
-    return tap(value, Use(source, source.keys, (), None, axis))
 
 
 def _run(func: Any, args: Any, kwargs: Any, own: Mapping[int, Tensor]) -> Any:
@@ -216,7 +185,7 @@ def _aligned(
         padded = (1,) * (num_axes - tensor.dim()) + tuple(tensor.shape)
         if padded[rows.axis] != 1:
             return None
-        made = _copy(
+        made = copy_of(
             tracker, tensor, node, leaves.along(tensor.detach(), padded, rows.axis, rows.index.shape[0]), _axis(rows)
         )
         if tensor.dim() == 0 and wide is not None:
@@ -225,17 +194,17 @@ def _aligned(
     return copies
 
 
-def _repeated(tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows) -> dict[int, Tensor]:
+def _repeated(tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows, num_axes: int) -> dict[int, Tensor]:
     """Return copies of tensors with one entry for all rows, as ``token.expand(B, -1, -1)`` or a type of all tokens."""
     copies: dict[int, Tensor] = {}
     axis, num = rows.axis, rows.index.shape[0]
     assert axis is not None
     for tensor, _ in tracked:
-        one = one_of(tracker, tensor, axis) if tensor.dim() > axis and tensor.shape[axis] == num > 1 else None
+        one = one_of(tracker, tensor, axis) if tensor.dim() == num_axes and tensor.shape[axis] == num > 1 else None
         if one is not None:
             node = tracker.node_of(one)
             assert node is not None
-            copies[id(tensor)] = _copy(
+            copies[id(tensor)] = copy_of(
                 tracker, one, node, leaves.along(one.detach(), one.shape, axis, num), _axis(rows)
             )
     return copies
@@ -268,7 +237,8 @@ def _over_rows(
             return tracker.unbatched(func, nodes)
         axes.append(None if rows is None else BatchAxis(rows.axis))
     own = {
-        id(t): _copy(tracker, t, node, t.detach().expand(num, *t.shape), _axis(result.moved(0))) for t, node in tracked
+        id(t): copy_of(tracker, t, node, t.detach().expand(num, *t.shape), _axis(result.moved(0)))
+        for t, node in tracked
     }
     plan = CallLayout(tuple(axes), (BatchAxis(result.axis),))
     out = mapping.over_rows(func, args, kwargs, plan, own, tensors, num, nodes)

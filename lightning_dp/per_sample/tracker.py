@@ -25,6 +25,7 @@ from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, repo
 from lightning_dp.per_sample.operations import ALIGNED, Bound, Operation, operation_of
 from lightning_dp.per_sample.plans import Observer
 from lightning_dp.per_sample.recurrent import watch_order
+from lightning_dp.per_sample.repeats import Repeats
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.sharing import Sharing
 from lightning_dp.per_sample.sources import Source
@@ -52,7 +53,7 @@ class Tracker:
         self._materialise, self._workspace = materialise, workspace
         self.parameters: dict[str, nn.Parameter] = {}
         self._nodes: dict[int, Node] = {}
-        self.stand_ins: dict[str, Tensor] = {}
+        self.stand_ins, self.repeats = dict[str, Tensor](), Repeats()
         self.copies: dict[Hashable, Any] = {}
         """Copies of parameters for the samples, which all elementwise operations of a microbatch share."""
         self.blocks: dict[Hashable, set[int]] = {}  # blocks of parameters that were used one by one, see leaves.py

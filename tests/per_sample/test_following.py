@@ -129,6 +129,12 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "experts that rows choose": (added_by_experts, {"w": drawn(4, 3, 3), "gate": drawn(3, 4)}),
     "positions that are not zero": (at_positions, {"w": drawn(4)}),
     "type of all rows": (with_types, {"w": drawn(2, 3)}),
+    "added within rows": (
+        lambda m, x: (
+            torch.zeros_like(x).scatter_add(1, (x > 0).long() + 1, x).scatter_(2, (x[:, :, :1] > 1).long(), x) * m.w
+        ),
+        {"w": drawn(3)},
+    ),
     "written into zeros": (written_into_zeros, {"w": drawn(3)}),
     "joined to nothing": (lambda m, x: torch.cat([torch.tensor([]).double(), x], 1) * m.w, {"w": drawn(3)}),
     "numbers": (lambda m, x: x * torch.tensor([1.0, 2.0, 3.0]).double() * m.w + torch.as_tensor(2.0), {"w": drawn(3)}),

@@ -1,0 +1,90 @@
+"""Parameters that are repeated while owners are followed, in batches of as many samples as the parameter has copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.errors import PrivacyError
+from tests.per_sample.test_owned_steps import _alone
+from tests.per_sample.test_owners import make, record
+
+ROWS = [1, 2, 1, 3, 1, 1]
+"""Number of rows of each record."""
+
+WAYS: dict[str, Callable[[Any, Tensor, Tensor, int], Tensor]] = {
+    "numbers": lambda m, x, of, size: x * m.scale.expand(3),
+    "numbers in memory": lambda m, x, of, size: x * m.scale.view(1).repeat(3),
+    "numbers of each row": lambda m, x, of, size: x * m.scale.expand(len(x), 3),
+    "shape of a constant": lambda m, x, of, size: x * torch.broadcast_to(m.scale, (3,)),
+    "matrix": lambda m, x, of, size: x @ m.row.expand(3, 3),
+    "sum of a matrix": lambda m, x, of, size: x * m.row.expand(3, 3).sum(0),
+    "rows": lambda m, x, of, size: x + m.row.expand(len(x), 3),
+    "samples": lambda m, x, of, size: x + m.row.expand(size, 3)[of],
+    "numbers and samples": lambda m, x, of, size: x * m.scale.expand(3) + m.scale.expand(size)[of][:, None],
+}
+
+
+class Repeating(nn.Module):
+    """A sum over the rows of each record, with a parameter that is repeated in some way."""
+
+    def __init__(self, way: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.way, self.first = way, nn.Linear(3, 3)
+        self.scale, self.row = nn.Parameter(torch.randn(())), nn.Parameter(torch.randn(1, 3))
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        of, size = batch["sample_of_row"], len(batch["y"])
+        rows = self.way(self, self.first(batch["x"]), of, size)
+        return (torch.zeros(size, 3).index_add(0, of, rows) - batch["y"]).square().sum(1)
+
+
+def _batch_of(chosen: list[int], rows: list[int]) -> dict[str, Tensor]:
+    records = [torch.randn(rows[i], 3, generator=torch.Generator().manual_seed(i)) for i in chosen]
+    counts = torch.tensor([rows[i] for i in chosen])
+    of = torch.arange(len(chosen)).repeat_interleave(counts)
+    return {"x": torch.cat(records), "sample_of_row": of, "y": torch.stack([one.mean(0) for one in records])}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_repeated_parameters_agree_in_batches_of_as_many_samples(way: str) -> None:
+    torch.manual_seed(0)
+    module = Repeating(WAYS[way])
+    engine = make(module, module, lambda chosen: _batch_of(chosen, ROWS))
+    assert engine.follows_owners
+    for records in ([0, 1, 3], [0, 2, 4], [2], [3, 1], [3, 1, 0, 2]):
+        expected = [_alone(module, _batch_of([number], ROWS)) for number in records]
+        record(engine, module, _batch_of(records, ROWS), len(records))
+        for name, grad in engine.per_sample_gradients().items():
+            torch.testing.assert_close(grad, torch.stack([one[name] for one in expected]))
+        engine.end()
+
+
+def _of_all_rows(m: Any, x: Tensor, of: Tensor, size: int) -> Tensor:
+    return x + m.row.expand(len(x), 3) @ torch.eye(3) * m.scale.detach()
+
+
+def test_rows_of_others_do_not_take_the_copies_of_the_samples() -> None:
+    """All records that were seen first have one row; later ones have others, but as many in all."""
+    torch.manual_seed(0)
+    rows = [1, 1, 1, 2, 1]
+    module = Repeating(_of_all_rows)
+    engine = make(module, module, lambda chosen: _batch_of(chosen, rows))
+    engine.prefer_owners()
+    batches = [_batch_of(([0, 1] * size)[:size], rows) for size in (2, 3)]
+
+    def run(size: int) -> None:
+        engine.see(batches[size - 2])
+        module(batches[size - 2]).sum().backward()
+
+    engine.learn_layout(run, sizes=(2, 3))
+    assert engine.follows_owners
+    batch = _batch_of([3, 0], rows)
+    batch["y"] = torch.zeros(3, 3)
+    with pytest.raises(PrivacyError, match="a parameter repeated for every sample to meet rows of the same samples"):
+        record(engine, module, batch, 3)
+    engine.end()
