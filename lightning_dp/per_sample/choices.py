@@ -66,7 +66,12 @@ def _holds_all_alike(owners: Owners, size: int) -> bool:
 
 def _indices_at(index: Any, axis: int, num_axes: int) -> Iterator[Any]:
     """Yield the part of an index that applies to an axis."""
-    parts = index if isinstance(index, tuple) else (index,)
+    # torch reads a list with slices as a tuple
+    parts = (
+        tuple(index)
+        if isinstance(index, tuple) or (isinstance(index, list) and slice in map(type, index))
+        else (index,)
+    )
     named = sum(_num_axes(part) for part in parts)
     at = 0
     for part in parts:

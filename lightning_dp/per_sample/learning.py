@@ -152,8 +152,9 @@ class Rows:
                 if alike:  # such records do not show whether K is common: it stays as it is
                     learned.pin()
             else:
-                has_indices = learned.has_folds and self._owners.has_indices
-                self.follows_owners = tracker.num_misplaced > 0 or tracker.chooses_rows or has_indices
+                misleads = tracker.num_misplaced > 0 or self._owners.has_indices
+                misleads = tracker.contradicted is not None or (learned.has_folds and misleads)
+                self.follows_owners = tracker.chooses_rows or misleads
             finally:
                 tracker.compares = False
         unordered = learned.close()
