@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, FunctionType
@@ -155,3 +156,30 @@ def memory_of(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else -1
     except RuntimeError:
         return -1
+
+
+class TensorSet:
+    """A set of tensors by identity that does not keep them alive.
+
+    Example:
+        >>> one, other = torch.zeros(2), torch.zeros(2)
+        >>> held = TensorSet()
+        >>> held.add(one)
+        >>> one in held, other in held
+        (True, False)
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, weakref.ref[Tensor]] = {}
+
+    def add(self, *tensors: Tensor) -> None:
+        """Add tensors."""
+        for tensor in tensors:
+            self._held[id(tensor)] = weakref.ref(tensor)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        held = self._held.get(id(tensor))
+        return held is not None and held() is tensor
+
+    def __len__(self) -> int:
+        return len(self._held)

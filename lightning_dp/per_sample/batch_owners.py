@@ -102,7 +102,7 @@ class BatchOwners:
             elif isinstance(thing, Tensor):
                 follower.note(thing, _owners_of(path, kinds, thing, follower, indices))
                 if any(name != "sample" for _, name in kinds):  # other records may have other numbers of rows
-                    follower.choose(thing)
+                    follower.chosen.add(thing)
 
     def _indices(self, batch: Any, containers: Iterable[Container], size: int, memo: Memo) -> dict[str, Rows]:
         """Return the owner indices of a batch by name, each with the sample of every row, node or edge."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import is_mapped, memory_of, unfollowed
+from lightning_dp.per_sample._torch import TensorSet, is_mapped, memory_of, unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
@@ -61,9 +61,12 @@ class Follower(TorchFunctionMode):
         self._samples: dict[torch.device, Rows] = {}
         self._notes: dict[int, tuple[weakref.ref[Tensor], int, Owners]] = {}
         self._written: dict[int, tuple[int, Mixed]] = {}
-        self._chosen: dict[int, weakref.ref[Tensor]] = {}
-        self._of_numbers: dict[int, weakref.ref[Tensor]] = {}
-        self._assumed: dict[int, weakref.ref[Tensor]] = {}
+        self.chosen = TensorSet()
+        """Tensors of which data choose the rows, so that other values may leave other rows of each sample."""
+        self.assumed = TensorSet()
+        """Tensors that hold a parameter repeated for every sample, as their length says; rows of other owners that they
+        meet entry by entry are refused."""
+        self._of_numbers = TensorSet()
         self._time = 0
 
     def identity(self, device: torch.device) -> Tensor:
@@ -80,20 +83,6 @@ class Follower(TorchFunctionMode):
     def note(self, tensor: Tensor, owners: Owners) -> None:
         """Record the owners of a tensor."""
         self._notes[id(tensor)] = (weakref.ref(tensor), self._time, owners)
-
-    def choose(self, tensor: Tensor) -> None:
-        """Record that data choose the rows of a tensor, so that other values may leave other rows of each sample."""
-        self._chosen[id(tensor)] = weakref.ref(tensor)
-
-    def assume(self, tensor: Tensor) -> None:
-        """Record that a tensor holds a parameter repeated for every sample, as its length says; rows of other owners
-        that it meets entry by entry are refused.
-        """
-        self._assumed[id(tensor)] = weakref.ref(tensor)
-
-    def is_chosen(self, tensor: Tensor) -> bool:
-        """Tell whether data choose the rows of a tensor, as far as this was recorded."""
-        return _holds(self._chosen, tensor)
 
     def owners_of(self, tensor: Tensor) -> Owners:
         """Return the owners of a tensor: None for a constant, mixed if unknown or if several samples share a row."""
@@ -184,14 +173,14 @@ class Follower(TorchFunctionMode):
             self.note(out, found)
         elif found is not given[0][1]:
             self.note(out, self._written_with(out, given[0][1], found, traits) if traits.in_place else found)
-        if self._assumed and kind is Tensor and any(_holds(self._assumed, tensor) for tensor, _ in given):
+        if self.assumed and kind is Tensor and any(tensor in self.assumed for tensor, _ in given):
             self._check_assumed(func, traits, given, out)
         return out
 
     def _check_assumed(self, func: Any, traits: Traits, given: list[tuple[Tensor, Owners]], out: Tensor) -> None:
         """Refuse a parameter repeated for every sample that meets rows of other owners entry by entry."""
         if not isinstance(self.owners_of(out), Mixed):
-            self.assume(out)
+            self.assumed.add(out)
         elif traits.handler in (entry_by_entry, where) and not any(isinstance(rows, Mixed) for _, rows in given):
             raise PrivacyError(
                 f"Expected a parameter repeated for every sample to meet rows of the same samples, got {func.__name__} "
@@ -229,13 +218,12 @@ class Follower(TorchFunctionMode):
         """Record whether data choose the rows of results, and whether these were made of numbers, which may be data."""
 
         def owners_of(tensor: Tensor) -> Owners:
-            return MIXED if _holds(self._of_numbers, tensor) else self._noted_owners(tensor)
+            return MIXED if tensor in self._of_numbers else self._noted_owners(tensor)
 
-        if any(self.is_chosen(tensor) for tensor, _ in given) or chooses_rows(name, args, kwargs, owners_of, self.size):
-            for tensor in results:
-                self.choose(tensor)
-        if all(_holds(self._of_numbers, tensor) for tensor, _ in given) and (given or name in MADE_OF_NUMBERS):
-            self._of_numbers |= {id(tensor): weakref.ref(tensor) for tensor in results}
+        if any(tensor in self.chosen for tensor, _ in given) or chooses_rows(name, args, kwargs, owners_of, self.size):
+            self.chosen.add(*results)
+        if all(tensor in self._of_numbers for tensor, _ in given) and (given or name in MADE_OF_NUMBERS):
+            self._of_numbers.add(*results)
 
     def _written_with(self, tensor: Tensor, before: Owners, after: Owners, traits: Traits) -> Owners:
         """Return the owners of a tensor after an operation in place; other views of its memory become mixed if these
@@ -286,11 +274,6 @@ class Follower(TorchFunctionMode):
             out = func(*args, **kwargs)
             given = self._with_owners(tensors_in(args, kwargs))
             return getattr(out, "shape", None), self._result(func, traits_of(func), args, kwargs, given, out)
-
-
-def _holds(noted: dict[int, weakref.ref[Tensor]], tensor: Tensor) -> bool:
-    found = noted.get(id(tensor))
-    return found is not None and found() is tensor
 
 
 def _changes(tensor: Tensor, before: Owners, after: Owners) -> bool:

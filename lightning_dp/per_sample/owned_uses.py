@@ -66,7 +66,7 @@ def compare(tracker: Tracker, func: Any, nodes: Iterable[Node], rows: Rows | Non
     if not tracker.compares or rows is None:
         return
     assert tracker.follower is not None
-    tracker.chooses_rows |= any(map(tracker.follower.is_chosen, tensors))
+    tracker.chooses_rows |= any(tensor in tracker.follower.chosen for tensor in tensors)
     for node in nodes:
         tracker.num_misplaced += not _agrees(tracker, (func.__name__, node.lineage), rows)
 

@@ -75,7 +75,7 @@ def repeated_for_samples(tracker: Tracker, func: Any, args: Any, kwargs: Any) ->
             value = leaves.along(one.detach(), one.shape, axis, size)
             copies = copy_of(tracker, one, one.node, value, BatchAxis(axis))
             tracker.follower.note(copies, tracker.follower.samples(copies.device).moved(axis))
-            tracker.follower.assume(copies)
+            tracker.follower.assumed.add(copies)
             return copies
     return out
 
