@@ -272,7 +272,7 @@ class Couplings:
             if shifts and (draws.real or draws.by_place) and base.again is not None:
                 # the others may have got other draws: give all records the same
                 for coin in (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,):
-                    same = Draws(seed=draws.seed, coin=coin)
+                    same = Draws(seed=draws.seed, coin=coin, rates=True)
                     self._compare(snapshot, base.again(same), records, place, same, what, may_raise=may_raise)
                 return
             if not same_shape or self._runs.step.reduction.is_sharded:

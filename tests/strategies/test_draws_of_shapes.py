@@ -158,7 +158,22 @@ class Seeds(L.LightningModule):
 def test_a_seed_that_is_made_of_records_is_refused(of_records: bool) -> None:
     torch.manual_seed(0)
     trainer = make_trainer(DPStrategy(noise_multiplier=1.0), None)
-    loader = DataLoader(torch.randn(32, 3), batch_size=8)  # type: ignore[arg-type]
+    loader: Any = DataLoader(torch.randn(32, 3), batch_size=8)  # type: ignore[arg-type]
     refused = pytest.raises(PrivacyError, match="the seed that user code gives torch changes with it")
     with refused if of_records else nullcontext():
         trainer.fit(Seeds(of_records=of_records), loader)
+
+
+class Switched(Seeds):
+    """Drops out where the mean of the batch is above zero."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        batch = nn.functional.dropout(batch, 0.5, training=bool(batch.mean() > 0))
+        return self.layer(batch).square().mean()
+
+
+def test_a_dropout_that_the_batch_switches_on_is_refused() -> None:
+    torch.manual_seed(0)
+    loader: Any = DataLoader(torch.randn(32, 3), batch_size=8)  # type: ignore[arg-type]
+    with pytest.raises(PrivacyError, match="One sample of a batch was made huge"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), None).fit(Switched(of_records=False), loader)
