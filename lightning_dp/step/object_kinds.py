@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import random
+import sys
 import types
 from collections import deque
 from collections.abc import MutableMapping, MutableSequence, MutableSet
@@ -24,6 +26,15 @@ _FOREIGN = (
     "lightning.", "pytorch_lightning.", "lightning_dp.", "torch.distributed", "logging", "threading", "_thread",
     "weakref", "_io",
 )  # fmt: skip
+#: Packages whose classes hold no state of the user's.
+_NOT_OWN = sys.stdlib_module_names | {
+    "torch",
+    "torchmetrics",
+    "numpy",
+    "lightning",
+    "pytorch_lightning",
+    "lightning_dp",
+}
 #: Classes of random generators.
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 _CONTAINERS = (MutableMapping, MutableSequence, deque, MutableSet)
@@ -51,3 +62,16 @@ def slots_of(kind: Any) -> list[str]:
             private = name.startswith("__") and not name.endswith("__")
             found.append(f"_{each.__name__.lstrip('_')}{name}" if private else name)
     return [name for name in found if name not in ("__dict__", "__weakref__")]
+
+
+@functools.lru_cache(4096)
+def own_classes(kind: Any) -> list[type[Any]]:
+    """Return a class and its bases, but for those of Python, torch, Lightning and this package."""
+    bases = [each for each in kind.__mro__ if each.__module__.partition(".")[0] not in _NOT_OWN]
+    return [each for each in bases if not isinstance(each, enum.EnumMeta)]
+
+
+def state_of_class(kind: type[Any]) -> dict[str, Any]:
+    """Return the attributes of a class that are values: neither methods nor properties, nor Python's own."""
+    held = vars(kind).items()
+    return {name: value for name, value in held if name[:2] != "__" and not hasattr(type(value), "__get__")}

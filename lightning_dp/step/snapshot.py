@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, MutableSet
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSet
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lightning_dp.per_sample._torch import real_view, unfollowed
 from lightning_dp.step.kept_tensors import KeptTensor, Together, find_changed
 from lightning_dp.step.local import local_part
-from lightning_dp.step.object_kinds import kind_of, slots_of
+from lightning_dp.step.object_kinds import kind_of, own_classes, slots_of, state_of_class
 from lightning_dp.step.randomness import generator_restorer
+from lightning_dp.step.refilling import refill_mapping, refill_sequence, reset_attributes, reset_class, same_content
 
 #: Attributes of every module that are not the user's state: hooks, and dictionaries that are followed by themselves.
 _MACHINERY = frozenset(nn.Module().__dict__) - {
@@ -62,7 +63,7 @@ class Snapshot:
 
     Followed are modules (trainable and frozen parameters, all buffers, plain attributes), optimizers and schedulers
     (``state``, ``param_groups``, counters), containers of any class, numpy arrays, generators, and attributes of the
-    user's own objects. Tensors are compared by value, so that writes through ``.data`` are found too.
+    user's own objects and classes. Tensors are compared by value, so that writes through ``.data`` are found too.
 
     **Guarantee**: after :meth:`put_back`, everything followed has the value that it had, in the same objects. NOT
     followed: objects that are reachable only through closures, globals or C extensions, and what a trainer holds.
@@ -87,7 +88,7 @@ class Snapshot:
         settle()
         self._restore: list[Callable[[], Any]] = []
         self._refill: list[Callable[[], Any]] = []  # of the containers below
-        self._attributes: list[dict[str, Any]] = []  # of objects
+        self._attributes: list[Mapping[str, Any]] = []  # of objects and classes
         self._readers: list[Callable[[str], Any]] = []  # of the same attributes
         self._names: list[list[str]] = []  # of those that are state
         self._mappings: list[dict[Any, Any]] = []
@@ -188,7 +189,7 @@ class Snapshot:
             content: Any = kind(value)
         except Exception:  # it cannot be read, such as a configuration that is None: its attributes hold all it has
             return
-        self._keep(value, content, _refill_sequence if kind is list else _refill_mapping)
+        self._keep(value, content, refill_sequence if kind is list else refill_mapping)
         if kind is not set:
             self._follow_all([*content.values()] if kind is dict else content, depth)
 
@@ -201,13 +202,22 @@ class Snapshot:
         attributes = getattr(owner, "__dict__", None)
         if isinstance(attributes, dict):
             before = {name: value for name, value in attributes.items() if name not in skipped}
-            self._attributes.append(attributes)
-            self._readers.append(attributes.__getitem__)
-            self._names.append([*before])
-            self._refill.append(lambda: _reset_attributes(attributes, before, skipped))
-            self._follow_all(list(before.values()), depth)
+            self._keep_attributes(attributes, before, lambda: reset_attributes(attributes, before, skipped), depth)
         for name in slots_of(owner.__class__):
             self._keep_slot(owner, name, depth)
+        for kind in own_classes(owner.__class__):
+            if id(kind) not in self._seen:
+                self._seen[id(kind)], state = kind, state_of_class(kind)
+                self._keep_attributes(vars(kind), state, functools.partial(reset_class, kind, state), depth)
+
+    def _keep_attributes(
+        self, held: Mapping[str, Any], state: dict[str, Any], refill: Callable[[], None], depth: int
+    ) -> None:
+        self._attributes.append(held)
+        self._readers.append(held.__getitem__)
+        self._names.append([*state])
+        self._refill.append(refill)
+        self._follow_all([*state.values()], depth)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         part, requires_grad = local_part(tensor), tensor.requires_grad
@@ -231,7 +241,7 @@ class Snapshot:
 
     def _keep(self, holder: Any, content: Any, refill: Callable[[Any, Any], None]) -> None:
         def restore() -> None:
-            if not _same_content(holder, content):
+            if not same_content(holder, content):
                 refill(holder, content)
 
         if isinstance(content, dict) and isinstance(holder, dict):
@@ -257,40 +267,3 @@ class Snapshot:
                 array[...] = content
 
         self._restore.append(restore)
-
-
-def _reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str]) -> None:
-    for name in [name for name in attributes if name not in before and name not in skipped]:
-        del attributes[name]
-    for name, value in before.items():
-        if attributes.get(name, _MACHINERY) is not value:
-            attributes[name] = value
-
-
-def _same_content(holder: Any, content: Any) -> bool:
-    """Tell whether the content of a container is unchanged."""
-    if len(holder) != len(content):
-        return False
-    if isinstance(content, dict):
-        return all(map(operator.is_, holder.values(), content.values())) and all(map(operator.is_, holder, content))
-    if isinstance(content, set):
-        return all(item in content for item in holder)
-    return all(map(operator.is_, holder, content))
-
-
-def _refill_mapping(holder: Any, content: Any) -> None:
-    holder.clear()
-    if isinstance(content, dict):
-        for key, value in content.items():
-            holder[key] = value
-    else:
-        for item in content:
-            holder.add(item)
-
-
-def _refill_sequence(holder: Any, content: list[Any]) -> None:
-    if hasattr(holder, "clear"):
-        holder.clear()
-    else:  # array.array before Python 3.13
-        del holder[:]
-    holder.extend(content)

@@ -344,6 +344,38 @@ def test_container_that_cannot_be_read_is_put_back() -> None:
     assert unset.data is None
 
 
+def add_to_class(module: Any) -> None:
+    kind = type(module)
+    kind.seen.append(1)
+    kind.mass.add_(1.0)
+    kind.count += 1
+    kind.later = 1
+    kind.describe = lambda self: "a method is no state"
+
+
+def test_values_of_classes_are_put_back() -> None:
+    class Base(Holder):
+        seen: list[int] = []  # noqa: RUF012, as users write it
+        mass = torch.zeros(2)
+
+    class Own(Base):
+        count = 0
+
+        def describe(self) -> str:
+            return ""
+
+    module = Own()
+    snapshot = Snapshot([module])
+    for quick in (True, False, True):
+        add_to_class(module)
+        snapshot.put_back(quick=quick)
+        assert (Own.seen, Own.mass.tolist(), Own.count) == ([], [0.0, 0.0], 0)
+        assert not hasattr(Own, "later")
+        assert "seen" not in vars(Own)
+        assert module.describe() == "a method is no state"
+    assert snapshot.renew([module])
+
+
 def test_unchanged_memory_is_not_written() -> None:
     """A tensor that kept its values keeps its version, so a graph that saved it can still be used."""
     module = Holder(torch.full((3,), float("nan")))
@@ -434,8 +466,8 @@ def test_quick_compares_dictionaries_in_one_pass(monkeypatch: pytest.MonkeyPatch
     module.__dict__["log"] = print
     held.put_back(quick=True)
     passes = []
-    own = snapshot._reset_attributes
-    monkeypatch.setattr(snapshot, "_reset_attributes", lambda *args: passes.append(1) or own(*args))
+    own = snapshot.reset_attributes
+    monkeypatch.setattr(snapshot, "reset_attributes", lambda *args: passes.append(1) or own(*args))
     held.put_back(quick=True)
     assert not passes
     for name in ("thing", "other"):

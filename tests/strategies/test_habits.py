@@ -234,3 +234,30 @@ def test_own_attributes_of_instances_are_put_back(tmp_path: Path) -> None:
     optimizers[0].zero_grad()
     assert called == ["zero_grad"]
     assert "clip_gradients" not in vars(module)
+
+
+def test_lists_and_counters_of_a_class_hold_real_steps(tmp_path: Path) -> None:
+    """Also of a helper's class, where each record runs alone, and where a step adds the attribute."""
+
+    class Meter:
+        sizes: list[int] = []  # noqa: RUF012, as users write it
+
+    class Collecting(Classifier):
+        losses: list[Tensor] = []  # noqa: RUF012
+        count = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.meter = Meter()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.losses.append(loss.detach())
+            self.meter.sizes.append(len(batch[0]))
+            type(self).count += 1
+            type(self).late = getattr(self, "late", 0) + 1  # type: ignore[attr-defined]
+            return loss
+
+    module = Collecting()
+    make_trainer(private(grad_sample="single"), tmp_path).fit(module, make_loader())
+    assert len(module.losses) == len(Meter.sizes) == module.count == module.late == 4

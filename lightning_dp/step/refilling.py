@@ -1,0 +1,60 @@
+"""Functions that give containers, objects and classes the content back that they had in a snapshot."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from lightning_dp.step.object_kinds import state_of_class
+
+_ABSENT = object()
+
+
+def reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str]) -> None:
+    """Reset the attributes of an object, except those with names in ``skipped``."""
+    for name in [name for name in attributes if name not in before and name not in skipped]:
+        del attributes[name]
+    for name, value in before.items():
+        if attributes.get(name, _ABSENT) is not value:
+            attributes[name] = value
+
+
+def same_content(holder: Any, content: Any) -> bool:
+    """Tell whether the content of a container is unchanged."""
+    if len(holder) != len(content):
+        return False
+    if isinstance(content, dict):
+        return all(map(operator.is_, holder.values(), content.values())) and all(map(operator.is_, holder, content))
+    if isinstance(content, set):
+        return all(item in content for item in holder)
+    return all(map(operator.is_, holder, content))
+
+
+def refill_mapping(holder: Any, content: Any) -> None:
+    """Give a mapping or a set its content."""
+    holder.clear()
+    if isinstance(content, dict):
+        for key, value in content.items():
+            holder[key] = value
+    else:
+        for item in content:
+            holder.add(item)
+
+
+def refill_sequence(holder: Any, content: list[Any]) -> None:
+    """Give a list or a queue its content."""
+    if hasattr(holder, "clear"):
+        holder.clear()
+    else:  # array.array before Python 3.13
+        del holder[:]
+    holder.extend(content)
+
+
+def reset_class(kind: type[Any], before: dict[str, Any]) -> None:
+    """Reset the attributes of a class that are state; methods are not touched."""
+    now = state_of_class(kind)
+    for name in now.keys() - before.keys():
+        delattr(kind, name)
+    for name, value in before.items():
+        if now.get(name, _ABSENT) is not value:
+            setattr(kind, name, value)
