@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
@@ -17,8 +16,8 @@ from lightning_dp.step import checks
 from lightning_dp.step.host import Host
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.hooks import UserHooks, has_transfer, outputs_of
-from lightning_dp.strategies.outcomes import TrialFigures, kept_outcomes
-from lightning_dp.strategies.overrides import Overrides
+from lightning_dp.strategies.outcomes import forget_figures, kept_outcomes
+from lightning_dp.strategies.silence import silent, silent_loggers
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -171,6 +170,15 @@ class LightningHost(Host):
         (known, batch), self._idle = self._idle, (0, None)
         return batch if known == copies else self.training.stand_in(copies)
 
+    def settling(self, settle: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that settles the module and, within a trial, forgets the figures of its last run."""
+
+        def settle_all() -> None:
+            settle()
+            forget_figures(self._strategy.trainer)
+
+        return settle_all
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Keep ``self.log`` and ``self.log_dict`` to the trial, stay in the epoch, and count no optimizer steps."""
@@ -178,6 +186,7 @@ class LightningHost(Host):
         with ExitStack() as stack:
             stack.enter_context(kept_outcomes(self._strategy.trainer))
             stack.enter_context(silent(self._strategy.module))
+            stack.enter_context(silent_loggers(self._strategy.trainer))
             stack.enter_context(_lightning.within_epoch(self._strategy.trainer))
             for optimizer in _lightning.lightning_optimizers(self._strategy):
                 stack.enter_context(_lightning.without_progress(optimizer))
@@ -214,33 +223,6 @@ class Numbers(MutableMapping[str, Any]):
     @override
     def __len__(self) -> int:
         return len(_plain(self._held()))
-
-
-@contextmanager
-def silent(module: pl.LightningModule) -> Iterator[None]:
-    """Let ``self.log`` and ``self.log_dict`` show their figures to nobody but user code that reads them back, and
-    ``self.print`` print nothing.
-    """
-
-    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(value, (int, float, Tensor)):
-            figure = torch.as_tensor(value).detach()
-            for store in _lightning.figures(module.trainer):
-                assert isinstance(store, TrialFigures)
-                store.log((name, f"{name}_step", f"{name}_epoch"), figure)
-
-    def log_dict(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        for name, value in () if isinstance(values, nn.Module) else values.items():  # metrics are no figures
-            log(name, value)
-
-    overrides = Overrides()
-    overrides.set(module, "log", log)
-    overrides.set(module, "log_dict", log_dict)
-    overrides.set(module, "print", lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        overrides.undo()
 
 
 class Counts:

@@ -23,6 +23,13 @@ def kept_outcomes(trainer: pl.Trainer) -> Iterator[None]:
             trainer.should_stop, loop.max_epochs, loop.epoch_loop.max_steps, loop.max_batches = ends
 
 
+def forget_figures(trainer: pl.Trainer) -> None:
+    """Give the figures back that were held before a trial, if one is under way."""
+    for store in _lightning.figures(trainer):
+        if isinstance(store, TrialFigures):
+            store.forget()
+
+
 def ends_of(trainer: pl.Trainer) -> tuple[Any, ...]:
     """Return what ends a run or an epoch: whether the Trainer should stop, most epochs, steps, and batches of one."""
     loop = trainer.fit_loop
@@ -34,7 +41,13 @@ class TrialFigures(dict[str, Any]):
 
     def __init__(self, held: dict[str, Any]) -> None:
         super().__init__(held)
-        self._own: dict[str, Any] = {}
+        self._held, self._own = held, dict[str, Any]()
+
+    def forget(self) -> None:
+        """Give up the figures of this trial."""
+        self._own.clear()
+        self.clear()
+        super().update(self._held)
 
     def log(self, names: tuple[str, ...], figure: Tensor) -> None:
         """Hold a figure under several names."""

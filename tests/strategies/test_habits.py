@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
@@ -261,3 +261,63 @@ def test_lists_and_counters_of_a_class_hold_real_steps(tmp_path: Path) -> None:
     module = Collecting()
     make_trainer(private(grad_sample="single"), tmp_path).fit(module, make_loader())
     assert len(module.losses) == len(Meter.sizes) == module.count == module.late == 4
+
+
+def test_runs_of_a_trial_do_not_see_each_others_figures(tmp_path: Path) -> None:
+    """Else checks would not try the branch of the first step; the second batch of a run sees those of the first."""
+    known: list[tuple[bool, int]] = []
+
+    class Reads(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            known.append(("own" in self.trainer.callback_metrics, len(batch[0])))
+            self.log("own", 1.0)
+            return super().training_step(batch, batch_idx)
+
+    make_trainer(private(), tmp_path, max_steps=1).fit(Reads(), make_loader())
+    assert known[-1][0] is False
+    assert {size for seen, size in known if not seen} == {size for _, size in known}
+    assert any(seen for seen, _ in known)
+
+
+def test_trials_write_nothing_to_experiments(tmp_path: Path) -> None:
+    """Also where each record runs alone: one entry per step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board, table = TensorBoardLogger(tmp_path), CSVLogger(tmp_path)
+
+    class Draws(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            first, second = self.loggers
+            assert isinstance(first, TensorBoardLogger)
+            assert str(tmp_path) in first.experiment.get_logdir()
+            first.experiment.add_scalar("mine", 1.0, self.global_step)
+            second.experiment.log_metrics({"mine": 1.0}, step=self.global_step)
+            second.log_graph(self)
+            return super().training_step(batch, batch_idx)
+
+    trainer = make_trainer(private(grad_sample="single"), tmp_path, logger=[board, table])
+    trainer.fit(Draws(), make_loader())
+    assert trainer.loggers == [board, table]
+    read = EventAccumulator(board.log_dir).Reload()
+    assert [event.step for event in read.Scalars("mine")] == [0, 1, 2, 3]
+    rows = Path(table.log_dir, "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4
+
+
+def test_a_logger_of_the_users_own_class_is_seen_on_trial(tmp_path: Path) -> None:
+    """What its methods keep may reach a later loss."""
+
+    class Memory(CSVLogger):
+        last = torch.tensor(1.0)
+
+        def remember(self, value: Tensor) -> None:
+            self.last = value
+
+    class Reads(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx) * self.logger.last
+            self.logger.remember(batch[0].mean().abs())
+            return loss
+
+    with pytest.raises(PrivacyError, match="changes with what training_step saw before"):
+        make_trainer(private(), tmp_path, logger=Memory(tmp_path)).fit(Reads(), make_loader())
