@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp._messages import without_warnings
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.arguments import replaced, with_other_values
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout, tensors_of
@@ -167,8 +167,7 @@ def _mapped(
         return [leaf.movedim(axis.axis, 0) for leaf, axis in zip(found, layout.outputs, strict=True)]  # type: ignore[union-attr]
 
     in_dims = [0 if copied or axis is not None else None for copied, axis in zip(is_copy, axes, strict=True)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
+    with without_warnings():  # of operations that are mapped slowly
         outputs = torch.vmap(of_one, in_dims=(in_dims,))(inputs)
     whole = [axis.from_front(output) for output, axis in zip(outputs, layout.outputs, strict=True)]  # type: ignore[union-attr]
     return pytree.tree_unflatten(whole, structures[0])

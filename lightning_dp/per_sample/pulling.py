@@ -7,7 +7,6 @@ with ones, gives the Jacobian, and the gradients of all samples are multiplied b
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from lightning_dp._messages import without_warnings
 from lightning_dp.per_sample._torch import unreported
 from lightning_dp.per_sample.nodes import Node
 from lightning_dp.per_sample.rules.base import widen
@@ -148,8 +148,7 @@ def _vjp(
     nodes: Iterable[Node], roots: Mapping[str, Tensor], given: Sequence[Tensor], *, batched: bool = False
 ) -> Sequence[Tensor | None]:
     values: Any = [GradientEdge(*node.value) for node in nodes]  # type: ignore[misc]
-    with warnings.catch_warnings(), unreported():
-        warnings.simplefilter("ignore")  # notes on operations that are mapped slowly
+    with without_warnings(), unreported():  # warnings of operations that are mapped slowly
         return torch.autograd.grad(
             values, [*roots.values()], given, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lightning_dp._messages import without_warnings
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import uncompiled
 from lightning_dp.step.randomness import kept_generators
@@ -22,6 +22,8 @@ USE_OPTIMIZERS = (
     "Step through self.optimizers(), with self.manual_backward for the backward: only such a step gets a private "
     "gradient."
 )
+#: A warning where user code steps a scheduler on trial, in which its optimizer does not step.
+_STEPPED_BY_HAND = r"Detected call of `lr_scheduler\.step\(\)` before"
 
 
 class StepGuard:
@@ -173,9 +175,7 @@ class Sandbox:
         self._guard.in_sandbox += 1
         try:
             eager = uncompiled() if is_trial else nullcontext()  # trials watch operations
-            with kept_generators(device), self._quiet(), eager, warnings.catch_warnings():
-                # a scheduler stepped by hand: its optimizer must not step here
-                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+            with kept_generators(device), self._quiet(), eager, without_warnings(_STEPPED_BY_HAND):
                 yield taken
         finally:
             self._guard.in_sandbox -= 1

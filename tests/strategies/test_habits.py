@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +322,15 @@ def test_a_logger_of_the_users_own_class_is_seen_on_trial(tmp_path: Path) -> Non
 
     with pytest.raises(PrivacyError, match="changes with what training_step saw before"):
         make_trainer(private(), tmp_path, logger=Memory(tmp_path)).fit(Reads(), make_loader())
+
+
+def test_a_warning_of_the_users_step_is_shown_once(tmp_path: Path) -> None:
+    class Warns(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            warnings.warn("careful", stacklevel=1)
+            return super().training_step(batch, batch_idx)
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        make_trainer(private(grad_sample="single"), tmp_path).fit(Warns(), make_loader())
+    assert [str(each.message) for each in shown].count("careful") == 1
