@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 
+from lightning_dp import _messages
 from lightning_dp.sampling.checks import check_loader, dataset_length, unwrap_sampler
 from lightning_dp.sampling.fetch import read
 from lightning_dp.sampling.loader import kept_options
 
 
-def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) -> Any:
+def one_loader(given: Any, *, sampling: str, mode: str = "max_size_cycle") -> Any:
     """Convert training data to one loader over records; return such a loader unchanged.
 
     A list or dictionary of loaders becomes one loader whose batches have that structure. Record i then consists of item
@@ -27,7 +28,8 @@ def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) 
     Args:
         given: a loader, an iterable of batches, or a list or dictionary of loaders.
         sampling: "poisson", "shuffle" or "cyclic"; batches of an iterable need "shuffle".
-        one_after_the_other: whether the user asked to read the loaders one after the other, which is refused.
+        mode: how Lightning's ``CombinedLoader`` reads several loaders. "min_size" leaves out what a loader has beyond
+            the shortest one; under the others, loaders of unequal length are refused, and under "sequential" all.
 
     Returns:
         A ``DataLoader``; or ``given`` itself, if ``check_loader`` is to refuse it.
@@ -50,7 +52,7 @@ def one_loader(given: Any, *, sampling: str, one_after_the_other: bool = False) 
             f"Expected DataLoaders in the {type(given).__name__} of training data, got {', '.join(kinds) or 'none'}. "
             "Private sampling needs the records behind each: return one DataLoader, or a collection of them."
         )
-    return _joined([_recorded(loader, sampling) for loader in loaders], structure, sampling, one_after_the_other)
+    return _joined([_recorded(loader, sampling) for loader in loaders], structure, sampling, mode)
 
 
 def _recorded(loader: Any, sampling: str) -> Any:
@@ -138,15 +140,13 @@ class _CollateParts:
         return tree_unflatten(batches, self.structure)
 
 
-def _joined(
-    loaders: list[DataLoader[Any]], structure: TreeSpec, sampling: str, one_after_the_other: bool
-) -> DataLoader[Any]:
+def _joined(loaders: list[DataLoader[Any]], structure: TreeSpec, sampling: str, mode: str) -> DataLoader[Any]:
     for loader in loaders:
         check_loader(loader, sampling)
     first, collate = loaders[0], _CollateParts([loader.collate_fn for loader in loaders], structure)
     if len(loaders) == 1:
         return _loader_like(first, first.dataset, collate)
-    if one_after_the_other:
+    if mode == "sequential":
         raise ValueError(
             f"Expected training loaders that are read together, got {len(loaders)} in mode='sequential'. A logical "
             "batch is drawn from all records: join the datasets by torch.utils.data.ConcatDataset and return one "
@@ -157,14 +157,24 @@ def _joined(
             f"Expected datasets with random access in {len(loaders)} training loaders, got a stream. Item i of each is "
             "one record, and the streams may not have the same order: join them in one IterableDataset."
         )
-    sizes = [(dataset_length(loader.dataset), getattr(loader.batch_sampler, "batch_size", None)) for loader in loaders]
-    if len(set(sizes)) > 1:
-        listed = ", ".join(f"{size} records in batches of {batch_size}" for size, batch_size in sizes)
+    lengths = [dataset_length(loader.dataset) for loader in loaders]
+    sizes = [getattr(loader.batch_sampler, "batch_size", None) for loader in loaders]
+    if len(set(sizes)) > 1 or (len(set(lengths)) > 1 and mode != "min_size"):
+        pairs = zip(lengths, sizes, strict=True)
+        listed = ", ".join(f"{length} records in batches of {batch_size}" for length, batch_size in pairs)
         raise ValueError(
             f"Expected {len(loaders)} training loaders of equal length and batch size, each a part of one record, got "
-            f"{listed}. Join datasets of other records by torch.utils.data.ConcatDataset, or give both one length."
+            f"{listed}. Join datasets of other records by torch.utils.data.ConcatDataset, or give both one length. "
+            'CombinedLoader(loaders, "min_size") leaves out what is beyond the shortest.'
         )
-    return _loader_like(first, _Parts([loader.dataset for loader in loaders]), collate)
+    shortest, datasets = min(lengths), [loader.dataset for loader in loaders]
+    if shortest < max(lengths):
+        datasets = [Subset(dataset, range(shortest)) for dataset in datasets]
+        _messages.info(
+            f'Under mode="min_size" the first {shortest} records of each training loader form records together; those '
+            "beyond are left out in all epochs, where a plain Trainer draws others in each epoch if it shuffles."
+        )
+    return _loader_like(loaders[lengths.index(shortest)], _Parts(datasets), collate)
 
 
 def _loader_like(loader: DataLoader[Any], dataset: Any, collate_fn: Any) -> DataLoader[Any]:

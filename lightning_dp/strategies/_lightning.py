@@ -183,13 +183,12 @@ def within_epoch(trainer: pl.Trainer) -> Iterator[None]:
         progress.completed = completed
 
 
-def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], Any]) -> Callable[[], None]:
+def change_training_source(trainer: pl.Trainer, change: Callable[[Any, str], Any]) -> Callable[[], None]:
     """Pass training data through ``change`` before Lightning sees it; return a function that undoes this.
 
     Args:
         trainer: the Trainer whose fit is set up.
-        change: (training data of the user, whether its loaders are read one after the other) -> training data for
-            Lightning.
+        change: (training data of the user, mode of its ``CombinedLoader``) -> training data for Lightning.
     """
     source = trainer.fit_loop._data_source
     original = source.dataloader
@@ -197,8 +196,8 @@ def change_training_source(trainer: pl.Trainer, change: Callable[[Any, bool], An
     def dataloader() -> Any:
         given = original()
         if is_a(given, CombinedLoader):
-            return change(given.iterables, given._mode == "sequential")
-        return change(given, False)
+            return change(given.iterables, given._mode)
+        return change(given, "max_size_cycle")
 
     overrides = Overrides()
     overrides.set(source, "dataloader", dataloader)

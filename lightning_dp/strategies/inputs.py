@@ -52,8 +52,8 @@ class TrainingInputs(RunFacts, Strategy):
         while self._undo:
             self._undo.pop()()
 
-    def _one_loader(self, given: Any, one_after_the_other: bool) -> Any:
-        return one_loader(given, sampling=self.settings.sampling, one_after_the_other=one_after_the_other)
+    def _one_loader(self, given: Any, mode: str) -> Any:
+        return one_loader(given, sampling=self.settings.sampling, mode=mode)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

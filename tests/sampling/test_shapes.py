@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections import Counter
 from collections.abc import Iterator
@@ -174,6 +175,26 @@ def test_collections_that_are_no_records_name_what_was_given(given: Any, error: 
         one_loader(given, sampling="shuffle")
 
 
+@pytest.mark.parametrize("mode", ["max_size", "max_size_cycle"])
+def test_longer_loaders_are_refused_where_all_is_read(mode: str) -> None:
+    with pytest.raises(ValueError, match="leaves out what is beyond the shortest"):
+        one_loader([loader_of(), loader_of(20)], sampling="poisson", mode=mode)
+
+
+def test_min_size_leaves_out_what_is_beyond_the_shortest(caplog: pytest.LogCaptureFixture) -> None:
+    loaders = [loader_of(20, shuffle=True), loader_of(12), loader_of(16)]
+    with caplog.at_level(logging.INFO):
+        loader = one_loader(loaders, sampling="shuffle", mode="min_size")
+    assert "the first 12 records" in caplog.text
+    private = private_dataloader(loader, sampling="shuffle")
+    assert private.facts.dataset_size == 12
+    drawn = [part for batch in private for _, part in batch.microbatches]
+    assert sorted(int(value) for part in drawn for value in part[0][0]) == [*range(12)]
+    assert all(torch.equal(part[0][0], part[place][0]) for part in drawn for place in (1, 2))
+    with pytest.raises(ValueError, match="20 records in batches of 5"):
+        one_loader([loader_of(), loader_of(20, batch_size=5)], sampling="poisson", mode="min_size")
+
+
 def test_a_stream_in_a_collection_keeps_its_structure() -> None:
     loader = one_loader({"only": DataLoader(Endless(), batch_size=8, drop_last=True)}, sampling="shuffle")
     batches = list(private_dataloader(loader, sampling="shuffle"))
@@ -183,7 +204,7 @@ def test_a_stream_in_a_collection_keeps_its_structure() -> None:
 
 def test_loaders_read_one_after_the_other_are_refused() -> None:
     with pytest.raises(ValueError, match="got 2 in mode='sequential'"):
-        one_loader([loader_of(), loader_of()], sampling="poisson", one_after_the_other=True)
+        one_loader([loader_of(), loader_of()], sampling="poisson", mode="sequential")
 
 
 # ---------------------------------------------------------------- iterables of batches
