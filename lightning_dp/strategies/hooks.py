@@ -108,7 +108,8 @@ class UserHooks:
                 problem = f"Expected {label} to run on a few records alone, got {type(error).__name__}: {error}."
                 if owner in self.writing:
                     raise PrivacyError(
-                        f"{problem} It changes the module, and this cannot be checked: leave it out."
+                        f"{problem} It changes the module, and this cannot be checked: let it run on one record, "
+                        "and more often than in training, or leave it out."
                     ) from error
                 if label not in self._reported:
                     self._reported.add(label)
