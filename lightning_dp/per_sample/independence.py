@@ -263,9 +263,9 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
         )
     return (
         f"Every gradient has the right direction but a factor of its own, from {low:.4g} to {high:.4g}: samples share "
-        "a denominator. Likely causes: a mean over all tokens or pixels of the batch instead of each sample's own; "
-        "ignore_index, sample or class weights in a mean. Reduce each sample by itself and return a loss of shape "
-        f"(B,), or {_SINGLE}."
+        "a denominator or another function of the batch. Likely causes: a mean over all tokens or pixels of the batch "
+        "instead of each sample's own; ignore_index, sample or class weights in a mean; the square or logarithm of the "
+        f"batch's loss. Reduce each sample by itself and return a loss of shape (B,), or {_SINGLE}."
     )
 
 

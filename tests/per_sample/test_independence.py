@@ -74,6 +74,11 @@ def squared_loss(layer: nn.Module, x: Tensor) -> Tensor:
     return (mean_loss(layer, x) - 1.9).square()
 
 
+def logarithm_loss(layer: nn.Module, x: Tensor) -> Tensor:
+    """The logarithm of a mean, whose derivative has one sign."""
+    return mean_loss(layer, x).log()
+
+
 def window_loss(layer: nn.Module, x: Tensor) -> Tensor:
     """A mean over rows drawn from the whole batch, here always from its middle."""
     return layer(x).tanh().square().sum(1)[len(x) // 2 :][:1].mean()
@@ -90,6 +95,7 @@ def test_compare_accepts_a_mean_over_samples() -> None:
         (twice_divided_loss, r"All gradients are 0\.25 times as large \(batch of 4\): the loss is divided"),
         (weighted_loss, r"a factor of its own, from 0\.\d+ to \d\.\d+: samples share a denominator"),
         (squared_loss, r"from -\d+\.\d+ to \d+\.\d+: the step trains a function of the whole batch's loss"),
+        (logarithm_loss, r"samples share a denominator or another function.*square or logarithm of the batch's loss"),
         (window_loss, r"3 of 4 samples have a gradient when run alone and none in the batch.*random windows"),
         (contrastive_loss, r"No factor a sample explains it: samples influence each other"),
         (normalized_loss, r"No factor a sample explains it: samples influence each other"),
