@@ -62,7 +62,12 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Compute a batch norm with fixed statistics; apply weight and bias as separate operations."""
+    """Compute a batch norm with fixed statistics; apply weight and bias as separate operations.
+
+    In training mode only functions of parameters are normalised: some layers standardise their weights in this way.
+    """
+    if training and is_tracked(input):
+        return tracker.primitive(func, (input, running_mean, running_var, weight, bias, True, momentum, eps), {})
     if training:
         raise PrivacyError(
             "Expected layers that keep samples apart, got batch_norm in training mode, which mixes them. "

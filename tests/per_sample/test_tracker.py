@@ -194,6 +194,33 @@ def test_batch_norm_in_evaluation_mode_is_a_constant_scaling() -> None:
         assert torch.equal(value, state[key])
 
 
+def test_weights_standardised_by_batch_norm_are_followed() -> None:
+    class Standardised(nn.Conv1d):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.gain = nn.Parameter(torch.full((self.out_channels,), 0.7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.weight.reshape(1, self.out_channels, -1)
+            weight = F.batch_norm(rows, None, None, weight=self.gain, training=True, momentum=0.0, eps=1e-6)
+            return F.conv1d(x, weight.reshape_as(self.weight), self.bias)
+
+    torch.manual_seed(0)
+    module = nn.Sequential(Standardised(3, 4, 2), nn.Tanh(), Standardised(4, 2, 2)).double()
+    assert_engine_agrees(module, _loss(module), _data(3, 5))
+
+
+def test_batch_norm_of_data_is_refused_beside_one_of_weights() -> None:
+    class Both(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = F.batch_norm(self.weight[None], None, None, training=True)[0]
+            return F.batch_norm(F.linear(x, weight), None, None, weight=self.bias, training=True)
+
+    module = Both(3, 4)
+    with pytest.raises(PrivacyError, match="mixes them"):
+        make_engine(module, _loss(module), torch.randn(6, 3))
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
