@@ -180,7 +180,15 @@ def _ruled(rule: Rule, bind: Callable[..., Bound]) -> Operation:
     return Operation(lambda tracker, func, args, kwargs: tracker.use(func, args, kwargs, rule, bind(*args, **kwargs)))
 
 
-_INSTANCE_NORM = _ruled(InstanceNormRule(), _instance_norm)
+_INSTANCE_NORM, _LINEAR_RULE = _ruled(InstanceNormRule(), _instance_norm), LinearRule()
+
+
+def _any_linear(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    bound = _linear(*args, **kwargs)
+    _, weight, bias = bound.tensors
+    if bias is not None and bias.shape != weight.shape[:1]:  # an entry of the bias counts for several features
+        return tracker.general(func, args, kwargs)
+    return tracker.use(func, args, kwargs, _LINEAR_RULE, bound)
 
 
 def _any_instance_norm(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
@@ -210,7 +218,7 @@ _CELL, _LIKE = _composite(cells.rnn_cell), _composite(composites.like)
 _GROUPED = [getattr(home, name) for home, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(home, name)]
 
 _KNOWN: dict[Any, Operation | None] = {
-    F.linear: _ruled(LinearRule(), _linear),
+    F.linear: Operation(_any_linear),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _CONV),
     F.embedding: _ruled(EmbeddingRule(), _embedding),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), _LAYER_NORM),

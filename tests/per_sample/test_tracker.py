@@ -194,6 +194,21 @@ def test_batch_norm_in_evaluation_mode_is_a_constant_scaling() -> None:
         assert torch.equal(value, state[key])
 
 
+@pytest.mark.parametrize("frozen", ["", "weight", "bias"])
+@pytest.mark.parametrize("axes", [(), (2,)])
+def test_bias_that_is_broadcast_over_features(frozen: str, axes: tuple[int, ...]) -> None:
+    class Shifted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.weight, self.bias).tanh(), self.weight.T, bias=self.bias)
+
+    torch.manual_seed(0)
+    module = Shifted(3, 4).double()
+    module.bias = nn.Parameter(torch.full((1,), 0.3, dtype=torch.float64))
+    if frozen:
+        getattr(module, frozen).requires_grad_(False)
+    assert_engine_agrees(module, _loss(module), _data(*axes, 3))
+
+
 def test_weights_standardised_by_batch_norm_are_followed() -> None:
     class Standardised(nn.Conv1d):
         def __init__(self, *args: Any, **options: Any) -> None:
