@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import in_custom_forward, in_transform, is_view
 from lightning_dp.per_sample.arguments import exchanged, tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
-from lightning_dp.per_sample.nodes import Function, Node, Reporting, region_of
+from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, region_of
 from lightning_dp.per_sample.operations import ENTRYWISE, IN_PLACE, SAME_ENTRIES
 
 if TYPE_CHECKING:
@@ -141,6 +142,11 @@ def _wrap_one(tracker: Tracker, func: Any, out: Any, key: Hashable, tracked: Seq
         return out
     if not (out.requires_grad or tracker.observer is not None) or isinstance(out, Reporting):
         return out
+    if out.layout != torch.strided:
+        raise PrivacyError(
+            f"Expected dense functions of private parameters, got {func.__name__} of "
+            f"{named(node for _, node in tracked)}, which is sparse. Make it dense; {WAY_OUT}."
+        )
     for tensor, node in tracked:
         if node.value is None and out is tracker.stand_ins.get(node.names[0]):
             return tensor

@@ -92,6 +92,19 @@ def test_auto_takes_single_by_itself_with_its_result(options: dict[str, Any], ca
     assert "checked on" not in statement
 
 
+def test_sparse_functions_of_parameters_run_one_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    class Sparse(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            at = torch.stack([torch.arange(5) % FEATURES, torch.arange(5)])
+            weight = torch.sparse_coo_tensor(at, self.weight[0], (FEATURES, 5), check_invariants=True)
+            out: Tensor = self.head((x @ (torch.zeros(FEATURES, 5) + weight)).tanh())
+            return out
+
+    with caplog.at_level(logging.INFO):
+        fit(Sparse())
+    assert "Samples run one at a time" in caplog.text
+
+
 class Records(Dataset[Any]):
     """Records of their own randomness, read in workers."""
 
