@@ -182,11 +182,18 @@ def rows(table: Any, index: Tensor) -> Tensor:
 
 
 def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) -> Any:
-    """Write a function of parameters into a tensor of data, through ``torch.where`` if the index is a boolean mask."""
+    """Write a function of parameters into a tensor of data, through ``torch.where`` if the index is a boolean mask.
+
+    A mask takes a value for all of its entries, or one row for each entry that is true, in their order.
+    """
     if is_tracked(tensor) or not is_tracked(value):
         return tracker.primitive(func, (tensor, index, value), {})
     if isinstance(index, Tensor) and index.dtype == torch.bool:
         where = index.reshape(*index.shape, *[1] * (tensor.dim() - index.dim()))
+        if value.dim() > tensor.dim() - index.dim() and value.shape[0] != 1:
+            if not value.shape[0]:
+                return None
+            value = rows(value, (index.flatten().cumsum(0) - 1).clamp(min=0).view(index.shape))
         tensor.copy_(torch.where(where, value, tensor))
         return None
     target = tensor[index]

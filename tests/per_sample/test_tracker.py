@@ -920,6 +920,31 @@ def test_functions_of_autograd_on_parameters_alone_are_followed(name: str) -> No
     assert_engine_agrees(module, _loss(module), _data(4, 3), names=["w"] if name == "without gradient" else None)
 
 
+def _scattered(m: Any, x: Tensor, mask: list[Any]) -> Tensor:
+    weight = torch.zeros(torch.tensor(mask).shape + m.w.shape[1:], dtype=torch.float64)
+    weight[torch.tensor(mask)] = m.w
+    return x @ weight.t()
+
+
+@pytest.mark.parametrize(
+    ("weight", "mask"),
+    [
+        (drawn(3, 2), [True, False, True, True, False]),
+        (drawn(2), [[False, True], [True, False], [False, False]]),
+        (drawn(1, 2), [True, False, True]),
+        (drawn(2, 2), [True, True]),
+    ],
+)
+def test_a_mask_takes_one_row_for_each_true_entry(weight: Tensor, mask: list[Any]) -> None:
+    module = Uses(lambda m, x: _scattered(m, x, mask) + x @ m.v, w=weight, v=drawn(2, 1))
+    assert_engine_agrees(module, _loss(module), _data(4, 2))
+
+
+def test_an_empty_mask_writes_nothing() -> None:
+    module = Uses(lambda m, x: _scattered(m, x, [False, False]) + x @ m.v, w=drawn(3, 2)[:0], v=drawn(2, 1))
+    assert_engine_agrees(module, _loss(module), _data(4, 2), names=["v"])
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
 @pytest.mark.parametrize("scripted", [False, True])
 @pytest.mark.parametrize("derived", [False, True])
