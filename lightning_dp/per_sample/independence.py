@@ -140,7 +140,9 @@ def _why_never_private(module: nn.Module) -> str:
     """Return the reason if the layer stores values of samples without noise; "" if it does not."""
     kind = type(module).__name__
     if isinstance(module, BatchNorm) and module.training and module.running_mean is not None:
-        return f"{kind} normalises with statistics of the batch and stores them without noise; {_FIX} by GroupNorm."
+        frozen = module.weight is not None and not _trains(module)  # as in a teacher
+        way_out = "its weights are frozen, so call its eval() in on_train_start" if frozen else f"{_FIX} by GroupNorm"
+        return f"{kind} normalises with statistics of the batch and stores them without noise; {way_out}."
     if isinstance(module, InstanceNorm) and module.training and module.track_running_stats:
         return f"{kind} with track_running_stats=True stores statistics of samples without noise; {_FIX}."
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None and _trains(module):
@@ -236,8 +238,9 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
     if len(ratios) == 0 or not bool((rest <= 10 * tolerance).all()):
         return (
             "No factor a sample explains it: samples influence each other. Likely causes: BatchNorm or another layer "
-            "with statistics over the batch; a contrastive loss or another term over pairs of samples; a layout whose "
-            "first axis is not the batch; randomness that is drawn in forward. Change the layer or the loss."
+            "with statistics over the batch; attention, a contrastive loss or another term between samples; padding to "
+            "the longest sample that no mask hides; a layout whose first axis is not the batch; randomness that is "
+            "drawn in forward. Mask the padding, or change the layer or the loss."
         )
     low, high = ratios.min().item(), ratios.max().item()
     middle = ratios.mean().item()
@@ -254,7 +257,8 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
             )
         return (
             f"All gradients are {middle:.4g} times as large (batch of {samples}): the loss is divided by something "
-            "that depends on the batch's size. Return a mean over the batch, or a loss of shape (B,)."
+            "that depends on the batch's size, or on a count of some of its samples. Return a mean over all "
+            "samples, or a loss of shape (B,)."
         )
     if low < 0 < high:
         return (

@@ -71,16 +71,17 @@ def check_layers(module: nn.Module, *, runs_samples_alone: bool) -> None:
             f"{name or type(layer).__name__} ({type(layer).__name__}): {why}" for name, layer, why in found[:5]
         )
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        offer = _offer([layer for _, layer, _ in found])
-        raise PrivacyError(f"Expected layers that treat each sample alone, got {listed.rstrip('.')}{more}.{offer}")
+        raise PrivacyError(
+            f"Expected layers that treat each sample alone, got {listed.rstrip('.')}{more}.{_offer(found)}"
+        )
 
 
-def _offer(layers: list[nn.Module]) -> str:
-    """Return advice to use ``fix``; empty if it can replace none of the layers."""
-    fixed = sum(map(can_replace, layers))
+def _offer(found: list[tuple[str, nn.Module, str]]) -> str:
+    """Return advice to use ``fix``; empty if it can replace none of the layers, or all need another way out."""
+    fixed = sum(can_replace(layer) and "lightning_dp.fix" in why for _, layer, why in found)
     if not fixed:
         return ""
-    which = "them" if fixed == len(layers) else f"{fixed} of these {len(layers)}"
+    which = "them" if fixed == len(found) else f"{fixed} of these {len(found)}"
     return (
         " `module, changes = lightning_dp.fix(module)` before the optimizer is made, or `DPStrategy(fix=True)`, "
         f"replaces {which} and says what it changed."

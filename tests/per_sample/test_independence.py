@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.independence import compare_with_singles, find_unsupported
+from lightning_dp.step.module_checks import check_layers
 from tests import reference
 
 Losses = Callable[[nn.Module, Tensor], Tensor]
@@ -97,13 +98,23 @@ def test_compare_accepts_a_mean_over_samples() -> None:
         (squared_loss, r"from -\d+\.\d+ to \d+\.\d+: the step trains a function of the whole batch's loss"),
         (logarithm_loss, r"samples share a denominator or another function.*square or logarithm of the batch's loss"),
         (window_loss, r"3 of 4 samples have a gradient when run alone and none in the batch.*random windows"),
-        (contrastive_loss, r"No factor a sample explains it: samples influence each other"),
+        (contrastive_loss, r"No factor a sample explains it.*attention.*padding to the longest sample that no"),
         (normalized_loss, r"No factor a sample explains it: samples influence each other"),
     ],
 )
 def test_compare_names_the_cause_of_a_difference(loss_of: Losses, cause: str) -> None:
     with pytest.raises(PrivacyError, match=cause):
         compare_with_singles(*gradients_of(loss_of))
+
+
+def test_frozen_batch_norm_is_sent_to_evaluation_mode() -> None:
+    teacher = nn.BatchNorm1d(3).requires_grad_(False)
+    ((_, _, why),) = find_unsupported(teacher)
+    assert why.endswith("its weights are frozen, so call its eval() in on_train_start.")
+    assert not find_unsupported(teacher.eval())
+    assert "fix(module)" in find_unsupported(nn.BatchNorm1d(3, affine=False))[0][2]
+    with pytest.raises(PrivacyError, match=r"in on_train_start\.$"):
+        check_layers(teacher.train(), runs_samples_alone=False)
 
 
 def test_compare_names_the_worst_parameters_and_suspects() -> None:
