@@ -90,6 +90,8 @@ def _num_axes(part: Any) -> int:
 
 def _is_a_choice(part: Any, rows: Rows, owners_of: OwnersOf, size: int) -> bool:
     whole = len(rows.index) == size
+    if isinstance(part, range):
+        return not (whole and part == range(size))
     if isinstance(part, slice):
         return not whole and part != slice(None)
     if not isinstance(part, Tensor):

@@ -53,6 +53,8 @@ def owners_of(tensor: Tensor) -> Owners:
         ("__getitem__", (FOLD, PLACES), True),
         ("__getitem__", (FOLD, 0), False),
         ("__getitem__", (FOLD, [0, 1]), True),
+        ("__getitem__", (X, (range(3), [0, 1, 1])), False),
+        ("__getitem__", (X, (range(2), [0, 1])), True),
         ("__getitem__", (FOLD, [slice(None), slice(2)]), False),
         ("__getitem__", (X, torch.tensor([0, 1])), True),
         ("nonzero", (MASK,), True),
