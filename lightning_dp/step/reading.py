@@ -106,7 +106,7 @@ def content_of(value: Any, beyond: Any = None) -> list[Any]:
             found.append(each.copy() if each.size <= _LARGEST else each.shape)
         elif isinstance(each, (bool, int, float, complex, str, bytes, type(None))):
             found.append(each)
-        elif callable(getattr(each, "tobytes", None)):  # an image
+        elif not isinstance(each, type) and callable(getattr(each, "tobytes", None)):  # an image
             found.append(each.tobytes())
     return found
 

@@ -143,7 +143,11 @@ class Augments(FromTheSystem):
         return {"x": [record + torch.randn(3), np.random.rand()], "y": "word"}  # noqa: NPY002
 
 
-@pytest.mark.parametrize("kind", [Data, Caches, OwnGenerators, FromTheSystem, Augments])
+class NamesATypeOfNumbers(Data):
+    dtype = np.float32
+
+
+@pytest.mark.parametrize("kind", [Data, Caches, OwnGenerators, FromTheSystem, Augments, NamesATypeOfNumbers])
 def test_items_of_their_own_are_free(kind: type[Data]) -> None:
     dataset = kind()
     check_reading(dataset, [2, 0, 3])
