@@ -16,7 +16,7 @@ from lightning_dp.per_sample.owned import Owners, Rows
 
 OwnersOf = Callable[[Tensor], Owners]
 
-_ALWAYS = frozenset(("masked_select", "take", "_pack_padded_sequence"))
+_ALWAYS = frozenset(("take", "_pack_padded_sequence"))
 _ALONG_AN_AXIS = frozenset(("index_select", "gather", "take_along_dim"))
 _FINDS = frozenset(("nonzero", "argwhere"))
 _SORTS = frozenset(("sort", "argsort"))
@@ -41,6 +41,9 @@ def chooses_rows(name: str, args: Any, kwargs: Any, owners_of: OwnersOf, size: i
         return False
     if name in _ALWAYS or name in _FINDS or (name == "where" and len(args) + len(kwargs) == 1):
         return True
+    if name == "masked_select":  # a constant mask without an axis of rows selects as many of each
+        mask, at = args[1] if len(args) > 1 else kwargs["mask"], args[0].dim() - rows.axis
+        return owners_of(mask) is not None or (mask.dim() >= at and mask.shape[-at] != 1)
     if name in _SORTS:
         return bool(args[0].dim() == 1)
     if name == "__setitem__":  # rows that are put where an index says

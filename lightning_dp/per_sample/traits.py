@@ -62,6 +62,10 @@ class Traits(NamedTuple):
     mixed: Mixed
 
 
+_OF_FIRST = frozenset(("expand_as", "view_as", "reshape_as", "to", "type_as", "expand", "view", "reshape", "repeat"))
+"""Operations that read the entries of their first tensor alone; others give a shape, a size or a type."""
+
+
 @functools.cache
 def traits_of(func: Any) -> Traits:
     """Return the properties of a torch function."""
@@ -80,7 +84,7 @@ def traits_of(func: Any) -> Traits:
         name in REDUCING and name not in ("sort", "argsort", "cumsum"),
         axis_after,
         is_constant,
-        name in ("expand_as", "view_as", "reshape_as", "to", "type_as"),
+        name in _OF_FIRST,
         _quick(name, handler, axis_after, is_constant=is_constant),
         Mixed(name),
     )

@@ -40,6 +40,10 @@ def owners_of(tensor: Tensor) -> Owners:
     ("name", "args", "chooses"),
     [
         ("__getitem__", (X, MASK), True),
+        ("masked_select", (X, MASK), True),
+        ("masked_select", (X, torch.ones(2, 1, dtype=torch.bool)), False),
+        ("masked_select", (X, torch.ones(1, 2, 4, dtype=torch.bool)), False),
+        ("masked_select", (X, torch.ones(3, 1, 1, dtype=torch.bool)), True),
         ("__getitem__", (X, (slice(None), MASK[0])), False),
         ("__getitem__", (X, PLACES), False),
         ("__getitem__", (X, VALUES), True),
@@ -68,7 +72,6 @@ def owners_of(tensor: Tensor) -> Owners:
         ("index_select", (X, 0, VALUES), True),
         ("index_select", (X, -1, VALUES), False),
         ("gather", (X, 1, VALUES), False),
-        ("masked_select", (X, MASK), True),
         ("repeat_interleave", (X, VALUES, 0), True),
         ("repeat_interleave", (X, 2, 0), False),
         ("cat", ([X, X],), False),
