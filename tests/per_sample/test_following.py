@@ -44,6 +44,11 @@ def by_experts(m: Any, x: Tensor) -> Tensor:
     return torch._grouped_mm(rows[order], matrices, offs=ends)[order.argsort()].view(len(x), 16)
 
 
+def sized_by_tensors(m: Any, x: Any) -> Tensor:
+    wide: Tensor = x[:, :1].expand(-1, (x > 9).long().sum() + 3, -1)
+    return wide * m.w
+
+
 def written_into_zeros(m: Any, x: Tensor) -> Tensor:
     """The rows in memory that held constants before, times a parameter."""
     made = torch.zeros_like(x)
@@ -138,10 +143,7 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "written into zeros": (written_into_zeros, {"w": drawn(3)}),
     "joined to nothing": (lambda m, x: torch.cat([torch.tensor([]).double(), x], 1) * m.w, {"w": drawn(3)}),
     "numbers": (lambda m, x: x * torch.tensor([1.0, 2.0, 3.0]).double() * m.w + torch.as_tensor(2.0), {"w": drawn(3)}),
-    "sizes that tensors give": (
-        lambda m, x: x[:, :1].expand(-1, (x > 9).long().sum() + 3, -1).reshape(len(x), 3, -1) * m.w,
-        {"w": drawn(3)},
-    ),
+    "sizes that tensors give": (sized_by_tensors, {"w": drawn(3)}),
     "type of the rows": (lambda m, x: x * m.w.float().to(x) * m.w.type_as(x), {"w": drawn(3)}),
 }
 
