@@ -47,7 +47,10 @@ def chooses_rows(name: str, args: Any, kwargs: Any, owners_of: OwnersOf, size: i
     if name in _SORTS:
         return bool(args[0].dim() == 1)
     if name == "__setitem__":  # rows that are put where an index says
-        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        parts: Any = args[1] if isinstance(args[1], tuple) else (args[1],)
+        target = owners_of(args[0])
+        if isinstance(target, Rows) and target.axis is not None:  # else any part may say where the rows go
+            parts = _indices_at(args[1], target.axis, args[0].dim())
         return any(isinstance(part, (Tensor, list)) and _is_a_choice(part, rows, owners_of, size) for part in parts)
     if name == "repeat_interleave":
         return any(isinstance(one, Tensor) for one in (*args[1:], *kwargs.values()))
