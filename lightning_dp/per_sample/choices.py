@@ -16,9 +16,8 @@ from lightning_dp.per_sample.owned import Owners, Rows
 
 OwnersOf = Callable[[Tensor], Owners]
 
-_ALWAYS = frozenset(("take", "_pack_padded_sequence"))
+_ALWAYS = frozenset(("take", "_pack_padded_sequence", "nonzero", "argwhere"))
 _ALONG_AN_AXIS = frozenset(("index_select", "gather", "take_along_dim"))
-_FINDS = frozenset(("nonzero", "argwhere"))
 _SORTS = frozenset(("sort", "argsort"))
 _JOINS = frozenset(("cat", "concat", "concatenate", "hstack", "vstack", "stack", "row_stack", "pad_sequence"))
 
@@ -39,7 +38,7 @@ def chooses_rows(name: str, args: Any, kwargs: Any, owners_of: OwnersOf, size: i
     rows = owners_of(given) if isinstance(given, Tensor) else None
     if not isinstance(rows, Rows) or rows.axis is None:
         return False
-    if name in _ALWAYS or name in _FINDS or (name == "where" and len(args) + len(kwargs) == 1):
+    if name in _ALWAYS or (name == "where" and len(args) + len(kwargs) == 1):
         return True
     if name == "masked_select":  # a constant mask without an axis of rows selects as many of each
         mask, at = args[1] if len(args) > 1 else kwargs["mask"], args[0].dim() - rows.axis

@@ -152,9 +152,8 @@ class Rows:
                 if alike:  # such records do not show whether K is common: it stays as it is
                     learned.pin()
             else:
-                misleads = tracker.num_misplaced > 0 or self._owners.has_indices
-                misleads = tracker.contradicted is not None or (learned.has_folds and misleads)
-                self.follows_owners = tracker.chooses_rows or misleads
+                misplaced = learned.has_folds and (tracker.num_misplaced > 0 or self._owners.has_indices)
+                self.follows_owners = tracker.chooses_rows or tracker.contradicted is not None or misplaced
             finally:
                 tracker.compares = False
         unordered = learned.close()

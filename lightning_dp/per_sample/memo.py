@@ -62,10 +62,10 @@ class Memo:
             return found
 
         found: Rows | None = self.get(index.dtype, (rows,), index, made)
-        if found is not None and all(rows is not one for one in self.origins_of(found)):
-            self._origins.setdefault(id(found.index), []).append(
-                rows
-            )  # the index stays alive in ``known`` or ``_made``
+        if found is not None:  # its index stays alive in ``known`` or ``_made``
+            origins = self._origins.setdefault(id(found.index), [])
+            if rows not in origins:
+                origins.append(rows)
         return found
 
     def origins_of(self, rows: Rows) -> list[Rows]:

@@ -147,7 +147,7 @@ def _written(step: Step) -> Found:
             return MIXED
         shape, put = target.shape[: len(parts)], puts[0]
     else:
-        narrow = lists and _writes_rows(target, parts, value, by_id)
+        narrow = lists and _writes_rows(target, parts, value, before, after)
         shape = target.shape[: len(parts)] if narrow else target.shape
         if isinstance(value, Tensor) and after is not None:
             put = after.labels(value.shape[:1] if narrow else value.shape)
@@ -159,9 +159,10 @@ def _written(step: Step) -> Found:
     return compressed(labels, step.memo.shared)
 
 
-def _writes_rows(target: Tensor, index: tuple[Tensor, ...], value: Any, by_id: dict[int, Rows]) -> bool:
+def _writes_rows(
+    target: Tensor, index: tuple[Tensor, ...], value: Any, before: Rows | None, after: Rows | None
+) -> bool:
     """Tell whether ``target[index] = value`` writes whole rows of one axis, one for each entry of the index."""
-    before, after = by_id.get(id(target)), by_id.get(id(value))
     alike = not isinstance(value, Tensor) or value.shape == (len(index[0]), *target.shape[len(index) :])
     return alike and (before is None or (before.axis or 0) < len(index)) and (after is None or not after.axis)
 
