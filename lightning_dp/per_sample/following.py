@@ -27,8 +27,7 @@ from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, keeps_to_positi
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
-from lightning_dp.per_sample.quick import aligned, are_positions
-from lightning_dp.per_sample.reductions import entry_by_entry, where
+from lightning_dp.per_sample.quick import are_positions
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY, Traits, traits_of
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ class Follower(TorchFunctionMode):
         """Refuse a parameter repeated for every sample that meets rows of other owners entry by entry."""
         if not isinstance(self.owners_of(out), Mixed):
             self.assumed.add(out)
-        elif traits.handler in (entry_by_entry, where) and not any(isinstance(rows, Mixed) for _, rows in given):
+        elif traits.is_aligned and not any(isinstance(rows, Mixed) for _, rows in given):
             raise PrivacyError(
                 f"Expected a parameter repeated for every sample to meet rows of the same samples, got {func.__name__} "
                 f"with rows of others, of which there are as many. Repeat it for the rows of each sample; {WAY_OUT}."
@@ -245,7 +244,7 @@ class Follower(TorchFunctionMode):
         if not given:
             return None if traits.name in MADE_OF_NUMBERS else MIXED
         owned = [(tensor, rows) for tensor, rows in given if isinstance(rows, Rows)]
-        if traits.quick is aligned and isinstance(out, Tensor) and are_positions(given, out):
+        if traits.is_aligned and isinstance(out, Tensor) and are_positions(given, out):
             return merged([(tensor.dim(), rows) for tensor, rows in owned], out.dim(), self.memo)
         if any(isinstance(rows, Mixed) for _, rows in given) and not keeps_to_positions(traits.name, args, given):
             # an index of unknown owners only says where the rows of others go

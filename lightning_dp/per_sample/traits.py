@@ -61,6 +61,11 @@ class Traits(NamedTuple):
     quick: Quick
     mixed: Mixed
 
+    @property
+    def is_aligned(self) -> bool:
+        """True if its result is computed entry by entry from arguments that broadcast."""
+        return self.quick is aligned
+
 
 _OF_FIRST = frozenset(("expand_as", "view_as", "reshape_as", "to", "type_as", "expand", "view", "reshape", "repeat"))
 """Operations that read the entries of their first tensor alone; others give a shape, a size or a type."""
