@@ -115,9 +115,12 @@ class Follower(TorchFunctionMode):
         if owners is None:
             rows = [(axes, one) for axes, one in found if isinstance(one, Rows)]
             owners = merged(rows, max(axes for axes, _ in found), self.memo)
+        is_chosen = any(tensor in self.chosen for tensor in tensors if tensor is not None)
         for result in results:
             if result is not None:
                 self.note(result, owners)
+                if is_chosen:
+                    self.chosen.add(result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SHOWS_NO_ENTRY:

@@ -84,6 +84,27 @@ def test_rows_that_data_choose_have_owners(how: str, counts: tuple[int, ...]) ->
         engine.end()
 
 
+class Ordered(nn.Module):
+    """Records in an order that data choose, before a layer of which only what follows the inputs is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+        self.layer.weight_ih_l0.requires_grad_(False)
+        self.layer.bias_ih_l0.requires_grad_(False)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        order = batch["mask"].sum(1).argsort(stable=True)
+        losses = self.head(self.layer(batch["x"][order])[0]).square().sum((1, 2))
+        return torch.zeros(len(losses)).index_add(0, order, losses)
+
+
+def test_what_a_recurrent_layer_makes_of_chosen_rows_is_chosen() -> None:
+    torch.manual_seed(0)
+    module = Ordered()
+    assert make(module, module, lambda chosen: _batch_of(chosen, (2,) * 5)).follows_owners
+
+
 class Masked(nn.Module):
     """A loss over the records that data choose, in whose choice no parameter takes part."""
 
