@@ -4,8 +4,7 @@ With all hidden states known from the fused forward, the gates of all times are 
 
     gates_x = x W_ih^T + b_ih,    gates_h = h_prev W_hh^T + b_hh,
 
-whose per-sample gradients have a rule. The backward through time gives their backprops; it needs a few elementwise
-operations and one product with ``W_hh`` for each time.
+whose per-sample gradients have a rule. The backward through time gives their backprops (through_time.py).
 
 Shape legend: ``B`` samples, ``T`` times, ``H`` hidden features, ``P`` features of the output (``H`` without
 projection).
@@ -14,6 +13,7 @@ projection).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.weak import WeakTensorKeyDictionary
-from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import fused_kernel, unfollowed, unreported
 from lightning_dp.per_sample.layout import WAY_OUT
+from lightning_dp.per_sample.owned import Rows
 from lightning_dp.per_sample.recurrent_starts import hold_no_data, of_constants, with_rows_of
+from lightning_dp.per_sample.through_time import ThroughTime, cells_of
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -63,120 +64,6 @@ def _noting(forward: Any) -> Any:
 _NOTING = {kind: _noting(forward) for kind, forward in _PLAIN.items()}
 
 
-class _Time(torch.autograd.Function):
-    """The backward through time of one layer in one direction; its forward passes on the outputs of the fused
-    kernel.
-    """
-
-    @staticmethod
-    @override
-    def forward(
-        ctx: Any,
-        gates_x: Tensor,
-        gates_h: Tensor,
-        projected: Tensor | None,
-        h0: Tensor,
-        c0: Tensor | None,
-        kind: str,
-        out: Tensor,
-        weight_hh: Tensor,
-        weight_hr: Tensor | None,
-    ) -> Any:
-        ctx.kind = kind
-        ctx.set_materialize_grads(False)
-        if kind == "lstm":
-            assert c0 is not None
-            i, f, g, o = (gates_x + gates_h).chunk(4, -1)
-            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-            cells = _cells(f, i * g, c0)
-            ctx.save_for_backward(h0, c0, cells, i, f, g, o, weight_hh, weight_hr)
-            return out, cells
-        if kind == "gru":
-            ctx.save_for_backward(gates_x, gates_h, h0, out, weight_hh)
-        else:
-            ctx.save_for_backward(out, weight_hh)
-        return out, None
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, *grads: Any) -> Any:
-        backward: Any = {"lstm": _lstm_backward, "gru": _gru_backward}.get(ctx.kind, _rnn_backward)
-        gates_x, gates_h, projected, h0, c0 = backward(ctx, *grads)
-        return gates_x, gates_h, projected, h0, c0, None, None, None, None
-
-
-def _cells(forget: Tensor, new: Tensor, cell: Tensor) -> Tensor:
-    """Return ``c_t = f_t c_{t-1} + new_t`` for all times, shape ``(B, T, H)``."""
-    cells = torch.empty_like(new)
-    for t in range(new.shape[1]):
-        cell = torch.addcmul(new[:, t], forget[:, t], cell, out=cells[:, t])
-    return cells
-
-
-def _lstm_backward(ctx: Any, grad_out: Tensor | None, grad_cells: Tensor | None) -> Any:
-    h0, c0, cells, i, f, g, o, weight_hh, weight_hr = ctx.saved_tensors
-    size, times, hidden = cells.shape
-    tanh = cells.tanh()
-    before = torch.cat([c0.unsqueeze(1), cells[:, :-1]], 1)
-    # gates of a time, from the gradient of its cell (i, f, g) and of its hidden state (o)
-    of_cell = torch.stack([g * i * (1 - i), before * f * (1 - f), i * (1 - g * g)], 2)
-    of_hidden, to_cell = tanh * o * (1 - o), o * (1 - tanh * tanh)
-    gates = cells.new_empty(size, times, 4, hidden)
-    outs = None if weight_hr is None else cells.new_empty(size, times, weight_hr.shape[0])
-    d_hidden: Tensor = torch.zeros_like(h0)
-    d_cell = torch.zeros_like(c0)
-    for t in range(times - 1, -1, -1):
-        if grad_out is not None:
-            d_hidden = d_hidden + grad_out[:, t]
-        if grad_cells is not None:
-            d_cell = d_cell + grad_cells[:, t]
-        if outs is not None:
-            outs[:, t] = d_hidden
-            d_hidden = d_hidden @ weight_hr
-        d_cell = torch.addcmul(d_cell, d_hidden, to_cell[:, t])
-        torch.mul(d_cell.unsqueeze(1), of_cell[:, t], out=gates[:, t, :3])
-        torch.mul(d_hidden, of_hidden[:, t], out=gates[:, t, 3])
-        d_hidden = gates[:, t].flatten(1) @ weight_hh
-        d_cell = d_cell * f[:, t]
-    flat = gates.flatten(2)
-    return flat, flat, outs, d_hidden, d_cell
-
-
-def _gru_backward(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
-    gates_x, gates_h, h0, out, weight_hh = ctx.saved_tensors
-    xr, xz, xn = gates_x.chunk(3, -1)
-    hr, hz, hn = gates_h.chunk(3, -1)
-    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-    n = (xn + r * hn).tanh()
-    before = torch.cat([h0.unsqueeze(1), out[:, :-1]], 1)
-    to_new = (1 - z) * (1 - n * n)
-    factors = torch.stack([to_new * hn * r * (1 - r), (before - n) * z * (1 - z), to_new * r], 2)
-    gates = torch.empty_like(factors)
-    hidden = torch.empty_like(out)
-    d_hidden = torch.zeros_like(h0)
-    for t in range(out.shape[1] - 1, -1, -1):
-        if grad_out is not None:
-            d_hidden = d_hidden + grad_out[:, t]
-        hidden[:, t] = d_hidden
-        torch.mul(d_hidden.unsqueeze(1), factors[:, t], out=gates[:, t])
-        d_hidden = torch.addmm(d_hidden * z[:, t], gates[:, t].flatten(1), weight_hh)
-    of_input = torch.cat([gates[:, :, :2].flatten(2), hidden * to_new], 2)
-    return of_input, gates.flatten(2), None, d_hidden, None
-
-
-def _rnn_backward(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
-    out, weight_hh = ctx.saved_tensors
-    factors = 1 - out * out if ctx.kind == "rnn_tanh" else (out > 0).to(out.dtype)
-    gates = torch.empty_like(out)
-    d_hidden = torch.zeros_like(out[:, 0])
-    for t in range(out.shape[1] - 1, -1, -1):
-        if grad_out is not None:
-            d_hidden = d_hidden + grad_out[:, t]
-        torch.mul(d_hidden, factors[:, t], out=gates[:, t])
-        d_hidden = gates[:, t] @ weight_hh
-    return gates, gates, None, d_hidden, None
-
-
 class Weights(NamedTuple):
     """Weights of one layer in one direction."""
 
@@ -195,33 +82,66 @@ def _run_layer(
         if hold_no_data(tracker, x, h0, c0):
             return of_constants(tracker, kind, x, h0, c0, weights)
         h0, c0 = with_rows_of(tracker, x, h0), None if c0 is None else with_rows_of(tracker, x, c0)
+        x = _with_owners_of_states(tracker, kind, x, h0, c0)
     plain = [weight.detach() for weight in weights if weight is not None]
     options = (weights.b_ih is not None, 1, 0.0, False, False, True)
     fused = fused_kernel(kind)
-    with torch.no_grad():
+    with torch.no_grad(), unfollowed():
         state = h0.unsqueeze(0).detach() if c0 is None else (h0.unsqueeze(0).detach(), c0.unsqueeze(0).detach())
         out = fused(x.detach(), state, plain, *options)[0]
-    if tracker.follower is not None:  # inputs that hold no data are those of whom the states belong to
-        given, x = [x, h0.unsqueeze(1), None if c0 is None else c0.unsqueeze(1)], x.view_as(x)
-        tracker.follower.hand_on(given, [x, out])
+        before = torch.cat([h0.detach().unsqueeze(1), out[:, :-1]], 1)
+    _hand_on(tracker, x, before)
     gates_x = F.linear(x, weights.ih, weights.b_ih)
-    gates_h = F.linear(torch.cat([h0.detach().unsqueeze(1), out[:, :-1]], 1), weights.hh, weights.b_hh)
+    gates_h = F.linear(before, weights.hh, weights.b_hh)
     projected = None
     if weights.hr is not None:
         assert c0 is not None
         with unfollowed():
             i, f, g, o = (gates_x.detach() + gates_h.detach()).chunk(4, -1)
-            hidden = o.sigmoid() * _cells(f.sigmoid(), i.sigmoid() * g.tanh(), c0.detach()).tanh()
-        if tracker.follower is not None:
-            tracker.follower.hand_on([x], [hidden])
+            hidden = o.sigmoid() * cells_of(f.sigmoid(), i.sigmoid() * g.tanh(), c0.detach()).tanh()
+        _hand_on(tracker, x, hidden)
         projected = F.linear(hidden, weights.hr)
     hr = None if weights.hr is None else weights.hr.detach()
-    outputs: tuple[Tensor, Tensor | None] = _Time.apply(  # type: ignore[no-untyped-call]
-        gates_x, gates_h, projected, h0, c0, kind, out, weights.hh.detach(), hr
-    )
-    if tracker.follower is not None:
-        tracker.follower.hand_on([x], outputs)
+    hh = weights.hh.detach()
+    with unfollowed():
+        outputs: tuple[Tensor, Tensor | None] = ThroughTime.apply(  # type: ignore[no-untyped-call]
+            gates_x, gates_h, projected, h0, c0, kind, out, hh, hr
+        )
+    _hand_on(tracker, x, *outputs)
     return outputs
+
+
+def _with_owners_of_states(tracker: Tracker, kind: str, x: Tensor, h0: Tensor, c0: Tensor | None) -> Tensor:
+    """Return the inputs with the owners of their sequences; inputs that hold no data are those of whom the states
+    belong to.
+    """
+    follower = tracker.follower
+    assert follower is not None
+    given, x = [x, h0.unsqueeze(1), None if c0 is None else c0.unsqueeze(1)], x.view_as(x)
+    follower.hand_on(given, [x])
+    owners = follower.owners_of(x)
+    if isinstance(owners, Rows) and owners.axis not in (0, None):
+        raise PrivacyError(
+            f"Expected each sequence of {kind} to belong to one sample, got rows of several samples in one. "
+            f"Give every sample a sequence of its own; {WAY_OUT}."
+        )
+    return x
+
+
+def _hand_on(tracker: Tracker, sequences: Tensor, *results: Tensor | None) -> None:
+    """Give the owners of sequences to results that were computed sequence by sequence."""
+    if tracker.follower is not None:
+        tracker.follower.hand_on([sequences], results)
+
+
+def _by_sequence(tracker: Tracker, how: Callable[..., Tensor], sequences: Tensor, *others: Any) -> Tensor:
+    """Run a function that computes every sequence on its own, as one step if the owners of rows are followed."""
+    if tracker.follower is None or not isinstance(tracker.follower.owners_of(sequences), Rows):
+        return how(sequences, *others)
+    with unfollowed():
+        out = how(sequences, *others)
+    _hand_on(tracker, sequences, out)
+    return out
 
 
 def _turned(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -279,12 +199,12 @@ def recurrent(tracker: Tracker, func: Any, *args: Any) -> Any:
             b_ih, b_hh = own[2:] if has_biases else (None, None)
             weights = Weights(own[0], own[1], b_ih, b_hh, hr)
             initial = [one[index] for one in states]
-            given = _turned(x, lengths) if direction else x
+            given = _by_sequence(tracker, _turned, x, lengths) if direction else x
             out, cells = _run_layer(tracker, kind, given, initial[0], initial[1] if len(initial) > 1 else None, weights)
-            last[0].append(_last(out, lengths))
+            last[0].append(_by_sequence(tracker, _last, out, lengths))
             if cells is not None:
-                last[1].append(_last(cells, lengths))
-            outs.append(_turned(out, lengths) if direction else out)
+                last[1].append(_by_sequence(tracker, _last, cells, lengths))
+            outs.append(_by_sequence(tracker, _turned, out, lengths) if direction else out)
         x = outs[0] if len(outs) == 1 else torch.cat(outs, -1)
         if dropout and train and layer < num_layers - 1:
             x = F.dropout(x, dropout)

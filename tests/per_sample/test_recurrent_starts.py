@@ -62,3 +62,21 @@ def test_a_layer_that_starts_from_unlike_rows_is_refused() -> None:
     module = Queries(nn.LSTM(6, 3), "rows unlike each other")
     with pytest.raises(PrivacyError, match=r"Nor can rows be followed to their samples: .* got cat of"):
         make(module, module, batch_of)
+
+
+class OneSequence(nn.Module):
+    """All nodes of a batch in one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(3, 3).double()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        rows, owners = self.layer(batch["x"].unsqueeze(1))[0].squeeze(1), batch["batch"]
+        return torch.zeros(int(owners.max()) + 1).double().index_add(0, owners, rows.square().sum(1))
+
+
+def test_a_sequence_that_holds_several_samples_is_refused() -> None:
+    module = OneSequence()
+    with pytest.raises(PrivacyError, match=r"Expected each sequence of gru to belong to one sample, got rows of sev"):
+        make(module, module, batch_of)
