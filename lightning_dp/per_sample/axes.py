@@ -131,22 +131,27 @@ def _permuted(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> in
     return [one % tensor.dim() for one in (args[1] if len(args) == 2 else args[1:])].index(axis)
 
 
-def _indexed(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
-    """Return the axis after an index of numbers, slices and new axes, if it takes every entry of the axis."""
+def indexed(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    """Return the axis after an index of numbers, slices, new axes and at most one vector, if it takes every entry of
+    the axis.
+    """
     at = after = 0
     found: int | None = None
     parts = args[1] if type(args[1]) is tuple else (args[1],)
-    for part in parts:
+    kinds = [type(part) for part in parts]
+    if tensor is not args[0] or (Tensor in kinds and (int in kinds or kinds.count(Tensor) > 1)):
+        return None
+    for part, kind in zip(parts, kinds, strict=True):
         if part is None:
             after += 1
             continue
-        kind, covers = type(part), 1
+        covers = 1
         if part is Ellipsis:
             covers = tensor.dim() - sum(one is not None and one is not Ellipsis for one in parts)
-        elif kind is not slice and kind is not int:
+        elif kind is not slice and kind is not int and (kind is not Tensor or part.dim() != 1):
             return None
         if at <= axis < at + covers:
-            if kind is int or (kind is slice and part != slice(None)):
+            if kind is int or kind is Tensor or (kind is slice and part != slice(None)):
                 return None
             found = after + axis - at
         at += covers
@@ -154,9 +159,22 @@ def _indexed(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int
     return after + axis - at if found is None else found
 
 
+def _turned(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any, *, at: int) -> int | None:
+    """Return the axis if entries change places along other axes only."""
+    over = kwargs.get("dims", args[at:] if at == 1 and len(args) > 2 else args[at] if len(args) > at else None)
+    if over is None:
+        return None
+    return None if axis in {one % tensor.dim() for one in ((over,) if isinstance(over, int) else over)} else axis
+
+
 def _joined(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
     over = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     return None if over % out.dim() == axis else axis
+
+
+def _stacked(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
+    over = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    return axis + int(over % out.dim() <= axis)
 
 
 AXES: dict[str, AxisAfter] = {
@@ -174,7 +192,10 @@ AXES: dict[str, AxisAfter] = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _swapped),
     "unsqueeze": _unsqueezed,
     "permute": _permuted,
-    "__getitem__": _indexed,
+    "__getitem__": indexed,
+    "flip": partial(_turned, at=1),
+    "roll": partial(_turned, at=2),
     **dict.fromkeys(JOINS, _joined),
+    "stack": _stacked,
 }
 """Functions by the name of the operation."""

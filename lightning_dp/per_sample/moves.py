@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_dp.per_sample import reductions
 from lightning_dp.per_sample.adding import added, after_adding, counted
 from lightning_dp.per_sample.arguments import replaced, tensors_in
-from lightning_dp.per_sample.axes import JOINS, AxisAfter
+from lightning_dp.per_sample.axes import JOINS, AxisAfter, indexed
 from lightning_dp.per_sample.memo import Memo
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
@@ -44,6 +44,7 @@ _PICKED = """
     _pad_packed_sequence
 """
 _PICKS = frozenset(_PICKED.split())
+_PACKS = frozenset(("_pack_padded_sequence", "_pad_packed_sequence"))
 _MAKES_CONSTANTS = """
     zeros_like ones_like rand_like randn_like randint_like empty_like new_zeros new_ones new_empty zero_ arange zeros
     ones empty eye linspace logspace rand randn randint randperm tril_indices triu_indices normal uniform_ normal_
@@ -68,6 +69,8 @@ def _moved(step: Step) -> Found:
     counts = name == "repeat_interleave" and len(step.args) + len(step.kwargs) == 1
     if counts or any(isinstance(option, torch.dtype) for option in (*step.args, *step.kwargs.values())):
         return MIXED  # numbers that are read as counts, or bits as other numbers
+    if name in _PACKS:
+        return _packed(step, name, data[0], by_id[id(data[0])])
     if len(data) == 1:
         found = moved_rows(step, name, data[0], by_id[id(data[0])])
         if found is not None:
@@ -78,21 +81,32 @@ def _moved(step: Step) -> Found:
             return found
     labels = {id(t): _labels_of(t, by_id.get(id(t)), step.identity, narrow=_goes_by_rows(step, t, by_id)) for t in data}
     args, kwargs = replaced(step.args, step.kwargs, lambda t: labels.get(id(t), t))
-    if name in ("_pad_packed_sequence", "pad_sequence"):  # what is filled up belongs to nobody
-        at = 3 if name == "_pad_packed_sequence" else 2
-        args = (*args[:at], NOBODY, *args[at + 1 :])
+    if name == "pad_sequence":  # what is filled up belongs to nobody
+        args = (*args[:2], NOBODY, *args[3:])
     made = (
         getattr(torch, name, step.func)(*args, **kwargs)
         if name in ("T", "mT", "H", "mH")
         else step.func(*args, **kwargs)
     )
-    if name.startswith("_pa"):  # data and batch sizes; or sequences and their lengths
-        sequences = compressed(made[0], step.memo.shared)
-        known = name == "_pad_packed_sequence" and isinstance(sequences, Rows)
-        return [sequences, sequences.moved(0) if known else MIXED]  # type: ignore[union-attr]
     if isinstance(made, Tensor):
         return compressed(made, step.memo.shared)
     return [compressed(one, step.memo.shared) for one in made]
+
+
+def _packed(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
+    """Return the owners of packed sequences and of their batch sizes, or of padded sequences and of their lengths."""
+    pads = name == "_pad_packed_sequence"
+    _, lengths, *options = step.args  # torch calls both with these by position
+    if pads:
+        options[1] = NOBODY  # owns what is filled up
+    shape = tensor.shape[: max(1 if pads else 2, 1 + (rows.axis or 0))]
+
+    def made() -> list[Owners]:
+        sequences = compressed(step.func(rows.labels(shape), lengths, *options)[0], step.memo.shared)
+        return [sequences, sequences.moved(0) if pads and isinstance(sequences, Rows) else MIXED]
+
+    found: list[Owners] = step.memo.get((name, rows.axis, shape, *options), (rows,), lengths, made)
+    return found
 
 
 def _goes_by_rows(step: Step, tensor: Tensor, by_id: dict[int, Rows]) -> bool:
@@ -137,6 +151,12 @@ def _written(step: Step) -> Found:
     (target, index, value), by_id = step.args, {id(tensor): rows for tensor, rows in step.owned}
     before, after = by_id.get(id(target)), by_id.get(id(value))
     parts = index if isinstance(index, tuple) else (index,)
+    if (
+        before is not None
+        and not any(id(part) in by_id for part in parts)
+        and _stays(target, index, value, before, after)
+    ):
+        return before
     lists = all(isinstance(one, Tensor) and one.dim() == 1 and one.dtype == torch.int64 for one in parts)
     put: Any = NOBODY
     if before is None and after is None:
@@ -157,6 +177,15 @@ def _written(step: Step) -> Found:
         at = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[index]
         labels.view(-1)[at[lost]] = step.memo.several = len(step.identity)
     return compressed(labels, step.memo.shared)
+
+
+def _stays(target: Tensor, index: Any, value: Any, before: Rows, after: Rows | None) -> bool:
+    """Tell whether ``target[index] = value`` writes to every row what belongs to its owner, or constants."""
+    at = None if before.axis is None else indexed(target, before.axis, (target, index), {}, None)
+    if at is None or after is None:
+        return at is not None
+    from_end = target[index].dim() - at
+    return after.axis is not None and after.index is before.index and value.dim() - after.axis == from_end
 
 
 def _writes_rows(

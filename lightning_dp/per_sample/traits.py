@@ -39,7 +39,7 @@ class Traits(NamedTuple):
         handler: computes the owners of its result; None if nothing does.
         is_entered: whether it is a function of ``torch.nn.functional`` that only its operations say something about.
         in_place: whether it may change its first argument.
-        joins: whether it puts tensors together along one of their axes.
+        joins: whether it puts tensors together along one of their axes, or a new one.
         reduces: whether it computes over some axes, and mixes the rows along these.
         axis_after: finds the axis of the owners in its result.
         is_constant: whether its result holds no data.
@@ -85,7 +85,7 @@ def traits_of(func: Any) -> Traits:
         handler,
         is_functional and handler is None and axis_after is None,
         bool(IN_PLACE.fullmatch(name)),
-        name in JOINS,
+        name in JOINS or name == "stack",
         name in REDUCING and name not in ("sort", "argsort", "cumsum"),
         axis_after,
         is_constant,

@@ -45,7 +45,16 @@ CASES: dict[str, Case] = {
         ((torch.tensor([1, 0]), slice(None), torch.tensor([0, 1])),),
         [None] * 4,
     ),
+    "getitem by a vector": (Tensor.__getitem__, ((Ellipsis, torch.tensor([1, 0, 1]), slice(None)),), [0, 1, None, 3]),
+    "getitem by a mask": (Tensor.__getitem__, ((slice(None), torch.tensor([True, False] * 2)),), [0, None, 2, 3]),
+    "getitem by a matrix": (Tensor.__getitem__, ((slice(None), torch.tensor([[0, 1]])),), [None] * 4),
+    "getitem by number and vector": (Tensor.__getitem__, ((0, slice(None), torch.tensor([1])),), [None] * 4),
+    "flip": (torch.flip, ((1, -1),), [0, None, 2, None]),
+    "flip of axes": (Tensor.flip, (1, 2), [0, None, None, 3]),
+    "roll": (torch.roll, (2, -1), [0, 1, 2, None]),
+    "roll of all": (torch.roll, (2,), [None] * 4),
     "cat": (lambda x, axis: torch.cat([x, x + 1], axis), (-2,), [0, 1, None, 3]),
+    "stack": (lambda x, axis: torch.stack([x, x + 1], axis), (-3,), [0, 1, 3, 4]),
 }
 
 
@@ -55,7 +64,7 @@ def test_a_row_after_an_operation_comes_from_that_row_alone(name: str) -> None:
     known = {"getitem": "__getitem__", "mean,": "mean"}
     after = AXES[known.get(name.split(" ")[0], name.split(" ")[0])]
     out = operation(X, *args)
-    given = ([X, X], *args) if name == "cat" else (X, *args)
+    given = ([X, X], *args) if name in ("cat", "stack") else (X, *args)
     options = {"training": True} if name == "batch_norm" else {}
     found = [after(X, axis, given, options, out) for axis in range(X.dim())]
     assert found == expected

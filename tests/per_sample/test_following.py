@@ -271,6 +271,37 @@ def test_sparse_data_after_a_write_is_of_unknown_owners() -> None:
         assert isinstance(follower.owners_of(sparse @ dense), Mixed)
 
 
+ALL, LAST_TWO = slice(None), torch.tensor([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "stays"),
+    [
+        ((Ellipsis, 1), lambda x: x[..., 0], True),
+        ((ALL, LAST_TWO), lambda x: x[:, :2], True),
+        ((ALL, ALL, LAST_TWO), lambda x: x[..., :1], True),
+        ((ALL, None, 1), lambda x: x[:, None, 0], True),
+        ((ALL, 0), lambda x: 2.0, True),
+        ((ALL, 0), lambda x: torch.ones(3), True),
+        ((ALL, 0), lambda x: x.flip(0)[:, 1], False),
+        ((ALL, ALL), lambda x: x[:, 0], False),  # the rows of a batch of three stand at three places of each row
+        ((ALL, 0), lambda x: x[0], False),
+        ((torch.tensor([2, 1, 0]),), lambda x: x, False),
+        ((slice(0, 1),), lambda x: x[1:2], False),
+    ],
+)
+def test_owners_after_a_write_are_those_of_what_is_written(
+    index: Any, value: Callable[[Tensor], Any], stays: bool
+) -> None:
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 3, [])
+    with follower:
+        follower.note(LAST_TWO, None)
+        follower.note(x := torch.rand(3, 3, 3), follower.samples(x.device))
+        x[index] = value(x.clone())
+        owners = follower.owners_of(x)
+    assert (owners is follower.samples(x.device)) == stays
+
+
 def test_a_state_repeated_for_every_sample_agrees() -> None:
     torch.manual_seed(0)
 
