@@ -362,18 +362,29 @@ def test_damaged_or_late_states_are_refused() -> None:
                 private.load_state_dict(damaged)  # type: ignore[arg-type]
 
 
-def test_weights_of_an_earlier_run_need_its_history() -> None:
+def test_a_run_counts_earlier_runs_on_its_weights() -> None:
     model = make_model()
     with start(model, noise_multiplier=1.0) as first:
         train(first, 2)
-    with (
-        start(model, noise_multiplier=1.0) as second,
-        pytest.raises(PrivacyError, match="was trained by an earlier private run"),
-    ):
-        second.step(next(iter(second.loader)))
-    with start(model, noise_multiplier=1.0, history=first) as second:
-        train(second, 1)
+    with start(model, noise_multiplier=1.0) as second:
+        with pytest.warns(UserWarning, match="its 2 steps count towards epsilon here, too"):
+            train(second, 1)
         assert second.ledger.num_steps == 3
+    with start(model, noise_multiplier=1.0, history=first) as third:
+        train(third, 1)
+        assert third.ledger.num_steps == 3
+
+
+def test_a_run_that_ends_after_the_plan_of_another_is_refused() -> None:
+    model = make_model()
+    copied = copy.deepcopy(model)
+    with start(model, target_epsilon=3.0, target_delta=1e-3, steps=5) as planned:
+        assert planned.plan.sigma(0) > 0
+        with start(copied, noise_multiplier=1.0) as other:
+            train(other, 2)
+        model.load_state_dict(copied.state_dict())
+        with pytest.raises(PrivacyError, match="trained by an earlier private run of 2 steps, which this run does not"):
+            planned.step(next(iter(planned.loader)))
 
 
 # ---------------------------------------------------------------- attacks and mistakes

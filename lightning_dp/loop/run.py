@@ -237,6 +237,7 @@ class PrivateLoop(LoopFacts):
                     "Expected no extra_records in a loop of your own, got some. Audit with canaries in gradient space "
                     "(mechanisms.add(canaries=...)), or under a Trainer."
                 )
+            state.count_earlier_runs(self._model)
             state.plan = build_plan(state, self.settings, self._drawn.facts, self.mechanisms, self._length)
             self.settle_limit()
         return state.plan  # type: ignore[no-any-return]

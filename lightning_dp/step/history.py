@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dp import _messages
 from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
@@ -28,6 +29,8 @@ _PLACES, _FEWEST = 16, 4  # values that are compared, and how many of them must 
 _carried: dict[int, tuple[Any, Lineages, Any]] = {}
 #: values of a parameter at the end of a run or in a checkpoint -> the ledgers of the runs that have trained it
 _values: dict[Any, Lineages] = {}
+#: lineage of a ledger -> lineages of the ledgers whose steps it holds, with the numbers of these steps
+_counted: dict[str, dict[str, int]] = {}
 #: shape of a sharded parameter -> first and last row of the parts whose values are known
 _parts: dict[Any, set[tuple[int, int]]] = {}
 
@@ -81,6 +84,7 @@ def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
         PrivacyError: a ledger of another relation or unit.
     """
     total = Ledger(own.neighboring_relation, own.unit)
+    counted = _counted.setdefault(total.lineage, {})
     for ledger in ledgers:
         if ledger.neighboring_relation != own.neighboring_relation:
             raise PrivacyError(
@@ -98,6 +102,8 @@ def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
             for entry in ledger.entries
         )
         total.start_pass()
+        for lineage, steps in ((ledger.lineage, ledger.num_steps), *_counted.get(ledger.lineage, {}).items()):
+            counted[lineage] = max(steps, counted.get(lineage, 0))
     return total
 
 
@@ -163,37 +169,78 @@ def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         carry(module.parameters(), Ledger.from_state_dict(state["ledger"]))
 
 
-def check_history(module: nn.Module, known: Iterable[str], *, given: bool, resumed: Ledger | None = None) -> None:
-    """Check that the ledger counts the privacy that earlier runs spent on a module's parameters.
+def _uncounted(module: nn.Module, own: Ledger, *, resumed: bool) -> list[tuple[str, Ledger]]:
+    """Return the ledgers of earlier private runs on a module's parameters that a ledger does not hold.
 
     Args:
-        module: the module to be trained.
-        known: lineages of the ledgers that the run counts.
-        resumed: ledger of the resumed run. Each of several processes began a ledger of its own, and the checkpoint
-            holds the ledger of the first process only.
-        given: whether the user passed ``history``, perhaps empty; if so, nothing is checked.
+        module: the module to be trained; a parameter may be a copy of one that was trained.
+        own: the ledger of the run.
+        resumed: whether it was resumed. Each of several processes began a ledger of its own, and the checkpoint holds
+            the ledger of the first process only.
 
-    Raises:
-        PrivacyError: a parameter, or the one that it is a copy of, was trained by a private run whose ledger is not
-            counted.
+    Returns:
+        Names of parameters, and the ledgers of runs that trained them.
     """
-    if given:
-        return
-    lineages = set(known)
+    found: dict[str, tuple[str, Ledger]] = {}
     for name, parameter in module.named_parameters():
         reference, ledgers, _ = _carried.get(id(parameter), (None, {}, None))
         if reference is None or reference() is not parameter:
             ledgers = _ledgers_of(parameter)
-        missing = [
-            ledger
-            for lineage, ledger in ledgers.items()
-            if lineage not in lineages
-            and ledger.num_steps
-            and not (resumed is not None and ledger.has_same_beginning(resumed))
-        ]
-        if missing:
+        for lineage, ledger in ledgers.items():
+            if lineage != own.lineage and not (resumed and ledger.has_same_beginning(own)):
+                found.setdefault(lineage, (name, ledger))
+    counted: dict[str, int] = {}
+    for lineage in (own.lineage, *found):
+        for other, steps in _counted.get(lineage, {}).items():
+            counted[other] = max(steps, counted.get(other, 0))
+    return [(name, ledger) for name, ledger in found.values() if ledger.num_steps > counted.get(ledger.lineage, 0)]
+
+
+class EarlierRuns:
+    """Earlier private runs on the same data: those that the user named, or else those that trained the module."""
+
+    def __init__(self) -> None:
+        self.given: list[Ledger] | None = None
+        """Ledgers that the user passed as ``history``; None if there was no such argument."""
+        self._found = False
+
+    @property
+    def counted(self) -> bool:
+        """True if the ledger of the run began with steps of earlier runs."""
+        return self._found or bool(self.given)
+
+    def count(self, module: nn.Module, own: Ledger, *, resumed: bool) -> Ledger:
+        """Return a ledger with the steps of earlier runs on the parameters of a module, unless ``history`` was given.
+
+        Args:
+            module: the module to be trained.
+            own: the ledger of the run.
+            resumed: whether it was read from a checkpoint.
+
+        Raises:
+            PrivacyError: an earlier run under another relation or unit.
+        """
+        missing = [] if self.given is not None else _uncounted(module, own, resumed=resumed)
+        if not missing:
+            return own
+        ledgers = [ledger for _, ledger in missing]
+        _messages.warn(
+            f"{missing[0][0]!r} was trained by an earlier private run: its "
+            f"{sum(ledger.num_steps for ledger in ledgers)} steps count towards epsilon here, too. If the runs have no "
+            "record in common, pass history=[]."
+        )
+        self._found = True
+        return joined([*ledgers, own] if own.num_steps else ledgers, own)
+
+    def check(self, module: nn.Module, own: Ledger, *, resumed: bool) -> None:
+        """Check that a ledger counts the earlier runs on the parameters of a module, unless ``history`` was given.
+
+        Raises:
+            PrivacyError: it does not count one that ended after the noise was calibrated.
+        """
+        for name, ledger in [] if self.given is not None else _uncounted(module, own, resumed=resumed):
             raise PrivacyError(
-                f"{name!r} was trained by an earlier private run of {missing[0].num_steps} steps, which this strategy "
-                "would not count, so epsilon would be understated. Pass DPStrategy(history=earlier.ledger) or "
-                "history='its.ckpt' to add it, or history=[] if the two runs have no record in common."
+                f"{name!r} was trained by an earlier private run of {ledger.num_steps} steps, which this run does not "
+                "count, so epsilon would be understated. Pass history=earlier.ledger or history='its.ckpt' to add it, "
+                "or history=[] if the two runs have no record in common."
             )

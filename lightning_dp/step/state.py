@@ -14,7 +14,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.reporting import statement
 from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.step import checkpoint as saved
-from lightning_dp.step.history import History, check_history, joined, read_history
+from lightning_dp.step.history import EarlierRuns, History, joined, read_history
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.settings import Settings
 
@@ -57,8 +57,7 @@ class PrivacyState:
         self._kept_apart: list[str] = []
         self.decided: tuple[str, ...] = ()
         self._seeded, self._secure, self._reduction = seeded, secure, "auto"
-        self._history: list[Ledger] = []
-        self._history_given = self._own_steps = False
+        self._earlier, self._own_steps = EarlierRuns(), False
 
     @classmethod
     def of(cls, settings: Settings, history: History = None) -> Self:
@@ -83,13 +82,16 @@ class PrivacyState:
         Args:
             ledgers: ledgers of the earlier runs; an empty list states that they share no record with this run.
         """
+        self._earlier.given = ledgers
         self.ledger = joined(ledgers, self.ledger)
-        self._history, self._history_given = ledgers, True
+
+    def count_earlier_runs(self, module: nn.Module) -> None:
+        """Add what earlier private runs spent on a module's parameters, before noise is calibrated; see EarlierRuns."""
+        self.ledger = self._earlier.count(module, self.ledger, resumed=self.restored_plan is not None)
 
     def check_history(self, module: nn.Module) -> None:
-        """Check that the ledger counts earlier private runs on a module's parameters; see ``history.check_history``."""
-        known = [self.ledger.lineage, *(ledger.lineage for ledger in self._history)]
-        check_history(module, known, given=self._history_given, resumed=self.ledger)
+        """Check that the ledger counts earlier private runs on a module's parameters."""
+        self._earlier.check(module, self.ledger, resumed=self.restored_plan is not None)
 
     # ---------------------------------------------------------------- what has been spent
 
@@ -282,10 +284,10 @@ class PrivacyState:
         Raises:
             PrivacyError: no ledger, a damaged one, one that is too short, or one of another run.
         """
-        fresh = bool(self._history) and not self._own_steps
+        fresh = self._earlier.counted and not self._own_steps
         current = Ledger(self.ledger.neighboring_relation, self.ledger.unit) if fresh else self.ledger
         found = saved.load(checkpoint, current=current, allow_public=allow_public, one_step_a_batch=one_step_a_batch)
-        if fresh and not self.ledger.has_same_beginning(found.ledger):
+        if fresh and self._earlier.given and not self.ledger.has_same_beginning(found.ledger):
             raise PrivacyError(
                 "Expected a checkpoint of a run that began with the same history, got one whose ledger begins "
                 "otherwise. What the earlier runs spent would be lost: pass the history that its run was given, or "

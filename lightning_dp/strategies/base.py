@@ -109,7 +109,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         trainer_checks.check_trainer(trainer, self.settings)
         trainer_checks.check_module(self.module)
         self._take_training_data()
-        self.state.check_history(self.module)
+        self.state.count_earlier_runs(self.module)
         self.state.begin_step()
         if self.state.plan is not None:
             self.state.plan = self._loader = None  # else `estimated_stepping_batches` has asked for the loader first
@@ -154,6 +154,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
     @override
     def on_train_start(self) -> None:
         """Build the plan before the first step, so that an unreachable target raises an error early."""
+        self.state.check_history(self.module)
         module_checks.check_layers(self.module, runs_samples_alone=self.settings.counts_samples_alone)
         correlation.begin_order(self.plan.correlation, self.loader, self.state.steps_taken)
         self.state.decided = self.mechanisms.described()

@@ -40,8 +40,8 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
             users.
         records_per_unit: most records G that a user brings to one batch, drawn again for each batch; a public number.
         history: privacy spent by earlier private runs on the same data: a ``Ledger``, a strategy, the path of a
-            checkpoint, or a list of these. It counts towards target and budget. A module that an earlier private run
-            trained is refused without it; ``[]`` states that the runs have no record in common.
+            checkpoint, or a list of these. It counts towards target and budget. Left out, runs of this process on
+            the same weights, or on copies of them, count; ``[]`` states that the runs have no record in common.
         public_optimizers: positions, in the result of ``configure_optimizers``, of optimizers whose parameters never
             receive a gradient from the data (a GAN's generator). Checked at the first batch.
         secure_rng: draw the noise from a cryptographic generator against floating-point attacks (slower).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from lightning_dp.accounting import Ledger, PrivacyEvent
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import history
-from lightning_dp.step.history import carry, check_history, joined, note_checkpoint, note_values, read_history
+from lightning_dp.step.history import EarlierRuns, carry, joined, note_checkpoint, note_values, read_history
 from tests.step.rig import make_state
 
 GAUSSIAN = PrivacyEvent(kind="gaussian", noise_multiplier=2.0)
@@ -68,20 +69,56 @@ def test_joined_refuses_another_relation() -> None:
         joined([ledger_of(1)], Ledger("replace_one"))
 
 
-def test_check_history_finds_trained_parameters() -> None:
+def counted(module: nn.Module, own: Ledger | None = None, **options: bool) -> int:
+    """The steps of a new run's ledger, or of another one, once earlier runs on the module are counted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return EarlierRuns().count(module, own or Ledger(), **{"resumed": False, **options}).num_steps
+
+
+def test_earlier_runs_on_parameters_are_counted() -> None:
     ledger, module = ledger_of(3), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    check_history(module, [], given=False)
+    assert counted(module) == 0
     carry(module[1].parameters(), ledger)
+    with pytest.warns(UserWarning, match=r"'1\.weight' was trained by an earlier private run: its 3 steps count"):
+        total = EarlierRuns().count(module, ledger_of(2), resumed=False)
+    assert total.num_steps == 5
+    assert counted(module, total) == 5
+    assert counted(module, ledger) == 3
+    earlier = EarlierRuns()
     with pytest.raises(PrivacyError, match=r"'1\.weight' was trained by an earlier private run of 3 steps"):
-        check_history(module, [Ledger().lineage], given=False)
-    check_history(module, [ledger.lineage], given=False)
-    check_history(module, [], given=True)
+        earlier.check(module, Ledger(), resumed=False)
+    earlier.check(module, total, resumed=False)
+    earlier.given = []
+    earlier.check(module, Ledger(), resumed=False)
+    assert earlier.count(module, Ledger(), resumed=False).num_steps == 0
 
 
-def test_check_history_ignores_ledgers_without_steps() -> None:
+def test_a_run_that_counts_another_is_added_once() -> None:
+    """Steps that the earlier run took after it was counted are missing, and so all of it counts again."""
+    module, first, second = nn.Linear(2, 2), ledger_of(3), joined([early := ledger_of(2)], Ledger())
+    for ledger in (early, second):
+        carry(module.parameters(), ledger)
+    assert counted(module) == 2
+    carry(module.parameters(), first)
+    assert counted(module) == 5
+    early.record(early.entries[0].event)
+    assert counted(module) == 8
+
+
+def test_only_a_resumed_run_holds_the_steps_of_another_ledger() -> None:
+    """Ranks begin ledgers of their own, and a checkpoint holds that of the first one; equal runs are others."""
+    module = nn.Linear(2, 2)
+    carry(module.parameters(), ledger_of(3))
+    assert counted(module, ledger_of(4), resumed=True) == 4
+    assert counted(module, ledger_of(2), resumed=True) == 5
+    assert counted(module, ledger_of(4)) == 7
+
+
+def test_ledgers_without_steps_are_not_counted() -> None:
     module = nn.Linear(2, 2)
     carry(module.parameters(), Ledger())
-    check_history(module, [], given=False)
+    assert counted(module) == 0
 
 
 def test_parameters_are_forgotten_when_they_are_freed() -> None:
@@ -100,15 +137,14 @@ def test_copies_of_trained_weights_are_known_by_their_values() -> None:
     initial = copy.deepcopy(module)
     carry(module.parameters(), ledger)
     note_values(module.parameters())
-    check_history(initial, [], given=False)
+    assert counted(initial) == 0
     with torch.no_grad():
         module.weight.add_(torch.rand(3, 3))
     note_values(module.parameters())
     copied = copy.deepcopy(module)
-    with pytest.raises(PrivacyError, match="'weight' was trained by an earlier private run of 3 steps"):
-        check_history(copied, [], given=False)
-    check_history(copied, [ledger.lineage], given=False)
-    check_history(initial, [], given=False)
+    assert counted(copied) == 3
+    assert counted(copied, ledger) == 3
+    assert counted(initial) == 0
 
 
 def test_note_checkpoint_marks_a_loaded_module() -> None:
@@ -116,7 +152,6 @@ def test_note_checkpoint_marks_a_loaded_module() -> None:
     state.record(state.plan.sigma(0))
     module = nn.Linear(2, 2)
     note_checkpoint(module, {"state_dict": {}})
-    check_history(module, [], given=False)
+    assert counted(module) == 0
     note_checkpoint(module, {saved.KEY: state.state_dict(global_step=1)})
-    with pytest.raises(PrivacyError, match="earlier private run of 1 steps"):
-        check_history(module, [], given=False)
+    assert counted(module) == 1

@@ -181,7 +181,7 @@ def test_whole_checkpoint_of_stateless_sgd_resumes(ranks: list[dict[str, Any]]) 
         assert seen["saving"]["stateless"] == {"same": True, "rate": 0.05, "steps": 8}
 
 
-def test_whole_copy_of_sharded_weights_needs_history(ranks: list[dict[str, Any]]) -> None:
+def test_whole_copy_of_sharded_weights_is_recognised(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         assert "was trained by an earlier private run of" in seen["saving"]["copied"]
 

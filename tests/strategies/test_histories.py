@@ -1,4 +1,4 @@
-"""Runs one after another: what an earlier private run has spent on a module's weights is counted or refused."""
+"""Runs one after another: what an earlier private run has spent on a module's weights is counted."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lightning_dp.accounting import Ledger
 from lightning_dp.step.history import joined
 from tests.helpers import Classifier, make_loader, make_trainer
 
+COUNTED = pytest.mark.filterwarnings("ignore:.*trained by an earlier private run:UserWarning")
+
 
 def run(module: Any, tmp_path: Path, callbacks: Any = (), epochs: int = 1, **options: Any) -> DPStrategy:
     defaults: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-3}
@@ -23,14 +25,16 @@ def run(module: Any, tmp_path: Path, callbacks: Any = (), epochs: int = 1, **opt
     return strategy
 
 
-def test_a_second_strategy_on_a_private_module_is_refused(tmp_path: Path) -> None:
+@COUNTED
+def test_a_second_strategy_counts_what_the_first_has_spent(tmp_path: Path) -> None:
     module = Classifier()
     first = run(module, tmp_path)
-    with pytest.raises(PrivacyError, match="earlier private run of 4 steps"):
-        run(module, tmp_path)
-    both = run(module, tmp_path, history=first.ledger)
+    with pytest.warns(UserWarning, match="trained by an earlier private run: its 4 steps count"):
+        both = run(module, tmp_path)
     assert (both.ledger.num_steps, first.ledger.num_steps) == (8, 4)
     assert both.epsilon() > first.epsilon()
+    again = run(module, tmp_path, history=both)
+    assert (again.ledger.num_steps, run(module, tmp_path).ledger.num_steps) == (12, 16)
     assert run(Classifier(), tmp_path).ledger.num_steps == 4
 
 
@@ -100,18 +104,30 @@ def test_one_strategy_serves_a_second_trainer(tmp_path: Path) -> None:
     assert strategy.ledger.num_steps == 8
 
 
-def test_a_module_loaded_from_a_private_checkpoint_is_refused(tmp_path: Path) -> None:
+@COUNTED
+def test_a_target_counts_runs_that_were_not_named(tmp_path: Path) -> None:
+    module = Classifier()
+    spent = run(module, tmp_path, noise_multiplier=3.0).epsilon()
+    second = run(module, tmp_path, noise_multiplier=None, target_epsilon=2 * spent)
+    assert spent < second.epsilon() <= 2 * spent
+    with pytest.raises(ValueError, match="Expected target_epsilon above what is already spent"):
+        run(module, tmp_path, noise_multiplier=None, target_epsilon=spent)
+    with pytest.raises(PrivacyError, match="Expected a history under neighboring_relation"):
+        run(module, tmp_path, neighboring_relation="replace_one")
+
+
+@COUNTED
+def test_a_module_from_a_private_checkpoint_counts_its_run(tmp_path: Path) -> None:
     first = run(Classifier(), tmp_path)
     path = tmp_path / "first.ckpt"
     first.trainer.save_checkpoint(path)
     module = Classifier.load_from_checkpoint(path)
-    with pytest.raises(PrivacyError, match="earlier private run of 4 steps"):
-        run(module, tmp_path)
-    assert run(module, tmp_path, history=path).ledger.num_steps == 8
+    assert run(module, tmp_path).ledger.num_steps == 8
 
 
+@COUNTED
 @pytest.mark.parametrize("how", ["deepcopy", "state_dict", "checkpoint"])
-def test_a_copy_of_a_private_module_is_refused(how: str, tmp_path: Path) -> None:
+def test_a_copy_of_a_private_module_counts_its_run(how: str, tmp_path: Path) -> None:
     first = Classifier(lr=0.1)
     strategy = run(first, tmp_path)
     path = tmp_path / "first.ckpt"
@@ -122,9 +138,7 @@ def test_a_copy_of_a_private_module_is_refused(how: str, tmp_path: Path) -> None
         other = Classifier()
         saved = first.state_dict() if how == "state_dict" else torch.load(path, weights_only=True)["state_dict"]
         other.load_state_dict(saved)
-    with pytest.raises(PrivacyError, match="trained by an earlier private run"):
-        run(other, tmp_path)
-    assert run(other, tmp_path, history=strategy).ledger.num_steps == 2 * strategy.ledger.num_steps
+    assert run(other, tmp_path).ledger.num_steps == 2 * strategy.ledger.num_steps
 
 
 def test_a_module_that_did_not_move_is_no_copy(tmp_path: Path) -> None:
