@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dp.accounting import Ledger
 from lightning_dp.datalens import statement, trainer_checks
 from lightning_dp.datalens.run import DataLensRun
 from lightning_dp.datalens.samples import write_csv, write_tensors
@@ -23,6 +22,7 @@ from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.shards import partition, public_generator, read_shards
 from lightning_dp.datalens.teachers import Teachers, check_discriminator
 from lightning_dp.datalens.votes import threshold_votes
+from lightning_dp.step.history import of_first_rank
 
 _STEP, _PRETRAINING, _COINS = 2, 3, 4  # what public randomness is drawn for
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -253,7 +253,7 @@ class DataLens(DataLensRun):
         settings, world_size = self.settings, self.trainer.world_size
         self._tuning.start(on_cpu=self.device.type == "cpu")
         if world_size > 1:
-            self.state.ledger = Ledger.from_state_dict(self.trainer.strategy.broadcast(self.ledger.state_dict()))
+            self.state.ledger = of_first_rank(self.ledger, self.trainer.strategy.broadcast(self.ledger.state_dict()))
         numbers = range(self.global_rank, settings.num_teachers, world_size)
         indices = partition(self.plan.dataset_size, settings.num_teachers, settings.public_seed)[list(numbers)]
         dataset, collate = trainer_checks.dataset_of(self.trainer), trainer_checks.collate_of(self.trainer)

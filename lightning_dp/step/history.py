@@ -107,6 +107,19 @@ def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
     return total
 
 
+def of_first_rank(own: Ledger, state: dict[str, Any]) -> Ledger:
+    """Return the ledger of rank 0; it holds the earlier runs that this rank's ledger holds if their steps are the same.
+
+    Args:
+        own: this rank's ledger.
+        state: of the ledger of rank 0.
+    """
+    ledger = Ledger.from_state_dict(state)
+    if own.entries == ledger.entries:
+        _counted[ledger.lineage] = {**_counted.get(own.lineage, {}), own.lineage: own.num_steps}
+    return ledger
+
+
 def carry(parameters: Iterable[nn.Parameter], ledger: Ledger) -> None:
     """Record that a private run trains these parameters, before their values change."""
     for parameter in parameters:

@@ -5,15 +5,17 @@ DistributedDataParallel.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dp.accounting import Ledger
+from lightning_dp.step.history import carry, note_values, of_first_rank
 from lightning_dp.step.reduction import AllReduce, Reduction
 from lightning_dp.step.units import start_equal
 from lightning_dp.strategies import _lightning
@@ -22,7 +24,18 @@ from lightning_dp.strategies.single_device import DPStrategy
 
 
 class _LedgerLauncher(_lightning.MultiProcessingLauncher):
-    """A launcher that returns the privacy state from spawned or forked processes, together with the weights."""
+    """A launcher that returns the privacy state from spawned or forked processes, together with the weights.
+
+    Only the main process knows which runs have trained the module before.
+    """
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            strategy: Any = trainer.strategy
+            strategy.state.count_earlier_runs(trainer.lightning_module)
+            carry(trainer.lightning_module.parameters(), strategy.ledger)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
 
     @override
     def get_extra_results(self, trainer: pl.Trainer) -> dict[str, Any]:
@@ -35,6 +48,9 @@ class _LedgerLauncher(_lightning.MultiProcessingLauncher):
         super().update_main_process_results(trainer, extra)
         strategy: Any = trainer.strategy
         strategy.state.take_over(state)
+        if trainer.state.fn == TrainerFn.FITTING:
+            carry(trainer.lightning_module.parameters(), strategy.ledger)
+            note_values(trainer.lightning_module.parameters())
 
 
 class DPDDPStrategy(PrivateStrategy, DDPStrategy):
@@ -91,7 +107,7 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
         per step.
         """
         start_equal(self.module)
-        self.state.ledger = Ledger.from_state_dict(self.broadcast(self.ledger.state_dict()))
+        self.state.ledger = of_first_rank(self.ledger, self.broadcast(self.ledger.state_dict()))
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dp.accounting import Ledger
+from lightning_dp.step.history import of_first_rank
 from lightning_dp.step.reduction import Reduction, communicating
 from lightning_dp.step.shard_checks import check_sharded
 from lightning_dp.step.shards import Shards
@@ -117,7 +117,7 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
                 self.module, self.settings, self.mechanisms, world_size=self.world_size, device=self.root_device
             )
             start_equal(self.module)
-            self.state.ledger = Ledger.from_state_dict(self.broadcast(self.ledger.state_dict()))
+            self.state.ledger = of_first_rank(self.ledger, self.broadcast(self.ledger.state_dict()))
         super().setup_optimizers(trainer)
 
     @override

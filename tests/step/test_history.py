@@ -16,7 +16,15 @@ from lightning_dp.accounting import Ledger, PrivacyEvent
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import history
-from lightning_dp.step.history import EarlierRuns, carry, joined, note_checkpoint, note_values, read_history
+from lightning_dp.step.history import (
+    EarlierRuns,
+    carry,
+    joined,
+    note_checkpoint,
+    note_values,
+    of_first_rank,
+    read_history,
+)
 from tests.step.rig import make_state
 
 GAUSSIAN = PrivacyEvent(kind="gaussian", noise_multiplier=2.0)
@@ -113,6 +121,15 @@ def test_only_a_resumed_run_holds_the_steps_of_another_ledger() -> None:
     assert counted(module, ledger_of(4), resumed=True) == 4
     assert counted(module, ledger_of(2), resumed=True) == 5
     assert counted(module, ledger_of(4)) == 7
+
+
+def test_the_ledger_of_rank_0_holds_what_this_rank_counted() -> None:
+    module, earlier = nn.Linear(2, 2), ledger_of(3)
+    carry(module.parameters(), earlier)
+    own, other = (joined([earlier], Ledger()) for _ in range(2))
+    assert counted(module, of_first_rank(own, other.state_dict())) == 3
+    fewer = ledger_of(1)
+    assert counted(module, of_first_rank(own, fewer.state_dict())) == 4
 
 
 def test_ledgers_without_steps_are_not_counted() -> None:
