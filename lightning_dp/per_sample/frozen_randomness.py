@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Container
 from typing import Any
@@ -97,12 +98,16 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._dropouts.__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def _run(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation with its random draws replaced."""
-        kwargs = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            self.communicated |= func.namespace == "c10d"
+        kwargs = kwargs or {}
+        draws, communicates = _kind_of(func)
+        if not draws:
+            self.communicated |= communicates
             return func(*args, **kwargs)
+        return self._run_draw(func, args, dict(kwargs))
+
+    def _run_draw(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name, arguments = arguments_of(func)
         if self._only is not None and name not in self._only:
             return func(*args, **kwargs)
@@ -139,6 +144,17 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         self.drew = True
         return result.copy_(value) if isinstance(value, torch.Tensor) else result.fill_(value)
+
+
+# Set here: torch wraps a method that a class defines by this name, to keep it from being compiled, and each call would
+# pay for that. Trials run eagerly.
+FrozenRandomness.__torch_dispatch__ = FrozenRandomness._run  # type: ignore[assignment, method-assign]
+
+
+@functools.cache
+def _kind_of(func: Any) -> tuple[bool, bool]:
+    """Tell whether an operation draws random numbers, and whether processes communicate by it."""
+    return torch.Tag.nondeterministic_seeded in func.tags, func.namespace == "c10d"
 
 
 def _by_place(like: torch.Tensor) -> torch.Tensor:

@@ -205,7 +205,7 @@ class TrialRuns:
                     output, loss = self.host.run(records), None
                 outputs.append(output)
                 probe.drawn, probe.seed = all_generators(), torch.initial_seed()
-                self.draws_on_host |= host_generators() != before
+                self.draws_on_host |= probe.drawn[-len(before) :] != before
                 drew = (frozen.drew and not draws.real) or self.draws_on_host
                 self.has_coins = step.reduction.any(self.has_coins or drew)
                 if step.automatic:
