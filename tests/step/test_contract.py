@@ -33,7 +33,7 @@ CLIPPINGS = {**table.CLIPPINGS, "per_layer_least": lambda: PerLayerClipping(0.5)
 #: Combinations that share clipping, mask and bound; each is run under every schedule of the noise and every phase.
 GROUPS = list(itertools.product(CLIPPINGS, MASKS, BOUNDS))
 LEGAL = [names for names in GROUPS if not Combination(names[0], names[1], bound=names[2]).refusal]
-#: A few of them in which any two names that may meet do; the others are slow where records run over all.
+#: A few of them in which any two names that may meet do; the others are slow.
 PAIRS = {
     (one.clipping, one.mask, one.bound) for one in table.pairwise([Combination(c, m, bound=b) for c, m, b in LEGAL])
 }
@@ -80,7 +80,7 @@ def under(rig: Rig, combination: Combination, **plan: Any) -> Any:
     return rig.under(CLIPPINGS[combination.clipping](), combination.make_callbacks(), **plan)
 
 
-@pytest.mark.parametrize("names", LEGAL, ids="-".join)
+@pytest.mark.parametrize("names", LEGAL_PAIRS, ids="-".join)
 def test_contract_of_neighbouring_datasets(names: Any, rig: Rig) -> None:
     """Two batches that differ in one record, at every step of every schedule and phase; noise comes first, as by
     default.
