@@ -37,6 +37,20 @@ def folder(ranks: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_release_the_sum_of_one_process(ranks: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
     """All 64 records take part, without noise."""
+    check_sums([seen["sums"][name] for seen in ranks], tmp_path, name)
+
+
+@pytest.mark.slow
+def test_checks_pass_on_functions_of_parameters_and_adapters(tmp_path: Path) -> None:
+    run_script(SCRIPT, tmp_path, "checked_sums", folder=tmp_path, ranks=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)["checked_sums"] for rank in (0, 1)]
+    assert len(ranks[0]) == 2
+    for name in ranks[0]:
+        check_sums([seen[name] for seen in ranks], tmp_path, name)
+
+
+def check_sums(found: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
+    """What each rank released is the sum of one process."""
     network, _, options, callbacks, trainer_options = CASES[name]
     recorder: Any = Recorder()
     strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=0.7, **options)
@@ -46,11 +60,11 @@ def test_ranks_release_the_sum_of_one_process(ranks: list[dict[str, Any]], tmp_p
     trainer.fit(module, DataLoader(make_dataset(), batch_size=batch_size))
     expected = recorder.before_step[0]
     rtol, atol = (5e-2, 1e-3) if name == "bfloat16" else (1e-5, 1e-7)
-    for seen in ranks:
-        assert seen["sums"][name].keys() == expected.keys()
+    for seen in found:
+        assert seen.keys() == expected.keys()
         for parameter, gradient in expected.items():
             assert bool(gradient.any())
-            torch.testing.assert_close(seen["sums"][name][parameter], gradient, rtol=rtol, atol=atol)
+            torch.testing.assert_close(seen[parameter], gradient, rtol=rtol, atol=atol)
 
 
 def test_manual_steps_release_what_automatic_ones_do(ranks: list[dict[str, Any]]) -> None:
