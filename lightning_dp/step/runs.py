@@ -95,6 +95,7 @@ class TrialRuns:
         """Names of the private parameters that got a gradient in any run without the engine."""
         self.stepped = set[int]()
         """Optimizers that would have stepped in any run."""
+        self._seeded: dict[tuple[int, float], tuple[Any, ...]] = {}  # seed and coin -> states of host_generators
         self._bar: Any = None
 
     @property
@@ -197,7 +198,8 @@ class TrialRuns:
         step, probe = self.step, Probe(self.step, engine=engine, read=read, rehearses=rehearses)
         outputs: list[Any] = []
 
-        frozen, before = draws.begin(), host_generators()
+        frozen, seeds = draws.begin(), (draws.seed, draws.coin)
+        before = self._seeded[seeds] = self._seeded.get(seeds) or host_generators()
 
         def forward_backward() -> Any:
             with torch.enable_grad(), frozen:  # an optimizer may call its closure without gradients
