@@ -81,7 +81,9 @@ def test_rdp_gives_the_published_bound_which_is_loose():
         assert epsilon_of(passes_of(*case), name="rdp") <= epsilon_of(gaussian, name="rdp") * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(("sigma", "num_batches"), [(1.0, 2), (2.0, 5), (1.0, 100), (8.0, 1_000)])
+@pytest.mark.parametrize(
+    ("sigma", "num_batches"), [(1.0, 2), (2.0, 5), (1.0, 100), pytest.param(8.0, 1_000, marks=pytest.mark.slow)]
+)
 def test_rdp_bounds_the_divergences_of_a_pass(sigma, num_batches):
     """Exact at integers, from above between them, and from above for "add"; low orders, which the law's grid covers."""
     law = allocation_law(sigma, num_batches, 256)

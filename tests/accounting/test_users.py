@@ -21,7 +21,7 @@ def poisson(sigma, rate):
 
 @pytest.mark.parametrize(
     ("records", "expected"),
-    [(4, 4.1482), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((1, 0.9127), (2, 1.9467)))],
+    [(1, 0.9127), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((2, 1.9467), (4, 4.1482)))],
 )
 def test_epsilon_of_a_user_meets_the_reference(records, expected):
     found = user_epsilon(ledger_of((poisson(1.0, 0.01), 200)), DELTA, records_per_user=records)
