@@ -81,6 +81,29 @@ def pytest_runtest_call() -> Generator[None, Any, Any]:
         pytest.skip(reason)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Leave to the slow tests the cases that ``one_in`` does not choose.
+
+    It counts by the sum of the places of a case in its lists of parameters, so that every entry of every list is
+    chosen, but for lists that are shorter than the number.
+    """
+    known: dict[Any, dict[Any, int]] = {}  # test and number of its list -> entry -> place
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark is None:
+            continue
+        place = 0
+        for number, listed in enumerate(item.iter_markers("parametrize")):
+            names = listed.args[0]
+            names = names.split(",") if isinstance(names, str) else names
+            entry = tuple(id(item.callspec.params[name.strip()]) for name in names)
+            places = known.setdefault((item.function, number), {})
+            place += places.setdefault(entry, len(places))
+        if place % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, Any, Any]:
     """Collect no garbage while tests and libraries are imported: hardly any of it is garbage."""

@@ -1,0 +1,49 @@
+"""The part of a test's cases that runs by default."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.conftest import pytest_collection_modifyitems
+
+ENTRIES = [object() for _ in range(6)]
+CASES = [(i, j) for i in range(6) for j in range(4)]
+
+
+def items(num: int) -> list[Any]:
+    """A test with two lists of parameters, one of them of two names, of which the first is the same in all entries."""
+    marks = [pytest.mark.parametrize(("a", "b"), []).mark, pytest.mark.parametrize("c", []).mark]
+    made = []
+    for i, j in CASES:
+        added: list[Any] = []
+        made.append(
+            SimpleNamespace(
+                function=items,
+                callspec=SimpleNamespace(params={"a": None, "b": ENTRIES[i], "c": ENTRIES[j]}),
+                iter_markers=lambda name: iter(marks),
+                get_closest_marker=lambda name: pytest.mark.one_in(num).mark if num else None,
+                add_marker=added.append,
+                added=added,
+            )
+        )
+    return made
+
+
+@pytest.mark.parametrize("num", [2, 3, 4])
+def test_one_in_so_many_cases_runs_by_default(num: int) -> None:
+    made = items(num)
+    pytest_collection_modifyitems(made)
+    default = [case for case, item in zip(CASES, made, strict=True) if not item.added]
+    assert len(default) == len(CASES) // num
+    assert {i for i, _ in default} == set(range(6))
+    assert {j for _, j in default} == set(range(4))
+    assert [item.added for item in made if item.added] == [[pytest.mark.slow]] * (len(CASES) - len(default))
+
+
+def test_other_tests_run_all_cases() -> None:
+    made = items(0)
+    pytest_collection_modifyitems(made)
+    assert not any(item.added for item in made)
