@@ -150,6 +150,7 @@ def stds_of(draws: list[tuple[int, float]], divisor: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("unit_gradient", ["mean", "sum"])
 @pytest.mark.parametrize("names", LEGAL_PAIRS, ids="-".join)
+@pytest.mark.one_in(2)
 def test_contract_of_neighbouring_users(
     names: Any, unit_gradient: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +193,7 @@ def test_one_record_per_user_is_the_record_level(clipping: str, rig: Rig) -> Non
 
 
 @pytest.mark.parametrize("names", LEGAL_PAIRS, ids="-".join)
+@pytest.mark.one_in(2)
 def test_noise_drawn_first_is_noise_added_last(names: Any, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a sum begins with its noise changes neither gradient nor ledger."""
     combination = Combination(names[0], names[1], "step", names[2])
@@ -219,6 +221,7 @@ def test_noise_drawn_first_is_noise_added_last(names: Any, rig: Rig, monkeypatch
 
 @pytest.mark.parametrize("relation", SENSITIVITY_FACTOR)
 @pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.one_in(3)
 def test_relation_scales_every_noise(clipping: str, relation: str, rig: Rig) -> None:
     """Of the gradient and of the statistics; replacing a record counts twice."""
     for bound in BOUNDS:

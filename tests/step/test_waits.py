@@ -83,6 +83,7 @@ def reads_of_a_step(model: nn.Module, **options: Any) -> int:
 
 @pytest.mark.parametrize("kind", [Words, Images])
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic"])
+@pytest.mark.one_in(3)
 def test_a_step_reads_as_much_whatever_its_depth(
     monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], clipping: str
 ) -> None:

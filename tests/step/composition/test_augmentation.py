@@ -66,6 +66,7 @@ class Augmenting(Classifier):
     ids=["mean of all", "loss a sample", "views first"],
 )
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.one_in(3)
 def test_views_of_a_sample_are_clipped_together(
     case: str,
     views_first: bool,

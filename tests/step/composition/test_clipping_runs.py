@@ -53,6 +53,7 @@ NORMALISING = {"AUTO-S": (AutomaticClipping, 0.01), "AUTO-V": (AutomaticClipping
     ("optimizer", "name", "per_layer"),
     [(o, n, (i + j) % 2 == 1) for i, o in enumerate(("adam", "adamw", "lamb")) for j, n in enumerate(NORMALISING)],
 )
+@pytest.mark.one_in(3)
 def test_optimizers_without_a_scale_do_not_see_the_bound(
     optimizer: str, name: str, per_layer: bool, tmp_path: Any
 ) -> None:

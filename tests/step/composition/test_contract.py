@@ -58,6 +58,7 @@ def test_refused_before_any_release(combination: Combination, tmp_path: Any, mon
 
 
 @pytest.mark.parametrize("combination", LEGAL, ids=str)
+@pytest.mark.one_in(2)
 def test_contract(combination: Combination, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs that differ in one record; all records are in every batch, and the weights stay where they are.
 
@@ -134,6 +135,7 @@ def test_replacing_a_record_doubles_every_noise(
 
 
 @pytest.mark.parametrize("combination", LEGAL[::6], ids=str)
+@pytest.mark.one_in(2)
 def test_noise_drawn_first_is_the_noise_added_last(
     combination: Combination, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

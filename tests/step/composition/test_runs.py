@@ -55,6 +55,7 @@ def test_target_is_met_and_not_exceeded(combination: Combination, accumulate: in
 
 
 @pytest.mark.parametrize("combination", MIXED, ids=str)
+@pytest.mark.one_in(2)
 def test_microbatches_do_not_change_the_result(combination: Combination, tmp_path: Any) -> None:
     options = {"batch_size": 6, "check_per_sample": True}
     whole, cut = (fit(combination, tmp_path, microbatch_size=size, **options)[1] for size in (None, 2))
@@ -63,6 +64,7 @@ def test_microbatches_do_not_change_the_result(combination: Combination, tmp_pat
 
 
 @pytest.mark.parametrize("combination", MIXED, ids=str)
+@pytest.mark.one_in(2)
 def test_resumed_run_continues_masks_bounds_and_ledger(combination: Combination, tmp_path: Any) -> None:
     """A run of four epochs, and the same stopped after two and resumed: the same masks, bound, sigma and epsilon."""
     whole = Gradients()
