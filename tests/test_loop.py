@@ -79,6 +79,7 @@ def clipped_mean(model: nn.Module, batch: Any, bound: float, divisor: int = BATC
 
 @pytest.mark.parametrize("microbatch_size", [None, 3, 1])
 @pytest.mark.parametrize("loss_fn", [mean_loss, losses])
+@pytest.mark.one_in(2)
 def test_gradient_equals_a_loop_over_samples(microbatch_size: int | None, loss_fn: Any) -> None:
     model = make_model()
     with start(model, loss_fn, microbatch_size=microbatch_size, max_grad_norm=0.5, epochs=2) as private:

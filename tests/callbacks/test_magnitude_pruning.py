@@ -69,6 +69,7 @@ def fit(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mode", ["prune", "freeze"])
 @pytest.mark.parametrize(("scope", "scores"), [("global", "magnitude"), ("layer", "magnitude"), ("global", "random")])
+@pytest.mark.one_in(3)
 def test_removed_weights_stay_and_the_others_train(
     scope: str, scores: str, mode: str, optimizer: str, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def sigmas(ledger: Ledger) -> list[float]:
         for pair in itertools.product(KINDS, INTERVALS)
     ],
 )
+@pytest.mark.one_in(2)
 def test_noise_and_ledger_follow_the_schedule(
     kind: str, interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +82,7 @@ def test_noise_and_ledger_follow_the_schedule(
 
 
 @pytest.mark.parametrize(("kind", "interval"), PAIRS)
+@pytest.mark.one_in(2)
 def test_bound_follows_the_schedule_ledger_stays(
     kind: str, interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def check_next_fit(trainer: Any, strategy: DPStrategy, module: Any, recorder: Re
 
 
 @pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.one_in(3)
 def test_exception_in_a_hook_leaves_ledger_and_no_sum(tmp_path: Path, hook: str) -> None:
     strategy, recorder = noiseless(), Counter()
     module = Interrupted(hook, ValueError("by the user"))

@@ -136,6 +136,7 @@ STATE = [
 
 @pytest.mark.parametrize("microbatch_size", [None, 1])
 @pytest.mark.parametrize("step", STATE, ids=lambda step: step.__name__)
+@pytest.mark.one_in(2)
 def test_state_written_from_records_is_refused(step: Any, microbatch_size: int | None, tmp_path: Any) -> None:
     KEPT.clear()
     if microbatch_size == 1 and step in (rate_follows_the_batch_size, count_of_samples_scales_a_later_loss):
@@ -368,6 +369,7 @@ COINS = [
 
 
 @pytest.mark.parametrize("step", COINS, ids=lambda step: step.__name__)
+@pytest.mark.one_in(2)
 def test_a_coin_that_mixes_a_batch_is_refused(step: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=r"influence each other|its gradient when run alone"):
         fit(attack(step)(), tmp_path)
@@ -452,6 +454,7 @@ COUPLINGS = [
 
 
 @pytest.mark.parametrize("step", COUPLINGS, ids=lambda step: step.__name__)
+@pytest.mark.one_in(2)
 def test_a_weak_or_rare_coupling_is_refused(step: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=r"influence each other|when run alone"):
         fit(attack(step)(), tmp_path, make_loader(batch_size=32))
@@ -630,6 +633,7 @@ class Busy(Classifier):
 
 @pytest.mark.parametrize("automatic", [True, False])
 @pytest.mark.parametrize("drawn", [0, 1, 4, 5, 12])
+@pytest.mark.one_in(2)
 def test_state_after_a_step_is_free_of_the_batch_size(
     drawn: int, automatic: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

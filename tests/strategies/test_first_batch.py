@@ -143,6 +143,7 @@ DRAWS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.one_in(3)
 def test_steps_that_draw_are_not_mistaken_for_steps_that_mix(tmp_path: Any, draw: Any) -> None:
     class Drawing(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -154,6 +154,7 @@ SHAPES: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("by_hook", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.one_in(3)
 def test_loaders_of_every_shape_give_the_same_gradients(shape: str, by_hook: bool, tmp_path: Any) -> None:
     """Under one seed the same records are drawn as from a plain loader, and released as they are."""
     make, take = SHAPES[shape]

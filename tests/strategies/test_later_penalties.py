@@ -79,6 +79,7 @@ def fit(change: str, begins: int) -> DPStrategy:
         ("of the largest loss", "was not seen when its layout was learned"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_penalty_that_changes_is_refused_before_its_step(change: str, match: str) -> None:
     with pytest.raises(PrivacyError, match=match) as caught:
         fit(change, BEGINS)

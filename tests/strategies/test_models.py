@@ -134,6 +134,7 @@ def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: li
         "sum of losses",
     ],
 )
+@pytest.mark.one_in(3)
 def test_other_ways_to_the_gradients_agree(tmp_path: Any, name: str, settings: dict[str, Any]) -> None:
     check_step(CASES[name], tmp_path, check_per_sample=False, **settings)
 
@@ -298,6 +299,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.one_in(2)
 def test_modules_not_private_are_refused_before_a_release(tmp_path: Any, name: str) -> None:
     case, message = REFUSED[name]
     module = case.module()

@@ -74,6 +74,7 @@ def test_overfitting_speaks_of_the_records_it_keeps(tmp_path: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("microbatch_size", [None, 1])
+@pytest.mark.one_in(2)
 def test_precisions(tmp_path: Any, precision: str, dtype: torch.dtype, microbatch_size: int | None) -> None:
     """The clipped sum of a whole pass agrees with float64, to the precision's own resolution."""
     found = []

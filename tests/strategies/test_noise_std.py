@@ -49,6 +49,7 @@ class Nothing(Classifier):
     ],
     ids=["flat", "least", "least, secure", "least, patterns"],
 )
+@pytest.mark.one_in(2)
 def test_stated_std_is_that_of_every_parameter(tmp_path: Any, options: Any) -> None:
     """100 steps: z < 5 for each of four parameters (false alarm 2.4e-6), also under a mask and a bound that moves; not
     so at other scales.

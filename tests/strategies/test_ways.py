@@ -266,6 +266,7 @@ JOINED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", JOINED)
+@pytest.mark.one_in(2)
 def test_learned_weights_of_losses_meet_those_of_records(name: str, caplog: Any) -> None:
     caplog.set_level(logging.INFO)
     together, alone = Weighted(JOINED[name]).double(), Weighted(JOINED[name]).double()
@@ -356,6 +357,7 @@ ATTACKS: dict[str, Any] = {
 
 @pytest.mark.parametrize("sampling", ["shuffle", "poisson"])
 @pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.one_in(3)
 def test_coupling_next_to_an_unfollowed_use_is_refused(name: str, sampling: str) -> None:
     module = ATTACKS[name]()
     before = weights(module)

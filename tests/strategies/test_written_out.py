@@ -283,6 +283,7 @@ FAR = ["on_validation_start", "on_validation_epoch_end", "on_validation_end", "o
 
 @pytest.mark.parametrize("of", ["module", "callback"])
 @pytest.mark.parametrize("hook", FAR)
+@pytest.mark.one_in(2)
 def test_a_hook_far_from_batches_is_judged_once_it_writes(hook: str, of: str, tmp_path: Any) -> None:
     def write(module: Any) -> None:
         if module.kept is not None:
