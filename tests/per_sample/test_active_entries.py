@@ -62,6 +62,7 @@ def made(name: str, memory: str) -> tuple[nn.Module, Tensor, Any, dict[str, Tens
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.9])
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.one_in(3)
 def test_norms_and_sums_are_those_of_batches_of_one(name: str, share: float, memory: str) -> None:
     module, data, engine, expected = made(name, memory)
     masks = few(expected, share)

@@ -102,6 +102,7 @@ CASES = [
 
 @pytest.mark.parametrize(("axes", "options", "size"), CASES)
 @pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.one_in(3)
 def test_conv_matches_loop(route: Route, axes: int, options: dict, size: tuple[int, ...], batch_size: int) -> None:
     layer = CONVS[axes](4, 8, dtype=torch.float64, **options)
     x = torch.randn(batch_size, 4, *size, dtype=torch.float64)

@@ -81,6 +81,7 @@ def loss_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(
     "how", ["batch first", "batch second", "folded", "functions of parameters", "twice", "one frozen"]
 )
+@pytest.mark.one_in(3)
 def test_a_registered_rule_meets_the_contract(how: str, options: dict[str, Any]) -> None:
     """Gradients, norms, masks and weighted sums of batches of one, for every size."""
     torch.manual_seed(0)

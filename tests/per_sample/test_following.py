@@ -634,6 +634,7 @@ def test_a_map_over_samples_does_not_change_the_forward() -> None:
 @pytest.mark.parametrize("tokens", [2, 3, 4])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.one_in(2)
 def test_attention_over_few_tokens_agrees(tokens: int, batch_first: bool, alike: bool) -> None:
     """As many tokens as samples, or half as many; tokens whose values are all equal."""
     torch.manual_seed(0)

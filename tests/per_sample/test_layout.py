@@ -66,6 +66,7 @@ HOWS = ["batch second", "batch third", "time folded", "time folded outside", "vi
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("size", [0, 1, 2, 4, 6])
+@pytest.mark.one_in(2)
 def test_layouts_agree_with_batches_of_one(how: str, size: int) -> None:
     """Four time steps: also with as many samples as time steps."""
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ def _loss(module: nn.Module):
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (4, 3), (2, 3, 3), (40, 3)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("options", [{}, {"grad_sample": "materialize"}, {"memory": "lean"}])
+@pytest.mark.one_in(2)
 def test_linear_agrees_with_batches_of_one(shape: tuple[int, ...], bias: bool, options: dict) -> None:
     module = nn.Sequential(nn.Linear(3, 4, bias=bias), nn.Tanh(), nn.Linear(4, 2, bias=bias)).double()
     data = torch.randn(6, *shape, dtype=torch.float64)

@@ -82,6 +82,7 @@ class Bare(nn.Module):
 
 @pytest.mark.parametrize("how", list(Bare.SHAPES))
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 6])
+@pytest.mark.one_in(3)
 def test_bare_parameters_agree_with_batches_of_one(how: str, size: int) -> None:
     torch.manual_seed(0)
     module = Bare(how)
@@ -657,6 +658,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("options", [{}, {"memory": "lean"}, {"grad_sample": "materialize"}], ids=str)
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.one_in(2)
 def test_ways_of_use_agree_with_batches_of_one(way: str, options: dict[str, Any]) -> None:
     function, held = WAYS[way]
     module = Uses(function, **copy.deepcopy(held))

@@ -100,6 +100,7 @@ HOWS = [
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("shape", [(3,), (2, 3)])
 @pytest.mark.parametrize("with_backward", [False, True])
+@pytest.mark.one_in(3)
 def test_recording_survives(how: str, shape: tuple[int, ...], with_backward: bool) -> None:
     torch.manual_seed(0)
     module = Net(how)
