@@ -50,6 +50,7 @@ THREE_DIGITS = 5e-4  # relative; the figures of two decimals get half a unit of 
 
 @pytest.mark.parametrize("name", ["rdp", "pld"])
 @pytest.mark.parametrize("case", REFERENCES, ids=repr)
+@pytest.mark.one_in(2)
 def test_epsilon_meets_the_reference_table(name, case):
     sample_rate, noise_multiplier, num_steps, delta, *expected = case
     figure = expected[name == "pld"]
@@ -119,6 +120,7 @@ def test_unsampled_replace_one_is_the_plain_gaussian(name):
 
 @pytest.mark.parametrize("case", [(0.01, 1.0, 1000), (0.1, 0.7, 10), (0.3, 2.0, 100), (0.5, 1.0, 1)])
 @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+@pytest.mark.one_in(2)
 def test_pld_agrees_with_dp_accounting(case, relation):
     sample_rate, noise_multiplier, num_steps = case
     ledger = ledger_of((poisson(noise_multiplier, sample_rate), num_steps), (PrivacyEvent("gaussian", 9.0), 1))

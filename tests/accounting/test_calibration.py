@@ -51,6 +51,7 @@ def check(runs, target, accountant="pld", history=None):
 @pytest.mark.parametrize("target", [0.1, 1.0, 20.0])
 @pytest.mark.parametrize("sample_rate", [0.001, 0.1, 1.0])
 @pytest.mark.parametrize("num_steps", [10, 10_000])
+@pytest.mark.one_in(3)
 def test_calibration_is_close_below_the_target(target, sample_rate, num_steps):
     check(constant(sample_rate, num_steps), target)
 

@@ -34,6 +34,7 @@ def test_query_by_query_agrees_with_a_new_accountant():
 @pytest.mark.parametrize("target", [0.05, 1.0, 8.0])
 @pytest.mark.parametrize(("num_batches", "passes"), [(10, 1), (100, 20)])
 @pytest.mark.parametrize("name", ["pld", "rdp"])
+@pytest.mark.one_in(2)
 def test_calibration_is_close_below_the_target(target, num_batches, passes, name):
     def runs(sigma):
         return [passes_of(sigma, num_batches, passes)]

@@ -28,6 +28,7 @@ ONE_STEP = [(0.01, 1.0), (0.01, 0.4), (0.1, 0.7), (0.1, 4.3), (0.5, 1.0), (0.5, 
 
 @pytest.mark.parametrize("relation", RELATIONS)
 @pytest.mark.parametrize("event", ONE_STEP, ids=repr)
+@pytest.mark.one_in(3)
 def test_one_step_meets_numerical_integration(event, relation):
     """The reference's own error is below 1e-6 relative: 200,001 points of an analytic integrand with one kink."""
     sample_rate, noise_multiplier = event
@@ -38,6 +39,7 @@ def test_one_step_meets_numerical_integration(event, relation):
 
 @pytest.mark.parametrize("relation", RELATIONS)
 @pytest.mark.parametrize("events", [((0.1, 1.0), (0.1, 1.0)), ((0.01, 0.5), (0.2, 2.0))], ids=repr)
+@pytest.mark.one_in(2)
 def test_two_steps_meet_numerical_integration(events, relation):
     first, second = events
     truth = two_step_epsilon(first, second, DELTA, relation)
@@ -47,6 +49,7 @@ def test_two_steps_meet_numerical_integration(events, relation):
 
 @pytest.mark.parametrize("interval", [1e-3, 0.05, 0.7])
 @pytest.mark.parametrize("event", ONE_STEP, ids=repr)
+@pytest.mark.one_in(3)
 def test_grid_dominates_the_release_at_every_epsilon(event, interval):
     """Also for grids far too coarse to be tight."""
     for direction in ("remove", "add", "replace"):
@@ -99,6 +102,7 @@ def test_composition_meets_the_closed_form_as_the_rate_nears_one(num_steps, delt
     ("sample_rate", "noise_multiplier", "num_steps"),
     [(1e-4, 1.19, 10_000), (0.001, 3.0, 5000), (0.01, 10.0, 1000), (0.001, 8.0, 100_000), (0.1, 30.0, 50)],
 )
+@pytest.mark.one_in(2)
 def test_small_epsilon_is_tight(sample_rate, noise_multiplier, num_steps):
     """Against the same bound on a grid eight times finer, whose error is 64 times smaller."""
     run = (poisson(noise_multiplier, sample_rate), num_steps)
@@ -130,6 +134,7 @@ def test_long_run_of_increments_does_not_drift():
 
 
 @pytest.mark.parametrize("name", ["pld", "rdp", "prv", "gdp"])
+@pytest.mark.one_in(2)
 def test_cache_notices_another_ledger(name):
     def history(*runs, relation="add_or_remove_one"):
         return Ledger(relation).extended(runs)
@@ -170,6 +175,7 @@ def test_epsilon_is_monotone(sigma, rate, num_steps, factor, relation):
     ("sample_rate", "noise_multiplier"), [(0.5, 1e-3), (0.1, 0.02), (0.1, 1e4), (1e-9, 1.0), (1 - 1e-9, 0.05)]
 )
 @pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.one_in(2)
 def test_extreme_releases_stay_bounds(sample_rate, noise_multiplier, relation):
     """Between the epsilon of no release and that of an unsampled one, whose grid error is 1e-3 here."""
     for num_steps in (1, 1000):

@@ -70,6 +70,7 @@ def test_composition_takes_smallest_omega_and_all_rhos():
 @pytest.mark.parametrize("rho", [1e-4, 0.02, 0.5, 30.0])
 @pytest.mark.parametrize("omega", [1.5, 6.0, 40.0, math.inf])
 @pytest.mark.parametrize("delta", [1e-12, 1e-5, 0.3])
+@pytest.mark.one_in(4)
 def test_conversion_is_the_best_order(rho, omega, delta):
     assert tcdp_epsilon(rho, omega, delta) == pytest.approx(over_orders(rho, omega, delta), rel=1e-3)
 
@@ -104,6 +105,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.one_in(4)
 def test_never_below_the_privacy_loss_distribution(case):
     rate, sigma, steps = case
     for delta in (1e-5, 1e-9):
@@ -124,6 +126,7 @@ def divergence(rate, sigma, order, direction):
 @pytest.mark.parametrize("rate", [1e-3, 0.01, 0.1])
 @pytest.mark.parametrize("sigma", [2.2361, 3.0, 6.0, 20.0])
 @pytest.mark.parametrize("direction", ["remove", "add"])
+@pytest.mark.one_in(3)
 def test_lemma_bounds_divergences_of_a_sampled_gaussian(rate, sigma, direction):
     """Up to omega, in both directions; 13 is not wasteful by more than its share: 1 would not do."""
     rho = 1 / (2 * sigma**2)

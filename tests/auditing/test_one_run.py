@@ -86,6 +86,7 @@ def test_randomised_response_is_refuted_as_rarely_as_stated(epsilon: float, fact
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.0, 2.0])
+@pytest.mark.one_in(3)
 def test_gaussian_mechanism_is_refuted_as_rarely_as_stated(mu: float) -> None:
     """Exact: canaries apart, so right guesses are Bin(m, Phi(mu / 2)); both Gaussian bounds; half the noise is
     refuted.

@@ -35,6 +35,7 @@ def gradients(num_samples: int, num_coordinates: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("clipping", KINDS, ids=str)
 @settings(max_examples=100, deadline=None)
 @given(row=st.lists(COORDINATE, min_size=6, max_size=6), live=st.lists(st.booleans(), min_size=6, max_size=6))
+@pytest.mark.one_in(2)
 def test_contribution_is_bounded_and_stays_on_live_coordinates(
     clipping: TopAgg, row: list[float], live: list[bool]
 ) -> None:

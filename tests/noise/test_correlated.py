@@ -140,6 +140,7 @@ def test_sensitivity_is_the_largest_over_all_sets_of_steps(name: str, steps: int
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("restarts", [(1,), (4,), (5, 6), (2, 5, 11), (3, 6, 9)])
 @pytest.mark.parametrize(("separation", "passes"), [(3, 4), (3, 2), (5, 3), (1, 12)])
+@pytest.mark.one_in(4)
 def test_sensitivity_after_restarts_is_the_largest(
     name: str, restarts: tuple[int, ...], separation: int, passes: int
 ) -> None:

@@ -42,6 +42,7 @@ def happens_with(events: np.ndarray[Any, Any], probability: float) -> bool:
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+@pytest.mark.one_in(2)
 def test_each_record_joins_one_logical_batch_by_a_fair_draw(world_size: int, accumulate: int) -> None:
     found, num_batches = allocations(world_size, accumulate)
     assert num_batches == 4

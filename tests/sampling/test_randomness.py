@@ -81,6 +81,7 @@ def items(loader: Any) -> list[list[tuple[int, tuple[float, float, float]]]]:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.one_in(2)
 def test_global_seeds_do_not_predict_augmentation(kind: str, num_workers: int) -> None:
     seen: list[float] = []
     for _ in range(2):
@@ -92,6 +93,7 @@ def test_global_seeds_do_not_predict_augmentation(kind: str, num_workers: int) -
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.one_in(2)
 def test_augmentation_does_not_depend_on_earlier_draws(kind: str, num_workers: int) -> None:
     """Samples that use up more randomness change nothing in the next item; so the number of samples does not either."""
     runs = []
@@ -191,6 +193,7 @@ def with_coin(samples: list[Any]) -> tuple[list[Any], tuple[float, float, float]
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.one_in(2)
 def test_collate_functions_draw_from_the_same_streams(kind: str, num_workers: int) -> None:
     """They follow the samples of their item, and no global seed."""
     seen = []

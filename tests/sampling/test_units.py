@@ -116,6 +116,7 @@ def everything(loader: PrivateDataLoader) -> list[list[tuple[int, Any]]]:
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=FEW_CORES)])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.one_in(2)
 def test_one_record_per_user_is_the_record_level(sampling: str, num_workers: int) -> None:
     """Bit for bit under one seed: members, their order, parts and microbatches."""
     options: dict[str, Any] = {"sampling": sampling, "seed": 3, "accumulate": 2, "microbatch_size": 3}

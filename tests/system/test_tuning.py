@@ -80,6 +80,7 @@ def test_stop_returns_freed_memory() -> None:
         ("start stop start state", KEPT),
     ],
 )
+@pytest.mark.one_in(2)
 def test_starts_and_stops_of_two_fits(steps: str, expected: dict[str, bool]) -> None:
     assert ask(steps) == [expected]
 
@@ -109,6 +110,7 @@ def test_a_forked_child_begins_without_tuning(steps: str, expected: list[dict[st
     ],
     ids=str,
 )
+@pytest.mark.one_in(2)
 def test_settings_in_the_environment_take_precedence(setting: dict[str, str]) -> None:
     untouched, says, stopped = ask("state start describe stop state", **setting)
     assert ask("start state", **setting) == [untouched]
