@@ -199,6 +199,7 @@ def step_of(kind, sigma):
 
 @pytest.mark.parametrize("name", list(ACCOUNTANTS))
 @pytest.mark.parametrize("kind", get_args(EventKind))
+@pytest.mark.one_in(2)
 def test_every_kind_keeps_the_contract_of_every_accountant(kind, name):
     """Costs something, more for more steps or less noise, never less than "pld" says, or is refused with a way out."""
     accountant = make_accountant(name)

@@ -65,6 +65,7 @@ def test_epsilon_is_above_a_less_spread_law_and_close_to_it(sigma, num_batches):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("sigma", "epsilon"), [(1.0, 1.0), (1.0, 3.0), (0.5, 4.0), (3.0, 0.5), (10.0, 0.1)])
+@pytest.mark.one_in(2)
 def test_two_batches_meet_numerical_integration(sigma, epsilon, direction):
     truth = delta_of_two_batches(sigma, direction, epsilon)
     figures = {

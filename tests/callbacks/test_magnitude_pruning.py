@@ -126,6 +126,7 @@ def test_public_source_scores_by_the_reference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"source": "initial"}, {"source": "noisy", "every_n_epochs": 1}], ids=str)
 @pytest.mark.parametrize("mode", ["prune", "freeze"])
+@pytest.mark.one_in(2)
 def test_a_resumed_run_keeps_the_masks_and_the_frozen_values(
     mode: str, options: dict[str, Any], tmp_path: Path
 ) -> None:

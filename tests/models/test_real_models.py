@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 #: Low-rank adapters are in other cases too; here it is all 22.7 million weights that take the time.
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "MiniLM, LoRA" else ()) for name in CASES]
 
-#: Networks that are trained by default, one per kind; the step of every network is compared by default as well.
+#: Networks that are trained by default.
 TRAINED = (
     "BERT, LoRA",
     "Llama",
@@ -34,6 +34,7 @@ TRAINED = (
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.one_in(2)
 def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: list[str], name: str) -> None:
     check_step(CASES[name], tmp_path, check_per_sample=False)
 

@@ -53,6 +53,7 @@ def test_recurrent_layers_agree_with_batches_of_one(kind: Any, options: dict[str
 @pytest.mark.parametrize("options", [one for one in OPTIONS if one["batch_first"]], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("enforce_sorted", [False, True])
+@pytest.mark.one_in(2)
 def test_packed_sequences_agree_with_batches_of_one(kind: Any, options: dict[str, Any], enforce_sorted: bool) -> None:
     """Of different lengths, in an order of the user's or of torch's."""
     torch.manual_seed(0)

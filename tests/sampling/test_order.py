@@ -235,6 +235,7 @@ def test_passes_are_the_uses_of_a_record() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=FEW_CORES)])
 @pytest.mark.parametrize("dataset", [SizedStream(), Stream()], ids=["sized", "unsized"])
+@pytest.mark.one_in(2)
 def test_a_stream_is_read_up_to_where_it_stopped(dataset: Any, num_workers: int) -> None:
     options = {"num_workers": num_workers, "accumulate": 2}
     whole = batches(stream(dataset, **options))

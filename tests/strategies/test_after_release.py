@@ -136,6 +136,7 @@ def test_a_hook_around_the_step_is_judged(hook: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("kind", [L.Callback, L.pytorch.callbacks.Timer])
 @pytest.mark.parametrize("hook", AROUND)
+@pytest.mark.one_in(2)
 def test_a_callback_around_the_step_is_judged(hook: str, kind: type[L.Callback], tmp_path: Any) -> None:
     def write(self: Any, trainer: Any, module: Any, *args: Any) -> None:
         AROUND[hook](module, *args)

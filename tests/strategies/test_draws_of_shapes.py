@@ -86,6 +86,7 @@ def test_draws_beside_records_of_other_shape_train(how: str, padded: bool) -> No
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "joined"])
 @pytest.mark.parametrize("how", HOWS)
+@pytest.mark.one_in(2)
 def test_mixing_beside_draws_is_refused(how: str, padded: bool) -> None:
     with pytest.raises(PrivacyError, match="Samples influence each other"):
         steps_of_fit(how, padded=padded, mixes=True)

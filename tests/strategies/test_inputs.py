@@ -199,6 +199,7 @@ class Twice:
 
 
 @pytest.mark.parametrize(("overfit", "records", "steps"), [(0.5, 32, 2), (0.3, 16, 1), (1.0, 64, 4), (2, 32, 2)])
+@pytest.mark.one_in(2)
 def test_overfit_batches_keep_a_share_of_the_records(overfit: Any, records: int, steps: int, tmp_path: Any) -> None:
     strategy = DPStrategy(noise_multiplier=1.0)
     trainer = make_trainer(strategy, tmp_path, max_epochs=2, overfit_batches=overfit)

@@ -96,6 +96,7 @@ def fit(module: L.LightningModule) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("kind", AFTER)
+@pytest.mark.one_in(2)
 def test_a_write_after_a_release_is_refused_one_step_late(kind: type[Module]) -> None:
     steps, error = fit(kind())
     assert steps == BEGINS + 1
@@ -162,6 +163,7 @@ class KeepsInALayerOfTorch(Module):
 
 
 @pytest.mark.parametrize("kind", [Refreshes, Assigns, SetsTheRateOfADropout, KeepsInALayerOfTorch])
+@pytest.mark.one_in(2)
 def test_a_write_in_the_forward_is_refused_in_time(kind: type[Module]) -> None:
     steps, error = fit(kind())
     assert steps == BEGINS

@@ -185,6 +185,7 @@ class Writes(Module):
 @pytest.mark.parametrize(
     "what", ["a parameter", "another parameter", "a state", "a buffer", "a rate", "a rate set by hand"]
 )
+@pytest.mark.one_in(2)
 def test_a_single_write_of_data_is_refused(what: str) -> None:
     """It is in the weights or in the next release, without noise; that of a manual step only if it goes on."""
     strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)

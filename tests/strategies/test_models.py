@@ -111,6 +111,7 @@ def check_step(case: Case, tmp_path: Any, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.one_in(2)
 def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: list[str], name: str) -> None:
     """Without the checks of the first batch, which run where the module trains as it is."""
     check_step(CASES[name], tmp_path, check_per_sample=False)
@@ -139,7 +140,7 @@ def test_other_ways_to_the_gradients_agree(tmp_path: Any, name: str, settings: d
     check_step(CASES[name], tmp_path, check_per_sample=False, **settings)
 
 
-#: Modules that are trained by default, for one step; the step of every module is compared by default as well.
+#: Modules that are trained by default, for one step.
 TRAINED = (
     "a call for each record",
     "group norm",

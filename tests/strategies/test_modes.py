@@ -39,6 +39,7 @@ def targeted() -> DPStrategy:
         ({"max_epochs": 2, "overfit_batches": 2}, 4),
     ],
 )
+@pytest.mark.one_in(2)
 def test_limits_and_the_plan_agree(tmp_path: Any, options: dict[str, Any], steps: int) -> None:
     """What was planned is what was taken, one ledger entry an optimizer step; epsilon ends within 1 % of the target."""
     strategy = targeted()

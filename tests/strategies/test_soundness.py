@@ -238,6 +238,7 @@ def test_accumulation_may_not_change_during_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", [0.5, 0.7])
 @pytest.mark.parametrize("repeat", range(4))
+@pytest.mark.one_in(2)
 def test_mixing_after_the_transfer_is_always_found(tmp_path: Path, weight: float, repeat: int) -> None:
     class Mixing(Classifier):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -219,6 +219,7 @@ class InOrder(Dataset[Any]):
     ],
 )
 @pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.one_in(2)
 def test_records_that_change_places_are_refused(options: dict[str, Any], shuffled: bool, tmp_path: Path) -> None:
     dataset = InOrder()
 

@@ -74,6 +74,7 @@ def weights(module: nn.Module) -> Tensor:
     [{}, {"num_workers": 1}, {"collate_fn": lambda records: _stacked(records)}],
     ids=["plain", "worker", "own collate"],
 )
+@pytest.mark.one_in(2)
 def test_auto_takes_single_by_itself_with_its_result(options: dict[str, Any], caplog: Any) -> None:
     if "num_workers" in options:
         options = {**options, "dataset": Records()}

@@ -95,6 +95,7 @@ def test_starts_and_stops_of_two_fits(steps: str, expected: dict[str, bool]) -> 
         ("fork state", [FRESH]),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_forked_child_begins_without_tuning(steps: str, expected: list[dict[str, bool]]) -> None:
     assert ask(steps) == expected
 
