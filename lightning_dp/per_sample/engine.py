@@ -80,7 +80,7 @@ class PerSampleEngine(GradientEngine):
         self._untracked: set[str] = set()
         self._guards: list[Any] = []
         self._parts = Parts(self._tracker, lean=memory == "lean")
-        self._rows = Rows(module, self._tracker, self)
+        self._rows = Rows(module, self._tracker, self, self._layers)
 
     @override
     def attach(self) -> None:

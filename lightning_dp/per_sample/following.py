@@ -79,6 +79,10 @@ class Follower(TorchFunctionMode):
             self.memo.known.insert(0, self._samples[device])
         return self._samples[device]
 
+    def forget(self) -> None:
+        """Forget the owners of all tensors made so far."""
+        self._notes.clear()
+
     def note(self, tensor: Tensor, owners: Owners) -> None:
         """Record the owners of a tensor."""
         self._notes[id(tensor)] = (weakref.ref(tensor), self._time, owners)

@@ -13,6 +13,7 @@ from lightning_dp.per_sample.batch_owners import BatchOwners
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.plans import Learner
 from lightning_dp.per_sample.tracker import Tracker
+from lightning_dp.system.torch_private import Layers
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.base import GradientEngine
@@ -28,10 +29,11 @@ class Rows:
         module: the user's.
         tracker: follows its parameters.
         engine: begins and ends microbatches.
+        layers: of the module.
     """
 
-    def __init__(self, module: nn.Module, tracker: Tracker, engine: GradientEngine) -> None:
-        self._module, self._tracker, self._engine = module, tracker, engine
+    def __init__(self, module: nn.Module, tracker: Tracker, engine: GradientEngine, layers: Layers) -> None:
+        self._module, self._tracker, self._engine, self._layers = module, tracker, engine, layers
         self._owners = BatchOwners(module)
         self._learning_size: int | None = None
         self.follows_owners = False
@@ -55,6 +57,9 @@ class Rows:
         if self._learning_size is not None:
             self._owners.learn(batch, self._learning_size)
         elif self._tracker.follower is not None:
+            self._tracker.follower.forget()  # what is done before the step is followed on trial only
+            for tensor in self._layers.now().tensors():
+                self._tracker.follower.note(tensor, None)
             self._owners.note(batch, self._tracker.follower)
 
     def learn(self, run: Run, sizes: tuple[int, int], *, more: bool, alike: bool) -> None:

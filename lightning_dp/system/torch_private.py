@@ -121,6 +121,11 @@ class Layers:
         found = [b for layer in self.all if layer._buffers for b in layer._buffers.values() if b is not None]
         return [*dict(zip(map(id, found), found, strict=True)).values()]
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors without a gradient that the layers hold as plain attributes."""
+        held = [value for layer in self.own for value in vars(layer).values() if isinstance(value, Tensor)]
+        return [tensor for tensor in held if not tensor.requires_grad]
+
 
 @contextmanager
 def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:

@@ -30,10 +30,10 @@ class Training(L.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-def fit(module: nn.Module, data: Any, collate: Any = None, **options: Any) -> DPStrategy:
+def fit(module: nn.Module, data: Any, collate: Any = None, kind: Any = Training, **options: Any) -> DPStrategy:
     strategy = DPStrategy(**{"noise_multiplier": 1.0, "seed": 0, **options})
     trainer = make_trainer(strategy, None)
-    trainer.fit(Training(module), DataLoader(data, batch_size=4, collate_fn=collate))
+    trainer.fit(kind(module), DataLoader(data, batch_size=4, collate_fn=collate))
     return strategy
 
 
@@ -92,6 +92,39 @@ def test_numbers_of_the_same_record_train() -> None:
 def test_numbers_of_another_record_are_refused() -> None:
     with pytest.raises(PrivacyError, match="gradient of every sample in a batch to be its gradient when run alone"):
         fit(Weighted(1), _sets(), list)
+
+
+class Scaled(nn.Module):
+    """Sets whose features have weights: from the collation, from a hook before the step, or kept as an attribute."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how, self.weights = nn.Linear(3, 2), how, torch.ones(3)
+
+    def forward(self, batch: tuple[list[Tensor], Any]) -> Tensor:
+        sets, weights = batch
+        rows = self.layer(torch.cat(sets) * (weights() if self.how == "collation" else self.weights))
+        return torch.stack([one.square().sum() for one in rows.split([len(one) for one in sets])])
+
+
+class Hooked(Training):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.inner.how == "hook":
+            self.inner.weights = torch.tensor([1.0, 2.0, 3.0])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("how", ["collation", "hook", "attribute"])
+def test_constants_from_outside_the_step_train(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    def collate(sets: list[Tensor]) -> Any:
+        weights = torch.tensor([1.0, 2.0, 3.0])
+        return sets, lambda: weights
+
+    strategy = fit(Scaled(how), _sets(), collate, kind=Hooked)
+    assert strategy.ledger.num_steps == 3
+    assert ("Samples run one at a time" in caplog.text) == (how == "collation")  # such a tensor may hold data
 
 
 class Tokens(nn.Module):
