@@ -9,6 +9,8 @@ The owner of a row is the sample that it belongs to. These name owners:
     ``batch``, ``ptr``    of a batch of graphs: an index for its nodes, or for those of each kind; an edge belongs to
                           the graph of its first node
     ``PackedSequence``    an index from its ``batch_sizes``
+    whole numbers         of a tensor of R rows that nothing else describes: the sample of each row, in the order of
+                          the samples; lengths that add up to R; positions 0 ... R at which samples begin and end
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class BatchOwners:
         batches seen.
         """
         things, containers = read(batch)
-        indices = self._indices(batch, containers, size, Memo())
+        indices = {**self._indices(batch, containers, size, Memo()), **_counted(things, size, Memo(), learns=True)}
         seen = {path: _kinds_of(path, thing, size, indices) for path, thing in things}
         known = self._kinds
         self._sizes.add(size)
@@ -68,7 +70,8 @@ class BatchOwners:
     @property
     def has_indices(self) -> bool:
         """True if batches name owners by an index, or by a list with one entry per sample."""
-        return any(name != "sample" or axis == "each" for kinds in (self._kinds or {}).values() for axis, name in kinds)
+        known = [_best(path, kinds) for path, kinds in (self._kinds or {}).items() if kinds]
+        return any(name != "sample" or axis == "each" for axis, name in known)
 
     def forget(self) -> None:
         """Forget all batches seen so far."""
@@ -88,6 +91,8 @@ class BatchOwners:
         known, size = (self._kinds or {}) if len(self._sizes) > 1 else {}, follower.size
         things, containers = read(batch)
         indices = self._indices(batch, containers, size, follower.memo)
+        if any(name.startswith("counted") for kinds in known.values() for _, name in kinds):
+            indices |= _counted(things, size, follower.memo)
         settled: list[Path] = []
         for path, thing in things:
             if settled and any(path[: len(done)] == done for done in settled):
@@ -101,7 +106,7 @@ class BatchOwners:
                     _note_packed(thing, follower)
             elif isinstance(thing, Tensor):
                 follower.note(thing, _owners_of(path, kinds, thing, follower, indices))
-                if any(name != "sample" for _, name in kinds):  # other records may have other numbers of rows
+                if kinds and _best(path, kinds)[1] != "sample":  # other records may have other numbers of rows
                     follower.chosen.add(thing)
 
     def _indices(self, batch: Any, containers: Iterable[Container], size: int, memo: Memo) -> dict[str, Rows]:
@@ -133,13 +138,44 @@ def _owners_of(path: Path, kinds: set[Kind], tensor: Tensor, follower: Follower,
     """Return the owners of the rows of a batch's tensor; ``MIXED`` if nothing in the batch names them."""
     if not kinds:
         return MIXED
-    if len(kinds) == 1:
-        axis, name = next(iter(kinds))
-    else:
-        axis, name = min(kinds, key=lambda kind: (_rank(path, kind[1]), not kind[1].endswith(f" {path[:-1]}")))
+    axis, name = _best(path, kinds)
     if name == "sample":
         return follower.samples(tensor.device).moved(axis)
     return named[name].moved(axis)
+
+
+def _counted(things: list[tuple[Path, Any]], size: int, memo: Memo, *, learns: bool = False) -> dict[str, Rows]:
+    """Return the owners of rows that whole numbers in a batch seem to name.
+
+    Args:
+        things: in the batch.
+        size: number of samples.
+        memo: of the microbatch.
+        learns: whether the sample of each row must name all samples in their order to be taken for that.
+    """
+    found: dict[str, Rows] = {}
+    rows = {thing.shape[0] for _, thing in things if isinstance(thing, Tensor) and thing.dim()}
+    for path, thing in things:
+        if not _holds_integers(thing) or not len(thing):
+            continue
+        numbers, owners = torch.as_tensor(thing), None
+        first, last, steps = int(numbers[0]), int(numbers[-1]), numbers.diff()
+        if len(thing) == size and int(numbers.min()) >= 0 and int(numbers.sum()) in rows:  # lengths
+            owners = torch.arange(size, device=numbers.device).repeat_interleave(numbers)
+        elif len(thing) == size + 1 and first == 0 and last in rows and bool((steps >= 0).all()):  # ends
+            owners = torch.arange(size, device=numbers.device).repeat_interleave(steps)
+        elif isinstance(thing, Tensor) and 0 <= int(numbers.min()) <= int(numbers.max()) < size:  # samples
+            in_order = (first, last) == (0, size - 1) and bool(((steps == 0) | (steps == 1)).all())
+            owners = numbers.to(torch.int64, copy=True) if in_order or not learns else None
+        if owners is not None:
+            found[f"counted {path}"] = memo.hold(Rows(0, owners))
+    return found
+
+
+def _holds_integers(thing: Any) -> bool:
+    if isinstance(thing, Tensor):
+        return thing.dim() == 1 and thing.dtype in (torch.int32, torch.int64)
+    return isinstance(thing, (list, tuple)) and all(type(one) is int for one in thing)
 
 
 def _note_records(records: Any, follower: Follower) -> None:
@@ -246,11 +282,17 @@ def _is_of(kind: Kind, thing: Any, size: int, indices: Mapping[str, Rows]) -> bo
     return len(shape) > 0 and shape[0] == num
 
 
+def _best(path: Path, kinds: set[Kind]) -> Kind:
+    """Return the kind that describes a tensor if its lengths allow several."""
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return min(kinds, key=lambda kind: (_rank(path, kind[1]), not kind[1].endswith(f" {path[:-1]}"), str(kind)))
+
+
 def _rank(path: Path, name: str) -> int:
     """Return the rank of an index name for a tensor, if lengths allow several names; the lowest rank wins."""
     of_edges = bool(path) and ("edge" in str(path[-1]) or path[-1] == "E")
     kind = name.split(" ")[0]
-    order = (
-        ["given", "packed", "edges", "nodes", "sample"] if of_edges else ["given", "packed", "nodes", "sample", "edges"]
-    )
+    last = ["edges", "nodes", "sample"] if of_edges else ["nodes", "sample", "edges"]
+    order = ["given", "packed", *last, "counted"]
     return order.index(kind) * 2 - (name != "given " and kind == "given")

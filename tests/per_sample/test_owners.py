@@ -15,6 +15,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine, register_rule
+from lightning_dp.per_sample.batch_owners import BatchOwners
+from lightning_dp.per_sample.following import Follower
+from lightning_dp.per_sample.owned import Mixed
+from lightning_dp.per_sample.tracker import Tracker
+from lightning_dp.per_sample.uses import Recorder
 from tests import reference
 from tests.per_sample.checks import assert_close
 from tests.per_sample.rule_cases import CASES, Arranged
@@ -337,6 +342,50 @@ def test_sample_of_row_gives_the_owners_of_sets(where: str) -> None:
         return module(batch["rows"], batch["members"], batch["num"])
 
     assert assert_agrees(module, loss, batch_of).follows_owners
+
+
+@pytest.mark.parametrize("named_by", ["lengths", "list of lengths", "ends", "samples"])
+def test_whole_numbers_of_a_batch_name_the_owners(named_by: str) -> None:
+    torch.manual_seed(0)
+    module, sets = DeepSet(), [_features(1 + (5 * i) % 7, 2, seed=i) for i in range(4)]
+
+    def batch_of(chosen: list[int]) -> tuple[Any, ...]:
+        lengths = torch.tensor([len(sets[i]) for i in chosen])
+        numbers = {
+            "lengths": lengths,
+            "list of lengths": lengths.tolist(),
+            "ends": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+            "samples": torch.arange(len(chosen)).repeat_interleave(lengths),
+        }
+        return torch.cat([sets[i] for i in chosen]), numbers[named_by], lengths.tolist, torch.zeros(len(chosen))
+
+    def loss(batch: tuple[Any, ...]) -> Tensor:
+        lengths = batch[2]()
+        index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        return module(batch[0], index, len(lengths))
+
+    engine = assert_agrees(module, loss, batch_of)
+    assert engine.follows_owners
+    if named_by == "samples":  # the last record may have no rows
+        two = batch_of([0, 1])
+        record(engine, lambda batch: module(batch[0], batch[1], 3), (*two[:3], torch.zeros(3)), 3)
+        assert [bool(row) for row in engine.squared_norms([["inner.0.weight"]])[0]] == [True, True, False]
+        engine.end()
+
+
+def test_numbers_that_add_up_by_chance_name_no_owners() -> None:
+    """Two runs agree that labels are lengths, further records show that they are not."""
+
+    def batch_of(lengths: list[int], labels: list[int]) -> tuple[Tensor, Tensor]:
+        return _features(sum(lengths), 2), torch.tensor(labels)
+
+    owners = BatchOwners(DeepSet())
+    for size in (2, 3):
+        owners.learn(batch_of([3, 2, 3][:size], [3, 2, 3][:size]), size)
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    batch = batch_of([4, 2], [3, 2])
+    owners.note(batch, follower)
+    assert isinstance(follower.owners_of(batch[0]), Mixed)
 
 
 @pytest.mark.parametrize("width", [4, 5])

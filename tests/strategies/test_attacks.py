@@ -490,18 +490,20 @@ class Sets(Dataset):
 
 def joined(samples: list[Tensor]) -> Any:
     owners = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([len(s) for s in samples]))
-    return torch.cat(samples), owners, len(samples)
+    return torch.cat(samples), lambda: owners, len(samples)
 
 
 class OfSets(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         rows, owners, count = batch
-        outputs = torch.zeros(count, NUM_CLASSES).index_add(0, owners, self(rows))
+        outputs = torch.zeros(count, NUM_CLASSES).index_add(0, owners(), self(rows))
         return outputs.square().sum(1).mean()
 
 
 def test_sets_of_different_size_run_one_at_a_time(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody can tell whose rows ``index_add`` joins; a set alone owns all of them. Its size is not logged."""
+    """Nobody can tell whose rows ``index_add`` joins, as no tensor of the batch says it; a set alone owns all of them.
+    Its size is not logged.
+    """
     loader = DataLoader(Sets(), batch_size=8, collate_fn=joined)
     with pytest.raises(PrivacyError, match="Give it one batch axis"):
         fit(OfSets(), tmp_path, loader, grad_sample="rules")
