@@ -33,6 +33,16 @@ def test_linear_agrees_with_batches_of_one(shape: tuple[int, ...], bias: bool, o
         assert_engine_agrees(module, _loss(module), data, size=size, **options)
 
 
+@pytest.mark.parametrize("shape", [(3,), (4, 3)])
+@pytest.mark.parametrize("options", [{}, {"grad_sample": "materialize"}, {"memory": "lean"}])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_a_hidden_width_of_zero_agrees(shape: tuple[int, ...], options: dict) -> None:
+    """As ``AdaptiveLogSoftmaxWithLoss`` has it where its width is smaller than powers of ``div_value``."""
+    module = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2)).double()
+    for size in (0, 1, 6):
+        assert_engine_agrees(module, _loss(module), torch.randn(6, *shape, dtype=torch.float64), size=size, **options)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 4),

@@ -229,4 +229,4 @@ def _num_positions(calls: Sequence[Call], batch_size: int) -> int:
 def _split(tensor: Tensor, batch_size: int) -> Tensor:
     if batch_size == 0:
         return tensor.new_zeros(0, 1, tensor.shape[-1])
-    return tensor.reshape(batch_size, -1, tensor.shape[-1])
+    return tensor.reshape(batch_size, tensor.shape[:-1].numel() // batch_size, tensor.shape[-1])
