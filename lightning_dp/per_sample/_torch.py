@@ -81,6 +81,12 @@ def is_view(tensor: Tensor) -> bool:
     return tensor._is_view()
 
 
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that autograd counts a tensor as a view of; None if it is no view."""
+    base: Tensor | None = tensor._base
+    return base
+
+
 def is_mapped(tensor: Tensor) -> bool:
     """Tell whether ``torch.func`` has wrapped a tensor: within ``vmap`` one tensor stands for a batch of them."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import TensorSet, is_mapped, memory_of, unfollowed
+from lightning_dp.per_sample._torch import TensorSet, base_of, is_mapped, memory_of, unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
@@ -26,9 +26,10 @@ from lightning_dp.per_sample.memo import Memo, merged
 from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, keeps_to_positions, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
-from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
+from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows, fits
 from lightning_dp.per_sample.quick import are_positions
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY, Traits, traits_of
+from lightning_dp.per_sample.views import owners_behind
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -216,7 +217,7 @@ class Follower(TorchFunctionMode):
             each = [self._written_with(results[0], self._noted_owners(results[0]), each[0], traits), *each[1:]]
         for tensor, one in zip(results, each, strict=False):
             if not isinstance(tensor, Reporting):
-                self.note(tensor, one if _fits(tensor, one) else traits.mixed)
+                self.note(tensor, one if fits(tensor, one) else traits.mixed)
 
     def _note_choice(
         self, name: str, args: Any, kwargs: Any, given: list[tuple[Tensor, Owners]], results: list[Tensor]
@@ -232,14 +233,19 @@ class Follower(TorchFunctionMode):
             self._of_numbers.add(*results)
 
     def _written_with(self, tensor: Tensor, before: Owners, after: Owners, traits: Traits) -> Owners:
-        """Return the owners of a tensor after an operation in place; other views of its memory become mixed if these
-        owners may be others than before.
+        """Return the owners of a tensor after an operation in place. The tensor behind it gets owners, too; other views
+        of its memory become mixed if these owners may be others than before.
         """
         if _changes(tensor, before, after):
             if is_mapped(tensor):  # torch.func hides its memory, and so which views it changes
                 return traits.mixed
+            base, behind = base_of(tensor), cast("Owners", MIXED)
+            if base is not None:
+                behind = owners_behind(base, self._noted_owners(base), tensor, after, self.memo, self.size)
             self._time += 1
             self._written[memory_of(tensor)] = self._time, after if isinstance(after, Mixed) else _WRITTEN
+            if base is not None and not isinstance(behind, Mixed):
+                self.note(base, behind)
         return after
 
     def _result(
@@ -289,10 +295,3 @@ def _changes(tensor: Tensor, before: Owners, after: Owners) -> bool:
     if isinstance(before, Rows) and isinstance(after, Rows):
         return before.axis != after.axis or not torch.equal(before.index, after.index)
     return True
-
-
-def _fits(tensor: Tensor, owners: Owners) -> bool:
-    """Tell whether owners have one entry for each row of a tensor."""
-    if not isinstance(owners, Rows) or owners.axis is None:
-        return True
-    return 0 <= owners.axis < tensor.dim() and tensor.size(owners.axis) == owners.num

@@ -152,7 +152,7 @@ class Rows:
                     tracker.learned = None
                     raise PrivacyError(
                         "Expected equally many rows of each sample whatever the data are, got rows that data choose, "
-                        f"of which other records may have more or fewer.{reason} {WAY_OUT}."
+                        f"of which other records may have more or fewer.{reason}"
                     ) from error
                 if alike:  # such records do not show whether K is common: it stays as it is
                     learned.pin()

@@ -20,7 +20,7 @@ from lightning_dp.per_sample.memo import Memo
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step, alone, entry_by_entry
-from lightning_dp.per_sample.views import joined_rows, moved_rows, rows_at
+from lightning_dp.per_sample.views import joined_rows, moved_rows, owners_of_view, rows_at
 
 _UNARY = """
     relu relu6 gelu sigmoid tanh exp exp2 expm1 log log1p log2 log10 sqrt rsqrt abs absolute neg negative sin cos tan
@@ -196,6 +196,12 @@ def _writes_rows(
     return alike and (before is None or (before.axis or 0) < len(index)) and (after is None or not after.axis)
 
 
+def _strided(step: Step) -> Found:
+    """Return the owners of a view that is given by strides."""
+    found = alone(step)
+    return (None if found is None else owners_of_view(*found, step.out, step.memo)) or MIXED
+
+
 def keeps_to_positions(name: str, args: Any, given: list[tuple[Tensor, Owners]]) -> bool:
     """Tell whether only running sums have unknown owners, and only say to which positions of a tensor rows go."""
     return name == "__setitem__" and all(
@@ -211,6 +217,7 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(_ADDING, added),
     "__setitem__": _written,
     "bincount": counted,
+    "as_strided": _strided,
     **reductions.HANDLERS,
 }
 _TAKES_WHOLE = frozenset((_moved, entry_by_entry, reductions.where, _written, added))

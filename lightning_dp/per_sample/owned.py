@@ -100,6 +100,13 @@ Owners = Rows | Mixed | None
 """``None``: the tensor holds no sample's data."""
 
 
+def fits(tensor: Tensor, owners: Owners) -> bool:
+    """Tell whether owners have one entry for each row of a tensor."""
+    if not isinstance(owners, Rows) or owners.axis is None:
+        return True
+    return 0 <= owners.axis < tensor.dim() and tensor.size(owners.axis) == owners.num
+
+
 def compressed(labels: Tensor, shared: Callable[[Tensor], Rows]) -> Owners:
     """Return the owners given by labels of entries; mixed if they vary along more than one axis.
 

@@ -67,7 +67,8 @@ class Traits(NamedTuple):
         return self.quick is aligned
 
 
-_OF_FIRST = frozenset(("expand_as", "view_as", "reshape_as", "to", "type_as", "expand", "view", "reshape", "repeat"))
+_READ_FIRST = "expand_as view_as reshape_as to type_as expand view reshape repeat narrow as_strided"
+_OF_FIRST = frozenset(_READ_FIRST.split())
 """Operations that read the entries of their first tensor alone; others give a shape, a size or a type."""
 
 

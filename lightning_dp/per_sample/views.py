@@ -14,7 +14,7 @@ from lightning_dp.per_sample._torch import is_mapped
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.axes import AXES, RESHAPES
 from lightning_dp.per_sample.memo import Memo
-from lightning_dp.per_sample.owned import MIXED, NOBODY, Owners, Rows, compressed
+from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step
 
 _OF_INDICES = frozenset((torch.int64, torch.int32, torch.bool))
@@ -56,7 +56,7 @@ def owners_of_view(tensor: Tensor, rows: Rows, out: Tensor, memo: Memo) -> Rows 
     start, apart = divmod(out.data_ptr() - tensor.data_ptr(), tensor.element_size())
     if apart or not 0 <= start <= reach:  # memory of its own
         return None
-    first, rest = divmod(start % period if outer else start, stride)
+    first, rest = divmod(start % period if outer else start, stride)  # then the part of a row that is reached
     found: tuple[int, int, int] | None = None
     for at, (n, t) in enumerate(zip(out.shape, out.stride(), strict=True)):
         if n == 1 or t == 0 or (outer and t % period == 0):
@@ -67,14 +67,49 @@ def owners_of_view(tensor: Tensor, rows: Rows, out: Tensor, memo: Memo) -> Rows 
             found = at, n, t // stride
         else:
             return None
-    if rest >= stride or found is None or first + (found[1] - 1) * found[2] >= size:
+    if rest >= stride or first + (0 if found is None else (found[1] - 1) * found[2]) >= size:
         return None
+    if found is None and int(rows.index[first]) == NOBODY:
+        return None
+    if found is None:
+        only: Rows = memo.get(("one", first), (rows,), None, lambda: Rows(None, rows.index[first : first + 1]))
+        return only
     at, n, step = found
     if (first, n, step) == (0, size, 1):
         return rows.moved(at)
     end = first + (n - 1) * step + 1
     part: Rows = memo.get(("part", first, end, step), (rows,), None, lambda: Rows(at, rows.index[first:end:step]))
     return part.moved(at)
+
+
+def owners_behind(base: Tensor, before: Owners, view: Tensor, after: Owners, memo: Memo, size: int) -> Owners:
+    """Return the owners of a tensor after a view of it was written to; mixed where this cannot be seen from strides.
+
+    Args:
+        base: the tensor.
+        before: its owners before; constants that are written leave them as they are.
+        view: the view.
+        after: its owners now.
+        memo: of the microbatch.
+        size: number of samples.
+    """
+    if after is None or isinstance(before, Mixed) or isinstance(after, Mixed):
+        return before if after is None else MIXED
+    if size == 1:
+        return before or (MIXED if after.sole is None else Rows(None, after.index.new_tensor([after.sole])))
+    for axis in range(base.dim()) if before is None else [before.axis]:
+        if axis is None:
+            return before if before is not None and before.only == after.sole else MIXED
+        places = Rows(axis, torch.arange(base.shape[axis], device=after.index.device))
+        shown = owners_of_view(base, places, view, memo)
+        if shown is not None and shown.axis == after.axis:
+            made = after.index.new_full((base.shape[axis],), NOBODY) if before is None else before.index.clone()
+            mine = made[shown.index]
+            if bool(((mine != after.index) & (mine != NOBODY) & (after.index != NOBODY)).any()):
+                return MIXED
+            made[shown.index] = torch.maximum(mine, after.index)
+            return memo.shared(made).moved(axis)
+    return MIXED
 
 
 def moved_rows(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:

@@ -45,7 +45,8 @@ def by_experts(m: Any, x: Tensor) -> Tensor:
 
 
 def sized_by_tensors(m: Any, x: Any) -> Tensor:
-    wide: Tensor = x[:, :1].expand(-1, (x > 9).long().sum() + 3, -1)
+    none = (x > 9).long().sum()
+    wide: Tensor = x[:, :1].expand(-1, none + 3, -1).narrow(1, none, 2)
     return wide * m.w
 
 
@@ -53,6 +54,23 @@ def written_into_zeros(m: Any, x: Tensor) -> Tensor:
     """The rows in memory that held constants before, times a parameter."""
     made = torch.zeros_like(x)
     made[torch.arange(len(x))] = x
+    return made * m.w
+
+
+def written_through_views(m: Any, x: Tensor) -> Tensor:
+    """Parts of rows that are copied to new memory, of which one part is cleared, times a parameter."""
+    made = x.new_empty(x.shape)
+    made[..., :1].copy_(x[..., 1:2])
+    made[..., 1:].copy_(x[..., :2])
+    made[:, 0].zero_()
+    return made * m.w
+
+
+def written_one_by_one(m: Any, x: Tensor) -> Tensor:
+    """Rows that are added to zeros through a view of one row each, times a parameter."""
+    made = torch.zeros_like(x)
+    for row in range(len(x)):
+        made[row].add_(x[row])
     return made * m.w
 
 
@@ -141,6 +159,9 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
         {"w": drawn(3)},
     ),
     "written into zeros": (written_into_zeros, {"w": drawn(3)}),
+    "written through views": (written_through_views, {"w": drawn(3)}),
+    "written one by one": (written_one_by_one, {"w": drawn(3)}),
+    "windows by strides": (lambda m, x: x.as_strided((len(x), 3, 2, 3), (12, 3, 3, 1)) * m.w, {"w": drawn(3)}),
     "joined to nothing": (lambda m, x: torch.cat([torch.tensor([]).double(), x], 1) * m.w, {"w": drawn(3)}),
     "numbers": (lambda m, x: x * torch.tensor([1.0, 2.0, 3.0]).double() * m.w + torch.as_tensor(2.0), {"w": drawn(3)}),
     "sizes that tensors give": (sized_by_tensors, {"w": drawn(3)}),
@@ -258,6 +279,35 @@ def test_equal_values_keep_their_order_in_a_sort(sort: Callable[[Tensor], Tensor
     assert not torch.equal(sort(values), expected)
     with Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, []):
         assert torch.equal(sort(values), expected)
+
+
+def test_windows_over_rows_of_two_samples_are_mixed() -> None:
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 3, [])
+    rows = torch.ones(3, 4)
+    follower.note(rows, Rows(0, torch.arange(3)))
+    with follower:
+        within, over = rows.as_strided((3, 2, 3), (4, 1, 1)), rows.as_strided((2, 4), (4, 1), 2)
+    assert isinstance(follower.owners_of(within), Rows)
+    assert isinstance(follower.owners_of(over), Mixed)
+
+
+def test_a_view_leaves_rows_of_two_samples_mixed() -> None:
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    rows, made, whole = torch.ones(3, 2), torch.zeros(3, 2), torch.zeros(2, 3)
+    follower.note(rows, Rows(0, torch.tensor([0, 0, 1])))
+    follower.note(made, None)
+    follower.note(whole, None)
+    with follower:
+        whole[1].copy_(rows[2, :1])
+        made[1:].add_(rows[1:])
+        before = follower.owners_of(made)
+        made[:2].add_(rows[1:])
+    assert isinstance(before, Rows)
+    assert before.index.tolist() == [-1, 0, 1]
+    assert isinstance(follower.owners_of(made), Mixed)
+    found = follower.owners_of(whole)
+    assert isinstance(found, Rows)
+    assert found.index.tolist() == [-1, 1]
 
 
 def test_sparse_data_after_a_write_is_of_unknown_owners() -> None:
