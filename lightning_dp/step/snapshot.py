@@ -23,6 +23,8 @@ from lightning_dp.step.refilling import refill_mapping, refill_sequence, reset_a
 _MACHINERY = frozenset(nn.Module().__dict__) - {
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
 }  # fmt: skip
+#: Hooks that a step may register, often with an attribute that says so.
+_HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks"])
 #: Attributes that lead out of the user's objects.
 _OUTSIDE = frozenset(
     ["log", "log_dict", "print", "_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"]
@@ -203,6 +205,8 @@ class Snapshot:
         if isinstance(attributes, dict):
             before = {name: value for name, value in attributes.items() if name not in skipped}
             self._keep_attributes(attributes, before, lambda: reset_attributes(attributes, before, skipped), depth)
+            for name in _HOOKS & attributes.keys() if skipped is not _OUTSIDE else ():
+                self._keep(attributes[name], dict(attributes[name]), refill_mapping)
         for name in slots_of(owner.__class__):
             self._keep_slot(owner, name, depth)
         for kind in own_classes(owner.__class__):

@@ -256,6 +256,19 @@ def test_module_is_put_back(name: str) -> None:
     assert photo(module) == before
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_hooks_of_layers_are_put_back(quick: bool) -> None:
+    """A step may register them once, and keep an attribute that says so."""
+    module, seen = Holder(), list[str]()
+    module.layer.register_forward_hook(lambda *_: seen.append("before"))
+    snapshot = Snapshot([module])
+    module.layer.register_forward_hook(lambda *_: seen.append("after"))
+    module.layer.register_forward_pre_hook(lambda *_: seen.append("after"))
+    snapshot.put_back(quick=quick)
+    module.layer(torch.ones(2))
+    assert seen == ["before"]
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.Rprop])
 @pytest.mark.parametrize("kept", [False, True], ids=["root", "kept by the module"])
 def test_optimizer_and_scheduler_are_put_back(kind: Any, kept: bool) -> None:
