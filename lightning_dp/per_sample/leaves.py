@@ -44,6 +44,8 @@ class LeafRule(Rule):
 
 LEAF = LeafRule()
 _rows = functools.cache(BatchAxis)
+VIEWS = frozenset(("expand", "expand_as", "broadcast_to"))
+"""Operations that repeat entries without a copy of them; the result of others may be viewed in any shape."""
 _BLOCKS = 4  # least number of blocks of a parameter, and largest ratio to those used, to copy all of them
 
 
@@ -195,7 +197,8 @@ def spread(tracker: Tracker, func: Any, args: Any, kwargs: Any, plan: CallLayout
     def copies(value: Tensor) -> Tensor:
         return value.unsqueeze(along).expand(*value.shape[:along], size, *value.shape[along:])
 
-    return copies_of(tracker, one, node, copies, BatchAxis(along)).flatten(at, at + 1)
+    made = copies_of(tracker, one, node, copies, BatchAxis(along)).flatten(at, at + 1)
+    return made if func.__name__ in VIEWS else made.contiguous()
 
 
 def _repeated_once(func: Any, args: Any, kwargs: Any, axis: int, size: int) -> tuple[Any, Any] | None:

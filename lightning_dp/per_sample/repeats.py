@@ -73,6 +73,7 @@ def repeated_for_samples(tracker: Tracker, func: Any, args: Any, kwargs: Any) ->
         if repeats.learns or repeats.are_samples(key, out.shape, axis):
             one = derive(tracker, torch.narrow, (out, axis, 0, 1), {})
             value = leaves.along(one.detach(), one.shape, axis, size)
+            value = value if func.__name__ in leaves.VIEWS else value.contiguous()
             copies = copy_of(tracker, one, one.node, value, BatchAxis(axis))
             tracker.follower.note(copies, tracker.follower.samples(copies.device).moved(axis))
             tracker.follower.assumed.add(copies)

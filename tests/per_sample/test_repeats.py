@@ -25,6 +25,7 @@ WAYS: dict[str, Callable[[Any, Tensor, Tensor, int], Tensor]] = {
     "sum of a matrix": lambda m, x, of, size: x * m.row.expand(3, 3).sum(0),
     "rows": lambda m, x, of, size: x + m.row.expand(len(x), 3),
     "samples": lambda m, x, of, size: x + m.row.expand(size, 3)[of],
+    "samples in memory": lambda m, x, of, size: x + m.row.repeat(size, 2).view(2 * size, 3).view(size, 6)[of, :3],
     "numbers and samples": lambda m, x, of, size: x * m.scale.expand(3) + m.scale.expand(size)[of][:, None],
 }
 

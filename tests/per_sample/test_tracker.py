@@ -43,6 +43,7 @@ class Bare(nn.Module):
     SHAPES: ClassVar = {
         "class token": (1, 1, 3),
         "repeated class token": (1, 1, 3),
+        "repeated and viewed": (1, 2, 3),
         "position": (1, 4, 3),
         "row gain": (1, 3),
         "column gain": (4, 1),
@@ -69,6 +70,8 @@ class Bare(nn.Module):
             x = torch.cat([self.bare.expand(x.shape[0], -1, -1), x], 1)
         elif how == "repeated class token":
             x = torch.cat([self.bare.repeat(x.shape[0], 1, 1), x], 1)
+        elif how == "repeated and viewed":
+            x = torch.cat([self.bare.repeat(len(x), 1, 1).view(2 * len(x), 3).view(len(x), 2, 3), x], 1)
         elif how in ("position", "gain", "scalar", "column gain", "table") or how == "row gain":
             x = x * self.bare
         elif how == "query":
