@@ -41,6 +41,7 @@ class StepGuard:
         self._is_private, self._advice = is_private, advice
         self._handle: Any = None
         self._expected: list[Optimizer] = []
+        self._closures: list[Any] = []  # given to the expected optimizer
         self._open = False
         self.in_sandbox = 0
 
@@ -74,6 +75,7 @@ class StepGuard:
             yield
         finally:
             self._expected.pop()
+            self._closures = []
             self._open = False
 
     @contextmanager
@@ -92,8 +94,12 @@ class StepGuard:
 
     def _check(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         kind = type(optimizer).__name__
-        if self._open or (self._expected and optimizer is self._expected[-1]):
+        given = [one for one in (*args, *kwargs.values()) if callable(one)]
+        if self._expected and optimizer is self._expected[-1]:
+            self._closures = given
             return
+        if self._open or (self._expected and any(one is own for one in given for own in self._closures)):
+            return  # an optimizer may hand its closure, which makes gradients private, on to another
         if self.in_sandbox:
             raise PrivacyError(
                 f"{kind} stepped by itself while your step ran on trial, so weights would move on raw gradients. "

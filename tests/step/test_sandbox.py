@@ -204,6 +204,22 @@ def test_steps_pass_once_all_is_released(bench: Bench) -> None:
         bench.module.own.step()
 
 
+def test_an_optimizer_may_hand_its_closure_on(bench: Bench) -> None:
+    """As ``Lookahead`` does: the inner optimizer runs the closure, which makes gradients private, and steps."""
+
+    class Outer(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return bench.module.own.step(closure)
+
+    outer = Outer(bench.module.parameters(), lr=0.1)
+    with bench.guard.stepping(outer):
+        outer.step(lambda: 0.0)
+        with pytest.raises(PrivacyError, match="Adam stepped private parameters by itself"):
+            bench.module.own.step(lambda: 0.0)
+    with bench.guard.stepping(outer), pytest.raises(PrivacyError, match="stepped private parameters by itself"):
+        outer.step()
+
+
 def test_user_code_within_a_step_may_not_step(bench: Bench) -> None:
     """A closure runs inside of the expected step, before its gradient is private."""
     with bench.guard.stepping(bench.optimizer):
