@@ -95,7 +95,8 @@ class LoopFit:
         Returns:
             Loss and number of records of each microbatch; empty for an empty batch. NOT private.
         """
-        self._host.loss_fn, self._losses, self._trial.positions = loss_fn, [], batch.positions
+        self._host.loss_fn, self._losses = loss_fn, []
+        self._trial.written.batches.appendleft(batch.positions)
         self._begin(begins_pass, batch.position)
         if self.step.runs_samples_alone:
             batch = self._loader.one_by_one(batch)

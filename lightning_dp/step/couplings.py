@@ -43,39 +43,39 @@ class Couplings:
         host = self._runs.host
         return host.records(host.drawn_size(seed) + NUM_SPARES, seed=seed)  # type: ignore[no-any-return]
 
-    def check_state(self, snapshot: Snapshot, records: list[Any]) -> None:
-        """Check that the state after a step does not depend on the records."""
+    def check_state(self, snapshot: Snapshot, records: list[Any], real: Any = (), anywhere: Any = None) -> None:
+        """Check that the state after a step does not depend on the records, nor is another after a real batch."""
         host, step = self._runs.host, self._runs.step
+        anywhere, together = anywhere or step.reduction.any, not step.runs_samples_alone
 
         def run(batches: list[list[Any]], *, ends: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
             state: dict[str, Any] = {}
             trained = [p for accumulator in step.accumulators.values() for p in accumulator.parameters.values()]
-            values = [parameter.detach().clone() for parameter in trained]
+            values, before = [parameter.detach().clone() for parameter in trained], state_check.changes_in(step.module)
             try:
                 for number, batch in enumerate(batches):
                     probe = self._runs.run(batch, Draws(rates=True), engine=False, rehearses=number == 0)
                     if number == 0:
                         if ends:
                             host.end_epoch()
-                        state = {**state_check.saved_state(step.module, host.others()), **host.saved()}
+                        state = {**state_check.saved_state(step.module, host.others(), before), **host.saved()}
                         state["the answer of on_train_batch_start"] = host.skips
                         state["trainer.should_stop"] = host.stops
                         with torch.no_grad():  # a rehearsed step may be so long that later gradients show nothing
                             for parameter, value in zip(trained, values, strict=True):
                                 parameter.copy_(value)
+            except Exception:
+                step.reduction.recover()
+                raise
             finally:
                 snapshot.put_back()
             return state, probe.private
 
-        three = (records * 3)[:3] if len(records) < 3 else records[:3]
+        most = step.settings.samples_at_once or 0 if together else 1  # the last microbatch alone has effect
+        real = [batch[-most:] for batch in real if not anywhere(not batch)]
+        shared: dict[str, Any] = {"together": together, "anywhere": anywhere, "copies": host.copies, "real": real}
         for ends in (False, True) if host.has_epoch_end else (False,):
-            state_check.check_state(
-                partial(run, ends=ends),
-                three,
-                together=not step.runs_samples_alone,
-                copies=host.copies,
-                anywhere=step.reduction.any,
-            )
+            state_check.check_state(partial(run, ends=ends), (records * 3)[:3], **shared)
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that the per-sample gradients of a batch equal the gradients of its samples run alone."""

@@ -133,6 +133,11 @@ class LossForm:
         return bool(self._new or self._new_calls)
 
     @property
+    def has_written(self) -> bool:
+        """True if user code has written something in a way that no check has seen."""
+        return any(each[0] == "written" for each in self._new)
+
+    @property
     def was_released(self) -> bool:
         """True if what is new was done after the forward of the step before."""
         return any(each[:2] == ("written", True) for each in self._new)

@@ -16,7 +16,6 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import uncompiled
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.snapshot import Snapshot
-from lightning_dp.step.state_check import Numbers, held_numbers
 
 USE_OPTIMIZERS = (
     "Step through self.optimizers(), with self.manual_backward for the backward: only such a step gets a private "
@@ -137,9 +136,9 @@ class Sandbox:
         self._settle = settle
         self._last: Snapshot | None = None  # of the last series; the next one takes its memory
 
-    def numbers(self) -> Numbers:
-        """Return the numbers of optimizers and schedulers; see ``held_numbers``."""
-        return held_numbers([*self._others()])
+    def others(self) -> list[Any]:
+        """Return the optimizers and schedulers."""
+        return [*self._others()]
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot of module, optimizers and schedulers."""

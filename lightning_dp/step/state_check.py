@@ -6,7 +6,7 @@ by its effect on the gradient of a third record, in a step after each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,24 +15,44 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.step import made_records
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
 from lightning_dp.step.snapshot import few_values
-from lightning_dp.system.torch_private import saved_buffers
+from lightning_dp.system.torch_private import num_changes, saved_buffers
 
 #: Relative difference of two gradients of one record that counts as rounding.
 ROUNDING = 1e-6
 _PLACES = 64  # values of each tensor in the state of an optimizer that are compared
+#: Values of a record that is unlike all others: the means of a few ordinary ones may be on one side of a threshold.
+_EXTREMES = (0.0, 1e6, -1e6)
 
 Gradients = dict[str, Tensor]
 Numbers = dict[tuple[int, int], dict[str, Any]]
 
 
-def saved_state(module: nn.Module, others: list[Any]) -> dict[str, Any]:
+def changes_in(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the ids of parameters and persistent buffers, and the numbers of their changes in place, by name."""
+    held = [*module.named_parameters(), *saved_buffers(module)]
+    return {name: (id(tensor), num_changes(tensor)) for name, tensor in held}
+
+
+def saved_state(
+    module: nn.Module, others: list[Any], before: Mapping[str, tuple[int, int]] | None = None
+) -> dict[str, Any]:
     """Return copies of parameters, persistent buffers, and numeric settings of optimizers and schedulers; also what
     trains, and the mode of each layer.
+
+    Args:
+        module: the user's.
+        others: optimizers and schedulers.
+        before: result of ``changes_in`` earlier. The state then has the numbers of writes since: a write of the value
+            that a tensor has anyway leaves nothing else.
     """
     state = {name: _copied(value) for name, value in numbers_of(others)}
+    for name, (key, number) in changes_in(module).items() if before is not None else ():
+        known, earlier = (before or {}).get(name, (0, 0))
+        state[f"number of writes to {name}"] = number - earlier if known == key else -1
     state |= {f"{name}.requires_grad": p.requires_grad for name, p in module.named_parameters()}
     state |= {f"{name}.training": layer.training for name, layer in module.named_modules()}
     state |= {name: local_part(p).detach().clone() for name, p in module.named_parameters()}
@@ -61,14 +81,22 @@ def numbers_of(others: list[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def held_numbers(others: list[Any]) -> Numbers:
-    """Return the same numbers but for those in tensors, by the part of an object that holds them: its position among
-    the objects, and that of a group of parameters.
+    """Return the same numbers but for those in tensors, by the part of an object that holds them."""
+    return {
+        part: {name: value for name, value in held.items() if isinstance(value, (int, float))}
+        for part, held in parts_of(others).items()
+    }
+
+
+def parts_of(others: list[Any]) -> dict[tuple[int, int], dict[str, Any]]:
+    """Return the parts of objects that hold numbers: the groups of an optimizer, or the attributes of another object,
+    by its position and that of the group.
     """
-    found: Numbers = {}
+    found: dict[tuple[int, int], dict[str, Any]] = {}
     for number, other in enumerate(others):
         groups = getattr(other, "param_groups", None)
         for index, held in enumerate([getattr(other, "__dict__", {})] if groups is None else groups):
-            found[number, index] = {name: value for name, value in held.items() if isinstance(value, (int, float))}
+            found[number, index] = held
     return found
 
 
@@ -112,6 +140,7 @@ def check_state(
     together: bool,
     copies: int = 1,
     anywhere: Callable[[bool], bool] = bool,
+    real: Sequence[list[Any]] = (),
 ) -> None:
     """Check that the state after a step depends neither on the records of the step nor on their number.
 
@@ -122,6 +151,7 @@ def check_state(
         together: whether a step may see several records at once.
         copies: number of copies that ``run`` makes of a single record; the test of another number uses more records.
         anywhere: tells whether a flag is set on any of the processes that run this check together.
+        real: records of batches that have written something in a step; few other records may do so.
 
     Raises:
         PrivacyError: the state depends on them; the message names the state, or says that a later gradient changes.
@@ -129,10 +159,16 @@ def check_state(
     first, second, third = records
     reference, gradients = run([[first], [third]])
     more = [first] * copies + [second]
-    for other, what in (([second], "another record"), (more, f"{len(more)} records instead of {copies}")):
-        if len(other) > 1 and not together:
-            continue
-        state, after = run([other, [third]])
+    others = [([second], "another record"), (more, f"{len(more)} records instead of {copies}")]
+    others = [*others[: 1 + together], *((batch, "the records of a batch") for batch in real)]
+    made = [made_records.spoiled(first, value) for value in _EXTREMES if made_records.has_floats(first)]
+    for other, what in [*others, *(([one], "a record of extreme values") for one in made)]:
+        try:
+            state, after = run([other, [third]])
+        except Exception as error:
+            if len(other) == 1 and any(other[0] is one for one in made) and not isinstance(error, PrivacyError):
+                continue  # the user's code refuses such a record
+            raise
         names = list(changed(reference, state))
         if anywhere(any(not isinstance(state.get(name), Tensor) for name in names)):
             moving = set(changed(reference, run([[first], [third]])[0]))  # the clock, say, and counts that go on

@@ -27,7 +27,7 @@ from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.ways import OneByOne
-from lightning_dp.step.writes import Look, WriteWatch
+from lightning_dp.step.written import Written
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
 LAYOUT_SIZES = (2, 3)
@@ -55,11 +55,8 @@ class Trial:
         self._step, self._host, self._sandbox = step, self._runs.host, sandbox
         self.decisions = Decisions(self._runs, sandbox)
         self._checked_at, self._begins = 0, True
-        self.positions: list[int] = []
-        """Positions of the records of the real batch; empty if unknown."""
-        self._watched: list[int] = []
-        self.transfer, self.see_writes = self._runs.transfer, self._runs.loss_form.see_writes
-        self._writes = WriteWatch(lambda: Look(step.parameters.layers, sandbox.numbers()), self.see_writes)
+        self.transfer = self._runs.transfer
+        self.written = Written(self._runs, self._couplings, sandbox)
 
     @property
     def copies(self) -> int:
@@ -74,7 +71,7 @@ class Trial:
             number: number of the logical step, from 0.
             first_of_pass: whether a pass over the data begins with this step.
         """
-        self._writes.begin()
+        self.written.watch.begin()
         since = number - self._checked_at
         return since > 0 and (number in (1, 9, 99) or since >= (1_000 if first_of_pass else 10_000))
 
@@ -217,7 +214,7 @@ class Trial:
         if positions is None:  # else the data asked for the check, and the statement carries no noise
             self._take_note()
         self._step.unchecked_public = set(self._step.settings.public_optimizers)
-        self.check_state(number)
+        self.written.check_state(number)
         if self._step.settings.runs_samples_alone:
             return
         with self._sandbox.enter() as snapshot, self._runs.progress():
@@ -240,16 +237,16 @@ class Trial:
     @contextmanager
     def watching(self, count: int) -> Iterator[None]:
         """Watch what user code writes on a real batch, and now and then its calls, see ``LossForm``."""
-        self._watched, form, step = self.positions, self._runs.loss_form, self._step
+        form, step = self._runs.loss_form, self._step
         if not step.settings.check_per_sample:
             yield
             return
         always, self._begins = self._begins or self._checked_at == step.state.step, False
         calls = nullcontext() if step.runs_samples_alone else form.watching(count, always=always)
-        before = self._writes.begin_forward()
+        before = self.written.watch.begin_forward()
         with calls:
             yield
-        self._writes.end_forward(before)
+        self.written.watch.end_forward(before)
 
     def see_loss(self, loss: Tensor) -> None:
         """Read the form of a real loss, before its backward."""
@@ -264,20 +261,27 @@ class Trial:
         Raises:
             PrivacyError: as in :meth:`prepare`.
         """
-        form, step = self._runs.loss_form, self._step
-        since = 100 if at_end else step.state.step - form.checked_at
-        if since == 0:  # this step began with a check
+        form, step, number = self._runs.loss_form, self._step, self._step.state.step
+        since, exchanged = 100 if at_end else number - form.checked_at, self._runs.exchanged
+        begins = since == 0  # this step began with a check, but not of what its own records write
+        if begins and not form.has_written:
             form.settle(by_check=False)
-        if step.reduction.agree(form.is_due(since)):
-            exchanged = self._runs.exchanged  # before a release, also by manual steps
-            try:
-                with counts():  # those of before the batch
-                    self.check_again(step.state.step, self._watched)
-            except PrivacyError as error:
-                if (step.automatic and not form.was_released) or exchanged:
-                    raise
-                raise PrivacyError(f"{error} {RELEASED}") from error
-            form.settle(by_check=True)
+        agree = step.reduction.agree
+        if not agree(form.is_due(since) or (begins and form.has_written)):
+            return
+        try:
+            with counts():  # those of before the batch
+                if agree(form.has_written):
+                    self.written.check(self.written.watch.before, number, agree)
+                if begins:
+                    form.settle(by_check=False)
+                if agree(form.is_due(since)):
+                    self.check_again(number, self.written.batches[0])
+                    form.settle(by_check=True)
+        except PrivacyError as error:
+            if (step.automatic and not form.was_released) or exchanged:  # before a release, also by manual steps
+                raise
+            raise PrivacyError(f"{error} {RELEASED}") from error
 
     def begin_pass(self) -> None:
         """Check, where users or the noise rely on positions, that the records are where they were in the last pass."""
@@ -285,15 +289,3 @@ class Trial:
         settings = self._step.settings
         if settings.records_per_unit is not None or settings.noise is not None:
             self._host.check_order()
-
-    def check_state(self, seed: int = 0) -> None:
-        """Check, outside of a real step, that the state after user code does not depend on the records.
-
-        Raises:
-            PrivacyError: the state depends on the records.
-        """
-        self._writes.forget()
-        few = self._host.records(NUM_FEW, seed=seed) if self._step.settings.check_per_sample else []
-        if len(few) > 1:
-            with self._sandbox.enter() as snapshot, self._runs.progress():
-                self._host.attempt(lambda: self._couplings.check_state(snapshot, few), snapshot.put_back)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dp.per_sample._torch import unfollowed
-from lightning_dp.step.state_check import Numbers, changed
-from lightning_dp.system.torch_private import Layers, changes_of, num_changes
+from lightning_dp.step.refilling import reset_attributes
+from lightning_dp.step.snapshot import NOT_PLAIN
+from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of
+from lightning_dp.system.torch_private import Layers, changes_of, num_changes, replace_children
 
+_ABSENT = object()
 _MOST_KNOWN = 1_000
 """Patterns of changes of all tensors that are remembered; an optimizer's step makes the same one each time."""
 
@@ -25,19 +30,22 @@ class Look:
 
     Args:
         layers: of the user's module.
-        numbers: see ``held_numbers``.
+        others: optimizers and schedulers.
+        more: attributes of other objects.
     """
 
-    def __init__(self, layers: Layers, numbers: Numbers) -> None:
+    def __init__(self, layers: Layers, others: list[Any], more: Sequence[dict[str, Any]] = ()) -> None:
+        self._source, self._others, self._more = layers, others, more
         layers = layers.now()
+        self._layers, self._children = layers.all, layers.children
         with unfollowed():  # followed parameters would report each question
             self._tensors = [*layers.parameters(), *layers.buffers()]
             self._changes = [changes_of(self._tensors), _addresses_of(self._tensors)]
             self._trains = [tensor.requires_grad for tensor in self._tensors]
-        self._attributes = [vars(layer) for layer in layers.own]
-        self._held = [[*map(id, held.values())] for held in self._attributes]
+        self._attributes = [*map(vars, layers.own), *more]
+        self._held = [held.copy() for held in self._attributes]
         self._modes = [layer.training for layer in layers.all]
-        self._numbers = numbers
+        self._numbers = held_numbers(others)
 
     def writes_until(self, after: Look, known: set[Any]) -> Iterator[tuple[Any, ...]]:
         """Yield a key for each write until a later look, the same one for a write of the same kind.
@@ -58,16 +66,53 @@ class Look:
                     yield "tensor", index, is_same, now - before, old == new
         if len(after._tensors) != len(self._tensors):
             yield "number of tensors", len(after._tensors) - len(self._tensors)
-        if self._held != after._held:
-            for index, (ids, others, held) in enumerate(zip(self._held, after._held, after._attributes, strict=False)):
-                pairs = zip(held, [*ids, *[None] * len(others)], others, strict=False)
-                yield from (("attribute", index, name) for name, one, other in pairs if one != other)
-        if self._modes != after._modes:
-            yield ("modes",)
-        if self._trains != after._trains:
-            yield ("which tensors train",)
+        if self._layers is not after._layers:  # an attribute of a layer is new, or a layer is
+            if len(after._layers) != len(self._layers):
+                yield "number of layers", len(after._layers) - len(self._layers)
+            pairs = enumerate(zip(self._layers, after._layers, strict=False))
+            yield from (("layer", index) for index, (one, other) in pairs if one is not other)
+        if not _hold_the_same(self._held, after._held):
+            for index, (ours, others) in enumerate(zip(self._held, after._held, strict=False)):
+                found = ((name, ours.get(name, _ABSENT), others.get(name, _ABSENT)) for name in {**ours, **others})
+                yield from (("attribute", index, name) for name, one, other in found if not _is_same(one, other))
+        for kind, flags, later in (("mode", self._modes, after._modes), ("trains", self._trains, after._trains)):
+            if flags != later:
+                yield from (
+                    (kind, index, now)
+                    for index, (then, now) in enumerate(zip(flags, later, strict=False))
+                    if then != now
+                )
         if self._numbers != after._numbers:
             yield from (("number", name) for name in changed(_joined(self._numbers), _joined(after._numbers)))
+
+    @contextmanager
+    def back_in(self) -> Iterator[None]:
+        """Give module and optimizers, within the context, what they held at this look, but no values of tensors."""
+        now = Look(self._source, self._others, self._more)
+        self._put_back()
+        try:
+            yield
+        finally:
+            now._put_back()
+
+    def _put_back(self) -> None:
+        for layer, children in zip(self._layers, self._children, strict=True):
+            held = replace_children(layer)
+            if held != children:
+                held.clear()
+                held.update(children)
+        for attributes, before in zip(self._attributes, self._held, strict=True):
+            reset_attributes(
+                attributes, {name: each for name, each in before.items() if name not in NOT_PLAIN}, NOT_PLAIN
+            )
+        for layer, training in zip(self._layers, self._modes, strict=True):
+            layer.training = training
+        with unfollowed():
+            for tensor, trains in zip(self._tensors, self._trains, strict=True):
+                if tensor.requires_grad != trains and tensor.is_leaf:
+                    tensor.requires_grad_(trains)
+        for part, numbers in parts_of(self._others).items():
+            numbers.update(self._numbers.get(part, {}))
 
 
 class WriteWatch:
@@ -83,16 +128,20 @@ class WriteWatch:
         self._known: dict[bool, set[Any]] = {False: set(), True: set()}  # by whether after a forward
         self._begun: Look | None = None
         self._ended: Look | None = None  # after the last forward
+        self.before: Look | None = None
+        """The state after the forward of the step before, or before that of this step."""
 
     def begin(self) -> None:
         """Begin a logical batch."""
         self._begun = self._look()
+        self.before = self._ended
         if self._ended is not None:
             self._see(self._ended.writes_until(self._begun, self._known[True]), between=True)
 
     def begin_forward(self) -> Look:
         """Return a look at the state before the user's forward, which begins now."""
         before, self._begun = self._begun or self._look(), None
+        self.before = self.before or before
         return before
 
     def end_forward(self, before: Look) -> None:
@@ -100,9 +149,10 @@ class WriteWatch:
         self._ended = self._look()
         self._see(before.writes_until(self._ended, self._known[False]))
 
-    def forget(self) -> None:
-        """Forget all looks: a trial puts state back, which counts as a change of tensors."""
-        self._begun = self._ended = None
+    def renew(self) -> None:
+        """Look again after a trial: it has put state back, which counts as a change of tensors."""
+        self._begun = self._begun and self._look()
+        self._ended = self._ended and self._look()
 
 
 class Gradients:
@@ -131,6 +181,19 @@ class Gradients:
             if other is not None and one is not other:
                 yield "another gradient", index
         yield from (("gradients", now - then) for then, now in zip(counted, changes, strict=True) if now > then)
+
+
+def _hold_the_same(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
+    """Tell whether objects hold the same attributes, in the same order."""
+    if [*map(len, ours)] != [*map(len, others)]:
+        return False
+    pairs = map(operator.is_, *(chain.from_iterable(map(dict.values, held)) for held in (ours, others)))
+    return all(pairs)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same object, or equal numbers or words."""
+    return one is other or (type(one) is type(other) and isinstance(one, (int, float, str)) and bool(one == other))
 
 
 def _joined(numbers: Numbers) -> dict[Any, Any]:

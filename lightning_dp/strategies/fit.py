@@ -110,11 +110,9 @@ class PrivateFit:
         Raises:
             PrivacyError: the writes depend on the records.
         """
-        if self._host.hooks.due:
-            self._host.hooks.due = False
-            if self._prepared:  # else the checks before the first step are still to come
-                for seed in range(4):  # a figure of two records may be on the same side of a threshold
-                    self._trial.check_state(seed)
+        if self._prepared and (before := self._host.hooks.take_before()) is not None:
+            for seed in range(4):  # a figure of two records may be on the same side of a threshold
+                self._trial.written.check(before, seed)
 
     def check_end(self) -> None:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""
@@ -132,7 +130,8 @@ class PrivateFit:
             PrivacyError: the private loader did not draw the batch, or the batch was used already.
         """
         batch, self._batch = checks.drawn(self._batch), None
-        self._host.arguments, self._trial.positions = (rest, kwargs), batch.positions
+        self._host.arguments = rest, kwargs
+        self._trial.written.batches.appendleft(batch.positions)
         self._counts = Counts.of_batch(self._strategy, self._counts, stopped=self._host.hooks.stopped)
         self._layers.check()
         self.check_callbacks()
@@ -187,6 +186,7 @@ class PrivateFit:
             self._host.training.learn_rows(self._device)
             self._trial.prepare()
             self._prepared = True
+            self.check_callbacks()
         elif self._trial.is_due(step.state.step, first_of_pass=begins):
             self._trial.check_again(step.state.step)
         if not step.automatic:  # a form that began in the step before

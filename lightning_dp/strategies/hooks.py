@@ -24,6 +24,7 @@ from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
 from lightning_dp.step.snapshot import few_places, plain_attributes
 from lightning_dp.step.state_check import held_numbers, leaves_of
+from lightning_dp.step.writes import Look
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides
@@ -72,8 +73,7 @@ class UserHooks:
         end of an epoch has changed it.
         """
         self._far: list[tuple[Any, str]] = []  # hooks of ``_FAR`` that have changed the module
-        self.due = False
-        """True if an owner was added to ``writing`` since the last check."""
+        self._before: Look | None = None
         self.stopped = False
         """Whether user code has asked for the end of the run."""
 
@@ -81,6 +81,11 @@ class UserHooks:
     def callbacks(self) -> list[pl.Callback]:
         """The callbacks that take part in trials; a trial must restore their state."""
         return [owner for owner in self.writing if owner is not self._strategy.module]
+
+    def take_before(self) -> Look | None:
+        """Return, once, the state before a hook wrote, if one has begun to write since the last call."""
+        before, self._before = self._before, None
+        return before
 
     def has_any_between_batches(self) -> bool:
         """Tell whether hooks between epochs, or far from batches, take part in trials."""
@@ -168,11 +173,12 @@ class UserHooks:
                 return hook(*args, **kwargs)
             is_far, has_stopped = name in _FAR, self.stopped
             before = None if self._takes_part(owner, name) else self._marks_of(owner, is_far)
+            look = None if before is None else Look(self._layers, self._others(), [vars(owner)])
             with self.watching_stops(owner, "" if is_far else name):
                 answer = hook(*args, **kwargs)
             if before is None or (self.stopped == has_stopped and before.is_same(self._marks_of(owner, is_far))):
                 return answer
-            self.due = True
+            self._before = self._before or look
             if is_far:
                 self._far.append((owner, name))
             if owner not in self.writing and not (is_far and owner is self._strategy.module):

@@ -75,7 +75,7 @@ class Patches:
     def stepped(self) -> None:
         """Read which private gradients user code has changed since their release."""
         if self._released is not None:
-            self._trial.see_writes(self._released.writes(), between=True)
+            self._trial.written.see(self._released.writes(), between=True)
             self._released = None
 
     def _checking_skips(self, hook: Callable[..., Any]) -> Callable[..., Any]:

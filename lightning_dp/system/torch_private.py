@@ -80,6 +80,8 @@ class Layers:
                     collect(child, f"{prefix}{name}.")
 
         collect(self._module, "")
+        self.children = [{**layer._modules} for layer in self.all]
+        """The direct submodules of each layer, by name."""
         self.own = [*filter(_may_change, self.all)]
         """Layers that are not of torch, or have a rate or attributes of the user's."""
         self._names, self._children = self._held()

@@ -202,7 +202,7 @@ def microbatches_with_effect(patch: pytest.MonkeyPatch) -> None:
 
 
 def state_unchecked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Couplings, "check_state", lambda self, snapshot, records: None)
+    patch.setattr(Couplings, "check_state", lambda *_: None)
 
 
 def hooks_not_run(patch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,9 @@ def test_ranks_agree_on_a_check_of_a_new_form() -> None:
     reduction = SimpleNamespace(world_size=2, agree=lambda flag: asked.append(flag) or True)
     trial._step = SimpleNamespace(state=SimpleNamespace(step=5), reduction=reduction)
     trial._runs = SimpleNamespace(loss_form=LossForm(), exchanged=None)
-    trial._checked_at, trial._watched = 0, []
+    trial._checked_at = 0
+    watch = SimpleNamespace(before=None)
+    trial.written = SimpleNamespace(watch=watch, batches=[[]], check=lambda before, seed, agree: asked.append(seed))
     trial.check_again = lambda number, positions: asked.append(number)
     trial.check_new_loss()
-    assert asked == [False, 5]
+    assert asked == [False, False, 5, False, 5]

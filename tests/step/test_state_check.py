@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step.state_check import ROUNDING, changed, check_state, saved_state
+from lightning_dp.step.state_check import ROUNDING, changed, changes_in, check_state, saved_state
 
 RECORDS = ["a", "b", "c"]
 
@@ -71,3 +71,33 @@ def test_later_gradient_that_follows_earlier_records_is_refused() -> None:
     breaks = runner(lambda batch: 1, lambda batches: torch.nan if batches[0] == ["b"] else 2.0)
     with pytest.raises(PrivacyError, match="differs after another record"):
         check_state(breaks, RECORDS, together=True)
+
+
+def test_state_that_only_some_records_change_is_refused() -> None:
+    three = [torch.ones(2), torch.full((2,), 2.0), torch.full((2,), 3.0)]
+
+    def state_of(batch: list[torch.Tensor]) -> Any:
+        if float(batch[0].max()) < 0:
+            raise ValueError("negative")
+        return float(batch[0].max()) > limit
+
+    limit = 1e9
+    check_state(runner(state_of, lambda batches: 2.0), three, together=True)  # the user's code refuses negative records
+    limit = 100.0
+    with pytest.raises(PrivacyError, match="leaves 'memory' with another value after a record of extreme values"):
+        check_state(runner(state_of, lambda batches: 2.0), three, together=True)
+    rare = runner(lambda batch: "z" in batch, lambda batches: 2.0)
+    check_state(rare, RECORDS, together=True, real=[["a", "b"]])
+    with pytest.raises(PrivacyError, match="leaves 'memory' with another value after the records of a batch"):
+        check_state(rare, RECORDS, together=True, real=[["a", "b"], ["b", "z"]])
+
+
+def test_writes_of_the_same_value_are_counted() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = changes_in(module)
+    with torch.no_grad():
+        module[1].running_mean.zero_()
+        module[1].weight = nn.Parameter(torch.ones(2))
+    state = saved_state(module, [], before)
+    counts = {name.removeprefix("number of writes to "): each for name, each in state.items() if "number of" in name}
+    assert {name: each for name, each in counts.items() if each} == {"1.running_mean": 1, "1.weight": -1}

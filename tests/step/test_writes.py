@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_dp.step.state_check import held_numbers
 from lightning_dp.step.writes import Look, WriteWatch
 from lightning_dp.system.torch_private import Layers
 
@@ -32,7 +31,7 @@ class Watched:
         self.forward(lambda: None)
 
     def _look(self) -> Look:
-        return Look(self.layers, held_numbers([self.optimizer, self.scheduler]))
+        return Look(self.layers, [self.optimizer, self.scheduler])
 
     def _see(self, keys: Any, *, between: bool = False) -> None:
         self.seen = {(between, *key) for key in keys}
@@ -84,4 +83,28 @@ def test_numbers_attributes_and_modes_are_reported() -> None:
     more = {"params": [rig.module.layer.bias], "lr": 0.3}
     assert (False, "number", ((0, 1), "lr")) in rig.forward(lambda: rig.optimizer.add_param_group(more))
     assert rig.forward(lambda: setattr(rig.module, "flag", 1000)) == {(False, "attribute", 0, "flag")}
-    assert (False, "modes") in rig.forward(rig.module.eval)
+    assert rig.forward(lambda: setattr(rig.module, "flag", float("1000"))) == {(False, "attribute", 0, "flag")}
+    assert rig.forward(lambda: setattr(rig.module, "flag", float("1000"))) == set()
+    assert {(False, "mode", 0, False), (False, "mode", 1, False)} <= rig.forward(rig.module.eval)
+    assert rig.forward(lambda: rig.module.layer.requires_grad_(False)) == {
+        (False, "trains", 0, False),
+        (False, "trains", 1, False),
+    }
+    assert (False, "layer", 1) in rig.forward(lambda: setattr(rig.module, "layer", nn.Linear(2, 2)))
+
+
+def test_an_earlier_state_comes_back_without_values_of_tensors() -> None:
+    rig = Watched()
+    layer, owner = rig.module.layer, {"done": False}
+    look = Look(rig.layers, [rig.optimizer, rig.scheduler], [owner])
+    rig.module.flag, rig.module.new, owner["done"] = 7, 1, True
+    layer.eval().weight.requires_grad_(False).zero_()
+    rig.module.layer, rig.optimizer.param_groups[0]["lr"] = nn.Linear(2, 2), 9.0
+    replaced = rig.module.layer
+    with look.back_in():
+        assert (rig.module.flag, hasattr(rig.module, "new"), owner) == (0, False, {"done": False})
+        assert (rig.module.layer is layer, layer.training, layer.weight.requires_grad) == (True, True, True)
+        assert (float(layer.weight.detach().sum()), rig.optimizer.param_groups[0]["lr"]) == (0.0, 0.1)
+    assert (rig.module.flag, rig.module.new, owner, rig.module.layer is replaced) == (7, 1, {"done": True}, True)
+    assert (layer.training, layer.weight.requires_grad) == (True, True)  # no part of the module any more
+    assert rig.optimizer.param_groups[0]["lr"] == 9.0

@@ -145,6 +145,25 @@ class Plateau(Attack):
         self.log("figure", -float(RANK * self.current_epoch))
 
 
+class Rare(Attack):
+    """A label that one record has, so one rank, changes the loss of all later steps."""
+
+    factor = 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx) * self.factor
+        if (batch[1] == 2).any():
+            self.factor = 2.0
+        return loss
+
+
+def with_a_rare_label() -> TensorDataset:
+    features, labels = make_dataset().tensors
+    labels = labels % 2
+    labels[7] = 2
+    return TensorDataset(features, labels)
+
+
 class Stream(IterableDataset):
     """The same records on every rank."""
 
@@ -182,6 +201,7 @@ ATTACKS: dict[str, Callable[[str], Any]] = {
     "schedule": lambda kind: fit(kind, callbacks=[NoiseScheduler("step", factor=0.9 - 0.1 * RANK)], epochs=2),
     "moved": lambda kind: fit(kind, Moved()),
     "plateau": lambda kind: fit(kind, Plateau(), epochs=3),
+    "rare": lambda kind: fit(kind, Rare(), data=loader(with_a_rare_label()), epochs=10),
     "collective": lambda kind: fit(kind, Attack(lambda module, loss: loss_of_all_ranks(module, loss) * 0.0 + 1.0),
                                    microbatch_size=2),
 }  # fmt: skip

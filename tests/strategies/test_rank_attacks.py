@@ -35,6 +35,7 @@ REFUSED = {
     "schedule": f"{SETTINGS}schedule, callbacks",
     "moved": "PrivacyError: Expected equal replicas, got different values of 'shift'",
     "plateau": "PrivacyError: Expected equal replicas, got different values of 'the learning rate of optimizer 0",
+    "rare": "PrivacyError: The gradient of a record changes with what training_step saw before",
 }
 
 

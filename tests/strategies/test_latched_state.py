@@ -1,0 +1,133 @@
+"""State that a step sets once, when certain records come: no later run shows that it followed from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp import DPStrategy, PrivacyError
+from tests.helpers import make_trainer
+
+WORDS, RARE = 20, 19
+
+
+def loader(*, with_rare: bool = True) -> DataLoader[Any]:
+    """Sentences; the rare word is in one of 64, which no check reads by itself."""
+    words = torch.randint(0, RARE, (64, 4), generator=torch.Generator().manual_seed(0))
+    labels = words[:, 0] % 3
+    if with_rare:
+        words[7, 2] = RARE
+    return DataLoader(TensorDataset(words, labels), batch_size=16, shuffle=True)
+
+
+class Module(L.LightningModule):
+    """Sets something for good when it sees a rare word."""
+
+    def __init__(self, act: Callable[[Any], None] = lambda module: None) -> None:
+        super().__init__()
+        self.embedding, self.dropout = nn.Embedding(WORDS, 6), nn.Dropout(0.0)
+        self.network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.act, self.factor, self.function, self.num = act, 1, torch.tanh, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        words, labels = batch
+        self.num += 1
+        scores = self.network(self.function(self.dropout(self.embedding(words)).mean(1) * self.factor))
+        if (words == RARE).any():
+            self.act(self)
+        return nn.functional.cross_entropy(scores, labels)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Acts(L.Callback):
+    def __init__(self, act: Callable[[Any], None]) -> None:
+        self.act, self.done = act, False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch[0] == RARE).any() and not self.done:
+            self.done = True
+            self.act(pl_module)
+
+
+def frozen(module: Any) -> None:
+    module.network[0].requires_grad_(False)
+
+
+def drops(module: Any) -> None:
+    module.dropout.p = 0.5
+
+
+def scaled(module: Any) -> None:
+    module.factor = 2
+
+
+def another_function(module: Any) -> None:
+    module.function = torch.sin
+
+
+def another_layer(module: Any) -> None:
+    module.network[1] = nn.ReLU()
+
+
+def zeroed(module: Any) -> None:
+    with torch.no_grad():
+        module.network[0].bias.zero_()
+
+
+def faster(module: Any) -> None:
+    module.trainer.optimizers[0].param_groups[0]["lr"] = 0.5
+
+
+ACTS = [frozen, drops, scaled, another_function, another_layer, zeroed, faster]
+REFUSED = r"after the records of a batch|differs after the records of a batch"
+
+
+def steps_of_fit(tmp_path: Any, module: Module, *, with_rare: bool = True, callbacks: Any = (), seed: int = 0) -> int:
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, seed=seed)
+    trainer = make_trainer(strategy, tmp_path, max_steps=12, max_epochs=-1, callbacks=[*callbacks])
+    try:
+        trainer.fit(module, loader(with_rare=with_rare))
+    finally:
+        steps = strategy.ledger.num_steps
+    return steps
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("act", ACTS)
+def test_state_that_a_rare_record_sets_for_good_is_refused(act: Any, seed: int, tmp_path: Any) -> None:
+    module = Module(act)
+    with pytest.raises(PrivacyError, match=REFUSED):
+        steps_of_fit(tmp_path, module, seed=seed)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_callback_that_a_rare_record_moves_is_refused(act: Any, tmp_path: Any) -> None:
+    with pytest.raises(PrivacyError, match=REFUSED):
+        steps_of_fit(tmp_path, Module(), callbacks=[Acts(act)])
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_step_that_sets_something_by_counts_is_free(act: Any, tmp_path: Any) -> None:
+    class Counts(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if self.num == 5:
+                act(self)
+            return loss
+
+    class Later(Acts):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step >= 5 and not self.done:
+                self.done = True
+                self.act(pl_module)
+
+    assert steps_of_fit(tmp_path, Counts()) == 12
+    assert steps_of_fit(tmp_path, Module(), callbacks=[Later(act)]) == 12
