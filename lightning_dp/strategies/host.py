@@ -236,7 +236,7 @@ class Counts:
         self._strategy = strategy
         self._global_step = strategy.trainer.global_step
         self._after: int | None = None
-        self._attributes = _plain(strategy.module.__dict__)
+        self._attributes, self._names = _plain(strategy.module.__dict__), {*strategy.module.__dict__}
 
     @classmethod
     def of_batch(cls, strategy: PrivateStrategy, before: Counts | None, *, stopped: bool) -> Counts:
@@ -262,20 +262,21 @@ class Counts:
         completed = progress.completed
         progress.completed = self._after if after and self._after is not None else self._global_step
         own = self._strategy.module.__dict__
-        now = _plain(own)
-        _set_plain(own, self._attributes)
+        now, names = _plain(own), {*own}
+        _set_plain(own, self._attributes, self._names)
         try:
             yield
         finally:
             progress.completed = completed
-            _set_plain(own, now)
+            _set_plain(own, now, names)
 
 
-def _set_plain(attributes: dict[str, Any], values: dict[str, Any]) -> None:
-    for name in _plain(attributes).keys() - values.keys():
+def _set_plain(attributes: dict[str, Any], values: dict[str, Any], names: set[str]) -> None:
+    """Set numbers and words among attributes; those that held something else before, by their names, stay."""
+    for name in _plain(attributes).keys() - names:
         del attributes[name]
     attributes.update(values)
 
 
 def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if isinstance(value, (int, float, str))}
+    return {name: value for name, value in attributes.items() if value is None or isinstance(value, (int, float, str))}

@@ -17,12 +17,11 @@ from tests.helpers import make_trainer
 WORDS, RARE = 20, 19
 
 
-def loader(*, with_rare: bool = True) -> DataLoader[Any]:
+def loader() -> DataLoader[Any]:
     """Sentences; the rare word is in one of 64, which no check reads by itself."""
     words = torch.randint(0, RARE, (64, 4), generator=torch.Generator().manual_seed(0))
     labels = words[:, 0] % 3
-    if with_rare:
-        words[7, 2] = RARE
+    words[7, 2] = RARE
     return DataLoader(TensorDataset(words, labels), batch_size=16, shuffle=True)
 
 
@@ -90,11 +89,11 @@ ACTS = [frozen, drops, scaled, another_function, another_layer, zeroed, faster]
 REFUSED = r"after the records of a batch|differs after the records of a batch"
 
 
-def steps_of_fit(tmp_path: Any, module: Module, *, with_rare: bool = True, callbacks: Any = (), seed: int = 0) -> int:
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, seed=seed)
+def steps_of_fit(tmp_path: Any, module: Module, *, callbacks: Any = (), **options: Any) -> int:
+    strategy = DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 0, **options})
     trainer = make_trainer(strategy, tmp_path, max_steps=12, max_epochs=-1, callbacks=[*callbacks])
     try:
-        trainer.fit(module, loader(with_rare=with_rare))
+        trainer.fit(module, loader())
     finally:
         steps = strategy.ledger.num_steps
     return steps
@@ -131,3 +130,23 @@ def test_a_step_that_sets_something_by_counts_is_free(act: Any, tmp_path: Any) -
 
     assert steps_of_fit(tmp_path, Counts()) == 12
     assert steps_of_fit(tmp_path, Module(), callbacks=[Later(act)]) == 12
+
+
+class KeepsTheBest(Module):
+    """Figures that were something else than a number before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.best, self.mean = None, torch.zeros(())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.best = loss.item() if self.best is None else min(self.best, loss.item())
+        self.mean = 0.9 * float(self.mean) + 0.1 * loss.item()
+        self.newest = loss.item()
+        return loss
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 1])
+def test_figures_that_a_step_keeps_are_free(microbatch_size: int | None, tmp_path: Any) -> None:
+    assert steps_of_fit(tmp_path, KeepsTheBest(), microbatch_size=microbatch_size) == 12
