@@ -212,7 +212,7 @@ class Switches(L.Callback):
 def test_a_callback_that_switches_by_data_is_refused(what: str) -> None:
     strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
     module = Module()
-    with pytest.raises(PrivacyError, match=r"another value after another record|[Ss]amples influence each other"):
+    with pytest.raises(PrivacyError, match=r"with another value after|[Ss]amples influence each other"):
         trainer(strategy, callbacks=[Switches(what)]).fit(module, loader())
     assert strategy.steps_taken <= 10
 
