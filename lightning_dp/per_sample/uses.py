@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import adds_to_leaves, backward_number, is_view, keeps_graph, own_view
+from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.system.torch_private import num_changes
 
 if TYPE_CHECKING:
@@ -227,7 +228,11 @@ def tap_copies(copies: Tensor, use: Use) -> Tensor:
             use.receive(grads[0])
         return (None,)
 
-    assert copies.grad_fn is not None
+    if copies.grad_fn is None:  # torch.func keeps graphs of its own
+        raise PrivacyError(
+            f"Expected {use.source} to be part of the graph of the batch, got a call within torch.func.grad or another "
+            f"transform of torch.func, which keeps a graph of its own. {WAY_OUT}."
+        )
     copies.grad_fn.register_prehook(take)
     return copies
 

@@ -66,6 +66,16 @@ def weights(module: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
+class Meta(Model):
+    """Also a gradient of its head by ``torch.func``, which counts for nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        hidden, heads = x @ self.weight, dict(self.head.named_parameters())
+        inner = torch.func.grad(lambda p: torch.func.functional_call(self.head, p, (hidden.detach(),)).sum())(heads)
+        return F.cross_entropy(self.head(hidden), y, reduction="none") + 0 * sum(one.sum() for one in inner.values())
+
+
 # ---------------------------------------------------------------- the way and its result
 
 
@@ -479,3 +489,10 @@ def test_records_that_choose_alike_by_chance_are_followed(alike: str) -> None:
     make_trainer(strategy, None, max_epochs=2).fit(Experts(alike), DataLoader(TensorDataset(x, y), batch_size=6))
     assert "checked on a few records" in strategy.privacy_statement()
     assert "one sample runs at a time" not in strategy.privacy_statement()
+
+
+def test_a_gradient_by_torch_func_runs_one_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        trainer = fit(Meta())
+    assert trainer.strategy.state.runs_alone
+    assert "got a call within torch.func.grad or another transform" in caplog.text
