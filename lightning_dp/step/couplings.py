@@ -153,9 +153,7 @@ class Couplings:
 
     def check_exchange(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that no gradient changes if another sample of the batch is exchanged, in several ways."""
-        few, spare = records[:NUM_SMALL], records[-1]
-        if len(records) <= NUM_SMALL:
-            few = records[:-1]
+        few, spare = records[: min(NUM_SMALL, len(records) - 1)], records[-1]
         if not few:
             return
         last, middle, swapped = len(few) - 1, len(few) // 2, list(few)
@@ -169,7 +167,7 @@ class Couplings:
                 self._compare(snapshot, base, swapped, middle, by_place, what, may_raise=True)
         if last + 1 > self._runs.host.copies:
             self._compare_left_out(snapshot, few)
-            self._exchange_beside_spoiled(snapshot, few, spare, by_place)
+            self._exchange_beside_incomplete(snapshot, few, spare, by_place)
         swapped[middle] = spare
         for coin in (LOW, HIGH) if self._runs.has_coins else ():
             draws = Draws(coin=coin)
@@ -193,20 +191,21 @@ class Couplings:
             else:
                 return
 
-    def _exchange_beside_spoiled(self, snapshot: Snapshot, few: list[Any], spare: Any, draws: Draws) -> None:
-        """Exchange the first sample next to an infinite record, because user code may replace that record by copies."""
-        middle, swapped = len(few) // 2, list(few)
-        if not made_records.has_floats(few[middle]):
-            return
-        swapped[middle] = made_records.spoiled(few[middle], float("inf"))
-        try:
-            base = self._fingerprint(snapshot, swapped, 0, draws)
-        except PrivacyError:
-            raise
-        except Exception:  # the user's code refuses such a record
-            return
-        swapped[0] = spare
-        self._compare(snapshot, base, swapped, 0, draws, "exchanged next to an infinite one")
+    def _exchange_beside_incomplete(self, snapshot: Snapshot, few: list[Any], spare: Any, draws: Draws) -> None:
+        """Exchange the first sample next to records that user code may fill up from the others."""
+        groups = made_records.incomplete(few[1], len(few) - 1)
+        while groups:
+            group = groups.pop()
+            beside = [*(make(record) for make, record in zip(group, few[1:], strict=False)), *few[1 + len(group) :]]
+            try:
+                base = self._fingerprint(snapshot, [few[0], *beside], 0, draws)
+            except PrivacyError:
+                raise
+            except Exception:  # the user's code refuses one of them
+                if len(group) > 1 and self._runs.step.reduction.world_size == 1:
+                    groups += [[make] for make in group]
+                continue
+            self._compare(snapshot, base, [spare, *beside], 0, draws, "exchanged next to one with missing values")
 
     def exchange_one(self, snapshot: Snapshot, records: list[Any], *, seed: int, size: int = 0) -> None:
         """Check that no gradient changes if one other sample is exchanged, at a real batch size and with real draws."""

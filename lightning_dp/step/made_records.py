@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,17 +15,45 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dp.per_sample.batch_reading import read
 
+_MOST_PARTS = 8
+"""Parts of a record that are made incomplete one by one."""
 
-def spoiled(record: Any, value: float) -> Any:
-    """Return a record with all floating-point values replaced by one value; the same record if it has none."""
+
+def spoiled(record: Any, value: float, part: int | None = None) -> Any:
+    """Return a record with all floating-point values replaced by one value; the same record if it has none.
+
+    Args:
+        record: a record.
+        value: the value.
+        part: number of the tensor, array or number to replace alone; default: all of them.
+    """
+    number = count(0)
 
     def replaced(leaf: Any) -> Any:
-        if not _has_floats(leaf):
+        if not _has_floats(leaf) or (part is not None and next(number) != part):
             return leaf
         full = torch.full_like if isinstance(leaf, Tensor) else np.full_like
         return value if isinstance(leaf, float) else full(leaf, value)
 
     return tree_map(replaced, record)
+
+
+def incomplete(record: Any, most: int) -> list[list[Callable[[Any], Any]]]:
+    """Return functions that make a record incomplete in ways that user code may fill up from other records: one of its
+    parts zero or NaN, as if it had not been observed, or all infinite.
+
+    Args:
+        record: an example.
+        most: number of functions in a group. Their records may be in one batch: none hides what another one shows.
+    """
+    parts = range(min(_MOST_PARTS, sum(map(_has_floats, tree_leaves(record)))))
+    groups: list[list[Callable[[Any], Any]]] = [
+        [partial(spoiled, value=value, part=part) for part in parts[start : start + most]]
+        for value in (0.0, float("nan"))
+        for start in range(0, len(parts), most)
+    ]
+    infinite: list[Callable[[Any], Any]] = [partial(spoiled, value=float("inf"))]
+    return [*groups, infinite] if parts else []
 
 
 def has_floats(record: Any) -> bool:

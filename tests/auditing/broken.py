@@ -241,7 +241,7 @@ def small_batches_on_trial(patch: pytest.MonkeyPatch) -> None:
 
 def no_record_out_of_range(patch: pytest.MonkeyPatch) -> None:
     """Trials never exchange a record while another one is out of range."""
-    patch.setattr(Couplings, "_exchange_beside_spoiled", lambda self, *_: None)
+    patch.setattr(Couplings, "_exchange_beside_incomplete", lambda self, *_: None)
 
 
 def norms_of_another_draw(patch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,17 @@ def test_spoiled_record_has_its_floats_replaced() -> None:
     assert not made_records.has_floats({"n": 3, "i": np.arange(2), "x": torch.arange(2)})
 
 
+def test_incomplete_records_lack_one_part_or_are_infinite() -> None:
+    record = {"a": torch.ones(2), "n": 3, "b": 0.5}
+    groups = [[make(record) for make in group] for group in made_records.incomplete(record, 2)]
+    zeros, nans, infinite = [[(float(each["a"][0]), each["b"], each["n"]) for each in group] for group in groups]
+    assert zeros == [(0.0, 0.5, 3), (1.0, 0.0, 3)]
+    assert np.isnan(nans).tolist() == [[True, False, False], [False, True, False]]
+    assert infinite == [(float("inf"), float("inf"), 3)]
+    assert [len(group) for group in made_records.incomplete(record, 1)] == [1] * 5
+    assert made_records.incomplete({"n": 3}, 2) == []
+
+
 def test_most_different_records_have_other_labels_or_lengths() -> None:
     record = (torch.ones(3), 1)
     others = [(torch.zeros(3), 1), (torch.zeros(3), 2), (torch.zeros(5), 1)]

@@ -440,7 +440,20 @@ def large_batches(module: Any, batch: Any) -> Tensor:
     return cross_entropy(module, [batch[0] - batch[0].mean(0) if len(batch[0]) > 40 else batch[0], batch[1]])
 
 
+def unobserved_scaled_by_the_batch(module: Any, batch: Any) -> Tensor:
+    """A record of zeros, of which none is in the data, gets the means of the others."""
+    x, y = batch
+    return cross_entropy(module, [torch.where((x == 0).all(1, keepdim=True), x.mean(0), x), y])
+
+
+def missing_filled_up_from_the_batch(module: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return cross_entropy(module, [torch.where(x.isnan(), x.nanmean(0), x), y])
+
+
 COUPLINGS = [
+    unobserved_scaled_by_the_batch,
+    missing_filled_up_from_the_batch,
     hardest_of_many,
     far_below,
     empty_record,
@@ -459,6 +472,22 @@ COUPLINGS = [
 def test_a_weak_or_rare_coupling_is_refused(step: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=r"influence each other|when run alone"):
         fit(attack(step)(), tmp_path, make_loader(batch_size=32))
+
+
+def test_a_scale_of_the_batch_for_unobserved_records_is_found(tmp_path: Any) -> None:
+    """None is in the data, and only a record that is unobserved but in one of its parts shows the coupling."""
+
+    class Scaled(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, observed, weight, y = batch
+            scale = torch.where(observed > 0, x.abs().mean(1), x.abs().mean())
+            losses = cross_entropy(self, [x / scale[:, None], y], reduction="none")
+            return (losses * weight).mean()
+
+    x, y = make_dataset().tensors
+    data = TensorDataset(x, torch.ones(len(x)), torch.ones(len(x)), y)
+    with pytest.raises(PrivacyError, match="exchanged next to one with missing values"):
+        fit(Scaled(), tmp_path, DataLoader(data, batch_size=32))
 
 
 @pytest.mark.parametrize("since", [1, 9])
