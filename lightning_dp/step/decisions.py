@@ -81,9 +81,7 @@ class Decisions:
         if not self._step.settings.check_per_sample:
             return
         records = self._host.records(NUM_FEW)
-        extremes = (
-            [made_records.spoiled(records[0], value) for value in _EXTREMES] if made_records.has_floats(records) else []
-        )
+        extremes = made_records.extremes(records[0], _EXTREMES)
         for number, record in enumerate([*records, *extremes]):
             try:
                 stops = any(self._stops(record, partial(counts, after=after)) for after in (False, True))

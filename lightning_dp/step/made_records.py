@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import count
 from typing import Any
@@ -36,6 +36,13 @@ def spoiled(record: Any, value: float, part: int | None = None) -> Any:
         return value if isinstance(leaf, float) else full(leaf, value)
 
     return tree_map(replaced, record)
+
+
+def extremes(record: Any, values: Iterable[float]) -> list[Any]:
+    """Return a record of the shapes of a record for each value that all its floating-point values get; an empty list if
+    it has none.
+    """
+    return [spoiled(record, value) for value in values] if has_floats(record) else []
 
 
 def incomplete(record: Any, most: int) -> list[list[Callable[[Any], Any]]]:
