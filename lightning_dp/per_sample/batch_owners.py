@@ -45,6 +45,7 @@ class BatchOwners:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._kinds: dict[Path, set[Kind]] | None = None
+        self._best_first: dict[Path, list[Kind]] = {}
         self._sizes: set[int] = set()
 
     def learn(self, batch: Any, size: int) -> None:
@@ -57,6 +58,9 @@ class BatchOwners:
         known = self._kinds
         self._sizes.add(size)
         self._kinds = seen if known is None else {path: seen[path] & known[path] for path in seen.keys() & known.keys()}
+        # one size alone does not tell samples from other things of which there are as many
+        settled = self._kinds if len(self._sizes) > 1 else {}
+        self._best_first = {path: _ranked(path, kinds) for path, kinds in settled.items()}
 
     def has_learned(self, size: int) -> bool:
         """Tell whether a batch of that size was seen."""
@@ -70,12 +74,12 @@ class BatchOwners:
     @property
     def has_indices(self) -> bool:
         """True if batches name owners by an index, or by a list with one entry per sample."""
-        known = [_best(path, kinds) for path, kinds in (self._kinds or {}).items() if kinds]
+        known = [_ranked(path, kinds)[0] for path, kinds in (self._kinds or {}).items() if kinds]
         return any(name != "sample" or axis == "each" for axis, name in known)
 
     def forget(self) -> None:
         """Forget all batches seen so far."""
-        self._kinds, self._sizes = None, set()
+        self._kinds, self._best_first, self._sizes = None, {}, set()
 
     def note(self, batch: Any, follower: Follower) -> None:
         """Pass the owner of each row of a batch's tensors to the follower.
@@ -87,27 +91,29 @@ class BatchOwners:
             self._note(batch, follower)
 
     def _note(self, batch: Any, follower: Follower) -> None:
-        # one size alone does not tell samples from other things of which there are as many
-        known, size = (self._kinds or {}) if len(self._sizes) > 1 else {}, follower.size
         things, containers = read(batch)
-        indices = self._indices(batch, containers, size, follower.memo)
-        if any(name.startswith("counted") for kinds in known.values() for _, name in kinds):
-            indices |= _counted(things, size, follower.memo)
+        indices = self._indices(batch, containers, follower.size, follower.memo)
+        has_counted = False
         settled: list[Path] = []
         for path, thing in things:
             if settled and any(path[: len(done)] == done for done in settled):
                 continue
-            kinds = {kind for kind in known.get(path, ()) if _is_of(kind, thing, size, indices)}
-            if any(axis == "each" for axis, _ in kinds):
+            found: Kind | None = None
+            for kind in self._best_first.get(path, ()):
+                if kind[1].startswith("counted") and not has_counted:
+                    indices, has_counted = indices | _counted(things, follower.size, follower.memo), True
+                if _is_of(kind, thing, follower.size, indices):
+                    found = kind
+                    break
+            if isinstance(thing, Tensor):
+                follower.note(thing, _owners_of(found, thing, follower, indices))
+                if found is not None and found[1] != "sample":  # other records may have other numbers of rows
+                    follower.chosen.add(thing)
+            elif found is not None and isinstance(thing, PackedSequence):
+                _note_packed(thing, follower)
+            elif found is not None:
                 settled.append(path)
                 _note_records(thing, follower)
-            elif isinstance(thing, PackedSequence):
-                if kinds:
-                    _note_packed(thing, follower)
-            elif isinstance(thing, Tensor):
-                follower.note(thing, _owners_of(path, kinds, thing, follower, indices))
-                if kinds and _best(path, kinds)[1] != "sample":  # other records may have other numbers of rows
-                    follower.chosen.add(thing)
 
     def _indices(self, batch: Any, containers: Iterable[Container], size: int, memo: Memo) -> dict[str, Rows]:
         """Return the owner indices of a batch by name, each with the sample of every row, node or edge."""
@@ -134,14 +140,13 @@ class BatchOwners:
         return found
 
 
-def _owners_of(path: Path, kinds: set[Kind], tensor: Tensor, follower: Follower, named: Mapping[str, Rows]) -> Owners:
+def _owners_of(kind: Kind | None, tensor: Tensor, follower: Follower, named: Mapping[str, Rows]) -> Owners:
     """Return the owners of the rows of a batch's tensor; ``MIXED`` if nothing in the batch names them."""
-    if not kinds:
+    if kind is None:
         return MIXED
-    axis, name = _best(path, kinds)
-    if name == "sample":
-        return follower.samples(tensor.device).moved(axis)
-    return named[name].moved(axis)
+    axis, name = kind
+    assert isinstance(axis, int)
+    return (follower.samples(tensor.device) if name == "sample" else named[name]).moved(axis)
 
 
 def _counted(things: list[tuple[Path, Any]], size: int, memo: Memo, *, learns: bool = False) -> dict[str, Rows]:
@@ -282,11 +287,9 @@ def _is_of(kind: Kind, thing: Any, size: int, indices: Mapping[str, Rows]) -> bo
     return len(shape) > 0 and shape[0] == num
 
 
-def _best(path: Path, kinds: set[Kind]) -> Kind:
-    """Return the kind that describes a tensor if its lengths allow several."""
-    if len(kinds) == 1:
-        return next(iter(kinds))
-    return min(kinds, key=lambda kind: (_rank(path, kind[1]), not kind[1].endswith(f" {path[:-1]}"), str(kind)))
+def _ranked(path: Path, kinds: set[Kind]) -> list[Kind]:
+    """Return the kinds whose lengths a tensor has, the one first that describes it best."""
+    return sorted(kinds, key=lambda kind: (_rank(path, kind[1]), not kind[1].endswith(f" {path[:-1]}"), str(kind)))
 
 
 def _rank(path: Path, name: str) -> int:
