@@ -35,6 +35,12 @@ def unfollowed() -> AbstractContextManager[None]:
     return context
 
 
+def innermost_mode() -> object:
+    """Return the torch function mode that is called first; None if there is none."""
+    mode: object = torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
+    return mode
+
+
 def in_backward() -> bool:
     """Tell whether autograd is running a backward. A forward at that time is a recomputation (checkpointing)."""
     return backward_number() != -1

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import TensorSet, base_of, is_mapped, memory_of, unfollowed
@@ -28,6 +27,7 @@ from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows, fits
 from lightning_dp.per_sample.quick import are_positions
+from lightning_dp.per_sample.telling import Telling
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY, Traits, traits_of
 from lightning_dp.per_sample.views import owners_behind
 
@@ -40,7 +40,7 @@ _SEVERAL = Mixed("rows of several samples that were written to one position")
 _NEVER = (0, MIXED)
 
 
-class Follower(TorchFunctionMode):
+class Follower(Telling):
     """A mode that records, for every tensor that an operation returns, which samples own its rows.
 
     **Guarantee**: a tensor without recorded owners counts as mixed, and no parameter may be used with it. Such a tensor
@@ -131,6 +131,8 @@ class Follower(TorchFunctionMode):
         if func in SHOWS_NO_ENTRY:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
+        if self.hear is not None:
+            self.tell(func, args, kwargs)
         traits, tensors = traits_of(func), tensors_in(args, kwargs)
         for tensor in tensors:
             if type(tensor) is not Tensor and is_tracked(tensor):

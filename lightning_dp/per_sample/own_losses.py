@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import memory_of
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.nodes import is_tracked
+from lightning_dp.per_sample.telling import Telling
 
 _LOSSES = """cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy
     binary_cross_entropy_with_logits poisson_nll_loss gaussian_nll_loss soft_margin_loss hinge_embedding_loss
@@ -43,7 +43,7 @@ _SCALARS = {*(f"__{name}__" for name in _ARITHMETIC.split()), *_FUNCTIONS.split(
 _SELECTIONS = {"masked_select", "nonzero", "argwhere", "unique", "unique_consecutive"}
 
 
-class OwnLosses(TorchFunctionMode):
+class OwnLosses(Telling):
     """A mode in which reductions to a scalar are done for each record by itself.
 
     Rows belong to records by position: row r of N to record ``r // (N / B)``.
@@ -72,6 +72,8 @@ class OwnLosses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, kind = kwargs or {}, _kind(func)
+        if self.hear is not None:
+            self.tell(func, args, kwargs)
         rows: Tensor | None = None
         if kind is None:
             return func(*args, **kwargs)

@@ -110,12 +110,12 @@ class Tracker:
     def follow(self, size: int, constants: list[Tensor]) -> None:
         """Follow the owners of rows through every operation, until :meth:`stop`."""
         self.follower = Follower(self, size, constants)
-        self.follower.__enter__()  # type: ignore[no-untyped-call]
+        self.follower.__enter__()
 
     def stop(self) -> None:
         """Turn the parameters back into ordinary ones and forget every use."""
         if self.follower is not None:
-            self.follower.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.follower.__exit__(None, None, None)
             self.follower = None
         if self._started:
             self._started = False

@@ -15,7 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from lightning_dp.per_sample.telling import telling
+from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
 
 NEAR = 32
 """Nodes of the graph that are read if their number is known, nearest to the loss first."""
@@ -118,7 +120,7 @@ class LossForm:
         before, self._calls = self._calls, _Calls()
         calls = self._calls
         try:
-            with calls:
+            with telling(calls.hear):
                 yield
         finally:
             self._calls = before
@@ -167,32 +169,32 @@ class LossForm:
 _NAMES_SIZES = {"view", "reshape", "expand", "repeat", "zeros", "ones", "full", "empty", "arange", "rand", "randn"}
 """Functions whose whole numbers are sizes, which may follow those of the batch."""
 
-_SHOWS_NOTHING = {"__get__", "__set__", "size", "dim", "numel", "__len__", "clone", "detach", "tensor", "as_tensor"}
-_SHOWS_NOTHING |= {"squeeze", "to", "_record_function_enter_new", "_record_function_exit"}
-"""Functions that show no entry, only move tensors, or pass on what ``self.log`` is given or ``zero_grad`` sets."""
+_SHOWS_NOTHING = {"__get__", "__set__", "clone", "detach", "tensor", "as_tensor", "squeeze", "to"}
+_SHOWS_NOTHING |= {"_record_function_enter_new", "_record_function_exit"}
+"""Further functions that only move tensors, or pass on what ``self.log`` is given or ``zero_grad`` sets."""
 
 
-class _Calls(TorchFunctionMode):
-    """The pairs of successive calls of torch while it is entered, each call with the dimensions that it is given."""
+class _Calls:
+    """The pairs of successive calls of torch that it hears of, each call with the dimensions that it is given."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.pairs: set[Any] = set()
         self.listens = True
         self._last: Any = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def hear(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Take note of a call."""
         if self.listens and (call := _call_of(func, args, kwargs)) is not None:
             if self._last is not None:
                 self.pairs.add((self._last, call))
             self._last = call
-        return func(*args, **kwargs)
 
 
 @functools.lru_cache(4096)
 def _name_of(func: Any) -> str | None:
     """Return the name of a function; None if it shows nothing."""
+    if func in SHOWS_NO_ENTRY:
+        return None
     name = str(getattr(func, "__name__", "")).partition(".")[0]
     if name in _SHOWS_NOTHING:
         name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -208,11 +210,12 @@ def _call_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name in ("__getitem__", "__setitem__"):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return name, *(type(each).__name__ for each in index)
-    if name is None or name in _NAMES_SIZES:
+    if name is None or name in _NAMES_SIZES or (len(args) < 2 and not kwargs):
         return name
     numbers: list[int] = []
     _collect_numbers(args[1:], numbers)
-    _collect_numbers(kwargs.values(), numbers)
+    if kwargs:
+        _collect_numbers(kwargs.values(), numbers)
     return name, *numbers
 
 
