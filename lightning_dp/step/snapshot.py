@@ -29,15 +29,10 @@ _HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks"])
 _OUTSIDE = frozenset(
     ["log", "log_dict", "print", "_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"]
 )
-#: Attributes of a module that ``plain_attributes`` leaves out.
+#: Attributes of a module that are not the user's own: also parameters, buffers and submodules.
 NOT_PLAIN = _OUTSIDE | _MACHINERY | {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _EMPTY = object()  # value of a slot that was never set
 _DEEPEST = 12
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the user's own attributes of one module, without parameters, buffers and submodules."""
-    return {name: value for name, value in vars(module).items() if name not in NOT_PLAIN}
 
 
 def few_values(tensor: Tensor, num: int) -> Tensor:

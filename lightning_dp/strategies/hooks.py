@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step.kept_tensors import same_values
+from lightning_dp.step.close_looks import CloseLook, Eye
 from lightning_dp.step.local import local_part
-from lightning_dp.step.snapshot import few_places, plain_attributes
-from lightning_dp.step.state_check import held_numbers, leaves_of
+from lightning_dp.step.state_check import leaves_of
 from lightning_dp.step.writes import Look
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides
-from lightning_dp.system.torch_private import Layers, num_changes
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy
@@ -45,8 +41,6 @@ _FAR = (
     "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end", "on_validation_end", "on_train_end",
 )  # fmt: skip
 _OF_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-_CONTAINERS = (MutableSequence, MutableMapping, MutableSet, deque)
-_PLACES = 16  # values of a tensor that are compared, for what is written through ``.data``
 
 
 class UserHooks:
@@ -64,7 +58,7 @@ class UserHooks:
 
     def __init__(self, strategy: PrivateStrategy, others: Callable[[], list[Any]]) -> None:
         self._strategy, self._others = strategy, others
-        self._layers = Layers(strategy.module)
+        self._eye = Eye(strategy.module)
         self._reported: set[str] = set()
         self._watched = [*getattr(strategy.trainer, "callbacks", [])]
         self._overrides = Overrides()
@@ -165,23 +159,26 @@ class UserHooks:
         self._overrides.undo()
 
     def _watching(self, owner: Any, name: str, is_on_trial: Callable[[], bool]) -> Callable[..., Any]:
-        hook = getattr(owner, name)
+        hook, module = getattr(owner, name), self._strategy.module
+        saves = any(_lightning.is_overridden(saver, owner) for saver in ("state_dict", "on_save_checkpoint"))
+
+        def look() -> CloseLook:
+            return CloseLook(self._eye, self._others(), owner, saves=saves and owner is not module)
 
         @functools.wraps(hook)
         def watched(*args: Any, **kwargs: Any) -> Any:
             if is_on_trial():
                 return hook(*args, **kwargs)
             is_far, has_stopped = name in _FAR, self.stopped
-            before = None if self._takes_part(owner, name) else self._marks_of(owner, is_far)
-            look = None if before is None else Look(self._layers, self._others(), [vars(owner)])
+            before = None if self._takes_part(owner, name) else look()
             with self.watching_stops(owner, "" if is_far else name):
                 answer = hook(*args, **kwargs)
-            if before is None or (self.stopped == has_stopped and before.is_same(self._marks_of(owner, is_far))):
+            if before is None or (self.stopped == has_stopped and before.is_same(look(), tensors_only=is_far)):
                 return answer
-            self._before = self._before or look
+            self._before = self._before or before
             if is_far:
                 self._far.append((owner, name))
-            if owner not in self.writing and not (is_far and owner is self._strategy.module):
+            if owner not in self.writing and not (is_far and owner is module):
                 self.writing.append(owner)
             return answer
 
@@ -222,63 +219,6 @@ class UserHooks:
             if _lightning.is_overridden(name, owner) and self._takes_part(owner, name):
                 hook = getattr(owner, name)
                 yield owner, hook if owner is module else functools.partial(hook, trainer, module)
-
-    def _marks_of(self, owner: Any, tensors_only: bool) -> Marks:
-        """Return marks that change with the module, a learning rate or the saved state of a callback, and places of
-        each tensor.
-        """
-        module, layers = self._strategy.module, self._layers.now()
-        parameters = layers.parameters()
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        saves = any(_lightning.is_overridden(name, owner) for name in ("state_dict", "on_save_checkpoint"))
-        tensors = [local_part(tensor) for tensor in (*parameters, *layers.buffers(), *grads)]
-        marks: list[Any] = [(num_changes(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-        held = [] if tensors_only else [*map(plain_attributes, layers.all)]
-        held += [vars(owner)] if saves and not tensors_only and owner is not module else []
-        for attributes in held:
-            for name, value in attributes.items():
-                type_of_value: Any = type(value)
-                kind = _kind(type_of_value)
-                size = len(value) if kind == "container" else num_changes(value) if kind == "tensor" else 0
-                marks.append((name, id(value), size))
-        if not tensors_only:
-            marks.append(held_numbers(self._others()))
-        return Marks(marks, tensors)
-
-
-class Marks:
-    """Marks of a state, and some places of each of its tensors, whose values are compared.
-
-    Args:
-        marks: of the state.
-        tensors: of the state.
-    """
-
-    def __init__(self, marks: list[Any], tensors: list[Tensor]) -> None:
-        self._marks = marks
-        with torch.no_grad():
-            self._places = [few_places(tensor, _PLACES) for tensor in tensors]
-        self._values = self._read()
-
-    def _read(self) -> Tensor:
-        """Return the values at all places, joined on one device to be compared by one transfer."""
-        alike: dict[Any, list[Tensor]] = {}
-        for places in self._places:
-            alike.setdefault((places.device, places.dtype), []).append(places)
-        joined = [torch.cat(parts).double() for parts in alike.values()]
-        return torch.cat([values.to(joined[0].device) for values in joined]) if joined else torch.empty(0)
-
-    def is_same(self, other: Marks) -> bool:
-        """Tell whether the marks of a later state are the same, and so are the values at the same places."""
-        return self._marks == other._marks and same_values(self._values, other._values)
-
-
-@functools.lru_cache(4096)
-def _kind(kind: type[Any]) -> str | None:
-    """Return whether objects of a class are tensors or containers, whose changes an ``id`` does not show."""
-    if issubclass(kind, Tensor):
-        return "tensor"
-    return "container" if issubclass(kind, _CONTAINERS) else None
 
 
 def has_transfer(trainer: pl.Trainer, module: pl.LightningModule) -> bool:

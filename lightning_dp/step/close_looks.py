@@ -1,0 +1,107 @@
+"""Looks at a module that also show what nothing counts: values written through ``.data``, and changed containers."""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import MutableMapping, MutableSequence, MutableSet
+from itertools import compress, filterfalse
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.step.kept_tensors import same_values
+from lightning_dp.step.local import local_part
+from lightning_dp.step.snapshot import NOT_PLAIN, few_places
+from lightning_dp.step.writes import Look
+from lightning_dp.system.torch_private import Layers, num_changes
+
+_CONTAINERS = (MutableSequence, MutableMapping, MutableSet, deque)
+_PLACES = 16  # values of a tensor that are compared
+
+
+class CloseLook(Look):
+    """A look that also reads some values of each tensor, gradients included, and how much containers hold.
+
+    Args:
+        eye: reads them.
+        others: optimizers and schedulers.
+        owner: of a hook, whose attributes :meth:`back_in` restores.
+        saves: whether the attributes of the owner are state.
+    """
+
+    def __init__(self, eye: Eye, others: list[Any], owner: Any, *, saves: bool) -> None:
+        super().__init__(eye.layers, others, [vars(owner)])
+        all_names: list[str] = []
+        self._values: list[Any] = []
+        for held in (*map(vars, self._layers), vars(owner) if saves else {}):
+            names = [*filterfalse(NOT_PLAIN.__contains__, held)]
+            all_names += names
+            self._values += map(held.__getitem__, names)
+        self._counts = all_names, eye.sizes(self._values), self._numbers
+        with unfollowed():
+            grads = [tensor.grad for tensor in self._tensors if tensor.is_leaf and tensor.grad is not None]
+            held, grads = [*map(local_part, self._tensors)], [*map(local_part, grads)]
+            self._marks = self._trains, [(num_changes(tensor), tensor.data_ptr()) for tensor in (*held, *grads)]
+            self._entries = eye.places.read(held), eye.places_of_grads.read(grads)
+
+    def is_same(self, after: CloseLook, *, tensors_only: bool) -> bool:
+        """Tell whether a later look shows the same state.
+
+        Args:
+            after: the later look.
+            tensors_only: whether attributes, and numbers of optimizers and schedulers, do not count.
+        """
+        if self._marks != after._marks or not all(map(same_values, self._entries, after._entries)):
+            return False
+        return tensors_only or (self._counts == after._counts and _are_the_same(self._values, after._values))
+
+
+class Eye:
+    """The layers of a module, with what close looks at it share so that they cost less.
+
+    Args:
+        module: the user's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.layers = Layers(module)
+        self.places, self.places_of_grads = Places(), Places()
+        self._known: set[type[Any]] = set()
+        self._changing: set[type[Any]] = set()
+
+    def sizes(self, values: list[Any]) -> list[int]:
+        """Return the lengths of the containers among values, and the numbers of changes of the tensors."""
+        new = set(map(type, values)) - self._known
+        self._known |= new
+        self._changing |= {kind for kind in new if issubclass(kind, (Tensor, *_CONTAINERS))}
+        sized = compress(values, map(self._changing.__contains__, map(type, values)))
+        return [num_changes(value) if isinstance(value, Tensor) else len(value) for value in sized]
+
+
+class Places:
+    """Some entries of tensors, as views that are read again and again while the tensors and their memory stay."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Any] = []
+        self._layouts: list[Any] = []
+        self._views: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def read(self, tensors: list[Tensor]) -> Tensor:
+        """Return the entries, joined on one device to be compared by one transfer."""
+        layouts = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+        if layouts != self._layouts or not _are_the_same(tensors, self._tensors):
+            alike: dict[Any, list[Tensor]] = {}
+            for tensor in tensors:
+                alike.setdefault((tensor.device, tensor.dtype), []).append(few_places(tensor, _PLACES))
+            lasting = all(tensor.is_contiguous() for tensor in tensors)  # of others the entries are copies
+            self._layouts, self._tensors, self._views = layouts, tensors if lasting else [None], [*alike.values()]
+        joined = [torch.cat(views).double() for views in self._views]
+        return torch.cat([values.to(joined[0].device) for values in joined]) if joined else torch.empty(0)
+
+
+def _are_the_same(ours: list[Any], others: list[Any]) -> bool:
+    return len(ours) == len(others) and all(map(operator.is_, ours, others))
