@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import re
 import sys
@@ -18,7 +19,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
 import pytest
-import torch
 
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
 #: Modules of a distribution that has another name, or brings others along.
@@ -41,10 +41,6 @@ def optional_modules() -> set[str]:
 
 
 OPTIONAL = optional_modules()
-
-if not torch.backends.cuda.is_built() and not torch.xpu.is_available():
-    for device in (torch.cuda, torch.xpu, torch.mtia):  # torch.manual_seed would note a stack trace for each: 3 ms
-        device.manual_seed_all = lambda seed: None  # type: ignore[assignment]
 
 
 def reason_to_skip(error: BaseException | None) -> str | None:
@@ -118,11 +114,19 @@ def pytest_collection_finish() -> None:
     """Start the server of scripts, if a test may need it, before any test computes.
 
     What was imported is left out of garbage collections from here on, and they are rarer. Each Trainer asks all
-    installed packages for callbacks of theirs; the answer is the same every time.
+    installed packages for callbacks of theirs; the answer is the same every time. Loggers of other packages pass on
+    what they log: pytest would add its handlers to each of about 60 that do not, six times per test.
     """
     registry: Any = sys.modules.get("lightning.fabric.utilities.registry")
     if registry is not None:
         registry.entry_points = functools.cache(registry.entry_points)
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and not torch.backends.cuda.is_built() and not torch.xpu.is_available():
+        for device in (torch.cuda, torch.xpu, torch.mtia):  # torch.manual_seed would note a stack trace for each: 3 ms
+            device.manual_seed_all = lambda seed: None
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
@@ -133,6 +137,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _single_thread() -> None:
+    import torch  # not at once: the process that hands out the tests needs none
+
     torch.set_num_threads(1)
 
 
@@ -145,4 +151,6 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _same_weights() -> None:
     """Seeds torch's global generator, which initialises modules; it has no part in sampling or noise."""
+    import torch
+
     torch.default_generator.manual_seed(0)
