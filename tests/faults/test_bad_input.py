@@ -29,7 +29,7 @@ from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 
 FORMAT = re.compile(r"Expected .+ got .+\.", re.DOTALL)
 FEATURES = 3
-BULK = [pytest.param(1, id="few"), pytest.param(4, id="many", marks=pytest.mark.slow)]
+BULK = [pytest.param(0.5, id="few"), pytest.param(4, id="many", marks=pytest.mark.slow)]
 
 
 def try_examples(number: int, strategy: st.SearchStrategy[Any], examine: Callable[[Any], None]) -> None:
@@ -138,7 +138,7 @@ ARGUMENTS = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("bulk", BULK)
-def test_any_arguments_are_taken_or_refused_with_a_message(tmp_path: Any, bulk: int) -> None:
+def test_any_arguments_are_taken_or_refused_with_a_message(tmp_path: Any, bulk: float) -> None:
     """What is taken trains, and its epsilon is that of a ledger written by hand."""
     ran: list[bool] = []
 
@@ -154,7 +154,7 @@ def test_any_arguments_are_taken_or_refused_with_a_message(tmp_path: Any, bulk: 
         if took:
             check_epsilon(strategy)
 
-    try_examples(30 * bulk, ARGUMENTS, examine)
+    try_examples(int(30 * bulk), ARGUMENTS, examine)
     assert ran.count(True) >= 3
 
 
@@ -253,7 +253,7 @@ def padded(samples: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("bulk", BULK)
-def test_any_dataset_is_accounted_or_refused_with_a_message(tmp_path: Any, bulk: int) -> None:
+def test_any_dataset_is_accounted_or_refused_with_a_message(tmp_path: Any, bulk: float) -> None:
     ran: set[str] = set()
 
     def examine(data: dict[str, Any]) -> None:
@@ -271,7 +271,7 @@ def test_any_dataset_is_accounted_or_refused_with_a_message(tmp_path: Any, bulk:
         assert took == (data["batch_size"] * data["accumulate"] <= data["number"])
         ran.add(data["form"] if took else "")
 
-    try_examples(40 * bulk, DATA, examine)
+    try_examples(int(40 * bulk), DATA, examine)
     assert len(ran) > 5
 
 
@@ -306,7 +306,7 @@ SAFE = {"linear", "relu", "norm", "dropout", "frozen"}
 
 
 @pytest.mark.parametrize("bulk", BULK)
-def test_any_module_trains_or_is_refused_before_a_release(tmp_path: Any, bulk: int) -> None:
+def test_any_module_trains_or_is_refused_before_a_release(tmp_path: Any, bulk: float) -> None:
     outcomes: set[bool] = set()
     names = st.lists(st.sampled_from([*sorted(SAFE)] * 3 + [*LAYERS]), min_size=1, max_size=4)
 
@@ -323,5 +323,5 @@ def test_any_module_trains_or_is_refused_before_a_release(tmp_path: Any, bulk: i
             assert not took or "broken" in chosen
         outcomes.add(took)
 
-    try_examples(30 * bulk, names, examine)
+    try_examples(int(30 * bulk), names, examine)
     assert outcomes == {True, False}

@@ -81,6 +81,7 @@ def under(rig: Rig, combination: Combination, **plan: Any) -> Any:
 
 
 @pytest.mark.parametrize("names", LEGAL_PAIRS, ids="-".join)
+@pytest.mark.one_in(2)
 def test_contract_of_neighbouring_datasets(names: Any, rig: Rig) -> None:
     """Two batches that differ in one record, at every step of every schedule and phase; noise comes first, as by
     default.
