@@ -98,6 +98,21 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             place += places.setdefault(entry, len(places))
         if place % mark.args[0]:
             item.add_marker(pytest.mark.slow)
+    put_shared_runs_first(items)
+
+
+def put_shared_runs_first(items: list[Any]) -> None:
+    """Move the first test of each file that reads a run of two ranks to the front.
+
+    All test processes share such a run, and those that need it at the same time would wait for it; at the front one of
+    them starts all runs, while the others are busy elsewhere.
+    """
+    first = {}
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            first.setdefault((item.path, item.get_closest_marker("slow") is None), item)
+    chosen = [*first.values()]
+    items[:] = [*chosen, *(item for item in items if not any(item is each for each in chosen))]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import pytest_collection_modifyitems
+from tests.conftest import put_shared_runs_first, pytest_collection_modifyitems
 
 ENTRIES = [object() for _ in range(6)]
 CASES = [(i, j) for i in range(6) for j in range(4)]
@@ -47,3 +47,16 @@ def test_other_tests_run_all_cases() -> None:
     made = items(0)
     pytest_collection_modifyitems(made)
     assert not any(item.added for item in made)
+
+
+def test_tests_that_start_shared_runs_come_first() -> None:
+    """One of each file, and one of its slow tests, which run by themselves."""
+
+    def item(path: str, fixture: str, *, slow: bool = False) -> Any:
+        mark = object() if slow else None
+        return SimpleNamespace(path=path, fixturenames=[fixture], get_closest_marker=lambda name: mark)
+
+    made = [item("a", "tmp_path"), *(item(path, "ranks", slow=slow) for path in "bc" for slow in (True, False, False))]
+    plain, b_slow, b, b_other, c_slow, c, c_other = made
+    put_shared_runs_first(made)
+    assert made == [b_slow, b, c_slow, c, plain, b_other, c_other]
