@@ -78,7 +78,8 @@ def test_removed_weights_stay_and_the_others_train(
     initial = weights(module)
     masks = magnitude_masks(initial, 0.5, scope, PRUNABLE, scores, seed=3)
     assert sum(int((~mask).sum()) for mask in masks.values()) == (15 + 7 if scope == "layer" else 22)
-    steps, *_ = fit(tmp_path, MagnitudePruning(0.5, scope=scope, scores=scores, mode=mode, seed=3), module)
+    pruning = MagnitudePruning(0.5, scope=scope, scores=scores, mode=mode, seed=3)
+    steps, *_ = fit(tmp_path, pruning, module, private(seed=0))  # else a rare step is too small to change a weight
     assert len(steps.gradients) == 8
     for step, seen in enumerate(steps.weights):
         for name, mask in masks.items():
