@@ -107,7 +107,7 @@ def put_shared_runs_first(items: list[Any]) -> None:
     All test processes share such a run, and those that need it at the same time would wait for it; at the front one of
     them starts all runs, while the others are busy elsewhere.
     """
-    first = {}
+    first: dict[Any, Any] = {}
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             first.setdefault((item.path, item.get_closest_marker("slow") is None), item)
