@@ -183,15 +183,15 @@ class TensorSet:
 
     def __init__(self) -> None:
         self._held: dict[int, weakref.ref[Tensor]] = {}
+        self.is_empty = True
+        """True until the first tensor is added."""
 
     def add(self, *tensors: Tensor) -> None:
         """Add tensors."""
         for tensor in tensors:
+            self.is_empty = False
             self._held[id(tensor)] = weakref.ref(tensor)
 
     def __contains__(self, tensor: Tensor) -> bool:
         held = self._held.get(id(tensor))
         return held is not None and held() is tensor
-
-    def __len__(self) -> int:
-        return len(self._held)

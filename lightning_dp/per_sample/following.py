@@ -182,7 +182,7 @@ class Follower(Telling):
             self.note(out, found)
         elif found is not given[0][1]:
             self.note(out, self._written_with(out, given[0][1], found, traits) if traits.in_place else found)
-        if self.assumed and kind is Tensor and any(tensor in self.assumed for tensor, _ in given):
+        if not self.assumed.is_empty and kind is Tensor and any(tensor in self.assumed for tensor, _ in given):
             self._check_assumed(func, traits, given, out)
         return out
 

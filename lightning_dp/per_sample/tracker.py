@@ -137,13 +137,14 @@ class Tracker:
 
     def node_of(self, thing: Any) -> Node | None:
         """Return the node of a tracked tensor through which a gradient may flow; None for other objects."""
-        if type(thing) is Tensor or not isinstance(thing, Reporting):  # of other objects this is slow to tell
+        if (kind := type(thing)) is Tensor or not (kind is self.function_class or isinstance(thing, Reporting)):
             return None
-        node = self.known_node(thing)
+        node = thing.node if kind is self.function_class else self.known_node(thing)
         follows = self.observer is not None and self.observer.without_grad
-        if node is None or not (thing.requires_grad or follows):  # type: ignore[attr-defined]
+        if node is None or not (thing.requires_grad or follows):
             return None
-        if isinstance(thing, Function) and not follows and (node := connected(self, node, thing)) is None:
+        may_be_another = node.generation >= 0 and (thing.grad_fn is None or thing.grad_fn is not thing.began)
+        if may_be_another and not follows and (node := connected(self, node, thing)) is None:
             return None
         if node.generation not in (-1, self.recorder.generation):
             raise PrivacyError(
@@ -159,8 +160,8 @@ class Tracker:
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on a tracked tensor."""
         operation, observer, with_grad = operation_of(func), self.observer, torch.is_grad_enabled()
-        listens = self.recorder.active or observer is not None
-        if operation is None or not listens or not (with_grad or (observer is not None and observer.without_grad)):
+        listens, follows = self.recorder.active or observer is not None, observer is not None and observer.without_grad
+        if operation is None or not listens or not (with_grad or follows):
             with unreported():
                 out = func(*args, **kwargs)
             if operation is None or not listens or with_grad:

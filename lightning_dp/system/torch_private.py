@@ -6,6 +6,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ def _may_change(layer: nn.Module) -> bool:
     return not known.issuperset(vars(layer))
 
 
+_KEYS, _VALUES = operator.methodcaller("keys"), operator.methodcaller("values")
 _ASK = (nn.Module.named_parameters, nn.Module.named_modules)
 
 
@@ -88,11 +90,11 @@ class Layers:
 
     def _held(self) -> tuple[Any, list[nn.Module | None]]:
         """Return the number of direct submodules by layer with their names and of attributes, and these submodules."""
-        num_attributes = sum([len(layer.__dict__) for layer in self.all])
+        num_attributes = sum(map(len, map(vars, self.all)))
         held = [layer._modules for layer in self.all]
-        sizes, held = [*map(len, held)], [children for children in held if children]
-        names = [name for children in held for name in children.keys()]  # noqa: SIM118, a script's has keys alone
-        return (sizes, names, num_attributes), [child for children in held for child in children.values()]
+        sizes, held = [*map(len, held)], [*filter(len, held)]
+        names = [*chain.from_iterable(map(_KEYS, held))]  # a script's children are no dictionary
+        return (sizes, names, num_attributes), [*chain.from_iterable(map(_VALUES, held))]
 
     def now(self) -> Layers:
         """Return the layers as they are now."""
@@ -125,8 +127,10 @@ class Layers:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors without a gradient that the layers hold as plain attributes."""
-        held = [value for layer in self.own for value in vars(layer).values() if isinstance(value, Tensor)]
-        return [tensor for tensor in held if not tensor.requires_grad]
+        held = [*chain.from_iterable(map(_VALUES, map(vars, self.own)))]
+        kinds = {kind for kind in set(map(type, held)) if issubclass(kind, Tensor)}
+        tensors = [value for value in held if type(value) in kinds] if kinds else []
+        return [tensor for tensor in tensors if not tensor.requires_grad]
 
 
 @contextmanager
