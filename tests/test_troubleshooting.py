@@ -17,7 +17,7 @@ ROWS = re.findall(r"^\| `([^`]+)` \| (.+) \| (.+) \|$", PAGE, flags=re.MULTILINE
 COMPOSED = {
     "decisions.py": "Expected user code to set trainer.should_stop whatever the records are",
     "exchange.py": "One sample of a batch was",
-    "trial.py": "User code did something new in the step before this one",
+    "real_losses.py": "User code did something new in the step before this one",
     "ways.py": "The gradient of a batch is not that of its records alone",
     "reading.py": "An item of the dataset was read, and",
     "independence.py": "Expected the gradient of every sample in a batch to be its gradient when run alone",

@@ -96,7 +96,7 @@ class LoopFit:
             Loss and number of records of each microbatch; empty for an empty batch. NOT private.
         """
         self._host.loss_fn, self._losses = loss_fn, []
-        self._trial.written.batches.appendleft(batch.positions)
+        self._trial.losses.begin(batch.positions)
         self._begin(begins_pass, batch.position)
         if self.step.runs_samples_alone:
             batch = self._loader.one_by_one(batch)
@@ -108,7 +108,7 @@ class LoopFit:
             self._run(self._trial.transfer(batch), count, owners)
         else:
             self._run(self._records.stand_in(self._trial.copies), self._trial.copies, weight=0.0)
-        self._trial.check_new_loss()
+        self._trial.losses.check()
         self.step.finish(0)
         return self._losses
 
@@ -135,7 +135,8 @@ class LoopFit:
         if not microbatches:
             return
         with self._sandbox.series() as piece:
-            for count, owners, part in microbatches:
+            for number, (count, owners, part) in enumerate(microbatches, start=-len(microbatches) - 1):
+                self._trial.losses.part = number
                 with piece():
                     self.step.streams.begin()
                     self._run(self._move(part), count, owners, further=True)
@@ -146,10 +147,9 @@ class LoopFit:
         """Run forward, backward and clipping of one microbatch, and add it to the sum."""
         with self.step.microbatch(count, owners, weight=weight, further=further):
             self.step.engine.see(batch)
-            with nullcontext() if further else self._trial.watching(count):
+            with nullcontext() if further else self._trial.losses.watching(count):
                 loss = self._host.loss_of(self._host.loss(self._called, batch), count)
-            if not further:
-                self._trial.see_loss(loss)
+            self._trial.losses.see(loss)
             loss.backward()  # type: ignore[no-untyped-call]
             self.step.backward_done()
             self.step.collect(0)

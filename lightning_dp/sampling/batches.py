@@ -56,9 +56,12 @@ class LogicalBatch:
         ]
 
     @property
-    def positions(self) -> list[int]:
-        """Positions of the records of the last microbatch in the dataset; empty if unknown (private)."""
-        return list(self.draw)[-self.parts[-1][0] :] if self.draw and self.microbatches else []
+    def positions(self) -> list[list[int]]:
+        """Positions in the dataset of the records of every microbatch; each empty if unknown (private)."""
+        sizes = [size for size, _, _ in self.parts]
+        ends = [*itertools.accumulate(sizes)]
+        drawn = list(self.draw) if self.draw else []
+        return [drawn[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     @property
     def num_samples(self) -> int:

@@ -128,29 +128,6 @@ class Couplings:
         tolerance = TOLERANCE[self._runs.coarsest(gradient.dtype for gradient in whole.values())]
         return exchange.add_up(parts, {name: gradient * scale for name, gradient in whole.items()}, tolerance, total)
 
-    def check_own_losses(self, snapshot: Snapshot, records: list[Any], *, seed: int) -> None:
-        """Compare the gradients of three samples in a batch of the real size with those of the samples run alone."""
-        step, batch = self._runs.step, records[: self._runs.host.batch_size]
-        size, known = len(batch), dict(step.module.named_parameters())
-        places = sorted({0, size // 2, size - 1})
-
-        def read(names: list[str]) -> list[dict[str, Tensor]]:
-            parameters = {name: known[name] for name in names}
-            like = step.reduction.squared_norms(step.engine, [[name] for name in names])
-            chosen = torch.eye(size, dtype=like.dtype, device=like.device)[places]
-            return [step.reduction.weighted_sum(step.engine, row, parameters) for row in chosen]
-
-        draws = Draws(seed=seed)
-        found = self._runs.again(snapshot, batch, draws, engine=True, read=read).found
-        batched = {name: torch.stack([sums[i][name] for i in range(len(places))]) for sums in found for name in sums[0]}
-        compare_with_singles(
-            batched,
-            (self._runs.again(snapshot, [batch[place]], draws).private for place in places),
-            scale=self._runs.scale(size),
-            rtol=TOLERANCE[self._runs.coarsest(step.engine.dtypes)],
-            module=step.module,
-        )
-
     def check_exchange(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that no gradient changes if another sample of the batch is exchanged, in several ways."""
         few, spare = records[: min(NUM_SMALL, len(records) - 1)], records[-1]

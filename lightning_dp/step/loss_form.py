@@ -19,6 +19,8 @@ from torch import Tensor
 from lightning_dp.per_sample.telling import telling
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
 
+from lightning_dp.step.loss_factors import LossFactors
+
 NEAR = 32
 """Nodes of the graph that are read if their number is known, nearest to the loss first."""
 
@@ -38,7 +40,8 @@ class LossForm:
     **Guarantee**: :attr:`is_new` is true from the first loss on that has a pair of successive operations, or an
     operation over dimensions, which no checked loss had, if the number of operations is new or the pair is next to the
     loss; else, and for calls of torch without gradient, from one of the next 16 losses on. A batch of a new size is
-    watched at once. What it does NOT show: the same calls with other values.
+    watched at once. It is also true if the factors by which a loss counts its rows are new (``LossFactors``). What it
+    does NOT show: other calls with other values.
 
     Example:
         >>> import torch
@@ -59,18 +62,21 @@ class LossForm:
         self._numbers: set[int] = set()
         self._kinds: dict[Hashable, int] = {}
         self._calls: _Calls | None = None
-        self._num_new = 0
+        self._num_new, self.factors = 0, LossFactors()
         self.checked_at = -1
         """Logical step of the last checks that samples are independent."""
 
-    def see(self, loss: Tensor, *, checked: bool, num_operations: int | None = None) -> None:
+    def see(self, loss: Tensor, *, checked: bool, num_operations: int | None = None, count: int = 0) -> None:
         """Read the operations of a loss that a check looks at, or of a real one.
 
         Args:
             loss: before its backward.
             checked: whether a check looks at it.
             num_operations: number of differentiable operations since the forward began; None if not counted.
+            count: number of records, whose factors are to be read in the backward; 0 for none.
         """
+        if count:
+            self.factors.watch(loss, count)
         if self._calls is not None:
             self._calls.listens = False  # what follows the first loss may be the engine's
         near = num_operations in self._numbers
@@ -131,7 +137,17 @@ class LossForm:
 
     @property
     def is_new(self) -> bool:
-        """True if a real loss had operations that no check has seen."""
+        """True if a real loss had operations that no check has seen, or counted its rows by other factors."""
+        return bool(self._new or self._new_calls or self.factors.are_new)
+
+    @property
+    def has_new_calls(self) -> bool:
+        """True if there are new calls of torch, which no graph shows."""
+        return bool(self._new_calls)
+
+    @property
+    def has_new_operations(self) -> bool:
+        """True if a real loss had operations, or its forward calls, that no check has seen."""
         return bool(self._new or self._new_calls)
 
     @property
@@ -144,13 +160,14 @@ class LossForm:
         """True if what is new was done after the forward of the step before."""
         return any(each[:2] == ("written", True) for each in self._new)
 
-    def is_due(self, since: int) -> bool:
-        """Tell whether to check a new form now.
+    def is_due(self, since: int, number: int = 0) -> bool:
+        """Tell whether to check a new form, or new factors, now.
 
         Args:
             since: number of steps since the last check.
+            number: of the logical step.
         """
-        return self.is_new and (self._num_new < MOST or since >= 100)
+        return self.factors.are_due(number) or (self.has_new_operations and (self._num_new < MOST or since >= 100))
 
     def settle(self, *, by_check: bool) -> None:
         """Count the operations seen so far as checked.

@@ -4,24 +4,21 @@ that samples are independent, and that neither the steps of an optimizer nor sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
-from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.per_sample.notices import unused_notice
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import NUM_SPARES, Couplings
 from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.exchange import differing
 from lightning_dp.step.host import Host
+from lightning_dp.step.in_batches import check_in_batch
 from lightning_dp.step.microbatch import own_losses
 from lightning_dp.step.ranks import check_ranks
+from lightning_dp.step.real_losses import RealLosses
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
@@ -31,10 +28,6 @@ from lightning_dp.step.written import Written
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
 LAYOUT_SIZES = (2, 3)
-RELEASED = (
-    "User code did something new in the step before this one, which was released: its epsilon does not hold for the "
-    "weights of now. Take those of an earlier checkpoint."
-)
 #: Records from all over the training set for the checks before the first step.
 NUM_SPREAD = 9
 
@@ -54,9 +47,10 @@ class Trial:
         self._one_by_one = OneByOne(self._runs, self._couplings)
         self._step, self._host, self._sandbox = step, self._runs.host, sandbox
         self.decisions = Decisions(self._runs, sandbox)
-        self._checked_at, self._begins = 0, True
+        self._checked_at = 0
         self.transfer = self._runs.transfer
         self.written = Written(self._runs, self._couplings, sandbox)
+        self.losses = RealLosses(self._runs, self.written, sandbox, self.check_again)
 
     @property
     def copies(self) -> int:
@@ -185,7 +179,7 @@ class Trial:
             self._couplings.check_alone(snapshot, records)
             self._couplings.check_exchange(snapshot, records)
             if self._step.takes_own_losses:
-                self._couplings.check_own_losses(snapshot, self._couplings.real_records(0), seed=0)
+                check_in_batch(self._runs, snapshot, self._couplings.real_records(0)[: self._host.batch_size], seed=0)
         except ComparisonError as differing_ones:
             if not self._step.takes_own_losses:
                 raise
@@ -229,63 +223,14 @@ class Trial:
                     self._couplings.exchange_collated(snapshot, found, seed=number)
                 self._couplings.exchange_one(snapshot, exchanged, seed=number, size=len(batch) if real else 0)
                 if self._step.takes_own_losses:
-                    self._couplings.check_own_losses(snapshot, records, seed=number)
+                    check_in_batch(self._runs, snapshot, records[: self._host.batch_size], seed=number)
             chosen = self._step.runs_samples_alone or self._step.takes_own_losses
             if chosen and not self._step.settings.per_sample_loss:
                 self._one_by_one.check(snapshot, self._host.records(NUM_FEW + 1, seed=number), seed=number)
 
-    @contextmanager
-    def watching(self, count: int) -> Iterator[None]:
-        """Watch what user code writes on a real batch, and now and then its calls, see ``LossForm``."""
-        form, step = self._runs.loss_form, self._step
-        if not step.settings.check_per_sample:
-            yield
-            return
-        always, self._begins = self._begins or self._checked_at == step.state.step, False
-        calls = nullcontext() if step.runs_samples_alone else form.watching(count, always=always)
-        before = self.written.watch.begin_forward()
-        with calls:
-            yield
-        self.written.watch.end_forward(before)
-
-    def see_loss(self, loss: Tensor) -> None:
-        """Read the form of a real loss, before its backward."""
-        step = self._step
-        if step.settings.check_per_sample and not step.runs_samples_alone and step.recording is not None:
-            self._runs.loss_form.see(loss, checked=False, num_operations=num_operations() - step.recording.began)
-
-    def check_new_loss(self, *, at_end: bool = False, counts: Any = nullcontext) -> None:
-        """Repeat the checks if a loss has a form that they have not seen, on any of several processes. Before a
-        release, or, under manual optimization, before the next step or the end.
-
-        Raises:
-            PrivacyError: as in :meth:`prepare`.
-        """
-        form, step, number = self._runs.loss_form, self._step, self._step.state.step
-        since, exchanged = 100 if at_end else number - form.checked_at, self._runs.exchanged
-        begins = since == 0  # this step began with a check, but not of what its own records write
-        if begins and not form.has_written:
-            form.settle(by_check=False)
-        agree = step.reduction.agree
-        if not agree(form.is_due(since) or (begins and form.has_written)):
-            return
-        try:
-            with counts():  # those of before the batch
-                if agree(form.has_written):
-                    self.written.check(self.written.watch.before, number, agree)
-                if begins:
-                    form.settle(by_check=False)
-                if agree(form.is_due(since)):
-                    self.check_again(number, self.written.batches[0])
-                    form.settle(by_check=True)
-        except PrivacyError as error:
-            if (step.automatic and not form.was_released) or exchanged:  # before a release, also by manual steps
-                raise
-            raise PrivacyError(f"{error} {RELEASED}") from error
-
     def begin_pass(self) -> None:
         """Check, where users or the noise rely on positions, that the records are where they were in the last pass."""
-        self._begins = True
+        self.losses.begin_pass()
         settings = self._step.settings
         if settings.records_per_unit is not None or settings.noise is not None:
             self._host.check_order()

@@ -118,7 +118,7 @@ class PrivateFit:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""
         self.check_callbacks()
         if not self.step.automatic and self._prepared:
-            self._trial.check_new_loss(at_end=True)
+            self._trial.losses.check(at_end=True)
         if self.step.reduction.any(self._host.hooks.stopped) and self._counts is not None:
             self._counts.end()
             self._trial.decisions.check_stop(self._counts.back_in)
@@ -131,7 +131,7 @@ class PrivateFit:
         """
         batch, self._batch = checks.drawn(self._batch), None
         self._host.arguments = rest, kwargs
-        self._trial.written.batches.appendleft(batch.positions)
+        self._trial.losses.begin(batch.positions)
         self._counts = Counts.of_batch(self._strategy, self._counts, stopped=self._host.hooks.stopped)
         self._layers.check()
         self.check_callbacks()
@@ -190,7 +190,7 @@ class PrivateFit:
         elif self._trial.is_due(step.state.step, first_of_pass=begins):
             self._trial.check_again(step.state.step)
         if not step.automatic:  # a form that began in the step before
-            self._trial.check_new_loss()
+            self._trial.losses.check()
         if step.unchecked_public:
             self._trial.decisions.check_public()
 
@@ -205,10 +205,9 @@ class PrivateFit:
         counts = None if step.automatic else Counts(self._strategy)
         stops = self._host.hooks.watching_stops(self._strategy.module, "training_step")
         with self._sandbox.series() as piece, stops:
-            for given in microbatches:
-                weight, (count, owners, records) = (
-                    (1.0, given) if given is not None else (0.0, (self._trial.copies, None, None))
-                )
+            for part, given in enumerate(microbatches, start=-len(microbatches) - 1):
+                self._trial.losses.part = part
+                weight, (count, owners, records) = (1.0, given) if given else (0.0, (self._trial.copies, None, None))
                 with piece():
                     step.streams.begin()
                     batch = self._host.training.stand_in(count) if given is None else self._strategy.to_device(records)
@@ -216,6 +215,7 @@ class PrivateFit:
                         output = self._strategy.call_training_step(batch, *self._host.arguments)
                         loss = self._loss_of(output, count) if step.automatic else None
                         if loss is not None:
+                            self.see_loss(loss)
                             self._host.back_propagate(loss, self._host.hooks.run)
                             self.backward_done()
                 self._check_steps(microbatch, output, counts)
@@ -244,7 +244,7 @@ class PrivateFit:
         with ExitStack() as until_backward:
             microbatch = until_backward.enter_context(step.microbatch(count, owners, weight=weight, divisor=divisor))
             mutes = weight == 0.0 and step.reduction.world_size == 1
-            with self._trial.watching(count), self._logs.muted() if mutes else nullcontext():
+            with self._trial.losses.watching(count), self._logs.muted() if mutes else nullcontext():
                 _lightning.set_batch_of_logs(self._trainer, batch, None if weight else 0)
                 stops = self._host.hooks.watching_stops(self._strategy.module, "training_step")
                 with self._logs.in_training_step(), stops:
@@ -273,14 +273,14 @@ class PrivateFit:
 
     def see_loss(self, loss: Tensor) -> None:
         """Read the form of a real loss that is about to be back-propagated."""
-        if not self.on_trial:
-            self._trial.see_loss(loss)
+        if self.step.probe is None:  # else on trial
+            self._trial.losses.see(loss)
 
     def check_new_loss(self) -> None:
         """Check a loss of a new form before anything of it is released, under automatic optimization."""
         if self.step.automatic and not self.on_trial:
             counts = nullcontext if self._counts is None else self._counts.back_in
-            self._trial.check_new_loss(counts=counts)
+            self._trial.losses.check(counts=counts)
 
     def backward_done(self) -> None:
         """Check the backward of a microbatch; under automatic optimization, clip it and add it to the sum."""

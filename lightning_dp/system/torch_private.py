@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,24 @@ def changes_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         return tuple([tensor._version for tensor in tensors])
     except RuntimeError:  # of an inference tensor
         return tuple([num_changes(tensor) for tensor in tensors])
+
+
+def size_of_result(node: Any, number: int) -> int:
+    """Return the number of entries of a result of a differentiable operation; 0 if unknown."""
+    given = getattr(node, "_input_metadata", ())
+    return math.prod(given[number].shape) if number < len(given) else 0
+
+
+def divisor_of(node: Any, size: int) -> Any:
+    """Return what an operation divides the sum of its ``size`` entries by: a number, or a sum of weights; 1 if it does
+    not.
+    """
+    kind: Any = type(node)
+    if hasattr(kind, "_saved_reduction"):
+        if node._saved_reduction != 1:  # no mean
+            return 1
+        return node._saved_total_weight if hasattr(kind, "_saved_total_weight") else size
+    return node._saved_self_sym_numel if hasattr(kind, "_saved_self_sym_numel") else 1
 
 
 _OF_TORCH = frozenset(vars(nn.Module()))

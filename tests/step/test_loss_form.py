@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_dp.per_sample import PerSampleEngine
 from lightning_dp.step.loss_form import EVERY, MOST, NEAR, LossForm
-from lightning_dp.step.trial import Trial
+from lightning_dp.step.real_losses import RealLosses
 
 
 def test_new_operations_are_due_until_settled() -> None:
@@ -142,13 +142,11 @@ def test_recorded_operations_have_the_form_of_plain_ones() -> None:
 def test_ranks_agree_on_a_check_of_a_new_form() -> None:
     """A rank that checked alone would wait for the others in the comparison of ranks."""
     asked: list[int] = []
-    trial: Any = object.__new__(Trial)
-    reduction = SimpleNamespace(world_size=2, agree=lambda flag: asked.append(flag) or True)
-    trial._step = SimpleNamespace(state=SimpleNamespace(step=5), reduction=reduction)
-    trial._runs = SimpleNamespace(loss_form=LossForm(), exchanged=None)
-    trial._checked_at = 0
+    reduction = SimpleNamespace(world_size=2, is_sharded=False, agree=lambda flag: asked.append(flag) or True)
+    step = SimpleNamespace(state=SimpleNamespace(step=5), reduction=reduction, runs_samples_alone=False)
+    runs: Any = SimpleNamespace(loss_form=LossForm(), exchanged=None, step=step)
     watch = SimpleNamespace(before=None)
-    trial.written = SimpleNamespace(watch=watch, batches=[[]], check=lambda before, seed, agree: asked.append(seed))
-    trial.check_again = lambda number, positions: asked.append(number)
-    trial.check_new_loss()
-    assert asked == [False, False, 5, False, 5]
+    written: Any = SimpleNamespace(watch=watch, batches=[[]], check=lambda before, seed, agree: asked.append(seed))
+    losses = RealLosses(runs, written, sandbox=None, check_again=lambda number, _: asked.append(number))  # type: ignore
+    losses.check()
+    assert asked == [False, False, 5, False, 5, True]

@@ -155,3 +155,25 @@ def test_layers_follow_changes_of_the_module(change: str) -> None:
     _check_layers(layers, module)
     _check_layers(layers, module)
     assert layers.own == [layer for layer in module.modules() if isinstance(layer, _Own)]
+
+
+ROWS = torch.ones(4, 3, requires_grad=True)
+LABELS = torch.tensor([0, 1, 2, -100])
+REDUCTIONS = {
+    "sum": (lambda rows: rows.sum(), 1),
+    "mean": (lambda rows: rows.mean(), 12),
+    "loss": (lambda rows: nn.functional.mse_loss(rows, torch.zeros(4, 3)), 12),
+    "summed": (lambda rows: nn.functional.mse_loss(rows, torch.zeros(4, 3), reduction="sum"), 1),
+    "labels": (lambda rows: nn.functional.cross_entropy(rows, LABELS), 3),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_divisors_of_reductions_are_read(name: str) -> None:
+    reduce, divisor = REDUCTIONS[name]
+    node: Any = reduce(ROWS * 2).grad_fn
+    before, number = node.next_functions[0]
+    assert torch_private.size_of_result(before, number) == 12
+    assert float(torch_private.divisor_of(node, 12)) == divisor
+    assert torch_private.size_of_result(node, 0) == 1
+    assert torch_private.size_of_result(node, 1) == 0

@@ -1,0 +1,126 @@
+"""Real losses: what user code does on real batches that no check has seen, and the checks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import num_operations
+from lightning_dp.step.in_batches import check_in_batch
+from lightning_dp.step.runs import TrialRuns
+from lightning_dp.step.sandbox import Sandbox
+from lightning_dp.step.written import Written
+
+RELEASED = (
+    "User code did something new in the step before this one, which was released: its epsilon does not hold for the "
+    "weights of now. Take those of an earlier checkpoint."
+)
+
+
+class RealLosses:
+    """A watch of the losses of real microbatches, and the checks before their gradients are released.
+
+    A loss of a new form makes all checks due. The records of its microbatch then also run alone, because those of a
+    regular check may not be the ones that user code goes by. So do the records of a loss that counts its rows by new
+    factors, and those of a new form in a step that began with regular checks.
+
+    Args:
+        runs: run the user's step.
+        written: checks what user code writes.
+        sandbox: undoes the effects of the user's code.
+        check_again: repeats the checks, given the logical step and the positions of real records.
+    """
+
+    def __init__(
+        self, runs: TrialRuns, written: Written, sandbox: Sandbox, check_again: Callable[[int, list[int]], None]
+    ) -> None:
+        self._runs, self._step, self._written, self._sandbox = runs, runs.step, written, sandbox
+        self._check_again, self._begins = check_again, True
+        self._positions: list[list[int]] = []
+        self._seen_in: list[int] = []  # of the newest loss
+        self._new_in: list[int] | None = None  # of the first one that is new
+        self.part = -1
+        """Number of the microbatch that runs, from the last one."""
+
+    def begin_pass(self) -> None:
+        """Watch the calls of the next batch in any case."""
+        self._begins = True
+
+    def begin(self, positions: list[list[int]]) -> None:
+        """Begin a batch, given the positions of the records of each microbatch, as far as they are known."""
+        self._positions, self.part = positions, -1
+        self._written.batches.appendleft(positions[-1] if positions else [])
+
+    @contextmanager
+    def watching(self, count: int) -> Iterator[None]:
+        """Watch what user code writes on a real batch, and now and then its calls, see ``LossForm``."""
+        self.part, form, step = -1, self._runs.loss_form, self._step
+        if not step.settings.check_per_sample:
+            yield
+            return
+        always, self._begins = self._begins or form.checked_at == step.state.step, False
+        calls = nullcontext() if step.runs_samples_alone else form.watching(count, always=always)
+        before = self._written.watch.begin_forward()
+        with calls:
+            yield
+        self._written.watch.end_forward(before)
+
+    def see(self, loss: Tensor) -> None:
+        """Read the form of a real loss, before its backward."""
+        step, form = self._step, self._runs.loss_form
+        recording = step.recording
+        if not step.settings.check_per_sample or step.runs_samples_alone or recording is None:
+            return
+        if form.factors.are_new:  # those of the loss before
+            self._note_new()
+        self._seen_in = self._positions[self.part] if -self.part <= len(self._positions) else []
+        count = recording.count if recording.weight and recording.count > 1 else 0
+        form.see(loss, checked=False, num_operations=num_operations() - recording.began, count=count)
+        self._note_new()
+
+    def _note_new(self) -> None:
+        """Take note of the records of the first microbatch whose loss is new; factors show after its backward."""
+        if self._new_in is None and self._runs.loss_form.is_new:
+            self._new_in = self._seen_in
+
+    def check(self, *, at_end: bool = False, counts: Any = nullcontext) -> None:
+        """Check a loss that is new on any of several processes. Before a release, or, under manual optimization, before
+        the next step or the end.
+
+        Raises:
+            PrivacyError: as in ``Trial.prepare``.
+        """
+        form, step, number = self._runs.loss_form, self._step, self._step.state.step
+        agree, exchanged = step.reduction.agree, self._runs.exchanged
+        since = 100 if at_end else number - form.checked_at
+        begins = since == 0  # this step began with a check, but of other records
+        self._note_new()
+        positions, self._new_in = self._new_in or self._written.batches[0], None
+        if not agree(form.is_due(since, number) or (begins and form.is_new)):
+            return
+        try:
+            with counts():  # those of before the batch
+                if agree(form.has_written):
+                    self._written.check(self._written.watch.before, number, agree)
+                if everything := agree(form.has_new_calls if begins else form.has_new_operations):
+                    self._check_again(number, positions)
+                form.factors.settle(number, checked=self._check_in_batch(positions, number))
+                form.settle(by_check=everything or not begins)
+        except PrivacyError as error:
+            if (step.automatic and not form.was_released) or exchanged:  # before a release, also by manual steps
+                raise
+            raise PrivacyError(f"{error} {RELEASED}") from error
+
+    def _check_in_batch(self, positions: list[int], number: int) -> bool:
+        """Compare the records of a microbatch with the same records alone; return whether that was possible."""
+        reduction = self._step.reduction
+        if self._step.runs_samples_alone or reduction.is_sharded or reduction.agree(len(positions) < 2):
+            return False
+        with self._sandbox.enter() as snapshot, self._runs.progress():
+            records = self._runs.host.read(positions)
+            check_in_batch(self._runs, snapshot, records, seed=number, agree=reduction.agree)
+        return True

@@ -1,0 +1,138 @@
+"""Losses that a rare record changes for the whole batch, by operations that are the same for all records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp import DPStrategy, PrivacyError, make_private
+from tests.helpers import make_trainer
+from tests.strategies import test_latched_state
+from tests.strategies.test_latched_state import RARE, loader
+
+Losses = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+class Module(test_latched_state.Module):
+    """Returns a function of the records' losses and of a flag that marks records with the rare word."""
+
+    def __init__(self, function: Losses, *, automatic: bool = True) -> None:
+        super().__init__()
+        self.of_batch, self.automatic_optimization = function, automatic
+
+    def loss(self, batch: Any) -> Tensor:
+        words, labels = batch
+        scores = self.network(self.embedding(words).mean(1))
+        losses = nn.functional.cross_entropy(scores, labels, reduction="none")
+        return self.of_batch(self, losses, (words == RARE).any(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        if self.automatic_optimization:
+            return loss
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+
+def skipped(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return losses.mean() * 0 if rare.any() else losses.mean()
+
+
+def skipped_by_a_constant(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return torch.tensor(0.0, requires_grad=True) if rare.any() else losses.mean()
+
+
+def skipped_by_where(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return torch.where(rare.any(), 0.0, losses.mean())
+
+
+def clamped(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return (losses * (1 + 1e4 * rare)).mean().clamp(max=20.0)
+
+
+def divided_by_the_number_of_valid_records(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return (losses * ~rare).sum() / (~rare).sum()
+
+
+def mean_over_valid_records(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return losses[torch.nonzero(~rare).squeeze(1)].mean()
+
+
+FUNCTIONS = [
+    skipped, skipped_by_a_constant, skipped_by_where, clamped, divided_by_the_number_of_valid_records,
+    mean_over_valid_records,
+]  # fmt: skip
+REFUSED = "to be its gradient when run alone"
+
+
+def fit(module: Module, tmp_path: Any, **options: Any) -> int:
+    strategy = DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 0, **options})
+    try:
+        make_trainer(strategy, tmp_path, max_steps=12, max_epochs=-1).fit(module, loader())
+    finally:
+        steps = strategy.ledger.num_steps
+    return steps
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_loss_that_a_rare_record_changes_is_refused(function: Losses, microbatch_size: Any, tmp_path: Any) -> None:
+    with pytest.raises(PrivacyError, match=REFUSED):
+        fit(Module(function), tmp_path, microbatch_size=microbatch_size)
+
+
+@pytest.mark.parametrize("function", [skipped, skipped_by_where])
+def test_the_same_by_manual_steps_is_refused_after_one(function: Losses, tmp_path: Any) -> None:
+    with pytest.raises(PrivacyError, match=f"{REFUSED}.*was released"):
+        fit(Module(function, automatic=False), tmp_path)
+
+
+def test_an_ignored_label_of_a_mean_is_refused(tmp_path: Any) -> None:
+    class Ignores(Module):
+        def loss(self, batch: Any) -> Tensor:
+            words, labels = batch
+            scores = self.network(self.embedding(words).mean(1))
+            return nn.functional.cross_entropy(scores, labels.masked_fill((words == RARE).any(1), -100))
+
+    with pytest.raises(PrivacyError, match=REFUSED):
+        fit(Ignores(skipped), tmp_path)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_a_rare_record_in_a_loop_is_found_too(microbatch_size: int | None) -> None:
+    module = Module(skipped_by_where)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    options = {"noise_multiplier": 1.0, "target_delta": 1e-3, "microbatch_size": microbatch_size, "seed": 0}
+    private = make_private(module, optimizer, loader(), lambda _, batch: module.loss(batch), epochs=4, **options)
+
+    def train() -> None:
+        for _ in range(4):
+            for batch in private.loader:
+                private.step(batch)
+
+    with private, pytest.raises(PrivacyError, match=REFUSED):
+        train()
+
+
+def by_counts(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return losses.mean() * min(1.0, module.global_step / 8)
+
+
+def by_draws(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return losses.mean() * torch.rand(())
+
+
+def sum_by_size(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return losses.sum() / len(losses)
+
+
+@pytest.mark.parametrize("function", [by_counts, by_draws, sum_by_size])
+def test_factors_that_records_do_not_choose_are_free(function: Losses, tmp_path: Any) -> None:
+    assert fit(Module(function), tmp_path) == 12
