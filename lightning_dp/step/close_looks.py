@@ -40,7 +40,8 @@ class CloseLook(Look):
             names = [*filterfalse(NOT_PLAIN.__contains__, held)]
             all_names += names
             self._values += map(held.__getitem__, names)
-        self._counts = all_names, eye.sizes(self._values), self._numbers
+        self._counts = all_names, eye.sizes(self._values), self._numbers, self._states.changes
+        self._values += self._states.tensors
         with unfollowed():
             grads = [tensor.grad for tensor in self._tensors if tensor.is_leaf and tensor.grad is not None]
             held, grads = [*map(local_part, self._tensors)], [*map(local_part, grads)]

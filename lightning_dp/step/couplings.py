@@ -51,7 +51,8 @@ class Couplings:
         def run(batches: list[list[Any]], *, ends: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
             state: dict[str, Any] = {}
             trained = [p for accumulator in step.accumulators.values() for p in accumulator.parameters.values()]
-            values, before = [parameter.detach().clone() for parameter in trained], state_check.changes_in(step.module)
+            values = [parameter.detach().clone() for parameter in trained]
+            before = state_check.changes_in(step.module, host.others())
             try:
                 for number, batch in enumerate(batches):
                     probe = self._runs.run(batch, Draws(rates=True), engine=False, rehearses=number == 0)

@@ -7,7 +7,7 @@ by its effect on the gradient of a third record, in a step after each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.step import made_records
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
+from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.snapshot import few_values
 from lightning_dp.system.torch_private import num_changes, saved_buffers
 
@@ -31,15 +32,25 @@ Gradients = dict[str, Tensor]
 Numbers = dict[tuple[int, int], dict[str, Any]]
 
 
-def changes_in(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the ids of parameters and persistent buffers, and the numbers of their changes in place, by name."""
+class Changes(NamedTuple):
+    """The changes in place of tensors until now.
+
+    Args:
+        by_name: ids of parameters and persistent buffers, and numbers of their changes, by name.
+        states: of optimizers.
+    """
+
+    by_name: dict[str, tuple[int, int]]
+    states: OptimizerStates
+
+
+def changes_in(module: nn.Module, others: list[Any]) -> Changes:
+    """Return the changes of a module, and of optimizers among other objects."""
     held = [*module.named_parameters(), *saved_buffers(module)]
-    return {name: (id(tensor), num_changes(tensor)) for name, tensor in held}
+    return Changes({name: (id(tensor), num_changes(tensor)) for name, tensor in held}, OptimizerStates(others))
 
 
-def saved_state(
-    module: nn.Module, others: list[Any], before: Mapping[str, tuple[int, int]] | None = None
-) -> dict[str, Any]:
+def saved_state(module: nn.Module, others: list[Any], before: Changes | None = None) -> dict[str, Any]:
     """Return copies of parameters, persistent buffers, and numeric settings of optimizers and schedulers; also what
     trains, and the mode of each layer.
 
@@ -51,9 +62,11 @@ def saved_state(
     """
     state = {name: _copied(value) for name, value in numbers_of(others)}
     if before is not None:
-        for name, (key, number) in changes_in(module).items():
-            known, earlier = before.get(name, (0, 0))
+        now = changes_in(module, others)
+        for name, (key, number) in now.by_name.items():
+            known, earlier = before.by_name.get(name, (0, 0))
             state[f"number of writes to {name}"] = number - earlier if known == key else -1
+        state |= before.states.numbers_until(now.states)
     state |= {f"{name}.requires_grad": p.requires_grad for name, p in module.named_parameters()}
     state |= {f"{name}.training": layer.training for name, layer in module.named_modules()}
     state |= {name: local_part(p).detach().clone() for name, p in module.named_parameters()}

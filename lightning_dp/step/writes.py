@@ -1,4 +1,6 @@
-"""Watch of what user code writes: parameters, buffers, attributes, modes, rates, released gradients, what trains."""
+"""Watch of what user code writes: parameters, buffers, states of optimizers, attributes, modes, rates, released
+gradients, what trains.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.refilling import reset_attributes
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of
@@ -46,6 +49,8 @@ class Look:
         self._held = [held.copy() for held in self._attributes]
         self._modes = [layer.training for layer in layers.all]
         self._numbers = held_numbers(others)
+        with unfollowed():
+            self._states = OptimizerStates(others)
 
     def writes_until(self, after: Look, known: set[Any]) -> Iterator[tuple[Any, ...]]:
         """Yield a key for each write until a later look, the same one for a write of the same kind.
@@ -84,6 +89,7 @@ class Look:
                 )
         if self._numbers != after._numbers:
             yield from (("number", name) for name in changed(_joined(self._numbers), _joined(after._numbers)))
+        yield from self._states.writes_until(after._states)
 
     @contextmanager
     def back_in(self) -> Iterator[None]:
@@ -111,6 +117,7 @@ class Look:
             for tensor, trains in zip(self._tensors, self._trains, strict=True):
                 if tensor.requires_grad != trains and tensor.is_leaf:
                     tensor.requires_grad_(trains)
+            self._states.put_back()
         for part, numbers in parts_of(self._others).items():
             numbers.update(self._numbers.get(part, {}))
 

@@ -94,7 +94,7 @@ def test_state_that_only_some_records_change_is_refused() -> None:
 
 def test_writes_of_the_same_value_are_counted() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    before = changes_in(module)
+    before = changes_in(module, [])
     with torch.no_grad():
         module[1].running_mean.zero_()
         module[1].weight = nn.Parameter(torch.ones(2))

@@ -43,7 +43,7 @@ class Module(L.LightningModule):
         return nn.functional.cross_entropy(scores, labels)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
 
 
 class Acts(L.Callback):
@@ -85,7 +85,16 @@ def faster(module: Any) -> None:
     module.trainer.optimizers[0].param_groups[0]["lr"] = 0.5
 
 
-ACTS = [frozen, drops, scaled, another_function, another_layer, zeroed, faster]
+def forgets(module: Any) -> None:
+    module.trainer.optimizers[0].state.clear()
+
+
+def stands_still(module: Any) -> None:
+    for state in module.trainer.optimizers[0].state.values():
+        state["momentum_buffer"].zero_()
+
+
+ACTS = [frozen, drops, scaled, another_function, another_layer, zeroed, faster, forgets, stands_still]
 REFUSED = r"after the records of a batch|differs after the records of a batch"
 
 
