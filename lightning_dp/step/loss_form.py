@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lightning_dp.per_sample.telling import telling
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
-
 from lightning_dp.step.loss_factors import LossFactors
 
 NEAR = 32
