@@ -190,6 +190,12 @@ class GradientEngine(SampleGradients):
         """Follow the owners of rows when the layout is learned again; return False if that is not possible or new."""
         return False
 
+    def differentiate_twice(self) -> bool:
+        """Record uses in backwards that create a graph, when the layout is learned again; return False if that is not
+        possible or new.
+        """
+        return False
+
     @abstractmethod
     def accept_grads(self, names: Iterable[str]) -> None:
         """Accept that these parameters hold a ``.grad`` within a microbatch, because it is the privatized gradient."""

@@ -275,7 +275,7 @@ def _run(
     if not in_backward():
         source.calls += 1
     data = {name: values[name] for name, axis in axes.items() if isinstance(axis, AXES)}
-    use = Use(source, source.keys, data.values(), None, out_axis)
+    use = Use(source, data.values(), None, out_axis)
     held = dict(zip(data, use.inputs, strict=True))
 
     def in_rows(size: int, laid_out: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:

@@ -165,6 +165,12 @@ class PerSampleEngine(GradientEngine):
         return self._rows.prefer_owners()
 
     @override
+    def differentiate_twice(self) -> bool:
+        is_new = not self._tracker.differentiates_twice
+        self._tracker.differentiates_twice = True
+        return is_new
+
+    @override
     def see(self, batch: Any) -> None:
         self._rows.see(batch)
 

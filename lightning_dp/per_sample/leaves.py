@@ -88,7 +88,7 @@ def copies_of(
     source = tracker.source(LEAF, node.shape, "copies", {"copy": node})
     if not in_backward():
         source.calls += 1
-    return tap_copies(make(tensor.detach().requires_grad_()), Use(source, source.keys, (), None, axis))
+    return tap_copies(make(tensor.detach().requires_grad_()), Use(source, (), None, axis))
 
 
 def aligned(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import leaves, mapping
-from lightning_dp.per_sample._torch import in_backward
+from lightning_dp.per_sample import leaves, mapping, twice
 from lightning_dp.per_sample.arguments import replaced
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
@@ -21,7 +20,7 @@ from lightning_dp.per_sample.owned import Mixed, OwnedAxis, Rows
 from lightning_dp.per_sample.repeats import copy_of, of_constants, one_of, repeated_for_samples
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.traits import traits_of
-from lightning_dp.per_sample.uses import Use, tap_output
+from lightning_dp.per_sample.uses import Use
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
@@ -32,7 +31,7 @@ def use(
 ) -> Any:
     """Run an operation that has a rule, while the owners of rows are followed."""
     assert tracker.follower is not None
-    (tensor, weight, bias), spec, call = bound
+    (tensor, _, _), spec, _ = bound
     rows = tracker.follower.owners_of(tensor)
     if isinstance(rows, Mixed):
         return _refuse(func, nodes.values(), rows)
@@ -42,14 +41,8 @@ def use(
     axis = _axis_for(rule, spec, rows, tensor)
     if axis is None:
         return tracker.unbatched(func, nodes.values())
-    out = call(func, weight.detach() if "weight" in nodes else weight, bias.detach() if "bias" in nodes else bias)
-    source = tracker.source(rule, spec, func.__name__, nodes)
-    if not in_backward():
-        source.calls += 1
-    made = Use(source, source.keys, (tensor,), axis, axis)
-    tracker.recorder.count(made.inputs[0])
-    tracker.recorder.count(out)
-    return tap_output(out, made)
+    made = Use(tracker.source(rule, spec, func.__name__, nodes), (tensor,), axis, axis)
+    return twice.recorded(tracker, func, args, kwargs, bound, nodes, made)
 
 
 def compare(tracker: Tracker, func: Any, nodes: Iterable[Node], rows: Rows | None, tensors: Iterable[Tensor]) -> None:

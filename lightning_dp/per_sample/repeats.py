@@ -86,7 +86,7 @@ def copy_of(tracker: Tracker, tensor: Tensor, node: Node, value: Tensor, axis: O
     source = tracker.source(leaves.LEAF, node.shape, "copies", {"copy": node})
     if not in_backward():
         source.calls += 1
-    return tap(value, Use(source, source.keys, (), None, axis))
+    return tap(value, Use(source, (), None, axis))
 
 
 def of_constants(tracker: Tracker, func: Any, args: Any, kwargs: Any, tensor: Tensor, *, follows: bool) -> Any:

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.layout import TWICE
+
 
 class ThroughTime(torch.autograd.Function):
     """The backward through time of one layer in one direction; its forward passes on the outputs of the fused
@@ -52,6 +55,11 @@ class ThroughTime(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise PrivacyError(
+                f"Expected a backward without create_graph, {TWICE} a recurrent layer of torch. Second derivatives of "
+                "such layers need grad_sample='single'."
+            )
         backward: Any = {"lstm": _lstm_backward, "gru": _gru_backward}.get(ctx.kind, _rnn_backward)
         gates_x, gates_h, projected, h0, c0 = backward(ctx, *grads)
         return gates_x, gates_h, projected, h0, c0, None, None, None, None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import leaves, mapping, owned_uses
+from lightning_dp.per_sample import leaves, mapping, owned_uses, twice
 from lightning_dp.per_sample._torch import in_backward, uncompiled, unreported
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.following import Follower
@@ -29,7 +29,7 @@ from lightning_dp.per_sample.repeats import Repeats
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.sharing import Sharing
 from lightning_dp.per_sample.sources import Source
-from lightning_dp.per_sample.uses import Recorder, Use, tap_output
+from lightning_dp.per_sample.uses import Recorder, Use
 from lightning_dp.per_sample.workspace import Workspace
 
 _GENERAL = Operation(lambda tracker, *given: tracker.general(*given))
@@ -79,6 +79,8 @@ class Tracker:
         """Tensor whose rows have the order of those that the operation which runs is given."""
         self.num_misplaced = 0
         """Uses whose rows belong to other samples than their positions say, as far as both are known."""
+        self.differentiates_twice = False
+        """Whether uses in a backward that creates a graph are recorded, which costs time."""
         self.chooses_rows = False
         """Whether data have chosen the rows of a use while owners were compared: other values may leave other rows."""
 
@@ -197,13 +199,13 @@ class Tracker:
 
     def use(self, func: Any, args: Any, kwargs: Any, rule: Rule, bound: Bound) -> Any:
         """Run an operation that has a rule."""
-        (tensor, weight, bias), spec, call = bound
+        (tensor, weight, bias), spec, _ = bound
         if self.node_of(tensor) is not None:
             return self.general(func, args, kwargs)
         found = {"weight": self.node_of(weight), "bias": self.node_of(bias)}
         nodes = {name: node for name, node in found.items() if node is not None}
-        if nodes and isinstance(weight, Tensor) and weight.is_complex():  # rules do not conjugate
-            return self.general(func, args, kwargs)
+        if nodes and isinstance(weight, Tensor) and (weight.is_complex() or not twice.allows(self, rule, tensor)):
+            return self.general(func, args, kwargs)  # rules do not conjugate
         if not nodes:
             return func(*args, **kwargs)
         if self.follower is not None:
@@ -218,18 +220,11 @@ class Tracker:
             and rule.follows(spec, in_axis.axis, tensor.dim())
         ):
             return self.unbatched(func, nodes.values())
-        out = call(func, weight.detach() if "weight" in nodes else weight, bias.detach() if "bias" in nodes else bias)
+        use = Use(self.source(rule, spec, func.__name__, nodes), (tensor,), in_axis, out_axis)
+        out = twice.recorded(self, func, args, kwargs, bound, nodes, use)
         size = self.recorder.batch_size
         rows = in_axis.rows_of_one(tensor, size, func.__name__)
-        if rows != out_axis.rows_of_one(out, size, func.__name__):
-            return self.unbatched(func, nodes.values())
-        source = self.source(rule, spec, func.__name__, nodes)
-        if not in_backward():
-            source.calls += 1
-        use = Use(source, source.keys, (tensor,), in_axis, out_axis)
-        self.recorder.count(use.inputs[0])
-        self.recorder.count(out)
-        return tap_output(out, use)
+        return out if rows == out_axis.rows_of_one(out, size, func.__name__) else self.unbatched(func, nodes.values())
 
     def source(self, rule: Rule, spec: Any, operation: str, nodes: Mapping[str, Node]) -> Source:
         """Return the source of all uses of these tensors in one operation."""

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import adds_to_leaves, backward_number, is_view, keeps_graph, own_view
-from lightning_dp.per_sample.layout import WAY_OUT
+from lightning_dp.per_sample.layout import TWICE, WAY_OUT
 from lightning_dp.system.torch_private import num_changes
 
 if TYPE_CHECKING:
@@ -121,13 +121,13 @@ class Use:
     def __init__(
         self,
         source: Source,
-        keys: frozenset[Hashable],
         inputs: Iterable[Tensor],
         in_axis: BatchAxis | OwnedAxis | None,
         out_axis: BatchAxis | OwnedAxis,
+        keys: frozenset[Hashable] | None = None,
     ) -> None:
         self.source = source
-        self.keys = keys
+        self.keys = source.keys if keys is None else keys
         self.generation = source.recorder.generation
         self.inputs = [tensor.detach() for tensor in inputs]
         self.versions = [num_changes(tensor) for tensor in self.inputs]
@@ -151,8 +151,8 @@ class Use:
             )
         if torch.is_grad_enabled():
             raise PrivacyError(
-                f"Expected a backward without create_graph, got create_graph=True through {source}. "
-                "Gradient penalties need second derivatives, which only grad_sample='single' supports."
+                f"Expected a backward without create_graph, {TWICE} {source}. "
+                "Second derivatives of this use need grad_sample='single'."
             )
         if not recorder.counts_backward():
             return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
-from lightning_dp.per_sample.layout import MISLED, PENALTY
+from lightning_dp.per_sample.layout import MISLED, PENALTY, TWICE
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings
 from lightning_dp.step.foreign import OneAloneError
@@ -79,6 +79,9 @@ class OneByOne:
         reason = self._reason or error or PrivacyError("Another rank could not follow the uses of private parameters.")
         misled = step.reduction.agree(any(each in str(reason) for each in MISLED)) and not step.reduction.is_sharded
         if misled and step.engine.prefer_owners() and not step.reduction.agree(learn() is not None):
+            return True
+        is_twice = step.reduction.agree(TWICE in str(reason)) and not step.reduction.is_sharded
+        if is_twice and step.engine.differentiate_twice() and not step.reduction.agree(learn() is not None):
             return True
         if not step.settings.may_run_alone or step.reduction.is_sharded:
             raise reason

@@ -31,6 +31,7 @@ def make_engine(
     *,
     names: list[str] | None = None,
     with_backward: bool = False,
+    twice: bool = False,
     **options: Any,
 ) -> PerSampleEngine:
     """An attached engine that has learned the layout as the strategy does: two samples, repeated."""
@@ -43,6 +44,7 @@ def make_engine(
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad and (names is None or n in names)}
     engine = PerSampleEngine(module, **options)
     engine.attach()
+    assert not twice or engine.differentiate_twice()
     engine.set_parameters(parameters)
     engine.learn_layout(run)
     module.zero_grad()

@@ -164,6 +164,9 @@ class Rule(ABC):
     is_stackable = True
     """True if equal layers can be computed as one layer of all their samples."""
 
+    is_linear = False
+    """True if the operation is linear in its input, up to a bias."""
+
     parameters: tuple[str, ...] = ("weight", "bias")
     """Local names of the parameters the rule knows."""
 

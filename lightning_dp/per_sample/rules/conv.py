@@ -57,6 +57,8 @@ class ConvRule(Rule):
         torch.Size([2, 4, 3, 3, 3])
     """
 
+    is_linear = True
+
     @override
     def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
         return axis == 0 and num_axes == len(spec.kernel_size) + 2
@@ -113,9 +115,8 @@ class ConvRule(Rule):
     ) -> Tensor:
         if name != "weight":
             return super().active_entries(module, calls, batch_size, name, mask)
-        conv = _checked(module)
         entries = _product(calls[0]).new_empty(batch_size, mask.num_active)
-        for low, high, grads in _gradients_in_blocks(conv, calls, batch_size):
+        for low, high, grads in _gradients_in_blocks(_checked(module), calls, batch_size):
             torch.index_select(grads.flatten(1), 1, mask.indices, out=entries[low:high])
         return entries
 

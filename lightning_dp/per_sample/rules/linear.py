@@ -50,6 +50,7 @@ class LinearRule(Rule):
     """The rule for ``nn.Linear``, with any number of positions, calls and rows per sample."""
 
     fills_buffers = True
+    is_linear = True
 
     @override
     def follows(self, spec: Any, axis: int, num_axes: int) -> bool:
