@@ -108,16 +108,19 @@ class Decisions:
 
         Args:
             real: private optimizers that stepped.
-            counts: makes a context in which public counters have their values from before the batch.
+            counts: ``back_in`` makes a context in which public counters have their values from before the batch;
+                ``decided`` lists sets of optimizers that were checked from them, of other microbatches.
 
         Raises:
             PrivacyError: other optimizers step on a single sample, so whether noise is released depends on the samples.
         """
         private = self._step.accumulators.keys()
+        if not self._step.reduction.any(real not in counts.decided):
+            return
         for record in self._host.records(NUM_FEW):
             automatic = self._step.automatic  # there the host decides, within its optimizer_step
             run = partial(self._runs.run, [record], Draws(real=True), engine=False, rehearses=automatic)
-            with self._sandbox.enter() as snapshot, counts():
+            with self._sandbox.enter() as snapshot, counts.back_in():
                 stepped = self._host.attempt(run, snapshot.put_back).stepped & private
             if self._step.reduction.any(stepped != real):
                 raise PrivacyError(
@@ -125,6 +128,7 @@ class Decisions:
                     f"batch and of {sorted(stepped)} on one sample alone. One sample could switch off all others: let "
                     "batch_idx or a count decide when to step (a sample that is not finite contributes zero anyway)."
                 )
+        counts.decided.append(set(real))
 
     def check_public(self) -> None:
         """Check that a public optimizer's gradient depends neither on the records nor on their number.

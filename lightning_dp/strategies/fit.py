@@ -232,7 +232,7 @@ class PrivateFit:
             if anywhere(output is None and microbatch.count > 1):
                 self._trial.decisions.check_skip()
         elif self.step.settings.check_per_sample and anywhere(microbatch.collected < self.step.accumulators.keys()):
-            self._trial.decisions.check_steps(microbatch.collected, counts.back_in)
+            self._trial.decisions.check_steps(microbatch.collected, counts)
 
     def _run_real(self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0) -> Any:
         """Run the only call of a logical batch with lasting effects; under automatic optimization, Lightning runs its

@@ -236,6 +236,8 @@ class Counts:
         self._strategy = strategy
         self._global_step = strategy.trainer.global_step
         self._after: int | None = None
+        self.decided: list[set[int]] = []
+        """Sets of optimizers that stepped from these counters, once single samples have decided likewise."""
         self._attributes, self._names = _plain(strategy.module.__dict__), {*strategy.module.__dict__}
 
     @classmethod

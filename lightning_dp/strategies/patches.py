@@ -100,7 +100,7 @@ class Patches:
             counts, before = Counts(self._strategy), self._step.state.steps_taken
             answer = optimizer_step(*args, **kwargs)
             if self._step.settings.check_per_sample and self._step.state.steps_taken == before:
-                self._trial.decisions.check_steps(set(), counts.back_in)
+                self._trial.decisions.check_steps(set(), counts)
             return answer
 
         return step

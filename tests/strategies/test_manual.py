@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
+from lightning_dp.step.runs import TrialRuns
 from tests.helpers import NUM_FEATURES, ByHand, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 
@@ -261,58 +262,31 @@ def test_a_parameter_in_two_optimizers_is_in_both_releases(
         torch.testing.assert_close(second["network.2.weight"], factor * first["network.2.weight"])
 
 
-class InTurns(SharedWeights):
-    """The second optimizer waits for every other batch, and steps first then."""
+class InTurns(TwoOptimizers):
+    """One optimizer per batch, as some GANs have it."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        first, second = self.optimizers()
-        for optimizer in (first, second):
-            optimizer.zero_grad()
-        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-        if batch_idx % 2:
-            second.step()
-        first.step()
+        loss, optimizer = nn.functional.cross_entropy(self(batch[0]), batch[1]), self.optimizers()[batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
 
 
-def test_shared_parameter_waits_for_no_earlier_optimizer(tmp_path: Any) -> None:
-    recorder = Recorder()
-    strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1e3, check_per_sample=False)
-    make_trainer(strategy, tmp_path, callbacks=[recorder]).fit(InTurns(backwards=1), make_loader())
-    firsts = [seen for seen in recorder.before_step if "network.0.weight" in seen and "network.2.weight" in seen]
-    assert len(recorder.before_step) == 6
-    for second, first in ((1, 2), (4, 5)):
-        torch.testing.assert_close(
-            recorder.before_step[second]["network.2.weight"], recorder.before_step[first]["network.2.weight"]
-        )
-    assert all(float(seen["network.2.weight"].abs().max()) > 0 for seen in firsts)
+def test_turns_of_optimizers_are_tried_once_per_batch(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tried = TrialRuns.run, []
 
+    def counted(self: TrialRuns, records: list[Any], *rest: Any, **options: Any) -> Any:
+        tried.append(len(records))
+        return run(self, records, *rest, **options)
 
-def test_shared_parameter_is_clipped_and_noised_each_time(tmp_path: Any) -> None:
-    """Two releases a step, each with noise of sigma sqrt(2), cost one event at sigma; their noise is drawn apart."""
-    recorder = Recorder()
-    strategy = DPStrategy(noise_multiplier=1.5, max_grad_norm=1e-3)
-    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder], max_epochs=25)
-    trainer.fit(SharedWeights(backwards=2), make_loader())
-    assert strategy.ledger.num_steps == strategy.steps_taken == 100
-    (entry,) = strategy.ledger.entries
-    assert entry.event.noise_multiplier == pytest.approx(1.5)
-    firsts, seconds = (
-        torch.stack([seen["network.2.weight"].flatten() for seen in recorder.before_step[start::2]]).double()
-        * 16
-        / 1e-3
-        for start in (0, 1)
-    )
-    for draws in (firsts, seconds):
-        # 15 coordinates x 100 draws: the standard deviation within 5 standard errors of 1.8 %
-        assert float((draws - draws.mean(0)).std()) == pytest.approx(1.5 * math.sqrt(2), rel=0.1)
-    together = (firsts - firsts.mean(0)) * (seconds - seconds.mean(0))
-    assert abs(float(together.mean())) < 0.15 * 4.5
-
-
-def test_parameter_in_public_and_private_optimizer_is_refused(tmp_path: Any) -> None:
-    strategy = DPStrategy(noise_multiplier=1.0, public_optimizers=[1])
-    with pytest.raises(ValueError, match=r"in private optimizers or in public ones, got one of shape .* 0 and 1"):
-        make_trainer(strategy, tmp_path).fit(SharedWeights(backwards=2), make_loader())
+    monkeypatch.setattr(TrialRuns, "run", counted)
+    num = []
+    for size in (None, 1):
+        strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=size)
+        make_trainer(strategy, tmp_path, max_epochs=2).fit(InTurns(), make_loader())
+        num.append(tried.count(1))
+        tried.clear()
+    assert 8 * 3 <= num[0] <= num[1] < num[0] + 100  # three trials for each of 128 microbatches are 384
 
 
 class ClippedByHand(Manual):
