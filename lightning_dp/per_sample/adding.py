@@ -32,6 +32,19 @@ def counted(step: Step) -> Found:
     return after_adding(step.out, 0, step.args[0], None, rows, step.memo)
 
 
+def segmented(step: Step) -> Found:
+    """Return the owners of reduced segments of rows, given by their lengths or by where they begin and end."""
+    data, options = step.args[0], step.kwargs
+    rows = next((rows for tensor, rows in step.owned if tensor is data), None)
+    lengths, offsets = options.get("lengths"), options.get("offsets")
+    if lengths is None and offsets is not None:
+        lengths = offsets.diff()
+    if lengths is None or lengths.dim() != 1 or options.get("axis", 0) or int(lengths.sum()) != len(data):
+        return MIXED
+    index = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    return after_adding(step.out, 0, index, None, rows, step.memo)
+
+
 def after_adding(target: Tensor, dim: int, index: Tensor, before: Rows | None, rows: Rows | None, memo: Memo) -> Owners:
     """Return the owners after rows are added to a target by an index; mixed if one sum holds rows of several samples.
 

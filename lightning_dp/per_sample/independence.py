@@ -25,7 +25,8 @@ _ADDS_UP = (
     "The gradient of the whole batch is that of its samples together, so no sample influences another: the per-sample "
 )
 _OURS = (
-    "gradient of some operation is wrong, which is ours to mend. Until then use grad_sample='single', and report the "
+    "gradient of some operation is wrong, which is ours to mend, or samples use copies of a parameter that were made "
+    "for others, such as the first of the copies for all frames. Until then use grad_sample='single', and report the "
     "module."
 )
 _REORDERED = (
@@ -252,8 +253,9 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
             )
         if abs(middle - 1) <= 10 * tolerance:
             return (
-                "Direction and size of each gradient nearly agree, so no cause is apparent. An operation may compute "
-                "with less precision in a batch than on one sample."
+                "Direction and size of each gradient nearly agree: an operation computes with less precision in a "
+                "batch than on one sample, or samples share a small part of the loss, such as a denominator. "
+                "per_sample_loss=True counts each record's own loss."
             )
         return (
             f"All gradients are {middle:.4g} times as large (batch of {samples}): the loss is divided by something "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample import reductions
-from lightning_dp.per_sample.adding import added, after_adding, counted
+from lightning_dp.per_sample.adding import added, after_adding, counted, segmented
 from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.axes import JOINS, AxisAfter, indexed
 from lightning_dp.per_sample.memo import Memo
@@ -217,6 +217,7 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(_ADDING, added),
     "__setitem__": _written,
     "bincount": counted,
+    "segment_reduce": segmented,
     "as_strided": _strided,
     **reductions.HANDLERS,
 }

@@ -412,6 +412,31 @@ def test_owners_of_a_batch_stay_if_the_step_writes_to_it(name: str) -> None:
         make(nn.ModuleList([layer, head]), loss, batch_of)
 
 
+@pytest.mark.parametrize("by", ["lengths", "offsets"])
+def test_reduced_segments_belong_to_the_owner_of_their_rows(by: str) -> None:
+    torch.manual_seed(0)
+    layer, head, bags = nn.Linear(3, 3).double(), nn.Linear(3, 2).double(), bags_of(3)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        lengths = torch.tensor([len(bag) for bag in batch])
+        given = lengths if by == "lengths" else F.pad(lengths.cumsum(0), (1, 0))
+        return head(torch.segment_reduce(layer(torch.cat(batch)), "max", **{by: given})).square().sum(1)
+
+    assert assert_agrees(nn.ModuleList([layer, head]), loss, lambda chosen: [bags[i] for i in chosen]).follows_owners
+
+
+def test_segments_of_two_samples_are_refused() -> None:
+    layer, head, bags = nn.Linear(3, 3).double(), nn.Linear(3, 2).double(), bags_of(3)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        rows = torch.cat(batch)
+        lengths = torch.tensor([1, len(rows) - 1])
+        return head(torch.segment_reduce(layer(rows), "sum", lengths=lengths)).square().sum(1)
+
+    with pytest.raises(PrivacyError, match="rows that come from segment_reduce"):
+        make(nn.ModuleList([layer, head]), loss, lambda chosen: [bags[i] for i in chosen])
+
+
 def test_rows_in_an_order_of_the_data_agree() -> None:
     torch.manual_seed(0)
     layer, bags = nn.Linear(3, 3).double(), bags_of(3)
