@@ -136,6 +136,24 @@ def _einsum(step: Step) -> Found:
     return merged(aligned, len(result), step.memo)
 
 
+def _tensordot(step: Step) -> Found:
+    """Return the owners after a product summed over some axes: the left tensor's other axes come first."""
+    found = alone(step)
+    left, right = step.args[:2]
+    over = step.kwargs.get("dims", step.args[2] if len(step.args) > 2 else 2)
+    if found is None or left is right or isinstance(over, Tensor):
+        return MIXED
+    if isinstance(over, int):
+        over = [*range(left.dim() - over, left.dim())], [*range(over)]
+    tensor, rows = found
+    lost = [{axis % one.dim() for axis in axes} for one, axes in zip((left, right), over, strict=True)]
+    here = lost[tensor is right]
+    if rows.axis is None or rows.axis in here:
+        return MIXED
+    before = sum(axis not in here for axis in range(rows.axis))
+    return rows.moved(before + (left.dim() - len(lost[0]) if tensor is right else 0))
+
+
 def _compared(step: Step) -> Found:
     """Rows compared along one axis, which the result does not have."""
     axes = max(tensor.dim() for tensor in step.args[:2])
@@ -173,6 +191,7 @@ HANDLERS: dict[str, Callable[[Step], Found]] = {
     "where": where,
     "cosine_similarity": _compared,
     "einsum": _einsum,
+    "tensordot": _tensordot,
     "baddbmm": _stacked,
     "scaled_dot_product_attention": _attention,
 }

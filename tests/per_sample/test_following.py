@@ -425,6 +425,37 @@ def test_reduced_segments_belong_to_the_owner_of_their_rows(by: str) -> None:
     assert assert_agrees(nn.ModuleList([layer, head]), loss, lambda chosen: [bags[i] for i in chosen]).follows_owners
 
 
+@pytest.mark.parametrize("how", ["left", "right", "number"])
+def test_tensordot_with_constants_keeps_the_owners(how: str) -> None:
+    torch.manual_seed(0)
+    layer, head, bags = nn.Linear(3, 4).double(), nn.Linear(2, 2).double(), bags_of(3)
+    constant = torch.randn(2, 4, dtype=torch.float64)
+    head.register_buffer("constant", constant)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        rows = layer(torch.cat(batch))
+        if how == "left":
+            mixed = torch.tensordot(rows, constant, dims=([1], [-1]))
+        elif how == "right":
+            mixed = torch.tensordot(constant, rows, dims=([-1], [1])).T
+        else:
+            mixed = torch.tensordot(rows, constant.T, 1)
+        return summed(head(mixed.tanh()), batch)
+
+    assert assert_agrees(nn.ModuleList([layer, head]), loss, lambda chosen: [bags[i] for i in chosen]).follows_owners
+
+
+def test_tensordot_over_rows_mixes_samples() -> None:
+    layer, head, bags = nn.Linear(3, 3).double(), nn.Linear(3, 2).double(), bags_of(3)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        rows = layer(torch.cat(batch))
+        return summed(head(torch.tensordot(torch.ones(len(rows), len(rows)).double(), rows, 1)), batch)
+
+    with pytest.raises(PrivacyError, match="rows that come from tensordot"):
+        make(nn.ModuleList([layer, head]), loss, lambda chosen: [bags[i] for i in chosen])
+
+
 def test_segments_of_two_samples_are_refused() -> None:
     layer, head, bags = nn.Linear(3, 3).double(), nn.Linear(3, 2).double(), bags_of(3)
 
