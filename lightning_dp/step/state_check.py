@@ -36,18 +36,23 @@ class Changes(NamedTuple):
     """The changes in place of tensors until now.
 
     Args:
-        by_name: ids of parameters and persistent buffers, and numbers of their changes, by name.
+        by_name: ids and addresses of parameters and persistent buffers, and numbers of their changes, by name.
         states: of optimizers.
     """
 
-    by_name: dict[str, tuple[int, int]]
+    by_name: dict[str, tuple[tuple[int, int], int]]
     states: OptimizerStates
 
 
 def changes_in(module: nn.Module, others: list[Any]) -> Changes:
     """Return the changes of a module, and of optimizers among other objects."""
     held = [*module.named_parameters(), *saved_buffers(module)]
-    return Changes({name: (id(tensor), num_changes(tensor)) for name, tensor in held}, OptimizerStates(others))
+    by_name = {name: ((id(tensor), _address_of(tensor)), num_changes(tensor)) for name, tensor in held}
+    return Changes(by_name, OptimizerStates(others))
+
+
+def _address_of(tensor: Tensor) -> int:
+    return 0 if tensor.layout != torch.strided else local_part(tensor).data_ptr()
 
 
 def saved_state(module: nn.Module, others: list[Any], before: Changes | None = None) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def saved_state(module: nn.Module, others: list[Any], before: Changes | None = N
     if before is not None:
         now = changes_in(module, others)
         for name, (key, number) in now.by_name.items():
-            known, earlier = before.by_name.get(name, (0, 0))
+            known, earlier = before.by_name.get(name, ((0, 0), 0))
             state[f"number of writes to {name}"] = number - earlier if known == key else -1
         state |= before.states.numbers_until(now.states)
     state |= {f"{name}.requires_grad": p.requires_grad for name, p in module.named_parameters()}

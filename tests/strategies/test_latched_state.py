@@ -81,6 +81,10 @@ def zeroed(module: Any) -> None:
         module.network[0].bias.zero_()
 
 
+def elsewhere(module: Any) -> None:
+    module.network[0].bias.data = torch.zeros(5)
+
+
 def faster(module: Any) -> None:
     module.trainer.optimizers[0].param_groups[0]["lr"] = 0.5
 
@@ -94,7 +98,7 @@ def stands_still(module: Any) -> None:
         state["momentum_buffer"].zero_()
 
 
-ACTS = [frozen, drops, scaled, another_function, another_layer, zeroed, faster, forgets, stands_still]
+ACTS = [frozen, drops, scaled, another_function, another_layer, zeroed, elsewhere, faster, forgets, stands_still]
 REFUSED = r"after the records of a batch|differs after the records of a batch"
 
 
