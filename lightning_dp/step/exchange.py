@@ -60,6 +60,11 @@ def random_weights(size: int, leaves: int) -> Tensor:
     return weights[:size]
 
 
+def _least(dtype: torch.dtype) -> float:
+    """Return the length from which a gradient has a direction; zero may be the floor of a norm's rounding instead."""
+    return float(torch.finfo(dtype).tiny ** 0.5)
+
+
 def fingerprint(
     reduction: Reduction, engine: Any, weights: Tensor, parameters: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,7 +78,7 @@ def fingerprint(
     """
     norms = reduction.squared_norms(engine, [[name] for name in parameters]).sqrt()
     total = norms.nan_to_num(nan=0.0, posinf=0.0).square().sum(0).sqrt()
-    usable = (total > 0) & norms.isfinite().all(0)
+    usable = (total > _least(norms.dtype)) & norms.isfinite().all(0)
     factors = torch.where(usable, weights.to(norms) / total.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
     return norms, reduction.weighted_sum(engine, factors, parameters)
 
@@ -150,7 +155,7 @@ def compare(
         return
     lengths = norms.nan_to_num().square().sum(0).sqrt()
     # a gradient of zero may have the norm of a floor of rounding, which is scaled by the size of the batch
-    differs = (norms - others).abs() > tolerance * lengths + torch.finfo(first.norms.dtype).tiny ** 0.5
+    differs = (norms - others).abs() > tolerance * lengths + _least(first.norms.dtype)
     differs |= norms.isfinite() != others.isfinite()
     if bool(differs.any()):
         worst = ((norms - others).abs() / lengths.clamp_min(1e-300)).nan_to_num(nan=float("inf")).max()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -162,3 +164,20 @@ def test_a_record_of_one_row_has_the_shapes_of_the_record() -> None:
     assert made["fixed"].tolist() == [7, 8]
     assert record["x"].tolist() == [0.0, 1.0, 2.0, 3.0]
     assert made_records.of_one_row((entry for entry in "a"), other) is None
+
+
+class Sums:
+    """Two samples, of which the second has a gradient of zero, whose norm is a floor of rounding."""
+
+    def squared_norms(self, engine: Any, groups: Any) -> Tensor:
+        return torch.tensor([[4.0, 1e-40]])
+
+    def weighted_sum(self, engine: Any, factors: Tensor, parameters: Any) -> dict[str, Tensor]:
+        return {"weight": factors}
+
+
+def test_a_gradient_of_zero_has_no_direction() -> None:
+    sums: Any = Sums()
+    norms, found = exchange.fingerprint(sums, None, torch.tensor([3.0, 3.0]), {"weight": torch.zeros(1)})
+    assert norms[0].tolist() == pytest.approx([2.0, 1e-20], rel=1e-3)
+    assert found["weight"].tolist() == [1.5, 0.0]
