@@ -13,9 +13,9 @@ class PrivacyError(RuntimeError):
     ledger, a spent budget. Such a state is never repaired silently and never causes only a warning.
     """
 
+    difference = math.inf
+    """How much gradients differ, relative to the length of a sample's gradient, if it is raised for that."""
+
 
 class ComparisonError(PrivacyError):
     """A ``PrivacyError`` for gradients that differ where they are compared: samples may influence each other."""
-
-    difference = math.inf
-    """How much they differ, relative to the length of a sample's gradient."""

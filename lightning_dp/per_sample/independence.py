@@ -100,10 +100,14 @@ def compare_with_singles(
     if worst and adds_up is not None and adds_up():
         pairs = [(one.sqrt().sort().values, two.sqrt().sort().values) for one, two, *_ in sums.values()]
         sorts = all(torch.allclose(one, two, rtol=0.0, atol=rtol * largest) for one, two in pairs)
-        raise PrivacyError(f"{_difference(worst, rtol)} {_ADDS_UP}{_REORDERED if sorts else _OURS}")
+        found = PrivacyError(f"{_difference(worst, rtol)} {_ADDS_UP}{_REORDERED if sorts else _OURS}")
+        found.difference = max(size for size, _ in worst.values())
+        raise found
     if worst:
         cause = _cause(totals_b[both_finite], totals_s[both_finite], totals_bs[both_finite], samples, max(rtol, 1e-3))
-        raise ComparisonError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")
+        different = ComparisonError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")
+        different.difference = max(size for size, _ in worst.values())
+        raise different
 
 
 def find_unsupported(module: nn.Module, *, runs_samples_alone: bool = False) -> list[tuple[str, nn.Module, str]]:

@@ -161,7 +161,7 @@ class OneByOne:
     def _adds_up(self, snapshot: Snapshot, records: list[Any]) -> list[bool | None]:
         coins = (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,)
         few = exchange.differing(records)[:NUM_ALONE]
-        return [self._couplings.adds_up(snapshot, few, coin) for coin in coins]
+        return [self._couplings.adds_up(snapshot, few, Draws(seed=1, coin=coin)) for coin in coins]
 
     def _run_alone(self) -> None:
         self._runs.step.run_alone()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_dp import DPStrategy
-from lightning_dp.errors import PrivacyError
+from lightning_dp.errors import ComparisonError, PrivacyError
+from lightning_dp.step.couplings import Couplings
 from tests.helpers import Classifier, make_dataset, make_loader, make_trainer
 
 
@@ -106,3 +109,27 @@ def test_batches_of_nothing_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(strategy, tmp_path, max_epochs=1)
     with pytest.raises(PrivacyError, match="records as drawn, got None"):
         trainer.fit(Classifier(), DataLoader(make_dataset(), batch_size=16, collate_fn=collate))
+
+
+@pytest.mark.parametrize(
+    ("differences", "runs"),
+    [([], [0]), ([0.0012], [0, 1]), ([0.0012] * 4, [0, 1, 2, 3]), ([0.06], [0])],
+    ids=["none", "once", "always", "large"],
+)
+def test_a_small_difference_from_single_runs_is_looked_at_again(differences: list[float], runs: list[int]) -> None:
+    left, moved = [*differences], []
+
+    class Alone(Couplings):
+        def _compare_alone(self, snapshot: Any, records: list[Any], coin: float, number: int) -> None:
+            moved.append(number)
+            if left:
+                error = ComparisonError("another gradient")
+                error.difference = left.pop()
+                raise error
+
+    runs_of_step: Any = SimpleNamespace(step=SimpleNamespace(reduction=SimpleNamespace(world_size=1)))
+    couplings = Alone.__new__(Alone)
+    couplings._runs = runs_of_step
+    with pytest.raises(ComparisonError) if len(differences) == len(runs) else nullcontext():
+        couplings.check_alone(None, [1, 2])  # type: ignore[arg-type]
+    assert moved == runs
