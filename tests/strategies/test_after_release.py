@@ -221,6 +221,7 @@ class Follows(Classifier):
         checkpoint["teacher"] = self.teacher.state_dict()
 
 
+@pytest.mark.slow
 def test_code_that_follows_weights_and_counts_is_free(tmp_path: Any) -> None:
     module = Follows(optimizer=torch.optim.AdamW)
     assert fit(module, tmp_path, epochs=3).ledger.num_steps == 12

@@ -201,6 +201,7 @@ def test_state_written_in_a_hook_is_refused(hook: str, microbatch_size: int | No
 
 
 @pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.one_in(2)
 def test_state_written_by_a_callback_is_refused(hook: str, tmp_path: Any) -> None:
     def write(self: Any, trainer: Any, module: Any, *args: Any) -> None:
         HOOKS[hook](module, *args)
@@ -235,6 +236,7 @@ def test_state_written_by_a_lambda_callback_is_refused(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("since", [0, 1, 3])
+@pytest.mark.one_in(3)
 def test_an_epoch_that_the_data_cut_short_is_refused(since: int, tmp_path: Any) -> None:
     class Skipping(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
@@ -244,6 +246,7 @@ def test_an_epoch_that_the_data_cut_short_is_refused(since: int, tmp_path: Any) 
         fit(Skipping(), tmp_path, epochs=3)
 
 
+@pytest.mark.slow
 def test_an_epoch_that_a_count_cuts_short_is_free(tmp_path: Any) -> None:
     class Skipping(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
@@ -266,6 +269,7 @@ def test_callbacks_run_in_real_batches_only(tmp_path: Any) -> None:
     assert "on_train_batch_end" not in vars(callback)
 
 
+@pytest.mark.slow
 def test_a_callback_that_follows_the_weights_is_free(tmp_path: Any) -> None:
     """It writes into the module, is tried once it does, and is left as it was by that."""
 
@@ -298,6 +302,7 @@ class Momentum(Classifier):
         return loss + (self.network[0](batch[0]) - self.teacher(batch[0])).square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch_size", [None, 5, 1])
 def test_a_teacher_that_follows_the_weights_is_free(tmp_path: Any, microbatch_size: int | None) -> None:
     module = Momentum()
@@ -370,13 +375,14 @@ COINS = [
 
 
 @pytest.mark.parametrize("step", COINS, ids=lambda step: step.__name__)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_coin_that_mixes_a_batch_is_refused(step: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=r"influence each other|its gradient when run alone"):
         fit(attack(step)(), tmp_path)
 
 
 @pytest.mark.parametrize("where", ["collate", "transfer"])
+@pytest.mark.one_in(2)
 def test_a_coin_that_mixes_before_the_step_is_refused(where: str, tmp_path: Any) -> None:
     def collate(samples: list[Any]) -> Any:
         features, labels = torch.utils.data.default_collate(samples)
@@ -491,6 +497,7 @@ def test_a_scale_of_the_batch_for_unobserved_records_is_found(tmp_path: Any) -> 
 
 
 @pytest.mark.parametrize("since", [1, 9])
+@pytest.mark.one_in(2)
 def test_a_coupling_that_begins_later_is_found(since: int, tmp_path: Any) -> None:
     class Later(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -616,6 +623,7 @@ def test_trials_show_no_raw_gradient_and_move_nothing(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("check_per_sample", [True, False])
+@pytest.mark.one_in(2)
 def test_hooks_on_parameters_see_no_raw_gradient(check_per_sample: bool, tmp_path: Any) -> None:
     seen: list[Any] = []
 
@@ -665,7 +673,7 @@ class Busy(Classifier):
 
 @pytest.mark.parametrize("automatic", [True, False])
 @pytest.mark.parametrize("drawn", [0, 1, 4, 5, 12])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(5)
 def test_state_after_a_step_is_free_of_the_batch_size(
     drawn: int, automatic: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -729,6 +737,7 @@ def test_sparse_adam_is_refused(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("check_per_sample", [True, False])
+@pytest.mark.one_in(2)
 def test_a_backward_that_goes_nowhere_is_refused(check_per_sample: bool, tmp_path: Any) -> None:
     class Nowhere(Classifier):
         def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -36,6 +36,7 @@ def save_at(tmp_path: Path, **when: Any) -> ModelCheckpoint:
     ("when", "name"),
     [({"every_n_epochs": 1}, "epoch=1-step=8.ckpt"), ({"every_n_train_steps": 3}, "epoch=1-step=6.ckpt")],
 )
+@pytest.mark.one_in(2)
 def test_resumed_epsilon_equals_the_uninterrupted_runs(tmp_path: Path, when: dict[str, int], name: str) -> None:
     whole = fit(tmp_path / "whole", max_epochs=4)
     fit(tmp_path / "part", max_epochs=2, enable_checkpointing=True, callbacks=[save_at(tmp_path, **when)])

@@ -31,7 +31,7 @@ class Network(nn.Module):
 
 @pytest.mark.parametrize("how", ["wrapped", "in place", "whole", "function"])
 @pytest.mark.parametrize("grad_sample", ["single", "rules"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_compiled_code_runs_for_single_samples_alone(tmp_path: Any, caplog: Any, grad_sample: Any, how: str) -> None:
     """Also after the fit, whose trials watch operations: torch would not compile again what it has run so."""
     torch.compiler.reset()

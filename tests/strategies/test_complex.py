@@ -94,6 +94,7 @@ def test_real_and_imaginary_part_carry_the_noise_of_a_coordinate() -> None:
 
 
 @pytest.mark.parametrize("mask", [RandomSparsification(final_rate=0.5, schedule="constant"), MagnitudePruning(0.5)])
+@pytest.mark.one_in(2)
 def test_both_numbers_of_an_entry_are_masked_together(mask: Any) -> None:
     module = Wide() if isinstance(mask, RandomSparsification) else Operator()
     train(module, mask, steps=2)

@@ -117,6 +117,7 @@ def test_the_whole_run_is_one_gaussian(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("clipping", ["flat", PerLayerClipping(noise="equal"), "automatic", "psac"])
+@pytest.mark.one_in(2)
 def test_runs_on_neighbouring_data_differ_by_the_sensitivity(tmp_path: Any, clipping: str | Clipping) -> None:
     """A record that contributes nothing in one of them: C times the difference is at most drawn_std / sigma, at one
     record so.

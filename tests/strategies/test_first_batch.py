@@ -143,7 +143,7 @@ DRAWS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(10)
 def test_steps_that_draw_are_not_mistaken_for_steps_that_mix(tmp_path: Any, draw: Any) -> None:
     class Drawing(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -157,6 +157,7 @@ def test_steps_that_draw_are_not_mistaken_for_steps_that_mix(tmp_path: Any, draw
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.one_in(2)
 def test_partners_that_are_drawn_by_weight_are_refused(tmp_path: Any, rows: bool, replacement: bool) -> None:
     class Partners(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -24,6 +24,7 @@ def private(**options: Any) -> DPStrategy:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.one_in(2)
 def test_batch_size_of_the_loader_is_the_users(tmp_path: Path, accumulate: int) -> None:
     trainer = make_trainer(private(), tmp_path, accumulate_grad_batches=accumulate)
     trainer.fit(Classifier(), make_loader(batch_size=8))
@@ -43,6 +44,7 @@ class Stopping(L.Callback):
             trainer.should_stop = True
 
 
+@pytest.mark.slow
 def test_plain_trainer_resumes_a_private_run_in_mid_epoch(tmp_path: Path) -> None:
     path = tmp_path / "half.ckpt"
     module = Classifier()
@@ -114,6 +116,7 @@ def test_optimizer_step_is_called_with_the_last_of_its_batches(tmp_path: Path) -
     assert strategy.ledger.num_steps == 2
 
 
+@pytest.mark.slow
 def test_a_step_on_trial_sees_that_the_run_is_about_to_end(tmp_path: Path) -> None:
     class Reads(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -212,6 +215,7 @@ def test_a_step_without_a_loss_is_said_once(tmp_path: Path, caplog: pytest.LogCa
     assert strategy.ledger.num_steps == 4
 
 
+@pytest.mark.slow
 def test_own_attributes_of_instances_are_put_back(tmp_path: Path) -> None:
     """A user's own replacements of methods, on an optimizer, a logger and the module, outlive a fit."""
     optimizers: list[torch.optim.Optimizer] = []

@@ -41,6 +41,7 @@ class BornInFit(Classifier):
 
 
 @pytest.mark.parametrize("hook", ["__init__", "setup", "configure_model"])
+@pytest.mark.one_in(3)
 def test_fix_reaches_layers_wherever_they_are_made(hook: str, tmp_path: Any) -> None:
     module = Classifier(network()) if hook == "__init__" else BornInFit(hook)
     trainer = make_trainer(DPStrategy(noise_multiplier=1.0, fix=True), tmp_path)
@@ -67,6 +68,7 @@ class Activated(nn.BatchNorm1d):
         return nn.functional.batch_norm(x, mean, var, self.weight, self.bias, self.training, 0.1, self.eps).tanh()
 
 
+@pytest.mark.slow
 def test_a_fixed_subclass_trains_as_group_norm_does(tmp_path: Any) -> None:
     def network(*norm: nn.Module) -> nn.Module:
         torch.manual_seed(5)
@@ -154,7 +156,7 @@ SHAPES: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("by_hook", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 def test_loaders_of_every_shape_give_the_same_gradients(shape: str, by_hook: bool, tmp_path: Any) -> None:
     """Under one seed the same records are drawn as from a plain loader, and released as they are."""
     make, take = SHAPES[shape]
@@ -199,7 +201,7 @@ class Twice:
 
 
 @pytest.mark.parametrize(("overfit", "records", "steps"), [(0.5, 32, 2), (0.3, 16, 1), (1.0, 64, 4), (2, 32, 2)])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_overfit_batches_keep_a_share_of_the_records(overfit: Any, records: int, steps: int, tmp_path: Any) -> None:
     strategy = DPStrategy(noise_multiplier=1.0)
     trainer = make_trainer(strategy, tmp_path, max_epochs=2, overfit_batches=overfit)
@@ -214,6 +216,7 @@ def test_overfit_batches_keep_a_share_of_the_records(overfit: Any, records: int,
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 5])
+@pytest.mark.one_in(2)
 def test_a_change_of_accumulation_changes_the_sample_rate(microbatch_size: int | None, tmp_path: Any) -> None:
     recorder = Recorder()
     strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=1e3, microbatch_size=microbatch_size)
@@ -240,6 +243,7 @@ def test_a_target_is_kept_when_the_accumulation_changes(tmp_path: Any) -> None:
     assert len(noises) > 1
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_an_epoch_of_another_accumulation(tmp_path: Any) -> None:
     def trainer(max_epochs: int) -> Any:
         callbacks = [GradientAccumulationScheduler({1: 2})]

@@ -114,7 +114,7 @@ def steps_of_fit(tmp_path: Any, module: Module, *, callbacks: Any = (), **option
 
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_state_that_a_rare_record_sets_for_good_is_refused(act: Any, seed: int, tmp_path: Any) -> None:
     module = Module(act)
     with pytest.raises(PrivacyError, match=REFUSED):
@@ -122,6 +122,7 @@ def test_state_that_a_rare_record_sets_for_good_is_refused(act: Any, seed: int, 
 
 
 @pytest.mark.parametrize("act", ACTS)
+@pytest.mark.one_in(2)
 def test_a_callback_that_a_rare_record_moves_is_refused(act: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         steps_of_fit(tmp_path, Module(), callbacks=[Acts(act)])
@@ -148,7 +149,7 @@ class ActsByCounts(Acts):
 
 @pytest.mark.parametrize("by_callback", [False, True])
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(7)
 def test_a_step_that_sets_something_by_counts_is_free(act: Any, by_callback: bool, tmp_path: Any) -> None:
     module, callbacks = (Module(), [ActsByCounts(act)]) if by_callback else (SetsByCounts(act), [])
     assert steps_of_fit(tmp_path, module, callbacks=callbacks) == 12
@@ -169,6 +170,7 @@ class KeepsTheBest(Module):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch_size", [None, 1])
 def test_figures_that_a_step_keeps_are_free(microbatch_size: int | None, tmp_path: Any) -> None:
     assert steps_of_fit(tmp_path, KeepsTheBest(), microbatch_size=microbatch_size) == 12

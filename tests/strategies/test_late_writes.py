@@ -129,6 +129,7 @@ class Scales(Module):
 
 
 @pytest.mark.parametrize("extreme", [max, min])
+@pytest.mark.one_in(2)
 def test_an_extreme_of_the_batch_that_is_used_later_is_refused(extreme: Any) -> None:
     steps, error = fit(Scales(extreme))
     assert BEGINS <= steps <= 20
@@ -222,6 +223,7 @@ class Free(Module):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
+@pytest.mark.slow
 def test_writes_of_counts_and_weights_cost_few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[int] = []
     check = Trial.check_again

@@ -137,17 +137,20 @@ def train(network: Network, mixes: Callable[[int, int], bool], **more: Any) -> t
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 4])
+@pytest.mark.one_in(2)
 def test_coupling_in_a_loop_is_refused_before_its_step(microbatch_size: int | None) -> None:
     assert train(Network(), lambda step, size: step >= BEGINS, microbatch_size=microbatch_size)[0] == BEGINS
 
 
 @pytest.mark.parametrize("size", [8, 9, 12])
+@pytest.mark.one_in(3)
 def test_coupling_of_one_size_is_refused_before_its_step(size: int) -> None:
     """The real batch that shows the new form is exchanged, unless a regular check drew the size before."""
     steps, sizes = train(Network(of_data=True, depth=1), lambda step, rows: rows == size)
     assert size not in sizes[:steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("automatic", [True, False])
 def test_modules_without_a_coupling_train(automatic: bool) -> None:
     assert steps_of_fit(automatic=automatic, begins=PLANNED) == (PLANNED, "")
@@ -263,23 +266,27 @@ def fit_collated(what: str, begins: int = 12, *, num_workers: int = 0, automatic
 
 
 @pytest.mark.parametrize("what", ["mean", "pairs"])
+@pytest.mark.one_in(2)
 def test_a_collation_that_begins_to_mix_is_refused(what: str) -> None:
     assert fit_collated(what)[0] == 16
     assert fit_collated(what, automatic=False)[0] == 16
 
 
 @pytest.mark.parametrize(("num_workers", "steps"), [(1, 16), (2, 16)])
+@pytest.mark.one_in(2)
 def test_mixing_in_workers_is_refused(num_workers: int, steps: int) -> None:
     """A worker of two watches one of eight batches; each begins to mix with its seventh."""
     assert fit_collated("pairs", 12 // num_workers, num_workers=num_workers)[0] == steps
 
 
+@pytest.mark.slow
 def test_collation_of_single_rows_trains() -> None:
     steps, collate = fit_collated("rows")
     assert steps == PLANNED
     assert PLANNED - 1 <= collate.calls <= PLANNED  # not if no record was drawn
 
 
+@pytest.mark.slow
 def test_entropy_of_the_system_is_no_coupling() -> None:
     """Each call draws otherwise, and a hook of the transfer lets exchanges be looked at after it."""
 
@@ -340,6 +347,7 @@ class Items(Dataset[Any]):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.one_in(2)
 def test_items_that_begin_to_mix_are_refused(num_workers: int) -> None:
     class Begins(Items):
         num_reads = 0

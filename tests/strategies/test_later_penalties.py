@@ -86,5 +86,6 @@ def test_penalty_that_changes_is_refused_before_its_step(change: str, match: str
     assert caught.value.__notes__ == [f"after {BEGINS} steps"]
 
 
+@pytest.mark.slow
 def test_penalty_that_stays_trains() -> None:
     assert fit("reads data", PLANNED).steps_taken == PLANNED

@@ -67,6 +67,7 @@ class GAN(L.LightningModule):
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 5, 1])
+@pytest.mark.one_in(3)
 def test_manual_equals_automatic(tmp_path: Any, microbatch_size: int | None) -> None:
     seen = []
     for module in (Classifier(), Manual()):
@@ -246,6 +247,7 @@ class SharedWeights(Manual):
 
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 @pytest.mark.parametrize(("backwards", "zero_between", "factor"), [(2, True, 3.0), (2, False, 4.0), (1, False, 1.0)])
+@pytest.mark.one_in(2)
 def test_a_parameter_in_two_optimizers_is_in_both_releases(
     tmp_path: Any, backwards: int, zero_between: bool, factor: float, microbatch_size: int | None
 ) -> None:

@@ -111,7 +111,7 @@ def check_step(case: Case, tmp_path: Any, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: list[str], name: str) -> None:
     """Without the checks of the first batch, which run where the module trains as it is."""
     check_step(CASES[name], tmp_path, check_per_sample=False)
@@ -135,7 +135,7 @@ def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: li
         "sum of losses",
     ],
 )
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_other_ways_to_the_gradients_agree(tmp_path: Any, name: str, settings: dict[str, Any]) -> None:
     check_step(CASES[name], tmp_path, check_per_sample=False, **settings)
 
@@ -170,6 +170,7 @@ TRAINED = (
     ("name", "steps"),
     [*((name, 1) for name in TRAINED), *(pytest.param(name, 3, marks=pytest.mark.slow) for name in CASES)],
 )
+@pytest.mark.one_in(3)
 def test_module_trains_as_it_is(tmp_path: Any, name: str, steps: int) -> None:
     """Each step is in the ledger, moves what is trainable and nothing else, and leaves no trace in the module.
 

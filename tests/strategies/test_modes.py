@@ -39,7 +39,7 @@ def targeted() -> DPStrategy:
         ({"max_epochs": 2, "overfit_batches": 2}, 4),
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_limits_and_the_plan_agree(tmp_path: Any, options: dict[str, Any], steps: int) -> None:
     """What was planned is what was taken, one ledger entry an optimizer step; epsilon ends within 1 % of the target."""
     strategy = targeted()
@@ -50,6 +50,7 @@ def test_limits_and_the_plan_agree(tmp_path: Any, options: dict[str, Any], steps
 
 
 @pytest.mark.parametrize(("accumulate", "rate"), [(1, 0.25), (2, 0.5)])
+@pytest.mark.one_in(2)
 def test_accumulation_enlarges_the_logical_batch(tmp_path: Any, accumulate: int, rate: float) -> None:
     strategy = strategy_of()
     trainer = make_trainer(strategy, tmp_path, accumulate_grad_batches=accumulate)
@@ -75,7 +76,7 @@ def test_overfitting_speaks_of_the_records_it_keeps(tmp_path: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("microbatch_size", [None, 1])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_precisions(tmp_path: Any, precision: str, dtype: torch.dtype, microbatch_size: int | None) -> None:
     """The clipped sum of a whole pass agrees with float64, to the precision's own resolution."""
     found = []
@@ -95,6 +96,7 @@ def test_precisions(tmp_path: Any, precision: str, dtype: torch.dtype, microbatc
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.one_in(3)
 def test_optimizers_and_a_step_scheduler(tmp_path: Any, optimizer: Any) -> None:
     class Scheduled(Classifier):
         def configure_optimizers(self) -> Any:
@@ -142,6 +144,7 @@ def test_learning_rate_search_spends_budget_that_stays_counted(tmp_path: Any) ->
     assert strategy.ledger.num_steps == searched + 8
 
 
+@pytest.mark.slow
 def test_learning_rate_search_within_a_run_is_not_tried(tmp_path: Any) -> None:
     class Again(LearningRateFinder):
         def on_fit_start(self, *args: Any) -> None:
@@ -198,6 +201,7 @@ def test_a_trainer_that_has_fitted_can_be_pickled(tmp_path: Any) -> None:
     assert copied.ledger.num_steps == strategy.ledger.num_steps == 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when its compiler is imported
 def test_a_compiled_module_trains_as_the_eager_one(tmp_path: Any, caplog: Any) -> None:
     class Logging(Classifier):
@@ -220,6 +224,7 @@ def test_a_compiled_module_trains_as_the_eager_one(tmp_path: Any, caplog: Any) -
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.one_in(2)
 def test_workers_microbatches_and_options_of_the_loader(tmp_path: Any, num_workers: int) -> None:
     strategy = strategy_of(microbatch_size=5, check_per_sample=True)
     trainer = make_trainer(strategy, tmp_path, max_epochs=2)
@@ -325,6 +330,7 @@ def test_epsilon_before_training_says_so() -> None:
 
 
 @pytest.mark.parametrize("options", [{"noise_multiplier": 0.0}, {"noise_multiplier": 1.0, "clipping": "none"}])
+@pytest.mark.one_in(2)
 def test_ablations_are_infinite_and_say_so(tmp_path: Any, options: dict[str, Any]) -> None:
     strategy = DPStrategy(**options)
     make_trainer(strategy, tmp_path).fit(Classifier(), make_loader())

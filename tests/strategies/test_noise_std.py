@@ -90,6 +90,7 @@ def test_least_noise_refuses_canaries_in_gradient_space(tmp_path: Any) -> None:
         make_trainer(strategy, tmp_path).fit(Classifier(), make_loader())
 
 
+@pytest.mark.slow
 def test_averages_of_weights_cost_nothing(tmp_path: Any) -> None:
     """Lightning's callback averages released weights, and ends with them in the module."""
 

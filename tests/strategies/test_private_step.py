@@ -105,6 +105,7 @@ class Silent(Classifier):
 
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0])
+@pytest.mark.one_in(2)
 def test_every_coordinate_carries_noise_of_the_stated_std(tmp_path: Any, sigma: float) -> None:
     """53 coordinates x 100 steps; the variance's z-score must stay under 5 (false alarm < 1e-6) and reject 2/3 and
     3/2.
@@ -187,6 +188,7 @@ def test_empty_batch_runs_once_is_noised_and_counted(tmp_path: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 @pytest.mark.parametrize("returned", [None, "shape (B,)", "dict"])
+@pytest.mark.one_in(3)
 def test_what_training_step_may_return(tmp_path: Any, returned: str | None) -> None:
     class Returning(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

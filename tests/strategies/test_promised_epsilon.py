@@ -92,6 +92,7 @@ def test_shuffled_passes_cut_short_are_planned_one_by_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("callbacks", [[], [PrivacyBudget(50.0)]])
+@pytest.mark.one_in(2)
 def test_unplanned_steps_are_refused_under_a_limit(tmp_path: Path, callbacks: list[Any]) -> None:
     class Thrice(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -66,6 +66,7 @@ def test_a_public_optimizer_never_tried_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 4, 1])
+@pytest.mark.one_in(3)
 def test_gans_in_the_usual_order(tmp_path: Path, microbatch_size: int | None) -> None:
     """The discriminator first, with fakes for each real; then the generator on a fixed number of its own."""
 

@@ -45,6 +45,7 @@ def test_discriminator_frozen_and_thawed_is_always_noised(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("begins", [0, 2, 5])
+@pytest.mark.one_in(3)
 def test_a_loss_over_the_batch_that_begins_later_trains_no_step(tmp_path: Path, begins: int) -> None:
     class Curriculum(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -71,6 +72,7 @@ def steps_of_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
+@pytest.mark.slow
 def test_a_loss_of_one_form_is_checked_at_the_usual_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategy, steps = private(), steps_of_checks(monkeypatch)
     trainer = make_trainer(strategy, tmp_path, max_epochs=2, accumulate_grad_batches=2)
@@ -136,6 +138,7 @@ def test_exhausted_iterator_in_the_step_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 2])
+@pytest.mark.one_in(2)
 def test_several_steps_a_batch_in_microbatches_are_refused(tmp_path: Path, microbatch_size: int) -> None:
     class Twice(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -177,6 +180,7 @@ class SkippingByHand(Manual):
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 16, 1])
+@pytest.mark.one_in(3)
 def test_a_manual_step_that_hangs_on_the_loss_is_refused(tmp_path: Path, microbatch_size: int | None) -> None:
     """Otherwise one sample decides whether all others, or those of its microbatch, are released at all."""
     features, labels = make_dataset().tensors
@@ -193,6 +197,7 @@ def test_a_manual_step_that_hangs_on_the_loss_is_refused(tmp_path: Path, microba
 
 
 @pytest.mark.parametrize("count", ["batch_idx", "global_step", "own"])
+@pytest.mark.one_in(3)
 def test_a_manual_step_that_hangs_on_public_counts_is_free(tmp_path: Path, count: str) -> None:
     """Two private optimizers in turn: the trial on single samples must see the counts, and leave the gradients, of its
     batch.
@@ -238,7 +243,7 @@ def test_accumulation_may_not_change_during_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", [0.5, 0.7])
 @pytest.mark.parametrize("repeat", range(4))
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_mixing_after_the_transfer_is_always_found(tmp_path: Path, weight: float, repeat: int) -> None:
     class Mixing(Classifier):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -310,6 +315,7 @@ def test_hooks_see_a_batch_of_length_zero_when_nothing_was_drawn(tmp_path: Path)
     assert 0 in sizes
 
 
+@pytest.mark.slow
 def test_losses_a_sample_under_a_sum(tmp_path: Path) -> None:
     class Losses(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

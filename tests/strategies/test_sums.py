@@ -43,6 +43,7 @@ class NoRule(Summed):
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 5}, {"per_sample_loss": True}], ids=str)
+@pytest.mark.one_in(3)
 def test_a_sum_trains_as_the_mean_of_the_same_losses(tmp_path: Path, options: Any) -> None:
     found = first_gradient(Summed(lr=0.0), tmp_path, **options)
     torch.testing.assert_close(found, first_gradient(Classifier(lr=0.0), tmp_path), rtol=1e-4, atol=1e-6)
@@ -76,6 +77,7 @@ def test_a_resumed_run_keeps_its_reading(tmp_path: Path) -> None:
         train(Summed(), tmp_path / "late", resume=tmp_path / "mean" / "one.ckpt", epochs=2)
 
 
+@pytest.mark.slow
 def test_a_new_run_of_the_same_strategy_finds_its_own_reading(tmp_path: Path) -> None:
     strategy = DPStrategy(noise_multiplier=1.0)
     for module, found in ((Summed(), "sum"), (Classifier(), "mean")):
@@ -128,6 +130,7 @@ class Satisfied(Classifier):
         return (losses - 1e6 * (self.current_epoch > 0)).relu().sum()
 
 
+@pytest.mark.slow
 def test_a_sum_without_gradients_later_stays_a_sum(tmp_path: Path) -> None:
     assert train(Satisfied(), tmp_path, epochs=3).ledger.num_steps == 3
 

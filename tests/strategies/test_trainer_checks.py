@@ -156,6 +156,7 @@ class OverTrainable(Classifier):
 
 
 @pytest.mark.parametrize("at_epoch", [0, 1])
+@pytest.mark.one_in(2)
 def test_layers_thawed_by_a_callback_are_noised_from_then_on(at_epoch: int, tmp_path: Any) -> None:
     recorder, strategy = Recorder(), DPStrategy(noise_multiplier=1.0)
     trainer = make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[Thawing(at_epoch), recorder])

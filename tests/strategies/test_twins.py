@@ -80,6 +80,7 @@ def test_strategy_and_callbacks_are_of_both_packages() -> None:
         assert isinstance(callback, pl.Callback)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manual", [False, True])
 def test_modules_of_the_other_package_train_with_callbacks(manual: bool, tmp_path: Any) -> None:
     logger = pl.loggers.CSVLogger(tmp_path)

@@ -51,6 +51,7 @@ class Seldom(Classifier):
 
 
 @pytest.mark.parametrize("grad_sample", ["rules", "single"])
+@pytest.mark.one_in(2)
 def test_unused_parameters_are_named_and_get_noise(tmp_path: Any, caplog: Any, grad_sample: Any) -> None:
     caplog.set_level(logging.INFO)
     module = Pooling()
@@ -64,6 +65,7 @@ def test_unused_parameters_are_named_and_get_noise(tmp_path: Any, caplog: Any, g
 @pytest.mark.parametrize(
     "module", [Classifier, lambda: Pooling(frozen=True), Seldom], ids=["used", "frozen", "another step"]
 )
+@pytest.mark.one_in(3)
 def test_nothing_is_said_where_all_may_be_used(tmp_path: Any, caplog: Any, module: Any) -> None:
     caplog.set_level(logging.INFO)
     make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, limit_train_batches=2).fit(module(), make_loader())

@@ -47,6 +47,7 @@ def test_users_are_what_is_counted_and_stated(tmp_path: Any) -> None:
     assert "record was used" not in written
 
 
+@pytest.mark.slow
 def test_one_record_per_user_trains_as_records_do(tmp_path: Any) -> None:
     _, plain = fit(tmp_path)
     strategy, users = fit(tmp_path, unit=list(range(NUM_RECORDS)), records_per_unit=1, check_per_sample=True)
@@ -67,6 +68,7 @@ def test_twice_the_records_of_every_user_change_no_epsilon(tmp_path: Any) -> Non
 
 
 @pytest.mark.parametrize("unit_gradient", ["mean", "sum"])
+@pytest.mark.one_in(2)
 def test_microbatches_of_any_size_give_the_same_users(tmp_path: Any, unit_gradient: str) -> None:
     found = [
         fit(tmp_path, unit=IDS, records_per_unit=5, unit_gradient=unit_gradient, microbatch_size=size)[1]
@@ -105,6 +107,7 @@ class Data(L.LightningDataModule):
 
 
 @pytest.mark.parametrize("how", ["attribute", "method"])
+@pytest.mark.one_in(2)
 def test_a_datamodule_gives_the_ids(tmp_path: Any, how: str) -> None:
     strategy = DPStrategy(noise_multiplier=1.0, records_per_unit=2)
     make_trainer(strategy, tmp_path, max_steps=1).fit(Classifier(), datamodule=Data(how))
@@ -219,7 +222,7 @@ class InOrder(Dataset[Any]):
     ],
 )
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_records_that_change_places_are_refused(options: dict[str, Any], shuffled: bool, tmp_path: Path) -> None:
     dataset = InOrder()
 

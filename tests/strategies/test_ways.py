@@ -84,7 +84,7 @@ class Meta(Model):
     [{}, {"num_workers": 1}, {"collate_fn": lambda records: _stacked(records)}],
     ids=["plain", "worker", "own collate"],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_auto_takes_single_by_itself_with_its_result(options: dict[str, Any], caplog: Any) -> None:
     if "num_workers" in options:
         options = {**options, "dataset": Records()}
@@ -103,6 +103,7 @@ def test_auto_takes_single_by_itself_with_its_result(options: dict[str, Any], ca
     assert "checked on" not in statement
 
 
+@pytest.mark.slow
 def test_sparse_functions_of_parameters_run_one_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
     class Sparse(Model):
         def forward(self, x: Tensor) -> Tensor:
@@ -196,6 +197,7 @@ class InnerLoop(Model):
         return torch.stack(losses).mean()
 
 
+@pytest.mark.slow
 def test_inner_loops_of_meta_learning_run_one_at_a_time() -> None:
     assert fit(InnerLoop()).strategy.state.runs_alone
     with pytest.raises(PrivacyError, match=r"^Expected gradients of data within a step, got those of 'weight'"):
@@ -211,6 +213,7 @@ class Augmented(Model):
         return out
 
 
+@pytest.mark.slow
 def test_draws_of_python_for_each_row_are_no_coupling(caplog: Any) -> None:
     caplog.set_level(logging.INFO)
     assert fit(Augmented()).strategy.ledger.num_steps == 3
@@ -218,6 +221,7 @@ def test_draws_of_python_for_each_row_are_no_coupling(caplog: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["mean", "neighbour", "sum of losses"])
+@pytest.mark.one_in(3)
 def test_coupling_next_to_draws_of_python_is_refused(name: str) -> None:
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(x, y, reduction="sum" if name == "sum of losses" else "mean")
@@ -227,6 +231,7 @@ def test_coupling_next_to_draws_of_python_is_refused(name: str) -> None:
         fit(Augmented(mixes.get(name), loss))
 
 
+@pytest.mark.slow
 def test_what_rules_follow_stays_together() -> None:
     module = Model()
     module.forward = lambda x: module.head(torch.tanh(x @ module.weight))  # type: ignore[method-assign]
@@ -277,7 +282,7 @@ JOINED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", JOINED)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_learned_weights_of_losses_meet_those_of_records(name: str, caplog: Any) -> None:
     caplog.set_level(logging.INFO)
     together, alone = Weighted(JOINED[name]).double(), Weighted(JOINED[name]).double()
@@ -405,6 +410,7 @@ class Hinge(Model):
         return losses.sum() if self.reduction == "sum" else losses.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_of_zero_are_no_coupling_later(reduction: str, caplog: Any) -> None:
     module = Hinge()
@@ -422,6 +428,7 @@ def test_gradients_of_zero_before_the_first_step_say_too_little() -> None:
 
 
 @pytest.mark.parametrize("begins", [0, 1])
+@pytest.mark.one_in(2)
 def test_coupling_under_a_learned_weight_is_refused(begins: int) -> None:
     """The square of a mean loss; the losses of records, of which each would be squared, do not show it."""
 
@@ -479,6 +486,7 @@ class Experts(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alike", ["one expert", "one branch"])
 def test_records_that_choose_alike_by_chance_are_followed(alike: str) -> None:
     x, y = torch.rand(NUM, FEATURES), torch.arange(NUM) % CLASSES
@@ -491,6 +499,7 @@ def test_records_that_choose_alike_by_chance_are_followed(alike: str) -> None:
     assert "one sample runs at a time" not in strategy.privacy_statement()
 
 
+@pytest.mark.slow
 def test_a_gradient_by_torch_func_runs_one_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         trainer = fit(Meta())

@@ -105,6 +105,7 @@ def test_records_in_the_state_of_a_data_module_are_refused(tmp_path: Any) -> Non
         run(Classifier(), tmp_path, data=Data())
 
 
+@pytest.mark.slow
 def test_a_callback_that_saves_the_clock_and_counts_is_free(tmp_path: Any) -> None:
     import time
 
@@ -185,6 +186,7 @@ def test_figures_of_a_trial_stay_in_it(tmp_path: Any) -> None:
     assert [figures.get("loss", 3.0) for figures in seen] == [3.0] * 4
 
 
+@pytest.mark.slow
 def test_metrics_logged_together_are_not_copied(tmp_path: Any) -> None:
     """Also on trial, which does not read them."""
 
@@ -238,6 +240,7 @@ class StopsLate(L.Callback):
 
 
 @pytest.mark.parametrize("where", ["step", "callback"])
+@pytest.mark.one_in(2)
 def test_counts_may_end_a_run_and_losses_may_not(where: str, tmp_path: Any) -> None:
     def attack(by: str) -> DPStrategy:
         given = (Stops(by),) if where == "step" else (Classifier(), StopsLate(by))
@@ -283,7 +286,7 @@ FAR = ["on_validation_start", "on_validation_epoch_end", "on_validation_end", "o
 
 @pytest.mark.parametrize("of", ["module", "callback"])
 @pytest.mark.parametrize("hook", FAR)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_hook_far_from_batches_is_judged_once_it_writes(hook: str, of: str, tmp_path: Any) -> None:
     def write(module: Any) -> None:
         if module.kept is not None:
@@ -295,6 +298,7 @@ def test_a_hook_far_from_batches_is_judged_once_it_writes(hook: str, of: str, tm
         run(kind(), tmp_path, *([callback] if of == "callback" else []))
 
 
+@pytest.mark.slow
 def test_weights_that_are_swapped_for_validation_are_free(tmp_path: Any) -> None:
     class Swaps(Validates):
         def __init__(self) -> None:
