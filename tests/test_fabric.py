@@ -52,6 +52,7 @@ def clipped_sum(model: nn.Module, parts: list[Any], bound: float) -> dict[str, T
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 3])
+@pytest.mark.one_in(2)
 def test_gradient_equals_a_loop_over_samples(microbatch_size: int | None) -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     dp, model, optimizer, loader = start(
@@ -88,6 +89,7 @@ def clipped_users(model: nn.Module, parts: list[Any], bound: float) -> dict[str,
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 5])
+@pytest.mark.one_in(2)
 def test_very_unequal_users_are_clipped_once_each(microbatch_size: int | None) -> None:
     model = make_model()
     dp = FabricPrivacy(

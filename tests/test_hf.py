@@ -113,6 +113,7 @@ def test_gradient_equals_a_loop_over_samples(tmp_path: Path, monkeypatch: pytest
 OWNERS = [0] * 24 + [1, 1, 2, 3, 4, 5, 6, 6]
 
 
+@pytest.mark.slow
 def test_very_unequal_users_are_clipped_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     privacy = {
         "noise_multiplier": 0.0, "microbatch_size": 5, "max_grad_norm": 0.2, "unit": OWNERS, "records_per_unit": 16,

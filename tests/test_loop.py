@@ -79,7 +79,7 @@ def clipped_mean(model: nn.Module, batch: Any, bound: float, divisor: int = BATC
 
 @pytest.mark.parametrize("microbatch_size", [None, 3, 1])
 @pytest.mark.parametrize("loss_fn", [mean_loss, losses])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_gradient_equals_a_loop_over_samples(microbatch_size: int | None, loss_fn: Any) -> None:
     model = make_model()
     with start(model, loss_fn, microbatch_size=microbatch_size, max_grad_norm=0.5, epochs=2) as private:
@@ -156,6 +156,7 @@ def test_empty_batches_step_and_count() -> None:
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 2])
+@pytest.mark.one_in(2)
 def test_state_does_not_depend_on_microbatches(microbatch_size: int | None) -> None:
     """Buffers, counters in the module and the user's generator move as if the loss function had run once."""
 
@@ -200,6 +201,7 @@ def test_state_in_a_closure_is_put_back() -> None:
 
 
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 12}])
+@pytest.mark.one_in(2)
 def test_target_is_met_at_the_planned_end(length: dict[str, int]) -> None:
     with start(target_epsilon=3.0, target_delta=1e-3, **length) as private:
         assert private.steps_left == 12
@@ -282,6 +284,7 @@ def train(private: PrivateLoop, steps: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.one_in(2)
 def test_resumed_run_spends_what_one_run_does(kind: Any, tmp_path: Path) -> None:
     model = make_model()
     optimizer = kind(model.parameters(), lr=0.01)
@@ -543,6 +546,7 @@ def test_batches_are_used_once_and_from_the_own_loader() -> None:
 @pytest.mark.parametrize(
     "criterion", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="none"), nn.functional.cross_entropy]
 )
+@pytest.mark.one_in(3)
 def test_criterion_takes_outputs_and_targets(criterion: Any) -> None:
     model = make_model()
     with start(model, criterion, max_grad_norm=0.5, epochs=1) as private:

@@ -39,6 +39,7 @@ def gaussian_ledger(mu: float) -> Ledger:
 
 
 @pytest.mark.parametrize(("shift", "published"), [(0, 0.0), (1, 1.13346), (2, 2.311945), (4, 4.395568)])
+@pytest.mark.one_in(2)
 def test_one_run_gives_the_published_values(shift: int, published: float) -> None:
     """jax_privacy's tests: 10,000 scores in and 10,000 out at the quantiles of a Gaussian, p = .05, delta 1e-6."""
     out = quantiles(10_000)
@@ -75,6 +76,7 @@ def test_the_p_value_is_the_formula(counts: tuple[int, int, int], epsilon: float
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
 @pytest.mark.parametrize("factor", [2 / 3, 1.0, 3 / 2])
+@pytest.mark.one_in(2)
 def test_randomised_response_is_refuted_as_rarely_as_stated(epsilon: float, factor: float) -> None:
     """Exact, over all counts: each of 400 guesses is right with probability e^eps / (1 + e^eps). At 3/2 of it, almost
     always.

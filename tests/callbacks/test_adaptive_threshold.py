@@ -34,6 +34,7 @@ def gradients(module: L.LightningModule) -> Tensor:
 
 @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
 @pytest.mark.parametrize("mask", ["dense", "sparse", "pruned"])
+@pytest.mark.one_in(2)
 def test_auto_threshold_follows_the_last_noisy_gradient(
     mask: str, relation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_auto_threshold_sees_the_sum_with_its_noise(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "top_agg_values"])
+@pytest.mark.one_in(2)
 def test_adaptive_clipping_counts_moves_and_shares_the_noise(
     clipping: str, relation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

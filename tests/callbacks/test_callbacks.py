@@ -69,6 +69,7 @@ def test_epsilon_names_checkpoints(tmp_path: Path) -> None:
     ],
     ids=["max_steps", "budget", "within an epoch", "every_n_train_steps", "no validation"],
 )
+@pytest.mark.one_in(2)
 def test_epsilon_in_a_file_name_is_that_of_its_weights(
     tmp_path: Path, options: dict[str, Any], saving: dict[str, Any], steps: list[int]
 ) -> None:

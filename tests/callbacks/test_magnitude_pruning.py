@@ -69,7 +69,7 @@ def fit(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mode", ["prune", "freeze"])
 @pytest.mark.parametrize(("scope", "scores"), [("global", "magnitude"), ("layer", "magnitude"), ("global", "random")])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 def test_removed_weights_stay_and_the_others_train(
     scope: str, scores: str, mode: str, optimizer: str, tmp_path: Path
 ) -> None:
@@ -94,6 +94,7 @@ def test_removed_weights_stay_and_the_others_train(
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("mode", ["prune", "freeze"])
+@pytest.mark.one_in(2)
 def test_noisy_source_scores_by_the_noisy_weights(mode: str, every: int, tmp_path: Path) -> None:
     """Dense until the first round has ended; each mask is that of the weights as they were then, and of nothing
     else.

@@ -86,7 +86,7 @@ def test_masked_weights_stand_still_and_live_ones_move(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "refresh", [1, 2, 3, 5, *(pytest.param(refresh, marks=pytest.mark.slow) for refresh in (4, 6, 7, 8, 9, 10))]
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_live_coordinates_are_noised_and_masked_ones_zero(tmp_path: Path, refresh: int, accumulate: int) -> None:
     """A mask redrawn within a logical batch would release about a quarter of the coordinates without noise."""
     rate, num_steps = 0.5, refresh + 1
@@ -150,6 +150,7 @@ def read_log(tmp_path: Path, key: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.one_in(2)
 def test_rate_and_bytes_are_logged_when_the_mask_changes(tmp_path: Path, accumulate: int) -> None:
     _, _, trainer = fit(
         tmp_path,

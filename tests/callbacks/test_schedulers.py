@@ -69,7 +69,7 @@ def sigmas(ledger: Ledger) -> list[float]:
         for pair in itertools.product(KINDS, INTERVALS)
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_noise_and_ledger_follow_the_schedule(
     kind: str, interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +82,7 @@ def test_noise_and_ledger_follow_the_schedule(
 
 
 @pytest.mark.parametrize(("kind", "interval"), PAIRS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_bound_follows_the_schedule_ledger_stays(
     kind: str, interval: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +94,7 @@ def test_bound_follows_the_schedule_ledger_stays(
 
 
 @pytest.mark.parametrize("kind", ["step", "time", "cosine", "function"])
+@pytest.mark.one_in(2)
 def test_target_is_calibrated_over_the_whole_schedule(kind: str, tmp_path: Path) -> None:
     """Within 1 % and never above; with the noise of the first step throughout the target would not be reached."""
     strategy = quick(target_epsilon=2.0)

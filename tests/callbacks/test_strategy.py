@@ -43,6 +43,7 @@ def test_protocol_is_met(make: Any, names: set[str]) -> None:
     assert public(names) <= {*dir(type(holder)), *vars(holder)}
 
 
+@pytest.mark.slow
 def test_accumulators_leave_public_parameters_out(tmp_path: Path) -> None:
     seen: list[tuple[set[str], set[str]]] = []
 

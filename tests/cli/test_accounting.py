@@ -50,6 +50,7 @@ def test_table_shows_what_json_holds(capsys: pytest.CaptureFixture[str], monkeyp
     assert not any(line.startswith("pld") for line in lines)
 
 
+@pytest.mark.slow
 def test_schedule_counts_every_step_with_its_own_noise(capsys: pytest.CaptureFixture[str]) -> None:
     run = ["--dataset-size", "1000", "--batch-size", "100", "--epochs", "8", "--noise-multiplier", "2"]
     found = answers(ask(capsys, "epsilon", *run, "--schedule", "step:0.5:4", "--accountant", "rdp"))

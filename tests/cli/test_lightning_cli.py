@@ -75,6 +75,7 @@ def test_config_file_trains_privately(cli: Any, tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["val_accuracy"]) > 0.8
 
 
+@pytest.mark.slow
 def test_command_line_alone(cli: Any, tmp_path: Path) -> None:
     trainer = cli(
         "fit",
@@ -97,6 +98,7 @@ def test_command_line_alone(cli: Any, tmp_path: Path) -> None:
     assert trainer.callbacks[0].refresh == 2
 
 
+@pytest.mark.slow
 def test_correlated_noise_on_the_command_line(cli: Any) -> None:
     trainer = cli(
         "fit",

@@ -141,6 +141,7 @@ def test_ranks_split_the_same_teachers() -> None:
 
 @pytest.mark.parametrize("replacement", [0.0, 50.0, -1e30, math.inf, math.nan])
 @pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.one_in(2)
 def test_replaced_record_moves_votes_by_2_sqrt_k_at_most(replacement: float, top_k: int) -> None:
     """Training included; whatever the record holds, only its own teacher changes."""
     torch.manual_seed(0)
@@ -190,6 +191,7 @@ def test_teachers_start_apart_from_public_weights() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_chunk() -> None:
     """No operation of a step makes more than one chunk's activations or weights, however many teachers there are."""
     largest = {}

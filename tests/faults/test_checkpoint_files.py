@@ -121,6 +121,7 @@ def test_a_checkpoint_holds_plain_values_beside_its_tensors(trained: Path) -> No
     assert plain(torch.load(trained, weights_only=True)["lightning_dp"])
 
 
+@pytest.mark.slow
 def test_public_steps_before_the_run_are_not_asked_of_the_ledger(tmp_path: Path) -> None:
     """A public checkpoint of four steps, then a private run of four more: its own checkpoint can be resumed."""
     plain = make_trainer(

@@ -118,6 +118,7 @@ def test_ctrl_c_leaves_no_sum_and_a_ledger_of_what_was_released(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.one_in(2)
 def test_checkpoint_of_an_exception_covers_all_releases(tmp_path: Path, hook: str) -> None:
     """The release is in the ledger before its gradient is anywhere, so the emergency checkpoint may hold one more,
     never fewer.

@@ -152,7 +152,7 @@ CALLS = {
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("make_logger", CALLS)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_loggers_of_any_signature_are_watched(make_logger: Any, strict: bool, tmp_path: Path) -> None:
     call = CALLS[make_logger]
 

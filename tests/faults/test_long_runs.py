@@ -30,6 +30,7 @@ def saved_bytes(value: Any) -> int:
 
 
 @pytest.mark.parametrize("num_sigmas", [1, 10])
+@pytest.mark.one_in(2)
 def test_ledger_stays_small_over_a_hundred_thousand_steps(num_sigmas: int) -> None:
     """One step at a time, with epsilon asked for on the way; what is kept is that of two steps a sigma, but for
     digits.

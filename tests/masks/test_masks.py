@@ -69,6 +69,7 @@ def test_random_mask_by_layer_leaves_out_the_rate_of_each_tensor(rate: float) ->
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.one_in(2)
 def test_random_mask_reaches_every_coordinate_equally_often(scope: str) -> None:
     """3,000 refreshes, P = 40: the scaled squares of the counts are chi-square with 39 (global) or 36 (four layers)
     degrees of freedom; false alarms 1e-6, and rates off by 2/3 or 3/2 are rejected.

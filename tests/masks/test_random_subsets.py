@@ -27,6 +27,7 @@ def subset_p_value(draw: Callable[[int], np.ndarray], size: int, count: int, num
 
 
 @pytest.mark.parametrize(("size", "count"), [(7, 1), (7, 2), (7, 5), (6, 3), (9, 8)])
+@pytest.mark.one_in(2)
 def test_every_subset_is_equally_likely(size: int, count: int) -> None:
     """6,000 draws, at most 21 subsets, false alarms 1e-6 a case."""
     assert subset_p_value(lambda index: random_subset(size, count, (3, index)), size, count, 6000) > FALSE_ALARM

@@ -34,7 +34,7 @@ TRAINED = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: list[str], name: str) -> None:
     check_step(CASES[name], tmp_path, check_per_sample=False)
 
@@ -42,6 +42,7 @@ def test_step_is_that_of_a_loop_over_single_samples(tmp_path: Any, own_draws: li
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in TRAINED else pytest.mark.slow) for name in CASES]
 )
+@pytest.mark.one_in(3)
 def test_model_trains_as_it_is(tmp_path: Any, name: str) -> None:
     check_fit(CASES[name].module(), CASES[name].dataset(), tmp_path)
 
@@ -68,6 +69,7 @@ def check_fit(module: L.LightningModule, dataset: Any, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.one_in(2)
 def test_what_cannot_work_is_refused_with_the_way_out(tmp_path: Any, name: str) -> None:
     case, message = REFUSED[name]
     strategy = DPStrategy(noise_multiplier=1.0, **case.options)
@@ -88,6 +90,7 @@ def test_functions_of_autograd_run_one_at_a_time(tmp_path: Any) -> None:
     check_fit(case.module(), case.dataset(), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_convolutional_gan_stepped_by_hand(tmp_path: Any) -> None:
     """The discriminator is private; the generator learns from it alone and is post-processing."""
     module = fixed(DCGAN())

@@ -106,6 +106,7 @@ def test_loss_has_the_reference_value(run: Any, decay: float, losses: tuple[floa
 
 
 @pytest.mark.parametrize("run", [*RUNS, (64, 64, 1), (1, 1, 1), (50, 1, 50)], ids=str)
+@pytest.mark.one_in(2)
 def test_auto_is_the_decay_of_least_loss(run: Any) -> None:
     """No decay of a fine grid does better, by more than the search's tolerance."""
     noise = CorrelatedNoise(decay="auto").planned(*run)

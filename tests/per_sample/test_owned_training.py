@@ -39,6 +39,7 @@ def fit(module: nn.Module, data: Any, collate: Any = None, kind: Any = Training,
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["mapping", "object"])
+@pytest.mark.one_in(2)
 def test_graphs_train_privately_by_rules(kind: str) -> None:
     torch.manual_seed(0)
     module = GCN("gcn")
@@ -58,6 +59,7 @@ def test_graphs_train_privately_by_rules(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("how", ["slices", "sum of losses"])
+@pytest.mark.one_in(2)
 def test_loops_over_samples_train_privately(how: str) -> None:
     torch.manual_seed(0)
     module = Loop(how)
@@ -83,6 +85,7 @@ def _sets() -> list[Tensor]:
     return [torch.rand(1 + i % 4, 3, generator=torch.Generator().manual_seed(i)) + 0.1 for i in range(12)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_numbers_of_the_same_record_train() -> None:
     assert fit(Weighted(0), _sets(), list, grad_sample="rules").ledger.num_steps == 3
@@ -115,6 +118,7 @@ class Hooked(Training):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("how", ["collation", "hook", "attribute"])
+@pytest.mark.one_in(3)
 def test_constants_from_outside_the_step_train(how: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
 

@@ -284,6 +284,7 @@ WAYS = ["gcn", "edges", "attention", "reduce", "sum of scatter", "self loops"]
 
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("kind", ["mapping", "object", "slots"])
+@pytest.mark.one_in(2)
 def test_graphs_of_unequal_size_agree_with_batches_of_one(how: str, kind: str) -> None:
     torch.manual_seed(0)
     module, data = GCN(how), [_graph(seed) for seed in range(4)]

@@ -139,6 +139,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.one_in(2)
 def test_attention_norm_and_scale(batch_first: bool, need_weights: bool) -> None:
     torch.manual_seed(0)
     module = Block(batch_first, need_weights)
@@ -443,6 +444,7 @@ def test_a_parameter_outside_the_module_is_refused() -> None:
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.one_in(2)
 def test_recurrent_and_attention_layers_of_opacus(batch_first: bool) -> None:
     """They work through the linear layers inside them."""
     from opacus.layers import DPLSTM, DPMultiheadAttention
@@ -661,7 +663,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("options", [{}, {"memory": "lean"}, {"grad_sample": "materialize"}], ids=str)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_ways_of_use_agree_with_batches_of_one(way: str, options: dict[str, Any]) -> None:
     function, held = WAYS[way]
     module = Uses(function, **copy.deepcopy(held))

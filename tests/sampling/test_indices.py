@@ -94,6 +94,7 @@ def test_poisson_steps_are_independent() -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.one_in(2)
 def test_poisson_union_over_ranks_is_one_sample_of_all(seed: int | None) -> None:
     """3 ranks, n = 50 (not divisible), B = 2 x 3 = 6, 12,000 steps."""
     ranks = [index_batches(12_000, 50, 2, rank=rank, world_size=3, seed=seed) for rank in range(3)]

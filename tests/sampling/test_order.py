@@ -93,6 +93,7 @@ def groups_are_uniform(counts: np.ndarray[Any, Any], total: int) -> bool:
 
 
 @pytest.mark.parametrize("options", [{}, {"public_assignment": lambda number: number}], ids=["secret", "public"])
+@pytest.mark.one_in(2)
 def test_groups_are_uniform(options: dict[str, Any]) -> None:
     """400 assignments of 20 records to 4 groups."""
     counts = group_counts(400, **options)
@@ -134,6 +135,7 @@ def test_ranks_have_groups_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=FEW_CORES)])
+@pytest.mark.one_in(2)
 def test_a_pass_cut_short_goes_on_with_the_next_group(num_workers: int) -> None:
     """Whatever the workers have read ahead."""
     loader = cyclic(num_workers=num_workers, accumulate=2, seed=3)

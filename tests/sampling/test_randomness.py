@@ -119,6 +119,7 @@ def test_augmentation_follows_from_the_seed_of_a_test(kind: str) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.one_in(2)
 def test_augmentation_of_a_stream_follows_from_the_seed(num_workers: int) -> None:
     options = {"num_workers": num_workers, "seed": 5}
     one, other = make("stream", **options), make("stream", **options)

@@ -116,7 +116,7 @@ def everything(loader: PrivateDataLoader) -> list[list[tuple[int, Any]]]:
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=FEW_CORES)])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_one_record_per_user_is_the_record_level(sampling: str, num_workers: int) -> None:
     """Bit for bit under one seed: members, their order, parts and microbatches."""
     options: dict[str, Any] = {"sampling": sampling, "seed": 3, "accumulate": 2, "microbatch_size": 3}
@@ -132,7 +132,7 @@ def test_one_record_per_user_is_the_record_level(sampling: str, num_workers: int
 @pytest.mark.parametrize(
     ("microbatch_size", "num_workers"), [(None, 0), (1, 0), (3, 0), (4, 0), pytest.param(3, 2, marks=FEW_CORES)]
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_users_are_never_split(microbatch_size: int | None, num_workers: int) -> None:
     """Owners say whose each record is; a microbatch holds at most its records, or one user."""
     loader = users(most=4, batch_size=5, microbatch_size=microbatch_size, num_workers=num_workers, accumulate=2)

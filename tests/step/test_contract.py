@@ -81,7 +81,7 @@ def under(rig: Rig, combination: Combination, **plan: Any) -> Any:
 
 
 @pytest.mark.parametrize("names", LEGAL_PAIRS, ids="-".join)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_contract_of_neighbouring_datasets(names: Any, rig: Rig) -> None:
     """Two batches that differ in one record, at every step of every schedule and phase; noise comes first, as by
     default.
@@ -151,7 +151,7 @@ def stds_of(draws: list[tuple[int, float]], divisor: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("unit_gradient", ["mean", "sum"])
 @pytest.mark.parametrize("names", LEGAL_PAIRS, ids="-".join)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 def test_contract_of_neighbouring_users(
     names: Any, unit_gradient: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +194,7 @@ def test_one_record_per_user_is_the_record_level(clipping: str, rig: Rig) -> Non
 
 
 @pytest.mark.parametrize("names", LEGAL_PAIRS, ids="-".join)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(6)
 def test_noise_drawn_first_is_noise_added_last(names: Any, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a sum begins with its noise changes neither gradient nor ledger."""
     combination = Combination(names[0], names[1], "step", names[2])

@@ -45,6 +45,7 @@ def fit(module: Any, tmp_path: Any, loader: Any = None, **options: Any) -> DPStr
 
 
 @pytest.mark.parametrize(("module", "reduction"), [(NeedsTwo, "mean"), (Sums, "sum"), (Sums, "auto")])
+@pytest.mark.one_in(3)
 def test_a_step_that_needs_two_records_is_checked_on_copies(
     module: Any, reduction: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -74,6 +75,7 @@ class ComputesAtTheEnd(Classifier):
 
 
 @pytest.mark.parametrize("way", ["auto", "single"])
+@pytest.mark.one_in(2)
 def test_an_epoch_end_that_needs_two_records_runs_on_copies(
     way: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -240,6 +242,7 @@ class Scaled(Classifier):
         return self.network(hidden) * self.spread.exp()
 
 
+@pytest.mark.slow
 def test_bare_parameters_beside_dropout_and_rsample_train(tmp_path: Any) -> None:
     assert fit(Scaled(), tmp_path).ledger.num_steps == 4
 

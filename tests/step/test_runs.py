@@ -46,6 +46,7 @@ def fit(module: Any, tmp_path: Path, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "expected"), [(Plain, {MIDDLE}), (OfTorch, {LOW, MIDDLE, HIGH}), (OfPython, {LOW, MIDDLE, HIGH})]
 )
+@pytest.mark.one_in(3)
 def test_coins_are_tried_where_some_are_drawn(
     kind: type[Classifier], expected: set[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +63,7 @@ def test_coins_are_tried_where_some_are_drawn(
 
 
 @pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.one_in(2)
 def test_progress_of_long_checks_is_shown(
     shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +75,7 @@ def test_progress_of_long_checks_is_shown(
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.one_in(2)
 def test_layers_that_a_coin_leaves_out_are_learned(memory: Any, tmp_path: Path) -> None:
     """Each of two layers takes part with probability one half, by Python's generator: no batch is refused."""
 
@@ -102,6 +105,7 @@ def test_layers_that_a_coin_leaves_out_are_learned(memory: Any, tmp_path: Path) 
         ({"check_per_sample": False}, "taken as said (check_per_sample=False)"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_statement_says_why_samples_are_independent(options: Any, expected: str, tmp_path: Path) -> None:
     strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, **options)
     make_trainer(strategy, tmp_path, max_epochs=3).fit(Plain(), make_loader())

@@ -49,6 +49,7 @@ def ask(steps: str, **environment: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @glibc
 def test_stop_leaves_what_glibcs_own_rule_reaches() -> None:
     """Its upper limits: a process that nobody tuned has them once it has freed a block of nearly 32 MiB."""
@@ -111,7 +112,7 @@ def test_a_forked_child_begins_without_tuning(steps: str, expected: list[dict[st
     ],
     ids=str,
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_settings_in_the_environment_take_precedence(setting: dict[str, str]) -> None:
     untouched, says, stopped = ask("state start describe stop state", **setting)
     assert ask("start state", **setting) == [untouched]
@@ -214,6 +215,7 @@ def datalens_fit(callback: L.Callback, folder: Path) -> None:
 
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("fit", [private_fit, datalens_fit])
+@pytest.mark.one_in(2)
 def test_no_thread_and_no_setting_outlives_a_fit(
     fit: Callable[[L.Callback, Path], None], raises: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

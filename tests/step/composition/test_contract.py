@@ -58,7 +58,7 @@ def test_refused_before_any_release(combination: Combination, tmp_path: Any, mon
 
 
 @pytest.mark.parametrize("combination", LEGAL, ids=str)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_contract(combination: Combination, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs that differ in one record; all records are in every batch, and the weights stay where they are.
 
@@ -119,6 +119,7 @@ def still() -> Classifier:
 
 
 @pytest.mark.parametrize("combination", [c for c in LEGAL if c.phase == "private"][::3], ids=str)
+@pytest.mark.one_in(3)
 def test_replacing_a_record_doubles_every_noise(
     combination: Combination, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

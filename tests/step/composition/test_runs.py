@@ -41,6 +41,7 @@ PRIVATE = [combination for combination in MIXED if combination.is_private]
 @pytest.mark.parametrize(
     ("combination", "accumulate"), [(c, 1 + number % 2) for number, c in enumerate(PRIVATE)], ids=str
 )
+@pytest.mark.one_in(2)
 def test_target_is_met_and_not_exceeded(combination: Combination, accumulate: int, tmp_path: Any) -> None:
     strategy, _, _ = fit(
         combination,
@@ -55,7 +56,7 @@ def test_target_is_met_and_not_exceeded(combination: Combination, accumulate: in
 
 
 @pytest.mark.parametrize("combination", MIXED, ids=str)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_microbatches_do_not_change_the_result(combination: Combination, tmp_path: Any) -> None:
     options = {"batch_size": 6, "check_per_sample": True}
     whole, cut = (fit(combination, tmp_path, microbatch_size=size, **options)[1] for size in (None, 2))
@@ -64,7 +65,7 @@ def test_microbatches_do_not_change_the_result(combination: Combination, tmp_pat
 
 
 @pytest.mark.parametrize("combination", MIXED, ids=str)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_resumed_run_continues_masks_bounds_and_ledger(combination: Combination, tmp_path: Any) -> None:
     """A run of four epochs, and the same stopped after two and resumed: the same masks, bound, sigma and epsilon."""
     whole = Gradients()
@@ -184,6 +185,7 @@ def test_a_target_is_refused_where_epsilon_is_infinite(tmp_path: Any, callback: 
     [("flat", 0.0, False), ("none", 1.0, False), ("flat", 1.0, True), ("none", 0.0, False)],
     ids=["clip only", "noise only", "both", "neither"],
 )
+@pytest.mark.one_in(2)
 def test_the_four_ablations(tmp_path: Any, monkeypatch: Any, clipping: str, sigma: float, finite: bool) -> None:
     spy, recorder = NoiseSpy(monkeypatch), Recorder()
     strategy = DPStrategy(noise_multiplier=sigma, target_delta=1e-3, clipping=clipping, max_grad_norm=0.1, seed=0)
@@ -219,6 +221,7 @@ def test_plain_phase_is_sgd_and_the_statement_says_so(tmp_path: Any, monkeypatch
 
 
 @pytest.mark.parametrize("bound", [AutoThreshold, AdaptiveClipping])
+@pytest.mark.one_in(2)
 def test_a_learned_bound_may_follow_a_plain_phase(tmp_path: Any, bound: Any) -> None:
     strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[SwitchToDP(1), bound()]).fit(Classifier(), make_loader())
