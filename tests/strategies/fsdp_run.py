@@ -43,11 +43,9 @@ from tests.strategies.sharded import CASES, Sharded, plain
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 OUT = Path(sys.argv[1])
-#: Cases whose samples are checked: each network once, but for that of "flat", which ``training`` checks, and in each
-#: precision; the checks know of nothing else.
-CHECKED = ("tied, recomputed", "bfloat16")
-#: Further ones, in a run of their own.
-CHECKED_LATER = ("weight norm, frozen", "adapter")
+#: Cases whose samples are checked, in a run of their own: each network once, but for that of "flat", which ``training``
+#: checks, and in each precision; the checks know of nothing else.
+CHECKED = ("tied, recomputed", "bfloat16", "weight norm, frozen", "adapter")
 #: Processes of a run: 2, but for the one that resumes alone.
 DEVICES = 1 if "resumed_alone" in sys.argv else 2
 
@@ -67,7 +65,7 @@ def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def private(**options: Any) -> DPFSDPStrategy:
-    """Samples are checked in ``sums``, ``training`` and ``skipped`` only: it takes longer than all else here."""
+    """Samples are checked in ``checked_sums``, ``training`` and ``skipped`` only: it takes longer than all else."""
     given = {
         "noise_multiplier": 1.0,
         "target_delta": 1e-3,
@@ -134,13 +132,13 @@ def said(run: Callable[[], Any]) -> str:
     return "nothing"
 
 
-def sums(names: Iterable[str] = CASES, checked: tuple[str, ...] = CHECKED) -> dict[str, Any]:
+def sums(names: Iterable[str] = CASES, *, checked: bool = False) -> dict[str, Any]:
     """The sum over ranks, without noise, in every case."""
     found = {}
     for name in names:
         network, shard, options, callbacks, trainer_options = CASES[name]
         released = Released()
-        strategy = private(noise_multiplier=0.0, max_grad_norm=0.7, check_per_sample=name in checked, **options)
+        strategy = private(noise_multiplier=0.0, max_grad_norm=0.7, check_per_sample=checked, **options)
         batch_size = 32 // trainer_options.get("accumulate_grad_batches", 1)
         loader = DataLoader(make_dataset(), batch_size=batch_size)
         fit(
@@ -156,7 +154,7 @@ def sums(names: Iterable[str] = CASES, checked: tuple[str, ...] = CHECKED) -> di
 
 
 def checked_sums() -> dict[str, Any]:
-    return sums(CHECKED_LATER, CHECKED_LATER)
+    return sums(CHECKED, checked=True)
 
 
 class Manual(ByHand, Sharded):

@@ -1,4 +1,4 @@
-"""Run by the slow part of test_rank_attacks.py: the attacks under FSDP that the default tests leave out."""
+"""Run by the slow part of test_rank_attacks.py: what the default tests leave out under FSDP."""
 
 from __future__ import annotations
 

@@ -289,14 +289,12 @@ def hook_calls(kind: str) -> int:
 
 
 def main(*, rest: bool = False) -> None:
-    """Run all attacks under DDP and two under FSDP, or the rest of those under FSDP."""
+    """Run all under DDP and two attacks under FSDP, or the rest under FSDP."""
     others = [name for name in ATTACKS if name not in (*ALSO_SHARDED, "collective")]
     chosen = {"fsdp": others} if rest else {"ddp": [*ATTACKS], "fsdp": [*ALSO_SHARDED]}
-    seen: dict[str, Any] = {}
-    for kind, names in chosen.items():
-        seen[kind] = {name: said(ATTACKS[name], kind) for name in names}
-        if not rest:
-            seen[kind] |= {free.__name__: free(kind) for free in (talking, seeded, without_sync, hook_calls)}
+    seen: dict[str, Any] = {kind: {name: said(ATTACKS[name], kind) for name in names} for kind, names in chosen.items()}
+    kind = "fsdp" if rest else "ddp"
+    seen[kind] |= {free.__name__: free(kind) for free in (talking, seeded, without_sync, hook_calls)}
     torch.save(seen, OUT / f"rank{RANK}.pt")
 
 

@@ -45,6 +45,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_two_ranks(Path(__file__).with_name("rank_attacks_run.py"), tmp_path_factory)
 
 
+@pytest.fixture(scope="module")
+def sharded_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks wrote down of the rest, under FSDP."""
+    return run_two_ranks(Path(__file__).with_name("rank_attacks_fsdp_run.py"), tmp_path_factory)
+
+
+@pytest.fixture(params=["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def of_kind(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What both ranks wrote down under one strategy."""
+    found = request.getfixturevalue("ranks" if request.param == "ddp" else "sharded_ranks")
+    return [seen[request.param] for seen in found]
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [*(("ddp", name) for name in REFUSED), *(("fsdp", name) for name in ALSO_SHARDED)]
 )
@@ -55,8 +68,8 @@ def test_what_ranks_do_apart_is_refused_on_both(ranks: list[dict[str, Any]], kin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in REFUSED if name not in ALSO_SHARDED])
-def test_other_attacks_are_refused_under_fsdp(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
-    for seen in run_two_ranks(Path(__file__).with_name("rank_attacks_fsdp_run.py"), tmp_path_factory):
+def test_other_attacks_are_refused_under_fsdp(sharded_ranks: list[dict[str, Any]], name: str) -> None:
+    for seen in sharded_ranks:
         assert seen["fsdp"][name].startswith(REFUSED[name])
 
 
@@ -65,20 +78,18 @@ def test_collectives_in_microbatches_are_refused_under_ddp(ranks: list[dict[str,
         assert seen["ddp"]["collective"].startswith("PrivacyError: Expected no collective of torch.distributed")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_ranks_may_talk_through_lightning_in_microbatches(ranks: list[dict[str, Any]], kind: str) -> None:
-    for seen in ranks:
-        assert seen[kind]["talking"] == (4, True)
+def test_ranks_may_talk_through_lightning_in_microbatches(of_kind: list[dict[str, Any]]) -> None:
+    for seen in of_kind:
+        assert seen["talking"] == (4, True)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
-def test_noise_follows_neither_seeds_nor_a_resume(ranks: list[dict[str, Any]], kind: str, wrong: float) -> None:
+def test_noise_follows_neither_seeds_nor_a_resume(of_kind: list[dict[str, Any]], wrong: float) -> None:
     """24 steps x 53 coordinates, half of them after a resume; z under 5 (false alarm < 1e-6).
 
     Equal draws on both ranks would be sqrt(2) off; draws that come back would correlate.
     """
-    first, second = (seen[kind]["seeded"].double() * 16 / wrong for seen in ranks)
+    first, second = (seen["seeded"].double() * 16 / wrong for seen in of_kind)
     assert torch.equal(first, second)
     assert first.shape == (24, 53)
     z = float((first.square().sum() - first.numel()) / math.sqrt(2 * first.numel()))
@@ -87,13 +98,11 @@ def test_noise_follows_neither_seeds_nor_a_resume(ranks: list[dict[str, Any]], k
     assert float(together.abs().max()) < 6 / math.sqrt(53)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_asking_for_no_synchronisation_changes_nothing(ranks: list[dict[str, Any]], kind: str) -> None:
-    (steps, weights), (others, other_weights) = (seen[kind]["without_sync"] for seen in ranks)
+def test_asking_for_no_synchronisation_changes_nothing(of_kind: list[dict[str, Any]]) -> None:
+    (steps, weights), (others, other_weights) = (seen["without_sync"] for seen in of_kind)
     assert steps == others == 8
     assert torch.equal(weights, other_weights)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_hooks_on_parameters_of_ranks_see_no_gradient(ranks: list[dict[str, Any]], kind: str) -> None:
-    assert [seen[kind]["hook_calls"] for seen in ranks] == [0, 0]
+def test_hooks_on_parameters_of_ranks_see_no_gradient(of_kind: list[dict[str, Any]]) -> None:
+    assert [seen["hook_calls"] for seen in of_kind] == [0, 0]
