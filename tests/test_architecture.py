@@ -110,8 +110,8 @@ with make_private(model, optimizer, loader, loss_fn, epochs=2, target_epsilon=2.
 
 
 def test_each_part_loads_what_it_needs() -> None:
-    """The package alone nothing slow; every module of the core no lightning, also not through a third party; neither
-    does a loop that trains; the shells all.
+    """The package alone nothing slow; every module of the core no lightning, also not through a third party; the shells
+    all.
 
     opacus is left to the calls that need it.
     """
@@ -119,10 +119,9 @@ def test_each_part_loads_what_it_needs() -> None:
     wanted = {name.removesuffix(".__init__") for name in modules}
     folders = "accounting auditing clipping datalens loop masks noise per_sample reporting sampling step system"
     assert {f"lightning_dp.{name}" for name in folders.split()} <= wanted
-    package, core, loop, shells = loaded(
+    package, core, shells = loaded(
         "import lightning_dp",
         f"import importlib\nfor name in {sorted(wanted)!r}: importlib.import_module(name)",
-        LOOP,
         # a public name and a subpackage, each as an attribute of the package
         "assert lightning_dp.callbacks.EpsilonMonitor is lightning_dp.EpsilonMonitor\n"
         "assert lightning_dp.datalens.DataLens.__doc__\n"
@@ -131,8 +130,12 @@ def test_each_part_loads_what_it_needs() -> None:
     assert not package & {"torch", "numpy", *SLOW, *LIGHTNING}
     assert "torch" in core
     assert not core & {"opacus", *LIGHTNING}
-    assert not loop & LIGHTNING
     assert "lightning" in shells
+
+
+@pytest.mark.slow
+def test_a_loop_that_trains_loads_no_lightning() -> None:
+    assert not loaded(LOOP)[0] & LIGHTNING
 
 
 PILLARS = ["accounting", "auditing", "clipping", "masks", "noise", "per_sample", "sampling"]

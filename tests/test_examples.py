@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 #: Run in processes of their own: two start themselves a second time, the others load transformers.
 SLOW = {"fsdp", "hf_trainer", "text_lora", "two_processes"}
 #: Run in this process, and take seconds even so.
-LONG = {"combined", "digits_cnn", "fashion_mnist", "users"}
+LONG = {"combined", "digits_cnn", "fashion_mnist", "gan", "resume", "tabular", "users"}
 #: tests/datalens/test_examples.py runs these.
 ELSEWHERE = {"datalens_2d", "datalens_digits"}
 NAMES = {path.stem for path in EXAMPLES.glob("*.py")} - ELSEWHERE
