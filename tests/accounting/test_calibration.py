@@ -51,7 +51,7 @@ def check(runs, target, accountant="pld", history=None):
 @pytest.mark.parametrize("target", [0.1, 1.0, 20.0])
 @pytest.mark.parametrize("sample_rate", [0.001, 0.1, 1.0])
 @pytest.mark.parametrize("num_steps", [10, 10_000])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_calibration_is_close_below_the_target(target, sample_rate, num_steps):
     check(constant(sample_rate, num_steps), target)
 
@@ -67,11 +67,13 @@ def test_calibration_is_close_below_the_target_everywhere(case):
 
 
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
+@pytest.mark.one_in(2)
 def test_calibration_works_with_every_sampled_accountant(accountant):
     check(constant(0.02, 500), 2.0, accountant)
 
 
 @pytest.mark.parametrize("target", [0.5, 2.0, 8.0])
+@pytest.mark.one_in(3)
 def test_rdp_searches_at_whole_orders(target, monkeypatch):
     """Fractional orders take most of the time; a few evaluations at all orders decide."""
     asked, original = [], rdp._poisson_divergences

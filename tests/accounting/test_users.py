@@ -28,6 +28,7 @@ def test_epsilon_of_a_user_meets_the_reference(records, expected):
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_one_record_per_user_is_the_record_level():
     ledger = ledger_of((poisson(1.0, 0.1), 20), (PrivacyEvent.gaussian(noise_multiplier=8.0), 2))
     found = user_epsilon(ledger, DELTA, records_per_user=1, discretization=2e-3)
@@ -35,6 +36,7 @@ def test_one_record_per_user_is_the_record_level():
 
 
 @pytest.mark.parametrize("records", [2, 5])
+@pytest.mark.one_in(2)
 def test_one_step_is_a_mixture_over_the_records_that_joined(records):
     """Both directions by numerical integration; the number of records counts, not its square."""
     sigma, rate = 2.0, 0.3
