@@ -22,7 +22,7 @@ from lightning_dp.per_sample.engine import PerSampleEngine
 from lightning_dp.sampling import LogicalBatch, indices
 from lightning_dp.sampling.batches import MicrobatchCollate
 from lightning_dp.sampling.indices import CyclicBatchSampler
-from lightning_dp.step import couplings
+from lightning_dp.step import couplings, real_losses
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.couplings import Couplings
 from lightning_dp.step.microbatch import Microbatch
@@ -235,8 +235,9 @@ def coins_in_the_middle(patch: pytest.MonkeyPatch) -> None:
 
 
 def small_batches_on_trial(patch: pytest.MonkeyPatch) -> None:
-    """The exchange test never sees a batch of the real size."""
+    """No check of couplings ever sees a batch of the real size."""
     patch.setattr(Couplings, "exchange_one", lambda self, snapshot, records, **_: None)
+    patch.setattr(real_losses, "check_in_batch", lambda *_, **__: None)
 
 
 def no_record_out_of_range(patch: pytest.MonkeyPatch) -> None:
