@@ -44,8 +44,7 @@ class BatchOwners:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._kinds: dict[Path, set[Kind]] | None = None
-        self._best_first: dict[Path, list[Kind]] = {}
+        self._kinds: dict[Path, list[Kind]] | None = None  # the best first
         self._sizes: set[int] = set()
 
     def learn(self, batch: Any, size: int) -> None:
@@ -55,12 +54,10 @@ class BatchOwners:
         things, containers = read(batch)
         indices = {**self._indices(batch, containers, size, Memo()), **_counted(things, size, Memo(), learns=True)}
         seen = {path: _kinds_of(path, thing, size, indices) for path, thing in things}
-        known = self._kinds
+        if (known := self._kinds) is not None:
+            seen = {path: seen[path] & {*known[path]} for path in seen.keys() & known.keys()}
         self._sizes.add(size)
-        self._kinds = seen if known is None else {path: seen[path] & known[path] for path in seen.keys() & known.keys()}
-        # one size alone does not tell samples from other things of which there are as many
-        settled = self._kinds if len(self._sizes) > 1 else {}
-        self._best_first = {path: _ranked(path, kinds) for path, kinds in settled.items()}
+        self._kinds = {path: _ranked(path, kinds) for path, kinds in seen.items()}
 
     def has_learned(self, size: int) -> bool:
         """Tell whether a batch of that size was seen."""
@@ -74,12 +71,12 @@ class BatchOwners:
     @property
     def has_indices(self) -> bool:
         """True if batches name owners by an index, or by a list with one entry per sample."""
-        known = [_ranked(path, kinds)[0] for path, kinds in (self._kinds or {}).items() if kinds]
+        known = [kinds[0] for kinds in (self._kinds or {}).values() if kinds]
         return any(name != "sample" or axis == "each" for axis, name in known)
 
     def forget(self) -> None:
         """Forget all batches seen so far."""
-        self._kinds, self._best_first, self._sizes = None, {}, set()
+        self._kinds, self._sizes = None, set()
 
     def note(self, batch: Any, follower: Follower) -> None:
         """Pass the owner of each row of a batch's tensors to the follower.
@@ -91,6 +88,8 @@ class BatchOwners:
             self._note(batch, follower)
 
     def _note(self, batch: Any, follower: Follower) -> None:
+        # one size alone does not tell samples from other things of which there are as many
+        known = (self._kinds or {}) if len(self._sizes) > 1 else {}
         things, containers = read(batch)
         indices = self._indices(batch, containers, follower.size, follower.memo)
         has_counted = False
@@ -99,7 +98,7 @@ class BatchOwners:
             if settled and any(path[: len(done)] == done for done in settled):
                 continue
             found: Kind | None = None
-            for kind in self._best_first.get(path, ()):
+            for kind in known.get(path, ()):
                 if kind[1].startswith("counted") and not has_counted:
                     indices, has_counted = indices | _counted(things, follower.size, follower.memo), True
                 if _is_of(kind, thing, follower.size, indices):
