@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -79,27 +80,20 @@ class Couplings:
             state_check.check_state(partial(run, ends=ends), (records * 3)[:3], **shared)
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
-        """Check that the per-sample gradients of a batch equal the gradients of its samples run alone.
+        """Check that the per-sample gradients of a batch equal the gradients of its samples run alone."""
+        records, alone = exchange.differing(records)[:NUM_ALONE], self._runs.step.reduction.world_size == 1
+        _repeat_if_small(partial(self._compare_at_coins, snapshot, records), repeats=alone)
 
-        As in ``_compare_left_out``, a small difference must also show where parameters are moved a little.
-        """
-        records = exchange.differing(records)[:NUM_ALONE]
-        coins, moved = [HIGH, LOW, MIDDLE], 0
-        last = exchange.NUM_REPEATS if self._runs.step.reduction.world_size == 1 else 0
-        while True:
+    def _compare_at_coins(self, snapshot: Snapshot, records: list[Any], moved: int) -> None:
+        for coin in (MIDDLE, LOW, HIGH):
             try:
-                return self._compare_alone(snapshot, records, coins[-1], moved)
+                self._compare_alone(snapshot, records, Draws(seed=1, coin=coin, moved=moved))
+                return
             except PrivacyError as error:
-                if "a finite gradient" in str(error) and len(coins) > 1:
-                    coins.pop()
-                elif error.difference <= exchange.AT_A_KINK and moved < last:
-                    moved += 1
-                else:
+                if "a finite gradient" not in str(error) or coin == HIGH:
                     raise
 
-    def _compare_alone(self, snapshot: Snapshot, records: list[Any], coin: float, moved: int) -> None:
-        draws = Draws(seed=1, coin=coin, moved=moved)
-
+    def _compare_alone(self, snapshot: Snapshot, records: list[Any], draws: Draws) -> None:
         def run(chosen: list[Any], *, engine: bool) -> Probe:
             return self._runs.again(snapshot, chosen, draws, engine=engine)
 
@@ -163,20 +157,15 @@ class Couplings:
         self.exchange_one(snapshot, self.real_records(0), seed=0)
 
     def _compare_left_out(self, snapshot: Snapshot, few: list[Any]) -> None:
-        """Compare batches of two sizes. A difference that one value at a kink could make, pushed over it by another
-        rounding, must also show where parameters are moved a little; a coupling does.
-        """
-        last, is_sharded = len(few) - 1, self._runs.step.reduction.is_sharded
-        for moved in range(1 + exchange.NUM_REPEATS):
+        """Compare batches of two sizes."""
+        last = len(few) - 1
+
+        def compare(moved: int) -> None:
             draws = Draws(by_place=True, moved=moved)
             base = self._fingerprint(snapshot, few, last, draws)
-            try:
-                self._compare(snapshot, base, few[:last], last, draws, "left out", loose=True)
-            except ComparisonError as error:
-                if is_sharded or error.difference > exchange.AT_A_KINK or moved == exchange.NUM_REPEATS:
-                    raise
-            else:
-                return
+            self._compare(snapshot, base, few[:last], last, draws, "left out", loose=True)
+
+        _repeat_if_small(compare, repeats=not self._runs.step.reduction.is_sharded)
 
     def _exchange_beside_incomplete(self, snapshot: Snapshot, few: list[Any], spare: Any, draws: Draws) -> None:
         """Exchange the first sample next to records that user code may fill up from the others."""
@@ -283,3 +272,18 @@ class Couplings:
         found.drawn, found.seed = probe.drawn, probe.seed
         found.again = partial(self._fingerprint, snapshot, copy.copy(records), place)
         return found
+
+
+def _repeat_if_small(check: Callable[[int], None], *, repeats: bool) -> None:
+    """Run a check that is given the number of a small change of all parameters.
+
+    A difference that one value at a kink could make, pushed over it by another rounding, must also show where
+    parameters are moved a little; a coupling does.
+    """
+    for moved in range(1 + exchange.NUM_REPEATS if repeats else 1):
+        try:
+            check(moved)
+            return
+        except PrivacyError as error:
+            if not repeats or error.difference > exchange.AT_A_KINK or moved == exchange.NUM_REPEATS:
+                raise

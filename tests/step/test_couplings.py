@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 from lightning_dp import DPStrategy
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.step.couplings import Couplings
+from lightning_dp.step.runs import Draws
 from tests.helpers import Classifier, make_dataset, make_loader, make_trainer
 
 
@@ -120,8 +121,8 @@ def test_a_small_difference_from_single_runs_is_looked_at_again(differences: lis
     left, moved = [*differences], []
 
     class Alone(Couplings):
-        def _compare_alone(self, snapshot: Any, records: list[Any], coin: float, number: int) -> None:
-            moved.append(number)
+        def _compare_alone(self, snapshot: Any, records: list[Any], draws: Draws) -> None:
+            moved.append(draws.moved)
             if left:
                 error = ComparisonError("another gradient")
                 error.difference = left.pop()
