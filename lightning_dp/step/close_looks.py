@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import MutableMapping, MutableSequence, MutableSet
 from itertools import compress, filterfalse
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
+from lightning_dp.step.refilling import same_content
 from lightning_dp.step.snapshot import NOT_PLAIN, few_places
 from lightning_dp.step.writes import Look
 from lightning_dp.system.torch_private import Layers, num_changes
@@ -36,10 +36,10 @@ class CloseLook(Look):
         super().__init__(eye.layers, others, [vars(owner)])
         all_names: list[str] = []
         self._values: list[Any] = []
-        for held in (*map(vars, self._layers), vars(owner) if saves else {}):
-            names = [*filterfalse(NOT_PLAIN.__contains__, held)]
+        for attributes in (*map(vars, self._layers), vars(owner) if saves else {}):
+            names = [*filterfalse(NOT_PLAIN.__contains__, attributes)]
             all_names += names
-            self._values += map(held.__getitem__, names)
+            self._values += map(attributes.__getitem__, names)
         self._counts = all_names, eye.sizes(self._values), self._numbers, self._states.changes
         self._values += self._states.tensors
         with unfollowed():
@@ -57,7 +57,7 @@ class CloseLook(Look):
         """
         if self._marks != after._marks or not all(map(same_values, self._entries, after._entries)):
             return False
-        return tensors_only or (self._counts == after._counts and _are_the_same(self._values, after._values))
+        return tensors_only or (self._counts == after._counts and same_content(after._values, self._values))
 
 
 class Eye:
@@ -94,7 +94,7 @@ class Places:
     def read(self, tensors: list[Tensor]) -> Tensor:
         """Return the entries, joined on one device to be compared by one transfer."""
         layouts = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
-        if layouts != self._layouts or not _are_the_same(tensors, self._tensors):
+        if layouts != self._layouts or not same_content(tensors, self._tensors):
             alike: dict[Any, list[Tensor]] = {}
             for tensor in tensors:
                 alike.setdefault((tensor.device, tensor.dtype), []).append(few_places(tensor, _PLACES))
@@ -102,7 +102,3 @@ class Places:
             self._layouts, self._tensors, self._views = layouts, tensors if lasting else [None], [*alike.values()]
         joined = [torch.cat(views).double() for views in self._views]
         return torch.cat([values.to(joined[0].device) for values in joined]) if joined else torch.empty(0)
-
-
-def _are_the_same(ours: list[Any], others: list[Any]) -> bool:
-    return len(ours) == len(others) and all(map(operator.is_, ours, others))

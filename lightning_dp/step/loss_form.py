@@ -40,7 +40,7 @@ class LossForm:
     operation over dimensions, which no checked loss had, if the number of operations is new or the pair is next to the
     loss; else, and for calls of torch without gradient, from one of the next 16 losses on. A batch of a new size is
     watched at once. It is also true if the factors by which a loss counts its rows are new (``LossFactors``). What it
-    does NOT show: other calls with other values.
+    does NOT show: the same calls with other values that leave these factors as they are.
 
     Example:
         >>> import torch
@@ -137,7 +137,7 @@ class LossForm:
     @property
     def is_new(self) -> bool:
         """True if a real loss had operations that no check has seen, or counted its rows by other factors."""
-        return bool(self._new or self._new_calls or self.factors.are_new)
+        return self.has_new_operations or self.factors.are_new
 
     @property
     def has_new_calls(self) -> bool:

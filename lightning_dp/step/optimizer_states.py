@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from torch import Tensor
-
-from lightning_dp.system.torch_private import changes_of
+from lightning_dp.step.refilling import refill_mapping, same_content
+from lightning_dp.system.torch_private import changes_of, tensors_among
 
 
 class OptimizerStates:
@@ -20,22 +19,21 @@ class OptimizerStates:
     """
 
     def __init__(self, others: Iterable[Any]) -> None:
-        self._states: list[Any] = []  # an optimizer, its state, and a copy
-        self._parts: list[Any] = []  # the state of a parameter, and a copy
+        self._states: list[Any] = []  # an optimizer, and its state
+        held: list[dict[Any, Any]] = []
         for one in others:
             state = getattr(one, "state", None)
             if isinstance(state, dict) and hasattr(one, "param_groups"):
-                self._states.append((one, state, state.copy()))
-                self._parts += [(held, held.copy()) for held in state.values() if isinstance(held, dict)]
-        values = [*chain.from_iterable([held.values() for held, _ in self._parts])]
-        kinds = {kind for kind in set(map(type, values)) if issubclass(kind, Tensor)}
-        self.tensors = [value for value in values if type(value) in kinds]
+                self._states.append((one, state))
+                held += [state, *(part for part in state.values() if isinstance(part, dict))]
+        self._held = [(part, part.copy()) for part in held]
+        self.tensors = tensors_among([*chain.from_iterable(map(dict.values, held))])
         self.changes = changes_of(self.tensors)
 
     def writes_until(self, after: OptimizerStates) -> Iterator[tuple[Any, ...]]:
         """Yield a key if tensors were replaced until a later look, or how often each was changed in place."""
-        same = [*map(operator.is_, self.tensors, after.tensors)]
-        if len(self.tensors) != len(after.tensors) or not all(same):
+        if not same_content(self.tensors, after.tensors):
+            same = [*map(operator.is_, self.tensors, after.tensors)]
             yield "states", len(after.tensors) - len(self.tensors), same.count(False)
         else:
             changes = tuple(map(operator.sub, after.changes, self.changes))
@@ -53,13 +51,9 @@ class OptimizerStates:
 
     def put_back(self) -> None:
         """Give optimizers the tensors back that they held, but no values of tensors."""
-        for one, state, before in self._states:
+        for one, state in self._states:
             if one.state is not state:
                 one.state = state
-            if len(state) != len(before) or not all(map(operator.is_, state.values(), before.values())):
-                state.clear()
-                state.update(before)
-        for held, before in self._parts:
-            if len(held) != len(before) or not all(map(operator.is_, held.values(), before.values())):
-                held.clear()
-                held.update(before)
+        for held, before in self._held:
+            if not same_content(held, before):
+                refill_mapping(held, before)

@@ -38,6 +38,12 @@ def changes_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         return tuple([num_changes(tensor) for tensor in tensors])
 
 
+def tensors_among(values: list[Any]) -> list[Tensor]:
+    """Return the tensors in a list; each class is asked once, for which ``isinstance`` is slow."""
+    kinds = {kind for kind in set(map(type, values)) if issubclass(kind, Tensor)}
+    return [value for value in values if type(value) in kinds] if kinds else []
+
+
 def size_of_result(node: Any, number: int) -> int:
     """Return the number of entries of a result of a differentiable operation; 0 if unknown."""
     given = getattr(node, "_input_metadata", ())
@@ -146,10 +152,8 @@ class Layers:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors without a gradient that the layers hold as plain attributes."""
-        held = [*chain.from_iterable(map(_VALUES, map(vars, self.own)))]
-        kinds = {kind for kind in set(map(type, held)) if issubclass(kind, Tensor)}
-        tensors = [value for value in held if type(value) in kinds] if kinds else []
-        return [tensor for tensor in tensors if not tensor.requires_grad]
+        held = tensors_among([*chain.from_iterable(map(_VALUES, map(vars, self.own)))])
+        return [tensor for tensor in held if not tensor.requires_grad]
 
 
 @contextmanager
