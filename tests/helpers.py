@@ -61,6 +61,17 @@ class Classifier(L.LightningModule):
         return self.optimizer(self.parameters(), lr=self.lr)
 
 
+def stepped_on(module: Any, loss: Tensor) -> Tensor | None:
+    """Return a loss; under manual optimization, step on it and return None, as a training step does."""
+    if module.automatic_optimization:
+        return loss
+    optimizer = module.optimizers()
+    optimizer.zero_grad()
+    module.manual_backward(loss)
+    optimizer.step()
+    return None
+
+
 def make_trainer(strategy: Any, tmp_path: Any, **options: Any) -> L.Trainer:
     """A quiet Trainer on one CPU."""
     defaults: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from lightning_dp import DPStrategy, PrivacyError, make_private
-from tests.helpers import make_trainer
+from tests.helpers import make_trainer, stepped_on
 
 BEGINS = 15
 PLANNED = 25
@@ -51,14 +51,7 @@ class Module(L.LightningModule):
         self.automatic_optimization, self.begins = automatic, begins
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = self.network(batch[0], mixes=self.global_step >= self.begins).square().mean()
-        if self.automatic_optimization:
-            return loss
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        return None
+        return stepped_on(self, self.network(batch[0], mixes=self.global_step >= self.begins).square().mean())
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.01)

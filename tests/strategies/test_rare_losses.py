@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError, make_private
-from tests.helpers import make_trainer
+from tests.helpers import make_trainer, stepped_on
 from tests.strategies import test_latched_state
 from tests.strategies.test_latched_state import RARE, loader
 
@@ -31,14 +31,7 @@ class Module(test_latched_state.Module):
         return self.of_batch(self, losses, (words == RARE).any(1))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = self.loss(batch)
-        if self.automatic_optimization:
-            return loss
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        return None
+        return stepped_on(self, self.loss(batch))
 
 
 def skipped(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
