@@ -23,16 +23,11 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def unreported() -> AbstractContextManager[None]:
-    """Return a context in which tracked tensors do not see the operations on them."""
-    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
-    return context
+unreported: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
+"""Returns a context in which tracked tensors do not see the operations on them."""
 
-
-def unfollowed() -> AbstractContextManager[None]:
-    """Return a context in which neither tracked tensors nor torch function modes see operations."""
-    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
-    return context
+unfollowed: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
+"""Returns a context in which neither tracked tensors nor torch function modes see operations."""
 
 
 def innermost_mode() -> object:
@@ -46,14 +41,11 @@ def in_backward() -> bool:
     return backward_number() != -1
 
 
-def backward_number() -> int:
-    """Return the number of the backward that autograd runs now; -1 if it runs none."""
-    return int(torch._C._current_graph_task_id())
+backward_number: Callable[[], int] = torch._C._current_graph_task_id
+"""Returns the number of the backward that autograd runs now; -1 if it runs none."""
 
-
-def num_operations() -> int:
-    """Return the number of differentiable operations that this thread has run so far."""
-    return int(torch._C._autograd._get_sequence_nr())
+num_operations: Callable[[], int] = torch._C._autograd._get_sequence_nr
+"""Returns the number of differentiable operations that this thread has run so far."""
 
 
 def keeps_graph() -> bool:

@@ -108,8 +108,11 @@ class Follower(Telling):
                 owners = None
             elif key in notes and (note := notes[key])[0]() is tensor:
                 owners = note[2]
-                if note[1] < now and (write := self._written.get(memory_of(tensor), _NEVER))[0] > note[1]:
-                    owners = write[1]
+                if note[1] < now:
+                    if (write := self._written.get(memory_of(tensor), _NEVER))[0] > note[1]:
+                        owners = write[1]
+                    else:
+                        notes[key] = (note[0], now, owners)
             found.append((tensor, owners))
         return found
 
@@ -131,8 +134,8 @@ class Follower(Telling):
         if func in SHOWS_NO_ENTRY:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if self.hear is not None:
-            self.tell(func, args, kwargs)
+        if self.hear is not None and self._depth == 1:
+            self.hear(func, args, kwargs)
         traits, tensors = traits_of(func), tensors_in(args, kwargs)
         for tensor in tensors:
             if type(tensor) is not Tensor and is_tracked(tensor):
@@ -179,7 +182,7 @@ class Follower(Telling):
             with unfollowed():
                 self._note_result(func, traits, args, kwargs, given, out)
         elif not args or out is not args[0]:
-            self.note(out, found)
+            self._notes[id(out)] = (weakref.ref(out), self._time, found)  # as note() does
         elif found is not given[0][1]:
             self.note(out, self._written_with(out, given[0][1], found, traits) if traits.in_place else found)
         if not self.assumed.is_empty and kind is Tensor and any(tensor in self.assumed for tensor, _ in given):

@@ -41,12 +41,19 @@ def derive(
     """
     if tracked is None:
         tracked = [(one, node) for one in tensors_in(args, kwargs) if (node := tracker.node_of(one)) is not None]
-    for _, node in tracked:
+    own: dict[int, Tensor] = {}
+    for one, node in tracked:
         if node.generation < 0:  # functions have their graphs
-            own = {id(one): _stand_in(tracker, node, one) for one, node in tracked if node.generation < 0}
-            args, kwargs = exchanged(args, kwargs, own)
-            break
-    return _wrapped(tracker, func, func(*args, **kwargs), args, tracked)
+            own[id(one)] = (
+                tracker.stand_ins[node.name] if node.name in tracker.stand_ins else _stand_in(tracker, node, one)
+            )
+    if own:
+        args, kwargs = exchanged(args, kwargs, own)
+    out = func(*args, **kwargs)
+    key = (func.__name__, *[node.lineage for _, node in tracked])
+    if type(out) is Tensor and out.grad_fn is not None and (not args or out is not args[0]):
+        return _track(tracker, func, out, out, key, tracked)
+    return _wrapped(tracker, func, out, args, key, tracked)
 
 
 def _stand_in(tracker: Tracker, node: Node, parameter: Tensor) -> Tensor:
@@ -118,9 +125,10 @@ def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any)
     return made
 
 
-def _wrapped(tracker: Tracker, func: Any, out: Any, args: Any, tracked: Sequence[tuple[Tensor, Node]]) -> Any:
+def _wrapped(
+    tracker: Tracker, func: Any, out: Any, args: Any, key: tuple[Hashable, ...], tracked: Sequence[tuple[Tensor, Node]]
+) -> Any:
     """Return the result of an operation on nodes as a function of parameters, or unchanged if no gradient flows."""
-    key = (func.__name__, *[node.lineage for _, node in tracked])
     if args and (out is None or out is args[0]):
         target: Any = args[0]
         if IN_PLACE.fullmatch(func.__name__):

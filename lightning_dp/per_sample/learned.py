@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -94,12 +94,14 @@ class Learned:
         found = plans[index] if index < len(plans) else None
         return found if isinstance(found, CallLayout) else None
 
-    def plan(self, key: Key, index: int | None, tensors: Sequence[Tensor], size: int) -> CallLayout | str | None:
+    def plan(
+        self, key: Key, index_of: Callable[[Key], int | None], tensors: Sequence[Tensor], size: int
+    ) -> CallLayout | str | None:
         """Return the plan of a use, or the reason for not having one.
 
         Args:
             key: of its operation.
-            index: number of operations of its kind that came before it; None in a recomputation.
+            index_of: returns how many operations of its kind came before it; None in a recomputation.
             tensors: its first tensors, or all of them.
             size: number of samples.
         """
@@ -113,6 +115,7 @@ class Learned:
                     "got its first call later. Let the first batch use every layer (no layer dropped, no branch "
                     "skipped);"
                 )
+            index = index_of(key)
             if index is not None and index < len(plans) and _fits(plans[index], tensors, size):
                 found = plans[index]
             else:

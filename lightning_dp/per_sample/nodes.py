@@ -69,16 +69,12 @@ class Node:
 
 
 class Reporting:
-    """A mixin for the classes of tracked tensors; each tracker has its own classes."""
+    """A mixin for the classes of tracked tensors; each tracker has its own, which report to its ``dispatch``."""
 
     __slots__ = ()
 
     tracker: ClassVar[Tracker]
     plain: ClassVar[type[Any]]
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return cls.tracker.dispatch(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = super().__deepcopy__(memo)  # type: ignore[misc]
@@ -105,7 +101,8 @@ def reporting_class(plain: type[Any], tracker: Tracker) -> type[Any]:
     """Return the tracked variant of a tensor class, such as ``nn.Parameter``."""
     bases = (plain,) if issubclass(plain, Reporting) else (Reporting, plain)
     metaclass: Any = type(plain)
-    made: type[Any] = metaclass(plain.__name__, bases, {"__slots__": (), "tracker": tracker, "plain": plain})
+    reports = {"__torch_function__": staticmethod(tracker.dispatch)}
+    made: type[Any] = metaclass(plain.__name__, bases, {"__slots__": (), "tracker": tracker, "plain": plain, **reports})
     return made
 
 

@@ -201,6 +201,10 @@ def _general(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     return tracker.general(func, args, kwargs)
 
 
+GENERAL = Operation(_general)
+"""The handler of operations that have no other."""
+
+
 def _composite(function: Callable[..., Any]) -> Operation:
     return Operation(lambda tracker, func, args, kwargs: function(tracker, func, *args, **kwargs), is_composite=True)
 
@@ -264,7 +268,7 @@ def operation_of(func: Any) -> Operation | None:
     except KeyError:
         pass
     name = getattr(func, "__name__", "")
-    operation: Operation | None = Operation(_general)
+    operation: Operation | None = GENERAL
     if name in ("__get__", "__set__", "__delete__"):
         what = getattr(getattr(func, "__self__", None), "__name__", "")
         operation = (

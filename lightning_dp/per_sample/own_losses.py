@@ -72,10 +72,10 @@ class OwnLosses(Telling):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, kind = kwargs or {}, _kind(func)
-        if self.hear is not None:
-            self.tell(func, args, kwargs)
+        if self.hear is not None and self._depth == 1:
+            self.hear(func, args, kwargs)
         rows: Tensor | None = None
-        if kind is None:
+        if kind is None or (kind == "scalar" and not self._knows_one(args, kwargs)):
             return func(*args, **kwargs)
         if kind == "loss":
             rows = self._of_loss(func, args, kwargs)
@@ -87,7 +87,7 @@ class OwnLosses(Telling):
                 rows = self._of_stack(args[0])
         elif kind == "selection":
             self._check_selection(func.__name__, args)
-        elif self._rows and self._knows_one(args, kwargs):
+        else:
             return self._of_scalars(func, args, kwargs)
         return func(*args, **kwargs) if rows is None else self._joined(rows, func, args, kwargs)
 
@@ -98,10 +98,11 @@ class OwnLosses(Telling):
 
     def _knows_one(self, args: Any, kwargs: Any) -> bool:
         """Tell whether one of the arguments, of which none is a list, was computed from values of records."""
-        given = (*args, *kwargs.values()) if kwargs else args
-        if self._rows.keys().isdisjoint(map(id, given)):
-            return False
-        return any(self._known(one) is not None for one in given)
+        if rows := self._rows:
+            for one in (*args, *kwargs.values()) if kwargs else args:
+                if id(one) in rows and self._known(one) is not None:
+                    return True
+        return False
 
     def _joined(self, rows: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the scalar of the batch, and note what it is for each record."""

@@ -19,7 +19,9 @@ Hear = Callable[[Any, Any, Any], None]
 
 
 class Telling(TorchFunctionMode):
-    """A mode that calls :meth:`tell`, if :attr:`hear` is set, for each call that may show an entry of a tensor."""
+    """A mode that calls :attr:`hear`, if it is set, for each call that may show an entry of a tensor; but not for one
+    within a call that the mode takes apart, while ``_depth`` is above 1.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +36,6 @@ class Telling(TorchFunctionMode):
     def __exit__(self, *error: object) -> None:
         self._depth -= 1
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-
-    def tell(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Tell of a call, but not of one within a call that this mode takes apart."""
-        if self.hear is not None and self._depth == 1:
-            self.hear(func, args, kwargs)
 
 
 class _Hearing(TorchFunctionMode):

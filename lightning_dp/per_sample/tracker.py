@@ -22,7 +22,7 @@ from lightning_dp.per_sample.functions import connected, derive, within_custom
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.learned import Key, Learned
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, reporting_class
-from lightning_dp.per_sample.operations import ALIGNED, Bound, Operation, operation_of
+from lightning_dp.per_sample.operations import ALIGNED, GENERAL, Bound, Operation, operation_of
 from lightning_dp.per_sample.plans import Observer
 from lightning_dp.per_sample.recurrent import watch_order
 from lightning_dp.per_sample.repeats import Repeats
@@ -31,8 +31,6 @@ from lightning_dp.per_sample.sharing import Sharing
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.uses import Recorder, Use
 from lightning_dp.per_sample.workspace import Workspace
-
-_GENERAL = Operation(lambda tracker, *given: tracker.general(*given))
 
 
 class Tracker:
@@ -159,8 +157,9 @@ class Tracker:
         """Return the node of a tracked tensor, whether or not a gradient flows through it."""
         return thing.node if isinstance(thing, Function) else self._nodes.get(id(thing))
 
-    def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation on a tracked tensor."""
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation on a tracked tensor, as its ``__torch_function__``."""
+        kwargs = kwargs or {}
         operation, observer, with_grad = operation_of(func), self.observer, torch.is_grad_enabled()
         listens, follows = self.recorder.active or observer is not None, observer is not None and observer.without_grad
         if operation is None or not listens or not (with_grad or follows):
@@ -182,6 +181,8 @@ class Tracker:
                 return self.observer.observe(self, func, args, kwargs)
             if self.compares or (self.learned is not None and func.__name__ in self.learned.by_order):
                 self._count(func, args, kwargs)
+            if operation is GENERAL:
+                return self.general(func, args, kwargs)
             return operation.run(self, func, args, kwargs)
 
     def _count(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -191,7 +192,7 @@ class Tracker:
             for key in {(func.__name__, node.lineage) for node in nodes if node is not None}:
                 self._counts[key] = self._counts.get(key, -1) + 1
 
-    def primitive(self, func: Any, args: Any, kwargs: Any, operation: Operation = _GENERAL) -> Any:
+    def primitive(self, func: Any, args: Any, kwargs: Any, operation: Operation = GENERAL) -> Any:
         """Run an operation that a composite one consists of; in the general way if it has no rule."""
         if self.follower is None:
             return self.run_one(operation, func, args, kwargs)
@@ -239,8 +240,10 @@ class Tracker:
         """Run an operation that has no rule: derive a function of parameters, or expand the parameters to the
         samples.
         """
-        tensors = tensors_in(args, kwargs)
-        tracked = [(tensor, node) for tensor in tensors if (node := self.node_of(tensor)) is not None]
+        tensors, tracked = tensors_in(args, kwargs), []
+        for tensor in tensors:
+            if type(tensor) is not Tensor and (node := self.node_of(tensor)) is not None:
+                tracked.append((tensor, node))
         if not tracked:
             return func(*args, **kwargs)
         if self.follower is not None:
@@ -277,7 +280,7 @@ class Tracker:
             return owned_uses.plan_of(self, func, node, tensors)
         assert self.learned is not None
         key = (func.__name__, node.lineage)
-        found = self.learned.plan(key, self.index_of(key), tensors, self.recorder.batch_size)
+        found = self.learned.plan(key, self.index_of, tensors, self.recorder.batch_size)
         if isinstance(found, str):
             raise PrivacyError(
                 f"Expected {func.__name__} to meet {node.name!r} in a way that was learned, {found} {WAY_OUT}."

@@ -200,10 +200,12 @@ class _Calls:
 
     def hear(self, func: Any, args: Any, kwargs: Any) -> None:
         """Take note of a call."""
-        if self.listens and (call := _call_of(func, args, kwargs)) is not None:
-            if self._last is not None:
-                self.pairs.add((self._last, call))
-            self._last = call
+        if not self.listens or (name := _name_of(func)) is None:
+            return
+        call = name if name in _NAMES_SIZES or (len(args) < 2 and not kwargs) else _call_of(name, args, kwargs)
+        if self._last is not None:
+            self.pairs.add((self._last, call))
+        self._last = call
 
 
 @functools.lru_cache(4096)
@@ -218,16 +220,11 @@ def _name_of(func: Any) -> str | None:
     return name
 
 
-def _call_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Return the name of a function with its small whole numbers, or with the kinds of its indices; None for a function
-    that shows nothing.
-    """
-    name = _name_of(func)
+def _call_of(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the name of a function with its small whole numbers, or with the kinds of its indices."""
     if name in ("__getitem__", "__setitem__"):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return name, *(type(each).__name__ for each in index)
-    if name is None or name in _NAMES_SIZES or (len(args) < 2 and not kwargs):
-        return name
     numbers: list[int] = []
     _collect_numbers(args[1:], numbers)
     if kwargs:
