@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lightning_dp.per_sample.nodes import Reporting
 
-_NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis), torch.Size, torch.dtype))
+NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis), torch.Size, torch.dtype))
+"""Common types of arguments that hold no tensors."""
+
 _CONTAINERS = frozenset((tuple, list, dict))
 
 
@@ -21,7 +23,7 @@ def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
         kind = type(thing)
         if kind is Tensor:
             found.append(thing)
-        elif kind in _NO_TENSORS:
+        elif kind in NO_TENSORS:
             continue
         elif isinstance(thing, Reporting):  # of other kinds of tensors this is slow to tell
             found.append(thing)
@@ -38,7 +40,7 @@ def replaced(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> tuple[A
     """Return the arguments with ``change`` applied to every tensor, in the order of :func:`tensors_in`."""
 
     def one_of(thing: Any) -> Any:
-        return change(thing) if type(thing) not in _NO_TENSORS and isinstance(thing, Tensor) else thing
+        return change(thing) if type(thing) not in NO_TENSORS and isinstance(thing, Tensor) else thing
 
     return _mapped(args, kwargs, one_of)
 
@@ -52,17 +54,16 @@ def exchanged(args: Any, kwargs: Any, own: Mapping[int, Any]) -> tuple[Any, Any]
 
 def _mapped(args: Any, kwargs: Any, change: Callable[[Any], Any]) -> tuple[Any, Any]:
     """Return the arguments with ``change`` applied to everything in them that is no list, tuple or dictionary."""
+    return tuple([_walked(thing, change) for thing in args]), _walked(kwargs, change) if kwargs else {}
 
-    def walk(thing: Any) -> Any:
-        kind = type(thing)
-        if kind is tuple or kind is list:
-            return kind([walk(one) for one in thing])
-        if kind is dict:
-            return {key: walk(one) for key, one in thing.items()}
-        return change(thing)
 
-    changed = tuple([walk(thing) for thing in args])
-    return changed, {key: walk(thing) for key, thing in kwargs.items()} if kwargs else {}
+def _walked(thing: Any, change: Callable[[Any], Any]) -> Any:
+    kind = type(thing)
+    if kind is tuple or kind is list:
+        return kind([_walked(one, change) for one in thing])
+    if kind is dict:
+        return {key: _walked(one, change) for key, one in thing.items()}
+    return change(thing)
 
 
 def with_other_values(tensor: Tensor) -> Tensor:

@@ -25,23 +25,21 @@ def read(batch: Any) -> tuple[list[tuple[Path, Any]], list[Container]]:
     """
     things: list[tuple[Path, Any]] = []
     containers: list[Container] = []
-
-    def walk(thing: Any, path: Path) -> None:
+    waiting: list[tuple[Any, Path]] = [(batch, ())]
+    while waiting:
+        thing, path = waiting.pop()
         if isinstance(thing, (Tensor, PackedSequence)):
             things.append((path, thing))
-            return
+            continue
         is_list = isinstance(thing, (list, tuple))
         if is_list:
             things.append((path, thing))
         if len(path) >= _DEEPEST:
-            return
+            continue
         items = [*_items(thing)]
         if not is_list or hasattr(thing, "_fields"):
             containers.append((path, {str(key): value for key, value in items}))
-        for key, value in items:
-            walk(value, (*path, key))
-
-    walk(batch, ())
+        waiting += [(value, (*path, key)) for key, value in reversed(items)]
     return things, containers
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import TensorSet, base_of, is_mapped, memory_of, unfollowed
-from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.arguments import NO_TENSORS, tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
 from lightning_dp.per_sample.layout import WAY_OUT
@@ -25,7 +25,7 @@ from lightning_dp.per_sample.memo import Memo, merged
 from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, keeps_to_positions, moved_entries, owners_after
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
-from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows, fits
+from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows, fits, may_change
 from lightning_dp.per_sample.quick import are_positions
 from lightning_dp.per_sample.telling import Telling
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY, Traits, traits_of
@@ -66,8 +66,7 @@ class Follower(Telling):
         self.assumed = TensorSet()
         """Tensors that hold a parameter repeated for every sample, as their length says; rows of other owners that they
         meet entry by entry are refused."""
-        self._of_numbers = TensorSet()
-        self._time = 0
+        self._of_numbers, self._time = TensorSet(), 0
 
     def identity(self, device: torch.device) -> Tensor:
         """Return the tensor ``0 ... B - 1`` on a device, the same object in every call."""
@@ -94,26 +93,32 @@ class Follower(Telling):
         return _SEVERAL if several is not None and isinstance(owners, Rows) and owners.has(several) else owners
 
     def _noted_owners(self, tensor: Tensor) -> Owners:
-        return self._with_owners((tensor,))[0][1]
+        key = id(tensor)
+        if key in self._constants or (type(tensor) is not Tensor and isinstance(tensor, (Reporting, nn.Parameter))):
+            return None
+        note = self._notes.get(key)
+        if note is None or note[0]() is not tensor:
+            return MIXED
+        if note[1] < self._time:
+            if (write := self._written.get(memory_of(tensor), _NEVER))[0] > note[1]:
+                return write[1]
+            self._notes[key] = note[0], self._time, note[2]
+        return note[2]
 
-    def _with_owners(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Owners]]:
+    def _given(self, args: Any, kwargs: Any) -> list[tuple[Tensor, Owners]]:
+        """Return the tensors among arguments, in the order of :func:`tensors_in`, with their owners."""
         found: list[tuple[Tensor, Owners]] = []
         notes, constants, now = self._notes, self._constants, self._time
-        for tensor in tensors:
-            key = id(tensor)
-            owners: Owners = MIXED
-            if key in constants or (
-                type(tensor) is not Tensor and (is_tracked(tensor) or isinstance(tensor, nn.Parameter))
-            ):
-                owners = None
-            elif key in notes and (note := notes[key])[0]() is tensor:
-                owners = note[2]
-                if note[1] < now:
-                    if (write := self._written.get(memory_of(tensor), _NEVER))[0] > note[1]:
-                        owners = write[1]
-                    else:
-                        notes[key] = (note[0], now, owners)
-            found.append((tensor, owners))
+        for thing in args if not kwargs else (*args, *kwargs.values()):
+            kind = type(thing)
+            if kind is Tensor:
+                key = id(thing)
+                if key in notes and (note := notes[key])[1] == now and thing is note[0]() and key not in constants:
+                    found.append((thing, note[2]))
+                else:
+                    found.append((thing, self._noted_owners(thing)))
+            elif kind not in NO_TENSORS:
+                found += [(tensor, self._noted_owners(tensor)) for tensor in tensors_in((thing,), None)]
         return found
 
     def hand_on(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> None:
@@ -136,8 +141,8 @@ class Follower(Telling):
         kwargs = kwargs or {}
         if self.hear is not None and self._depth == 1:
             self.hear(func, args, kwargs)
-        traits, tensors = traits_of(func), tensors_in(args, kwargs)
-        for tensor in tensors:
+        traits, given = traits_of(func), self._given(args, kwargs)
+        for tensor, _ in given:
             if type(tensor) is not Tensor and is_tracked(tensor):
                 operation = operation_of(func)
                 if operation is not None and operation.is_composite and torch.is_grad_enabled():
@@ -155,15 +160,17 @@ class Follower(Telling):
             # else the values of other samples decide on the order of equal ones
             named = dict(zip(("dim", "descending"), args[1:], strict=False))
             args, kwargs = args[:1], {**named, **kwargs, "stable": True}
-        return self._noted(func, traits, args, kwargs, tensors, func(*args, **kwargs))
+        return self._noted(func, traits, args, kwargs, given, func(*args, **kwargs))
 
     def run(self, func: Any, args: Any, kwargs: Any, how: Callable[[], Any]) -> Any:
         """Run an operation in another way than by calling it, as one step: only its result gets owners."""
         with unfollowed():
             out = how()
-            return self._noted(func, traits_of(func), args, kwargs, tensors_in(args, kwargs), out)
+            return self._noted(func, traits_of(func), args, kwargs, self._given(args, kwargs), out)
 
-    def _noted(self, func: Any, traits: Traits, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> Any:
+    def _noted(
+        self, func: Any, traits: Traits, args: Any, kwargs: Any, given: list[tuple[Tensor, Owners]], out: Any
+    ) -> Any:
         """Record which samples own the rows of an operation's result, and return the result."""
         kind = type(out)
         if kind is not Tensor:
@@ -172,9 +179,9 @@ class Follower(Telling):
                 return out
             if isinstance(out, Reporting) and not (traits.in_place or "out" in kwargs or self.tracker.compares):
                 return out  # tracked tensors have no owners
-        if tensors and type(tensors[0]) is not Tensor and self._is_noted(out, args, kwargs):
+        if given and type(given[0][0]) is not Tensor and self._is_noted(out, args, kwargs):
             return out
-        given = self._with_owners(tensors[:1] if traits.of_first else tensors)
+        given = given[:1] if traits.of_first else given
         found: Any = NotImplemented
         if kind is Tensor and not (self.tracker.compares or "out" in kwargs):
             found = traits.quick(traits, args, kwargs, given, out, self.memo)
@@ -241,7 +248,7 @@ class Follower(Telling):
         """Return the owners of a tensor after an operation in place. The tensor behind it gets owners, too; other views
         of its memory become mixed if these owners may be others than before.
         """
-        if _changes(tensor, before, after):
+        if may_change(tensor, before, after):
             if is_mapped(tensor):  # torch.func hides its memory, and so which views it changes
                 return traits.mixed
             base, behind = base_of(tensor), cast("Owners", MIXED)
@@ -289,14 +296,5 @@ class Follower(Telling):
         """Return the shape, and the owners, of what an operation would give."""
         with torch.no_grad(), unfollowed():
             out = func(*args, **kwargs)
-            given = self._with_owners(tensors_in(args, kwargs))
+            given = self._given(args, kwargs)
             return getattr(out, "shape", None), self._result(func, traits_of(func), args, kwargs, given, out)
-
-
-def _changes(tensor: Tensor, before: Owners, after: Owners) -> bool:
-    """Tell whether an in-place write may change the owners of other views of the same memory."""
-    if before is after or not tensor.numel():
-        return False
-    if isinstance(before, Rows) and isinstance(after, Rows):
-        return before.axis != after.axis or not torch.equal(before.index, after.index)
-    return True

@@ -180,7 +180,7 @@ def _node(tracker: Tracker, func: Any, out: Tensor, key: Hashable, tracked: Sequ
         known = tracker.labels[key] = tracker.number(key), label, names
     lineage, name, names = known
     region, generation, node = None, tracker.recorder.generation, tracked[0][1]
-    if node.key is not node and len(tracked) == 1:
+    if node.is_view and len(tracked) == 1:
         parameter = tracker.parameters[names[0]]
         if func.__name__ in SAME_ENTRIES:
             whole = out.shape == node.shape and out.device == parameter.device

@@ -34,7 +34,19 @@ class Node:
         generation: number of the microbatch that computed it; -1 for a parameter.
     """
 
-    __slots__ = ("dtype", "generation", "is_entrywise", "key", "lineage", "name", "names", "region", "shape", "value")
+    __slots__ = (
+        "_key",
+        "dtype",
+        "generation",
+        "is_entrywise",
+        "is_view",
+        "lineage",
+        "name",
+        "names",
+        "region",
+        "shape",
+        "value",
+    )
 
     def __init__(
         self,
@@ -49,13 +61,11 @@ class Node:
         self.name, self.names, self.lineage = name, names, lineage
         self.shape, self.dtype = like.shape, like.dtype
         self.region, self.value, self.generation = region, value, generation
-        self.key: Hashable = self
         self.is_entrywise = region is None and value is None
         """Whether each entry is a function of the entries of parameters, of equal shape, at its own index."""
-        if region is not None:
-            self.key = (names[0], region)
-        elif value is None:
-            self.key = names[0]
+        self.is_view = region is not None or value is None
+        """Whether the node is one parameter, or a view of one that holds no entry twice."""
+        self._key: Hashable = names[0] if region is None else (names[0], region)
 
     @property
     def numel(self) -> int:
@@ -63,9 +73,11 @@ class Node:
         return self.shape.numel()
 
     @property
-    def is_view(self) -> bool:
-        """True if the node is one parameter, or a view of one that holds no entry twice."""
-        return self.key is not self
+    def key(self) -> Hashable:
+        """The parameter of the node, with the place of a view within it; the node itself if it is neither."""
+        return (
+            self._key if self.is_view else self
+        )  # as an attribute, it would keep its graph until a garbage collection
 
 
 class Reporting:

@@ -217,3 +217,12 @@ def laid_out(parts: list[Tensor], arranged: Arrangement) -> tuple[Tensor, int]:
     if places is None:
         return rows, most
     return rows.new_zeros(num, *rows.shape[1:]).index_copy_(0, places.to(rows.device), rows), most
+
+
+def may_change(tensor: Tensor, before: Owners, after: Owners) -> bool:
+    """Tell whether an in-place write may change the owners of other views of the same memory."""
+    if before is after or not tensor.numel():
+        return False
+    if isinstance(before, Rows) and isinstance(after, Rows):
+        return before.axis != after.axis or not torch.equal(before.index, after.index)
+    return True

@@ -96,22 +96,20 @@ class Layers:
         self.all: list[nn.Module] = []
         """The module and all layers in it, each once, in the order of ``module.modules()``."""
         self._prefixes: list[str] = []
-        seen = {id(self._module)}
-
-        def collect(layer: nn.Module, prefix: str) -> None:
-            self.all.append(layer)
-            self._prefixes.append(prefix)
-            for name, child in layer._modules.items():
-                if child is not None and id(child) not in seen:
-                    seen.add(id(child))
-                    collect(child, f"{prefix}{name}.")
-
-        collect(self._module, "")
+        self._collect(self._module, "", {id(self._module)})
         self.children = [{**layer._modules} for layer in self.all]
         """The direct submodules of each layer, by name."""
         self.own = [*filter(_may_change, self.all)]
         """Layers that are not of torch, or have a rate or attributes of the user's."""
         self._names, self._children = self._held()
+
+    def _collect(self, layer: nn.Module, prefix: str, seen: set[int]) -> None:
+        self.all.append(layer)
+        self._prefixes.append(prefix)
+        for name, child in layer._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                self._collect(child, f"{prefix}{name}.", seen)
 
     def _held(self) -> tuple[Any, list[nn.Module | None]]:
         """Return the number of direct submodules by layer with their names and of attributes, and these submodules."""
