@@ -108,7 +108,8 @@ class Follower(Telling):
     def _given(self, args: Any, kwargs: Any) -> list[tuple[Tensor, Owners]]:
         """Return the tensors among arguments, in the order of :func:`tensors_in`, with their owners."""
         found: list[tuple[Tensor, Owners]] = []
-        notes, constants, now = self._notes, self._constants, self._time
+        notes: dict[int, Any] = self._notes
+        constants, now = self._constants, self._time
         for thing in args if not kwargs else (*args, *kwargs.values()):
             kind = type(thing)
             if kind is Tensor:
@@ -181,15 +182,14 @@ class Follower(Telling):
                 return out  # tracked tensors have no owners
         if given and type(given[0][0]) is not Tensor and self._is_noted(out, args, kwargs):
             return out
-        given = given[:1] if traits.of_first else given
-        found: Any = NotImplemented
+        given, found = given[:1] if traits.of_first else given, cast("Any", NotImplemented)
         if kind is Tensor and not (self.tracker.compares or "out" in kwargs):
             found = traits.quick(traits, args, kwargs, given, out, self.memo)
         if found is NotImplemented:
             with unfollowed():
                 self._note_result(func, traits, args, kwargs, given, out)
         elif not args or out is not args[0]:
-            self._notes[id(out)] = (weakref.ref(out), self._time, found)  # as note() does
+            self._notes[id(out)] = weakref.ref(out), self._time, found  # as note() does
         elif found is not given[0][1]:
             self.note(out, self._written_with(out, given[0][1], found, traits) if traits.in_place else found)
         if not self.assumed.is_empty and kind is Tensor and any(tensor in self.assumed for tensor, _ in given):
