@@ -95,8 +95,7 @@ def small_calls(source: Source, keys: Collection[Hashable], *, lean: bool) -> li
         keys: of tensors.
         lean: whether a gradient must not have more numbers than its backprops.
     """
-    size = source.recorder.num_samples
-    largest = size * max(source.nodes[key].numel for key in keys)
+    largest = source.recorder.num_samples * max([source.nodes[key].shape.numel() for key in keys])
     if not 0 < largest <= FEW or source.materialises or not source.rule.is_stackable or source.memory():
         return None
     if len(groups := source.groups()) != 1:

@@ -244,10 +244,16 @@ def _collect_numbers(things: Iterable[Any], found: list[int]) -> None:
             _collect_numbers(each.values(), found)
 
 
-@functools.lru_cache(1024)
-def _kind_of(kind: type) -> tuple[str, tuple[str, ...]]:
-    """Return the name of a kind of operation, and its attributes that hold dimensions."""
-    return kind.__name__, tuple(name for name in ("_saved_dim", "_saved_dim0", "_saved_dim1") if hasattr(kind, name))
+class _Kinds(dict[type, tuple[str, tuple[str, ...]]]):
+    """The name of each kind of operation, and its attributes that hold dimensions."""
+
+    def __missing__(self, kind: type) -> tuple[str, tuple[str, ...]]:
+        dimensions = [name for name in ("_saved_dim", "_saved_dim0", "_saved_dim1") if hasattr(kind, name)]
+        self[kind] = found = kind.__name__, tuple(dimensions)
+        return found
+
+
+_KINDS = _Kinds()
 
 
 def _pairs_of(loss: Tensor, most: int) -> set[Any]:
@@ -258,14 +264,14 @@ def _pairs_of(loss: Tensor, most: int) -> set[Any]:
     nodes = [] if loss.grad_fn is None else [loss.grad_fn]
     known = set(nodes)
     for node in nodes:  # grows
-        name, dimensions = _kind_of(type(node))
+        name, dimensions = _KINDS[type(node)]
         for dimension in dimensions:
             pairs.add((name, dimension, getattr(node, dimension)))
         before = [*node.next_functions]
         for other, _ in before:  # grows
             if other is None:
                 continue
-            kind, _ = _kind_of(type(other))
+            kind, _ = _KINDS[type(other)]
             if kind == "_TapBackward":
                 before += other.next_functions
             elif kind != "AccumulateGrad":

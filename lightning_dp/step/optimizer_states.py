@@ -25,7 +25,7 @@ class OptimizerStates:
             state = getattr(one, "state", None)
             if isinstance(state, dict) and hasattr(one, "param_groups"):
                 self._states.append((one, state))
-                held += [state, *(part for part in state.values() if isinstance(part, dict))]
+                held += [state, *[part for part in state.values() if type(part) is dict or isinstance(part, dict)]]
         self._held = [(part, part.copy()) for part in held]
         self.tensors = tensors_among([*chain.from_iterable(map(dict.values, held))])
         self.changes = changes_of(self.tensors)

@@ -28,6 +28,8 @@ _PLACES = 64  # values of each tensor in the state of an optimizer that are comp
 #: Values of a record that is unlike all others: the means of a few ordinary ones may be on one side of a threshold.
 _EXTREMES = (0.0, 1e6, -1e6)
 
+_NUMBERS = frozenset((bool, int, float))  # asked first, because ``isinstance`` is a call
+
 Gradients = dict[str, Tensor]
 Numbers = dict[tuple[int, int], dict[str, Any]]
 
@@ -102,7 +104,9 @@ def numbers_of(others: list[Any]) -> Iterator[tuple[str, Any]]:
 def held_numbers(others: list[Any]) -> Numbers:
     """Return the same numbers but for those in tensors, by the part of an object that holds them."""
     return {
-        part: {name: value for name, value in held.items() if isinstance(value, (int, float))}
+        part: {
+            name: value for name, value in held.items() if type(value) in _NUMBERS or isinstance(value, (int, float))
+        }
         for part, held in parts_of(others).items()
     }
 
