@@ -127,8 +127,8 @@ class LoopFit:
                 self._host.find_types()
             trial.prepare()
             self._tried.add(_code_of(self._host.loss_fn))
-        elif trial.is_due(step.state.step, first_of_pass=begins_pass):
-            trial.check_again(step.state.step)
+        else:
+            trial.repeat(step.state.step, first_of_pass=begins_pass)
 
     def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any]]) -> None:
         """Run microbatches in the sandbox, each from the same state."""

@@ -4,6 +4,7 @@ that samples are independent, and that neither the steps of an optimizer nor sta
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,15 @@ from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
-from lightning_dp.step.ways import OneByOne
+from lightning_dp.step.ways import ELSEWHERE, OneByOne
 from lightning_dp.step.written import Written
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
 LAYOUT_SIZES = (2, 3)
 #: Records from all over the training set for the checks before the first step.
 NUM_SPREAD = 9
+#: First steps that are tried on a record beforehand while some private parameters are unused.
+NUM_TRIED = 16
 
 
 class Trial:
@@ -47,7 +50,7 @@ class Trial:
         self._one_by_one = OneByOne(self._runs, self._couplings)
         self._step, self._host, self._sandbox = step, self._runs.host, sandbox
         self.decisions = Decisions(self._runs, sandbox)
-        self._checked_at = 0
+        self._checked_at = self._prepared_at = 0
         self.transfer = self._runs.transfer
         self.written = Written(self._runs, self._couplings, sandbox)
         self.losses = RealLosses(self._runs, self.written, sandbox, self.check_again)
@@ -80,6 +83,7 @@ class Trial:
         """
         settings, step = self._step.settings, self._step
         self._begin_checks(step.state.step)
+        self._prepared_at = step.state.step
         records = self._host.records(NUM_SPREAD)
         checks = settings.check_per_sample and len(records) > 1
         begins_run = step.state.steps_taken == 0  # else the reading of the first step stays
@@ -99,15 +103,19 @@ class Trial:
 
     def _say_unused(self) -> None:
         """Tell the user which private parameters got no gradient in any run of the checks."""
-        if self._step.reduction.is_sharded:  # a rank may hold no entry of a parameter
-            return
-        sizes = {
-            name: parameter.numel()
-            for optimizer in self._runs.stepped & self._step.accumulators.keys()
-            for name, parameter in self._step.parameters.of(optimizer).items()
-        }
+        sizes = self._sizes_of(self._runs.stepped)
         if unused := {name: size for name, size in sizes.items() if name not in self._runs.used}:
             _messages.info(unused_notice(unused, sum(sizes.values())))
+
+    def _sizes_of(self, optimizers: Collection[int]) -> dict[str, int]:
+        """Return the number of entries of the private parameters of some optimizers, by name."""
+        if self._step.reduction.is_sharded:  # a rank may hold no entry of a parameter
+            return {}
+        return {
+            name: parameter.numel()
+            for optimizer in self._step.accumulators.keys() & optimizers
+            for name, parameter in self._step.parameters.of(optimizer).items()
+        }
 
     def _prepare(self, snapshot: Snapshot, records: list[Any], *, checks: bool) -> None:
         if not self._step.runs_samples_alone:
@@ -141,8 +149,13 @@ class Trial:
         else:
             state.checked_steps.append(state.step)
 
-    def _learn_layout(self, snapshot: Snapshot, records: list[Any]) -> PrivacyError | None:
+    def _learn_layout(self, snapshot: Snapshot, records: list[Any], *, more: bool = False) -> PrivacyError | None:
         """Infer the layout, also with low and high coins if user code draws any, which may select other layers.
+
+        Args:
+            snapshot: of the state before the runs.
+            records: from all over the training set.
+            more: whether to keep what was inferred before.
 
         Returns:
             Why rules cannot follow the module, or None.
@@ -157,7 +170,7 @@ class Trial:
             self._step.engine.learn_layout(
                 partial(run, draws),
                 sizes=LAYOUT_SIZES,
-                more=draws.coin != MIDDLE,
+                more=more or draws.coin != MIDDLE,
                 alike=exchange.shape_of(pair[0]) == exchange.shape_of(pair[1]),
             )
 
@@ -192,12 +205,48 @@ class Trial:
     def _choose(self, snapshot: Snapshot, records: list[Any], error: PrivacyError | None) -> bool:
         return self._one_by_one.choose(snapshot, records, error, partial(self._learn_layout, snapshot, records))
 
+    def repeat(self, number: int, *, first_of_pass: bool) -> None:
+        """Repeat the checks if they are due; so are they if a step is about to use parameters for the first time.
+
+        Args:
+            number: of the logical step, from 0.
+            first_of_pass: whether a pass over the data begins with this step.
+
+        Raises:
+            PrivacyError: as in :meth:`prepare`.
+        """
+        is_due = self.is_due(number, first_of_pass=first_of_pass)
+        tries = is_due or first_of_pass or number - self._prepared_at < NUM_TRIED
+        if (tries and self._finds_use()) or is_due:
+            self.check_again(number, None if is_due else [])
+
+    def _finds_use(self) -> bool:
+        """Run one record if some private parameters are unused; infer the layout again if it uses one of them.
+
+        Counters or weights may have led to another branch than before the first step.
+        """
+        step, runs = self._step, self._runs
+        if step.runs_samples_alone or step.reduction.is_sharded or not step.settings.check_per_sample:
+            return False
+        unused = self._sizes_of(step.accumulators).keys() - runs.used
+        if not step.reduction.agree(bool(unused)):
+            return False
+        records = self._host.records(NUM_SPREAD)
+        with self._sandbox.enter() as snapshot, runs.progress():
+            self._host.attempt(lambda: runs.again(snapshot, records[:1], Draws()), snapshot.put_back)
+            found = step.reduction.agree(not unused.isdisjoint(runs.used))
+            error = self._learn_layout(snapshot, records, more=True) if found else None
+            if step.reduction.agree(error is not None):
+                raise error or PrivacyError(ELSEWHERE)
+        return found
+
     def check_again(self, number: int, positions: list[int] | None = None) -> None:
         """Repeat the checks of state and of one exchange, because user code may take another branch later.
 
         Args:
             number: of the logical step.
-            positions: of the records of a real batch, one of which one process exchanges; default: of other records.
+            positions: of the records of a real batch, one of which one process exchanges, if the data may have asked
+                for the check; none of them for other records. Default: other records, at a public step.
 
         Raises:
             PrivacyError: as in :meth:`prepare`.

@@ -187,8 +187,8 @@ class PrivateFit:
             self._trial.prepare()
             self._prepared = True
             self.check_callbacks()
-        elif self._trial.is_due(step.state.step, first_of_pass=begins):
-            self._trial.check_again(step.state.step)
+        else:
+            self._trial.repeat(step.state.step, first_of_pass=begins)
         if not step.automatic:  # a form that began in the step before
             self._trial.losses.check()
         if step.unchecked_public:
