@@ -117,11 +117,16 @@ class Decisions:
         private = self._step.accumulators.keys()
         if not self._step.reduction.any(real not in counts.decided):
             return
-        for record in self._host.records(NUM_FEW):
-            automatic = self._step.automatic  # there the host decides, within its optimizer_step
-            run = partial(self._runs.run, [record], Draws(real=True), engine=False, rehearses=automatic)
-            with self._sandbox.enter() as snapshot, counts.back_in():
-                stepped = self._host.attempt(run, snapshot.put_back).stepped & private
+        rehearses = self._step.automatic  # there the host decides, within its optimizer_step
+        records = self._host.records(NUM_FEW)
+        with counts.back_in(), self._sandbox.series(is_trial=True) as piece:
+
+            def run(record: Any) -> set[int]:
+                with piece():
+                    return self._runs.run([record], Draws(real=True), engine=False, rehearses=rehearses).stepped
+
+            decided = [self._host.attempt(partial(run, record), lambda: None) & private for record in records]
+        for stepped in decided:
             if self._step.reduction.any(stepped != real):
                 raise PrivacyError(
                     f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a "

@@ -145,8 +145,11 @@ class Sandbox:
         return Snapshot([self._module, *self._others()], self._settle)
 
     @contextmanager
-    def series(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    def series(self, *, is_trial: bool = False) -> Iterator[Callable[[], AbstractContextManager[None]]]:
         """Run several pieces of code without effect, each from the same state.
+
+        Args:
+            is_trial: whether trials run, which watch operations, so that nothing is compiled.
 
         Yields:
             A function that returns the context of a piece. After a piece large tensors are compared quickly; the end of
@@ -154,7 +157,7 @@ class Sandbox:
         """
         if self._last is None or not self._last.renew([self._module, *self._others()]):
             self._last = self.snapshot()
-        with self.enter(self._last) as snapshot:
+        with self.enter(self._last, is_trial=is_trial) as snapshot:
             parameters = list(self._module.parameters())
 
             @contextmanager
@@ -169,10 +172,10 @@ class Sandbox:
             yield piece
 
     @contextmanager
-    def enter(self, taken: Snapshot | None = None) -> Iterator[Snapshot]:
+    def enter(self, taken: Snapshot | None = None, *, is_trial: bool = True) -> Iterator[Snapshot]:
         """Run what is inside without effect; ``taken`` is a snapshot of the present state, if there is one."""
         self._settle()
-        is_trial, taken = taken is None, taken or self.snapshot()
+        taken = taken or self.snapshot()
         gradients = [(parameter, parameter.grad) for parameter in self._module.parameters()]
         device = next((parameter.device for parameter, _ in gradients), torch.device("cpu"))
         for parameter, _ in gradients:
