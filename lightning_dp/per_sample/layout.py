@@ -17,6 +17,7 @@ from lightning_dp.errors import PrivacyError
 
 WAY_OUT = "grad_sample='single' works for any module"
 TWICE = "got create_graph=True through"
+HIDDEN = "a call within torch.vmap or another transform of torch.func, which hides them"
 PENALTY = "Add a penalty on weights to the loss of each sample before their mean, or use the optimizer's weight_decay"
 #: Part of a message: the step sorts its records.
 REORDERED = "those of the records in another order"

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.batch_owners import BatchOwners
-from lightning_dp.per_sample.layout import WAY_OUT
+from lightning_dp.per_sample.layout import HIDDEN, WAY_OUT
 from lightning_dp.per_sample.plans import Learner
 from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.system.torch_private import Layers
@@ -99,7 +99,8 @@ class Rows:
             try:
                 self._learn_owners(run, sizes)
             except PrivacyError as second:
-                if WAY_OUT not in str(error):  # samples that meet each other: one by one they are others
+                # samples that meet each other are others one by one, and an index does not help within a transform
+                if WAY_OUT not in str(error) or HIDDEN in str(error):
                     raise error from second
                 raise PrivacyError(f"{error} Nor can rows be followed to their samples: {second}") from error
         else:

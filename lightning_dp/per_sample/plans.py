@@ -20,6 +20,7 @@ from lightning_dp.per_sample._torch import in_backward, is_mapped, unreported
 from lightning_dp.per_sample.arguments import replaced, tensors_in, with_other_values
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import (
+    HIDDEN,
     PENALTY,
     WAY_OUT,
     BatchAxis,
@@ -66,7 +67,7 @@ class Observer:
         if any(map(is_mapped, tensors)):
             raise PrivacyError(
                 f"Expected {func.__name__} of {named(node for node, _ in known)} to see the samples of the batch, got "
-                f"a call within torch.vmap or another transform of torch.func, which hides them. {WAY_OUT}."
+                f"{HIDDEN}. Call the layer on the batch, outside of the transform; {WAY_OUT}."
             )
         plain = [tensor for node, tensor in zip(nodes, tensors, strict=True) if node is None]
         keys = list(dict.fromkeys((func.__name__, node.lineage) for node, _ in known))
