@@ -177,11 +177,21 @@ def _stacked(step: Step) -> Found:
     return found if alike and isinstance(found, Rows) and found.axis == 0 else MIXED
 
 
+def _of_matrices(step: Step) -> Found:
+    """Functions of matrices, which the last two axes of each tensor hold."""
+    found, axes = entry_by_entry(step), first_of(step.out).dim()
+    alike = all(tensor.dim() == axes for tensor, _ in step.owned)
+    return found if alike and isinstance(found, Rows) and (found.axis or 0) < axes - 2 else MIXED
+
+
 def _attention(step: Step) -> Found:
     found = entry_by_entry(step)
     return found if isinstance(found, Rows) and (found.axis or 0) < first_of(step.out).dim() - 2 else MIXED
 
 
+_OF_MATRICES = """
+    linalg_solve_triangular linalg_solve linalg_inv inverse linalg_cholesky cholesky linalg_matrix_exp matrix_exp
+"""
 HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(REDUCING, _reduced),
     "cumsum": _running,
@@ -193,5 +203,6 @@ HANDLERS: dict[str, Callable[[Step], Found]] = {
     "einsum": _einsum,
     "tensordot": _tensordot,
     "baddbmm": _stacked,
+    **dict.fromkeys(_OF_MATRICES.split(), _of_matrices),
     "scaled_dot_product_attention": _attention,
 }
