@@ -96,7 +96,7 @@ class LoopFit:
             Loss and number of records of each microbatch; empty for an empty batch. NOT private.
         """
         self._host.loss_fn, self._losses = loss_fn, []
-        self._trial.losses.begin(batch.positions)
+        self._trial.losses.begin(batch)
         self._begin(begins_pass, batch.position)
         if self.step.runs_samples_alone:
             batch = self._loader.one_by_one(batch)

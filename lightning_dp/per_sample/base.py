@@ -90,6 +90,9 @@ class GradientEngine(SampleGradients):
 
     listening: bool
     """True if backprops are recorded; set to False around a backward that is not the loss's (adversarial examples)."""
+    joined: frozenset[int] = frozenset()
+    """Lengths in the batch at which parts of records are joined that have unequal lengths: there, positions do not tell
+    whose a row is."""
 
     @property
     def most_kept(self) -> int:

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.batch_reading import Container, Path, read
+from lightning_dp.per_sample.counting import counted
 from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.memo import Memo
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
@@ -33,6 +34,7 @@ Kind = tuple[Any, str]
 """Axis and name of an index; axis "each" for a list with one thing for each sample."""
 
 KEY = "sample_of_row"
+_TWO_WAYS = Mixed("a tensor as long as unequal parts of records together, whose owners the batch does not name clearly")
 
 
 class BatchOwners:
@@ -52,7 +54,7 @@ class BatchOwners:
         batches seen.
         """
         things, containers = read(batch)
-        indices = {**self._indices(batch, containers, size, Memo()), **_counted(things, size, Memo(), learns=True)}
+        indices = {**self._indices(batch, containers, size, Memo()), **counted(things, size, Memo(), learns=True)}
         seen = {path: _kinds_of(path, thing, size, indices) for path, thing in things}
         if (known := self._kinds) is not None:
             seen = {path: seen[path] & {*known[path]} for path in seen.keys() & known.keys()}
@@ -92,20 +94,21 @@ class BatchOwners:
         known = (self._kinds or {}) if len(self._sizes) > 1 else {}
         things, containers = read(batch)
         indices = self._indices(batch, containers, follower.size, follower.memo)
-        has_counted = False
-        settled: list[Path] = []
+        has_counted, settled = False, list[Path]()
         for path, thing in things:
             if settled and any(path[: len(done)] == done for done in settled):
                 continue
-            found: Kind | None = None
-            for kind in known.get(path, ()):
-                if kind[1].startswith("counted") and not has_counted:
-                    indices, has_counted = indices | _counted(things, follower.size, follower.memo), True
-                if _is_of(kind, thing, follower.size, indices):
-                    found = kind
-                    break
+            kinds = known.get(path, ())
+            if not has_counted and any(name.startswith("counted") for _, name in kinds):
+                indices, has_counted = indices | counted(things, follower.size, follower.memo), True
+            fitting = [kind for kind in kinds if _is_of(kind, thing, follower.size, indices)]
+            if fitting and follower.size > 1:  # a record alone may lack an axis
+                known[path] = [kind for kind in kinds if kind in fitting or kind[1].startswith("given")]
+            found = fitting[0] if fitting else None
             if isinstance(thing, Tensor):
-                follower.note(thing, _owners_of(found, thing, follower, indices))
+                joins = not follower.tracker.joined.isdisjoint(thing.shape)
+                found = _settled(fitting, thing, follower, indices) if joins else found
+                follower.note(thing, _TWO_WAYS if joins and not found else _owners_of(found, thing, follower, indices))
                 if found is not None and found[1] != "sample":  # other records may have other numbers of rows
                     follower.chosen.add(thing)
             elif found is not None and isinstance(thing, PackedSequence):
@@ -148,38 +151,17 @@ def _owners_of(kind: Kind | None, tensor: Tensor, follower: Follower, named: Map
     return (follower.samples(tensor.device) if name == "sample" else named[name]).moved(axis)
 
 
-def _counted(things: list[tuple[Path, Any]], size: int, memo: Memo, *, learns: bool = False) -> dict[str, Rows]:
-    """Return the owners of rows that whole numbers in a batch seem to name.
+def _settled(kinds: list[Kind], tensor: Tensor, follower: Follower, named: Mapping[str, Rows]) -> Kind | None:
+    """Return the kind of a tensor at which unequal parts of records may be joined; None if two kinds name other owners.
 
-    Args:
-        things: in the batch.
-        size: number of samples.
-        memo: of the microbatch.
-        learns: whether the sample of each row must name all samples in their order to be taken for that.
+    It is not known whether the parts or the records are as many as its rows.
     """
-    found: dict[str, Rows] = {}
-    rows = {thing.shape[0] for _, thing in things if isinstance(thing, Tensor) and thing.dim()}
-    for path, thing in things:
-        if not _holds_integers(thing) or not len(thing):
-            continue
-        numbers, owners = torch.as_tensor(thing), None
-        first, last, steps = int(numbers[0]), int(numbers[-1]), numbers.diff()
-        if len(thing) == size and int(numbers.min()) >= 0 and int(numbers.sum()) in rows:  # lengths
-            owners = torch.arange(size, device=numbers.device).repeat_interleave(numbers)
-        elif len(thing) == size + 1 and first == 0 and last in rows and bool((steps >= 0).all()):  # ends
-            owners = torch.arange(size, device=numbers.device).repeat_interleave(steps)
-        elif isinstance(thing, Tensor) and 0 <= int(numbers.min()) <= int(numbers.max()) < size:  # samples
-            in_order = (first, last) == (0, size - 1) and bool(((steps == 0) | (steps == 1)).all())
-            owners = numbers.to(torch.int64, copy=True) if in_order or not learns else None
-        if owners is not None:
-            found[f"counted {path}"] = memo.hold(Rows(0, owners))
-    return found
-
-
-def _holds_integers(thing: Any) -> bool:
-    if isinstance(thing, Tensor):
-        return thing.dim() == 1 and thing.dtype in (torch.int32, torch.int64)
-    return isinstance(thing, (list, tuple)) and all(type(one) is int for one in thing)
+    joined = follower.tracker.joined
+    left = [kind for kind in kinds if kind[1] != "sample" or kind[0] == "each" or tensor.shape[kind[0]] not in joined]
+    if left and left[0][1].startswith("given "):
+        return left[0]
+    owners = {id(getattr(_owners_of(kind, tensor, follower, named), "index", None)) for kind in left}
+    return left[0] if len(owners) == 1 else None
 
 
 def _note_records(records: Any, follower: Follower) -> None:

@@ -36,14 +36,14 @@ def read(batch: Any) -> tuple[list[tuple[Path, Any]], list[Container]]:
             things.append((path, thing))
         if len(path) >= _DEEPEST:
             continue
-        items = [*_items(thing)]
+        items = [*items_of(thing)]
         if not is_list or hasattr(thing, "_fields"):
             containers.append((path, {str(key): value for key, value in items}))
         waiting += [(value, (*path, key)) for key, value in reversed(items)]
     return things, containers
 
 
-def _items(thing: Any) -> Iterator[tuple[Any, Any]]:
+def items_of(thing: Any) -> Iterator[tuple[Any, Any]]:
     """Yield the key-value pairs of a container: a mapping, a sequence, a graph, or an object with attributes."""
     if isinstance(thing, Mapping) or callable(getattr(type(thing), "items", None)):  # also a tensorclass
         yield from thing.items()

@@ -195,6 +195,7 @@ class PerSampleEngine(GradientEngine):
         self.end()
         self._had_grad = {name for name, parameter in self._parameters.items() if parameter.grad is not None}
         self._recorder.begin(batch_size, None if owners is None else Joining(owners))
+        self._tracker.joined = self.joined
         self._tracker.start()
         if self._rows.follows_owners:
             self._tracker.follow(batch_size, self._layers.now().buffers())

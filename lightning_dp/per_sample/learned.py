@@ -95,7 +95,12 @@ class Learned:
         return found if isinstance(found, CallLayout) else None
 
     def plan(
-        self, key: Key, index_of: Callable[[Key], int | None], tensors: Sequence[Tensor], size: int
+        self,
+        key: Key,
+        index_of: Callable[[Key], int | None],
+        tensors: Sequence[Tensor],
+        size: int,
+        joined: frozenset[int] = frozenset(),
     ) -> CallLayout | str | None:
         """Return the plan of a use, or the reason for not having one.
 
@@ -104,6 +109,7 @@ class Learned:
             index_of: returns how many operations of its kind came before it; None in a recomputation.
             tensors: its first tensors, or all of them.
             size: number of samples.
+            joined: lengths at which unequal parts of records are joined.
         """
         found: Plan
         if key in self._common:
@@ -128,7 +134,19 @@ class Learned:
                 found = fitting[0]
         if isinstance(found, Unclear):
             return f"but {found.reason}."
+        if joined and found is not None and _is_at(found, tensors, joined):
+            return (
+                f"got records with unequal numbers of rows, {sorted(joined)} together. Equal numbers could give as "
+                "many, but positions do not tell whose these are: let the batch name the record of each row "
+                "(sample_of_row);"
+            )
         return found
+
+
+def _is_at(plan: CallLayout, tensors: Sequence[Tensor], lengths: frozenset[int]) -> bool:
+    """Tell whether an axis over the samples has one of some lengths."""
+    pairs = zip(plan.inputs, tensors, strict=False)
+    return any(isinstance(axis, BatchAxis) and tensor.shape[axis.axis] in lengths for axis, tensor in pairs)
 
 
 def _alike(one: Plan, other: Plan) -> bool:

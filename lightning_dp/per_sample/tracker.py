@@ -79,6 +79,7 @@ class Tracker:
         """Uses whose rows belong to other samples than their positions say, as far as both are known."""
         self.differentiates_twice = False
         """Whether uses in a backward that creates a graph are recorded, which costs time."""
+        self.joined: frozenset[int] = frozenset()  # see ``GradientEngine``
         self.chooses_rows = False
         """Whether data have chosen the rows of a use while owners were compared: other values may leave other rows."""
 
@@ -280,7 +281,7 @@ class Tracker:
             return owned_uses.plan_of(self, func, node, tensors)
         assert self.learned is not None
         key = (func.__name__, node.lineage)
-        found = self.learned.plan(key, self.index_of, tensors, self.recorder.batch_size)
+        found = self.learned.plan(key, self.index_of, tensors, self.recorder.batch_size, self.joined)
         if isinstance(found, str):
             raise PrivacyError(
                 f"Expected {func.__name__} to meet {node.name!r} in a way that was learned, {found} {WAY_OUT}."

@@ -38,13 +38,14 @@ class LogicalBatch:
         (2, 3, [None, None], False)
     """
 
-    __slots__ = ("draw", "exchanged", "microbatches", "owners", "position")
+    __slots__ = ("draw", "exchanged", "joined", "microbatches", "owners", "position")
 
     def __init__(self, microbatches: Sequence[tuple[int, Any]], owners: Sequence[Tensor | None] | None = None) -> None:
         self.microbatches = list(microbatches)
         self.owners: list[Tensor | None] = [None] * len(self.microbatches) if owners is None else list(owners)
         self.position: int | None = None  # of the logical batch in the order of the data, where that matters; public
         self.exchanged: Any = None  # the last microbatch with one record exchanged, see ``LoadingWatch``; private
+        self.joined: frozenset[int] = frozenset()  # lengths of unequal parts that are joined; private
         self.draw: Any = None  # the indices that it was read at, where the dataset has random access; private
 
     @property
@@ -77,7 +78,7 @@ class LogicalBatch:
     def pin_memory(self) -> LogicalBatch:
         """Return the same batch with every tensor in page-locked memory; a ``DataLoader`` calls this."""
         pinned = LogicalBatch([(count, _pin(batch)) for count, batch in self.microbatches], _pin(self.owners))
-        pinned.draw, pinned.exchanged = self.draw, self.exchanged
+        pinned.draw, pinned.exchanged, pinned.joined = self.draw, self.exchanged, self.joined
         return pinned
 
 
@@ -104,6 +105,11 @@ class Watch(Protocol):
 
     def collate(self, function: Collate, records: list[Any]) -> tuple[Any, Any]:
         """Return a collated batch, and one with an exchanged record or None."""
+
+    def unequal(self, function: Collate, records: list[Any]) -> Callable[[Any], set[int]]:
+        """Return, before records are collated, a function that returns the lengths at which the collated batch joins
+        unequal parts of them.
+        """
 
 
 class MicrobatchCollate:
@@ -144,18 +150,21 @@ class MicrobatchCollate:
         starts = [0, *itertools.accumulate(counts)]
         microbatches: list[tuple[int, Any]] = []
         owners: list[Tensor | None] = []
-        exchanged = None
+        exchanged, joined = None, set[int]()
         for first, last in itertools.pairwise(self._cuts(counts, 1 if alone else self.microbatch_size)):
             chosen = samples[starts[first] : starts[last]]
+            lengths = None if self.watch is None else self.watch.unequal(self.collate_fn, chosen)
             if self.watch is None or last < len(counts):
                 batch = self.collate_fn(chosen)
             else:
                 batch, exchanged = self.watch.collate(self.collate_fn, chosen)
+            if lengths is not None:
+                joined |= lengths(batch)
             microbatches.append((last - first, batch))
             repeats = None if sizes is None else torch.tensor(sizes[first:last])
             owners.append(None if repeats is None else torch.repeat_interleave(repeats))
         collated = LogicalBatch(microbatches, owners)
-        collated.exchanged = exchanged
+        collated.exchanged, collated.joined = exchanged, frozenset(joined)
         return collated
 
     @staticmethod

@@ -6,6 +6,7 @@ import copy
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling.gather import Gather, is_plain
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step.exchange import shape_of
+from lightning_dp.step.joined import joined_lengths, stacked_shapes, unequal_sums
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.loss_form import EVERY
 from lightning_dp.step.object_kinds import GENERATORS
@@ -118,6 +120,14 @@ class LoadingWatch:
         finally:
             after.put_back()
             seeds_after()
+
+    def unequal(self, function: Callable[[list[Any]], Any], records: list[Any]) -> Callable[[Any], set[int]]:
+        """Return a function that finds joined parts of records in their batch; torch's own function joins none."""
+        sums = unequal_sums(records) if is_own(function) else set()
+        if not sums:
+            return lambda batch: set()
+        stacked = stacked_shapes(records[0]) & stacked_shapes(records[-1])
+        return partial(joined_lengths, sums, len(records), stacked)
 
     def _exchange(self, again: Callable[[list[Any]], Any], records: list[Any]) -> Exchanged | None:
         places = _alike(records)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import num_operations
+from lightning_dp.sampling.batches import LogicalBatch
 from lightning_dp.step.in_batches import check_in_batch
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
@@ -50,9 +51,10 @@ class RealLosses:
         """Watch the calls of the next batch in any case."""
         self._begins = True
 
-    def begin(self, positions: list[list[int]]) -> None:
-        """Begin a batch, given the positions of the records of each microbatch, as far as they are known."""
-        self._positions, self.part = positions, -1
+    def begin(self, batch: LogicalBatch) -> None:
+        """Begin a batch; positions of the records of each microbatch are noted as far as they are known."""
+        positions = self._positions = batch.positions
+        self.part, self._step.engine.joined = -1, batch.joined
         self._written.batches.appendleft(positions[-1] if positions else [])
 
     @contextmanager

@@ -30,10 +30,19 @@ class Training(L.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-def fit(module: nn.Module, data: Any, collate: Any = None, kind: Any = Training, **options: Any) -> DPStrategy:
+def fit(
+    module: nn.Module,
+    data: Any,
+    collate: Any = None,
+    kind: Any = Training,
+    *,
+    batch_size: int = 4,
+    epochs: int = 1,
+    **options: Any,
+) -> DPStrategy:
     strategy = DPStrategy(**{"noise_multiplier": 1.0, "seed": 0, **options})
-    trainer = make_trainer(strategy, None)
-    trainer.fit(kind(module), DataLoader(data, batch_size=4, collate_fn=collate))
+    trainer = make_trainer(strategy, None, max_epochs=epochs)
+    trainer.fit(kind(module), DataLoader(data, batch_size=batch_size, collate_fn=collate))
     return strategy
 
 

@@ -17,7 +17,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine, register_rule
 from lightning_dp.per_sample.batch_owners import BatchOwners
 from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.owned import Mixed
+from lightning_dp.per_sample.owned import Mixed, Rows
 from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.per_sample.uses import Recorder
 from tests import reference
@@ -387,6 +387,23 @@ def test_numbers_that_add_up_by_chance_name_no_owners() -> None:
     batch = batch_of([4, 2], [3, 2])
     owners.note(batch, follower)
     assert isinstance(follower.owners_of(batch[0]), Mixed)
+
+
+def test_declared_owners_may_be_left_out_at_times() -> None:
+    def batch_of(*lengths: int) -> dict[str, Tensor]:
+        index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        return {"rows": _features(sum(lengths), 2), "sample_of_row": index}
+
+    owners = BatchOwners(DeepSet())
+    owners.learn(batch_of(1, 1), 2)
+    owners.learn(batch_of(1, 1, 1), 3)
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    owners.note({"rows": _features(2, 2)}, follower)
+    batch = batch_of(3, 1)
+    owners.note(batch, follower)
+    found = follower.owners_of(batch["rows"])
+    assert isinstance(found, Rows)
+    assert found.index.tolist() == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("width", [4, 5])

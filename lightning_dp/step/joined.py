@@ -1,0 +1,149 @@
+"""Unequal parts of records that a collate function joins along one axis, such as the points of several clouds.
+
+If records have 3, 0 and 0 rows, a batch of them holds 3 rows, as many as there are records. Positions then do not tell
+whose the rows are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_dp.per_sample.batch_reading import items_of, shapes_in
+
+_DEEPEST = 5
+_SINGLE = frozenset((int, float, bool, str, bytes, type(None), type, weakref.ref))
+
+
+def unequal_sums(records: list[Any]) -> set[int]:
+    """Return the sum of each length that differs from record to record.
+
+    Args:
+        records: of a batch.
+
+    Example:
+        >>> import torch
+        >>> unequal_sums([torch.zeros(2, 5), torch.zeros(0, 5), torch.zeros(1, 5)])
+        {3}
+    """
+    quick = [_quick_lengths(record, [], 0) for record in records]
+    first = quick[0]
+    if first is not None and all(lengths == first for lengths in quick):
+        return set()
+    columns: dict[Any, list[int]] = {}
+    plain = [lengths for lengths in quick if lengths is not None]
+    if len(plain) == len(records) and len({*map(_names_in, plain)}) == 1:
+        columns = {place: [*each] for place, each in enumerate(zip(*plain, strict=True)) if type(each[0]) is int}
+    else:
+        for lengths in map(lengths_in, records):
+            for path, length in lengths.items():
+                columns.setdefault(path, []).append(length)
+    return {sum(column) for column in columns.values() if len(column) < len(records) or len({*column}) > 1}
+
+
+def joined_lengths(sums: set[int], num_records: int, stacked: Counter[Any], batch: Any) -> set[int]:
+    """Return the sums that are lengths of axes of a batch. A sum that happens to be the number of records counts only
+    at a tensor that no other part of a record explains, with one entry for each record.
+
+    Args:
+        sums: of lengths that differ from record to record.
+        num_records: of the batch.
+        stacked: see ``stacked_shapes``.
+        batch: as the collate function made it.
+
+    Example:
+        >>> import torch
+        >>> records = [(torch.zeros(4), torch.zeros(num, 7)) for num in (2, 0, 1)]
+        >>> first, second = zip(*records)
+        >>> [joined_lengths({3}, 3, stacked_shapes(records[0]), (torch.stack(first), *more))
+        ...  for more in ([second], [torch.cat(second)])]
+        [set(), {3}]
+    """
+    left, found = stacked.copy(), set[int]()
+    for shape in shapes_in(batch):
+        lengths = sums.intersection(shape)
+        if num_records in lengths and left[rest := _rest(shape, num_records)] > 0:
+            left[rest] -= 1
+            lengths.discard(num_records)
+        found |= lengths
+    return found
+
+
+def stacked_shapes(record: Any) -> Counter[Any]:
+    """Return how often a record has parts of each shape, with sorted axes; () stands for single values."""
+    found: Counter[Any] = Counter()
+
+    def walk(one: Any, depth: int) -> None:
+        if isinstance(one, (Tensor, np.ndarray)):
+            found[tuple(sorted(one.shape))] += 1
+        elif isinstance(one, (int, float, str, np.generic)):
+            found[()] += 1
+        elif isinstance(one, list) and one and type(one[0]) in _SINGLE:
+            found[(len(one),)] += 1
+        elif depth <= _DEEPEST and type(one) not in _SINGLE:
+            for _, each in items_of(one):
+                walk(each, depth + 1)
+
+    walk(record, 0)
+    return found
+
+
+def _rest(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Return the other axes of a shape, after one axis of a length."""
+    axis = shape.index(length)
+    return tuple(sorted(shape[:axis] + shape[axis + 1 :]))
+
+
+def _quick_lengths(record: Any, found: list[Any], depth: int) -> list[Any] | None:
+    """Append the names and lengths in a record of tensors and lists of numbers; return None for others."""
+    kind = type(record)
+    if kind is Tensor:
+        found += record.shape
+    elif kind is list:
+        if record and type(record[0]) not in _SINGLE:
+            return None
+        found.append(len(record))
+    elif kind is not tuple and kind is not dict and not hasattr(record, "__dict__"):
+        return found if kind in _SINGLE else None
+    else:
+        named: Any = record if kind is dict else () if kind is tuple else vars(record)
+        found += (kind, *named)
+        for each in named.values() if kind is not tuple else record:
+            if type(each) not in _SINGLE and (depth > _DEEPEST or _quick_lengths(each, found, depth + 1) is None):
+                return None
+    return found
+
+
+def _names_in(lengths: list[Any]) -> tuple[Any, ...]:
+    return tuple([None if type(one) is int else one for one in lengths])
+
+
+def lengths_in(record: Any) -> dict[Any, int]:
+    """Return the lengths of axes and lists in a record by path; those in a list are added up."""
+    found: dict[Any, int] = {}
+
+    def add(path: Any, length: int) -> None:
+        found[path] = found.get(path, 0) + length
+
+    def walk(one: Any, path: tuple[Any, ...]) -> None:
+        kind = type(one)
+        if kind in _SINGLE or len(path) > _DEEPEST:
+            return
+        if isinstance(one, (Tensor, np.ndarray)):
+            for axis, length in enumerate(one.shape):
+                add((path, axis), length)
+        elif isinstance(one, list):
+            add(path, len(one))
+            if one and type(one[0]) not in _SINGLE:
+                for each in one:
+                    walk(each, (*path, list))
+        else:
+            for key, each in one.items() if kind is dict else items_of(one):
+                walk(each, (*path, key))
+
+    walk(record, ())
+    return found
