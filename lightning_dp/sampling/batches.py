@@ -106,6 +106,9 @@ class Watch(Protocol):
     def collate(self, function: Collate, records: list[Any]) -> tuple[Any, Any]:
         """Return a collated batch, and one with an exchanged record or None."""
 
+    def check(self, function: Collate, records: list[Any], batch: Any) -> None:
+        """Check that indices in a collated batch name what is of the same record."""
+
     def unequal(self, function: Collate, records: list[Any]) -> Callable[[Any], set[int]]:
         """Return, before records are collated, a function that returns the lengths at which the collated batch joins
         unequal parts of them.
@@ -158,7 +161,8 @@ class MicrobatchCollate:
                 batch = self.collate_fn(chosen)
             else:
                 batch, exchanged = self.watch.collate(self.collate_fn, chosen)
-            if lengths is not None:
+            if self.watch is not None and lengths is not None:
+                self.watch.check(self.collate_fn, chosen, batch)
                 joined |= lengths(batch)
             microbatches.append((last - first, batch))
             repeats = None if sizes is None else torch.tensor(sizes[first:last])

@@ -24,6 +24,7 @@ from lightning_dp.step.loss_form import EVERY
 from lightning_dp.step.object_kinds import GENERATORS
 from lightning_dp.step.randomness import generator_restorer, generators_restorer
 from lightning_dp.step.reading import alike, check_reading, content_of
+from lightning_dp.step.shifted import check_shifted
 
 #: Depth to which the values of a batch are followed; containers that are copied, and their greatest length.
 _DEEPEST, _FILLED, _LONGEST = 6, (list, dict, set, deque), 4096
@@ -120,6 +121,15 @@ class LoadingWatch:
         finally:
             after.put_back()
             seeds_after()
+
+    def check(self, function: Callable[[list[Any]], Any], records: list[Any], batch: Any) -> None:
+        """Check that indices of a record, which the user's function shifts, name entries of that record.
+
+        Raises:
+            PrivacyError: one names an entry of another record.
+        """
+        if is_own(function):
+            check_shifted(records, batch)
 
     def unequal(self, function: Callable[[list[Any]], Any], records: list[Any]) -> Callable[[Any], set[int]]:
         """Return a function that finds joined parts of records in their batch; torch's own function joins none."""
