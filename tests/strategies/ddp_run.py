@@ -142,18 +142,18 @@ def releases() -> Tensor:
 def main() -> None:
     seen: dict[str, Any] = {}
 
-    # noise: the reduced gradient, at q = 1 over 40 steps
+    # noise: the reduced gradient, at q = 1 over 12 steps
     recorder = Recorder()
-    fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=32), [recorder], max_epochs=40)
+    fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=32), [recorder], max_epochs=12)
     seen["noise"] = torch.stack([torch.cat([g.flatten() for g in s.values()]) for s in recorder.before_step])
 
-    # correlated noise: 40 steps in 10 passes over 4 batches
+    # correlated noise: 12 steps in 3 passes over 4 batches
     recorder = Recorder()
     correlated = CorrelatedNoise(decay=0.8)
     strategy = private(sampling="cyclic", noise=correlated)
-    fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=8), [recorder], strategy=strategy, max_epochs=10)
+    fit(Nothing(lr=0.0), DataLoader(make_dataset(), batch_size=8), [recorder], strategy=strategy, max_epochs=3)
     released = torch.stack([torch.cat([g.flatten() for g in s.values()]) for s in recorder.before_step])
-    seen["correlated"] = released * 16 / correlated.sensitivity(40, separation=4, passes=10)
+    seen["correlated"] = released * 16 / correlated.sensitivity(12, separation=4, passes=3)
 
     # training: 20 steps with momentum of Adam; replicas start apart on purpose
     module = Classifier(optimizer=torch.optim.Adam, lr=0.05)
@@ -233,7 +233,7 @@ def main() -> None:
     # a public generator next to a private discriminator: replicas stay equal
     module = GAN()
     strategy = DPDDPStrategy(noise_multiplier=1.0, public_optimizers=[0])
-    fit(module, DataLoader(make_dataset(), batch_size=2), strategy=strategy, max_epochs=1)
+    fit(module, DataLoader(make_dataset(16), batch_size=2), strategy=strategy, max_epochs=1)
     seen["gan"] = torch.cat([p.detach().flatten() for p in module.parameters()])
 
     torch.save(seen, OUT / f"rank{RANK}.pt")

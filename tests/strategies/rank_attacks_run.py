@@ -199,8 +199,8 @@ ATTACKS: dict[str, Callable[[str], Any]] = {
     "bound": lambda kind: fit(kind, max_grad_norm=1.0 + RANK),
     "noise": lambda kind: fit(kind, noise_multiplier=1.0 + RANK),
     "schedule": lambda kind: fit(kind, callbacks=[NoiseScheduler("step", factor=0.9 - 0.1 * RANK)], epochs=2),
-    "moved": lambda kind: fit(kind, Moved()),
-    "plateau": lambda kind: fit(kind, Plateau(), epochs=3),
+    "moved": lambda kind: fit(kind, Moved(), data=loader(make_dataset(32))),
+    "plateau": lambda kind: fit(kind, Plateau(), data=loader(batch_size=32), epochs=3),
     "rare": lambda kind: fit(kind, Rare(), data=loader(with_a_rare_label()), epochs=10),
     "collective": lambda kind: fit(kind, Attack(lambda module, loss: loss_of_all_ranks(module, loss) * 0.0 + 1.0),
                                    microbatch_size=2),
@@ -227,7 +227,7 @@ def talking(kind: str) -> tuple[int, bool]:
         module.log("mean", module.all_gather(loss).mean())
         return 1.0
 
-    trainer = fit(kind, Attack(talk), microbatch_size=2)
+    trainer = fit(kind, Attack(talk), data=loader(make_dataset(32)), microbatch_size=2)
     return trainer.strategy.ledger.num_steps, bool(trainer.callback_metrics["mean"].isfinite())
 
 

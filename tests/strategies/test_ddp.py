@@ -25,11 +25,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
 def test_noise_of_the_reduced_gradient_is_there_exactly_once(ranks: list[dict[str, Any]], wrong: float) -> None:
-    """40 steps x 53 coordinates; z under 5 (false alarm < 1e-6); noise drawn by both ranks or by half would be sqrt(2)
+    """12 steps x 53 coordinates; z under 5 (false alarm < 1e-6); noise drawn by both ranks or by half would be sqrt(2)
     off.
     """
     noise = ranks[0]["noise"].double() * 64 / wrong
-    assert noise.shape == (40, 53)
+    assert noise.shape == (12, 53)
     z = (noise.square().sum() - noise.numel()) / math.sqrt(2 * noise.numel())
     assert (abs(z) < 5) == (wrong == 1.0)
     assert torch.equal(ranks[0]["noise"], ranks[1]["noise"])
@@ -71,17 +71,17 @@ def test_every_coordinate_and_count_carries_noise_once(ranks: list[dict[str, Any
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
 def test_correlated_noise_of_ranks_is_that_of_one(ranks: list[dict[str, Any]], wrong: float) -> None:
-    """40 steps x 53 coordinates: v_t + .8 z_{t-1} are independent of std 1; z under 5 (false alarm < 1e-6)."""
+    """12 steps x 53 coordinates: v_t + .8 z_{t-1} are independent of std 1; z under 5 (false alarm < 1e-6)."""
     first, second = (seen["correlated"].double() / wrong for seen in ranks)
     assert torch.equal(first, second)
-    assert first.shape == (40, 53)
+    assert first.shape == (12, 53)
     drawn = [first[0]]
     for step in first[1:]:
         drawn.append(step + 0.8 * drawn[-1])
     noise = torch.stack(drawn)
     z = float((noise.square().sum() - noise.numel()) / math.sqrt(2 * noise.numel()))
     assert (abs(z) < 5) == (wrong == 1.0)
-    together = float((noise[1:] * noise[:-1]).mean()) * wrong**2 * math.sqrt(39 * 53)
+    together = float((noise[1:] * noise[:-1]).mean()) * wrong**2 * math.sqrt(11 * 53)
     assert abs(together) < 5
 
 
