@@ -72,7 +72,7 @@ def names_of_noise(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation and "Noise" in ast.unparse(node.annotation):
             names |= {node.arg} if isinstance(node, ast.arg) else set(identifiers(node.target)[-1:])
-    pairs = [(target, set(identifiers(value)), "Noise(" in ast.unparse(value)) for target, value in assignments(tree)]
+    pairs = [(target, set(identifiers(value)), makes_noise(value)) for target, value in assignments(tree)]
     known = -1
     while known < len(names):  # a name may be passed on, and on again
         known = len(names)
@@ -80,6 +80,12 @@ def names_of_noise(tree: ast.AST) -> set[str]:
             if is_made or values & names:
                 names |= set(identifiers(target)[-1:])
     return names
+
+
+def makes_noise(tree: ast.AST) -> bool:
+    """Whether something in an expression calls a class of noise."""
+    calls = (identifiers(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(name.endswith("Noise") for chain in calls for name in chain[-1:])
 
 
 def draws(tree: ast.AST) -> Iterator[ast.AST]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lightning_dp
+from tests.sources import tree_of
 
 PACKAGE = Path(lightning_dp.__file__).parent
 PAGE = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
@@ -40,7 +41,7 @@ def messages() -> list[str]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_text()
-        for node in ast.walk(ast.parse(source)) if "Error(" in source else ():
+        for node in ast.walk(tree_of(path)) if "PrivacyError(" in source or "ComparisonError(" in source else ():
             name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
             if isinstance(node, ast.Call) and name in ("PrivacyError", "ComparisonError"):
                 text = text_of(node.args[0]) if node.args else ""
