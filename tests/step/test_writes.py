@@ -93,18 +93,34 @@ def test_numbers_attributes_and_modes_are_reported() -> None:
     assert (False, "layer", 1) in rig.forward(lambda: setattr(rig.module, "layer", nn.Linear(2, 2)))
 
 
+def test_writes_to_what_optimizers_keep_are_reported() -> None:
+    rig = Watched()
+    mean, square = torch.zeros(2), torch.zeros(2)
+    state = rig.optimizer.state[rig.module.layer.weight]
+    assert rig.forward(lambda: state.update(mean=mean, square=square)) == {(False, "states", 2, 0)}
+    assert rig.forward(lambda: None) == set()
+    assert rig.forward(lambda: rig.add(mean)) == {(False, "states", (1, 0))}
+    assert rig.forward(lambda: rig.add(square)) == {(False, "states", (0, 1))}
+    assert rig.forward(lambda: rig.add(mean, mean)) == {(False, "states", (2, 0))}
+    assert rig.forward(lambda: state.update(mean=torch.zeros(2))) == {(False, "states", 0, 1)}
+    assert rig.forward(rig.optimizer.state.clear) == {(False, "states", -2, 0)}
+
+
 def test_an_earlier_state_comes_back_without_values_of_tensors() -> None:
     rig = Watched()
-    layer, owner = rig.module.layer, {"done": False}
+    layer, owner, mean = rig.module.layer, {"done": False}, torch.zeros(2)
+    rig.optimizer.state[layer.weight]["mean"] = mean
     look = Look(rig.layers, [rig.optimizer, rig.scheduler], [owner])
     rig.module.flag, rig.module.new, owner["done"] = 7, 1, True
     layer.eval().weight.requires_grad_(False).zero_()
     rig.module.layer, rig.optimizer.param_groups[0]["lr"] = nn.Linear(2, 2), 9.0
     replaced = rig.module.layer
+    rig.optimizer.state.clear()
     with look.back_in():
+        assert rig.optimizer.state[layer.weight] == {"mean": mean}
         assert (rig.module.flag, hasattr(rig.module, "new"), owner) == (0, False, {"done": False})
         assert (rig.module.layer is layer, layer.training, layer.weight.requires_grad) == (True, True, True)
         assert (float(layer.weight.detach().sum()), rig.optimizer.param_groups[0]["lr"]) == (0.0, 0.1)
     assert (rig.module.flag, rig.module.new, owner, rig.module.layer is replaced) == (7, 1, {"done": True}, True)
     assert (layer.training, layer.weight.requires_grad) == (True, True)  # no part of the module any more
-    assert rig.optimizer.param_groups[0]["lr"] == 9.0
+    assert (rig.optimizer.param_groups[0]["lr"], len(rig.optimizer.state)) == (9.0, 0)
