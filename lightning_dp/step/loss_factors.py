@@ -43,7 +43,7 @@ class LossFactors:
         ...         loss = loss_of(torch.ones(size, requires_grad=True) * 2)
         ...         factors.watch(loss, size)
         ...         loss.backward()
-        ...         yield factors.are_new
+        ...         yield factors.read_new()
         ...         factors.settle(0)
         >>> [*is_new(lambda rows: rows.mean() * 3, 4, 5, 4, 6)]
         [True, True, False, False]
@@ -74,9 +74,8 @@ class LossFactors:
         if gradients[0] is not None:
             self._found.append((name, gradients[0].detach(), divisor, count))
 
-    @property
-    def are_new(self) -> bool:
-        """True if a loss since the last call of ``settle`` had factors that are not known."""
+    def read_new(self) -> bool:
+        """Read what the backwards since the last call have left; tell whether factors are new since ``settle``."""
         found, self._found = self._found, []
         for name, gradient, divisor, count in found:
             factor = float(gradient.reshape(-1)[0]) / (float(divisor) or math.nan)
@@ -89,11 +88,11 @@ class LossFactors:
 
     def are_due(self, number: int) -> bool:
         """Tell whether to check new factors in a logical step: the first ones at once, later ones once in 100 steps."""
-        return self.are_new and (self._num_checked < MOST_AT_ONCE or number - self._checked_at >= 100)
+        return self.read_new() and (self._num_checked < MOST_AT_ONCE or number - self._checked_at >= 100)
 
     def settle(self, number: int, *, checked: bool = True) -> None:
         """Forget that factors are new, and take them for known ones if they were checked in a logical step."""
-        if self.are_new and checked:
+        if self.read_new() and checked:
             self._num_checked, self._checked_at = self._num_checked + 1, number
         for name, one, of_record in self._new if checked else ():
             known = self._known.setdefault(name, set())

@@ -137,7 +137,7 @@ class LossForm:
     @property
     def is_new(self) -> bool:
         """True if a real loss had operations that no check has seen, or counted its rows by other factors."""
-        return self.has_new_operations or self.factors.are_new
+        return self.has_new_operations or self.factors.read_new()
 
     @property
     def has_new_calls(self) -> bool:

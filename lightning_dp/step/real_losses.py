@@ -77,7 +77,7 @@ class RealLosses:
         recording = step.recording
         if not step.settings.check_per_sample or step.runs_samples_alone or recording is None:
             return
-        if form.factors.are_new:  # those of the loss before
+        if form.factors.read_new():  # those of the loss before
             self._note_new()
         self._seen_in = self._positions[self.part] if -self.part <= len(self._positions) else []
         count = recording.count if recording.weight and recording.count > 1 else 0
