@@ -142,7 +142,6 @@ def pytest_collection_finish() -> None:
     if torch is not None and not torch.backends.cuda.is_built() and not torch.xpu.is_available():
         for device in (torch.cuda, torch.xpu, torch.mtia):  # torch.manual_seed would note a stack trace for each: 3 ms
             device.manual_seed_all = lambda seed: None
-    gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
     processes: Any = sys.modules.get("tests.processes")

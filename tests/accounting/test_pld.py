@@ -160,7 +160,7 @@ RATES = st.floats(0.001, 0.9)
 
 
 @given(SIGMAS, RATES, st.integers(1, 300), st.floats(1.02, 2), st.sampled_from(RELATIONS))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_epsilon_is_monotone(sigma, rate, num_steps, factor, relation):
     """Less noise, more samples, more steps or a smaller delta never cost less (grids may differ by 1e-3)."""
     epsilon = pld_of((poisson(sigma, rate), num_steps), relation=relation)

@@ -107,7 +107,7 @@ def test_live_coordinates_are_noised_and_masked_ones_zero(tmp_path: Path, refres
 
 
 def test_noise_on_live_coordinates_has_its_full_scale(tmp_path: Path) -> None:
-    """100 steps on zero gradients, n = 100 x 27: the variance is sigma^2 C^2 / B^2 to 4.9 std (false alarms 1e-6)."""
+    """40 steps on zero gradients, n = 40 x 27: the variance is sigma^2 C^2 / B^2 to 4.9 std (false alarms 1e-6)."""
 
     class Silent(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -119,11 +119,11 @@ def test_noise_on_live_coordinates_has_its_full_scale(tmp_path: Path) -> None:
         private(noise_multiplier=1.5, max_grad_norm=2.0),
         model=Silent(lr=0.0),
         max_epochs=-1,
-        max_steps=100,
+        max_steps=40,
     )
     released = torch.stack([flat(gradients) for gradients in steps.before_step]).double()
     noise = released[released != 0]
-    assert noise.numel() == 100 * 27
+    assert noise.numel() == 40 * 27
     statistic = float((noise * 16 / 3).square().mean()) - 1
     threshold = 4.9 * (2 / noise.numel()) ** 0.5
     assert abs(statistic) < threshold

@@ -77,7 +77,6 @@ def shown_by(tmp_path: Path, strategy: Any, **options: Any) -> tuple[set[str], L
         callbacks=[EpsilonMonitor(every_n_steps=1), LearningRateMonitor("step"), reporter],
         logger=logger,
         log_every_n_steps=1,
-        max_epochs=2,
         **options,
     )
     validation = torch.utils.data.DataLoader(make_loader().dataset, batch_size=32)
