@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 from lightning_dp import DPStrategy, PrivacyError, make_private
 from tests.helpers import make_trainer, stepped_on
 
-BEGINS = 15
-PLANNED = 25
+BEGINS = 11
+PLANNED = 18
 PASS = 10
 
 
@@ -62,13 +62,18 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(100, 4)), batch_size=10)
 
 
+def seeded(**more: Any) -> DPStrategy:
+    """Seeded: a batch may hold fewer than two records, which cannot be exchanged."""
+    return DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3, seed=0, **more)
+
+
 def trainer(strategy: DPStrategy, **more: Any) -> L.Trainer:
     return make_trainer(strategy, None, max_epochs=-1, max_steps=PLANNED, **more)
 
 
 def steps_of_fit(*, automatic: bool, begins: int, of_data: bool = False) -> tuple[int, str]:
     """Number of released steps, and what stopped the run."""
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    strategy = seeded()
     try:
         trainer(strategy).fit(
             Module(automatic=automatic, begins=begins, of_data=of_data, depth=1 if of_data else 14), loader()
@@ -99,11 +104,11 @@ def test_coupling_in_the_last_manual_step_is_refused() -> None:
 
 def test_statistics_of_data_from_a_pass_on_are_refused() -> None:
     """They leave no trace in the graph of the loss."""
-    steps, error = steps_of_fit(automatic=True, begins=2 * PASS, of_data=True)
-    assert steps == 2 * PASS
+    steps, error = steps_of_fit(automatic=True, begins=PASS, of_data=True)
+    assert steps == PASS
     assert "exchanged for another record" in error
-    steps, error = steps_of_fit(automatic=False, begins=2 * PASS, of_data=True)
-    assert steps == 2 * PASS + 1
+    steps, error = steps_of_fit(automatic=False, begins=PASS, of_data=True)
+    assert steps == PASS + 1
     assert "which was released" in error
 
 
@@ -184,7 +189,7 @@ class Writes(Module):
 @pytest.mark.one_in(2)
 def test_a_single_write_of_data_is_refused(what: str) -> None:
     """It is in the weights or in the next release, without noise; that of a manual step only if it goes on."""
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    strategy = seeded()
     with pytest.raises(PrivacyError, match="with another value after another record"):
         trainer(strategy).fit(Writes(what), loader())
     assert strategy.steps_taken == BEGINS + (what == "a rate set by hand")
@@ -206,7 +211,7 @@ class Switches(L.Callback):
 
 @pytest.mark.parametrize("what", ["mode", "what trains"])
 def test_a_callback_that_switches_by_data_is_refused(what: str) -> None:
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    strategy = seeded()
     module = Module()
     with pytest.raises(PrivacyError, match=r"with another value after|[Ss]amples influence each other"):
         trainer(strategy, callbacks=[Switches(what)]).fit(module, loader())
@@ -218,7 +223,7 @@ def test_a_transfer_that_begins_to_mix_is_refused_in_time() -> None:
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return [batch[0] - batch[0].mean(0)] if self.trainer.global_step >= 12 else batch
 
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    strategy = seeded()
     with pytest.raises(PrivacyError, match="exchanged for another record"):
         trainer(strategy).fit(Centred(), loader())
     assert strategy.steps_taken == 16
@@ -248,8 +253,7 @@ class Collated(Module):
 
 
 def fit_collated(what: str, begins: int = 12, *, num_workers: int = 0, automatic: bool = True) -> tuple[int, Any]:
-    # seeded: a batch may hold fewer than two records, which cannot be exchanged
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3, seed=0)
+    strategy = seeded()
     module, collate = Collated(automatic=automatic), Collate(what, begins)
     more: Any = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
     data = DataLoader(loader().dataset, batch_size=10, collate_fn=collate, **more)
@@ -292,7 +296,7 @@ def test_entropy_of_the_system_is_no_coupling() -> None:
         noise = np.random.default_rng().normal(size=rows.shape) if strategy.steps_taken >= 12 else 0.0
         return [rows + torch.as_tensor(noise, dtype=rows.dtype)]
 
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    strategy = seeded()
     module = Moves()
     trainer(strategy).fit(module, DataLoader(loader().dataset, batch_size=10, collate_fn=collate))
     assert strategy.steps_taken == PLANNED
@@ -302,7 +306,7 @@ def test_without_checks_nothing_is_watched() -> None:
     class Always(Items):
         begun = True
 
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3, check_per_sample=False)
+    strategy = seeded(check_per_sample=False)
     module = Module()
     trainer(strategy).fit(
         module, DataLoader(Always(), batch_size=10, collate_fn=lambda records: Collate("rows", 0)(records)[0])
@@ -317,7 +321,7 @@ def test_a_hook_that_begins_to_mix_by_numpy_is_refused() -> None:
                 return batch
             return [torch.as_tensor(batch[0].numpy() - batch[0].numpy().mean(0))]
 
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    strategy = seeded()
     with pytest.raises(PrivacyError, match="exchanged for another record"):
         trainer(strategy).fit(Centred(), loader())
     assert strategy.steps_taken == 16
@@ -350,7 +354,7 @@ def test_items_that_begin_to_mix_are_refused(num_workers: int) -> None:
             self.begun = self.num_reads > 120 if get_worker_info() else not num_workers and strategy.steps_taken >= 12
             return super().__getitem__(index)
 
-    strategy = DPStrategy(noise_multiplier=1.0, max_grad_norm=1.0, target_delta=1e-3)
+    strategy = seeded()
     module = Module()
     data = DataLoader(Begins(), batch_size=10, num_workers=num_workers, persistent_workers=num_workers > 0)
     with pytest.raises(PrivacyError, match="it was another one after other items were read"):
