@@ -28,7 +28,6 @@ from lightning_dp.sampling import (
 from lightning_dp.sampling.fetch import as_it_is
 
 SAMPLINGS = ("poisson", "shuffle")
-FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
 def _type_name(value: object) -> str:
@@ -102,7 +101,6 @@ def test_user_collate_is_kept_and_never_called_with_nothing() -> None:
         assert [len(batch.split("-")) for _, batch in item.microbatches] == [count for count, _ in item.microbatches]
 
 
-@FEW_CORES
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_empty_parts_do_not_reach_the_dataset(num_workers: int) -> None:
     dataset = ManyRecords(40)
@@ -114,7 +112,6 @@ def test_empty_parts_do_not_reach_the_dataset(num_workers: int) -> None:
     assert loader.dataset is dataset
 
 
-@FEW_CORES
 def test_workers_give_the_same_batches_as_none() -> None:
     options: dict[str, Any] = {"microbatch_size": 4, "accumulate": 2, "seed": 5}
     alone = private_dataloader(DataLoader(ManyRecords(60), batch_size=6), **options)
@@ -138,13 +135,11 @@ class Shifted(ManyRecords):
         return super().__getitem__(index + self.offset)
 
 
-@FEW_CORES
 def test_worker_init_fn_still_reaches_the_users_dataset() -> None:
     loader = private_dataloader(DataLoader(Shifted(20), batch_size=10, num_workers=1, worker_init_fn=add_offset))
     assert all(value >= 1000 for batch in members(loader) for value in batch)
 
 
-@FEW_CORES
 def test_loader_options_are_kept() -> None:
     generator = torch.Generator()
     loader = private_dataloader(

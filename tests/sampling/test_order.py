@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import PrivateDataLoader, SamplingFacts, private_dataloader
 
-FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
 
 def cyclic(size: int = 60, batch_size: int = 12, *, num_workers: int = 0, **options: Any) -> PrivateDataLoader:
     """60 records in 5 groups by default."""
@@ -134,7 +132,7 @@ def test_ranks_have_groups_of_their_own() -> None:
     assert abs(np.corrcoef(groups)[0, 1]) < 5.3 / np.sqrt(500)
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=FEW_CORES)])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.one_in(2)
 def test_a_pass_cut_short_goes_on_with_the_next_group(num_workers: int) -> None:
     """Whatever the workers have read ahead."""
@@ -235,7 +233,7 @@ def test_passes_are_the_uses_of_a_record() -> None:
             facts.passes(5)
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=FEW_CORES)])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("dataset", [SizedStream(), Stream()], ids=["sized", "unsized"])
 @pytest.mark.one_in(2)
 def test_a_stream_is_read_up_to_where_it_stopped(dataset: Any, num_workers: int) -> None:

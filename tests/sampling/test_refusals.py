@@ -27,7 +27,6 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_dp.sampling import private_dataloader
 
 SAMPLINGS = ("poisson", "shuffle", "cyclic")
-FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
 class Records(Dataset[Any]):
@@ -180,7 +179,6 @@ def test_streams_are_refused_under_poisson() -> None:
         private_dataloader(DataLoader(Stream(10), batch_size=2), sampling="shuffle", num_batches_kept=1)
 
 
-@FEW_CORES
 def test_out_of_order_loading_is_refused() -> None:
     with pytest.raises(ValueError, match=r"in_order=True, got in_order=False"):
         private_dataloader(DataLoader(DATA, batch_size=5, num_workers=2, in_order=False))

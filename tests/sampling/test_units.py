@@ -18,7 +18,6 @@ from lightning_dp.sampling import PrivateDataLoader, SamplingFacts, private_data
 from lightning_dp.sampling.batches import MicrobatchCollate
 from tests.sampling.test_indices import frequencies_are_right, variance_is_right
 
-FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 SAMPLINGS = ("poisson", "shuffle", "cyclic")
 OWNED = [1, 5, 2, 3, 9, 1, 4, 2, 6, 3]  # records of users 0, 1, ...
 IDS = [user for round_ in range(9) for user in range(10) if OWNED[user] > round_]  # dealt out in turns: 36 records
@@ -114,7 +113,7 @@ def everything(loader: PrivateDataLoader) -> list[list[tuple[int, Any]]]:
     return [[(count, batch.tolist()) for count, batch in item.microbatches] for _ in range(2) for item in loader]
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=FEW_CORES)])
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.one_in(4)
 def test_one_record_per_user_is_the_record_level(sampling: str, num_workers: int) -> None:
@@ -129,9 +128,7 @@ def test_one_record_per_user_is_the_record_level(sampling: str, num_workers: int
     assert found.facts.sample_rate == records.facts.sample_rate
 
 
-@pytest.mark.parametrize(
-    ("microbatch_size", "num_workers"), [(None, 0), (1, 0), (3, 0), (4, 0), pytest.param(3, 2, marks=FEW_CORES)]
-)
+@pytest.mark.parametrize(("microbatch_size", "num_workers"), [(None, 0), (1, 0), (3, 0), (4, 0), (3, 2)])
 @pytest.mark.one_in(4)
 def test_users_are_never_split(microbatch_size: int | None, num_workers: int) -> None:
     """Owners say whose each record is; a microbatch holds at most its records, or one user."""
