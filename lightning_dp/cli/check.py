@@ -45,7 +45,7 @@ def check(options: argparse.Namespace) -> int:
             f"`module, changes = lightning_dp.fix(module)` does it for {fixed}."
         )
     else:
-        output.write(f"\nAll {len(layers)} layers can be trained privately as they are. {NOT_SEEN}")
+        output.write(f"\nAll layers ({len(layers)}) can be trained privately as they are. {NOT_SEEN}")
     return int(bool(problems))
 
 

@@ -47,11 +47,14 @@ def unused_notice(unused: dict[str, int], total: int) -> str:
     Example:
         >>> unused_notice({"pooler.weight": 25, "pooler.bias": 5}, 120)[:56]
         'No loss of the checks used 25% of the private parameters'
+        >>> unused_notice({"mask_token": 1}, 1000)[:40]
+        'No loss of the checks used under 1% of t'
     """
-    share = sum(unused.values()) / total
+    share = f"{sum(unused.values()) / total:.0%}"
+    share = {"0%": "under 1%", "100%": "over 99%"}.get(share, share)
     return (
-        f"No loss of the checks used {share:.0%} of the private parameters ({_listed(list(unused))}). Non-private "
-        "training leaves such parameters as they are. Private training cannot know that no later sample uses them: it "
+        f"No loss of the checks used {share} of the private parameters ({_listed(list(unused))}). Non-private training "
+        "leaves such parameters as they are. Private training cannot know that no later sample uses them: it "
         "adds noise to them at every step, which takes time and ruins trained weights. If the model does not train "
         "them, call requires_grad_(False) on them."
     )

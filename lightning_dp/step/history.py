@@ -64,6 +64,8 @@ def _ledger_of(path: Any) -> Ledger:
             "strategy.ledger, 'last.ckpt', or a list of them."
         )
     file = os.path.join(path, "meta.pt") if os.path.isdir(path) else path  # a folder is a sharded checkpoint
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"Expected a checkpoint in history, got {file!r}, which is no file. Check the path.")
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or saved.KEY not in checkpoint:
         raise PrivacyError(

@@ -61,6 +61,8 @@ def test_read_history_refuses_what_holds_no_ledger(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "public.ckpt")
     with pytest.raises(PrivacyError, match=r"got '.*public\.ckpt' without one"):
         read_history(tmp_path / "public.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"Expected a checkpoint in history, got '.*lost\.ckpt', which is no"):
+        read_history(str(tmp_path / "lost.ckpt"))
 
 
 def test_joined_ledgers_hold_the_releases_of_all() -> None:
