@@ -69,9 +69,10 @@ def _layer_norm(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> 
 
 
 def _padded(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:
-    """Return the axis if only later axes are padded or cut."""
+    """Return the axis if it is neither padded nor cut."""
     sides = args[1] if len(args) > 1 else kwargs["pad"]
-    return axis if axis < tensor.dim() - len(sides) // 2 else None
+    first = 2 * (tensor.dim() - 1 - axis)  # the last axis comes first
+    return None if any(sides[first : first + 2]) else axis
 
 
 def _of_images(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int | None:

@@ -178,10 +178,11 @@ def _stacked(step: Step) -> Found:
 
 
 def _of_matrices(step: Step) -> Found:
-    """Functions of matrices, which the last two axes of each tensor hold."""
-    found, axes = entry_by_entry(step), first_of(step.out).dim()
-    alike = all(tensor.dim() == axes for tensor, _ in step.owned)
-    return found if alike and isinstance(found, Rows) and (found.axis or 0) < axes - 2 else MIXED
+    """Return the owners after a function of the last two axes, which computes with each matrix by itself."""
+    axes = max(tensor.dim() for tensor, _ in step.owned)
+    alike = all(tensor.dim() == axes for tensor, _ in step.owned) and first_of(step.out).dim() <= axes
+    found = merged([(axes, rows) for _, rows in step.owned], axes, step.memo) if alike else MIXED
+    return found if isinstance(found, Rows) and (found.axis or 0) < axes - 2 else MIXED
 
 
 def _attention(step: Step) -> Found:
@@ -190,8 +191,10 @@ def _attention(step: Step) -> Found:
 
 
 _OF_MATRICES = """
-    linalg_solve_triangular linalg_solve linalg_inv inverse linalg_cholesky cholesky linalg_matrix_exp matrix_exp
+    linalg_solve_triangular linalg_solve linalg_inv inverse linalg_cholesky cholesky cholesky_solve linalg_matrix_exp
+    matrix_exp linalg_matrix_power linalg_det det logdet linalg_slogdet slogdet linalg_eigh linalg_qr linalg_svd linalg_pinv
 """
+
 HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(REDUCING, _reduced),
     "cumsum": _running,

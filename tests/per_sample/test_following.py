@@ -136,11 +136,11 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     ),
     "one-hot rows": (lambda m, x: F.one_hot((x[:, 0] > 0).long(), 2).double() @ m.w * x[:, :1], {"w": drawn(2, 3)}),
     "stacks of products": (lambda m, x: torch.baddbmm(x, x, x[:, :3]) @ m.w, {"w": drawn(3, 2)}),
-    "triangular systems": (
-        lambda m, x: torch.linalg.solve_triangular(x[:, :3].exp(), x[:, :3], upper=True) @ m.w,
+    "solved systems": (
+        lambda m, x: torch.linalg.solve_triangular(x[:, :3].exp(), torch.linalg.inv(x[:, 1:]) @ m.w, upper=True),
         {"w": drawn(3, 2)},
     ),
-    "inverses": (lambda m, x: torch.linalg.inv(x[:, :3].triu(1) + torch.eye(3).double()) @ m.w, {"w": drawn(3, 2)}),
+    "padded rows": (lambda m, x: F.pad(x, (0, 0, 0, 1, 0, 0)) * m.w, {"w": drawn(3)}),
     "interpolated rows": (lambda m, x: F.interpolate(x, scale_factor=2.0, mode="linear") * m.w, {"w": drawn(6)}),
     "angles": (lambda m, x: torch.polar(x.abs(), x.atan()).angle() * m.w, {"w": drawn(3)}),
     "distances": (lambda m, x: torch.cdist(x[:, 0], m.w), {"w": drawn(5, 3)}),
@@ -254,7 +254,11 @@ def test_a_repeated_row_that_is_changed_in_place_is_refused(by_rows: bool) -> No
         lambda x, other, one: one * torch.ones(4, 3),
         lambda x, other, one: F.linear(x, other),
         lambda x, other, one: torch.cat([x, other], 1),
-        lambda x, other, one: torch.linalg.pinv(x),  # of which nothing is known
+        lambda x, other, one: torch.linalg.pinv(x),
+        lambda x, other, one: torch.linalg.solve(x[1:].expand(3, 3, 3) + torch.eye(3), torch.ones(3, 3)),
+        lambda x, other, one: torch.linalg.solve_triangular(x[None, 1:], other[None, 1:], upper=True),
+        lambda x, other, one: F.pad(x, (0, 0, 1, -1)),
+        lambda x, other, one: torch.renorm(x, 2, 0, 1.0),  # of which nothing is known
         lambda x, other, one: x.max(),
         lambda x, other, one: torch.cat([x, x]).scatter_add(0, torch.tensor([[0] * 3, [7] * 3]), other[:2]),
     ],
