@@ -124,7 +124,7 @@ def general(
     rows = merged([(tensor.dim(), rows) for tensor, rows in owned], num_axes, follower.memo)
     compare(tracker, func, mine.values(), rows if isinstance(rows, Rows) else None, tensors)
     for _, unknown in found:
-        if isinstance(unknown, Mixed) and not _is_entry(func, [tensor for tensor, _ in found]):
+        if isinstance(unknown, Mixed):
             return _refuse(func, mine.values(), unknown)
     if not owned:
         return derive(tracker, func, args, kwargs) if found else repeated_for_samples(tracker, func, args, kwargs)
@@ -147,18 +147,6 @@ def general(
     if len(repeated) == len(tracked):
         return _run(func, args, kwargs, repeated)
     return _over_rows(tracker, func, args, kwargs, tensors, tracked, found)
-
-
-def _is_entry(func: Any, indices: Sequence[Tensor]) -> bool:
-    """Tell whether whole numbers of any origin name an entry of a parameter, as numbers of Python do in ``w[number]``.
-
-    No row depends on them otherwise; checks by exchange show whether other samples choose the entry.
-    """
-    return func is Tensor.__getitem__ and all(one.dim() == 0 and _is_whole(one) for one in indices)
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    return tensor.dtype != torch.bool and not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _run(func: Any, args: Any, kwargs: Any, own: Mapping[int, Tensor]) -> Any:

@@ -192,7 +192,8 @@ def _attention(step: Step) -> Found:
 
 _OF_MATRICES = """
     linalg_solve_triangular linalg_solve linalg_inv inverse linalg_cholesky cholesky cholesky_solve linalg_matrix_exp
-    matrix_exp linalg_matrix_power linalg_det det logdet linalg_slogdet slogdet linalg_eigh linalg_qr linalg_svd linalg_pinv
+    matrix_exp linalg_matrix_power linalg_det det logdet linalg_slogdet slogdet linalg_eigh linalg_qr linalg_svd
+    linalg_pinv
 """
 
 HANDLERS: dict[str, Callable[[Step], Found]] = {

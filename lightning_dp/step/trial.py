@@ -24,14 +24,14 @@ from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
-from lightning_dp.step.ways import ELSEWHERE, OneByOne
+from lightning_dp.step.ways import OneByOne, elsewhere
 from lightning_dp.step.written import Written
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
 LAYOUT_SIZES = (2, 3)
 #: Records from all over the training set for the checks before the first step.
 NUM_SPREAD = 9
-#: First steps that are tried on a record beforehand while some private parameters are unused.
+#: First steps of which some are tried on a record beforehand while some private parameters are unused.
 NUM_TRIED = 16
 
 
@@ -216,8 +216,10 @@ class Trial:
             PrivacyError: as in :meth:`prepare`.
         """
         is_due = self.is_due(number, first_of_pass=first_of_pass)
-        tries = is_due or first_of_pass or number - self._prepared_at < NUM_TRIED
-        if (tries and self._finds_use()) or is_due:
+        since = number - self._prepared_at
+        # where user code steps, counters choose among optimizers; else a weight that has left zero chooses a branch
+        early = since < NUM_TRIED and (not self._step.automatic or since & (since - 1) == 0)
+        if ((is_due or first_of_pass or early) and self._finds_use()) or is_due:
             self.check_again(number, None if is_due else [])
 
     def _finds_use(self) -> bool:
@@ -237,7 +239,7 @@ class Trial:
             found = step.reduction.agree(not unused.isdisjoint(runs.used))
             error = self._learn_layout(snapshot, records, more=True) if found else None
             if step.reduction.agree(error is not None):
-                raise error or PrivacyError(ELSEWHERE)
+                raise error or elsewhere()
         return found
 
     def check_again(self, number: int, positions: list[int] | None = None) -> None:

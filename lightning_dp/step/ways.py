@@ -19,7 +19,6 @@ from lightning_dp.step.foreign import OneAloneError
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.snapshot import Snapshot
 
-ELSEWHERE = "Another rank could not follow the uses of private parameters."
 _COUPLED = (
     "The gradient of a batch is not that of its records alone, so samples influence each other (statistics over the "
     "batch, a contrastive loss, a shared denominator). One record at a time would train another objective without a "
@@ -77,7 +76,7 @@ class OneByOne:
         step = self._runs.step
         if not step.reduction.agree(error is not None):
             return False
-        reason = self._reason or error or PrivacyError(ELSEWHERE)
+        reason = self._reason or error or elsewhere()
         misled = step.reduction.agree(any(each in str(reason) for each in MISLED)) and not step.reduction.is_sharded
         if misled and step.engine.prefer_owners() and not step.reduction.agree(learn() is not None):
             return True
@@ -242,3 +241,8 @@ def _check_sum(parts: list[dict[str, Tensor]], whole: dict[str, Tensor], dtype: 
 def _public(reason: PrivacyError) -> str:
     """Return an error message with ``#`` for every number, which may be the size of a record; digits in names stay."""
     return re.sub(r"(?<![\w.'])\d+(\.\d+)?(e[+-]?\d+)?(?![\w'])(?!\.\w)", "#", str(reason))
+
+
+def elsewhere() -> PrivacyError:
+    """Return the error of this rank where another one has met an error."""
+    return PrivacyError("Another rank could not follow the uses of private parameters.")

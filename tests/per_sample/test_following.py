@@ -74,17 +74,6 @@ def written_one_by_one(m: Any, x: Tensor) -> Tensor:
     return made * m.w
 
 
-def by_named_experts(m: Any, x: Tensor) -> Tensor:
-    """Each row by the expert that it chooses; which experts any row has chosen says a tensor."""
-    first = x[:, 0]
-    chosen = (first @ m.gate).argmax(-1)
-    mask, made = F.one_hot(chosen, 4).mT, torch.zeros_like(first)
-    for (expert,) in (mask.sum(-1) > 0).nonzero():
-        (at,) = torch.where(mask[expert])
-        made.index_add_(0, at, F.linear(first[at], m.w[expert]))
-    return made * (first @ m.gate).softmax(-1)[:, :1]
-
-
 def added_by_experts(m: Any, x: Tensor) -> Tensor:
     """Each row by the two experts that it chooses, added up where its number stands, as mixtures of experts have it."""
     rows, out = x[:, 0], torch.zeros_like(x[:, 0])
@@ -166,7 +155,6 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "products in groups": (by_experts, {"w": drawn(3, 4, 4), "turned": True}),
     "products in groups, each by itself": (by_experts, {"w": drawn(3, 4, 4), "turned": False}),
     "experts that rows choose": (added_by_experts, {"w": drawn(4, 3, 3), "gate": drawn(3, 4)}),
-    "experts that a tensor names": (by_named_experts, {"w": drawn(4, 3, 3), "gate": drawn(3, 4)}),
     "positions that are not zero": (at_positions, {"w": drawn(4)}),
     "type of all rows": (with_types, {"w": drawn(2, 3)}),
     "added within rows": (

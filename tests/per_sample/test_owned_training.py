@@ -220,32 +220,3 @@ class _Twice(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight = ctx.saved_tensors
         return grads[0] * weight.sum(), (grads[0] * x).sum() * torch.ones_like(weight)
-
-
-class Named(nn.Module):
-    """Rows by the experts that they choose, which a tensor names; perhaps by the one that most rows have chosen."""
-
-    def __init__(self, *, couples: bool) -> None:
-        super().__init__()
-        self.w, self.couples = nn.Parameter(torch.randn(4, 2, 3)), couples
-
-    def forward(self, batch: Any) -> Tensor:
-        rows, chosen = batch[0], batch[1]
-        mask, made = nn.functional.one_hot(chosen, 4).mT, torch.zeros_like(rows[:, :2])
-        for (expert,) in (mask.sum(-1) > 0).nonzero():
-            (at,) = torch.where(mask[expert])
-            named = mask.sum(-1).argmax() if self.couples else expert
-            made.index_add_(0, at, nn.functional.linear(rows[at], self.w[named]))
-        return made.square().sum(-1)
-
-
-@pytest.mark.parametrize("couples", [False, True])
-def test_experts_that_all_rows_name_are_refused(couples: bool) -> None:
-    torch.manual_seed(0)
-    records = [(torch.randn(3), i % 4) for i in range(16)]
-    module = Named(couples=couples)
-    if not couples:
-        assert fit(module, records, grad_sample="rules").ledger.num_steps == 4
-        return
-    with pytest.raises(PrivacyError, match="to be its gradient when run alone"):
-        fit(module, records, grad_sample="rules")
