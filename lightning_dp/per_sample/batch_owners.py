@@ -99,11 +99,13 @@ class BatchOwners:
             if settled and any(path[: len(done)] == done for done in settled):
                 continue
             kinds = known.get(path, ())
-            if not has_counted and any(name.startswith("counted") for _, name in kinds):
-                indices, has_counted = indices | counted(things, follower.size, follower.memo), True
             fitting = [kind for kind in kinds if _is_of(kind, thing, follower.size, indices)]
+            if not has_counted and _may_count(kinds, fitting):
+                indices, has_counted = indices | counted(things, follower.size, follower.memo), True
+                fitting = [kind for kind in kinds if _is_of(kind, thing, follower.size, indices)]
             if fitting and follower.size > 1:  # a record alone may lack an axis
-                known[path] = [kind for kind in kinds if kind in fitting or kind[1].startswith("given")]
+                stay = ("given", "counted")[: 1 if has_counted else 2]
+                known[path] = [kind for kind in kinds if kind in fitting or kind[1].startswith(stay)]
             found = fitting[0] if fitting else None
             if isinstance(thing, Tensor):
                 joins = not follower.tracker.joined.isdisjoint(thing.shape)
@@ -266,6 +268,11 @@ def _is_of(kind: Kind, thing: Any, size: int, indices: Mapping[str, Rows]) -> bo
     if axis == 1:
         return num != 2 and shape == (2, num)
     return len(shape) > 0 and shape[0] == num
+
+
+def _may_count(kinds: Iterable[Kind], fitting: Iterable[Kind]) -> bool:
+    """Tell whether numbers that only seem to name owners are needed: graphs and the user name them better."""
+    return all(name == "sample" for _, name in fitting) and any(name.startswith("counted") for _, name in kinds)
 
 
 def _ranked(path: Path, kinds: set[Kind]) -> list[Kind]:

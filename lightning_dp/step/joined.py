@@ -76,8 +76,9 @@ def joined_lengths(sums: set[int], num_records: int, stacked: Counter[Any], batc
 def stacked_shapes(record: Any) -> Counter[Any]:
     """Return how often a record has parts of each shape, with sorted axes; () stands for single values."""
     found: Counter[Any] = Counter()
-
-    def walk(one: Any, depth: int) -> None:
+    waiting = [(record, 0)]
+    while waiting:
+        one, depth = waiting.pop()
         if isinstance(one, (Tensor, np.ndarray)):
             found[tuple(sorted(one.shape))] += 1
         elif isinstance(one, (int, float, str, np.generic)):
@@ -85,10 +86,7 @@ def stacked_shapes(record: Any) -> Counter[Any]:
         elif isinstance(one, list) and one and type(one[0]) in _SINGLE:
             found[(len(one),)] += 1
         elif depth <= _DEEPEST and type(one) not in _SINGLE:
-            for _, each in items_of(one):
-                walk(each, depth + 1)
-
-    walk(record, 0)
+            waiting += [(each, depth + 1) for _, each in items_of(one)]
     return found
 
 
@@ -122,28 +120,22 @@ def _names_in(lengths: list[Any]) -> tuple[Any, ...]:
     return tuple([None if type(one) is int else one for one in lengths])
 
 
-def lengths_in(record: Any) -> dict[Any, int]:
+def lengths_in(record: Any) -> Counter[Any]:
     """Return the lengths of axes and lists in a record by path; those in a list are added up."""
-    found: dict[Any, int] = {}
-
-    def add(path: Any, length: int) -> None:
-        found[path] = found.get(path, 0) + length
-
-    def walk(one: Any, path: tuple[Any, ...]) -> None:
+    found: Counter[Any] = Counter()
+    waiting: list[tuple[Any, tuple[Any, ...]]] = [(record, ())]
+    while waiting:
+        one, path = waiting.pop()
         kind = type(one)
         if kind in _SINGLE or len(path) > _DEEPEST:
-            return
+            continue
         if isinstance(one, (Tensor, np.ndarray)):
             for axis, length in enumerate(one.shape):
-                add((path, axis), length)
+                found[path, axis] += length
         elif isinstance(one, list):
-            add(path, len(one))
+            found[path] += len(one)
             if one and type(one[0]) not in _SINGLE:
-                for each in one:
-                    walk(each, (*path, list))
+                waiting += [(each, (*path, list)) for each in one]
         else:
-            for key, each in one.items() if kind is dict else items_of(one):
-                walk(each, (*path, key))
-
-    walk(record, ())
+            waiting += [(each, (*path, key)) for key, each in (one.items() if kind is dict else items_of(one))]
     return found

@@ -244,5 +244,5 @@ def _public(reason: PrivacyError) -> str:
 
 
 def elsewhere() -> PrivacyError:
-    """Return the error of this rank where another one has met an error."""
+    """Return the error of this rank for an error on another one."""
     return PrivacyError("Another rank could not follow the uses of private parameters.")

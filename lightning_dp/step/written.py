@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,13 +34,16 @@ class Written:
         self.batches: deque[list[int]] = deque(maxlen=2)
         """Positions of the records of the real batch, and of the one before it; empty if unknown."""
 
-    def check(self, before: Look | None, seed: int, anywhere: Any = None) -> None:
+    def check(
+        self, before: Look | None, seed: int, anywhere: Any = None, *, begin: Callable[[], Any] | None = None
+    ) -> None:
         """Check that what the last real batches have written does not depend on their records.
 
         Args:
             before: the state before they wrote.
             seed: chooses the records that they are compared with.
             anywhere: tells whether a flag is set on any of the processes that run this check together.
+            begin: leads on from that state to the one in which the first of the batches began; None if it is that one.
 
         Raises:
             PrivacyError: it depends on them.
@@ -48,16 +51,23 @@ class Written:
         assert before is not None
         real = [self._runs.host.read(positions) if positions else [] for positions in self.batches]
         with before.back_in():
-            self.check_state(seed, real, anywhere)
+            self.check_state(seed, real, anywhere, begin)
         self.watch.renew()
 
-    def check_state(self, seed: int = 0, real: Sequence[list[Any]] = (), anywhere: Any = None) -> None:
+    def check_state(
+        self,
+        seed: int = 0,
+        real: Sequence[list[Any]] = (),
+        anywhere: Any = None,
+        begin: Callable[[], Any] | None = None,
+    ) -> None:
         """Check, outside of a real step, that the state after user code does not depend on the records.
 
         Args:
             seed: chooses the records.
             real: records of real batches.
             anywhere: see :meth:`check`.
+            begin: see :meth:`check`.
 
         Raises:
             PrivacyError: the state depends on the records.
@@ -66,6 +76,9 @@ class Written:
         few = host.records(NUM_FEW, seed=seed) if checks else []
         if len(few) > 1:
             with self._sandbox.enter() as snapshot, self._runs.progress():
+                if begin is not None:
+                    begin()
+                    snapshot = self._sandbox.snapshot()
                 check = partial(self._couplings.check_state, snapshot, few, real, anywhere)
                 host.attempt(check, snapshot.put_back)
         self.watch.renew()

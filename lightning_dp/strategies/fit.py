@@ -110,9 +110,9 @@ class PrivateFit:
         Raises:
             PrivacyError: the writes depend on the records.
         """
-        if self._prepared and (before := self._host.hooks.take_before()) is not None:
+        if self._prepared and (found := self._host.hooks.take_before()) is not None:
             for seed in range(4):  # a figure of two records may be on the same side of a threshold
-                self._trial.written.check(before, seed)
+                self._trial.written.check(found[0], seed, begin=found[1])
 
     def check_end(self) -> None:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""

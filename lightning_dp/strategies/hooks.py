@@ -67,7 +67,7 @@ class UserHooks:
         end of an epoch has changed it.
         """
         self._far: list[tuple[Any, str]] = []  # hooks of ``_FAR`` that have changed the module
-        self._before: Look | None = None
+        self._before: tuple[Look, Callable[[], Any] | None] | None = None
         self.stopped = False
         """Whether user code has asked for the end of the run."""
 
@@ -76,8 +76,10 @@ class UserHooks:
         """The callbacks that take part in trials; a trial must restore their state."""
         return [owner for owner in self.writing if owner is not self._strategy.module]
 
-    def take_before(self) -> Look | None:
-        """Return, once, the state before a hook wrote, if one has begun to write since the last call."""
+    def take_before(self) -> tuple[Look, Callable[[], Any] | None] | None:
+        """Return, once, the state before a hook wrote, if one has begun to write since the last call; and what leads on
+        from there to the first batch: the hook itself if it begins an epoch, else None.
+        """
         before, self._before = self._before, None
         return before
 
@@ -175,7 +177,8 @@ class UserHooks:
                 answer = hook(*args, **kwargs)
             if before is None or (self.stopped == has_stopped and before.is_same(look(), tensors_only=is_far)):
                 return answer
-            self._before = self._before or before
+            begins = functools.partial(self.call, name) if name == BETWEEN_EPOCHS[1] else None
+            self._before = self._before or (before, begins)
             if is_far:
                 self._far.append((owner, name))
             if owner not in self.writing and not (is_far and owner is module):

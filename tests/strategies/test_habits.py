@@ -268,6 +268,35 @@ def test_lists_and_counters_of_a_class_hold_real_steps(tmp_path: Path) -> None:
     assert len(module.losses) == len(Meter.sizes) == module.count == module.late == 4
 
 
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_outputs_are_collected_from_epoch_to_epoch(by_callback: bool, tmp_path: Path) -> None:
+    """In a list that does not exist before the first epoch, as Lightning 2 advises."""
+
+    def begin(module: Any) -> None:
+        module.outputs = []
+
+    class Begins(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            begin(pl_module)
+
+    class Collecting(Classifier):
+        def on_train_epoch_start(self) -> None:
+            if not by_callback:
+                begin(self)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.outputs.append(loss.detach())
+            return loss
+
+        def on_train_epoch_end(self) -> None:
+            self.log("mean", torch.stack(self.outputs).mean())
+
+    module, callbacks = Collecting(), [Begins()] if by_callback else []
+    make_trainer(private(), tmp_path, max_epochs=2, callbacks=callbacks).fit(module, make_loader())
+    assert len(module.outputs) == 4
+
+
 def test_runs_of_a_trial_do_not_see_each_others_figures(tmp_path: Path) -> None:
     """Else checks would not try the branch of the first step; the second batch of a run sees those of the first."""
     known: list[tuple[bool, int]] = []
