@@ -91,8 +91,8 @@ class GradientEngine(SampleGradients):
     listening: bool
     """True if backprops are recorded; set to False around a backward that is not the loss's (adversarial examples)."""
     joined: frozenset[int] = frozenset()
-    """Lengths in the batch at which parts of records are joined that have unequal lengths: there, positions do not tell
-    whose a row is."""
+    """Lengths of axes of the batch along which parts of unequal length may be joined. The position of a row on such an
+    axis does not tell which record it belongs to."""
 
     @property
     def most_kept(self) -> int:

@@ -104,7 +104,7 @@ class BatchOwners:
                 indices, has_counted = indices | counted(things, follower.size, follower.memo), True
                 fitting = [kind for kind in kinds if _is_of(kind, thing, follower.size, indices)]
             if fitting and follower.size > 1:  # a record alone may lack an axis
-                stay = ("given", "counted")[: 1 if has_counted else 2]
+                stay = ("given",) if has_counted else ("given", "counted")
                 known[path] = [kind for kind in kinds if kind in fitting or kind[1].startswith(stay)]
             found = fitting[0] if fitting else None
             if isinstance(thing, Tensor):

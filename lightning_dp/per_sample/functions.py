@@ -44,9 +44,7 @@ def derive(
     own: dict[int, Tensor] = {}
     for one, node in tracked:
         if node.generation < 0:  # functions have their graphs
-            own[id(one)] = (
-                tracker.stand_ins[node.name] if node.name in tracker.stand_ins else _stand_in(tracker, node, one)
-            )
+            own[id(one)] = _stand_in(tracker, node, one)
     if own:
         args, kwargs = exchanged(args, kwargs, own)
     out = func(*args, **kwargs)

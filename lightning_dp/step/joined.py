@@ -1,7 +1,7 @@
 """Unequal parts of records that a collate function joins along one axis, such as the points of several clouds.
 
-If records have 3, 0 and 0 rows, a batch of them holds 3 rows, as many as there are records. Positions then do not tell
-whose the rows are.
+If three records have 3, 0 and 0 rows, their batch holds 3 rows, as many as there are records. The position of a row
+then does not tell which record it belongs to.
 """
 
 from __future__ import annotations

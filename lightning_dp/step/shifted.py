@@ -95,7 +95,7 @@ def _is_index(path: Path, thing: Any) -> bool:
 
 
 def _at(record: Any, path: Path) -> Any:
-    """Return what a record holds at a path; None if there is nothing."""
+    """Return the value at a path within a record; None if the record has none."""
     for key in path:
         try:
             record = record[key]
