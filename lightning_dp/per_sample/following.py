@@ -66,7 +66,7 @@ class Follower(Telling):
         self.assumed = TensorSet()
         """Tensors that hold a parameter repeated for every sample, as their length says; rows of other owners that they
         meet entry by entry are refused."""
-        self._of_numbers, self._time = TensorSet(), 0
+        self._of_numbers, self._time, self._fresh = TensorSet(), 0, 0
 
     def identity(self, device: torch.device) -> Tensor:
         """Return the tensor ``0 ... B - 1`` on a device, the same object in every call."""
@@ -124,7 +124,7 @@ class Follower(Telling):
 
     def hand_on(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> None:
         """Give the owners of tensors, which broadcast, to results computed from them in a way that reports nothing."""
-        found = [(tensor.dim(), self._noted_owners(tensor)) for tensor in tensors if tensor is not None]
+        self._fresh, found = 0, [(one.dim(), self._noted_owners(one)) for one in tensors if one is not None]
         owners: Owners = next((one for _, one in found if isinstance(one, Mixed)), None)
         if owners is None:
             rows = [(axes, one) for axes, one in found if isinstance(one, Rows)]
@@ -173,7 +173,7 @@ class Follower(Telling):
         self, func: Any, traits: Traits, args: Any, kwargs: Any, given: list[tuple[Tensor, Owners]], out: Any
     ) -> Any:
         """Record which samples own the rows of an operation's result, and return the result."""
-        kind = type(out)
+        kind, fresh, self._fresh = type(out), self._fresh, 0
         if kind is not Tensor:
             may_hold = isinstance(out, (Tensor, list, tuple)) and kind is not torch.Size
             if not may_hold and traits.name not in ("__setitem__", "__set__"):
@@ -182,7 +182,8 @@ class Follower(Telling):
                 return out  # tracked tensors have no owners
         if given and type(given[0][0]) is not Tensor and self._is_noted(out, args, kwargs):
             return out
-        given, found = given[:1] if traits.of_first else given, cast("Any", NotImplemented)
+        found: Any = NotImplemented
+        given = given[:1] if traits.of_first else given
         if kind is Tensor and not (self.tracker.compares or "out" in kwargs):
             found = traits.quick(traits, args, kwargs, given, out, self.memo)
         if found is NotImplemented:
@@ -190,8 +191,10 @@ class Follower(Telling):
                 self._note_result(func, traits, args, kwargs, given, out)
         elif not args or out is not args[0]:
             self._notes[id(out)] = weakref.ref(out), self._time, found  # as note() does
+            self._fresh = id(out) if traits.is_constant else 0  # its memory is new, and nothing has a view of it yet
         elif found is not given[0][1]:
-            self.note(out, self._written_with(out, given[0][1], found, traits) if traits.in_place else found)
+            writes = traits.in_place and (id(out) != fresh or given[0][1] is not None)
+            self.note(out, self._written_with(out, given[0][1], found, traits) if writes else found)
         if not self.assumed.is_empty and kind is Tensor and any(tensor in self.assumed for tensor, _ in given):
             self._check_assumed(func, traits, given, out)
         return out
@@ -208,9 +211,9 @@ class Follower(Telling):
 
     def _is_noted(self, out: Any, args: Any, kwargs: Any) -> bool:
         """Tell whether an operation on parameters has made copies for the samples, which know their owners."""
-        of_parameter = args and isinstance(args[0], Reporting) and not isinstance(out, Reporting) and not kwargs
-        note = self._notes.get(id(out)) if of_parameter else None
-        return note is not None and note[0]() is out
+        if kwargs or not args or not isinstance(args[0], Reporting) or isinstance(out, Reporting):
+            return False
+        return (note := self._notes.get(id(out))) is not None and note[0]() is out
 
     def _note_result(
         self, func: Any, traits: Traits, args: Any, kwargs: Any, given: list[tuple[Tensor, Owners]], out: Any
@@ -274,8 +277,9 @@ class Follower(Telling):
         if any(isinstance(rows, Mixed) for _, rows in given) and not keeps_to_positions(traits.name, args, given):
             # an index of unknown owners only says where the rows of others go
             entries = {id(tensor) for tensor in moved_entries(traits.name, args)} or {id(tensor) for tensor, _ in given}
+            are_constant = all(rows is None for tensor, rows in given if id(tensor) in entries)
             for tensor, rows in given:
-                if isinstance(rows, Mixed) and (id(tensor) in entries or self._are_constant(given, entries)):
+                if isinstance(rows, Mixed) and (id(tensor) in entries or are_constant):
                     return rows
         if not owned:
             return None
@@ -287,10 +291,6 @@ class Follower(Telling):
             return owners_after(step, traits.handler, traits.axis_after)
         except (IndexError, RuntimeError, TypeError, ValueError):  # arguments given in a way that is not known here
             return MIXED
-
-    @staticmethod
-    def _are_constant(found: list[tuple[Tensor, Owners]], entries: set[int]) -> bool:
-        return all(owners is None for tensor, owners in found if id(tensor) in entries)
 
     def result(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the shape, and the owners, of what an operation would give."""

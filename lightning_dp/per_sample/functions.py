@@ -49,8 +49,11 @@ def derive(
         args, kwargs = exchanged(args, kwargs, own)
     out = func(*args, **kwargs)
     key = (func.__name__, *[node.lineage for _, node in tracked])
-    if type(out) is Tensor and out.grad_fn is not None and (not args or out is not args[0]):
-        return _track(tracker, func, out, out, key, tracked)
+    if type(out) is Tensor and (began := out.grad_fn) is not None and (not args or out is not args[0]):
+        made: Any = out  # as _track() does
+        made.__class__, made.began = tracker.function_class, began
+        made.node = _node(tracker, func, out, (began, out.output_nr), key, tracked)
+        return made
     return _wrapped(tracker, func, out, args, key, tracked)
 
 
@@ -165,11 +168,14 @@ def _track(
     """Make a tensor a function of parameters, whose graph begins at ``out``, the result of an operation."""
     made.__class__ = tracker.function_class
     made.began = made.grad_fn
-    made.node = _node(tracker, func, out, key, tracked)
+    made.node = _node(tracker, func, out, _beginning(out), key, tracked)
     return made
 
 
-def _node(tracker: Tracker, func: Any, out: Tensor, key: Hashable, tracked: Sequence[tuple[Tensor, Node]]) -> Node:
+def _node(
+    tracker: Tracker, func: Any, out: Tensor, value: Any, key: Hashable, tracked: Sequence[tuple[Tensor, Node]]
+) -> Node:
+    """Return the node of a result, whose graph begins at ``value``."""
     known = tracker.labels.get(key)
     if known is None:
         inner = ", ".join([node.name for _, node in tracked])
@@ -190,7 +196,7 @@ def _node(tracker: Tracker, func: Any, out: Tensor, key: Hashable, tracked: Sequ
             region = region_of(out, parameter)
         if region is not None and region == (0, parameter.shape, parameter.stride()):
             return Node(node.name, names, lineage, out, None, None, generation)
-    made = Node(name, names, lineage, out, region, _beginning(out), generation)
+    made = Node(name, names, lineage, out, region, value, generation)
     if func.__name__ in ENTRYWISE:
         shape, dtype = made.shape, made.dtype
         for _, node in tracked:

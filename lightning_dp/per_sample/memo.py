@@ -53,19 +53,16 @@ class Memo:
 
     def at(self, rows: Rows, index: Tensor) -> Rows | None:
         """Return the owners, along the first axis, of the rows that an index selects; None if they belong to nobody."""
-
-        def made() -> Rows | None:
-            if rows.has_nobody:
-                return self.owned(rows.index[index])
-            found = self.shared(rows.index[index])
-            found.layout["has_nobody"] = False
-            return found
-
-        found: Rows | None = self.get(index.dtype, (rows,), index, made)
+        seen = self._by_key.setdefault((index.dtype, id(rows.index)), [])
+        for values, _, known in seen:
+            if values is not None and torch.equal(values, index):
+                return known  # type: ignore[no-any-return]
+        found = self.owned(rows.index[index]) if rows.has_nobody else self.shared(rows.index[index])
+        seen.append((index.clone(), rows, found))  # as get() does
         if found is not None:  # its index stays alive in ``known`` or ``_made``
-            origins = self._origins.setdefault(id(found.index), [])
-            if rows not in origins:
-                origins.append(rows)
+            if not rows.has_nobody:
+                found.layout["has_nobody"] = False
+            self._origins.setdefault(id(found.index), []).append(rows)
         return found
 
     def origins_of(self, rows: Rows) -> list[Rows]:

@@ -238,37 +238,36 @@ class Tracker:
         return self.sources[key]
 
     def general(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation that has no rule: derive a function of parameters, or expand the parameters to the
-        samples.
-        """
-        tensors, tracked = tensors_in(args, kwargs), []
+        """Run an operation that has no rule: derive a function of parameters, or expand these to the samples."""
+        tensors, tracked, others = tensors_in(args, kwargs), [], []
         for tensor in tensors:
             if type(tensor) is not Tensor and (node := self.node_of(tensor)) is not None:
                 tracked.append((tensor, node))
+            else:
+                others.append(tensor)
         if not tracked:
             return func(*args, **kwargs)
         if self.follower is not None:
             return owned_uses.general(self, func, args, kwargs, tensors, tracked)
         assert self.learned is not None
-        if len(tracked) == len(tensors):
+        if not others:
             if (func.__name__, tracked[0][1].lineage) not in self.learned.spread:
                 out = derive(self, func, args, kwargs, tracked)
                 if type(out) is self.function_class and not kwargs:
                     self._sharing.share(func, args, out, tracked)
                 return out
             return leaves.spread(self, func, args, kwargs, self.plan_of(func, tracked[0][1], tensors))
-        nodes = [node for _, node in tracked]
-        plan = self.plan_of(func, nodes[0], tensors)
+        plan = self.plan_of(func, tracked[0][1], tensors)
         if plan is None:
-            mine = {id(tensor) for tensor, _ in tracked}
-            if any(tensor.requires_grad and id(tensor) not in mine for tensor in tensors):
-                raise PrivacyError(
-                    f"Expected {func.__name__} to meet {named(nodes)} as it did when its layout was learned, got a "
-                    f"tensor that requires grad. {WAY_OUT}."
-                )
+            for other in others:
+                if other.requires_grad:
+                    raise PrivacyError(
+                        f"Expected {func.__name__} to meet {named(node for _, node in tracked)} as it did when its "
+                        f"layout was learned, got a tensor that requires grad. {WAY_OUT}."
+                    )
             return derive(self, func, args, kwargs, tracked)
         if len(plan.inputs) != len(tensors):
-            return self.unbatched(func, nodes)
+            return self.unbatched(func, [node for _, node in tracked])
         if func.__name__ in ALIGNED:
             result = leaves.aligned(self, func, args, kwargs, plan, tracked, tensors)
             if result is not NotImplemented:

@@ -319,6 +319,30 @@ def test_a_view_leaves_rows_of_two_samples_mixed() -> None:
     assert found.index.tolist() == [-1, 1]
 
 
+@pytest.mark.parametrize(
+    "take",
+    [lambda made: made[:1], lambda made: made.unbind()[0], lambda made: next(iter(made)), lambda made: made.data],
+    ids=["slice", "unbind", "iteration", "data"],
+)
+def test_a_view_of_zeros_that_rows_are_added_to_is_mixed(take: Callable[[Tensor], Tensor]) -> None:
+    """Zeros of which nothing has a view may get owners without a look at other views."""
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    rows, index = torch.ones(3, 2), torch.arange(3)
+    follower.note(rows, Rows(0, torch.tensor([0, 0, 1])))
+    follower.note(index, None)
+    with follower:
+        added, made = rows.new_zeros(3, 2).index_add_(0, index, rows), rows.new_zeros(3, 2)
+        view = take(made)
+        before = follower.owners_of(view)
+        made.index_add_(0, index, rows)
+    assert before is None
+    assert isinstance(follower.owners_of(view), Mixed)
+    for one in (added, made):
+        found = follower.owners_of(one)
+        assert isinstance(found, Rows)
+        assert found.index.tolist() == [0, 0, 1]
+
+
 def test_sparse_data_after_a_write_is_of_unknown_owners() -> None:
     follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
     dense, sparse = torch.ones(4, 3), torch.eye(4).to_sparse()
