@@ -9,7 +9,6 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,8 @@ class Parts:
         # by names, masks and parts with backprops
         self._known_sorted: dict[Hashable, tuple[Views, dict[str, Part]]] = {}
         self._passes = False  # whether some of these parts are functions of parameters, which end with the microbatch
-        self._live: tuple[Any, ...] | None = None  # parts with backprops
+        self._live: tuple[tuple[Source, frozenset[Hashable]], ...] | None = None  # keys with backprops
+        self._by_name: dict[str, list[tuple[Source, Node]]] = {}
         self._at = -1  # gradients and parts are of the backprops up to that change
 
     @property
@@ -54,7 +54,7 @@ class Parts:
 
     def clear(self) -> None:
         """Free the gradients."""
-        self._whole, self._joined, self._live = {}, {}, None
+        self._whole, self._joined, self._live, self._by_name = {}, {}, None, {}
         if self._passes:
             self._known_sorted, self._passes = {}, False
 
@@ -64,16 +64,22 @@ class Parts:
             self.clear()
             self._at = self._recorder.changes
 
+    def _arrived(self) -> tuple[tuple[Source, frozenset[Hashable]], ...]:
+        """Return the sources that received backprops, each with the keys for which they did."""
+        self._forget_older()
+        if self._live is None:
+            sources = self._tracker.sources.values()
+            self._live = tuple([(source, live) for source in sources if (live := source.live())])
+            for source, live in self._live:
+                for key in live:
+                    for name in source.nodes[key].names:
+                        self._by_name.setdefault(name, []).append((source, source.nodes[key]))
+        return self._live
+
     def of(self, names: Collection[str]) -> dict[str, list[tuple[Source, Node]]]:
         """Return, by parameter, its derived tensors that received backprops, with their sources."""
-        parts: dict[str, list[tuple[Source, Node]]] = {}
-        for source in self._tracker.sources.values():
-            for key in source.live():
-                node = source.nodes[key]
-                for name in node.names:
-                    if name in names:
-                        parts.setdefault(name, []).append((source, node))
-        return parts
+        self._arrived()
+        return {name: parts for name, parts in self._by_name.items() if name in names}
 
     def discard(self, names: Iterable[str]) -> None:
         """Forget the backprops received so far for these parameters.
@@ -200,10 +206,8 @@ class Parts:
         A parameter that is seen through views needs all of it under a mask: the masked norm and the masked sum of a
         view come from different products, whose rounding no norm covers.
         """
-        if self._live is None:
-            sources = self._tracker.sources.values()
-            self._live = tuple([(source, live) for source in sources if (live := source.live())])
-        asked = frozenset(names), frozenset(masks), self._live
+        live = self._arrived()
+        asked = frozenset(names), frozenset(masks), live
         if asked in self._known_sorted:
             return self._known_sorted[asked]
         if len(self._known_sorted) >= _MOST_KNOWN:
@@ -224,7 +228,7 @@ class Parts:
                 rank = ranks[name], node.region[0] if node.region else 0
                 views.setdefault(source, {})[node.key] = Part(name, node.region, node.key, rank)
         self._known_sorted[asked] = views, whole
-        self._passes |= not all(source.is_lasting for source, _ in self._live)
+        self._passes |= not all(source.is_lasting for source, _ in live)
         return views, whole
 
     def _disjoint(self, name: str, nodes: Sequence[Node]) -> bool:
