@@ -6,6 +6,7 @@ forks the server when all tests are collected; a backward before that would forb
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import os
@@ -104,6 +105,7 @@ def start_server() -> None:
             os._exit(0)
     theirs.close()
     _server.append(ours)
+    atexit.register(ours.close)
 
 
 def _ask(jobs: list[dict[str, Any]]) -> list[int]:
