@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import memory_of
+from lightning_dp.per_sample._torch import is_view, memory_of
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.nodes import is_tracked
 from lightning_dp.per_sample.telling import Telling
@@ -67,7 +67,9 @@ class OwnLosses(Telling):
     def __init__(self, size: int, reduction: str, constants: Iterable[Tensor]) -> None:
         super().__init__()
         self._size, self._sums = size, reduction == "sum"
-        self._constants = {memory_of(tensor) for tensor in constants}
+        self._constants = [*constants]
+        self._ids = set(map(id, self._constants))
+        self._memory: set[int] | None = None  # addresses of the constants, once they are asked for
         self._rows: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,7 +124,17 @@ class OwnLosses(Telling):
         if not isinstance(tensor, Tensor) or is_tracked(tensor) or not tensor.dim():
             return False
         num = tensor.shape[0]
-        return num > 0 and num % self._size == 0 and memory_of(tensor) not in self._constants
+        return num > 0 and num % self._size == 0 and not self._is_constant(tensor)
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a parameter or a buffer, or a view of one."""
+        if id(tensor) in self._ids:
+            return True
+        if tensor.grad_fn is not None and not is_view(tensor):  # a result of autograd has memory of its own
+            return False
+        if self._memory is None:
+            self._memory = {memory_of(one) for one in self._constants}
+        return memory_of(tensor) in self._memory
 
     def _of_reduction(self, func: Any, tensor: Any, kwargs: Any) -> Tensor | None:
         known = self._known(tensor) if isinstance(tensor, Tensor) else None

@@ -117,10 +117,11 @@ def test_a_batch_of_one_record_is_left_as_it_is(name: str) -> None:
 
 
 def test_constants_of_the_module_have_no_records() -> None:
-    weights = torch.arange(8.0)
-    with OwnLosses(B, "mean", [weights]):
+    weights, buffer = torch.arange(8.0), torch.zeros(8)
+    with OwnLosses(B, "mean", [weights, buffer]):
         assert float(weights.sum()) == 28.0
         assert float(weights.view(4, 2).sum()) == 28.0
+        assert float(buffer.add_(torch.arange(8.0, requires_grad=True)).sum().detach()) == 28.0
 
 
 def test_what_is_no_reduction_is_left_as_it_is() -> None:
