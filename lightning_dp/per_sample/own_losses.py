@@ -149,9 +149,8 @@ class OwnLosses(Telling):
         return torch.stack(known, 1) if len(known) == len(rows) else None
 
     def _of_loss(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        given = _signature(func).bind(*args, **kwargs)
-        given.apply_defaults()
-        options = given.arguments
+        defaults = _defaults(func)
+        options = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
         reduction = options["reduction"]
         if reduction not in ("mean", "sum", "batchmean") or options.get("reduce") is not None:
             return None
@@ -235,7 +234,10 @@ def _kind(func: Any) -> str | None:
     return "stack" if name == "stack" else None
 
 
-_signature = functools.cache(inspect.signature)
+@functools.cache
+def _defaults(func: Any) -> dict[str, Any]:
+    """Return the arguments of a function by name, in their order, with the values that they have if not given."""
+    return {name: parameter.default for name, parameter in inspect.signature(func).parameters.items()}
 
 
 def _weights(options: Any) -> Tensor | None:
