@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -43,6 +44,13 @@ from lightning_dp.strategies.inputs import TrainingInputs
 from lightning_dp.system import ProcessTuning
 
 _lightning.note_loaded_checkpoints(note_checkpoint)
+
+
+def _without_trainer() -> dict[str, Any]:
+    """Return the attributes that a strategy has from its Trainer or holds while it fits, as they are before."""
+    empty = {name: list[Any]() for name in ("_undo", "_optimizers", "_lightning_optimizers", "lr_scheduler_configs")}
+    missing = dict.fromkeys(("_fit", "_noise", "_loader", "_accelerator", "_lightning_module", "_model"))
+    return {**empty, **missing, "mechanisms": Mechanisms()}
 
 
 class PrivateStrategy(TrainingInputs, Strategy):
@@ -140,6 +148,12 @@ class PrivateStrategy(TrainingInputs, Strategy):
         super().teardown()
         # a second Trainer refuses a strategy that has an accelerator; the first one still finds it below
         self._used_accelerator, self._accelerator = self.accelerator, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds, such as one among hyperparameters: settings and ledger, but neither
+        module, data, noise nor sums of a fit. Only a process that this one starts gets all.
+        """
+        return vars(self) | (_without_trainer() if get_spawning_popen() is None else {})
 
     @property
     @override
