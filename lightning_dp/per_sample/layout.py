@@ -19,11 +19,13 @@ WAY_OUT = "grad_sample='single' works for any module"
 TWICE = "got create_graph=True through"
 HIDDEN = "a call within torch.vmap or another transform of torch.func, which hides them"
 PENALTY = "Add a penalty on weights to the loss of each sample before their mean, or use the optimizer's weight_decay"
+#: Part of a message: no run that learned the layout saw such a use.
+UNLEARNED = "in a way that was learned"
 #: Part of a message: the step sorts its records.
 REORDERED = "those of the records in another order"
 #: Parts of messages: records that were seen first had the same number of rows, took the same branches, or kept their
 #: order, by chance.
-MISLED = ("row(s) for each of", "in a way that was learned", REORDERED)
+MISLED = ("row(s) for each of", UNLEARNED, REORDERED)
 
 
 @dataclass(frozen=True)

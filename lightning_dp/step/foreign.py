@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 
 _SMALL = "a batch holds one record: Poisson sampling draws such batches where batches are small."
+_SIZES = ". Private batches vary in size, so the step must run on any number of records"
 
 
 class OneAloneError(Exception):
@@ -65,10 +66,12 @@ class ForeignCode:
         except Exception as error:
             if len(chosen) == 1 and not self.runs_alone:
                 raise OneAloneError from error
+            may_be_size = isinstance(error, (RuntimeError, ValueError))  # as shapes raise
+            why = ", as training runs it" if self.runs_alone else _SIZES if may_be_size else ""
             note(
                 error,
                 "lightning_dp had called the training step on trial, without effect, with "
-                f"{_named(len(chosen), len(records))}{', as training runs it' if self.runs_alone else ''}.",
+                f"{_named(len(chosen), len(records))}{why}.",
             )
             raise
 

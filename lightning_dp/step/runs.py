@@ -95,6 +95,8 @@ class TrialRuns:
         """Names of the private parameters that got a gradient in any run without the engine."""
         self.stepped = set[int]()
         """Optimizers that would have stepped in any run."""
+        self.raised_on: list[Any] = []
+        """Records of the last run that raised."""
         self._seeded: dict[tuple[int, float], tuple[Any, ...]] = {}  # seed and coin -> states of host_generators
         self._bar: Any = None
 
@@ -171,6 +173,7 @@ class TrialRuns:
             return self.run(records, draws, engine=engine, read=read)
         except Exception:
             self.step.reduction.recover()
+            self.raised_on = records
             raise
         finally:
             snapshot.put_back()

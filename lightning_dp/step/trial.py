@@ -12,6 +12,7 @@ from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.notices import unused_notice
 from lightning_dp.step import exchange
+from lightning_dp.step.branches import Branches
 from lightning_dp.step.couplings import NUM_SPARES, Couplings
 from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.exchange import differing
@@ -48,6 +49,7 @@ class Trial:
         self._runs = TrialRuns(step, host, sandbox)
         self._couplings = Couplings(self._runs)
         self._one_by_one = OneByOne(self._runs, self._couplings)
+        self._branches = Branches(self._runs)
         self._step, self._host, self._sandbox = step, self._runs.host, sandbox
         self.decisions = Decisions(self._runs, sandbox)
         self._checked_at = self._prepared_at = 0
@@ -203,6 +205,8 @@ class Trial:
             self._check(snapshot, records)
 
     def _choose(self, snapshot: Snapshot, records: list[Any], error: PrivacyError | None) -> bool:
+        if self._branches.learn(snapshot, error, partial(self._learn_layout, snapshot, more=True)):
+            return True
         return self._one_by_one.choose(snapshot, records, error, partial(self._learn_layout, snapshot, records))
 
     def repeat(self, number: int, *, first_of_pass: bool) -> None:

@@ -135,6 +135,16 @@ def test_what_a_step_raises_on_trial_is_reported_as_ours(tmp_path: Any) -> None:
     assert note == "lightning_dp had called the training step on trial, without effect, with 2 records."
 
 
+def test_a_step_for_one_size_is_told_that_sizes_vary(tmp_path: Any) -> None:
+    class OfSixteen(Classifier):
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features + torch.ones(16, 6))
+
+    with pytest.raises(RuntimeError, match="must match the size") as error:
+        fit(OfSixteen(), tmp_path)
+    assert error.value.__notes__[0].endswith("the step must run on any number of records.")
+
+
 def test_step_that_needs_two_is_not_doubled_for_one(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="Needs at least two") as error:
         fit(NeedsTwo(), tmp_path, microbatch_size=1)
