@@ -66,12 +66,12 @@ def adds_to_leaves() -> bool:
     return frame is None or frame.f_code is added
 
 
-def in_custom_forward() -> bool:
-    """Tell whether the ``forward`` of a ``torch.autograd.Function`` is running."""
+def custom_arguments() -> tuple[Any, ...] | None:
+    """Return the arguments of the ``torch.autograd.Function`` whose ``forward`` is running; None if there is none."""
     code, frame = torch.autograd.Function.apply.__func__.__code__, sys._getframe(1)  # type: ignore[attr-defined]
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
+    return None if frame is None else (*frame.f_locals["args"], *frame.f_locals["kwargs"].values())
 
 
 def is_view(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import in_custom_forward, in_transform, is_view
+from lightning_dp.per_sample._torch import custom_arguments, in_transform, is_view
 from lightning_dp.per_sample.arguments import exchanged, tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, region_of
@@ -23,6 +23,7 @@ from lightning_dp.per_sample.operations import ENTRYWISE, IN_PLACE, SAME_ENTRIES
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
 
+_CONSTANTS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
 _LONG = 200
 """Characters up to which a name says which functions of parameters it was computed from."""
 
@@ -107,23 +108,32 @@ def _beginning(made: Tensor) -> Tensor | tuple[Any, int]:
 
 
 def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-    """Return the result of an operation without gradient; within the ``forward`` of a ``torch.autograd.Function``, on
-    parameters alone, as a tracked tensor, which is a function of them once that class has given it a gradient.
+    """Return the results of an operation without gradient; within the ``forward`` of a ``torch.autograd.Function`` of
+    parameters and constants alone, as tracked tensors, which are functions of these parameters once that class has
+    given them a gradient.
     """
-    tensors = tensors_in(args, kwargs)
-    if type(out) is not Tensor or not out.is_floating_point() or not all(isinstance(one, Reporting) for one in tensors):
+    given = custom_arguments() if isinstance(out, (Tensor, tuple)) else None
+    if given is None or not all(map(_is_constant, given)):
         return out
-    nodes = [node for one in tensors if (node := tracker.known_node(one)) is not None]
-    if len(nodes) < len(tensors) or not in_custom_forward():
-        return out
-    names = tuple(dict.fromkeys(name for node in nodes for name in node.names))
-    lineage = tracker.number((func.__name__, "custom", *(node.lineage for node in nodes)))
-    made: Any = out
-    made.__class__ = tracker.function_class
+    nodes = [node for one in tensors_in(args, kwargs) if (node := tracker.known_node(one)) is not None]
+    own = [node for one in given if (node := tracker.known_node(one)) is not None]
+    names = tuple(dict.fromkeys(name for node in own for name in node.names))
     label = f"{func.__name__}({', '.join(node.name for node in nodes)})"
-    made.node = Node(label, names, lineage, out, None, out.detach(), tracker.recorder.generation)
-    made.began = None
-    return made
+    for at, one in enumerate(out if isinstance(out, tuple) else (out,)):
+        if type(one) is Tensor and one.is_floating_point() and names:
+            made: Any = one
+            lineage = tracker.number((func.__name__, "custom", at, *(node.lineage for node in nodes)))
+            made.__class__ = tracker.function_class
+            made.node = Node(label, names, lineage, made, None, made.detach(), tracker.recorder.generation)
+            made.began = None
+    return out
+
+
+def _is_constant(thing: Any) -> bool:
+    """Tell whether an argument is a tracked tensor or a constant, and so holds no samples."""
+    if isinstance(thing, Tensor):
+        return isinstance(thing, Reporting) or (thing.dim() == 0 and not thing.requires_grad)
+    return isinstance(thing, _CONSTANTS)
 
 
 def _wrapped(

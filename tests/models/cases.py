@@ -71,6 +71,7 @@ CASES: dict[str, Case] = {
     "two towers, tied tables": Case(TwoTowers, visits),
     "T5, whose first block hands its position bias on": Case(lambda: Denoising(t5()), text),
     "DoRA, which lends its weights out": Case(lambda: FineTuning(with_lora(bert(), "query", use_dora=True)), text),
+    "LoHa, whose products are functions of autograd": Case(lambda: FineTuning(with_loha(bert(), "query")), text),
     "Mamba": Case(lambda: NextToken(mamba()), text),
     "DeBERTa": Case(lambda: FineTuning(deberta()), text),
     "Whisper": Case(lambda: FineTuning(whisper()), speech),
@@ -79,7 +80,6 @@ CASES: dict[str, Case] = {
     "CLIP, each image with captions of its own": Case(lambda: OwnCaptions(clip()), choices),
 }
 
-ALONE = "grad_sample='single'"
 REFUSED: dict[str, tuple[Case, str]] = {
     "ResNet": (Case(lambda: FineTuning(resnet()), lambda: images(32)), r"BatchNorm2d normalises .*lightning_dp\.fix"),
     "GPT-2's own loss": (
@@ -87,8 +87,4 @@ REFUSED: dict[str, tuple[Case, str]] = {
         r"samples share a denominator.*loss of shape \(B,\)",
     ),
     "CLIP's loss": (Case(lambda: Captions(clip()), pairs), "two axes .*contrastive loss.*negatives of its own"),
-    "LoHa, whose products are functions of autograd": (
-        Case(lambda: FineTuning(with_loha(bert(), "query")), text, options={"grad_sample": "rules"}),
-        f"another use for .*hada_w1_a.*{ALONE}",
-    ),
 }

@@ -84,13 +84,6 @@ def test_the_way_out_works(tmp_path: Any, own_draws: list[str], name: str) -> No
 
 
 @pytest.mark.slow
-def test_functions_of_autograd_run_one_at_a_time(tmp_path: Any) -> None:
-    """Under grad_sample="auto", once their samples were found independent."""
-    case, _ = REFUSED["LoHa, whose products are functions of autograd"]
-    check_fit(case.module(), case.dataset(), tmp_path)
-
-
-@pytest.mark.slow
 def test_a_convolutional_gan_stepped_by_hand(tmp_path: Any) -> None:
     """The discriminator is private; the generator learns from it alone and is post-processing."""
     module = fixed(DCGAN())

@@ -904,6 +904,27 @@ class Rounded(torch.autograd.Function):
 round_by = Rounded.apply
 
 
+class Sparse(torch.autograd.Function):
+    """A threshold from sorted logits, with indices and constants on the way, as sparsemax has it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, shift: Tensor, dim: int) -> Tensor:
+        top, at = logits.max(dim, keepdim=True)
+        logits = logits - top + shift[at.clamp_max(0)]
+        ordered = torch.sort(logits, dim=dim, descending=True)[0]
+        rho = torch.arange(1, logits.shape[dim] + 1).view(1, -1)
+        size = (rho * ordered > ordered.cumsum(dim) - 1).sum(dim, keepdim=True)
+        tau = ((ordered.cumsum(dim) - 1) / rho).gather(dim, size - 1)
+        out = torch.clamp(logits - tau, min=0)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        inside = ctx.saved_tensors[0] > 0
+        return grads[0] * inside, 0.5 * (grads[0] * inside).sum().reshape(1), None
+
+
 def normed(m: Any, x: Tensor) -> Tensor:
     """Spectral norm: its power iteration runs without gradient on the weight that it then divides."""
     weight = m.w.flatten(1)
@@ -916,6 +937,7 @@ def normed(m: Any, x: Tensor) -> Tensor:
 BY_OWN_CODE: dict[str, Any] = {
     "of a parameter": lambda m, x: x @ Rounded.apply(m.w, m.s),
     "of functions": lambda m, x: x @ (Rounded.apply(m.w / m.s, m.s.exp()) * m.s),
+    "by indices and constants": lambda m, x: x @ Sparse.apply(m.w, m.s, -1),
     "bound early": lambda m, x: (x @ round_by(m.w, m.s)).tanh() @ round_by(m.w, m.s).t(),
     "without gradient": normed,
 }

@@ -324,6 +324,29 @@ class Centred(torch.autograd.Function):
         return grads[0] - grads[0].mean(0)
 
 
+class Hiding(torch.autograd.Function):
+    """A scale of the batch, which no argument of the function shows."""
+
+    batch: Any = None
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight * Hiding.batch.abs().mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * Hiding.batch.abs().mean()
+
+
+class Scaled(Model):
+    """Scales its weight by the batch in a function of the weight alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        Hiding.batch = x
+        out: Tensor = self.head((x @ Hiding.apply(self.weight)).tanh())
+        return out
+
+
 def contrastive(logits: Tensor, labels: Tensor) -> Tensor:
     z = F.normalize(logits, dim=1)
     return F.cross_entropy(z @ z.T / 0.5, (torch.arange(len(z)) + 1) % len(z))
@@ -380,6 +403,12 @@ def test_coupling_next_to_an_unfollowed_use_is_refused(name: str, sampling: str)
     with pytest.raises(PrivacyError, match=r"(?s)autograd\.Function.*samples influence each other"):
         fit(module, sampling=sampling)
     assert torch.equal(before, weights(module))
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "poisson"])
+def test_a_batch_hidden_in_a_function_of_weights_is_refused(sampling: str) -> None:
+    with pytest.raises(PrivacyError, match="samples influence each other"):
+        fit(Scaled(), sampling=sampling)
 
 
 def test_batch_norm_is_refused_before_any_choice() -> None:
