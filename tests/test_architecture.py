@@ -156,8 +156,6 @@ def test_public_names_are_documented() -> None:
         assert getattr(lightning_dp, name).__doc__
 
 
-#: Reads of private attributes that a folder may still hold; lower a number, never raise it. Not listed: none.
-FOREIGN_READS: dict[str, int] = {}
 #: Files that exist to touch private API of Lightning and torch, one function each.
 SEAMS = {"strategies/_lightning.py", "system/torch_private.py", "per_sample/_torch.py"}
 #: Public although they begin with an underscore: methods of named tuples, and a module.
@@ -168,18 +166,14 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name not in PUBLIC_UNDERSCORES
 
 
-def private_attributes_of(tree: ast.Module) -> set[str]:
-    """Private attributes that the classes of a file give to themselves and their instances."""
-    names: set[str] = set()
-    for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
-        names |= {each.name for each in kind.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))}
-        targets = [target for each in kind.body if isinstance(each, ast.Assign) for target in each.targets]
-        targets += [each.target for each in kind.body if isinstance(each, ast.AnnAssign)]
-        names |= {target.id for target in targets if isinstance(target, ast.Name)}
-        stores = [
-            each for each in ast.walk(kind) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
-        ]
-        names |= {each.attr for each in stores if is_own(each.value)}
+def private_attributes_of(kind: ast.ClassDef) -> set[str]:
+    """Private attributes that a class gives to itself and its instances."""
+    names = {each.name for each in kind.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    targets = [target for each in kind.body if isinstance(each, ast.Assign) for target in each.targets]
+    targets += [each.target for each in kind.body if isinstance(each, ast.AnnAssign)]
+    names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    stores = [each for each in ast.walk(kind) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)]
+    names |= {each.attr for each in stores if is_own(each.value)}
     return {name for name in names if is_private(name)}
 
 
@@ -197,13 +191,16 @@ def is_own(node: ast.AST) -> bool:
 
 
 def foreign_reads(tree: ast.Module) -> list[str]:
-    """``x._name`` and ``getattr(x, "_name")`` where x is neither self nor cls, and no class of the file has the name;
-    and ``from x import _name``.
+    """``x._name`` and ``getattr(x, "_name")`` where x is neither self nor cls, and no class around has the name; and
+    ``from x import _name``.
     """
-    own, modules, found = private_attributes_of(tree), imported_modules(tree), []
-    for node in ast.walk(tree):
+    modules, found = imported_modules(tree), list[str]()
+
+    def search(node: ast.AST, own: set[str]) -> None:
+        if isinstance(node, ast.ClassDef):
+            own = own | private_attributes_of(node)
         if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_dp"):
-            found += [f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name)]
+            found.extend(f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
         name, target = "", None
         if isinstance(node, ast.Attribute):
             name, target = node.attr, node.value
@@ -214,6 +211,10 @@ def foreign_reads(tree: ast.Module) -> list[str]:
         is_module = isinstance(target, ast.Name) and target.id in modules
         if is_private(name) and target is not None and not is_own(target) and (is_module or name not in own):
             found.append(f"{ast.unparse(target)}.{name}")
+        for child in ast.iter_child_nodes(node):
+            search(child, own)
+
+    search(tree, set())
     return found
 
 
@@ -226,20 +227,20 @@ def test_foreign_reads_are_found() -> None:
         "    def f(self, other, shape):\n"
         "        self._x = super()._y + other._x + shape._replace(a=1) + other.__dict__\n"
         "        return other._z, getattr(other, '_w', 0), self._parent._q\n"
+        "class B(A):\n"
+        "    def g(self, one):\n"
+        "        return self._x, one._x\n"
+        "def h(one): return one._x\n"
     )
-    expected = ["other._w", "other._z", "self._parent._q", "torch._v", "wrappers._x"]
+    expected = ["one._x", "one._x", "other._w", "other._z", "self._parent._q", "torch._v", "wrappers._x"]
     assert sorted(foreign_reads(ast.parse(source))) == expected
 
 
 def test_no_class_reads_the_private_attributes_of_another() -> None:
     """Private names of Lightning and torch count, too, except in the files that exist to touch them."""
-    found: dict[str, list[str]] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        place = path.relative_to(PACKAGE)
-        if place.as_posix() in SEAMS:
-            continue
-        found.setdefault(place.parts[0], []).extend(f"{place}: {read}" for read in foreign_reads(tree_of(path)))
-    assert {folder: reads for folder, reads in found.items() if len(reads) > FOREIGN_READS.get(folder, 0)} == {}
+    paths = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    found = {name: foreign_reads(tree_of(path)) for name, path in paths.items() if name not in SEAMS}
+    assert {name: reads for name, reads in found.items() if reads} == {}
 
 
 def test_callbacks_know_the_strategies_by_what_they_offer() -> None:

@@ -98,7 +98,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._dropouts.__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def _run(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def run(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation with its random draws replaced."""
         kwargs = kwargs or {}
         draws, communicates = _kind_of(func)
@@ -148,7 +148,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 # Set here: torch wraps a method that a class defines by this name, to keep it from being compiled, and each call would
 # pay for that. Trials run eagerly.
-FrozenRandomness.__torch_dispatch__ = FrozenRandomness._run  # type: ignore[assignment, method-assign]
+FrozenRandomness.__torch_dispatch__ = FrozenRandomness.run  # type: ignore[assignment, method-assign]
 
 
 @functools.cache
