@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 Path = tuple[Any, ...]
 Container = tuple[Path, dict[str, Any]]
 
-_DEEPEST = 5
+#: Types of single values, which hold nothing that is read.
+SINGLE = frozenset((int, float, bool, str, bytes, type(None), type, weakref.ref))
+#: Depth to which containers are read.
+DEEPEST = 6
+_WHOLE = (Tensor, np.ndarray, PackedSequence)
+_CODE = (nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def shapes_in(thing: Any) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of the tensors in a record or batch, in a fixed order."""
-    return tuple(tuple(value.shape) for _, value in read(thing)[0] if isinstance(value, Tensor))
+    return tuple(tuple(value.shape) for _, value, _ in walk(thing) if isinstance(value, Tensor))
 
 
 def read(batch: Any) -> tuple[list[tuple[Path, Any]], list[Container]]:
@@ -25,22 +33,31 @@ def read(batch: Any) -> tuple[list[tuple[Path, Any]], list[Container]]:
     """
     things: list[tuple[Path, Any]] = []
     containers: list[Container] = []
-    waiting: list[tuple[Any, Path]] = [(batch, ())]
-    while waiting:
-        thing, path = waiting.pop()
-        if isinstance(thing, (Tensor, PackedSequence)):
+    for path, thing, items in walk(batch):
+        is_list = isinstance(thing, (list, tuple)) and not isinstance(thing, PackedSequence)
+        if is_list or isinstance(thing, (Tensor, PackedSequence)):
             things.append((path, thing))
-            continue
-        is_list = isinstance(thing, (list, tuple))
-        if is_list:
-            things.append((path, thing))
-        if len(path) >= _DEEPEST:
-            continue
-        items = [*items_of(thing)]
-        if not is_list or hasattr(thing, "_fields"):
+        if items and (not is_list or hasattr(thing, "_fields")):
             containers.append((path, {str(key): value for key, value in items}))
-        waiting += [(value, (*path, key)) for key, value in reversed(items)]
     return things, containers
+
+
+def walk(
+    whole: Any, name: Callable[[Any, Any], Any] = lambda holder, key: key
+) -> Iterator[tuple[Path, Any, list[tuple[Any, Any]]]]:
+    """Yield the parts of a batch or record, each before its own parts: path, part, and its keys and values.
+
+    Args:
+        whole: the batch or record.
+        name: returns the name in a path, given a container and a key of it.
+    """
+    waiting: list[tuple[Path, Any]] = [((), whole)]
+    while waiting:
+        path, part = waiting.pop()
+        items = [] if isinstance(part, _WHOLE) or len(path) >= DEEPEST else [*items_of(part)]
+        yield path, part, items
+        inner = [(key, value) for key, value in items if type(value) not in SINGLE]
+        waiting += [((*path, name(part, key)), value) for key, value in reversed(inner)]
 
 
 def items_of(thing: Any) -> Iterator[tuple[Any, Any]]:
@@ -56,7 +73,7 @@ def items_of(thing: Any) -> Iterator[tuple[Any, Any]]:
     elif hasattr(thing, "keys") and hasattr(thing, "__getitem__"):  # as torch_geometric's Data has it
         keys = thing.keys() if callable(thing.keys) else thing.keys
         yield from ((key, thing[key]) for key in keys)
-    elif not isinstance(thing, (nn.Module, type)) and not callable(thing):
+    elif not isinstance(thing, _CODE):
         slots = (slot for kind in type(thing).__mro__ for slot in getattr(kind, "__slots__", ()))
         yield from {
             name: getattr(thing, name) for name in (*slots, *getattr(thing, "__dict__", ())) if hasattr(thing, name)

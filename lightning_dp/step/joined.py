@@ -6,17 +6,19 @@ then does not tell which record it belongs to.
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections import Counter
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from lightning_dp.per_sample.batch_reading import items_of, shapes_in
+from lightning_dp.per_sample.batch_reading import DEEPEST, SINGLE, shapes_in, walk
 
-_DEEPEST = 5
-_SINGLE = frozenset((int, float, bool, str, bytes, type(None), type, weakref.ref))
+
+class _Attributes:
+    """A class without slots or a base class."""
 
 
 def unequal_sums(records: list[Any]) -> set[int]:
@@ -76,17 +78,13 @@ def joined_lengths(sums: set[int], num_records: int, stacked: Counter[Any], batc
 def stacked_shapes(record: Any) -> Counter[Any]:
     """Return how often a record has parts of each shape, with sorted axes; () stands for single values."""
     found: Counter[Any] = Counter()
-    waiting = [(record, 0)]
-    while waiting:
-        one, depth = waiting.pop()
-        if isinstance(one, (Tensor, np.ndarray)):
-            found[tuple(sorted(one.shape))] += 1
-        elif isinstance(one, (int, float, str, np.generic)):
-            found[()] += 1
-        elif isinstance(one, list) and one and type(one[0]) in _SINGLE:
-            found[(len(one),)] += 1
-        elif depth <= _DEEPEST and type(one) not in _SINGLE:
-            waiting += [(each, depth + 1) for _, each in items_of(one)]
+    for _, part, items in walk(record):
+        if isinstance(part, (Tensor, np.ndarray)):
+            found[tuple(sorted(part.shape))] += 1
+        elif isinstance(part, list) and part and SINGLE.issuperset(map(type, part)):
+            found[(len(part),)] += 1
+        else:
+            found[()] += sum(isinstance(value, (int, float, str, np.generic)) for _, value in items)
     return found
 
 
@@ -97,23 +95,33 @@ def _rest(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 def _quick_lengths(record: Any, found: list[Any], depth: int) -> list[Any] | None:
-    """Append the names and lengths in a record of tensors and lists of numbers; return None for others."""
+    """Append the names and lengths in a record of tensors and lists of numbers; return None for others, and for
+    subclasses of these.
+    """
     kind = type(record)
     if kind is Tensor:
         found += record.shape
     elif kind is list:
-        if record and type(record[0]) not in _SINGLE:
+        if not SINGLE.issuperset(map(type, record)):
             return None
         found.append(len(record))
-    elif kind is not tuple and kind is not dict and not hasattr(record, "__dict__"):
-        return found if kind in _SINGLE else None
+    elif kind in SINGLE:
+        pass
+    elif kind is not tuple and kind is not dict and not _has_attributes_only(kind):  # type: ignore[arg-type]
+        return None
     else:
         named: Any = record if kind is dict else () if kind is tuple else vars(record)
         found += (kind, *named)
         for each in named.values() if kind is not tuple else record:
-            if type(each) not in _SINGLE and (depth > _DEEPEST or _quick_lengths(each, found, depth + 1) is None):
+            if type(each) not in SINGLE and (depth > DEEPEST or _quick_lengths(each, found, depth + 1) is None):
                 return None
     return found
+
+
+@functools.cache
+def _has_attributes_only(kind: type) -> bool:
+    """Tell whether objects of a class hold no more than ``vars`` tells: no slots, entries or memory of their own."""
+    return (kind.__basicsize__, kind.__itemsize__) == (_Attributes.__basicsize__, _Attributes.__itemsize__)
 
 
 def _names_in(lengths: list[Any]) -> tuple[Any, ...]:
@@ -123,19 +131,10 @@ def _names_in(lengths: list[Any]) -> tuple[Any, ...]:
 def lengths_in(record: Any) -> Counter[Any]:
     """Return the lengths of axes and lists in a record by path; those in a list are added up."""
     found: Counter[Any] = Counter()
-    waiting: list[tuple[Any, tuple[Any, ...]]] = [(record, ())]
-    while waiting:
-        one, path = waiting.pop()
-        kind = type(one)
-        if kind in _SINGLE or len(path) > _DEEPEST:
-            continue
-        if isinstance(one, (Tensor, np.ndarray)):
-            for axis, length in enumerate(one.shape):
-                found[path, axis] += length
-        elif isinstance(one, list):
-            found[path] += len(one)
-            if one and type(one[0]) not in _SINGLE:
-                waiting += [(each, (*path, list)) for each in one]
-        else:
-            waiting += [(each, (*path, key)) for key, each in (one.items() if kind is dict else items_of(one))]
+    for path, part, _ in walk(record, lambda holder, key: list if isinstance(holder, list) else key):
+        if isinstance(part, list):
+            found[path] += len(part)
+        tensor = part.data if isinstance(part, PackedSequence) else part
+        for axis, length in enumerate(tensor.shape if isinstance(tensor, (Tensor, np.ndarray)) else ()):
+            found[path, axis] += length
     return found

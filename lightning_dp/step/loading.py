@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.batch_reading import walk
 from lightning_dp.sampling.gather import Gather, is_plain
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step.exchange import shape_of
@@ -26,8 +27,8 @@ from lightning_dp.step.randomness import generator_restorer, generators_restorer
 from lightning_dp.step.reading import alike, check_reading, content_of
 from lightning_dp.step.shifted import check_shifted
 
-#: Depth to which the values of a batch are followed; containers that are copied, and their greatest length.
-_DEEPEST, _FILLED, _LONGEST = 6, (list, dict, set, deque), 4096
+#: Containers that are copied, and their greatest length.
+_FILLED, _LONGEST = (list, dict, set, deque), 4096
 #: Records of a batch that are collated once more.
 _FEW = 32
 _CPU = torch.device("cpu")
@@ -273,22 +274,15 @@ def _only_at(differs: Tensor, axis: int, place: int) -> bool:
     return not bool(at.any())
 
 
-def _leaves(value: Any, count: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+def _leaves(value: Any, count: int) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """Yield the arrays and tensors that are reachable from a batch or a record, each with its path: names, and indices
     of sequences with one entry per record.
     """
-    if isinstance(value, Tensor):
-        if value.layout == torch.strided and not value.is_quantized:
-            yield path, value.detach()
-    elif isinstance(value, np.ndarray):
-        if value.dtype.kind in "biufc":
-            yield path, torch.as_tensor(value)
-    elif len(path) > _DEEPEST or isinstance(value, (str, bytes, int, float, type, types.FunctionType)):
-        return
-    elif isinstance(value, (list, tuple)):
-        for index, each in enumerate(value):
-            yield from _leaves(each, count, (*path, index if len(value) == count else str(index)))
-    else:
-        inner = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-        for name, each in [*inner.items()]:
-            yield from _leaves(each, count, (*path, str(name)))
+    for path, part, _ in walk(
+        value, lambda holder, key: key if isinstance(holder, (list, tuple)) and len(holder) == count else str(key)
+    ):
+        if isinstance(part, Tensor):
+            if part.layout == torch.strided and not part.is_quantized:
+                yield path, part.detach()
+        elif isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
+            yield path, torch.as_tensor(part)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.joined import joined_lengths, stacked_shapes, unequal_sums
@@ -121,21 +123,48 @@ def test_rows_that_two_lengths_name_are_refused() -> None:
 
 
 class Cloud:
-    """A record that is an object."""
+    """A record that is an object, which may be called."""
 
     def __init__(self, num: int) -> None:
         self.points = torch.zeros(num, 7)
+
+    def __call__(self) -> None: ...
+
+
+class Slots:
+    """A record that holds its points in a slot."""
+
+    __slots__ = ("points",)
+
+    def __init__(self, num: int) -> None:
+        self.points = torch.zeros(num, 7)
+
+
+class SlotsAndMore(Slots): ...
+
+
+class Boxes(Tensor): ...
+
+
+class Points(list[Any]): ...
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
         (lambda num: torch.zeros(num, 7), {6}),
+        (lambda num: torch.zeros(num, 7).as_subclass(Boxes), {6}),
+        (lambda num: OrderedDict(points=torch.zeros(num, 7)), {6}),
+        (lambda num: Points([torch.zeros(num, 7)]), {6}),
+        (lambda num: pack_sequence([torch.zeros(num + 1, 7)]), {9}),
+        (lambda num: SlotsAndMore(num), {6}),
+        (lambda num: [None, torch.zeros(num, 7)], {6}),
         (lambda num: (torch.zeros(2, num), num), {6}),
         (lambda num: {"words": [1] * num}, {6}),
         (lambda num: [torch.zeros(num, 7), torch.zeros(1, 7)], {9}),
         (lambda num: [torch.zeros(2, 7)] * num, {6, 12, 42}),
         (lambda num: Cloud(num), {6}),
+        (lambda num: [Cloud(num)], {6}),
         (lambda num: {"points": torch.zeros(num, 7).numpy()}, {6}),
         (lambda num: num, set()),
         (lambda num: torch.zeros(5), set()),
