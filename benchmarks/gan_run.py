@@ -18,7 +18,8 @@ from torch.nn.functional import one_hot, softplus
 from torch.nn.utils import vector_to_parameters
 from torch.utils.data import DataLoader
 
-from benchmarks import prototypes, runs
+from benchmarks import prototypes
+from benchmarks.averages import Averages
 from benchmarks.lens_run import DELTA, SAMPLES, SEARCH_SEED, judged, keep_samples
 from benchmarks.prototypes import COEFFICIENTS, coarse_split, cosines
 from lightning_dp import DPStrategy
@@ -149,7 +150,7 @@ def execute(run: Gan) -> dict[str, Any]:
         max_grad_norm=run.clip,
         public_optimizers=[0],
     )
-    averages = runs.Averages([AVERAGE])
+    averages = Averages([AVERAGE])
     trainer = L.Trainer(
         max_epochs=run.epochs,
         strategy=strategy,

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from benchmarks import data, runs
+from benchmarks import data
+from benchmarks.averages import accuracy
 from benchmarks.prototypes import SIZE, Z_DIM, Matching, Prototypes, coarse_cnn, coarse_split
 from lightning_dp.datalens import DataLens, StepsOver
 
@@ -89,7 +90,7 @@ def judged(made: tuple[Tensor, Tensor], held_out: TensorDataset) -> dict[str, fl
             optimizer.step()
     return {
         "linear": float(linear.score(x_test.flatten(1).numpy(), y_test.numpy())),
-        "cnn": runs.accuracy(network, held_out),
+        "cnn": accuracy(network, held_out),
     }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from benchmarks import claims, images, noise_studies, published, recipes, runs, units_and_noise
+from benchmarks.averages import Averages
 from benchmarks.runs import Results, Run
 from benchmarks.waves import FEATURES, morlet, waves
 
@@ -197,7 +198,7 @@ def test_morlet_answers_at_its_own_angle() -> None:
 
 def test_averages_follow_their_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     module = runs.Model(Run("made up", "text linear", 1, 1, 0.1))
-    weights, averages = next(module.parameters()), runs.Averages((0.5,))
+    weights, averages = next(module.parameters()), Averages((0.5,))
     trainer = L.Trainer(logger=False, enable_progress_bar=False)
     averages.on_train_start(trainer, module)
     expected = 0.0
@@ -212,7 +213,7 @@ def test_averages_follow_their_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_averages_leave_the_last_weights() -> None:
     module = runs.Model(Run("made up", "text linear", 1, 1, 0.1))
-    averages = runs.Averages((0.9,))
+    averages = Averages((0.9,))
     averages.weights = {0.9: torch.cat([-torch.ones(384), torch.ones(384), torch.zeros(2)])}
     records = TensorDataset(torch.ones(4, 384), torch.tensor([1, 1, 1, 0]))
     assert averages.accuracies(module, module.net, records) == {"0.9": 0.75}
