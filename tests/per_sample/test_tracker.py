@@ -1113,10 +1113,21 @@ def test_uses_within_vmap_are_refused() -> None:
 
 
 def test_functions_of_parameters_within_vmap_are_refused() -> None:
-    """Torch raises an error of its own there, after which samples would not run one at a time."""
     module = Uses(lambda m, x: torch.vmap(lambda row: row @ m.w.exp())(x), w=drawn(3, 2))
     with pytest.raises(PrivacyError, match=r"linear of 'transpose\(exp\(w\)\)' to see .*within torch\.vmap"):
         make_engine(module, _loss(module), _data(4, 3))
+
+
+def test_later_functions_within_vmap_are_refused() -> None:
+    """Torch raises an error of its own there, after which samples would not run one at a time."""
+    module = Uses(
+        lambda m, x: x @ m.mapped(lambda ones: m.w.exp() * ones)(torch.ones(1, 3, 2).double())[0], w=drawn(3, 2)
+    )
+    module.mapped = lambda function: function
+    engine = make_engine(module, _loss(module), _data(4, 3))
+    module.mapped = torch.vmap
+    with pytest.raises(PrivacyError, match=r"Expected functions of 'w' alone outside of torch\.func"):
+        run_batch(engine, _loss(module), _data(4, 3), 4)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
