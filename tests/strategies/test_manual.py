@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
+from lightning_dp.step.decisions import Decisions
 from lightning_dp.step.runs import TrialRuns
+from lightning_dp.step.sandbox import Sandbox
 from tests.helpers import NUM_FEATURES, ByHand, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 
@@ -289,6 +291,24 @@ def test_turns_of_optimizers_are_tried_once_per_batch(tmp_path: Any, monkeypatch
         num.append(tried.count(1))
         tried.clear()
     assert 8 * 3 <= num[0] <= num[1] < num[0] + 100  # three trials for each of 128 microbatches are 384
+
+
+def test_trials_of_a_turn_share_one_sandbox(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter, check, entered, in_checks = Sandbox.enter, Decisions.check_steps, [], set()
+
+    def noted(self: Sandbox, *args: Any, **options: Any) -> Any:
+        entered.append(self)
+        return enter(self, *args, **options)
+
+    def counted(self: Decisions, *args: Any) -> None:
+        before = len(entered)
+        check(self, *args)
+        in_checks.add(len(entered) - before)
+
+    monkeypatch.setattr(Sandbox, "enter", noted)
+    monkeypatch.setattr(Decisions, "check_steps", counted)
+    make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, max_epochs=1).fit(InTurns(), make_loader())
+    assert in_checks == {1}
 
 
 class ClippedByHand(Manual):
