@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import itertools
 import math
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import lightning_dp
-from lightning_dp.accounting import ACCOUNTANTS, Accountant
-from lightning_dp.clipping import Clipping, PerLayerClipping, top_agg
-from lightning_dp.clipping.bounds import Bound
-from lightning_dp.masks import GradientMask
-from lightning_dp.per_sample.leaves import LeafRule
-from lightning_dp.per_sample.rules import Rule, registered
+from lightning_dp.clipping import PerLayerClipping, top_agg
 from lightning_dp.step.plan import SENSITIVITY_FACTOR
 from lightning_dp.step.step import PrivateStep
-from tests.clipping.table import CONTRACT
 from tests.step.composition import table
 from tests.step.composition.table import BOUNDS, MASKS, NOISES, PHASES, Combination
 from tests.step.rig import STEPS, KnownNoise, Rig, Run, make_settings
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """One engine for all, and one thread: waking a second one takes longer than any sum here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = Rig()
+    yield made
+    made.step.close()
+    torch.set_num_threads(threads)
+
 
 #: With noise that is shared out between groups, which is drawn in several parts.
 CLIPPINGS = {**table.CLIPPINGS, "per_layer_least": lambda: PerLayerClipping(0.5)}
@@ -41,17 +43,6 @@ LEGAL_PAIRS = [names if names in PAIRS else pytest.param(names, marks=pytest.mar
 REFUSED = [names for names in GROUPS if Combination(names[0], names[1], bound=names[2]).refusal]
 #: Rounding of float32 sums of a few terms.
 ROUNDING = 1e-5
-
-
-@pytest.fixture(scope="module")
-def rig() -> Iterator[Rig]:
-    """One engine for all, and one thread: waking a second one takes longer than any sum here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = Rig()
-    yield made
-    made.step.close()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -250,54 +241,6 @@ def test_refused_when_mechanisms_are_checked(names: Any, rig: Rig) -> None:
         with pytest.raises(ValueError, match=combination.refusal), under(rig, combination):
             raise AssertionError(f"{combination} was accepted")
         assert rig.noise.filled == rig.noise.added == []
-
-
-# ---------------------------------------------------------------- nothing is missing from the table
-
-
-def concrete(base: type) -> set[type]:
-    """Every final class of the package below ``base``, whatever module it is in."""
-    for module in pkgutil.walk_packages(lightning_dp.__path__, "lightning_dp."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    found: set[type] = set()
-    ahead = [base]
-    while ahead:
-        kind: type
-        for kind in ahead.pop().__subclasses__():
-            ahead.append(kind)
-            if kind.__module__.startswith("lightning_dp.") and not inspect.isabstract(kind):
-                found.add(kind)
-    return {kind for kind in found if not kind.__name__.startswith("_")}
-
-
-def asked_for(callbacks: Callable[[], list[Any]], what: str, rig: Rig) -> set[type]:
-    """Classes of what callbacks of a table hand over."""
-    with rig.under(CLIPPINGS["flat"](), callbacks()) as run:
-        mechanisms = run.step.mechanisms
-        return {type(value) for value in (mechanisms.masks if what == "mask" else [mechanisms.bound])}
-
-
-def test_every_clipping_is_in_the_tables() -> None:
-    assert {type(make()) for make in CLIPPINGS.values()} == concrete(Clipping)
-    assert {type(clipping) for clipping, _ in CONTRACT} == concrete(Clipping)
-
-
-def test_every_mask_is_in_the_table(rig: Rig) -> None:
-    assert set().union(*(asked_for(make, "mask", rig) for make in MASKS.values())) == concrete(GradientMask)
-
-
-def test_every_bound_is_in_the_table(rig: Rig) -> None:
-    assert set().union(*(asked_for(make, "bound", rig) for make in BOUNDS.values())) == concrete(Bound) | {Bound}
-
-
-def test_every_rule_is_registered_or_the_one_for_leaves() -> None:
-    """``tests/per_sample/test_rounding.py`` runs its contract over these."""
-    assert concrete(Rule) == {*registered(), LeafRule}
-
-
-def test_every_accountant_is_in_the_registry() -> None:
-    assert {type(make()) for make in ACCOUNTANTS.values()} == concrete(Accountant)
 
 
 def test_known_noise_leaves_no_coordinate_out() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import copy
 import itertools
 import random
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
@@ -17,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.step import snapshot
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.snapshot import Snapshot, few_places
 from tests.step.photo import photo
@@ -209,108 +207,6 @@ def test_attribute_is_put_back(name: str) -> None:
         assert photo(module) == before
 
 
-def flip(module: Holder) -> None:
-    module.layer.weight.requires_grad_(False)
-    module.frozen.requires_grad_(True)
-
-
-def add_names(module: Any) -> None:
-    module.extra = nn.Linear(1, 1)
-    module.register_parameter("new", nn.Parameter(torch.ones(1)))
-    module.register_buffer("later", torch.ones(1), persistent=False)
-    module.note = [1]
-
-
-#: What user code does to the module itself.
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "parameter written through data": lambda m: m.layer.weight.data.fill_(3.0),
-    "parameter given other data": lambda m: setattr(m.layer.weight, "data", torch.zeros(5)),
-    "parameter replaced": lambda m: setattr(m.layer, "weight", nn.Parameter(torch.zeros(2, 2))),
-    "parameter deleted": lambda m: delattr(m.layer, "weight"),
-    "frozen parameter written": lambda m: m.frozen.add_(1.0),
-    "requires_grad flipped": flip,
-    "buffer written": lambda m: m.mean.add_(1.0),
-    "buffer replaced": lambda m: setattr(m, "mean", torch.ones(2)),
-    "buffer not persistent replaced": lambda m: setattr(m, "hidden", torch.ones(2)),
-    "buffer deleted": lambda m: delattr(m, "hidden"),
-    "buffer filled that was None": lambda m: setattr(m, "absent", torch.ones(2)),
-    "attributes and layers added": add_names,
-    "attribute deleted": lambda m: delattr(m, "thing"),
-    "layer replaced": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
-    "layers reordered": lambda m: m._modules.update(layer=m._modules.pop("layer")),
-    "eval": lambda m: m.eval(),
-    "cast": lambda m: m.double(),
-    "loaded": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_module_is_put_back(name: str) -> None:
-    module = Holder()
-    before = photo(module)
-    snapshot = Snapshot([module])
-    with torch.no_grad():
-        CHANGES[name](module)
-    assert photo(module) != before
-    snapshot.put_back()
-    assert photo(module) == before
-
-
-@pytest.mark.parametrize("quick", [False, True])
-def test_hooks_of_layers_are_put_back(quick: bool) -> None:
-    """A step may register them once, and keep an attribute that says so."""
-    module, seen = Holder(), list[str]()
-    module.layer.register_forward_hook(lambda *_: seen.append("before"))
-    snapshot = Snapshot([module])
-    module.layer.register_forward_hook(lambda *_: seen.append("after"))
-    module.layer.register_forward_pre_hook(lambda *_: seen.append("after"))
-    snapshot.put_back(quick=quick)
-    module.layer(torch.ones(2))
-    assert seen == ["before"]
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.Rprop])
-@pytest.mark.parametrize("kept", [False, True], ids=["root", "kept by the module"])
-def test_optimizer_and_scheduler_are_put_back(kind: Any, kept: bool) -> None:
-    """Before their first step, when there is no state yet, and after it."""
-    module = Holder()
-    optimizer = kind(module.parameters(), lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    if kept:
-        module.own = [optimizer, scheduler]
-
-    def train() -> None:
-        module.layer(torch.ones(1, 2)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-
-    roots = [module] if kept else [module, optimizer, scheduler]
-    for _ in range(2):
-        before = photo(roots)[2:]
-        snapshot = Snapshot(roots)
-        train()
-        optimizer.param_groups[0]["lr"] = 7.0
-        optimizer.param_groups[0]["new"] = True
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-        optimizer.state[module.frozen]["note"] = torch.ones(1)
-        assert photo(roots)[2:] != before
-        snapshot.put_back()
-        assert photo(roots)[2:] == before
-        train()
-
-
-def test_shared_parameter_is_followed_once() -> None:
-    module = Holder()
-    module.again = module.layer.weight
-    snapshot = Snapshot([module, module])
-    with torch.no_grad():
-        module.again.zero_()
-    snapshot.put_back()
-    assert module.again is module.layer.weight is module.tied.weight
-    assert bool((module.again != 0).any())
-
-
 def test_cycles_of_objects_end() -> None:
     module = Holder()
     module.thing = SimpleNamespace(owner=module, items=[])
@@ -322,73 +218,6 @@ def test_cycles_of_objects_end() -> None:
     assert module.thing.items[1:] == [1]
 
 
-class Uncounted(tuple):
-    """A tuple whose length has another meaning, as the irreducible representations of e3nn."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-
-def test_tuple_that_refuses_to_be_counted_is_followed() -> None:
-    module, state = Holder(), [1]
-    module.thing = Uncounted((state,))
-    snapshot = Snapshot([module])
-    state.append(2)
-    snapshot.put_back()
-    assert state == [1]
-
-
-class Unset(UserList[int]):
-    """A list that cannot be read while it is unset, as an optional one of omegaconf."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.data = None  # type: ignore[assignment]
-
-
-def test_container_that_cannot_be_read_is_put_back() -> None:
-    module, unset = Holder(), Unset()
-    module.thing = {"sizes": unset}
-    snapshot = Snapshot([module])
-    unset.data = [1]
-    module.thing["sizes"] = [2]
-    snapshot.put_back()
-    assert module.thing["sizes"] is unset
-    assert unset.data is None
-
-
-def add_to_class(module: Any) -> None:
-    kind = type(module)
-    kind.seen.append(1)
-    kind.mass.add_(1.0)
-    kind.count += 1
-    kind.later = 1
-    kind.describe = lambda self: "a method is no state"
-
-
-def test_values_of_classes_are_put_back() -> None:
-    class Base(Holder):
-        seen: list[int] = []  # noqa: RUF012, as users write it
-        mass = torch.zeros(2)
-
-    class Own(Base):
-        count = 0
-
-        def describe(self) -> str:
-            return ""
-
-    module = Own()
-    snapshot = Snapshot([module])
-    for quick in (True, False, True):
-        add_to_class(module)
-        snapshot.put_back(quick=quick)
-        assert (Own.seen, Own.mass.tolist(), Own.count) == ([], [0.0, 0.0], 0)
-        assert not hasattr(Own, "later")
-        assert "seen" not in vars(Own)
-        assert module.describe() == "a method is no state"
-    assert snapshot.renew([module])
-
-
 def test_unchanged_memory_is_not_written() -> None:
     """A tensor that kept its values keeps its version, so a graph that saved it can still be used."""
     module = Holder(torch.full((3,), float("nan")))
@@ -396,100 +225,6 @@ def test_unchanged_memory_is_not_written() -> None:
     snapshot = Snapshot([module])
     snapshot.put_back()
     assert [tensor._version for tensor in (*module.parameters(), module.thing)] == versions
-
-
-def large() -> Holder:
-    return Holder(torch.zeros(2**16))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: t.data.fill_(1.0),
-        lambda t: t[1:2].fill_(1.0),
-        lambda t: t.data[:2000].fill_(1.0),
-        lambda t: setattr(t, "data", torch.ones(2**16)),
-    ],
-    ids=["data", "one element in place", "a stretch of data", "other data"],
-)
-def test_quick_finds_what_it_promises(change: Any) -> None:
-    """Whatever moves the version of a tensor, and what is written to many of its elements without moving it."""
-    module = large()
-    snapshot = Snapshot([module])
-    place = module.thing.data_ptr()
-    change(module.thing)
-    snapshot.put_back(quick=True)
-    assert not bool(module.thing.any())
-    assert module.thing.data_ptr() == place
-
-
-def test_quick_leaves_to_exact_what_it_misses() -> None:
-    """One element written through ``data``; had a quick comparison found it, it would have compared all of them."""
-    module = large()
-    snapshot = Snapshot([module])
-    module.thing.data[500] = 1.0
-    snapshot.put_back(quick=True)
-    assert int(module.thing.sum()) == 1
-    snapshot.put_back()
-    assert not bool(module.thing.any())
-
-
-def test_quick_compares_small_tensors_whole() -> None:
-    module = Holder(torch.zeros(2**10))
-    snapshot = Snapshot([module])
-    module.thing.data[1] = 1.0
-    snapshot.put_back(quick=True)
-    assert not bool(module.thing.any())
-
-
-@pytest.mark.parametrize(
-    ("thing", "change"),
-    [
-        ([1], lambda held: held.append(2)),
-        ([1], lambda held: held.__setitem__(0, 2)),
-        ({1}, lambda held: held.add(2)),
-        (deque([1, 2]), lambda held: held.rotate()),
-        ({1: 1}, lambda held: held.update({1: 2})),
-    ],
-    ids=["list", "element", "set", "deque", "dict"],
-)
-def test_quick_finds_changes_of_every_container(thing: Any, change: Any) -> None:
-    module, before = Holder(thing), copy.copy(thing)
-    snapshot = Snapshot([module])
-    snapshot.put_back(quick=True)
-    for _ in range(2):
-        change(module.thing)
-        assert module.thing != before
-        snapshot.put_back(quick=True)
-        assert module.thing == before
-
-
-def test_quick_reads_memory_that_a_view_holds_in_part() -> None:
-    module = Holder(torch.zeros(2**10, 2**6)[:, :40])
-    snapshot = Snapshot([module])
-    module.thing.data[500, 30] = 1.0
-    snapshot.put_back(quick=True)
-    assert not bool(module.thing.any())
-
-
-def test_quick_compares_dictionaries_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the host has replaced ``self.log`` since; what changes afterwards is found in every piece."""
-    module = Holder(1.0)
-    held = Snapshot([module])
-    module.__dict__["log"] = print
-    held.put_back(quick=True)
-    passes = []
-    own = snapshot.reset_attributes
-    monkeypatch.setattr(snapshot, "reset_attributes", lambda *args: passes.append(1) or own(*args))
-    held.put_back(quick=True)
-    assert not passes
-    for name in ("thing", "other"):
-        for _ in range(2):
-            setattr(module, name, 2.0)
-            held.put_back(quick=True)
-            assert module.thing == 1.0
-            assert not hasattr(module, "other")
-    assert passes
 
 
 SAME = [torch.tensor(value) for value in ([1.0], [0.0], [-0.0], [float("nan")], [1], [True], [[1.0]], [1.0 + 0j], [])]

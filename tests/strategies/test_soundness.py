@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.step.trial import Trial
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
-from tests.strategies.test_manual import Manual, TwoOptimizers
+from tests.strategies.test_manual import Manual
 
 
 def private(**options: Any) -> DPStrategy:
@@ -147,85 +147,6 @@ def test_several_steps_a_batch_in_microbatches_are_refused(tmp_path: Path, micro
 
     with pytest.raises(PrivacyError, match="enter the sum twice"):
         make_trainer(private(microbatch_size=microbatch_size), tmp_path).fit(Twice(), make_loader(batch_size=32))
-
-
-def test_a_step_that_skips_bad_batches_is_refused(tmp_path: Path) -> None:
-    """Whether the others count would depend on one sample."""
-
-    class Skipping(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().training_step(batch, batch_idx)
-            return loss if torch.isfinite(loss) else None
-
-    features, labels = make_dataset().tensors
-    features = features.clone()
-    features[5] = float("nan")
-    loader = DataLoader(TensorDataset(features, labels), batch_size=64)
-    with pytest.raises(PrivacyError, match=r"One sample could switch off all others|made NaN"):
-        make_trainer(private(), tmp_path).fit(Skipping(), loader)
-    strategy = private(microbatch_size=1)
-    make_trainer(strategy, tmp_path).fit(Skipping(), loader)
-    assert strategy.ledger.num_steps == 1
-
-
-class SkippingByHand(Manual):
-    """Steps when its loss is finite, as code written for mixed precision does."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        loss = Classifier.training_step(self, batch, batch_idx)
-        self.optimizers().zero_grad()
-        self.manual_backward(loss)
-        if torch.isfinite(loss):
-            self.optimizers().step()
-
-
-@pytest.mark.parametrize("microbatch_size", [None, 16, 1])
-@pytest.mark.one_in(3)
-def test_a_manual_step_that_hangs_on_the_loss_is_refused(tmp_path: Path, microbatch_size: int | None) -> None:
-    """Otherwise one sample decides whether all others, or those of its microbatch, are released at all."""
-    features, labels = make_dataset().tensors
-    features = features.clone()
-    features[5] = float("nan")
-    loader = DataLoader(TensorDataset(features, labels), batch_size=64)
-    strategy = private(microbatch_size=microbatch_size)
-    with pytest.raises(
-        PrivacyError,
-        match=r"steps of \[\] on a batch and of \[0\] on one|which optimizers step",
-    ):
-        make_trainer(strategy, tmp_path).fit(SkippingByHand(), loader)
-    assert strategy.ledger.num_steps == 0
-
-
-@pytest.mark.parametrize("count", ["batch_idx", "global_step", "own"])
-@pytest.mark.one_in(3)
-def test_a_manual_step_that_hangs_on_public_counts_is_free(tmp_path: Path, count: str) -> None:
-    """Two private optimizers in turn: the trial on single samples must see the counts, and leave the gradients, of its
-    batch.
-    """
-    left: list[int] = []
-
-    class InTurn(TwoOptimizers):
-        own = 0
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            self.own = self.own + 1
-            chosen = self.optimizers()[
-                {"batch_idx": batch_idx, "global_step": self.global_step, "own": self.own}[count] % 2
-            ]
-            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(loss)
-            chosen.step()
-
-        def on_train_batch_end(self, *args: Any) -> None:
-            if not self.trainer.strategy.is_on_trial:
-                left.append(sum(p.grad is not None for p in self.parameters()))
-
-    strategy = private()
-    trainer = make_trainer(strategy, tmp_path, max_epochs=2)
-    trainer.fit(InTurn(), make_loader())
-    assert (strategy.ledger.num_steps, trainer.global_step, left) == (8, 8, [2] * 8)
 
 
 def test_accumulation_may_not_change_during_the_run(tmp_path: Path) -> None:

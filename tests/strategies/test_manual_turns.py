@@ -1,0 +1,105 @@
+"""Manual optimization: parameters in two optimizers, and optimizers that take turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_dp import DPStrategy
+from lightning_dp.step.decisions import Decisions
+from lightning_dp.step.runs import TrialRuns
+from lightning_dp.step.sandbox import Sandbox
+from tests.helpers import Recorder, make_loader, make_trainer
+from tests.strategies.test_manual import Manual, TwoOptimizers
+
+
+class SharedWeights(Manual):
+    """Two optimizers over the same parameters, each with a loss of its own."""
+
+    def __init__(self, *, backwards: int, zero_between: bool = True) -> None:
+        super().__init__(lr=0.0)
+        self.backwards, self.zero_between = backwards, zero_between
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        first.step()
+        if self.zero_between:
+            second.zero_grad()
+        if self.backwards == 2:
+            self.manual_backward(3 * nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        second.step()
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.SGD(self.parameters(), lr=self.lr),
+            torch.optim.SGD(self.network[2].parameters(), lr=self.lr),
+        ]
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+@pytest.mark.parametrize(("backwards", "zero_between", "factor"), [(2, True, 3.0), (2, False, 4.0), (1, False, 1.0)])
+@pytest.mark.one_in(2)
+def test_a_parameter_in_two_optimizers_is_in_both_releases(
+    tmp_path: Any, backwards: int, zero_between: bool, factor: float, microbatch_size: int | None
+) -> None:
+    """Each step sees what a plain ``.grad`` would hold: the backwards since ``zero_grad``, whoever stepped in
+    between.
+    """
+    recorder = Recorder()
+    strategy = DPStrategy(
+        noise_multiplier=0.0, max_grad_norm=1e3, microbatch_size=microbatch_size, check_per_sample=False
+    )
+    trainer = make_trainer(strategy, tmp_path, callbacks=[recorder])
+    trainer.fit(SharedWeights(backwards=backwards, zero_between=zero_between), make_loader())
+    for first, second in zip(recorder.before_step[::2], recorder.before_step[1::2], strict=True):
+        torch.testing.assert_close(second["network.2.weight"], factor * first["network.2.weight"])
+
+
+class InTurns(TwoOptimizers):
+    """One optimizer per batch, as some GANs have it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss, optimizer = nn.functional.cross_entropy(self(batch[0]), batch[1]), self.optimizers()[batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+def test_turns_of_optimizers_are_tried_once_per_batch(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tried = TrialRuns.run, []
+
+    def counted(self: TrialRuns, records: list[Any], *rest: Any, **options: Any) -> Any:
+        tried.append(len(records))
+        return run(self, records, *rest, **options)
+
+    monkeypatch.setattr(TrialRuns, "run", counted)
+    num = []
+    for size in (None, 1):
+        strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=size)
+        make_trainer(strategy, tmp_path, max_epochs=2).fit(InTurns(), make_loader())
+        num.append(tried.count(1))
+        tried.clear()
+    assert 8 * 3 <= num[0] <= num[1] < num[0] + 100  # three trials for each of 128 microbatches are 384
+
+
+def test_trials_of_a_turn_share_one_sandbox(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter, check, entered, in_checks = Sandbox.enter, Decisions.check_steps, [], set()
+
+    def noted(self: Sandbox, *args: Any, **options: Any) -> Any:
+        entered.append(self)
+        return enter(self, *args, **options)
+
+    def counted(self: Decisions, *args: Any) -> None:
+        before = len(entered)
+        check(self, *args)
+        in_checks.add(len(entered) - before)
+
+    monkeypatch.setattr(Sandbox, "enter", noted)
+    monkeypatch.setattr(Decisions, "check_steps", counted)
+    make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, max_epochs=1).fit(InTurns(), make_loader())
+    assert in_checks == {1}
