@@ -210,3 +210,34 @@ def test_rows_are_put_sample_major() -> None:
     front, _ = BatchAxis(1, 2, sample_major=True).to_front(torch.arange(12).view(2, 6), 3, "here")
     assert front.shape == (6, 2)
     assert front[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+class MoreUses(nn.Module):
+    """A layer that sees its samples along two axes, and once more from some step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2, bias=False).double()
+        self.shape: tuple[int, ...] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shapes = [(-1, 3), (1, -1, 3)] + ([] if self.shape is None else [self.shape])
+        return torch.stack([self.layer(x.view(shape)).view(-1, 2) for shape in shapes], 1)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((-1, 3), 4), ((1, 1, -1, 3), 4), ((-1, 3), 3)])
+def test_a_further_use_has_the_one_layout_that_fits(shape: tuple[int, ...], size: int) -> None:
+    """A shape that was never seen fits none, and of three columns for three samples each of the two might be right."""
+    module, x = MoreUses(), _data(3)
+    engine = make_engine(module, _loss(module), x)
+    module.shape = shape
+    if len(shape) > 3 or size == 3:
+        with pytest.raises(PrivacyError, match=r"got tensors of shapes .* unlike those of 2 uses seen\."):
+            run_batch(engine, _loss(module), x, size)
+        return
+    run_batch(engine, _loss(module), x, size)
+    found = engine.per_sample_gradients()["layer.weight"]
+    engine.end()
+    engine.detach()
+    for row, gradient in zip(x.split(1), found, strict=False):
+        torch.testing.assert_close(gradient, torch.autograd.grad(_loss(module)(row).sum(), module.layer.weight)[0])
