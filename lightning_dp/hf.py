@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,11 +47,19 @@ _ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+#: Attributes of a Trainer that are not state of ``compute_loss``: they hold data, or lead to everything else.
+_OUTSIDE = frozenset(
+    ("accelerator", "args", "callback_handler", "compute_metrics", "data_collator", "eval_dataset", "gather_function",
+     "model_init", "optimizer", "preprocess_logits_for_metrics", "processing_class", "settings", "state",
+     "train_dataset", "_memory_tracker", "_private")
+)  # fmt: skip
+
+
 class PrivateTrainerMixin(Base):  # type: ignore[misc]
     """A mixin that makes a transformers ``Trainer`` private, with epsilon in its log and the ledger in checkpoints.
 
-    **Guarantee**: as for ``PrivateLoop``. The log holds no training loss, unless ``log_loss`` is True. NOT covered:
-    evaluations, and checkpoints chosen by them.
+    **Guarantee**: as for ``PrivateLoop``. The log holds no training loss, unless ``log_loss`` is True. NOT private, but
+    named by the statement: what ``compute_loss`` logs. NOT covered: evaluations, and checkpoints chosen by them.
 
     Args:
         *args: arguments of the Trainer.
@@ -71,6 +81,8 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         print(trainer.private.privacy_statement())
     """
 
+    _lightning_dp_outside = _OUTSIDE
+
     def __init__(self, *args: Any, privacy: PrivateArguments, log_loss: bool = False, **kwargs: Any) -> None:
         self.settings = make_settings(privacy, owner="privacy")
         super().__init__(*args, **kwargs)
@@ -78,6 +90,7 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         self.log_loss = log_loss
         self._private: PrivateLoop | None = None
         self._checkpoint: str | None = None
+        self._in_loss = False
 
     @property
     def private(self) -> PrivateLoop:
@@ -129,6 +142,8 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
                 f"Expected whole epochs, got num_train_epochs={epochs}. The noise is planned over whole passes: pass a "
                 "whole number, or max_steps."
             )
+        if self._private is not None and not self._private.ledger.num_steps:
+            self._private.close()  # user code asked for a loader before
         self.create_optimizer()
         loader = DataLoader(
             self.train_dataset,
@@ -141,15 +156,26 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
             self.model,
             cast(Optimizer, getattr(self.optimizer, "optimizer", self.optimizer)),
             loader,
-            TrainerLoss(self),
+            self._loss,
             settings=self.settings,
             length=(None, steps) if steps > 0 else (int(epochs), None),
             history=None if self._private is None or self._checkpoint else self._private.ledger,
             move=self._prepare_inputs,
+            others=lambda: [one for one in (self.control, self.lr_scheduler) if one is not None],
         )
         if self._checkpoint is not None:
             self._private.load_state_dict(_read(Path(self._checkpoint) / STATE))
         return self._private.loader
+
+    def _loss(self, model: Any, batch: Any) -> Any:
+        """Return the mean loss of a batch."""
+        batch = copy.copy(batch) if isinstance(batch, MutableMapping) else batch  # labels are taken out of it
+        self._in_loss = True
+        try:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, batch)
+        finally:
+            self._in_loss = False
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Set the parameters' private gradients; return the loss under ``log_loss``, else 0."""
@@ -167,13 +193,22 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
         return 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the values and epsilon, without losses on training data unless ``log_loss`` is True."""
+        """Log the values and epsilon, without losses on training data unless ``log_loss`` is True.
+
+        The privacy statement names what ``compute_loss`` logs, and what a subclass adds to the values.
+        """
+        if self._private is not None and self._private.is_on_trial:
+            return
         shown = {name: value for name, value in logs.items() if name not in ("loss", "train_loss")}
         if self.log_loss:
             shown |= {f"nonprivate/{name}": logs[name] for name in ("loss", "train_loss") if name in logs}
         if self._private is not None and self._private.ledger.num_steps:
             shown["epsilon"] = self._private.epsilon()
+        public = {"epoch", "step", "epsilon"} | (set() if self._in_loss else set(shown))
         super().log(shown, *args, **kwargs)
+        if self._private is not None and self.state.log_history:
+            found = self.state.log_history[-1].keys() - public
+            self._private.state.nonprivate_logs.update(name for name in found if not name.startswith("eval_"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the ledger before the weights, so that no folder holds weights without their ledger."""
@@ -191,22 +226,6 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
             "Expected no hyperparameter_search under a private Trainer, got a call. Each trial spends privacy that no "
             "ledger would hold: search on public data, or train each trial with history=..."
         )
-
-
-class TrainerLoss:
-    """The Trainer's ``compute_loss`` as a loss function. State of the Trainer is not restored after trial runs.
-
-    Args:
-        trainer: the private Trainer.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def __call__(self, model: Any, batch: Any) -> Any:
-        """Return the mean loss of a batch."""
-        with self._trainer.compute_loss_context_manager():
-            return self._trainer.compute_loss(model, dict(batch))
 
 
 def check_arguments(args: Any) -> None:

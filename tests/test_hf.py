@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from lightning_dp import PrivacyError
 from lightning_dp.hf import STATE, PrivateTrainerMixin, check_arguments
@@ -61,7 +68,16 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
 
 
-def start(folder: Path, privacy: Any, *, stop: int = -1, log_loss: bool = False, **options: Any) -> PrivateTrainer:
+def start(
+    folder: Path,
+    privacy: Any,
+    *,
+    kind: type[PrivateTrainer] = PrivateTrainer,
+    stop: int = -1,
+    log_loss: bool = False,
+    collator: Any = None,
+    **options: Any,
+) -> PrivateTrainer:
     torch.manual_seed(0)
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     config = BertConfig(  # type: ignore[call-arg]
@@ -69,9 +85,10 @@ def start(folder: Path, privacy: Any, *, stop: int = -1, log_loss: bool = False,
         attention_probs_dropout_prob=0.0, **size,
     )  # fmt: skip
     model = BertForSequenceClassification(config)
-    return PrivateTrainer(
+    return kind(
         model,
         arguments(folder, **options),
+        data_collator=collator,
         train_dataset=Sentences(),
         callbacks=[Gradients(stop)],
         privacy=privacy,
@@ -169,6 +186,75 @@ def test_loss_is_logged_on_request_and_named(tmp_path: Path) -> None:
     assert 0.3 < rows[0]["nonprivate/loss"] < 1.5
     assert not any("loss" in name and not name.startswith("nonprivate/") for row in rows for name in row)
     assert "logged without noise: nonprivate_loss" in trainer.private.privacy_statement()
+
+
+class Logging(PrivateTrainer):
+    """Logs a figure in compute_loss, and counts the calls."""
+
+    calls = 0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        self.log({"score": 0.5})
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class Adding(Trainer):
+    """Adds a figure to what is logged."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, "added": 0.5}, *args, **kwargs)
+
+
+class Both(Logging, Adding):
+    pass
+
+
+def test_compute_loss_acts_once_a_step_and_its_logs_are_named(tmp_path: Path) -> None:
+    privacy = {"noise_multiplier": 1.0, "microbatch_size": 2, "seed": 1}
+    trainer = start(tmp_path, privacy, kind=Both, save_strategy="no", max_steps=3, logging_steps=2)
+    trainer.train()
+    assert trainer.calls == 3
+    assert [row["score"] for row in trainer.state.log_history if "score" in row] == [0.5] * 3
+    assert trainer.private.state.nonprivate_logs == {"score", "added"}
+
+
+class Stopping(PrivateTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.control.should_training_stop = bool(inputs["labels"][0])
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class Scheduling(PrivateTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.lr_scheduler.last_epoch += int(inputs["labels"].sum())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Stopping, "TrainerControl.should_training_stop"), (Scheduling, "LambdaLR.last_epoch")]
+)
+def test_decisions_by_records_in_compute_loss_are_refused(kind: Any, name: str, tmp_path: Path) -> None:
+    trainer = start(tmp_path, {"noise_multiplier": 1.0}, kind=kind, save_strategy="no", max_steps=3)
+    with pytest.raises(PrivacyError, match=f"training_step leaves '{name}' with another value"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+class Reading(PrivateTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, {"input_ids": inputs.input_ids, "labels": inputs.pop("labels")})
+
+
+def test_batches_keep_their_kind_and_a_loader_may_be_made_early(tmp_path: Path) -> None:
+    def collate(records: Any) -> Any:
+        return BatchEncoding({name: torch.stack([one[name] for one in records]) for name in records[0]})
+
+    options = {"collator": collate, "save_strategy": "no", "max_steps": 2}
+    trainer = start(tmp_path, {"noise_multiplier": 1.0}, kind=Reading, **options)
+    assert len(trainer.get_train_dataloader()) == 4
+    trainer.train()
+    assert trainer.private.ledger.num_steps == 2
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import copy
 import gc
 import inspect
 import io
+import itertools
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -482,6 +484,41 @@ class Queue:
         known = torch.stack(self.seen[-8:]).mean(0) if self.seen else torch.zeros(NUM_CLASSES, dtype=torch.float64)
         self.seen += list(outputs.detach())
         return nn.functional.cross_entropy(outputs + known, batch[1])
+
+
+RARE = 7.25
+"""A value that one record alone has."""
+
+
+class Flag:
+    """A loss that stays 0 once a rare record has come."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        if (batch[0] == RARE).any():
+            self.seen = True
+        return mean_loss(model, batch) * (not hasattr(self, "seen"))
+
+
+class Scale:
+    """A loss whose factor a rare record changes."""
+
+    factor = torch.ones(())
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if (batch[0] == RARE).any():
+            self.factor = torch.tensor(0.5)
+        return mean_loss(model, batch) * self.factor
+
+
+@pytest.mark.parametrize("loss_fn", [Flag(), Scale().loss])
+def test_a_rare_record_that_a_loss_object_keeps_is_refused(loss_fn: Any) -> None:
+    features, labels = make_dataset(64, dtype=torch.float64).tensors
+    features[30] = RARE
+    loader = DataLoader(TensorDataset(features, labels), batch_size=BATCH)
+    with start(loss_fn=loss_fn, loader=loader, noise_multiplier=1.0, seed=1) as private:
+        batches = itertools.chain.from_iterable(private.loader for _ in range(8))
+        with pytest.raises(PrivacyError, match="it differs after the records of a batch"):
+            deque(map(private.step, batches), maxlen=0)
 
 
 @pytest.mark.parametrize(

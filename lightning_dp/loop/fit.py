@@ -43,6 +43,7 @@ class LoopFit:
         mechanisms: further requests of the user.
         reduction: communication between processes.
         noise: draws the noise.
+        others: see ``LoopHost``.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class LoopFit:
         mechanisms: Mechanisms,
         reduction: Reduction,
         noise: GaussianNoise,
+        others: Callable[[], list[Any]] = list,
     ) -> None:
         self._model, self._called, self._move, self._loader = model, called, move, loader
         self.step = PrivateStep(
@@ -79,6 +81,7 @@ class LoopFit:
             reduction=lambda: state.loss_reduction,
             world_size=reduction.world_size,
             limit=settings.samples_at_once,
+            others=others,
         )
         self._records = self._host.training
         self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext)

@@ -34,6 +34,7 @@ class LoopHost(Host):
         reduction: returns "mean" or "sum": how a scalar loss combines the samples.
         world_size: ranks.
         limit: most samples of a microbatch, or None.
+        others: returns objects whose numbers, like those of the optimizer, must not depend on the records.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class LoopHost(Host):
         reduction: Callable[[], str],
         world_size: int,
         limit: int | None,
+        others: Callable[[], list[Any]] = list,
     ) -> None:
         super().__init__(lambda: loader, move, world_size=world_size, limit=limit)
-        self._model, self._optimizer, self._reduction = model, optimizer, reduction
+        self._model, self._optimizer, self._reduction, self._others = model, optimizer, reduction, others
         self.loss_fn: LossFunction = _no_loss
         self.see: Callable[[Any], None] = lambda batch: None
         """Called with each batch before the loss function runs on it."""
@@ -114,11 +116,16 @@ class LoopHost(Host):
 
     @override
     def others(self) -> list[Any]:
-        return [self._optimizer]
+        return [self._optimizer, *self._others()]
+
+    @override
+    def attributes(self) -> list[dict[str, Any]]:
+        held = [one for one in held_by(self.loss_fn) if not isinstance(one, (types.FunctionType, types.ModuleType))]
+        return [vars(one) for one in held if isinstance(getattr(one, "__dict__", None), dict)]
 
     def reachable(self) -> list[Any]:
         """Return the objects, in addition to the model, whose state is restored after a trial."""
-        return [self._optimizer, *held_by(self.loss_fn)]
+        return [*self.others(), *held_by(self.loss_fn)]
 
     def find_types(self) -> None:
         """Run the loss function on two records and record the narrowest dtype in ``narrow``; call it in the sandbox.

@@ -107,6 +107,7 @@ class PrivateLoop(LoopFacts):
         called: wrapper of the model that ``loss_fn`` gets instead; default: the model.
         move: moves a batch to the device; default: moves all tensors to the model's device.
         around: makes a context in which user code runs.
+        others: see ``LoopHost``.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class PrivateLoop(LoopFacts):
         called: nn.Module | None = None,
         move: Callable[[Any], Any] | None = None,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        others: Callable[[], list[Any]] = list,
     ) -> None:
         check_kind("model", model, nn.Module, "Pass the network itself.")
         check_kind("optimizer", optimizer, Optimizer, "Pass an optimizer of the model's parameters.")
@@ -139,7 +141,7 @@ class PrivateLoop(LoopFacts):
         self._model, self._called, self._optimizer, self._loss_fn = model, called or model, optimizer, loss_fn
         self._reduction = Reduction() if reduction is None else reduction
         self._move = move or (lambda batch: move_to(next(model.parameters()).device, batch))
-        self._around = around
+        self._around, self._others = around, others
         rank, world_size = self._reduction.rank, self._reduction.world_size
         drawing: Any = {**settings.drawing, "watch": LoadingWatch() if settings.check_per_sample else None}
         self._drawn = private_dataloader(loader, **drawing, rank=rank, world_size=world_size)
@@ -160,6 +162,11 @@ class PrivateLoop(LoopFacts):
     @property
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
+
+    @property
+    def is_on_trial(self) -> bool:
+        """True while the loss function runs without effect, in a check or on a further microbatch."""
+        return self._guard.in_sandbox > 0
 
     # ---------------------------------------------------------------- the step
 
@@ -221,6 +228,7 @@ class PrivateLoop(LoopFacts):
             mechanisms=self.mechanisms,
             reduction=self._reduction,
             noise=self._noise,
+            others=self._others,
         )
         self._undo.append(fit.step.close)
         return fit

@@ -83,6 +83,10 @@ class Host(ABC):
     def others(self) -> list[Any]:
         """Return the optimizers and schedulers."""
 
+    def attributes(self) -> list[dict[str, Any]]:
+        """Return the attributes of objects, in addition to the module, that the user's step may write to."""
+        return []
+
     def saved(self) -> dict[str, Any]:
         """Return copies of what user code puts into a checkpoint, by its path."""
         return {}

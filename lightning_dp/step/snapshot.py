@@ -29,6 +29,8 @@ _HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks"])
 _OUTSIDE = frozenset(
     ["log", "log_dict", "print", "_trainer", "trainer", "_fabric", "_jit_is_scripting", "_metric_attributes"]
 )
+#: Name of an attribute of a class with further names of such attributes of its objects.
+OWN_OUTSIDE = "_lightning_dp_outside"
 #: Attributes of a module that are not the user's own: also parameters, buffers and submodules.
 NOT_PLAIN = _OUTSIDE | _MACHINERY | {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _EMPTY = object()  # value of a slot that was never set
@@ -196,12 +198,16 @@ class Snapshot:
             self._follow(value, depth + 1)
 
     def _follow_attributes(self, owner: Any, depth: int) -> None:
-        skipped = _OUTSIDE | _MACHINERY if isinstance(owner, nn.Module) else _OUTSIDE
+        skipped = (
+            _OUTSIDE | _MACHINERY
+            if isinstance(owner, nn.Module)
+            else _OUTSIDE | getattr(owner, OWN_OUTSIDE, frozenset())
+        )
         attributes = getattr(owner, "__dict__", None)
         if isinstance(attributes, dict):
             before = {name: value for name, value in attributes.items() if name not in skipped}
             self._keep_attributes(attributes, before, lambda: reset_attributes(attributes, before, skipped), depth)
-            for name in _HOOKS & attributes.keys() if skipped is not _OUTSIDE else ():
+            for name in _HOOKS & attributes.keys() if isinstance(owner, nn.Module) else ():
                 self._keep(attributes[name], dict(attributes[name]), refill_mapping)
         for name in slots_of(owner.__class__):
             self._keep_slot(owner, name, depth)

@@ -81,7 +81,8 @@ def saved_state(module: nn.Module, others: list[Any], before: Changes | None = N
     extra = {name: value for name, value in module.state_dict().items() if name not in state}
     state |= {f"state_dict(){path}": _copied(value) for path, value in leaves_of(extra)}
     for number, other in enumerate(others):
-        for index, held in enumerate(getattr(other, "state", {}).values()):
+        states = other.state if hasattr(other, "param_groups") else {}
+        for index, held in enumerate(states.values()):
             for name, value in held.items() if isinstance(held, Mapping) else ():
                 if isinstance(value, (bool, int, float, Tensor)):
                     state[f"optimizer {number}, state[{index}][{name!r}]"] = _few(value)
