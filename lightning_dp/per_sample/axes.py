@@ -183,7 +183,7 @@ AXES: dict[str, AxisAfter] = {
     **dict.fromkeys(_IMAGES.split(), _of_images),
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
     **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
-    **dict.fromkeys(("view_as_complex", "view_as_real"), _last_axis),
+    **dict.fromkeys(("view_as_complex", "view_as_real", "multinomial", "_sample_dirichlet"), _last_axis),
     **dict.fromkeys(("embedding", "one_hot"), _embedding),
     "batch_norm": _batch_norm,
     "cdist": _distances,

@@ -30,7 +30,7 @@ _UNARY = """
     long int bool detach threshold hardshrink softshrink tanhshrink rrelu lgamma digamma invert __invert__ __neg__
     __abs__ __pos__ tril triu cpu cuda requires_grad_ data real imag prelu asin acos atan asinh acosh atanh sinh cosh
     sinc angle conj conj_physical resolve_conj positive erfinv bitwise_and bitwise_or bitwise_xor heaviside complex
-    polar bucketize
+    polar bucketize normal poisson binomial _standard_gamma special_xlogy as_tensor asarray
 """
 _MOVES = """
     __getitem__ index_select gather take take_along_dim cat concat concatenate stack hstack vstack split
@@ -47,15 +47,15 @@ _PICKS = frozenset(_PICKED.split())
 _PACKS = frozenset(("_pack_padded_sequence", "_pad_packed_sequence"))
 _MAKES_CONSTANTS = """
     zeros_like ones_like rand_like randn_like randint_like empty_like new_zeros new_ones new_empty zero_ arange zeros
-    ones empty eye linspace logspace rand randn randint randperm tril_indices triu_indices normal uniform_ normal_
-    hann_window hamming_window full new_full full_like
+    ones empty eye linspace logspace rand randn randint randperm tril_indices triu_indices uniform_ normal_
+    exponential_ cauchy_ geometric_ log_normal_ random_ hann_window hamming_window full new_full full_like
 """
 
 _ADDING = frozenset(("scatter_add", "index_add", "scatter_reduce", "index_reduce", "scatter", "index_copy"))
 CONSTANTS = frozenset(_MAKES_CONSTANTS.split())
 """Names of operations whose result holds no data."""
 
-MADE_OF_NUMBERS = frozenset(("tensor", "as_tensor", "asarray", "scalar_tensor"))
+MADE_OF_NUMBERS = frozenset(("tensor", "as_tensor", "asarray", "scalar_tensor", "normal"))
 """Names of operations whose result holds no data if they are given numbers, not tensors."""
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.axes import AXES, REDUCING, first_of
 from lightning_dp.per_sample.memo import Memo, merged
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
@@ -46,6 +47,16 @@ def alone(step: Step) -> tuple[Tensor, Rows] | None:
 def entry_by_entry(step: Step) -> Found:
     """Return the owners of a result whose entries are computed one by one, with broadcasting."""
     return merged([(tensor.dim(), rows) for tensor, rows in step.owned], first_of(step.out).dim(), step.memo)
+
+
+def _broadcast(step: Step) -> Found:
+    """Return the owners of each tensor after all were expanded to one shape."""
+    by_id = {id(tensor): rows for tensor, rows in step.owned}
+    pairs = [
+        (by_id.get(id(one)), out.dim() - one.dim())
+        for one, out in zip(tensors_in(step.args, {}), step.out, strict=True)
+    ]
+    return [rows if rows is None or rows.axis is None else rows.moved(rows.axis + more) for rows, more in pairs]
 
 
 def positions(step: Step) -> Found:
@@ -164,6 +175,13 @@ def _compared(step: Step) -> Found:
     return found.moved(found.axis - (over < found.axis))
 
 
+def _losses_of_rows(step: Step) -> Found:
+    """Return the owners of one loss per row, without a reduction over rows."""
+    first, out = step.args[0], step.out
+    per_row = out.dim() == first.dim() - 1 > 0 and all(rows.axis == 0 for _, rows in step.owned)
+    return merged([(out.dim(), rows) for _, rows in step.owned], out.dim(), step.memo) if per_row else MIXED
+
+
 def _unpooled(step: Step) -> Found:
     """Images, and the places that their entries go to, of the same samples."""
     found = entry_by_entry(step)
@@ -196,6 +214,12 @@ _OF_MATRICES = """
     linalg_pinv
 """
 
+_LOSSES_OF_ENTRIES = """
+    mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits
+    soft_margin_loss poisson_nll_loss margin_ranking_loss hinge_embedding_loss
+"""
+_LOSSES_OF_ROWS = "cross_entropy nll_loss multi_margin_loss multilabel_margin_loss cosine_embedding_loss"
+
 HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(REDUCING, _reduced),
     "cumsum": _running,
@@ -203,10 +227,13 @@ HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(("max_unpool1d", "max_unpool2d", "max_unpool3d"), _unpooled),
     **dict.fromkeys(("nonzero", "argwhere"), positions),
     "where": where,
+    "broadcast_tensors": _broadcast,
     "cosine_similarity": _compared,
     "einsum": _einsum,
     "tensordot": _tensordot,
     "baddbmm": _stacked,
     **dict.fromkeys(_OF_MATRICES.split(), _of_matrices),
     "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(_LOSSES_OF_ENTRIES.split(), entry_by_entry),  # a reduced one has no axis left for owners
+    **dict.fromkeys(_LOSSES_OF_ROWS.split(), _losses_of_rows),
 }
