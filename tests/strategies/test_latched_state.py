@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,15 @@ class Module(L.LightningModule):
         self.embedding, self.dropout = nn.Embedding(WORDS, 6), nn.Dropout(0.0)
         self.network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
         self.act, self.factor, self.function, self.num = act, 1, torch.tanh, 0
+        self.kept: list[int] = []
+        self.options: dict[str, int] = {}
+        self.recent: deque[int] = deque()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         words, labels = batch
         self.num += 1
         scores = self.network(self.function(self.dropout(self.embedding(words)).mean(1) * self.factor))
+        scores = scores / (1 + len(self.kept) + len(self.options) + len(self.recent))
         if (words == RARE).any():
             self.act(self)
         return nn.functional.cross_entropy(scores, labels)
@@ -98,7 +103,22 @@ def stands_still(module: Any) -> None:
         state["momentum_buffer"].zero_()
 
 
-ACTS = [frozen, drops, scaled, another_function, another_layer, zeroed, elsewhere, faster, forgets, stands_still]
+def appended(module: Any) -> None:
+    module.kept.append(1)
+
+
+def entered(module: Any) -> None:
+    module.options["seen"] = 1
+
+
+def queued(module: Any) -> None:
+    module.recent.append(1)
+
+
+ACTS = [
+    frozen, drops, scaled, another_function, another_layer, zeroed, elsewhere, faster, forgets, stands_still,
+    appended, entered, queued,
+]  # fmt: skip
 REFUSED = r"after the records of a batch|differs after the records of a batch"
 
 
