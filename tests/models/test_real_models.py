@@ -78,11 +78,6 @@ def test_what_cannot_work_is_refused_with_the_way_out(tmp_path: Any, name: str) 
     assert strategy.ledger.num_steps == 0
 
 
-@pytest.mark.parametrize("name", [name for name, (_, message) in REFUSED.items() if "microbatch_size" in message])
-def test_the_way_out_works(tmp_path: Any, own_draws: list[str], name: str) -> None:
-    check_step(REFUSED[name][0], tmp_path, microbatch_size=1)
-
-
 @pytest.mark.slow
 def test_a_convolutional_gan_stepped_by_hand(tmp_path: Any) -> None:
     """The discriminator is private; the generator learns from it alone and is post-processing."""
