@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.memo import Memo
-from lightning_dp.per_sample.owned import Rows
+from lightning_dp.per_sample.owned import Mixed, Rows
 from lightning_dp.per_sample.reductions import Step
+from lightning_dp.per_sample.tracker import Tracker
+from lightning_dp.per_sample.uses import Recorder
 from lightning_dp.per_sample.views import moved_rows, owners_of_view
 
 Move = Callable[[Tensor], Tensor]
@@ -85,3 +88,34 @@ def test_rows_that_a_named_operation_moves_keep_owners(name: str, given: Any, ax
     labels = tensors_in((move(rows.labels(x.shape), *given),), {})
     for one, expected in zip([found] if isinstance(found, Rows) else found, labels, strict=True):
         assert torch.equal(one.labels(expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    ("before", "axis", "written"),
+    [
+        pytest.param([1, 1, 0], 0, [0, 0], id="rows of another sample before it"),
+        pytest.param([0, 0, 1], 0, [1, 1], id="rows of another sample after it"),
+        pytest.param([0, 0, 1], 1, [0, 1], id="columns of two samples"),
+    ],
+)
+def test_a_base_with_rows_written_of_other_samples_is_mixed(before: list[int], axis: int, written: list[int]) -> None:
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    base, other = torch.ones(3, 2), torch.zeros(2, 2)
+    follower.note(base, Rows(0, torch.tensor(before)))
+    follower.note(other, Rows(axis, torch.tensor(written)))
+    with follower:
+        view = base[:2]
+        view[:] = other
+    assert isinstance(follower.owners_of(base), Mixed)
+
+
+def test_a_base_without_owners_gets_those_of_the_axis_that_was_written() -> None:
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    base, columns = torch.zeros(3, 2), torch.ones(2, 2)
+    follower.note(base, None)
+    follower.note(columns, Rows(1, torch.tensor([1, 0])))
+    with follower:
+        base[:2].copy_(columns)
+    found = follower.owners_of(base)
+    assert isinstance(found, Rows)
+    assert (found.axis, found.index.tolist()) == (1, [1, 0])
