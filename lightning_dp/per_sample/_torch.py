@@ -66,12 +66,18 @@ def adds_to_leaves() -> bool:
     return frame is None or frame.f_code is added
 
 
-def custom_arguments() -> tuple[Any, ...] | None:
-    """Return the arguments of the ``torch.autograd.Function`` whose ``forward`` is running; None if there is none."""
-    code, frame = torch.autograd.Function.apply.__func__.__code__, sys._getframe(1)  # type: ignore[attr-defined]
+def custom_call() -> tuple[str, tuple[Any, ...]] | None:
+    """Return the name of the ``torch.autograd.Function`` whose ``forward`` is running, and its arguments; None if there
+    is none.
+    """
+    code: Any = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
-        frame = frame.f_back  # type: ignore[assignment]
-    return None if frame is None else (*frame.f_locals["args"], *frame.f_locals["kwargs"].values())
+        frame = frame.f_back
+    if frame is None:
+        return None
+    given = frame.f_locals
+    return given["cls"].__name__, (*given["args"], *given["kwargs"].values())
 
 
 def is_view(tensor: Tensor) -> bool:

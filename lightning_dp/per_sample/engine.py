@@ -227,12 +227,19 @@ class PerSampleEngine(GradientEngine):
         if untracked:
             for name in untracked:
                 self._parameters[name].grad = None
+            hidden = self._tracker.hidden
+            cause = (
+                f"the torch.autograd.Function {', '.join(sorted({hidden[name] for name in untracked}))}, which hides "
+                "what it computes from them and from samples. Register a rule for it by "
+                "lightning_dp.per_sample.register_rule"
+                if hidden.keys() >= {*untracked}
+                else "a torch.autograd.Function, a scripted or compiled function, torch.vmap, an extension; a penalty "
+                "on weights; or rows of which there are as many whatever the batch size, so that records share them. "
+                f"{PENALTY}; per_sample_loss=True lets each record count by itself"
+            )
             raise PrivacyError(
                 "Expected private parameters to be used in operations that report themselves and see samples, got a "
-                f"gradient of another use for {untracked}: a torch.autograd.Function, a scripted or compiled function, "
-                "torch.vmap, an extension; a penalty on weights; or rows of which there are as many whatever the batch "
-                f"size, so that records share them. {PENALTY}; per_sample_loss=True lets each record count by itself; "
-                f"{WAY_OUT}."
+                f"gradient of another use for {untracked}: {cause}; {WAY_OUT}."
             )
         with unfollowed():
             for source in self._tracker.sources.values():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import custom_arguments, in_transform, is_view
+from lightning_dp.per_sample._torch import custom_call, in_transform, is_view
 from lightning_dp.per_sample.arguments import exchanged, tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, region_of
@@ -112,12 +112,15 @@ def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any)
     parameters and constants alone, as tracked tensors, which are functions of these parameters once that class has
     given them a gradient.
     """
-    given = custom_arguments() if isinstance(out, (Tensor, tuple)) else None
-    if given is None or not all(map(_is_constant, given)):
+    call = custom_call() if isinstance(out, (Tensor, tuple)) else None
+    if call is None:
+        return out
+    own = [node for one in call[1] if (node := tracker.known_node(one)) is not None]
+    names = tuple(dict.fromkeys(name for node in own for name in node.names))
+    if not all(map(_is_constant, call[1])):
+        tracker.hidden.update(dict.fromkeys(names, call[0]))
         return out
     nodes = [node for one in tensors_in(args, kwargs) if (node := tracker.known_node(one)) is not None]
-    own = [node for one in given if (node := tracker.known_node(one)) is not None]
-    names = tuple(dict.fromkeys(name for node in own for name in node.names))
     label = f"{func.__name__}({', '.join(node.name for node in nodes)})"
     for at, one in enumerate(out if isinstance(out, tuple) else (out,)):
         if type(one) is Tensor and one.is_floating_point() and names:

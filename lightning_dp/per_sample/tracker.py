@@ -66,6 +66,7 @@ class Tracker:
         self._started = False
         self.has_custom = False
         """Whether some functions of parameters are results of a ``torch.autograd.Function``."""
+        self.hidden: dict[str, str] = {}  # parameters that such a class took with samples, and its name
         self.follower: Follower | None = None
         self.compares = False
         """Whether owners of rows are compared with what their positions say."""

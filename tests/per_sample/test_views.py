@@ -109,7 +109,7 @@ def test_a_base_with_rows_written_of_other_samples_is_mixed(before: list[int], a
     assert isinstance(follower.owners_of(base), Mixed)
 
 
-def test_a_base_without_owners_gets_those_of_the_axis_that_was_written() -> None:
+def test_a_base_gets_the_owners_of_the_axis_that_was_written() -> None:
     follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
     base, columns = torch.zeros(3, 2), torch.ones(2, 2)
     follower.note(base, None)

@@ -151,7 +151,7 @@ def test_auto_takes_single_in_a_loop_of_the_users() -> None:
 
 
 def test_rules_raise_where_auto_falls() -> None:
-    with pytest.raises(PrivacyError, match=r"another use for \['weight'\]: a torch\.autograd\.Function"):
+    with pytest.raises(PrivacyError, match=r"another use for \['weight'\]: the torch\.autograd\.Function Hidden"):
         fit(Model(), grad_sample="rules")
 
 
