@@ -61,6 +61,7 @@ class Couplings:
                         if ends:
                             host.end_epoch()
                         state = {**state_check.saved_state(step.module, host.others(), before), **host.saved()}
+                        state |= {f"the seed of {name}": seed for name, seed in probe.seeds.items()}
                         state["the answer of on_train_batch_start"] = host.skips
                         state["trainer.should_stop"] = host.stops
                         with torch.no_grad():  # a rehearsed step may be so long that later gradients show nothing
@@ -269,7 +270,7 @@ class Couplings:
 
         probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
         found = exchange.join(probe.found, records, self._runs.scale(size), frozenset(probe.stepped))
-        found.drawn, found.seed = probe.drawn, probe.seed
+        found.drawn, found.seeds = probe.drawn, probe.seeds
         found.again = partial(self._fingerprint, snapshot, copy.copy(records), place)
         return found
 

@@ -7,7 +7,7 @@ couplings that are too small for a comparison with single runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Fingerprint:
         shapes: of all samples, the exchanged one included.
         stepped: optimizers that stepped.
         drawn: states of the global generators after the forward.
-        seed: of torch's global generator after the forward, which user code may have set.
+        seeds: of the global generators after the forward, which user code may have set.
         again: runs the same batch once more, with the given draws.
     """
 
@@ -49,7 +49,7 @@ class Fingerprint:
     stepped: frozenset[int]
     drawn: Any = None
     again: Callable[[Any], Fingerprint] | None = None
-    seed: int = 0
+    seeds: dict[str, Any] = field(default_factory=dict)
 
 
 def random_weights(size: int, leaves: int) -> Tensor:
@@ -174,7 +174,7 @@ def compare(
 
 
 def check_seeds(first: Fingerprint, second: Fingerprint, draws: Any, what: str) -> None:
-    """Check that user code does not seed torch from records: the draws of all others would change with one of them.
+    """Check that user code seeds no generator from records: the draws of all others would change with one of them.
 
     Args:
         first: fingerprint of one batch.
@@ -185,8 +185,9 @@ def check_seeds(first: Fingerprint, second: Fingerprint, draws: Any, what: str) 
     Raises:
         ComparisonError: the seed changes with a record, and not from run to run.
     """
-    if first.seed != second.seed and first.again is not None and first.again(draws).seed == first.seed:
-        raise ComparisonError(_message(what, "the seed that user code gives torch changes with it"))
+    moved = [name for name, seed in first.seeds.items() if second.seeds.get(name, seed) != seed]
+    if moved and first.again is not None and first.again(draws).seeds[moved[0]] == first.seeds[moved[0]]:
+        raise ComparisonError(_message(what, f"the seed that user code gives {moved[0]} changes with it"))
 
 
 def agree_again(

@@ -40,7 +40,7 @@ class Probe:
         self.stepped: set[int] = set()
         self.used = set[str]()  # names of private parameters that got a gradient; none if the engine records
         self.drawn: Any = None  # states of the global generators after the forward
-        self.seed = 0  # of torch's global generator, then
+        self.seeds: dict[str, Any] = {}  # of the global generators, then
         self._raw: dict[str, Tensor] = {}
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import random
 import secrets
 from collections.abc import Callable, Iterator
@@ -11,6 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+_WORDS = 624
+"""Words of the state of a Mersenne twister."""
+_MOST_BLOCKS = 10_000
+"""Blocks of 624 words between two states of one stream that are looked through: 0.05 s (2 cores, 2026-11-29)."""
 
 
 class RandomStreams:
@@ -61,6 +67,58 @@ def host_generators() -> tuple[Any, ...]:
     """Return the states of numpy's and Python's global generators in a comparable form."""
     kind, key, *rest = np.random.get_state()  # noqa: NPY002
     return (kind, np.asarray(key).tobytes(), *rest, random.getstate())
+
+
+class Stream:
+    """The stream of random words that a Mersenne twister is in; it equals itself however much of it was drawn.
+
+    Args:
+        words: 624 words of its state, as bytes or whole numbers.
+    """
+
+    def __init__(self, words: bytes | tuple[int, ...]) -> None:
+        self._words = words
+
+    @property
+    def _block(self) -> bytes:
+        return self._words if isinstance(self._words, bytes) else np.array(self._words, np.uint32).tobytes()
+
+    def _leads_to(self, other: bytes) -> bool:
+        twister = np.random.MT19937()
+        key = np.frombuffer(self._block, np.uint32)
+        twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": _WORDS}}
+        return any(_next_block(twister) == other for _ in range(_MOST_BLOCKS))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stream):
+            return NotImplemented
+        if self._words == other._words:
+            return True
+        one, two = self._block, other._block
+        return one == two or self._leads_to(two) or other._leads_to(one)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _next_block(twister: Any) -> bytes:
+    twister.random_raw(_WORDS, output=False)
+    return _words_of(twister)
+
+
+def _words_of(twister: Any) -> bytes:
+    """Return the words of a twister's state; numpy's own getter takes 70 us, this one takes 1 us."""
+    return ctypes.string_at(twister.ctypes.state_address, 4 * _WORDS)
+
+
+def seeds() -> dict[str, Any]:
+    """Return, by the name of the library, a value per global generator that drawing keeps and another seed changes."""
+    found: dict[str, Any] = {"torch": torch.initial_seed(), "Python": Stream(random.getstate()[1][:_WORDS])}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found["torch.cuda"] = torch.cuda.initial_seed()
+    twister = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if isinstance(twister, np.random.MT19937):
+        found["numpy"] = Stream(_words_of(twister))
+    return found
 
 
 def all_generators() -> tuple[Any, ...]:

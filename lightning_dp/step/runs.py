@@ -21,13 +21,15 @@ from lightning_dp.step.loading import Exchanged
 from lightning_dp.step.local import local_part
 from lightning_dp.step.loss_form import LossForm
 from lightning_dp.step.probe import Probe
-from lightning_dp.step.randomness import all_generators, host_generators, seed_generators, seed_low_or_high
+from lightning_dp.step.randomness import all_generators, host_generators, seed_generators, seed_low_or_high, seeds
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
 
 #: Quantiles of the coins of a batch: a branch that is taken with a probability of 0.1 or of 0.9 is tried.
 LOW, MIDDLE, HIGH = 0.02, 0.5, 0.98
+#: Seed of trial runs, which user code is not likely to set itself.
+_FIRST_SEED = 0x5EED_7E57_5EED
 #: Seconds after which the checks show their progress.
 SILENT_FOR = 3.0
 
@@ -62,7 +64,7 @@ class Draws:
 
     def begin(self) -> FrozenRandomness:
         """Seed the global generators; return the mode that freezes torch's draws while it is entered."""
-        seed_generators(self.seed)
+        seed_generators(_FIRST_SEED + self.seed)
         if self.coin != MIDDLE:
             seed_low_or_high(high=self.coin > MIDDLE)
         if self.real:
@@ -201,15 +203,15 @@ class TrialRuns:
         step, probe = self.step, Probe(self.step, engine=engine, read=read, rehearses=rehearses)
         outputs: list[Any] = []
 
-        frozen, seeds = draws.begin(), (draws.seed, draws.coin)
-        before = self._seeded[seeds] = self._seeded.get(seeds) or host_generators()
+        frozen, begun = draws.begin(), (draws.seed, draws.coin)
+        before = self._seeded[begun] = self._seeded.get(begun) or host_generators()
 
         def forward_backward() -> Any:
             with torch.enable_grad(), frozen:  # an optimizer may call its closure without gradients
                 with self.loss_form.watching(checked=True) if self._is_check else nullcontext():
                     output, loss = self.host.run(records), None
                 outputs.append(output)
-                probe.drawn, probe.seed = all_generators(), torch.initial_seed()
+                probe.drawn, probe.seeds = all_generators(), seeds()
                 self.draws_on_host |= probe.drawn[-len(before) :] != before
                 drew = (frozen.drew and not draws.real) or self.draws_on_host
                 self.has_coins = step.reduction.any(self.has_coins or drew)

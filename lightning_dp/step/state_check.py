@@ -204,9 +204,9 @@ def check_state(
             names = [name for name in names if name not in moving or isinstance(state.get(name), Tensor)]
         if anywhere(bool(names)):
             raise PrivacyError(
-                f"training_step leaves {_listed(names)} with another value after {what}. Such state is saved and read "
-                "by later steps without noise. Compute it on public data before fit, make it follow the weights "
-                "alone, or leave it out (check_per_sample=False accepts it, outside the guarantee)."
+                f"training_step leaves {_listed(names)} with another value after {what}. Such state is saved, or "
+                "read by other samples and later steps, without noise. Compute it on public data before fit, make it "
+                "follow the weights alone, or leave it out (check_per_sample=False accepts it, outside the guarantee)."
             )
         if anywhere(not _same_gradients(gradients, after)):
             raise PrivacyError(

@@ -1,4 +1,4 @@
-"""Watch of what user code writes: parameters, buffers, states of optimizers, attributes, modes, rates, released
+"""Watch of what user code writes: parameters, buffers, states of optimizers, attributes, modes, rates, seeds, released
 gradients, what trains.
 """
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.optimizer_states import OptimizerStates
+from lightning_dp.step.randomness import seeds
 from lightning_dp.step.refilling import reset_attributes
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of
@@ -152,6 +153,7 @@ class WriteWatch:
         self._known: dict[bool, set[Any]] = {False: set(), True: set()}  # by whether after a forward
         self._begun: Look | None = None
         self._ended: Look | None = None  # after the last forward
+        self._seeds: dict[str, Any] = {}  # before the forward
         self.before: Look | None = None
         """The state after the forward of the step before, or before that of this step."""
 
@@ -165,13 +167,21 @@ class WriteWatch:
     def begin_forward(self) -> Look:
         """Return a look at the state before the user's forward, which begins now."""
         before, self._begun = self._begun or self._look(), None
-        self.before = self.before or before
+        self.before, self._seeds = self.before or before, seeds()
         return before
 
     def end_forward(self, before: Look) -> None:
         """Read what the forward that ends now has written since a look."""
-        self._ended = self._look()
-        self._see(before.writes_until(self._ended, self._known[False]))
+        self._ended, known = self._look(), self._known[False]
+        self._see(chain(before.writes_until(self._ended, known), self._new_seeds(known)))
+
+    def _new_seeds(self, known: set[Any]) -> Iterator[tuple[str, str]]:
+        """Yield a key for each generator that the forward has given another seed, the first time."""
+        for name, seed in seeds().items():
+            key = "seed", name
+            if key not in known and self._seeds.get(name, seed) != seed:
+                known.add(key)
+                yield key
 
     def renew(self) -> None:
         """Look again after a trial: it has put state back, which counts as a change of tensors."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from lightning_dp.step.randomness import seeds
 from lightning_dp.step.writes import Look, WriteWatch
 from lightning_dp.system.torch_private import Layers
 
@@ -124,3 +128,38 @@ def test_an_earlier_state_comes_back_without_values_of_tensors() -> None:
     assert (rig.module.flag, rig.module.new, owner, rig.module.layer is replaced) == (7, 1, {"done": True}, True)
     assert (layer.training, layer.weight.requires_grad) == (True, True)  # no part of the module any more
     assert (rig.optimizer.param_groups[0]["lr"], len(rig.optimizer.state)) == (9.0, 0)
+
+
+SEEDS: dict[str, Any] = {"torch": torch.manual_seed, "numpy": np.random.seed, "Python": random.seed}
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_another_seed_is_reported_once(name: str) -> None:
+    rig = Watched()
+    assert rig.forward(lambda: SEEDS[name](5)) == {(False, "seed", name)}
+    assert rig.forward(lambda: SEEDS[name](6)) == set()
+
+
+def test_draws_of_any_number_are_no_seeds() -> None:
+    rig = Watched()
+
+    def draw() -> None:
+        torch.rand(10_000)
+        np.random.rand(100_000)  # noqa: NPY002
+        [random.random() for _ in range(10_000)]
+
+    assert rig.forward(draw) == set()
+    with torch.random.fork_rng(devices=[]):
+        assert rig.forward(draw) == set()
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_seeds_are_equal_where_more_is_drawn(name: str) -> None:
+    SEEDS[name](5)
+    early = seeds()[name]
+    torch.rand(3), np.random.rand(3_000), [random.random() for _ in range(3_000)]  # noqa: NPY002
+    late = seeds()[name]
+    assert early == late
+    assert late == early
+    SEEDS[name](6)
+    assert early != seeds()[name]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -115,6 +117,23 @@ def queued(module: Any) -> None:
     module.recent.append(1)
 
 
+def seeds_torch(module: Any) -> None:
+    torch.manual_seed(0)
+
+
+def seeds_numpy(module: Any) -> None:
+    np.random.seed(0)  # noqa: NPY002
+
+
+def seeds_python(module: Any) -> None:
+    random.seed(0)
+
+
+def rewinds_torch(module: Any) -> None:
+    torch.set_rng_state(torch.Generator().manual_seed(5).get_state())
+
+
+SEEDS = [seeds_torch, seeds_numpy, seeds_python, rewinds_torch]
 ACTS = [
     frozen, drops, scaled, another_function, another_layer, zeroed, elsewhere, faster, forgets, stands_still,
     appended, entered, queued,
@@ -133,7 +152,7 @@ def steps_of_fit(tmp_path: Any, module: Module, *, callbacks: Any = (), **option
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", ACTS + SEEDS)
 @pytest.mark.one_in(4)
 def test_state_that_a_rare_record_sets_for_good_is_refused(act: Any, seed: int, tmp_path: Any) -> None:
     module = Module(act)
@@ -168,7 +187,7 @@ class ActsByCounts(Acts):
 
 
 @pytest.mark.parametrize("by_callback", [False, True])
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", ACTS + SEEDS)
 @pytest.mark.one_in(7)
 def test_a_step_that_sets_something_by_counts_is_free(act: Any, by_callback: bool, tmp_path: Any) -> None:
     module, callbacks = (Module(), [ActsByCounts(act)]) if by_callback else (SetsByCounts(act), [])
