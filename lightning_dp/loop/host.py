@@ -18,6 +18,8 @@ from typing_extensions import override
 from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step import checks
 from lightning_dp.step.host import Host
+from lightning_dp.step.object_kinds import own_classes
+from lightning_dp.step.variables import UserVariables
 
 LossFunction = Callable[[Any, Any], Any]
 """(model, batch) -> loss of shape () or (B,), or a mapping with "loss"; or a criterion."""
@@ -52,6 +54,7 @@ class LoopHost(Host):
         super().__init__(lambda: loader, move, world_size=world_size, limit=limit)
         self._model, self._optimizer, self._reduction, self._others = model, optimizer, reduction, others
         self.loss_fn: LossFunction = _no_loss
+        self._found: tuple[Any, UserVariables] = _no_loss, UserVariables([])
         self.see: Callable[[Any], None] = lambda batch: None
         """Called with each batch before the loss function runs on it."""
         self.intercept: Callable[[int], Any] = lambda optimizer: None
@@ -119,13 +122,23 @@ class LoopHost(Host):
         return [self._optimizer, *self._others()]
 
     @override
-    def attributes(self) -> list[dict[str, Any]]:
+    def attributes(self) -> list[Any]:
         held = [one for one in held_by(self.loss_fn) if not isinstance(one, (types.FunctionType, types.ModuleType))]
-        return [vars(one) for one in held if isinstance(getattr(one, "__dict__", None), dict)]
+        attributes = [vars(one) for one in held if isinstance(getattr(one, "__dict__", None), dict)]
+        return [*attributes, *self._variables().watched]
+
+    def _variables(self) -> UserVariables:
+        known, found = self._found
+        if known is not self.loss_fn:
+            owner: Any = getattr(self.loss_fn, "__self__", self.loss_fn)
+            kinds = own_classes(owner.__class__)
+            calls = [vars(kind).get("__call__") or vars(kind).get("forward") for kind in kinds]
+            self._found = self.loss_fn, (found := UserVariables([self.loss_fn, *calls], kinds))
+        return found
 
     def reachable(self) -> list[Any]:
         """Return the objects, in addition to the model, whose state is restored after a trial."""
-        return [*self.others(), *held_by(self.loss_fn)]
+        return [*self.others(), *held_by(self.loss_fn), *self._variables().restored]
 
     def find_types(self) -> None:
         """Run the loss function on two records and record the narrowest dtype in ``narrow``; call it in the sandbox.

@@ -83,8 +83,10 @@ class Host(ABC):
     def others(self) -> list[Any]:
         """Return the optimizers and schedulers."""
 
-    def attributes(self) -> list[dict[str, Any]]:
-        """Return the attributes of objects, in addition to the module, that the user's step may write to."""
+    def attributes(self) -> list[Any]:
+        """Return attributes of objects, in addition to the module, and variables, that the user's step may write:
+        dictionaries, or views of them.
+        """
         return []
 
     def saved(self) -> dict[str, Any]:

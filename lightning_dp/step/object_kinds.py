@@ -27,7 +27,7 @@ _FOREIGN = (
     "weakref", "_io",
 )  # fmt: skip
 #: Packages whose classes hold no state of the user's.
-_NOT_OWN = sys.stdlib_module_names | {
+NOT_OWN = sys.stdlib_module_names | {
     "torch",
     "torchmetrics",
     "numpy",
@@ -67,7 +67,7 @@ def slots_of(kind: Any) -> list[str]:
 @functools.lru_cache(4096)
 def own_classes(kind: Any) -> list[type[Any]]:
     """Return a class and its bases, but for those of Python, torch, Lightning and this package."""
-    bases = [each for each in kind.__mro__ if each.__module__.partition(".")[0] not in _NOT_OWN]
+    bases = [each for each in kind.__mro__ if each.__module__.partition(".")[0] not in NOT_OWN]
     return [each for each in bases if not isinstance(each, enum.EnumMeta)]
 
 

@@ -37,10 +37,10 @@ class Look:
     Args:
         layers: of the user's module.
         others: optimizers and schedulers.
-        more: attributes of other objects.
+        more: attributes of other objects, and variables.
     """
 
-    def __init__(self, layers: Layers, others: list[Any], more: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, layers: Layers, others: list[Any], more: Sequence[Any] = ()) -> None:
         self._source, self._others, self._more = layers, others, more
         layers = layers.now()
         self._layers, self._children = layers.all, layers.children

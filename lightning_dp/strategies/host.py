@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 from lightning_dp.step import checks
 from lightning_dp.step.host import Host
+from lightning_dp.step.variables import UserVariables
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.hooks import UserHooks, has_transfer, outputs_of
 from lightning_dp.strategies.outcomes import forget_figures, kept_outcomes
@@ -59,7 +61,16 @@ class LightningHost(Host):
         """Return the objects, in addition to the module, whose state is restored after a trial."""
         datamodule = self._strategy.trainer.datamodule  # type: ignore[attr-defined]
         counters = [] if datamodule is None else [Numbers(datamodule)]
-        return [*self.others(), *(vars(callback) for callback in self.hooks.callbacks), *counters]
+        callbacks = [vars(callback) for callback in self.hooks.callbacks]
+        return [*self.others(), *callbacks, *counters, *self._variables.restored]
+
+    @functools.cached_property
+    def _variables(self) -> UserVariables:
+        return UserVariables.of_objects([self._strategy.module, *self.hooks.callbacks])
+
+    @override
+    def attributes(self) -> list[Any]:
+        return self._variables.watched
 
     @override
     def run(self, records: list[Any]) -> Any:

@@ -161,7 +161,7 @@ def test_a_seed_that_is_made_of_records_is_refused(of_records: bool) -> None:
     torch.manual_seed(0)
     trainer = make_trainer(DPStrategy(noise_multiplier=1.0), None)
     loader: Any = DataLoader(torch.randn(32, 3), batch_size=8)  # type: ignore[arg-type]
-    refused = pytest.raises(PrivacyError, match="leaves .the seed of torch. with another value")
+    refused = pytest.raises(PrivacyError, match="leaves 'the seed of torch' with another value")
     with refused if of_records else nullcontext():
         trainer.fit(Seeds(of_records=of_records), loader)
 
