@@ -34,6 +34,7 @@ class CloseLook(Look):
 
     def __init__(self, eye: Eye, others: list[Any], owner: Any, *, saves: bool) -> None:
         super().__init__(eye.layers, others, [vars(owner)])
+        self._num_watched = len(self._held) - (not saves)  # the owner's attributes are the last ones
         all_names: list[str] = []
         self._values: list[Any] = []
         for attributes in (*map(vars, self._layers), vars(owner) if saves else {}):
@@ -57,7 +58,11 @@ class CloseLook(Look):
         """
         if self._marks != after._marks or not all(map(same_values, self._entries, after._entries)):
             return False
-        return tensors_only or (self._counts == after._counts and same_content(after._values, self._values))
+        if tensors_only:
+            return True
+        if any(index < self._num_watched for _, index, _ in self.contents.writes_until(after.contents)):
+            return False
+        return self._counts == after._counts and same_content(after._values, self._values)
 
 
 class Eye:

@@ -5,7 +5,6 @@ gradients, what trains.
 from __future__ import annotations
 
 import operator
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.step.contents import Contents, same_value
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
 from lightning_dp.step.refilling import reset_attributes
@@ -23,7 +23,6 @@ from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_
 from lightning_dp.system.torch_private import Layers, changes_of, num_changes, replace_children
 
 _ABSENT = object()
-_GROWING = frozenset((list, dict, deque))
 _MOST_KNOWN = 1_000
 """Patterns of changes of all tensors that are remembered; an optimizer's step makes the same one each time."""
 
@@ -31,8 +30,8 @@ _MOST_KNOWN = 1_000
 class Look:
     """A look at a module, and at numbers of optimizers and schedulers.
 
-    Values of tensors are not read, so a write through ``.data`` into the same memory is not seen. Of containers, the
-    lengths of lists, dictionaries and queues are read.
+    Values of tensors are not read, so a write through ``.data`` into the same memory is not seen. Of lists,
+    dictionaries and queues, the lengths are read, and the entries if there are few.
 
     Args:
         layers: of the user's module.
@@ -45,15 +44,13 @@ class Look:
         layers = layers.now()
         self._layers, self._children = layers.all, layers.children
         with unfollowed():  # followed parameters would report each question
-            self._tensors = [*layers.parameters(), *layers.buffers()]
+            self._tensors = [*layers.parameters(), *(buffers := layers.buffers())]
             self._changes = [changes_of(self._tensors), _addresses_of(self._tensors)]
             self._trains = [tensor.requires_grad for tensor in self._tensors]
         self._attributes = [*map(vars, layers.own), *more]
         self._held = [held.copy() for held in self._attributes]
-        self._sizes = [
-            {name: len(one) for name, one in held.items() if type(one) in _GROWING and name not in NOT_PLAIN}
-            for held in self._held
-        ]
+        self.contents = Contents(self._held, buffers)
+        """Contents of containers and tensors in the attributes."""
         self._modes = [layer.training for layer in layers.all]
         self._numbers = held_numbers(others)
         with unfollowed():
@@ -86,10 +83,8 @@ class Look:
         if not _hold_the_same(self._held, after._held):
             for index, (ours, others) in enumerate(zip(self._held, after._held, strict=False)):
                 found = ((name, ours.get(name, _ABSENT), others.get(name, _ABSENT)) for name in {**ours, **others})
-                yield from (("attribute", index, name) for name, one, other in found if not _is_same(one, other))
-        if self._sizes != after._sizes:
-            for index, (then, sizes) in enumerate(zip(self._sizes, after._sizes, strict=False)):
-                yield from (("size", index, name) for name in then.keys() & sizes if then[name] != sizes[name])
+                yield from (("attribute", index, name) for name, one, other in found if not same_value(one, other))
+        yield from self.contents.writes_until(after.contents)
         for kind, flags, later in (("mode", self._modes, after._modes), ("trains", self._trains, after._trains)):
             if flags != later:
                 yield from (
@@ -103,21 +98,16 @@ class Look:
 
     @contextmanager
     def back_in(self) -> Iterator[None]:
-        """Give module and optimizers, within the context, what they held at this look, but no values of tensors."""
+        """Give module and optimizers, within the context, what they held at this look, but no values of parameters, nor
+        of large tensors.
+        """
         now = Look(self._source, self._others, self._more)
         self._put_back()
-        sized = (
-            (held[name], size)
-            for held, sizes in zip(self._held, self._sizes, strict=True)
-            for name, size in sizes.items()
-        )
-        added = [(one, _cut(one, size)) for one, size in sized if len(one) > size]
         try:
-            yield
+            with self.contents.back_in():
+                yield
         finally:
             now._put_back()
-            for one, rest in added:
-                one.update(rest) if isinstance(one, dict) else one.extend(rest)
 
     def _put_back(self) -> None:
         for layer, children in zip(self._layers, self._children, strict=True):
@@ -217,23 +207,12 @@ class Gradients:
         yield from (("gradients", now - then) for then, now in zip(counted, changes, strict=True) if now > then)
 
 
-def _cut(container: Any, size: int) -> list[Any]:
-    """Take from a container what was put to its end beyond a size; return it in its order."""
-    take = container.popitem if isinstance(container, dict) else container.pop
-    return [take() for _ in range(len(container) - size)][::-1]
-
-
 def _hold_the_same(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
     """Tell whether objects hold the same attributes, in the same order."""
     if [*map(len, ours)] != [*map(len, others)]:
         return False
     pairs = map(operator.is_, *(chain.from_iterable(map(dict.values, held)) for held in (ours, others)))
     return all(pairs)
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same object, or equal numbers or words."""
-    return one is other or (type(one) is type(other) and isinstance(one, (int, float, str)) and bool(one == other))
 
 
 def _joined(numbers: Numbers) -> dict[Any, Any]:

@@ -39,12 +39,16 @@ class Module(L.LightningModule):
         self.kept: list[int] = []
         self.options: dict[str, int] = {}
         self.recent: deque[int] = deque()
+        self.table, self.weights = {"factor": 1.0}, [1.0]
+        self.ones = torch.ones(2)
+        self.register_buffer("mask", torch.ones(2), persistent=False)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         words, labels = batch
         self.num += 1
         scores = self.network(self.function(self.dropout(self.embedding(words)).mean(1) * self.factor))
         scores = scores / (1 + len(self.kept) + len(self.options) + len(self.recent))
+        scores = scores * self.table["factor"] * self.weights[0] * self.ones.sum() * self.mask.sum()
         if (words == RARE).any():
             self.act(self)
         return nn.functional.cross_entropy(scores, labels)
@@ -117,6 +121,22 @@ def queued(module: Any) -> None:
     module.recent.append(1)
 
 
+def another_value(module: Any) -> None:
+    module.table["factor"] = 0.5
+
+
+def another_entry(module: Any) -> None:
+    module.weights[0] = 0.5
+
+
+def masked(module: Any) -> None:
+    module.mask[0] = 0
+
+
+def tensor_in_place(module: Any) -> None:
+    module.ones.mul_(0.5)
+
+
 def seeds_torch(module: Any) -> None:
     torch.manual_seed(0)
 
@@ -136,7 +156,7 @@ def rewinds_torch(module: Any) -> None:
 SEEDS = [seeds_torch, seeds_numpy, seeds_python, rewinds_torch]
 ACTS = [
     frozen, drops, scaled, another_function, another_layer, zeroed, elsewhere, faster, forgets, stands_still,
-    appended, entered, queued,
+    appended, entered, queued, another_value, another_entry, masked, tensor_in_place,
 ]  # fmt: skip
 REFUSED = r"after the records of a batch|differs after the records of a batch"
 
