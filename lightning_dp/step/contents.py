@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.refilling import refill_mapping, refill_sequence
 from lightning_dp.step.snapshot import NOT_PLAIN
-from lightning_dp.system.torch_private import num_changes
+from lightning_dp.system.torch_private import changes_of, num_changes
 
 _MOST_ENTRIES = 16
 """Entries of a container up to which each is looked at; of a larger one, only their number is."""
@@ -28,39 +30,64 @@ class Contents:
     Args:
         held: attributes of objects, as they are now.
         buffers: of the module.
+        counts: numbers of changes of the buffers.
+        last: contents at an earlier time, whose copies of tensors are taken over if these are unchanged.
     """
 
-    def __init__(self, held: list[dict[str, Any]], buffers: list[Tensor]) -> None:
-        with torch.no_grad(), unfollowed():
-            self._kept = [
-                {
-                    name: (one, *_read(one))
-                    for name, one in each.items()
-                    if type(one) in _WATCHED and name not in NOT_PLAIN
-                }
-                for each in held
-            ]
-            self._buffers = [(one, *_read(one)) for one in buffers]
+    def __init__(
+        self, held: list[dict[str, Any]], buffers: list[Tensor], counts: Sequence[int], last: Contents | None = None
+    ) -> None:
+        found = [
+            (index, name, one)
+            for index, each in enumerate(held)
+            for name, one in each.items()
+            if type(one) in _WATCHED and name not in NOT_PLAIN
+        ]
+        self._found = [each for each in found if type(each[2]) is not Tensor]
+        containers = [each[2] for each in self._found]
+        self._sizes = [*map(len, containers)]
+        self._copies = [
+            one.copy() if size <= _MOST_ENTRIES else None for one, size in zip(containers, self._sizes, strict=True)
+        ]
+        parts = [[*one, *one.values()] if type(one) is dict else one for one in self._copies if one]
+        self._entries = [*chain.from_iterable(parts)]  # of all of them
+        self._named = {each[:2]: each[2] for each in found if type(each[2]) is Tensor}
+        tensors = [*buffers, *self._named.values()]
+        with unfollowed():
+            counts = [*counts, *changes_of(tensors[len(buffers) :])]
+        known = {} if last is None else last._values
+        self._values: dict[int, tuple[Tensor, int, Tensor | None]] = {}
+        for one, count in zip(tensors, counts, strict=True):
+            old = known.get(id(one))
+            is_known = old is not None and old[0] is one and old[1] == count
+            self._values[id(one)] = old if old is not None and is_known else (one, count, _values_of(one))
 
     def writes_until(self, after: Contents) -> Iterator[tuple[Any, ...]]:
         """Yield a key for each attribute whose content is another one at a later time."""
-        for index, (before, later) in enumerate(zip(self._kept, after._kept, strict=False)):
-            for name, (one, size, content) in before.items():
-                other, now, newer = later.get(name, (None, size, None))
+        alike = self._sizes == after._sizes and len(self._entries) == len(after._entries)
+        if not alike or not all(map(operator.is_, self._entries, after._entries)):
+            later = {each[:2]: at for at, each in enumerate(after._found)}
+            for (index, name, _), size, content in zip(self._found, self._sizes, self._copies, strict=True):
+                at = later.get((index, name))
+                if at is None:
+                    continue
+                newer = after._copies[at]
                 both = content is not None and newer is not None
-                if isinstance(one, Tensor):  # a trial puts values back, which counts as a change
-                    differs = both and one is other and size != now and not torch.equal(content, newer)
-                else:
-                    differs = size != now or (both and not _same(content, newer))
-                if differs:
+                if size != after._sizes[at] or (both and not _same(content, newer)):
                     yield "content", index, name
+        for place, one in self._named.items():
+            if after._named.get(place) is one:
+                (_, count, values), (_, now, newer) = self._values[id(one)], after._values[id(one)]
+                if count != now and values is not None and newer is not None and not torch.equal(values, newer):
+                    yield "content", *place  # a trial puts values back, which counts as a change
 
     @contextmanager
     def back_in(self) -> Iterator[None]:
         """Give containers and tensors their contents back within the context. A large container only loses what was
         put to its end, and a large tensor keeps its values.
         """
-        before = [*self._buffers, *(kept for each in self._kept for kept in each.values())]
+        containers = zip((each[2] for each in self._found), self._sizes, self._copies, strict=True)
+        before: list[tuple[Any, int, Any]] = [*self._values.values(), *containers]
         with torch.no_grad(), unfollowed():
             now = [(one, _copy(one)) for one, size, content in before if _has_changed(one, size, content)]
             for one, size, content in before:
@@ -74,13 +101,11 @@ class Contents:
                     _refill(one, 0, content)
 
 
-def _read(one: Any) -> tuple[int, Any]:
-    """Return the size of a container, or the number of changes of a tensor; with the content if there is not much."""
-    if isinstance(one, Tensor):
-        small = one.numel() <= _MOST_VALUES and one.layout == torch.strided and not one.requires_grad
-        return num_changes(one), one.detach().clone() if small else None
-    size = len(one)
-    return size, _copy(one) if size <= _MOST_ENTRIES else None
+def _values_of(tensor: Tensor) -> Tensor | None:
+    """Return a copy of a small tensor without a gradient."""
+    with torch.no_grad(), unfollowed():
+        small = tensor.numel() <= _MOST_VALUES and tensor.layout == torch.strided and not tensor.requires_grad
+        return tensor.detach().clone() if small else None
 
 
 def _copy(one: Any) -> Any:

@@ -26,6 +26,7 @@ class Variables(MutableMapping[str, Any]):
         read: returns the value of a variable; raises KeyError if it has none.
         write: sets a variable.
         delete: removes the value of a variable.
+        copy: returns all values by name, faster than one by one.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class Variables(MutableMapping[str, Any]):
         read: Callable[[str], Any],
         write: Callable[[str, Any], Any],
         delete: Callable[[str], Any],
+        copy: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
-        self._names, self._read, self._write, self._delete = names, read, write, delete
+        self._names, self._read, self._write, self._delete, self._copy = names, read, write, delete, copy
         setattr(self, OWN_OUTSIDE, frozenset(vars(self)))  # a snapshot would copy all that they lead to
 
     @classmethod
@@ -69,11 +71,12 @@ class Variables(MutableMapping[str, Any]):
             held.__getitem__,
             lambda name, value: setattr(kind, name, value),
             lambda name: delattr(kind, name),
+            held.copy,
         )
 
     def copy(self) -> dict[str, Any]:
         """Return the values by name."""
-        return {name: self._read(name) for name in self._names()}
+        return {name: self._read(name) for name in self._names()} if self._copy is None else self._copy()
 
     def __getitem__(self, name: str) -> Any:
         return self._read(name)

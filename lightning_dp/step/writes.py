@@ -37,9 +37,10 @@ class Look:
         layers: of the user's module.
         others: optimizers and schedulers.
         more: attributes of other objects, and variables.
+        last: an earlier look, which makes this one cheaper.
     """
 
-    def __init__(self, layers: Layers, others: list[Any], more: Sequence[Any] = ()) -> None:
+    def __init__(self, layers: Layers, others: list[Any], more: Sequence[Any] = (), last: Look | None = None) -> None:
         self._source, self._others, self._more = layers, others, more
         layers = layers.now()
         self._layers, self._children = layers.all, layers.children
@@ -49,7 +50,8 @@ class Look:
             self._trains = [tensor.requires_grad for tensor in self._tensors]
         self._attributes = [*map(vars, layers.own), *more]
         self._held = [held.copy() for held in self._attributes]
-        self.contents = Contents(self._held, buffers)
+        counts = self._changes[0][len(self._tensors) - len(buffers) :]
+        self.contents: Contents = Contents(self._held, buffers, counts, None if last is None else last.contents)
         """Contents of containers and tensors in the attributes."""
         self._modes = [layer.training for layer in layers.all]
         self._numbers = held_numbers(others)
@@ -134,12 +136,12 @@ class WriteWatch:
     """A watch of what is written within a forward, and from its end to the beginning of the next logical batch.
 
     Args:
-        look: takes a look.
+        look: takes a look, given an earlier one or None.
         see: is given the keys of writes, and whether they were made after a forward.
     """
 
-    def __init__(self, look: Callable[[], Look], see: Callable[..., None]) -> None:
-        self._look, self._see = look, see
+    def __init__(self, look: Callable[[Look | None], Look], see: Callable[..., None]) -> None:
+        self._take, self._see = look, see
         self._known: dict[bool, set[Any]] = {False: set(), True: set()}  # by whether after a forward
         self._begun: Look | None = None
         self._ended: Look | None = None  # after the last forward
@@ -172,6 +174,9 @@ class WriteWatch:
             if key not in known and self._seeds.get(name, seed) != seed:
                 known.add(key)
                 yield key
+
+    def _look(self) -> Look:
+        return self._take(self._ended)
 
     def renew(self) -> None:
         """Look again after a trial: it has put state back, which counts as a change of tensors."""

@@ -30,7 +30,7 @@ class Written:
     def __init__(self, runs: TrialRuns, couplings: Couplings, sandbox: Sandbox) -> None:
         self._runs, self._couplings, self._sandbox = runs, couplings, sandbox
         self.see, layers = runs.loss_form.see_writes, runs.step.parameters.layers
-        self.watch = WriteWatch(lambda: Look(layers, sandbox.others(), runs.host.attributes()), self.see)
+        self.watch = WriteWatch(lambda last: Look(layers, sandbox.others(), runs.host.attributes(), last), self.see)
         self.batches: deque[list[int]] = deque(maxlen=2)
         """Positions of the records of the real batch, and of the one before it; empty if unknown."""
 

@@ -118,7 +118,7 @@ def test_checks_are_repeated_at_public_steps() -> None:
     """Three times in 1,000 steps, then at the first step of an epoch after 1,000 more, or after 10,000."""
     trial = object.__new__(Trial)
     due = []
-    watch = WriteWatch(lambda: Look(Layers(nn.Module()), []), lambda *_, **__: None)
+    watch = WriteWatch(lambda last: Look(Layers(nn.Module()), [], (), last), lambda *_, **__: None)
     trial._checked_at, trial.written = 0, SimpleNamespace(watch=watch)  # type: ignore[assignment]
     for number in range(30_000):
         if trial.is_due(number, first_of_pass=number % 700 == 0 and number < 5_000):

@@ -34,8 +34,8 @@ class Watched:
         self.watch = WriteWatch(self._look, self._see)
         self.forward(lambda: None)
 
-    def _look(self) -> Look:
-        return Look(self.layers, [self.optimizer, self.scheduler])
+    def _look(self, last: Look | None) -> Look:
+        return Look(self.layers, [self.optimizer, self.scheduler], (), last)
 
     def _see(self, keys: Any, *, between: bool = False) -> None:
         self.seen = {(between, *key) for key in keys}
