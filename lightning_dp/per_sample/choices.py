@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.arguments import tensors_in
-from lightning_dp.per_sample.owned import Owners, Rows
+from lightning_dp.per_sample.owned import Entries, Owners, Rows
 
 OwnersOf = Callable[[Tensor], Owners]
 
@@ -36,15 +36,15 @@ def chooses_rows(name: str, args: Any, kwargs: Any, owners_of: OwnersOf, size: i
         return any(not _holds_all_alike(owners_of(one), size) for one in tensors_in(args[:1], {}))
     given = args[2] if name == "__setitem__" else args[0] if args else None
     rows = owners_of(given) if isinstance(given, Tensor) else None
-    if not isinstance(rows, Rows) or rows.axis is None:
-        return False
+    if isinstance(rows, Entries) or not isinstance(rows, Rows) or rows.axis is None:
+        return isinstance(rows, Entries)
     if name in _ALWAYS or (name == "where" and len(args) + len(kwargs) == 1):
         return True
     if name == "masked_select":  # a constant mask without an axis of rows selects as many of each
         mask, at = args[1] if len(args) > 1 else kwargs["mask"], args[0].dim() - rows.axis
         return owners_of(mask) is not None or (mask.dim() >= at and mask.shape[-at] != 1)
     if name in _SORTS:
-        return bool(args[0].dim() == 1)
+        return bool(kwargs.get("dim", -1) % args[0].dim() == rows.axis)
     if name == "__setitem__":  # rows that are put where an index says
         parts: Any = args[1] if isinstance(args[1], tuple) else (args[1],)
         target = owners_of(args[0])

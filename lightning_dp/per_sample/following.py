@@ -20,6 +20,7 @@ from lightning_dp.per_sample._torch import TensorSet, base_of, is_mapped, memory
 from lightning_dp.per_sample.arguments import NO_TENSORS, tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
+from lightning_dp.per_sample.entries import after_mixed
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.memo import Memo, merged
 from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, keeps_to_positions, moved_entries, owners_after
@@ -125,7 +126,7 @@ class Follower(Telling):
     def hand_on(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> None:
         """Give the owners of tensors, which broadcast, to results computed from them in a way that reports nothing."""
         self._fresh, found = 0, [(one.dim(), self._noted_owners(one)) for one in tensors if one is not None]
-        owners: Owners = next((one for _, one in found if isinstance(one, Mixed)), None)
+        owners: Owners = next((one.spread for _, one in found if isinstance(one, Mixed)), None)
         if owners is None:
             rows = [(axes, one) for axes, one in found if isinstance(one, Rows)]
             owners = merged(rows, max(axes for axes, _ in found), self.memo)
@@ -224,8 +225,7 @@ class Follower(Telling):
         found = self._result(func, traits, args, kwargs, given, results[0] if out is None else out)
         if self.tracker.compares:
             self._note_choice(traits.name, args, kwargs, given, results)
-        if found is MIXED:
-            found = traits.mixed
+        found = traits.mixed if found is MIXED else found
         each = found if isinstance(found, list) else [found] * len(results)
         in_place = traits.in_place and bool(args) and results[0] is args[0]
         if in_place or kwargs.get("out") is not None:
@@ -258,7 +258,7 @@ class Follower(Telling):
             if base is not None:
                 behind = owners_behind(base, self._noted_owners(base), tensor, after, self.memo, self.size)
             self._time += 1
-            self._written[memory_of(tensor)] = self._time, after if isinstance(after, Mixed) else _WRITTEN
+            self._written[memory_of(tensor)] = self._time, after.spread if isinstance(after, Mixed) else _WRITTEN
             if base is not None and not isinstance(behind, Mixed):
                 self.note(base, behind)
         return after
@@ -280,7 +280,7 @@ class Follower(Telling):
             are_constant = all(rows is None for tensor, rows in given if id(tensor) in entries)
             for tensor, rows in given:
                 if isinstance(rows, Mixed) and (id(tensor) in entries or are_constant):
-                    return rows
+                    return after_mixed(func, args, kwargs, rows, out, self.memo.shared)
         if not owned:
             return None
         if traits.handler is None and (known := operation_of(func)) is not None and known.keeps_rows:

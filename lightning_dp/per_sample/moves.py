@@ -16,6 +16,7 @@ from lightning_dp.per_sample import reductions
 from lightning_dp.per_sample.adding import added, after_adding, counted, segmented
 from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.axes import JOINS, AxisAfter, indexed
+from lightning_dp.per_sample.entries import by_entry
 from lightning_dp.per_sample.memo import Memo
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
@@ -88,9 +89,8 @@ def _moved(step: Step) -> Found:
         if name in ("T", "mT", "H", "mH")
         else step.func(*args, **kwargs)
     )
-    if isinstance(made, Tensor):
-        return compressed(made, step.memo.shared)
-    return [compressed(one, step.memo.shared) for one in made]
+    shared = step.memo.shared
+    return by_entry(made, shared, name) if isinstance(made, Tensor) else [by_entry(one, shared, name) for one in made]
 
 
 def _packed(step: Step, name: str, tensor: Tensor, rows: Rows) -> Found:
@@ -134,7 +134,9 @@ def _picked(step: Step, name: str) -> Found:
     if found is None:
         return MIXED
     tensor, rows = found
-    if name == "gather" or (name == "__getitem__" and step.args[1] is tensor and tensor.dtype != torch.bool):
+    if name == "__getitem__" and step.args[1] is tensor and tensor.dtype == torch.bool:
+        return compressed(rows.labels(tensor.shape)[tensor], step.memo.shared)
+    if name == "gather" or (name == "__getitem__" and step.args[1] is tensor):
         return rows
     if name == "index_select" and tensor.dim() == 1:
         return rows.moved(step.args[1] % step.out.dim())

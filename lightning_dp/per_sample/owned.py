@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 NOBODY = -1
 """Owner of a row that holds no sample's data: padding, a constant."""
@@ -92,6 +93,33 @@ class Mixed(NamedTuple):
 
     by: str = "what no operation on the batch made"
     is_running: bool = False
+
+    @property
+    def spread(self) -> Mixed:
+        """The owners of what is computed from such a tensor."""
+        return self
+
+
+class Entries(Mixed):
+    """The owners of a tensor whose entries have one known owner each, which no axis tells.
+
+    Attributes:
+        labels: owner of every entry, or ``NOBODY``, of the tensor's shape.
+    """
+
+    labels: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, by: str) -> Entries:
+        """Return the owners that labels give to the entries of an operation's result."""
+        made = cls(by)
+        made.labels = labels
+        return made
+
+    @property
+    @override
+    def spread(self) -> Mixed:
+        return Mixed(self.by)
 
 
 MIXED = Mixed()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.axes import AXES, REDUCING, first_of
+from lightning_dp.per_sample.entries import after_sort
 from lightning_dp.per_sample.memo import Memo, merged
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
 
@@ -87,6 +88,8 @@ def _reduced(step: Step) -> Found:
     if name in ("sort", "argsort") and tensor.dim() == 1:
         order = step.out if name == "argsort" else step.out[1]
         return Rows(0, rows.index[order])
+    if name == "sort" and tensor.dim():
+        return after_sort(rows.labels(tensor.shape), step.args, step.kwargs, step.out, step.memo.shared)
     return MIXED if rows.sole is None else Rows(None, rows.index.new_tensor([rows.sole]))
 
 

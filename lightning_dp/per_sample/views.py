@@ -13,8 +13,9 @@ from torch import Tensor
 from lightning_dp.per_sample._torch import is_mapped
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.axes import AXES, RESHAPES
+from lightning_dp.per_sample.entries import by_entry
 from lightning_dp.per_sample.memo import Memo
-from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
+from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows
 from lightning_dp.per_sample.reductions import Found, Step
 
 _OF_INDICES = frozenset((torch.int64, torch.int32, torch.bool))
@@ -202,5 +203,5 @@ def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, step: Step) -> 
         for lead in range(len(after) + 1):
             if after[:lead].numel() == before[:upto].numel():
                 shape = (*after[:lead], *[1] * (len(after) - lead))
-                return compressed(rows.labels(before[:upto]).reshape(shape), step.memo.shared)
-    return MIXED
+                return by_entry(rows.labels(before[:upto]).reshape(shape), step.memo.shared, "reshape")
+    return by_entry(rows.labels(before).reshape(after), step.memo.shared, "reshape")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.choices import chooses_rows
-from lightning_dp.per_sample.owned import MIXED, Owners, Rows
+from lightning_dp.per_sample.owned import MIXED, Entries, Owners, Rows
 
 SIZE = 3
 X = torch.zeros(3, 2, 4)
@@ -18,6 +18,10 @@ FOLD = torch.zeros(6, 4)
 """Two rows of each sample."""
 ONE = torch.zeros(2, 4)
 """Rows of the second sample."""
+VALUES_OF_ROWS = torch.zeros(4, 3)
+"""One entry of axis 1 for each sample."""
+SORTED = torch.zeros(3, 2)
+"""Columns that were sorted, each by itself."""
 PLACES = torch.tensor([2, 0, 1])
 """A constant."""
 VALUES = torch.tensor([2, 0, 1])
@@ -33,6 +37,10 @@ def owners_of(tensor: Tensor) -> Owners:
         return Rows(0, torch.arange(SIZE).repeat_interleave(2))
     if tensor is ONE:
         return Rows(None, torch.tensor([1]))
+    if tensor is VALUES_OF_ROWS:
+        return Rows(1, torch.arange(SIZE))
+    if tensor is SORTED:
+        return Entries.of(torch.zeros(3, 2, dtype=torch.long), "sort")
     return MIXED if tensor is VALUES else None
 
 
@@ -40,6 +48,9 @@ def owners_of(tensor: Tensor) -> Owners:
     ("name", "args", "chooses"),
     [
         ("__getitem__", (X, MASK), True),
+        ("__getitem__", (SORTED, 0), True),
+        ("sort", (X,), False),
+        ("sort", (VALUES_OF_ROWS,), True),
         ("masked_select", (X, MASK), True),
         ("masked_select", (X, torch.ones(2, 1, dtype=torch.bool)), False),
         ("masked_select", (X, torch.ones(1, 2, 4, dtype=torch.bool)), False),
