@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_dp.errors import PrivacyError
+from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.frozen_randomness import REJECTING, FrozenRandomness
 from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step.foreign import ForeignCode
@@ -30,6 +30,10 @@ from lightning_dp.step.step import PrivateStep
 LOW, MIDDLE, HIGH = 0.02, 0.5, 0.98
 #: Seed of trial runs, which user code is not likely to set itself.
 _FIRST_SEED = 0x5EED_7E57_5EED
+_DRAWS = (
+    "draws by Python's random or numpy within the step, of which a record gets other ones where another record asks "
+    "for more (draw by torch; if it is no more than that, grad_sample='single' runs each record alone)"
+)
 #: Seconds after which the checks show their progress.
 SILENT_FOR = 3.0
 
@@ -134,6 +138,17 @@ class TrialRuns:
                 yield
             finally:
                 self._bar = None
+
+    @contextmanager
+    def naming_draws(self) -> Iterator[None]:
+        """Name draws by Python's or numpy's generators as the first cause of a difference that a check finds."""
+        try:
+            yield
+        except ComparisonError as error:
+            if self.draws_on_host:
+                before, causes, after = str(error).partition("Likely causes: ")
+                error.args = (f"{before}Likely causes: {_DRAWS}{'; ' + after if causes else '.'}",)
+            raise
 
     def transfer(self, batch: LogicalBatch) -> Any:
         """Move the last microbatch to the device, and watch, now and then, what mixes its records on the way."""

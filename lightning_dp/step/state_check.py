@@ -212,7 +212,8 @@ def check_state(
             raise PrivacyError(
                 f"The gradient of a record changes with what training_step saw before: it differs after {what}. Some "
                 "object keeps values of earlier records (a queue, a running mean, a cache) and a later loss reads "
-                "them without noise. Leave it out, or compute it on public data before fit."
+                "them without noise, or a random generator of the module goes on by the number of records. Leave it "
+                "out, compute it on public data before fit, or draw from the global generators."
             )
 
 

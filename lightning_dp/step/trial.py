@@ -91,7 +91,7 @@ class Trial:
         begins_run = step.state.steps_taken == 0  # else the reading of the first step stays
         if begins_run:
             step.state.note_sum(found=False)
-        with self._sandbox.enter() as snapshot, self._runs.progress():
+        with self._sandbox.enter() as snapshot, self._runs.progress(), self._runs.naming_draws():
             try:
                 self._prepare(snapshot, records, checks=checks)
             except ComparisonError:
@@ -266,7 +266,7 @@ class Trial:
         self.written.check_state(number)
         if self._step.settings.runs_samples_alone:
             return
-        with self._sandbox.enter() as snapshot, self._runs.progress():
+        with self._sandbox.enter() as snapshot, self._runs.progress(), self._runs.naming_draws():
             if not self._step.runs_samples_alone:
                 records = self._couplings.real_records(number)
                 batch = self._host.read(positions) if positions else []

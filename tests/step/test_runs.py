@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy
+from lightning_dp.errors import ComparisonError
 from lightning_dp.reporting.card import privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.step import runs
@@ -112,6 +115,45 @@ def test_statement_says_why_samples_are_independent(options: Any, expected: str,
     assert f"samples kept apart: {expected}" in strategy.privacy_statement()
     card = privacy_card(strategy.plan, strategy.ledger, strategy.accountant, notes=strategy.state.notes)
     assert f"| samples kept apart | {expected} |" in to_markdown(card)
+
+
+class Negatives(Classifier):
+    """Each record is scaled by as many draws as its own values ask for."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        scales = [sum(self.draw() for _ in range(1 + int(row[0] > 0))) for row in batch[0]]
+        return super().training_step((batch[0] * torch.tensor(scales)[:, None], batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, lambda: float(np.random.rand())],  # noqa: NPY002
+)
+def test_draws_that_other_records_shift_are_named_first(draw: Callable[[], float], tmp_path: Path) -> None:
+    with pytest.raises(ComparisonError, match=r"Likely causes: draws by Python's random or numpy"):
+        fit(Negatives(draw), tmp_path)
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, grad_sample="single")
+    make_trainer(strategy, tmp_path, max_epochs=1).fit(Negatives(draw), make_loader())
+
+
+def test_couplings_without_such_draws_name_none(tmp_path: Path) -> None:
+    with pytest.raises(ComparisonError, match=r"^(?!.*draws by Python)"):
+        fit(Classifier(nn.Sequential(nn.Linear(6, 3), nn.Softmax(0))), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "end"), [("They differ. ", r"alone\)\."), ("Likely causes: others.", "alone\\); others.")]
+)
+def test_a_difference_keeps_its_size_and_other_causes(text: str, end: str) -> None:
+    found, error = object.__new__(TrialRuns), ComparisonError(text)
+    found.draws_on_host, error.difference = True, 0.5
+    with pytest.raises(ComparisonError, match=f"Likely causes: draws by .*{end}$") as raised, found.naming_draws():
+        raise error
+    assert raised.value.difference == 0.5
 
 
 def test_checks_are_repeated_at_public_steps() -> None:
