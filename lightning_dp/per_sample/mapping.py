@@ -169,5 +169,6 @@ def _mapped(
     in_dims = [0 if copied or axis is not None else None for copied, axis in zip(is_copy, axes, strict=True)]
     with without_warnings():  # of operations that are mapped slowly
         outputs = torch.vmap(of_one, in_dims=(in_dims,))(inputs)
-    whole = [axis.from_front(output) for output, axis in zip(outputs, layout.outputs, strict=True)]  # type: ignore[union-attr]
+    # contiguous, as products are: a caller may call view() on the result
+    whole = [axis.from_front(output).contiguous() for output, axis in zip(outputs, layout.outputs, strict=True)]  # type: ignore[union-attr]
     return pytree.tree_unflatten(whole, structures[0])

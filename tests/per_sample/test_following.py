@@ -102,6 +102,10 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
         {"a": drawn(3, 2), "b": drawn(2, 3)},
     ),
     "products in stacks": (lambda m, x: x.unsqueeze(1) @ (m.w.exp() @ m.w.mT), {"w": drawn(2, 3, 3)}),
+    "products of all experts, viewed": (
+        lambda m, x: torch.bmm(x.flatten(0, 1).repeat(2, 1).view(2, -1, 3), m.w).view(-1, 3).view(2, -1, 4, 3).sum(0),
+        {"w": drawn(2, 3, 3)},
+    ),
     "pooled parameters": (lambda m, x: x @ F.max_pool1d(m.w, 2), {"w": drawn(3, 4)}),
     "pooled rows": (
         lambda m, x: F.adaptive_max_pool1d(F.max_pool1d(x * m.w, 2, return_indices=True)[0], 1),
