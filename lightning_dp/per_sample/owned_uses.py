@@ -40,6 +40,8 @@ def use(
         return of_constants(tracker, func, args, kwargs, tensor, follows=rule.follows(spec, 0, tensor.dim()))
     axis = _axis_for(rule, spec, rows, tensor)
     if axis is None:
+        if rows.has_nobody and rows.axis is not None and rule.follows(spec, rows.axis, tensor.dim()):
+            return _refuse_nobody(func, nodes.values())
         return tracker.unbatched(func, nodes.values())
     made = Use(tracker.source(rule, spec, func.__name__, nodes), (tensor,), axis, axis)
     return twice.recorded(tracker, func, args, kwargs, bound, nodes, made)
@@ -93,6 +95,14 @@ def _refuse(func: Any, nodes: Iterable[Node], rows: Mixed) -> NoReturn:
     )
 
 
+def _refuse_nobody(func: Any, nodes: Iterable[Node]) -> NoReturn:
+    raise PrivacyError(
+        f"Expected {func.__name__} of {named(nodes)} to meet rows of known samples, got some that no sample's "
+        "data are in, such as padding, or sums to which nothing was added. Make them from the records, as in "
+        f"0 * targets in place of zeros; {WAY_OUT}."
+    )
+
+
 def _axis_for(rule: Rule, spec: Any, rows: Rows, tensor: Tensor) -> OwnedAxis | BatchAxis | None:
     """Return the row axis in the form that a rule needs; None if the rule cannot handle the axis."""
     if rows.axis is not None and rule.follows(spec, rows.axis, tensor.dim()):
@@ -136,7 +146,7 @@ def general(
     if not isinstance(rows, Rows) or rows.axis is None:
         return tracker.unbatched(func, mine.values())
     if rows.has_nobody:
-        return tracker.unbatched(func, mine.values())
+        return _refuse_nobody(func, mine.values())
     repeated = _repeated(tracker, tracked, rows, num_axes)
     if traits_of(func).in_place and id(tensors[0]) in repeated:  # not the tensor itself would change
         return tracker.unbatched(func, mine.values())
