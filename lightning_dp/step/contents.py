@@ -67,9 +67,9 @@ class Contents:
         alike = self._sizes == after._sizes and len(self._entries) == len(after._entries)
         if not alike or not all(map(operator.is_, self._entries, after._entries)):
             later = {each[:2]: at for at, each in enumerate(after._found)}
-            for (index, name, _), size, content in zip(self._found, self._sizes, self._copies, strict=True):
+            for (index, name, one), size, content in zip(self._found, self._sizes, self._copies, strict=True):
                 at = later.get((index, name))
-                if at is None:
+                if at is None or after._found[at][2] is not one:  # another one is a write to the attribute
                     continue
                 newer = after._copies[at]
                 both = content is not None and newer is not None
