@@ -284,13 +284,17 @@ def _entered_cell(cell: CellType) -> CellType:
     return CellType(entered(held)) if isinstance(held, FunctionType) else cell
 
 
+def sized(tracker: Tracker, func: Any, tensor: Any, *sizes: Any, **kwargs: Any) -> Any:
+    """Expand or repeat a parameter; a size that a tensor holds is a number, as if it had been read before."""
+    numbers = [int(size) if isinstance(size, Tensor) else size for size in sizes]
+    return tracker.primitive(func, (tensor, *numbers), kwargs)
+
+
 def transposed(tracker: Tracker, func: Any, tensor: Any, *_: Any) -> Any:
     """Compute ``.T``, ``.mT``, ``.H``, ``.mH``, ``.real`` or ``.imag``."""
     name = func.__self__.__name__
     if name in ("real", "imag"):
         return tracker.primitive(getattr(torch, name), (tensor,), {})
-    if name in ("T", "H") and tensor.dim() != 2:
-        turned = tensor.permute(*range(tensor.dim() - 1, -1, -1))
-    else:
-        turned = tensor.transpose(-2, -1)
+    reverses = name in ("T", "H") and tensor.dim() != 2
+    turned = tensor.permute(*range(tensor.dim() - 1, -1, -1)) if reverses else tensor.transpose(-2, -1)
     return turned.conj() if name in ("H", "mH") and tensor.is_complex() else turned

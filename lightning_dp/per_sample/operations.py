@@ -241,6 +241,7 @@ _KNOWN: dict[Any, Operation | None] = {
     Tensor.__getitem__: _composite(composites.getitem),
     Tensor.__setitem__: _composite(composites.setitem),
     **dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as), _LIKE),
+    **dict.fromkeys((Tensor.expand, Tensor.repeat), _composite(composites.sized)),
     torch.broadcast_tensors: _composite(composites.broadcast_tensors),
     torch.autograd.grad: _composite(composites.grad),
     F.bilinear: _composite(composites.bilinear),

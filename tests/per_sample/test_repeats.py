@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from tests.per_sample.test_owned_steps import _alone
-from tests.per_sample.test_owners import make, record
+from tests.per_sample.test_owners import assert_agrees, make, record
 
 ROWS = [1, 2, 1, 3, 1, 1]
 """Number of rows of each record."""
@@ -89,3 +89,27 @@ def test_rows_of_others_do_not_take_the_copies_of_the_samples() -> None:
     with pytest.raises(PrivacyError, match="a parameter repeated for every sample to meet rows of the same samples"):
         record(engine, module, batch, 3)
     engine.end()
+
+
+class Targets(nn.Module):
+    """One learned token, repeated for every sample and for as many places as the largest index asks for."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.token, self.layer = how, nn.Parameter(torch.randn(1, 1, 3)), nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, places = batch
+        most: Any = places.max() + 1
+        token = self.token.repeat(len(x), most, 1) if self.how == "repeat" else self.token.expand(len(x), most, 3)
+        chosen = token.gather(1, places[:, :, None].expand(-1, -1, 3))
+        return self.layer(torch.cat([x, chosen * x], 1)).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("how", ["repeat", "expand"])
+def test_a_size_that_a_tensor_holds_is_a_number(how: str) -> None:
+    torch.manual_seed(0)
+    module, data = Targets(how), torch.randn(6, 2, 3, dtype=torch.float64)
+    places = torch.tensor([[0, 3]]).expand(6, 2).contiguous()
+    assert not assert_agrees(module, module, lambda chosen: (data[chosen], places[chosen])).follows_owners
