@@ -69,10 +69,10 @@ class Contents:
             later = {each[:2]: at for at, each in enumerate(after._found)}
             for (index, name, one), size, content in zip(self._found, self._sizes, self._copies, strict=True):
                 at = later.get((index, name))
-                if at is None or after._found[at][2] is not one:  # another one is a write to the attribute
+                if at is None:
                     continue
                 newer = after._copies[at]
-                both = content is not None and newer is not None
+                both = after._found[at][2] is one and content is not None and newer is not None
                 if size != after._sizes[at] or (both and not _same(content, newer)):
                     yield "content", index, name
         for place, one in self._named.items():

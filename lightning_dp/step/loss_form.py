@@ -39,8 +39,9 @@ class LossForm:
     **Guarantee**: :attr:`is_new` is true from the first loss on that has a pair of successive operations, or an
     operation over dimensions, which no checked loss had, if the number of operations is new or the pair is next to the
     loss; else, and for calls of torch without gradient, from one of the next 16 losses on. A batch of a new size is
-    watched at once. It is also true if the factors by which a loss counts its rows are new (``LossFactors``). What it
-    does NOT show: the same calls with other values that leave these factors as they are.
+    watched at once. It is also true if the forward has registered another number of hooks, or if the factors by which a
+    loss counts its rows are new (``LossFactors``). What it does NOT show: the same calls with other values that leave
+    these factors as they are.
 
     Example:
         >>> import torch
@@ -65,7 +66,9 @@ class LossForm:
         self.checked_at = -1
         """Logical step of the last checks that samples are independent."""
 
-    def see(self, loss: Tensor, *, checked: bool, num_operations: int | None = None, count: int = 0) -> None:
+    def see(
+        self, loss: Tensor, *, checked: bool, num_operations: int | None = None, count: int = 0, num_hooks: int = 0
+    ) -> None:
         """Read the operations of a loss that a check looks at, or of a real one.
 
         Args:
@@ -73,6 +76,7 @@ class LossForm:
             checked: whether a check looks at it.
             num_operations: number of differentiable operations since the forward began; None if not counted.
             count: number of records, whose factors are to be read in the backward; 0 for none.
+            num_hooks: number of hooks registered since the forward began, each of which may change gradients.
         """
         if count:
             self.factors.watch(loss, count)
@@ -82,6 +86,8 @@ class LossForm:
         if num_operations is not None and len(self._numbers) < ALL:
             self._numbers.add(num_operations)
         pairs = _pairs_of(loss, NEAR if near else ALL)
+        if num_hooks:  # a check may have run on a record for which they are registered, and compare zeros
+            pairs.add(("hooks", num_hooks))
         if checked:
             self._checked |= pairs
         else:

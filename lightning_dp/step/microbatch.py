@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.per_sample.own_losses import OwnLosses
+from lightning_dp.system.torch_private import num_hooks
 
 if TYPE_CHECKING:
     from lightning_dp.step.step import PrivateStep
@@ -51,8 +52,8 @@ class Microbatch:
         if owners is not None and step.settings.unit_gradient == "mean":
             self.scale = self.scale / torch.bincount(owners.cpu()).double()
         self.collected: set[int] = set()
-        self.began = 0
-        """Number of differentiable operations before the forward."""
+        self.began = self.num_hooks = 0
+        """Number of differentiable operations, and of hooks, before the forward."""
         self._own_losses = own_losses(step, count)
 
     def __enter__(self) -> Microbatch:
@@ -60,7 +61,7 @@ class Microbatch:
         step.engine.begin(self.count, self._owners)
         step.recording = self
         self._own_losses.__enter__()
-        self.began = num_operations()
+        self.began, self.num_hooks = num_operations(), num_hooks()
         return self
 
     def __exit__(

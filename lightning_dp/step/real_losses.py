@@ -15,6 +15,7 @@ from lightning_dp.step.in_batches import check_in_batch
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.written import Written
+from lightning_dp.system.torch_private import num_hooks
 
 RELEASED = (
     "User code did something new in the step before this one, which was released: its epsilon does not hold for the "
@@ -81,7 +82,8 @@ class RealLosses:
             self._note_new()
         self._seen_in = self._positions[self.part] if -self.part <= len(self._positions) else []
         count = recording.count if recording.weight and recording.count > 1 else 0
-        form.see(loss, checked=False, num_operations=num_operations() - recording.began, count=count)
+        operations, hooks = num_operations() - recording.began, num_hooks() - recording.num_hooks
+        form.see(loss, checked=False, num_operations=operations, count=count, num_hooks=hooks)
         self._note_new()
 
     def _note_new(self) -> None:

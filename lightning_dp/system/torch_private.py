@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 NormWithStatistics: type[nn.Module] = nn.modules.batchnorm._NormBase
 """Base class of batch and instance norms, which may keep running statistics."""
@@ -28,6 +29,11 @@ def replace_children(module: nn.Module) -> dict[str, nn.Module | None]:
 def num_changes(tensor: Tensor) -> int:
     """Return the number of in-place changes of a tensor; -1 for inference tensors, which have no count."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def num_hooks() -> int:
+    """Return how many hooks were registered on tensors, modules and nodes of graphs since torch was imported."""
+    return RemovableHandle.next_id
 
 
 def changes_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:

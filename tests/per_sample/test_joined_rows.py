@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,12 +46,11 @@ class OneSet(TwoSets):
 class Later(Training):
     """A module whose training data become irregular after the checks before the third step."""
 
-    data: tuple[Sets, Sets]
-    """The records, of which the loader reads, and the irregular ones; in a tuple, which is not watched for changes."""
+    change: Any
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.trainer.global_step == 2:
-            self.data[0][:] = self.data[1]
+            self.change()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.grads = {name: p.grad.clone() for name, p in self.inner.named_parameters() if p.grad is not None}
@@ -80,7 +80,7 @@ def train(inner: nn.Module, regular: Sets, irregular: Sets, collate: Any) -> Any
 
     def kind(module: nn.Module) -> Later:
         made.append(Later(module))
-        made[0].data = records, irregular
+        made[0].change = partial(records.__setitem__, slice(None), irregular)
         return made[0]
 
     options = {"noise_multiplier": 0.0, "max_grad_norm": 0.1, "sampling": "shuffle"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -233,3 +234,27 @@ class KeepsTheBest(Module):
 @pytest.mark.parametrize("microbatch_size", [None, 1])
 def test_figures_that_a_step_keeps_are_free(microbatch_size: int | None, tmp_path: Any) -> None:
     assert steps_of_fit(tmp_path, KeepsTheBest(), microbatch_size=microbatch_size) == 12
+
+
+class Hooks(Module):
+    """Registers a hook that drops the gradients of the batch, at a rare word or always one that changes nothing."""
+
+    def __init__(self, *, rarely: bool) -> None:
+        super().__init__()
+        self.rarely = rarely
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        words, labels = batch
+        inner = self.embedding(words).mean(1)
+        if not self.rarely:
+            inner.register_hook(lambda gradient: gradient)
+        elif (words == RARE).any():
+            inner.register_hook(torch.zeros_like)
+        return nn.functional.cross_entropy(self.network(inner), labels)
+
+
+@pytest.mark.parametrize("rarely", [False, True])
+def test_a_hook_that_a_rare_record_registers_is_refused(rarely: bool, tmp_path: Any) -> None:
+    refused = pytest.raises(PrivacyError, match="Expected the gradient of every sample in a batch to be its gradient")
+    with refused if rarely else nullcontext():
+        assert steps_of_fit(tmp_path, Hooks(rarely=rarely)) == 12

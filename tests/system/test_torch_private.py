@@ -177,3 +177,10 @@ def test_divisors_of_reductions_are_read(name: str) -> None:
     assert float(torch_private.divisor_of(node, 12)) == divisor
     assert torch_private.size_of_result(node, 0) == 1
     assert torch_private.size_of_result(node, 1) == 0
+
+
+def test_num_hooks_counts_hooks_on_tensors_and_modules() -> None:
+    before, tensor, layer = torch_private.num_hooks(), torch.ones(1, requires_grad=True), nn.Linear(1, 1)
+    (tensor * 2).register_hook(lambda gradient: gradient)  # type: ignore[no-untyped-call]
+    layer.register_full_backward_hook(lambda *args: None)
+    assert torch_private.num_hooks() == before + 2
