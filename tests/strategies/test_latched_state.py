@@ -182,7 +182,7 @@ def test_state_that_a_rare_record_sets_for_good_is_refused(act: Any, seed: int, 
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_callback_that_a_rare_record_moves_is_refused(act: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         steps_of_fit(tmp_path, Module(), callbacks=[Acts(act)])

@@ -120,6 +120,7 @@ def _reset() -> Any:
 
 
 @pytest.mark.parametrize("make", VARIABLES)
+@pytest.mark.one_in(2)
 def test_a_variable_that_a_rare_record_sets_is_refused(make: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         steps_of_fit(tmp_path, make(by_count=False))
