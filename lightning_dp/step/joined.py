@@ -121,7 +121,8 @@ def _quick_lengths(record: Any, found: list[Any], depth: int) -> list[Any] | Non
 @functools.cache
 def _has_attributes_only(kind: type) -> bool:
     """Tell whether objects of a class hold no more than ``vars`` tells: no slots, entries or memory of their own."""
-    return (kind.__basicsize__, kind.__itemsize__) == (_Attributes.__basicsize__, _Attributes.__itemsize__)
+    sizes = [(one.__basicsize__, one.__itemsize__) for one in (kind, _Attributes)]
+    return sizes[0] == sizes[1] and any("__dict__" in vars(one) for one in kind.__mro__)
 
 
 def _names_in(lengths: list[Any]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,7 @@ class Points(list[Any]): ...
         (lambda num: pack_sequence([torch.zeros(num + 1, 7)]), {9}),
         (lambda num: SlotsAndMore(num), {6}),
         (lambda num: [None, torch.zeros(num, 7)], {6}),
+        (lambda num: (np.float64(num), object(), torch.zeros(num, 7)), {6}),  # without attributes
         (lambda num: (torch.zeros(2, num), num), {6}),
         (lambda num: {"words": [1] * num}, {6}),
         (lambda num: [torch.zeros(num, 7), torch.zeros(1, 7)], {9}),
