@@ -58,9 +58,10 @@ class Contents:
         known = {} if last is None else last._values
         self._values: dict[int, tuple[Tensor, int, Tensor | None]] = {}
         for one, count in zip(tensors, counts, strict=True):
-            old = known.get(id(one))
-            is_known = old is not None and old[0] is one and old[1] == count
-            self._values[id(one)] = old if old is not None and is_known else (one, count, _values_of(one))
+            kept = known.get(id(one))
+            if kept is None or kept[0] is not one or kept[1] != count:
+                kept = one, count, _values_of(one)
+            self._values[id(one)] = kept
 
     def writes_until(self, after: Contents) -> Iterator[tuple[Any, ...]]:
         """Yield a key for each attribute whose content is another one at a later time."""
@@ -89,10 +90,10 @@ class Contents:
         containers = zip((each[2] for each in self._found), self._sizes, self._copies, strict=True)
         before: list[tuple[Any, int, Any]] = [*self._values.values(), *containers]
         with torch.no_grad(), unfollowed():
-            now = [(one, _copy(one)) for one, size, content in before if _has_changed(one, size, content)]
-            for one, size, content in before:
-                if _has_changed(one, size, content):
-                    _refill(one, size, content)
+            changed = [each for each in before if _has_changed(*each)]
+            now = [(one, _copy(one)) for one, *_ in changed]
+            for each in changed:
+                _refill(*each)
         try:
             yield
         finally:

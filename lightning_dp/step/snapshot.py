@@ -66,8 +66,8 @@ class Snapshot:
     user's own objects and classes. Tensors are compared by value, so that writes through ``.data`` are found too.
 
     **Guarantee**: after :meth:`put_back`, everything followed has the value that it had, in the same objects. NOT
-    followed: objects that are reachable only through C extensions, closures or globals (those are roots, see
-    ``UserVariables``), and what a trainer holds.
+    followed: attributes of the Trainer, and objects that are reachable only through C extensions, closures or globals.
+    The variables in closures and globals that user code may change are roots of their own (``UserVariables``).
 
     Args:
         roots: modules, optimizers, schedulers.
