@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
     ),
     "function of autograd": (
         classifier(Opaque, vectors)._replace(options=RULES),
-        r"another use for \['network\.weight'\]: a torch\.autograd\.Function.*grad_sample='single'",
+        r"another use for \['network\.weight'\]: the torch\.autograd\.Function Hidden.*register_rule.*'single'",
     ),
     "penalty on weights": (
         Case(lambda: Penalised(mlp()), vectors, RULES),
