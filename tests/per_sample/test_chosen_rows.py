@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
+from tests.per_sample.owners import make, record
 from tests.per_sample.test_owned_steps import _alone
-from tests.per_sample.test_owners import make, record
 
 COUNTS = [(1, 1, 2, 0, 1), (2, 2, 3, 1, 2)]
 """Chosen rows of each record, of which the first two are seen first; the next two have as many together."""

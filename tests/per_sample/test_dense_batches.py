@@ -14,7 +14,7 @@ from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.owned import Mixed, Rows
 from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.per_sample.uses import Recorder
-from tests.per_sample.test_owners import _collate_graphs, _features, _graph, assert_agrees, make
+from tests.per_sample.owners import _collate_graphs, _features, _graph, assert_agrees, make
 
 Graphs = dict[str, Tensor]
 

@@ -11,8 +11,8 @@ from torch import Tensor, distributions, nn
 from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
+from tests.per_sample.owners import make
 from tests.per_sample.test_owned_steps import BATCHES, _assert_step_agrees, batch_of
-from tests.per_sample.test_owners import make
 
 Step = Callable[[Tensor, nn.Module], Tensor]
 

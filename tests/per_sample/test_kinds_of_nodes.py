@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.per_sample.owners import assert_agrees
 from tests.per_sample.test_owned_training import fit
-from tests.per_sample.test_owners import assert_agrees
 
 TO, BACK = ("author", "writes", "paper"), ("paper", "is by", "author")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
-from tests.per_sample.test_owners import make
+from tests.per_sample.owners import make
 
 
 def ones(*shape: int) -> Tensor:

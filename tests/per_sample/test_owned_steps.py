@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine
-from tests.per_sample.test_owners import make, record
+from tests.per_sample.owners import make, record
 
 SWAP = 10
 """Step from which on some modules call two operations of equal shapes in the other order."""

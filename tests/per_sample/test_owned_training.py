@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from lightning_dp import DPStrategy
 from lightning_dp.errors import PrivacyError
 from tests.helpers import make_trainer
-from tests.per_sample.test_owners import GCN, Graphs, Loop, _collate_graphs, _graph
+from tests.per_sample.owners import GCN, Graphs, _collate_graphs, _graph
+from tests.per_sample.test_owners import Loop
 
 
 class Training(L.LightningModule):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from tests.per_sample.test_owners import _collate_graphs, _graph, assert_agrees, make
+from tests.per_sample.owners import _collate_graphs, _graph, assert_agrees, make
 
 LAYERS: dict[str, nn.Module] = {
     "lstm": nn.LSTM(6, 3),

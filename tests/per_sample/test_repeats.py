@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
+from tests.per_sample.owners import assert_agrees, make, record
 from tests.per_sample.test_owned_steps import _alone
-from tests.per_sample.test_owners import assert_agrees, make, record
 
 ROWS = [1, 2, 1, 3, 1, 1]
 """Number of rows of each record."""
