@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,76 +15,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import (
-    AdaptiveClipping,
-    AutoThreshold,
-    CorrelatedNoise,
     DPFSDPStrategy,
-    DPStrategy,
     EpsilonMonitor,
-    GradientDiagnostics,
-    PrivacyAudit,
-    PrivacyBudget,
-    PrivacyCard,
-    PrivacyError,
-    TopAgg,
 )
 from lightning_dp.clipping import FlatClipping
 from lightning_dp.step.shards import Shards
 from lightning_dp.step.step import PrivateStep
-from tests.helpers import NUM_CLASSES, NUM_FEATURES, ByHand, Largest, make_dataset, make_trainer
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, ByHand, Largest, make_dataset
+from tests.strategies.fsdp_fits import DEVICES, OUT, RANK, Released, fit, private, said, whole
+from tests.strategies.fsdp_plans import planned, refused
+from tests.strategies.fsdp_saving import resumed_alone, saving
 from tests.strategies.releases import releases_of
 from tests.strategies.sharded import CASES, Sharded, plain
 
-RANK = int(os.environ.get("LOCAL_RANK", 0))
-OUT = Path(sys.argv[1])
 #: Cases whose samples are checked, in a run of their own: each network once, but for that of "flat", which ``training``
 #: checks, and in each precision; the checks know of nothing else.
 CHECKED = ("tied, recomputed", "bfloat16", "weight norm, frozen", "adapter")
-#: Processes of a run: 2, but for the one that resumes alone.
-DEVICES = 1 if "resumed_alone" in sys.argv else 2
-
-
-class Released(L.Callback):
-    """Keeps the released gradients, whole."""
-
-    def __init__(self) -> None:
-        self.grads: list[dict[str, Tensor]] = []
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.grads.append(whole({n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}))
-
-
-def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in tensors.items()}
-
-
-def private(**options: Any) -> DPFSDPStrategy:
-    """Samples are checked in ``checked_sums``, ``training`` and ``skipped`` only: it takes longer than all else."""
-    given = {
-        "noise_multiplier": 1.0,
-        "target_delta": 1e-3,
-        "check_per_sample": False,
-        **options,
-    }
-    return DPFSDPStrategy(**{name: value for name, value in given.items() if value is not None})
-
-
-def fit(
-    module: L.LightningModule,
-    loader: Any,
-    callbacks: Any = (),
-    strategy: Any = None,
-    resume: Any = None,
-    **options: Any,
-) -> L.Trainer:
-    options = {"max_epochs": None, "devices": DEVICES, "callbacks": list(callbacks), **options}
-    trainer = make_trainer(strategy or private(), OUT, **options)
-    trainer.fit(module, loader, ckpt_path=resume, weights_only=True if resume else None)
-    return trainer
 
 
 class Partly(Sharded):
@@ -125,15 +72,6 @@ class Skipping(Sharded):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         output = super().training_step(batch, batch_idx)
         return None if self.skips(RANK, batch_idx) else output
-
-
-def said(run: Callable[[], Any]) -> str:
-    """What the error of a run says."""
-    try:
-        run()
-    except (PrivacyError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def sums(names: Iterable[str] = CASES, *, checked: bool = False) -> dict[str, Any]:
@@ -308,151 +246,6 @@ def communication() -> dict[str, Any]:
     finally:
         PrivateStep.collect = collect  # type: ignore[method-assign]
     return {"sent": sent, "own": accumulators[-1], "largest": largest[0]}
-
-
-def planned() -> dict[str, Any]:
-    """A target, a budget and a learned bound, each with its callbacks; the card has no plot: it takes long to load."""
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]
-    loader = DataLoader(make_dataset(), batch_size=8)
-    target = fit(
-        Sharded(plain()),
-        loader,
-        [PrivacyCard(OUT / "card"), SaveFirst()],
-        private(noise_multiplier=None, target_epsilon=3.0),
-        max_epochs=2,
-    )
-    budget = fit(Sharded(plain()), loader, [PrivacyBudget(2.5)], max_epochs=50)
-    learned, counted, every = AutoThreshold(), AdaptiveClipping(), DataLoader(make_dataset(), batch_size=32)
-    fit(Sharded(plain(), lr=0.0), every, [learned], private(noise_multiplier=0.0), max_steps=2)
-    fit(Sharded(plain()), loader, [counted], max_epochs=2)
-    return {
-        "target": target.strategy.epsilon(),
-        "statement": target.strategy.privacy_statement(),
-        "card": sorted(path.name for path in (OUT / "card").iterdir()),
-        "learned": learned.bound.value,
-        "counted": counted.bound.value,
-        "budget": (budget.strategy.epsilon(), budget.strategy.ledger.num_steps),
-    }
-
-
-def refused() -> dict[str, str]:
-    loader = DataLoader(make_dataset(), batch_size=8)
-
-    class Whole(Sharded):
-        def configure_model(self) -> None:
-            pass
-
-    class Stream(IterableDataset):
-        def __iter__(self) -> Any:
-            return iter(make_dataset())
-
-    return {
-        "stream": said(lambda: fit(Sharded(plain()), DataLoader(Stream(), batch_size=8), max_steps=2)),
-        "no unit": said(lambda: fit(Whole(plain()), loader)),
-        "single": said(lambda: fit(Sharded(plain()), loader, strategy=private(microbatch_size=1))),
-        "top_agg": said(lambda: fit(Sharded(plain()), loader, strategy=private(clipping=TopAgg(k=3)))),
-        "public": said(lambda: fit(Sharded(plain()), loader, strategy=private(public_optimizers=[0]))),
-        "canaries": said(lambda: fit(Sharded(plain()), loader, [PrivacyAudit(num_canaries=4)])),
-        "diagnostics": said(lambda: fit(Sharded(plain()), loader, [GradientDiagnostics()])),
-        "correlated": said(
-            lambda: fit(Sharded(plain()), loader, strategy=private(sampling="cyclic", noise=CorrelatedNoise()))
-        ),
-        "columns": said(lambda: fit(Sharded(even(), {"shard_placement_fn": by_columns}), loader)),
-    }
-
-
-def even() -> nn.Module:
-    """A network whose matrices divide by two along both axes."""
-    return nn.Sequential(nn.Linear(NUM_FEATURES, 4), nn.Tanh(), nn.Linear(4, 4))
-
-
-def by_columns(parameter: nn.Parameter) -> Any:
-    """Places a matrix by its columns."""
-    return Shard(parameter.dim() - 1)
-
-
-class SaveFirst(L.Callback):
-    """Saves after the first epoch."""
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(OUT / "target.ckpt")
-
-
-def adam() -> Sharded:
-    return Sharded(plain(), optimizer=torch.optim.Adam, lr=0.05)
-
-
-def saving() -> dict[str, Any]:
-    """Two epochs, saved in parts and as a whole, resumed from both; and a folder whose files are of two checkpoints."""
-    loader = DataLoader(make_dataset(), batch_size=8)
-    module, full = adam(), private(save_distributed_checkpoint=False)
-    trainer = fit(module, loader, max_epochs=2)
-    trainer.save_checkpoint(OUT / "parts.ckpt")
-    fit(adam(), loader, strategy=full, resume=OUT / "parts.ckpt", max_epochs=2).save_checkpoint(OUT / "full.ckpt")
-    resumed = fit(adam(), loader, resume=OUT / "parts.ckpt", max_epochs=3)
-    resumed.save_checkpoint(OUT / "later.ckpt")
-    resumed.save_checkpoint(OUT / "later.ckpt")  # replaces what is there
-    if RANK == 0:
-        shutil.copytree(OUT / "parts.ckpt", OUT / "mixed.ckpt")
-        shutil.copy(OUT / "later.ckpt" / "meta.pt", OUT / "mixed.ckpt" / "meta.pt")
-        shutil.copytree(OUT / "later.ckpt", OUT / "parts of two.ckpt")
-        shutil.copy(OUT / "parts.ckpt" / "__1_0.distcp", OUT / "parts of two.ckpt" / "__1_0.distcp")
-        os.rename(OUT / "parts.ckpt", OUT / "parts.ckpt.old")  # as a death in the middle of a move leaves it
-    dist.barrier()
-    recovered = fit(adam(), loader, resume=OUT / "parts.ckpt", max_epochs=2)
-    return {
-        "weights": whole(dict(module.named_parameters())),
-        "recovered": whole(dict(recovered.lightning_module.named_parameters())),
-        "steps": [each.strategy.ledger.num_steps for each in (trainer, resumed, recovered)],
-        "lineages": {each.strategy.ledger.lineage for each in (trainer, resumed, recovered)},
-        "from full": fit(adam(), loader, resume=OUT / "full.ckpt", max_epochs=3).strategy.ledger.num_steps,
-        "mixed": said(lambda: fit(adam(), loader, resume=OUT / "mixed.ckpt", max_epochs=3)),
-        "parts of two": said(lambda: fit(adam(), loader, resume=OUT / "parts of two.ckpt", max_epochs=3)),
-        "stateless": stateless(loader),
-        "copied": copied(module),
-    }
-
-
-def stateless(loader: Any) -> dict[str, Any]:
-    """SGD without momentum, saved as a whole after an epoch and resumed by a module that asks for another rate."""
-    first = fit(Sharded(plain(), lr=0.05), loader, strategy=private(save_distributed_checkpoint=False), max_epochs=1)
-    first.save_checkpoint(OUT / "sgd.ckpt")
-    saved = whole(dict(first.lightning_module.named_parameters()))
-    still = fit(Sharded(plain(), lr=0.9), loader, resume=OUT / "sgd.ckpt", max_epochs=1)
-    onward = fit(Sharded(plain(), lr=0.9), loader, resume=OUT / "sgd.ckpt", max_epochs=2)
-    return {
-        "same": all(
-            torch.equal(saved[n], w) for n, w in whole(dict(still.lightning_module.named_parameters())).items()
-        ),
-        "rate": onward.optimizers[0].param_groups[0]["lr"],
-        "steps": onward.strategy.ledger.num_steps,
-    }
-
-
-def copied(module: Sharded) -> str:
-    """What a run of one process says of a whole copy of weights that were sharded when they were trained."""
-    copy = Sharded(plain())
-    copy.load_state_dict(whole(module.state_dict()))
-    return said(lambda: DPStrategy(noise_multiplier=1.0).state.check_history(copy))
-
-
-def resumed_alone() -> dict[str, Any]:
-    """One process goes on with a checkpoint of two: first no step, then an epoch."""
-    loader = DataLoader(make_dataset(), batch_size=16)
-    still = fit(adam(), loader, resume=OUT / "parts.ckpt", max_epochs=2)
-    weights = whole(dict(still.lightning_module.named_parameters()))
-    onward = fit(adam(), loader, resume=OUT / "parts.ckpt", max_epochs=3)
-    strategy = private(noise_multiplier=None, target_epsilon=3.0)
-    target = fit(
-        Sharded(plain()), DataLoader(make_dataset(), batch_size=8), (), strategy, OUT / "target.ckpt", max_epochs=2
-    )
-    return {
-        "weights": weights,
-        "steps": onward.strategy.ledger.num_steps,
-        "world_size": onward.world_size,
-        "target": (target.strategy.epsilon(), [entry.num_steps for entry in target.strategy.ledger.entries]),
-    }
 
 
 def main() -> None:

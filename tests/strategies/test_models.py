@@ -18,12 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 from lightning_dp import DPStrategy
 from tests.helpers import Hidden, Recorder, make_trainer
 from tests.strategies.model_cases import CASES, Case
-from tests.strategies.models import (
-    NUM_CLASSES,
-    NUM_FEATURES,
-    NUM_SAMPLES,
-    WIDTH,
-)
+from tests.strategies.tasks import NUM_CLASSES, NUM_FEATURES, NUM_SAMPLES, WIDTH
 
 
 @pytest.fixture(autouse=True)

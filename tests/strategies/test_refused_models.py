@@ -14,15 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import make_trainer
 from tests.strategies.model_cases import CASES, Case, classifier, tokens, vectors
-from tests.strategies.models import (
-    NUM_CLASSES,
-    NUM_SAMPLES,
-    VOCABULARY,
-    WIDTH,
-    Apply,
-    Task,
-    mlp,
-)
+from tests.strategies.models import Apply, mlp
+from tests.strategies.tasks import NUM_CLASSES, NUM_SAMPLES, VOCABULARY, WIDTH, Task
 from tests.strategies.test_models import Opaque, _own_weights, check_step
 
 __all__ = ["_own_weights"]
