@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def peer(name: str) -> dict[str, float | str]:
     from benchmarks import step_runs
     from benchmarks.cases import CASES
 
-    case = CASES["mlp" if SMALL else name]
+    case = replace(CASES["mlp"], batch_size=BATCH) if SMALL else CASES[name]
     plain = step_runs.run(case, "plain", 3).seconds_a_step(step_runs.WARMUP)
     found: dict[str, float | str] = {}
     for mode in ("ghost", "hooks"):

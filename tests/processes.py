@@ -18,6 +18,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,35 @@ def run_two_ranks(
 ) -> list[dict[str, Any]]:
     """Run a script in two gloo processes; return what each rank wrote to ``rank0.pt`` and ``rank1.pt``.
 
-    Several test processes share one run: the first that asks for it starts it, the others wait for its files.
+    Several test processes share one run: see :func:`run_once`.
+    """
+    out = run_once(
+        "-".join(script.relative_to(Path(__file__).parent).with_suffix("").parts),
+        temporary,
+        lambda folder: run_script(script, folder, folder=folder, ranks=2),
+    )
+    return [torch.load(out / f"rank{rank}.pt", weights_only=weights_only) for rank in (0, 1)]
+
+
+def run_once(name: str, temporary: pytest.TempPathFactory, run: Callable[[Path], object]) -> Path:
+    """Return the folder of a run that all test processes share: the first that asks for it starts it, the others wait
+    for its end.
+
+    Args:
+        name: of the folder.
+        temporary: pytest's folders.
+        run: writes its results into the folder.
     """
     parallel = "PYTEST_XDIST_WORKER" in os.environ
-    shared = temporary.getbasetemp().parent if parallel else temporary.getbasetemp()
-    out = shared / "-".join(script.relative_to(Path(__file__).parent).with_suffix("").parts)
+    out = (temporary.getbasetemp().parent if parallel else temporary.getbasetemp()) / name
+    done = out.with_suffix(".done")
     with open(out.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (out / "rank0.pt").exists():
+        if not done.exists():
             out.mkdir()
-            run_script(script, out, folder=out, ranks=2)
-    return [torch.load(out / f"rank{rank}.pt", weights_only=weights_only) for rank in (0, 1)]
+            run(out)
+            done.touch()
+    return out
 
 
 def start_server() -> None:
@@ -162,6 +181,7 @@ def _live(job: dict[str, Any]) -> int:
     np.random.seed()  # noqa: NPY002
     warnings.simplefilter("ignore")
     script, *_ = sys.argv = job["command"]
+    sys.path.insert(0, str(Path(script).parent))
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:

@@ -6,15 +6,16 @@ import ast
 import logging
 import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.processes import run_script
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
-#: Run in processes of their own: two start themselves a second time, the others load transformers.
+#: Run in processes of their own: two start themselves a second time, the others set what transformers does.
 SLOW = {"fsdp", "hf_trainer", "text_lora", "two_processes"}
 #: Run in this process, and take seconds even so.
 LONG = {"combined", "digits_cnn", "fashion_mnist", "gan", "resume", "tabular", "users"}
@@ -48,12 +49,9 @@ def test_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SLOW))
-def test_example_in_a_process_of_its_own(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), "--smoke"], capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Privacy: (epsilon=" in done.stdout
+def test_example_in_a_process_of_its_own(name: str, tmp_path: Path) -> None:
+    printed = run_script(EXAMPLES / f"{name}.py", "--smoke", folder=tmp_path)
+    assert "Privacy: (epsilon=" in printed
 
 
 def test_every_example_is_described() -> None:

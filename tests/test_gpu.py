@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processes import run_once
+
 ROOT = Path(__file__).parents[1]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def run_check(*, visible: bool) -> dict[str, Any]:
-    """Results of the script by part."""
+def run_check(folder: Path, *, visible: bool) -> None:
+    """Write down what the script prints."""
     environment = {**os.environ, **({} if visible else {"CUDA_VISIBLE_DEVICES": ""})}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_check", "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=290, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {name: result for line in lines for name, result in line.items()}
+    (folder / "printed").write_text(done.stdout)
 
 
 @pytest.fixture(
@@ -35,9 +36,13 @@ def run_check(*, visible: bool) -> dict[str, Any]:
         pytest.param("cpu", marks=pytest.mark.slow),
     ],
 )
-def found(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Results on a device."""
-    results = run_check(visible=request.param == "cuda")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of the script on a device, by part."""
+    folder = run_once(
+        f"gpu_check-{request.param}", tmp_path_factory, lambda out: run_check(out, visible=request.param == "cuda")
+    )
+    lines = [json.loads(line) for line in (folder / "printed").read_text().splitlines() if line.startswith("{")]
+    results = {name: result for line in lines for name, result in line.items()}
     assert (results["device"] == "cpu") == (request.param == "cpu")
     return results
 

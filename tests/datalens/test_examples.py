@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,17 +17,9 @@ ROOT = Path(__file__).parents[2]
     [("datalens_2d", ["--smoke"]), ("datalens_2d", []), ("datalens_digits", ["--smoke"])],
     ids=["2d smoke", "2d whole", "digits smoke"],
 )
-def test_example(name: str, options: list[str]) -> None:
+def test_example(name: str, options: list[str], tmp_path: Path) -> None:
     picture = ROOT / "examples" / "out" / f"{name}.png"
     picture.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "examples" / f"{name}.py"), *options],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Privacy: (epsilon=" in done.stdout
+    printed = run_script(ROOT / "examples" / f"{name}.py", *options, folder=tmp_path)
+    assert "Privacy: (epsilon=" in printed
     assert picture.stat().st_size > 5000

@@ -23,9 +23,13 @@ OUT, VICTIM, HOW, IS_SHARDED = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3],
 
 
 class Dying(Sharded):
-    """Its third step is the last of one rank."""
+    """Its third step is the last of one rank. Until then, ranks wait 30 seconds for each other, which one may need to
+    start; from there on 5.
+    """
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.global_step == 2:
+            torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=5))
         if RANK == VICTIM and self.global_step == 2:
             os.kill(os.getpid(), signal.SIGKILL if HOW == "killed" else signal.SIGSTOP)
 

@@ -61,7 +61,7 @@ def test_the_other_rank_ends_and_says_why(tmp_path: Path) -> None:
     ],
 )
 def test_the_other_rank_of_a_launched_run_ends(tmp_path: Path, victim: int, how: str) -> None:
-    """The group's timeout is 30 seconds."""
+    """Ranks wait 5 seconds for one that is stopped."""
     said, seconds = run(tmp_path, victim, how)
     check_reason(said)
     assert seconds < 100
