@@ -166,23 +166,6 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name not in PUBLIC_UNDERSCORES
 
 
-def private_attributes_of(kind: ast.ClassDef) -> set[str]:
-    """Private attributes that a class gives to itself and its instances."""
-    names = {each.name for each in kind.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))}
-    targets = [target for each in kind.body if isinstance(each, ast.Assign) for target in each.targets]
-    targets += [each.target for each in kind.body if isinstance(each, ast.AnnAssign)]
-    names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    stores = [each for each in ast.walk(kind) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)]
-    names |= {each.attr for each in stores if is_own(each.value)}
-    return {name for name in names if is_private(name)}
-
-
-def imported_modules(tree: ast.Module) -> set[str]:
-    """Names that a file imports; what they hold is never its own."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return {(alias.asname or alias.name).partition(".")[0] for node in nodes for alias in node.names}
-
-
 def is_own(node: ast.AST) -> bool:
     """Whether an expression is ``self``, ``cls`` or ``super()``."""
     if isinstance(node, ast.Call):
@@ -191,14 +174,11 @@ def is_own(node: ast.AST) -> bool:
 
 
 def foreign_reads(tree: ast.Module) -> list[str]:
-    """``x._name`` and ``getattr(x, "_name")`` where x is neither self nor cls, and no class around has the name; and
+    """``x._name`` and ``getattr(x, "_name")`` where x is neither self nor cls, also if x is of the same class; and
     ``from x import _name``.
     """
-    modules, found = imported_modules(tree), list[str]()
-
-    def search(node: ast.AST, own: set[str]) -> None:
-        if isinstance(node, ast.ClassDef):
-            own = own | private_attributes_of(node)
+    found = list[str]()
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_dp"):
             found.extend(f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
         name, target = "", None
@@ -208,13 +188,8 @@ def foreign_reads(tree: ast.Module) -> list[str]:
             named = node.args[1]
             if node.func.id in ("getattr", "setattr", "hasattr", "delattr") and isinstance(named, ast.Constant):
                 name, target = str(named.value), node.args[0]
-        is_module = isinstance(target, ast.Name) and target.id in modules
-        if is_private(name) and target is not None and not is_own(target) and (is_module or name not in own):
+        if is_private(name) and target is not None and not is_own(target):
             found.append(f"{ast.unparse(target)}.{name}")
-        for child in ast.iter_child_nodes(node):
-            search(child, own)
-
-    search(tree, set())
     return found
 
 
@@ -232,7 +207,7 @@ def test_foreign_reads_are_found() -> None:
         "        return self._x, one._x\n"
         "def h(one): return one._x\n"
     )
-    expected = ["one._x", "one._x", "other._w", "other._z", "self._parent._q", "torch._v", "wrappers._x"]
+    expected = ["one._x", "one._x", "other._w", "other._x", "other._z", "self._parent._q", "torch._v", "wrappers._x"]
     assert sorted(foreign_reads(ast.parse(source))) == expected
 
 

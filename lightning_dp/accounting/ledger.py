@@ -7,6 +7,7 @@ mechanisms to account for after parallel composition inside each pass.
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from lightning_dp.accounting.events import (
     check_event,
     parse_run,
 )
-from lightning_dp.accounting.ledger_state import LedgerState, begins, read_state, write_state
+from lightning_dp.accounting.ledger_state import LedgerState, begins, check_relation, read_state, write_state
 from lightning_dp.errors import PrivacyError
 
 __all__ = ["NEIGHBORING_RELATIONS", "Ledger", "LedgerEntry", "Mechanism", "PrivacyEvent"]
@@ -115,12 +116,29 @@ class Ledger:
         """
         check_event(event)
         count = check_count(count, name="count", minimum=1)
-        self._check_relation(event)
+        check_relation(event, self._neighboring_relation)
         if event.has_passes:
             self._record_in_passes(event, count)
             return
         self.start_pass()
         self._append(LedgerEntry(event, count))
+
+    def record_run(self, run: PlannedRun) -> None:
+        """Append a planned run.
+
+        Args:
+            run: `(event, steps)` or `(event, steps, passes)`, as in `extended`.
+        """
+        event, num_steps, num_passes = parse_run(run)
+        if num_passes == 0:
+            self.record(event, num_steps)
+            return
+        check_relation(event, self._neighboring_relation)
+        num_last = num_steps // num_passes  # which pass a step is in costs nothing: the open one gets its share
+        self.start_pass()
+        if num_passes > 1:
+            self._append(LedgerEntry(event, num_steps - num_last, num_passes - 1))
+        self.record(event, num_last)
 
     def amend_last(self, event: PrivacyEvent) -> None:
         """Replace the last recorded step by `event`.
@@ -155,11 +173,14 @@ class Ledger:
 
     def copy(self) -> Ledger:
         """Return an independent ledger with the same history and lineage."""
-        other = Ledger(self._neighboring_relation, self._unit)
-        other._lineage = self._lineage
-        other._entries = list(self._entries)
-        other._pass_open = self._pass_open
-        return other
+        return copy.copy(self)
+
+    def __getstate__(self) -> LedgerState:
+        return LedgerState(self._neighboring_relation, self._unit, self._lineage, self._pass_open, tuple(self._entries))
+
+    def __setstate__(self, state: LedgerState) -> None:
+        self._neighboring_relation, self._unit, self._lineage, self._pass_open, entries = state
+        self._entries = list(entries)
 
     def extended(self, runs: Iterable[PlannedRun]) -> Ledger:
         """Return a copy with planned runs added.
@@ -179,16 +200,7 @@ class Ledger:
         """
         ledger = self.copy()
         for run in runs:
-            event, num_steps, num_passes = parse_run(run)
-            if num_passes == 0:
-                ledger.record(event, num_steps)
-                continue
-            ledger._check_relation(event)
-            num_last = num_steps // num_passes  # which pass a step is in costs nothing: the open one gets its share
-            ledger.start_pass()
-            if num_passes > 1:
-                ledger._append(LedgerEntry(event, num_steps - num_last, num_passes - 1))
-            ledger.record(event, num_last)
+            ledger.record_run(run)
         return ledger
 
     def has_same_beginning(self, other: Ledger) -> bool:
@@ -197,7 +209,7 @@ class Ledger:
         Args:
             other: The ledger of a run that may have begun with this history.
         """
-        return begins(self._contents._replace(lineage=other._lineage), other._contents)
+        return begins(self.__getstate__()._replace(lineage=other.lineage), other.__getstate__())
 
     def is_prefix_of(self, other: Ledger) -> bool:
         """Return whether `other` is this history or a continuation of it.
@@ -208,7 +220,7 @@ class Ledger:
         Returns:
             True if lineage, relation, unit and every recorded step agree.
         """
-        return begins(self._contents, other._contents)
+        return begins(self.__getstate__(), other.__getstate__())
 
     def mechanisms(self) -> dict[Mechanism, int]:
         """Return the number of times that each mechanism was run.
@@ -232,11 +244,7 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ledger as plain integers, floats, strings, lists and dictionaries."""
-        return write_state(self._contents)
-
-    @property
-    def _contents(self) -> LedgerState:
-        return LedgerState(self._neighboring_relation, self._unit, self._lineage, self._pass_open, tuple(self._entries))
+        return write_state(self.__getstate__())
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Ledger:
@@ -253,22 +261,13 @@ class Ledger:
         try:
             parts = read_state(state)
             ledger = cls(parts.neighboring_relation, parts.unit)
-            for entry in parts.entries:
-                ledger._check_relation(entry.event)
         except (ValueError, TypeError) as error:
             raise PrivacyError(
                 f"Expected an intact ledger, got a state that cannot be read: {error} "
                 "The privacy already spent is unknown; restore a checkpoint whose ledger is intact."
             ) from error
-        ledger._lineage, ledger._entries, ledger._pass_open = parts.lineage, list(parts.entries), parts.pass_open
+        ledger.__setstate__(parts)
         return ledger
-
-    def _check_relation(self, event: PrivacyEvent) -> None:
-        if event.kind == "allocation" and self._neighboring_relation == "replace_one":
-            raise ValueError(
-                'Expected a relation with a bound for kind="allocation", got neighboring_relation="replace_one". '
-                'Record kind="shuffle", which claims no amplification.'
-            )
 
     def _record_in_passes(self, event: PrivacyEvent, count: int) -> None:
         limit = event.steps_per_pass

@@ -44,7 +44,7 @@ def read_state(state: Mapping[str, Any]) -> LedgerState:
         state: Result of `write_state`, possibly after a round trip through JSON.
 
     Raises:
-        ValueError: If a key is missing or unknown, or a value is out of range.
+        ValueError: If a key is missing or unknown, a value is out of range, or the relation does not allow a kind.
         TypeError: If a value has another type.
     """
     _check_keys(state, _KEYS | {"unit"} if isinstance(state, Mapping) and "unit" in state else _KEYS, name="state")
@@ -61,8 +61,19 @@ def read_state(state: Mapping[str, Any]) -> LedgerState:
     pass_open = check_count(state["pass_open"], name="pass_open", minimum=0)
     if pass_open > 1 or (pass_open and (not entries or entries[-1].num_passes != 1)):
         raise ValueError(f"Expected pass_open=1 only after an entry of one pass, got pass_open={pass_open}.")
+    for entry in entries:
+        check_relation(entry.event, state["neighboring_relation"])
     unit = state.get("unit", "record")
     return LedgerState(state["neighboring_relation"], unit, state["lineage"], bool(pass_open), entries)
+
+
+def check_relation(event: PrivacyEvent, relation: str) -> None:
+    """Raise a ValueError if a relation does not allow the kind of an event."""
+    if event.kind == "allocation" and relation == "replace_one":
+        raise ValueError(
+            'Expected a relation with a bound for kind="allocation", got neighboring_relation="replace_one". '
+            'Record kind="shuffle", which claims no amplification.'
+        )
 
 
 def _write_entry(entry: LedgerEntry) -> dict[str, Any]:

@@ -34,20 +34,20 @@ class CloseLook(Look):
 
     def __init__(self, eye: Eye, others: list[Any], owner: Any, *, saves: bool) -> None:
         super().__init__(eye.layers, others, [vars(owner)])
-        self._num_watched = len(self._held) - (not saves)  # the owner's attributes are the last ones
+        self._num_watched = len(self.held) - (not saves)  # the owner's attributes are the last ones
         all_names: list[str] = []
-        self._values: list[Any] = []
-        for attributes in (*map(vars, self._layers), vars(owner) if saves else {}):
+        self.values: list[Any] = []
+        for attributes in (*map(vars, self.layers), vars(owner) if saves else {}):
             names = [*filterfalse(NOT_PLAIN.__contains__, attributes)]
             all_names += names
-            self._values += map(attributes.__getitem__, names)
-        self._counts = all_names, eye.sizes(self._values), self._numbers, self._states.changes
-        self._values += self._states.tensors
+            self.values += map(attributes.__getitem__, names)
+        self.counts = all_names, eye.sizes(self.values), self.numbers, self.states.changes
+        self.values += self.states.tensors
         with unfollowed():
-            grads = [tensor.grad for tensor in self._tensors if tensor.is_leaf and tensor.grad is not None]
-            held, grads = [*map(local_part, self._tensors)], [*map(local_part, grads)]
-            self._marks = self._trains, [(num_changes(tensor), tensor.data_ptr()) for tensor in (*held, *grads)]
-            self._entries = eye.places.read(held), eye.places_of_grads.read(grads)
+            grads = [tensor.grad for tensor in self.tensors if tensor.is_leaf and tensor.grad is not None]
+            held, grads = [*map(local_part, self.tensors)], [*map(local_part, grads)]
+            self.marks = self.trains, [(num_changes(tensor), tensor.data_ptr()) for tensor in (*held, *grads)]
+            self.entries = eye.places.read(held), eye.places_of_grads.read(grads)
 
     def is_same(self, after: CloseLook, *, tensors_only: bool) -> bool:
         """Tell whether a later look shows the same state.
@@ -56,13 +56,13 @@ class CloseLook(Look):
             after: the later look.
             tensors_only: whether attributes, and numbers of optimizers and schedulers, do not count.
         """
-        if self._marks != after._marks or not all(map(same_values, self._entries, after._entries)):
+        if self.marks != after.marks or not all(map(same_values, self.entries, after.entries)):
             return False
         if tensors_only:
             return True
         if any(index < self._num_watched for _, index, _ in self.contents.writes_until(after.contents)):
             return False
-        return self._counts == after._counts and same_content(after._values, self._values)
+        return self.counts == after.counts and same_content(after.values, self.values)
 
 
 class Eye:

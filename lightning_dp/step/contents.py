@@ -43,42 +43,42 @@ class Contents:
             for name, one in each.items()
             if type(one) in _WATCHED and name not in NOT_PLAIN
         ]
-        self._found = [each for each in found if type(each[2]) is not Tensor]
-        containers = [each[2] for each in self._found]
-        self._sizes = [*map(len, containers)]
-        self._copies = [
-            one.copy() if size <= _MOST_ENTRIES else None for one, size in zip(containers, self._sizes, strict=True)
+        self.found = [each for each in found if type(each[2]) is not Tensor]
+        containers = [each[2] for each in self.found]
+        self.sizes = [*map(len, containers)]
+        self.copies = [
+            one.copy() if size <= _MOST_ENTRIES else None for one, size in zip(containers, self.sizes, strict=True)
         ]
-        parts = [[*one, *one.values()] if type(one) is dict else one for one in self._copies if one]
-        self._entries = [*chain.from_iterable(parts)]  # of all of them
-        self._named = {each[:2]: each[2] for each in found if type(each[2]) is Tensor}
-        tensors = [*buffers, *self._named.values()]
+        parts = [[*one, *one.values()] if type(one) is dict else one for one in self.copies if one]
+        self.entries = [*chain.from_iterable(parts)]  # of all of them
+        self.named = {each[:2]: each[2] for each in found if type(each[2]) is Tensor}
+        tensors = [*buffers, *self.named.values()]
         with unfollowed():
             counts = [*counts, *changes_of(tensors[len(buffers) :])]
-        known = {} if last is None else last._values
-        self._values: dict[int, tuple[Tensor, int, Tensor | None]] = {}
+        known = {} if last is None else last.values
+        self.values: dict[int, tuple[Tensor, int, Tensor | None]] = {}
         for one, count in zip(tensors, counts, strict=True):
             kept = known.get(id(one))
             if kept is None or kept[0] is not one or kept[1] != count:
                 kept = one, count, _values_of(one)
-            self._values[id(one)] = kept
+            self.values[id(one)] = kept
 
     def writes_until(self, after: Contents) -> Iterator[tuple[Any, ...]]:
         """Yield a key for each attribute whose content is another one at a later time."""
-        alike = self._sizes == after._sizes and len(self._entries) == len(after._entries)
-        if not alike or not all(map(operator.is_, self._entries, after._entries)):
-            later = {each[:2]: at for at, each in enumerate(after._found)}
-            for (index, name, one), size, content in zip(self._found, self._sizes, self._copies, strict=True):
+        alike = self.sizes == after.sizes and len(self.entries) == len(after.entries)
+        if not alike or not all(map(operator.is_, self.entries, after.entries)):
+            later = {each[:2]: at for at, each in enumerate(after.found)}
+            for (index, name, one), size, content in zip(self.found, self.sizes, self.copies, strict=True):
                 at = later.get((index, name))
                 if at is None:
                     continue
-                newer = after._copies[at]
-                both = after._found[at][2] is one and content is not None and newer is not None
-                if size != after._sizes[at] or (both and not _same(content, newer)):
+                newer = after.copies[at]
+                both = after.found[at][2] is one and content is not None and newer is not None
+                if size != after.sizes[at] or (both and not _same(content, newer)):
                     yield "content", index, name
-        for place, one in self._named.items():
-            if after._named.get(place) is one:
-                (_, count, values), (_, now, newer) = self._values[id(one)], after._values[id(one)]
+        for place, one in self.named.items():
+            if after.named.get(place) is one:
+                (_, count, values), (_, now, newer) = self.values[id(one)], after.values[id(one)]
                 if count != now and values is not None and newer is not None and not torch.equal(values, newer):
                     yield "content", *place  # a trial puts values back, which counts as a change
 
@@ -87,8 +87,8 @@ class Contents:
         """Give containers and tensors their contents back within the context. A large container only loses what was
         put to its end, and a large tensor keeps its values.
         """
-        containers = zip((each[2] for each in self._found), self._sizes, self._copies, strict=True)
-        before: list[tuple[Any, int, Any]] = [*self._values.values(), *containers]
+        containers = zip((each[2] for each in self.found), self.sizes, self.copies, strict=True)
+        before: list[tuple[Any, int, Any]] = [*self.values.values(), *containers]
         with torch.no_grad(), unfollowed():
             changed = [each for each in before if _has_changed(*each)]
             now = [(one, _copy(one)) for one, *_ in changed]

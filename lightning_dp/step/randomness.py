@@ -77,25 +77,27 @@ class Stream:
     """
 
     def __init__(self, words: bytes | tuple[int, ...]) -> None:
-        self._words = words
+        self.words = words
 
     @property
-    def _block(self) -> bytes:
-        return self._words if isinstance(self._words, bytes) else np.array(self._words, np.uint32).tobytes()
+    def block(self) -> bytes:
+        """The words as bytes."""
+        return self.words if isinstance(self.words, bytes) else np.array(self.words, np.uint32).tobytes()
 
-    def _leads_to(self, other: bytes) -> bool:
+    def leads_to(self, other: bytes) -> bool:
+        """Tell whether one of the next states has other words."""
         twister = np.random.MT19937()
-        key = np.frombuffer(self._block, np.uint32)
+        key = np.frombuffer(self.block, np.uint32)
         twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": _WORDS}}
         return any(_next_block(twister) == other for _ in range(_MOST_BLOCKS))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stream):
             return NotImplemented
-        if self._words == other._words:
+        if self.words == other.words:
             return True
-        one, two = self._block, other._block
-        return one == two or self._leads_to(two) or other._leads_to(one)
+        one, two = self.block, other.block
+        return one == two or self.leads_to(two) or other.leads_to(one)
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -56,7 +56,7 @@ class PrivacyState:
         self.checked_steps: list[int] = []
         self._kept_apart: list[str] = []
         self.decided: tuple[str, ...] = ()
-        self._seeded, self._secure, self._reduction = seeded, secure, "auto"
+        self._seeded, self._secure, self.stated_reduction = seeded, secure, "auto"
         self._earlier, self._own_steps = EarlierRuns(), False
 
     @classmethod
@@ -69,7 +69,7 @@ class PrivacyState:
             seeded=settings.seed is not None,
             secure=settings.secure_rng,
         )
-        state._reduction = settings.loss_reduction
+        state.stated_reduction = settings.loss_reduction
         if history is not None:
             state.begin_after(read_history(history))
         return state
@@ -151,7 +151,7 @@ class PrivacyState:
     def loss_reduction(self) -> str:
         """Way in which a scalar loss combines the samples: "mean" or "sum", as given or as found, resumed or not."""
         found = "sum" if _SUMMED in self._kept_apart else "mean"
-        return found if self._reduction == "auto" else self._reduction
+        return found if self.stated_reduction == "auto" else self.stated_reduction
 
     def note_sum(self, *, found: bool) -> None:
         """Take note that a loss whose reduction was not given is a sum over the batch, or drop this note."""

@@ -43,20 +43,20 @@ class Look:
     def __init__(self, layers: Layers, others: list[Any], more: Sequence[Any] = (), last: Look | None = None) -> None:
         self._source, self._others, self._more = layers, others, more
         layers = layers.now()
-        self._layers, self._children = layers.all, layers.children
+        self.layers, self._children = layers.all, layers.children
         with unfollowed():  # followed parameters would report each question
-            self._tensors = [*layers.parameters(), *(buffers := layers.buffers())]
-            self._changes = [changes_of(self._tensors), _addresses_of(self._tensors)]
-            self._trains = [tensor.requires_grad for tensor in self._tensors]
+            self.tensors = [*layers.parameters(), *(buffers := layers.buffers())]
+            self.changes = [changes_of(self.tensors), _addresses_of(self.tensors)]
+            self.trains = [tensor.requires_grad for tensor in self.tensors]
         self._attributes = [*map(vars, layers.own), *more]
-        self._held = [held.copy() for held in self._attributes]
-        counts = self._changes[0][len(self._tensors) - len(buffers) :]
-        self.contents: Contents = Contents(self._held, buffers, counts, None if last is None else last.contents)
+        self.held = [held.copy() for held in self._attributes]
+        counts = self.changes[0][len(self.tensors) - len(buffers) :]
+        self.contents: Contents = Contents(self.held, buffers, counts, None if last is None else last.contents)
         """Contents of containers and tensors in the attributes."""
-        self._modes = [layer.training for layer in layers.all]
-        self._numbers = held_numbers(others)
+        self.modes = [layer.training for layer in layers.all]
+        self.numbers = held_numbers(others)
         with unfollowed():
-            self._states = OptimizerStates(others)
+            self.states = OptimizerStates(others)
 
     def writes_until(self, after: Look, known: set[Any]) -> Iterator[tuple[Any, ...]]:
         """Yield a key for each write until a later look, the same one for a write of the same kind.
@@ -65,38 +65,38 @@ class Look:
             after: the later look.
             known: numbers of changes of all tensors whose keys have been yielded, and are not yielded again.
         """
-        same = [*map(operator.is_, self._tensors, after._tensors)]
-        (counts, places), (counts_after, places_after) = self._changes, after._changes
+        same = [*map(operator.is_, self.tensors, after.tensors)]
+        (counts, places), (counts_after, places_after) = self.changes, after.changes
         changes = tuple(map(operator.sub, counts_after, counts))
         if not all(same) or places != places_after or (any(changes) and changes not in known):
             if all(same) and places == places_after and len(known) < _MOST_KNOWN:
                 known.add(changes)
-            rows = zip(same, *self._changes, *after._changes, strict=False)
+            rows = zip(same, *self.changes, *after.changes, strict=False)
             for index, (is_same, before, old, now, new) in enumerate(rows):
                 if not is_same or now != before or old != new:
                     yield "tensor", index, is_same, now - before, old == new
-        if len(after._tensors) != len(self._tensors):
-            yield "number of tensors", len(after._tensors) - len(self._tensors)
-        if self._layers is not after._layers:  # an attribute of a layer is new, or a layer is
-            if len(after._layers) != len(self._layers):
-                yield "number of layers", len(after._layers) - len(self._layers)
-            pairs = enumerate(zip(self._layers, after._layers, strict=False))
+        if len(after.tensors) != len(self.tensors):
+            yield "number of tensors", len(after.tensors) - len(self.tensors)
+        if self.layers is not after.layers:  # an attribute of a layer is new, or a layer is
+            if len(after.layers) != len(self.layers):
+                yield "number of layers", len(after.layers) - len(self.layers)
+            pairs = enumerate(zip(self.layers, after.layers, strict=False))
             yield from (("layer", index) for index, (one, other) in pairs if one is not other)
-        if not _hold_the_same(self._held, after._held):
-            for index, (ours, others) in enumerate(zip(self._held, after._held, strict=False)):
+        if not _hold_the_same(self.held, after.held):
+            for index, (ours, others) in enumerate(zip(self.held, after.held, strict=False)):
                 found = ((name, ours.get(name, _ABSENT), others.get(name, _ABSENT)) for name in {**ours, **others})
                 yield from (("attribute", index, name) for name, one, other in found if not same_value(one, other))
         yield from self.contents.writes_until(after.contents)
-        for kind, flags, later in (("mode", self._modes, after._modes), ("trains", self._trains, after._trains)):
+        for kind, flags, later in (("mode", self.modes, after.modes), ("trains", self.trains, after.trains)):
             if flags != later:
                 yield from (
                     (kind, index, now)
                     for index, (then, now) in enumerate(zip(flags, later, strict=False))
                     if then != now
                 )
-        if self._numbers != after._numbers:
-            yield from (("number", name) for name in changed(_joined(self._numbers), _joined(after._numbers)))
-        yield from self._states.writes_until(after._states)
+        if self.numbers != after.numbers:
+            yield from (("number", name) for name in changed(_joined(self.numbers), _joined(after.numbers)))
+        yield from self.states.writes_until(after.states)
 
     @contextmanager
     def back_in(self) -> Iterator[None]:
@@ -104,32 +104,33 @@ class Look:
         of large tensors.
         """
         now = Look(self._source, self._others, self._more)
-        self._put_back()
+        self.put_back()
         try:
             with self.contents.back_in():
                 yield
         finally:
-            now._put_back()
+            now.put_back()
 
-    def _put_back(self) -> None:
-        for layer, children in zip(self._layers, self._children, strict=True):
+    def put_back(self) -> None:
+        """Give module and optimizers for good what :meth:`back_in` gives within a context, but for contents."""
+        for layer, children in zip(self.layers, self._children, strict=True):
             held = replace_children(layer)
             if held != children:
                 held.clear()
                 held.update(children)
-        for attributes, before in zip(self._attributes, self._held, strict=True):
+        for attributes, before in zip(self._attributes, self.held, strict=True):
             reset_attributes(
                 attributes, {name: each for name, each in before.items() if name not in NOT_PLAIN}, NOT_PLAIN
             )
-        for layer, training in zip(self._layers, self._modes, strict=True):
+        for layer, training in zip(self.layers, self.modes, strict=True):
             layer.training = training
         with unfollowed():
-            for tensor, trains in zip(self._tensors, self._trains, strict=True):
+            for tensor, trains in zip(self.tensors, self.trains, strict=True):
                 if tensor.requires_grad != trains and tensor.is_leaf:
                     tensor.requires_grad_(trains)
-            self._states.put_back()
+            self.states.put_back()
         for part, numbers in parts_of(self._others).items():
-            numbers.update(self._numbers.get(part, {}))
+            numbers.update(self.numbers.get(part, {}))
 
 
 class WriteWatch:

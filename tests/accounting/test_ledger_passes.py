@@ -1,5 +1,7 @@
 """Passes in a ledger: what they cost, and planned ones."""
 
+import pickle
+
 import pytest
 
 from lightning_dp.accounting import Ledger, LedgerEntry, Mechanism, PrivacyEvent
@@ -113,6 +115,25 @@ def test_extended_counts_planned_allocation_passes(runs, paid):
     assert longer.mechanisms() == {Mechanism(0.1, 2.0, 10): paid}
     assert longer.num_steps == 4 + sum(run[1] for run in runs)
     assert Ledger.from_state_dict(longer.state_dict()).state_dict() == longer.state_dict()
+
+
+@pytest.mark.parametrize("run", [(A, 3, 2), (LOUD, 3, 5), (TEN, 0, 1)])
+def test_refused_run_leaves_the_ledger_as_it_was(run):
+    ledger = Ledger()
+    ledger.record(LOUD, 4)
+    before = ledger.state_dict()
+    with pytest.raises(ValueError, match="Expected"):
+        ledger.record_run(run)
+    assert ledger.state_dict() == before
+
+
+def test_copies_grow_apart():
+    ledger = Ledger()
+    ledger.record(LOUD, 4)
+    before, other = ledger.state_dict(), ledger.copy()
+    other.record(LOUD, 4)
+    assert ledger.state_dict() == before
+    assert pickle.loads(pickle.dumps(other)).state_dict() == other.state_dict() != before
 
 
 def test_extended_leaves_the_ledger_alone_and_keeps_its_lineage():
