@@ -155,12 +155,24 @@ def test_sums_of_as_many_rows_as_records_need_owners(of_records: bool) -> None:
             _assert_step_agrees(engine, module, [int(one) for one in records.strip("-")], step)
 
 
+class Scale(nn.Module):
+    """A layer without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class Few(nn.Module):
     """A row for each record, though in some batches only one record has edges."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, how: str, *, by_rule: bool) -> None:
         super().__init__()
-        self.how, self.first, self.head = how, nn.Linear(4, 4), nn.Linear(4, 4)
+        self.how, self.first = how, nn.Linear(4, 4)
+        self.head = nn.Linear(4, 4) if by_rule else Scale()
 
     def sample_of_row(self, batch: Any) -> dict[str, Tensor]:
         return {"x": batch["of_node"], "edge": batch["of_edge"], "to": batch["of_edge"]}
@@ -177,10 +189,11 @@ class Few(nn.Module):
         return (self.head(total) - batch["y"]).square().sum(1)
 
 
+@pytest.mark.parametrize("by_rule", [True, False])
 @pytest.mark.parametrize("how", ["sums", "padded", "written"])
-def test_rows_without_data_are_not_of_the_only_record(how: str) -> None:
+def test_rows_without_data_are_not_of_the_only_record(how: str, by_rule: bool) -> None:
     torch.manual_seed(0)
-    module = Few(how)
+    module = Few(how, by_rule=by_rule)
     engine = make(module, module, lambda chosen: batch_of(chosen, 0))
     if how == "sums":
         _assert_step_agrees(engine, module, [2, 3], 1)
