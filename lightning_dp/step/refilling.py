@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 from lightning_dp.step.object_kinds import state_of_class
@@ -28,6 +30,42 @@ def same_content(holder: Any, content: Any) -> bool:
     if isinstance(content, set):
         return all(item in content for item in holder)
     return all(map(operator.is_, holder, content))
+
+
+class Stored:
+    """The content that a dictionary stores, whatever its class computes in place of it; for :func:`refill_mapping`.
+
+    The mappings of transformers would import all its models if they were asked.
+
+    Args:
+        held: the dictionary.
+    """
+
+    def __init__(self, held: dict[Any, Any]) -> None:
+        self._held, self._kind = held, OrderedDict if isinstance(held, OrderedDict) else dict
+
+    @staticmethod
+    def differs(holder: Any) -> bool:
+        """Tell whether the class of a dictionary has methods of its own to read it."""
+        kind, base = type(holder), OrderedDict if isinstance(holder, OrderedDict) else dict
+        return any(getattr(kind, name) is not getattr(base, name) for name in ("__iter__", "__len__", "keys", "values"))
+
+    def __len__(self) -> int:
+        return dict.__len__(self._held)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._kind.__iter__(self._held)
+
+    def values(self) -> list[Any]:
+        """Return the values in the order of the keys."""
+        return [dict.__getitem__(self._held, key) for key in self]
+
+    def clear(self) -> None:
+        """Remove all entries."""
+        self._kind.clear(self._held)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._kind.__setitem__(self._held, key, value)
 
 
 def refill_mapping(holder: Any, content: Any) -> None:

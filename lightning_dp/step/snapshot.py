@@ -17,7 +17,14 @@ from lightning_dp.step.kept_tensors import KeptTensor, Together, find_changed
 from lightning_dp.step.local import local_part
 from lightning_dp.step.object_kinds import kind_of, own_classes, slots_of, state_of_class
 from lightning_dp.step.randomness import generator_restorer
-from lightning_dp.step.refilling import refill_mapping, refill_sequence, reset_attributes, reset_class, same_content
+from lightning_dp.step.refilling import (
+    Stored,
+    refill_mapping,
+    refill_sequence,
+    reset_attributes,
+    reset_class,
+    same_content,
+)
 
 #: Attributes of every module that are not the user's state: hooks, and dictionaries that are followed by themselves.
 _MACHINERY = frozenset(nn.Module().__dict__) - {
@@ -185,9 +192,15 @@ class Snapshot:
             self._follow_attributes(value, depth)
 
     def _follow_container(self, value: Any, depth: int) -> None:
+        if isinstance(value, dict) and Stored.differs(value):
+            value = Stored(value)
+            content: Any = dict(zip(value, value.values(), strict=True))
+            self._keep(value, content, refill_mapping)
+            self._follow_all([*content.values()], depth)
+            return
         kind = dict if isinstance(value, MutableMapping) else set if isinstance(value, MutableSet) else list
         try:
-            content: Any = kind(value)
+            content = kind(value)
         except Exception:  # it cannot be read, such as a configuration that is None: its attributes hold all it has
             return
         self._keep(value, content, refill_sequence if kind is list else refill_mapping)

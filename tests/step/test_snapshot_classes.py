@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import UserList
+from collections import OrderedDict, UserList
 from typing import Any
 
 import torch
@@ -44,6 +44,29 @@ def test_container_that_cannot_be_read_is_put_back() -> None:
     snapshot.put_back()
     assert module.thing["sizes"] is unset
     assert unset.data is None
+
+
+class Loading(OrderedDict[str, Any]):
+    """A mapping that loads what it is asked for, as that from configurations to models of transformers."""
+
+    def _load(self, *given: Any) -> Any:
+        raise AssertionError("a snapshot asks for nothing that is not stored")
+
+    __len__ = __iter__ = keys = values = items = __getitem__ = _load
+
+
+def test_mapping_that_loads_on_demand_is_put_back_unread() -> None:
+    module, loading = Holder(), Loading()
+    OrderedDict.__setitem__(loading, "one", inner := [1])
+    OrderedDict.__setitem__(loading, "two", 2)
+    module.thing = loading
+    snapshot = Snapshot([module])
+    inner.append(7)
+    OrderedDict.move_to_end(loading, "one")
+    OrderedDict.__setitem__(loading, "two", 3)
+    snapshot.put_back()
+    assert [*OrderedDict.__iter__(loading)] == ["one", "two"]
+    assert [dict.__getitem__(loading, key) for key in ("one", "two")] == [[1], 2]
 
 
 def add_to_class(module: Any) -> None:
