@@ -31,6 +31,10 @@ MODULES = {
     "scikit-learn": "sklearn",
 }
 
+#: Files with the longest tests: one of them at the end would keep one process busy while the others have finished.
+LONG = {"test_examples.py", "test_gpu.py", "test_long_runs.py", "test_lost_rank.py", "test_nodes.py",
+        "test_real_models.py", "test_tutorials.py"}  # fmt: skip
+
 
 def optional_modules() -> set[str]:
     """Return the modules that the extras of the package install, except those of the extra ``test``."""
@@ -82,7 +86,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Leave to the slow tests the cases that ``one_in`` does not choose.
 
     It counts by the sum of the places of a case in its lists of parameters, so that every entry of every list is
-    chosen, but for lists that are shorter than the number.
+    chosen, but for lists that are shorter than the number. Long tests come first.
     """
     known: dict[Any, dict[Any, int]] = {}  # test and number of its list -> entry -> place
     for item in items:
@@ -98,6 +102,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             place += places.setdefault(entry, len(places))
         if place % mark.args[0]:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.name not in LONG)
     put_shared_runs_first(items)
 
 

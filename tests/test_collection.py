@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.conftest import put_shared_runs_first, pytest_collection_modifyitems
+from tests.conftest import LONG, put_shared_runs_first, pytest_collection_modifyitems
 
 ENTRIES = [object() for _ in range(6)]
 CASES = [(i, j) for i in range(6) for j in range(4)]
@@ -21,6 +22,7 @@ def items(num: int) -> list[Any]:
         added: list[Any] = []
         made.append(
             SimpleNamespace(
+                path=Path("test_any.py"),
                 function=items,
                 callspec=SimpleNamespace(params={"a": None, "b": ENTRIES[i], "c": ENTRIES[j]}),
                 iter_markers=lambda name: iter(marks),
@@ -47,6 +49,14 @@ def test_other_tests_run_all_cases() -> None:
     made = items(0)
     pytest_collection_modifyitems(made)
     assert not any(item.added for item in made)
+
+
+def test_files_with_long_tests_come_first() -> None:
+    names = ["test_any.py", "test_gpu.py", "test_other.py", "test_examples.py"]
+    made: list[Any] = [SimpleNamespace(path=Path(name), get_closest_marker=lambda name: None) for name in names]
+    pytest_collection_modifyitems(made)
+    assert [item.path.name for item in made] == ["test_gpu.py", "test_examples.py", "test_any.py", "test_other.py"]
+    assert {path.name for path in Path(__file__).parent.rglob("test_*.py")} >= LONG
 
 
 def test_tests_that_start_shared_runs_come_first() -> None:
