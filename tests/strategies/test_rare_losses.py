@@ -74,6 +74,7 @@ def fit(module: Module, tmp_path: Any, **options: Any) -> int:
     return steps
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_loss_that_a_rare_record_changes_is_refused(function: Losses, microbatch_size: Any, tmp_path: Any) -> None:
