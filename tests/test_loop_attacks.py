@@ -228,8 +228,14 @@ def test_batches_for_a_criterion_must_be_pairs() -> None:
 
 
 def test_drawn_batch_cannot_be_unpacked() -> None:
-    with start(epochs=1) as private, pytest.raises(TypeError, match="Pass it to step or backward"):
-        _, _ = next(iter(private.loader))
+    with start(epochs=1) as private:
+        batch = next(iter(private.loader))
+        with pytest.raises(TypeError, match=r"attempt to unpack it\. Pass it to step or backward"):
+            _, _ = batch
+        with pytest.raises(TypeError, match=r"attempt to take \[0\] of it\. Pass it to step or backward"):
+            batch[0]
+        with pytest.raises(AttributeError, match=r"attempt to take \.to of it\. Pass it to step or backward"):
+            batch.to("cpu")
 
 
 class Stream(IterableDataset):

@@ -32,10 +32,30 @@ class DrawnBatch(LogicalBatch):
         Raises:
             TypeError: always.
         """
-        raise TypeError(
-            "Expected the batch of a private loader whole, got an attempt to unpack it. Pass it to step or backward: "
-            "your loss function gets its records, in microbatches."
-        )
+        raise TypeError(_opaque("unpack it"))
+
+    def __getitem__(self, key: Any) -> Any:
+        """Refuse to take a part of the batch.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(_opaque(f"take [{key!r}] of it"))
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse methods and fields of the user's batch, such as ``batch.to(device)``.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(_opaque(f"take .{name} of it"))
+
+
+def _opaque(attempt: str) -> str:
+    return (
+        f"Expected the batch of a private loader whole, got an attempt to {attempt}. Pass it to step or backward: "
+        "your loss function gets its records, in microbatches."
+    )
 
 
 class LogicalBatches:
