@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -75,8 +76,10 @@ def reading(path: Any) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError, PrivacyError):
         raise
-    except (OSError, EOFError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError, LookupError, UnpicklingError) as error:
+        if "an allowed global" in str(error):  # the file is whole: torch says how to allow its classes
+            raise
         raise PrivacyError(
-            f"Expected a whole checkpoint, got {Path(str(path)).name}, which cannot be read: {error}. What its run has "
-            "spent is unknown: resume from an intact one."
+            f"Expected a whole checkpoint, got {Path(str(path)).name}, which cannot be read: {error!r}. What its run "
+            "has spent is unknown: resume from an intact one."
         ) from error

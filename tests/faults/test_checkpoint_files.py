@@ -9,6 +9,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -33,12 +34,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(
-    folder: Path, strategy: DPStrategy, *, save: bool = False, resume: Path | None = None, **options: Any
+    folder: Path,
+    strategy: DPStrategy,
+    *,
+    save: bool = False,
+    resume: Path | None = None,
+    weights_only: bool = True,
+    **options: Any,
 ) -> DPStrategy:
     callbacks = [ModelCheckpoint(dirpath=folder, save_top_k=-1)] if save else []
     trainer = make_trainer(strategy, folder, callbacks=callbacks, enable_checkpointing=save, **options)
     module = Classifier(optimizer=torch.optim.Adam)
-    trainer.fit(module, make_loader(), ckpt_path=resume, weights_only=True if resume else None)
+    trainer.fit(module, make_loader(), ckpt_path=resume, weights_only=weights_only if resume else None)
     return strategy
 
 
@@ -106,6 +113,20 @@ def test_a_checkpoint_cut_short_is_refused(trained: Path, tmp_path: Path, share:
     (tmp_path / "cut.ckpt").write_bytes(content[: int(len(content) * share)])
     with pytest.raises(PrivacyError, match=r"Expected a whole checkpoint, got cut\.ckpt, which cannot be read"):
         fit(tmp_path, DPStrategy(noise_multiplier=1.3), resume=tmp_path / "cut.ckpt", max_epochs=2)
+
+
+@pytest.mark.parametrize("content", [b"abc", b"a note\n", b"\x00" * 64])
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes, weights_only: bool) -> None:
+    (tmp_path / "note.ckpt").write_bytes(content)
+    with pytest.raises(PrivacyError, match=r"Expected a whole checkpoint, got note\.ckpt, which cannot be read"):
+        fit(tmp_path, DPStrategy(noise_multiplier=1.3), resume=tmp_path / "note.ckpt", weights_only=weights_only)
+
+
+def test_classes_that_torch_may_not_load_are_named_by_torch(tmp_path: Path) -> None:
+    torch.save({"hyper_parameters": Classifier()}, tmp_path / "object.ckpt")
+    with pytest.raises(UnpicklingError, match="not an allowed global"):
+        fit(tmp_path, DPStrategy(noise_multiplier=1.3), resume=tmp_path / "object.ckpt")
 
 
 def test_a_checkpoint_holds_plain_values_beside_its_tensors(trained: Path) -> None:
