@@ -100,6 +100,9 @@ def build_plan(
     )
     if settings.target_epsilon is not None:
         plan = replace(plan, noise_multiplier=_calibrated(plan, state))
+    elif plan.steps is None or start < plan.steps:
+        # an accountant without a bound for such steps would otherwise fail once they are taken
+        state.accountant.epsilon(state.ledger.extended(plan.runs(start, start + 1)), plan.delta)
     check_resumed(plan.state_dict(), restored, start)
     _check_noise_is_enough(plan, mechanisms, start)
     return plan

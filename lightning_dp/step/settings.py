@@ -113,6 +113,11 @@ class Settings:
                 "give their own losses: leave grad_sample out."
             )
         clipping = self.make_clipping()
+        if clipping is self.clipping and self.max_grad_norm not in (1.0, getattr(clipping, "max_grad_norm", None)):
+            raise ValueError(
+                f"Expected max_grad_norm with the name of a clipping, got max_grad_norm={self.max_grad_norm!r} with "
+                f"clipping={clipping!r}. An object has its own bound: pass the norm to it alone."
+            )
         if not clipping.bounded and self.target_epsilon is not None:
             raise ValueError(
                 f"Expected a clipping that bounds each sample with target_epsilon={self.target_epsilon!r}, got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
-from lightning_dp import DPDDPStrategy, DPStrategy, PrivacyError
+from lightning_dp import DPDDPStrategy, DPStrategy, FlatClipping, PrivacyError
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 
@@ -64,11 +65,23 @@ class Untouchable(torch.utils.data.Dataset):
         ({"noise_multipler": 1.0}, TypeError, "got noise_multipler=1.0. Did you mean noise_multiplier"),
         ({"noise_multiplier": 1.0, "public_optimizers": [-1]}, ValueError, "public_optimizers"),
         ({"target_epsilon": 1.0, "clipping": "none"}, ValueError, "epsilon is infinite"),
+        (
+            {"noise_multiplier": 1.0, "max_grad_norm": 2.0, "clipping": FlatClipping(0.5)},
+            ValueError,
+            r"got max_grad_norm=2\.0 with clipping=FlatClipping\(max_grad_norm=0\.5\)",
+        ),
     ],
 )
 def test_constructor_arguments(strategy: type, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         strategy(**arguments)
+
+
+def test_an_accountant_without_a_bound_is_refused_at_once(tmp_path: Path) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, accountant="gdp")
+    with pytest.raises(ValueError, match=r'Expected releases without sampling for accountant=.gdp.*accountant="pld"'):
+        make_trainer(strategy, tmp_path).fit(Classifier(), make_loader())
+    assert strategy.ledger.num_steps == 0
 
 
 @pytest.mark.parametrize(
