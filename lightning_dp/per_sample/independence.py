@@ -242,7 +242,7 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
     rest = (batched - product.square() / alone).clamp_min(0).sqrt() / batched.sqrt()
     if len(ratios) == 0 or not bool((rest <= 10 * tolerance).all()):
         return (
-            "No factor a sample explains it: samples influence each other. Likely causes: BatchNorm or another layer "
+            "No factor per sample explains it: samples influence each other. Likely causes: BatchNorm or another layer "
             "with statistics over the batch; attention, a contrastive loss or another term between samples; padding to "
             "the longest sample that no mask hides; a layout whose first axis is not the batch; randomness that is "
             "drawn in forward. Mask the padding, or change the layer or the loss."

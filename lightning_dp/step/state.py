@@ -124,10 +124,9 @@ class PrivacyState:
     @property
     def kept_apart(self) -> list[str]:
         """Reasons for treating samples as independent of each other, one entry per reason."""
-        steps = ", ".join(str(step + 1) for step in self.checked_steps)
-        checked = (
-            [f"checked on a few records before step{'s' * (len(self.checked_steps) > 1)} {steps}"] if steps else []
-        )
+        steps = [str(step + 1) for step in dict.fromkeys(self.checked_steps)]
+        listed = f"step{'s' * (len(steps) > 1)} {', '.join(steps)}"
+        checked = [f"checked on a few records before {listed}"] if steps else []
         return list(dict.fromkeys([*self._kept_apart, *checked]))
 
     def note_kept_apart(self, why: str) -> None:

@@ -98,8 +98,8 @@ def test_compare_accepts_a_mean_over_samples() -> None:
         (squared_loss, r"from -\d+\.\d+ to \d+\.\d+: the step trains a function of the whole batch's loss"),
         (logarithm_loss, r"samples share a denominator or another function.*square or logarithm of the batch's loss"),
         (window_loss, r"3 of 4 samples have a gradient when run alone and none in the batch.*random windows"),
-        (contrastive_loss, r"No factor a sample explains it.*attention.*padding to the longest sample that no"),
-        (normalized_loss, r"No factor a sample explains it: samples influence each other"),
+        (contrastive_loss, r"No factor per sample explains it.*attention.*padding to the longest sample that no"),
+        (normalized_loss, r"No factor per sample explains it: samples influence each other"),
     ],
 )
 def test_compare_names_the_cause_of_a_difference(loss_of: Losses, cause: str) -> None:

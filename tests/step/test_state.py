@@ -40,6 +40,12 @@ def test_releases_on_one_batch_add_up_their_precision() -> None:
     assert state.ledger.entries[0].event.noise_multiplier == state.plan.sigma(0)
 
 
+def test_steps_of_checks_in_two_fits_are_stated_once() -> None:
+    state = make_state()
+    state.checked_steps += [0, 1, 9, 0, 1]
+    assert state.kept_apart == ["checked on a few records before steps 1, 2, 10"]
+
+
 def test_release_without_noise_is_written_as_unprotected() -> None:
     state = make_state(make_plan(FlatClipping(1.0), noise_multiplier=0.0))
     state.begin_step()
