@@ -235,6 +235,13 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
             "count depends on the others. Likely causes: rows that are drawn or chosen from the whole batch, such as "
             f"random windows or hard examples. Draw from each record by itself, or {_SINGLE}."
         )
+    added = int(((totals_s <= tolerance**2 * largest) & (totals_b > tolerance * largest)).sum())
+    if 0 < added < len(totals_s):
+        return (
+            f"{added} of {len(totals_s)} samples have a gradient in the batch and none when run alone: the others "
+            "decide how much a sample counts. Likely causes: weights from counts of the batch, such as pos_weight; "
+            "values less their mean over the batch. Use constants that are public, for these weights or means."
+        )
     used = (totals_s > 0) & (totals_b > 0)
     batched, alone, product = totals_b[used], totals_s[used], totals_bs[used]
     ratios = product / alone

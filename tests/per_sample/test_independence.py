@@ -85,6 +85,13 @@ def window_loss(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x).tanh().square().sum(1)[len(x) // 2 :][:1].mean()
 
 
+def counted_loss(layer: nn.Module, x: Tensor) -> Tensor:
+    """Weights of positive samples from a count of the others, of which a sample alone has none."""
+    positive = x.detach()[:, 0] > 0
+    weight = (~positive).sum() / positive.sum()
+    return (layer(x).square().sum(1) * torch.where(positive, weight, 1.0)).mean()
+
+
 def test_compare_accepts_a_mean_over_samples() -> None:
     compare_with_singles(*gradients_of(mean_loss))
 
@@ -98,6 +105,7 @@ def test_compare_accepts_a_mean_over_samples() -> None:
         (squared_loss, r"from -\d+\.\d+ to \d+\.\d+: the step trains a function of the whole batch's loss"),
         (logarithm_loss, r"samples share a denominator or another function.*square or logarithm of the batch's loss"),
         (window_loss, r"3 of 4 samples have a gradient when run alone and none in the batch.*random windows"),
+        (counted_loss, r"\d of 4 samples have a gradient in the batch and none when run alone.*such as pos_weight"),
         (contrastive_loss, r"No factor per sample explains it.*attention.*padding to the longest sample that no"),
         (normalized_loss, r"No factor per sample explains it: samples influence each other"),
     ],
