@@ -115,7 +115,7 @@ class Look:
         """Give module and optimizers for good what :meth:`back_in` gives within a context, but for contents."""
         for layer, children in zip(self.layers, self._children, strict=True):
             held = replace_children(layer)
-            if held != children:
+            if isinstance(held, dict) and held != children:  # those of a scripted module are fixed
                 held.clear()
                 held.update(children)
         for attributes, before in zip(self._attributes, self.held, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dp import DPStrategy
+from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, NUM_RECORDS, Classifier, make_loader, make_trainer
 
 pytestmark = [  # torch's own warnings, when its compiler is imported and when it looks at an input
@@ -59,3 +59,23 @@ def test_compiled_code_runs_for_single_samples_alone(tmp_path: Any, caplog: Any,
     assert ("(network.activation)" in caplog.text) == (how == "function" and not num)
     given(torch.ones(2, NUM_FEATURES))
     assert len(runs) > num
+
+
+@pytest.mark.parametrize("grad_sample", ["auto", "single"])
+def test_scripted_layers_run_one_sample_at_a_time(tmp_path: Any, caplog: Any, grad_sample: Any) -> None:
+    """What checks raise within the interpreter of scripts reaches them without its text."""
+    caplog.set_level(logging.INFO)
+    module = Classifier()
+    module.network = nn.Sequential(nn.Linear(NUM_FEATURES, 3), torch.jit.script(nn.Linear(3, NUM_CLASSES)))
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, grad_sample=grad_sample)
+    make_trainer(strategy, tmp_path).fit(module, make_loader())
+    assert strategy.settings.grad_sample == grad_sample
+    assert "one sample runs at a time" in strategy.privacy_statement()
+    assert ("Leave torch.jit out" in caplog.text) == (grad_sample == "auto")
+
+
+def test_scripted_layers_are_refused_by_rules(tmp_path: Any) -> None:
+    module = Classifier()
+    module.network = nn.Sequential(nn.Linear(NUM_FEATURES, 3), torch.jit.script(nn.Linear(3, NUM_CLASSES)))
+    with pytest.raises(PrivacyError, match=r"got scripted code of torch\.jit.*Leave torch\.jit out"):
+        make_trainer(DPStrategy(noise_multiplier=1.0, grad_sample="rules"), tmp_path).fit(module, make_loader())
