@@ -47,7 +47,7 @@ class DPStrategy(PrivateStrategy, SingleDeviceStrategy):
         secure_rng: draw the noise from a cryptographic generator against floating-point attacks (slower).
         seed: for tests only: makes sampling and noise predictable, which voids the guarantee against those who know it.
         allow_public_checkpoint: accept a checkpoint without a ledger, asserting that it never saw private data.
-        max_grad_norm: clipping norm C > 0 of one sample's gradient.
+        max_grad_norm: clipping norm C > 0 of one sample's gradient; "automatic" and "psac" do not use it.
         clipping: "flat", "per_layer", "automatic", "psac", "none" or a ``Clipping``.
         sampling: "poisson"; "shuffle": each record in exactly one batch per pass (streams need it); or "cyclic": the
             same batches in every pass, for correlated noise.
