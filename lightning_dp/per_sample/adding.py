@@ -1,12 +1,14 @@
-"""Owners of sums of rows, of which an index says where each is added."""
+"""Owners of rows that are put, or added, where an index or a mask says."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.memo import Memo
-from lightning_dp.per_sample.owned import MIXED, NOBODY, Owners, Rows
+from lightning_dp.per_sample.owned import MIXED, NOBODY, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step, entry_by_entry
 
 
@@ -22,6 +24,22 @@ def added(step: Step) -> Found:
     # counted constants belong to the owner of the index
     rows = by_id.get(id(source), by_id.get(id(index)))
     return after_adding(target, dim, index, by_id.get(id(target)), rows, step.memo)
+
+
+def filled(step: Step) -> Found:
+    """Return the owners after entries are put, one after the other, where a mask of their owner says."""
+    target, mask, source = step.args
+    by_id = {id(tensor): rows for tensor, rows in step.owned}
+    nobody = step.identity.new_full((1,), NOBODY)
+    labels, chosen, put = (
+        nobody.expand(one.shape) if (rows := by_id.get(id(one))) is None else rows.labels(one.shape)
+        for one in (target, mask, source)
+    )
+    made = labels.expand(step.out.shape).contiguous().masked_scatter_(mask, put.contiguous())
+    chosen = chosen.expand(step.out.shape)
+    if not bool(((chosen == made) | (chosen == NOBODY) | (made == NOBODY)).all()):
+        return MIXED
+    return compressed(torch.maximum(made, chosen), step.memo.shared)
 
 
 def counted(step: Step) -> Found:
@@ -117,3 +135,10 @@ def _sums(
     if fitting and all(torch.equal(fitting[0].index, other.index) for other in fitting[1:]):
         return fitting[0]  # also the rows that nothing was added to
     return Rows(0, made)
+
+
+HANDLERS: dict[str, Callable[[Step], Found]] = {
+    "bincount": counted,
+    "segment_reduce": segmented,
+    "masked_scatter": filled,
+}

@@ -22,17 +22,23 @@ _REDUCES_SECOND = """
     norm vector_norm linalg_norm linalg_vector_norm topk kthvalue fft_fft fft_ifft fft_rfft fft_irfft fft_hfft
     fft_ihfft
 """
-_LAST_AXIS = frozenset(
-    ["sort", "argsort", "topk", "kthvalue", "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft"]
-)
+_OF_PICTURES = "fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2"
+_DEFAULTS: dict[str, int | tuple[int, ...]] = {
+    **dict.fromkeys(_REDUCES_SECOND.split()[4:], -1),
+    **dict.fromkeys(("sort", "argsort"), -1),
+    **dict.fromkeys(_OF_PICTURES.split(), (-2, -1)),
+}
+"""The axes over which operations compute that are given none, if these are not all."""
 _IMAGES = """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d max_pool3d
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d group_norm instance_norm upsample_nearest1d upsample_nearest2d upsample_linear1d
     upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d im2col pixel_shuffle pixel_unshuffle glu
+    channel_shuffle native_channel_shuffle affine_grid_generator
 """
-REDUCING = {**dict.fromkeys(_REDUCES.split(), 1), **dict.fromkeys(_REDUCES_SECOND.split(), 2)}
+_OVER_SECOND = [*_REDUCES_SECOND.split(), *_OF_PICTURES.split(), "fft_fftn", "fft_ifftn"]
+REDUCING = {**dict.fromkeys(_REDUCES.split(), 1), **dict.fromkeys(_OVER_SECOND, 2)}
 """Names of operations that compute over some axes, with the position of the argument that names these."""
 
 JOINS = frozenset(("cat", "concat", "concatenate"))
@@ -47,7 +53,7 @@ def first_of(out: Any) -> Tensor:
 
 
 def _reduced(
-    tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any, *, at: int, default: int | None
+    tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any, *, at: int, default: int | tuple[int, ...] | None
 ) -> int | None:
     if len(args) > 1 and isinstance(args[1], Tensor):
         return None
@@ -179,7 +185,7 @@ def _stacked(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int
 
 
 AXES: dict[str, AxisAfter] = {
-    **{name: partial(_reduced, at=at, default=-1 if name in _LAST_AXIS else None) for name, at in REDUCING.items()},
+    **{name: partial(_reduced, at=at, default=_DEFAULTS.get(name)) for name, at in REDUCING.items()},
     **dict.fromkeys(_IMAGES.split(), _of_images),
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
     **dict.fromkeys(("pad", "constant_pad_nd"), _padded),

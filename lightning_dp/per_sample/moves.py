@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample import reductions
-from lightning_dp.per_sample.adding import added, after_adding, counted, segmented
+from lightning_dp.per_sample import adding, reductions
+from lightning_dp.per_sample.adding import added, after_adding, filled
 from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.axes import JOINS, AxisAfter, indexed
 from lightning_dp.per_sample.entries import by_entry
@@ -31,10 +31,11 @@ _UNARY = """
     long int bool detach threshold hardshrink softshrink tanhshrink rrelu lgamma digamma invert __invert__ __neg__
     __abs__ __pos__ tril triu cpu cuda requires_grad_ data real imag prelu asin acos atan asinh acosh atanh sinh cosh
     sinc angle conj conj_physical resolve_conj positive erfinv bitwise_and bitwise_or bitwise_xor heaviside complex
-    polar bucketize normal poisson binomial _standard_gamma special_xlogy as_tensor asarray
+    arcsin arccos arctan arcsinh arccosh arctanh deg2rad rad2deg fix byte short special_ndtr special_log_ndtr polar
+    special_xlogy bucketize normal poisson binomial _standard_gamma as_tensor asarray
 """
 _MOVES = """
-    __getitem__ index_select gather take take_along_dim cat concat concatenate stack hstack vstack split
+    __getitem__ index_select gather take take_along_dim cat concat concatenate stack hstack vstack dstack split hsplit
     split_with_sizes tensor_split chunk unsafe_chunk unsafe_split unbind narrow select transpose swapaxes swapdims
     movedim moveaxis permute t T mT H mH adjoint view reshape flatten unflatten ravel squeeze unsqueeze expand repeat
     repeat_interleave tile broadcast_to flip fliplr flipud roll rot90 diagonal unfold masked_select expand_as view_as
@@ -218,12 +219,11 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(_MOVES.split(), _moved),
     **dict.fromkeys(_ADDING, added),
     "__setitem__": _written,
-    "bincount": counted,
-    "segment_reduce": segmented,
     "as_strided": _strided,
+    **adding.HANDLERS,
     **reductions.HANDLERS,
 }
-_TAKES_WHOLE = frozenset((_moved, entry_by_entry, reductions.where, _written, added))
+_TAKES_WHOLE = frozenset((_moved, entry_by_entry, reductions.where, _written, added, filled))
 """Functions that know tensors which belong to one sample as a whole."""
 
 
@@ -272,7 +272,7 @@ def handler_of(name: str) -> Callable[[Step], Found] | None:
 
 def _fills(step: Step, handler: Callable[[Step], Found] | None) -> bool:
     """Tell whether an operation puts entries into a tensor without data that may have rows of all samples."""
-    if handler not in (_written, added):
+    if handler not in (_written, added, filled):
         return False
     target = step.args[0]
     return 1 < len(step.identity) in target.shape and all(tensor is not target for tensor, _ in step.owned)

@@ -169,13 +169,14 @@ def _tensordot(step: Step) -> Found:
 
 
 def _compared(step: Step) -> Found:
-    """Rows compared along one axis, which the result does not have."""
-    axes = max(tensor.dim() for tensor in step.args[:2])
-    over = step.kwargs.get("dim", step.args[2] if len(step.args) > 2 else 1) % axes
+    """Rows compared, or multiplied, along one axis."""
+    axes, out = max(tensor.dim() for tensor in tensors_in(step.args, step.kwargs)), first_of(step.out)
+    at, default = _COMPARING[step.func.__name__]
+    over = step.kwargs.get("dim", step.args[at] if at and len(step.args) > at else default)
     found = merged([(tensor.dim(), rows) for tensor, rows in step.owned], axes, step.memo)
-    if not isinstance(found, Rows) or found.axis is None or found.axis == over:
+    if not isinstance(over, int) or not isinstance(found, Rows) or found.axis is None or found.axis == over % axes:
         return MIXED
-    return found.moved(found.axis - (over < found.axis))
+    return found.moved(found.axis - (out.dim() < axes and over % axes < found.axis))
 
 
 def _losses_of_rows(step: Step) -> Found:
@@ -186,7 +187,7 @@ def _losses_of_rows(step: Step) -> Found:
 
 
 def _unpooled(step: Step) -> Found:
-    """Images, and the places that their entries go to, of the same samples."""
+    """Images, and the places that their entries go to or come from, of the same samples."""
     found = entry_by_entry(step)
     return found if isinstance(found, Rows) and found.axis == 0 else MIXED
 
@@ -211,10 +212,19 @@ def _attention(step: Step) -> Found:
     return found if isinstance(found, Rows) and (found.axis or 0) < first_of(step.out).dim() - 2 else MIXED
 
 
+_COMPARING: dict[str, tuple[int | None, int | None]] = {
+    "cosine_similarity": (2, 1),
+    "pairwise_distance": (None, -1),
+    "linalg_vecdot": (None, -1),
+    "linalg_cross": (None, -1),
+    "cross": (2, None),
+}
+"""Operations along one axis of two tensors: position of the argument that names it, and its default."""
+
 _OF_MATRICES = """
     linalg_solve_triangular linalg_solve linalg_inv inverse linalg_cholesky cholesky cholesky_solve linalg_matrix_exp
     matrix_exp linalg_matrix_power linalg_det det logdet linalg_slogdet slogdet linalg_eigh linalg_qr linalg_svd
-    linalg_pinv
+    linalg_pinv pinverse matrix_power linalg_eigvalsh linalg_svdvals linalg_inv_ex linalg_cholesky_ex
 """
 
 _LOSSES_OF_ENTRIES = """
@@ -227,11 +237,11 @@ HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(REDUCING, _reduced),
     "cumsum": _running,
     **dict.fromkeys(("matmul", "mm", "mv", "bmm", "__matmul__", "__rmatmul__"), _matmul),
-    **dict.fromkeys(("max_unpool1d", "max_unpool2d", "max_unpool3d"), _unpooled),
+    **dict.fromkeys(("max_unpool1d", "max_unpool2d", "max_unpool3d", "grid_sampler"), _unpooled),
     **dict.fromkeys(("nonzero", "argwhere"), positions),
     "where": where,
     "broadcast_tensors": _broadcast,
-    "cosine_similarity": _compared,
+    **dict.fromkeys(_COMPARING, _compared),
     "einsum": _einsum,
     "tensordot": _tensordot,
     "baddbmm": _stacked,

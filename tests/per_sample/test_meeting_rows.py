@@ -26,6 +26,9 @@ MEETINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "tensordot with itself": lambda square: torch.tensordot(square, square, ([0], [0])),
     "tensordot over rows": lambda square: torch.tensordot(square, ones(len(square), len(square)), ([0], [0])),
     "likeness along rows": lambda square: F.cosine_similarity(square, ones(*square.shape), dim=0)[:, None],
+    "product along rows": lambda square: torch.linalg.vecdot(square, ones(*square.shape), dim=0)[:, None],
+    "distances of columns": lambda square: F.pairwise_distance(square.T, ones(*square.shape))[:, None],
+    "put by masks of others": lambda square: square.masked_scatter(square == square, square.flip(0)),
     "largest of two": lambda square: torch.max(square, square.flip(0)),
 }
 

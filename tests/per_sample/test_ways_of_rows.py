@@ -132,6 +132,34 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
         {"w": drawn(3), "a": drawn(4, 2)},
     ),
     "cosines": (lambda m, x: F.cosine_similarity(x[:, :1], m.w[None], dim=-1), {"w": drawn(5, 3)}),
+    "cross products": (
+        lambda m, x: (torch.linalg.cross(x, x.square() * m.w) + torch.cross(x, x.sin(), dim=2)) * m.w,
+        {"w": drawn(3)},
+    ),
+    "distances of pairs": (
+        lambda m, x: (F.pairwise_distance(x, 2 * x) + torch.linalg.vecdot(x[:, :1].mT, x[:, 1:2].mT, dim=1)) @ m.w,
+        {"w": drawn(4, 2)},
+    ),
+    "put where a mask says": (
+        lambda m, x: x.masked_scatter(x > 0, x.exp()[x > 0] + 1) * m.w,
+        {"w": drawn(3)},
+    ),
+    "constants put where a mask says": (
+        lambda m, x: torch.zeros_like(x).masked_scatter(x[:, :, :1] > 0, torch.ones(x.numel()).double()) * m.w,
+        {"w": drawn(3)},
+    ),
+    "spectra of pictures": (
+        lambda m, x: torch.fft.irfft2(torch.fft.rfft2(x) * m.w, s=(4, 3)) * m.w,
+        {"w": drawn(1)},
+    ),
+    "sampled from pictures": (
+        lambda m, x: F.grid_sample(x[:, None], x[:, None, :, :2].tanh(), align_corners=False)[:, 0, 0] @ m.w,
+        {"w": drawn(4, 2)},
+    ),
+    "turned pictures": (
+        lambda m, x: F.affine_grid(x[:, :2], [len(x), 1, 2, 2], align_corners=False).flatten(1) @ m.w,
+        {"w": drawn(8, 2)},
+    ),
     "entries by two indices": (
         lambda m, x: m.w[(x[:, 0, 0] > 0).long(), (x[:, 1, 0] > 0).long() - 1] * x[:, 0, 0],
         {"w": drawn(2, 2)},
