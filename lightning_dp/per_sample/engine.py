@@ -150,8 +150,6 @@ class PerSampleEngine(GradientEngine):
     ) -> None:
         if not (len(sizes) == 2 and min(sizes) >= 2 and sizes[0] != sizes[1]):
             raise ValueError(f"Expected two different sizes of at least 2, got sizes={tuple(sizes)}.")
-        if not_real := [name for name, parameter in self._parameters.items() if parameter.is_complex()]:
-            raise PrivacyError(f"Rules follow real parameters alone, and {not_real[0]!r} is complex.")
         self.end()
         self._rows.learn(run, (sizes[0], sizes[1]), more=more, alike=alike)
 

@@ -21,6 +21,7 @@ from lightning_dp.per_sample.arguments import NO_TENSORS, tensors_in
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.composites import entered
 from lightning_dp.per_sample.entries import after_mixed
+from lightning_dp.per_sample.functions import in_real_numbers
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.memo import Memo, merged
 from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, keeps_to_positions, moved_entries, owners_after
@@ -149,7 +150,7 @@ class Follower(Telling):
                 operation = operation_of(func)
                 if operation is not None and operation.is_composite and torch.is_grad_enabled():
                     with self:
-                        return operation.run(self.tracker, func, args, kwargs)
+                        return operation.run(self.tracker, func, *in_real_numbers(self.tracker, args, kwargs))
                 break
         else:
             if traits.is_entered:
@@ -286,8 +287,7 @@ class Follower(Telling):
         if traits.handler is None and (known := operation_of(func)) is not None and known.keeps_rows:
             return owned[0][1]
         try:
-            samples = self.samples(owned[0][0].device)
-            step = Step(func, args, kwargs, out, owned, samples.index, self.memo)
+            step = Step(func, args, kwargs, out, owned, self.samples(owned[0][0].device).index, self.memo)
             return owners_after(step, traits.handler, traits.axis_after)
         except (IndexError, RuntimeError, TypeError, ValueError):  # arguments given in a way that is not known here
             return MIXED

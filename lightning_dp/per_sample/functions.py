@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import custom_call, in_transform, is_view
+from lightning_dp.per_sample._torch import custom_call, in_transform, is_view, real_view, unreported
 from lightning_dp.per_sample.arguments import exchanged, tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, region_of
@@ -63,7 +63,7 @@ def _stand_in(tracker: Tracker, node: Node, parameter: Tensor) -> Tensor:
     name = node.name
     if name not in tracker.stand_ins:
         if tracker.observer is not None:
-            return parameter
+            return real_view(parameter)
 
         def take(leaf: Tensor) -> None:
             leaf.grad = None
@@ -75,10 +75,35 @@ def _stand_in(tracker: Tracker, node: Node, parameter: Tensor) -> Tensor:
                 f"Expected functions of {name!r} alone outside of torch.func, got one within torch.vmap or another "
                 f"transform. Compute it before the transform; {WAY_OUT}."
             )
-        leaf = parameter.detach().requires_grad_()
+        leaf = real_view(parameter.detach()).requires_grad_()
         leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
         tracker.stand_ins[name] = leaf
     return tracker.stand_ins[name]
+
+
+def in_real_numbers(tracker: Tracker, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return arguments with each complex parameter as a function of real numbers: its real and imaginary parts."""
+    if not tracker.complex_parameters:
+        return args, kwargs
+    found = [one for one in tensors_in(args, kwargs) if id(one) in tracker.complex_parameters and one.requires_grad]
+    own = {id(one): _of_real(tracker, one) for one in found}
+    return exchanged(args, kwargs, own) if own else (args, kwargs)
+
+
+def _of_real(tracker: Tracker, parameter: Tensor) -> Tensor:
+    """Return a complex parameter as a function of real numbers, the same one in the whole microbatch."""
+    node = tracker.known_node(parameter)
+    assert node is not None
+    key = ("complex", node.name)
+    if key not in tracker.copies:
+        with torch.enable_grad(), unreported():
+            made: Any = torch.view_as_complex(_stand_in(tracker, node, parameter))
+        made.__class__, made.began, began = tracker.function_class, made.grad_fn, (made.grad_fn, made.output_nr)
+        generation = tracker.recorder.generation
+        made.node = Node(node.name, node.names, tracker.number(key), made, None, began, generation)
+        tracker.copies[key] = made
+    found: Tensor = tracker.copies[key]
+    return found
 
 
 def connected(tracker: Tracker, node: Node, thing: Function) -> Node | None:
@@ -117,7 +142,7 @@ def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any)
         return out
     own = [node for one in call[1] if (node := tracker.known_node(one)) is not None]
     names = tuple(dict.fromkeys(name for node in own for name in node.names))
-    if not all(map(_is_constant, call[1])):
+    if not all(map(_is_constant, call[1])) or any(node.is_view and node.dtype.is_complex for node in own):
         tracker.hidden.update(dict.fromkeys(names, call[0]))
         return out
     nodes = [node for one in tensors_in(args, kwargs) if (node := tracker.known_node(one)) is not None]

@@ -119,7 +119,7 @@ def aligned(
     def copies(tensor: Tensor, node: Node) -> Tensor:
         shape = padded[id(tensor)]
         assert shape is not None
-        dtype = wide.dtype if tensor.dim() == 0 and wide is not None else tensor.dtype
+        dtype = torch.result_type(wide, tensor) if tensor.dim() == 0 and wide is not None else tensor.dtype
         held = node.is_view and tensor.data_ptr(), num_changes(tensor)
         key = (node.key, held, tensor.dtype, shape, axis.axis, axis.sample_major, rows, dtype)
         shared: Tensor | None = None if in_backward() else tracker.copies.get(key)

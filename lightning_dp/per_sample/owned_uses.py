@@ -192,7 +192,7 @@ def _aligned(
             tracker, tensor, node, leaves.along(tensor.detach(), padded, rows.axis, rows.index.shape[0]), _axis(rows)
         )
         if tensor.dim() == 0 and wide is not None:
-            made = made.to(wide.dtype)
+            made = made.to(torch.result_type(wide, tensor))
         copies[id(tensor)] = made
     return copies
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample.combining import add_combined, is_joined, norm_of
 from lightning_dp.per_sample.nodes import Node, Region, view_of
 from lightning_dp.per_sample.pulling import pulled_back
@@ -166,7 +167,7 @@ class Parts:
                 return out[name]
             if scratch:
                 return scratch[name].zero_()
-            return torch.zeros_like(self._parameters[name], dtype=out[name].dtype)
+            return torch.zeros_like(real_view(self._parameters[name].detach()), dtype=out[name].dtype)
 
         def take(name: str, total: Tensor) -> None:
             if total is not out[name]:

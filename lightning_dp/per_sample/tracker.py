@@ -18,7 +18,7 @@ from lightning_dp.per_sample import leaves, mapping, owned_uses, twice
 from lightning_dp.per_sample._torch import in_backward, uncompiled, unreported
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.functions import connected, derive, within_custom
+from lightning_dp.per_sample.functions import connected, derive, in_real_numbers, within_custom
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.learned import Key, Learned
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, reporting_class
@@ -56,8 +56,7 @@ class Tracker:
         """Copies of parameters for the samples, which all elementwise operations of a microbatch share."""
         self.blocks: dict[Hashable, set[int]] = {}  # blocks of parameters that were used one by one, see leaves.py
         self._sharing = Sharing()
-        self._counts: dict[Key, int] = {}
-        self._lineages: dict[Hashable, int] = {}
+        self._counts, self._lineages, self.complex_parameters = dict[Key, int](), dict[Hashable, int](), set[int]()
         self.labels: dict[Hashable, tuple[int, str, tuple[str, ...]]] = {}  # number, label, parameters of lineages
         self._classes: dict[type[Any], type[Any]] = {}
         self.function_class: type[Function] = reporting_class(Function, self)
@@ -93,7 +92,7 @@ class Tracker:
         self.stop()
         self.parameters = dict(parameters)
         self._nodes = {id(p): Node(name, (name,), self.number(name), p) for name, p in parameters.items()}
-        self.sources = {}
+        self.sources, self.complex_parameters = {}, {id(p) for p in parameters.values() if p.is_complex()}
 
     def start(self) -> None:
         """Make the parameters report every operation on them."""
@@ -172,6 +171,7 @@ class Tracker:
             if observer is not None:
                 observer.skip(self, args, kwargs)
             return within_custom(self, func, args, kwargs, out)
+        args, kwargs = in_real_numbers(self, args, kwargs)
         if operation.is_composite:
             return operation.run(self, func, args, kwargs)
         return self.run_one(operation, func, args, kwargs)
@@ -280,8 +280,8 @@ class Tracker:
         if self.follower is not None:
             return owned_uses.plan_of(self, func, node, tensors)
         assert self.learned is not None
-        key = (func.__name__, node.lineage)
-        found = self.learned.plan(key, self.index_of, tensors, self.recorder.batch_size, self.joined)
+        key, size = (func.__name__, node.lineage), self.recorder.batch_size
+        found = self.learned.plan(key, self.index_of, tensors, size, self.joined)
         if isinstance(found, str):
             raise PrivacyError(
                 f"Expected {func.__name__} to meet {node.name!r} in a way that was learned, {found} {WAY_OUT}."

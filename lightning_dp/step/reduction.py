@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_dp.clipping import Clipping
 from lightning_dp.errors import PrivacyError
 from lightning_dp.masks import ParameterMask
+from lightning_dp.per_sample._torch import real_view
 from lightning_dp.step.accumulator import Accumulator
 
 
@@ -105,7 +106,8 @@ class Reduction:
 
     def weighted_sum(self, engine: Any, factors: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's part of a weighted sum of gradients for a trial to compare; ``factors`` has shape (B,)."""
-        out = {name: torch.zeros_like(parameter, dtype=factors.dtype) for name, parameter in parameters.items()}
+        parts = {name: real_view(parameter.detach()) for name, parameter in parameters.items()}
+        out = {name: torch.zeros_like(part, dtype=factors.dtype) for name, part in parts.items()}
         engine.accumulate(factors[None], [list(parameters)], out)
         return out
 

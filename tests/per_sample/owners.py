@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample import PerSampleEngine
 
 Loss = Callable[[Any], Tensor]
@@ -54,7 +55,7 @@ def assert_agrees(
         loss(batch_of([sample])).sum().backward()
         for name in names:
             grad = module.get_parameter(name).grad
-            expected[name].append(torch.zeros_like(module.get_parameter(name)) if grad is None else grad)
+            expected[name].append(real_view(torch.zeros_like(module.get_parameter(name)) if grad is None else grad))
     module.zero_grad()
     scale = 1.0 + max(float(grad.abs().max()) for grads in expected.values() for grad in grads)
     for order in ("norms first", "gradients first"):
@@ -64,7 +65,7 @@ def assert_agrees(
         norms = engine.squared_norms([names, *[[name] for name in names]])
         factors = torch.linspace(0.5, 1.5, size, dtype=norms.dtype)
         factors[1:2] = 0.0
-        out = {name: torch.zeros_like(module.get_parameter(name)) for name in names}
+        out = {name: torch.zeros_like(real_view(module.get_parameter(name).detach())) for name in names}
         engine.accumulate(factors[None], [names], out)
         grads = grads or engine.per_sample_gradients()
         engine.end()
