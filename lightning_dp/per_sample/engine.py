@@ -18,10 +18,11 @@ from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.combining import zero_gradient
 from lightning_dp.per_sample.joining import Joining
-from lightning_dp.per_sample.layout import PENALTY, WAY_OUT
+from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.learning import Rows
 from lightning_dp.per_sample.parts import Parts
 from lightning_dp.per_sample.tracker import Tracker
+from lightning_dp.per_sample.untracked import cause_of
 from lightning_dp.per_sample.uses import Recorder
 from lightning_dp.per_sample.workspace import SHARE, Workspace
 from lightning_dp.system.torch_private import Layers
@@ -225,16 +226,7 @@ class PerSampleEngine(GradientEngine):
         if untracked:
             for name in untracked:
                 self._parameters[name].grad = None
-            hidden = self._tracker.hidden
-            cause = (
-                f"the torch.autograd.Function {', '.join(sorted({hidden[name] for name in untracked}))}, which hides "
-                "what it computes from them and from samples. Register a rule for it by "
-                "lightning_dp.per_sample.register_rule"
-                if hidden.keys() >= {*untracked}
-                else "a torch.autograd.Function, a scripted or compiled function, torch.vmap, an extension; a penalty "
-                "on weights; or rows of which there are as many whatever the batch size, so that records share them. "
-                f"{PENALTY}; per_sample_loss=True lets each record count by itself"
-            )
+            cause = cause_of(untracked, self._tracker.hidden, self._module)
             raise PrivacyError(
                 "Expected private parameters to be used in operations that report themselves and see samples, got a "
                 f"gradient of another use for {untracked}: {cause}; {WAY_OUT}."

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self, override
 
-from lightning_dp.per_sample._torch import arguments_of
+from lightning_dp.per_sample._torch import arguments_of, unfollowed
 
 _DROPOUTS = {
     getattr(owner, name)
@@ -102,10 +102,11 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation with its random draws replaced."""
         kwargs = kwargs or {}
         draws, communicates = _kind_of(func)
-        if not draws:
+        with unfollowed():  # traced code has shown its operations to nobody, as it does without this mode
+            if draws:
+                return self._run_draw(func, args, dict(kwargs))
             self.communicated |= communicates
             return func(*args, **kwargs)
-        return self._run_draw(func, args, dict(kwargs))
 
     def _run_draw(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name, arguments = arguments_of(func)

@@ -17,12 +17,13 @@ from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.contents import Contents, same_value
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
-from lightning_dp.step.refilling import reset_attributes
+from lightning_dp.step.refilling import refill_mapping, reset_attributes
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of
 from lightning_dp.system.torch_private import Layers, changes_of, num_changes, replace_children
 
 _ABSENT = object()
+_NONE: dict[int, Any] = {}
 _MOST_KNOWN = 1_000
 """Patterns of changes of all tensors that are remembered; an optimizer's step makes the same one each time."""
 
@@ -44,6 +45,9 @@ class Look:
         self._source, self._others, self._more = layers, others, more
         layers = layers.now()
         self.layers, self._children = layers.all, layers.children
+        self._hooks = layers.forward_hooks()
+        # a step may register some, with an attribute that says so
+        self._hooked = [{**hooks} if hooks else _NONE for hooks in self._hooks]
         with unfollowed():  # followed parameters would report each question
             self.tensors = [*layers.parameters(), *(buffers := layers.buffers())]
             self.changes = [changes_of(self.tensors), _addresses_of(self.tensors)]
@@ -118,6 +122,9 @@ class Look:
             if isinstance(held, dict) and held != children:  # those of a scripted module are fixed
                 held.clear()
                 held.update(children)
+        for hooks, hooked in zip(self._hooks, self._hooked, strict=True):
+            if hooks != hooked:
+                refill_mapping(hooks, hooked)
         for attributes, before in zip(self._attributes, self.held, strict=True):
             reset_attributes(
                 attributes, {name: each for name, each in before.items() if name not in NOT_PLAIN}, NOT_PLAIN

@@ -132,6 +132,10 @@ class Layers:
             self._read()
         return self
 
+    def forward_hooks(self) -> list[dict[int, Any]]:
+        """Return the dictionaries in which layers hold the hooks on their forward."""
+        return [hooks for layer in self.all for hooks in (layer._forward_hooks, layer._forward_pre_hooks)]
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters with their names, as ``module.named_parameters()``."""
         module = self._module

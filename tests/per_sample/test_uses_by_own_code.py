@@ -126,7 +126,7 @@ def test_uses_that_do_not_report_themselves_are_found(scripted: bool, derived: b
 def test_a_scripted_layer_is_found() -> None:
     module = nn.Sequential(torch.jit.script(nn.Linear(3, 3)), nn.Linear(3, 2)).double()
     engine = make_engine(module, _loss(module), _data(3))
-    with pytest.raises(PrivacyError, match=r"\['0.bias', '0.weight'\]"):
+    with pytest.raises(PrivacyError, match=r"\['0.bias', '0.weight'\]: the scripted or traced '0', which hides"):
         run_batch(engine, _loss(module), _data(3), 4)
 
 

@@ -120,12 +120,15 @@ def test_an_earlier_state_comes_back_without_values_of_tensors() -> None:
     rig.module.layer, rig.optimizer.param_groups[0]["lr"] = nn.Linear(2, 2), 9.0
     replaced = rig.module.layer
     rig.optimizer.state.clear()
+    hook = rig.module.register_forward_hook(lambda *_: None)
     with look.back_in():
+        assert not rig.module._forward_hooks  # an attribute may say that there are some
         assert rig.optimizer.state[layer.weight] == {"mean": mean}
         assert (rig.module.flag, hasattr(rig.module, "new"), owner) == (0, False, {"done": False})
         assert (rig.module.layer is layer, layer.training, layer.weight.requires_grad) == (True, True, True)
         assert (float(layer.weight.detach().sum()), rig.optimizer.param_groups[0]["lr"]) == (0.0, 0.1)
     assert (rig.module.flag, rig.module.new, owner, rig.module.layer is replaced) == (7, 1, {"done": True}, True)
+    assert [*rig.module._forward_hooks] == [hook.id]
     assert (layer.training, layer.weight.requires_grad) == (True, True)  # no part of the module any more
     assert (rig.optimizer.param_groups[0]["lr"], len(rig.optimizer.state)) == (9.0, 0)
 
