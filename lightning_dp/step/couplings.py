@@ -49,30 +49,31 @@ class Couplings:
         host, step = self._runs.host, self._runs.step
         anywhere, together = anywhere or step.reduction.any, not step.runs_samples_alone
 
-        def run(batches: list[list[Any]], *, ends: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-            state: dict[str, Any] = {}
+        def run(batches: list[list[Any]], *, ends: bool) -> list[state_check.After]:
+            found: list[state_check.After] = []
             trained = [p for accumulator in step.accumulators.values() for p in accumulator.parameters.values()]
             values = [parameter.detach().clone() for parameter in trained]
             before = state_check.changes_in(step.module, host.others())
             try:
                 for number, batch in enumerate(batches):
-                    probe = self._runs.run(batch, Draws(rates=True), engine=False, rehearses=number == 0)
-                    if number == 0:
-                        if ends:
-                            host.end_epoch()
-                        state = {**state_check.saved_state(step.module, host.others(), before), **host.saved()}
-                        state |= {f"the seed of {name}": seed for name, seed in probe.seeds.items()}
-                        state["the answer of on_train_batch_start"] = host.skips
-                        state["trainer.should_stop"] = host.stops
-                        with torch.no_grad():  # a rehearsed step may be so long that later gradients show nothing
-                            for parameter, value in zip(trained, values, strict=True):
-                                parameter.copy_(value)
+                    probe = self._runs.rehearse(batch, is_later=number > 0)
+                    if ends and number == 0:
+                        host.end_epoch()
+                    state = state_check.saved_state(step.module, host.others(), before, whole=number == 0)
+                    state |= {f"the seed of {name}": seed for name, seed in probe.seeds.items()}
+                    state |= {"the answer of on_train_batch_start": host.skips, "trainer.should_stop": host.stops}
+                    state |= host.saved() if number < 2 else {}
+                    found.append((state, state_check.kept(probe.private, number)))
+                    with torch.no_grad():  # a rehearsed step may be so long that later gradients show nothing
+                        for parameter, value in zip(trained, values, strict=True):
+                            parameter.copy_(value)
+                    host.advance()
             except Exception:
                 step.reduction.recover()
                 raise
             finally:
                 snapshot.put_back()
-            return state, probe.private
+            return found
 
         most = step.settings.samples_at_once or 0 if together else 1  # the last microbatch alone has effect
         real = [batch[-most:] for batch in real if not anywhere(not batch)]

@@ -99,7 +99,7 @@ class Decisions:
             self._runs.run([record], Draws(real=True), engine=False)
             self._host.end_epoch()
 
-        with self._sandbox.enter() as snapshot, counts():
+        with counts(), self._sandbox.enter() as snapshot:
             self._host.attempt(run, snapshot.put_back)
             return bool(self._host.stops)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -82,6 +83,16 @@ class Host(ABC):
     @abstractmethod
     def others(self) -> list[Any]:
         """Return the optimizers and schedulers."""
+
+    def counters(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return a function that makes a context with the public counters of the batch that begins now."""
+        return nullcontext
+
+    def advance(self) -> None:  # noqa: B027
+        """Let public counters go on to the next batch, until the state of before is restored."""
+
+    def stay(self) -> None:  # noqa: B027
+        """Give public counters back what they were when the trial began."""
 
     def attributes(self) -> list[Any]:
         """Return attributes of objects, in addition to the module, and variables, that the user's step may write:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_dp.per_sample.telling import telling
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
 from lightning_dp.step.loss_factors import LossFactors
+from lightning_dp.step.writes import When
 
 NEAR = 32
 """Nodes of the graph that are read if their number is known, nearest to the loss first."""
@@ -93,14 +94,14 @@ class LossForm:
         else:
             self._new |= pairs - self._checked
 
-    def see_writes(self, keys: Iterable[Any], *, between: bool = False) -> None:
-        """Take note of what user code has written.
+    def see_writes(self, keys: Iterable[Any], when: When) -> None:
+        """Take note of what user code has written, and when.
 
         Args:
             keys: of the writes.
-            between: whether it has written after the forward of the step before, so that this step was released.
+            when: it has written.
         """
-        written = {("written", between, key) for key in keys}
+        written = {("written", when, key) for key in keys}
         if written:
             self._new |= written - self._checked
 
@@ -163,7 +164,7 @@ class LossForm:
     @property
     def was_released(self) -> bool:
         """True if what is new was done after the forward of the step before."""
-        return any(each[:2] == ("written", True) for each in self._new)
+        return any(each[:2] == ("written", When.RELEASED) for each in self._new)
 
     def is_due(self, since: int, number: int = 0) -> bool:
         """Tell whether to check a new form, or new factors, now.

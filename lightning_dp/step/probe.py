@@ -96,6 +96,11 @@ class Probe:
         if self.rehearses:
             self._give(optimizer)
 
+    def keep_raw(self, optimizer: int) -> None:
+        """Take the gradients of an optimizer that the user's code did not step."""
+        if optimizer not in self.stepped:
+            self.private |= self._step.reduction.parts(self._raw)
+
     def _give(self, optimizer: int) -> None:
         """Give a private optimizer a gradient twice as long as a released one, the same whatever the records are."""
         step = self._step

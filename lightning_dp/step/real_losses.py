@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from lightning_dp.sampling.batches import LogicalBatch
 from lightning_dp.step.in_batches import check_in_batch
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
-from lightning_dp.step.written import Written
+from lightning_dp.step.written import Ran, Written
 from lightning_dp.system.torch_private import num_hooks
 
 RELEASED = (
@@ -43,8 +42,8 @@ class RealLosses:
         self._runs, self._step, self._written, self._sandbox = runs, runs.step, written, sandbox
         self._check_again, self._begins = check_again, True
         self._positions: list[list[int]] = []
-        self._seen_in: list[int] = []  # of the newest loss
-        self._new_in: list[int] | None = None  # of the first one that is new
+        self._seen_in: tuple[list[int], Ran | None] = [], None  # of the newest loss
+        self._new_in: tuple[list[int], Ran | None] | None = None  # of the first one that is new
         self.part = -1
         """Number of the microbatch that runs, from the last one."""
 
@@ -56,7 +55,7 @@ class RealLosses:
         """Begin a batch; positions of the records of each microbatch are noted as far as they are known."""
         positions = self._positions = batch.positions
         self.part, self._step.engine.joined = -1, batch.joined
-        self._written.batches.appendleft(positions[-1] if positions else [])
+        self._written.begin(positions[-1] if positions else [])
 
     @contextmanager
     def watching(self, count: int) -> Iterator[None]:
@@ -67,10 +66,10 @@ class RealLosses:
             return
         always, self._begins = self._begins or form.checked_at == step.state.step, False
         calls = nullcontext() if step.runs_samples_alone else form.watching(count, always=always)
-        before = self._written.watch.begin_forward()
+        self._written.watch.begin_forward()
         with calls:
             yield
-        self._written.watch.end_forward(before)
+        self._written.watch.end_forward()
 
     def see(self, loss: Tensor) -> None:
         """Read the form of a real loss, before its backward."""
@@ -80,7 +79,8 @@ class RealLosses:
             return
         if form.factors.read_new():  # those of the loss before
             self._note_new()
-        self._seen_in = self._positions[self.part] if -self.part <= len(self._positions) else []
+        positions = self._positions[self.part] if -self.part <= len(self._positions) else []
+        self._seen_in = positions, self._written.batches[0]
         count = recording.count if recording.weight and recording.count > 1 else 0
         operations, hooks = num_operations() - recording.began, num_hooks() - recording.num_hooks
         form.see(loss, checked=False, num_operations=operations, count=count, num_hooks=hooks)
@@ -91,9 +91,9 @@ class RealLosses:
         if self._new_in is None and self._runs.loss_form.is_new:
             self._new_in = self._seen_in
 
-    def check(self, *, at_end: bool = False, counts: Any = nullcontext) -> None:
-        """Check a loss that is new on any of several processes. Before a release, or, under manual optimization, before
-        the next step or the end.
+    def check(self, *, at_end: bool = False) -> None:
+        """Check a loss that is new on any of several processes. Before a release and between accumulated batches, or,
+        under manual optimization, before the next step or the end.
 
         Raises:
             PrivacyError: as in ``Trial.prepare``.
@@ -103,13 +103,14 @@ class RealLosses:
         since = 100 if at_end else number - form.checked_at
         begins = since == 0  # this step began with a check, but of other records
         self._note_new()
-        positions, self._new_in = self._new_in or self._written.batches[0], None
+        positions, ran = self._new_in or (self._written.batches[0].positions, None)
+        ran, self._new_in = ran or self._written.batches[0], None
         if not agree(form.is_due(since, number) or (begins and form.is_new)):
             return
         try:
-            with counts():  # those of before the batch
-                if agree(form.has_written):
-                    self._written.check(self._written.watch.before, number, agree)
+            if agree(form.has_written):
+                self._written.check(number, agree)
+            with ran.counters(), ran.look.numbers_back_in():
                 if everything := agree(form.has_new_calls if begins else form.has_new_operations):
                     self._check_again(number, positions)
                 form.factors.settle(number, checked=self._check_in_batch(positions, number))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from lightning_dp.step.object_kinds import state_of_class
@@ -96,3 +96,18 @@ def reset_class(kind: type[Any], before: dict[str, Any]) -> None:
     for name, value in before.items():
         if now.get(name, _ABSENT) is not value:
             setattr(kind, name, value)
+
+
+def plain_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers and words among attributes."""
+    return {name: value for name, value in attributes.items() if value is None or isinstance(value, (int, float, str))}
+
+
+def set_plain(attributes: MutableMapping[str, Any], values: dict[str, Any], names: Collection[str]) -> None:
+    """Set numbers and words among attributes; those that held something else before, by their names, stay."""
+    held = plain_of(attributes)
+    for name in held.keys() - names:
+        del attributes[name]
+    for name, value in values.items():
+        if name not in held or held[name] is not value:
+            attributes[name] = value

@@ -111,11 +111,6 @@ class TrialRuns:
         """Narrowest floating-point dtype in which the step computes."""
         return torch.bfloat16 if torch.bfloat16 in self.step.engine.dtypes else self.host.narrow
 
-    @property
-    def _is_check(self) -> bool:
-        """True while the checks run that samples are independent."""
-        return bool(self.step.state.step == self.loss_form.checked_at)
-
     def coarsest(self, dtypes: Iterable[torch.dtype]) -> torch.dtype:
         """Return the type by whose rounding gradients are compared: float64 if all have it, else ``narrow``."""
         return torch.float64 if set(dtypes) == {torch.float64} else self.narrow
@@ -217,13 +212,13 @@ class TrialRuns:
         """
         step, probe = self.step, Probe(self.step, engine=engine, read=read, rehearses=rehearses)
         outputs: list[Any] = []
-
+        is_check = not rehearses and self.step.state.step == self.loss_form.checked_at  # that samples are independent
         frozen, begun = draws.begin(), (draws.seed, draws.coin)
         before = self._seeded[begun] = self._seeded.get(begun) or host_generators()
 
         def forward_backward() -> Any:
             with torch.enable_grad(), frozen:  # an optimizer may call its closure without gradients
-                with self.loss_form.watching(checked=True) if self._is_check else nullcontext():
+                with self.loss_form.watching(checked=True) if is_check else nullcontext():
                     output, loss = self.host.run(records), None
                 outputs.append(output)
                 probe.drawn, probe.seeds = all_generators(), seeds()
@@ -231,7 +226,7 @@ class TrialRuns:
                 drew = (frozen.drew and not draws.real) or self.draws_on_host
                 self.has_coins = step.reduction.any(self.has_coins or drew)
                 if step.automatic:
-                    loss = self._backward(output, len(records))
+                    loss = self._backward(output, len(records), is_check=is_check)
             if step.automatic:  # the engine draws nothing, and the mode would slow down its operations
                 if engine:
                     step.engine.check_tracked()
@@ -244,6 +239,7 @@ class TrialRuns:
                 stack.enter_context(step.microbatch(len(records)))
             if rehearses and step.automatic:
                 self.host.rehearse(forward_backward)
+                probe.keep_raw(0)
             else:
                 forward_backward()
                 if step.automatic:
@@ -257,6 +253,24 @@ class TrialRuns:
         if self._bar is not None:
             self._bar.update()
         return probe
+
+    def rehearse(self, records: list[Any], *, is_later: bool) -> Probe:
+        """Run the step with its optimizers, in the same draws as each other time.
+
+        Args:
+            records: of the batch.
+            is_later: whether counters have gone on; if these are beyond the run, those of before the trial are taken.
+        """
+        used = self.used.copy()
+        try:
+            return self.run(records, Draws(rates=True), engine=False, rehearses=True)
+        except Exception as error:
+            if not is_later or isinstance(error, PrivacyError):
+                raise
+            self.host.stay()
+            return self.run(records, Draws(rates=True), engine=False, rehearses=True)
+        finally:
+            self.used = used if is_later else self.used
 
     def _check_communication(self) -> None:
         """Refuse collectives of user code that ranks would call a different number of times."""
@@ -273,12 +287,12 @@ class TrialRuns:
             "together. Log with sync_dist=True, call self.all_gather, or leave microbatch_size out."
         )
 
-    def _backward(self, output: Any, count: int) -> Tensor | None:
+    def _backward(self, output: Any, count: int, *, is_check: bool) -> Tensor | None:
         loss = self.host.loss_of(output, count)
         if loss is not None and not loss.requires_grad:
             loss = None
         if not self.step.reduction.any(loss is None) and loss is not None:
-            if self._is_check:
+            if is_check:
                 self.loss_form.see(loss, checked=True)
             self.host.backward(loss)
         return None if loss is None else loss.detach()

@@ -30,7 +30,12 @@ _EXTREMES = (0.0, 1e6, -1e6)
 
 _NUMBERS = frozenset((bool, int, float))  # asked first, because ``isinstance`` is a call
 
+_LATER = 4
+"""Runs of the third record after the first batch: so many steps later, what a step keeps may have an effect."""
+
 Gradients = dict[str, Tensor]
+After = tuple[dict[str, Any], Gradients]
+"""The state after a run, and the gradients of the run."""
 Numbers = dict[tuple[int, int], dict[str, Any]]
 
 
@@ -57,7 +62,9 @@ def _address_of(tensor: Tensor) -> int:
     return 0 if tensor.layout != torch.strided else local_part(tensor).data_ptr()
 
 
-def saved_state(module: nn.Module, others: list[Any], before: Changes | None = None) -> dict[str, Any]:
+def saved_state(
+    module: nn.Module, others: list[Any], before: Changes | None = None, *, whole: bool = True
+) -> dict[str, Any]:
     """Return copies of parameters, persistent buffers, and numeric settings of optimizers and schedulers; also what
     trains, and the mode of each layer.
 
@@ -66,7 +73,9 @@ def saved_state(module: nn.Module, others: list[Any], before: Changes | None = N
         others: optimizers and schedulers.
         before: result of ``changes_in`` earlier. The state then has the numbers of writes since: a write of the value
             that a tensor has anyway leaves nothing else.
+        whole: whether to copy all values of parameters and buffers, or a few of each.
     """
+    copied: Callable[[Tensor], Tensor] = (lambda value: value.detach().clone()) if whole else _few
     state = {name: _copied(value) for name, value in numbers_of(others)}
     if before is not None:
         now = changes_in(module, others)
@@ -76,8 +85,8 @@ def saved_state(module: nn.Module, others: list[Any], before: Changes | None = N
         state |= before.states.numbers_until(now.states)
     state |= {f"{name}.requires_grad": p.requires_grad for name, p in module.named_parameters()}
     state |= {f"{name}.training": layer.training for name, layer in module.named_modules()}
-    state |= {name: local_part(p).detach().clone() for name, p in module.named_parameters()}
-    state |= {name: value.detach().clone() for name, value in saved_buffers(module)}
+    state |= {name: copied(local_part(p)) for name, p in module.named_parameters()}
+    state |= {name: copied(value) for name, value in saved_buffers(module)}
     extra = {name: value for name, value in module.state_dict().items() if name not in state}
     state |= {f"state_dict(){path}": _copied(value) for path, value in leaves_of(extra)}
     for number, other in enumerate(others):
@@ -157,8 +166,13 @@ def _close(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left.double(), right.double(), rtol=ROUNDING, atol=0.0, equal_nan=True)
 
 
+def kept(gradients: Gradients, number: int) -> Gradients:
+    """Return the gradients of a run, by its number, that are compared: none of the first, a few values of late ones."""
+    return {name: _few(each) if number > 1 else each for name, each in gradients.items()} if number else {}
+
+
 def check_state(
-    run: Callable[[list[list[Any]]], tuple[dict[str, Any], Gradients]],
+    run: Callable[[list[list[Any]]], list[After]],
     records: list[Any],
     *,
     together: bool,
@@ -170,7 +184,7 @@ def check_state(
 
     Args:
         run: runs the step on one list of records after the other, under the same randomness and without lasting
-            effect; returns the state after the first list and the gradients of the last.
+            effect; returns the state after each list, and the gradients of each but the first.
         records: three records of the training set.
         together: whether a step may see several records at once.
         copies: number of copies that ``run`` makes of a single record; the test of another number uses more records.
@@ -181,7 +195,7 @@ def check_state(
         PrivacyError: the state depends on them; the message names the state, or says that a later gradient changes.
     """
     first, second, third = records
-    reference, gradients = run([[first], [third]])
+    reference = run([[first], *[[third]] * _LATER])
     more = [first] * copies + [second]
     others = [([second], "another record")]
     if together:
@@ -191,24 +205,27 @@ def check_state(
     others += [([made], "a record of extreme values") for made in made_records.extremes(first, _EXTREMES)]
     for number, (other, what) in enumerate(others):
         try:
-            state, after = run([other, [third]])
+            found = run([other, *[[third]] * (1 if number else _LATER)])
         except PrivacyError:
             raise
         except Exception:
             if number < num_real:
                 raise
             continue  # the user's code refuses such a record
-        names = list(changed(reference, state))
-        if anywhere(any(not isinstance(state.get(name), Tensor) for name in names)):
-            moving = set(changed(reference, run([[first], [third]])[0]))  # the clock, say, and counts that go on
-            names = [name for name in names if name not in moving or isinstance(state.get(name), Tensor)]
-        if anywhere(bool(names)):
+        for place, (state, _) in enumerate(found):
+            names = list(changed(reference[place][0], state))
+            if anywhere(any(not isinstance(state.get(name), Tensor) for name in names)):
+                again = run([[first], *[[third]] * place])  # shows the clock, say, and counts that go on
+                moving = set(changed(reference[place][0], again[place][0]))
+                names = [name for name in names if name not in moving or isinstance(state.get(name), Tensor)]
+            if not anywhere(bool(names)):
+                continue
             raise PrivacyError(
                 f"training_step leaves {_listed(names)} with another value after {what}. Such state is saved, or "
                 "read by other samples and later steps, without noise. Compute it on public data before fit, make it "
                 "follow the weights alone, or leave it out (check_per_sample=False accepts it, outside the guarantee)."
             )
-        if anywhere(not _same_gradients(gradients, after)):
+        if anywhere(not all(_same_gradients(one, two) for (_, one), (_, two) in zip(reference, found, strict=False))):
             raise PrivacyError(
                 f"The gradient of a record changes with what training_step saw before: it differs after {what}. Some "
                 "object keeps values of earlier records (a queue, a running mean, a cache) and a later loss reads "

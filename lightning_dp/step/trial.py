@@ -63,14 +63,13 @@ class Trial:
         return 1 if self._host.runs_alone else self._host.copies
 
     def is_due(self, number: int, *, first_of_pass: bool) -> bool:
-        """Read what was written since the last forward, and tell whether to repeat the checks: at logical steps 2, 10
-        and 100; later at the first step of an epoch 1,000 steps after the last check, and at any step 10,000 after it.
+        """Tell whether to repeat the checks: at logical steps 2, 10 and 100; later at the first step of an epoch 1,000
+        steps after the last check, and at any step 10,000 after it.
 
         Args:
             number: number of the logical step, from 0.
             first_of_pass: whether a pass over the data begins with this step.
         """
-        self.written.watch.begin()
         since = number - self._checked_at
         return since > 0 and (number in (1, 9, 99) or since >= (1_000 if first_of_pass else 10_000))
 

@@ -4,8 +4,9 @@ gradients, what trains.
 
 from __future__ import annotations
 
+import enum
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -17,7 +18,7 @@ from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.contents import Contents, same_value
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
-from lightning_dp.step.refilling import refill_mapping, reset_attributes
+from lightning_dp.step.refilling import plain_of, refill_mapping, reset_attributes, set_plain
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of
 from lightning_dp.system.torch_private import Layers, changes_of, num_changes, replace_children
@@ -115,6 +116,23 @@ class Look:
         finally:
             now.put_back()
 
+    @contextmanager
+    def numbers_back_in(self) -> Iterator[None]:
+        """Give attributes and variables, within the context, the numbers and words that they held at this look, also in
+        containers and small tensors.
+        """
+        now = [each.copy() for each in self._attributes]
+        self._put_numbers(self.held)
+        try:
+            with self.contents.back_in():
+                yield
+        finally:
+            self._put_numbers(now)
+
+    def _put_numbers(self, before: list[dict[str, Any]]) -> None:
+        for attributes, held in zip(self._attributes, before, strict=True):
+            set_plain(attributes, plain_of(held), held)
+
     def put_back(self) -> None:
         """Give module and optimizers for good what :meth:`back_in` gives within a context, but for contents."""
         for layer, children in zip(self.layers, self._children, strict=True):
@@ -140,40 +158,62 @@ class Look:
             numbers.update(self.numbers.get(part, {}))
 
 
+class When(enum.Enum):
+    """The time of a write, from the beginning of a batch on."""
+
+    FORWARD = "until the end of the forward"
+    HELD = "after the forward, before anything of the batch is released"
+    RELEASED = "after a release"
+
+
 class WriteWatch:
-    """A watch of what is written within a forward, and from its end to the beginning of the next logical batch.
+    """A watch of what is written within a batch until its forward ends, and from there to the beginning of the next.
 
     Args:
         look: takes a look, given an earlier one or None.
-        see: is given the keys of writes, and whether they were made after a forward.
+        see: is given the keys of writes, and when they were made.
+        num_released: returns the number of releases so far.
     """
 
-    def __init__(self, look: Callable[[Look | None], Look], see: Callable[..., None]) -> None:
-        self._take, self._see = look, see
-        self._known: dict[bool, set[Any]] = {False: set(), True: set()}  # by whether after a forward
-        self._begun: Look | None = None
-        self._ended: Look | None = None  # after the last forward
+    def __init__(
+        self,
+        look: Callable[[Look | None], Look],
+        see: Callable[[Iterable[Any], When], None],
+        num_released: Callable[[], int],
+    ) -> None:
+        self._take, self._see, self._num_released = look, see, num_released
+        self._known: dict[When, set[Any]] = {when: set() for when in When}
+        self._last: Look | None = None
+        self._begun: Look | None = None  # before the batch, until its forward has ended
+        self._released = 0  # number of releases when the forward ended
         self._seeds: dict[str, Any] = {}  # before the forward
-        self.before: Look | None = None
-        """The state after the forward of the step before, or before that of this step."""
 
-    def begin(self) -> None:
-        """Begin a logical batch."""
-        self._begun = self._look()
-        self.before = self._ended
-        if self._ended is not None:
-            self._see(self._ended.writes_until(self._begun, self._known[True]), between=True)
+    def begin(self) -> Look:
+        """Begin a batch, before it is moved to the device; return a look at the state. Further calls return the same
+        one until the forward has ended.
+        """
+        if self._begun is None:
+            self._begun = self.read()
+        return self._begun
 
-    def begin_forward(self) -> Look:
-        """Return a look at the state before the user's forward, which begins now."""
-        before, self._begun = self._begun or self._look(), None
-        self.before, self._seeds = self.before or before, seeds()
-        return before
+    def begin_forward(self) -> None:
+        """Begin the user's forward."""
+        self._seeds = seeds()
 
-    def end_forward(self, before: Look) -> None:
-        """Read what the forward that ends now has written since a look."""
-        self._ended, known = self._look(), self._known[False]
-        self._see(chain(before.writes_until(self._ended, known), self._new_seeds(known)))
+    def end_forward(self) -> None:
+        """Read what was written since the batch began."""
+        self.read()
+        self._see(self._new_seeds(self._known[When.FORWARD]), When.FORWARD)
+        self._begun, self._released = None, self._num_released()
+
+    def read(self) -> Look:
+        """Read what was written since the last look, and return a look at the state of now."""
+        last, self._last = self._last, self._take(self._last)
+        held = When.RELEASED if self._num_released() > self._released else When.HELD
+        when = held if self._begun is None else When.FORWARD
+        if last is not None:
+            self._see(last.writes_until(self._last, self._known[when]), when)
+        return self._last
 
     def _new_seeds(self, known: set[Any]) -> Iterator[tuple[str, str]]:
         """Yield a key for each generator that the forward has given another seed, the first time."""
@@ -183,13 +223,9 @@ class WriteWatch:
                 known.add(key)
                 yield key
 
-    def _look(self) -> Look:
-        return self._take(self._ended)
-
     def renew(self) -> None:
         """Look again after a trial: it has put state back, which counts as a change of tensors."""
-        self._begun = self._begun and self._look()
-        self._ended = self._ended and self._look()
+        self._last = self._last and self._take(self._last)
 
 
 class Gradients:

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_dp.step.couplings import Couplings
 from lightning_dp.step.decisions import NUM_FEW
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.writes import Look, WriteWatch
+
+
+class Ran(NamedTuple):
+    """A real batch.
+
+    Args:
+        positions: of its records; empty if unknown.
+        look: at the state before it.
+        counters: makes a context with the public counters of then.
+    """
+
+    positions: list[int]
+    look: Look
+    counters: Callable[[], AbstractContextManager[None]]
+
+    @contextmanager
+    def back_in(self) -> Iterator[None]:
+        """Go back to the state and the counters before this batch within the context."""
+        with self.counters(), self.look.back_in():
+            yield
 
 
 class Written:
@@ -29,29 +50,45 @@ class Written:
 
     def __init__(self, runs: TrialRuns, couplings: Couplings, sandbox: Sandbox) -> None:
         self._runs, self._couplings, self._sandbox = runs, couplings, sandbox
-        self.see, layers = runs.loss_form.see_writes, runs.step.parameters.layers
-        self.watch = WriteWatch(lambda last: Look(layers, sandbox.others(), runs.host.attributes(), last), self.see)
-        self.batches: deque[list[int]] = deque(maxlen=2)
-        """Positions of the records of the real batch, and of the one before it; empty if unknown."""
+        self.see, step = runs.loss_form.see_writes, runs.step
+        self.watch = WriteWatch(
+            lambda last: Look(step.parameters.layers, sandbox.others(), runs.host.attributes(), last),
+            self.see,
+            lambda: step.state.steps_taken,
+        )
+        self.batches: deque[Ran] = deque(maxlen=2)
+        """The real batch, and the one before it."""
 
-    def check(
-        self, before: Look | None, seed: int, anywhere: Any = None, *, begin: Callable[[], Any] | None = None
-    ) -> None:
-        """Check that what the last real batches have written does not depend on their records.
+    def begin(self, positions: list[int]) -> None:
+        """Begin a real batch.
 
         Args:
-            before: the state before they wrote.
+            positions: of its records; empty if unknown.
+        """
+        self.batches.appendleft(Ran(positions, self.watch.begin(), self._runs.host.counters()))
+
+    def check(
+        self, seed: int, anywhere: Any = None, *, before: Look | None = None, begin: Callable[[], Any] | None = None
+    ) -> None:
+        """Check that what the last real batches have written does not depend on their records. Each runs once more,
+        from the state and with the public counters of then.
+
+        Args:
             seed: chooses the records that they are compared with.
             anywhere: tells whether a flag is set on any of the processes that run this check together.
-            begin: leads on from that state to the one in which the first of the batches began; None if it is that one.
+            before: a state from which the newest batch runs too, such as that before a hook of a callback.
+            begin: leads on from that state to the one in which the newest batch began; None if it is that one.
 
         Raises:
             PrivacyError: it depends on them.
         """
-        assert before is not None
-        real = [self._runs.host.read(positions) if positions else [] for positions in self.batches]
-        with before.back_in():
-            self.check_state(seed, real, anywhere, begin)
+        for number, ran in enumerate([*self.batches]):
+            real = self._runs.host.read(ran.positions) if ran.positions else []
+            with ran.back_in():
+                self.check_state(seed, [real], anywhere)
+            if number == 0 and before is not None:
+                with ran.counters(), before.back_in():
+                    self.check_state(seed, [real], anywhere, begin)
         self.watch.renew()
 
     def check_state(
@@ -72,6 +109,7 @@ class Written:
         Raises:
             PrivacyError: the state depends on the records.
         """
+        self.watch.read()
         host, checks = self._runs.host, self._runs.step.settings.check_per_sample
         few = host.records(NUM_FEW, seed=seed) if checks else []
         if len(few) > 1:

@@ -153,36 +153,6 @@ def lightning_optimizers(strategy: Any) -> list[Any]:
     return wrappers
 
 
-@contextmanager
-def without_progress(optimizer: Any) -> Iterator[None]:
-    """Keep the steps of a Lightning optimizer out of ``global_step``."""
-    before = optimizer._on_before_step, optimizer._on_after_step
-    optimizer._on_before_step = optimizer._on_after_step = _nothing
-    try:
-        yield
-    finally:
-        optimizer._on_before_step, optimizer._on_after_step = before
-
-
-def completed_steps(trainer: pl.Trainer) -> Any:
-    """Return the counter that determines ``global_step``; its ``completed`` may be set."""
-    loop = trainer.fit_loop.epoch_loop
-    if trainer.lightning_module.automatic_optimization:
-        return loop.automatic_optimization.optim_progress.optimizer.step.total
-    return loop.manual_optimization.optim_step_progress.total
-
-
-@contextmanager
-def within_epoch(trainer: pl.Trainer) -> Iterator[None]:
-    """Let ``current_epoch`` be that of the last epoch; once a fit has ended, Lightning counts one more."""
-    progress = trainer.fit_loop.epoch_progress.current
-    completed, progress.completed = progress.completed, min(progress.completed, max(progress.ready - 1, 0))
-    try:
-        yield
-    finally:
-        progress.completed = completed
-
-
 def change_training_source(trainer: pl.Trainer, change: Callable[[Any, str], Any]) -> Callable[[], None]:
     """Pass training data through ``change`` before Lightning sees it; return a function that undoes this.
 
@@ -292,7 +262,3 @@ def _watch_loading(package: Any, note: Callable[[nn.Module, dict[str, Any]], Non
 
     watched.notes = [note]  # type: ignore[attr-defined]
     package._load_state = watched
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None

@@ -19,7 +19,8 @@ from lightning_dp.step.sandbox import Sandbox, StepGuard
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.trial import Trial
 from lightning_dp.strategies import _lightning
-from lightning_dp.strategies.host import Counts, LightningHost
+from lightning_dp.strategies.counts import Counts
+from lightning_dp.strategies.host import LightningHost
 from lightning_dp.strategies.logs import TrainingLogs
 from lightning_dp.strategies.patches import Patches
 
@@ -100,6 +101,7 @@ class PrivateFit:
     def take(self, batch: LogicalBatch) -> Any:
         """Return the last microbatch on the device, for the real call; for an empty batch, tensors of length 0."""
         self._batch = batch
+        self._trial.written.watch.begin()
         copies = self._trial.copies
         self._on_device = self._trial.transfer(batch) if batch else self._host.empty_batch(copies)
         return self._on_device
@@ -112,12 +114,13 @@ class PrivateFit:
         """
         if self._prepared and (found := self._host.hooks.take_before()) is not None:
             for seed in range(4):  # a figure of two records may be on the same side of a threshold
-                self._trial.written.check(found[0], seed, begin=found[1])
+                self._trial.written.check(seed, before=found[0], begin=found[1])
 
     def check_end(self) -> None:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""
         self.check_callbacks()
-        if not self.step.automatic and self._prepared:
+        if self._prepared:
+            self._trial.written.watch.read()
             self._trial.losses.check(at_end=True)
         if self.step.reduction.any(self._host.hooks.stopped) and self._counts is not None:
             self._counts.end()
@@ -138,6 +141,12 @@ class PrivateFit:
         try:
             if self._begins_logical_batch():
                 self._begin(batch.position)
+            else:  # draws must not follow what hooks have seeded since the last part
+                self.step.streams.begin()
+            if not self.step.automatic or self._trainer.accumulate_grad_batches > 1:
+                self._trial.losses.check()
+            if self.step.unchecked_public:
+                self._trial.decisions.check_public()
             parts = self._cut(batch).parts
             for count, _, part in parts:
                 checks.check_rows(part, count, self._host.training.axes)
@@ -189,10 +198,6 @@ class PrivateFit:
             self.check_callbacks()
         else:
             self._trial.repeat(step.state.step, first_of_pass=begins)
-        if not step.automatic:  # a form that began in the step before
-            self._trial.losses.check()
-        if step.unchecked_public:
-            self._trial.decisions.check_public()
 
     def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any] | None]) -> None:
         """Run all microbatches except the real call's in the sandbox, each from the same state.
@@ -277,10 +282,9 @@ class PrivateFit:
             self._trial.losses.see(loss)
 
     def check_new_loss(self) -> None:
-        """Check a loss of a new form before anything of it is released, under automatic optimization."""
+        """Check a loss of a new form before it is released; under manual optimization, this comes with the next."""
         if self.step.automatic and not self.on_trial:
-            counts = nullcontext if self._counts is None else self._counts.back_in
-            self._trial.losses.check(counts=counts)
+            self._trial.losses.check()
 
     def backward_done(self) -> None:
         """Check the backward of a microbatch; under automatic optimization, clip it and add it to the sum."""

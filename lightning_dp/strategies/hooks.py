@@ -72,6 +72,12 @@ class UserHooks:
         """Whether user code has asked for the end of the run."""
 
     @property
+    def owners(self) -> list[pl.Callback]:
+        """The callbacks with hooks of the user's own."""
+        names = (*_OF_BATCHES, *BETWEEN_EPOCHS, *_FAR)
+        return [owner for owner in self._watched if any(_lightning.is_overridden(name, owner) for name in names)]
+
+    @property
     def callbacks(self) -> list[pl.Callback]:
         """The callbacks that take part in trials; a trial must restore their state."""
         return [owner for owner in self.writing if owner is not self._strategy.module]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,10 @@ from typing_extensions import override
 
 from lightning_dp.step import checks
 from lightning_dp.step.host import Host
+from lightning_dp.step.refilling import plain_of
 from lightning_dp.step.variables import UserVariables
-from lightning_dp.strategies import _lightning
+from lightning_dp.strategies import _lightning, _progress
+from lightning_dp.strategies.counts import Counts
 from lightning_dp.strategies.hooks import UserHooks, has_transfer, outputs_of
 from lightning_dp.strategies.outcomes import forget_figures, kept_outcomes
 from lightning_dp.strategies.silence import silent, silent_loggers
@@ -48,6 +50,7 @@ class LightningHost(Host):
         self._is_ending = False  # whether the run ends anyway, by a callback of Lightning's own
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the current ``training_step``."""
+        self._held: tuple[Any, list[Any]] | None = None  # arguments and public counters before the trial under way
 
     @override
     def saved(self) -> dict[str, Any]:
@@ -70,7 +73,34 @@ class LightningHost(Host):
 
     @override
     def attributes(self) -> list[Any]:
-        return self._variables.watched
+        return [*map(vars, self.hooks.owners), *self._variables.watched]
+
+    @override
+    def counters(self) -> Callable[[], AbstractContextManager[None]]:
+        return functools.partial(self._counting, Counts(self._strategy), self.arguments)
+
+    @contextmanager
+    def _counting(self, counts: Counts, arguments: Any) -> Iterator[None]:
+        before, self.arguments = self.arguments, arguments
+        try:
+            with counts.back_in():
+                yield
+        finally:
+            self.arguments = before
+
+    @override
+    def advance(self) -> None:
+        """Go on to the next batch of the epoch, or to its first one."""
+        (rest, kwargs), index = self.arguments, self._batch_idx + 1
+        index = index if index < self._strategy.trainer.num_training_batches else 0
+        _progress.set_batch_idx(self._strategy.trainer, index)
+        self.arguments = ((index, *rest[1:]) if rest and isinstance(rest[0], int) else rest), kwargs
+
+    @override
+    def stay(self) -> None:
+        if self._held is not None:
+            self.arguments, counters = self._held
+            _progress.set_counters(self._strategy.trainer, counters)
 
     @override
     def run(self, records: list[Any]) -> Any:
@@ -112,6 +142,8 @@ class LightningHost(Host):
         last = min(self._batch_idx + left, trainer.num_training_batches) - 1  # of the logical batch, which steps
         for optimizer in _lightning.lightning_optimizers(strategy)[:1]:
             module.optimizer_step(trainer.current_epoch, int(last), optimizer, closure)
+            if last == self._batch_idx:
+                _progress.count_step(trainer)
         for config in strategy.lr_scheduler_configs:
             if not config.reduce_on_plateau:
                 with suppress(Exception):  # it may be at its end
@@ -182,25 +214,30 @@ class LightningHost(Host):
         return batch if known == copies else self.training.stand_in(copies)
 
     def settling(self, settle: Callable[[], None]) -> Callable[[], None]:
-        """Return a function that settles the module and, within a trial, forgets the figures of its last run."""
+        """Return a function that settles the module and, within a trial, forgets figures and counts of its last run."""
 
         def settle_all() -> None:
             settle()
             forget_figures(self._strategy.trainer)
+            self.stay()
 
         return settle_all
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Keep ``self.log`` and ``self.log_dict`` to the trial, stay in the epoch, and count no optimizer steps."""
-        self._is_ending = self._strategy.trainer.should_stop and not self.hooks.stopped
+        """Keep ``self.log`` and ``self.log_dict`` to the trial, with its optimizer steps, and stay in the epoch."""
+        trainer, held = self._strategy.trainer, self._held
+        self._is_ending = trainer.should_stop and not self.hooks.stopped
+        self._held = self.arguments, _progress.counters(trainer)
         with ExitStack() as stack:
+            stack.callback(setattr, self, "_held", held)
+            stack.callback(self.stay)
             stack.enter_context(kept_outcomes(self._strategy.trainer))
             stack.enter_context(silent(self._strategy.module))
             stack.enter_context(silent_loggers(self._strategy.trainer))
-            stack.enter_context(_lightning.within_epoch(self._strategy.trainer))
+            stack.enter_context(_progress.within_epoch(self._strategy.trainer))
             for optimizer in _lightning.lightning_optimizers(self._strategy):
-                stack.enter_context(_lightning.without_progress(optimizer))
+                stack.enter_context(_progress.counting(optimizer, trainer))
             yield
 
 
@@ -217,7 +254,7 @@ class Numbers(MutableMapping[str, Any]):
 
     @override
     def __getitem__(self, name: str) -> Any:
-        return _plain(self._held())[name]
+        return plain_of(self._held())[name]
 
     @override
     def __setitem__(self, name: str, value: Any) -> None:
@@ -229,67 +266,8 @@ class Numbers(MutableMapping[str, Any]):
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return iter(_plain(self._held()))
+        return iter(plain_of(self._held()))
 
     @override
     def __len__(self) -> int:
-        return len(_plain(self._held()))
-
-
-class Counts:
-    """Public counters that may decide when an optimizer steps: the Trainer's count, and numbers that the module keeps.
-
-    Args:
-        strategy: runs the step.
-    """
-
-    def __init__(self, strategy: PrivateStrategy) -> None:
-        self._strategy = strategy
-        self._global_step = strategy.trainer.global_step
-        self._after: int | None = None
-        self.decided: list[set[int]] = []
-        """Sets of optimizers that stepped from these counters, once single samples have decided likewise."""
-        self._attributes, self._names = _plain(strategy.module.__dict__), {*strategy.module.__dict__}
-
-    @classmethod
-    def of_batch(cls, strategy: PrivateStrategy, before: Counts | None, *, stopped: bool) -> Counts:
-        """Return the counters before a batch, or those before the one in which user code has asked for the end."""
-        if before is None or not stopped:
-            return cls(strategy)
-        before.end()
-        return before
-
-    def end(self) -> None:
-        """Take note of the Trainer's count at the end of the batch, once."""
-        if self._after is None:
-            self._after = self._strategy.trainer.global_step
-
-    @contextmanager
-    def back_in(self, *, after: bool = False) -> Iterator[None]:
-        """Set the counters to their values at creation; afterwards restore them.
-
-        Args:
-            after: whether the Trainer's count is that of ``end``, which the last hooks of the batch have seen.
-        """
-        progress = _lightning.completed_steps(self._strategy.trainer)
-        completed = progress.completed
-        progress.completed = self._after if after and self._after is not None else self._global_step
-        own = self._strategy.module.__dict__
-        now, names = _plain(own), {*own}
-        _set_plain(own, self._attributes, self._names)
-        try:
-            yield
-        finally:
-            progress.completed = completed
-            _set_plain(own, now, names)
-
-
-def _set_plain(attributes: dict[str, Any], values: dict[str, Any], names: set[str]) -> None:
-    """Set numbers and words among attributes; those that held something else before, by their names, stay."""
-    for name in _plain(attributes).keys() - names:
-        del attributes[name]
-    attributes.update(values)
-
-
-def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if value is None or isinstance(value, (int, float, str))}
+        return len(plain_of(self._held()))

@@ -12,9 +12,9 @@ from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.step.trial import Trial
-from lightning_dp.step.writes import Gradients
+from lightning_dp.step.writes import Gradients, When
 from lightning_dp.strategies import _lightning
-from lightning_dp.strategies.host import Counts
+from lightning_dp.strategies.counts import Counts
 from lightning_dp.strategies.overrides import Overrides
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Patches:
     def stepped(self) -> None:
         """Read which private gradients user code has changed since their release."""
         if self._released is not None:
-            self._trial.written.see(self._released.writes(), between=True)
+            self._trial.written.see(self._released.writes(), When.RELEASED)
             self._released = None
 
     def _checking_skips(self, hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from lightning_dp.per_sample import PerSampleEngine
 from lightning_dp.step.loss_form import EVERY, MOST, NEAR, LossForm
 from lightning_dp.step.real_losses import RealLosses
+from lightning_dp.step.written import Ran
 
 
 def test_new_operations_are_due_until_settled() -> None:
@@ -145,8 +147,8 @@ def test_ranks_agree_on_a_check_of_a_new_form() -> None:
     reduction = SimpleNamespace(world_size=2, is_sharded=False, agree=lambda flag: asked.append(flag) or True)
     step = SimpleNamespace(state=SimpleNamespace(step=5), reduction=reduction, runs_samples_alone=False)
     runs: Any = SimpleNamespace(loss_form=LossForm(), exchanged=None, step=step)
-    watch = SimpleNamespace(before=None)
-    written: Any = SimpleNamespace(watch=watch, batches=[[]], check=lambda before, seed, agree: asked.append(seed))
+    look: Any = SimpleNamespace(numbers_back_in=nullcontext)
+    written: Any = SimpleNamespace(batches=[Ran([], look, nullcontext)], check=lambda seed, _: asked.append(seed))
     losses = RealLosses(runs, written, sandbox=None, check_again=lambda number, _: asked.append(number))  # type: ignore
     losses.check()
     assert asked == [False, False, 5, False, 5, True]

@@ -47,7 +47,8 @@ def runner(state_of: Any, gradient_of: Any) -> Any:
     """A run whose state after the first batch, and whose gradient of the last, follow from the batches."""
 
     def run(batches: list[list[str]]) -> Any:
-        return {"memory": state_of(batches[0])}, {"weight": torch.tensor([float(gradient_of(batches))])}
+        gradient = {"weight": torch.tensor([float(gradient_of(batches))])}
+        return [({"memory": state_of(batches[0])}, {}), *[({}, gradient)] * (len(batches) - 1)]
 
     return run
 

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from lightning_dp.step.randomness import seeds
-from lightning_dp.step.writes import Look, WriteWatch
+from lightning_dp.step.writes import Look, When, WriteWatch
 from lightning_dp.system.torch_private import Layers
+
+FORWARD = When.FORWARD
 
 
 class Module(nn.Module):
@@ -31,19 +33,28 @@ class Watched:
         self.optimizer = torch.optim.SGD([self.module.layer.weight], lr=0.1)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 5)
         self.seen: set[Any] = set()
-        self.watch = WriteWatch(self._look, self._see)
+        self.released = 0
+        self.watch = WriteWatch(self._look, self._see, lambda: self.released)
         self.forward(lambda: None)
 
     def _look(self, last: Look | None) -> Look:
         return Look(self.layers, [self.optimizer, self.scheduler], (), last)
 
-    def _see(self, keys: Any, *, between: bool = False) -> None:
-        self.seen = {(between, *key) for key in keys}
+    def _see(self, keys: Any, when: When) -> None:
+        self.seen |= {(when, *key) for key in keys}
 
     def forward(self, write: Any) -> set[Any]:
-        before = self.watch.begin_forward()
+        self.watch.begin()
+        self.seen = set()
+        self.watch.begin_forward()
         write()
-        self.watch.end_forward(before)
+        self.watch.end_forward()
+        return self.seen
+
+    def after(self, write: Any) -> set[Any]:
+        self.seen = set()
+        write()
+        self.watch.read()
         return self.seen
 
     @torch.no_grad()
@@ -55,14 +66,25 @@ class Watched:
 def test_writes_of_tensors_are_reported_once_for_each_kind() -> None:
     rig = Watched()
     weight, bias, count = rig.module.layer.weight, rig.module.layer.bias, rig.module.count
-    assert rig.forward(lambda: rig.add(weight)) == {(False, "tensor", 0, True, 1, True)}
+    assert rig.forward(lambda: rig.add(weight)) == {(FORWARD, "tensor", 0, True, 1, True)}
     assert rig.forward(lambda: rig.add(weight)) == set()
-    assert rig.forward(lambda: rig.add(weight, weight)) == {(False, "tensor", 0, True, 2, True)}
-    assert rig.forward(lambda: rig.add(weight, bias)) >= {(False, "tensor", 1, True, 1, True)}
-    assert rig.forward(lambda: rig.add(count)) == {(False, "tensor", 2, True, 1, True)}
-    rig.add(weight)
-    rig.watch.begin()
-    assert rig.seen == {(True, "tensor", 0, True, 1, True)}  # known of forwards only
+    assert rig.forward(lambda: rig.add(weight, weight)) == {(FORWARD, "tensor", 0, True, 2, True)}
+    assert rig.forward(lambda: rig.add(weight, bias)) >= {(FORWARD, "tensor", 1, True, 1, True)}
+    assert rig.forward(lambda: rig.add(count)) == {(FORWARD, "tensor", 2, True, 1, True)}
+    assert rig.after(lambda: rig.add(weight)) == {(When.HELD, "tensor", 0, True, 1, True)}  # known of forwards only
+    rig.released = 1
+    assert rig.after(lambda: rig.add(weight)) == {(When.RELEASED, "tensor", 0, True, 1, True)}
+    assert rig.after(lambda: rig.add(weight)) == set()
+
+
+def test_a_batch_begins_once_until_its_forward_ends() -> None:
+    rig = Watched()
+    look = rig.watch.begin()
+    rig.module.flag = 1
+    rig.seen = set()
+    assert rig.watch.begin() is look
+    assert rig.forward(lambda: None) == {(FORWARD, "attribute", 0, "flag")}
+    assert rig.watch.begin() is not look
 
 
 def test_replaced_tensors_are_reported_each_time() -> None:
@@ -75,39 +97,41 @@ def test_replaced_tensors_are_reported_each_time() -> None:
         rig.module.count = torch.zeros(1)
 
     for _ in range(2):
-        assert {(False, "tensor", 0, True, 0, False)} <= rig.forward(move)
-        assert any(key[:4] == (False, "tensor", 2, False) for key in rig.forward(replace))
+        assert {(FORWARD, "tensor", 0, True, 0, False)} <= rig.forward(move)
+        assert any(key[:4] == (FORWARD, "tensor", 2, False) for key in rig.forward(replace))
 
 
 def test_numbers_attributes_and_modes_are_reported() -> None:
     rig = Watched()
     group = rig.optimizer.param_groups[0]
-    assert rig.forward(lambda: group.update(lr=0.5)) == {(False, "number", ((0, 0), "lr"))}
-    assert rig.forward(lambda: vars(rig.scheduler).update(last_epoch=7)) == {(False, "number", ((1, 0), "last_epoch"))}
-    more = {"params": [rig.module.layer.bias], "lr": 0.3}
-    assert (False, "number", ((0, 1), "lr")) in rig.forward(lambda: rig.optimizer.add_param_group(more))
-    assert rig.forward(lambda: setattr(rig.module, "flag", 1000)) == {(False, "attribute", 0, "flag")}
-    assert rig.forward(lambda: setattr(rig.module, "flag", float("1000"))) == {(False, "attribute", 0, "flag")}
-    assert rig.forward(lambda: setattr(rig.module, "flag", float("1000"))) == set()
-    assert {(False, "mode", 0, False), (False, "mode", 1, False)} <= rig.forward(rig.module.eval)
-    assert rig.forward(lambda: rig.module.layer.requires_grad_(False)) == {
-        (False, "trains", 0, False),
-        (False, "trains", 1, False),
+    assert rig.forward(lambda: group.update(lr=0.5)) == {(FORWARD, "number", ((0, 0), "lr"))}
+    assert rig.forward(lambda: vars(rig.scheduler).update(last_epoch=7)) == {
+        (FORWARD, "number", ((1, 0), "last_epoch"))
     }
-    assert (False, "layer", 1) in rig.forward(lambda: setattr(rig.module, "layer", nn.Linear(2, 2)))
+    more = {"params": [rig.module.layer.bias], "lr": 0.3}
+    assert (FORWARD, "number", ((0, 1), "lr")) in rig.forward(lambda: rig.optimizer.add_param_group(more))
+    assert rig.forward(lambda: setattr(rig.module, "flag", 1000)) == {(FORWARD, "attribute", 0, "flag")}
+    assert rig.forward(lambda: setattr(rig.module, "flag", float("1000"))) == {(FORWARD, "attribute", 0, "flag")}
+    assert rig.forward(lambda: setattr(rig.module, "flag", float("1000"))) == set()
+    assert {(FORWARD, "mode", 0, False), (FORWARD, "mode", 1, False)} <= rig.forward(rig.module.eval)
+    assert rig.forward(lambda: rig.module.layer.requires_grad_(False)) == {
+        (FORWARD, "trains", 0, False),
+        (FORWARD, "trains", 1, False),
+    }
+    assert (FORWARD, "layer", 1) in rig.forward(lambda: setattr(rig.module, "layer", nn.Linear(2, 2)))
 
 
 def test_writes_to_what_optimizers_keep_are_reported() -> None:
     rig = Watched()
     mean, square = torch.zeros(2), torch.zeros(2)
     state = rig.optimizer.state[rig.module.layer.weight]
-    assert rig.forward(lambda: state.update(mean=mean, square=square)) == {(False, "states", 2, 0)}
+    assert rig.forward(lambda: state.update(mean=mean, square=square)) == {(FORWARD, "states", 2, 0)}
     assert rig.forward(lambda: None) == set()
-    assert rig.forward(lambda: rig.add(mean)) == {(False, "states", (1, 0))}
-    assert rig.forward(lambda: rig.add(square)) == {(False, "states", (0, 1))}
-    assert rig.forward(lambda: rig.add(mean, mean)) == {(False, "states", (2, 0))}
-    assert rig.forward(lambda: state.update(mean=torch.zeros(2))) == {(False, "states", 0, 1)}
-    assert rig.forward(rig.optimizer.state.clear) == {(False, "states", -2, 0)}
+    assert rig.forward(lambda: rig.add(mean)) == {(FORWARD, "states", (1, 0))}
+    assert rig.forward(lambda: rig.add(square)) == {(FORWARD, "states", (0, 1))}
+    assert rig.forward(lambda: rig.add(mean, mean)) == {(FORWARD, "states", (2, 0))}
+    assert rig.forward(lambda: state.update(mean=torch.zeros(2))) == {(FORWARD, "states", 0, 1)}
+    assert rig.forward(rig.optimizer.state.clear) == {(FORWARD, "states", -2, 0)}
 
 
 def test_an_earlier_state_comes_back_without_values_of_tensors() -> None:
@@ -139,7 +163,7 @@ SEEDS: dict[str, Any] = {"torch": torch.manual_seed, "numpy": np.random.seed, "P
 @pytest.mark.parametrize("name", SEEDS)
 def test_another_seed_is_reported_once(name: str) -> None:
     rig = Watched()
-    assert rig.forward(lambda: SEEDS[name](5)) == {(False, "seed", name)}
+    assert rig.forward(lambda: SEEDS[name](5)) == {(FORWARD, "seed", name)}
     assert rig.forward(lambda: SEEDS[name](6)) == set()
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_dp.strategies import _lightning
+from lightning_dp.strategies import _lightning, _progress
 from lightning_dp.strategies.outcomes import kept_outcomes
 from lightning_dp.strategies.overrides import Overrides
 from tests.helpers import ByHand, Classifier, make_loader, make_trainer
@@ -107,23 +107,26 @@ def test_lightning_optimizers_are_those_of_manual_optimization(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_without_progress_keeps_a_step_out_of_global_step(tmp_path: Path, quiet: bool) -> None:
+def test_a_counted_step_shows_in_global_step_alone(tmp_path: Path, quiet: bool) -> None:
     class Twice(Manual):
         def training_step(self, batch: Any, batch_idx: int) -> None:
             super().training_step(batch, batch_idx)
             optimizer = self.optimizers()
             if quiet:
-                with _lightning.without_progress(optimizer):
+                with _progress.counting(optimizer, self.trainer):
                     optimizer.step()
             else:
                 optimizer.step()
 
-    assert during_fit(tmp_path, lambda trainer: trainer.global_step, Twice())[-1] == (4 if quiet else 8)
+    def counted(trainer: L.Trainer) -> tuple[int, int]:
+        return trainer.global_step, trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.ready
+
+    assert during_fit(tmp_path, counted, Twice())[-1] == (8, 4 if quiet else 8)
 
 
 def test_completed_steps_are_behind_global_step(tmp_path: Path) -> None:
     def put_back(trainer: L.Trainer) -> int:
-        _lightning.completed_steps(trainer).completed = 0
+        _progress.set_counters(trainer, [0])
         return trainer.global_step
 
     assert during_fit(tmp_path, put_back, Manual()) == [0] * 4
