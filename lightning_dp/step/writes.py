@@ -25,6 +25,8 @@ from lightning_dp.system.torch_private import Layers, changes_of, num_changes, r
 
 _ABSENT = object()
 _NONE: dict[int, Any] = {}
+_MOST_STEPS = 4
+"""Steps of a count, or values of a flag or word, that count as different ones."""
 _MOST_KNOWN = 1_000
 """Patterns of changes of all tensors that are remembered; an optimizer's step makes the same one each time."""
 
@@ -90,7 +92,11 @@ class Look:
         if not _hold_the_same(self.held, after.held):
             for index, (ours, others) in enumerate(zip(self.held, after.held, strict=False)):
                 found = ((name, ours.get(name, _ABSENT), others.get(name, _ABSENT)) for name in {**ours, **others})
-                yield from (("attribute", index, name) for name, one, other in found if not same_value(one, other))
+                yield from (
+                    ("attribute", index, name, *_step_of(("attribute", index, name), one, other, known))
+                    for name, one, other in found
+                    if not same_value(one, other)
+                )
         yield from self.contents.writes_until(after.contents)
         for kind, flags, later in (("mode", self.modes, after.modes), ("trains", self.trains, after.trains)):
             if flags != later:
@@ -100,7 +106,9 @@ class Look:
                     if then != now
                 )
         if self.numbers != after.numbers:
-            yield from (("number", name) for name in changed(_joined(self.numbers), _joined(after.numbers)))
+            ours, others = _joined(self.numbers), _joined(after.numbers)
+            for name in changed(ours, others):
+                yield "number", name, *_step_of(("number", name), ours.get(name), others.get(name), known)
         yield from self.states.writes_until(after.states)
 
     @contextmanager
@@ -187,6 +195,7 @@ class WriteWatch:
         self._begun: Look | None = None  # before the batch, until its forward has ended
         self._released = 0  # number of releases when the forward ended
         self._seeds: dict[str, Any] = {}  # before the forward
+        self._given: dict[str, Any] = {}  # by the last forward that gave one
 
     def begin(self) -> Look:
         """Begin a batch, before it is moved to the device; return a look at the state. Further calls return the same
@@ -218,8 +227,11 @@ class WriteWatch:
     def _new_seeds(self, known: set[Any]) -> Iterator[tuple[str, str]]:
         """Yield a key for each generator that the forward has given another seed, the first time."""
         for name, seed in seeds().items():
-            key = "seed", name
-            if key not in known and self._seeds.get(name, seed) != seed:
+            if self._seeds.get(name, seed) == seed:
+                continue
+            before, self._given[name] = self._given.get(name), seed
+            key = "seed", name, *_step_of(("seed", name), before, seed, known)
+            if key not in known:
                 known.add(key)
                 yield key
 
@@ -254,6 +266,25 @@ class Gradients:
             if other is not None and one is not other:
                 yield "another gradient", index
         yield from (("gradients", now - then) for then, now in zip(counted, changes, strict=True) if now > then)
+
+
+def _step_of(key: tuple[Any, ...], before: Any, after: Any, known: set[Any]) -> tuple[Any, ...]:
+    """Return how far a count has gone, or another value of a flag or word, the first few times; else nothing.
+
+    A record may change something that counts change too, but hardly by as much.
+    """
+    kind = type(after)
+    if kind not in (int, bool, str):
+        return ()
+    step = after - before if kind is int and type(before) is int else after
+    places = [("step", num, *key) for num in range(_MOST_STEPS)]
+    if (*places[0], step) in known:
+        return (step,)
+    free = next((place for place in places if place not in known), None)
+    if free is None:
+        return ()
+    known |= {free, (*places[0], step)}
+    return (step,)
 
 
 def _hold_the_same(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:

@@ -83,7 +83,7 @@ def test_a_batch_begins_once_until_its_forward_ends() -> None:
     rig.module.flag = 1
     rig.seen = set()
     assert rig.watch.begin() is look
-    assert rig.forward(lambda: None) == {(FORWARD, "attribute", 0, "flag")}
+    assert rig.forward(lambda: None) == {(FORWARD, "attribute", 0, "flag", 1)}
     assert rig.watch.begin() is not look
 
 
@@ -106,11 +106,11 @@ def test_numbers_attributes_and_modes_are_reported() -> None:
     group = rig.optimizer.param_groups[0]
     assert rig.forward(lambda: group.update(lr=0.5)) == {(FORWARD, "number", ((0, 0), "lr"))}
     assert rig.forward(lambda: vars(rig.scheduler).update(last_epoch=7)) == {
-        (FORWARD, "number", ((1, 0), "last_epoch"))
+        (FORWARD, "number", ((1, 0), "last_epoch"), 7)
     }
     more = {"params": [rig.module.layer.bias], "lr": 0.3}
     assert (FORWARD, "number", ((0, 1), "lr")) in rig.forward(lambda: rig.optimizer.add_param_group(more))
-    assert rig.forward(lambda: setattr(rig.module, "flag", 1000)) == {(FORWARD, "attribute", 0, "flag")}
+    assert rig.forward(lambda: setattr(rig.module, "flag", 1000)) == {(FORWARD, "attribute", 0, "flag", 1000)}
     assert rig.forward(lambda: setattr(rig.module, "flag", float("1000"))) == {(FORWARD, "attribute", 0, "flag")}
     assert rig.forward(lambda: setattr(rig.module, "flag", float("1000"))) == set()
     assert {(FORWARD, "mode", 0, False), (FORWARD, "mode", 1, False)} <= rig.forward(rig.module.eval)
@@ -119,6 +119,21 @@ def test_numbers_attributes_and_modes_are_reported() -> None:
         (FORWARD, "trains", 1, False),
     }
     assert (FORWARD, "layer", 1) in rig.forward(lambda: setattr(rig.module, "layer", nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("values", [range(1, 9), [True, False] * 4, ["a", "b"] * 4, [0.5**n for n in range(8)]])
+def test_another_step_of_a_count_is_reported(values: Any) -> None:
+    rig = Watched()
+
+    def num_new(values: Any) -> int:
+        found = set()
+        for value in values:
+            found |= rig.forward(lambda value=value: setattr(rig.module, "flag", value))
+        return len(found)
+
+    assert num_new(values) == (1 if isinstance(values, range) or isinstance(values[0], float) else 2)
+    if isinstance(values, range):
+        assert num_new(rig.module.flag + 10**n for n in range(2, 8)) == 4  # three steps, and all that follow
 
 
 def test_writes_to_what_optimizers_keep_are_reported() -> None:
@@ -163,8 +178,10 @@ SEEDS: dict[str, Any] = {"torch": torch.manual_seed, "numpy": np.random.seed, "P
 @pytest.mark.parametrize("name", SEEDS)
 def test_another_seed_is_reported_once(name: str) -> None:
     rig = Watched()
-    assert rig.forward(lambda: SEEDS[name](5)) == {(FORWARD, "seed", name)}
-    assert rig.forward(lambda: SEEDS[name](6)) == set()
+    step = (5, 1) if name == "torch" else ()  # of the others, no number is seen
+    assert rig.forward(lambda: SEEDS[name](5)) == {(FORWARD, "seed", name, *step[:1])}
+    assert rig.forward(lambda: SEEDS[name](6)) == ({(FORWARD, "seed", name, *step[1:])} if step else set())
+    assert rig.forward(lambda: SEEDS[name](7)) == set()
 
 
 def test_draws_of_any_number_are_no_seeds() -> None:
