@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_dp.step import randomness
 from lightning_dp.step.randomness import seeds
 from lightning_dp.step.writes import Look, When, WriteWatch
 from lightning_dp.system.torch_private import Layers
@@ -207,3 +208,13 @@ def test_seeds_are_equal_where_more_is_drawn(name: str) -> None:
     assert late == early
     SEEDS[name](6)
     assert early != seeds()[name]
+
+
+def test_words_of_python_are_read_where_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(5)
+    assert randomness._PYTHON is not None  # of CPython
+    found = seeds()["Python"]
+    monkeypatch.setattr(randomness, "_PYTHON", None)
+    assert found == seeds()["Python"]
+    random.seed(6)
+    assert found != seeds()["Python"]
