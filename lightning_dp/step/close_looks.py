@@ -34,7 +34,7 @@ class CloseLook(Look):
 
     def __init__(self, eye: Eye, others: list[Any], owner: Any, *, saves: bool) -> None:
         super().__init__(eye.layers, others, [vars(owner)])
-        self._num_watched = len(self.held) - (not saves)  # the owner's attributes are the last ones
+        self._unwatched = None if saves else len(self.held) - 1  # number of the owner
         all_names: list[str] = []
         self.values: list[Any] = []
         for attributes in (*map(vars, self.layers), vars(owner) if saves else {}):
@@ -60,7 +60,7 @@ class CloseLook(Look):
             return False
         if tensors_only:
             return True
-        if any(index < self._num_watched for _, index, _ in self.contents.writes_until(after.contents)):
+        if any(number != self._unwatched for (_, number, *_), *_ in self.contents.writes_until(after.contents)):
             return False
         return self.counts == after.counts and same_content(after.values, self.values)
 

@@ -1,58 +1,56 @@
-"""Contents of containers and tensors that user code keeps, and changes in place."""
+"""Contents of what user code keeps, and changes in place: attributes of objects, containers, arrays, small tensors."""
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_dp.per_sample._torch import unfollowed
-from lightning_dp.step.refilling import refill_mapping, refill_sequence
-from lightning_dp.step.snapshot import NOT_PLAIN
+from lightning_dp.step.holders import Holder, Path, Write, whole
+from lightning_dp.step.object_kinds import WAYS, own_classes, slots_of
+from lightning_dp.step.variables import Variables
 from lightning_dp.system.torch_private import changes_of, num_changes
 
-_MOST_ENTRIES = 16
-"""Entries of a container up to which each is looked at; of a larger one, only their number is."""
 _MOST_VALUES = 1_000
-"""Values of a tensor up to which they are kept."""
-_WATCHED = frozenset((list, dict, deque, Tensor))
+"""Values of a tensor or array up to which they are kept."""
+_MOST_HOLDERS = 128
+"""Objects and containers that are looked into, beyond those that are given."""
 
 
 class Contents:
-    """The contents of containers and tensors at one time.
+    """The contents of objects, and of all that these hold, at one time.
+
+    Looked into are the user's own objects, containers of any class, numpy arrays and tensors, however deep, up to 128
+    objects and containers. Of a class, its attributes are looked at too.
 
     Args:
-        held: attributes of objects, as they are now.
+        given: attributes of objects.
         buffers: of the module.
         counts: numbers of changes of the buffers.
-        last: contents at an earlier time, whose copies of tensors are taken over if these are unchanged.
+        last: contents at an earlier time; what is unchanged is taken over from them.
     """
 
     def __init__(
-        self, held: list[dict[str, Any]], buffers: list[Tensor], counts: Sequence[int], last: Contents | None = None
+        self, given: Sequence[Any], buffers: list[Tensor], counts: Sequence[int], last: Contents | None = None
     ) -> None:
-        found = [
-            (index, name, one)
-            for index, each in enumerate(held)
-            for name, one in each.items()
-            if type(one) in _WATCHED and name not in NOT_PLAIN
-        ]
-        self.found = [each for each in found if type(each[2]) is not Tensor]
-        containers = [each[2] for each in self.found]
-        self.sizes = [*map(len, containers)]
-        self.copies = [
-            one.copy() if size <= _MOST_ENTRIES else None for one, size in zip(containers, self.sizes, strict=True)
-        ]
-        parts = [[*one, *one.values()] if type(one) is dict else one for one in self.copies if one]
-        self.entries = [*chain.from_iterable(parts)]  # of all of them
-        self.named = {each[:2]: each[2] for each in found if type(each[2]) is Tensor}
-        tensors = [*buffers, *self.named.values()]
+        self.roots, self._last = [*given], last
+        self.holders: dict[int, Holder] = {}
+        self.owners: list[tuple[Any, dict[str, Any]]] = []  # objects, and their attributes
+        self.views: dict[int, tuple[Any, Variables]] = {}
+        self.arrays: dict[int, tuple[Any, Path, Any]] = {}
+        self.tensors: dict[int, tuple[Tensor, Path]] = {}
+        if last is None or not self._takes_over(last):
+            self._walk()
+        self.given: list[dict[str, Any]] = [self.holders[id(each)].content for each in given]
+        """Copies of the attributes that were given."""
+        tensors = [*buffers, *(one for one, _ in self.tensors.values())]
         with unfollowed():
             counts = [*counts, *changes_of(tensors[len(buffers) :])]
         known = {} if last is None else last.values
@@ -62,44 +60,117 @@ class Contents:
             if kept is None or kept[0] is not one or kept[1] != count:
                 kept = one, count, _values_of(one)
             self.values[id(one)] = kept
+        self._last = None
 
-    def writes_until(self, after: Contents) -> Iterator[tuple[Any, ...]]:
-        """Yield a key for each attribute whose content is another one at a later time."""
-        alike = self.sizes == after.sizes and len(self.entries) == len(after.entries)
-        if not alike or not all(map(operator.is_, self.entries, after.entries)):
-            later = {each[:2]: at for at, each in enumerate(after.found)}
-            for (index, name, one), size, content in zip(self.found, self.sizes, self.copies, strict=True):
-                at = later.get((index, name))
-                if at is None:
-                    continue
-                newer = after.copies[at]
-                both = after.found[at][2] is one and content is not None and newer is not None
-                if size != after.sizes[at] or (both and not _same(content, newer)):
-                    yield "content", index, name
-        for place, one in self.named.items():
-            if after.named.get(place) is one:
-                (_, count, values), (_, now, newer) = self.values[id(one)], after.values[id(one)]
-                if count != now and values is not None and newer is not None and not torch.equal(values, newer):
-                    yield "content", *place  # a trial puts values back, which counts as a change
+    def _takes_over(self, last: Contents) -> bool:
+        """Look only at what was looked at before, if that leads to nothing else; tell whether it does."""
+        if len(self.roots) != len(last.roots) or not all(map(operator.is_, self.roots, last.roots)):
+            return False
+        before = last.holders
+        holders = [holder.renewed() for holder in before.values()]
+        same_objects = all(getattr(one, "__dict__", None) is attributes for one, attributes in last.owners)
+        if not (same_objects and all(map(Holder.leads_to_the_same, holders, before.values()))):
+            return False
+        self.holders = dict(zip(before, holders, strict=True))
+        self.owners, self.views, self.tensors = last.owners, last.views, last.tensors
+        self.arrays = {key: _array_of(*each) for key, each in last.arrays.items()}
+        return True
+
+    def _walk(self) -> None:
+        self._waiting: list[tuple[Any, Path, bool]] = [(each, (index,), True) for index, each in enumerate(self.roots)]
+        known = {} if self._last is None else self._last.holders
+        for at, (live, path, is_object) in enumerate(self._waiting):  # grows
+            if id(live) in self.holders or at >= len(self.roots) + _MOST_HOLDERS:
+                continue
+            before = known.get(id(live))
+            is_known = before is not None and before.live is live
+            holder = before.renewed() if is_known and before is not None else Holder(live, path, is_object=is_object)
+            self.holders[id(live)] = holder
+            for place, one in holder.found:
+                self._enter(one, place)
+        del self._waiting
+
+    def _enter(self, one: Any, path: Path) -> None:
+        """Note something that is to be looked into."""
+        way = WAYS[type(one)]
+        if way == "tensor":
+            self.tensors.setdefault(id(one), (one, path))
+        elif way == "array":
+            if one.size <= _MOST_VALUES:
+                self.arrays[id(one)] = one, path, one.copy()
+        elif way == "fixed":
+            for each in tuple.__iter__(one) if isinstance(one, tuple) else one:
+                if WAYS[type(each)]:
+                    self._enter(each, path)
+        else:
+            if way == "container":
+                self._waiting.append((one, path, False))
+            self._enter_object(one, path)
+
+    def _enter_object(self, one: Any, path: Path) -> None:
+        kind: Any = type(one)
+        is_own = WAYS[kind] == "own" or own_classes(kind)  # those of Python's containers hold nothing
+        if is_own and kind.__dictoffset__ and isinstance(attributes := getattr(one, "__dict__", None), dict):
+            self.owners.append((one, attributes))
+            self._waiting.append((attributes, path, True))
+        if slots_of(kind):
+            self._waiting.append((self._view(one, Variables.of_slots), path, True))
+        for each in own_classes(kind):
+            self._waiting.append((self._view(each, Variables.of_class), (each.__qualname__,), True))
+
+    def _view(self, owner: Any, make: Callable[[Any], Variables]) -> Variables:
+        """Return a view of slots or of a class; the same one as in the contents before."""
+        last = (self.views if self._last is None else self._last.views).get(id(owner))
+        view = make(owner) if last is None or last[0] is not owner else last[1]
+        return self.views.setdefault(id(owner), (owner, view))[1]
+
+    def writes_until(self, after: Contents) -> Iterator[Write]:
+        """Yield each attribute and container whose content is another one at a later time."""
+        for key, holder in self.holders.items():
+            later = after.holders.get(key)
+            if later is not None and later is not holder and later.live is holder.live:
+                yield from holder.writes_until(later)
+        for key, (array, path, values) in self.arrays.items():
+            if (also := after.arrays.get(key)) is not None and also[0] is array and not _same_array(values, also[2]):
+                yield ("content", *path), None, None
+        for key, (one, path) in self.tensors.items():
+            if key in after.tensors and after.tensors[key][0] is one:
+                (_, count, before), (_, now, newer) = self.values[key], after.values[key]
+                if count != now and before is not None and newer is not None and not torch.equal(before, newer):
+                    yield ("content", *path), None, None  # a trial puts values back, which counts as a change
 
     @contextmanager
     def back_in(self) -> Iterator[None]:
-        """Give containers and tensors their contents back within the context. A large container only loses what was
-        put to its end, and a large tensor keeps its values.
+        """Give containers, arrays, tensors, and objects that were not given, their contents back within the context. A
+        large container only loses what was put to its end, and a large tensor keeps its values.
         """
-        containers = zip((each[2] for each in self.found), self.sizes, self.copies, strict=True)
-        before: list[tuple[Any, int, Any]] = [*self.values.values(), *containers]
         with torch.no_grad(), unfollowed():
-            changed = [each for each in before if _has_changed(*each)]
-            now = [(one, _copy(one)) for one, *_ in changed]
-            for each in changed:
-                _refill(*each)
+            further = [*self.holders.values()][len({*map(id, self.roots)}) :]
+            held = [each for each in further if not each.is_as_it_was()]
+            now: list[Callable[[], Any]] = [functools.partial(each.put_back, whole(each)) for each in held]
+            for each in held:
+                each.put_back(each.content)
+            for one, before in self._changed_values():
+                now.append(functools.partial(_fill, one, one.copy() if isinstance(one, np.ndarray) else one.clone()))
+                _fill(one, before)
         try:
             yield
         finally:
             with torch.no_grad(), unfollowed():
-                for one, content in now:
-                    _refill(one, 0, content)
+                for put_back in now:
+                    put_back()
+
+    def _changed_values(self) -> Iterator[tuple[Any, Any]]:
+        for one, count, values in self.values.values():
+            if values is not None and num_changes(one) != count:
+                yield one, values
+        for array, _, held in self.arrays.values():
+            if not _same_array(held, array):
+                yield array, held
+
+
+def _array_of(array: Any, path: Path, held: Any) -> tuple[Any, Path, Any]:
+    return array, path, held if _same_array(held, array) else array.copy()
 
 
 def _values_of(tensor: Tensor) -> Tensor | None:
@@ -109,36 +180,13 @@ def _values_of(tensor: Tensor) -> Tensor | None:
         return tensor.detach().clone() if small else None
 
 
-def _copy(one: Any) -> Any:
-    return one.detach().clone() if isinstance(one, Tensor) else one.copy()
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Tell whether two containers hold the same objects, or equal numbers and words."""
-    if type(one) is not type(other) or len(one) != len(other):
-        return False
-    if isinstance(one, dict):
-        return _same([*one], [*other]) and _same([*one.values()], [*other.values()])
-    return all(map(same_value, one, other))
-
-
-def same_value(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same object, or equal numbers or words."""
-    return one is other or (type(one) is type(other) and isinstance(one, (int, float, str)) and bool(one == other))
-
-
-def _has_changed(one: Any, size: int, content: Any) -> bool:
-    if isinstance(one, Tensor):
-        return content is not None and num_changes(one) != size
-    return len(one) != size or (content is not None and not _same(content, one))
-
-
-def _refill(one: Any, size: int, content: Any) -> None:
-    if isinstance(one, Tensor):
-        if one.shape == content.shape:
+def _fill(one: Any, content: Any) -> None:
+    if one.shape == content.shape:
+        if isinstance(one, Tensor):
             one.copy_(content)
-    elif content is not None:
-        (refill_mapping if isinstance(one, dict) else refill_sequence)(one, content)
-    else:
-        for _ in range(len(one) - size):
-            one.popitem() if isinstance(one, dict) else one.pop()
+        else:
+            one[...] = content
+
+
+def _same_array(one: Any, other: Any) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and bool(one.tobytes() == other.tobytes())

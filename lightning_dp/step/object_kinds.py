@@ -52,6 +52,20 @@ def kind_of(kind: Any) -> str:
     return "foreign" if foreign else found
 
 
+class _Ways(dict[type, str]):
+    """How objects of a class are looked into, as ``kind_of`` names it; "" for those that hold nothing to look at."""
+
+    def __missing__(self, kind: type) -> str:
+        way = kind_of(kind)
+        is_own = way == "own" and not issubclass(kind, enum.Enum) and not kind.__module__.startswith("torch.optim")
+        holds = is_own and bool(kind.__dictoffset__ or slots_of(kind)) and not hasattr(kind, "__get__")
+        self[kind] = found = way if holds or way in ("tensor", "array", "container", "fixed") else ""
+        return found
+
+
+WAYS = _Ways()
+
+
 @functools.lru_cache(4096)
 def slots_of(kind: Any) -> list[str]:
     """Return the names of all slots of a class, private ones as Python mangles them."""

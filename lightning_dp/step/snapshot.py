@@ -215,7 +215,7 @@ class Snapshot:
         skipped = (
             _OUTSIDE | _MACHINERY
             if isinstance(owner, nn.Module)
-            else _OUTSIDE | getattr(owner, OWN_OUTSIDE, frozenset())
+            else _OUTSIDE | getattr(type(owner), OWN_OUTSIDE, frozenset())
         )
         attributes = getattr(owner, "__dict__", None)
         if isinstance(attributes, dict):

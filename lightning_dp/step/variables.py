@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import dis
 import types
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
-from lightning_dp.step.object_kinds import NOT_OWN, own_classes
+from lightning_dp.step.object_kinds import NOT_OWN, WAYS, own_classes, slots_of, state_of_class
 from lightning_dp.step.snapshot import OWN_OUTSIDE
 
 _ASSIGNS = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"}
-_CONTAINERS = (list, dict, deque, set)
 _MOST = 1_000
 """Entries of a container, with those of containers in it, up to which its content is restored after a trial."""
 _ROOTS = ("training_step", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "backward")
@@ -38,7 +37,6 @@ class Variables(MutableMapping[str, Any]):
         copy: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self._names, self._read, self._write, self._delete, self._copy = names, read, write, delete, copy
-        setattr(self, OWN_OUTSIDE, frozenset(vars(self)))  # a snapshot would copy all that they lead to
 
     @classmethod
     def of_dict(cls, held: dict[str, Any], names: frozenset[str]) -> Variables:
@@ -63,11 +61,22 @@ class Variables(MutableMapping[str, Any]):
         )
 
     @classmethod
+    def of_slots(cls, owner: Any) -> Variables:
+        """Return a view of the slots of an object."""
+        names = slots_of(owner.__class__)
+        return cls(
+            lambda: (name for name in names if hasattr(owner, name)),
+            lambda name: getattr(owner, name),
+            lambda name, value: object.__setattr__(owner, name, value),
+            lambda name: object.__delattr__(owner, name),
+        )
+
+    @classmethod
     def of_class(cls, kind: type[Any]) -> Variables:
-        """Return a view of the attributes of a class."""
+        """Return a view of the attributes of a class; only those that are values are named."""
         held = vars(kind)
         return cls(
-            lambda: held,
+            lambda: state_of_class(kind),
             held.__getitem__,
             lambda name, value: setattr(kind, name, value),
             lambda name: delattr(kind, name),
@@ -94,11 +103,16 @@ class Variables(MutableMapping[str, Any]):
         return len([*self._names()])
 
 
+setattr(Variables, OWN_OUTSIDE, frozenset(("_names", "_read", "_write", "_delete", "_copy")))  # lead to everything
+
+
 class UserVariables:
     """The variables that some functions, and the functions which these name, may use to keep values between steps.
 
-    Found are variables that they assign, and containers that they name; also attributes of given classes. Python
-    modules other than those of the functions are not searched.
+    Found are variables that they assign; containers, arrays, tensors and objects that they name, with their classes if
+    these are of the same package; values of arguments that are not given; attributes of functions and Python modules
+    that they name, if they set some attribute; also attributes of given classes. Functions of other Python modules are
+    not searched.
 
     Args:
         functions: of the user.
@@ -109,19 +123,25 @@ class UserVariables:
         self._classes, self._seen = [*dict.fromkeys(classes)], set[int]()
         self._globals: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self._cells: dict[str, types.CellType] = {}
+        self._defaults: dict[str, Any] = {}
         for function in functions:
             self._search(function)
-        self.watched = [Variables.of_dict(held, frozenset(names)) for held, names in self._globals.values()]
+        self.watched: list[Any] = [
+            *(Variables.of_dict(held, frozenset(names)) for held, names in self._globals.values()),
+            self._defaults,
+        ]
         """Views of all that was found."""
         small = [
             (held, {name for name in names if _is_small(held.get(name))}) for held, names in self._globals.values()
         ]
         # a list of an enclosing function, to which user code appends, shows the runs of checks too
-        cells = {name: cell for name, cell in self._cells.items() if not isinstance(_content(cell), list)}
-        self.restored = [*(Variables.of_dict(held, frozenset(names)) for held, names in small)]
-        """Views of what is restored after a trial; classes are restored with their objects."""
-        self.restored += [Variables.of_cells(cells)]
-        self.watched += [Variables.of_cells(self._cells), *map(Variables.of_class, self._classes)]
+        cells = {name: cell for name, cell in self._cells.items() if _may_restore(_content(cell))}
+        self.restored: list[Any] = [*(Variables.of_dict(held, frozenset(names)) for held, names in small)]
+        """Views of what is restored after a trial."""
+        defaults = {name: value for name, value in self._defaults.items() if _is_small(value)}
+        views = [*map(Variables.of_class, self._classes)]
+        self.restored += [Variables.of_cells(cells), defaults, *views]
+        self.watched += [Variables.of_cells(self._cells), *views]
 
     @classmethod
     def of_objects(cls, owners: Iterable[Any]) -> UserVariables:
@@ -137,21 +157,51 @@ class UserVariables:
             self._seen.add(id(function.__code__))
             if isinstance(inner := getattr(function, "__wrapped__", None), types.FunctionType):
                 self._search(inner)
-            names, assigned = _names_in(function.__code__)
-            _, found = self._globals.setdefault(id(function.__globals__), (function.__globals__, set()))
+            names, assigned, attributes = _names_in(function.__code__)
+            defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            kept = [(f"{index} of {function.__qualname__}", one) for index, one in enumerate(defaults)]
+            self._defaults.update((name, one) for name, one in kept if WAYS[type(one)])
+            self._entry(function.__globals__)
             for name in names:
                 value = function.__globals__.get(name)
-                if name in assigned or isinstance(value, _CONTAINERS):
-                    found.add(name)
-                elif isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
-                    self._search(value)
+                self._search_global(function, name, value, assigned, attributes)
                 for kind in self._classes:
                     self._search(vars(kind).get(name))
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-                if name in assigned or isinstance(_content(cell), _CONTAINERS):
+                if name in assigned or _may_keep(_content(cell), function):
                     self._cells[f"{name} of {function.__qualname__}"] = cell
                 elif _is_own(_content(cell)):
                     self._search(_content(cell))
+
+    def _search_global(self, function: Any, name: str, value: Any, assigned: set[str], attributes: set[str]) -> None:
+        if name in assigned or _may_keep(value, function):
+            self._entry(function.__globals__).add(name)
+        elif isinstance(value, types.FunctionType):
+            if attributes and value.__globals__ is function.__globals__:
+                self._entry(vars(value)).update(attributes)
+            if value.__globals__ is function.__globals__:
+                self._search(value)
+        elif isinstance(value, types.ModuleType) and attributes and _package_of(value.__name__) not in NOT_OWN:
+            self._entry(vars(value)).update(attributes)
+        elif isinstance(value, type) and _package_of(value.__module__) == _package_of(function.__module__):
+            self._classes += [kind for kind in own_classes(value) if kind not in self._classes]
+
+    def _entry(self, held: dict[str, Any]) -> set[str]:
+        """Return the names that are watched in a dictionary of variables."""
+        return self._globals.setdefault(id(held), (held, set()))[1]
+
+
+def _package_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _may_keep(value: Any, function: Any) -> bool:
+    """Tell whether a value that a function names may be used to keep others."""
+    way = WAYS[type(value)]
+    if way == "own":
+        known = isinstance(value, (types.SimpleNamespace, argparse.Namespace))
+        return known or _package_of(type(value).__module__) == _package_of(function.__module__)
+    return way in ("array", "tensor", "container")
 
 
 def _is_own(value: Any) -> bool:
@@ -159,27 +209,47 @@ def _is_own(value: Any) -> bool:
     return isinstance(value, types.FunctionType) and value.__module__.partition(".")[0] not in NOT_OWN
 
 
-def _names_in(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """Return the names of globals and attributes in a function, with functions in it, and the variables it assigns."""
-    names, assigned, codes = set[str](), set[str](), [code]
+def _names_in(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
+    """Return the names of globals and attributes in a function, with functions in it, and the variables and attributes
+    that it sets.
+    """
+    names, assigned, attributes, codes = set[str](), set[str](), set[str](), [code]
     for each in codes:  # grows
         names |= {*each.co_names}
-        assigned |= {str(one.argval) for one in dis.get_instructions(each) if one.opname in _ASSIGNS}
+        for one in dis.get_instructions(each):
+            if one.opname in _ASSIGNS:
+                assigned.add(str(one.argval))
+            elif one.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                attributes.add(str(one.argval))
+        if "setattr" in each.co_names:
+            attributes |= {one for one in each.co_consts if isinstance(one, str) and one.isidentifier()}
         codes += [constant for constant in each.co_consts if isinstance(constant, types.CodeType)]
-    return names, assigned
+    return names, assigned, attributes
 
 
 def _content(cell: types.CellType) -> Any:
     return None if cell == types.CellType() else cell.cell_contents
 
 
+def _may_restore(value: Any) -> bool:
+    """Tell whether a variable of an enclosing function is restored after a trial."""
+    return not isinstance(value, list) and (WAYS[type(value)] == "container" or _is_small(value))
+
+
 def _is_small(value: Any) -> bool:
-    """Tell whether a value is no container, or one with few entries in all."""
-    count, values = 0, [value]
+    """Tell whether a value is a single one, or holds few in all."""
+    count, values, seen = 0, [value], set[int]()
     for one in values:  # grows
-        if isinstance(one, _CONTAINERS):
-            count += len(one)
-            if count > _MOST:
-                return False
-            values += one.values() if isinstance(one, dict) else one
+        way = WAYS[type(one)]
+        if not way or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if way in ("tensor", "array"):
+            count += one.numel() if way == "tensor" else one.size
+        else:
+            held = getattr(one, "__dict__", {}) if way == "own" else one
+            count += len(held)
+            values += held.values() if isinstance(held, Mapping) else held
+        if count > _MOST:
+            return False
     return True

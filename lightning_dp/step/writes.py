@@ -8,14 +8,13 @@ import enum
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dp.per_sample._torch import unfollowed
-from lightning_dp.step.contents import Contents, same_value
+from lightning_dp.step.contents import Contents
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
 from lightning_dp.step.refilling import plain_of, refill_mapping, reset_attributes, set_plain
@@ -23,7 +22,6 @@ from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of
 from lightning_dp.system.torch_private import Layers, changes_of, num_changes, replace_children
 
-_ABSENT = object()
 _NONE: dict[int, Any] = {}
 _MOST_STEPS = 4
 """Steps of a count, or values of a flag or word, that count as different ones."""
@@ -56,10 +54,10 @@ class Look:
             self.changes = [changes_of(self.tensors), _addresses_of(self.tensors)]
             self.trains = [tensor.requires_grad for tensor in self.tensors]
         self._attributes = [*map(vars, layers.own), *more]
-        self.held = [held.copy() for held in self._attributes]
         counts = self.changes[0][len(self.tensors) - len(buffers) :]
-        self.contents: Contents = Contents(self.held, buffers, counts, None if last is None else last.contents)
-        """Contents of containers and tensors in the attributes."""
+        self.contents: Contents = Contents(self._attributes, buffers, counts, None if last is None else last.contents)
+        """Contents of the attributes, and of what they hold."""
+        self.held = self.contents.given
         self.modes = [layer.training for layer in layers.all]
         self.numbers = held_numbers(others)
         with unfollowed():
@@ -89,15 +87,8 @@ class Look:
                 yield "number of layers", len(after.layers) - len(self.layers)
             pairs = enumerate(zip(self.layers, after.layers, strict=False))
             yield from (("layer", index) for index, (one, other) in pairs if one is not other)
-        if not _hold_the_same(self.held, after.held):
-            for index, (ours, others) in enumerate(zip(self.held, after.held, strict=False)):
-                found = ((name, ours.get(name, _ABSENT), others.get(name, _ABSENT)) for name in {**ours, **others})
-                yield from (
-                    ("attribute", index, name, *_step_of(("attribute", index, name), one, other, known))
-                    for name, one, other in found
-                    if not same_value(one, other)
-                )
-        yield from self.contents.writes_until(after.contents)
+        for key, one, other in self.contents.writes_until(after.contents):
+            yield *key, *_step_of(key, one, other, known)
         for kind, flags, later in (("mode", self.modes, after.modes), ("trains", self.trains, after.trains)):
             if flags != later:
                 yield from (
@@ -285,14 +276,6 @@ def _step_of(key: tuple[Any, ...], before: Any, after: Any, known: set[Any]) -> 
         return ()
     known |= {free, (*places[0], step)}
     return (step,)
-
-
-def _hold_the_same(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> bool:
-    """Tell whether objects hold the same attributes, in the same order."""
-    if [*map(len, ours)] != [*map(len, others)]:
-        return False
-    pairs = map(operator.is_, *(chain.from_iterable(map(dict.values, held)) for held in (ours, others)))
-    return all(pairs)
 
 
 def _joined(numbers: Numbers) -> dict[Any, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample import PerSampleEngine
+from lightning_dp.per_sample._torch import real_view
 
 Loss = Callable[[Any], Tensor]
 

@@ -1,0 +1,142 @@
+"""Holders: objects and containers that user code keeps values in, and what they hold at one time."""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, MutableMapping, MutableSet
+from typing import Any
+
+from lightning_dp.step.object_kinds import WAYS
+from lightning_dp.step.refilling import refill_mapping, refill_sequence, reset_attributes, same_content
+from lightning_dp.step.snapshot import NOT_PLAIN
+from lightning_dp.step.variables import Variables
+
+Path = tuple[Any, ...]
+"""Number of a given object, and names of attributes from there; the entries of a container have its path."""
+
+Write = tuple[tuple[Any, ...], Any, Any]
+"""Key of a write; of an attribute, also its value before and after."""
+
+MOST_ENTRIES = 16
+"""Entries of a container up to which each is looked at; of a larger one, only their number is."""
+_DICTS = frozenset((dict, OrderedDict, defaultdict))
+_ABSENT = object()
+
+
+class Holder:
+    """An object or container at one time.
+
+    Args:
+        live: the attributes of an object, or a container.
+        path: of it.
+        is_object: whether the entries are attributes.
+    """
+
+    __slots__ = ("content", "found", "is_dict", "is_object", "live", "path", "size")
+
+    def __init__(self, live: Any, path: Path, *, is_object: bool) -> None:
+        self.live, self.path, self.is_object = live, path, is_object
+        self.size = _length(live)
+        self.content = self._copied()
+        self.is_dict = type(live) in _DICTS and self.content is not None
+        self.found: list[tuple[Path, Any]] = []
+        """What is to be looked into, with its path."""
+        if isinstance(self.content, dict) and is_object:
+            named = [(name, one) for name, one in self.content.items() if WAYS[type(one)]]
+            self.found = [((*path, name), one) for name, one in named if name not in NOT_PLAIN and name[:2] != "__"]
+        elif self.content and not isinstance(self.content, set):
+            values = self.content.values() if isinstance(self.content, dict) else self.content
+            self.found = [(path, one) for one in values if WAYS[type(one)]]
+
+    def _copied(self) -> Any:
+        live = self.live
+        if not self.is_object and self.size > MOST_ENTRIES:
+            return None
+        if type(live) is dict or type(live) is Variables:
+            return live.copy()
+        kind = dict if isinstance(live, MutableMapping) else set if isinstance(live, MutableSet) else list
+        try:
+            return kind(live)
+        except Exception:  # it cannot be read, such as a configuration that is None
+            return None
+
+    def is_as_it_was(self) -> bool:
+        """Tell whether the content is the same as when it was looked at."""
+        live, content = self.live, self.content
+        if self.is_dict:  # as same_content() has it
+            if len(live) != len(content):
+                return False
+            return all(map(operator.is_, live.values(), content.values())) and all(map(operator.is_, live, content))
+        if content is None:
+            return _length(live) == self.size
+        return same_content(live.copy() if type(live) is Variables else live, content)
+
+    def renewed(self) -> Holder:
+        """Return what the same object or container holds now."""
+        return self if self.is_as_it_was() else Holder(self.live, self.path, is_object=self.is_object)
+
+    def leads_to_the_same(self, other: Holder) -> bool:
+        """Tell whether the same things are to be looked into."""
+        ours, others = self.found, other.found
+        if ours is others:
+            return True
+        return len(ours) == len(others) and all(a is b for (_, a), (_, b) in zip(ours, others, strict=True))
+
+    def writes_until(self, after: Holder) -> Iterator[Write]:
+        """Yield each attribute that is another one at a later time, or a container."""
+        one, other = self.content, after.content
+        if one is None or other is None:
+            if self.size != after.size:
+                yield ("content", *self.path), None, None
+        elif self.is_object:
+            names = {**one, **other} if one.keys() != other.keys() else one
+            for name in names:
+                before, now = one.get(name, _ABSENT), other.get(name, _ABSENT)
+                if not same_value(before, now):
+                    yield ("attribute", *self.path, name), before, now
+        elif not _same(one, other):
+            yield ("content", *self.path), None, None
+
+    def put_back(self, content: Any) -> None:
+        """Give the object or container its content back; a large container only loses what was put to its end."""
+        if self.is_object:
+            plain = {name: each for name, each in content.items() if name not in NOT_PLAIN}
+            reset_attributes(self.live, plain, NOT_PLAIN)
+        elif content is not None:
+            is_sequence = isinstance(content, list)
+            (refill_sequence if is_sequence else refill_mapping)(self.live, content)
+        else:
+            for _ in range(len(self.live) - self.size):
+                self.live.popitem() if isinstance(self.live, MutableMapping) else self.live.pop()
+
+
+def _length(live: Any) -> int:
+    try:
+        return len(live)
+    except Exception:  # it cannot be read, such as a configuration that is None
+        return 0
+
+
+def whole(holder: Holder) -> Any:
+    """Return a copy of all that an object or container holds now."""
+    live = holder.live
+    if isinstance(live, MutableMapping):
+        return live.copy() if type(live) is Variables else {**live}
+    return set(live) if isinstance(live, MutableSet) else [*live]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two containers hold the same objects, or equal numbers and words."""
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict):
+        return _same([*one], [*other]) and _same([*one.values()], [*other.values()])
+    if isinstance(one, set):
+        return bool(one == other)
+    return all(map(same_value, one, other))
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same object, or equal numbers or words."""
+    return one is other or (type(one) is type(other) and isinstance(one, (int, float, str)) and bool(one == other))
