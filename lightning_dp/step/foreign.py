@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from lightning_dp import _messages
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.layout import WAY_OUT
 
 if TYPE_CHECKING:
     from lightning_dp.step.host import Host
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-#: Within the interpreter an exception of Python, such as a PrivacyError, becomes a RuntimeError without a text.
-_INTERPRETED = re.compile(r"TorchScript interpreter[^\0]*RuntimeError:\s*$")
 _SMALL = "a batch holds one record: Poisson sampling draws such batches where batches are small."
 _SIZES = ". Private batches vary in size, so the step must run on any number of records"
 
@@ -68,11 +64,6 @@ class ForeignCode:
         except PrivacyError:
             raise
         except Exception as error:
-            if isinstance(error, RuntimeError) and _INTERPRETED.search(str(error)):
-                raise PrivacyError(
-                    "Expected private parameters to be used in operations that report themselves, got scripted code "
-                    f"of torch.jit, in which they cannot be followed. Leave torch.jit out; {WAY_OUT}."
-                ) from error
             if len(chosen) == 1 and not self.runs_alone:
                 raise OneAloneError from error
             may_be_size = isinstance(error, (RuntimeError, ValueError))  # as shapes raise

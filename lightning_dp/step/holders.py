@@ -21,6 +21,8 @@ Write = tuple[tuple[Any, ...], Any, Any]
 MOST_ENTRIES = 16
 """Entries of a container up to which each is looked at; of a larger one, only their number is."""
 _DICTS = frozenset((dict, OrderedDict, defaultdict))
+_NAME_OF_HOOK = "_current_fx_name"
+"""Attribute of a LightningModule that Lightning sets around each hook."""
 _ABSENT = object()
 
 
@@ -93,7 +95,7 @@ class Holder:
             names = {**one, **other} if one.keys() != other.keys() else one
             for name in names:
                 before, now = one.get(name, _ABSENT), other.get(name, _ABSENT)
-                if not same_value(before, now):
+                if not same_value(before, now) and name != _NAME_OF_HOOK:
                     yield ("attribute", *self.path, name), before, now
         elif not _same(one, other):
             yield ("content", *self.path), None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import enum
 import functools
 import random
@@ -53,14 +54,22 @@ def kind_of(kind: Any) -> str:
 
 
 class _Ways(dict[type, str]):
-    """How objects of a class are looked into, as ``kind_of`` names it; "" for those that hold nothing to look at."""
+    """A table of how objects of a class are looked into, as ``kind_of`` names it; "" for those that hold nothing."""
 
     def __missing__(self, kind: type) -> str:
         way = kind_of(kind)
-        is_own = way == "own" and not issubclass(kind, enum.Enum) and not kind.__module__.startswith("torch.optim")
-        holds = is_own and bool(kind.__dictoffset__ or slots_of(kind)) and not hasattr(kind, "__get__")
-        self[kind] = found = way if holds or way in ("tensor", "array", "container", "fixed") else ""
+        holds = way in ("tensor", "array", "container", "fixed") or (way == "own" and _is_of_user(kind))
+        self[kind] = found = way if holds else ""
         return found
+
+
+def _is_of_user(kind: Any) -> bool:
+    """Tell whether objects of a class hold state of the user's: no descriptors, members of an enumeration, nor what
+    Python and torch define.
+    """
+    known = own_classes(kind) or issubclass(kind, (types.SimpleNamespace, argparse.Namespace))
+    holds = bool(kind.__dictoffset__ or slots_of(kind))
+    return bool(known and holds and not hasattr(kind, "__get__") and not issubclass(kind, enum.Enum))
 
 
 WAYS = _Ways()

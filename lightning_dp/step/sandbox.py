@@ -135,6 +135,8 @@ class Sandbox:
         self._module, self._guard, self._others, self._quiet = module, guard, others, quiet
         self._settle = settle
         self._last: Snapshot | None = None  # of the last series; the next one takes its memory
+        self.aside: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Returns a context in which a watch of what user code writes does not look."""
 
     def others(self) -> list[Any]:
         """Return the optimizers and schedulers."""
@@ -174,6 +176,11 @@ class Sandbox:
     @contextmanager
     def enter(self, taken: Snapshot | None = None, *, is_trial: bool = True) -> Iterator[Snapshot]:
         """Run what is inside without effect; ``taken`` is a snapshot of the present state, if there is one."""
+        with self.aside(), self._entered(taken, is_trial=is_trial) as snapshot:
+            yield snapshot
+
+    @contextmanager
+    def _entered(self, taken: Snapshot | None, *, is_trial: bool) -> Iterator[Snapshot]:
         self._settle()
         taken = taken or self.snapshot()
         gradients = [(parameter, parameter.grad) for parameter in self._module.parameters()]

@@ -120,17 +120,24 @@ class Look:
         """Give attributes and variables, within the context, the numbers and words that they held at this look, also in
         containers and small tensors.
         """
-        now = [each.copy() for each in self._attributes]
+        now, hooked = [each.copy() for each in self._attributes], [{**hooks} for hooks in self._hooks]
         self._put_numbers(self.held)
+        self._put_hooks(self._hooked)
         try:
             with self.contents.back_in():
                 yield
         finally:
             self._put_numbers(now)
+            self._put_hooks(hooked)
 
     def _put_numbers(self, before: list[dict[str, Any]]) -> None:
         for attributes, held in zip(self._attributes, before, strict=True):
             set_plain(attributes, plain_of(held), held)
+
+    def _put_hooks(self, hooked: list[dict[int, Any]]) -> None:
+        for hooks, before in zip(self._hooks, hooked, strict=True):
+            if hooks != before:
+                refill_mapping(hooks, before)
 
     def put_back(self) -> None:
         """Give module and optimizers for good what :meth:`back_in` gives within a context, but for contents."""
@@ -139,9 +146,7 @@ class Look:
             if isinstance(held, dict) and held != children:  # those of a scripted module are fixed
                 held.clear()
                 held.update(children)
-        for hooks, hooked in zip(self._hooks, self._hooked, strict=True):
-            if hooks != hooked:
-                refill_mapping(hooks, hooked)
+        self._put_hooks(self._hooked)
         for attributes, before in zip(self._attributes, self.held, strict=True):
             reset_attributes(
                 attributes, {name: each for name, each in before.items() if name not in NOT_PLAIN}, NOT_PLAIN
@@ -185,6 +190,7 @@ class WriteWatch:
         self._last: Look | None = None
         self._begun: Look | None = None  # before the batch, until its forward has ended
         self._released = 0  # number of releases when the forward ended
+        self._is_aside = False
         self._seeds: dict[str, Any] = {}  # before the forward
         self._given: dict[str, Any] = {}  # by the last forward that gave one
 
@@ -226,9 +232,18 @@ class WriteWatch:
                 known.add(key)
                 yield key
 
-    def renew(self) -> None:
-        """Look again after a trial: it has put state back, which counts as a change of tensors."""
-        self._last = self._last and self._take(self._last)
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Do not look at what is written within the context, and put back: this counts as a change of tensors."""
+        if self._is_aside:
+            yield
+            return
+        self.read()
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside, self._last = False, self._take(self._last)
 
 
 class Gradients:

@@ -56,6 +56,7 @@ class Written:
             self.see,
             lambda: step.state.steps_taken,
         )
+        sandbox.aside = self.watch.aside
         self.batches: deque[Ran] = deque(maxlen=2)
         """The real batch, and the one before it."""
 
@@ -82,14 +83,14 @@ class Written:
         Raises:
             PrivacyError: it depends on them.
         """
-        for number, ran in enumerate([*self.batches]):
-            real = self._runs.host.read(ran.positions) if ran.positions else []
-            with ran.back_in():
-                self.check_state(seed, [real], anywhere)
-            if number == 0 and before is not None:
-                with ran.counters(), before.back_in():
-                    self.check_state(seed, [real], anywhere, begin)
-        self.watch.renew()
+        with self.watch.aside():
+            for number, ran in enumerate([*self.batches]):
+                real = self._runs.host.read(ran.positions) if ran.positions else []
+                with ran.back_in():
+                    self.check_state(seed, [real], anywhere)
+                if number == 0 and before is not None:
+                    with ran.counters(), before.back_in():
+                        self.check_state(seed, [real], anywhere, begin)
 
     def check_state(
         self,
@@ -109,7 +110,6 @@ class Written:
         Raises:
             PrivacyError: the state depends on the records.
         """
-        self.watch.read()
         host, checks = self._runs.host, self._runs.step.settings.check_per_sample
         few = host.records(NUM_FEW, seed=seed) if checks else []
         if len(few) > 1:
@@ -119,4 +119,3 @@ class Written:
                     snapshot = self._sandbox.snapshot()
                 check = partial(self._couplings.check_state, snapshot, few, real, anywhere)
                 host.attempt(check, snapshot.put_back)
-        self.watch.renew()

@@ -125,7 +125,7 @@ def test_what_changes_hold_is_looked_into_later() -> None:
     assert written(fourth, Contents([holder], [], (), fourth)) == [("attribute", 0, "kept", "flag", "flag")]
 
 
-def test_large_containers_are_watched_by_length_and_many_objects_in_part() -> None:
+def test_large_containers_and_many_objects_are_watched_in_part() -> None:
     large: dict[str, Any] = {"kept": [*range(17)]}
     before = Contents([large], [], ())
     large["kept"][0] = 5
