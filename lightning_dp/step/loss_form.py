@@ -94,16 +94,16 @@ class LossForm:
         else:
             self._new |= pairs - self._checked
 
-    def see_writes(self, keys: Iterable[Any], when: When) -> None:
-        """Take note of what user code has written, and when.
+    def see_writes(self, keys: Iterable[Any], when: When) -> bool:
+        """Take note of what user code has written, and when; tell whether some of it is new.
 
         Args:
             keys: of the writes.
             when: it has written.
         """
-        written = {("written", when, key) for key in keys}
-        if written:
-            self._new |= written - self._checked
+        new = {("written", when, key) for key in keys} - self._checked
+        self._new |= new
+        return bool(new)
 
     def see_spread(self, paths: Iterable[Any]) -> bool:
         """Read which values of a batch change with a record of others; tell whether one of them is new."""

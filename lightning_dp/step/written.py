@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from lightning_dp.step.couplings import Couplings
 from lightning_dp.step.decisions import NUM_FEW
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
-from lightning_dp.step.writes import Look, WriteWatch
+from lightning_dp.step.writes import Look, When, WriteWatch
 
 
 class Ran(NamedTuple):
@@ -50,7 +50,7 @@ class Written:
 
     def __init__(self, runs: TrialRuns, couplings: Couplings, sandbox: Sandbox) -> None:
         self._runs, self._couplings, self._sandbox = runs, couplings, sandbox
-        self.see, step = runs.loss_form.see_writes, runs.step
+        step = runs.step
         self.watch = WriteWatch(
             lambda last: Look(step.parameters.layers, sandbox.others(), runs.host.attributes(), last),
             self.see,
@@ -59,6 +59,12 @@ class Written:
         sandbox.aside = self.watch.aside
         self.batches: deque[Ran] = deque(maxlen=2)
         """The real batch, and the one before it."""
+        self._writers: list[Ran] = []  # those of them that have written something new
+
+    def see(self, keys: Iterable[Any], when: When) -> None:
+        """Take note of what the newest batch has written, and when."""
+        if self._runs.loss_form.see_writes(keys, when):
+            self._writers += [*self.batches][:1]
 
     def begin(self, positions: list[int]) -> None:
         """Begin a real batch.
@@ -71,8 +77,8 @@ class Written:
     def check(
         self, seed: int, anywhere: Any = None, *, before: Look | None = None, begin: Callable[[], Any] | None = None
     ) -> None:
-        """Check that what the last real batches have written does not depend on their records. Each runs once more,
-        from the state and with the public counters of then.
+        """Check that what the last real batches have written does not depend on their records. Those that have written
+        something new run once more, from the state and with the public counters of then.
 
         Args:
             seed: chooses the records that they are compared with.
@@ -83,14 +89,18 @@ class Written:
         Raises:
             PrivacyError: it depends on them.
         """
+        anywhere, batches = anywhere or self._runs.step.reduction.any, [*self.batches]
+        writes = [anywhere(any(ran is one for one in self._writers)) for ran in batches]
         with self.watch.aside():
-            for number, ran in enumerate([*self.batches]):
+            for number, ran in enumerate(batches):
                 real = self._runs.host.read(ran.positions) if ran.positions else []
-                with ran.back_in():
-                    self.check_state(seed, [real], anywhere)
+                if writes[number] or not any(writes):
+                    with ran.back_in():
+                        self.check_state(seed, [real], anywhere)
                 if number == 0 and before is not None:
                     with ran.counters(), before.back_in():
                         self.check_state(seed, [real], anywhere, begin)
+        self._writers = []
 
     def check_state(
         self,

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import real_view
-from tests.per_sample.test_following import bags_of, summed
 from tests.per_sample.owners import assert_agrees
+from tests.per_sample.test_following import bags_of, summed
 from tests.per_sample.ways_of_use import Uses
 
 
