@@ -18,6 +18,7 @@ from lightning_dp.step.loading import Collated, Exchanged
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
 from lightning_dp.step.snapshot import Snapshot
+from lightning_dp.step.state_check import LATER
 
 #: Records of the comparison with single runs, and of the small batches of the exchange test.
 NUM_ALONE, NUM_SMALL = 3, 4
@@ -44,8 +45,10 @@ class Couplings:
         host = self._runs.host
         return host.records(host.drawn_size(seed) + NUM_SPARES, seed=seed)  # type: ignore[no-any-return]
 
-    def check_state(self, snapshot: Snapshot, records: list[Any], real: Any = (), anywhere: Any = None) -> None:
-        """Check that the state after a step does not depend on the records, nor is another after a real batch."""
+    def check_state(
+        self, snapshot: Snapshot, records: list[Any], real: Any = (), anywhere: Any = None, later: int = LATER
+    ) -> None:
+        """Check that the state after a step, and later, does not depend on the records, nor is another after real ones."""
         host, step = self._runs.host, self._runs.step
         anywhere, together = anywhere or step.reduction.any, not step.runs_samples_alone
 
@@ -77,9 +80,9 @@ class Couplings:
 
         most = step.settings.samples_at_once or 0 if together else 1  # the last microbatch alone has effect
         real = [batch[-most:] for batch in real if not anywhere(not batch)]
-        shared: dict[str, Any] = {"together": together, "anywhere": anywhere, "copies": host.copies, "real": real}
+        shared: dict[str, Any] = {"together": together, "anywhere": anywhere, "real": real, "later": later}
         for ends in (False, True) if host.has_epoch_end else (False,):
-            state_check.check_state(partial(run, ends=ends), (records * 3)[:3], **shared)
+            state_check.check_state(partial(run, ends=ends), (records * 3)[:3], copies=host.copies, **shared)
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that the per-sample gradients of a batch equal the gradients of its samples run alone."""

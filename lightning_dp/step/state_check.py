@@ -30,7 +30,7 @@ _EXTREMES = (0.0, 1e6, -1e6)
 
 _NUMBERS = frozenset((bool, int, float))  # asked first, because ``isinstance`` is a call
 
-_LATER = 4
+LATER = 4
 """Runs of the third record after the first batch: so many steps later, what a step keeps may have an effect."""
 
 Gradients = dict[str, Tensor]
@@ -179,6 +179,7 @@ def check_state(
     copies: int = 1,
     anywhere: Callable[[bool], bool] = bool,
     real: Sequence[list[Any]] = (),
+    later: int = LATER,
 ) -> None:
     """Check that the state after a step depends neither on the records of the step nor on their number.
 
@@ -190,12 +191,13 @@ def check_state(
         copies: number of copies that ``run`` makes of a single record; the test of another number uses more records.
         anywhere: tells whether a flag is set on any of the processes that run this check together.
         real: records of batches that have written something in a step; few other records may do so.
+        later: runs of the third record that follow on a run of the second one.
 
     Raises:
         PrivacyError: the state depends on them; the message names the state, or says that a later gradient changes.
     """
     first, second, third = records
-    reference = run([[first], *[[third]] * _LATER])
+    reference = run([[first], *[[third]] * later])
     more = [first] * copies + [second]
     others = [([second], "another record")]
     if together:
@@ -205,7 +207,7 @@ def check_state(
     others += [([made], "a record of extreme values") for made in made_records.extremes(first, _EXTREMES)]
     for number, (other, what) in enumerate(others):
         try:
-            found = run([other, *[[third]] * (1 if number else _LATER)])
+            found = run([other, *[[third]] * (1 if number else later)])
         except PrivacyError:
             raise
         except Exception:

@@ -262,7 +262,7 @@ class Trial:
         if positions is None:  # else the data asked for the check, and the statement carries no noise
             self._take_note()
         self._step.unchecked_public = set(self._step.settings.public_optimizers)
-        self.written.check_state(number)
+        self.written.check_state(number, later=1)  # what begins to keep more writes in a new way, which is checked
         if self._step.settings.runs_samples_alone:
             return
         with self._sandbox.enter() as snapshot, self._runs.progress(), self._runs.naming_draws():

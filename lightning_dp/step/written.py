@@ -12,6 +12,7 @@ from lightning_dp.step.couplings import Couplings
 from lightning_dp.step.decisions import NUM_FEW
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
+from lightning_dp.step.state_check import LATER
 from lightning_dp.step.writes import Look, When, WriteWatch
 
 
@@ -108,6 +109,7 @@ class Written:
         real: Sequence[list[Any]] = (),
         anywhere: Any = None,
         begin: Callable[[], Any] | None = None,
+        later: int = LATER,
     ) -> None:
         """Check, outside of a real step, that the state after user code does not depend on the records.
 
@@ -116,6 +118,7 @@ class Written:
             real: records of real batches.
             anywhere: see :meth:`check`.
             begin: see :meth:`check`.
+            later: number of steps that follow.
 
         Raises:
             PrivacyError: the state depends on the records.
@@ -127,5 +130,5 @@ class Written:
                 if begin is not None:
                     begin()
                     snapshot = self._sandbox.snapshot()
-                check = partial(self._couplings.check_state, snapshot, few, real, anywhere)
+                check = partial(self._couplings.check_state, snapshot, few, real, anywhere, later)
                 host.attempt(check, snapshot.put_back)
