@@ -48,7 +48,7 @@ class Couplings:
     def check_state(
         self, snapshot: Snapshot, records: list[Any], real: Any = (), anywhere: Any = None, later: int = LATER
     ) -> None:
-        """Check that the state after a step, and later, does not depend on the records, nor is another after real ones."""
+        """Check that the state after a step, and later, does not depend on the records, nor on real ones."""
         host, step = self._runs.host, self._runs.step
         anywhere, together = anywhere or step.reduction.any, not step.runs_samples_alone
 
