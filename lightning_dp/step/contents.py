@@ -42,7 +42,8 @@ class Contents:
     ) -> None:
         self.roots, self._last = [*given], last
         self.holders: dict[int, Holder] = {}
-        self.owners: list[tuple[Any, dict[str, Any]]] = []  # objects, and their attributes
+        self.owners: list[Any] = []
+        self.attributes: list[dict[str, Any]] = []  # of the owners
         self.views: dict[int, tuple[Any, Variables]] = {}
         self.arrays: dict[int, tuple[Any, Path, Any]] = {}
         self.tensors: dict[int, tuple[Tensor, Path]] = {}
@@ -67,12 +68,14 @@ class Contents:
         if len(self.roots) != len(last.roots) or not all(map(operator.is_, self.roots, last.roots)):
             return False
         before = last.holders
-        holders = [holder.renewed() for holder in before.values()]
-        same_objects = all(getattr(one, "__dict__", None) is attributes for one, attributes in last.owners)
-        if not (same_objects and all(map(Holder.leads_to_the_same, holders, before.values()))):
+        # many are empty and stay so, which takes no call to see
+        holders = [one if one.is_dict and not (one.size or one.live) else one.renewed() for one in before.values()]
+        pairs = zip(holders, before.values(), strict=True)
+        same_objects = all(map(operator.is_, map(vars, last.owners), last.attributes))
+        if not same_objects or any(one is not was and not one.leads_to_the_same(was) for one, was in pairs):
             return False
         self.holders = dict(zip(before, holders, strict=True))
-        self.owners, self.views, self.tensors = last.owners, last.views, last.tensors
+        self.owners, self.attributes, self.views, self.tensors = last.owners, last.attributes, last.views, last.tensors
         self.arrays = {key: _array_of(*each) for key, each in last.arrays.items()}
         return True
 
@@ -111,7 +114,8 @@ class Contents:
         kind: Any = type(one)
         is_own = WAYS[kind] == "own" or own_classes(kind)  # those of Python's containers hold nothing
         if is_own and kind.__dictoffset__ and isinstance(attributes := getattr(one, "__dict__", None), dict):
-            self.owners.append((one, attributes))
+            self.owners.append(one)
+            self.attributes.append(attributes)
             self._waiting.append((attributes, path, True))
         if slots_of(kind):
             self._waiting.append((self._view(one, Variables.of_slots), path, True))
