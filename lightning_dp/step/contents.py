@@ -129,7 +129,10 @@ class Contents:
         return self.views.setdefault(id(owner), (owner, view))[1]
 
     def writes_until(self, after: Contents) -> Iterator[Write]:
-        """Yield each attribute and container whose content is another one at a later time."""
+        """Yield each attribute and container whose content is another one at a later time, and objects given anew."""
+        for index, each in enumerate(after.roots):
+            if id(each) not in self.holders:
+                yield ("object", index), None, None
         for key, holder in self.holders.items():
             later = after.holders.get(key)
             if later is not None and later is not holder and later.live is holder.live:

@@ -143,3 +143,9 @@ def test_equal_numbers_in_other_objects_are_no_change() -> None:
     before = Contents([holder], [], ())
     holder["kept"][0], holder["number"] = float("1.5"), float("1000.5")
     assert not written(before, Contents([holder], [], (), before))
+
+
+def test_objects_given_anew_are_reported() -> None:
+    one, other = {"kept": 1}, {"kept": 2}
+    before = Contents([one], [], ())
+    assert written(before, Contents([one, other], [], (), before)) == [("object", 1)]
