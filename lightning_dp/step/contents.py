@@ -129,7 +129,7 @@ class Contents:
         return self.views.setdefault(id(owner), (owner, view))[1]
 
     def writes_until(self, after: Contents) -> Iterator[Write]:
-        """Yield each attribute and container whose content is another one at a later time, and objects given anew."""
+        """Yield each attribute and container whose content is another one at a later time, and objects that are new."""
         for index, each in enumerate(after.roots):
             if id(each) not in self.holders:
                 yield ("object", index), None, None

@@ -145,7 +145,7 @@ def test_equal_numbers_in_other_objects_are_no_change() -> None:
     assert not written(before, Contents([holder], [], (), before))
 
 
-def test_objects_given_anew_are_reported() -> None:
+def test_new_objects_are_reported() -> None:
     one, other = {"kept": 1}, {"kept": 2}
     before = Contents([one], [], ())
     assert written(before, Contents([one, other], [], (), before)) == [("object", 1)]

@@ -302,6 +302,6 @@ def test_records_that_choose_alike_by_chance_are_followed(alike: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_gradient_by_torch_func_runs_one_at_a_time_if_it_counts() -> None:
+def test_gradients_by_torch_func_run_alone_if_they_count() -> None:
     assert not fit(Meta()).strategy.state.runs_alone
     assert fit(SizesOfGradients()).strategy.state.runs_alone
