@@ -154,7 +154,7 @@ class Contents:
         with torch.no_grad(), unfollowed():
             further = [*self.holders.values()][len({*map(id, self.roots)}) :]
             held = [each for each in further if not each.is_as_it_was()]
-            now: list[Callable[[], Any]] = [functools.partial(each.put_back, whole(each)) for each in held]
+            now: list[Callable[[], Any]] = [functools.partial(each.put_back, whole(each.live)) for each in held]
             for each in held:
                 each.put_back(each.content)
             for one, before in self._changed_values():

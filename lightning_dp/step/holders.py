@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, MutableMapping, MutableSet
 from typing import Any
@@ -52,24 +51,16 @@ class Holder:
             self.found = [(path, one) for one in values if WAYS[type(one)]]
 
     def _copied(self) -> Any:
-        live = self.live
         if not self.is_object and self.size > MOST_ENTRIES:
             return None
-        if type(live) is dict or type(live) is Variables:
-            return live.copy()
-        kind = dict if isinstance(live, MutableMapping) else set if isinstance(live, MutableSet) else list
         try:
-            return kind(live)
+            return whole(self.live)
         except Exception:  # it cannot be read, such as a configuration that is None
             return None
 
     def is_as_it_was(self) -> bool:
         """Tell whether the content is the same as when it was looked at."""
         live, content = self.live, self.content
-        if self.is_dict:  # as same_content() has it
-            if len(live) != len(content):
-                return False
-            return all(map(operator.is_, live.values(), content.values())) and all(map(operator.is_, live, content))
         if content is None:
             return _length(live) == self.size
         return same_content(live.copy() if type(live) is Variables else live, content)
@@ -120,12 +111,12 @@ def _length(live: Any) -> int:
         return 0
 
 
-def whole(holder: Holder) -> Any:
+def whole(live: Any) -> Any:
     """Return a copy of all that an object or container holds now."""
-    live = holder.live
-    if isinstance(live, MutableMapping):
-        return live.copy() if type(live) is Variables else {**live}
-    return set(live) if isinstance(live, MutableSet) else [*live]
+    if type(live) is Variables:
+        return live.copy()
+    kind = dict if isinstance(live, MutableMapping) else set if isinstance(live, MutableSet) else list
+    return kind(live)
 
 
 def _same(one: Any, other: Any) -> bool:
