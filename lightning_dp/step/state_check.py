@@ -31,7 +31,7 @@ _EXTREMES = (0.0, 1e6, -1e6)
 _NUMBERS = frozenset((bool, int, float))  # asked first, because ``isinstance`` is a call
 
 LATER = 4
-"""Runs of the third record after the first batch: so many steps later, what a step keeps may have an effect."""
+"""Steps that follow a batch in a check: what the batch has left may show its effect in one of them."""
 
 Gradients = dict[str, Tensor]
 After = tuple[dict[str, Any], Gradients]

@@ -1,5 +1,5 @@
-"""Watch of what user code writes: parameters, buffers, states of optimizers, attributes, modes, rates, seeds, released
-gradients, what trains.
+"""Watch of what user code writes: parameters, buffers, states of optimizers, attributes, modes, rates, seeds, what
+trains.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.contents import Contents
@@ -20,7 +19,7 @@ from lightning_dp.step.randomness import seeds
 from lightning_dp.step.refilling import plain_of, refill_mapping, reset_attributes, set_plain
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of
-from lightning_dp.system.torch_private import Layers, changes_of, num_changes, replace_children
+from lightning_dp.system.torch_private import Layers, changes_of, replace_children
 
 _NONE: dict[int, Any] = {}
 _MOST_STEPS = 4
@@ -32,8 +31,8 @@ _MOST_KNOWN = 1_000
 class Look:
     """A look at a module, and at numbers of optimizers and schedulers.
 
-    Values of tensors are not read, so a write through ``.data`` into the same memory is not seen. Of lists,
-    dictionaries and queues, the lengths are read, and the entries if there are few.
+    Values of tensors are not read, so a write through ``.data`` into the same memory is not seen. What attributes and
+    variables lead to is looked into, see ``Contents``.
 
     Args:
         layers: of the user's module.
@@ -244,34 +243,6 @@ class WriteWatch:
             yield
         finally:
             self._is_aside, self._last = False, self._take(self._last)
-
-
-class Gradients:
-    """The private gradients of a release.
-
-    Args:
-        optimizer: it steps on them.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        with unfollowed():
-            self._before = self._look()
-
-    def _look(self) -> tuple[list[Any], list[int]]:
-        grads = [each.grad for each in self._parameters]
-        # all of one dtype are views of one buffer, and count its changes together
-        return grads, [-1 if each is None else num_changes(each) for each in (*grads[:1], *grads[-1:])]
-
-    def writes(self) -> Iterator[tuple[Any, ...]]:
-        """Yield a key for gradients that were changed in place since, and for each that was replaced."""
-        with unfollowed():
-            grads, changes = self._look()
-        before, counted = self._before
-        for index, (one, other) in enumerate(zip(before, grads, strict=True)):
-            if other is not None and one is not other:
-                yield "another gradient", index
-        yield from (("gradients", now - then) for then, now in zip(counted, changes, strict=True) if now > then)
 
 
 def _step_of(key: tuple[Any, ...], before: Any, after: Any, known: set[Any]) -> tuple[Any, ...]:
