@@ -33,6 +33,10 @@ _DROPOUTS = {
 REJECTING = frozenset({"binomial", "poisson", "_standard_gamma", "_sample_dirichlet", "rrelu_with_noise"})
 
 
+class UnfrozenDrawError(Exception):
+    """User code has drawn random numbers where none were expected, so that they were not frozen."""
+
+
 class _InDropout(TorchFunctionMode):
     """A mode that counts the running dropout functions and functions that contain a dropout."""
 
@@ -81,6 +85,8 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_place, self.coin, self._only, self._rates = by_place, coin, only, rates
+        self.has_draws = False
+        """Whether any operation drew random numbers."""
         self.drew = False
         """Whether a value was drawn that another coin would change."""
         self.communicated = False
@@ -104,6 +110,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         draws, communicates = _kind_of(func)
         with unfollowed():  # traced code has shown its operations to nobody, as it does without this mode
             if draws:
+                self.has_draws = True
                 return self._run_draw(func, args, dict(kwargs))
             self.communicated |= communicates
             return func(*args, **kwargs)

@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.layout import UNLEARNED
-from lightning_dp.step.runs import Draws, TrialRuns
+from lightning_dp.step.draws import Draws
+from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.snapshot import Snapshot
 
 #: Branches that are learned before samples run one at a time.

@@ -1,4 +1,4 @@
-"""Couplings: checks that neither a sample's gradient nor the state after a step depends on another sample."""
+"""Couplings: checks that no sample's gradient depends on another sample."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.custom import wrong_rules
 from lightning_dp.per_sample.independence import compare_with_singles
-from lightning_dp.step import exchange, made_records, state_check
+from lightning_dp.step import exchange, made_records
+from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
 from lightning_dp.step.loading import Collated, Exchanged
 from lightning_dp.step.probe import Probe
-from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
+from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.snapshot import Snapshot
-from lightning_dp.step.state_check import LATER
 
 #: Records of the comparison with single runs, and of the small batches of the exchange test.
 NUM_ALONE, NUM_SMALL = 3, 4
@@ -44,45 +44,6 @@ class Couplings:
         """Return enough training records for a batch of a real size and for the exchanges."""
         host = self._runs.host
         return host.records(host.drawn_size(seed) + NUM_SPARES, seed=seed)  # type: ignore[no-any-return]
-
-    def check_state(
-        self, snapshot: Snapshot, records: list[Any], real: Any = (), anywhere: Any = None, later: int = LATER
-    ) -> None:
-        """Check that the state after a step, and later, does not depend on the records, nor on real ones."""
-        host, step = self._runs.host, self._runs.step
-        anywhere, together = anywhere or step.reduction.any, not step.runs_samples_alone
-
-        def run(batches: list[list[Any]], *, ends: bool) -> list[state_check.After]:
-            found: list[state_check.After] = []
-            trained = [p for accumulator in step.accumulators.values() for p in accumulator.parameters.values()]
-            values = [parameter.detach().clone() for parameter in trained]
-            before = state_check.changes_in(step.module, host.others())
-            try:
-                for number, batch in enumerate(batches):
-                    probe = self._runs.rehearse(batch, is_later=number > 0)
-                    if ends and number == 0:
-                        host.end_epoch()
-                    state = state_check.saved_state(step.module, host.others(), before, whole=number == 0)
-                    state |= {f"the seed of {name}": seed for name, seed in probe.seeds.items()}
-                    state |= {"the answer of on_train_batch_start": host.skips, "trainer.should_stop": host.stops}
-                    state |= host.saved() if number < 2 else {}
-                    found.append((state, state_check.kept(probe.private, number)))
-                    with torch.no_grad():  # a rehearsed step may be so long that later gradients show nothing
-                        for parameter, value in zip(trained, values, strict=True):
-                            parameter.copy_(value)
-                    host.advance()
-            except Exception:
-                step.reduction.recover()
-                raise
-            finally:
-                snapshot.put_back()
-            return found
-
-        most = step.settings.samples_at_once or 0 if together else 1  # the last microbatch alone has effect
-        real = [batch[-most:] for batch in real if not anywhere(not batch)]
-        shared: dict[str, Any] = {"together": together, "anywhere": anywhere, "real": real, "later": later}
-        for ends in (False, True) if host.has_epoch_end else (False,):
-            state_check.check_state(partial(run, ends=ends), (records * 3)[:3], copies=host.copies, **shared)
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that the per-sample gradients of a batch equal the gradients of its samples run alone."""

@@ -9,9 +9,10 @@ from typing import Any
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import made_records
+from lightning_dp.step.draws import Draws
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import seed_generators
-from lightning_dp.step.runs import Draws, TrialRuns
+from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 
 #: Records from all over the training set for the checks after the first ones.

@@ -13,7 +13,8 @@ from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.independence import compare_with_singles
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import TOLERANCE
-from lightning_dp.step.runs import Draws, TrialRuns
+from lightning_dp.step.draws import Draws
+from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.snapshot import Snapshot
 
 Rows = Mapping[str, Tensor]

@@ -105,6 +105,14 @@ class LossForm:
         self._new |= new
         return bool(new)
 
+    def note_writes(self, keys: Iterable[Any]) -> None:
+        """Count as checked what was written in a run whose state is compared: attributes at any time, the rest after
+        a release, as optimizers write it.
+        """
+        for key in keys:
+            times = When if key[0] in _OF_USERS else (When.RELEASED,)
+            self._checked |= {("written", when, key) for when in times}
+
     def see_spread(self, paths: Iterable[Any]) -> bool:
         """Read which values of a batch change with a record of others; tell whether one of them is new."""
         new = {("spread", path) for path in paths} - self._checked
@@ -188,6 +196,9 @@ class LossForm:
             self._checked |= self._new_calls
             self._new_calls = set()
 
+
+_OF_USERS = {"attribute", "content"}
+"""First words of the keys of writes that only user code makes."""
 
 _NAMES_SIZES = {"view", "reshape", "expand", "repeat", "zeros", "ones", "full", "empty", "arange", "rand", "randn"}
 """Functions whose whole numbers are sizes, which may follow those of the batch."""

@@ -133,10 +133,10 @@ def seeds() -> dict[str, Any]:
     return found
 
 
-def all_generators() -> tuple[Any, ...]:
-    """Return the states of the global generators in a comparable form: those of torch too, but not that of MPS."""
+def torch_generators() -> tuple[bytes, ...]:
+    """Return the states of torch's global generators for the CPU and the current CUDA device."""
     devices = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return (*(state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)), *host_generators())
+    return tuple(state.numpy().tobytes() for state in (torch.get_rng_state(), *devices))
 
 
 def generators_restorer(device: torch.device) -> Callable[[], None]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,23 +13,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_dp.errors import ComparisonError, PrivacyError
-from lightning_dp.per_sample.frozen_randomness import REJECTING, FrozenRandomness
+from lightning_dp.per_sample.frozen_randomness import UnfrozenDrawError
 from lightning_dp.sampling import LogicalBatch
+from lightning_dp.step.draws import Draws
 from lightning_dp.step.foreign import ForeignCode
 from lightning_dp.step.host import Host
 from lightning_dp.step.loading import Exchanged
 from lightning_dp.step.local import local_part
 from lightning_dp.step.loss_form import LossForm
 from lightning_dp.step.probe import Probe
-from lightning_dp.step.randomness import all_generators, host_generators, seed_generators, seed_low_or_high, seeds
+from lightning_dp.step.randomness import host_generators, seed_generators, seeds, torch_generators
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
 
-#: Quantiles of the coins of a batch: a branch that is taken with a probability of 0.1 or of 0.9 is tried.
-LOW, MIDDLE, HIGH = 0.02, 0.5, 0.98
-#: Seed of trial runs, which user code is not likely to set itself.
-_FIRST_SEED = 0x5EED_7E57_5EED
 _DRAWS = (
     "draws by Python's random or numpy within the step, of which a record gets other ones where another record asks "
     "for more (draw by torch; if it is no more than that, grad_sample='single' runs each record alone)"
@@ -42,38 +39,6 @@ class _Bar(tqdm):  # type: ignore[misc]
     """A progress bar without tqdm's monitoring thread, which would outlive the fit."""
 
     monitor_interval = 0
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The random draws of one trial run: unless ``real``, torch's are frozen (``FrozenRandomness``); the others follow
-    a seed.
-
-    Args:
-        seed: of the global generators.
-        coin: quantile of uniform draws; also of the first draws of numpy and Python unless it is ``MIDDLE``.
-        by_place: each entry of a drawn tensor has a value of its own.
-        real: torch draws as it does in training, but for draws that shift all later random numbers by
-            how many they take, which depends on the values of one sample and changes no distribution.
-        moved: number of a small change of all private parameters; 0 for none.
-        rates: whether rates of dropout and Bernoulli draws show.
-    """
-
-    seed: int = 0
-    coin: float = MIDDLE
-    by_place: bool = False
-    real: bool = False
-    moved: int = 0
-    rates: bool = False
-
-    def begin(self) -> FrozenRandomness:
-        """Seed the global generators; return the mode that freezes torch's draws while it is entered."""
-        seed_generators(_FIRST_SEED + self.seed)
-        if self.coin != MIDDLE:
-            seed_low_or_high(high=self.coin > MIDDLE)
-        if self.real:
-            return FrozenRandomness(by_place=True, only=REJECTING)
-        return FrozenRandomness(by_place=self.by_place, coin=self.coin, rates=self.rates)
 
 
 class TrialRuns:
@@ -103,7 +68,11 @@ class TrialRuns:
         """Optimizers that would have stepped in any run."""
         self.raised_on: list[Any] = []
         """Records of the last run that raised."""
-        self._seeded: dict[tuple[int, float], tuple[Any, ...]] = {}  # seed and coin -> states of host_generators
+        self._draws: bool | None = None  # whether user code has drawn by torch in any run; None before the first
+        # seed and coin -> states of the generators of torch, and of those of numpy and Python
+        self._seeded: dict[tuple[int, float], tuple[Any, Any]] = {}
+        self.look: Callable[[], Any] = lambda: None
+        """Takes a look at what user code may write, see ``Look``."""
         self._bar: Any = None
 
     @property
@@ -198,8 +167,21 @@ class TrialRuns:
                 places = torch.arange(parameter.numel(), device=parameter.device, dtype=torch.float32)
                 parameter.mul_(1.0 + 1e-3 * (places * (number + 0.7)).sin().view(parameter.shape).to(parameter.dtype))
 
+    @property
+    def must_freeze(self) -> bool:
+        """True unless user code has run without any draw of torch's, so that freezing draws has no effect."""
+        seen = torch.accelerator.is_available() and not torch.cuda.is_available()  # its generator is not read
+        return self._draws is not False or self.step.reduction.world_size > 1 or seen
+
     def run(
-        self, records: list[Any], draws: Draws, *, engine: bool, read: Any = None, rehearses: bool = False
+        self,
+        records: list[Any],
+        draws: Draws,
+        *,
+        engine: bool,
+        read: Any = None,
+        rehearses: bool = False,
+        freezes: bool = True,
     ) -> Probe:
         """Run the step on records within a sandbox that is entered already.
 
@@ -209,20 +191,26 @@ class TrialRuns:
             engine: whether the per-sample engine records.
             read: what is taken from the engine.
             rehearses: whether private optimizers step too, each on a gradient that does not depend on the records.
+            freezes: whether draws are frozen: frozen ones cost a call per operation, also where there are none.
+
+        Raises:
+            UnfrozenDrawError: there were draws that were not frozen.
         """
         step, probe = self.step, Probe(self.step, engine=engine, read=read, rehearses=rehearses)
         outputs: list[Any] = []
         is_check = not rehearses and self.step.state.step == self.loss_form.checked_at  # that samples are independent
         frozen, begun = draws.begin(), (draws.seed, draws.coin)
-        before = self._seeded[begun] = self._seeded.get(begun) or host_generators()
+        before = self._seeded[begun] = self._seeded.get(begun) or (torch_generators(), host_generators())
+        freezing = frozen if freezes else nullcontext()
 
         def forward_backward() -> Any:
-            with torch.enable_grad(), frozen:  # an optimizer may call its closure without gradients
+            with torch.enable_grad(), freezing:  # an optimizer may call its closure without gradients
                 with self.loss_form.watching(checked=True) if is_check else nullcontext():
                     output, loss = self.host.run(records), None
                 outputs.append(output)
-                probe.drawn, probe.seeds = all_generators(), seeds()
-                self.draws_on_host |= probe.drawn[-len(before) :] != before
+                on_host, probe.seeds = host_generators(), seeds()
+                probe.drawn = torch_generators(), on_host
+                self.draws_on_host |= on_host != before[1]
                 drew = (frozen.drew and not draws.real) or self.draws_on_host
                 self.has_coins = step.reduction.any(self.has_coins or drew)
                 if step.automatic:
@@ -244,31 +232,38 @@ class TrialRuns:
                 forward_backward()
                 if step.automatic:
                     probe.collect(0)
-            with frozen:
+            with freezing:
                 self.host.end_batch(outputs[-1] if outputs else None)
         self.used |= probe.used
         self.stepped |= probe.stepped
+        self._note_draws(frozen.has_draws if freezes else torch_generators() != before[0], were_frozen=freezes)
         if frozen.communicated:
             self._check_communication()
         if self._bar is not None:
             self._bar.update()
         return probe
 
-    def rehearse(self, records: list[Any], *, is_later: bool) -> Probe:
+    def _note_draws(self, found: bool, *, were_frozen: bool) -> None:
+        self._draws = self._draws or found
+        if found and not were_frozen:
+            raise UnfrozenDrawError
+
+    def rehearse(self, records: list[Any], *, is_later: bool, freezes: bool) -> Probe:
         """Run the step with its optimizers, in the same draws as each other time.
 
         Args:
             records: of the batch.
             is_later: whether counters have gone on; if these are beyond the run, those of before the trial are taken.
+            freezes: see :meth:`run`.
         """
-        used = self.used.copy()
+        used, run = self.used.copy(), partial(self.run, records, Draws(rates=True), engine=False, rehearses=True)
         try:
-            return self.run(records, Draws(rates=True), engine=False, rehearses=True)
+            return run(freezes=freezes)
         except Exception as error:
-            if not is_later or isinstance(error, PrivacyError):
+            if not is_later or isinstance(error, (PrivacyError, UnfrozenDrawError)):
                 raise
             self.host.stay()
-            return self.run(records, Draws(rates=True), engine=False, rehearses=True)
+            return run(freezes=freezes)
         finally:
             self.used = used if is_later else self.used
 

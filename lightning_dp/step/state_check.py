@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample.frozen_randomness import UnfrozenDrawError
 from lightning_dp.step import made_records
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
@@ -26,7 +27,7 @@ from lightning_dp.system.torch_private import num_changes, saved_buffers
 ROUNDING = 1e-6
 _PLACES = 64  # values of each tensor in the state of an optimizer that are compared
 #: Values of a record that is unlike all others: the means of a few ordinary ones may be on one side of a threshold.
-_EXTREMES = (0.0, 1e6, -1e6)
+_EXTREMES = (1e6, 0.0, -1e6)
 
 _NUMBERS = frozenset((bool, int, float))  # asked first, because ``isinstance`` is a call
 
@@ -191,7 +192,8 @@ def check_state(
         copies: number of copies that ``run`` makes of a single record; the test of another number uses more records.
         anywhere: tells whether a flag is set on any of the processes that run this check together.
         real: records of batches that have written something in a step; few other records may do so.
-        later: runs of the third record that follow on a run of the second one.
+        later: runs of the third record that follow on a run of the second one. If they are fewer than ``LATER``, in a
+            repeated check, there is one record of extreme values in place of three.
 
     Raises:
         PrivacyError: the state depends on them; the message names the state, or says that a later gradient changes.
@@ -204,11 +206,12 @@ def check_state(
         others.append((more, f"{len(more)} records instead of {copies}"))
     others += [(batch, "the records of a batch") for batch in real]
     num_real = len(others)
-    others += [([made], "a record of extreme values") for made in made_records.extremes(first, _EXTREMES)]
+    extremes = made_records.extremes(first, _EXTREMES[: None if later == LATER else 1])
+    others += [([made], "a record of extreme values") for made in extremes]
     for number, (other, what) in enumerate(others):
         try:
             found = run([other, *[[third]] * (1 if number else later)])
-        except PrivacyError:
+        except (PrivacyError, UnfrozenDrawError):
             raise
         except Exception:
             if number < num_real:

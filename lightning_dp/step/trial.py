@@ -11,17 +11,18 @@ from typing import Any
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.notices import unused_notice
-from lightning_dp.step import exchange
+from lightning_dp.step import exchange, state_runs
 from lightning_dp.step.branches import Branches
 from lightning_dp.step.couplings import NUM_SPARES, Couplings
 from lightning_dp.step.decisions import NUM_FEW, Decisions
+from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
 from lightning_dp.step.exchange import differing
 from lightning_dp.step.host import Host
 from lightning_dp.step.in_batches import check_in_batch
 from lightning_dp.step.microbatch import own_losses
 from lightning_dp.step.ranks import check_ranks
 from lightning_dp.step.real_losses import RealLosses
-from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
+from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
@@ -54,7 +55,7 @@ class Trial:
         self.decisions = Decisions(self._runs, sandbox)
         self._checked_at = self._prepared_at = 0
         self.transfer = self._runs.transfer
-        self.written = Written(self._runs, self._couplings, sandbox)
+        self.written = Written(self._runs, sandbox)
         self.losses = RealLosses(self._runs, self.written, sandbox, self.check_again)
 
     @property
@@ -185,7 +186,7 @@ class Trial:
         return None
 
     def _check(self, snapshot: Snapshot, records: list[Any]) -> None:
-        self._couplings.check_state(snapshot, records)
+        state_runs.check_state(self._runs, snapshot, records)
         if self._step.runs_samples_alone:
             return
         error: PrivacyError | None = None

@@ -15,8 +15,9 @@ from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.layout import MISLED, PENALTY, TWICE
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings
+from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
 from lightning_dp.step.foreign import OneAloneError
-from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
+from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.snapshot import Snapshot
 
 _COUPLED = (

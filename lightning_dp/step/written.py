@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from lightning_dp.step.couplings import Couplings
+from lightning_dp.step import state_runs
 from lightning_dp.step.decisions import NUM_FEW
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
@@ -45,19 +45,22 @@ class Written:
 
     Args:
         runs: run the user's step.
-        couplings: compare states.
         sandbox: undoes the effects of the user's code.
     """
 
-    def __init__(self, runs: TrialRuns, couplings: Couplings, sandbox: Sandbox) -> None:
-        self._runs, self._couplings, self._sandbox = runs, couplings, sandbox
+    def __init__(self, runs: TrialRuns, sandbox: Sandbox) -> None:
+        self._runs, self._sandbox = runs, sandbox
         step = runs.step
+
+        def look(last: Look | None = None) -> Look:
+            return Look(step.parameters.layers, sandbox.others(), runs.host.attributes(), last)
+
         self.watch = WriteWatch(
-            lambda last: Look(step.parameters.layers, sandbox.others(), runs.host.attributes(), last),
+            look,
             self.see,
             lambda: step.state.steps_taken,
         )
-        sandbox.aside = self.watch.aside
+        sandbox.aside, runs.look = self.watch.aside, look
         self.batches: deque[Ran] = deque(maxlen=2)
         """The real batch, and the one before it."""
         self._writers: list[Ran] = []  # those of them that have written something new
@@ -130,5 +133,5 @@ class Written:
                 if begin is not None:
                     begin()
                     snapshot = self._sandbox.snapshot()
-                check = partial(self._couplings.check_state, snapshot, few, real, anywhere, later)
+                check = partial(state_runs.check_state, self._runs, snapshot, few, real, anywhere, later)
                 host.attempt(check, snapshot.put_back)

@@ -20,7 +20,7 @@ from lightning_dp.per_sample.engine import PerSampleEngine
 from lightning_dp.sampling import LogicalBatch, indices
 from lightning_dp.sampling.batches import MicrobatchCollate
 from lightning_dp.sampling.indices import CyclicBatchSampler
-from lightning_dp.step import couplings, real_losses
+from lightning_dp.step import couplings, real_losses, state_runs
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.couplings import Couplings
 from lightning_dp.step.microbatch import Microbatch
@@ -182,7 +182,7 @@ def microbatches_with_effect(patch: pytest.MonkeyPatch) -> None:
 
 
 def state_unchecked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Couplings, "check_state", lambda *_: None)
+    patch.setattr(state_runs, "check_state", lambda *_: None)
 
 
 def hooks_not_run(patch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 from lightning_dp import DPStrategy
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.step.couplings import Couplings
-from lightning_dp.step.runs import Draws
+from lightning_dp.step.draws import Draws
 from tests.helpers import Classifier, make_dataset, make_loader, make_trainer
 
 

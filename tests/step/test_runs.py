@@ -18,8 +18,10 @@ from lightning_dp.errors import ComparisonError
 from lightning_dp.reporting.card import privacy_card
 from lightning_dp.reporting.card_markdown import to_markdown
 from lightning_dp.step import runs
-from lightning_dp.step.runs import HIGH, LOW, MIDDLE, Draws, TrialRuns
+from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
+from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.trial import Trial
+from lightning_dp.step.written import Written
 from tests.helpers import Classifier, make_loader, make_trainer
 
 
@@ -60,6 +62,53 @@ def test_coins_are_tried_where_some_are_drawn(
     monkeypatch.setattr(TrialRuns, "run", noting)
     fit(kind(), tmp_path)
     assert tried == expected
+
+
+class DrawsLater(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        drawn = torch.randn_like(batch[0]) if self.global_step else 0.0
+        return super().training_step((batch[0] + drawn, batch[1]), batch_idx)
+
+
+class Counting(Classifier):
+    seen = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen += 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(DrawsLater, {"real", "frozen"}), (Plain, {"frozen"}), (Classifier, {"real"})],
+    ids=["later", "dropout", "none"],
+)
+def test_states_are_compared_with_frozen_draws_if_there_are_any(
+    kind: type[Classifier], expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run with real draws is compared if it has moved torch's generator."""
+    found: set[Any] = set()
+    rehearse = TrialRuns.rehearse
+
+    def noting(self: TrialRuns, records: Any, **options: Any) -> Any:
+        probe = rehearse(self, records, **options)
+        seeded = torch.Generator().manual_seed(torch.initial_seed())
+        moved = not torch.equal(torch.get_rng_state(), seeded.get_state())
+        found.add(("frozen" if options["freezes"] else "real", moved))
+        return probe
+
+    monkeypatch.setattr(TrialRuns, "rehearse", noting)
+    fit(kind(), tmp_path)
+    assert {how for how, _ in found} == expected
+    assert ("real", True) not in found
+
+
+@pytest.mark.parametrize("kind", [Classifier, Counting])
+def test_writes_that_the_first_check_has_seen_need_no_other(
+    kind: type[Classifier], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Written, "check", lambda *args, **options: pytest.fail("checked again"))
+    fit(kind(), tmp_path)
 
 
 @pytest.mark.parametrize("shown", [True, False])
