@@ -145,7 +145,7 @@ def indexed(tensor: Tensor, axis: int, args: Any, kwargs: Any, out: Any) -> int 
     at = after = 0
     found: int | None = None
     parts = args[1] if type(args[1]) is tuple else (args[1],)
-    kinds = [type(part) for part in parts]
+    kinds = [*map(type, parts)]
     if tensor is not args[0] or (Tensor in kinds and (int in kinds or kinds.count(Tensor) > 1)):
         return None
     for part, kind in zip(parts, kinds, strict=True):

@@ -1,8 +1,7 @@
 """The owners of rows, followed through all operations of a step if positions do not determine them.
 
 Graphs, sets and loops over samples have no axis with equally many rows for each sample. For them the owners of every
-data tensor are recorded, and each operation passes them on to its result (moves.py). This costs some microseconds per
-operation.
+data tensor are recorded, and each operation passes them on to its result (moves.py), in some microseconds.
 """
 
 from __future__ import annotations
@@ -36,10 +35,9 @@ from lightning_dp.per_sample.views import owners_behind
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
 
-_entered = functools.cache(entered)
+_entered, _NEVER = functools.cache(entered), (0, MIXED)
 _WRITTEN = Mixed("a view of memory that was written in place")
 _SEVERAL = Mixed("rows of several samples that were written to one position")
-_NEVER = (0, MIXED)
 
 
 class Follower(Telling):
@@ -120,8 +118,10 @@ class Follower(Telling):
                     found.append((thing, note[2]))
                 else:
                     found.append((thing, self._noted_owners(thing)))
+            elif kind is tuple or kind is list:
+                found += self._given(thing, None)
             elif kind not in NO_TENSORS:
-                found += [(tensor, self._noted_owners(tensor)) for tensor in tensors_in((thing,), None)]
+                found += [(one, self._noted_owners(one)) for one in tensors_in((thing,), None)]
         return found
 
     def hand_on(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor | None]) -> None:

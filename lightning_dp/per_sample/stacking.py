@@ -63,8 +63,8 @@ def stacks_of(views: Views, masks: Collection[str], *, lean: bool) -> Iterator[t
     for source, parts in views.items():
         calls = small_calls(source, parts.keys(), lean=lean)
         if calls and not (masks and any(part.name in masks for part in parts.values())):
-            names = frozenset([source.local[key] for key in parts])
-            shapes = tuple([_shapes_of(call) for call in calls])
+            names = frozenset(map(source.local.__getitem__, parts))
+            shapes = tuple(map(_shapes_of, calls))
             alone = source if sum(map(_numbers_of, calls)) > FEW else None
             groups.setdefault((source.rule, source.spec, names, shapes, alone), []).append((source, calls))
     total = 0

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import adds_to_leaves, backward_number, is_view, keeps_graph, own_view
 from lightning_dp.per_sample.layout import TWICE, WAY_OUT
-from lightning_dp.system.torch_private import num_changes
+from lightning_dp.system.torch_private import changes_of, num_changes
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.joining import Joining
@@ -129,8 +129,8 @@ class Use:
         self.source = source
         self.keys = source.keys if keys is None else keys
         self.generation = source.recorder.generation
-        self.inputs = [tensor.detach() for tensor in inputs]
-        self.versions = [num_changes(tensor) for tensor in self.inputs]
+        self.inputs = [*map(Tensor.detach, inputs)]
+        self.versions = changes_of(self.inputs)
         self.in_axis, self.out_axis = in_axis, out_axis
         # of a registered operation: returns its arguments with the rows of the samples first, given how to lay them out
         self.arguments: Callable[[int, Callable[[Tensor, int], Tensor]], dict[str, Any]] | None = None
@@ -179,7 +179,7 @@ class Use:
         self.parts = []
         if (self.inputs or self.arguments is not None) and not keeps_graph():
             self.done = True
-            self.inputs, self.versions = [], []
+            self.inputs, self.versions = [], ()
             self.arguments = None
 
     def check_unchanged(self) -> None:

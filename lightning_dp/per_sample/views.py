@@ -170,7 +170,7 @@ def joined_rows(step: Step, data: list[Tensor], by_id: dict[int, Rows]) -> Found
     over = (step.args[1] if len(step.args) > 1 else step.kwargs.get("dim", 0)) % data[0].dim()
     found = [by_id.get(id(one)) for one in data]
     first = found[0]
-    if any(one.dim() != data[0].dim() for one in data):
+    if len({*map(Tensor.dim, data)}) > 1:
         return None
     if first is not None and first.only is None and first.axis != over:
         alike = all(rows is not None and rows.index is first.index and rows.axis == first.axis for rows in found)

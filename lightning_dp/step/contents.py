@@ -67,14 +67,23 @@ class Contents:
         """Look only at what was looked at before, if that leads to nothing else; tell whether it does."""
         if len(self.roots) != len(last.roots) or not all(map(operator.is_, self.roots, last.roots)):
             return False
-        before = last.holders
-        # many are empty and stay so, which takes no call to see
-        holders = [one if one.is_dict and not (one.size or one.live) else one.renewed() for one in before.values()]
-        pairs = zip(holders, before.values(), strict=True)
-        same_objects = all(map(operator.is_, map(vars, last.owners), last.attributes))
-        if not same_objects or any(one is not was and not one.leads_to_the_same(was) for one, was in pairs):
+        if not all(map(operator.is_, map(vars, last.owners), last.attributes)):
             return False
-        self.holders = dict(zip(before, holders, strict=True))
+        holders = last.holders.copy()
+        for key, was in last.holders.items():
+            live, content = was.live, was.content
+            # as ``was.renewed()`` would find, but without a call of Python
+            if (
+                was.is_plain
+                and len(live) == was.size
+                and all(map(operator.is_, live, content))
+                and (type(live) is list or all(map(operator.is_, live.values(), content.values())))
+            ):
+                continue
+            holders[key] = now = was.renewed()
+            if now is not was and not now.leads_to_the_same(was):
+                return False
+        self.holders = holders
         self.owners, self.attributes, self.views, self.tensors = last.owners, last.attributes, last.views, last.tensors
         self.arrays = {key: _array_of(*each) for key, each in last.arrays.items()}
         return True

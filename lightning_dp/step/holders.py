@@ -19,7 +19,7 @@ Write = tuple[tuple[Any, ...], Any, Any]
 
 MOST_ENTRIES = 16
 """Entries of a container up to which each is looked at; of a larger one, only their number is."""
-_DICTS = frozenset((dict, OrderedDict, defaultdict))
+_PLAIN = frozenset((list, dict, OrderedDict, defaultdict))
 _NAME_OF_HOOK = "_current_fx_name"
 """Attribute of a LightningModule that Lightning sets around each hook."""
 _ABSENT = object()
@@ -34,13 +34,13 @@ class Holder:
         is_object: whether the entries are attributes.
     """
 
-    __slots__ = ("content", "found", "is_dict", "is_object", "live", "path", "size")
+    __slots__ = ("content", "found", "is_object", "is_plain", "live", "path", "size")
 
     def __init__(self, live: Any, path: Path, *, is_object: bool) -> None:
         self.live, self.path, self.is_object = live, path, is_object
         self.size = _length(live)
         self.content = self._copied()
-        self.is_dict = type(live) in _DICTS and self.content is not None
+        self.is_plain = type(live) in _PLAIN and self.content is not None
         self.found: list[tuple[Path, Any]] = []
         """What is to be looked into, with its path."""
         if isinstance(self.content, dict) and is_object:
@@ -86,7 +86,7 @@ class Holder:
             names = {**one, **other} if one.keys() != other.keys() else one
             for name in names:
                 before, now = one.get(name, _ABSENT), other.get(name, _ABSENT)
-                if not same_value(before, now) and name != _NAME_OF_HOOK:
+                if before is not now and not same_value(before, now) and name != _NAME_OF_HOOK:
                     yield ("attribute", *self.path, name), before, now
         elif not _same(one, other):
             yield ("content", *self.path), None, None

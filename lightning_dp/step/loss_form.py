@@ -9,7 +9,6 @@ torch are watched now and then, which costs about 5 microseconds each.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dp.per_sample.telling import telling
-from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
+from lightning_dp.step.loss_calls import Calls
 from lightning_dp.step.loss_factors import LossFactors
 from lightning_dp.step.writes import When
 
@@ -62,7 +61,7 @@ class LossForm:
         self._new_calls: set[Any] = set()
         self._numbers: set[int] = set()
         self._kinds: dict[Hashable, int] = {}
-        self._calls: _Calls | None = None
+        self._calls: Calls | None = None
         self._num_new, self.factors = 0, LossFactors()
         self.checked_at = -1
         """Logical step of the last checks that samples are independent."""
@@ -137,7 +136,7 @@ class LossForm:
 
     @contextmanager
     def _watching(self, checked: bool) -> Iterator[None]:
-        before, self._calls = self._calls, _Calls()
+        before, self._calls = self._calls, Calls()
         calls = self._calls
         try:
             with telling(calls.hear):
@@ -199,67 +198,6 @@ class LossForm:
 
 _OF_USERS = {"attribute", "content"}
 """First words of the keys of writes that only user code makes."""
-
-_NAMES_SIZES = {"view", "reshape", "expand", "repeat", "zeros", "ones", "full", "empty", "arange", "rand", "randn"}
-"""Functions whose whole numbers are sizes, which may follow those of the batch."""
-
-_SHOWS_NOTHING = {"__get__", "__set__", "clone", "detach", "tensor", "as_tensor", "squeeze", "to"}
-_SHOWS_NOTHING |= {"_record_function_enter_new", "_record_function_exit"}
-"""Further functions that only move tensors, or pass on what ``self.log`` is given or ``zero_grad`` sets."""
-
-
-class _Calls:
-    """The pairs of successive calls of torch that it hears of, each call with the dimensions that it is given."""
-
-    def __init__(self) -> None:
-        self.pairs: set[Any] = set()
-        self.listens = True
-        self._last: Any = None
-
-    def hear(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Take note of a call."""
-        if not self.listens or (name := _name_of(func)) is None:
-            return
-        call = name if name in _NAMES_SIZES or (len(args) < 2 and not kwargs) else _call_of(name, args, kwargs)
-        if self._last is not None:
-            self.pairs.add((self._last, call))
-        self._last = call
-
-
-@functools.lru_cache(4096)
-def _name_of(func: Any) -> str | None:
-    """Return the name of a function; None if it shows nothing."""
-    if func in SHOWS_NO_ENTRY:
-        return None
-    name = str(getattr(func, "__name__", "")).partition(".")[0]
-    if name in _SHOWS_NOTHING:
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        return name if name in ("T", "mT", "H", "mH") else None
-    return name
-
-
-def _call_of(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Return the name of a function with its small whole numbers, or with the kinds of its indices."""
-    if name in ("__getitem__", "__setitem__"):
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return name, *(type(each).__name__ for each in index)
-    numbers: list[int] = []
-    _collect_numbers(args[1:], numbers)
-    if kwargs:
-        _collect_numbers(kwargs.values(), numbers)
-    return name, *numbers
-
-
-def _collect_numbers(things: Iterable[Any], found: list[int]) -> None:
-    for each in things:
-        kind = type(each)
-        if kind is int:
-            if -4 <= each <= 4:
-                found.append(each)
-        elif kind is tuple or kind is list:
-            _collect_numbers(each, found)
-        elif kind is dict:
-            _collect_numbers(each.values(), found)
 
 
 class _Kinds(dict[type, tuple[str, tuple[str, ...]]]):

@@ -107,8 +107,9 @@ class RunFacts(StateFacts):
     @property
     def module(self) -> pl.LightningModule:
         """The user's module."""
-        assert self.lightning_module is not None
-        return self.lightning_module
+        module = self.lightning_module
+        assert module is not None
+        return module
 
     @property
     def is_on_trial(self) -> bool:

@@ -83,6 +83,8 @@ def _may_change(layer: nn.Module) -> bool:
 
 
 _KEYS, _VALUES = operator.methodcaller("keys"), operator.methodcaller("values")
+_SILENCED = {"log", "log_dict", "print"}
+"""Methods of the user's module that others replace while user code runs on trial."""
 _ASK = (nn.Module.named_parameters, nn.Module.named_modules)
 
 
@@ -119,7 +121,7 @@ class Layers:
 
     def _held(self) -> tuple[Any, list[nn.Module | None]]:
         """Return the number of direct submodules by layer with their names and of attributes, and these submodules."""
-        num_attributes = sum(map(len, map(vars, self.all)))
+        num_attributes = sum(map(len, map(vars, self.all))) - len(_SILENCED & vars(self._module).keys())
         held = [layer._modules for layer in self.all]
         sizes, held = [*map(len, held)], [*filter(len, held)]
         names = [*chain.from_iterable(map(_KEYS, held))]  # a script's children are no dictionary
