@@ -77,7 +77,7 @@ class OwnLosses(Telling):
         if self.hear is not None and self._depth == 1:
             self.hear(func, args, kwargs)
         rows: Tensor | None = None
-        if kind is None or (kind == "scalar" and not self._knows_one(args, kwargs)):
+        if kind is None or (kind == "scalar" and not (self._rows and self._knows_one(args, kwargs))):
             return func(*args, **kwargs)
         if kind == "loss":
             rows = self._of_loss(func, args, kwargs)
@@ -100,10 +100,9 @@ class OwnLosses(Telling):
 
     def _knows_one(self, args: Any, kwargs: Any) -> bool:
         """Tell whether one of the arguments, of which none is a list, was computed from values of records."""
-        if rows := self._rows:
-            for one in (*args, *kwargs.values()) if kwargs else args:
-                if id(one) in rows and self._known(one) is not None:
-                    return True
+        for one in (*args, *kwargs.values()) if kwargs else args:
+            if id(one) in self._rows and self._known(one) is not None:
+                return True
         return False
 
     def _joined(self, rows: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:

@@ -103,7 +103,7 @@ class Source:
         if self.materialises or self.uses != [use] or len(use.parts) != 1 or isinstance(use.out_axis, OwnedAxis):
             return
         backprop, keys = use.parts[0]
-        if not self._made and self.recorder.may_wait(sum(tensor.numel() for tensor in (backprop, *use.inputs))):
+        if not self._made and self.recorder.may_wait(backprop.numel() + sum(map(Tensor.numel, use.inputs))):
             use.done = bool(use.inputs) and not keeps_graph()
             return
         shapes = (use.inputs[0].shape if use.inputs else None, backprop.shape, keys)

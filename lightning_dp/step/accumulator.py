@@ -123,7 +123,7 @@ class Accumulator:
     def group_sizes(self) -> list[int]:
         """Number of active coordinates in each group."""
         sizes = self._active_sizes
-        return [sum(sizes[name] for name in group) for group in self.groups]
+        return [sum(map(sizes.__getitem__, group)) for group in self.groups]
 
     @property
     def _active_sizes(self) -> dict[str, int]:
