@@ -264,7 +264,8 @@ class PrivateFit:
                     self._logs.say_no_loss(weight)
                     if output is None and step.reduction.world_size == 1:  # with more, Lightning raises an error
                         return None
-                return _with_loss(output, checks.zero_loss(self._device) if loss is None else loss)
+                loss = checks.zero_loss(self._device) if loss is None else loss  # which Lightning can back-propagate
+                return {**output, "loss": loss} if isinstance(output, Mapping) else loss
             step.leave_open()
         self._check_steps(microbatch, output, counts)
         return output
@@ -297,8 +298,3 @@ class PrivateFit:
             step.collect(0)
             if not microbatch.further:
                 microbatch.__exit__(None, None, None)
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    """Return the output of ``training_step`` with a loss that Lightning can back-propagate."""
-    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
