@@ -19,14 +19,16 @@ from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import make_trainer
 
 WORDS, RARE = 20, 19
+STEPS = 8
+"""Of most fits; the next regular check after the second step comes after nine."""
 
 
 def loader() -> DataLoader[Any]:
-    """Sentences; the rare word is in one of 64, which no check reads by itself."""
-    words = torch.randint(0, RARE, (64, 4), generator=torch.Generator().manual_seed(0))
+    """Sentences; the rare word is in one of 32, which no check reads by itself."""
+    words = torch.randint(0, RARE, (32, 4), generator=torch.Generator().manual_seed(0))
     labels = words[:, 0] % 3
     words[7, 2] = RARE
-    return DataLoader(TensorDataset(words, labels), batch_size=16, shuffle=True)
+    return DataLoader(TensorDataset(words, labels), batch_size=8, shuffle=True)
 
 
 class Module(L.LightningModule):
@@ -162,9 +164,9 @@ ACTS = [
 REFUSED = r"after the records of a batch|differs after the records of a batch"
 
 
-def steps_of_fit(tmp_path: Any, module: Module, *, callbacks: Any = (), **options: Any) -> int:
+def steps_of_fit(tmp_path: Any, module: Module, *, callbacks: Any = (), steps: int = STEPS, **options: Any) -> int:
     strategy = DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 0, **options})
-    trainer = make_trainer(strategy, tmp_path, max_steps=12, max_epochs=-1, callbacks=[*callbacks])
+    trainer = make_trainer(strategy, tmp_path, max_steps=steps, max_epochs=-1, callbacks=[*callbacks])
     try:
         trainer.fit(module, loader())
     finally:
@@ -212,7 +214,7 @@ class ActsByCounts(Acts):
 @pytest.mark.one_in(7)
 def test_a_step_that_sets_something_by_counts_is_free(act: Any, by_callback: bool, tmp_path: Any) -> None:
     module, callbacks = (Module(), [ActsByCounts(act)]) if by_callback else (SetsByCounts(act), [])
-    assert steps_of_fit(tmp_path, module, callbacks=callbacks) == 12
+    assert steps_of_fit(tmp_path, module, callbacks=callbacks) == STEPS
 
 
 class KeepsTheBest(Module):
@@ -233,7 +235,7 @@ class KeepsTheBest(Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("microbatch_size", [None, 1])
 def test_figures_that_a_step_keeps_are_free(microbatch_size: int | None, tmp_path: Any) -> None:
-    assert steps_of_fit(tmp_path, KeepsTheBest(), microbatch_size=microbatch_size) == 12
+    assert steps_of_fit(tmp_path, KeepsTheBest(), steps=12, microbatch_size=microbatch_size) == 12
 
 
 class Hooks(Module):
@@ -257,4 +259,4 @@ class Hooks(Module):
 def test_a_hook_that_a_rare_record_registers_is_refused(rarely: bool, tmp_path: Any) -> None:
     refused = pytest.raises(PrivacyError, match="Expected the gradient of every sample in a batch to be its gradient")
     with refused if rarely else nullcontext():
-        assert steps_of_fit(tmp_path, Hooks(rarely=rarely)) == 12
+        assert steps_of_fit(tmp_path, Hooks(rarely=rarely)) == STEPS

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from lightning_dp import PrivacyError
-from tests.strategies.test_latched_state import RARE, REFUSED, Module, steps_of_fit
+from tests.strategies.test_latched_state import RARE, REFUSED, STEPS, Module, steps_of_fit
 
 FACTOR = 1.0
 OPTIONS: dict[str, float] = {}
@@ -130,7 +130,7 @@ def test_a_variable_that_a_rare_record_sets_is_refused(make: Any, tmp_path: Any)
 @pytest.mark.one_in(3)
 def test_a_variable_that_is_set_by_counts_is_free(make: Any, tmp_path: Any) -> None:
     module = make(by_count=True)
-    assert steps_of_fit(tmp_path, module) == 12
+    assert steps_of_fit(tmp_path, module) == STEPS
     assert module.read() == 0.5
 
 
@@ -146,5 +146,5 @@ class Counts(Module):
 
 
 def test_globals_hold_real_steps_alone(tmp_path: Any) -> None:
-    assert steps_of_fit(tmp_path, Counts()) == 12
+    assert steps_of_fit(tmp_path, Counts(), steps=12) == 12
     assert [*range(1, 13)] == SEEN

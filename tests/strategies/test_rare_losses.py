@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_dp import DPStrategy, PrivacyError, make_private
 from tests.helpers import make_trainer, stepped_on
 from tests.strategies import test_latched_state
-from tests.strategies.test_latched_state import RARE, loader
+from tests.strategies.test_latched_state import RARE, STEPS, loader
 
 Losses = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -68,7 +68,7 @@ REFUSED = "to be its gradient when run alone"
 def fit(module: Module, tmp_path: Any, **options: Any) -> int:
     strategy = DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 0, **options})
     try:
-        make_trainer(strategy, tmp_path, max_steps=12, max_epochs=-1).fit(module, loader())
+        make_trainer(strategy, tmp_path, max_steps=STEPS, max_epochs=-1).fit(module, loader())
     finally:
         steps = strategy.ledger.num_steps
     return steps
@@ -129,4 +129,4 @@ def sum_by_size(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("function", [by_counts, by_draws, sum_by_size])
 def test_factors_that_records_do_not_choose_are_free(function: Losses, tmp_path: Any) -> None:
-    assert fit(Module(function), tmp_path) == 12
+    assert fit(Module(function), tmp_path) == STEPS
