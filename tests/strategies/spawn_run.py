@@ -25,7 +25,8 @@ def main() -> None:
     trainer.save_checkpoint(out / "after.ckpt")
     assert strategy.epsilon() > 0
     options["check_per_sample"] = False  # the first run has shown that checks work in started processes
-    again = DPDDPStrategy(start_method=start_method, **options)
+    again = DPDDPStrategy(start_method="fork", **options)
+    accelerator_connector._IS_INTERACTIVE = True
     make_trainer(again, out, devices=2).fit(module, DataLoader(make_dataset(), batch_size=8))
     alone = DPStrategy(**options)
     accelerator_connector._IS_INTERACTIVE = False

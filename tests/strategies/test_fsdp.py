@@ -216,15 +216,17 @@ def test_history_reads_the_folder_of_a_sharded_run(ranks: list[dict[str, Any]], 
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_resumes(ranks: list[dict[str, Any]], folder: Path) -> None:
-    run_script(SCRIPT, folder, "resumed_alone", folder=folder)
-    alone = torch.load(folder / "alone0.pt", weights_only=False)["resumed_alone"]
+def test_another_number_of_processes_resumes(tmp_path: Path) -> None:
+    run_script(SCRIPT, tmp_path, "planned", "saving", folder=tmp_path, ranks=2)
+    run_script(SCRIPT, tmp_path, "resumed_alone", folder=tmp_path)
+    alone = torch.load(tmp_path / "alone0.pt", weights_only=False)["resumed_alone"]
     assert alone["world_size"] == 1
     assert alone["steps"] == 12
     epsilon, steps = alone["target"]  # the second epoch has 8 steps of half the size, with noise of its own
     assert 2.9 < epsilon <= 3.0
     assert steps == [4, 8]
-    for name, weight in ranks[0]["saving"]["weights"].items():
+    saved = torch.load(tmp_path / "rank0.pt", weights_only=False)["saving"]
+    for name, weight in saved["weights"].items():
         assert torch.equal(alone["weights"][name], weight)
 
 

@@ -15,7 +15,7 @@ from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import make_trainer
 
 PLANNED = 14
-BEGINS = 11
+BEGINS = 4
 
 
 class Penalised(L.LightningModule):

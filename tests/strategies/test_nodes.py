@@ -46,5 +46,5 @@ def test_two_launchers_make_one_run(tmp_path: Path) -> None:
         first, second = (seen[kind] for seen in ranks)
         assert (first["ranks"], second["ranks"]) == ((0, 0, 0, 2), (1, 0, 1, 2))
         assert torch.equal(first["weights"], second["weights"])
-        assert first["events"] == second["events"] == [(16 / 64, 20)]
+        assert first["events"] == second["events"] == [(16 / 64, 4)]
         assert first["size"] == second["size"] > 0
