@@ -80,7 +80,7 @@ def shown_by(tmp_path: Path, strategy: Any, **options: Any) -> tuple[set[str], L
         **options,
     )
     validation = torch.utils.data.DataLoader(make_loader().dataset, batch_size=32)
-    trainer.fit(Talkative(), make_loader(), validation)
+    trainer.fit(Talkative(), make_loader(32), validation)
     shown = reporter.shown | trainer.progress_bar_metrics.keys() | trainer.callback_metrics.keys()
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))

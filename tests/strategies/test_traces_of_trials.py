@@ -94,8 +94,8 @@ def test_outputs_are_collected_from_epoch_to_epoch(by_callback: bool, tmp_path: 
             self.log("mean", torch.stack(self.outputs).mean())
 
     module, callbacks = Collecting(), [Begins()] if by_callback else []
-    make_trainer(private(), tmp_path, max_epochs=2, callbacks=callbacks).fit(module, make_loader())
-    assert len(module.outputs) == 4
+    make_trainer(private(), tmp_path, max_epochs=2, callbacks=callbacks).fit(module, make_loader(32))
+    assert len(module.outputs) == 2
 
 
 def test_runs_of_a_trial_do_not_see_each_others_figures(tmp_path: Path) -> None:

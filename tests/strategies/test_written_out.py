@@ -21,7 +21,7 @@ from tests.strategies.test_attacks import fit
 def run(module: Any, tmp_path: Any, *callbacks: Any, data: Any = None, epochs: int = 2) -> DPStrategy:
     strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
     trainer = make_trainer(strategy, tmp_path, max_epochs=epochs, callbacks=list(callbacks))
-    trainer.fit(module, **({"train_dataloaders": make_loader()} if data is None else {"datamodule": data}))
+    trainer.fit(module, **({"train_dataloaders": make_loader(32)} if data is None else {"datamodule": data}))
     return strategy
 
 
@@ -119,7 +119,7 @@ def test_a_callback_that_saves_the_clock_and_counts_is_free(tmp_path: Any) -> No
             return {"count": self.count, "kept": self.kept, "seconds": time.perf_counter()}
 
     callback = Counts()
-    assert run(Classifier(), tmp_path, callback).ledger.num_steps == callback.count == 8
+    assert run(Classifier(), tmp_path, callback).ledger.num_steps == callback.count == 4
 
 
 def test_a_trial_writes_no_checkpoint(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ class Plateau(Classifier):
 def test_a_learning_rate_by_logged_figures_is_refused(tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=r"ReduceLROnPlateau\.best"):
         run(Plateau("loss"), tmp_path)
-    assert run(Plateau("val_loss"), tmp_path).ledger.num_steps == 8
+    assert run(Plateau("val_loss"), tmp_path).ledger.num_steps == 4
 
 
 def test_figures_of_a_trial_stay_in_it(tmp_path: Any) -> None:
@@ -183,7 +183,7 @@ def test_figures_of_a_trial_stay_in_it(tmp_path: Any) -> None:
             return super().training_step(batch, batch_idx)
 
     run(Looks(), tmp_path, epochs=1)
-    assert [figures.get("loss", 3.0) for figures in seen] == [3.0] * 4
+    assert [figures.get("loss", 3.0) for figures in seen] == [3.0] * 2
 
 
 @pytest.mark.slow
@@ -260,7 +260,7 @@ def test_weights_that_are_swapped_for_validation_are_free(tmp_path: Any) -> None
             assert torch.stack(self.losses).mean() > 0
             self.losses.clear()
 
-    assert run(Swaps(), tmp_path).ledger.num_steps == 8
+    assert run(Swaps(), tmp_path).ledger.num_steps == 4
 
 
 def test_hooks_on_trial_see_an_epoch_of_the_fit(tmp_path: Any) -> None:
@@ -281,4 +281,4 @@ def test_hooks_on_trial_see_an_epoch_of_the_fit(tmp_path: Any) -> None:
             for kept, parameter in zip(self.average, module.parameters(), strict=True):
                 parameter.data.copy_(kept)
 
-    assert run(Classifier(), tmp_path, Averages()).ledger.num_steps == 8
+    assert run(Classifier(), tmp_path, Averages()).ledger.num_steps == 4
