@@ -43,7 +43,7 @@ def run_script(script: Path, *arguments: object, folder: Path, ranks: int = 1, *
 
 
 def ends_of_script(script: Path, *arguments: object, folder: Path, ranks: int = 1, **environment: str) -> list[int]:
-    """Run a script to its end, on one or several ranks, and return the exit code of each.
+    """Run a script to its end, on one or several ranks, each in a session of its own, and return the exit code of each.
 
     Args:
         script: file.
@@ -149,7 +149,9 @@ def _start(jobs: list[dict[str, Any]]) -> list[int]:
     for job in jobs:
         with open(job["out"], "w") as out, open(job["err"], "w") as err:
             command = [sys.executable, "-W", "ignore", *job["command"]]
-            started.append(subprocess.Popen(command, env=job["environment"], stdout=out, stderr=err))
+            started.append(
+                subprocess.Popen(command, env=job["environment"], stdout=out, stderr=err, start_new_session=True)
+            )
     return [each.wait(TIMEOUT) for each in started]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,24 +16,29 @@ from tests.processes import ends_of_script
 SCRIPT = Path(__file__).with_name("lost_rank_run.py")
 
 
-def run(folder: Path, victim: int, how: str, kind: str = "replicated") -> tuple[str, float]:
-    """Returns what the survivor said, and how many seconds after the start it was gone."""
+def run(folder: Path, victim: int, how: str, kind: str, *, ranks: int = 1) -> tuple[str, float]:
+    """Return what the survivor said, and how many seconds after the start.
+
+    Args:
+        folder: takes what both write.
+        victim: rank that is lost.
+        how: it is lost.
+        kind: of the parameters.
+        ranks: started here; one launches the other.
+    """
     start = time.monotonic()
-    launched = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), str(victim), how, kind],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
     said = folder / f"error{1 - victim}"
-    try:
-        while time.monotonic() < start + 120 and not said.exists():
-            time.sleep(0.1)
-        assert said.exists(), "the survivor still waits for the other rank"
-        return said.read_text(), time.monotonic() - start
-    finally:
-        os.killpg(launched.pid, signal.SIGKILL)  # the session that this test began: what was stopped, and its launcher
-        launched.wait()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(ends_of_script, SCRIPT, folder, victim, how, kind, folder=folder, ranks=ranks)
+        try:
+            while time.monotonic() < start + 120 and not said.exists():
+                time.sleep(0.1)
+            assert said.exists(), "the survivor still waits for the other rank"
+            return said.read_text(), time.monotonic() - start
+        finally:  # end what was stopped, or its launcher with all of its session
+            for file in folder.glob("pid*"):
+                with suppress(ProcessLookupError):
+                    os.killpg(int(file.read_text()), signal.SIGKILL)
 
 
 def check_reason(said: str) -> None:
@@ -62,7 +67,7 @@ def test_the_other_rank_ends_and_says_why(tmp_path: Path) -> None:
 )
 def test_the_other_rank_of_a_launched_run_ends(tmp_path: Path, victim: int, how: str) -> None:
     """Ranks wait 5 seconds for one that is stopped."""
-    said, seconds = run(tmp_path, victim, how)
+    said, seconds = run(tmp_path, victim, how, "replicated")
     check_reason(said)
     assert seconds < 100
 
@@ -71,7 +76,7 @@ def test_the_other_rank_of_a_launched_run_ends(tmp_path: Path, victim: int, how:
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_the_other_rank_of_a_sharded_run_ends_and_says_why(tmp_path: Path, how: str) -> None:
     """Forwards communicate, so it is noticed before the release."""
-    said, seconds = run(tmp_path, 1, how, "sharded")
+    said, seconds = run(tmp_path, 1, how, "sharded", ranks=2)
     assert "Expected every rank to take part in" in said
     assert "resume all of them from the newest checkpoint" in said
     releases, steps = map(int, said.split()[-2:])

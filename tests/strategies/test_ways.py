@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError, make_private
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine
-from lightning_dp.step.trial import NUM_SPREAD
 from tests.helpers import Hidden, make_trainer
 
 NUM, FEATURES, CLASSES = 12, 4, 3
@@ -62,29 +60,6 @@ def fit(module: L.LightningModule, dataset: Any = None, **options: Any) -> Any:
 
 def weights(module: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-
-
-class Meta(Model):
-    """Also a gradient of its head by ``torch.func``, which counts for nothing."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        hidden, heads = x @ self.weight, dict(self.head.named_parameters())
-        inner = torch.func.grad(lambda p: torch.func.functional_call(self.head, p, (hidden.detach(),)).sum())(heads)
-        return F.cross_entropy(self.head(hidden), y, reduction="none") + 0 * sum(one.sum() for one in inner.values())
-
-
-class SizesOfGradients(Model):
-    """The loss of a record is the size of a gradient by ``torch.func``."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        hidden, heads = batch[0] @ self.weight, dict(self.head.named_parameters())
-
-        def inner(heads: Any, row: Tensor, label: Tensor) -> Tensor:
-            return F.cross_entropy(torch.func.functional_call(self.head, heads, (row[None],)), label[None])
-
-        inners = [torch.func.grad(inner)(heads, *each) for each in zip(hidden, batch[1], strict=True)]
-        return torch.stack([torch.stack([one.square().sum() for one in each.values()]).sum() for each in inners])
 
 
 # ---------------------------------------------------------------- the way and its result
@@ -196,25 +171,6 @@ def test_a_step_that_sorts_runs_by_rules_with_its_result() -> None:
     torch.testing.assert_close(weights(by_rules), weights(alone), rtol=1e-12, atol=1e-12)
 
 
-class InnerLoop(Model):
-    """Each record moves the weight by a gradient step before its loss, as in meta-learning."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        losses = []
-        for x, y in zip(batch[0], batch[1], strict=True):
-            loss = F.cross_entropy(self.head(x @ self.weight), y)
-            (moved,) = torch.autograd.grad(loss, [self.weight], create_graph=True)
-            losses.append(F.cross_entropy(self.head(x @ (self.weight - 0.1 * moved)), y))
-        return torch.stack(losses).mean()
-
-
-@pytest.mark.slow
-def test_inner_loops_of_meta_learning_run_one_at_a_time() -> None:
-    assert fit(InnerLoop()).strategy.state.runs_alone
-    with pytest.raises(PrivacyError, match=r"^Expected gradients of data within a step, got those of 'weight'"):
-        fit(InnerLoop(), grad_sample="rules")
-
-
 @pytest.mark.slow
 def test_what_rules_follow_stays_together() -> None:
     module = Model()
@@ -265,43 +221,3 @@ def test_a_resumed_run_stays_one_at_a_time(tmp_path: Any, monkeypatch: pytest.Mo
     resumed = fit(module, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert resumed.strategy.ledger.num_steps == 6
     assert resumed.strategy.state.runs_alone
-
-
-class Experts(L.LightningModule):
-    """Sends each record to one of several layers, by the record; the first two records choose alike by chance."""
-
-    def __init__(self, alike: str) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.layers, self.alike = nn.ModuleList(nn.Linear(FEATURES, CLASSES) for _ in range(3)), alike
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        out = x.new_zeros(len(x), CLASSES)
-        for index, layer in enumerate(self.layers):
-            at = (x[:, 0].long() == index).nonzero(as_tuple=True)[0]
-            if len(at) or self.alike == "one expert":
-                out = out.index_add(0, at, layer(x[at]))
-        return F.cross_entropy(out, y)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("alike", ["one expert", "one branch"])
-def test_records_that_choose_alike_by_chance_are_followed(alike: str) -> None:
-    x, y = torch.rand(NUM, FEATURES), torch.arange(NUM) % CLASSES
-    x[:, 0] = torch.arange(NUM) % 3 + 0.5
-    first = np.random.default_rng(0).choice(NUM, NUM_SPREAD, replace=False)[:2]  # those that show the layout
-    x[first.tolist(), 0] = 0.5
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
-    make_trainer(strategy, None, max_epochs=2).fit(Experts(alike), DataLoader(TensorDataset(x, y), batch_size=6))
-    assert "checked on a few records" in strategy.privacy_statement()
-    assert "one sample runs at a time" not in strategy.privacy_statement()
-
-
-@pytest.mark.slow
-def test_gradients_by_torch_func_run_alone_if_they_count() -> None:
-    assert not fit(Meta()).strategy.state.runs_alone
-    assert fit(SizesOfGradients()).strategy.state.runs_alone
