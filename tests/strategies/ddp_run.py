@@ -132,7 +132,7 @@ class Watch(L.Callback):
 
 
 def releases() -> Tensor:
-    """What 1,000 releases of a masked gradient, of noise of std 1.5, and of two counts, of std 0.5, hold."""
+    """What 600 releases of a masked gradient, of noise of std 1.5, and of two counts, of std 0.5, hold."""
     reduction = AllReduce(RANK, 2, torch.device("cpu"))
     accumulator = reduction.make_accumulator({"weight": nn.Parameter(torch.zeros(60))}, FlatClipping(1.0), 2)
     accumulator.set_masks([{"weight": torch.arange(60) % 2 == 0}], (1,))

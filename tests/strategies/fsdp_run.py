@@ -127,7 +127,7 @@ def noise() -> Tensor:
 
 
 def releases() -> Tensor:
-    """What this rank holds of 1,000 releases of noise of std 1.5: its rows, then what is replicated."""
+    """What this rank holds of 600 releases of noise of std 1.5: its rows, then what is replicated."""
     module = nn.Module()
     module.network, module.shift = plain(), nn.Parameter(torch.zeros(NUM_CLASSES))
     for layer in (module.network[0], module.network):

@@ -14,14 +14,14 @@ from lightning_dp.step.release import Release
 
 
 def releases_of(accumulator: Accumulator, reduction: Reduction, *, statistics_std: float = 0.0) -> Tensor:
-    """What this rank holds of 1,000 releases of noise of std 1.5; half of them begin with the noise."""
+    """What this rank holds of 600 releases of noise of std 1.5; half of them begin with the noise."""
     noise = ReleaseNoise(GaussianNoise(), reduction)
     event = PrivacyEvent(kind="poisson", noise_multiplier=1.5, sample_rate=0.5)
     release = Release(
         sigma=1.5, noise_std=1.5, drawn_std=1.5, statistics_std=statistics_std, sensitivity=1.0, event=event
     )
     found = []
-    for number in range(1000):
+    for number in range(600):
         noise.begin(accumulator, release, first=number % 2 == 0, divisor=1)
         accumulator.used = True
         noise.add(accumulator, release)
