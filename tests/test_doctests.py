@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lightning_dp
+from tests.cases import each
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -61,7 +62,7 @@ def test_code_of_page_runs(
     assert name not in ("docs/start.md", "README.md") or "Privacy: (epsilon=2.99" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@each("name", TEXTS)
 def test_links_of_page_lead_somewhere(name: str) -> None:
     """Pictures are pictures, and pages exist."""
     folder = (ROOT / name).parent

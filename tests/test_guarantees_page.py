@@ -7,7 +7,7 @@ import functools
 import re
 from pathlib import Path
 
-import pytest
+from tests.cases import each
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "guarantees.md").read_text()
@@ -32,7 +32,7 @@ def decorators(node: ast.FunctionDef) -> str:
     return " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
 
 
-@pytest.mark.parametrize(("path", "name"), NODES, ids=lambda part: Path(part).stem)
+@each("path, name", NODES)
 def test_named_test_exists_and_runs(path: str, name: str) -> None:
     """Not skipped, not expected to fail, and with something that can: an assertion, or an error it waits for."""
     assert name.startswith("test_")

@@ -6,9 +6,8 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 import lightning_dp
+from tests.cases import each
 from tests.sources import tree_of
 
 PACKAGE = Path(lightning_dp.__file__).parent
@@ -55,7 +54,7 @@ def messages() -> list[str]:
 MESSAGES = messages()
 
 
-@pytest.mark.parametrize("text", MESSAGES, ids=lambda text: text[:40])
+@each("text", MESSAGES)
 def test_every_privacy_error_is_explained(text: str) -> None:
     assert any(text.startswith(start) for start, *_ in ROWS)
 

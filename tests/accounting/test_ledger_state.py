@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
 from lightning_dp.errors import PrivacyError
 from tests.accounting.test_ledger import LOUD, TEN, A
+from tests.cases import each
 
 EVENTS = st.one_of(
     st.builds(
@@ -98,9 +99,7 @@ def parent(tree, path):
     return tree
 
 
-@pytest.mark.parametrize(
-    ("path", "value"), [(path, value) for path, values in WRONG_BY_FIELD.items() for value in values], ids=repr
-)
+@each("path, value", [(path, value) for path, values in WRONG_BY_FIELD.items() for value in values])
 def test_state_edited_by_hand_is_refused(path, value):
     edited = state()
     parent(edited, path)[path[-1]] = value

@@ -23,6 +23,7 @@ from lightning_dp.auditing import (
 from lightning_dp.auditing.estimates import operating_points
 from lightning_dp.auditing.noise_scale import scaled_ledger
 from lightning_dp.auditing.one_run import epsilon_of_counts, mu_of_counts, one_run_gdp_gap, one_run_p_value
+from tests.cases import each
 
 MODULES = ("estimates", "one_run", "noise_scale", "canaries", "records", "result")
 
@@ -65,9 +66,9 @@ def p_value_by_hand(m: int, r: int, v: int, epsilon: float, delta: float) -> flo
     return min(1.0, at_least[v] + 2 * m * delta * slope)
 
 
-@pytest.mark.parametrize("counts", [(10, 10, 9), (50, 20, 20), (100, 40, 3), (100, 1, 0)])
-@pytest.mark.parametrize("epsilon", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("delta", [0.0, 1e-6, 1e-2, 0.5])
+@each("counts", [(10, 10, 9), (50, 20, 20), (100, 40, 3), (100, 1, 0)])
+@each("epsilon", [0.0, 0.5, 3.0])
+@each("delta", [0.0, 1e-6, 1e-2, 0.5])
 def test_the_p_value_is_the_formula(counts: tuple[int, int, int], epsilon: float, delta: float) -> None:
     assert one_run_p_value(*counts, epsilon, delta) == pytest.approx(
         p_value_by_hand(*counts, epsilon, delta), abs=1e-12

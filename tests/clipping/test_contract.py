@@ -19,10 +19,10 @@ from lightning_dp.clipping import (
     PSACClipping,
     TopAgg,
 )
-from tests.clipping.table import CONTRACT, IDS, Given, contribution_norms
+from tests.cases import each
+from tests.clipping.table import CONTRACT, Given, contribution_norms
 
 FACTORS = [(clipping, groups) for clipping, groups in CONTRACT if isinstance(clipping, FactorClipping)]
-FACTOR_IDS = [f"{clipping}-{groups}" for clipping, groups in FACTORS]
 SPECIAL = [0.0, 1e-45, 1e-38, 1e-20, 1e-15, 0.1, 1.0, 1.0000001, 1e19, 1e38, 3.4e38, math.inf, math.nan]
 
 
@@ -38,7 +38,7 @@ def norms_of(num_groups: int, num_samples: int = 1000) -> torch.Tensor:
     return torch.cat([picked, bits, largest, either, special.expand(num_groups, -1)], 1)
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+@each("clipping, num_groups", CONTRACT)
 def test_contract_contribution_is_bounded(clipping: Clipping, num_groups: int) -> None:
     norms = norms_of(num_groups)
     added = contribution_norms(clipping, norms)
@@ -53,7 +53,7 @@ def test_contract_contribution_is_bounded(clipping: Clipping, num_groups: int) -
         assert bool((added <= clipping.sensitivity(num_groups) * (1 + 1e-15 * signs)).all())
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+@each("clipping, num_groups", FACTORS)
 def test_contract_factors_are_finite_and_zero_for_broken_samples(clipping: Clipping, num_groups: int) -> None:
     norms = norms_of(num_groups)
     factors = clipping.factors(norms)
@@ -64,7 +64,7 @@ def test_contract_factors_are_finite_and_zero_for_broken_samples(clipping: Clipp
     assert bool((factors[:, ~torch.isfinite(norms).all(dim=0)] == 0).all())
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+@each("clipping, num_groups", FACTORS)
 def test_contract_copies_and_keeps_its_input(clipping: Clipping, num_groups: int) -> None:
     norms = torch.full((num_groups, 4), 2.0)
     before = norms.clone()
@@ -75,12 +75,12 @@ def test_contract_copies_and_keeps_its_input(clipping: Clipping, num_groups: int
         assert torch.equal(twin.factors(norms), factors)
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+@each("clipping, num_groups", FACTORS)
 def test_contract_empty_microbatch(clipping: Clipping, num_groups: int) -> None:
     assert clipping.factors(torch.zeros(num_groups, 0)).shape == (num_groups, 0)
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+@each("clipping, num_groups", CONTRACT)
 def test_contract_bound_is_used(clipping: Clipping, num_groups: int) -> None:
     """A bound that is never reached would be safe and useless."""
     norms = torch.full((num_groups, 1), 1e10)
@@ -89,8 +89,8 @@ def test_contract_bound_is_used(clipping: Clipping, num_groups: int) -> None:
     assert reached <= 1 + 1e-15 or not clipping.bounded
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
-@pytest.mark.parametrize("factor", [0.5, 2.0])
+@each("clipping, num_groups", CONTRACT)
+@each("factor", [0.5, 2.0])
 def test_contract_scaled_moves_the_sensitivity_and_what_is_added(
     clipping: Clipping, num_groups: int, factor: float
 ) -> None:
@@ -110,7 +110,7 @@ def test_contract_scaled_moves_the_sensitivity_and_what_is_added(
         )
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+@each("clipping, num_groups", CONTRACT)
 def test_contract_scaled_by_one_is_equal_bad_factors_refused(clipping: Clipping, num_groups: int) -> None:
     assert clipping.scaled(1.0) == clipping
     for factor in (0.0, -1.0, math.inf, math.nan):
@@ -129,7 +129,7 @@ def test_scaled_moves_every_bound_and_keeps_the_rest() -> None:
     assert TopAgg(3, keep_values=True).scaled(2.0) == TopAgg(3, keep_values=True, max_grad_norm=2.0)
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+@each("clipping, num_groups", FACTORS)
 def test_contract_finish_divides_by_expected_batch_size(clipping: Clipping, num_groups: int) -> None:
     noisy = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     expected = noisy * (1 / 7)
@@ -140,12 +140,12 @@ def test_contract_finish_divides_by_expected_batch_size(clipping: Clipping, num_
     assert torch.equal(noisy, expected)
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), FACTORS, ids=FACTOR_IDS)
+@each("clipping, num_groups", FACTORS)
 def test_contract_scaling_clippings_do_not_depend_on_size(clipping: Clipping, num_groups: int) -> None:
     assert clipping.for_coordinates(5) is clipping
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+@each("clipping, num_groups", CONTRACT)
 def test_contract_contribution_adds_what_it_states(clipping: Clipping, num_groups: int) -> None:
     """Either factors or one explicit sum reaches the accumulator, and the stated norms are those of the
     contributions.
@@ -162,7 +162,7 @@ def test_contract_contribution_adds_what_it_states(clipping: Clipping, num_group
         assert torch.equal(samples.factors, clipping.factors(samples.norms))
 
 
-@pytest.mark.parametrize(("clipping", "num_groups"), CONTRACT, ids=IDS)
+@each("clipping, num_groups", CONTRACT)
 def test_contract_owners_of_factors_are_refused_by_name(clipping: Clipping, num_groups: int) -> None:
     if isinstance(clipping, FactorClipping):
         clipping.check_scales("canaries", "Leave them out.")
@@ -171,8 +171,8 @@ def test_contract_owners_of_factors_are_refused_by_name(clipping: Clipping, num_
         clipping.check_scales("canaries", "Leave them out.")
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 2e-24, 1e-23, 1e-22, 1e-18, 1e-3, 1.0, 1e15, 1e30])
-@pytest.mark.parametrize(
+@each("scale", [0.0, 1e-30, 2e-24, 1e-23, 1e-22, 1e-18, 1e-3, 1.0, 1e15, 1e30])
+@each(
     "clipping",
     [
         FlatClipping(0.3),
@@ -183,7 +183,6 @@ def test_contract_owners_of_factors_are_refused_by_name(clipping: Clipping, num_
         TopAgg(100),
         TopAgg(100, keep_values=True, max_grad_norm=0.3),
     ],
-    ids=str,
 )
 def test_contribution_of_real_gradients_is_bounded(clipping: Clipping, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)

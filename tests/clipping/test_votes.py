@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_dp.clipping.votes import threshold_votes, top_k_votes
+from tests.cases import each
 
 SIGNS = ["sign", "stochastic"]
 AWKWARD = {
@@ -32,9 +33,9 @@ def test_vote_has_norm_sqrt_k(signs: str, top_k: int) -> None:
     torch.testing.assert_close(votes.norm(dim=-1), torch.full((7, 4), math.sqrt(top_k)))
 
 
-@pytest.mark.parametrize("signs", SIGNS)
-@pytest.mark.parametrize("name", AWKWARD)
-@pytest.mark.parametrize("top_k", [1, 2, 5])
+@each("signs", SIGNS)
+@each("name", AWKWARD)
+@each("top_k", [1, 2, 5])
 def test_vote_never_exceeds_sqrt_k(signs: str, name: str, top_k: int) -> None:
     votes = top_k_votes(AWKWARD[name], top_k, signs=signs)
     assert bool(votes.isfinite().all())

@@ -25,6 +25,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_dp.sampling import private_dataloader
+from tests.cases import each
 
 SAMPLINGS = ("poisson", "shuffle", "cyclic")
 
@@ -157,8 +158,8 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("case", REFUSED)
+@each("sampling", SAMPLINGS)
+@each("case", REFUSED)
 def test_loaders_that_cannot_be_private_are_refused(case: str, sampling: str) -> None:
     loader, error, message = REFUSED[case]
     with pytest.raises(error, match=message):

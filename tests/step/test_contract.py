@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_dp.clipping import PerLayerClipping, top_agg
 from lightning_dp.step.plan import SENSITIVITY_FACTOR
 from lightning_dp.step.step import PrivateStep
+from tests.cases import each
 from tests.step.composition import table
 from tests.step.composition.table import BOUNDS, MASKS, NOISES, PHASES, Combination
 from tests.step.rig import STEPS, KnownNoise, Rig, Run, make_settings
@@ -221,8 +222,8 @@ def test_relation_scales_every_noise(clipping: str, relation: str, rig: Rig) -> 
         if combination.refusal:
             continue
         stds = []
-        for each in ("add_or_remove_one", relation):
-            with under(rig, combination, neighboring_relation=each) as run:
+        for chosen in ("add_or_remove_one", relation):
+            with under(rig, combination, neighboring_relation=chosen) as run:
                 release = run.begin()
                 run.sum(rig.features, rig.labels)
                 run.release()
@@ -235,7 +236,7 @@ def test_relation_scales_every_noise(clipping: str, relation: str, rig: Rig) -> 
         assert stds[0][0] > 0
 
 
-@pytest.mark.parametrize("names", REFUSED, ids="-".join)
+@each("names", REFUSED)
 def test_refused_when_mechanisms_are_checked(names: Any, rig: Rig) -> None:
     for combination in combinations(*names):
         with pytest.raises(ValueError, match=combination.refusal), under(rig, combination):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.snapshot import Snapshot, few_places
+from tests.cases import each
 from tests.step.photo import photo
 
 
@@ -194,7 +195,7 @@ class Holder(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Setting the shape on a NumPy array", "ignore:The given NumPy array is not writable")
-@pytest.mark.parametrize("name", CASES)
+@each("name", CASES)
 def test_attribute_is_put_back(name: str) -> None:
     make, change = CASES[name]
     module = Holder(make())
@@ -230,7 +231,7 @@ def test_unchanged_memory_is_not_written() -> None:
 SAME = [torch.tensor(value) for value in ([1.0], [0.0], [-0.0], [float("nan")], [1], [True], [[1.0]], [1.0 + 0j], [])]
 
 
-@pytest.mark.parametrize(("left", "right"), list(itertools.product(range(len(SAME)), repeat=2)))
+@each("left, right", itertools.product(range(len(SAME)), repeat=2))
 def test_same_values_is_equality_of_bits(left: int, right: int) -> None:
     assert same_values(SAME[left], SAME[right].clone()) == (left == right)
 
