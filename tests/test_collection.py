@@ -1,13 +1,15 @@
-"""The part of a test's cases that runs by default."""
+"""The part of a test's cases that runs by default, and cases that run as one test."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.cases import each
 from tests.conftest import LONG, put_shared_runs_first, pytest_collection_modifyitems
 
 ENTRIES = [object() for _ in range(6)]
@@ -70,3 +72,19 @@ def test_tests_that_start_shared_runs_come_first() -> None:
     plain, b_slow, b, b_other, c_slow, c, c_other = made
     put_shared_runs_first(made)
     assert made == [b_slow, b, c_slow, c, plain, b_other, c_other]
+
+
+def test_each_case_runs_and_the_one_that_fails_is_named(tmp_path: Path) -> None:
+    seen: list[tuple[int, str]] = []
+
+    @each("letter", "ab")
+    @each("left, right", [(1, 1), (2, 3)])
+    def compare(left: int, right: int, letter: str, tmp_path: Path) -> None:
+        seen.append((left, letter))
+        assert left == right or letter == "a"
+
+    assert [*inspect.signature(compare).parameters] == ["tmp_path"]
+    with pytest.raises(AssertionError) as raised:
+        compare(tmp_path=tmp_path)
+    assert seen == [(1, "a"), (2, "a"), (1, "b"), (2, "b")]
+    assert raised.value.__notes__ == ["in the case {'left': 2, 'right': 3}", "in the case {'letter': 'b'}"]

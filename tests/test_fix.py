@@ -13,6 +13,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from lightning_dp.fix import fix
 from lightning_dp.per_sample.independence import find_unsupported
+from tests.cases import each
 
 F64 = torch.float64
 
@@ -26,8 +27,8 @@ def trained(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize(
-    ("norm", "groups"),
+@each(
+    "norm, groups",
     [
         (nn.BatchNorm2d(64), 32),
         (nn.BatchNorm2d(32), 16),

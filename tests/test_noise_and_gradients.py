@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lightning_dp
+from tests.cases import each
 from tests.sources import tree_of
 
 PACKAGE = Path(lightning_dp.__file__).parent
@@ -146,7 +147,7 @@ def test_only_the_files_of_the_table_write_gradients() -> None:
     assert lines.keys() == WRITES_GRADIENTS.keys(), lines
 
 
-@pytest.mark.parametrize(
+@each(
     "code",
     [
         "self._noise.add_(sums, 1.0)",
@@ -167,7 +168,7 @@ def test_every_draw_is_seen(code: str) -> None:
     assert list(draws(ast.parse(code)))
 
 
-@pytest.mark.parametrize(
+@each(
     "code",
     [
         "p.grad = sums",

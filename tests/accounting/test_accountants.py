@@ -9,6 +9,7 @@ from dp_accounting.pld import PLDAccountant as LibraryPLD
 
 from lightning_dp.accounting import ACCOUNTANTS, Ledger, PrivacyEvent, gaussian_epsilon, make_accountant
 from lightning_dp.accounting.events import EventKind
+from tests.cases import each
 
 DELTA = 1e-5
 
@@ -74,9 +75,9 @@ def test_schedule_costs_more_than_a_constant_multiplier(factor, expected):
 GAUSSIAN = [(0.5, 9.997256), (1.0, 4.377178), (2.0, 1.993091), (5.0, 0.725522)]
 
 
-@pytest.mark.parametrize(("sigma", "expected"), GAUSSIAN)
-@pytest.mark.parametrize("name", ["pld", "gdp"])
-@pytest.mark.parametrize("kind", ["gaussian", "poisson"])
+@each("sigma, expected", GAUSSIAN)
+@each("name", ["pld", "gdp"])
+@each("kind", ["gaussian", "poisson"])
 def test_gaussian_without_sampling_is_exact(name, kind, sigma, expected):
     event = PrivacyEvent(kind, sigma, 1.0)
     assert make_accountant(name).epsilon(ledger_of((event, 1)), DELTA) == pytest.approx(expected, rel=1e-6)
@@ -84,8 +85,8 @@ def test_gaussian_without_sampling_is_exact(name, kind, sigma, expected):
     assert make_accountant(name).epsilon(ledger_of((spread, 100)), DELTA) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("mu", [1e-4, 1e-3, 0.1, 1.0, 10.0, 300.0])
-@pytest.mark.parametrize("delta", [1e-30, 1e-12, 1e-5, 0.3])
+@each("mu", [1e-4, 1e-3, 0.1, 1.0, 10.0, 300.0])
+@each("delta", [1e-30, 1e-12, 1e-5, 0.3])
 def test_gaussian_epsilon_agrees_with_dp_accounting(mu, delta):
     expected = dp_accounting.get_epsilon_gaussian(1 / mu, delta, tol=1e-12)
     assert gaussian_epsilon(mu, delta) == pytest.approx(expected, rel=1e-6, abs=1e-9)
@@ -142,8 +143,8 @@ def test_gdp_refuses_poisson_sampling():
         make_accountant("gdp").epsilon(ledger_of((poisson(1.0, 0.1), 1)), DELTA)
 
 
-@pytest.mark.parametrize("name", list(ACCOUNTANTS))
-@pytest.mark.parametrize("relation", ["add_or_remove_one", "zero_out", "replace_one"])
+@each("name", list(ACCOUNTANTS))
+@each("relation", ["add_or_remove_one", "zero_out", "replace_one"])
 def test_edges_hold_for_every_accountant(name, relation):
     accountant = make_accountant(name)
     assert accountant.name == name
@@ -158,8 +159,8 @@ def test_edges_hold_for_every_accountant(name, relation):
         assert accountant.epsilon(ledger_of(gaussian, run, relation=relation), DELTA) == math.inf
 
 
-@pytest.mark.parametrize("name", list(ACCOUNTANTS))
-@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan, math.inf])
+@each("name", list(ACCOUNTANTS))
+@each("delta", [0.0, 1.0, -1e-5, math.nan, math.inf])
 def test_delta_out_of_range_is_refused(name, delta):
     with pytest.raises(ValueError, match=f"0 < delta < 1, got delta={delta}"):
         make_accountant(name).epsilon(Ledger(), delta)

@@ -7,6 +7,7 @@ import pytest
 from scipy.special import ndtr, ndtri
 
 from lightning_dp.accounting import Ledger, PLDAccountant, PrivacyEvent, attack_bounds, make_accountant
+from tests.cases import each
 
 RATES = (0.0, 1e-5, 1e-3, 1e-2, 0.1, 0.5, 0.99, 1.0)
 
@@ -33,9 +34,9 @@ def test_gaussian_trade_off_is_exact(mu):
         assert bounds.true_positive_rates != pytest.approx(gaussian_power(mu * wrong), rel=1e-2)
 
 
-@pytest.mark.parametrize("mu", [0.1, 1.0, 3.0])
-@pytest.mark.parametrize("steps", [1, 100])
-@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+@each("mu", [0.1, 1.0, 3.0])
+@each("steps", [1, 100])
+@each("relation", ["add_or_remove_one", "replace_one"])
 def test_loss_distribution_meets_the_gaussian_trade_off(mu, steps, relation):
     """With rate 1 - 1e-12 the grid is used, and the truth is a Gaussian's."""
     bounds = bounds_of((poisson(math.sqrt(steps) / mu, 1 - 1e-12), steps), relation=relation)

@@ -6,6 +6,7 @@ import pytest
 
 from lightning_dp.accounting import Ledger, LedgerEntry, Mechanism, PrivacyEvent
 from lightning_dp.errors import PrivacyError
+from tests.cases import each
 
 A = PrivacyEvent.poisson(noise_multiplier=1.1, sample_rate=0.01)
 B = PrivacyEvent.poisson(noise_multiplier=1.0, sample_rate=0.01)
@@ -15,8 +16,8 @@ TEN = PrivacyEvent.allocation(noise_multiplier=2.0, num_batches=10)
 LOW_TEN = PrivacyEvent.allocation(noise_multiplier=1.0, num_batches=10)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+@each(
+    "arguments, message",
     [
         ({"noise_multiplier": math.nan}, "noise_multiplier=nan"),
         ({"noise_multiplier": -1.0}, "noise_multiplier=-1"),

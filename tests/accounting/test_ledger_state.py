@@ -107,7 +107,7 @@ def test_state_edited_by_hand_is_refused(path, value):
         Ledger.from_state_dict(edited)
 
 
-@pytest.mark.parametrize("path", [*WRONG_BY_FIELD, ("entries", 0, "extra"), ("extra",)], ids=repr)
+@each("path", [*WRONG_BY_FIELD, ("entries", 0, "extra"), ("extra",)])
 def test_state_with_missing_or_unknown_keys_is_refused(path):
     edited = state()
     keys = parent(edited, path)

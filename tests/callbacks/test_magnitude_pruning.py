@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, MagnitudePruning
 from lightning_dp.masks import magnitude_masks
+from tests.cases import each
 from tests.helpers import Classifier, make_loader, make_trainer
 from tests.step.composition.table import NoiseSpy
 from tests.strategies.test_manual import GAN
@@ -199,8 +200,8 @@ def test_weights_of_a_public_optimizer_are_not_pruned(tmp_path: Path) -> None:
         assert zeros == (pruned if name.startswith("discriminator") else 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+@each(
+    "arguments, error, message",
     [
         ({"amount": 0.0}, ValueError, "0 < amount < 1"),
         ({"amount": 1.0}, ValueError, "0 < amount < 1"),

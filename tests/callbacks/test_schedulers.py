@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dp import ClippingScheduler, DPStrategy, NoiseScheduler
 from lightning_dp.accounting import Ledger, make_accountant
 from lightning_dp.step.plan import DPPlan
+from tests.cases import each
 from tests.helpers import NUM_FEATURES, Classifier, make_loader, make_trainer
 from tests.step.composition.table import NoiseSpy
 
@@ -145,9 +146,9 @@ def test_reference_epsilons(factor: float, reference: float | None, equivalent: 
         assert epsilon > equivalent * 1.01
 
 
-@pytest.mark.parametrize("make", [NoiseScheduler, ClippingScheduler])
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+@each("make", [NoiseScheduler, ClippingScheduler])
+@each(
+    "arguments, error, message",
     [
         ({"kind": "cubic", "factor": 0.5}, ValueError, "kind to be one of"),
         ({"kind": "step"}, ValueError, "exactly one of factor and rate"),

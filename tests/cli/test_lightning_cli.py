@@ -19,6 +19,7 @@ from lightning_dp.accounting import ACCOUNTANTS, NEIGHBORING_RELATIONS
 from lightning_dp.clipping import make_clipping
 from lightning_dp.step import settings
 from lightning_dp.strategies.base import PrivateStrategy
+from tests.cases import each
 
 # Lightning calls jsonargparse by names that its newest release deprecates; outside of tests Python does not show it
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -139,7 +140,7 @@ def test_help_says_types_and_meanings(cli: Any, capsys: pytest.CaptureFixture[st
     assert "between two changes, >= 1" in text
 
 
-@pytest.mark.parametrize("name", [*CALLBACKS, "DPStrategy", "DPDDPStrategy", "TopAgg", "AutomaticClipping"])
+@each("name", [*CALLBACKS, "DPStrategy", "DPDDPStrategy", "TopAgg", "AutomaticClipping"])
 def test_every_argument_is_typed_and_documented(name: str) -> None:
     kind = getattr(lightning_dp, name)
     signature = inspect.signature(kind)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_dp.clipping import TopAgg, top_agg
 from lightning_dp.clipping.votes import coin_generator
+from tests.cases import each
 
 KINDS = [
     TopAgg(3),
@@ -51,9 +52,9 @@ def test_contribution_is_bounded_and_stays_on_live_coordinates(
             assert bool((added == 0).all())
 
 
-@pytest.mark.parametrize("sign", ["stochastic", "plain"])
-@pytest.mark.parametrize("k", [1, 7, 50])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each("sign", ["stochastic", "plain"])
+@each("k", [1, 7, 50])
+@each("dtype", [torch.float32, torch.float64])
 def test_vote_has_norm_sqrt_k(sign: str, k: int, dtype: torch.dtype) -> None:
     clipping = TopAgg(k, sign=sign)
     added = clipping.contributions(gradients(20, 50).to(dtype))

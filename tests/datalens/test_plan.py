@@ -10,6 +10,7 @@ import pytest
 from lightning_dp.accounting import Ledger, PrivacyEvent, gaussian_epsilon, make_accountant
 from lightning_dp.datalens import DataLensPlan, DataLensSettings, epsilon_after
 from lightning_dp.datalens.plan import sensitivity
+from tests.cases import each
 
 
 def make_plan(**options: Any) -> DataLensPlan:
@@ -104,8 +105,8 @@ def test_an_unbounded_run_cannot_be_calibrated() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
+@each(
+    "options, message",
     [
         ({}, "exactly one of sigma and target_epsilon"),
         ({"sigma": 1.0, "target_epsilon": 1.0}, "exactly one of sigma and target_epsilon"),

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from lightning_dp import DPDDPStrategy, DPStrategy, PrivacyError
 from lightning_dp.accounting import Ledger, PrivacyEvent, make_accountant
+from tests.cases import each
 from tests.helpers import Classifier, Recorder, make_loader, make_trainer
 
 FORMAT = re.compile(r"Expected .+ got .+\.", re.DOTALL)
@@ -167,7 +168,7 @@ def check_epsilon(strategy: DPStrategy) -> None:
         assert strategy.epsilon() <= chosen.target_epsilon
 
 
-@pytest.mark.parametrize("name", USUAL)
+@each("name", USUAL)
 def test_each_argument_alone_refuses_what_it_cannot_be(name: str) -> None:
     """Every odd value for every argument: taken or refused, never another error; and every usual one is taken."""
     others = {} if name == "target_epsilon" else {"noise_multiplier": 1.0}

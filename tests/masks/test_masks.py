@@ -17,6 +17,7 @@ from lightning_dp.masks import (
     magnitude_masks,
     prunable_names,
 )
+from tests.cases import each
 
 FALSE_ALARM = 1e-6
 
@@ -168,8 +169,8 @@ def test_random_mask_refuses_a_schedule_out_of_range(value: float) -> None:
         random_mask(schedule=lambda progress: value).version(0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
+@each(
+    "arguments, error",
     [
         ({"final_rate": 1.0}, ValueError),
         ({"final_rate": -0.1}, ValueError),

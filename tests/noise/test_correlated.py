@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lightning_dp.noise.correlated import CorrelatedNoise, toeplitz_sensitivity
+from tests.cases import each
 
 Matrix = NDArray[np.float64]
 
@@ -123,15 +124,15 @@ def test_auto_is_near_the_reference(run: Any) -> None:
     assert abs(decay - reference[run]) < 0.01
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("steps", [1, 7, 60])
+@each("name", SETTINGS)
+@each("steps", [1, 7, 60])
 def test_rmse_is_the_norm_of_the_dense_prefix_sums(name: str, steps: int) -> None:
     dense = np.tri(steps) @ toeplitz(SETTINGS[name].inverse, steps)
     assert SETTINGS[name].rmse(steps) == pytest.approx(np.linalg.norm(dense) / math.sqrt(steps), rel=1e-13)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize(("steps", "separation", "passes"), [(12, 3, 4), (12, 3, 2), (11, 4, 9), (9, 1, 9), (5, 9, 2)])
+@each("name", SETTINGS)
+@each("steps, separation, passes", [(12, 3, 4), (12, 3, 2), (11, 4, 9), (9, 1, 9), (5, 9, 2)])
 def test_sensitivity_is_the_largest_over_all_sets_of_steps(name: str, steps: int, separation: int, passes: int) -> None:
     noise = SETTINGS[name]
     expected = brute_force(toeplitz(noise.coefficients(steps), steps), separation, passes)

@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 from lightning_dp.noise import GaussianNoise
+from tests.cases import each
 
 SAMPLES, WINDOW = 200_000, 2.0**-4
 FALSE_ALARM, CERTAIN = 1e-7, 1e-30
@@ -56,8 +57,8 @@ def test_the_secure_generators_low_bits_do_not(dtype: torch.dtype, value: float)
     assert p_value(*bits) > FALSE_ALARM
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("std", [1.0, 0.013, 1.999, 2.0, 700.0, 1e-30])
+@each("dtype", DTYPES)
+@each("std", [1.0, 0.013, 1.999, 2.0, 700.0, 1e-30])
 def test_every_secure_value_is_on_the_public_grid(dtype: torch.dtype, std: float) -> None:
     """Between 2^-21 std and 2^-20 std apart, whatever was in the buffer, small and large."""
     grid = 2.0 ** (math.floor(math.log2(std)) - 20)

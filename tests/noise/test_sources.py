@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.noise import sources as normals
+from tests.cases import each
 
 CHUNK = 1 << 15
 
@@ -91,8 +92,8 @@ def test_mkl_gets_256_bits_of_the_seed() -> None:
     assert np.all((bits.sum(axis=0) > 100) & (bits.sum(axis=0) < 300))
 
 
-@pytest.mark.parametrize("bit", [0, 13, 31])
-@pytest.mark.parametrize("word", range(4))
+@each("bit", [0, 13, 31])
+@each("word", range(4))
 def test_every_word_of_mkls_key_gives_another_stream(word: int, bit: int) -> None:
     """No values in the same place (float64: none by chance), and no correlation: |r| < 5.3 / sqrt(n), false alarm
     1e-7.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dp.per_sample.axes import AXES
+from tests.cases import each
 
 X = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -58,7 +58,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@each("name", list(CASES))
 def test_a_row_after_an_operation_comes_from_that_row_alone(name: str) -> None:
     operation, args, expected = CASES[name]
     known = {"getitem": "__getitem__", "mean,": "mean"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.choices import chooses_rows
 from lightning_dp.per_sample.owned import MIXED, Entries, Owners, Rows
+from tests.cases import each
 
 SIZE = 3
 X = torch.zeros(3, 2, 4)
@@ -44,8 +44,8 @@ def owners_of(tensor: Tensor) -> Owners:
     return MIXED if tensor is VALUES else None
 
 
-@pytest.mark.parametrize(
-    ("name", "args", "chooses"),
+@each(
+    "name, args, chooses",
     [
         ("__getitem__", (X, MASK), True),
         ("__getitem__", (SORTED, 0), True),

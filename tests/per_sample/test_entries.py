@@ -13,6 +13,7 @@ from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.owned import Entries, Mixed, Owners, Rows
 from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.per_sample.uses import Recorder
+from tests.cases import each
 from tests.per_sample.owners import _collate_graphs, _graph, assert_agrees, make
 
 
@@ -84,7 +85,7 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], type]] = {
 }
 
 
-@pytest.mark.parametrize("how", MOVES)
+@each("how", MOVES)
 def test_moved_entries_keep_their_owners(how: str) -> None:
     follower, (move, kind) = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, []), MOVES[how]
     rows = torch.tensor([[1.0, 8.0], [3.0, 2.0], [2.0, 7.0], [4.0, 1.0]])

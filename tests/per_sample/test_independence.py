@@ -14,6 +14,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.independence import compare_with_singles, find_unsupported
 from lightning_dp.step.module_checks import check_layers
 from tests import reference
+from tests.cases import each
 
 Losses = Callable[[nn.Module, Tensor], Tensor]
 
@@ -256,7 +257,7 @@ def test_find_unsupported_alone_names_only_changed_state() -> None:
     ]
 
 
-@pytest.mark.parametrize("layer", SUPPORTED, ids=lambda value: type(value).__name__)
+@each("layer", SUPPORTED)
 def test_find_unsupported_leaves_out_what_is_private(layer: nn.Module) -> None:
     assert find_unsupported(nn.Sequential(nn.Linear(2, 2), layer)) == []
 

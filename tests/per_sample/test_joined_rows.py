@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.joined import joined_lengths, stacked_shapes, unequal_sums
+from tests.cases import each
 from tests.per_sample.test_owned_training import Training, fit
 
 NUM = 6
@@ -150,8 +151,8 @@ class Boxes(Tensor): ...
 class Points(list[Any]): ...
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"),
+@each(
+    "kind, expected",
     [
         (lambda num: torch.zeros(num, 7), {6}),
         (lambda num: torch.zeros(num, 7).as_subclass(Boxes), {6}),

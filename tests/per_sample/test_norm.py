@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_dp.per_sample.rules.base import Call, Rule
 from lightning_dp.per_sample.rules.norm import GroupNormRule, InstanceNormRule, LayerNormRule, RMSNormRule
 from tests import reference
+from tests.cases import each
 from tests.per_sample.checks import weighted_sum
 
 F64 = torch.float64
@@ -48,8 +49,8 @@ def looped(layer: nn.Module, calls: list[Call], batch_size: int) -> dict[str, Te
     return reference.per_sample_gradients(layer, loss_of, batch_size)
 
 
-@pytest.mark.parametrize(("rule", "layer", "shape"), CASES, ids=IDS)
-@pytest.mark.parametrize(("batch_size", "multiplicity", "calls"), [(1, 1, 1), (3, 1, 1), (3, 2, 1), (2, 1, 2)])
+@each("rule, layer, shape", CASES)
+@each("batch_size, multiplicity, calls", [(1, 1, 1), (3, 1, 1), (3, 2, 1), (2, 1, 2)])
 def test_norm_matches_loop(
     rule: Rule, layer: nn.Module, shape: tuple[int, ...], batch_size: int, multiplicity: int, calls: int
 ) -> None:
@@ -69,7 +70,7 @@ def test_norm_matches_loop(
         torch.testing.assert_close(sums[name], reference.weighted_sum(expected, factors)[name])
 
 
-@pytest.mark.parametrize(("rule", "layer", "shape"), CASES, ids=IDS)
+@each("rule, layer, shape", CASES)
 def test_norm_of_an_empty_batch_is_empty(rule: Rule, layer: nn.Module, shape: tuple[int, ...]) -> None:
     calls = made_calls(layer, shape, 0, 1, 1)
     grads = rule.per_sample(layer, calls, 0, {"weight"})
@@ -80,8 +81,8 @@ def test_norm_of_an_empty_batch_is_empty(rule: Rule, layer: nn.Module, shape: tu
     torch.testing.assert_close(sums["weight"], torch.zeros_like(layer.weight.detach()))
 
 
-@pytest.mark.parametrize(("rule", "layer", "shape"), CASES, ids=IDS)
-@pytest.mark.parametrize("where", ["activation", "backprop"])
+@each("rule, layer, shape", CASES)
+@each("where", ["activation", "backprop"])
 def test_norm_keeps_a_non_finite_sample_to_itself(
     rule: Rule, layer: nn.Module, shape: tuple[int, ...], where: str
 ) -> None:
@@ -124,7 +125,7 @@ def test_rms_norm_uses_the_eps_of_the_layer(dtype: torch.dtype, eps: float | Non
         torch.testing.assert_close(got, layer(x).detach().to(got.dtype), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize(("rule", "layer", "shape"), CASES, ids=IDS)
+@each("rule, layer, shape", CASES)
 def test_norm_accumulates_bfloat16_in_float32(rule: Rule, layer: nn.Module, shape: tuple[int, ...]) -> None:
     names = {name for name, _ in layer.named_parameters()}
     call = made_calls(layer, shape, 3, 2, 1)[0]

@@ -8,6 +8,7 @@ import torch
 from lightning_dp.per_sample.rules.base import masked_squared_norm, squared_norm
 from lightning_dp.per_sample.rules.outer_products import outer_squared_norm
 from lightning_dp.per_sample.rules.rounding import sum_error
+from tests.cases import each
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 4097, 5000, 2**20, 2**20 + 7, 2**24])
@@ -26,16 +27,16 @@ def test_masked_norm_of_equal_numbers_is_exact_to_float32() -> None:
     torch.testing.assert_close(masked_squared_norm(rows, mask), torch.tensor([2**24 / 3]), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("size", [10, 5000, 5003])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
+@each("size", [10, 5000, 5003])
+@each("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
 def test_squared_norm_of_a_row_that_is_not_finite_is_not_finite(bad: float, size: int) -> None:
     rows = torch.ones(3, size)
     rows[1, size - 2] = bad
     assert squared_norm(rows).isfinite().tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("small", [0.0, 1e-24, 3e-22, 1e-20])
-@pytest.mark.parametrize("large", [1e4, 1e9, 1e18])
+@each("small", [0.0, 1e-24, 3e-22, 1e-20])
+@each("large", [1e4, 1e9, 1e18])
 def test_outer_norm_is_not_below_the_true_one(small: float, large: float) -> None:
     """Squares of the one side lose their digits or vanish; the other side makes their product count."""
     a, g = torch.full((1, 5), small), torch.full((1, 3), large)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.own_losses import OwnLosses
+from tests.cases import each
 
 B, T, C = 4, 5, 3
 WEIGHT = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
@@ -93,8 +94,8 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("name", LOSSES)
+@each("reduction", ["mean", "sum"])
+@each("name", LOSSES)
 def test_loss_of_a_batch_is_that_of_its_records(name: str, reduction: str) -> None:
     scores, labels = records()
     loss = LOSSES[name]

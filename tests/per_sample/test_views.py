@@ -17,6 +17,7 @@ from lightning_dp.per_sample.reductions import Step
 from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.per_sample.uses import Recorder
 from lightning_dp.per_sample.views import moved_rows, owners_of_view
+from tests.cases import each
 
 Move = Callable[[Tensor], Tensor]
 
@@ -63,9 +64,9 @@ def test_owners_of_view_are_unknown_where_rows_are_split(move: Move) -> None:
     assert owners_of_view(x, Rows(0, torch.arange(5)), move(x), Memo()) is None
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize(
-    ("name", "given"),
+@each("axis", [0, 1, 2])
+@each(
+    "name, given",
     [
         ("transpose", (0, -1)),
         ("swapaxes", (0, 1)),

@@ -75,7 +75,7 @@ class OwnSampler(SequentialSampler):
 DATA = Records(20)
 
 
-@pytest.mark.parametrize(
+@each(
     "loader",
     [
         DataLoader(DATA, batch_size=5),
@@ -84,9 +84,8 @@ DATA = Records(20)
         DataLoader(DATA, batch_size=5, sampler=DistributedSamplerWrapper(RandomSampler(DATA), 20)),
         DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 5, drop_last=True)),
     ],
-    ids=["sequential", "random", "distributed", "wrapped", "batch-sampler"],
 )
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@each("sampling", SAMPLINGS)
 def test_ordinary_loaders_are_accepted(loader: DataLoader[Any], sampling: str) -> None:
     assert private_dataloader(loader, sampling=sampling).facts.expected_batch_size == 5
 
@@ -202,8 +201,8 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
         private_dataloader(DataLoader(DATA, batch_size=5), **options)
 
 
-@pytest.mark.parametrize("name", ["accumulate", "world_size", "rank", "microbatch_size", "num_batches_kept"])
-@pytest.mark.parametrize("value", [1.0, True, math.nan])
+@each("name", ["accumulate", "world_size", "rank", "microbatch_size", "num_batches_kept"])
+@each("value", [1.0, True, math.nan])
 def test_options_that_are_no_integers_are_refused(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"Expected an integer, got {name}="):
         private_dataloader(DataLoader(DATA, batch_size=5), **{name: value})

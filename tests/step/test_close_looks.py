@@ -6,11 +6,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 from lightning_dp.step.close_looks import CloseLook, Eye
+from tests.cases import each
 
 
 def module() -> Any:
@@ -49,7 +49,7 @@ OTHERS: list[Callable[[Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "of_tensors"), [(c, True) for c in TENSORS] + [(c, False) for c in OTHERS])
+@each("change, of_tensors", [(c, True) for c in TENSORS] + [(c, False) for c in OTHERS])
 def test_a_change_is_seen(change: Callable[[Any], Any], of_tensors: bool) -> None:
     made, owner = module(), SimpleNamespace(steps=0)
     rate = SimpleNamespace(lr=1.0)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from lightning_dp.step.contents import Contents
+from tests.cases import each
 
 
 def written(before: Contents, after: Contents) -> list[Any]:
@@ -81,7 +81,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@each("name", CHANGES)
 def test_a_change_is_reported_and_comes_back(name: str) -> None:
     make, change = CHANGES[name]
     holder = {"kept": make()}

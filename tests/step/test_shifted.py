@@ -12,6 +12,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling.batches import MicrobatchCollate
 from lightning_dp.step.loading import LoadingWatch
 from lightning_dp.step.shifted import check_shifted
+from tests.cases import each
 
 
 class Record:
@@ -41,9 +42,9 @@ def collate(records: list[Any]) -> dict[str, Tensor]:
     return {"nodes": torch.cat(nodes), "edges": torch.cat(shifted, 1)}
 
 
-@pytest.mark.parametrize("form", ["dict", "nested", "object"])
-@pytest.mark.parametrize(
-    ("pairs", "is_own"),
+@each("form", ["dict", "nested", "object"])
+@each(
+    "pairs, is_own",
     [
         ([(0, 1), (1, 1)], True),
         ([(0, 1), (1, 2)], False),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_dp.step.snapshot import Snapshot
+from tests.cases import each
 from tests.step.photo import photo
 from tests.step.test_snapshot import Holder
 
@@ -49,7 +50,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@each("name", CHANGES)
 def test_module_is_put_back(name: str) -> None:
     module = Holder()
     before = photo(module)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from lightning_dp import DPDDPStrategy, DPStrategy, FlatClipping, PrivacyError
+from tests.cases import each
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 
@@ -28,9 +29,9 @@ class Untouchable(torch.utils.data.Dataset):
         raise AssertionError("a record was read")
 
 
-@pytest.mark.parametrize("strategy", [DPStrategy, DPDDPStrategy])
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+@each("strategy", [DPStrategy, DPDDPStrategy])
+@each(
+    "arguments, error, message",
     [
         ({}, ValueError, "exactly one of noise_multiplier and target_epsilon"),
         ({"noise_multiplier": 1.0, "target_epsilon": 1.0}, ValueError, "exactly one of"),

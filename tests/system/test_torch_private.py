@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 
 from lightning_dp.system import torch_private
+from tests.cases import each
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d])
@@ -145,7 +146,7 @@ _CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", _CHANGES)
+@each("change", _CHANGES)
 def test_layers_follow_changes_of_the_module(change: str) -> None:
     module = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), _Own(nn.Linear(2, 1)), nn.InstanceNorm1d(2))
     layers = torch_private.Layers(module)
