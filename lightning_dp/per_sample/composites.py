@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import is_view, unfollowed, unreported
+from lightning_dp.per_sample._torch import is_mapped, is_view, unfollowed, unreported
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, is_tracked, named
@@ -150,16 +150,16 @@ def grouped_mm(
 
 def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
     """Index a parameter; compute rows at integer indices as an embedding."""
-    one = index[0] if isinstance(index, tuple) and len(index) == 1 else index
-    if _is_index(one) and one.dim():
-        return rows(tensor, one)
-    if isinstance(index, tuple) and len(index) > 1 and is_tracked(tensor) and all(map(_is_index, index)):
+    if isinstance(index, tuple) and is_tracked(tensor) and index and all(map(_is_index, index)):
         lead = tensor.shape[: len(index)]  # one entry of each leading axis: of one axis that holds them all
-        flat = torch.zeros((), dtype=torch.long, device=tensor.device)
-        for size, part in zip(lead, index, strict=True):
-            flat = flat * size + part.long().remainder(size)
-        if flat.dim():
-            return rows(tensor.flatten(0, len(index) - 1), flat)
+        tensor, parts = tensor.flatten(0, len(index) - 1), index
+        index = torch.zeros((), dtype=torch.long, device=tensor.device)
+        for size, part in zip(lead, parts, strict=True):
+            index = index * size + part.long().remainder(size)
+    if _is_index(index) and index.dim():
+        return rows(tensor, index)
+    if _is_index(index) and not is_mapped(index):
+        index = int(index)  # one entry for all rows, as under a number: an expert that some rows have chosen
     return tracker.primitive(func, (tensor, index), {})
 
 

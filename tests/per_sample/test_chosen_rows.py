@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
-from tests.per_sample.owners import make, record
+from tests.per_sample.owners import assert_agrees, make, record
 from tests.per_sample.test_owned_steps import _alone
 
 COUNTS = [(1, 1, 2, 0, 1), (2, 2, 3, 1, 2)]
@@ -82,6 +84,29 @@ def test_rows_that_data_choose_have_owners(how: str, counts: tuple[int, ...]) ->
         for name, grad in engine.per_sample_gradients().items():
             torch.testing.assert_close(grad, torch.stack([one[name] for one in expected]))
         engine.end()
+
+
+class Experts(nn.Module):
+    """Layers in one parameter: a tensor that is computed from all rows says which of them some rows have chosen."""
+
+    def __init__(self, at: Any) -> None:
+        super().__init__()
+        self.at, self.experts = at, nn.Parameter(torch.randn(3, 1, 4, 3))
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        x = batch["x"].flatten(0, 1)
+        chosen, made = F.one_hot(x[:, 0].mul(3).long().remainder(3), 3), x.new_zeros(len(x), 4)
+        for (expert,) in chosen.sum(0).gt(0).nonzero():
+            rows = chosen[:, expert].nonzero()[:, 0]
+            made = made.index_add(0, rows, F.linear(x[rows], self.at(self.experts, expert)))
+        return made.view(len(batch["x"]), -1).square().sum(1)
+
+
+@pytest.mark.parametrize("at", [lambda w, i: w[i][0], lambda w, i: w[i, i * 0]], ids=["one", "two"])
+def test_a_layer_that_rows_choose_is_used_for_these_rows(at: Any) -> None:
+    torch.manual_seed(0)
+    module = Experts(at).double()
+    assert_agrees(module, module, lambda chosen: {"x": _batch_of(chosen, (2,) * 5)["x"].double()})
 
 
 class Ordered(nn.Module):
