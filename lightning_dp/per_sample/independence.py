@@ -265,8 +265,8 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
         if abs(middle - 1) <= 10 * tolerance:
             return (
                 "Direction and size of each gradient nearly agree: an operation computes with less precision in a "
-                "batch than on one sample, or samples share a small part of the loss, such as a denominator. "
-                "per_sample_loss=True counts each record's own loss."
+                "batch than on one sample, or samples share a small part of the loss, such as a denominator or a "
+                "choice by a mean over the batch. per_sample_loss=True counts each record's own loss."
             )
         return (
             f"All gradients are {middle:.4g} times as large (batch of {samples}): the loss is divided by something "
