@@ -200,6 +200,12 @@ class GradientEngine(SampleGradients):
         """
         return False
 
+    def spread_penalties(self) -> bool:
+        """Spread penalties on parameters, which are added to a mean loss, evenly over the samples when the layout is
+        learned again; return False if that is not possible or new.
+        """
+        return False
+
     @abstractmethod
     def accept_grads(self, names: Iterable[str]) -> None:
         """Accept that these parameters hold a ``.grad`` within a microbatch, because it is the privatized gradient."""

@@ -170,6 +170,12 @@ class PerSampleEngine(GradientEngine):
         return is_new
 
     @override
+    def spread_penalties(self) -> bool:
+        is_new = not self._tracker.spreads_penalties
+        self._tracker.spreads_penalties = True
+        return is_new
+
+    @override
     def see(self, batch: Any) -> None:
         self._rows.see(batch)
 

@@ -7,6 +7,7 @@ the samples, see ``mapping.py``.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dp.per_sample._torch import in_backward
-from lightning_dp.per_sample.arguments import replaced
+from lightning_dp.per_sample._torch import in_backward, is_mapped
+from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, Reporting
@@ -46,6 +47,8 @@ LEAF = LeafRule()
 _rows = functools.cache(BatchAxis)
 VIEWS = frozenset(("expand", "expand_as", "broadcast_to"))
 """Operations that repeat entries without a copy of them; the result of others may be viewed in any shape."""
+_SUMS = re.compile(r"(add|sub|subtract)_?|rsub|__[ri]?(add|sub)__")
+"""Names of operations that are linear in what is added."""
 _BLOCKS = 4  # least number of blocks of a parameter, and largest ratio to those used, to copy all of them
 
 
@@ -137,6 +140,31 @@ def aligned(
 
     own = {id(tensor): copies(tensor, node) for tensor, node in tracked}
     args, kwargs = replaced(args, kwargs, lambda t: own.get(id(t), t))
+    return func(*args, **kwargs)
+
+
+def is_penalty(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> bool:
+    """Tell whether a function of parameters is added to a loss: both are scalars, and a gradient flows through both."""
+    if not _SUMS.fullmatch(func.__name__):
+        return False
+    tensors = tensors_in(args, kwargs)
+    if any(tensor.dim() or is_mapped(tensor) for tensor in tensors):
+        return False
+    return any(tensor.requires_grad and tracker.node_of(tensor) is None for tensor in tensors)
+
+
+def spread_evenly(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """Add a penalty on parameters to the mean loss of a batch: ``loss + mean_i(penalty_i)``, with a copy per sample."""
+    size = tracker.recorder.batch_size
+    if tracker.observer is not None or size == 0:
+        return constant(tracker, func, args, kwargs)
+    nodes = {id(tensor): (tensor, tracker.node_of(tensor)) for tensor in tensors_in(args, kwargs)}
+    own = {
+        key: copies_of(tracker, tensor, node, lambda value: value.expand(size), _rows(0)).mean()
+        for key, (tensor, node) in nodes.items()
+        if node is not None
+    }
+    args, kwargs = replaced(args, kwargs, lambda tensor: own.get(id(tensor), tensor))
     return func(*args, **kwargs)
 
 

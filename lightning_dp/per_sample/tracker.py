@@ -79,6 +79,7 @@ class Tracker:
         """Uses whose rows belong to other samples than their positions say, as far as both are known."""
         self.differentiates_twice = False
         """Whether uses in a backward that creates a graph are recorded, which costs time."""
+        self.spreads_penalties = False  # over the samples; see ``GradientEngine.spread_penalties``
         self.joined: frozenset[int] = frozenset()  # see ``GradientEngine``
         self.chooses_rows = False
         """Whether data have chosen the rows of a use while owners were compared: other values may leave other rows."""
@@ -179,6 +180,8 @@ class Tracker:
     def run_one(self, operation: Operation, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation that is not composite."""
         with unreported():
+            if self.spreads_penalties and leaves.is_penalty(self, func, args, kwargs):
+                return leaves.spread_evenly(self, func, args, kwargs)
             if self.observer is not None:
                 return self.observer.observe(self, func, args, kwargs)
             if self.compares or (self.learned is not None and func.__name__ in self.learned.by_order):
@@ -217,11 +220,9 @@ class Tracker:
         if plan is None:
             return derive(self, func, args, kwargs)
         in_axis, out_axis = plan.inputs[0], plan.outputs[0]
-        if not (
-            isinstance(in_axis, BatchAxis)
-            and isinstance(out_axis, BatchAxis)
-            and rule.follows(spec, in_axis.axis, tensor.dim())
-        ):
+        if not isinstance(in_axis, BatchAxis) or not isinstance(out_axis, BatchAxis):
+            return self.unbatched(func, nodes.values())
+        if not rule.follows(spec, in_axis.axis, tensor.dim()):
             return self.unbatched(func, nodes.values())
         use = Use(self.source(rule, spec, func.__name__, nodes), (tensor,), in_axis, out_axis)
         out = twice.recorded(self, func, args, kwargs, bound, nodes, use)
@@ -259,12 +260,11 @@ class Tracker:
             return leaves.spread(self, func, args, kwargs, self.plan_of(func, tracked[0][1], tensors))
         plan = self.plan_of(func, tracked[0][1], tensors)
         if plan is None:
-            for other in others:
-                if other.requires_grad:
-                    raise PrivacyError(
-                        f"Expected {func.__name__} to meet {named(node for _, node in tracked)} as it did when its "
-                        f"layout was learned, got a tensor that requires grad. {WAY_OUT}."
-                    )
+            if any(other.requires_grad for other in others):
+                raise PrivacyError(
+                    f"Expected {func.__name__} to meet {named(node for _, node in tracked)} as it did when its "
+                    f"layout was learned, got a tensor that requires grad. {WAY_OUT}."
+                )
             return derive(self, func, args, kwargs, tracked)
         if len(plan.inputs) != len(tensors):
             return self.unbatched(func, [node for _, node in tracked])

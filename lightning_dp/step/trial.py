@@ -196,7 +196,7 @@ class Trial:
             if self._step.takes_own_losses:
                 check_in_batch(self._runs, snapshot, self._couplings.real_records(0)[: self._host.batch_size], seed=0)
         except ComparisonError as differing_ones:
-            if not self._step.takes_own_losses:
+            if not (self._step.takes_own_losses or self._one_by_one.spreads_penalties):
                 raise
             error = differing_ones
         except PrivacyError as unfollowed:

@@ -39,7 +39,8 @@ class OneByOne:
     difference that one exchanged record makes in a batch of the real size. So no coupling of samples becomes another
     objective silently. The choice is the same on every rank; it is noted in the state, so that a resumed run keeps it.
 
-    With the same check, records first keep their own losses in one batch (``OwnLosses``), if rules can follow that: a
+    With the same check, a penalty on weights that is added to the mean of a loss first counts evenly for all samples.
+    If that is not enough, records keep their own losses in one batch (``OwnLosses``), if rules can follow that: a
     weight that multiplies the mean of a loss then meets the losses of the records.
 
     Args:
@@ -50,7 +51,9 @@ class OneByOne:
     def __init__(self, runs: TrialRuns, couplings: Couplings) -> None:
         self._runs, self._couplings = runs, couplings
         self._cost = 1.0
-        self._reason: PrivacyError | None = None  # why own losses were tried
+        self._reason: PrivacyError | None = None  # why rules could not follow the step as it is
+        self.spreads_penalties = False
+        """Whether the engine spreads a penalty over the samples, which samples run alone must confirm."""
 
     def choose(
         self,
@@ -100,6 +103,10 @@ class OneByOne:
         if step.reduction.agree(coupled is not None):
             raise (coupled or ComparisonError(f"{reason} {_COUPLED}")) from reason
         may_help = step.reduction.agree(PENALTY in str(reason))
+        if may_help and step.settings.check_per_sample and step.engine.spread_penalties():
+            self.spreads_penalties, self._reason = True, reason
+            if not step.reduction.agree(learn() is not None):
+                return True
         if may_help and not step.takes_own_losses and step.settings.checks_own_losses:
             step.takes_own_losses, self._reason = True, reason
             if not step.reduction.agree(learn() is not None):

@@ -76,7 +76,7 @@ def fit(change: str, begins: int) -> DPStrategy:
         ("reads the loss", "in a way that was learned"),
         ("mixes outputs", "exchanged for another record"),
         ("features mix", "exchanged for another record"),
-        ("of the largest loss", "was not seen when its layout was learned"),
+        ("of the largest loss", "samples influence each other"),
     ],
 )
 @pytest.mark.one_in(2)
