@@ -20,6 +20,7 @@ from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import BatchAxis, CallLayout
 from lightning_dp.per_sample.nodes import Function, Node, Reporting
+from lightning_dp.per_sample.owned import Rows
 from lightning_dp.per_sample.rules.base import Call, Rule, sum_rows, widen
 from lightning_dp.per_sample.uses import FEW, Use, tap_copies
 from lightning_dp.system.torch_private import num_changes
@@ -144,13 +145,18 @@ def aligned(
 
 
 def is_penalty(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> bool:
-    """Tell whether a function of parameters is added to a loss: both are scalars, and a gradient flows through both."""
+    """Tell whether a function of parameters is added to the loss of a batch: both are scalars with a gradient.
+
+    The loss of one sample keeps a penalty that is added to it.
+    """
     if not _SUMS.fullmatch(func.__name__):
         return False
     tensors = tensors_in(args, kwargs)
     if any(tensor.dim() or is_mapped(tensor) for tensor in tensors):
         return False
-    return any(tensor.requires_grad and tracker.node_of(tensor) is None for tensor in tensors)
+    losses = [tensor for tensor in tensors if tensor.requires_grad and tracker.node_of(tensor) is None]
+    follower = tracker.follower
+    return bool(losses) and not (follower and any(isinstance(follower.owners_of(one), Rows) for one in losses))
 
 
 def spread_evenly(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:

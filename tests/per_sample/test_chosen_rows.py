@@ -109,6 +109,23 @@ def test_a_layer_that_rows_choose_is_used_for_these_rows(at: Any) -> None:
     assert_agrees(module, module, lambda chosen: {"x": _batch_of(chosen, (2,) * 5)["x"].double()})
 
 
+def test_a_penalty_on_the_losses_of_some_samples_stays_theirs() -> None:
+    module = nn.Linear(3, 1)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        counts = batch["mask"].sum(1).tolist()
+        losses = [module(x).square().sum() for x in batch["x"]]
+        return torch.stack([one + module.weight.sum() if n > 1 else one for one, n in zip(losses, counts, strict=True)])
+
+    expected = []
+    for number in (0, 2):
+        expected += torch.autograd.grad(loss(_batch_of([number], COUNTS[0])).sum(), [module.weight])
+    engine = make(module, loss, lambda chosen: _batch_of(chosen, COUNTS[0]))
+    assert engine.spread_penalties()
+    record(engine, loss, _batch_of([0, 2], COUNTS[0]), 2)
+    torch.testing.assert_close(engine.per_sample_gradients()["weight"], torch.stack(expected))
+
+
 class Ordered(nn.Module):
     """Records in an order that data choose, before a layer of which only what follows the inputs is trained."""
 
