@@ -117,7 +117,7 @@ def test_a_penalty_on_the_losses_of_some_samples_stays_theirs() -> None:
         losses = [module(x).square().sum() for x in batch["x"]]
         return torch.stack([one + module.weight.sum() if n > 1 else one for one, n in zip(losses, counts, strict=True)])
 
-    expected = []
+    expected: list[Tensor] = []
     for number in (0, 2):
         expected += torch.autograd.grad(loss(_batch_of([number], COUNTS[0])).sum(), [module.weight])
     engine = make(module, loss, lambda chosen: _batch_of(chosen, COUNTS[0]))
