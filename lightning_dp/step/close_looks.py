@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import MutableMapping, MutableSequence, MutableSet
+from collections.abc import MutableMapping, MutableSequence, MutableSet, Set
 from itertools import compress, filterfalse
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_dp.step.writes import Look
 from lightning_dp.system.torch_private import Layers, num_changes
 
 _CONTAINERS = (MutableSequence, MutableMapping, MutableSet, deque)
+_WORD = re.compile(r"\w+")
 _PLACES = 16  # values of a tensor that are compared
 
 
@@ -29,12 +31,23 @@ class CloseLook(Look):
         eye: reads them.
         others: optimizers and schedulers.
         owner: of a hook, whose attributes :meth:`back_in` restores.
+        more: attributes of further objects, and variables.
         saves: whether the attributes of the owner are state.
+        last: an earlier look, which makes this one cheaper.
     """
 
-    def __init__(self, eye: Eye, others: list[Any], owner: Any, *, saves: bool) -> None:
-        super().__init__(eye.layers, others, [vars(owner)])
-        self._unwatched = None if saves else len(self.held) - 1  # number of the owner
+    def __init__(
+        self,
+        eye: Eye,
+        others: list[Any],
+        owner: Any,
+        more: list[Any],
+        *,
+        saves: bool,
+        last: CloseLook | None = None,
+    ) -> None:
+        super().__init__(eye.layers, others, [vars(owner), *more], last)
+        self._num_watched = len(self.held) - len(more) - (not saves)  # attributes that are all state
         all_names: list[str] = []
         self.values: list[Any] = []
         for attributes in (*map(vars, self.layers), vars(owner) if saves else {}):
@@ -49,19 +62,22 @@ class CloseLook(Look):
             self.marks = self.trains, [(num_changes(tensor), tensor.data_ptr()) for tensor in (*held, *grads)]
             self.entries = eye.places.read(held), eye.places_of_grads.read(grads)
 
-    def is_same(self, after: CloseLook, *, tensors_only: bool) -> bool:
+    def is_same(self, after: CloseLook, mentioned: Set[str], *, tensors_only: bool) -> bool:
         """Tell whether a later look shows the same state.
 
         Args:
             after: the later look.
+            mentioned: words that the module's steps mention, by one of which they would reach what is further away.
             tensors_only: whether attributes, and numbers of optimizers and schedulers, do not count.
         """
         if self.marks != after.marks or not all(map(same_values, self.entries, after.entries)):
             return False
         if tensors_only:
             return True
-        if any(number != self._unwatched for (_, number, *_), *_ in self.contents.writes_until(after.contents)):
-            return False
+        for (_, first, *path), *_ in self.contents.writes_until(after.contents):
+            is_near = isinstance(first, str) or first < self._num_watched  # also of a class
+            if is_near or not mentioned.isdisjoint([*path, *_WORD.findall(" ".join(path))]):
+                return False
         return self.counts == after.counts and same_content(after.values, self.values)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dis
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextvars import ContextVar
 from typing import Any
 
+from lightning_dp.step.names import Names
 from lightning_dp.step.object_kinds import NOT_OWN, WAYS, own_classes, slots_of, state_of_class
 from lightning_dp.step.snapshot import OWN_OUTSIDE
 
-_ASSIGNS = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"}
 _MOST = 1_000
 """Entries of a container, with those of containers in it, up to which its content is restored after a trial."""
 _ROOTS = ("training_step", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "backward")
@@ -83,6 +84,11 @@ class Variables(MutableMapping[str, Any]):
             held.copy,
         )
 
+    def clear(self) -> None:
+        """Remove the values of all that can have none."""
+        for name in self:
+            self._delete(name)
+
     def copy(self) -> dict[str, Any]:
         """Return the values by name."""
         return {name: self._read(name) for name in self._names()} if self._copy is None else self._copy()
@@ -121,6 +127,12 @@ class UserVariables:
 
     def __init__(self, functions: Iterable[Any], classes: Iterable[type[Any]] = ()) -> None:
         self._classes, self._seen = [*dict.fromkeys(classes)], set[int]()
+        self.names = Names()
+        """All names in the functions."""
+        self.context: list[ContextVar[Any]] = []
+        """Context variables that they name."""
+        self.foreign: dict[str, dict[str, Any]] = {}
+        """Attributes of Python modules and functions of others, where they may set some."""
         self._globals: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self._cells: dict[str, types.CellType] = {}
         self._defaults: dict[str, Any] = {}
@@ -131,58 +143,68 @@ class UserVariables:
             self._defaults,
         ]
         """Views of all that was found."""
-        small = [
-            (held, {name for name in names if _is_small(held.get(name))}) for held, names in self._globals.values()
-        ]
+        small = [(held, {name for name in names if is_small(held.get(name))}) for held, names in self._globals.values()]
         # a list of an enclosing function, to which user code appends, shows the runs of checks too
         cells = {name: cell for name, cell in self._cells.items() if _may_restore(_content(cell))}
         self.restored: list[Any] = [*(Variables.of_dict(held, frozenset(names)) for held, names in small)]
         """Views of what is restored after a trial."""
-        defaults = {name: value for name, value in self._defaults.items() if _is_small(value)}
+        defaults = {name: value for name, value in self._defaults.items() if is_small(value)}
         views = [*map(Variables.of_class, self._classes)]
         self.restored += [Variables.of_cells(cells), defaults, *views]
         self.watched += [Variables.of_cells(self._cells), *views]
 
     @classmethod
     def of_objects(cls, owners: Iterable[Any]) -> UserVariables:
-        """Return the variables of the steps and hooks of a module and of callbacks."""
+        """Return the variables of the steps and hooks of a module and of callbacks, and of functions in attributes."""
         kinds = [kind for owner in owners for kind in own_classes(owner.__class__)]
-        roots = (each for kind in kinds for name, each in vars(kind).items() if name in _ROOTS or name[:3] == "on_")
-        return cls([*roots], kinds)
+        roots = [each for kind in kinds for name, each in vars(kind).items() if name in _ROOTS or name[:3] == "on_"]
+        held = [each for owner in owners for each in vars(owner).values() if is_own_function(each)]
+        return cls([*roots, *held], kinds)
 
     def _search(self, function: Any) -> None:
         for name in ("fget", "func", "__func__"):  # of a property, a partial function and a method
             function = getattr(function, name, function)
-        if isinstance(function, types.FunctionType) and id(function.__code__) not in self._seen:
-            self._seen.add(id(function.__code__))
+        if isinstance(function, types.FunctionType) and id(function) not in self._seen:
+            self._seen.add(id(function))
             if isinstance(inner := getattr(function, "__wrapped__", None), types.FunctionType):
                 self._search(inner)
-            names, assigned, attributes = _names_in(function.__code__)
+            names, known = Names(function.__code__), self.names
+            for which, found in vars(names).items():
+                vars(known)[which] |= found
             defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
             kept = [(f"{index} of {function.__qualname__}", one) for index, one in enumerate(defaults)]
             self._defaults.update((name, one) for name, one in kept if WAYS[type(one)])
             self._entry(function.__globals__)
-            for name in names:
+            for name in names.named:
                 value = function.__globals__.get(name)
-                self._search_global(function, name, value, assigned, attributes)
+                self._search_global(function, name, value, names)
                 for kind in self._classes:
                     self._search(vars(kind).get(name))
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-                if name in assigned or _may_keep(_content(cell), function):
-                    self._cells[f"{name} of {function.__qualname__}"] = cell
-                elif _is_own(_content(cell)):
+                if name in names.assigned or _may_keep(_content(cell), function):
+                    self._cells[f"{name} of {function.__qualname__} {id(cell)}"] = cell
+                elif is_own_function(_content(cell)):
                     self._search(_content(cell))
 
-    def _search_global(self, function: Any, name: str, value: Any, assigned: set[str], attributes: set[str]) -> None:
-        if name in assigned or _may_keep(value, function):
+    def _search_global(self, function: Any, name: str, value: Any, names: Names) -> None:
+        attributes = names.attributes
+        if name in names.assigned or _may_keep(value, function):
             self._entry(function.__globals__).add(name)
         elif isinstance(value, types.FunctionType):
-            if attributes and value.__globals__ is function.__globals__:
+            if value.__globals__ is not function.__globals__:
+                self.foreign[f"{value.__module__}.{value.__qualname__}"] = vars(value)
+                return
+            if attributes:
                 self._entry(vars(value)).update(attributes)
-            if value.__globals__ is function.__globals__:
-                self._search(value)
-        elif isinstance(value, types.ModuleType) and attributes and _package_of(value.__name__) not in NOT_OWN:
+            self._search(value)
+        elif isinstance(value, types.ModuleType) and _package_of(value.__name__) in NOT_OWN:
+            self.foreign[value.__name__] = vars(value)
+        elif isinstance(value, types.ModuleType) and attributes:
             self._entry(vars(value)).update(attributes)
+        elif isinstance(value, threading.local):
+            self._entry(vars(value)).update(names.named | attributes)
+        elif isinstance(value, ContextVar):
+            self.context += [value] if value not in self.context else []
         elif isinstance(value, type) and _package_of(value.__module__) == _package_of(function.__module__):
             self._classes += [kind for kind in own_classes(value) if kind not in self._classes]
 
@@ -204,27 +226,9 @@ def _may_keep(value: Any, function: Any) -> bool:
     return way in ("array", "tensor", "container")
 
 
-def _is_own(value: Any) -> bool:
+def is_own_function(value: Any) -> bool:
     """Tell whether something is a function that is not of Python, torch, Lightning or this package."""
     return isinstance(value, types.FunctionType) and value.__module__.partition(".")[0] not in NOT_OWN
-
-
-def _names_in(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
-    """Return the names of globals and attributes in a function, with functions in it, and the variables and attributes
-    that it sets.
-    """
-    names, assigned, attributes, codes = set[str](), set[str](), set[str](), [code]
-    for each in codes:  # grows
-        names |= {*each.co_names}
-        for one in dis.get_instructions(each):
-            if one.opname in _ASSIGNS:
-                assigned.add(str(one.argval))
-            elif one.opname in ("STORE_ATTR", "DELETE_ATTR"):
-                attributes.add(str(one.argval))
-        if "setattr" in each.co_names:
-            attributes |= {one for one in each.co_consts if isinstance(one, str) and one.isidentifier()}
-        codes += [constant for constant in each.co_consts if isinstance(constant, types.CodeType)]
-    return names, assigned, attributes
 
 
 def _content(cell: types.CellType) -> Any:
@@ -233,10 +237,10 @@ def _content(cell: types.CellType) -> Any:
 
 def _may_restore(value: Any) -> bool:
     """Tell whether a variable of an enclosing function is restored after a trial."""
-    return not isinstance(value, list) and (WAYS[type(value)] == "container" or _is_small(value))
+    return not isinstance(value, list) and (WAYS[type(value)] == "container" or is_small(value))
 
 
-def _is_small(value: Any) -> bool:
+def is_small(value: Any) -> bool:
     """Tell whether a value is a single one, or holds few in all."""
     count, values, seen = 0, [value], set[int]()
     for one in values:  # grows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -46,18 +46,25 @@ _OF_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_afte
 class UserHooks:
     """The hooks of a module and of the user's own callbacks.
 
-    **Guarantee**: what a hook writes into the module is checked as what ``training_step`` writes: of the module before
-    the first step, of a callback when it first writes, before the next step or checkpoint. Hooks around an
+    **Guarantee**: what a hook writes into the module, or where the module's steps would read it, is checked as what
+    ``training_step`` writes: of the module before the first step, of a callback when it first writes, before the next
+    step or checkpoint. Hooks around an
     optimizer's step see a gradient there that does not depend on the records. Not watched: hooks of Lightning's own
     callbacks and of this package's, and those between epochs of searches, whose steps are in the ledger.
 
     Args:
         strategy: of the Trainer.
         others: returns optimizers and schedulers.
+        further: returns attributes of further objects, and variables, with the words that the module's steps mention.
     """
 
-    def __init__(self, strategy: PrivateStrategy, others: Callable[[], list[Any]]) -> None:
-        self._strategy, self._others = strategy, others
+    def __init__(
+        self,
+        strategy: PrivateStrategy,
+        others: Callable[[], list[Any]],
+        further: Callable[[], tuple[list[Any], Set[str]]],
+    ) -> None:
+        self._strategy, self._others, self._further = strategy, others, further
         self._eye = Eye(strategy.module)
         self._reported: set[str] = set()
         self._watched = [*getattr(strategy.trainer, "callbacks", [])]
@@ -170,8 +177,13 @@ class UserHooks:
         hook, module = getattr(owner, name), self._strategy.module
         saves = any(_lightning.is_overridden(saver, owner) for saver in ("state_dict", "on_save_checkpoint"))
 
+        last: CloseLook | None = None
+
         def look() -> CloseLook:
-            return CloseLook(self._eye, self._others(), owner, saves=saves and owner is not module)
+            nonlocal last
+            is_state = saves and owner is not module
+            last = CloseLook(self._eye, self._others(), owner, self._further()[0], saves=is_state, last=last)
+            return last
 
         @functools.wraps(hook)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -181,7 +193,9 @@ class UserHooks:
             before = None if self._takes_part(owner, name) else look()
             with self.watching_stops(owner, "" if is_far else name):
                 answer = hook(*args, **kwargs)
-            if before is None or (self.stopped == has_stopped and before.is_same(look(), tensors_only=is_far)):
+            if before is None or (
+                self.stopped == has_stopped and before.is_same(look(), self._further()[1], tensors_only=is_far)
+            ):
                 return answer
             begins = functools.partial(self.call, name) if name == BETWEEN_EPOCHS[1] else None
             self._before = self._before or (before, begins)

@@ -15,7 +15,9 @@ from typing_extensions import override
 
 from lightning_dp.step import checks
 from lightning_dp.step.host import Host
+from lightning_dp.step.process_settings import process_settings
 from lightning_dp.step.refilling import plain_of
+from lightning_dp.step.surroundings import Surroundings
 from lightning_dp.step.variables import UserVariables
 from lightning_dp.strategies import _lightning, _progress
 from lightning_dp.strategies.counts import Counts
@@ -44,7 +46,7 @@ class LightningHost(Host):
         self._strategy, trainer = strategy, strategy.trainer
         self.shows_progress = trainer.progress_bar_callback is not None and trainer.is_global_zero
         self.narrow = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-        self.hooks = UserHooks(strategy, self.others)
+        self.hooks = UserHooks(strategy, self.others, lambda: (self._further, self._mentioned))
         self._batch: Any = None
         self._idle: tuple[int, Any] = (0, None)  # number of records and batch, if none was drawn
         self._is_ending = False  # whether the run ends anyway, by a callback of Lightning's own
@@ -54,7 +56,7 @@ class LightningHost(Host):
 
     @override
     def saved(self) -> dict[str, Any]:
-        return self.hooks.saved()
+        return {**self.hooks.saved(), **self._surroundings.settings()}
 
     @override
     def others(self) -> list[Any]:
@@ -65,15 +67,35 @@ class LightningHost(Host):
         datamodule = self._strategy.trainer.datamodule  # type: ignore[attr-defined]
         counters = [] if datamodule is None else [Numbers(datamodule)]
         callbacks = [vars(callback) for callback in self.hooks.callbacks]
-        return [*self.others(), *callbacks, *counters, *self._variables.restored]
+        further = [*self._variables.restored, *self._surroundings.restored, *self._process_settings]
+        return [*self.others(), *callbacks, *counters, *further]
 
     @functools.cached_property
     def _variables(self) -> UserVariables:
-        return UserVariables.of_objects([self._strategy.module, *self.hooks.callbacks])
+        return UserVariables.of_objects([self._strategy.module, *self.hooks.owners])
+
+    @functools.cached_property
+    def _surroundings(self) -> Surroundings:
+        strategy = self._strategy
+        roots = [strategy.trainer, strategy.loader, *self.others()]
+        return Surroundings(roots, strategy.module.parameters(), self._variables)
+
+    @functools.cached_property
+    def _process_settings(self) -> list[Any]:
+        return process_settings(self._variables.names, self._variables.context)
 
     @override
     def attributes(self) -> list[Any]:
-        return [*map(vars, self.hooks.owners), *self._variables.watched]
+        return [*map(vars, self.hooks.owners), *self._further]
+
+    @functools.cached_property
+    def _further(self) -> list[Any]:
+        return [*self._variables.watched, *self._surroundings.watched, *self._process_settings]
+
+    @functools.cached_property
+    def _mentioned(self) -> set[str]:
+        """Words by which the module's steps, or the framework, read what callbacks may write."""
+        return UserVariables.of_objects([self._strategy.module]).names.mentioned | self._surroundings.keys_of_settings
 
     @override
     def counters(self) -> Callable[[], AbstractContextManager[None]]:

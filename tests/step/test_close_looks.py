@@ -57,28 +57,28 @@ def test_a_change_is_seen(change: Callable[[Any], Any], of_tensors: bool) -> Non
     eye = Eye(made)
 
     def look() -> CloseLook:
-        return CloseLook(eye, [rate], owner, saves=False)
+        return CloseLook(eye, [rate], owner, [], saves=False)
 
     before = look()
     owner.steps = 1  # an owner that saves nothing
-    assert before.is_same(look(), tensors_only=False)
+    assert before.is_same(look(), set(), tensors_only=False)
     change(made)
     after = look()
-    assert not before.is_same(after, tensors_only=False)
-    assert before.is_same(after, tensors_only=True) != of_tensors
+    assert not before.is_same(after, set(), tensors_only=False)
+    assert before.is_same(after, set(), tensors_only=True) != of_tensors
 
 
 def test_what_an_owner_saves_is_seen() -> None:
     made, owner = module(), SimpleNamespace(best=[])
     eye = Eye(made)
-    before = CloseLook(eye, [], owner, saves=True)
+    before = CloseLook(eye, [], owner, [], saves=True)
     owner.best.append(1.0)
-    assert not before.is_same(CloseLook(eye, [], owner, saves=True), tensors_only=False)
+    assert not before.is_same(CloseLook(eye, [], owner, [], saves=True), set(), tensors_only=False)
 
 
 def test_a_hook_on_a_layer_is_no_change() -> None:
     made, owner = module(), SimpleNamespace()
     eye = Eye(made)
-    before = CloseLook(eye, [], owner, saves=False)
+    before = CloseLook(eye, [], owner, [], saves=False)
     made[0].register_forward_hook(lambda *_: None)
-    assert before.is_same(CloseLook(eye, [], owner, saves=False), tensors_only=False)
+    assert before.is_same(CloseLook(eye, [], owner, [], saves=False), set(), tensors_only=False)
