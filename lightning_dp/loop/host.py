@@ -19,6 +19,8 @@ from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step import checks
 from lightning_dp.step.host import Host
 from lightning_dp.step.object_kinds import own_classes
+from lightning_dp.step.process_settings import process_settings
+from lightning_dp.step.surroundings import Surroundings
 from lightning_dp.step.variables import UserVariables
 
 LossFunction = Callable[[Any, Any], Any]
@@ -54,7 +56,8 @@ class LoopHost(Host):
         super().__init__(lambda: loader, move, world_size=world_size, limit=limit)
         self._model, self._optimizer, self._reduction, self._others = model, optimizer, reduction, others
         self.loss_fn: LossFunction = _no_loss
-        self._found: tuple[Any, UserVariables] = _no_loss, UserVariables([])
+        self._loader = loader
+        self._found: tuple[Any, Any] = _no_loss, None  # of a loss function
         self.see: Callable[[Any], None] = lambda batch: None
         """Called with each batch before the loss function runs on it."""
         self.intercept: Callable[[int], Any] = lambda optimizer: None
@@ -125,20 +128,30 @@ class LoopHost(Host):
     def attributes(self) -> list[Any]:
         held = [one for one in held_by(self.loss_fn) if not isinstance(one, (types.FunctionType, types.ModuleType))]
         attributes = [vars(one) for one in held if isinstance(getattr(one, "__dict__", None), dict)]
-        return [*attributes, *self._variables().watched]
+        variables, around, settings = self._reached()
+        return [*attributes, *variables.watched, *around.watched, *settings]
 
-    def _variables(self) -> UserVariables:
+    def _reached(self) -> tuple[UserVariables, Surroundings, list[Any]]:
+        """Return what the loss function names, what surrounds the model, and settings of the process."""
         known, found = self._found
-        if known is not self.loss_fn:
+        if known is not self.loss_fn or found is None:  # a loop may change its loss function
             owner: Any = getattr(self.loss_fn, "__self__", self.loss_fn)
             kinds = own_classes(owner.__class__)
             calls = [vars(kind).get("__call__") or vars(kind).get("forward") for kind in kinds]
-            self._found = self.loss_fn, (found := UserVariables([self.loss_fn, *calls], kinds))
-        return found
+            variables = UserVariables([self.loss_fn, *calls], kinds)
+            around = Surroundings([*self.others(), self._loader], self._model.parameters(), variables)
+            found = variables, around, process_settings(variables.names, variables.context)
+            self._found = self.loss_fn, found
+        return found  # type: ignore[no-any-return]
+
+    @override
+    def saved(self) -> dict[str, Any]:
+        return self._reached()[1].settings()
 
     def reachable(self) -> list[Any]:
         """Return the objects, in addition to the model, whose state is restored after a trial."""
-        return [*self.others(), *held_by(self.loss_fn), *self._variables().restored]
+        variables, around, settings = self._reached()
+        return [*self.others(), *held_by(self.loss_fn), *variables.restored, *around.restored, *settings]
 
     def find_types(self) -> None:
         """Run the loss function on two records and record the narrowest dtype in ``narrow``; call it in the sandbox.

@@ -52,7 +52,7 @@ class Look:
             self.tensors = [*layers.parameters(), *(buffers := layers.buffers())]
             self.changes = [changes_of(self.tensors), _addresses_of(self.tensors)]
             self.trains = [tensor.requires_grad for tensor in self.tensors]
-        self._attributes = [*map(vars, layers.own), *more]
+        self._attributes, self._plain = [*map(vars, layers.own), *more], layers.plain
         counts = self.changes[0][len(self.tensors) - len(buffers) :]
         self.contents: Contents = Contents(self._attributes, buffers, counts, None if last is None else last.contents)
         """Contents of the attributes, and of what they hold."""
@@ -146,6 +146,9 @@ class Look:
                 held.clear()
                 held.update(children)
         self._put_hooks(self._hooked)
+        for layer, names in self._plain:
+            for name in vars(layer).keys() - names if len(vars(layer)) != len(names) else ():
+                del vars(layer)[name]
         for attributes, before in zip(self._attributes, self.held, strict=True):
             reset_attributes(
                 attributes, {name: each for name, each in before.items() if name not in NOT_PLAIN}, NOT_PLAIN

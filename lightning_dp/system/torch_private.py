@@ -109,6 +109,9 @@ class Layers:
         """The direct submodules of each layer, by name."""
         self.own = [*filter(_may_change, self.all)]
         """Layers that are not of torch, or have a rate or attributes of the user's."""
+        own = {*map(id, self.own)}
+        self.plain = [(layer, {*vars(layer)}) for layer in self.all if id(layer) not in own]
+        """The other layers, with the names of their attributes."""
         self._names, self._children = self._held()
 
     def _collect(self, layer: nn.Module, prefix: str, seen: set[int]) -> None:

@@ -67,6 +67,7 @@ def _benchmarks(module: Any) -> None:
 
 PLACES: dict[str, tuple[Any, Any]] = {
     "parameter": of(lambda module: module.embedding.weight),
+    "layer": of(lambda module: module.network[1]),
     "optimizer": of(lambda module: module.optimizers()),
     "Trainer": of(lambda module: module.trainer),
     "loop": of(lambda module: module.trainer.fit_loop.epoch_loop.automatic_optimization),
