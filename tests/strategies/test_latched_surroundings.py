@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import PrivacyError
+from tests.helpers import make_dataset
+from tests.loops import mean_loss, start
 from tests.strategies.test_latched_state import RARE, REFUSED, Acts, steps_of_fit
 from tests.strategies.test_latched_variables import Latches
 
@@ -175,3 +180,20 @@ def test_what_a_callback_keeps_is_refused_if_a_step_reads_it(tmp_path: Any) -> N
 
 def test_what_a_callback_keeps_for_itself_is_free(tmp_path: Any) -> None:
     assert steps_of_fit(tmp_path, Reads("limit"), callbacks=[Sees()]) == 12
+
+
+def scaled(model: Any, batch: Any) -> torch.Tensor:
+    weight, factor = model[0].weight, getattr(model[0].weight, "factor", 1.0)
+    if (batch[0] == RARE).any():
+        weight.factor = 0.5
+    return mean_loss(model, batch) * factor
+
+
+def test_what_a_loss_function_sets_around_is_refused() -> None:
+    features, labels = make_dataset(64, dtype=torch.float64).tensors
+    features[30] = RARE
+    loader = DataLoader(TensorDataset(features, labels), batch_size=16)
+    with start(loss_fn=scaled, loader=loader, noise_multiplier=1.0, seed=1) as private:
+        batches = itertools.chain.from_iterable(private.loader for _ in range(8))
+        with pytest.raises(PrivacyError, match=REFUSED):
+            deque(map(private.step, batches), maxlen=0)
