@@ -94,18 +94,20 @@ class Surroundings:
                 names = (self._named & held.keys() | self._stored) - _KNOWN_OTHERWISE
                 yield _Place(label, held, names, only_new=names.isdisjoint(held))
             else:
-                yield from self._of_framework(label, held)
+                # numbers of schedulers are compared anyway
+                yield from self._of_framework(label, held, judged="lr_scheduler" in kind.__module__)
             groups = (one.defaults, *one.param_groups) if self._words and isinstance(one, Optimizer) else ()
             for index, group in enumerate(groups):
                 numbers = {name for name, value in group.items() if isinstance(value, (int, float))}
                 yield _Place(f"{label}[{index}]", group, self._words - numbers - {"params"}, only_new=False)
 
-    def _of_framework(self, label: str, held: dict[str, Any]) -> Iterator[_Place]:
+    def _of_framework(self, label: str, held: dict[str, Any], *, judged: bool = False) -> Iterator[_Place]:
         """Yield what user code may set: numbers and words that are there already, or more attributes. Other attributes
         lead to the rest of the framework.
         """
         names = self._stored - _KNOWN_OTHERWISE
-        if settings := names & plain_of({name: held[name] for name in names & held.keys()}).keys():
+        settings = names & plain_of({name: held[name] for name in names & held.keys()}).keys()
+        if settings and not judged:
             self._settings.append(_Place(label, held, settings, only_new=False))
         yield _Place(label, held, names - held.keys() | settings, only_new=not settings)
 
