@@ -78,7 +78,7 @@ class UserHooks:
         self.stopped = False
         """Whether user code has asked for the end of the run."""
 
-    @property
+    @functools.cached_property
     def owners(self) -> list[pl.Callback]:
         """The callbacks with hooks of the user's own."""
         names = (*_OF_BATCHES, *BETWEEN_EPOCHS, *_FAR)

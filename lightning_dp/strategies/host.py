@@ -46,7 +46,7 @@ class LightningHost(Host):
         self._strategy, trainer = strategy, strategy.trainer
         self.shows_progress = trainer.progress_bar_callback is not None and trainer.is_global_zero
         self.narrow = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-        self.hooks = UserHooks(strategy, self.others, lambda: (self._further, self._mentioned))
+        self.hooks = UserHooks(strategy, self.others, self._beyond)
         self._batch: Any = None
         self._idle: tuple[int, Any] = (0, None)  # number of records and batch, if none was drawn
         self._is_ending = False  # whether the run ends anyway, by a callback of Lightning's own
@@ -91,6 +91,12 @@ class LightningHost(Host):
     @functools.cached_property
     def _further(self) -> list[Any]:
         return [*self._variables.watched, *self._surroundings.watched, *self._process_settings]
+
+    def _beyond(self) -> tuple[list[Any], set[str]]:
+        """Return what callbacks may write beyond the module, and the words by which it is read; nothing before the data
+        of training are set up.
+        """
+        return ([], set()) if self._strategy.trainer.sanity_checking else (self._further, self._mentioned)
 
     @functools.cached_property
     def _mentioned(self) -> set[str]:

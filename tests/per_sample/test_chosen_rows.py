@@ -122,8 +122,11 @@ def test_a_penalty_on_the_losses_of_some_samples_stays_theirs() -> None:
         expected += torch.autograd.grad(loss(_batch_of([number], COUNTS[0])).sum(), [module.weight])
     engine = make(module, loss, lambda chosen: _batch_of(chosen, COUNTS[0]))
     assert engine.spread_penalties()
-    record(engine, loss, _batch_of([0, 2], COUNTS[0]), 2)
-    torch.testing.assert_close(engine.per_sample_gradients()["weight"], torch.stack(expected))
+    try:
+        record(engine, loss, _batch_of([0, 2], COUNTS[0]), 2)
+        torch.testing.assert_close(engine.per_sample_gradients()["weight"], torch.stack(expected))
+    finally:
+        engine.end()
 
 
 class Ordered(nn.Module):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dp import PrivacyError
 from tests.helpers import make_dataset
 from tests.loops import mean_loss, start
-from tests.strategies.test_latched_state import RARE, REFUSED, Acts, steps_of_fit
+from tests.strategies.test_latched_state import RARE, REFUSED, STEPS, Acts, steps_of_fit
 from tests.strategies.test_latched_variables import Latches
 
 CONTEXT = ContextVar("factor", default=1.0)
@@ -132,7 +132,7 @@ def test_what_a_rare_record_sets_around_is_refused(place: str, tmp_path: Any) ->
 @pytest.mark.one_in(8)
 def test_what_counts_set_around_is_free(place: str, tmp_path: Any) -> None:
     module = Sets(place, by_count=True)
-    assert steps_of_fit(tmp_path, module) == 12
+    assert steps_of_fit(tmp_path, module) == STEPS
     assert module.read() == (1.0 if place == "limit" else 0.5)
 
 
@@ -179,7 +179,7 @@ def test_what_a_callback_keeps_is_refused_if_a_step_reads_it(tmp_path: Any) -> N
 
 
 def test_what_a_callback_keeps_for_itself_is_free(tmp_path: Any) -> None:
-    assert steps_of_fit(tmp_path, Reads("limit"), callbacks=[Sees()]) == 12
+    assert steps_of_fit(tmp_path, Reads("limit"), callbacks=[Sees()]) == STEPS
 
 
 def scaled(model: Any, batch: Any) -> torch.Tensor:
