@@ -76,7 +76,8 @@ class CloseLook(Look):
             return True
         for (_, first, *path), *_ in self.contents.writes_until(after.contents):
             is_near = isinstance(first, str) or first < self._num_watched  # also of a class
-            if is_near or not mentioned.isdisjoint([*path, *_WORD.findall(" ".join(path))]):
+            named = [each.partition(" of ")[0] for each in path]  # without the function that a variable belongs to
+            if is_near or not mentioned.isdisjoint([*named, *_WORD.findall(" ".join(named))]):
                 return False
         return self.counts == after.counts and same_content(after.values, self.values)
 

@@ -122,6 +122,11 @@ def held_numbers(others: list[Any]) -> Numbers:
     }
 
 
+def scheduled_rates(others: list[Any]) -> list[float]:
+    """Return the learning rates that schedulers have set last."""
+    return [rate for one in others if hasattr(one, "get_last_lr") for rate in one.get_last_lr()]
+
+
 def parts_of(others: list[Any]) -> dict[tuple[int, int], dict[str, Any]]:
     """Return the parts of objects that hold numbers: the groups of an optimizer, or the attributes of another object,
     by its position and that of the group.

@@ -18,7 +18,7 @@ from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
 from lightning_dp.step.refilling import plain_of, refill_mapping, reset_attributes, set_plain
 from lightning_dp.step.snapshot import NOT_PLAIN
-from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of
+from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of, scheduled_rates
 from lightning_dp.system.torch_private import Layers, changes_of, replace_children
 
 _NONE: dict[int, Any] = {}
@@ -58,7 +58,7 @@ class Look:
         """Contents of the attributes, and of what they hold."""
         self.held = self.contents.given
         self.modes = [layer.training for layer in layers.all]
-        self.numbers = held_numbers(others)
+        self.numbers, self.rates = held_numbers(others), scheduled_rates(others)
         with unfollowed():
             self.states = OptimizerStates(others)
 
@@ -98,7 +98,8 @@ class Look:
         if self.numbers != after.numbers:
             ours, others = _joined(self.numbers), _joined(after.numbers)
             for name in changed(ours, others):
-                yield "number", name, *_step_of(("number", name), ours.get(name), others.get(name), known)
+                value = others.get(name)  # a rate that user code sets is not the one of its scheduler
+                yield "number", name, value in after.rates, *_step_of(("number", name), ours.get(name), value, known)
         yield from self.states.writes_until(after.states)
 
     @contextmanager

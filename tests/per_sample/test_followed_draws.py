@@ -58,7 +58,7 @@ FOLLOWED: dict[str, Step] = {
     "gumbel": lambda x, _: F.gumbel_softmax(1e6 * x, hard=True) if len(x) else x,
     "multinomial": lambda x, _: torch.eye(4)[torch.multinomial((1e3 * x).softmax(1), 1)[:, 0]] if len(x) else x,
     "Normal": likelihood(lambda x: distributions.Normal(x, x.exp())),
-    "Normal of a layer": likelihood(lambda x: distributions.Normal(x, x.exp()), kept=True),
+    "Normal of a layer": likelihood(lambda x: distributions.Normal(x, 1.0 + x.exp()), kept=True),
     "Gamma": likelihood(lambda x: distributions.Gamma(x.exp(), x.exp())),
     "Bernoulli": likelihood(lambda x: distributions.ContinuousBernoulli(logits=x)),
     "kl_divergence": lambda x, layer: distributions.kl_divergence(

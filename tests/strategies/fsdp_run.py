@@ -199,7 +199,7 @@ def skipped() -> dict[str, Any]:
 
 def communication() -> dict[str, Any]:
     """Elements that a logical step of three microbatches sends, and the largest memory that its sums take."""
-    sent: dict[str, list[int]] = {"all_gather": [], "reduce_scatter": [], "all_reduce": []}
+    sent: list[tuple[str, int]] = []  # as a dictionary it would be restored after all microbatches but the last
     names = (
         "all_gather_into_tensor",
         "all_gather_single",
@@ -224,7 +224,7 @@ def communication() -> dict[str, Any]:
     def count(name: str, original: Any) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
             kind = name.removesuffix("_into_tensor").removesuffix("_tensor").removesuffix("_single")
-            sent[kind].append(args[1 if kind == "reduce_scatter" else 0].numel())
+            sent.append((kind, args[1 if kind == "reduce_scatter" else 0].numel()))
             return original(*args, **kwargs)
 
         return counted
@@ -245,7 +245,9 @@ def communication() -> dict[str, Any]:
         fit(Sharded(network, {"reshard_after_forward": True}), loader, [Counting()], strategy, max_steps=3)
     finally:
         PrivateStep.collect = collect  # type: ignore[method-assign]
-    return {"sent": sent, "own": accumulators[-1], "largest": largest[0]}
+    kinds = ("all_gather", "reduce_scatter", "all_reduce")
+    by_kind = {kind: [num for one, num in sent if one == kind] for kind in kinds}
+    return {"sent": by_kind, "own": accumulators[-1], "largest": largest[0]}
 
 
 def main() -> None:

@@ -189,6 +189,24 @@ def test_a_callback_that_a_rare_record_moves_is_refused(act: Any, tmp_path: Any)
         steps_of_fit(tmp_path, Module(), callbacks=[Acts(act)])
 
 
+class Scheduled(Module):
+    """Sets, at a rare word, a rate that a scheduler changes after each step."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch[0] == RARE).any():
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 0.0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def test_a_rate_that_a_rare_record_sets_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(PrivacyError, match=REFUSED):
+        steps_of_fit(tmp_path, Scheduled())
+
+
 def act_of(step: int) -> Callable[[Any], None]:
     """Return what happens at a step: everything in turn, from the third step on."""
     return dict(enumerate(ACTS + SEEDS, 2)).get(step, lambda module: None)
