@@ -99,7 +99,8 @@ class Look:
             ours, others = _joined(self.numbers), _joined(after.numbers)
             for name in changed(ours, others):
                 value = others.get(name)  # a rate that user code sets is not the one of its scheduler
-                yield "number", name, value in after.rates, *_step_of(("number", name), ours.get(name), value, known)
+                scheduled = ("scheduled",) if value in after.rates else ()
+                yield "number", name, *scheduled, *_step_of(("number", name), ours.get(name), value, known)
         yield from self.states.writes_until(after.states)
 
     @contextmanager
