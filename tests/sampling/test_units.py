@@ -87,13 +87,13 @@ def pairs_are_uniform(counts: Counter[tuple[int, ...]], num_pairs: int) -> bool:
 
 
 def test_records_are_a_uniform_subset_without_replacement() -> None:
-    """User 1 has 5 records, 10 pairs of them; about 2,400 draws. Neighbours only, or weights of 2/3 and 3/2, are
+    """User 1 has 5 records, 10 pairs of them; about 5,400 draws. Neighbours only, or weights of 2/3 and 3/2, are
     rejected.
     """
     own = [record for record, user in enumerate(IDS) if user == 1]
     sampler: Any = users().batch_sampler
     counts: Counter[tuple[int, ...]] = Counter()
-    for draw in itertools.chain.from_iterable(sampler for _ in range(2700)):
+    for draw in itertools.chain.from_iterable(sampler for _ in range(6000)):
         if chosen := tuple(record for record in draw if record in own):
             counts[chosen] += 1
     assert set(counts) == set(itertools.combinations(own, 2))
