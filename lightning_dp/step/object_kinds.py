@@ -9,7 +9,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import MutableMapping, MutableSequence, MutableSet
+from collections.abc import Mapping, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
 import numpy as np
@@ -98,3 +98,14 @@ def state_of_class(kind: type[Any]) -> dict[str, Any]:
     """Return the attributes of a class that are values: neither methods nor properties, nor Python's own."""
     held = vars(kind).items()
     return {name: value for name, value in held if name[:2] != "__" and not hasattr(type(value), "__get__")}
+
+
+def entries_of(container: Any) -> list[Any]:
+    """Return the values of a mapping, or what another container holds; nothing if it cannot be read, such as a
+    configuration that is None.
+    """
+    is_mapping = isinstance(container, Mapping)
+    try:
+        return [*(container.values() if is_mapping else container)]
+    except Exception:
+        return []

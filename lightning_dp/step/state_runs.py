@@ -41,19 +41,21 @@ def _check(
     runs: TrialRuns, snapshot: Snapshot, records: list[Any], real: Any, anywhere: Any, later: int, *, freezes: bool
 ) -> None:
     host, step = runs.host, runs.step
-    together, notes = not step.runs_samples_alone, [True]
+    together, is_noted = not step.runs_samples_alone, False
 
     def run(batches: list[list[Any]], *, ends: bool) -> list[state_check.After]:
+        nonlocal is_noted
         found: list[state_check.After] = []
         trained = [p for accumulator in step.accumulators.values() for p in accumulator.parameters.values()]
         values = [parameter.detach().clone() for parameter in trained]
         before = state_check.changes_in(step.module, host.others())
         try:
             for number, batch in enumerate(batches):
-                look = runs.look() if notes and notes.pop() else None
+                look = None if is_noted else runs.look()
                 probe = runs.rehearse(batch, is_later=number > 0, freezes=freezes)
                 if look is not None:  # what is written here is compared below
                     runs.loss_form.note_writes(look.writes_until(runs.look(), set()))
+                is_noted = True
                 if ends and number == 0:
                     host.end_epoch()
                 state = state_check.saved_state(step.module, host.others(), before, whole=number == 0)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_dp.step.object_kinds import kind_of, own_classes
+from lightning_dp.step.object_kinds import entries_of, kind_of, own_classes
 from lightning_dp.step.refilling import plain_of
 from lightning_dp.step.variables import UserVariables, Variables, is_small
 
@@ -120,8 +120,8 @@ def _found_from(roots: Iterable[Any]) -> list[Any]:
             continue
         seen.add(id(one))
         if isinstance(one, (Mapping, MutableSequence, tuple, Set)):
-            if len(one) <= _MOST_ENTRIES:
-                waiting += one.values() if isinstance(one, Mapping) else one
+            entries = entries_of(one)
+            waiting += entries if len(entries) <= _MOST_ENTRIES else []
         elif _is_followed(one.__class__) and isinstance(held := getattr(one, "__dict__", None), dict):
             found.append(one)
             waiting += held.values()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
 from lightning_dp.step.names import Names
-from lightning_dp.step.object_kinds import NOT_OWN, WAYS, own_classes, slots_of, state_of_class
+from lightning_dp.step.object_kinds import NOT_OWN, WAYS, entries_of, own_classes, slots_of, state_of_class
 from lightning_dp.step.snapshot import OWN_OUTSIDE
 
 _MOST = 1_000
@@ -251,9 +251,9 @@ def is_small(value: Any) -> bool:
         if way in ("tensor", "array"):
             count += one.numel() if way == "tensor" else one.size
         else:
-            held = getattr(one, "__dict__", {}) if way == "own" else one
+            held = entries_of(getattr(one, "__dict__", {}) if way == "own" else one)
             count += len(held)
-            values += held.values() if isinstance(held, Mapping) else held
+            values += held
         if count > _MOST:
             return False
     return True
