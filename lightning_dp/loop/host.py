@@ -19,7 +19,6 @@ from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step import checks
 from lightning_dp.step.host import Host
 from lightning_dp.step.object_kinds import own_classes
-from lightning_dp.step.process_settings import process_settings
 from lightning_dp.step.surroundings import Surroundings
 from lightning_dp.step.variables import UserVariables
 
@@ -57,7 +56,7 @@ class LoopHost(Host):
         self._model, self._optimizer, self._reduction, self._others = model, optimizer, reduction, others
         self.loss_fn: LossFunction = _no_loss
         self._loader = loader
-        self._found: tuple[Any, Any] = _no_loss, None  # of a loss function
+        self._found: tuple[Any, Surroundings | None] = _no_loss, None  # of a loss function
         self.see: Callable[[Any], None] = lambda batch: None
         """Called with each batch before the loss function runs on it."""
         self.intercept: Callable[[int], Any] = lambda optimizer: None
@@ -128,30 +127,27 @@ class LoopHost(Host):
     def attributes(self) -> list[Any]:
         held = [one for one in held_by(self.loss_fn) if not isinstance(one, (types.FunctionType, types.ModuleType))]
         attributes = [vars(one) for one in held if isinstance(getattr(one, "__dict__", None), dict)]
-        variables, around, settings = self._reached()
-        return [*attributes, *variables.watched, *around.watched, *settings]
+        return [*attributes, *self._surroundings().watched]
 
-    def _reached(self) -> tuple[UserVariables, Surroundings, list[Any]]:
-        """Return what the loss function names, what surrounds the model, and settings of the process."""
+    def _surroundings(self) -> Surroundings:
+        """Return what surrounds the model, as the loss function names it."""
         known, found = self._found
         if known is not self.loss_fn or found is None:  # a loop may change its loss function
             owner: Any = getattr(self.loss_fn, "__self__", self.loss_fn)
             kinds = own_classes(owner.__class__)
             calls = [vars(kind).get("__call__") or vars(kind).get("forward") for kind in kinds]
             variables = UserVariables([self.loss_fn, *calls], kinds)
-            around = Surroundings([*self.others(), self._loader], self._model.parameters(), variables)
-            found = variables, around, process_settings(variables.names, variables.context)
+            found = Surroundings([*self.others(), self._loader], self._model.parameters(), variables)
             self._found = self.loss_fn, found
-        return found  # type: ignore[no-any-return]
+        return found
 
     @override
     def saved(self) -> dict[str, Any]:
-        return self._reached()[1].settings()
+        return self._surroundings().settings()
 
     def reachable(self) -> list[Any]:
         """Return the objects, in addition to the model, whose state is restored after a trial."""
-        variables, around, settings = self._reached()
-        return [*self.others(), *held_by(self.loss_fn), *variables.restored, *around.restored, *settings]
+        return [*self.others(), *held_by(self.loss_fn), *self._surroundings().restored]
 
     def find_types(self) -> None:
         """Run the loss function on two records and record the narrowest dtype in ``narrow``; call it in the sandbox.

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_dp.step.object_kinds import entries_of, kind_of, own_classes
+from lightning_dp.step.process_settings import process_settings
 from lightning_dp.step.refilling import plain_of
 from lightning_dp.step.variables import UserVariables, Variables, is_small
 
@@ -42,7 +43,8 @@ class _Place(NamedTuple):
 
 class Surroundings:
     """The attributes, by the names that user code sets, of what surrounds a module: the Trainer, its loops and
-    callbacks, loaders and datasets, optimizers with their groups, schedulers, parameters.
+    callbacks, loaders and datasets, optimizers with their groups, schedulers, parameters. Also the variables of the
+    user's code, and settings of the process that it names.
 
     Such objects change by themselves all the time, so only few attributes are looked at: of classes of the framework
     and of torch those that user code sets by name; of classes of the user's those that user code names at all.
@@ -63,12 +65,15 @@ class Surroundings:
         places += itertools.chain.from_iterable(itertools.starmap(self._of_framework, others.items()))
         # Lightning's optimizer shares the groups of the one that it holds
         places = [*{id(place.held): place for place in places if place.names}.values()]
-        self.watched: list[Any] = [_view(places)] if places else []
-        """Views of the attributes."""
         small = [
-            place._replace(names={name for name in place.names if is_small(place.held.get(name))}) for place in places
+            _Place(label, held, {name for name in stored if is_small(held.get(name))}, only_new)
+            for label, held, stored, only_new in places
         ]
-        self.restored: list[Any] = [_view(small)] if places else []
+        watched, restored = ([_view(places)], [_view(small)]) if places else ([], [])
+        settings = process_settings(names, variables.context)
+        self.watched: list[Any] = [*variables.watched, *watched, *settings]
+        """Views of the attributes, of the variables and of settings of the process."""
+        self.restored: list[Any] = [*variables.restored, *restored, *settings]
         """Views of what is restored after a trial."""
 
     @property

@@ -15,7 +15,6 @@ from typing_extensions import override
 
 from lightning_dp.step import checks
 from lightning_dp.step.host import Host
-from lightning_dp.step.process_settings import process_settings
 from lightning_dp.step.refilling import plain_of
 from lightning_dp.step.surroundings import Surroundings
 from lightning_dp.step.variables import UserVariables
@@ -67,36 +66,25 @@ class LightningHost(Host):
         datamodule = self._strategy.trainer.datamodule  # type: ignore[attr-defined]
         counters = [] if datamodule is None else [Numbers(datamodule)]
         callbacks = [vars(callback) for callback in self.hooks.callbacks]
-        further = [*self._variables.restored, *self._surroundings.restored, *self._process_settings]
-        return [*self.others(), *callbacks, *counters, *further]
-
-    @functools.cached_property
-    def _variables(self) -> UserVariables:
-        return UserVariables.of_objects([self._strategy.module, *self.hooks.owners])
+        return [*self.others(), *callbacks, *counters, *self._surroundings.restored]
 
     @functools.cached_property
     def _surroundings(self) -> Surroundings:
         strategy = self._strategy
         roots = [strategy.trainer, strategy.loader, *self.others()]
-        return Surroundings(roots, strategy.module.parameters(), self._variables)
-
-    @functools.cached_property
-    def _process_settings(self) -> list[Any]:
-        return process_settings(self._variables.names, self._variables.context)
+        variables = UserVariables.of_objects([strategy.module, *self.hooks.owners])
+        return Surroundings(roots, strategy.module.parameters(), variables)
 
     @override
     def attributes(self) -> list[Any]:
-        return [*map(vars, self.hooks.owners), *self._further]
-
-    @functools.cached_property
-    def _further(self) -> list[Any]:
-        return [*self._variables.watched, *self._surroundings.watched, *self._process_settings]
+        return [*map(vars, self.hooks.owners), *self._surroundings.watched]
 
     def _beyond(self) -> tuple[list[Any], set[str]]:
         """Return what callbacks may write beyond the module, and the words by which it is read; nothing before the data
         of training are set up.
         """
-        return ([], set()) if self._strategy.trainer.sanity_checking else (self._further, self._mentioned)
+        is_early = self._strategy.trainer.sanity_checking
+        return ([], set()) if is_early else (self._surroundings.watched, self._mentioned)
 
     @functools.cached_property
     def _mentioned(self) -> set[str]:
