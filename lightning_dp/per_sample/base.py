@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample.precision import exact_arithmetic
-from lightning_dp.per_sample.rules.base import DOUBLE
 
 
 class SampleGradients(ABC):
@@ -74,7 +73,7 @@ class SampleGradients(ABC):
     def _new_norms(self, num_groups: int, batch_size: int) -> Tensor:
         """Return zeros in the type and on the device of the norms, shape ``(G, B)``."""
         parameters = list(self._parameters.values())
-        double = not DOUBLE.isdisjoint([parameter.dtype for parameter in parameters])
+        double = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in parameters)
         device = parameters[0].device if parameters else None
         return torch.zeros(num_groups, batch_size, dtype=torch.float64 if double else torch.float32, device=device)
 

@@ -35,7 +35,7 @@ from lightning_dp.per_sample.views import owners_behind
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracker import Tracker
 
-_entered, _NEVER = functools.cache(entered), (0, MIXED)
+_entered = functools.cache(entered)
 _WRITTEN = Mixed("a view of memory that was written in place")
 _SEVERAL = Mixed("rows of several samples that were written to one position")
 
@@ -100,7 +100,7 @@ class Follower(Telling):
         if note is None or note[0]() is not tensor:
             return MIXED
         if note[1] < self._time:
-            if (write := self._written.get(memory_of(tensor), _NEVER))[0] > note[1]:
+            if (write := self._written.get(memory_of(tensor), (0, MIXED)))[0] > note[1]:
                 return write[1]
             self._notes[key] = note[0], self._time, note[2]
         return note[2]

@@ -49,8 +49,7 @@ def derive(
     if own:
         args, kwargs = exchanged(args, kwargs, own)
     out = func(*args, **kwargs)
-    alone = len(tracked) == 1
-    key = (func.__name__, tracked[0][1].lineage) if alone else (func.__name__, *[node.lineage for _, node in tracked])
+    key = (func.__name__, *[node.lineage for _, node in tracked])
     if type(out) is Tensor and (began := out.grad_fn) is not None and (not args or out is not args[0]):
         made: Any = out  # as _track() does
         made.__class__, made.began = tracker.function_class, began

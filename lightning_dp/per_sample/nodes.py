@@ -7,7 +7,6 @@ class that stays connected, by autograd, to stand-ins of its parameters.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -79,9 +78,6 @@ class Node:
         return (
             self._key if self.is_view else self
         )  # as an attribute, it would keep its graph until a garbage collection
-
-
-key_of = operator.attrgetter("key")
 
 
 class Reporting:

@@ -36,21 +36,14 @@ class Rows:
         self.axis, self.index, self.is_identity = axis, index, is_identity
         self.layout: dict[Any, Any] = {} if layout is None else layout
         self.num = index.numel()
-        self.only = self._only() if axis is None else None
+        self.only = int(index[0]) if axis is None and int(index[0]) != NOBODY else None
         """The one sample that owns the whole tensor, if this needs no axis."""
 
     def moved(self, axis: int | None) -> Rows:
         """Return the same owners along another axis."""
         if axis == self.axis:
             return self
-        made = Rows.__new__(Rows)  # as a call of the class would, without asking for the length again
-        made.axis, made.index, made.is_identity, made.layout = axis, self.index, self.is_identity, self.layout
-        made.num, made.only = self.num, None if axis is not None else self._only()
-        return made
-
-    def _only(self) -> int | None:
-        first = int(self.index[0])
-        return None if first == NOBODY else first
+        return Rows(axis, self.index, is_identity=self.is_identity, layout=self.layout)
 
     @property
     def _bounds(self) -> tuple[int, int]:

@@ -81,7 +81,7 @@ class Source:
         self._forget_older()
 
     def _forget_older(self) -> None:
-        """Forget what was computed before the last backprop arrived; callers that are frequent ask by themselves."""
+        """Forget what was computed before the last backprop arrived."""
         if self._computed_at != self.recorder.changes:
             self._computed_at = self.recorder.changes
             self._cached, self._groups, self._active = {}, None, {}
@@ -95,8 +95,8 @@ class Source:
         """Drop the backprops received so far for these keys; uses that are still in a graph remain valid."""
         for use in self.uses:
             use.forget(keys)
-        self.uses = [use for use in self.uses if use.parts] if self.uses else []
-        self._made = {key: grad for key, grad in self._made.items() if key not in keys} if self._made else {}
+        self.uses = [use for use in self.uses if use.parts]
+        self._made = {key: grad for key, grad in self._made.items() if key not in keys}
 
     def received(self, use: Use) -> None:
         """Compute the gradients immediately, during the backward, if that frees memory."""
@@ -136,8 +136,7 @@ class Source:
 
     def groups(self) -> list[tuple[set[Hashable], list[Call]]]:
         """Return groups of keys that received the same backprops, with their calls."""
-        if self._computed_at != self.recorder.changes:
-            self._forget_older()
+        self._forget_older()
         if self._groups is None:
             self._groups = calls_of(self.recorder, self.uses)
         return self._groups
@@ -149,8 +148,7 @@ class Source:
 
     def memory(self) -> Grads:
         """Return the cache of gradients computed since the last backprop; callers read and extend it."""
-        if self._computed_at != self.recorder.changes:
-            self._forget_older()
+        self._forget_older()
         self._cached.update(self._made)
         return self._cached
 

@@ -21,7 +21,7 @@ from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.functions import connected, derive, in_real_numbers, within_custom
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.learned import Key, Learned
-from lightning_dp.per_sample.nodes import Function, Node, Reporting, key_of, named, reporting_class
+from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, reporting_class
 from lightning_dp.per_sample.operations import ALIGNED, GENERAL, Bound, Operation, operation_of
 from lightning_dp.per_sample.plans import Observer
 from lightning_dp.per_sample.recurrent import watch_order
@@ -232,11 +232,12 @@ class Tracker:
 
     def source(self, rule: Rule, spec: Any, operation: str, nodes: Mapping[str, Node]) -> Source:
         """Return the source of all uses of these tensors in one operation."""
-        key = (rule, spec, *nodes, *map(key_of, nodes.values()))
-        if (known := self.sources.get(key)) is None:
-            options: Any = {"materialise": self._materialise, "workspace": self._workspace}
-            self.sources[key] = known = Source(self.recorder, rule, spec, operation, nodes, **options)
-        return known
+        key = (rule, spec, *nodes, *(node.key for node in nodes.values()))
+        if key not in self.sources:
+            self.sources[key] = Source(
+                self.recorder, rule, spec, operation, nodes, materialise=self._materialise, workspace=self._workspace
+            )
+        return self.sources[key]
 
     def general(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation that has no rule: derive a function of parameters, or expand these to the samples."""

@@ -86,7 +86,7 @@ class Holder:
             names = {**one, **other} if one.keys() != other.keys() else one
             for name in names:
                 before, now = one.get(name, _ABSENT), other.get(name, _ABSENT)
-                if before is not now and not same_value(before, now) and name != _NAME_OF_HOOK:
+                if not same_value(before, now) and name != _NAME_OF_HOOK:
                     yield ("attribute", *self.path, name), before, now
         elif not _same(one, other):
             yield ("content", *self.path), None, None

@@ -32,6 +32,9 @@ EVERY = 16
 MOST = 8
 """New forms that are checked at once; later ones once in 100 steps, because data may choose among many forms."""
 
+_OF_USERS = {"attribute", "content"}
+"""First words of the keys of writes that only user code makes."""
+
 
 class LossForm:
     """The pairs of successive operations in the graphs of the losses of a run.
@@ -194,10 +197,6 @@ class LossForm:
         if by_check:
             self._checked |= self._new_calls
             self._new_calls = set()
-
-
-_OF_USERS = {"attribute", "content"}
-"""First words of the keys of writes that only user code makes."""
 
 
 class _Kinds(dict[type, tuple[str, tuple[str, ...]]]):

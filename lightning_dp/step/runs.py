@@ -170,8 +170,8 @@ class TrialRuns:
     @property
     def must_freeze(self) -> bool:
         """True unless user code has run without any draw of torch's, so that freezing draws has no effect."""
-        seen = torch.accelerator.is_available() and not torch.cuda.is_available()  # its generator is not read
-        return self._draws is not False or self.step.reduction.world_size > 1 or seen
+        unread = torch.accelerator.is_available() and not torch.cuda.is_available()  # the state of its generator
+        return self._draws is not False or self.step.reduction.world_size > 1 or unread
 
     def run(
         self,

@@ -55,11 +55,7 @@ class Written:
         def look(last: Look | None = None) -> Look:
             return Look(step.parameters.layers, sandbox.others(), runs.host.attributes(), last)
 
-        self.watch = WriteWatch(
-            look,
-            self.see,
-            lambda: step.state.steps_taken,
-        )
+        self.watch = WriteWatch(look, self.see, lambda: step.state.steps_taken)
         sandbox.aside, runs.look = self.watch.aside, look
         self.batches: deque[Ran] = deque(maxlen=2)
         """The real batch, and the one before it."""

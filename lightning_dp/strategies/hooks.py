@@ -48,9 +48,9 @@ class UserHooks:
 
     **Guarantee**: what a hook writes into the module, or where the module's steps would read it, is checked as what
     ``training_step`` writes: of the module before the first step, of a callback when it first writes, before the next
-    step or checkpoint. Hooks around an
-    optimizer's step see a gradient there that does not depend on the records. Not watched: hooks of Lightning's own
-    callbacks and of this package's, and those between epochs of searches, whose steps are in the ledger.
+    step or checkpoint. Hooks around an optimizer's step see a gradient there that does not depend on the records. Not
+    watched: hooks of Lightning's own callbacks and of this package's, and those between epochs of searches, whose steps
+    are in the ledger.
 
     Args:
         strategy: of the Trainer.
@@ -176,7 +176,6 @@ class UserHooks:
     def _watching(self, owner: Any, name: str, is_on_trial: Callable[[], bool]) -> Callable[..., Any]:
         hook, module = getattr(owner, name), self._strategy.module
         saves = any(_lightning.is_overridden(saver, owner) for saver in ("state_dict", "on_save_checkpoint"))
-
         last: CloseLook | None = None
 
         def look() -> CloseLook:

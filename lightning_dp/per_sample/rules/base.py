@@ -48,18 +48,14 @@ class Call:
     multiplicity: int = field(default=1)
 
 
-DOUBLE = frozenset((torch.float64, torch.complex128))
-"""Types of numbers whose norms and sums have double precision."""
-
-
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype of norms and sums: float64 for float64 and complex128 tensors, float32 for all others."""
-    return torch.float64 if tensor.dtype in DOUBLE else torch.float32
+    return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def widen(tensor: Tensor) -> Tensor:
     """Return the tensor in its accumulation dtype; no copy if the tensor has that dtype already."""
-    return tensor.to(torch.float64 if tensor.dtype in DOUBLE else torch.float32)
+    return tensor.to(accumulation_dtype(tensor))
 
 
 def sum_rows(tensor: Tensor, multiplicity: int) -> Tensor:
