@@ -43,28 +43,33 @@ class _InDropout(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.depth = 0
+        self.given: Any = None
+        """First argument of the innermost of these functions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func not in _DROPOUTS:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        before, self.given = self.given, args[0] if args else kwargs.get("input")
         self.depth += 1
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
-            self.depth -= 1
+            self.depth, self.given = self.depth - 1, before
 
 
 class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that replaces random draws by fixed values, so that two runs differ only in their samples.
 
-    Dropout is off, and random slopes of ``rrelu`` are one quantile of their range. Permutations become a cyclic shift,
+    Dropout is off. Random slopes of ``rrelu`` are one quantile of their range. Permutations become a cyclic shift,
     which mixes whatever can be mixed. Other draws of values:
 
     - by default the same value in every entry (uniform: the quantile ``coin`` of its range; integers likewise; normal:
       ``mean + std / 2``, or two deviations off for a low or high coin; Bernoulli: its probability, or ``coin < p`` for
       a low or high coin), so that a sample sees the same draw alone and in any row of a batch;
     - with ``by_place`` a fixed value for each entry of the drawn tensor, whatever was drawn before, so that a further
-      row changes what a mean over rows is (Bernoulli: ``u < p`` with such a value u).
+      row changes what a mean over rows is (Bernoulli: ``u < p`` with such a value u). Dropout drops each entry of 1,
+      since dropout of ones makes a mask.
 
     - Exponential, Cauchy, geometric, Poisson, binomial, gamma and Dirichlet draws follow the same rule, by a
       quantile or a value near the mean. So do draws of places in each row of a matrix of weights (multinomial).
@@ -78,13 +83,22 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         only: names of the draws to replace; None for all.
         rates: scale by the root of its probability what dropout and Bernoulli draws keep, so that a change of their
             rate shows; else a middle coin hides it.
+        by_content: dropout drops an entry by its value alone, so that the order of the rows changes nothing, unless
+            that would drop all or nothing. Dropout within a kernel is off.
     """
 
     def __init__(
-        self, *, by_place: bool = False, coin: float = 0.5, only: Container[str] | None = None, rates: bool = False
+        self,
+        *,
+        by_place: bool = False,
+        coin: float = 0.5,
+        only: Container[str] | None = None,
+        rates: bool = False,
+        by_content: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_place, self.coin, self._only, self._rates = by_place, coin, only, rates
+        self._by_content = by_content
         self.has_draws = False
         """Whether any operation drew random numbers."""
         self.drew = False
@@ -117,14 +131,18 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run_draw(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name, arguments = arguments_of(func)
+        in_dropout = self._dropouts.depth > 0 and name.startswith("bernoulli")
         if self._only is not None and name not in self._only:
-            return func(*args, **kwargs)
+            drops = in_dropout or "dropout" in name or any(argument.name == "dropout_p" for argument in arguments)
+            if not (self._by_content and drops):
+                return func(*args, **kwargs)
         # arguments that equal their default are not passed on
         named = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
         named |= {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
         if name == "native_dropout":
-            kept = (1.0 - named["p"]) ** 0.5 if self._rates else 1.0
-            return args[0] * kept, torch.ones_like(args[0], dtype=torch.bool)
+            p = max(1.0 - named["p"], 1e-30)
+            weights = self._weights(args[0], p, args[0].new_empty(args[0].shape).bernoulli_(p)) / p
+            return args[0] * (weights * p**0.5 if self._rates else weights), weights != 0
         if self._rates and name == "bernoulli":
             named["p"] = named.get("p", args[0]) ** 1.5  # which the caller divides by the probability
         if "dropout_p" in named:
@@ -143,7 +161,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(result, torch.Tensor) or result.is_meta:
             return result
         if self._dropouts.depth:
-            return result.fill_(float(named["p"])) if name == "bernoulli" else result
+            return result.copy_(self._weights(self._dropouts.given, named["p"], result)) if in_dropout else result
         if name == "randperm":
             return result.copy_(torch.arange(result.numel(), device=result.device).roll(-1))
         uniform = _by_place(result) if self.by_place else None
@@ -152,6 +170,17 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         self.drew = True
         return result.copy_(value) if isinstance(value, torch.Tensor) else result.fill_(value)
+
+    def _weights(self, given: Any, p: float, drawn: Tensor) -> Tensor:
+        """Return what a dropout draws for its entries instead of 1 with probability p and 0: p, or by content."""
+        values = _shrunk(given, drawn.shape) if self.by_place or self._by_content else None
+        if values is None:
+            return torch.full_like(drawn, float(p))
+        if not self._by_content:
+            return (values.abs() != 1).to(drawn.dtype) * p
+        stays = _by_value(values) < p
+        some = stays[values != 0]
+        return drawn if some.all() or not some.any() else stays.to(drawn.dtype)  # few values tell rows from no others
 
 
 # Set here: torch wraps a method that a class defines by this name, to keep it from being compiled, and each call would
@@ -169,6 +198,21 @@ def _by_place(like: torch.Tensor) -> torch.Tensor:
     """Return fixed numbers in (0, 1) that look random; each entry's flat index determines its number."""
     places = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
     return ((torch.sin(places * 12.9898 + 1.0) * 43758.5453).frac().abs() * 0.98 + 0.01).view(like.shape)
+
+
+def _shrunk(given: Any, shape: torch.Size) -> Tensor | None:
+    """Return a tensor with the largest entry along each axis that has length 1 in a shape; None if it does not fit."""
+    if not isinstance(given, Tensor) or given.dim() != len(shape):
+        return None
+    axes = [axis for axis, size in enumerate(shape) if size == 1]
+    given = given.detach().amax(axes, keepdim=True) if axes else given.detach()
+    return given if given.shape == shape else None
+
+
+def _by_value(values: Tensor) -> Tensor:
+    """Return a fixed number in (0, 1) for each entry, which its value to six bits determines."""
+    fraction, exponent = torch.frexp(values.double())
+    return (torch.sin((fraction * 64).round() * 12.9898 + exponent * 78.233) * 43758.5453).frac().abs()
 
 
 def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None, coin: float, drawn: torch.Tensor) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.custom import wrong_rules
 from lightning_dp.per_sample.independence import compare_with_singles
-from lightning_dp.step import exchange, made_records
+from lightning_dp.step import chosen_records, exchange, made_records
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
 from lightning_dp.step.loading import Collated, Exchanged
 from lightning_dp.step.probe import Probe
@@ -47,7 +48,7 @@ class Couplings:
 
     def check_alone(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that the per-sample gradients of a batch equal the gradients of its samples run alone."""
-        records, alone = exchange.differing(records)[:NUM_ALONE], self._runs.step.reduction.world_size == 1
+        records, alone = chosen_records.differing(records)[:NUM_ALONE], self._runs.step.reduction.world_size == 1
         _repeat_if_small(partial(self._compare_at_coins, snapshot, records), repeats=alone)
 
     def _compare_at_coins(self, snapshot: Snapshot, records: list[Any], moved: int) -> None:
@@ -158,11 +159,12 @@ class Couplings:
         place, swapped = 0, list(batch)  # the first one: counting or ranking code passes it to the others
         draws = Draws(seed=seed, real=True)
         base = self._fingerprint(snapshot, batch, place, draws)
-        chosen, shape = exchange.most_different(batch[place], spares), exchange.shape_of(batch[place])
+        chosen, shape = chosen_records.most_different(batch[place], spares), chosen_records.shape_of(batch[place])
         for spare in chosen:
             swapped[place] = spare
             self._compare(snapshot, base, swapped, place, draws, "exchanged for another record")
-        if all(exchange.shape_of(spare) != shape for spare in chosen):  # real draws need a record of the same shape
+        # real draws need a record of the same shape
+        if all(chosen_records.shape_of(spare) != shape for spare in chosen):
             swapped[place] = made_records.of_one_row(batch[place], chosen[0])
             if swapped[place] is not None:
                 self._compare(snapshot, base, swapped, place, draws, "given one row in all places", may_raise=True)
@@ -206,21 +208,30 @@ class Couplings:
         def check(one: exchange.Fingerprint, two: exchange.Fingerprint, allowed: float = tolerance) -> None:
             exchange.compare(one, two, stays, tolerance=allowed, what=what, total=total)
 
+        def check_in_equal_draws() -> None:
+            assert base.again is not None
+            for coin in (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,):
+                same = Draws(seed=draws.seed, coin=coin, rates=True)
+                self._compare(snapshot, base.again(same), records, place, same, what, may_raise=may_raise)
+
         try:
             check(base, other)
-        except ComparisonError:
-            shifts = not loose and (base.shapes, base.drawn) != (other.shapes, other.drawn)
-            if shifts and (draws.real or draws.by_place) and base.again is not None:
-                # the others may have got other draws: give all records the same
-                for coin in (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,):
-                    same = Draws(seed=draws.seed, coin=coin, rates=True)
-                    self._compare(snapshot, base.again(same), records, place, same, what, may_raise=may_raise)
+        except ComparisonError as error:
+            reduction = self._runs.step.reduction
+            differ_by_row = (draws.real or draws.by_place) and not loose and base.again is not None
+            if differ_by_row and (base.shapes, base.drawn) != (other.shapes, other.drawn):
+                check_in_equal_draws()  # the others may have got other draws
                 return
-            if not same_shape or self._runs.step.reduction.is_sharded:
-                raise
-            check(base, other, rough)  # no rounding makes so large a difference
-            if not exchange.agree_again(base, other, draws, check):
-                raise
+            if draws.real and not draws.by_content and base.again is not None:
+                # rows in an order that depends on the records, as by their lengths, have passed on masks of dropout
+                by_content = replace(draws, by_content=True)
+                self._compare(snapshot, base.again(by_content), records, place, by_content, what, may_raise=may_raise)
+                return
+            if same_shape and not reduction.is_sharded and exchange.is_rounding(base, other, draws, check, rough):
+                return
+            if differ_by_row and reduction.world_size == 1 and exchange.agrees(check_in_equal_draws):
+                raise exchange.only_by_draws(what) from error
+            raise
 
     def _fingerprint(self, snapshot: Snapshot, records: list[Any], place: int, draws: Draws) -> exchange.Fingerprint:
         """Run the engine on records and return their fingerprint; its weighted sums leave out the sample at

@@ -26,6 +26,7 @@ class Draws:
             how many they take, which depends on the values of one sample and changes no distribution.
         moved: number of a small change of all private parameters; 0 for none.
         rates: whether rates of dropout and Bernoulli draws show.
+        by_content: with ``real``, dropout drops entries by their values, so that the order of the rows changes nothing.
     """
 
     seed: int = 0
@@ -34,6 +35,7 @@ class Draws:
     real: bool = False
     moved: int = 0
     rates: bool = False
+    by_content: bool = False
 
     def begin(self) -> FrozenRandomness:
         """Seed the global generators; return the mode that freezes torch's draws while it is entered."""
@@ -41,5 +43,5 @@ class Draws:
         if self.coin != MIDDLE:
             seed_low_or_high(high=self.coin > MIDDLE)
         if self.real:
-            return FrozenRandomness(by_place=True, only=REJECTING)
+            return FrozenRandomness(by_place=True, only=REJECTING, by_content=self.by_content)
         return FrozenRandomness(by_place=self.by_place, coin=self.coin, rates=self.rates)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_dp.errors import ComparisonError
-from lightning_dp.per_sample.batch_reading import shapes_in
-from lightning_dp.step.reading import is_same
+from lightning_dp.step.chosen_records import shape_of
 from lightning_dp.step.reduction import Reduction
 
 #: Allowed relative difference of the others' gradients, by type: where shapes stay equal, and where they change.
@@ -99,29 +98,6 @@ def join(
     return Fingerprint(norms, sums, [shape_of(record) for record in records], stepped)
 
 
-def most_different(record: Any, others: list[Any]) -> list[Any]:
-    """Return the record with the rarest other whole numbers (a label, say), and the first of another shape, or any that
-    is not the same.
-    """
-    numbers, own = [repr(whole_numbers(other)) for other in others], repr(whole_numbers(record))
-    differing = [(numbers.count(one), at) for at, one in enumerate(numbers) if one != own]
-    chosen = [others[at] for _, at in sorted(differing)[:1]]
-    chosen += [other for other in others if shape_of(other) != shape_of(record)][:1]
-    return chosen or [other for other in others if not is_same(record, other)][:1] or others[:1]
-
-
-def whole_numbers(record: Any) -> list[Any]:
-    """Return whole numbers and words of a record, at most 64 of each of its arrays."""
-    found: list[Any] = []
-    for leaf in tree_leaves(record):
-        whole = isinstance(leaf, Tensor) and not leaf.is_floating_point() and not leaf.is_complex()
-        if isinstance(leaf, (int, str)):
-            found.append(leaf)
-        elif whole or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biu"):
-            found.extend(leaf.reshape(-1)[:64].tolist())
-    return found
-
-
 def compare(
     first: Fingerprint,
     second: Fingerprint,
@@ -190,8 +166,8 @@ def check_seeds(first: Fingerprint, second: Fingerprint, draws: Any, what: str) 
         raise ComparisonError(_message(what, f"the seed that user code gives {moved[0]} changes with it"))
 
 
-def agree_again(
-    first: Fingerprint, second: Fingerprint, draws: Any, check: Callable[[Fingerprint, Fingerprint], None]
+def is_rounding(
+    first: Fingerprint, second: Fingerprint, draws: Any, check: Callable[..., None], largest: float
 ) -> bool:
     """Tell whether repetitions of two batches agree, so that their difference is rounding that changes between runs.
 
@@ -202,22 +178,37 @@ def agree_again(
         first: fingerprint of one batch.
         second: fingerprint of the other.
         draws: of both.
-        check: raises ComparisonError if two fingerprints differ.
+        check: raises ComparisonError if two fingerprints differ, by more than a tolerance if it is given one.
+        largest: relative difference beyond which it is no rounding.
     """
-    if first.again is None or second.again is None:
+    if first.again is None or second.again is None or not agrees(lambda: check(first, second, largest)):
         return False
     ones, others = [first], [second]
     for _ in range(NUM_REPEATS):
         ones.append(first.again(draws))
         others.append(second.again(draws))
         newest = [*((ones[-1], other) for other in others), *((one, others[-1]) for one in ones[:-1])]
-        for one, other in newest:
-            try:
-                check(one, other)
-            except ComparisonError:
-                continue
+        if any(agrees(partial(check, one, other)) for one, other in newest):
             return True
     return False
+
+
+def agrees(check: Callable[[], None]) -> bool:
+    """Tell whether a check raises no ComparisonError."""
+    try:
+        check()
+    except ComparisonError:
+        return False
+    return True
+
+
+def only_by_draws(what: str) -> ComparisonError:
+    """Return the error for a difference that is not there if all rows get equal random draws."""
+    return ComparisonError(
+        f"One sample of a batch was {what}, and the gradients of others differ, but only where random draws differ "
+        "from row to row. Likely causes: partners that are drawn at random, as in mixup; draws for rows in an order "
+        "that depends on the records, as by their lengths: draw before the rows are sorted."
+    )
 
 
 def _message(what: str, found: str) -> str:
@@ -272,27 +263,3 @@ def add_up(
     if longest == left == 0:
         return None
     return longest > 0 and left <= tolerance * longest  # not where a gradient is NaN
-
-
-def differing(records: list[Any]) -> list[Any]:
-    """Return the records reordered, so that the first ones differ in shape."""
-    seen: set[Any] = set()
-    first: list[Any] = []
-    rest: list[Any] = []
-    for record in records:
-        shape = shape_of(record)
-        (rest if shape in seen else first).append(record)
-        seen.add(shape)
-    return first + rest
-
-
-def shape_of(record: Any) -> Any:
-    """Return the shapes and lengths of all values in a record, for comparison with another record."""
-    return tuple(map(_shape_of, tree_leaves(record)))
-
-
-def _shape_of(leaf: Any) -> Any:
-    if hasattr(leaf, "shape"):
-        return tuple(leaf.shape)
-    inside = () if isinstance(leaf, str) else shapes_in(leaf)
-    return inside or (len(leaf) if hasattr(leaf, "__len__") else None)

@@ -18,7 +18,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.batch_reading import walk
 from lightning_dp.sampling.gather import Gather, is_plain
 from lightning_dp.sampling.randomness import fresh_randomness
-from lightning_dp.step.exchange import shape_of
+from lightning_dp.step.chosen_records import shape_of
 from lightning_dp.step.joined import joined_lengths, stacked_shapes, unequal_sums
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.loss_form import EVERY

@@ -21,7 +21,7 @@ from lightning_dp.sampling.gather import is_plain
 from lightning_dp.sampling.make import user_collate
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step import checks
-from lightning_dp.step.exchange import differing, whole_numbers
+from lightning_dp.step.chosen_records import differing, whole_numbers
 from lightning_dp.step.loading import Collated, KeptState, check_collating, is_own
 from lightning_dp.step.made_records import has_floats
 from lightning_dp.step.partners import check_partners

@@ -11,12 +11,12 @@ from typing import Any
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.notices import unused_notice
-from lightning_dp.step import exchange, state_runs
+from lightning_dp.step import chosen_records, state_runs
 from lightning_dp.step.branches import Branches
+from lightning_dp.step.chosen_records import differing
 from lightning_dp.step.couplings import NUM_SPARES, Couplings
 from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
-from lightning_dp.step.exchange import differing
 from lightning_dp.step.host import Host
 from lightning_dp.step.in_batches import check_in_batch
 from lightning_dp.step.microbatch import own_losses
@@ -173,7 +173,7 @@ class Trial:
                 partial(run, draws),
                 sizes=LAYOUT_SIZES,
                 more=more or draws.coin != MIDDLE,
-                alike=exchange.shape_of(pair[0]) == exchange.shape_of(pair[1]),
+                alike=chosen_records.shape_of(pair[0]) == chosen_records.shape_of(pair[1]),
             )
 
         try:

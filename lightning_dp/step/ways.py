@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.layout import MISLED, PENALTY, TWICE
-from lightning_dp.step import exchange
+from lightning_dp.step import chosen_records, exchange
 from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
 from lightning_dp.step.foreign import OneAloneError
@@ -168,7 +168,7 @@ class OneByOne:
 
     def _adds_up(self, snapshot: Snapshot, records: list[Any]) -> list[bool | None]:
         coins = (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,)
-        few = exchange.differing(records)[:NUM_ALONE]
+        few = chosen_records.differing(records)[:NUM_ALONE]
         return [self._couplings.adds_up(snapshot, few, Draws(seed=1, coin=coin)) for coin in coins]
 
     def _run_alone(self) -> None:
@@ -187,7 +187,7 @@ class OneByOne:
         Raises:
             ComparisonError: it is not, or there is too little to tell.
         """
-        few = exchange.differing(records)[: NUM_ALONE + 1]
+        few = chosen_records.differing(records)[: NUM_ALONE + 1]
         if len(few) < 2:
             raise ComparisonError(f"{len(few)} record is too little to tell. {_COUPLED}")
         shown = [self._check_batch(snapshot, few[:NUM_ALONE], MIDDLE)]
@@ -218,7 +218,7 @@ class OneByOne:
             return
         before, seconds = self._gradient(snapshot, batch, draws)
         own, seconds_alone = self._gradient(snapshot, batch[:1], draws)
-        for spare in exchange.most_different(batch[0], spares):
+        for spare in chosen_records.most_different(batch[0], spares):
             after, again = self._gradient(snapshot, [spare, *batch[1:]], draws)
             new, again_alone = self._gradient(snapshot, [spare], draws)
             seconds, seconds_alone = min(seconds, again), min(seconds_alone, again_alone)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step import exchange, made_records
+from lightning_dp.step import chosen_records, exchange, made_records
 from lightning_dp.step.reduction import Reduction
 from tests.per_sample.checks import make_engine, run_batch
 
@@ -134,22 +134,22 @@ def test_incomplete_records_lack_one_part_or_are_infinite() -> None:
 def test_most_different_records_have_other_labels_or_lengths() -> None:
     record = (torch.ones(3), 1)
     others = [(torch.zeros(3), 1), (torch.zeros(3), 2), (torch.zeros(5), 1)]
-    assert exchange.most_different(record, others) == [others[1], others[2]]
-    assert exchange.most_different(record, others[:1]) == others[:1]
+    assert chosen_records.most_different(record, others) == [others[1], others[2]]
+    assert chosen_records.most_different(record, others[:1]) == others[:1]
 
 
 def test_the_record_with_the_rarest_label_is_exchanged() -> None:
     """A class that is rare is the one that has a weight of its own."""
     others = [(torch.zeros(3), label) for label in (1, 2, 2, 0, 2, 1)]
-    assert exchange.most_different((torch.ones(3), 1), others) == [others[3]]
-    assert exchange.most_different((torch.ones(3), 0), others) == [others[0]]
+    assert chosen_records.most_different((torch.ones(3), 1), others) == [others[3]]
+    assert chosen_records.most_different((torch.ones(3), 0), others) == [others[0]]
 
 
 def test_a_record_is_not_exchanged_for_itself() -> None:
     """It may have been read twice, as part of the real batch and among those left to be exchanged."""
     others = [(torch.ones(3),), (torch.zeros(3),)]
-    assert exchange.most_different((torch.ones(3),), others) == others[1:]
-    assert exchange.most_different((torch.ones(3),), others[:1]) == others[:1]
+    assert chosen_records.most_different((torch.ones(3),), others) == others[1:]
+    assert chosen_records.most_different((torch.ones(3),), others[:1]) == others[:1]
 
 
 def test_a_record_of_one_row_has_the_shapes_of_the_record() -> None:
@@ -157,7 +157,7 @@ def test_a_record_of_one_row_has_the_shapes_of_the_record() -> None:
     record = {"x": torch.arange(4.0), "pair": (np.arange(3), edges), "fixed": torch.tensor([7, 8]), "y": 5}
     other = {"x": torch.ones(2), "pair": (np.arange(2), edges[:, :1]), "fixed": torch.tensor([8, 7]), "y": 6}
     made = made_records.of_one_row(record, other)
-    assert exchange.shape_of(made) == exchange.shape_of(record)
+    assert chosen_records.shape_of(made) == chosen_records.shape_of(record)
     assert made["x"].tolist() == [3.0] * 4
     assert made["pair"][0].tolist() == [2] * 3
     assert made["pair"][1].tolist() == [[0] * 3, [5] * 3]

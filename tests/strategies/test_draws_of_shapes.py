@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import DPStrategy
 from lightning_dp.errors import PrivacyError
+from tests.cases import each
 from tests.helpers import make_trainer
 
 HOWS = ["dropout", "noise", "leaks at random"]
@@ -99,7 +100,7 @@ class Dropped(Sets):
         words, lengths = batch
         mask = (torch.arange(words.shape[1]) < lengths[:, None]).unsqueeze(2)
         means = (self.first(nn.functional.one_hot(words, 3).float()) * mask).sum(1) / lengths[:, None]
-        drops = nn.functional.dropout(torch.ones(64), 0.5) == 0.0
+        drops = nn.functional.dropout(torch.full((64,), 2.0), 0.5) == 0.0
         if self.mixes and bool(drops.any()):
             means = means + 0.01 * float(means.mean())
         return self.last(means).square().mean()
@@ -179,3 +180,65 @@ def test_a_dropout_that_the_batch_switches_on_is_refused() -> None:
     loader: Any = DataLoader(torch.randn(32, 3), batch_size=8)  # type: ignore[arg-type]
     with pytest.raises(PrivacyError, match="One sample of a batch was made huge"):
         make_trainer(DPStrategy(noise_multiplier=1.0), None).fit(Switched(of_records=False), loader)
+
+
+class Sorted(Seeds):
+    """Sorts the rows by their sums for random draws, and puts them back."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__(of_records=False)
+        self.draw, self.lstm = draw, nn.LSTM(3, 1, 2, dropout=0.4, batch_first=True)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        order = batch.sum(1).argsort()
+        return self.layer(self.draw(self, batch[order]))[order.argsort()].square().mean()
+
+
+def _packed(module: Sorted, rows: Tensor) -> Tensor:
+    lengths = 1 + (rows > 0).sum(1)
+    packed = nn.utils.rnn.pack_padded_sequence(rows[:, None].repeat(1, 4, 1), lengths, True, enforce_sorted=False)
+    return rows * nn.utils.rnn.pad_packed_sequence(module.lstm(packed)[0], batch_first=True)[0].sum((1, 2))[:, None]
+
+
+def _rate(module: Sorted, rows: Tensor) -> Tensor:
+    return nn.functional.dropout(rows, 0.2 + 0.4 * float(rows[0].sigmoid().mean()))
+
+
+SORTED = [
+    (lambda module, rows: nn.functional.dropout(rows, 0.4), None),
+    (lambda module, rows: nn.functional.dropout1d(rows[:, :, None].repeat(1, 1, 2), 0.4).sum(2), None),
+    (_packed, None),
+    (_rate, "Samples influence each other"),
+    (lambda module, rows: rows + torch.randn_like(rows), "draw before the rows are sorted"),
+]
+
+
+@each("draw, cause", SORTED)
+def test_dropout_of_sorted_rows_trains_and_mixing_does_not(draw: Any, cause: str | None) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0)
+    loader: Any = DataLoader(torch.randn(40, 3), batch_size=8)  # type: ignore[arg-type]
+    with pytest.raises(PrivacyError, match=cause) if cause else nullcontext():
+        make_trainer(strategy, None).fit(Sorted(draw), loader)
+    assert strategy.ledger.num_steps == (0 if cause else 5)
+
+
+class Partners(Seeds):
+    """Replaces or changes some rows by others that random draws choose."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__(of_records=False)
+        self.draw = draw
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(self.draw(batch)).square().mean()
+
+
+def _swapped(rows: Tensor) -> Tensor:
+    return torch.where(nn.functional.dropout(torch.ones(len(rows), 1), 0.05) == 0, rows.roll(1, 0), rows)
+
+
+@each("draw", [_swapped, lambda rows: rows + rows[torch.rand(len(rows)).argsort()]])
+def test_partners_by_a_dropout_or_an_order_are_refused(draw: Any) -> None:
+    loader: Any = DataLoader(torch.randn(40, 3), batch_size=8)  # type: ignore[arg-type]
+    with pytest.raises(PrivacyError, match="partners that are drawn at random"):
+        make_trainer(DPStrategy(noise_multiplier=1.0), None).fit(Partners(draw), loader)
