@@ -69,6 +69,11 @@ class Observer:
                 f"Expected {func.__name__} of {named(node for node, _ in known)} to see the samples of the batch, got "
                 f"{HIDDEN}. Call the layer on the batch, outside of the transform; {WAY_OUT}."
             )
+        if any(tensor.is_nested and tensor.layout == torch.strided for tensor in tensors):
+            raise PrivacyError(
+                f"Expected {func.__name__} of {named(node for node, _ in known)} to see tensors with a shape, got a "
+                f"nested tensor of the older layout. Make it with layout=torch.jagged, or pad it; {WAY_OUT}."
+            )
         plain = [tensor for node, tensor in zip(nodes, tensors, strict=True) if node is None]
         keys = list(dict.fromkeys((func.__name__, node.lineage) for node, _ in known))
         with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in known)

@@ -90,14 +90,27 @@ class Couplings:
             among = (run([record] * len(records), engine=True).private for record in records)
             compare({name: rows[i] * scale for name, rows in one.items()} for i, one in enumerate(among))
 
-    def adds_up(self, snapshot: Snapshot, records: list[Any], draws: Draws) -> bool | None:
-        """Tell whether the gradient of a batch is the sum of its records' gradients alone; None if all are zero."""
+    def adds_up(
+        self, snapshot: Snapshot, records: list[Any], draws: Draws, scales: tuple[float, ...] = ()
+    ) -> bool | None:
+        """Tell whether the gradient of a batch is the sum of its records' gradients alone; None if all are zero.
+
+        Args:
+            snapshot: of the state before the runs.
+            records: of the batch.
+            draws: of all runs.
+            scales: factors from the gradient of the batch to that sum, of which one has to fit; default: the run's.
+        """
         whole, *parts = (
             self._runs.again(snapshot, chosen, draws).private for chosen in (records, *([record] for record in records))
         )
-        scale, total = self._runs.scale(len(records)), self._runs.step.reduction.total
+        total = self._runs.step.reduction.total
         tolerance = TOLERANCE[self._runs.coarsest(gradient.dtype for gradient in whole.values())]
-        return exchange.add_up(parts, {name: gradient * scale for name, gradient in whole.items()}, tolerance, total)
+        found = [
+            exchange.add_up(parts, {name: gradient * scale for name, gradient in whole.items()}, tolerance, total)
+            for scale in scales or (self._runs.scale(len(records)),)
+        ]
+        return None if None in found else any(found)
 
     def check_exchange(self, snapshot: Snapshot, records: list[Any]) -> None:
         """Check that no gradient changes if another sample of the batch is exchanged, in several ways."""
@@ -212,14 +225,15 @@ class Couplings:
             assert base.again is not None
             for coin in (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,):
                 same = Draws(seed=draws.seed, coin=coin, rates=True)
-                self._compare(snapshot, base.again(same), records, place, same, what, may_raise=may_raise)
+                options = {"loose": loose, "may_raise": may_raise}
+                self._compare(snapshot, base.again(same), records, place, same, what, **options)
 
         try:
             check(base, other)
         except ComparisonError as error:
             reduction = self._runs.step.reduction
-            differ_by_row = (draws.real or draws.by_place) and not loose and base.again is not None
-            if differ_by_row and (base.shapes, base.drawn) != (other.shapes, other.drawn):
+            differ_by_row = (draws.real or draws.by_place) and base.again is not None
+            if differ_by_row and not loose and (base.shapes, base.drawn) != (other.shapes, other.drawn):
                 check_in_equal_draws()  # the others may have got other draws
                 return
             if draws.real and not draws.by_content and base.again is not None:

@@ -188,6 +188,8 @@ class Trial:
     def _check(self, snapshot: Snapshot, records: list[Any]) -> None:
         state_runs.check_state(self._runs, snapshot, records)
         if self._step.runs_samples_alone:
+            if self._step.settings.check_per_sample and self._step.settings.runs_samples_alone:
+                self._one_by_one.say_if_coupled(snapshot, records)
             return
         error: PrivacyError | None = None
         try:

@@ -171,6 +171,28 @@ class OneByOne:
         few = chosen_records.differing(records)[:NUM_ALONE]
         return [self._couplings.adds_up(snapshot, few, Draws(seed=1, coin=coin)) for coin in coins]
 
+    def say_if_coupled(self, snapshot: Snapshot, records: list[Any]) -> None:
+        """Say that each record's own loss counts, where records run alone as the user asked and the loss of a batch is
+        neither the sum nor the mean of their losses: that is another objective, under the same guarantee.
+
+        Args:
+            snapshot: of the state before the runs.
+            records: from all over the training set.
+        """
+        step, few = self._runs.step, chosen_records.differing(records)[:NUM_ALONE]
+        if step.settings.per_sample_loss or step.reduction.world_size > 1 or len(few) < 2:
+            return
+        try:
+            adds_up = self._couplings.adds_up(snapshot, few, Draws(seed=1), (1.0, float(len(few))))
+        except Exception:  # the module takes single records only
+            return
+        if adds_up is False and not self._runs.draws_on_host:  # numpy and Python draw others for a record alone
+            _messages.info(
+                "Each record's own loss counts, because records run one at a time (grad_sample='single' or "
+                "microbatch_size=1). The loss of a batch is another one: its gradient is not made of those of its "
+                "records alone. A contrastive loss has no negatives then, and mixup no partners."
+            )
+
     def _run_alone(self) -> None:
         self._runs.step.run_alone()
         self._runs.host.runs_alone = True

@@ -240,6 +240,17 @@ def test_uses_within_vmap_are_refused() -> None:
     assert "sample_of_row" not in str(raised.value)  # which does not help within a transform
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_of_the_older_layout_are_refused() -> None:
+    layer = nn.Linear(3, 2).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.nested.to_padded_tensor(layer(torch.nested.nested_tensor(list(x[:, None]))), 0.0).sum()
+
+    with pytest.raises(PrivacyError, match=r"linear of 'weight', 'bias' to see tensors with a shape.*any module\.$"):
+        make_engine(layer, loss, _data(4, 3))
+
+
 def test_functions_of_parameters_within_vmap_are_refused() -> None:
     module = Uses(lambda m, x: torch.vmap(lambda row: row @ m.w.exp())(x), w=drawn(3, 2))
     with pytest.raises(PrivacyError, match=r"linear of 'transpose\(exp\(w\)\)' to see .*within torch\.vmap"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.step.ways import _public
+from tests.cases import each
 from tests.helpers import make_trainer
 from tests.strategies.test_ways import CLASSES, Model, Weighted, apart, data, fit, weights
 
@@ -228,3 +230,18 @@ def test_a_record_that_cannot_run_alone_is_refused() -> None:
 def test_reason_in_the_log_holds_no_number_of_records() -> None:
     reason = PrivacyError("differ by up to 0.33 of 12 (1e-5), 'network.0.weight', layer1, shape (3, 4).")
     assert _public(reason) == "differ by up to # of # (#), 'network.0.weight', layer1, shape (#, #)."
+
+
+@each(
+    "mix, loss, says",
+    [
+        (lambda x: x, F.cross_entropy, False),
+        (lambda x: x, partial(F.cross_entropy, reduction="sum"), False),
+        (lambda x: x - x.mean(0), F.cross_entropy, True),
+    ],
+)
+def test_single_records_of_a_coupled_loss_are_another_objective(caplog: Any, mix: Any, loss: Any, says: bool) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    assert fit(Model(mix, loss), grad_sample="single").strategy.ledger.num_steps == 3
+    assert ("Each record's own loss counts" in caplog.text) is says
