@@ -207,7 +207,8 @@ def only_by_draws(what: str) -> ComparisonError:
     return ComparisonError(
         f"One sample of a batch was {what}, and the gradients of others differ, but only where random draws differ "
         "from row to row. Likely causes: partners that are drawn at random, as in mixup; draws for rows in an order "
-        "that depends on the records, as by their lengths: draw before the rows are sorted."
+        "that depends on the records, as by their lengths: draw before the rows are sorted, or pass "
+        "grad_sample='single'."
     )
 
 
