@@ -206,9 +206,10 @@ def only_by_draws(what: str) -> ComparisonError:
     """Return the error for a difference that is not there if all rows get equal random draws."""
     return ComparisonError(
         f"One sample of a batch was {what}, and the gradients of others differ, but only where random draws differ "
-        "from row to row. Likely causes: partners that are drawn at random, as in mixup; draws for rows in an order "
-        "that depends on the records, as by their lengths: draw before the rows are sorted, or pass "
-        "grad_sample='single'."
+        "from row to row. Likely causes: a mean over entries that draws choose, as of masked words, whose denominator "
+        "samples share (per_sample_loss=True counts each record's own loss); partners that are drawn at random, as in "
+        "mixup; draws for rows in an order that depends on the records, as by their lengths (draw before the rows are "
+        "sorted, or pass grad_sample='single')."
     )
 
 
