@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -203,7 +204,7 @@ class RowsOfBatches(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         short = 0
-        for batch in self.batches:
+        for batch in _begun(self.batches):
             rows = _rows(batch)
             if short or len(rows) > self.batch_size:
                 raise ValueError(
@@ -223,18 +224,35 @@ class _SizedRowsOfBatches(RowsOfBatches):
 
 def _rows_of(batches: Any) -> DataLoader[Any]:
     """Return a loader over the rows of an iterable of batches, with the same batch boundaries."""
-    iterator = iter(batches)
-    if iterator is batches:
-        raise ValueError(
-            f"Expected training data that can be read more than once, got a {type(batches).__name__}. Records are read "
-            "before the first step, too: return an object whose __iter__ begins again."
-        )
-    first = next(iterator, None)
+    first = next(_begun(batches), None)
     if first is None:
         raise ValueError(f"Expected batches to train on, got none from {type(batches).__name__}. Check the data.")
+    if hasattr(batches, "__next__") and len(batches) != (found := sum(1 for _ in _begun(batches))):
+        raise _read_once(batches, f"whose second pass has {found} batches instead of {len(batches)}")
     kind = _SizedRowsOfBatches if hasattr(batches, "__len__") else RowsOfBatches
     size = len(_rows(first))
     return DataLoader(kind(batches, size), batch_size=size, collate_fn=_stacked)
+
+
+def _begun(batches: Any) -> Iterator[Any]:
+    """Return an iterator that begins again; of an object that is its own iterator, that of a copy, so that passes do
+    not disturb each other.
+    """
+    if not hasattr(batches, "__next__"):
+        return iter(batches)
+    if not hasattr(batches, "__len__"):
+        raise _read_once(batches, "which has no length")
+    try:
+        return iter(copy.copy(batches))
+    except TypeError as error:
+        raise _read_once(batches, "which cannot be copied") from error
+
+
+def _read_once(batches: Any, cause: str) -> ValueError:
+    return ValueError(
+        f"Expected training data that can be read more than once, got a {type(batches).__name__}, {cause}. Records are "
+        "read before the first step, too: return an object whose __iter__ begins again."
+    )
 
 
 def _is_column(node: Any) -> bool:

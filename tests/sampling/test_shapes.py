@@ -226,6 +226,44 @@ def test_an_iterable_of_batches_is_a_stream_of_its_rows() -> None:
     np.testing.assert_array_equal(second.microbatches[1][1]["n"], [5, 6])
 
 
+class InTurn:
+    """Batches by an object that is its own iterator.
+
+    Args:
+        batches: in their order.
+        begins: whether a further pass begins again; else all passes share one iterator.
+    """
+
+    def __init__(self, batches: list[Any], *, begins: bool) -> None:
+        self.batches, self.begins, self.at, self.shared = batches, begins, 0, [0]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> InTurn:
+        self.at = 0
+        return self
+
+    def __next__(self) -> Any:
+        if not self.begins:
+            self.at = self.shared[0]
+            self.shared[0] += 1
+        if self.at >= len(self.batches):
+            raise StopIteration
+        self.at += 1
+        return self.batches[self.at - 1]
+
+
+def test_passes_of_an_object_that_iterates_itself_are_apart() -> None:
+    batches = InTurn(list(torch.arange(6.0).reshape(3, 2, 1)), begins=True)
+    private = private_dataloader(one_loader(batches, sampling="shuffle"), sampling="shuffle")
+    first = iter(private)
+    next(first)
+    for _ in range(2):
+        assert [float(batch.microbatches[0][1].sum()) for batch in private] == [1.0, 5.0, 9.0]
+    assert [float(batch.microbatches[0][1].sum()) for batch in first] == [5.0, 9.0]
+
+
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
@@ -235,7 +273,8 @@ def test_an_iterable_of_batches_is_a_stream_of_its_rows() -> None:
         (Batches((torch.zeros(2, 1), torch.tensor(5))), TypeError, "one row per record, got Tensor"),
         (Batches({"x": torch.zeros(2, 1), "total": 7}), TypeError, "one row per record, got int"),
         (Batches(), ValueError, "batches to train on, got none from Batches"),
-        ((batch for batch in [torch.zeros(2, 1)]), ValueError, "read more than once, got a generator"),
+        ((batch for batch in [torch.zeros(2, 1)]), ValueError, "read more than once, got a generator.* no length"),
+        (InTurn([torch.zeros(2, 1)] * 3, begins=False), ValueError, "second pass has 2 batches instead of 3"),
     ],
 )
 def test_iterables_of_indistinct_records_are_refused(batches: Any, error: type[Exception], message: str) -> None:
