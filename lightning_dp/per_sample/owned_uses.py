@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
@@ -15,11 +16,11 @@ from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.memo import merged
 from lightning_dp.per_sample.nodes import Node, named
-from lightning_dp.per_sample.operations import ALIGNED, Bound
+from lightning_dp.per_sample.operations import ALIGNED, Bound, operation_of
 from lightning_dp.per_sample.owned import Mixed, OwnedAxis, Rows
 from lightning_dp.per_sample.repeats import copy_of, of_constants, one_of, repeated_for_samples
 from lightning_dp.per_sample.rules.base import Rule
-from lightning_dp.per_sample.traits import traits_of
+from lightning_dp.per_sample.traits import Traits, traits_of
 from lightning_dp.per_sample.uses import Use
 
 if TYPE_CHECKING:
@@ -147,10 +148,11 @@ def general(
         return tracker.unbatched(func, mine.values())
     if rows.has_nobody:
         return _refuse_nobody(func, mine.values())
-    repeated = _repeated(tracker, tracked, rows, num_axes)
-    if traits_of(func).in_place and id(tensors[0]) in repeated:  # not the tensor itself would change
+    traits = traits_of(func)
+    if traits.in_place and id(tensors[0]) in mine:  # not the tensor itself would change
         return tracker.unbatched(func, mine.values())
-    if func.__name__ in ALIGNED:
+    repeated = _repeated(tracker, tracked, rows, num_axes)
+    if func.__name__ in ALIGNED or _joins_along_others(traits, rows.axis, args, kwargs, owned[0][0]):
         copies = _aligned(tracker, tracked, rows, num_axes, [tensor for tensor, _ in owned], repeated)
         if copies is not None:
             return _run(func, args, kwargs, copies)
@@ -186,6 +188,9 @@ def _aligned(
             copies[id(tensor)] = repeated[id(tensor)]
             continue
         padded = (1,) * (num_axes - tensor.dim()) + tuple(tensor.shape)
+        if padded[rows.axis] == rows.num > 1:
+            copies[id(tensor)] = _by_row(tracker, tensor, node, rows.moved(rows.axis - num_axes + tensor.dim()))
+            continue
         if padded[rows.axis] != 1:
             return None
         made = copy_of(
@@ -195,6 +200,28 @@ def _aligned(
             made = made.to(torch.result_type(wide, tensor))
         copies[id(tensor)] = made
     return copies
+
+
+def _joins_along_others(traits: Traits, axis: int, args: Any, kwargs: Any, data: Tensor) -> bool:
+    """Tell whether an operation puts tensors together along another axis than that of the rows."""
+    after = traits.axis_after
+    return traits.joins and after is not None and after(data, axis, args, kwargs, data) is not None
+
+
+def _by_row(tracker: Tracker, tensor: Tensor, node: Node, rows: Rows) -> Tensor:
+    """Return a function of parameters that has an entry for each row of the data as data: row r belongs to the sample
+    of row r that it meets, as if it were read from a table.
+    """
+    assert tracker.follower is not None
+    assert rows.axis is not None
+    index = torch.arange(rows.num, device=tensor.device)
+    tracker.follower.note(index, rows.moved(0))
+    table = derive(tracker, torch.movedim, (tensor, rows.axis, 0), {})
+    flat = derive(tracker, torch.reshape, (table, (rows.num, -1)), {})
+    read = operation_of(F.embedding)
+    assert read is not None
+    found: Tensor = read.run(tracker, F.embedding, (index, flat), {})
+    return found.view(table.shape).movedim(0, rows.axis)
 
 
 def _repeated(tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows, num_axes: int) -> dict[int, Tensor]:

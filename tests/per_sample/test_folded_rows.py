@@ -46,6 +46,25 @@ def test_rows_all_alike_whose_owners_are_lost_are_refused() -> None:
         make(module, module, lambda chosen: data[chosen])
 
 
+class Frames(nn.Module):
+    """A layer on the times of all frames, which are alike; frames are folded into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.last = nn.Linear(2, 3), nn.Linear(3, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        times = self.time(torch.ones(len(x), 2, dtype=x.dtype)).relu().repeat_interleave(x.shape[1], 0)
+        return (x.flatten(0, 1) * self.last(times)).view(x.shape).square().sum((1, 2))
+
+
+def test_constants_all_alike_take_the_order_of_what_they_meet() -> None:
+    torch.manual_seed(0)
+    module, data = Frames(), _features(6, 4, 3)
+    assert assert_agrees(module, module, lambda chosen: data[chosen], size=6).follows_owners
+
+
 class Experts(nn.Module):
     """Rows sorted by their expert, and one product for the rows of each expert, as mixtures have it."""
 

@@ -113,3 +113,24 @@ def test_a_size_that_a_tensor_holds_is_a_number(how: str) -> None:
     module, data = Targets(how), torch.randn(6, 2, 3, dtype=torch.float64)
     places = torch.tensor([[0, 3]]).expand(6, 2).contiguous()
     assert not assert_agrees(module, module, lambda chosen: (data[chosen], places[chosen])).follows_owners
+
+
+class Tables(nn.Module):
+    """A row of learned functions for each record, as positions that are stretched to each picture's size."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.places, self.layer = how, nn.Parameter(torch.randn(1, 2, 3)), nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = torch.cat([self.places[:, : 1 + int(one > 0)].mean(1, keepdim=True) for one in x[:, 0, 0]])
+        met = torch.cat([x, own], 1) * x[:, :1] if self.how == "cat" else x * own
+        return self.layer(met).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("how", ["cat", "mul"])
+def test_functions_for_each_row_go_to_the_samples_of_these(how: str) -> None:
+    torch.manual_seed(0)
+    module, data = Tables(how), torch.randn(6, 2, 3, dtype=torch.float64)
+    assert assert_agrees(module, module, lambda chosen: data[chosen]).follows_owners
