@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -138,6 +139,41 @@ class _Eager:
 
     def __exit__(self, *error: object) -> None:
         self._frames._stance = self._before
+
+
+class UnrolledMaps:
+    """A context in which ``torch.vmap`` over certain tensors calls its function once per entry of the mapped axis.
+
+    Operations on such an entry then report themselves, which those within a map do not.
+
+    Args:
+        reports: tells whether a tensor reports its operations.
+    """
+
+    def __init__(self, reports: Callable[[Any], bool]) -> None:
+        self._reports = reports
+
+    def __enter__(self) -> None:
+        self._before: Any = torch._functorch.vmap._flat_vmap
+        torch._functorch.vmap._flat_vmap = self._mapped  # type: ignore[assignment]
+
+    def __exit__(self, *error: object) -> None:
+        torch._functorch.vmap._flat_vmap = self._before
+
+    def _mapped(
+        self, func: Any, size: int, in_dims: Any, args: Any, spec: Any, out_dims: Any, randomness: str, **kwargs: Any
+    ) -> Any:
+        mapped = [axis is not None and self._reports(one) for axis, one in zip(in_dims, args, strict=True)]
+        if not any(mapped) or randomness == "same":
+            return self._before(func, size, in_dims, args, spec, out_dims, randomness, **kwargs)
+        found = []
+        for entry in range(size):
+            own = [one if axis is None else one.select(axis, entry) for axis, one in zip(in_dims, args, strict=True)]
+            found.append(pytree.tree_flatten(func(*pytree.tree_unflatten(own, spec), **kwargs)))
+        axes = pytree._broadcast_to_and_flatten(out_dims, found[0][1]) or []
+        parts = zip(*(leaves for leaves, _ in found), strict=True)
+        whole = [each[0] if axis is None else torch.stack(each, axis) for axis, each in zip(axes, parts, strict=True)]
+        return pytree.tree_unflatten(whole, found[0][1])
 
 
 def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> None:

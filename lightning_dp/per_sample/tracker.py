@@ -8,6 +8,7 @@ decide between these cases (plans.py).
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import leaves, mapping, owned_uses, twice
-from lightning_dp.per_sample._torch import in_backward, uncompiled, unreported
+from lightning_dp.per_sample._torch import UnrolledMaps, in_backward, uncompiled, unreported
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.functions import connected, derive, in_real_numbers, within_custom
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.learned import Key, Learned
-from lightning_dp.per_sample.nodes import Function, Node, Reporting, named, reporting_class
+from lightning_dp.per_sample.nodes import Function, Node, Reporting, is_tracked, named, reporting_class
 from lightning_dp.per_sample.operations import ALIGNED, GENERAL, Bound, Operation, operation_of
 from lightning_dp.per_sample.plans import Observer
 from lightning_dp.per_sample.recurrent import watch_order
@@ -61,7 +62,7 @@ class Tracker:
         self._classes: dict[type[Any], type[Any]] = {}
         self.function_class: type[Function] = reporting_class(Function, self)
         self._replaced: list[tuple[Tensor, type[Any]]] = []
-        self._eager: Any = None
+        self._around = ExitStack()
         self._started = False
         self.has_custom = False
         """Whether some functions of parameters are results of a ``torch.autograd.Function``."""
@@ -106,8 +107,8 @@ class Tracker:
                 self._classes[plain] = reporting_class(plain, self)
             self._replaced.append((parameter, plain))
             parameter.__class__ = self._classes[plain]
-        self._eager = uncompiled()  # compiled code does not report its operations
-        self._eager.__enter__()
+        self._around.enter_context(uncompiled())  # compiled code does not report its operations
+        self._around.enter_context(UnrolledMaps(is_tracked))
 
     def follow(self, size: int, constants: list[Tensor]) -> None:
         """Follow the owners of rows through every operation, until :meth:`stop`."""
@@ -126,9 +127,7 @@ class Tracker:
             parameter.__class__ = plain
         self._replaced, self.stand_ins, self.copies = [], {}, {}
         self._sharing.clear()
-        if self._eager is not None:
-            self._eager.__exit__(None, None, None)
-            self._eager = None
+        self._around.close()
         for source in self.sources.values():
             source.clear()
         self.sources = {key: source for key, source in self.sources.items() if source.is_lasting}

@@ -130,3 +130,22 @@ def test_code_runs_uncompiled_and_then_as_the_user_said() -> None:
         assert not compiled
         function(torch.ones(2))
         assert compiled
+
+
+@pytest.mark.parametrize(("out_dims", "randomness", "calls"), [(0, "error", 3), (1, "different", 3), (0, "same", 1)])
+def test_maps_over_reporting_tensors_run_per_entry(out_dims: int, randomness: str, calls: int) -> None:
+    tensor, x, seen = torch.randn(2, 3, 4).as_subclass(Tracked), torch.randn(5, 4), list[Any]()
+
+    def function(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(weight)
+        return x @ weight.T, 2 * x
+
+    mapped = torch.vmap(function, (1, None), (out_dims, None), randomness)
+    expected = mapped(tensor.as_subclass(Tensor), x)
+    seen.clear()
+    with _torch.UnrolledMaps(lambda one: isinstance(one, Tracked)):
+        for found, true in zip(mapped(tensor, x), expected, strict=True):
+            torch.testing.assert_close(found.as_subclass(Tensor), true)
+    assert len(seen) == calls
+    mapped(tensor, x)
+    assert len(seen) == calls + 1

@@ -55,6 +55,10 @@ def _changed_in_place(m: Any, x: Tensor) -> Tensor:
 
 
 WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ensemble by a map over stacked matrices": (
+        lambda m, x: torch.vmap(lambda w, b: F.linear(x, w, b).tanh(), (0, 1))(m.w, m.b * 2).sum(0),
+        {"w": drawn(4, 3, 3), "b": drawn(3, 4)},
+    ),
     "functional head": (
         lambda m, x: F.linear(x, m.layer.weight.t() @ m.layer.weight),
         {"layer": nn.Linear(3, 3, bias=False)},
