@@ -21,7 +21,7 @@ from lightning_dp.per_sample.memo import Memo
 from lightning_dp.per_sample.operations import ALIGNED, SAME_ENTRIES
 from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
 from lightning_dp.per_sample.reductions import Found, Step, alone, entry_by_entry
-from lightning_dp.per_sample.views import joined_rows, moved_rows, owners_of_view, rows_at
+from lightning_dp.per_sample.views import joined_rows, moved_rows, owners_of_view, picked, rows_at
 
 _UNARY = """
     relu relu6 gelu sigmoid tanh exp exp2 expm1 log log1p log2 log10 sqrt rsqrt abs absolute neg negative sin cos tan
@@ -67,7 +67,7 @@ def _moved(step: Step) -> Found:
     by_id = {id(tensor): rows for tensor, rows in step.owned}
     data = tensors_in((given,), {})
     if not any(id(tensor) in by_id for tensor in data):
-        return _picked(step, name)
+        return picked(step, name)
     counts = name == "repeat_interleave" and len(step.args) + len(step.kwargs) == 1
     if counts or any(isinstance(option, torch.dtype) for option in (*step.args, *step.kwargs.values())):
         return MIXED  # numbers that are read as counts, or bits as other numbers
@@ -127,21 +127,6 @@ def _labels_of(tensor: Tensor, rows: Rows | None, identity: Tensor, *, narrow: b
     if narrow:
         shape = torch.Size([size if axis == rows.axis else 1 for axis, size in enumerate(shape)])
     return rows.labels(shape)
-
-
-def _picked(step: Step, name: str) -> Found:
-    """Return the owners of constants that an index of data selects: the owners of the index."""
-    found = alone(step)
-    if found is None:
-        return MIXED
-    tensor, rows = found
-    if name == "__getitem__" and step.args[1] is tensor and tensor.dtype == torch.bool:
-        return compressed(rows.labels(tensor.shape)[tensor], step.memo.shared)
-    if name == "gather" or (name == "__getitem__" and step.args[1] is tensor):
-        return rows
-    if name == "index_select" and tensor.dim() == 1:
-        return rows.moved(step.args[1] % step.out.dim())
-    return MIXED
 
 
 def _written(step: Step) -> Found:

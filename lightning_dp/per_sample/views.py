@@ -14,9 +14,9 @@ from lightning_dp.per_sample._torch import is_mapped
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.axes import AXES, RESHAPES
 from lightning_dp.per_sample.entries import by_entry
-from lightning_dp.per_sample.memo import Memo
-from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows
-from lightning_dp.per_sample.reductions import Found, Step
+from lightning_dp.per_sample.memo import Memo, merged
+from lightning_dp.per_sample.owned import MIXED, NOBODY, Mixed, Owners, Rows, compressed
+from lightning_dp.per_sample.reductions import Found, Step, alone
 
 _OF_INDICES = frozenset((torch.int64, torch.int32, torch.bool))
 _CUTS = frozenset(("split", "split_with_sizes", "unsafe_split", "chunk", "unsafe_chunk"))
@@ -205,3 +205,35 @@ def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, step: Step) -> 
                 shape = (*after[:lead], *[1] * (len(after) - lead))
                 return by_entry(rows.labels(before[:upto]).reshape(shape), step.memo.shared, "reshape")
     return by_entry(rows.labels(before).reshape(after), step.memo.shared, "reshape")
+
+
+def picked(step: Step, name: str) -> Found:
+    """Return the owners of constants that an index of data selects: the owners of the index."""
+    if name == "__getitem__" and isinstance(step.args[1], tuple):
+        return _picked_by_several(step)
+    found = alone(step)
+    if found is None:
+        return MIXED
+    tensor, rows = found
+    if name == "__getitem__" and step.args[1] is tensor and tensor.dtype == torch.bool:
+        return compressed(rows.labels(tensor.shape)[tensor], step.memo.shared)
+    if name == "gather" or (name == "__getitem__" and step.args[1] is tensor):
+        return rows
+    if name == "index_select" and tensor.dim() == 1:
+        return rows.moved(step.args[1] % step.out.dim())
+    return MIXED
+
+
+def _picked_by_several(step: Step) -> Found:
+    """Return the owners of constants that adjacent indices of data, one per axis, select together."""
+    parts, of = step.args[1], {id(tensor): rows for tensor, rows in step.owned}
+    first = next(at for at, part in enumerate(parts) if isinstance(part, Tensor))
+    index = [part for part in parts if isinstance(part, Tensor)]
+    others = [*parts[:first], *parts[first + len(index) :]]
+    if Ellipsis in parts[:first] or not all(part is None or part is Ellipsis or type(part) is slice for part in others):
+        return MIXED
+    if any(one.dtype == torch.bool for one in index):
+        return MIXED
+    owned = [(one.dim(), of[id(one)]) for one in index if id(one) in of]
+    found = merged(owned, max(one.dim() for one in index), step.memo)
+    return found.moved(first + found.axis) if isinstance(found, Rows) and found.axis is not None else found

@@ -115,6 +115,38 @@ def test_positions_have_the_owners_of_their_entries(find: Callable[[Tensor], Any
     assert all(isinstance(one, Rows) and one.axis == 0 and one.index.tolist() == [0, 0] for one in owners)
 
 
+EACH = torch.arange(4)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("read", "axis"),
+    [
+        (lambda table, index: table[EACH, index], 0),
+        (lambda table, index: table[index, EACH, :2], 0),
+        (lambda table, index: table[:, index.T, ...], 2),
+        (lambda table, index: table[None, index, index], 1),
+        (lambda table, index: table[index, index.flip(0)], None),
+        (lambda table, index: table[index, :, index], None),
+        (lambda table, index: table[..., index, EACH], None),
+        (lambda table, index: table[0, index], None),
+        (lambda table, index: table[:, :2][index == 1, :], None),
+    ],
+)
+def test_constants_at_several_indices_belong_to_these(read: Callable[..., Tensor], axis: int | None) -> None:
+    """As a mask of the positions that each sample has chosen."""
+    index = torch.tensor([[0, 1], [2, 0], [3, 1], [1, 1]])
+    with Follower(Tracker(Recorder(), materialise=False, workspace=None), 4, []) as follower:
+        follower.note(EACH, None)
+        follower.note(index, follower.samples(index.device))
+        table = torch.zeros(4, 4, 4)
+        found = follower.owners_of(read(table, index))
+    if axis is None:
+        assert isinstance(found, Mixed)
+    else:
+        assert isinstance(found, Rows)
+        assert (found.axis, found.index.tolist()) == (axis, [0, 1, 2, 3])
+
+
 @pytest.mark.parametrize(
     "sort",
     [
