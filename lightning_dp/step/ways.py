@@ -22,9 +22,9 @@ from lightning_dp.step.snapshot import Snapshot
 
 _COUPLED = (
     "The gradient of a batch is not that of its records alone, so samples influence each other (statistics over the "
-    "batch, a contrastive loss, a shared denominator). One record at a time would train another objective without a "
-    "word. Change the layer or the loss so that each sample has its own; where samples share no more than a "
-    "denominator, per_sample_loss=True counts each record's own loss."
+    "batch, a contrastive loss, a shared denominator, a penalty that a sum over the batch counts once). One record at "
+    "a time would train another objective without a word. Change the layer or the loss so that each sample has its "
+    "own; where samples share no more than a denominator, per_sample_loss=True counts each record's own loss."
 )
 
 

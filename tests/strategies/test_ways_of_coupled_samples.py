@@ -206,15 +206,20 @@ def test_coupling_under_a_learned_weight_is_refused(begins: int) -> None:
         fit(Weighted(apart, mean))
 
 
-def test_a_single_record_says_too_little() -> None:
+@pytest.mark.parametrize(
+    ("num", "reduction", "match"),
+    [(1, "mean", "1 record is too little to tell"), (9, "sum", "sum over the batch counts")],
+)
+def test_penalties_on_few_records_or_on_a_sum_are_refused(num: int, reduction: str, match: str) -> None:
     class Penalised(Model):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return F.cross_entropy(self.head(batch[0] @ self.weight), batch[1]) + self.weight.square().sum()
+            logits = self.head(batch[0] @ self.weight)
+            return F.cross_entropy(logits, batch[1], reduction=reduction) + self.weight.square().sum()
 
-    one = TensorDataset(*(tensor[:1] for tensor in data().tensors))
+    few = TensorDataset(*(tensor[:num] for tensor in data().tensors))
     strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
-    with pytest.raises(PrivacyError, match=r"weight_decay.*1 record is too little to tell"):
-        make_trainer(strategy, None).fit(Penalised(), DataLoader(one, batch_size=1))
+    with pytest.raises(PrivacyError, match=f"weight_decay.*{match}"):
+        make_trainer(strategy, None).fit(Penalised(), DataLoader(few, batch_size=1))
 
 
 def test_a_record_that_cannot_run_alone_is_refused() -> None:
