@@ -7,6 +7,7 @@ by its effect on the gradient of a third record, in a step after each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,7 +125,15 @@ def held_numbers(others: list[Any]) -> Numbers:
 
 def scheduled_rates(others: list[Any]) -> list[float]:
     """Return the learning rates that schedulers have set last."""
-    return [rate for one in others if hasattr(one, "get_last_lr") for rate in one.get_last_lr()]
+    rates: list[float] = []
+    for one in others:
+        if hasattr(one, "get_last_lr"):
+            try:
+                rates += one.get_last_lr()
+            except AttributeError:  # its own `step` keeps no record of them
+                with suppress(Exception):
+                    rates += one.get_lr()
+    return rates
 
 
 def parts_of(others: list[Any]) -> dict[tuple[int, int], dict[str, Any]]:
