@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -54,13 +55,24 @@ class ForeignCode:
         Raises:
             OneAloneError: the step raised on one record.
         """
+        with self._naming(records) as chosen:
+            for _ in range(self.copies - 1 if self.runs_alone and len(records) == 1 else 0):
+                self._host.run(chosen)
+            return self._host.run(chosen)
+
+    def begin(self, records: list[Any]) -> None:
+        """Begin a batch of the same records before the step of an optimizer, within which they run."""
+        with self._naming(records) as chosen:
+            self._host.begin(chosen)
+
+    @contextmanager
+    def _naming(self, records: list[Any]) -> Iterator[list[Any]]:
+        """Yield the records that run, and add their number to an exception."""
         copies = self.copies if len(records) == 1 else 1
         chosen = records if self.runs_alone or copies == 1 else records * copies
         self._ran_one = copies * len(records) == 1
         try:
-            for _ in range(copies - 1 if self.runs_alone else 0):
-                self._host.run(chosen)
-            return self._host.run(chosen)
+            yield chosen
         except PrivacyError:
             raise
         except Exception as error:

@@ -68,6 +68,9 @@ class Host(ABC):
     def run(self, records: list[Any]) -> Any:
         """Collate records and run the user's step on them; return its output."""
 
+    def begin(self, records: list[Any]) -> None:  # noqa: B027
+        """Call the hooks that see a batch before the optimizer's step, in which ``run`` gets the same records."""
+
     @abstractmethod
     def loss_of(self, output: Any, count: int) -> Tensor | None:
         """Return the loss of an output as a scalar; None if the output holds no loss."""

@@ -48,6 +48,7 @@ class LightningHost(Host):
         self.hooks = UserHooks(strategy, self.others, self._beyond)
         self._batch: Any = None
         self._idle: tuple[int, Any] = (0, None)  # number of records and batch, if none was drawn
+        self._is_rehearsing = False  # then hooks have seen the batch before
         self._is_ending = False  # whether the run ends anyway, by a callback of Lightning's own
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the current ``training_step``."""
@@ -122,10 +123,15 @@ class LightningHost(Host):
     def run(self, records: list[Any]) -> Any:
         """Collate records and move them to the device, call the hooks that see the batch, and run ``training_step``."""
         rest, kwargs = self.arguments
+        if not self._is_rehearsing:
+            self.begin(records)
+        return self._strategy.call_training_step(self._batch, rest, kwargs)
+
+    @override
+    def begin(self, records: list[Any]) -> None:
         self._batch = self.training.batch_of(records)
         self._strategy.trainer.should_stop = self._is_ending
         self.skips = self._skips(self._batch)
-        return self._strategy.call_training_step(self._batch, rest, kwargs)
 
     @override
     def backward(self, loss: Tensor) -> None:
@@ -157,7 +163,11 @@ class LightningHost(Host):
         left = trainer.accumulate_grad_batches - self._batch_idx % trainer.accumulate_grad_batches
         last = min(self._batch_idx + left, trainer.num_training_batches) - 1  # of the logical batch, which steps
         for optimizer in _lightning.lightning_optimizers(strategy)[:1]:
-            module.optimizer_step(trainer.current_epoch, int(last), optimizer, closure)
+            self._is_rehearsing = True
+            try:
+                module.optimizer_step(trainer.current_epoch, int(last), optimizer, closure)
+            finally:
+                self._is_rehearsing = False
             if last == self._batch_idx:
                 _progress.count_step(trainer)
         for config in strategy.lr_scheduler_configs:

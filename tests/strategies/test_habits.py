@@ -104,10 +104,17 @@ def test_a_module_without_optimizers_trains_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
 
 
-def test_optimizer_step_is_called_with_the_last_of_its_batches(tmp_path: Path) -> None:
+def test_optimizer_step_is_called_within_the_last_of_its_batches(tmp_path: Path) -> None:
     class Stepping(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.begun = True
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.begun = False
+
         def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
             assert batch_idx in (1, 3)
+            assert self.begun
             super().optimizer_step(epoch, batch_idx, *args, **kwargs)
 
     strategy = private()
