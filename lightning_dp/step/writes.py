@@ -16,7 +16,7 @@ from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.contents import Contents
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
-from lightning_dp.step.refilling import plain_of, refill_mapping, reset_attributes, set_plain
+from lightning_dp.step.refilling import plain_of, refill_mapping, reset_attributes, same_content, set_plain
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of, scheduled_rates
 from lightning_dp.system.torch_private import Layers, changes_of, replace_children
@@ -45,9 +45,9 @@ class Look:
         self._source, self._others, self._more = layers, others, more
         layers = layers.now()
         self.layers, self._children = layers.all, layers.children
-        self._hooks = layers.forward_hooks()
-        # a step may register some, with an attribute that says so
-        self._hooked = [{**hooks} if hooks else _NONE for hooks in self._hooks]
+        self._registries = layers.registries()
+        # a step may register hooks, with an attribute that says so
+        self._registered = [{**each} if each and isinstance(each, dict) else _NONE for each in self._registries]
         with unfollowed():  # followed parameters would report each question
             self.tensors = [*layers.parameters(), *(buffers := layers.buffers())]
             self.changes = [changes_of(self.tensors), _addresses_of(self.tensors)]
@@ -109,36 +109,52 @@ class Look:
         of large tensors.
         """
         now = Look(self._source, self._others, self._more)
-        self.put_back()
-        try:
-            with self.contents.back_in():
-                yield
-        finally:
-            now.put_back()
+        with self._without_new():
+            self.put_back()
+            try:
+                with self.contents.back_in():
+                    yield
+            finally:
+                now.put_back()
 
     @contextmanager
     def numbers_back_in(self) -> Iterator[None]:
         """Give attributes and variables, within the context, the numbers and words that they held at this look, also in
         containers and small tensors.
         """
-        now, hooked = [each.copy() for each in self._attributes], [{**hooks} for hooks in self._hooks]
-        self._put_numbers(self.held)
-        self._put_hooks(self._hooked)
-        try:
-            with self.contents.back_in():
-                yield
-        finally:
-            self._put_numbers(now)
-            self._put_hooks(hooked)
+        now, registered = [each.copy() for each in self._attributes], [{**each} for each in self._registries]
+        with self._without_new():
+            self._put_numbers(self.held)
+            self._register(self._registered)
+            try:
+                with self.contents.back_in():
+                    yield
+            finally:
+                self._put_numbers(now)
+                self._register(registered)
 
     def _put_numbers(self, before: list[dict[str, Any]]) -> None:
         for attributes, held in zip(self._attributes, before, strict=True):
             set_plain(attributes, plain_of(held), held)
 
-    def _put_hooks(self, hooked: list[dict[int, Any]]) -> None:
-        for hooks, before in zip(self._hooks, hooked, strict=True):
-            if hooks != before:
-                refill_mapping(hooks, before)
+    def _register(self, registered: list[dict[Any, Any]]) -> None:
+        for each, before in zip(self._registries, registered, strict=True):
+            if isinstance(each, dict) and not same_content(each, before):  # those of a scripted module are fixed
+                refill_mapping(each, before)
+
+    @contextmanager
+    def _without_new(self) -> Iterator[None]:
+        """Take attributes away, within the context, that layers of torch did not have at this look."""
+        removed = [
+            (vars(layer), name, vars(layer).pop(name))
+            for layer, names in self._plain
+            for name in (vars(layer).keys() - names if len(vars(layer)) != len(names) else ())
+        ]
+        try:
+            yield
+        finally:
+            for attributes, name, value in removed:
+                attributes[name] = value
 
     def put_back(self) -> None:
         """Give module and optimizers for good what :meth:`back_in` gives within a context, but for contents."""
@@ -147,10 +163,7 @@ class Look:
             if isinstance(held, dict) and held != children:  # those of a scripted module are fixed
                 held.clear()
                 held.update(children)
-        self._put_hooks(self._hooked)
-        for layer, names in self._plain:
-            for name in vars(layer).keys() - names if len(vars(layer)) != len(names) else ():
-                del vars(layer)[name]
+        self._register(self._registered)
         for attributes, before in zip(self._attributes, self.held, strict=True):
             reset_attributes(
                 attributes, {name: each for name, each in before.items() if name not in NOT_PLAIN}, NOT_PLAIN

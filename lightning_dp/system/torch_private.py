@@ -83,6 +83,7 @@ def _may_change(layer: nn.Module) -> bool:
 
 
 _KEYS, _VALUES = operator.methodcaller("keys"), operator.methodcaller("values")
+_REGISTRIES = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_parameters", "_buffers")
 _SILENCED = {"log", "log_dict", "print"}
 """Methods of the user's module that others replace while user code runs on trial."""
 _ASK = (nn.Module.named_parameters, nn.Module.named_modules)
@@ -137,9 +138,9 @@ class Layers:
             self._read()
         return self
 
-    def forward_hooks(self) -> list[dict[int, Any]]:
-        """Return the dictionaries in which layers hold the hooks on their forward."""
-        return [hooks for layer in self.all for hooks in (layer._forward_hooks, layer._forward_pre_hooks)]
+    def registries(self) -> list[Any]:
+        """Return the forward hooks, parameters and buffers of each layer: dictionaries, except in scripted layers."""
+        return [*chain.from_iterable(map(_REGISTRIES, self.all))]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters with their names, as ``module.named_parameters()``."""

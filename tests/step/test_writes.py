@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_dp.step import randomness
 from lightning_dp.step.randomness import seeds
@@ -218,3 +219,18 @@ def test_words_of_python_are_read_where_they_are_kept(monkeypatch: pytest.Monkey
     assert found == seeds()["Python"]
     random.seed(6)
     assert found != seeds()["Python"]
+
+
+@pytest.mark.parametrize("way", [Look.back_in, Look.numbers_back_in])
+def test_layers_get_parameters_of_other_names_back(way: Any) -> None:
+    """As before ``ModelPruning``, which registers a hook and sets an attribute in place of the parameter."""
+    layer = nn.Linear(2, 2)
+    parameter, look = layer.weight, Look(Layers(layer), [])
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    names, pruned = {*layer.state_dict()}, layer.weight
+    with way(look):
+        assert {*layer.state_dict()} == {"weight", "bias"}
+        assert layer(torch.ones(1, 2)).grad_fn is not None
+        assert layer.weight is parameter
+    assert {*layer.state_dict()} == names
+    assert layer.weight is pruned
