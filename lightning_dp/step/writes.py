@@ -108,14 +108,14 @@ class Look:
         """Give module and optimizers, within the context, what they held at this look, but no values of parameters, nor
         of large tensors.
         """
-        now = Look(self._source, self._others, self._more)
-        with self._without_new():
-            self.put_back()
-            try:
-                with self.contents.back_in():
-                    yield
-            finally:
-                now.put_back()
+        now, taken = Look(self._source, self._others, self._more), self._take_new()
+        self.put_back()
+        try:
+            with self.contents.back_in():
+                yield
+        finally:
+            now.put_back()
+            _give_back(taken)
 
     @contextmanager
     def numbers_back_in(self) -> Iterator[None]:
@@ -123,15 +123,16 @@ class Look:
         containers and small tensors.
         """
         now, registered = [each.copy() for each in self._attributes], [{**each} for each in self._registries]
-        with self._without_new():
-            self._put_numbers(self.held)
-            self._register(self._registered)
-            try:
-                with self.contents.back_in():
-                    yield
-            finally:
-                self._put_numbers(now)
-                self._register(registered)
+        taken = self._take_new()
+        self._put_numbers(self.held)
+        self._register(self._registered)
+        try:
+            with self.contents.back_in():
+                yield
+        finally:
+            self._put_numbers(now)
+            self._register(registered)
+            _give_back(taken)
 
     def _put_numbers(self, before: list[dict[str, Any]]) -> None:
         for attributes, held in zip(self._attributes, before, strict=True):
@@ -142,19 +143,13 @@ class Look:
             if isinstance(each, dict) and not same_content(each, before):  # those of a scripted module are fixed
                 refill_mapping(each, before)
 
-    @contextmanager
-    def _without_new(self) -> Iterator[None]:
-        """Take attributes away, within the context, that layers of torch did not have at this look."""
-        removed = [
+    def _take_new(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Take the attributes away that layers of torch did not have at this look, and return them."""
+        return [
             (vars(layer), name, vars(layer).pop(name))
             for layer, names in self._plain
             for name in (vars(layer).keys() - names if len(vars(layer)) != len(names) else ())
         ]
-        try:
-            yield
-        finally:
-            for attributes, name, value in removed:
-                attributes[name] = value
 
     def put_back(self) -> None:
         """Give module and optimizers for good what :meth:`back_in` gives within a context, but for contents."""
@@ -164,6 +159,7 @@ class Look:
                 held.clear()
                 held.update(children)
         self._register(self._registered)
+        self._take_new()
         for attributes, before in zip(self._attributes, self.held, strict=True):
             reset_attributes(
                 attributes, {name: each for name, each in before.items() if name not in NOT_PLAIN}, NOT_PLAIN
@@ -280,6 +276,11 @@ def _step_of(key: tuple[Any, ...], before: Any, after: Any, known: set[Any]) -> 
         return ()
     known |= {free, (*places[0], step)}
     return (step,)
+
+
+def _give_back(taken: list[tuple[dict[str, Any], str, Any]]) -> None:
+    for attributes, name, value in taken:
+        attributes[name] = value
 
 
 def _joined(numbers: Numbers) -> dict[Any, Any]:

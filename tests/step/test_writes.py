@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 from lightning_dp.step import randomness
 from lightning_dp.step.randomness import seeds
+from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.writes import Look, When, WriteWatch
 from lightning_dp.system.torch_private import Layers
 
@@ -222,15 +223,27 @@ def test_words_of_python_are_read_where_they_are_kept(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("way", [Look.back_in, Look.numbers_back_in])
-def test_layers_get_parameters_of_other_names_back(way: Any) -> None:
-    """As before ``ModelPruning``, which registers a hook and sets an attribute in place of the parameter."""
+@pytest.mark.parametrize("names", [["weight"], ["weight", "bias"]])
+def test_layers_get_parameters_of_other_names_back(names: list[str], way: Any) -> None:
+    """As before and after ``ModelPruning``, which registers hooks, and sets attributes in place of parameters."""
     layer = nn.Linear(2, 2)
-    parameter, look = layer.weight, Look(Layers(layer), [])
-    prune.l1_unstructured(layer, "weight", amount=0.5)
-    names, pruned = {*layer.state_dict()}, layer.weight
+    layers, parameter = Layers(layer), layer.weight
+    look = Look(layers, [])
+    for name in names:
+        prune.l1_unstructured(layer, name, amount=0.5)
+    saved, pruned, look_at_pruned = {*layer.state_dict()}, layer.weight, Look(layers, [])
     with way(look):
         assert {*layer.state_dict()} == {"weight", "bias"}
         assert layer(torch.ones(1, 2)).grad_fn is not None
         assert layer.weight is parameter
-    assert {*layer.state_dict()} == names
+    assert {*layer.state_dict()} == saved
     assert layer.weight is pruned
+    for name in names:
+        prune.remove(layer, name)
+    with way(look_at_pruned):
+        snapshot = Snapshot([layer])
+        assert {*layer.state_dict()} == saved
+        layer(torch.ones(1, 2))
+        snapshot.put_back()
+    assert {*layer.state_dict()} == {"weight", "bias"}
+    assert layer.weight is parameter
