@@ -19,7 +19,7 @@ from lightning_dp.step.randomness import seeds
 from lightning_dp.step.refilling import plain_of, refill_mapping, reset_attributes, same_content, set_plain
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of, scheduled_rates
-from lightning_dp.system.torch_private import Layers, changes_of, replace_children
+from lightning_dp.system.torch_private import NUM_REGISTRIES, Layers, changes_of
 
 _NONE: dict[int, Any] = {}
 _MOST_STEPS = 4
@@ -44,10 +44,10 @@ class Look:
     def __init__(self, layers: Layers, others: list[Any], more: Sequence[Any] = (), last: Look | None = None) -> None:
         self._source, self._others, self._more = layers, others, more
         layers = layers.now()
-        self.layers, self._children = layers.all, layers.children
+        self.layers, self._kinds = layers.all, [*map(type, layers.all)]
         self._registries = layers.registries()
         # a step may register hooks, with an attribute that says so
-        self._registered = [{**each} if each and isinstance(each, dict) else _NONE for each in self._registries]
+        self._registered = [{**each} if each else _NONE for each in self._registries]
         with unfollowed():  # followed parameters would report each question
             self.tensors = [*layers.parameters(), *(buffers := layers.buffers())]
             self.changes = [changes_of(self.tensors), _addresses_of(self.tensors)]
@@ -139,8 +139,11 @@ class Look:
             set_plain(attributes, plain_of(held), held)
 
     def _register(self, registered: list[dict[Any, Any]]) -> None:
-        for each, before in zip(self._registries, registered, strict=True):
-            if isinstance(each, dict) and not same_content(each, before):  # those of a scripted module are fixed
+        # torch takes the parametrized weight away from a class that a layer no longer has
+        keeps = [type(layer) is kind for layer, kind in zip(self.layers, self._kinds, strict=True)]
+        for number, (each, before) in enumerate(zip(self._registries, registered, strict=True)):
+            is_fixed = not isinstance(each, dict)  # as of scripted layers
+            if keeps[number // NUM_REGISTRIES] and not is_fixed and not same_content(each, before):
                 refill_mapping(each, before)
 
     def _take_new(self) -> list[tuple[dict[str, Any], str, Any]]:
@@ -153,11 +156,6 @@ class Look:
 
     def put_back(self) -> None:
         """Give module and optimizers for good what :meth:`back_in` gives within a context, but for contents."""
-        for layer, children in zip(self.layers, self._children, strict=True):
-            held = replace_children(layer)
-            if isinstance(held, dict) and held != children:  # those of a scripted module are fixed
-                held.clear()
-                held.update(children)
         self._register(self._registered)
         self._take_new()
         for attributes, before in zip(self._attributes, self.held, strict=True):

@@ -83,7 +83,9 @@ def _may_change(layer: nn.Module) -> bool:
 
 
 _KEYS, _VALUES = operator.methodcaller("keys"), operator.methodcaller("values")
-_REGISTRIES = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_parameters", "_buffers")
+NUM_REGISTRIES = 5
+"""Registries of one layer."""
+_REGISTRIES = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_parameters", "_buffers", "_modules")
 _SILENCED = {"log", "log_dict", "print"}
 """Methods of the user's module that others replace while user code runs on trial."""
 _ASK = (nn.Module.named_parameters, nn.Module.named_modules)
@@ -106,8 +108,6 @@ class Layers:
         """The module and all layers in it, each once, in the order of ``module.modules()``."""
         self._prefixes: list[str] = []
         self._collect(self._module, "", {id(self._module)})
-        self.children = [{**layer._modules} for layer in self.all]
-        """The direct submodules of each layer, by name."""
         self.own = [*filter(_may_change, self.all)]
         """Layers that are not of torch, or have a rate or attributes of the user's."""
         own = {*map(id, self.own)}
@@ -139,7 +139,9 @@ class Layers:
         return self
 
     def registries(self) -> list[Any]:
-        """Return the forward hooks, parameters and buffers of each layer: dictionaries, except in scripted layers."""
+        """Return where each layer registers hooks on its forward, parameters, buffers and submodules: dictionaries, but
+        of scripted layers.
+        """
         return [*chain.from_iterable(map(_REGISTRIES, self.all))]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from lightning_dp.step import randomness
 from lightning_dp.step.randomness import seeds
@@ -247,3 +247,13 @@ def test_layers_get_parameters_of_other_names_back(names: list[str], way: Any) -
         snapshot.put_back()
     assert {*layer.state_dict()} == {"weight", "bias"}
     assert layer.weight is parameter
+
+
+@pytest.mark.parametrize("way", [Look.back_in, Look.numbers_back_in])
+def test_a_layer_without_its_parametrization_stays_so(way: Any) -> None:
+    layer = parametrizations.weight_norm(nn.Linear(2, 2))
+    look = Look(Layers(layer), [])
+    parametrize.remove_parametrizations(layer, "weight")
+    with way(look):
+        assert layer(torch.ones(1, 2)).grad_fn is not None
+    assert {*layer.state_dict()} == {"weight", "bias"}
