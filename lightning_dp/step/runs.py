@@ -226,7 +226,7 @@ class TrialRuns:
             if engine:
                 stack.enter_context(step.microbatch(len(records)))
             if rehearses and step.automatic:
-                with freezing:
+                with torch.enable_grad(), freezing:
                     self.host.begin(records)
                 self.host.rehearse(forward_backward)
                 probe.keep_raw(0)
