@@ -147,3 +147,27 @@ def events(arguments: dict[str, Any]) -> None:
         return collate_feature_dict([events for events, _ in records]), torch.tensor([label for _, label in records])
 
     fit(Task(Net(), classify), DataLoader(Customers(), batch_size=BATCH, collate_fn=collate), arguments)
+
+
+@case("transformers")
+def vilt(arguments: dict[str, Any]) -> None:
+    """ViLT: words and patches, whose positions are stretched to the size of each picture."""
+    from transformers import ViltConfig, ViltModel
+
+    config = ViltConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+        patch_size=4, max_position_embeddings=8, type_vocab_size=2,
+    )  # fmt: skip
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = ViltModel(config), nn.Linear(16, CLASSES)
+
+        def forward(self, ids: Any, pictures: Any) -> Any:
+            return self.head(self.body(input_ids=ids, pixel_values=pictures).pooler_output)
+
+    def loss(net: Any, batch: Any) -> Any:
+        return nn.functional.cross_entropy(net(batch[0], batch[1]), batch[2])
+
+    train(Net(), loss, arguments, words(), floats(3, 8, 8), labels())

@@ -208,3 +208,26 @@ def transformer_darts(arguments: dict[str, Any]) -> None:
 def tide_darts(arguments: dict[str, Any]) -> None:
     """TiDE with reversible instance norm."""
     darts("TiDEModel", arguments, hidden_size=16, decoder_output_dim=4, use_reversible_instance_norm=True)
+
+
+@case("transformers")
+def informer(arguments: dict[str, Any]) -> None:
+    """Informer: each series' own queries that look at some keys most, with a likelihood of the forecast."""
+    import torch
+    from transformers import InformerConfig, InformerForPrediction
+
+    from benchmarks.public_cases.layers import NUM, floats, train
+
+    config = InformerConfig(
+        prediction_length=4, context_length=12, lags_sequence=[1, 2, 3], num_time_features=1, d_model=8,
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, sampling_factor=1,
+    )  # fmt: skip
+
+    def loss(net: Any, batch: Any) -> Any:
+        names = ("past_values", "past_time_features", "future_values", "future_time_features")
+        given = dict(zip(names, batch, strict=True))
+        return net(**given, past_observed_mask=torch.ones_like(batch[0])).loss
+
+    past, future = torch.randn(NUM, 15, 1), torch.randn(NUM, 4, 1)
+    train(InformerForPrediction(config), loss, arguments, floats(15), past, torch.randn(NUM, 4), future)

@@ -226,3 +226,24 @@ def diffusion_transformer(arguments: dict[str, Any]) -> None:
         return nn.functional.mse_loss(net(noisy, timestep=times, class_labels=batch[1]).sample, noise)
 
     fit(Task(net, loss), images(), arguments)
+
+
+@case("diffusers")
+def unet3d(arguments: dict[str, Any]) -> None:
+    """UNet3D over the frames of videos, under a denoising loss with texts."""
+    from diffusers import UNet3DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet3DConditionModel(
+        sample_size=4, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
+        cross_attention_dim=8, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    )  # fmt: skip
+
+    def loss(net: Any, batch: Any) -> Any:
+        noise = torch.randn_like(batch[0])
+        times = torch.randint(0, 50, (len(noise),), device=noise.device)
+        return nn.functional.mse_loss(net(batch[0] + noise, times, batch[1]).sample, noise)
+
+    data = TensorDataset(torch.randn(64, 3, 2, 4, 4), torch.randn(64, 4, 8))
+    fit(Task(model, loss), DataLoader(data, batch_size=BATCH), arguments)
