@@ -136,18 +136,3 @@ def schnet(arguments: dict[str, Any]) -> None:
         return nn.functional.mse_loss(net(batch.z, batch.pos, batch.batch).squeeze(-1), batch.y)
 
     fit(Task(net, loss), GraphLoader(data, batch_size=BATCH), arguments)
-
-
-@case("torch_geometric", refused="Nothing in it is hidden by itself")
-def one_graph(arguments: dict[str, Any]) -> None:
-    """Classes of the nodes of one graph, which is the only record."""
-    from torch_geometric.data import Data
-    from torch_geometric.loader import DataLoader as GraphLoader
-    from torch_geometric.nn import GCN
-
-    torch.manual_seed(0)
-    graph = Data(x=torch.randn(64, 6), edge_index=torch.randint(64, (2, 256)), y=torch.arange(64) % 3)
-    task = Task(
-        GCN(6, 8, 2, 3), lambda net, batch: nn.functional.cross_entropy(net(batch.x, batch.edge_index), batch.y)
-    )
-    fit(task, GraphLoader([graph], batch_size=1), arguments)
