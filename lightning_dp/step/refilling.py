@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 from lightning_dp.step.object_kinds import state_of_class
@@ -103,8 +104,21 @@ def plain_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if value is None or isinstance(value, (int, float, str))}
 
 
-def set_plain(attributes: MutableMapping[str, Any], values: dict[str, Any], names: Collection[str]) -> None:
-    """Set numbers and words among attributes; those that held something else before, by their names, stay."""
+def replace_plain(
+    attributes: MutableMapping[str, Any], values: dict[str, Any], names: Collection[str]
+) -> Callable[[], None]:
+    """Set numbers and words among attributes; those that held something else before, by their names, stay.
+
+    Returns:
+        A function that undoes it, also where a value took the place of something else.
+    """
+    replaced = {name: attributes[name] for name in values if name in attributes}
+    undo = partial(_set_plain, attributes, {**plain_of(attributes), **replaced}, {*attributes})
+    _set_plain(attributes, values, names)
+    return undo
+
+
+def _set_plain(attributes: MutableMapping[str, Any], values: dict[str, Any], names: Collection[str]) -> None:
     held = plain_of(attributes)
     for name in held.keys() - names:
         del attributes[name]

@@ -16,7 +16,7 @@ from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.contents import Contents
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
-from lightning_dp.step.refilling import plain_of, refill_mapping, reset_attributes, same_content, set_plain
+from lightning_dp.step.refilling import plain_of, refill_mapping, replace_plain, reset_attributes, same_content
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of, scheduled_rates
 from lightning_dp.system.torch_private import NUM_REGISTRIES, Layers, changes_of
@@ -122,21 +122,18 @@ class Look:
         """Give attributes and variables, within the context, the numbers and words that they held at this look, also in
         containers and small tensors.
         """
-        now, registered = [each.copy() for each in self._attributes], [{**each} for each in self._registries]
+        registered, pairs = [{**each} for each in self._registries], zip(self._attributes, self.held, strict=True)
         taken = self._take_new()
-        self._put_numbers(self.held)
+        undone = [replace_plain(attributes, plain_of(held), held) for attributes, held in pairs]
         self._register(self._registered)
         try:
             with self.contents.back_in():
                 yield
         finally:
-            self._put_numbers(now)
+            for undo in reversed(undone):
+                undo()
             self._register(registered)
             _give_back(taken)
-
-    def _put_numbers(self, before: list[dict[str, Any]]) -> None:
-        for attributes, held in zip(self._attributes, before, strict=True):
-            set_plain(attributes, plain_of(held), held)
 
     def _register(self, registered: list[dict[Any, Any]]) -> None:
         # torch takes the parametrized weight away from a class that a layer no longer has

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning_dp.step.refilling import plain_of, set_plain
+from lightning_dp.step.refilling import plain_of, replace_plain
 from lightning_dp.strategies import _progress
 
 if TYPE_CHECKING:
@@ -49,17 +49,16 @@ class Counts:
         Args:
             after: whether the Trainer's steps are those of ``end``.
         """
-        own = self._strategy.module.__dict__
-        before, now, names = self._read(), plain_of(own), {*own}
+        before = self._read()
         self._set(self._values)
         if after and self._after is not None:
             self._set([self._after])
-        set_plain(own, self._attributes, self._names)
+        undo = replace_plain(self._strategy.module.__dict__, self._attributes, self._names)
         try:
             yield
         finally:
             self._set(before)
-            set_plain(own, now, names)
+            undo()
 
     def _read(self) -> list[Any]:
         return _progress.counters(self._strategy.trainer)

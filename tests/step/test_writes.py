@@ -175,6 +175,17 @@ def test_an_earlier_state_comes_back_without_values_of_tensors() -> None:
     assert (rig.optimizer.param_groups[0]["lr"], len(rig.optimizer.state)) == (9.0, 0)
 
 
+def test_what_was_none_stays_after_earlier_numbers_were_back() -> None:
+    rig = Watched()
+    owner: dict[str, Any] = {"cache": None, "count": 0}
+    look = Look(rig.layers, [], [owner])
+    owner |= {"cache": (cache := torch.zeros(2)), "count": 1, "new": 2, "more": cache}
+    now = owner.copy()
+    with look.numbers_back_in():
+        assert owner == {"cache": None, "count": 0, "more": cache}
+    assert owner == now
+
+
 SEEDS: dict[str, Any] = {"torch": torch.manual_seed, "numpy": np.random.seed, "Python": random.seed}
 
 
