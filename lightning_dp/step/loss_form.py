@@ -35,6 +35,9 @@ MOST = 8
 _OF_USERS = {"attribute", "content"}
 """First words of the keys of writes that only user code makes."""
 
+_SOON = 2
+"""Steps after which a write that comes back has not paused."""
+
 
 class LossForm:
     """The pairs of successive operations in the graphs of the losses of a run.
@@ -66,6 +69,7 @@ class LossForm:
         self._kinds: dict[Hashable, int] = {}
         self._calls: Calls | None = None
         self._num_new, self.factors = 0, LossFactors()
+        self._written: dict[Any, tuple[int, int]] = {}  # by write: its last step, and its longest pause
         self.checked_at = -1
         """Logical step of the last checks that samples are independent."""
 
@@ -96,14 +100,25 @@ class LossForm:
         else:
             self._new |= pairs - self._checked
 
-    def see_writes(self, keys: Iterable[Any], when: When) -> bool:
+    def see_writes(self, keys: Iterable[Any], when: When, number: int) -> bool:
         """Take note of what user code has written, and when; tell whether some of it is new.
+
+        So is a write after a pause that is longer than any before, by a factor of about 4: what counts wrote once, a
+        rare record may write again.
 
         Args:
             keys: of the writes.
             when: it has written.
+            number: of the logical step.
         """
-        new = {("written", when, key) for key in keys} - self._checked
+        places = {("written", when, key) for key in keys}
+        for place in places:
+            last, longest = self._written.get(place, (number, 0))
+            pause = (max(0, number - last - _SOON).bit_length() + 1) // 2
+            self._written[place] = number, max(pause, longest)
+            if pause > longest:
+                self._checked.discard(place)
+        new = places - self._checked
         self._new |= new
         return bool(new)
 
@@ -112,8 +127,9 @@ class LossForm:
         a release, as optimizers write it.
         """
         for key in keys:
-            times = When if key[0] in _OF_USERS else (When.RELEASED,)
-            self._checked |= {("written", when, key) for when in times}
+            for when in When if key[0] in _OF_USERS else (When.RELEASED,):
+                self._checked.add(place := ("written", when, key))
+                self._written.setdefault(place, (self.checked_at, 0))
 
     def see_spread(self, paths: Iterable[Any]) -> bool:
         """Read which values of a batch change with a record of others; tell whether one of them is new."""

@@ -26,6 +26,8 @@ _MOST_STEPS = 4
 """Steps of a count, or values of a flag or word, that count as different ones."""
 _MOST_KNOWN = 1_000
 """Patterns of changes of all tensors that are remembered; an optimizer's step makes the same one each time."""
+_FEW = 4
+"""Changed tensors up to which a known pattern is reported again."""
 
 
 class Look:
@@ -67,12 +69,14 @@ class Look:
 
         Args:
             after: the later look.
-            known: numbers of changes of all tensors whose keys have been yielded, and are not yielded again.
+            known: numbers of changes of all tensors whose keys have been yielded, and are not yielded again unless
+                they are few.
         """
         same = [*map(operator.is_, self.tensors, after.tensors)]
         (counts, places), (counts_after, places_after) = self.changes, after.changes
         changes = tuple(map(operator.sub, counts_after, counts))
-        if not all(same) or places != places_after or (any(changes) and changes not in known):
+        is_known = changes in known and len(changes) - changes.count(0) > _FEW
+        if not all(same) or places != places_after or (any(changes) and not is_known):
             if all(same) and places == places_after and len(known) < _MOST_KNOWN:
                 known.add(changes)
             rows = zip(same, *self.changes, *after.changes, strict=False)

@@ -63,7 +63,7 @@ class Written:
 
     def see(self, keys: Iterable[Any], when: When) -> None:
         """Take note of what the newest batch has written, and when."""
-        if self._runs.loss_form.see_writes(keys, when):
+        if self._runs.loss_form.see_writes(keys, when, self._runs.step.state.step):
             self._writers += [*self.batches][:1]
 
     def begin(self, positions: list[int]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_dp.per_sample import PerSampleEngine
 from lightning_dp.step.loss_form import EVERY, MOST, NEAR, LossForm
 from lightning_dp.step.real_losses import RealLosses
+from lightning_dp.step.writes import When
 from lightning_dp.step.written import Ran
 
 
@@ -38,6 +39,29 @@ def test_after_many_new_forms_checks_are_rarer() -> None:
         assert form.is_due(since=1) == (number < MOST)
         assert form.is_due(since=100)
         form.settle(by_check=True)
+
+
+def test_a_write_after_a_longer_pause_is_new() -> None:
+    form, key = LossForm(), ("attribute", "factor")
+
+    def new_at(*numbers: int) -> list[int]:
+        found = [number for number in numbers if form.see_writes([key], When.FORWARD, number)]
+        form.settle(by_check=True)
+        return found
+
+    assert new_at(0) == [0]
+    assert new_at(1, 2, 4) == []
+    assert new_at(20) == [20]
+    assert new_at(23, 40) == []
+    assert new_at(400) == [400]
+
+
+def test_a_checked_write_that_comes_late_is_new() -> None:
+    form, key = LossForm(), ("content", "queue")
+    form.checked_at = 1
+    form.note_writes([key])
+    assert not form.see_writes([key], When.HELD, 2)
+    assert form.see_writes([key], When.FORWARD, 9)
 
 
 def chains() -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_dp.step import randomness
+from lightning_dp.step import randomness, writes
 from lightning_dp.step.randomness import seeds
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.writes import Look, When, WriteWatch
@@ -66,7 +66,8 @@ class Watched:
             tensor.add_(1)
 
 
-def test_writes_of_tensors_are_reported_once_for_each_kind() -> None:
+def test_writes_of_tensors_are_reported_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writes, "_FEW", 0)
     rig = Watched()
     weight, bias, count = rig.module.layer.weight, rig.module.layer.bias, rig.module.count
     assert rig.forward(lambda: rig.add(weight)) == {(FORWARD, "tensor", 0, True, 1, True)}
@@ -78,6 +79,12 @@ def test_writes_of_tensors_are_reported_once_for_each_kind() -> None:
     rig.released = 1
     assert rig.after(lambda: rig.add(weight)) == {(When.RELEASED, "tensor", 0, True, 1, True)}
     assert rig.after(lambda: rig.add(weight)) == set()
+
+
+def test_writes_of_few_tensors_are_reported_each_time() -> None:
+    rig = Watched()
+    for _ in range(2):
+        assert rig.forward(lambda: rig.add(rig.module.count)) == {(FORWARD, "tensor", 2, True, 1, True)}
 
 
 def test_a_batch_begins_once_until_its_forward_ends() -> None:
