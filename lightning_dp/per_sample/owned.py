@@ -87,7 +87,7 @@ class Mixed(NamedTuple):
 
     Args:
         by: the operation that mixed them, for messages.
-        is_running: whether they were computed from running sums of whole numbers, such as the positions at which
+        is_running: whether they were computed from running sums of numbers of rows, such as the positions at which
             samples begin.
     """
 

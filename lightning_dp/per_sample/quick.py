@@ -60,7 +60,7 @@ def aligned(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, m
 
 
 def are_positions(given: Given, out: Tensor) -> bool:
-    """Tell whether an operation computes positions of rows from owned ones and from running sums of whole numbers.
+    """Tell whether an operation computes positions of rows from owned ones and from running sums of numbers of rows.
 
     So do the position of a node within its graph, and its place in a dense batch. They belong to the owners of the
     positions, as the edges of a graph do: their numbers count the nodes of the graphs before it, too.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from string import ascii_letters
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.arguments import tensors_in
@@ -94,10 +95,22 @@ def _reduced(step: Step) -> Found:
 
 
 def _running(step: Step) -> Found:
-    """Return the owners of running sums: mixed along the axis of the owners, but of whole numbers said to be such."""
+    """Return the owners of running sums: mixed along the axis of the owners, but of numbers of rows said to be such."""
     found = _reduced(step)
-    is_whole = isinstance(step.out, Tensor) and not (step.out.is_floating_point() or step.out.is_complex())
-    return Mixed("cumsum", is_running=True) if found is MIXED and is_whole else found
+    return Mixed("cumsum", is_running=True) if found is MIXED and _counts_rows(step) else found
+
+
+def _counts_rows(step: Step) -> bool:
+    """Tell whether a tensor holds, for each sample, how many rows of it the batch has; entries of nobody are free.
+
+    Running sums of other numbers would pass on what only a rare record has.
+    """
+    numbers, rows = step.owned[0]
+    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.is_complex():
+        return False
+    somebody = rows.index >= 0
+    numbers, owners, size = numbers[somebody], rows.index[somebody], len(step.identity)
+    return any(torch.equal(known.index.bincount(minlength=size)[owners], numbers) for known in step.memo.known)
 
 
 def _matmul(step: Step) -> Found:

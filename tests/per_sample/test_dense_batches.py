@@ -150,8 +150,10 @@ NO_POSITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "largest before": lambda owners, rows: owners - owners.cummax(0).values,
     "positions that a value shifts": written_by_values,
     "largest of all": lambda owners, rows: owners - owners.max(),
-    "one running sum for all rows": lambda owners, rows: owners - owners.cumsum(0)[-1],
-    "fractions": lambda owners, rows: owners / owners.cumsum(0),
+    "running sums of what rows hold": lambda owners, rows: owners - (rows[:, 0] > 0).long().cumsum(0),
+    "running sums of numbers of some rows": lambda owners, rows: owners - starts_of(owners[:4])[owners],
+    "one running sum for all rows": lambda owners, rows: owners - starts_of(owners)[-1],
+    "fractions": lambda owners, rows: owners / starts_of(owners)[owners],
 }
 
 
@@ -166,7 +168,8 @@ def test_results_that_are_no_positions_stay_mixed(how: str) -> None:
 def test_positions_within_samples_have_the_owners_of_rows() -> None:
     follower, owners, _ = followed()
     with follower:
-        made = torch.where(torch.arange(6) < owners.cumsum(0), owners * 2 - owners.cumsum(0), 7)
+        starts = starts_of(owners)[owners]
+        made = torch.where(torch.arange(6) < starts, owners * 2 - starts, 7)
     found = follower.owners_of(made)
     assert isinstance(found, Rows)
     assert found.axis == 0
