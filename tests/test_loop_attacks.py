@@ -135,21 +135,7 @@ class Scale:
         return mean_loss(model, batch) * self.factor
 
 
-class SetsOnce:
-    """A loss whose factor a count sets in the first step, and a rare record some steps later."""
-
-    count, factor = 0, None
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        self.count += 1
-        self.factor = [2.0] if self.count == 1 else self.factor
-        loss = mean_loss(model, batch) * self.factor[0]
-        if (batch[0] == RARE).any():
-            self.factor = [0.5]
-        return loss
-
-
-@pytest.mark.parametrize("loss_fn", [Flag(), Scale().loss, SetsOnce()])
+@pytest.mark.parametrize("loss_fn", [Flag(), Scale().loss])
 def test_a_rare_record_that_a_loss_object_keeps_is_refused(loss_fn: Any) -> None:
     features, labels = make_dataset(64, dtype=torch.float64).tensors
     features[30] = RARE
