@@ -32,7 +32,7 @@ _UNARY = """
     __abs__ __pos__ tril triu cpu cuda requires_grad_ data real imag prelu asin acos atan asinh acosh atanh sinh cosh
     sinc angle conj conj_physical resolve_conj positive erfinv bitwise_and bitwise_or bitwise_xor heaviside complex
     arcsin arccos arctan arcsinh arccosh arctanh deg2rad rad2deg fix byte short special_ndtr special_log_ndtr polar
-    special_xlogy bucketize normal poisson binomial _standard_gamma as_tensor asarray
+    special_xlogy normal poisson binomial _standard_gamma as_tensor asarray
 """
 _MOVES = """
     __getitem__ index_select gather take take_along_dim cat concat concatenate stack hstack vstack dstack split hsplit

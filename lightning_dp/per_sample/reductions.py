@@ -86,9 +86,6 @@ def _reduced(step: Step) -> Found:
     at = AXES[name](tensor, rows.axis, step.args, step.kwargs, step.out)
     if at is not None:
         return rows.moved(at)
-    if name in ("sort", "argsort") and tensor.dim() == 1:
-        order = step.out if name == "argsort" else step.out[1]
-        return Rows(0, rows.index[order])
     if name == "sort" and tensor.dim():
         return after_sort(rows.labels(tensor.shape), step.args, step.kwargs, step.out, step.memo.shared)
     return MIXED if rows.sole is None else Rows(None, rows.index.new_tensor([rows.sole]))
@@ -192,6 +189,12 @@ def _compared(step: Step) -> Found:
     return found.moved(found.axis - (out.dim() < axes and over % axes < found.axis))
 
 
+def _bucketized(step: Step) -> Found:
+    """Return the owners of the places of values between boundaries that hold no data."""
+    found = alone(step)
+    return found[1] if found is not None and found[0] is step.args[0] else MIXED
+
+
 def _losses_of_rows(step: Step) -> Found:
     """Return the owners of one loss per row, without a reduction over rows."""
     first, out = step.args[0], step.out
@@ -254,6 +257,7 @@ HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(("nonzero", "argwhere"), positions),
     "where": where,
     "broadcast_tensors": _broadcast,
+    "bucketize": _bucketized,
     **dict.fromkeys(_COMPARING, _compared),
     "einsum": _einsum,
     "tensordot": _tensordot,

@@ -153,6 +153,9 @@ NO_POSITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "running sums of what rows hold": lambda owners, rows: owners - (rows[:, 0] > 0).long().cumsum(0),
     "running sums of numbers of some rows": lambda owners, rows: owners - starts_of(owners[:4])[owners],
     "one running sum for all rows": lambda owners, rows: owners - starts_of(owners)[-1],
+    "ranks": lambda owners, rows: rows[:, 0].argsort().argsort(),
+    "order of a sort": lambda owners, rows: rows[:, 0].sort().indices,
+    "places among all values": lambda owners, rows: torch.bucketize(*[rows[:, 0].clone()] * 2),
     "fractions": lambda owners, rows: owners / starts_of(owners)[owners],
 }
 
