@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.holders import Holder, Path, Write, whole
-from lightning_dp.step.object_kinds import WAYS, own_classes, slots_of
+from lightning_dp.step.object_kinds import WAYS, entries_of, own_classes, slots_of
 from lightning_dp.step.variables import Variables
 from lightning_dp.system.torch_private import changes_of, num_changes
 
@@ -110,8 +110,9 @@ class Contents:
         elif way == "array":
             if one.size <= _MOST_VALUES:
                 self.arrays[id(one)] = one, path, one.copy()
-        elif way == "fixed":
-            for each in tuple.__iter__(one) if isinstance(one, tuple) else one:
+        elif way in ("fixed", "bound"):
+            held = entries_of(one) if way == "bound" else tuple.__iter__(one) if isinstance(one, tuple) else one
+            for each in held:
                 if WAYS[type(each)]:
                     self._enter(each, path)
         else:

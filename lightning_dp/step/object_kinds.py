@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 #: Types whose values cannot change.
 _CONSTANT = (
     bool, int, float, complex, str, bytes, type(None), type, range, torch.dtype, torch.device, torch.Size,
-    types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, Dataset, DataLoader,
+    types.ModuleType, types.FunctionType, Dataset, DataLoader,
 )  # fmt: skip
+#: Types whose values lead to others, and hold nothing else.
+_BOUND: tuple[Any, ...] = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType, functools.partial)
 #: Packages whose objects are not followed: they are no state of the user's, or lead to everything else.
 _FOREIGN = (
     "lightning.", "pytorch_lightning.", "lightning_dp.", "torch.distributed", "logging", "threading", "_thread",
@@ -40,8 +42,8 @@ NOT_OWN = sys.stdlib_module_names | {
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
 _CONTAINERS = (MutableMapping, MutableSequence, deque, MutableSet)
 _KINDS: dict[str, Any] = {
-    "constant": _CONSTANT, "tensor": Tensor, "array": np.ndarray, "generator": GENERATORS, "container": _CONTAINERS,
-    "fixed": (tuple, frozenset), "module": nn.Module,
+    "constant": _CONSTANT, "bound": _BOUND, "tensor": Tensor, "array": np.ndarray, "generator": GENERATORS,
+    "container": _CONTAINERS, "fixed": (tuple, frozenset), "module": nn.Module,
 }  # fmt: skip
 
 
@@ -58,7 +60,7 @@ class _Ways(dict[type, str]):
 
     def __missing__(self, kind: type) -> str:
         way = kind_of(kind)
-        holds = way in ("tensor", "array", "container", "fixed") or (way == "own" and _is_of_user(kind))
+        holds = way in ("bound", "tensor", "array", "container", "fixed") or (way == "own" and _is_of_user(kind))
         self[kind] = found = way if holds else ""
         return found
 
@@ -102,8 +104,12 @@ def state_of_class(kind: type[Any]) -> dict[str, Any]:
 
 def entries_of(container: Any) -> list[Any]:
     """Return the values of a mapping, or what another container holds; nothing if it cannot be read, such as a
-    configuration that is None.
+    configuration that is None. A method that is bound leads to its owner, a partial function to what it is given.
     """
+    if isinstance(container, functools.partial):
+        return [container.func, *container.args, container.keywords]
+    if isinstance(container, _BOUND):
+        return [container.__self__]
     is_mapping = isinstance(container, Mapping)
     try:
         return [*(container.values() if is_mapping else container)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_dp.per_sample._torch import real_view, unfollowed
 from lightning_dp.step.kept_tensors import KeptTensor, Together, find_changed
 from lightning_dp.step.local import local_part
-from lightning_dp.step.object_kinds import kind_of, own_classes, slots_of, state_of_class
+from lightning_dp.step.object_kinds import entries_of, kind_of, own_classes, slots_of, state_of_class
 from lightning_dp.step.randomness import generator_restorer
 from lightning_dp.step.refilling import (
     Stored,
@@ -186,6 +186,8 @@ class Snapshot:
             self._follow_attributes(value, depth)
         elif kind == "fixed":  # a subclass of tuple may refuse to be counted
             self._follow_all(list(tuple.__iter__(value) if isinstance(value, tuple) else value), depth)
+        elif kind == "bound":
+            self._follow_all(entries_of(value), depth)
         elif kind == "module":
             self._follow_attributes(value, 0)
         elif not depth or kind == "own":

@@ -223,6 +223,8 @@ def _may_keep(value: Any, function: Any) -> bool:
     if way == "own":
         known = isinstance(value, (types.SimpleNamespace, argparse.Namespace))
         return known or _package_of(type(value).__module__) == _package_of(function.__module__)
+    if way == "bound":
+        return any(_may_keep(one, function) for one in entries_of(value))
     return way in ("array", "tensor", "container")
 
 

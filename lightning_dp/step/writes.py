@@ -5,6 +5,7 @@ trains.
 from __future__ import annotations
 
 import enum
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.contents import Contents
+from lightning_dp.step.object_kinds import own_classes
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
 from lightning_dp.step.refilling import plain_of, refill_mapping, replace_plain, reset_attributes, same_content
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of, scheduled_rates
+from lightning_dp.step.variables import Variables
 from lightning_dp.system.torch_private import NUM_REGISTRIES, Layers, changes_of
 
 _NONE: dict[int, Any] = {}
@@ -54,7 +57,10 @@ class Look:
             self.tensors = [*layers.parameters(), *(buffers := layers.buffers())]
             self.changes = [changes_of(self.tensors), _addresses_of(self.tensors)]
             self.trains = [tensor.requires_grad for tensor in self.tensors]
-        self._attributes, self._plain = [*map(vars, layers.own), *more], layers.plain
+        kinds: Any = dict.fromkeys(layer.__class__ for layer in layers.own)
+        kinds = dict.fromkeys(each for kind in kinds for each in own_classes(kind))
+        self._attributes = [*map(vars, layers.own), *(_view_of_class(kind) for kind in kinds), *more]
+        self._plain = layers.plain
         counts = self.changes[0][len(self.tensors) - len(buffers) :]
         self.contents: Contents = Contents(self._attributes, buffers, counts, None if last is None else last.contents)
         """Contents of the attributes, and of what they hold."""
@@ -280,6 +286,11 @@ def _step_of(key: tuple[Any, ...], before: Any, after: Any, known: set[Any]) -> 
 def _give_back(taken: list[tuple[dict[str, Any], str, Any]]) -> None:
     for attributes, name, value in taken:
         attributes[name] = value
+
+
+@functools.lru_cache(4096)
+def _view_of_class(kind: Any) -> Variables:
+    return Variables.of_class(kind)
 
 
 def _joined(numbers: Numbers) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from collections import Counter
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from lightning_dp import PrivacyError
 from tests.strategies.test_latched_state import REFUSED, STEPS, steps_of_fit
@@ -36,6 +38,10 @@ THING = Thing()
 
 
 class Named:
+    factor = 1.0
+
+
+class Layer(nn.Module):
     factor = 1.0
 
 
@@ -138,6 +144,13 @@ PLACES: dict[str, type[Latches]] = {
     "counter": of_module(Counter, lambda held: 0.5 if held else 1.0, lambda held: held.update("a")),
     "array": of_module(lambda: np.ones(2), lambda held: held[0], lambda held: held.__setitem__(0, 0.5)),
     "tuple": of_module(lambda: ([1.0],), lambda held: held[0][-1], lambda held: held[0].append(0.5)),
+    "bound method": of_module(lambda: [1.0].append, lambda put: put.__self__[-1], lambda put: put(0.5)),
+    "partial function": of_module(
+        lambda: functools.partial(dict, factor=1.0),
+        lambda held: held()["factor"],
+        lambda held: held.keywords.update(factor=0.5),
+    ),
+    "class of a layer": of_module(Layer, by_factor, lambda held: halve(type(held))),
     "global object": OfGlobal,
     "global namespace": OfNamespace,
     "global array": OfArray,
@@ -150,7 +163,9 @@ PLACES: dict[str, type[Latches]] = {
 
 @pytest.fixture(autouse=True)
 def _reset() -> Any:
-    SETTINGS.__dict__["factor"] = OPTIONS.factor = THING.factor = Named.factor = scaled.__dict__["factor"] = 1.0
+    SETTINGS.__dict__["factor"] = OPTIONS.factor = THING.factor = Named.factor = Layer.factor = scaled.__dict__[
+        "factor"
+    ] = 1.0
     TABLE[:] = 1.0
     kept: Any = remembered.__defaults__
     kept[1].clear()
