@@ -131,6 +131,10 @@ class LossForm:
                 self._checked.add(place := ("written", when, key))
                 self._written.setdefault(place, (self.checked_at, 0))
 
+    def see_shapes(self, shapes: Hashable) -> None:
+        """Count the shapes of the rows of a real batch as a new form."""
+        self._new.add(("shapes", shapes))
+
     def see_spread(self, paths: Iterable[Any]) -> bool:
         """Read which values of a batch change with a record of others; tell whether one of them is new."""
         new = {("spread", path) for path in paths} - self._checked

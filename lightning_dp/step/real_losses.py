@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import num_operations
+from lightning_dp.per_sample.batch_reading import shapes_in
 from lightning_dp.sampling.batches import LogicalBatch
 from lightning_dp.step.in_batches import check_in_batch
 from lightning_dp.step.runs import TrialRuns
@@ -22,12 +24,19 @@ RELEASED = (
 )
 
 
+_MOST_SHAPES = 4
+"""Shapes of rows up to which a batch of a new one is checked: models that pass do not depend on padding."""
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
 class RealLosses:
     """A watch of the losses of real microbatches, and the checks before their gradients are released.
 
     A loss of a new form makes all checks due. The records of its microbatch then also run alone, because those of a
     regular check may not be the ones that user code goes by. So do the records of a loss that counts its rows by new
-    factors, and those of a new form in a step that began with regular checks.
+    factors, and those of a new form in a step that began with regular checks. If all records of the first checks have
+    one shape, so do those of a batch whose rows have another: one long record pads the rows of all others.
 
     Args:
         runs: run the user's step.
@@ -42,6 +51,8 @@ class RealLosses:
         self._runs, self._step, self._written, self._sandbox = runs, runs.step, written, sandbox
         self._check_again, self._begins = check_again, True
         self._positions: list[list[int]] = []
+        self._shapes: list[Shapes] = []  # of the rows of each microbatch
+        self._known_shapes: set[Shapes] = set()  # empty if checks compare records of several shapes anyway
         self._seen_in: tuple[list[int], Ran | None] = [], None  # of the newest loss
         self._new_in: tuple[list[int], Ran | None] | None = None  # of the first one that is new
         self.part = -1
@@ -54,8 +65,19 @@ class RealLosses:
     def begin(self, batch: LogicalBatch) -> None:
         """Begin a batch; positions of the records of each microbatch are noted as far as they are known."""
         positions = self._positions = batch.positions
+        self._shapes = [_shapes_of_rows(part, count) for count, _, part in batch.parts]
         self.part, self._step.engine.joined = -1, batch.joined
         self._written.begin(positions[-1] if positions else [])
+
+    def note_shapes(self, records: list[Any]) -> None:
+        """Take note of the shapes of rows that the first checks see.
+
+        Args:
+            records: of these checks.
+        """
+        collate = self._runs.host.training.collated
+        found = {_shapes_of_rows(collate([record] * 2), 2) for record in records}
+        self._known_shapes = found if len(found) == 1 else set()
 
     @contextmanager
     def watching(self, count: int) -> Iterator[None]:
@@ -84,6 +106,10 @@ class RealLosses:
         count = recording.count if recording.weight and recording.count > 1 else 0
         operations, hooks = num_operations() - recording.began, num_hooks() - recording.num_hooks
         form.see(loss, checked=False, num_operations=operations, count=count, num_hooks=hooks)
+        shapes = self._shapes[self.part] if count and -self.part <= len(self._shapes) else ()
+        if shapes not in self._known_shapes and 0 < len(self._known_shapes) < _MOST_SHAPES and count:
+            self._known_shapes.add(shapes)
+            form.see_shapes(shapes)
         self._note_new()
 
     def _note_new(self) -> None:
@@ -129,3 +155,11 @@ class RealLosses:
             records = self._runs.host.read(positions)
             check_in_batch(self._runs, snapshot, records, seed=number, agree=reduction.agree)
         return True
+
+
+def _shapes_of_rows(batch: Any, count: int) -> Shapes:
+    """Return the shapes of the tensors of a collated batch, without the axis of the records; that is one of the first
+    two.
+    """
+    shapes = [shape for shape in shapes_in(batch) if count in shape[:2]]
+    return tuple(shape[1:] if shape[0] == count else shape[:1] + shape[2:] for shape in shapes)

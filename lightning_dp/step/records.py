@@ -147,7 +147,7 @@ class TrainingRecords:
             # of flat lists of parts, few records may have one each; of unlike ones, the collate function may drop one
             for num in (_NUM_PLACES, 2):
                 pair = (differing(self.take(num)) * 2)[:2]
-                two, three = (self._collated((pair * size)[:size]) for size in (2, 3))
+                two, three = (self.collated((pair * size)[:size]) for size in (2, 3))
                 self.axes = checks.sample_axes(two, three)
                 if self.axes:
                     break
@@ -158,11 +158,12 @@ class TrainingRecords:
         Raises:
             PrivacyError: the collate function drops or adds records.
         """
-        batch = self._collated(records)
+        batch = self.collated(records)
         checks.check_rows(batch, len(records), self.axes)
         return self.move(batch)
 
-    def _collated(self, records: list[Any]) -> Any:
+    def collated(self, records: list[Any]) -> Any:
+        """Return records collated, by a collate function whose state is restored."""
         if isinstance(records, Collated):
             return copy.deepcopy(records.batch)
         kept = KeptState(user_collate(self.loader))

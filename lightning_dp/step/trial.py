@@ -98,6 +98,8 @@ class Trial:
                 if not (begins_run and checks and self._one_by_one.find_sum(snapshot, records)):
                     raise
                 self._prepare(snapshot, records, checks=checks)
+            if checks:
+                self.losses.note_shapes(records)
         self._take_note()
         if checks:
             step.unchecked_public = set(settings.public_optimizers)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_dp import DPStrategy, PrivacyError, make_private
-from tests.helpers import make_trainer, stepped_on
+from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_dataset, make_trainer, stepped_on
 from tests.strategies import test_latched_state
 from tests.strategies.test_latched_state import RARE, STEPS, loader
 
@@ -130,3 +132,62 @@ def sum_by_size(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [by_counts, by_draws, sum_by_size])
 def test_factors_that_records_do_not_choose_are_free(function: Losses, tmp_path: Any) -> None:
     assert fit(Module(function), tmp_path) == STEPS
+
+
+UNREAD = 58
+"""A record of 300 that no check reads. It comes in step 6."""
+
+
+def train(records: list[Any], loss_fn: Any, *, collate: Any = None) -> int:
+    """Take private steps in a loop on records of which one that no check reads is unlike the others."""
+    network = nn.Sequential(nn.Linear(NUM_FEATURES, 5), nn.Tanh(), nn.Linear(5, NUM_CLASSES))
+    data: Any = DataLoader(records, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
+    settings: Any = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "target_delta": 1e-3, "seed": 3}
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with make_private(network, optimizer, data, loss_fn, steps=8, **settings) as private:
+        for batch in private.loader:
+            private.step(batch)
+        return private.steps_taken
+
+
+class SetsOnce:
+    """A loss whose factor a count sets in the first step, and a rare record some steps later."""
+
+    count, factor = 0, None
+
+    def __call__(self, network: Any, batch: Any) -> Tensor:
+        self.count += 1
+        self.factor = [2.0] if self.count == 1 else self.factor
+        loss = nn.functional.cross_entropy(network(batch[0]), batch[1]) * self.factor[0]
+        if (batch[0] == RARE).any():
+            self.factor = [0.5]
+        return loss
+
+
+def test_what_a_count_has_set_once_no_record_may_set_again() -> None:
+    features, labels = make_dataset(300).tensors
+    features[UNREAD] = RARE
+    with pytest.raises(PrivacyError, match="it differs after the records of a batch"):
+        train([*zip(features, labels, strict=True)], SetsOnce())
+
+
+def padded(records: list[Any]) -> Any:
+    rows, labels = zip(*records, strict=True)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.stack(labels)
+
+
+@pytest.mark.parametrize("is_sum", [True, False])
+def test_a_long_record_that_pads_all_others_is_compared(*, is_sum: bool) -> None:
+    """A sum over rows does not depend on the padding; a mean does."""
+    features, labels = make_dataset(300).tensors
+    records = [
+        (row[None].expand(30 if number == UNREAD else 3, -1), label)
+        for number, (row, label) in enumerate(zip(features, labels, strict=True))
+    ]
+
+    def loss_fn(network: Any, batch: Any) -> Tensor:
+        rows = batch[0].sum(1) if is_sum else batch[0].mean(1)
+        return nn.functional.cross_entropy(network(rows), batch[1])
+
+    with nullcontext() if is_sum else pytest.raises(PrivacyError, match=REFUSED):
+        assert train(records, loss_fn, collate=padded) == STEPS
