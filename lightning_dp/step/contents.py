@@ -154,7 +154,13 @@ class Contents:
             if key in after.tensors and after.tensors[key][0] is one:
                 (_, count, before), (_, now, newer) = self.values[key], after.values[key]
                 if count != now and before is not None and newer is not None and not torch.equal(before, newer):
-                    yield ("content", *path), None, None  # a trial puts values back, which counts as a change
+                    # a trial puts values back, which counts as a change
+                    yield ("content", *path), _count_of(before), _count_of(newer)
+
+    def count_in(self, tensor: Tensor) -> int | None:
+        """Return the whole number that a buffer, or another tensor that was looked at, held alone."""
+        _, _, values = self.values.get(id(tensor), (tensor, 0, None))
+        return None if values is None else _count_of(values)
 
     @contextmanager
     def back_in(self) -> Iterator[None]:
@@ -195,6 +201,12 @@ def _values_of(tensor: Tensor) -> Tensor | None:
     with torch.no_grad(), unfollowed():
         small = tensor.numel() <= _MOST_VALUES and tensor.layout == torch.strided and not tensor.requires_grad
         return tensor.detach().clone() if small else None
+
+
+def _count_of(values: Tensor) -> int | None:
+    """Return the whole number in a tensor of one."""
+    value = float(values) if values.numel() == 1 and not values.is_complex() else 0.5
+    return int(value) if value.is_integer() else None
 
 
 def _fill(one: Any, content: Any) -> None:

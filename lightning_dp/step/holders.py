@@ -15,7 +15,7 @@ Path = tuple[Any, ...]
 """Number of a given object, and names of attributes from there; the entries of a container have its path."""
 
 Write = tuple[tuple[Any, ...], Any, Any]
-"""Key of a write; of an attribute, also its value before and after."""
+"""Key of a write, and a value before and after: of an attribute, or a whole number that tells of a container."""
 
 MOST_ENTRIES = 16
 """Entries of a container up to which each is looked at; of a larger one, only their number is."""
@@ -81,7 +81,7 @@ class Holder:
         one, other = self.content, after.content
         if one is None or other is None:
             if self.size != after.size:
-                yield ("content", *self.path), None, None
+                yield ("content", *self.path), self.size, after.size
         elif self.is_object:
             names = {**one, **other} if one.keys() != other.keys() else one
             for name in names:
@@ -89,7 +89,8 @@ class Holder:
                 if not same_value(before, now) and name != _NAME_OF_HOOK:
                     yield ("attribute", *self.path, name), before, now
         elif not _same(one, other):
-            yield ("content", *self.path), None, None
+            count = _sum_of_counts if len(one) == len(other) else len
+            yield ("content", *self.path), count(one), count(other)
 
     def put_back(self, content: Any) -> None:
         """Give the object or container its content back; a large container only loses what was put to its end."""
@@ -128,6 +129,10 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, set):
         return bool(one == other)
     return all(map(same_value, one, other))
+
+
+def _sum_of_counts(content: Any) -> int:
+    return sum(value for value in (content.values() if isinstance(content, dict) else content) if type(value) is int)
 
 
 def same_value(one: Any, other: Any) -> bool:

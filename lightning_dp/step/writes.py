@@ -88,7 +88,9 @@ class Look:
             rows = zip(same, *self.changes, *after.changes, strict=False)
             for index, (is_same, before, old, now, new) in enumerate(rows):
                 if not is_same or now != before or old != new:
-                    yield "tensor", index, is_same, now - before, old == new
+                    counted = self.contents.count_in(self.tensors[index]), after.contents.count_in(after.tensors[index])
+                    step = _step_of(("tensor", index), *counted, known)
+                    yield "tensor", index, is_same, now - before, old == new, *step
         if len(after.tensors) != len(self.tensors):
             yield "number of tensors", len(after.tensors) - len(self.tensors)
         if self.layers is not after.layers:  # an attribute of a layer is new, or a layer is

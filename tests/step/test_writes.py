@@ -74,7 +74,7 @@ def test_writes_of_tensors_are_reported_once_for_each_kind(monkeypatch: pytest.M
     assert rig.forward(lambda: rig.add(weight)) == set()
     assert rig.forward(lambda: rig.add(weight, weight)) == {(FORWARD, "tensor", 0, True, 2, True)}
     assert rig.forward(lambda: rig.add(weight, bias)) >= {(FORWARD, "tensor", 1, True, 1, True)}
-    assert rig.forward(lambda: rig.add(count)) == {(FORWARD, "tensor", 2, True, 1, True)}
+    assert rig.forward(lambda: rig.add(count)) == {(FORWARD, "tensor", 2, True, 1, True, 1)}
     assert rig.after(lambda: rig.add(weight)) == {(When.HELD, "tensor", 0, True, 1, True)}  # known of forwards only
     rig.released = 1
     assert rig.after(lambda: rig.add(weight)) == {(When.RELEASED, "tensor", 0, True, 1, True)}
@@ -84,7 +84,7 @@ def test_writes_of_tensors_are_reported_once_for_each_kind(monkeypatch: pytest.M
 def test_writes_of_few_tensors_are_reported_each_time() -> None:
     rig = Watched()
     for _ in range(2):
-        assert rig.forward(lambda: rig.add(rig.module.count)) == {(FORWARD, "tensor", 2, True, 1, True)}
+        assert rig.forward(lambda: rig.add(rig.module.count)) == {(FORWARD, "tensor", 2, True, 1, True, 1)}
 
 
 def test_a_batch_begins_once_until_its_forward_ends() -> None:
@@ -144,6 +144,29 @@ def test_another_step_of_a_count_is_reported(values: Any) -> None:
     assert num_new(values) == (1 if isinstance(values, range) or isinstance(values[0], float) else 2)
     if isinstance(values, range):
         assert num_new(rig.module.flag + 10**n for n in range(2, 8)) == 4  # three steps, and all that follow
+
+
+KEPT: dict[str, tuple[Any, Any]] = {
+    "list": (lambda: [0.5], lambda kept, step: kept.extend([0.5] * step)),
+    "long list": (lambda: [0.5] * 20, lambda kept, step: kept.extend([0.5] * step)),
+    "dictionary": (lambda: {"seen": 0}, lambda kept, step: kept.update(seen=kept["seen"] + step)),
+    "tensor": (lambda: torch.zeros(()), lambda kept, step: kept.add_(step)),
+    "buffer": (None, None),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_another_step_of_what_is_kept_is_reported(name: str) -> None:
+    rig = Watched()
+    make, change = KEPT[name]
+    if make is None:
+        kept, change = rig.module.count, KEPT["tensor"][1]
+    else:
+        rig.module.kept = kept = make()
+    rig.forward(lambda: None)
+    keys = [rig.forward(lambda step=step: change(kept, step)) for step in (1, 1, 8)]
+    assert [len(key) for key in keys] == [1, 1, 1]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_writes_to_what_optimizers_keep_are_reported() -> None:
