@@ -118,18 +118,22 @@ class Surroundings:
 
 
 def _found_from(roots: Iterable[Any]) -> list[Any]:
-    """Return the objects of the framework, optimizers, loaders and datasets to which others lead, each once."""
-    waiting, found, seen = [*roots], list[Any](), set[int]()
+    """Return the objects of the framework, optimizers, loaders with their collate functions, and datasets to which
+    others lead, each once.
+    """
+    waiting, found, seen, collating = [*roots], list[Any](), set[int](), set[int]()
     for one in waiting:  # grows
         if id(one) in seen or len(found) >= _MOST:
             continue
         seen.add(id(one))
+        follows = id(one) in collating or _is_followed(one.__class__)
         if isinstance(one, (Mapping, MutableSequence, tuple, Set)):
             entries = entries_of(one)
             waiting += entries if len(entries) <= _MOST_ENTRIES else []
-        elif _is_followed(one.__class__) and isinstance(held := getattr(one, "__dict__", None), dict):
+        elif follows and isinstance(held := getattr(one, "__dict__", None), dict):
             found.append(one)
             waiting += held.values()
+            collating.add(id(held.get("collate_fn")))
     return found
 
 

@@ -78,6 +78,7 @@ PLACES: dict[str, tuple[Any, Any]] = {
     "loop": of(lambda module: module.trainer.fit_loop.epoch_loop.automatic_optimization),
     "strategy": of(lambda module: module.trainer.strategy),
     "loader": of(lambda module: module.trainer.train_dataloader),
+    "collate function": of(lambda module: module.trainer.train_dataloader.collate_fn),
     "dataset": of(lambda module: module.trainer.train_dataloader.dataset),
     "library": of(lambda module: torch),
     "by name": (_by_name, lambda module: getattr(module.trainer, "factor", 1.0)),
