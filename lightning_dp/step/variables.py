@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -73,8 +74,9 @@ class Variables(MutableMapping[str, Any]):
         )
 
     @classmethod
+    @functools.lru_cache(4096)
     def of_class(cls, kind: type[Any]) -> Variables:
-        """Return a view of the attributes of a class; only those that are values are named."""
+        """Return a view of the attributes of a class, the same one each time; only those that are values are named."""
         held = vars(kind)
         return cls(
             lambda: state_of_class(kind),
@@ -126,7 +128,7 @@ class UserVariables:
     """
 
     def __init__(self, functions: Iterable[Any], classes: Iterable[type[Any]] = ()) -> None:
-        self._classes, self._seen = [*dict.fromkeys(classes)], set[int]()
+        self._classes, self._seen = list[Any](dict.fromkeys(classes)), set[int]()
         self.names = Names()
         """All names in the functions."""
         self.context: list[ContextVar[Any]] = []
@@ -149,7 +151,7 @@ class UserVariables:
         self.restored: list[Any] = [*(Variables.of_dict(held, frozenset(names)) for held, names in small)]
         """Views of what is restored after a trial."""
         defaults = {name: value for name, value in self._defaults.items() if is_small(value)}
-        views = [*map(Variables.of_class, self._classes)]
+        views = [Variables.of_class(kind) for kind in self._classes]
         self.restored += [Variables.of_cells(cells), defaults, *views]
         self.watched += [Variables.of_cells(self._cells), *views]
 

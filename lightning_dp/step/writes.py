@@ -5,7 +5,6 @@ trains.
 from __future__ import annotations
 
 import enum
-import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +58,7 @@ class Look:
             self.trains = [tensor.requires_grad for tensor in self.tensors]
         kinds: Any = dict.fromkeys(layer.__class__ for layer in layers.own)
         kinds = dict.fromkeys(each for kind in kinds for each in own_classes(kind))
-        self._attributes = [*map(vars, layers.own), *(_view_of_class(kind) for kind in kinds), *more]
+        self._attributes = [*map(vars, layers.own), *(Variables.of_class(kind) for kind in kinds), *more]
         self._plain = layers.plain
         counts = self.changes[0][len(self.tensors) - len(buffers) :]
         self.contents: Contents = Contents(self._attributes, buffers, counts, None if last is None else last.contents)
@@ -288,11 +287,6 @@ def _step_of(key: tuple[Any, ...], before: Any, after: Any, known: set[Any]) -> 
 def _give_back(taken: list[tuple[dict[str, Any], str, Any]]) -> None:
     for attributes, name, value in taken:
         attributes[name] = value
-
-
-@functools.lru_cache(4096)
-def _view_of_class(kind: Any) -> Variables:
-    return Variables.of_class(kind)
 
 
 def _joined(numbers: Numbers) -> dict[Any, Any]:
