@@ -87,6 +87,11 @@ class Trial:
         self._begin_checks(step.state.step)
         self._prepared_at = step.state.step
         records = self._host.records(NUM_SPREAD)
+        if len(records) == 1:
+            _messages.info(
+                "The training set has one record, which the guarantee hides as a whole. Nodes of a graph and times of "
+                "a series are no records: make each part that it should hide by itself a record of its own."
+            )
         checks = settings.check_per_sample and len(records) > 1
         begins_run = step.state.steps_taken == 0  # else the reading of the first step stays
         if begins_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from typing import Any
@@ -204,11 +205,14 @@ def test_draws_frozen_by_place_show_how_many_rows_were_drawn() -> None:
         assert 0 < float(torch.rand(1000).min()) < float(torch.rand(1000).max()) < 1
 
 
-def test_tiny_datasets_are_checked_as_far_as_they_go(tmp_path: Any) -> None:
+def test_tiny_datasets_are_checked_as_far_as_they_go(tmp_path: Any, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
     for size in (1, 2):
+        caplog.clear()
         strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
         make_trainer(strategy, tmp_path).fit(Classifier(), make_loader(size, batch_size=1))
         assert strategy.ledger.num_steps == size
+        assert ("has one record, which the guarantee hides as a whole" in caplog.text) is (size == 1)
 
 
 class Remembering(Classifier):
