@@ -237,4 +237,5 @@ def test_writes_of_counts_and_weights_cost_few_checks(monkeypatch: pytest.Monkey
     assert checked == [1, 9]
     checked.clear()
     assert fit(Free()) == (PLANNED, "")
-    assert checked == [1, 9, BEGINS + 1], "those of public state, and of the edit; a rehearsal steps schedulers"
+    said = "those of public state, of the scheduler after a longer pause than before, and of the edit"
+    assert checked == [1, 9, 10, BEGINS + 1], said
