@@ -52,7 +52,8 @@ class RealLosses:
         self._check_again, self._begins = check_again, True
         self._positions: list[list[int]] = []
         self._shapes: list[Shapes] = []  # of the rows of each microbatch
-        self._known_shapes: set[Shapes] = set()  # empty if checks compare records of several shapes anyway
+        # None before the first checks; empty if these compare records of several shapes anyway
+        self._known_shapes: set[Shapes] | None = None
         self._seen_in: tuple[list[int], Ran | None] = [], None  # of the newest loss
         self._new_in: tuple[list[int], Ran | None] | None = None  # of the first one that is new
         self.part = -1
@@ -65,7 +66,9 @@ class RealLosses:
     def begin(self, batch: LogicalBatch) -> None:
         """Begin a batch; positions of the records of each microbatch are noted as far as they are known."""
         positions = self._positions = batch.positions
-        self._shapes = [_shapes_of_rows(part, count) for count, _, part in batch.parts]
+        known = self._known_shapes
+        watches = known is None or 0 < len(known) < _MOST_SHAPES
+        self._shapes = [_shapes_of_rows(part, count) for count, _, part in batch.parts] if watches else []
         self.part, self._step.engine.joined = -1, batch.joined
         self._written.begin(positions[-1] if positions else [])
 
@@ -106,10 +109,12 @@ class RealLosses:
         count = recording.count if recording.weight and recording.count > 1 else 0
         operations, hooks = num_operations() - recording.began, num_hooks() - recording.num_hooks
         form.see(loss, checked=False, num_operations=operations, count=count, num_hooks=hooks)
-        shapes = self._shapes[self.part] if count and -self.part <= len(self._shapes) else ()
-        if shapes not in self._known_shapes and 0 < len(self._known_shapes) < _MOST_SHAPES and count:
-            self._known_shapes.add(shapes)
-            form.see_shapes(shapes)
+        known = self._known_shapes
+        if count and known and len(known) < _MOST_SHAPES and -self.part <= len(self._shapes):
+            shapes = self._shapes[self.part]
+            if shapes not in known:
+                known.add(shapes)
+                form.see_shapes(shapes)
         self._note_new()
 
     def _note_new(self) -> None:
