@@ -111,8 +111,7 @@ class Contents:
             if one.size <= _MOST_VALUES:
                 self.arrays[id(one)] = one, path, one.copy()
         elif way in ("fixed", "bound"):
-            held = entries_of(one) if way == "bound" else tuple.__iter__(one) if isinstance(one, tuple) else one
-            for each in held:
+            for each in entries_of(one):
                 if WAYS[type(each)]:
                     self._enter(each, path)
         else:
@@ -205,7 +204,9 @@ def _values_of(tensor: Tensor) -> Tensor | None:
 
 def _count_of(values: Tensor) -> int | None:
     """Return the whole number in a tensor of one."""
-    value = float(values) if values.numel() == 1 and not values.is_complex() else 0.5
+    if values.numel() != 1 or values.is_complex():
+        return None
+    value = float(values)
     return int(value) if value.is_integer() else None
 
 

@@ -106,12 +106,13 @@ def entries_of(container: Any) -> list[Any]:
     """Return the values of a mapping, or what another container holds; nothing if it cannot be read, such as a
     configuration that is None. A method that is bound leads to its owner, a partial function to what it is given.
     """
+    if isinstance(container, tuple):  # a subclass may refuse to be counted
+        return [*tuple.__iter__(container)]
     if isinstance(container, functools.partial):
         return [container.func, *container.args, container.keywords]
     if isinstance(container, _BOUND):
         return [container.__self__]
-    is_mapping = isinstance(container, Mapping)
     try:
-        return [*(container.values() if is_mapping else container)]
+        return [*(container.values() if isinstance(container, Mapping) else container)]
     except Exception:
         return []

@@ -184,9 +184,7 @@ class Snapshot:
         elif kind == "container":
             self._follow_container(value, depth)
             self._follow_attributes(value, depth)
-        elif kind == "fixed":  # a subclass of tuple may refuse to be counted
-            self._follow_all(list(tuple.__iter__(value) if isinstance(value, tuple) else value), depth)
-        elif kind == "bound":
+        elif kind in ("fixed", "bound"):
             self._follow_all(entries_of(value), depth)
         elif kind == "module":
             self._follow_attributes(value, 0)
