@@ -227,7 +227,7 @@ def _rows_of(batches: Any) -> DataLoader[Any]:
     first = next(_begun(batches), None)
     if first is None:
         raise ValueError(f"Expected batches to train on, got none from {type(batches).__name__}. Check the data.")
-    if hasattr(batches, "__next__") and len(batches) != (found := sum(1 for _ in _begun(batches))):
+    if iter(batches) is batches and len(batches) != (found := sum(1 for _ in _begun(batches))):
         raise _read_once(batches, f"whose second pass has {found} batches instead of {len(batches)}")
     kind = _SizedRowsOfBatches if hasattr(batches, "__len__") else RowsOfBatches
     size = len(_rows(first))
@@ -238,8 +238,9 @@ def _begun(batches: Any) -> Iterator[Any]:
     """Return an iterator that begins again; of an object that is its own iterator, that of a copy, so that passes do
     not disturb each other.
     """
-    if not hasattr(batches, "__next__"):
-        return iter(batches)
+    iterator: Iterator[Any] = iter(batches)
+    if iterator is not batches:
+        return iterator
     if not hasattr(batches, "__len__"):
         raise _read_once(batches, "which has no length")
     try:
