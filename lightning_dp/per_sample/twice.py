@@ -90,7 +90,7 @@ class _Apply(torch.autograd.Function):
 
             if torch.is_grad_enabled():
                 keys = linear.keys - {linear.source.key_of.get("bias")}
-                reverse = linear._replace(keys=keys, use=None, is_adjoint=not linear.is_adjoint, run=adjoint)
+                reverse = Linear(linear.source, linear.axes, keys, None, not linear.is_adjoint, adjoint)
                 return _apply(backprop, reverse) if ctx.needs_input_grad[0] else None, None, None
             if not ctx.needs_input_grad[0]:
                 return None, None, None

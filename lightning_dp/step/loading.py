@@ -149,7 +149,9 @@ class LoadingWatch:
         found = Exchanged(place, len(records), again(records), again(swapped))
         if not found.spread():
             return found if self._always else None
-        repeated = found._replace(other=again(records))  # a call that draws from the system changes by itself
+        repeated = Exchanged(
+            place, len(records), found.real, again(records)
+        )  # a call that draws from the system changes by itself
         return None if repeated.spread() else found
 
 
