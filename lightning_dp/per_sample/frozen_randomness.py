@@ -180,7 +180,8 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return (values.abs() != 1).to(drawn.dtype) * p
         stays = _by_value(values) < p
         some = stays[values != 0]
-        return drawn if some.all() or not some.any() else stays.to(drawn.dtype)  # few values tell rows from no others
+        # values that would all be kept or all be dropped are too few to go by
+        return drawn if some.all() or not some.any() else stays.to(drawn.dtype)
 
 
 # Set here: torch wraps a method that a class defines by this name, to keep it from being compiled, and each call would

@@ -11,9 +11,9 @@ from typing import Any
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.notices import unused_notice
-from lightning_dp.step import chosen_records, state_runs
+from lightning_dp.step import state_runs
 from lightning_dp.step.branches import Branches
-from lightning_dp.step.chosen_records import differing
+from lightning_dp.step.chosen_records import differing, shape_of
 from lightning_dp.step.couplings import NUM_SPARES, Couplings
 from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
@@ -180,7 +180,7 @@ class Trial:
                 partial(run, draws),
                 sizes=LAYOUT_SIZES,
                 more=more or draws.coin != MIDDLE,
-                alike=chosen_records.shape_of(pair[0]) == chosen_records.shape_of(pair[1]),
+                alike=shape_of(pair[0]) == shape_of(pair[1]),
             )
 
         try:
