@@ -46,7 +46,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.readme import write_section
 from benchmarks.step_machine import DEVICE, environment, machine_in, measure_noise, measure_rates, merge
 from benchmarks.step_processes import DoesNotRun, OwnProcesses, serve
-from benchmarks.step_runs import OURS, WARMUP, Clock, forget_peak, resident, run, same_size_batches
+from benchmarks.step_runs import OURS, WARMUP, Clock, forget_peak, peak_bytes, resident, run, same_size_batches
 from benchmarks.step_table import OPACUS, step_page
 
 HERE = Path(__file__).parent
@@ -67,7 +67,7 @@ def measure_memory(case: Case, mode: str) -> tuple[int, int]:
     forget_peak()
     before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else resident("VmRSS")
     clock = run(case, mode, 3, 1)
-    return clock.peak - before, clock.first_peak - before
+    return peak_bytes() - before, clock.first_peak - before
 
 
 def memory_in_own_process(case: Case, mode: str) -> tuple[int, int]:
@@ -83,9 +83,9 @@ def memory_in_own_process(case: Case, mode: str) -> tuple[int, int]:
 
 def trial(case: Case, mode: str, target_seconds: float, runner: Runner) -> tuple[int, int]:
     """Return steps and warm-up of one side of a pair, from a first run that also shows whether the mode works."""
-    clock = runner(case, mode, 2, 1)
-    steps = round(target_seconds / clock.seconds_a_step(1))
-    return (max(3, min(60, steps)), WARMUP) if steps >= 3 else (2, 2)
+    clock = runner(case, mode, 2, WARMUP)
+    steps = round(target_seconds / clock.seconds_a_step(WARMUP))
+    return max(2, min(60, steps)), WARMUP
 
 
 def time_mode(
