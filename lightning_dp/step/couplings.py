@@ -135,6 +135,22 @@ class Couplings:
             base = self._fingerprint(snapshot, few, middle, draws)
             self._compare(snapshot, base, swapped, middle, draws, "exchanged for another record")
         self.exchange_one(snapshot, self.real_records(0), seed=0)
+        self._exchange_far_away(snapshot, few, spare, middle)
+
+    def _exchange_far_away(self, snapshot: Snapshot, few: list[Any], spare: Any, place: int) -> None:
+        """Exchange a sample under other weights: a coupling may be smaller than rounding where training starts."""
+        draws, swapped = Draws(by_place=True, far=True), list(few)
+        same = chosen_records.shape_of(spare) == chosen_records.shape_of(few[place])
+        swapped[place] = spare if same else made_records.of_one_row(few[place], spare)
+        if swapped[place] is None:
+            return
+        try:
+            base = self._fingerprint(snapshot, few, place, draws)
+            self._compare(snapshot, base, swapped, place, draws, "exchanged for another record, under other weights")
+        except ComparisonError:
+            raise
+        except Exception:  # such weights need not be possible
+            return
 
     def _compare_left_out(self, snapshot: Snapshot, few: list[Any]) -> None:
         """Compare batches of two sizes."""
@@ -224,7 +240,7 @@ class Couplings:
         def check_in_equal_draws() -> None:
             assert base.again is not None
             for coin in (MIDDLE, LOW, HIGH) if self._runs.has_coins else (MIDDLE,):
-                same = Draws(seed=draws.seed, coin=coin, rates=True)
+                same = Draws(seed=draws.seed, coin=coin, far=draws.far, rates=True)
                 options = {"loose": loose, "may_raise": may_raise}
                 self._compare(snapshot, base.again(same), records, place, same, what, **options)
 

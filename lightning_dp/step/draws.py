@@ -25,6 +25,7 @@ class Draws:
         real: torch draws as it does in training, but for draws that shift all later random numbers by
             how many they take, which depends on the values of one sample and changes no distribution.
         moved: number of a small change of all private parameters; 0 for none.
+        far: whether all private parameters are far from their values, so that couplings that these hide show.
         rates: whether rates of dropout and Bernoulli draws show.
         by_content: with ``real``, dropout drops entries by their values, so that the order of the rows changes nothing.
     """
@@ -34,6 +35,7 @@ class Draws:
     by_place: bool = False
     real: bool = False
     moved: int = 0
+    far: bool = False
     rates: bool = False
     by_content: bool = False
 

@@ -149,8 +149,8 @@ class TrialRuns:
     ) -> Probe:
         """Run the step on records, and restore the state; several runs share one sandbox."""
         try:
-            if draws.moved:
-                self._move(draws.moved)
+            if draws.moved or draws.far:
+                self._move(draws)
             return self.run(records, draws, engine=engine, read=read)
         except Exception:
             self.step.reduction.recover()
@@ -160,12 +160,15 @@ class TrialRuns:
             snapshot.put_back()
 
     @torch.no_grad()
-    def _move(self, number: int) -> None:
-        """Change each entry of the private parameters by at most a thousandth; each number changes them otherwise."""
+    def _move(self, draws: Draws) -> None:
+        """Change each entry of the private parameters by at most a thousandth, by each number in another way; far away,
+        double it and add up to a tenth.
+        """
         for accumulator in self.step.accumulators.values():
             for parameter in map(local_part, accumulator.parameters.values()):
                 places = torch.arange(parameter.numel(), device=parameter.device, dtype=torch.float32)
-                parameter.mul_(1.0 + 1e-3 * (places * (number + 0.7)).sin().view(parameter.shape).to(parameter.dtype))
+                wave = (places * (draws.moved + 0.7)).sin().view(parameter.shape).to(parameter.dtype)
+                parameter.mul_(2.0 if draws.far else 1.0 + 1e-3 * wave).add_(wave, alpha=0.1 if draws.far else 0.0)
 
     @property
     def must_freeze(self) -> bool:
@@ -198,7 +201,8 @@ class TrialRuns:
         """
         step, probe = self.step, Probe(self.step, engine=engine, read=read, rehearses=rehearses)
         outputs: list[Any] = []
-        is_check = not rehearses and self.step.state.step == self.loss_form.checked_at  # that samples are independent
+        # that samples are independent, where the weights are those of training
+        is_check = not (rehearses or draws.far) and self.step.state.step == self.loss_form.checked_at
         frozen, begun = draws.begin(), (draws.seed, draws.coin)
         before = self._seeded[begun] = self._seeded.get(begun) or (torch_generators(), host_generators())
         freezing = frozen if freezes else nullcontext()

@@ -53,6 +53,43 @@ class AtAKink(Classifier):
         return super().training_step(batch, batch_idx) * (self.factor if flips else 1.0)
 
 
+class Hidden(Classifier):
+    """Adds a mean over the batch of a high power, far below rounding while the weights are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            for parameter in self.network[0].parameters():
+                parameter *= 0.05
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.nan_to_num().clamp(-2, 2)
+        return super().forward(x) * (1.0 + self.network[0](x).pow(8).mean(0).sum())
+
+
+class Limited(Classifier):
+    """Cannot run with weights far from those of its start."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.network[0].weight.detach().abs().max() < 0.7
+        return super().forward(x)
+
+
+class Later(Classifier):
+    """Mixes samples if one of them is huge, once the weights are large, which they are from the fourth step on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = super().forward(x)
+        if self.network[0].weight.detach().abs().max() < 0.7:
+            return scores
+        return scores + (x.detach() > 1e3).any() * scores.mean(0)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e3)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-9 if step < 3 else 1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 RUNS = itertools.count()
 
 
@@ -66,6 +103,22 @@ def fit(module: Any, tmp_path: Path) -> DPStrategy:
 def test_weak_couplings_are_refused_in_float32(strength: float, tmp_path: Path) -> None:
     with pytest.raises(PrivacyError, match="One sample of a batch was exchanged for another record"):
         fit(Weighted(strength), tmp_path)
+
+
+def test_couplings_that_small_weights_hide_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PrivacyError, match="under other weights"):
+        fit(Hidden(), tmp_path)
+
+
+def test_modules_may_refuse_other_weights(tmp_path: Path) -> None:
+    assert fit(Limited(), tmp_path).ledger.num_steps == 4
+
+
+def test_branches_of_other_weights_count_as_new_in_training(tmp_path: Path) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3)
+    with pytest.raises(PrivacyError, match="one record could move the sum"):
+        make_trainer(strategy, tmp_path, max_epochs=2).fit(Later(), make_loader())
+    assert strategy.ledger.num_steps < 8
 
 
 def test_rounding_that_changes_between_runs_is_allowed(tmp_path: Path) -> None:
