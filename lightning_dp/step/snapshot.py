@@ -79,6 +79,7 @@ class Snapshot:
     Args:
         roots: modules, optimizers, schedulers.
         settle: brings modules into their state between two steps; called before values are copied or restored.
+        skipped: objects that are not followed.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -91,7 +92,9 @@ class Snapshot:
         ([1.0], False)
     """
 
-    def __init__(self, roots: Iterable[Any], settle: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, roots: Iterable[Any], settle: Callable[[], None] = lambda: None, *, skipped: Iterable[Any] = ()
+    ) -> None:
         self._settle = settle
         settle()
         self._restore: list[Callable[[], Any]] = []
@@ -102,7 +105,7 @@ class Snapshot:
         self._mappings: list[dict[Any, Any]] = []
         self._others: list[Collection[Any]] = []  # lists, sets and queues
         self._tensors: list[KeptTensor] = []
-        self._seen: dict[int, Any] = {}  # holds the objects, so that no id is used again
+        self._seen: dict[int, Any] = {id(each): each for each in skipped}  # holds them: no id is used again
         self._roots = [*roots]
         for root in self._roots:
             self._follow(root, 0)

@@ -38,7 +38,7 @@ from lightning_dp.step.settings import (
     UnitGradient,
 )
 from lightning_dp.step.state import PrivacyState
-from lightning_dp.strategies import _lightning, card_files, checkpoint_io, trainer_checks
+from lightning_dp.strategies import _lightning, card_files, checkpoint_io, lazy, trainer_checks
 from lightning_dp.strategies.fit import PrivateFit
 from lightning_dp.strategies.inputs import TrainingInputs
 from lightning_dp.system import ProcessTuning
@@ -113,10 +113,11 @@ class PrivateStrategy(TrainingInputs, Strategy):
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
-        self.fix_layers()
         trainer_checks.check_trainer(trainer, self.settings)
-        trainer_checks.check_module(self.module)
         self._take_training_data()
+        lazy.give_shapes(self)
+        self.fix_layers()
+        trainer_checks.check_module(self.module)
         self.state.count_earlier_runs(self.module)
         self.state.begin_step()
         if self.state.plan is not None:

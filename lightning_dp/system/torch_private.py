@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 NormWithStatistics: type[nn.Module] = nn.modules.batchnorm._NormBase
@@ -19,6 +20,11 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of batch norms."""
 InstanceNorm = nn.modules.instancenorm._InstanceNorm
 """Base class of instance norms."""
+
+
+def is_lazy_layer(layer: nn.Module) -> bool:
+    """Tell whether a layer has parameters without a shape, or becomes another class at its next call."""
+    return hasattr(layer, "_initialize_hook") or any(map(is_lazy, layer.parameters(recurse=False)))
 
 
 def replace_children(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -185,3 +185,14 @@ def test_num_hooks_counts_hooks_on_tensors_and_modules() -> None:
     (tensor * 2).register_hook(lambda gradient: gradient)  # type: ignore[no-untyped-call]
     layer.register_full_backward_hook(lambda *args: None)
     assert torch_private.num_hooks() == before + 2
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_is_lazy_layer_until_the_first_call() -> None:
+    layer, plain = nn.LazyLinear(2), nn.Linear(3, 2)
+    assert torch_private.is_lazy_layer(layer)
+    assert not torch_private.is_lazy_layer(plain)
+    layer.load_state_dict(plain.state_dict())
+    assert torch_private.is_lazy_layer(layer)
+    layer(torch.ones(1, 3))
+    assert not torch_private.is_lazy_layer(layer)
