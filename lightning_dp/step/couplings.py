@@ -142,7 +142,7 @@ class Couplings:
         draws, swapped = Draws(by_place=True, far=True), list(few)
         same = chosen_records.shape_of(spare) == chosen_records.shape_of(few[place])
         swapped[place] = spare if same else made_records.of_one_row(few[place], spare)
-        if swapped[place] is None:
+        if swapped[place] is None or self._runs.step.reduction.is_sharded:  # ranks could not go on after an exception
             return
         try:
             base = self._fingerprint(snapshot, few, place, draws)
