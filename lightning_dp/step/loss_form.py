@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_dp.per_sample.telling import telling
+from lightning_dp.step.firsts import Firsts
 from lightning_dp.step.loss_calls import Calls
 from lightning_dp.step.loss_factors import LossFactors
 from lightning_dp.step.writes import When
@@ -68,7 +69,7 @@ class LossForm:
         self._numbers: set[int] = set()
         self._kinds: dict[Hashable, int] = {}
         self._calls: Calls | None = None
-        self._num_new, self.factors = 0, LossFactors()
+        self._num_new, self.factors, self.sizes, self.readings = 0, LossFactors(), Firsts(), Firsts()
         self._written: dict[Any, tuple[int, int]] = {}  # by write: its last step, and its longest pause
         self.checked_at = -1
         """Logical step of the last checks that samples are independent."""
@@ -131,10 +132,6 @@ class LossForm:
                 self._checked.add(place := ("written", when, key))
                 self._written.setdefault(place, (self.checked_at, 0))
 
-    def see_shapes(self, shapes: Hashable) -> None:
-        """Count the shapes of the rows of a real batch as a new form."""
-        self._new.add(("shapes", shapes))
-
     def see_spread(self, paths: Iterable[Any]) -> bool:
         """Read which values of a batch change with a record of others; tell whether one of them is new."""
         new = {("spread", path) for path in paths} - self._checked
@@ -173,8 +170,10 @@ class LossForm:
 
     @property
     def is_new(self) -> bool:
-        """True if a real loss had operations that no check has seen, or counted its rows by other factors."""
-        return self.has_new_operations or self.factors.read_new()
+        """True if a real loss had operations that no check has seen, or counted its rows by other factors, or if its
+        batch has shown anything for the first time.
+        """
+        return self.has_new_operations or self.sizes.is_new or self.readings.is_new or self.factors.read_new()
 
     @property
     def has_new_calls(self) -> bool:
@@ -197,13 +196,15 @@ class LossForm:
         return any(each[:2] == ("written", When.RELEASED) for each in self._new)
 
     def is_due(self, since: int, number: int = 0) -> bool:
-        """Tell whether to check a new form, or new factors, now.
+        """Tell whether to check a new form, or new factors or values, now.
 
         Args:
             since: number of steps since the last check.
             number: of the logical step.
         """
-        return self.factors.are_due(number) or (self.has_new_operations and (self._num_new < MOST or since >= 100))
+        if any(each.are_due(number) for each in (self.factors, self.sizes, self.readings)):
+            return True
+        return self.has_new_operations and (self._num_new < MOST or since >= 100)
 
     def settle(self, *, by_check: bool) -> None:
         """Count the operations seen so far as checked.

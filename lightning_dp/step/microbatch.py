@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.per_sample.own_losses import OwnLosses
+from lightning_dp.step.readings import Readings
 from lightning_dp.system.torch_private import num_hooks
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Microbatch:
         self.collected: set[int] = set()
         self.began = self.num_hooks = 0
         """Number of differentiable operations, and of hooks, before the forward."""
+        self.readings = Readings()
+        """Values that user code has read from tensors."""
         self._own_losses = own_losses(step, count)
 
     def __enter__(self) -> Microbatch:
@@ -61,12 +64,14 @@ class Microbatch:
         step.engine.begin(self.count, self._owners)
         step.recording = self
         self._own_losses.__enter__()
+        self.readings.__enter__()
         self.began, self.num_hooks = num_operations(), num_hooks()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.readings.__exit__()
         self._own_losses.__exit__(kind, error, trace)
         self._step.engine.end()
         self._step.recording = None

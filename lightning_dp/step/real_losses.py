@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,10 +24,8 @@ RELEASED = (
 )
 
 
-_MOST_SHAPES = 4
-"""Shapes of rows up to which a batch of a new one is checked: models that pass do not depend on padding."""
-
-Shapes = tuple[tuple[int, ...], ...]
+Sizes = dict[tuple[int, int], int]
+"""Sizes of the rows of a batch: by the number of the tensor, and that of the axis."""
 
 
 class RealLosses:
@@ -35,8 +33,9 @@ class RealLosses:
 
     A loss of a new form makes all checks due. The records of its microbatch then also run alone, because those of a
     regular check may not be the ones that user code goes by. So do the records of a loss that counts its rows by new
-    factors, and those of a new form in a step that began with regular checks. If all records of the first checks have
-    one shape, so do those of a batch whose rows have another: one long record pads the rows of all others.
+    factors, and those of a new form in a step that began with regular checks. So do those of a batch whose rows are
+    longer or shorter than all before, because one long record pads the rows of all others, and of one from which user
+    code reads new values (``Readings``), by which it may choose what becomes of all others.
 
     Args:
         runs: run the user's step.
@@ -51,9 +50,8 @@ class RealLosses:
         self._runs, self._step, self._written, self._sandbox = runs, runs.step, written, sandbox
         self._check_again, self._begins = check_again, True
         self._positions: list[list[int]] = []
-        self._shapes: list[Shapes] = []  # of the rows of each microbatch
-        # None before the first checks; empty if these compare records of several shapes anyway
-        self._known_shapes: set[Shapes] | None = None
+        self._sizes: list[Sizes] = []  # of each microbatch
+        self._ranges: dict[tuple[int, int], tuple[int, int]] = {}  # of these sizes so far
         self._seen_in: tuple[list[int], Ran | None] = [], None  # of the newest loss
         self._new_in: tuple[list[int], Ran | None] | None = None  # of the first one that is new
         self.part = -1
@@ -66,9 +64,7 @@ class RealLosses:
     def begin(self, batch: LogicalBatch) -> None:
         """Begin a batch; positions of the records of each microbatch are noted as far as they are known."""
         positions = self._positions = batch.positions
-        known = self._known_shapes
-        watches = known is None or 0 < len(known) < _MOST_SHAPES
-        self._shapes = [_shapes_of_rows(part, count) for count, _, part in batch.parts] if watches else []
+        self._sizes = [_sizes_of_rows(part, count) for count, _, part in batch.parts]
         self.part, self._step.engine.joined = -1, batch.joined
         self._written.begin(positions[-1] if positions else [])
 
@@ -79,8 +75,17 @@ class RealLosses:
             records: of these checks.
         """
         collate = self._runs.host.training.collated
-        found = {_shapes_of_rows(collate([record] * 2), 2) for record in records}
-        self._known_shapes = found if len(found) == 1 else set()
+        for record in records:
+            [*self._beyond(_sizes_of_rows(collate([record] * 2), 2))]
+
+    def _beyond(self, sizes: Sizes) -> Iterator[tuple[Hashable, int]]:
+        """Extend the ranges of sizes; yield each size that was beyond, and its power of two."""
+        for place, size in sizes.items():
+            least, most = self._ranges.get(place, (size + 1, 0))
+            if not least <= size <= most:
+                self._ranges[place] = min(least, size), max(most, size)
+                yield place, size
+                yield ("power", place), size.bit_length()
 
     @contextmanager
     def watching(self, count: int) -> Iterator[None]:
@@ -109,12 +114,10 @@ class RealLosses:
         count = recording.count if recording.weight and recording.count > 1 else 0
         operations, hooks = num_operations() - recording.began, num_hooks() - recording.num_hooks
         form.see(loss, checked=False, num_operations=operations, count=count, num_hooks=hooks)
-        known = self._known_shapes
-        if count and known and len(known) < _MOST_SHAPES and -self.part <= len(self._shapes):
-            shapes = self._shapes[self.part]
-            if shapes not in known:
-                known.add(shapes)
-                form.see_shapes(shapes)
+        if count:
+            sizes = self._sizes[self.part] if -self.part <= len(self._sizes) else {}
+            form.sizes.see(self._beyond(sizes))
+            form.readings.see(recording.readings.take())
         self._note_new()
 
     def _note_new(self) -> None:
@@ -139,12 +142,14 @@ class RealLosses:
         if not agree(form.is_due(since, number) or (begins and form.is_new)):
             return
         try:
-            if agree(form.has_written):
+            if agree(form.has_written or form.readings.is_new):
                 self._written.check(number, agree)
             with ran.counters(), ran.look.numbers_back_in():
                 if everything := agree(form.has_new_calls if begins else form.has_new_operations):
                     self._check_again(number, positions)
                 form.factors.settle(number, checked=self._check_in_batch(positions, number))
+                form.sizes.settle(number)
+                form.readings.settle(number)
                 form.settle(by_check=everything or not begins)
         except PrivacyError as error:
             if (step.automatic and not form.was_released) or exchanged:  # before a release, also by manual steps
@@ -162,9 +167,11 @@ class RealLosses:
         return True
 
 
-def _shapes_of_rows(batch: Any, count: int) -> Shapes:
-    """Return the shapes of the tensors of a collated batch, without the axis of the records; that is one of the first
-    two.
-    """
-    shapes = [shape for shape in shapes_in(batch) if count in shape[:2]]
-    return tuple(shape[1:] if shape[0] == count else shape[:1] + shape[2:] for shape in shapes)
+def _sizes_of_rows(batch: Any, count: int) -> Sizes:
+    """Return the sizes of the tensors of a collated batch, but for the axis of the records: one of the first two."""
+    return {
+        (number, axis): size
+        for number, shape in enumerate(shapes_in(batch))
+        if count in shape[:2]
+        for axis, size in enumerate(shape[1:] if shape[0] == count else shape[:1] + shape[2:])
+    }

@@ -123,6 +123,18 @@ def held_numbers(others: list[Any]) -> Numbers:
     }
 
 
+def put_numbers(others: list[Any], numbers: Numbers) -> None:
+    """Give objects the numbers that they held, as ``held_numbers`` has returned them."""
+    for part, held in parts_of(others).items():
+        for name, value in numbers.get(part, {}).items():
+            if held.get(name) is value:
+                continue
+            if isinstance(held, dict):
+                held[name] = value
+            else:  # of a class that a loss function holds
+                setattr(others[part[0]], name, value)
+
+
 def scheduled_rates(others: list[Any]) -> list[float]:
     """Return the learning rates that schedulers have set last."""
     rates: list[float] = []

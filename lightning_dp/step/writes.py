@@ -19,7 +19,7 @@ from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
 from lightning_dp.step.refilling import plain_of, refill_mapping, replace_plain, reset_attributes, same_content
 from lightning_dp.step.snapshot import NOT_PLAIN
-from lightning_dp.step.state_check import Numbers, changed, held_numbers, parts_of, scheduled_rates
+from lightning_dp.step.state_check import Numbers, changed, held_numbers, put_numbers, scheduled_rates
 from lightning_dp.step.variables import Variables
 from lightning_dp.system.torch_private import NUM_REGISTRIES, Layers, changes_of
 
@@ -177,8 +177,7 @@ class Look:
                 if tensor.requires_grad != trains and tensor.is_leaf:
                     tensor.requires_grad_(trains)
             self.states.put_back()
-        for part, numbers in parts_of(self._others).items():
-            numbers.update(self.numbers.get(part, {}))
+        put_numbers(self._others, self.numbers)
 
 
 class When(enum.Enum):

@@ -176,18 +176,38 @@ def padded(records: list[Any]) -> Any:
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.stack(labels)
 
 
-@pytest.mark.parametrize("is_sum", [True, False])
-def test_a_long_record_that_pads_all_others_is_compared(*, is_sum: bool) -> None:
-    """A sum over rows does not depend on the padding; a mean does."""
+@pytest.mark.parametrize(
+    ("lengths", "function", "trains"),
+    [
+        ([3], lambda rows: rows.sum(1), True),
+        ([3], lambda rows: rows.mean(1), False),
+        ([2, 3, 4], lambda rows: rows[:, -5:].sum(1), False),
+    ],
+)
+def test_a_long_record_that_pads_all_others_is_compared(lengths: list[int], function: Any, *, trains: bool) -> None:
+    """A sum over rows does not depend on the padding; a mean does, and so do the last rows."""
     features, labels = make_dataset(300).tensors
     records = [
-        (row[None].expand(30 if number == UNREAD else 3, -1), label)
+        (row[None].expand(30 if number == UNREAD else lengths[number % len(lengths)], -1), label)
         for number, (row, label) in enumerate(zip(features, labels, strict=True))
     ]
 
     def loss_fn(network: Any, batch: Any) -> Tensor:
-        rows = batch[0].sum(1) if is_sum else batch[0].mean(1)
-        return nn.functional.cross_entropy(network(rows), batch[1])
+        return nn.functional.cross_entropy(network(function(batch[0])), batch[1])
 
-    with nullcontext() if is_sum else pytest.raises(PrivacyError, match=REFUSED):
+    with nullcontext() if trains else pytest.raises(PrivacyError, match=REFUSED):
         assert train(records, loss_fn, collate=padded) == STEPS
+
+
+@pytest.mark.parametrize("number_of", [int, float, lambda count: range(9)[count], lambda count: 1 if count else 0])
+def test_rows_that_a_read_value_scales_are_compared(number_of: Callable[[Tensor], Any]) -> None:
+    """The operations and the factors of rows are the same whatever the value is."""
+    features, labels = make_dataset(300).tensors
+    features[UNREAD] = RARE
+
+    def loss_fn(network: Any, batch: Any) -> Tensor:
+        scale = 1.0 + 0.5 * number_of((batch[0] == RARE).all(1).sum())
+        return nn.functional.cross_entropy(network(batch[0] * scale), batch[1])
+
+    with pytest.raises(PrivacyError, match=REFUSED):
+        train([*zip(features, labels, strict=True)], loss_fn)

@@ -1,0 +1,85 @@
+"""Values that user code reads from tensors, as they are noted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_dp.step.firsts import MOST, MOST_AT_ONCE, Firsts
+from lightning_dp.step.readings import Readings
+
+
+def values_of(read: Callable[[Tensor], Any], *values: float) -> int:
+    """Return how many values are told apart that one line reads."""
+    with Readings() as readings:
+        for value in values:
+            read(torch.tensor(value))
+    return len(readings.take())
+
+
+@pytest.mark.parametrize("read", [bool, int, float, lambda it: it.item(), lambda it: range(9)[it], lambda it: f"{it}"])
+def test_a_value_is_noted_however_it_is_read(read: Callable[[Tensor], Any]) -> None:
+    assert values_of(read, 0, 1) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "num"),
+    [
+        ((0, 1, 2, -1), 4), ((100, 101, 110), 1), ((100, 200), 2), ((0.0, 1.0), 2), ((2.5, 3.5), 1), ((2.5, 300.5), 2),
+        ((torch.nan, torch.inf, -torch.inf), 3), ((1j, 2j), 1), ((1e30, 1e35), 2),
+    ],
+)  # fmt: skip
+def test_values_are_told_apart_by_their_size(values: Any, num: int) -> None:
+    assert values_of(lambda tensor: tensor.item(), *values) == num
+
+
+def test_lines_are_told_apart() -> None:
+    flag = torch.tensor(True)
+    with Readings() as readings:
+        bool(flag)
+        bool(flag)
+    assert len(readings.take()) == 2
+    assert not readings.take()
+
+
+def test_a_value_that_torch_reads_counts_for_the_line_that_calls_it() -> None:
+    with Readings() as readings:
+        f"{torch.tensor(1.0):.1f}"
+    ((line, value),) = readings.take()
+    assert line[0].co_name == "test_a_value_that_torch_reads_counts_for_the_line_that_calls_it"
+    assert value == 1
+
+
+def test_other_threads_are_not_heard_and_all_is_undone() -> None:
+    names = {*vars(Tensor)}
+    with Readings() as outer, Readings():
+        thread = threading.Thread(target=lambda: bool(torch.tensor(1)))
+        thread.start()
+        thread.join()
+        bool(torch.tensor(1))
+    assert not outer.take()
+    assert {*vars(Tensor)} == names
+
+
+def test_a_place_that_shows_many_values_is_let_go() -> None:
+    firsts, new = Firsts(), list[bool]()
+    for value in range(MOST + 2):
+        firsts.see([("place", value)])
+        new.append(firsts.is_new)
+        firsts.settle(value)
+    assert new == [True] * MOST + [False] * 2
+
+
+def test_checks_of_new_values_become_rare() -> None:
+    firsts = Firsts()
+    for step in range(MOST_AT_ONCE):
+        firsts.see([(step, 0)])
+        assert firsts.are_due(step)
+        firsts.settle(step)
+    firsts.see([(step + 1, 0)])
+    assert [firsts.are_due(step + later) for later in (1, 99, 100)] == [False, False, True]
