@@ -6,7 +6,7 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -188,6 +188,12 @@ class GradientEngine(SampleGradients):
     def dtypes(self) -> set[torch.dtype]:
         """Dtypes of the private parameters in the forward."""
         return {parameter.dtype for parameter in self._parameters.values()}
+
+    def constants(self) -> list[tuple[Hashable, Tensor]]:
+        """Return the tensors without samples that functions of parameters met in this microbatch, each with a key of
+        the operation. Their values may be data: of a penalty's weight, say, or of a row's number.
+        """
+        return []
 
     def prefer_owners(self) -> bool:
         """Follow the owners of rows when the layout is learned again; return False if that is not possible or new."""

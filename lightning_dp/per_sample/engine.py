@@ -6,7 +6,7 @@ Legend: ``G`` groups of parameters, ``B`` samples of the microbatch.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -158,6 +158,10 @@ class PerSampleEngine(GradientEngine):
     def follows_owners(self) -> bool:
         """True if the engine follows the owners of rows through the step instead of using their positions."""
         return self._rows.follows_owners
+
+    @override
+    def constants(self) -> list[tuple[Hashable, Tensor]]:
+        return self._recorder.constants
 
     @override
     def prefer_owners(self) -> bool:

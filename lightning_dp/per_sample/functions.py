@@ -43,6 +43,9 @@ def derive(
     if tracked is None:
         tracked = [(one, node) for one in tensors_in(args, kwargs) if (node := tracker.node_of(one)) is not None]
     own: dict[int, Tensor] = {}
+    if len(found := tensors_in(args, kwargs)) > len(tracked):
+        key = func.__name__, tracked[0][1].lineage
+        tracker.recorder.constants += [(key, one) for one in found if all(one is not other for other, _ in tracked)]
     for one, node in tracked:
         if node.generation < 0:  # functions have their graphs
             own[id(one)] = _stand_in(tracker, node, one)

@@ -50,16 +50,23 @@ class Recorder:
         self._num_waiting = 0
         self._backward, self._adds = -1, True
         self._taps: dict[torch.device, Tensor] = {}
+        self.constants: list[tuple[Hashable, Tensor]] = []
+        """Tensors that functions of parameters met in this microbatch, with the operation and the function."""
 
     def begin(self, batch_size: int, joining: Joining | None = None) -> None:
         """Start recording a microbatch of ``batch_size`` records; each is a sample, unless ``joining`` joins
         several.
         """
         self.batch_size, self.joining = batch_size, joining
-        self.active = True
+        self.active, self.constants = True, []
         self._counts, self._num_waiting = batch_size > self._largest, 0
         if self._counts:  # a smaller one holds less
             self._largest, self._sizes, self.num_bytes = batch_size, {}, 0
+
+    def met(self, key: Hashable, constant: Tensor) -> Tensor:
+        """Take note of a tensor without samples that a function of parameters meets, and return it."""
+        self.constants.append((key, constant))
+        return constant
 
     def may_wait(self, num: int) -> bool:
         """Tell whether so many numbers are few enough to keep them until the end of the backward."""

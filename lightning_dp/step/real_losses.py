@@ -117,7 +117,7 @@ class RealLosses:
         if count:
             sizes = self._sizes[self.part] if -self.part <= len(self._sizes) else {}
             form.sizes.see(self._beyond(sizes))
-            form.readings.see(recording.readings.take())
+            form.see_values(step)
         self._note_new()
 
     def _note_new(self) -> None:
@@ -148,8 +148,7 @@ class RealLosses:
                 if everything := agree(form.has_new_calls if begins else form.has_new_operations):
                     self._check_again(number, positions)
                 form.factors.settle(number, checked=self._check_in_batch(positions, number))
-                form.sizes.settle(number)
-                form.readings.settle(number)
+                form.settle_values(number)
                 form.settle(by_check=everything or not begins)
         except PrivacyError as error:
             if (step.automatic and not form.was_released) or exchanged:  # before a release, also by manual steps

@@ -213,7 +213,7 @@ class TrialRuns:
                     output, loss = self.host.run(records), None
                 outputs.append(output)
                 if is_check and step.recording is not None:
-                    self.loss_form.readings.see(step.recording.readings.take(), checked=True)
+                    self.loss_form.see_values(step, checked=True)
                 on_host, probe.seeds = host_generators(), seeds()
                 probe.drawn = torch_generators(), on_host
                 self.draws_on_host |= on_host != before[1]

@@ -211,3 +211,28 @@ def test_rows_that_a_read_value_scales_are_compared(number_of: Callable[[Tensor]
 
     with pytest.raises(PrivacyError, match=REFUSED):
         train([*zip(features, labels, strict=True)], loss_fn)
+
+
+def weighed(network: Any, rare: Tensor) -> Tensor:
+    return (0.1 + rare) * network[0].weight.square().sum()
+
+
+def towards_a_target(network: Any, rare: Tensor) -> Tensor:
+    return (network[0].weight - rare).square().sum()
+
+
+def of_one_weight(network: Any, rare: Tensor) -> Tensor:
+    return network[0].bias[rare.long()].square()
+
+
+@pytest.mark.parametrize("penalty", [weighed, towards_a_target, of_one_weight])
+def test_a_penalty_that_a_rare_record_changes_is_refused(penalty: Callable[[Any, Tensor], Tensor]) -> None:
+    features, labels = make_dataset(300).tensors
+    features[UNREAD] = RARE
+
+    def loss_fn(network: Any, batch: Any) -> Tensor:
+        rare = (batch[0] == RARE).all(1).any().float()
+        return nn.functional.cross_entropy(network(batch[0]), batch[1]) + penalty(network, rare)
+
+    with pytest.raises(PrivacyError, match=REFUSED):
+        train([*zip(features, labels, strict=True)], loss_fn)
