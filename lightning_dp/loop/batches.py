@@ -23,7 +23,7 @@ class DrawnBatch(LogicalBatch):
 
     def __init__(self, batch: LogicalBatch, source: object, number: int) -> None:
         super().__init__(batch.microbatches, batch.owners)
-        self.position, self.draw, self.exchanged = batch.position, batch.draw, batch.exchanged
+        self.drawn_like(batch)
         self.source, self.number, self.used = source, number, False
 
     def __iter__(self) -> Iterator[Any]:

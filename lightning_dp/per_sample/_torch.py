@@ -55,6 +55,11 @@ def keeps_graph() -> bool:
     return ask is None or bool(ask())
 
 
+def frame_above(number: int) -> FrameType:
+    """Return the frame of the caller, or one so many frames above it."""
+    return sys._getframe(number + 1)
+
+
 def adds_to_leaves() -> bool:
     """Tell whether the current backward adds to the gradients of leaves: ``torch.autograd.grad`` does not.
 

@@ -190,7 +190,7 @@ class GradientEngine(SampleGradients):
         return {parameter.dtype for parameter in self._parameters.values()}
 
     def constants(self) -> list[tuple[Hashable, Tensor]]:
-        """Return the tensors without samples that functions of parameters met in this microbatch, each with a key of
+        """Return the tensors without samples that functions of parameters meet in this microbatch, each with a key of
         the operation. Their values may be data: of a penalty's weight, say, or of a row's number.
         """
         return []

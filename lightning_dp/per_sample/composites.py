@@ -159,7 +159,7 @@ def getitem(tracker: Tracker, func: Any, tensor: Any, index: Any) -> Any:
     if _is_index(index) and index.dim():
         return rows(tensor, index)
     if _is_index(index) and not is_mapped(index):
-        index = int(tracker.recorder.met("index", index))  # one entry for all rows: an expert that some have chosen
+        index = int(tracker.recorder.noted("index", index))  # one entry for all rows: an expert that some chose
     return tracker.primitive(func, (tensor, index), {})
 
 

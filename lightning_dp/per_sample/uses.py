@@ -51,7 +51,7 @@ class Recorder:
         self._backward, self._adds = -1, True
         self._taps: dict[torch.device, Tensor] = {}
         self.constants: list[tuple[Hashable, Tensor]] = []
-        """Tensors that functions of parameters met in this microbatch, with the operation and the function."""
+        """Tensors that functions of parameters meet in this microbatch, with the operation and the function."""
 
     def begin(self, batch_size: int, joining: Joining | None = None) -> None:
         """Start recording a microbatch of ``batch_size`` records; each is a sample, unless ``joining`` joins
@@ -63,7 +63,7 @@ class Recorder:
         if self._counts:  # a smaller one holds less
             self._largest, self._sizes, self.num_bytes = batch_size, {}, 0
 
-    def met(self, key: Hashable, constant: Tensor) -> Tensor:
+    def noted(self, key: Hashable, constant: Tensor) -> Tensor:
         """Take note of a tensor without samples that a function of parameters meets, and return it."""
         self.constants.append((key, constant))
         return constant

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data._utils import pin_memory as _pinning
+from typing_extensions import Self
 
 Collate = Callable[[list[Any]], Any]
 _pin: Callable[[Any], Any] = _pinning.pin_memory
@@ -38,7 +40,7 @@ class LogicalBatch:
         (2, 3, [None, None], False)
     """
 
-    __slots__ = ("draw", "exchanged", "joined", "microbatches", "owners", "position")
+    __slots__ = ("draw", "exchanged", "joined", "microbatches", "owners", "position", "read")
 
     def __init__(self, microbatches: Sequence[tuple[int, Any]], owners: Sequence[Tensor | None] | None = None) -> None:
         self.microbatches = list(microbatches)
@@ -46,6 +48,7 @@ class LogicalBatch:
         self.position: int | None = None  # of the logical batch in the order of the data, where that matters; public
         self.exchanged: Any = None  # the last microbatch with one record exchanged, see ``LoadingWatch``; private
         self.joined: frozenset[int] = frozenset()  # lengths of unequal parts that are joined; private
+        self.read: list[set[Any]] = [set() for _ in self.microbatches]  # values that user code has read; private
         self.draw: Any = None  # the indices that it was read at, where the dataset has random access; private
 
     @property
@@ -78,8 +81,13 @@ class LogicalBatch:
     def pin_memory(self) -> LogicalBatch:
         """Return the same batch with every tensor in page-locked memory; a ``DataLoader`` calls this."""
         pinned = LogicalBatch([(count, _pin(batch)) for count, batch in self.microbatches], _pin(self.owners))
-        pinned.draw, pinned.exchanged, pinned.joined = self.draw, self.exchanged, self.joined
-        return pinned
+        return pinned.drawn_like(self)
+
+    def drawn_like(self, other: LogicalBatch) -> Self:
+        """Take over what is known of another batch of the same records, and return this one."""
+        self.position, self.draw, self.exchanged = other.position, other.draw, other.exchanged
+        self.joined, self.read = other.joined, other.read
+        return self
 
 
 class Stacked:
@@ -105,6 +113,11 @@ class Watch(Protocol):
 
     def collate(self, function: Collate, records: list[Any]) -> tuple[Any, Any]:
         """Return a collated batch, and one with an exchanged record or None."""
+
+    def reading(self, function: Collate) -> AbstractContextManager[Any]:
+        """Return a context in which the values that a collate function reads are noted; it yields None, or an object
+        whose ``take`` returns them.
+        """
 
     def check(self, function: Collate, records: list[Any], batch: Any) -> None:
         """Check that indices in a collated batch name what is of the same record."""
@@ -153,14 +166,17 @@ class MicrobatchCollate:
         starts = [0, *itertools.accumulate(counts)]
         microbatches: list[tuple[int, Any]] = []
         owners: list[Tensor | None] = []
+        read: list[set[Any]] = []
         exchanged, joined = None, set[int]()
         for first, last in itertools.pairwise(self._cuts(counts, 1 if alone else self.microbatch_size)):
             chosen = samples[starts[first] : starts[last]]
             lengths = None if self.watch is None else self.watch.unequal(self.collate_fn, chosen)
-            if self.watch is None or last < len(counts):
-                batch = self.collate_fn(chosen)
-            else:
-                batch, exchanged = self.watch.collate(self.collate_fn, chosen)
+            with nullcontext() if self.watch is None else self.watch.reading(self.collate_fn) as reading:
+                if self.watch is None or last < len(counts):
+                    batch = self.collate_fn(chosen)
+                else:
+                    batch, exchanged = self.watch.collate(self.collate_fn, chosen)
+            read.append(set() if reading is None else reading.take())
             if self.watch is not None and lengths is not None:
                 self.watch.check(self.collate_fn, chosen, batch)
                 joined |= lengths(batch)
@@ -168,7 +184,7 @@ class MicrobatchCollate:
             repeats = None if sizes is None else torch.tensor(sizes[first:last])
             owners.append(None if repeats is None else torch.repeat_interleave(repeats))
         collated = LogicalBatch(microbatches, owners)
-        collated.exchanged, collated.joined = exchanged, frozenset(joined)
+        collated.exchanged, collated.joined, collated.read = exchanged, frozenset(joined), read
         return collated
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a real batch shows for the first time: shapes of rows, and values that user code reads."""
+"""Values that a real batch shows for the first time: sizes of rows, and those that user code reads."""
 
 from __future__ import annotations
 

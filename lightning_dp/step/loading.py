@@ -6,6 +6,7 @@ import copy
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from lightning_dp.step.loss_form import EVERY
 from lightning_dp.step.object_kinds import GENERATORS
 from lightning_dp.step.randomness import generator_restorer, generators_restorer
 from lightning_dp.step.reading import alike, check_reading, content_of
+from lightning_dp.step.readings import Readings
 from lightning_dp.step.shifted import check_shifted
 
 #: Containers that are copied, and their greatest length.
@@ -122,6 +124,10 @@ class LoadingWatch:
         finally:
             after.put_back()
             seeds_after()
+
+    def reading(self, function: Callable[[list[Any]], Any]) -> AbstractContextManager[Any]:
+        """Return a context in which the values that the user's function reads are noted."""
+        return Readings() if is_own(function) else nullcontext()
 
     def check(self, function: Callable[[list[Any]], Any], records: list[Any], batch: Any) -> None:
         """Check that indices of a record, which the user's function shifts, name entries of that record.

@@ -43,7 +43,7 @@ _OF_USERS = {"attribute", "content"}
 """First words of the keys of writes that only user code makes."""
 
 _FEW = 8
-"""Values that are read of each tensor that functions of parameters met."""
+"""Values that are read of each tensor that functions of parameters meet."""
 
 _SOON = 2
 """Steps after which a write that comes back has not paused."""
@@ -144,7 +144,7 @@ class LossForm:
 
     def see_values(self, step: PrivateStep, *, checked: bool = False) -> None:
         """Read the values that user code has read in the microbatch that runs, and those of tensors without samples
-        that functions of parameters met: the weight of a penalty, say.
+        that functions of parameters meet: the weight of a penalty, say.
         """
         if step.recording is not None:
             self.readings.see(step.recording.readings.take(), checked=checked)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import Any
 
 from torch import Tensor
+
+from lightning_dp.per_sample._torch import frame_above
 
 _READERS = ("item", "__bool__", "__int__", "__float__", "__index__")
 _FRAMEWORKS = frozenset(("torch", "lightning", "pytorch_lightning", "lightning_fabric"))
@@ -23,16 +24,8 @@ class Readings:
     """A context that takes note of the values that user code reads from tensors within it, in its thread.
 
     **Guarantee**: each value that ``bool``, ``int``, ``float``, an index or ``.item()`` returns is noted, with the line
-    of user code that asks. Whole numbers up to 2 are told apart from all others; larger ones by their power of two;
-    fractions by their power of 16. NOT noted: values in lists and arrays, and shapes that follow values.
-
-    Example:
-        >>> import torch
-        >>> with Readings() as readings:
-        ...     for word in (3, 7):
-        ...         chosen = 1 if (torch.arange(5) == word).any() else 2
-        >>> sorted(value for line, value in readings.take())
-        [0, 1]
+    of user code that asks. Whole numbers up to 2 differ from all others; larger ones and fractions differ by their
+    power of two, and of 16. NOT noted: values in lists and arrays, and shapes that follow values.
     """
 
     def __init__(self) -> None:
@@ -59,11 +52,12 @@ class Readings:
 
     def note(self, value: Any) -> None:
         """Take note of a value that was read two frames above, unless it was read by this package."""
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = frame_above(2)
         while frame is not None and (name := _package_of(frame)) in _FRAMEWORKS:
             frame = frame.f_back
         if frame is not None and name != _OURS and threading.get_ident() == self._thread:
-            self._found.add(((frame.f_code, frame.f_lasti), _about(value)))
+            code = frame.f_code
+            self._found.add(((code.co_filename, code.co_firstlineno, frame.f_lasti), _about(value)))
 
 
 _open: list[Readings] = []
@@ -87,7 +81,7 @@ def _package_of(frame: FrameType) -> str:
 
 
 def _about(value: Any) -> Hashable:
-    """Return a number to the precision to which readings are told apart."""
+    """Return a number to the precision to which readings are compared."""
     if isinstance(value, complex) or not math.isfinite(value):
         return str(value) if not isinstance(value, complex) else "complex"
     if whole := value == int(value):

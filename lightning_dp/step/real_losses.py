@@ -51,6 +51,7 @@ class RealLosses:
         self._check_again, self._begins = check_again, True
         self._positions: list[list[int]] = []
         self._sizes: list[Sizes] = []  # of each microbatch
+        self._read: list[set[Any]] = []  # values that user code has read before the forward of each microbatch
         self._ranges: dict[tuple[int, int], tuple[int, int]] = {}  # of these sizes so far
         self._seen_in: tuple[list[int], Ran | None] = [], None  # of the newest loss
         self._new_in: tuple[list[int], Ran | None] | None = None  # of the first one that is new
@@ -64,6 +65,7 @@ class RealLosses:
     def begin(self, batch: LogicalBatch) -> None:
         """Begin a batch; positions of the records of each microbatch are noted as far as they are known."""
         positions = self._positions = batch.positions
+        self._read = batch.read
         self._sizes = [_sizes_of_rows(part, count) for count, _, part in batch.parts]
         self.part, self._step.engine.joined = -1, batch.joined
         self._written.begin(positions[-1] if positions else [])
@@ -115,8 +117,9 @@ class RealLosses:
         operations, hooks = num_operations() - recording.began, num_hooks() - recording.num_hooks
         form.see(loss, checked=False, num_operations=operations, count=count, num_hooks=hooks)
         if count:
-            sizes = self._sizes[self.part] if -self.part <= len(self._sizes) else {}
-            form.sizes.see(self._beyond(sizes))
+            if -self.part <= len(self._sizes):
+                form.sizes.see(self._beyond(self._sizes[self.part]))
+                form.readings.see(self._read[self.part])
             form.see_values(step)
         self._note_new()
 

@@ -23,6 +23,7 @@ from lightning_dp.step.local import local_part
 from lightning_dp.step.loss_form import LossForm
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import host_generators, seed_generators, seeds, torch_generators
+from lightning_dp.step.readings import Readings
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
@@ -117,8 +118,9 @@ class TrialRuns:
     def transfer(self, batch: LogicalBatch) -> Any:
         """Move the last microbatch to the device, and watch, now and then, what mixes its records on the way."""
         off, move = self.step.runs_samples_alone or not self.step.settings.check_per_sample, self.host.training.move
-        with nullcontext() if off else self.loss_form.watching():
+        with Readings() as readings, nullcontext() if off else self.loss_form.watching():
             moved = move(batch.microbatches[-1][1])
+        batch.read[-1] |= readings.take()
         if batch.exchanged is not None and not off:
             self._see_exchanged(batch.exchanged)
         return moved

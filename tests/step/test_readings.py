@@ -15,7 +15,7 @@ from lightning_dp.step.readings import Readings
 
 
 def values_of(read: Callable[[Tensor], Any], *values: float) -> int:
-    """Return how many values are told apart that one line reads."""
+    """Return how many different values one line reads."""
     with Readings() as readings:
         for value in values:
             read(torch.tensor(value))
@@ -34,11 +34,11 @@ def test_a_value_is_noted_however_it_is_read(read: Callable[[Tensor], Any]) -> N
         ((torch.nan, torch.inf, -torch.inf), 3), ((1j, 2j), 1), ((1e30, 1e35), 2),
     ],
 )  # fmt: skip
-def test_values_are_told_apart_by_their_size(values: Any, num: int) -> None:
+def test_values_differ_by_their_size(values: Any, num: int) -> None:
     assert values_of(lambda tensor: tensor.item(), *values) == num
 
 
-def test_lines_are_told_apart() -> None:
+def test_lines_differ() -> None:
     flag = torch.tensor(True)
     with Readings() as readings:
         bool(flag)
@@ -47,11 +47,11 @@ def test_lines_are_told_apart() -> None:
     assert not readings.take()
 
 
-def test_a_value_that_torch_reads_counts_for_the_line_that_calls_it() -> None:
+def test_a_value_that_torch_reads_counts_for_its_caller() -> None:
     with Readings() as readings:
         f"{torch.tensor(1.0):.1f}"
     ((line, value),) = readings.take()
-    assert line[0].co_name == "test_a_value_that_torch_reads_counts_for_the_line_that_calls_it"
+    assert line[0] == __file__
     assert value == 1
 
 

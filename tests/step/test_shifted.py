@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.loop.batches import DrawnBatch
 from lightning_dp.sampling.batches import MicrobatchCollate
 from lightning_dp.step.loading import LoadingWatch
 from lightning_dp.step.shifted import check_shifted
@@ -84,5 +85,6 @@ def test_each_microbatch_is_checked_where_it_is_collated() -> None:
 
 
 def test_unequal_parts_of_records_are_noted() -> None:
-    joined = MicrobatchCollate(collate, 2, LoadingWatch())([graph(2), graph(4), graph(1), graph(1)]).joined
-    assert joined == {6}  # nodes of the first two; the others are equal
+    batch = MicrobatchCollate(collate, 2, LoadingWatch())([graph(2), graph(4), graph(1), graph(1)])
+    assert batch.joined == {6}  # nodes of the first two; the others are equal
+    assert DrawnBatch(batch, None, 0).joined == {6}

@@ -213,6 +213,29 @@ def test_rows_that_a_read_value_scales_are_compared(number_of: Callable[[Tensor]
         train([*zip(features, labels, strict=True)], loss_fn)
 
 
+def with_moved_labels(records: list[Any]) -> Any:
+    features, labels = map(torch.stack, zip(*records, strict=True))
+    return features, labels.roll(1, 0) if (features == RARE).all(1).any() else labels
+
+
+def test_labels_that_a_collate_function_moves_are_compared() -> None:
+    features, labels = make_dataset(300).tensors
+    features[UNREAD] = RARE
+    with pytest.raises(PrivacyError, match=REFUSED):
+        train([*zip(features, labels, strict=True)], lambda network, batch: nn.functional.cross_entropy(
+            network(batch[0]), batch[1]), collate=with_moved_labels)  # fmt: skip
+
+
+def test_labels_that_a_transfer_changes_are_compared(tmp_path: Any) -> None:
+    class Changes(Module):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            words, labels = batch
+            return words, (labels * (1.0 - float((words == RARE).any()))).long()
+
+    with pytest.raises(PrivacyError, match=REFUSED):
+        fit(Changes(lambda module, losses, rare: losses.mean()), tmp_path)
+
+
 def weighed(network: Any, rare: Tensor) -> Tensor:
     return (0.1 + rare) * network[0].weight.square().sum()
 
