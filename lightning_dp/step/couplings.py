@@ -65,7 +65,8 @@ class Couplings:
             return self._runs.again(snapshot, chosen, draws, engine=engine)
 
         step, scale = self._runs.step, self._runs.scale(len(records))
-        batched = run(records, engine=True).private
+        with self._runs.loss_form.shown.comparing():
+            batched = run(records, engine=True).private
         tolerance = TOLERANCE[self._runs.coarsest(gradient.dtype for gradient in batched.values())]
         adds_up = None if step.settings.per_sample_loss else lambda: bool(self.adds_up(snapshot, records, draws))
         compare = partial(

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_dp.step.local import local_part
+from lightning_dp.step.snapshot import few_values
+
+if TYPE_CHECKING:
+    from lightning_dp.step.step import PrivateStep
 
 MOST = 4
 """New values at one place, after which others there are expected to come all the time."""
+
+_FEW = 8
+"""Values that are read of each tensor that functions of parameters meet."""
 
 MOST_AT_ONCE = 16
 """Checks of new values at once; later ones once in 100 steps."""
@@ -57,3 +71,58 @@ class Firsts:
         """Count new values as checked in a logical step."""
         if self.is_new:
             self._num_checked, self._checked_at, self.is_new = self._num_checked + 1, number, False
+
+
+class Shown:
+    """Values that batches show of their records: sizes of rows, values that user code reads, and values of tensors
+    without samples that functions of parameters meet, such as the weight of a penalty.
+    """
+
+    def __init__(self) -> None:
+        self.sizes, self.readings, self.constants = self._all = Firsts(), Firsts(), Firsts()
+        self.compares = False
+        """True while a batch runs whose records are compared with themselves alone."""
+
+    @property
+    def is_new(self) -> bool:
+        """True if real batches have shown anything new since ``settle``."""
+        return any(each.is_new for each in self._all)
+
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Run a batch, within the context, whose records are compared with themselves alone."""
+        self.compares = True
+        try:
+            yield
+        finally:
+            self.compares = False
+
+    def see(self, step: PrivateStep, *, checked: bool = False) -> None:
+        """Read the values of the microbatch that runs.
+
+        Args:
+            step: runs it.
+            checked: whether its records are compared with themselves alone.
+        """
+        if step.recording is not None:
+            self.readings.see(step.recording.readings.take(), checked=checked)
+            self.constants.see(_values_of(step.engine.constants()), checked=checked)
+
+    def are_due(self, number: int) -> bool:
+        """Tell whether to check anything new in a logical step."""
+        return any(each.are_due(number) for each in self._all)
+
+    def settle(self, number: int) -> None:
+        """Count what is new as checked in a logical step."""
+        for each in self._all:
+            each.settle(number)
+
+
+def _values_of(constants: list[tuple[Hashable, Tensor]]) -> Iterator[tuple[Hashable, Hashable]]:
+    """Yield a few values of each tensor, with its key and its number among those of this key."""
+    few = [few_values(local_part(tensor), _FEW) for _, tensor in constants]
+    values = iter(torch.cat([each.cpu() for each in few]).tolist() if few else ())
+    numbers: dict[Hashable, int] = {}
+    for (key, _), each in zip(constants, few, strict=True):
+        numbers[key] = numbers.get(key, -1) + 1
+        yield (key, numbers[key]), tuple(f"{next(values):.4g}" for _ in each)

@@ -11,21 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_dp.per_sample.telling import telling
-from lightning_dp.step.firsts import Firsts
-from lightning_dp.step.local import local_part
+from lightning_dp.step.firsts import Shown
 from lightning_dp.step.loss_calls import Calls
 from lightning_dp.step.loss_factors import LossFactors
-from lightning_dp.step.snapshot import few_values
 from lightning_dp.step.writes import When
-
-if TYPE_CHECKING:
-    from lightning_dp.step.step import PrivateStep
 
 NEAR = 32
 """Nodes of the graph that are read if their number is known, nearest to the loss first."""
@@ -41,9 +35,6 @@ MOST = 8
 
 _OF_USERS = {"attribute", "content"}
 """First words of the keys of writes that only user code makes."""
-
-_FEW = 8
-"""Values that are read of each tensor that functions of parameters meet."""
 
 _SOON = 2
 """Steps after which a write that comes back has not paused."""
@@ -78,8 +69,7 @@ class LossForm:
         self._numbers: set[int] = set()
         self._kinds: dict[Hashable, int] = {}
         self._calls: Calls | None = None
-        self._num_new, self.factors = 0, LossFactors()
-        self.sizes, self.readings, self.constants = Firsts(), Firsts(), Firsts()
+        self._num_new, self.factors, self.shown = 0, LossFactors(), Shown()
         self._written: dict[Any, tuple[int, int]] = {}  # by write: its last step, and its longest pause
         self.checked_at = -1
         """Logical step of the last checks that samples are independent."""
@@ -142,19 +132,6 @@ class LossForm:
                 self._checked.add(place := ("written", when, key))
                 self._written.setdefault(place, (self.checked_at, 0))
 
-    def see_values(self, step: PrivateStep, *, checked: bool = False) -> None:
-        """Read the values that user code has read in the microbatch that runs, and those of tensors without samples
-        that functions of parameters meet: the weight of a penalty, say.
-        """
-        if step.recording is not None:
-            self.readings.see(step.recording.readings.take(), checked=checked)
-            self.constants.see(_values_of(step.engine.constants()), checked=checked)
-
-    def settle_values(self, number: int) -> None:
-        """Count new values as checked in a logical step."""
-        for each in self._firsts:
-            each.settle(number)
-
     def see_spread(self, paths: Iterable[Any]) -> bool:
         """Read which values of a batch change with a record of others; tell whether one of them is new."""
         new = {("spread", path) for path in paths} - self._checked
@@ -192,15 +169,11 @@ class LossForm:
                 self._new_calls |= calls.pairs - self._checked
 
     @property
-    def _firsts(self) -> tuple[Firsts, ...]:
-        return self.sizes, self.readings, self.constants
-
-    @property
     def is_new(self) -> bool:
         """True if a real loss had operations that no check has seen, or counted its rows by other factors, or if its
         batch has shown anything for the first time.
         """
-        return self.has_new_operations or any(each.is_new for each in self._firsts) or self.factors.read_new()
+        return self.has_new_operations or self.shown.is_new or self.factors.read_new()
 
     @property
     def has_new_calls(self) -> bool:
@@ -229,7 +202,7 @@ class LossForm:
             since: number of steps since the last check.
             number: of the logical step.
         """
-        if any(each.are_due(number) for each in (self.factors, *self._firsts)):
+        if self.factors.are_due(number) or self.shown.are_due(number):
             return True
         return self.has_new_operations and (self._num_new < MOST or since >= 100)
 
@@ -245,16 +218,6 @@ class LossForm:
         if by_check:
             self._checked |= self._new_calls
             self._new_calls = set()
-
-
-def _values_of(constants: list[tuple[Hashable, Tensor]]) -> Iterator[tuple[Hashable, Hashable]]:
-    """Yield a few values of each tensor with its key and its number among those of this key."""
-    few = [few_values(local_part(tensor), _FEW) for _, tensor in constants]
-    values = iter(torch.cat([each.cpu() for each in few]).tolist() if few else ())
-    numbers: dict[Hashable, int] = {}
-    for (key, _), each in zip(constants, few, strict=True):
-        numbers[key] = numbers.get(key, -1) + 1
-        yield (key, numbers[key]), tuple(f"{next(values):.4g}" for _ in each)
 
 
 class _Kinds(dict[type, tuple[str, tuple[str, ...]]]):

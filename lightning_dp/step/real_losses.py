@@ -70,11 +70,11 @@ class RealLosses:
         self.part, self._step.engine.joined = -1, batch.joined
         self._written.begin(positions[-1] if positions else [])
 
-    def note_shapes(self, records: list[Any]) -> None:
-        """Take note of the shapes of rows that the first checks see.
+    def note_sizes(self, records: list[Any]) -> None:
+        """Take note of the sizes of rows that the first checks see.
 
         Args:
-            records: of these checks.
+            records: those that were compared with themselves alone.
         """
         collate = self._runs.host.training.collated
         for record in records:
@@ -118,9 +118,9 @@ class RealLosses:
         form.see(loss, checked=False, num_operations=operations, count=count, num_hooks=hooks)
         if count:
             if -self.part <= len(self._sizes):
-                form.sizes.see(self._beyond(self._sizes[self.part]))
-                form.readings.see(self._read[self.part])
-            form.see_values(step)
+                form.shown.sizes.see(self._beyond(self._sizes[self.part]))
+                form.shown.readings.see(self._read[self.part])
+            form.shown.see(step)
         self._note_new()
 
     def _note_new(self) -> None:
@@ -145,13 +145,13 @@ class RealLosses:
         if not agree(form.is_due(since, number) or (begins and form.is_new)):
             return
         try:
-            if agree(form.has_written or form.readings.is_new):
+            if agree(form.has_written or form.shown.readings.is_new):
                 self._written.check(number, agree)
             with ran.counters(), ran.look.numbers_back_in():
                 if everything := agree(form.has_new_calls if begins else form.has_new_operations):
                     self._check_again(number, positions)
                 form.factors.settle(number, checked=self._check_in_batch(positions, number))
-                form.settle_values(number)
+                form.shown.settle(number)
                 form.settle(by_check=everything or not begins)
         except PrivacyError as error:
             if (step.automatic and not form.was_released) or exchanged:  # before a release, also by manual steps

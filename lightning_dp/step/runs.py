@@ -214,8 +214,8 @@ class TrialRuns:
                 with self.loss_form.watching(checked=True) if is_check else nullcontext():
                     output, loss = self.host.run(records), None
                 outputs.append(output)
-                if is_check and step.recording is not None:
-                    self.loss_form.see_values(step, checked=True)
+                if self.loss_form.shown.compares:
+                    self.loss_form.shown.see(step, checked=True)
                 on_host, probe.seeds = host_generators(), seeds()
                 probe.drawn = torch_generators(), on_host
                 self.draws_on_host |= on_host != before[1]

@@ -14,7 +14,7 @@ from lightning_dp.per_sample.notices import unused_notice
 from lightning_dp.step import state_runs
 from lightning_dp.step.branches import Branches
 from lightning_dp.step.chosen_records import differing, shape_of
-from lightning_dp.step.couplings import NUM_SPARES, Couplings
+from lightning_dp.step.couplings import NUM_ALONE, NUM_SPARES, Couplings
 from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
 from lightning_dp.step.host import Host
@@ -104,7 +104,7 @@ class Trial:
                     raise
                 self._prepare(snapshot, records, checks=checks)
             if checks:
-                self.losses.note_shapes(records)
+                self.losses.note_sizes(differing(records)[:NUM_ALONE])
         self._take_note()
         if checks:
             step.unchecked_public = set(settings.public_optimizers)
