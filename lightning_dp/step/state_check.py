@@ -125,7 +125,8 @@ def held_numbers(others: list[Any]) -> Numbers:
 
 def put_numbers(others: list[Any], numbers: Numbers) -> None:
     """Give objects the numbers that they held, as ``held_numbers`` has returned them."""
-    for part, held in parts_of(others).items():
+    parts: dict[tuple[int, int], Any] = parts_of(others)
+    for part, held in parts.items():
         for name, value in numbers.get(part, {}).items():
             if held.get(name) is value:
                 continue
