@@ -276,6 +276,8 @@ class PrivateStep:
     def close(self) -> None:
         """Record the trained values, and remove the engine from the module."""
         note_values(self.module.parameters())
+        if self.recording is not None:  # an error has left it open
+            self.recording.__exit__(None, None, None)
         self.engine.end()
         self.engine.detach()
 

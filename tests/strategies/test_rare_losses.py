@@ -259,3 +259,15 @@ def test_a_penalty_that_a_rare_record_changes_is_refused(penalty: Callable[[Any,
 
     with pytest.raises(PrivacyError, match=REFUSED):
         train([*zip(features, labels, strict=True)], loss_fn)
+
+
+def test_an_error_after_a_backward_leaves_tensors_as_they_were(tmp_path: Any) -> None:
+    class Raises(Module):
+        def on_after_backward(self) -> None:
+            if self.global_step == 1:
+                raise RuntimeError("an error of the user's")
+
+    names = {*vars(Tensor)}
+    with pytest.raises(RuntimeError, match="of the user's"):
+        fit(Raises(lambda module, losses, rare: losses.mean()), tmp_path)
+    assert {*vars(Tensor)} == names
