@@ -20,10 +20,13 @@ class OptimizerStates:
 
     def __init__(self, others: Iterable[Any]) -> None:
         self._states: list[Any] = []  # an optimizer, and its state
+        self._groups: list[Any] = []  # of an optimizer, and which they are
         held: list[dict[Any, Any]] = []
         for one in others:
-            state = getattr(one, "state", None)
-            if isinstance(state, dict) and hasattr(one, "param_groups"):
+            state, groups = getattr(one, "state", None), getattr(one, "param_groups", None)
+            if isinstance(groups, list):
+                self._groups.append((groups, groups.copy()))
+            if isinstance(state, dict) and groups is not None:
                 self._states.append((one, state))
                 held += [state, *[part for part in state.values() if type(part) is dict or isinstance(part, dict)]]
         self._held = [(part, part.copy()) for part in held]
@@ -50,7 +53,10 @@ class OptimizerStates:
         return {**numbers, "number of states of the optimizers": len(after.tensors)}
 
     def put_back(self) -> None:
-        """Give optimizers the tensors back that they held, but no values of tensors."""
+        """Give optimizers the groups and tensors back that they held, but no values of tensors."""
+        for groups, before in self._groups:
+            if not same_content(groups, before):
+                groups[:] = before
         for one, state in self._states:
             if one.state is not state:
                 one.state = state

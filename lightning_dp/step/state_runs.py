@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,13 @@ from lightning_dp.step.state_check import LATER
 
 
 def check_state(
-    runs: TrialRuns, snapshot: Snapshot, records: list[Any], real: Any = (), anywhere: Any = None, later: int = LATER
+    runs: TrialRuns,
+    snapshot: Snapshot,
+    records: list[Any],
+    real: Any = (),
+    anywhere: Any = None,
+    later: int = LATER,
+    ends: Sequence[bool] = (False, True),
 ) -> None:
     """Check that the state after a step, and later, does not depend on the records, nor on real ones.
 
@@ -26,11 +33,12 @@ def check_state(
         real: records of batches that have written something in a step.
         anywhere: tells whether a flag is set on any of the processes that run this check together.
         later: number of steps that follow.
+        ends: whether an epoch ends after the first step, in each comparison.
 
     Raises:
         PrivacyError: the state depends on the records.
     """
-    check = partial(_check, runs, snapshot, records, real, anywhere or runs.step.reduction.any, later)
+    check = partial(_check, runs, snapshot, records, real, anywhere or runs.step.reduction.any, later, ends)
     try:
         check(freezes=runs.must_freeze)
     except UnfrozenDrawError:  # user code draws, which it did not do before
@@ -38,7 +46,15 @@ def check_state(
 
 
 def _check(
-    runs: TrialRuns, snapshot: Snapshot, records: list[Any], real: Any, anywhere: Any, later: int, *, freezes: bool
+    runs: TrialRuns,
+    snapshot: Snapshot,
+    records: list[Any],
+    real: Any,
+    anywhere: Any,
+    later: int,
+    ends_in_turn: Sequence[bool],
+    *,
+    freezes: bool,
 ) -> None:
     host, step = runs.host, runs.step
     together, is_noted = not step.runs_samples_alone, False
@@ -77,5 +93,5 @@ def _check(
     most = step.settings.samples_at_once or 0 if together else 1  # the last microbatch alone has effect
     real = [batch[-most:] for batch in real if not anywhere(not batch)]
     shared: dict[str, Any] = {"together": together, "anywhere": anywhere, "real": real, "later": later}
-    for ends in (False, True) if host.has_epoch_end else (False,):
+    for ends in [each for each in ends_in_turn if not each or host.has_epoch_end]:
         state_check.check_state(partial(run, ends=ends), (records * 3)[:3], copies=host.copies, **shared)

@@ -126,8 +126,15 @@ class Written:
         few = host.records(NUM_FEW, seed=seed) if checks else []
         if len(few) > 1:
             with self._sandbox.enter() as snapshot, self._runs.progress():
-                if begin is not None:
+
+                def check(*ends: bool) -> None:
+                    compare = partial(state_runs.check_state, self._runs, snapshot, few, real, anywhere, later, ends)
+                    host.attempt(compare, snapshot.put_back)
+
+                if begin is None:
+                    check(False, True)
+                else:  # it need not run twice, so an epoch ends before it, not after it
+                    check(True)
                     begin()
                     snapshot = self._sandbox.snapshot()
-                check = partial(state_runs.check_state, self._runs, snapshot, few, real, anywhere, later)
-                host.attempt(check, snapshot.put_back)
+                    check(False)

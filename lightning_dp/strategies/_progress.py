@@ -57,6 +57,17 @@ def within_epoch(trainer: pl.Trainer) -> Iterator[None]:
         progress.completed = completed
 
 
+@contextmanager
+def next_epoch(trainer: pl.Trainer) -> Iterator[bool]:
+    """Let ``current_epoch`` be that of the next epoch, and tell whether there is one."""
+    progress, most = trainer.fit_loop.epoch_progress.current, trainer.max_epochs
+    progress.completed += 1
+    try:
+        yield most is None or most == -1 or progress.completed < most
+    finally:
+        progress.completed -= 1
+
+
 def _steps_of(trainer: pl.Trainer) -> Any:
     loop = trainer.fit_loop.epoch_loop
     if trainer.lightning_module.automatic_optimization:

@@ -22,7 +22,7 @@ from lightning_dp.step.close_looks import CloseLook, Eye
 from lightning_dp.step.local import local_part
 from lightning_dp.step.state_check import leaves_of
 from lightning_dp.step.writes import Look
-from lightning_dp.strategies import _lightning
+from lightning_dp.strategies import _lightning, _progress
 from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides
 
@@ -102,8 +102,16 @@ class UserHooks:
 
     def call_between_batches(self) -> None:
         """Call these hooks on trial, in the order of an epoch."""
-        for name in (BETWEEN_EPOCHS[0], *_FAR, BETWEEN_EPOCHS[1]):
+        for name in (BETWEEN_EPOCHS[0], *_FAR):
             self.call(name)
+        try:
+            self.call(BETWEEN_EPOCHS[1])
+        except PrivacyError as error:  # it has begun this epoch already, and cannot do so twice
+            if error.__cause__ is None:
+                raise
+            with _progress.next_epoch(self._strategy.trainer) as is_left:
+                if is_left:
+                    self.call(BETWEEN_EPOCHS[1])
 
     def call(self, name: str, *args: Any) -> list[Any]:
         """Call a hook of callbacks and module on trial, in Lightning's order, and return their answers.

@@ -80,6 +80,25 @@ class AtTheStartOfAnEpoch(Module):
             self.factor = self.seen
 
 
+class ThawsAtTheStartOfAnEpoch(Module):
+    """A hook that cannot run twice in an epoch, as it adds a group to the optimizer."""
+
+    is_free = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network[0].requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([each for each in self.parameters() if each.requires_grad], lr=0.1)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 2:
+            self.network[0].requires_grad_(True)
+            self.optimizers().add_param_group({"params": [*self.network[0].parameters()], "lr": 0.01})
+            self.factor = 2.0 if self.is_free else self.seen
+
+
 class RateAtABatch(Module):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
@@ -126,7 +145,7 @@ def fit(module: Any, callbacks: Any = (), *, accumulate: int = 1) -> int:
 
 WRITING = [
     AtABatch, AtTheLastBatch, AtAStep, AtABackward, BeforeAStep, AtACount, AtTheEndOfAnEpoch, AtTheStartOfAnEpoch,
-    RateAtABatch, Manual, ManualAtTheEnd,
+    ThawsAtTheStartOfAnEpoch, RateAtABatch, Manual, ManualAtTheEnd,
 ]  # fmt: skip
 REFUSED = r"^(The gradient of a record changes with what|training_step leaves .* with another value)"
 
@@ -136,6 +155,13 @@ REFUSED = r"^(The gradient of a record changes with what|training_step leaves .*
 def test_a_write_at_some_batches_only_is_refused(kind: type[Module]) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         fit(kind())
+
+
+def test_layers_that_begin_to_train_with_an_epoch_are_free() -> None:
+    module = ThawsAtTheStartOfAnEpoch()
+    module.is_free = True
+    assert fit(module) == 16
+    assert [len(group["params"]) for group in module.optimizers().param_groups] == [2, 2]
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
