@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import leaves, mapping, owned_uses, twice
+from lightning_dp.per_sample import leaves, mapping, owned_uses, twice, unlearned
 from lightning_dp.per_sample._torch import UnrolledMaps, in_backward, uncompiled, unreported
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.following import Follower
@@ -186,7 +186,7 @@ class Tracker:
             if self.compares or (self.learned is not None and func.__name__ in self.learned.by_order):
                 self._count(func, args, kwargs)
             if operation is GENERAL:
-                return self.general(func, args, kwargs)
+                return unlearned.general(self, func, args, kwargs)
             return operation.run(self, func, args, kwargs)
 
     def _count(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -282,7 +282,7 @@ class Tracker:
         key, size = (func.__name__, node.lineage), self.recorder.batch_size
         found = self.learned.plan(key, self.index_of, tensors, size, self.joined)
         if isinstance(found, str):
-            raise PrivacyError(
+            raise unlearned.UnlearnedError(
                 f"Expected {func.__name__} to meet {node.name!r} in a way that was learned, {found} {WAY_OUT}."
             )
         return found
