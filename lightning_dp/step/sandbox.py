@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class StepGuard:
         self._is_private, self._advice = is_private, advice
         self._handle: Any = None
         self._expected: list[Optimizer] = []
-        self._closures: list[Any] = []  # given to the expected optimizer
+        self._closures: list[Any] = []  # for the expected optimizer, and given to it
         self._open = False
         self.in_sandbox = 0
 
@@ -67,9 +68,15 @@ class StepGuard:
                 self.start()
 
     @contextmanager
-    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
-        """Allow the step of one optimizer within the context, and other steps once its gradient is released."""
+    def stepping(self, optimizer: Optimizer, closure: Any = None) -> Iterator[None]:
+        """Allow the step of one optimizer within the context, and other steps once its gradient is released.
+
+        Args:
+            optimizer: it may hand the closure on to another one.
+            closure: makes gradients private.
+        """
         self._expected.append(optimizer)
+        self._closures = [closure]
         try:
             yield
         finally:
@@ -95,8 +102,9 @@ class StepGuard:
         kind = type(optimizer).__name__
         given = [one for one in (*args, *kwargs.values()) if callable(one)]
         if self._expected and optimizer is self._expected[-1]:
-            self._closures = given
+            self._closures += given
             return
+        given += [one for wrapped in given if isinstance(wrapped, partial) for one in wrapped.args if callable(one)]
         if self._open or (self._expected and any(one is own for one in given for own in self._closures)):
             return  # an optimizer may hand its closure, which makes gradients private, on to another
         if self.in_sandbox:

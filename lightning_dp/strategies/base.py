@@ -248,7 +248,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
             fit.guard.released()
             return outputs[-1] if fit.on_trial else None  # the loss carries no noise: no optimizer may use it
 
-        with fit.guard.stepping(optimizer), fit.only_own_callbacks():
+        with fit.guard.stepping(optimizer, private_closure), fit.only_own_callbacks():
             self._step(optimizer, private_closure, model, **kwargs)
         fit.patches.stepped()
         return outputs[-1] if outputs else None
