@@ -14,6 +14,11 @@ from typing_extensions import Self
 
 Collate = Callable[[list[Any]], Any]
 _pin: Callable[[Any], Any] = _pinning.pin_memory
+_FOREIGN = (
+    "Expected a batch of your own loader, got one that the private loader draws for a training step: it holds "
+    "microbatches of the records drawn. Read examples from your own DataLoader, such as "
+    "trainer.datamodule.train_dataloader(), in place of trainer.train_dataloader."
+)
 
 
 class LogicalBatch:
@@ -74,6 +79,12 @@ class LogicalBatch:
 
     def __len__(self) -> int:
         return len(self.microbatches)
+
+    def __getitem__(self, key: Any) -> Any:  # Python also unpacks by it
+        raise TypeError(_FOREIGN)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name if name.startswith("_") else _FOREIGN)
 
     def __repr__(self) -> str:
         return f"LogicalBatch(num_samples={self.num_samples}, num_microbatches={len(self)})"

@@ -198,7 +198,8 @@ class Sandbox:
         self._guard.in_sandbox += 1
         try:
             eager = uncompiled() if is_trial else nullcontext()  # trials watch operations
-            with kept_generators(device), self._quiet(), eager, without_warnings(_STEPPED_BY_HAND):
+            calm = torch.autograd.set_detect_anomaly(False)  # trials make records NaN
+            with kept_generators(device), self._quiet(), eager, calm, without_warnings(_STEPPED_BY_HAND):
                 yield taken
         finally:
             self._guard.in_sandbox -= 1

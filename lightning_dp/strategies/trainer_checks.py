@@ -60,9 +60,11 @@ def describe_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> str:
 def check_precision(precision: str) -> None:
     """Refuse float16, because it scales gradients, overflows, and skips steps."""
     if precision in ("16-mixed", "16-true"):
+        mixed = "Its gradient scaler scales what is clipped and skips steps"
+        why = mixed if precision == "16-mixed" else "Gradients of samples and their noise overflow, or round to zero"
         raise ValueError(
-            f"Expected a precision with float32's range, got `Trainer(precision={precision!r})`. Its gradient scaler "
-            "scales what is clipped and skips steps: use precision='bf16-mixed'."
+            f"Expected a precision with float32's range, got `Trainer(precision={precision!r})`. {why}: use "
+            f"precision='bf16-{precision[3:]}'."
         )
 
 

@@ -251,3 +251,9 @@ def test_rows_that_a_dataset_reads_together_are_joined_again() -> None:
     rows = sorted(row.columns["y"].item() for part in parts for row in part.unbind(0))
     assert rows == list(range(6))
     assert collate_samples(loader, peek_samples(loader, 2)).columns["x"].tolist() == [[0.0, 1.0], [2.0, 3.0]]
+
+
+@pytest.mark.parametrize("read", [list, lambda batch: batch["x"], lambda batch: batch.x])
+def test_batch_that_user_code_takes_from_the_loader_is_named(read: Any) -> None:
+    with pytest.raises((TypeError, AttributeError), match="Read examples from your own DataLoader"):
+        read(pickle.loads(pickle.dumps(LogicalBatch([(2, [1, 2])]))))

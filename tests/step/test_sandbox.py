@@ -106,6 +106,13 @@ def test_exception_in_user_code_leaves_nothing_behind(bench: Bench) -> None:
     assert bench.guard.in_sandbox == 0
 
 
+def test_records_made_nan_on_trial_are_no_anomaly(bench: Bench) -> None:
+    with torch.autograd.set_detect_anomaly(True):
+        with bench.sandbox.enter():
+            assert not torch.is_anomaly_enabled()
+        assert torch.is_anomaly_enabled()
+
+
 def test_gradients_are_hidden_and_come_back(bench: Bench) -> None:
     parameters = list(bench.module.parameters())
     gradients = [torch.full_like(p, float(number)) for number, p in enumerate(parameters)]

@@ -89,7 +89,7 @@ def test_an_accountant_without_a_bound_is_refused_at_once(tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"plugins": [MixedPrecision("16-mixed", "cpu")]}, r"precision='16-mixed'.*bf16-mixed"),
-        ({"precision": "16-true"}, r"precision='16-true'"),
+        ({"precision": "16-true"}, r"precision='16-true'.*overflow.*'bf16-true'"),
         ({"overfit_batches": 0.1}, r"at least one batch to overfit on, got overfit_batches=0.1 of 4 batches"),
         ({"callbacks": [GradientAccumulationScheduler({0: 1, 3: 5})]}, r"got 80 \(batch_size=16 x"),
     ],
