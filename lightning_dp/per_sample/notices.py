@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from types import FunctionType
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dp.per_sample._torch import is_compiled
+from lightning_dp.system.torch_private import has_own_hooks
 
 
 def notices(module: nn.Module, *, runs_samples_alone: bool) -> list[str]:
@@ -37,27 +39,36 @@ def notices(module: nn.Module, *, runs_samples_alone: bool) -> list[str]:
     return found
 
 
-def unused_notice(unused: dict[str, int], total: int) -> str:
-    """Return the sentence on parameters that no loss uses.
+def late_notices(parameters: Mapping[str, Tensor], sizes: Mapping[str, int], used: Collection[str]) -> list[str]:
+    """Return the differences from non-private training that show once the first batch is there.
 
     Args:
-        unused: number of entries by name.
-        total: number of entries of all private parameters.
+        parameters: private parameters by name.
+        sizes: number of entries, by name, of those that an optimizer steps.
+        used: names of those that losses use.
 
     Example:
-        >>> unused_notice({"pooler.weight": 25, "pooler.bias": 5}, 120)[:56]
-        'No loss of the checks used 25% of the private parameters'
-        >>> unused_notice({"mask_token": 1}, 1000)[:40]
-        'No loss of the checks used under 1% of t'
+        >>> [text[:56] for text in late_notices({}, {"pooler.weight": 25, "pooler.bias": 5, "w": 90}, ["w"])]
+        ['No loss of the checks used 25% of the private parameters']
+        >>> [text[:40] for text in late_notices({}, {"mask_token": 1, "w": 999}, ["w"])]
+        ['No loss of the checks used under 1% of t']
     """
-    share = f"{sum(unused.values()) / total:.0%}"
-    share = {"0%": "under 1%", "100%": "over 99%"}.get(share, share)
-    return (
-        f"No loss of the checks used {share} of the private parameters ({_listed(list(unused))}). Non-private training "
-        "leaves such parameters as they are. Private training cannot know that no later sample uses them: it "
-        "adds noise to them at every step, which takes time and ruins trained weights. If the model does not train "
-        "them, call requires_grad_(False) on them."
-    )
+    found, unused = [], {name: size for name, size in sizes.items() if name not in used}
+    if unused:
+        share = f"{sum(unused.values()) / sum(sizes.values()):.0%}"
+        share = {"0%": "under 1%", "100%": "over 99%"}.get(share, share)
+        found.append(
+            f"No loss of the checks used {share} of the private parameters ({_listed([*unused])}). Non-private "
+            "training leaves such parameters as they are. Private training cannot know that no later sample uses them: "
+            "it adds noise to them at every step, which takes time and ruins trained weights. If the model does not "
+            "train them, call requires_grad_(False) on them."
+        )
+    if hooked := [name for name, parameter in parameters.items() if has_own_hooks(parameter)]:
+        found.append(
+            f"Hooks on private parameters are not called ({_listed(hooked)}): they would see raw gradients. Read or "
+            "change p.grad in on_before_optimizer_step, where it is private, or put the hook on the layer's output."
+        )
+    return found
 
 
 def _compiled_in(path: str, layer: nn.Module) -> list[str]:

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample._torch import real_view
+from lightning_dp.step.foreign import note
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.system.torch_private import without_hooks
+
+_NO_GRADIENT = (
+    "After a backward, p.grad of private parameters is None until their optimizer steps, because raw gradients are not "
+    "private: on_before_optimizer_step finds the private ones."
+)
 
 
 class Probe:
@@ -62,6 +68,10 @@ class Probe:
             ]
             try:
                 yield
+            except Exception as error:
+                if self._raw and not self._step.automatic:
+                    note(error, _NO_GRADIENT)
+                raise
             finally:
                 self._step.probe = None
                 for handle in handles:

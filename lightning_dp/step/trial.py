@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
-from lightning_dp.per_sample.notices import unused_notice
+from lightning_dp.per_sample.notices import late_notices
 from lightning_dp.step import state_runs
 from lightning_dp.step.branches import Branches
 from lightning_dp.step.chosen_records import differing, shape_of
@@ -108,13 +108,13 @@ class Trial:
         self._take_note()
         if checks:
             step.unchecked_public = set(settings.public_optimizers)
-            self._say_unused()
+            self._say_differences()
 
-    def _say_unused(self) -> None:
-        """Tell the user which private parameters got no gradient in any run of the checks."""
-        sizes = self._sizes_of(self._runs.stepped)
-        if unused := {name: size for name, size in sizes.items() if name not in self._runs.used}:
-            _messages.info(unused_notice(unused, sum(sizes.values())))
+    def _say_differences(self) -> None:
+        """Tell the user which private parameters got no gradient in any run of the checks, or have hooks."""
+        private = {n: p for index in self._step.accumulators for n, p in self._step.parameters.of(index).items()}
+        for notice in late_notices(private, self._sizes_of(self._runs.stepped), self._runs.used):
+            _messages.info(notice)
 
     def _sizes_of(self, optimizers: Collection[int]) -> dict[str, int]:
         """Return the number of entries of the private parameters of some optimizers, by name."""

@@ -130,9 +130,9 @@ class PrivateStrategy(TrainingInputs, Strategy):
         if self._noise is None:
             self._noise = self.settings.make_noise(self.global_rank)
         self._tuning.start(on_cpu=self.root_device.type == "cpu")
-        for message in (self._tuning.describe(), trainer_checks.describe_clipping(trainer, self.module)):
-            if message:
-                _messages.info(message)
+        said = [describe(trainer, self.module) for describe in trainer_checks.DESCRIPTIONS]
+        for message in filter(None, (self._tuning.describe(), *said)):
+            _messages.info(message)
         self._fit = PrivateFit(self, self._noise)
 
     @override

@@ -57,6 +57,18 @@ def describe_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     )
 
 
+def describe_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    """Return a message that says where gradients are found; empty if no hook looks for them elsewhere."""
+    owners = [module, *getattr(trainer, "callbacks", [])]
+    found = [type(owner).__name__ for owner in owners if _lightning.is_overridden("on_after_backward", owner)]
+    if not found:
+        return ""
+    return (
+        f"on_after_backward of {', '.join(found)} finds no gradients of private parameters: p.grad is None until the "
+        "optimizer steps, because raw gradients are not private. on_before_optimizer_step finds the private ones."
+    )
+
+
 def check_precision(precision: str) -> None:
     """Refuse float16, because it scales gradients, overflows, and skips steps."""
     if precision in ("16-mixed", "16-true"):
@@ -166,3 +178,7 @@ def known_arguments(kind: type) -> list[str]:
             if not any(p.kind is p.VAR_KEYWORD for p in found):
                 break
     return names
+
+
+#: Functions that return a message about hooks of the user's; empty if there are none.
+DESCRIPTIONS = (describe_clipping, describe_gradients)

@@ -192,6 +192,12 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
             tensor._backward_hooks, tensor._post_accumulate_grad_hooks = before, after
 
 
+def has_own_hooks(tensor: Tensor) -> bool:
+    """Tell whether the user has put hooks on a leaf tensor that see its gradient."""
+    hooks = (*(tensor._backward_hooks or {}).values(), *(tensor._post_accumulate_grad_hooks or {}).values())
+    return any(not str(getattr(hook, "__module__", "")).startswith(("torch.", "lightning_dp.")) for hook in hooks)
+
+
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the qualified names of a module's persistent buffers, with the buffers."""
     for prefix, part in module.named_modules():

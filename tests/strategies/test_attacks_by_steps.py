@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import Any
 
@@ -81,8 +82,9 @@ def test_trials_show_no_raw_gradient_and_move_nothing(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("check_per_sample", [True, False])
 @pytest.mark.one_in(2)
-def test_hooks_on_parameters_see_no_raw_gradient(check_per_sample: bool, tmp_path: Any) -> None:
+def test_hooks_on_parameters_see_no_raw_gradient(check_per_sample: bool, tmp_path: Any, caplog: Any) -> None:
     seen: list[Any] = []
+    caplog.set_level(logging.INFO)
 
     class Watched(Classifier):
         def on_train_start(self) -> None:
@@ -93,6 +95,7 @@ def test_hooks_on_parameters_see_no_raw_gradient(check_per_sample: bool, tmp_pat
     module = Watched()
     fit(module, tmp_path, check_per_sample=check_per_sample)
     assert seen == []
+    assert caplog.text.count("Hooks on private parameters are not called (network.0.weight,") == check_per_sample
     module.training_step(make_dataset().tensors, 0).backward()
     assert len(seen) == 2 * len(list(module.parameters()))  # the hooks are there again
 

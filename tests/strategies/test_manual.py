@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -238,3 +239,23 @@ def test_clip_gradients_acts_on_the_private_gradient(tmp_path: Any) -> None:
     after = torch.cat([p.detach().flatten() for p in module.parameters()])
     assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-4)
     assert "clip_gradients" not in module.__dict__
+
+
+def test_code_that_looks_for_raw_gradients_is_told_so(tmp_path: Any, caplog: Any) -> None:
+    caplog.set_level(logging.INFO)
+
+    class Looks(Classifier):
+        def on_after_backward(self) -> None:
+            assert all(parameter.grad is None for parameter in self.parameters())
+
+    make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Looks(), make_loader())
+    assert caplog.text.count("on_after_backward of Looks finds no gradients of private parameters") == 1
+
+    class Adds(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            sum(parameter.grad.norm() for parameter in self.parameters())
+
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'norm'") as raised:
+        make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path).fit(Adds(), make_loader())
+    assert "on_before_optimizer_step finds the private ones" in raised.value.__notes__[-1]
