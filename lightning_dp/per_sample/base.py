@@ -185,6 +185,13 @@ class GradientEngine(SampleGradients):
         return set()
 
     @property
+    def padding_rows(self) -> dict[str, int]:
+        """Rows of parameters, by name, that stand for padding in all uses that were learned: the gradient of no sample
+        has any other value than zero there.
+        """
+        return {}
+
+    @property
     def dtypes(self) -> set[torch.dtype]:
         """Dtypes of the private parameters in the forward."""
         return {parameter.dtype for parameter in self._parameters.values()}

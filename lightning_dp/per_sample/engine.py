@@ -227,6 +227,11 @@ class PerSampleEngine(GradientEngine):
     def accept_grads(self, names: Iterable[str]) -> None:
         self._had_grad |= set(names)
 
+    @property
+    @override
+    def padding_rows(self) -> dict[str, int]:
+        return self._tracker.padding.found
+
     @override
     def check_tracked(self) -> None:
         with unfollowed():

@@ -60,6 +60,7 @@ class Observer:
         tensors = tensors_in(args, kwargs)
         nodes = [tracker.node_of(tensor) for tensor in tensors]
         known = [(node, tensor) for node, tensor in zip(nodes, tensors, strict=True) if node is not None]
+        tracker.padding.note(func, args, kwargs, (node for node, _ in known))
         if not known or in_backward():
             self.recomputes |= bool(known)
             return func(*args, **kwargs)

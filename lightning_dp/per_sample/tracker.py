@@ -24,6 +24,7 @@ from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.learned import Key, Learned
 from lightning_dp.per_sample.nodes import Function, Node, Reporting, is_tracked, named, reporting_class
 from lightning_dp.per_sample.operations import ALIGNED, GENERAL, Bound, Operation, operation_of
+from lightning_dp.per_sample.padding import PaddingRows
 from lightning_dp.per_sample.plans import Observer
 from lightning_dp.per_sample.recurrent import watch_order
 from lightning_dp.per_sample.repeats import Repeats
@@ -52,7 +53,7 @@ class Tracker:
         self._materialise, self._workspace = materialise, workspace
         self.parameters: dict[str, nn.Parameter] = {}
         self._nodes: dict[int, Node] = {}
-        self.stand_ins, self.repeats = dict[str, Tensor](), Repeats()
+        self.stand_ins, self.repeats, self.padding = dict[str, Tensor](), Repeats(), PaddingRows()
         self.copies: dict[Hashable, Any] = {}
         """Copies of parameters for the samples, which all elementwise operations of a microbatch share."""
         self.blocks: dict[Hashable, set[int]] = {}  # blocks of parameters that were used one by one, see leaves.py
@@ -72,8 +73,7 @@ class Tracker:
         """Whether owners of rows are compared with what their positions say."""
         self.contradicted: str | None = None
         """First use of which as many rows as were learned belong to other samples than their positions say."""
-        self.tried: set[Hashable] = set()
-        """Operations without a rule whose map over the samples has been compared with the operation."""
+        self.tried: set[Hashable] = set()  # operations without a rule whose map over the samples was compared with them
         self.rows_like: Tensor | None = None
         """Tensor whose rows have the order of those that the operation which runs is given."""
         self.num_misplaced = 0

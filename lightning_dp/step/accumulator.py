@@ -259,6 +259,12 @@ class Accumulator:
         found = torch.searchsorted(self._active_indices, positions).clamp(max=len(self._active_indices) - 1)
         return found, self._active_indices[found] == positions
 
+    def clear_rows(self, rows: Mapping[str, int]) -> None:
+        """Set rows of ``p.grad``, by name of the parameter, to zero after the noise: no sample has a signal there."""
+        for name in rows.keys() & self.parameters.keys():
+            if (gradient := self.parameters[name].grad) is not None:
+                gradient[rows[name]] = 0.0
+
     def write_grads(self, noisy: Tensor, expected_batch_size: int, rescale: float = 1.0) -> None:
         """Set ``p.grad`` from the noisy sum, divided by the batch size and rescaled; masked coordinates get 0.
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import Classifier, make_loader, make_trainer
@@ -231,3 +232,25 @@ def test_a_warning_of_the_users_step_is_shown_once(tmp_path: Path) -> None:
         warnings.simplefilter("default")
         make_trainer(private(grad_sample="single"), tmp_path).fit(Warns(), make_loader())
     assert [str(each.message) for each in shown].count("careful") == 1
+
+
+@pytest.mark.parametrize("is_output", [False, True])
+def test_noise_leaves_the_row_of_padding_alone(tmp_path: Path, is_output: bool) -> None:
+    """Sums over padded words need it to stay zero; where the table also scores words, the row has a gradient."""
+
+    class Words(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(6, 6, padding_idx=0)  # no record has the last word
+
+        def forward(self, words: Tensor) -> Tensor:
+            rows = self.table(words).sum(1)
+            scores = nn.functional.linear(rows, self.table.weight) if is_output else self.network(rows)
+            return scores[:, :3]
+
+    words = [torch.arange(1, 3 + index % 3) for index in range(64)]
+    data = TensorDataset(nn.utils.rnn.pad_sequence(words, batch_first=True), torch.arange(64) % 3)
+    module = Words()
+    before = module.table.weight.detach().clone()
+    make_trainer(private(), tmp_path).fit(module, DataLoader(data, batch_size=16))
+    assert (module.table.weight != before).any(1).tolist() == [is_output, True, True, True, True, True]
