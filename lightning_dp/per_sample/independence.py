@@ -251,9 +251,10 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
         return (
             "No factor per sample explains it: samples influence each other. Likely causes: BatchNorm or another layer "
             "with statistics over the batch; attention, a contrastive loss or another term between samples; padding to "
-            "the longest sample that no mask hides; a layout whose first axis is not the batch; randomness that is "
-            "drawn in forward; rounding that a division by a small number enlarges (see whether precision='64-true' "
-            "ends it). Mask the padding, or change the layer or the loss."
+            "the longest sample that no mask hides; one of several terms that is a mean over known labels or unmasked "
+            "entries alone (per_sample_loss=True counts each record's own loss); a layout whose first axis is not the "
+            "batch; randomness that is drawn in forward; rounding that a division by a small number enlarges (see "
+            "whether precision='64-true' ends it). Mask the padding, or change the layer or the loss."
         )
     low, high = ratios.min().item(), ratios.max().item()
     middle = ratios.mean().item()

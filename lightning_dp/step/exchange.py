@@ -222,8 +222,9 @@ def _message(what: str, found: str) -> str:
             "own loss counts."
         )
     else:
+        sizes = "a step that skips small batches, or takes another branch for them; " if what == "left out" else ""
         causes = (
-            "Likely causes: BatchNorm or other statistics over the batch; a contrastive loss, mixing or hard "
+            f"Likely causes: {sizes}BatchNorm or other statistics over the batch; a contrastive loss, mixing or hard "
             "examples; a mean over all tokens of the batch, or another denominator that samples share. Change the "
             "layer or the loss so that each sample has its own; where samples share no more than a denominator, "
             "per_sample_loss=True counts each record's own loss."

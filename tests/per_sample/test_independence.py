@@ -61,6 +61,12 @@ def weighted_loss(layer: nn.Module, x: Tensor) -> Tensor:
     return (losses * weights).sum() / weights.sum()
 
 
+def two_terms_loss(layer: nn.Module, x: Tensor) -> Tensor:
+    """A mean over the samples, and one over some of them, as over known labels."""
+    out, known = layer(x), x.detach()[:, 0] > 0
+    return out.tanh().square().sum(1).mean() + (out.sin().sum(1) * known).sum() / known.sum().clamp(min=1)
+
+
 def contrastive_loss(layer: nn.Module, x: Tensor) -> Tensor:
     out = F.normalize(layer(x))
     return F.cross_entropy(out @ out.T.detach() + 0.1 * layer.out.sum(1, keepdim=True), torch.arange(len(x)))
@@ -108,6 +114,7 @@ def test_compare_accepts_a_mean_over_samples() -> None:
         (window_loss, r"3 of 4 samples have a gradient when run alone and none in the batch.*random windows"),
         (counted_loss, r"\d of 4 samples have a gradient in the batch and none when run alone.*such as pos_weight"),
         (contrastive_loss, r"No factor per sample explains it.*attention.*padding to the longest sample that no"),
+        (two_terms_loss, r"No factor per sample explains it.*a mean over known labels.*per_sample_loss=True"),
         (normalized_loss, r"No factor per sample explains it: samples influence each other"),
     ],
 )
