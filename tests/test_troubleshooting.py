@@ -40,9 +40,9 @@ def messages() -> list[str]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_text()
-        for node in ast.walk(tree_of(path)) if "PrivacyError(" in source or "ComparisonError(" in source else ():
+        for node in ast.walk(tree_of(path)) if "Error(" in source else ():
             name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
-            if isinstance(node, ast.Call) and name in ("PrivacyError", "ComparisonError"):
+            if isinstance(node, ast.Call) and name in ("PrivacyError", "ComparisonError", "UnlearnedError"):
                 text = text_of(node.args[0]) if node.args else ""
                 if len(text.replace("…", "").strip()) < 10:
                     text = COMPOSED[path.name]

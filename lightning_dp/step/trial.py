@@ -230,8 +230,7 @@ class Trial:
         """
         is_due = self.is_due(number, first_of_pass=first_of_pass)
         since = number - self._prepared_at
-        # where user code steps, counters choose among optimizers; else a weight that has left zero chooses a branch
-        early = since < NUM_TRIED and (not self._step.automatic or since & (since - 1) == 0)
+        early = since < NUM_TRIED  # counters choose among optimizers or layers, or a weight that has left zero does
         if ((is_due or first_of_pass or early) and self._finds_use()) or is_due:
             self.check_again(number, None if is_due else [])
 

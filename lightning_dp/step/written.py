@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
+from lightning_dp.errors import PrivacyError
 from lightning_dp.step import state_runs
 from lightning_dp.step.decisions import NUM_FEW
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.state_check import LATER
 from lightning_dp.step.writes import Look, When, WriteWatch
+
+Begin = Callable[[], AbstractContextManager[None]]
 
 
 class Ran(NamedTuple):
@@ -74,9 +77,7 @@ class Written:
         """
         self.batches.appendleft(Ran(positions, self.watch.begin(), self._runs.host.counters()))
 
-    def check(
-        self, seed: int, anywhere: Any = None, *, before: Look | None = None, begin: Callable[[], Any] | None = None
-    ) -> None:
+    def check(self, seed: int, anywhere: Any = None, *, before: Look | None = None, begin: Begin | None = None) -> None:
         """Check that what the last real batches have written does not depend on their records. Those that have written
         something new run once more, from the state and with the public counters of then.
 
@@ -84,7 +85,8 @@ class Written:
             seed: chooses the records that they are compared with.
             anywhere: tells whether a flag is set on any of the processes that run this check together.
             before: a state from which the newest batch runs too, such as that before a hook of a callback.
-            begin: leads on from that state to the one in which the newest batch began; None if it is that one.
+            begin: returns a context that leads on from that state to the one in which the newest batch began; None if
+                it is that one.
 
         Raises:
             PrivacyError: it depends on them.
@@ -107,7 +109,7 @@ class Written:
         seed: int = 0,
         real: Sequence[list[Any]] = (),
         anywhere: Any = None,
-        begin: Callable[[], Any] | None = None,
+        begin: Begin | None = None,
         later: int = LATER,
     ) -> None:
         """Check, outside of a real step, that the state after user code does not depend on the records.
@@ -127,14 +129,18 @@ class Written:
         if len(few) > 1:
             with self._sandbox.enter() as snapshot, self._runs.progress():
 
-                def check(*ends: bool) -> None:
-                    compare = partial(state_runs.check_state, self._runs, snapshot, few, real, anywhere, later, ends)
-                    host.attempt(compare, snapshot.put_back)
+                def compare(*ends: bool) -> None:
+                    state_runs.check_state(self._runs, snapshot, few, real, anywhere, later, ends)
 
-                if begin is None:
-                    check(False, True)
-                else:  # it need not run twice, so an epoch ends before it, not after it
-                    check(True)
-                    begin()
-                    snapshot = self._sandbox.snapshot()
-                    check(False)
+                ends, begun = [False, True], nullcontext() if begin is None else begin()
+                if begin is not None:
+                    try:  # it need not run twice, so an epoch ends before it, not after it
+                        compare(True)
+                        ends = [False]
+                    except PrivacyError:
+                        raise
+                    except Exception:  # the step needs it, as before the first epoch
+                        snapshot.put_back()
+                with begun:
+                    snapshot = snapshot if begin is None else self._sandbox.snapshot()
+                    host.attempt(partial(compare, *ends), snapshot.put_back)

@@ -22,6 +22,7 @@ from lightning_dp.step.close_looks import CloseLook, Eye
 from lightning_dp.step.local import local_part
 from lightning_dp.step.state_check import leaves_of
 from lightning_dp.step.writes import Look
+from lightning_dp.step.written import Begin
 from lightning_dp.strategies import _lightning, _progress
 from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides
@@ -74,7 +75,8 @@ class UserHooks:
         end of an epoch has changed it.
         """
         self._far: list[tuple[Any, str]] = []  # hooks of ``_FAR`` that have changed the module
-        self._before: tuple[Look, Callable[[], Any] | None] | None = None
+        self._has_begun, self._added_in = False, -1  # epoch in which a hook has added groups to an optimizer
+        self._before: tuple[Look, Begin | None] | None = None
         self.stopped = False
         """Whether user code has asked for the end of the run."""
 
@@ -89,7 +91,7 @@ class UserHooks:
         """The callbacks that take part in trials; a trial must restore their state."""
         return [owner for owner in self.writing if owner is not self._strategy.module]
 
-    def take_before(self) -> tuple[Look, Callable[[], Any] | None] | None:
+    def take_before(self) -> tuple[Look, Begin | None] | None:
         """Return, once, the state before a hook wrote, if one has begun to write since the last call; and what leads on
         from there to the first batch: the hook itself if it begins an epoch, else None.
         """
@@ -106,12 +108,25 @@ class UserHooks:
             self.call(name)
         try:
             self.call(BETWEEN_EPOCHS[1])
-        except PrivacyError as error:  # it has begun this epoch already, and cannot do so twice
-            if error.__cause__ is None:
-                raise
-            with _progress.next_epoch(self._strategy.trainer) as is_left:
+        except PrivacyError as error:
+            trainer = self._strategy.trainer
+            if error.__cause__ is None or self._has_begun or self._added_in != trainer.current_epoch:
+                raise  # else it cannot add its groups twice; the call that did so is checked from the state before
+            with _progress.next_epoch(trainer) as is_left:
                 if is_left:
                     self.call(BETWEEN_EPOCHS[1])
+
+    def _num_groups(self) -> int:
+        return sum(len(each.param_groups) for each in self._strategy.optimizers)
+
+    @contextmanager
+    def _begin_epoch(self) -> Iterator[None]:
+        self.call(BETWEEN_EPOCHS[1])
+        self._has_begun = True  # a check of this very call: one of another epoch would not do
+        try:
+            yield
+        finally:
+            self._has_begun = False
 
     def call(self, name: str, *args: Any) -> list[Any]:
         """Call a hook of callbacks and module on trial, in Lightning's order, and return their answers.
@@ -196,15 +211,20 @@ class UserHooks:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if is_on_trial():
                 return hook(*args, **kwargs)
-            is_far, has_stopped = name in _FAR, self.stopped
-            before = None if self._takes_part(owner, name) else look()
+            is_far, has_stopped, num_groups = name in _FAR, self.stopped, self._num_groups()
+            takes_part, begins = self._takes_part(owner, name), self._begin_epoch if name == BETWEEN_EPOCHS[1] else None
+            before = None if takes_part and begins is None else look()
             with self.watching_stops(owner, "" if is_far else name):
                 answer = hook(*args, **kwargs)
-            if before is None or (
-                self.stopped == has_stopped and before.is_same(look(), self._further()[1], tensors_only=is_far)
+            has_added = begins is not None and self._num_groups() != num_groups
+            if has_added:
+                self._added_in = self._strategy.trainer.current_epoch
+            if (
+                before is None
+                or (takes_part and not has_added)
+                or (self.stopped == has_stopped and before.is_same(look(), self._further()[1], tensors_only=is_far))
             ):
                 return answer
-            begins = functools.partial(self.call, name) if name == BETWEEN_EPOCHS[1] else None
             self._before = self._before or (before, begins)
             if is_far:
                 self._far.append((owner, name))

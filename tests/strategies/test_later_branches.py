@@ -73,6 +73,17 @@ class Late(Classifier):
         return self.network(features) + (self.further(features) if self.current_epoch else 0.0)
 
 
+class Turns(Classifier):
+    """Takes another layer in each of the first batches, without manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(6, 3) for _ in range(4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.heads[min(batch_idx, 3)](batch[0]), batch[1])
+
+
 def fit(module: Any, tmp_path: Any, batch_size: int = 16, **options: Any) -> DPStrategy:
     strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, grad_sample="rules")
     make_trainer(strategy, tmp_path, max_epochs=2, **options).fit(module, make_loader(batch_size=batch_size))
@@ -80,7 +91,9 @@ def fit(module: Any, tmp_path: Any, batch_size: int = 16, **options: Any) -> DPS
 
 
 @pytest.mark.parametrize(
-    ("kind", "batch_size", "step"), [(Critic, 8, 3), (Soft, 8, 2), (Late, 2, 33)], ids=["counter", "weight", "epoch"]
+    ("kind", "batch_size", "step"),
+    [(Critic, 8, 3), (Turns, 8, 4), (Soft, 8, 2), (Late, 2, 33)],
+    ids=["counter", "batch", "weight", "epoch"],
 )
 def test_branch_of_a_later_step_is_learned(
     kind: Any, batch_size: int, step: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch

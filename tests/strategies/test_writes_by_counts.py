@@ -81,7 +81,7 @@ class AtTheStartOfAnEpoch(Module):
 
 
 class ThawsAtTheStartOfAnEpoch(Module):
-    """A hook that cannot run twice in an epoch, as it adds a group to the optimizer."""
+    """A hook that cannot run twice in an epoch, as it adds a group to the optimizer, and which steps rely on."""
 
     is_free = False
 
@@ -92,7 +92,12 @@ class ThawsAtTheStartOfAnEpoch(Module):
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD([each for each in self.parameters() if each.requires_grad], lr=0.1)
 
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert self.start.shape == self.network[0].weight.shape
+        return super().training_step(batch, batch_idx)
+
     def on_train_epoch_start(self) -> None:
+        self.start = self.network[0].weight.detach().clone()
         if self.current_epoch == 2:
             self.network[0].requires_grad_(True)
             self.optimizers().add_param_group({"params": [*self.network[0].parameters()], "lr": 0.01})
