@@ -209,6 +209,29 @@ def memory_of(tensor: Tensor) -> int:
         return -1
 
 
+def places_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of every entry of a sparse matrix, in the order of its values.
+
+    Raises:
+        ValueError: it is no sparse matrix of single entries.
+
+    Example:
+        >>> places_of(torch.tensor([[0.0, 1.0], [2.0, 0.0]]).to_sparse())
+        (tensor([0, 1]), tensor([1, 0]))
+    """
+    if matrix.layout is torch.sparse_coo and matrix.sparse_dim() == 2:
+        row, column = matrix._indices()
+        return row, column
+    if matrix.layout not in (torch.sparse_csr, torch.sparse_csc) or matrix.values().dim() != 1:
+        raise ValueError(f"Expected a sparse matrix, got layout={matrix.layout} and {matrix.dim()} axes.")
+    by_row = matrix.layout is torch.sparse_csr
+    ends, others = (
+        (matrix.crow_indices(), matrix.col_indices()) if by_row else (matrix.ccol_indices(), matrix.row_indices())
+    )
+    counted = torch.arange(len(ends) - 1, device=ends.device).repeat_interleave(ends.diff())
+    return (counted, others.long()) if by_row else (others.long(), counted)
+
+
 class TensorSet:
     """A set of tensors by identity that does not keep them alive.
 

@@ -268,16 +268,15 @@ class Follower(Telling):
         self, func: Any, traits: Traits, args: Any, kwargs: Any, given: list[tuple[Tensor, Owners]], out: Any
     ) -> Any:
         """Return the owners of a result, or of each tensor in it."""
-        if traits.is_constant:
-            return None
-        if not given:
-            return None if traits.name in MADE_OF_NUMBERS else MIXED
+        if traits.is_constant or not given:
+            return None if traits.is_constant or traits.name in MADE_OF_NUMBERS else MIXED
         owned = [(tensor, rows) for tensor, rows in given if isinstance(rows, Rows)]
         if traits.is_aligned and isinstance(out, Tensor) and are_positions(given, out):
             return merged([(tensor.dim(), rows) for tensor, rows in owned], out.dim(), self.memo)
-        if any(isinstance(rows, Mixed) for _, rows in given) and not keeps_to_positions(traits.name, args, given):
+        has_mixed = any(isinstance(rows, Mixed) for _, rows in given)
+        if has_mixed and not keeps_to_positions(traits.name, args, given, self.memo):
             # an index of unknown owners only says where the rows of others go
-            entries = {id(tensor) for tensor in moved_entries(traits.name, args)} or {id(tensor) for tensor, _ in given}
+            entries = {*map(id, moved_entries(traits.name, args, kwargs, given) or (one for one, _ in given))}
             are_constant = all(rows is None for tensor, rows in given if id(tensor) in entries)
             for tensor, rows in given:
                 if isinstance(rows, Mixed) and (id(tensor) in entries or are_constant):

@@ -69,6 +69,11 @@ class Memo:
         """Return the rows from which an index has selected rows with these owners."""
         return self._origins.get(id(rows.index), [])
 
+    def has_at(self, rows: Rows, index: Tensor, num: int) -> bool:
+        """Tell whether an index names rows of these owners among some ``num`` rows."""
+        alike = (one.index for one in (*self.known, *self._made) if one.num == num)
+        return any(one.device == index.device and torch.equal(one[index], rows.index) for one in alike)
+
     def get(self, key: Hashable, rows: tuple[Rows | None, ...], index: Tensor | None, make: Callable[[], Any]) -> Any:
         """Return the earlier result for equal arguments, or make one.
 

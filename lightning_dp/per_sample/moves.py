@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample import adding, reductions
+from lightning_dp.per_sample import adding, reductions, sparse
 from lightning_dp.per_sample.adding import added, after_adding, filled
 from lightning_dp.per_sample.arguments import replaced, tensors_in
 from lightning_dp.per_sample.axes import JOINS, AxisAfter, indexed
@@ -190,13 +190,22 @@ def _strided(step: Step) -> Found:
     return (None if found is None else owners_of_view(*found, step.out, step.memo)) or MIXED
 
 
-def keeps_to_positions(name: str, args: Any, given: list[tuple[Tensor, Owners]]) -> bool:
-    """Tell whether only running sums have unknown owners, and only say to which positions of a tensor rows go."""
-    return name == "__setitem__" and all(
-        rows.is_running and tensor is not args[0] and tensor is not args[2]
-        for tensor, rows in given
-        if isinstance(rows, Mixed)
-    )
+def keeps_to_positions(name: str, args: Any, given: list[tuple[Tensor, Owners]], memo: Memo) -> bool:
+    """Tell whether tensors of unknown owners only say to which positions of a tensor rows go, and are running sums or
+    send all rows to rows of their own samples.
+    """
+    unknown = [(tensor, rows) for tensor, rows in given if isinstance(rows, Mixed)]
+    if name != "__setitem__" or any(tensor is args[0] or tensor is args[2] for tensor, _ in unknown):
+        return False
+    return all(rows.is_running for _, rows in unknown) or _returns(args, given, memo)
+
+
+def _returns(args: Any, given: list[tuple[Tensor, Owners]], memo: Memo) -> bool:
+    """Tell whether ``target[index] = value`` sends rows to rows of their own samples, as an unpooling of nodes does."""
+    target, index, value = args
+    rows = next((rows for tensor, rows in given if tensor is value), None)
+    is_index = isinstance(index, Tensor) and index.dim() == 1 and index.dtype == torch.int64
+    return is_index and isinstance(rows, Rows) and rows.axis == 0 and memo.has_at(rows, index, target.shape[0])
 
 
 _HANDLERS: dict[str, Callable[[Step], Found]] = {
@@ -207,6 +216,7 @@ _HANDLERS: dict[str, Callable[[Step], Found]] = {
     "as_strided": _strided,
     **adding.HANDLERS,
     **reductions.HANDLERS,
+    **sparse.HANDLERS,
 }
 _TAKES_WHOLE = frozenset((_moved, entry_by_entry, reductions.where, _written, added, filled))
 """Functions that know tensors which belong to one sample as a whole."""
@@ -214,10 +224,10 @@ _TAKES_WHOLE = frozenset((_moved, entry_by_entry, reductions.where, _written, ad
 
 def has_index(name: str) -> bool:
     """Tell whether an index among the arguments of an operation says where entries go, whoever owns the index."""
-    return name in _PICKS or name.rstrip("_") in _ADDING
+    return name in _PICKS or name in sparse.MAKING or name.rstrip("_") in _ADDING
 
 
-def moved_entries(name: str, args: Any) -> list[Tensor]:
+def moved_entries(name: str, args: Any, kwargs: Any, given: list[tuple[Tensor, Owners]]) -> list[Tensor]:
     """Return the arguments whose entries an indexed operation puts into its result; an empty list for other
     operations.
     """
@@ -225,6 +235,9 @@ def moved_entries(name: str, args: Any) -> list[Tensor]:
         return [tensor for tensor in (args[0], args[3] if len(args) > 3 else None) if isinstance(tensor, Tensor)]
     if name in _PICKS and args:
         return tensors_in((args[0],), {})
+    if name in sparse.MAKING:  # values, or of constants the places
+        owned = {id(tensor) for tensor, rows in given if rows is not None}
+        return [one for one in sparse.entries_given(name, args, kwargs).values() if id(one) in owned][-1:]
     return []
 
 

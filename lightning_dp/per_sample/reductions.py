@@ -110,7 +110,8 @@ def _counts_rows(step: Step) -> bool:
     return any(torch.equal(known.index.bincount(minlength=size)[owners], numbers) for known in step.memo.known)
 
 
-def _matmul(step: Step) -> Found:
+def matmul(step: Step) -> Found:
+    """Return the owners of a product of dense tensors."""
     left, right = (step.args[1], step.args[0]) if step.func.__name__ == "__rmatmul__" else step.args[:2]
     num_axes, aligned = first_of(step.out).dim(), []
     for tensor, rows in step.owned:
@@ -252,7 +253,7 @@ _LOSSES_OF_ROWS = "cross_entropy nll_loss multi_margin_loss multilabel_margin_lo
 HANDLERS: dict[str, Callable[[Step], Found]] = {
     **dict.fromkeys(REDUCING, _reduced),
     "cumsum": _running,
-    **dict.fromkeys(("matmul", "mm", "mv", "bmm", "__matmul__", "__rmatmul__"), _matmul),
+    "bmm": matmul,
     **dict.fromkeys(("max_unpool1d", "max_unpool2d", "max_unpool3d", "grid_sampler"), _unpooled),
     **dict.fromkeys(("nonzero", "argwhere"), positions),
     "where": where,

@@ -140,7 +140,7 @@ def followed() -> tuple[Follower, Tensor, Tensor]:
 def written_by_values(owners: Tensor, rows: Tensor) -> Tensor:
     """Rows that are written to positions which the largest value of all shifts."""
     made = torch.zeros_like(rows)
-    made[(torch.arange(6) + rows.argmax()) % 6] = rows
+    made[(torch.arange(6) + rows.argmax() + 1) % 6] = rows
     return made
 
 
