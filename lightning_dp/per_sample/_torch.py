@@ -209,6 +209,24 @@ def memory_of(tensor: Tensor) -> int:
         return -1
 
 
+def is_sparse(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds some of its entries only."""
+    return len(dense_parts_of(tensor)) > 1
+
+
+def dense_parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the dense tensors that a sparse one consists of, in its memory, its values last; else the tensor."""
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
 def places_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the row and the column of every entry of a sparse matrix, in the order of its values.
 
@@ -219,17 +237,13 @@ def places_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
         >>> places_of(torch.tensor([[0.0, 1.0], [2.0, 0.0]]).to_sparse())
         (tensor([0, 1]), tensor([1, 0]))
     """
-    if matrix.layout is torch.sparse_coo and matrix.sparse_dim() == 2:
-        row, column = matrix._indices()
-        return row, column
-    if matrix.layout not in (torch.sparse_csr, torch.sparse_csc) or matrix.values().dim() != 1:
+    first, *others, values = dense_parts_of(matrix)
+    if not others and len(first) == 2:
+        return first[0], first[1]
+    if not others or matrix.dim() != 2 or values.dim() != 1:
         raise ValueError(f"Expected a sparse matrix, got layout={matrix.layout} and {matrix.dim()} axes.")
-    by_row = matrix.layout is torch.sparse_csr
-    ends, others = (
-        (matrix.crow_indices(), matrix.col_indices()) if by_row else (matrix.ccol_indices(), matrix.row_indices())
-    )
-    counted = torch.arange(len(ends) - 1, device=ends.device).repeat_interleave(ends.diff())
-    return (counted, others.long()) if by_row else (others.long(), counted)
+    counted = torch.arange(len(first) - 1, device=first.device).repeat_interleave(first.diff())
+    return (counted, others[0].long()) if matrix.layout is torch.sparse_csr else (others[0].long(), counted)
 
 
 class TensorSet:

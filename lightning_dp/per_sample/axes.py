@@ -17,6 +17,7 @@ AxisAfter = Callable[[Tensor, int, Any, Any, Any], int | None]
 _REDUCES = """
     sum nansum mean nanmean amax amin prod logsumexp softmax log_softmax cumsum cumprod cummax cummin logcumsumexp any
     all argmax argmin sort argsort median nanmedian var std count_nonzero max min var_mean std_mean aminmax
+    _sparse_sum
 """
 _REDUCES_SECOND = """
     norm vector_norm linalg_norm linalg_vector_norm topk kthvalue fft_fft fft_ifft fft_rfft fft_irfft fft_hfft

@@ -1,4 +1,4 @@
-"""Embeddings written out in simpler operations: bags of a fixed size, and bags of unequal size by offsets."""
+"""Embeddings in simpler operations: bags of a fixed size, of unequal size by offsets, and named by a sparse matrix."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import places_of
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.owned import Rows
 
@@ -108,3 +109,13 @@ def _bags_by_offsets(
     if mode == "sum":
         return total
     return total / rows.new_zeros(num).index_add(0, bags, used).clamp_min(1).unsqueeze(1)
+
+
+def sparse_product(tracker: Tracker, func: Any, a: Any, b: Any) -> Any:
+    """Multiply a sparse matrix and a parameter: add up rows of the parameter, each by the entry that names it."""
+    if a.layout is torch.strided:
+        return sparse_product(tracker, func, b.t(), a.t()).t()
+    a = a.coalesce() if a.layout is torch.sparse_coo else a
+    row, column = places_of(a)
+    rows = F.embedding(column, b.reshape(len(b), -1)) * a.values()[:, None]
+    return rows.new_zeros(len(a), rows.shape[1]).index_add(0, row, rows).reshape(len(a), *b.shape[1:])

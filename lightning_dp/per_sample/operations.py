@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import bags, cells, composites, recurrent
+from lightning_dp.per_sample.nodes import is_tracked
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.rules.conv import ConvRule
 from lightning_dp.per_sample.rules.embedding import EmbeddingRule
@@ -197,6 +198,15 @@ def _any_instance_norm(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> A
     return tracker.primitive(func, args, kwargs, _INSTANCE_NORM)
 
 
+def _any_matmul(tracker: Tracker, func: Any, a: Any, b: Any, *reduction: Any, **kwargs: Any) -> Any:
+    is_sparse = any(one.layout is not torch.strided for one in (a, b) if not is_tracked(one))
+    if reduction or (is_sparse and kwargs):
+        return tracker.primitive(func, (a, b, *reduction), kwargs)
+    if not is_sparse or is_tracked(a) == is_tracked(b):
+        return composites.matmul(tracker, func, a, b, **kwargs)
+    return bags.sparse_product(tracker, func, *((b, a) if func.__name__ == "__rmatmul__" else (a, b)))
+
+
 def _general(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     return tracker.general(func, args, kwargs)
 
@@ -217,7 +227,7 @@ _LAYER_NORM = _ruled(LayerNormRule(), _layer_norm)
 _RMS_NORM = _ruled(RMSNormRule(), _rms_norm)
 _GROUP_NORM = _ruled(GroupNormRule(), _group_norm)
 _CONV = _ruled(ConvRule(), _conv)
-_MATMUL, _RECURRENT = _composite(composites.matmul), _composite(recurrent.recurrent)
+_MATMUL, _RECURRENT = _composite(_any_matmul), _composite(recurrent.recurrent)
 _CELL, _LIKE = _composite(cells.rnn_cell), _composite(composites.like)
 _GROUPED = [getattr(home, name) for home, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(home, name)]
 
@@ -231,7 +241,7 @@ _KNOWN: dict[Any, Operation | None] = {
     F.instance_norm: Operation(_any_instance_norm, is_composite=True),
     F.batch_norm: _composite(composites.batch_norm),
     **dict.fromkeys((torch.matmul, torch.mm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.mv), _MATMUL),
-    **dict.fromkeys((Tensor.__matmul__, Tensor.__rmatmul__), _MATMUL),
+    **dict.fromkeys((Tensor.__matmul__, Tensor.__rmatmul__, torch.sparse.mm, torch.spmm), _MATMUL),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _composite(composites.addmm)),
     torch.tensordot: _composite(composites.tensordot),
     **dict.fromkeys((torch.index_select, Tensor.index_select), _composite(composites.index_select)),

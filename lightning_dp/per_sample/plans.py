@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import in_backward, is_mapped, unreported
+from lightning_dp.per_sample._torch import dense_parts_of, in_backward, is_mapped, unreported
 from lightning_dp.per_sample.arguments import replaced, tensors_in, with_other_values
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import (
@@ -269,8 +269,10 @@ def _followed(learned: Learned) -> set[tuple[Key, int]]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if one.shape != other.shape or one.dtype != other.dtype or one.layout != other.layout:
         return False
+    if one.layout is not torch.strided:
+        return all(map(_same, dense_parts_of(one), dense_parts_of(other)))
     if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
         return True
     return bool(torch.equal(one, other)) or bool(((one == other) | ((one != one) & (other != other))).all())

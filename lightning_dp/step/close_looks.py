@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.per_sample._torch import dense_parts_of, unfollowed
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.local import local_part
 from lightning_dp.step.refilling import same_content
@@ -58,7 +58,8 @@ class CloseLook(Look):
         self.values += self.states.tensors
         with unfollowed():
             grads = [tensor.grad for tensor in self.tensors if tensor.is_leaf and tensor.grad is not None]
-            held, grads = [*map(local_part, self.tensors)], [*map(local_part, grads)]
+            held = [part for tensor in self.tensors for part in dense_parts_of(local_part(tensor))]
+            grads = [*map(local_part, grads)]
             self.marks = self.trains, [(num_changes(tensor), tensor.data_ptr()) for tensor in (*held, *grads)]
             self.entries = eye.places.read(held), eye.places_of_grads.read(grads)
 

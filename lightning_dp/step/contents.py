@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.per_sample._torch import dense_parts_of, is_sparse, unfollowed
 from lightning_dp.step.holders import Holder, Path, Write, whole
+from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.object_kinds import WAYS, entries_of, own_classes, slots_of
 from lightning_dp.step.variables import Variables
 from lightning_dp.system.torch_private import changes_of, num_changes
@@ -152,7 +153,7 @@ class Contents:
         for key, (one, path) in self.tensors.items():
             if key in after.tensors and after.tensors[key][0] is one:
                 (_, count, before), (_, now, newer) = self.values[key], after.values[key]
-                if count != now and before is not None and newer is not None and not torch.equal(before, newer):
+                if count != now and before is not None and newer is not None and not same_values(before, newer):
                     # a trial puts values back, which counts as a change
                     yield ("content", *path), _count_of(before), _count_of(newer)
 
@@ -198,13 +199,14 @@ def _array_of(array: Any, path: Path, held: Any) -> tuple[Any, Path, Any]:
 def _values_of(tensor: Tensor) -> Tensor | None:
     """Return a copy of a small tensor without a gradient."""
     with torch.no_grad(), unfollowed():
-        small = tensor.numel() <= _MOST_VALUES and tensor.layout == torch.strided and not tensor.requires_grad
+        is_known = tensor.layout == torch.strided or is_sparse(tensor)
+        small = is_known and dense_parts_of(tensor)[-1].numel() <= _MOST_VALUES and not tensor.requires_grad
         return tensor.detach().clone() if small else None
 
 
 def _count_of(values: Tensor) -> int | None:
     """Return the whole number in a tensor of one."""
-    if values.numel() != 1 or values.is_complex():
+    if values.numel() != 1 or values.is_complex() or values.layout != torch.strided:
         return None
     value = float(values)
     return int(value) if value.is_integer() else None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample._torch import dense_parts_of, is_sparse
 from lightning_dp.system.torch_private import num_changes
 
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,6 +36,9 @@ class KeptTensor:
             changed: whether the memory holds other values, where this is known.
         """
         tensor, alias = self.tensor, self.alias
+        if is_sparse(tensor) and tensor.layout is not torch.sparse_coo:  # of which ``data`` sets nothing
+            tensor.detach().copy_(self.value)
+            return
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             tensor.data = self.value.clone()
             return
@@ -150,8 +154,10 @@ def _memory_of(tensor: Tensor) -> Tensor:
 
 def same_values(left: Tensor, right: Tensor) -> bool:
     """Tell whether two tensors are equal bit by bit, NaN and the sign of zero included."""
-    if left.shape != right.shape or left.dtype != right.dtype:
+    if left.shape != right.shape or left.dtype != right.dtype or left.layout != right.layout:
         return False
+    if is_sparse(left):
+        return all(map(same_values, dense_parts_of(left), dense_parts_of(right)))
     return torch.equal(_bits_of(left), _bits_of(right))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample._torch import dense_parts_of
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether a tensor is distributed (a ``DTensor``), so that a process may hold only a part of it."""
@@ -26,6 +28,19 @@ def local_part(tensor: Tensor) -> Tensor:
     distributed: Any = tensor.detach()
     part: Tensor = distributed.to_local()
     return part
+
+
+def address_of(tensor: Tensor) -> int:
+    """Return the address of the first entry of a tensor on this process; of a sparse tensor, that of its values."""
+    return dense_parts_of(local_part(tensor))[-1].data_ptr()
+
+
+def addresses_of(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Return the address of each tensor; 0 for sharded ones."""
+    try:
+        return tuple([tensor.data_ptr() for tensor in tensors])
+    except RuntimeError:  # sparse tensors have several, and sharded ones none
+        return tuple([0 if is_sharded(tensor) else address_of(tensor) for tensor in tensors])
 
 
 def own_rows(whole: Tensor, parameter: Tensor) -> Tensor:

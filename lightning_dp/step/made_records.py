@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_dp.per_sample._torch import dense_parts_of
 from lightning_dp.per_sample.batch_reading import read
 
 _MOST_PARTS = 8
@@ -32,8 +33,11 @@ def spoiled(record: Any, value: float, part: int | None = None) -> Any:
     def replaced(leaf: Any) -> Any:
         if not _has_floats(leaf) or (part is not None and next(number) != part):
             return leaf
-        full = torch.full_like if isinstance(leaf, Tensor) else np.full_like
-        return value if isinstance(leaf, float) else full(leaf, value)
+        if isinstance(leaf, Tensor):
+            made = torch.empty_like(leaf) if leaf.layout is torch.strided else leaf.detach().clone()
+            dense_parts_of(made)[-1].fill_(value)
+            return made
+        return value if isinstance(leaf, float) else np.full_like(leaf, value)
 
     return tree_map(replaced, record)
 

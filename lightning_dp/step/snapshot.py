@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.per_sample._torch import real_view, unfollowed
+from lightning_dp.per_sample._torch import dense_parts_of, real_view, unfollowed
 from lightning_dp.step.kept_tensors import KeptTensor, Together, find_changed
 from lightning_dp.step.local import local_part
 from lightning_dp.step.object_kinds import entries_of, kind_of, own_classes, slots_of, state_of_class
@@ -46,13 +46,13 @@ _DEEPEST = 12
 
 def few_values(tensor: Tensor, num: int) -> Tensor:
     """Return ``num`` values spread evenly over a tensor, in float64; none for an empty tensor."""
-    flat = real_view(tensor.detach()).reshape(-1)
+    flat = real_view(dense_parts_of(tensor.detach())[-1]).reshape(-1)
     return flat[_places(flat.numel(), num, flat.device)].double()
 
 
 def few_places(tensor: Tensor, num: int) -> Tensor:
     """Return at most ``num`` entries spread over a tensor, with the last one: a view if the tensor is contiguous."""
-    tensor = real_view(tensor.detach())
+    tensor = real_view(dense_parts_of(tensor.detach())[-1])
     size, step = tensor.numel(), max(1, -(-tensor.numel() // num))
     count = -(-size // step)
     if not tensor.is_contiguous():

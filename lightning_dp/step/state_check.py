@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.per_sample._torch import dense_parts_of
 from lightning_dp.per_sample.frozen_randomness import UnfrozenDrawError
 from lightning_dp.step import made_records
 from lightning_dp.step.kept_tensors import same_values
-from lightning_dp.step.local import local_part
+from lightning_dp.step.local import address_of, local_part
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.snapshot import few_values
 from lightning_dp.system.torch_private import num_changes, saved_buffers
@@ -56,12 +57,8 @@ class Changes(NamedTuple):
 def changes_in(module: nn.Module, others: list[Any]) -> Changes:
     """Return the changes of a module, and of optimizers among other objects."""
     held = [*module.named_parameters(), *saved_buffers(module)]
-    by_name = {name: ((id(tensor), _address_of(tensor)), num_changes(tensor)) for name, tensor in held}
+    by_name = {name: ((id(tensor), address_of(tensor)), num_changes(tensor)) for name, tensor in held}
     return Changes(by_name, OptimizerStates(others))
-
-
-def _address_of(tensor: Tensor) -> int:
-    return 0 if tensor.layout != torch.strided else local_part(tensor).data_ptr()
 
 
 def saved_state(
@@ -189,7 +186,11 @@ def changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str
 
 
 def _close(left: Tensor, right: Tensor) -> bool:
-    if left.shape != right.shape or not left.is_floating_point():
+    if left.shape != right.shape or left.layout != right.layout or not left.is_floating_point():
+        return False
+    *places, left = dense_parts_of(left)
+    *others, right = dense_parts_of(right)
+    if left.shape != right.shape or not all(map(same_values, places, others)):
         return False
     return torch.allclose(left.double(), right.double(), rtol=ROUNDING, atol=0.0, equal_nan=True)
 

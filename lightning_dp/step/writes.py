@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.step.contents import Contents
+from lightning_dp.step.local import addresses_of
 from lightning_dp.step.object_kinds import own_classes
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
@@ -54,7 +53,7 @@ class Look:
         self._registered = [{**each} if each else _NONE for each in self._registries]
         with unfollowed():  # followed parameters would report each question
             self.tensors = [*layers.parameters(), *(buffers := layers.buffers())]
-            self.changes = [changes_of(self.tensors), _addresses_of(self.tensors)]
+            self.changes = [changes_of(self.tensors), addresses_of(self.tensors)]
             self.trains = [tensor.requires_grad for tensor in self.tensors]
         kinds: Any = dict.fromkeys(layer.__class__ for layer in layers.own)
         kinds = dict.fromkeys(each for kind in kinds for each in own_classes(kind))
@@ -290,10 +289,3 @@ def _give_back(taken: list[tuple[dict[str, Any], str, Any]]) -> None:
 
 def _joined(numbers: Numbers) -> dict[Any, Any]:
     return {(part, name): value for part, held in numbers.items() for name, value in held.items()}
-
-
-def _addresses_of(tensors: list[Tensor]) -> tuple[int, ...]:
-    try:
-        return tuple([tensor.data_ptr() for tensor in tensors])
-    except RuntimeError:  # sparse tensors and sharded ones have none
-        return (0,) * len(tensors)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.close_looks import CloseLook, Eye
-from lightning_dp.step.local import local_part
+from lightning_dp.step.local import address_of
 from lightning_dp.step.state_check import leaves_of
 from lightning_dp.step.writes import Look
 from lightning_dp.step.written import Begin
@@ -163,7 +163,7 @@ class UserHooks:
         module, and callbacks that take part in trials.
         """
         trainer, module = self._strategy.trainer, self._strategy.module
-        own = {local_part(tensor).data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+        own = {address_of(tensor) for tensor in (*module.parameters(), *module.buffers())}
         checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
         checkpoint |= {"epoch": trainer.current_epoch, "global_step": trainer.global_step, "callbacks": {}, "loops": {}}
         checkpoint |= {"optimizer_states": [], "lr_schedulers": []}
@@ -176,7 +176,7 @@ class UserHooks:
             f"checkpoint[{name!r}]{path}": value.clone() if isinstance(value, Tensor) else value
             for name, held in checkpoint.items()
             for path, value in leaves_of(held)
-            if not (name == "state_dict" and isinstance(value, Tensor) and value.data_ptr() in own)
+            if not (name == "state_dict" and isinstance(value, Tensor) and address_of(value) in own)
         }
 
     def watch(self, is_on_trial: Callable[[], bool]) -> None:

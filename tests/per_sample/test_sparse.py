@@ -81,6 +81,28 @@ class Net(nn.Module):
         return torch.zeros(size).double().index_add(0, batch["batch"], rows)
 
 
+class Smoothed(nn.Module):
+    """A table whose rows are added up along the entries of sparse matrices: a constant one, and one of the records."""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__()
+        self.table, self.bias = (nn.Parameter(torch.randn(*shape).double()) for shape in ((3, 4), (4,)))
+        constant = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0], [0.0, 0.0, 0.0]]).double()
+        self.constant, self.layout = constant.to_sparse(layout=layout), layout
+
+    def forward(self, records: Tensor) -> Tensor:
+        table = torch.mm(self.constant, self.table) + (self.table.t() @ self.constant).t()
+        rows = records.to_sparse(layout=self.layout) @ table + (torch.sparse.mm(self.constant, table) @ self.bias).sum()
+        return (rows @ self.bias).square()
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_products_of_parameters_agree_with_batches_of_one(layout: torch.layout) -> None:
+    torch.manual_seed(0)
+    module, records = Smoothed(layout), torch.randn(4, 3).double() * torch.eye(4, 3)[[0, 1, 2, 0]]
+    assert_agrees(module, module, lambda chosen: records[chosen])
+
+
 def of_graphs(chosen: list[int]) -> Graphs:
     """Some graphs in one."""
     return _collate_graphs([_graph(i) for i in chosen])
