@@ -80,11 +80,11 @@ class ReleaseGuard(StepGuard):
 
     @override
     @contextmanager
-    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
+    def stepping(self, optimizer: Optimizer, closure: Any = None) -> Iterator[None]:
         """Expect the step of an optimizer on the gradients that the parameters hold now."""
         before, self._gradients = self._gradients, self._held()
         try:
-            with super().stepping(optimizer):
+            with super().stepping(optimizer, closure):
                 yield
         finally:
             self._gradients = before

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from lightning_dp.per_sample.frozen_randomness import REJECTING, FrozenRandomness
 from lightning_dp.step.randomness import seed_generators, seed_low_or_high
@@ -47,3 +51,13 @@ class Draws:
         if self.real:
             return FrozenRandomness(by_place=True, only=REJECTING, by_content=self.by_content)
         return FrozenRandomness(by_place=self.by_place, coin=self.coin, rates=self.rates)
+
+    @torch.no_grad()
+    def move(self, parameters: Iterable[Tensor]) -> None:
+        """Change each entry of parameters by at most a thousandth, by each number in another way; far away, double it
+        and add up to a tenth.
+        """
+        for parameter in parameters:
+            places = torch.arange(parameter.numel(), device=parameter.device, dtype=torch.float32)
+            wave = (places * (self.moved + 0.7)).sin().view(parameter.shape).to(parameter.dtype)
+            parameter.mul_(2.0 if self.far else 1.0 + 1e-3 * wave).add_(wave, alpha=0.1 if self.far else 0.0)

@@ -42,6 +42,10 @@ class Reduction:
         """Tell whether any rank set the flag, if forwards communicate; otherwise return this rank's flag."""
         return flag
 
+    def known_to_all(self, learned: Mapping[str, int]) -> Mapping[str, int]:
+        """Return what this rank has learned of parameters, if no other rank may have learned something else."""
+        return learned
+
     def agree(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank, always: for a choice that all ranks make alike."""
         return flag
@@ -138,6 +142,10 @@ class AllReduce(Reduction):
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
+
+    @override
+    def known_to_all(self, learned: Mapping[str, int]) -> Mapping[str, int]:
+        return {}
 
     @override
     def agree(self, flag: bool) -> bool:

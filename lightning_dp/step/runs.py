@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -152,7 +153,8 @@ class TrialRuns:
         """Run the step on records, and restore the state; several runs share one sandbox."""
         try:
             if draws.moved or draws.far:
-                self._move(draws)
+                private = (each.parameters.values() for each in self.step.accumulators.values())
+                draws.move(map(local_part, chain.from_iterable(private)))
             return self.run(records, draws, engine=engine, read=read)
         except Exception:
             self.step.reduction.recover()
@@ -160,17 +162,6 @@ class TrialRuns:
             raise
         finally:
             snapshot.put_back()
-
-    @torch.no_grad()
-    def _move(self, draws: Draws) -> None:
-        """Change each entry of the private parameters by at most a thousandth, by each number in another way; far away,
-        double it and add up to a tenth.
-        """
-        for accumulator in self.step.accumulators.values():
-            for parameter in map(local_part, accumulator.parameters.values()):
-                places = torch.arange(parameter.numel(), device=parameter.device, dtype=torch.float32)
-                wave = (places * (draws.moved + 0.7)).sin().view(parameter.shape).to(parameter.dtype)
-                parameter.mul_(2.0 if draws.far else 1.0 + 1e-3 * wave).add_(wave, alpha=0.1 if draws.far else 0.0)
 
     @property
     def must_freeze(self) -> bool:

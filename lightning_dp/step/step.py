@@ -206,8 +206,7 @@ class PrivateStep:
             carry(accumulator.parameters.values(), self.state.ledger)
             self._released.add(optimizer)
         accumulator.write_grads(accumulator.gradient, self.plan.expected_batch_size, rescale)
-        if self.reduction.world_size == 1 and not self.reduction.is_sharded:  # ranks may know other uses
-            accumulator.clear_rows(self.engine.padding_rows)
+        accumulator.clear_rows(self.reduction.known_to_all(self.engine.padding_rows))
         self.engine.accept_grads(accumulator.names)
 
     def finish(self, optimizer: int) -> None:
