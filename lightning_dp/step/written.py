@@ -77,7 +77,15 @@ class Written:
         """
         self.batches.appendleft(Ran(positions, self.watch.begin(), self._runs.host.counters()))
 
-    def check(self, seed: int, anywhere: Any = None, *, before: Look | None = None, begin: Begin | None = None) -> None:
+    def check(
+        self,
+        seed: int,
+        anywhere: Any = None,
+        *,
+        before: Look | None = None,
+        begin: Begin | None = None,
+        once: bool = False,
+    ) -> None:
         """Check that what the last real batches have written does not depend on their records. Those that have written
         something new run once more, from the state and with the public counters of then.
 
@@ -87,6 +95,7 @@ class Written:
             before: a state from which the newest batch runs too, such as that before a hook of a callback.
             begin: returns a context that leads on from that state to the one in which the newest batch began; None if
                 it is that one.
+            once: whether it cannot be called twice, so that an epoch must end before it, not after it.
 
         Raises:
             PrivacyError: it depends on them.
@@ -101,7 +110,7 @@ class Written:
                         self.check_state(seed, [real], anywhere)
                 if number == 0 and before is not None:
                     with ran.counters(), before.back_in():
-                        self.check_state(seed, [real], anywhere, begin)
+                        self.check_state(seed, [real], anywhere, begin, once=once)
         self._writers = []
 
     def check_state(
@@ -111,6 +120,8 @@ class Written:
         anywhere: Any = None,
         begin: Begin | None = None,
         later: int = LATER,
+        *,
+        once: bool = False,
     ) -> None:
         """Check, outside of a real step, that the state after user code does not depend on the records.
 
@@ -120,6 +131,7 @@ class Written:
             anywhere: see :meth:`check`.
             begin: see :meth:`check`.
             later: number of steps that follow.
+            once: see :meth:`check`.
 
         Raises:
             PrivacyError: the state depends on the records.
@@ -133,14 +145,17 @@ class Written:
                     state_runs.check_state(self._runs, snapshot, few, real, anywhere, later, ends)
 
                 ends, begun = [False, True], nullcontext() if begin is None else begin()
-                if begin is not None:
-                    try:  # it need not run twice, so an epoch ends before it, not after it
+                if once:
+                    used = self._runs.used.copy()
+                    try:
                         compare(True)
                         ends = [False]
                     except PrivacyError:
                         raise
                     except Exception:  # the step needs it, as before the first epoch
                         snapshot.put_back()
+                    finally:
+                        self._runs.used = used  # the hook may freeze what the state before it trains
                 with begun:
                     snapshot = snapshot if begin is None else self._sandbox.snapshot()
                     host.attempt(partial(compare, *ends), snapshot.put_back)

@@ -114,7 +114,7 @@ class PrivateFit:
         """
         if self._prepared and (found := self._host.hooks.take_before()) is not None:
             for seed in range(4):  # a figure of two records may be on the same side of a threshold
-                self._trial.written.check(seed, before=found[0], begin=found[1])
+                self._trial.written.check(seed, **found)
 
     def check_end(self) -> None:
         """Raise PrivacyError, at the end of a fit, if callbacks or the end of the run depend on the records."""

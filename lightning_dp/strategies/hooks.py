@@ -21,8 +21,6 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.step.close_looks import CloseLook, Eye
 from lightning_dp.step.local import address_of
 from lightning_dp.step.state_check import leaves_of
-from lightning_dp.step.writes import Look
-from lightning_dp.step.written import Begin
 from lightning_dp.strategies import _lightning, _progress
 from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides
@@ -76,7 +74,7 @@ class UserHooks:
         """
         self._far: list[tuple[Any, str]] = []  # hooks of ``_FAR`` that have changed the module
         self._has_begun, self._added_in = False, -1  # epoch in which a hook has added groups to an optimizer
-        self._before: tuple[Look, Begin | None] | None = None
+        self._before: dict[str, Any] | None = None
         self.stopped = False
         """Whether user code has asked for the end of the run."""
 
@@ -91,9 +89,9 @@ class UserHooks:
         """The callbacks that take part in trials; a trial must restore their state."""
         return [owner for owner in self.writing if owner is not self._strategy.module]
 
-    def take_before(self) -> tuple[Look, Begin | None] | None:
+    def take_before(self) -> dict[str, Any] | None:
         """Return, once, the state before a hook wrote, if one has begun to write since the last call; and what leads on
-        from there to the first batch: the hook itself if it begins an epoch, else None.
+        from there to the first batch: the hook itself if it begins an epoch, else None; see ``Written.check``.
         """
         before, self._before = self._before, None
         return before
@@ -225,7 +223,7 @@ class UserHooks:
                 or (self.stopped == has_stopped and before.is_same(look(), self._further()[1], tensors_only=is_far))
             ):
                 return answer
-            self._before = self._before or (before, begins)
+            self._before = self._before or {"before": before, "begin": begins, "once": has_added}
             if is_far:
                 self._far.append((owner, name))
             if owner not in self.writing and not (is_far and owner is module):
