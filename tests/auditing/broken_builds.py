@@ -23,6 +23,7 @@ from lightning_dp.sampling.indices import CyclicBatchSampler
 from lightning_dp.step import couplings, real_losses, state_runs
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.couplings import Couplings
+from lightning_dp.step.draws import Draws
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.randomness import RandomStreams
 from lightning_dp.step.records import TrainingRecords
@@ -177,8 +178,9 @@ def optimizers_unguarded(patch: pytest.MonkeyPatch) -> None:
 
 
 def microbatches_with_effect(patch: pytest.MonkeyPatch) -> None:
-    """What user code leaves behind in a further microbatch stays."""
+    """What user code leaves behind in a further microbatch stays; trials, whose weights would stay too, move none."""
     patch.setattr(Snapshot, "put_back", lambda self, **_: None)
+    patch.setattr(Draws, "move", lambda self, parameters: None)
 
 
 def state_unchecked(patch: pytest.MonkeyPatch) -> None:
