@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.per_sample.own_losses import OwnLosses
-from lightning_dp.step.readings import Readings
+from lightning_dp.step.readings import Readings, restore
 from lightning_dp.system.torch_private import num_hooks
 
 if TYPE_CHECKING:
@@ -75,3 +75,10 @@ class Microbatch:
         self._own_losses.__exit__(kind, error, trace)
         self._step.engine.end()
         self._step.recording = None
+
+
+def end_all(recording: Microbatch | None) -> None:
+    """End, with a fit, a microbatch that an error has left open, and the watch of values that user code reads."""
+    if recording is not None:
+        recording.__exit__(None, None, None)
+    restore()

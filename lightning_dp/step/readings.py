@@ -33,7 +33,7 @@ class Readings:
         self._thread = threading.get_ident()
 
     def __enter__(self) -> Readings:
-        if not _open:
+        if _READERS[0] not in vars(Tensor):
             for name, reader in _WATCHED.items():
                 setattr(Tensor, name, reader)
         _open.append(self)
@@ -41,9 +41,6 @@ class Readings:
 
     def __exit__(self, *error: object) -> None:
         _open.remove(self)
-        if not _open:
-            for name in _WATCHED:
-                delattr(Tensor, name)
 
     def take(self) -> set[Reading]:
         """Return what was read since the last call."""
@@ -63,10 +60,18 @@ class Readings:
 _open: list[Readings] = []
 
 
+def restore() -> None:
+    """Give tensors their own methods back at the end of a fit; each change of a class empties Python's caches of it."""
+    if not _open and _READERS[0] in vars(Tensor):
+        for name in _WATCHED:
+            delattr(Tensor, name)
+
+
 def _watched(read: Callable[[Tensor], Any], name: str) -> Callable[[Tensor], Any]:
     def watched(self: Tensor) -> Any:
         value = read(self)
-        _open[-1].note(value)
+        if _open:
+            _open[-1].note(value)
         return value
 
     watched.__name__ = name  # by which operations on parameters are known

