@@ -26,7 +26,7 @@ class Module(Classifier):
         self.factor, self.count = 1.0, 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.seen, self.batch_idx = batch[0].mean().item(), batch_idx
+        self.seen, self.batch_idx = batch[0].mean().tolist(), batch_idx  # .item() would have the batch compared at once
         self.count += 1
         loss = super().training_step(batch, batch_idx) * self.factor
         return stepped_on(self, loss)
