@@ -214,6 +214,7 @@ SORTED = [
 
 
 @each("draw, cause", SORTED)
+@pytest.mark.slow
 def test_dropout_of_sorted_rows_trains_and_mixing_does_not(draw: Any, cause: str | None) -> None:
     strategy = DPStrategy(noise_multiplier=1.0)
     loader: Any = DataLoader(torch.randn(40, 3), batch_size=8)  # type: ignore[arg-type]

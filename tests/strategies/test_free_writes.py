@@ -53,6 +53,7 @@ class SetsByCounts(Module):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.one_in(2)
 def test_writes_and_seeds_by_counts_are_free(accumulate: int) -> None:
     """A seed reaches no later batch."""
     module = SetsByCounts()

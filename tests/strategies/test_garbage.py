@@ -61,6 +61,7 @@ class OfRows(nn.Module):
 
 
 @pytest.mark.parametrize("network", [OfParameters, OfRows])
+@pytest.mark.one_in(2)
 def test_a_step_leaves_no_cycles(tmp_path: Any, network: type[nn.Module]) -> None:
     collector = Collector()
     trainer = make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, callbacks=[collector])

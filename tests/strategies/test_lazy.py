@@ -66,12 +66,14 @@ def test_lazy_layers_start_from_no_values_of_records(tmp_path: Path) -> None:
     assert torch.equal(layers[0].started_from, torch.zeros(NUM_FEATURES))
 
 
+@pytest.mark.slow
 def test_lazy_batch_norms_are_replaced_once_they_have_shapes(tmp_path: Path) -> None:
     layers = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyLinear(NUM_CLASSES))
     fit(Classifier(layers), tmp_path, fix=True)
     assert type(layers[1]) is nn.GroupNorm
 
 
+@pytest.mark.slow
 def test_lazy_layers_that_no_step_reaches_are_refused(tmp_path: Path) -> None:
     module = Classifier(nn.Sequential(nn.LazyLinear(NUM_CLASSES)))
     module.spare = nn.LazyLinear(2)

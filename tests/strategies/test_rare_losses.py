@@ -200,6 +200,7 @@ def test_a_long_record_that_pads_all_others_is_compared(lengths: list[int], func
 
 
 @pytest.mark.parametrize("number_of", [int, float, lambda count: range(9)[count], lambda count: 1 if count else 0])
+@pytest.mark.one_in(2)
 def test_rows_that_a_read_value_scales_are_compared(number_of: Callable[[Tensor], Any]) -> None:
     """The operations and the factors of rows are the same whatever the value is."""
     features, labels = make_dataset(300).tensors

@@ -162,6 +162,7 @@ def test_a_write_at_some_batches_only_is_refused(kind: type[Module]) -> None:
         fit(kind())
 
 
+@pytest.mark.slow
 def test_layers_that_begin_to_train_with_an_epoch_are_free() -> None:
     module = ThawsAtTheStartOfAnEpoch()
     module.is_free = True

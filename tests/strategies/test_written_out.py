@@ -166,6 +166,7 @@ class Plateau(Classifier):
         return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_by_logged_figures_is_refused(tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=r"ReduceLROnPlateau\.best"):
         run(Plateau("loss"), tmp_path)
