@@ -109,7 +109,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        """Check Trainer, module and optimizers before any data is touched, and make the private step of a fit."""
+        """Check Trainer, module and optimizers, and make the private step of a fit. Only lazy layers need data here."""
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return

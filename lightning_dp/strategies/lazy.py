@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_dp.step import module_checks
 from lightning_dp.step.records import TrainingRecords
+from lightning_dp.step.sandbox import Sandbox, StepGuard
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.system.torch_private import is_lazy_layer
 
@@ -23,7 +25,7 @@ class _HaveShapes(BaseException):
 
 
 def give_shapes(strategy: PrivateStrategy) -> None:
-    """Run ``training_step`` on two records until no layer is lazy any more; what else it changes is put back.
+    """Run ``training_step`` on two records in a sandbox, where no optimizer steps, until no layer is lazy any more.
 
     **Guarantee**: new parameters depend on the shapes of two records alone, which count as public: lazy layers see
     zeros in place of values. If the step fails before they have run, they stay lazy, and are refused by name.
@@ -39,19 +41,22 @@ def give_shapes(strategy: PrivateStrategy) -> None:
     strategy.model_to_device()
     records = TrainingRecords(lambda: strategy.loader, strategy.to_device)
     further = (0,) if len(inspect.signature(module.training_step).parameters) > 1 else ()
-    snapshot = Snapshot([module], skipped=lazy)
+    guard = StepGuard(lambda optimizer: True)
+    sandbox = Sandbox(module, guard, list, nullcontext)
     handles = [layer.register_forward_pre_hook(_see_zeros, prepend=True, with_kwargs=True) for layer in lazy]
     handles += [layer.register_forward_hook(lambda *_: _end_if_done(lazy)) for layer in lazy]
+    guard.start()
     try:
-        strategy.call_training_step(records.batch_of(records.take(2)), further, {})
+        with sandbox.enter(Snapshot([module], skipped=lazy)):
+            strategy.call_training_step(records.batch_of(records.take(2)), further, {})
     except _HaveShapes:
         pass
     except Exception:  # such as a figure that is logged outside of a fit
         module_checks.check_parameters(module)  # so that its error, if a layer is still lazy, comes with the first one
     finally:
+        guard.stop()
         for handle in handles:
             handle.remove()
-        snapshot.put_back()
 
 
 def _see_zeros(layer: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -73,6 +73,20 @@ def test_lazy_batch_norms_are_replaced_once_they_have_shapes(tmp_path: Path) -> 
     assert type(layers[1]) is nn.GroupNorm
 
 
+def test_no_optimizer_steps_while_layers_get_shapes(tmp_path: Path) -> None:
+    class Stepping(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.network[0](batch[0]).sum().backward()
+            torch.optim.SGD(self.network[0].parameters(), lr=0.1).step()
+            return super().training_step(batch, batch_idx)
+
+    module = Stepping(nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(NUM_CLASSES)))
+    with pytest.raises(ValueError, match="of a lazy layer") as raised:
+        fit(module, tmp_path)
+    assert "stepped by itself" in str(raised.value.__context__)
+    assert module.network[0].weight.grad is None
+
+
 @pytest.mark.slow
 def test_lazy_layers_that_no_step_reaches_are_refused(tmp_path: Path) -> None:
     module = Classifier(nn.Sequential(nn.LazyLinear(NUM_CLASSES)))
