@@ -40,12 +40,14 @@ def derive(
         kwargs: its keyword arguments.
         tracked: tensors of the arguments that have a node, with it; None to look for them.
     """
+    tensors = tensors_in(args, kwargs)
     if tracked is None:
-        tracked = [(one, node) for one in tensors_in(args, kwargs) if (node := tracker.node_of(one)) is not None]
+        tracked = [(one, node) for one in tensors if (node := tracker.node_of(one)) is not None]
     own: dict[int, Tensor] = {}
-    if len(found := tensors_in(args, kwargs)) > len(tracked):
-        key = func.__name__, tracked[0][1].lineage
-        tracker.recorder.constants += [(key, one) for one in found if all(one is not other for other, _ in tracked)]
+    if len(tensors) > len(tracked):
+        for one in tensors:
+            if all(one is not other for other, _ in tracked):
+                tracker.recorder.noted((func.__name__, tracked[0][1].lineage), one)
     for one, node in tracked:
         if node.generation < 0:  # functions have their graphs
             own[id(one)] = _stand_in(tracker, node, one)

@@ -58,7 +58,7 @@ class Recorder:
         several.
         """
         self.batch_size, self.joining = batch_size, joining
-        self.active, self.constants = True, []
+        self.active = True
         self._counts, self._num_waiting = batch_size > self._largest, 0
         if self._counts:  # a smaller one holds less
             self._largest, self._sizes, self.num_bytes = batch_size, {}, 0
@@ -88,7 +88,7 @@ class Recorder:
 
     def end(self) -> None:
         """Stop recording; a backprop that arrives later for this microbatch is refused."""
-        self.active = False
+        self.active, self.constants = False, []
         self.generation += 1
         self.changes += 1
 
