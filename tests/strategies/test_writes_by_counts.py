@@ -14,8 +14,7 @@ from torch import nn
 from lightning_dp import DPStrategy, PrivacyError
 from tests.helpers import Classifier, make_loader, make_trainer, stepped_on
 
-LAST = 3
-"""Number of the last batch of an epoch."""
+LAST = 3  # number of the last batch of an epoch
 
 
 class Module(Classifier):
