@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,10 @@ class Firsts:
                 self._num_new[place] = number + 1
                 self.is_new = True
 
+    def is_open(self, place: Hashable) -> bool:
+        """Tell whether a new value at a place would count; if not, nothing needs to read it."""
+        return self._num_new.get(place, 0) < MOST
+
     def are_due(self, number: int) -> bool:
         """Tell whether to check new values in a logical step."""
         return self.is_new and (self._num_checked < MOST_AT_ONCE or number - self._checked_at >= 100)
@@ -106,7 +110,8 @@ class Shown:
         """
         if step.recording is not None:
             self.readings.see(step.recording.readings.take(), checked=checked)
-            self.constants.see(_values_of(step.engine.constants()), checked=checked)
+            open_ones = _numbered(step.engine.constants(), self.constants.is_open)
+            self.constants.see(_values_of(open_ones), checked=checked)
 
     def are_due(self, number: int) -> bool:
         """Tell whether to check anything new in a logical step."""
@@ -118,11 +123,20 @@ class Shown:
             each.settle(number)
 
 
-def _values_of(constants: list[tuple[Hashable, Tensor]]) -> Iterator[tuple[Hashable, Hashable]]:
-    """Yield a few values of each tensor, with its key and its number among those of this key."""
-    few = [few_values(local_part(tensor), _FEW) for _, tensor in constants]
-    values = iter(torch.cat([each.cpu() for each in few]).tolist() if few else ())
+def _numbered(constants: list[tuple[Hashable, Tensor]], is_open: Callable[[Hashable], bool]) -> dict[Hashable, Tensor]:
+    """Return the tensors of open places, by these: a place is a key and the number among the tensors of this key."""
     numbers: dict[Hashable, int] = {}
-    for (key, _), each in zip(constants, few, strict=True):
-        numbers[key] = numbers.get(key, -1) + 1
-        yield (key, numbers[key]), tuple(f"{next(values):.4g}" for _ in each)
+    found: dict[Hashable, Tensor] = {}
+    for key, tensor in constants:
+        numbers[key] = number = numbers.get(key, -1) + 1
+        if is_open((key, number)):
+            found[key, number] = tensor
+    return found
+
+
+def _values_of(tensors: dict[Hashable, Tensor]) -> Iterator[tuple[Hashable, Hashable]]:
+    """Yield a few values of each tensor, with its place."""
+    few = [few_values(local_part(tensor), _FEW) for tensor in tensors.values()]
+    values = iter(torch.cat([each.cpu() for each in few]).tolist() if few else ())
+    for place, each in zip(tensors, few, strict=True):
+        yield place, tuple(f"{next(values):.4g}" for _ in each)

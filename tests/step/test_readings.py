@@ -70,12 +70,13 @@ def test_other_threads_are_not_heard_and_all_is_undone() -> None:
 
 
 def test_a_place_that_shows_many_values_is_let_go() -> None:
-    firsts, new = Firsts(), list[bool]()
+    firsts, new, is_open = Firsts(), list[bool](), list[bool]()
     for value in range(MOST + 2):
+        is_open.append(firsts.is_open("place"))
         firsts.see([("place", value)])
         new.append(firsts.is_new)
         firsts.settle(value)
-    assert new == [True] * MOST + [False] * 2
+    assert new == is_open == [True] * MOST + [False] * 2
 
 
 def test_checks_of_new_values_become_rare() -> None:
