@@ -173,14 +173,14 @@ def _reset() -> Any:
 
 
 @pytest.mark.parametrize("name", PLACES)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_what_a_rare_record_puts_there_is_refused(name: str, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         steps_of_fit(tmp_path, PLACES[name](by_count=False))
 
 
 @pytest.mark.parametrize("name", PLACES)
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(14)
 def test_what_counts_put_there_is_free(name: str, tmp_path: Any) -> None:
     module = PLACES[name](by_count=True)
     assert steps_of_fit(tmp_path, module) == STEPS

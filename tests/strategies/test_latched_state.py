@@ -176,7 +176,7 @@ def steps_of_fit(tmp_path: Any, module: Module, *, callbacks: Any = (), steps: i
 
 
 @pytest.mark.parametrize(("act", "seed"), [(act, 3 * (number % 2)) for number, act in enumerate(ACTS + SEEDS)])
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 def test_state_that_a_rare_record_sets_for_good_is_refused(act: Any, seed: int, tmp_path: Any) -> None:
     module = Module(act)
     with pytest.raises(PrivacyError, match=REFUSED):
@@ -184,7 +184,7 @@ def test_state_that_a_rare_record_sets_for_good_is_refused(act: Any, seed: int, 
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_a_callback_that_a_rare_record_moves_is_refused(act: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         steps_of_fit(tmp_path, Module(), callbacks=[Acts(act)])
@@ -293,6 +293,7 @@ class Hooks(Module):
 
 
 @pytest.mark.parametrize("rarely", [False, True])
+@pytest.mark.one_in(2)
 def test_a_hook_that_a_rare_record_registers_is_refused(rarely: bool, tmp_path: Any) -> None:
     refused = pytest.raises(PrivacyError, match="Expected the gradient of every sample in a batch to be its gradient")
     with refused if rarely else nullcontext():

@@ -123,14 +123,14 @@ def _reset() -> Any:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_what_a_rare_record_sets_around_is_refused(place: str, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         steps_of_fit(tmp_path, Sets(place))
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(12)
 def test_what_counts_set_around_is_free(place: str, tmp_path: Any) -> None:
     module = Sets(place, by_count=True)
     assert steps_of_fit(tmp_path, module) == STEPS
@@ -138,7 +138,7 @@ def test_what_counts_set_around_is_free(place: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(12)
 def test_what_a_callback_sets_around_is_refused(place: str, tmp_path: Any) -> None:
     callback = Acts(PLACES[place][0])
     with pytest.raises(PrivacyError, match=REFUSED):

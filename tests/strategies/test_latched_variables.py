@@ -120,14 +120,14 @@ def _reset() -> Any:
 
 
 @pytest.mark.parametrize("make", VARIABLES)
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 def test_a_variable_that_a_rare_record_sets_is_refused(make: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         steps_of_fit(tmp_path, make(by_count=False))
 
 
 @pytest.mark.parametrize("make", VARIABLES)
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_a_variable_that_is_set_by_counts_is_free(make: Any, tmp_path: Any) -> None:
     module = make(by_count=True)
     assert steps_of_fit(tmp_path, module) == STEPS

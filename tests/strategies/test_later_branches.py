@@ -95,6 +95,7 @@ def fit(module: Any, tmp_path: Any, batch_size: int = 16, **options: Any) -> DPS
     [(Critic, 8, 3), (Turns, 8, 4), (Soft, 8, 2), (Late, 2, 33)],
     ids=["counter", "batch", "weight", "epoch"],
 )
+@pytest.mark.one_in(2)
 def test_branch_of_a_later_step_is_learned(
     kind: Any, batch_size: int, step: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

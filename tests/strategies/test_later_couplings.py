@@ -94,6 +94,7 @@ def test_coupling_under_manual_steps_is_refused_after_one() -> None:
     assert "in the step before this one, which was released" in error
 
 
+@pytest.mark.slow
 def test_coupling_in_the_last_manual_step_is_refused() -> None:
     steps, error = steps_of_fit(automatic=False, begins=BEGINS, max_steps=BEGINS + 1)
     assert steps == BEGINS + 1

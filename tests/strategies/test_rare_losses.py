@@ -76,7 +76,7 @@ def fit(module: Module, tmp_path: Any, **options: Any) -> int:
     return steps
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_loss_that_a_rare_record_changes_is_refused(function: Losses, microbatch_size: Any, tmp_path: Any) -> None:
@@ -85,6 +85,7 @@ def test_a_loss_that_a_rare_record_changes_is_refused(function: Losses, microbat
 
 
 @pytest.mark.parametrize("function", [skipped, skipped_by_where])
+@pytest.mark.one_in(2)
 def test_the_same_by_manual_steps_is_refused_after_one(function: Losses, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=f"{REFUSED}.*was released"):
         fit(Module(function, automatic=False), tmp_path)
@@ -130,6 +131,7 @@ def sum_by_size(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [by_counts, by_draws, sum_by_size])
+@pytest.mark.one_in(3)
 def test_factors_that_records_do_not_choose_are_free(function: Losses, tmp_path: Any) -> None:
     assert fit(Module(function), tmp_path) == STEPS
 
@@ -250,6 +252,7 @@ def of_one_weight(network: Any, rare: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("penalty", [weighed, towards_a_target, of_one_weight])
+@pytest.mark.one_in(2)
 def test_a_penalty_that_a_rare_record_changes_is_refused(penalty: Callable[[Any, Tensor], Tensor]) -> None:
     features, labels = make_dataset(300).tensors
     features[UNREAD] = RARE

@@ -70,6 +70,7 @@ def test_lists_and_counters_of_a_class_hold_real_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by_callback", [False, True])
+@pytest.mark.one_in(2)
 def test_outputs_are_collected_from_epoch_to_epoch(by_callback: bool, tmp_path: Path) -> None:
     """In a list that does not exist before the first epoch, as Lightning 2 advises."""
 

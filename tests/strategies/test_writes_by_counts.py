@@ -155,7 +155,7 @@ REFUSED = r"^(The gradient of a record changes with what|training_step leaves .*
 
 
 @pytest.mark.parametrize("kind", WRITING)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_write_at_some_batches_only_is_refused(kind: type[Module]) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         fit(kind())
@@ -294,7 +294,7 @@ class Acts(L.Callback):
         ("on_train_epoch_start", lambda _, trainer: trainer.current_epoch == 1),
     ],
 )
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 def test_a_callback_that_writes_at_some_batches_is_refused(hook: str, when: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         fit(Module(), [Acts(hook, when)])
