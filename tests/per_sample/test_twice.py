@@ -159,6 +159,7 @@ def forces(net: nn.Module, x: Tensor, of: Tensor, which: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("what", ["penalty", "forces"])
+@pytest.mark.one_in(2)
 def test_gradient_penalties_train_by_rules(what: str) -> None:
     generator = torch.Generator().manual_seed(0)
     if what == "penalty":
