@@ -247,7 +247,6 @@ class ActsByCounts(L.Callback):
 
 @pytest.mark.parametrize("by_callback", [False, True])
 @pytest.mark.one_in(2)
-@pytest.mark.one_in(2)
 def test_a_step_that_sets_something_by_counts_is_free(by_callback: bool, tmp_path: Any) -> None:
     module, callbacks = (Module(), [ActsByCounts()]) if by_callback else (SetsByCounts(), [])
     assert steps_of_fit(tmp_path, module, callbacks=callbacks, steps=24) == 24
