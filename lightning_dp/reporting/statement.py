@@ -21,7 +21,7 @@ RELATIONS = {
     "zero_out": "replacing {one} by one that contributes nothing",
 }
 NOT_COVERED = (
-    "what training_step logs or prints (losses and metrics on training data), and checkpoints or stops chosen by it",
+    "what a training step logs or prints (losses and metrics on training data), and checkpoints or stops chosen by it",
     "validation and test data",
     "hyper-parameters chosen by training on this data: in other runs, or by lr_find or scale_batch_size",
     "module state other than trained parameters, if it carries training data",
