@@ -262,7 +262,7 @@ def test_the_end_of_fit_states_the_privacy_in_one_line(tmp_path: Any, caplog: py
         assert part in line
     statement = strategy.privacy_statement()
     assert line in statement
-    assert "what training_step logs" in statement
+    assert "what a training step logs" in statement
 
 
 def test_epsilon_before_training_says_so() -> None:
