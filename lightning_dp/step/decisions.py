@@ -14,6 +14,7 @@ from lightning_dp.step.probe import Probe
 from lightning_dp.step.randomness import seed_generators
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
+from lightning_dp.step.turns import Turns
 
 #: Records from all over the training set for the checks after the first ones.
 NUM_FEW = 3
@@ -35,6 +36,7 @@ class Decisions:
 
     def __init__(self, runs: TrialRuns, sandbox: Sandbox) -> None:
         self._runs, self._sandbox, self._step, self._host = runs, sandbox, runs.step, runs.host
+        self._turns = Turns()
 
     def check_skip(self) -> None:
         """Check that ``training_step``, which returned no loss for a batch, returns none for single samples either.
@@ -104,19 +106,23 @@ class Decisions:
             self._host.attempt(run, snapshot.put_back)
             return bool(self._host.stops)
 
-    def check_steps(self, real: set[int], counts: Any) -> None:
-        """Check that a private optimizer, which did not step on a batch, does not step on single samples either.
+    def check_steps(self, real: set[int], counts: Any, *, further: bool = False) -> None:
+        """Check that private optimizers step on single samples as on a batch, unless they go on by turns.
 
         Args:
             real: private optimizers that stepped.
             counts: ``back_in`` makes a context in which public counters have their values from before the batch;
                 ``decided`` lists sets of optimizers that were checked from them, of other microbatches.
+            further: whether another microbatch of the batch follows.
 
         Raises:
             PrivacyError: other optimizers step on a single sample, so whether noise is released depends on the samples.
         """
         private = self._step.accumulators.keys()
-        if not self._step.reduction.any(real not in counts.decided):
+        expected = self._turns.expected(private)
+        if not further:
+            self._turns.note(real)
+        if not self._step.reduction.any(real != expected and real not in counts.decided):
             return
         rehearses = self._step.automatic  # there the host decides, within its optimizer_step
         records = self._host.records(NUM_FEW)

@@ -231,13 +231,13 @@ class PrivateFit:
         return None if self.step.reduction.any(loss is None) else loss
 
     def _check_steps(self, microbatch: Microbatch, output: Any, counts: Counts | None) -> None:
-        """Check, if a microbatch had no loss or no step, that this does not depend on the samples."""
+        """Check, if a microbatch had no loss or unexpected steps, that this does not depend on the samples."""
         anywhere = self.step.reduction.any
         if counts is None:
             if anywhere(output is None and microbatch.count > 1):
                 self._trial.decisions.check_skip()
-        elif self.step.settings.check_per_sample and anywhere(microbatch.collected < self.step.accumulators.keys()):
-            self._trial.decisions.check_steps(microbatch.collected, counts)
+        elif self.step.settings.check_per_sample:
+            self._trial.decisions.check_steps(microbatch.collected, counts, further=microbatch.further)
 
     def _run_real(self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0) -> Any:
         """Run the only call of a logical batch with lasting effects; under automatic optimization, Lightning runs its

@@ -92,7 +92,7 @@ class Patches:
         return begin_batch
 
     def _checking_steps(self, optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``optimizer_step`` of the module; where it leaves a step out, this may not depend on the records."""
+        """Return ``optimizer_step`` of the module; whether it leaves a step out may not depend on the records."""
 
         @functools.wraps(optimizer_step)
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -100,8 +100,9 @@ class Patches:
                 return optimizer_step(*args, **kwargs)
             counts, before = Counts(self._strategy), self._step.state.steps_taken
             answer = optimizer_step(*args, **kwargs)
-            if self._step.settings.check_per_sample and self._step.state.steps_taken == before:
-                self._trial.decisions.check_steps(set(), counts)
+            if self._step.settings.check_per_sample:
+                has_stepped = self._step.state.steps_taken > before
+                self._trial.decisions.check_steps({*self._step.accumulators} if has_stepped else set(), counts)
             return answer
 
         return step

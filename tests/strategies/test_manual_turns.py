@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp import DPStrategy
+from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.step.decisions import Decisions
-from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
-from tests.helpers import Recorder, make_loader, make_trainer
+from tests.helpers import Recorder, make_dataset, make_loader, make_trainer
 from tests.strategies.test_manual import Manual, TwoOptimizers
 
 
@@ -70,36 +70,46 @@ class InTurns(TwoOptimizers):
         optimizer.step()
 
 
-def test_turns_of_optimizers_are_tried_once_per_batch(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, tried = TrialRuns.run, []
-
-    def counted(self: TrialRuns, records: list[Any], *rest: Any, **options: Any) -> Any:
-        tried.append(len(records))
-        return run(self, records, *rest, **options)
-
-    monkeypatch.setattr(TrialRuns, "run", counted)
-    num = []
-    for size in (None, 1):
-        strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=size)
-        make_trainer(strategy, tmp_path, max_epochs=2).fit(InTurns(), make_loader())
-        num.append(tried.count(1))
-        tried.clear()
-    assert 8 * 3 <= num[0] <= num[1] < num[0] + 100  # three trials for each of 128 microbatches are 384
-
-
-def test_trials_of_a_turn_share_one_sandbox(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    enter, check, entered, in_checks = Sandbox.enter, Decisions.check_steps, [], set()
+@pytest.mark.parametrize(("microbatch_size", "num"), [(None, 4), (1, 8)])
+def test_turns_are_tried_until_they_are_known(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, microbatch_size: int | None, num: int
+) -> None:
+    """Four of eight batches are tried, each in one sandbox; of many microbatches, the first and the last."""
+    enter, check, entered, in_checks = Sandbox.enter, Decisions.check_steps, [], list[int]()
 
     def noted(self: Sandbox, *args: Any, **options: Any) -> Any:
         entered.append(self)
         return enter(self, *args, **options)
 
-    def counted(self: Decisions, *args: Any) -> None:
+    def counted(self: Decisions, *args: Any, **options: Any) -> None:
         before = len(entered)
-        check(self, *args)
-        in_checks.add(len(entered) - before)
+        check(self, *args, **options)
+        in_checks.append(len(entered) - before)
 
     monkeypatch.setattr(Sandbox, "enter", noted)
     monkeypatch.setattr(Decisions, "check_steps", counted)
-    make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, max_epochs=1).fit(InTurns(), make_loader())
-    assert in_checks == {1}
+    strategy = DPStrategy(noise_multiplier=1.0, microbatch_size=microbatch_size)
+    make_trainer(strategy, tmp_path, max_epochs=2).fit(InTurns(), make_loader())
+    assert len(in_checks) >= 8
+    assert max(in_checks) == 1
+    assert sum(in_checks) == num
+
+
+class StepsTogether(TwoOptimizers):
+    """Both optimizers step on every fourth batch, and whenever a batch holds a rare record."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        is_rare = 0.25 in batch[0][:, 0].tolist()
+        for optimizer in self.optimizers() if is_rare or batch_idx % 4 == 3 else ():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+
+def test_a_step_out_of_turn_by_a_rare_record_is_refused(tmp_path: Any) -> None:
+    features, labels = make_dataset().tensors
+    features[50, 0] = 0.25
+    loader = DataLoader(TensorDataset(features, labels), batch_size=8)
+    trainer = make_trainer(DPStrategy(noise_multiplier=1.0, seed=1), tmp_path, max_epochs=10)
+    with pytest.raises(PrivacyError, match=r"got steps of \[0, 1\] on a batch and of \[\] on one sample alone"):
+        trainer.fit(StepsTogether(), loader)
