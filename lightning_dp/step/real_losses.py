@@ -147,7 +147,7 @@ class RealLosses:
         try:
             if agree(form.has_written or form.shown.readings.is_new):
                 self._written.check(number, agree)
-            with ran.counters(), ran.look.numbers_back_in():
+            with ran.numbers_back_in():
                 if everything := agree(form.has_new_calls if begins else form.has_new_operations):
                     self._check_again(number, positions)
                 form.factors.settle(number, checked=self._check_in_batch(positions, number))

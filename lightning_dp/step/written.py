@@ -38,6 +38,12 @@ class Ran(NamedTuple):
         with self.counters(), self.look.back_in():
             yield
 
+    @contextmanager
+    def numbers_back_in(self) -> Iterator[None]:
+        """Go back to the counters before this batch, and to the numbers and words of its attributes."""
+        with self.counters(), self.look.numbers_back_in():
+            yield
+
 
 class Written:
     """A watch of what real steps write, and the checks of it.

@@ -102,8 +102,7 @@ class PrivateFit:
         """Return the last microbatch on the device, for the real call; for an empty batch, tensors of length 0."""
         self._batch = batch
         self._trial.written.watch.begin()
-        copies = self._trial.copies
-        self._on_device = self._trial.transfer(batch) if batch else self._host.empty_batch(copies)
+        self._on_device = self._trial.transfer(batch) if batch else self._host.empty_batch(self._trial.copies)
         return self._on_device
 
     def check_callbacks(self) -> None:
@@ -218,24 +217,24 @@ class PrivateFit:
                     batch = self._host.training.stand_in(count) if given is None else self._strategy.to_device(records)
                     with step.microbatch(count, owners, weight=weight, further=True) as microbatch:
                         output = self._strategy.call_training_step(batch, *self._host.arguments)
-                        loss = self._loss_of(output, count) if step.automatic else None
+                        loss = self._loss_of(output, count, further=True) if step.automatic else None
                         if loss is not None:
                             self.see_loss(loss)
                             self._host.back_propagate(loss, self._host.hooks.run)
                             self.backward_done()
-                self._check_steps(microbatch, output, counts)
+                self._check_decisions(microbatch, counts)
 
-    def _loss_of(self, output: Any, count: int) -> Tensor | None:
+    def _loss_of(self, output: Any, count: int, *, further: bool = False) -> Tensor | None:
         """Return the loss, or None if it is missing here or on any rank that has to run the same backward."""
         loss = self._host.loss_of(output, count)
-        return None if self.step.reduction.any(loss is None) else loss
+        loss = None if self.step.reduction.any(loss is None) else loss
+        self._trial.decisions.see_loss(exists=loss is not None, count=count, further=further)
+        return loss
 
-    def _check_steps(self, microbatch: Microbatch, output: Any, counts: Counts | None) -> None:
-        """Check, if a microbatch had no loss or unexpected steps, that this does not depend on the samples."""
-        anywhere = self.step.reduction.any
+    def _check_decisions(self, microbatch: Microbatch, counts: Counts | None) -> None:
+        """Check, where a microbatch had no loss or unexpected steps, that this does not depend on the samples."""
         if counts is None:
-            if anywhere(output is None and microbatch.count > 1):
-                self._trial.decisions.check_skip()
+            self._trial.decisions.check_loss(self._trial.written.batches[0].numbers_back_in)
         elif self.step.settings.check_per_sample:
             self._trial.decisions.check_steps(microbatch.collected, counts, further=microbatch.further)
 
@@ -260,14 +259,14 @@ class PrivateFit:
                     until_backward.pop_all()
                 else:
                     until_backward.close()
-                    self._check_steps(microbatch, output, counts)
+                    self._check_decisions(microbatch, counts)
                     self._logs.say_no_loss(weight)
                     if output is None and step.reduction.world_size == 1:  # with more, Lightning raises an error
                         return None
                 loss = checks.zero_loss(self._device) if loss is None else loss  # which Lightning can back-propagate
                 return {**output, "loss": loss} if isinstance(output, Mapping) else loss
             step.leave_open()
-        self._check_steps(microbatch, output, counts)
+        self._check_decisions(microbatch, counts)
         return output
 
     @torch.no_grad()
@@ -283,8 +282,9 @@ class PrivateFit:
             self._trial.losses.see(loss)
 
     def check_new_loss(self) -> None:
-        """Check a loss of a new form before it is released; under manual optimization, this comes with the next."""
+        """Check a loss that is new or out of turn before its release; under manual optimization, this comes later."""
         if self.step.automatic and not self.on_trial:
+            self._trial.decisions.check_loss(self._trial.written.batches[0].numbers_back_in)
             self._trial.losses.check()
 
     def backward_done(self) -> None:
