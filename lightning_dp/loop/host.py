@@ -136,7 +136,9 @@ class LoopHost(Host):
             owner: Any = getattr(self.loss_fn, "__self__", self.loss_fn)
             kinds = own_classes(owner.__class__)
             calls = [vars(kind).get("__call__") or vars(kind).get("forward") for kind in kinds]
-            variables = UserVariables([self.loss_fn, *calls], kinds)
+            roots = [self._model, *(one for one in held_by(self.loss_fn) if isinstance(one, nn.Module))]
+            layers = [layer for root in roots for layer in root.modules()]
+            variables = UserVariables([self.loss_fn, *calls], kinds, layers)
             found = Surroundings([*self.others(), self._loader], self._model.parameters(), variables)
             self._found = self.loss_fn, found
         return found

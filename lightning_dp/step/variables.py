@@ -6,9 +6,13 @@ import argparse
 import functools
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextvars import ContextVar
 from typing import Any
+
+import torch
+from torch import nn
 
 from lightning_dp.step.names import Names
 from lightning_dp.step.object_kinds import NOT_OWN, WAYS, entries_of, own_classes, slots_of, state_of_class
@@ -17,6 +21,8 @@ from lightning_dp.step.snapshot import OWN_OUTSIDE
 _MOST = 1_000
 """Entries of a container, with those of containers in it, up to which its content is restored after a trial."""
 _ROOTS = ("training_step", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "backward")
+_OF_FUNCTIONS = ("forward", "setup_context", "backward")
+"""Methods of a subclass of torch.autograd.Function, of which a step names another one."""
 
 
 class Variables(MutableMapping[str, Any]):
@@ -125,10 +131,15 @@ class UserVariables:
     Args:
         functions: of the user.
         classes: whose methods are searched if a function names one of them as an attribute.
+        layers: whose forwards and hooks are searched too, since a step may call them without their names.
     """
 
-    def __init__(self, functions: Iterable[Any], classes: Iterable[type[Any]] = ()) -> None:
-        self._classes, self._seen = list[Any](dict.fromkeys(classes)), set[int]()
+    def __init__(
+        self, functions: Iterable[Any], classes: Iterable[type[Any]] = (), layers: Iterable[nn.Module] = ()
+    ) -> None:
+        self._classes, self._seen, layers = list[Any](dict.fromkeys(classes)), set[int](), [*layers]
+        kinds: Any = dict.fromkeys(layer.__class__ for layer in layers)
+        self._of_layers = [*dict.fromkeys(each for kind in kinds for each in own_classes(kind))]
         self.names = Names()
         """All names in the functions."""
         self.context: list[ContextVar[Any]] = []
@@ -138,7 +149,7 @@ class UserVariables:
         self._globals: dict[int, tuple[dict[str, Any], set[str]]] = {}
         self._cells: dict[str, types.CellType] = {}
         self._defaults: dict[str, Any] = {}
-        for function in functions:
+        for function in [*functions, *(vars(kind).get("forward") for kind in self._of_layers), *_held_by(layers)]:
             self._search(function)
         self.watched: list[Any] = [
             *(Variables.of_dict(held, frozenset(names)) for held, names in self._globals.values()),
@@ -157,11 +168,14 @@ class UserVariables:
 
     @classmethod
     def of_objects(cls, owners: Iterable[Any]) -> UserVariables:
-        """Return the variables of the steps and hooks of a module and of callbacks, and of functions in attributes."""
+        """Return the variables of the steps, hooks and layers of a module and of callbacks, and of functions in
+        attributes.
+        """
         kinds = [kind for owner in owners for kind in own_classes(owner.__class__)]
         roots = [each for kind in kinds for name, each in vars(kind).items() if name in _ROOTS or name[:3] == "on_"]
         held = [each for owner in owners for each in vars(owner).values() if is_own_function(each)]
-        return cls([*roots, *held], kinds)
+        layers = [layer for owner in owners if isinstance(owner, nn.Module) for layer in owner.modules()]
+        return cls([*roots, *held], kinds, layers)
 
     def _search(self, function: Any) -> None:
         for name in ("fget", "func", "__func__"):  # of a property, a partial function and a method
@@ -180,7 +194,7 @@ class UserVariables:
             for name in names.named:
                 value = function.__globals__.get(name)
                 self._search_global(function, name, value, names)
-                for kind in self._classes:
+                for kind in (*self._classes, *self._of_layers):
                     self._search(vars(kind).get(name))
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
                 if name in names.assigned or _may_keep(_content(cell), function):
@@ -209,6 +223,8 @@ class UserVariables:
             self.context += [value] if value not in self.context else []
         elif isinstance(value, type) and _package_of(value.__module__) == _package_of(function.__module__):
             self._classes += [kind for kind in own_classes(value) if kind not in self._classes]
+            for method in _OF_FUNCTIONS if issubclass(value, torch.autograd.Function) else ():
+                self._search(vars(value).get(method))
 
     def _entry(self, held: dict[str, Any]) -> set[str]:
         """Return the names that are watched in a dictionary of variables."""
@@ -228,6 +244,13 @@ def _may_keep(value: Any, function: Any) -> bool:
     if way == "bound":
         return any(_may_keep(one, function) for one in entries_of(value))
     return way in ("array", "tensor", "container")
+
+
+def _held_by(layers: Iterable[nn.Module]) -> list[Any]:
+    """Return the user's functions in attributes of layers, and among their hooks."""
+    held = [each for layer in layers for each in vars(layer).values()]
+    hooks = [each for registry in held if isinstance(registry, OrderedDict) for each in registry.values()]
+    return [*filter(is_own_function, (*held, *hooks))]
 
 
 def is_own_function(value: Any) -> bool:

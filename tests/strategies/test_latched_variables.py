@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_dp import PrivacyError
-from tests.strategies.test_latched_state import RARE, REFUSED, STEPS, Module, steps_of_fit
+from lightning_dp.loop import make_private
+from tests.strategies.test_latched_state import RARE, REFUSED, STEPS, Module, loader, steps_of_fit
 
 FACTOR = 1.0
 OPTIONS: dict[str, float] = {}
@@ -109,7 +111,77 @@ def enclosed_options(**options: Any) -> Any:
     return Enclosed(**options)
 
 
-VARIABLES = [GlobalNumber, GlobalOptions, GlobalList, OfItsClass, OfABase, enclosed, enclosed_options]
+class Gate(nn.Module):
+    def forward(self, loss: Tensor, is_set: bool) -> Tensor:
+        global FACTOR
+        loss = loss * FACTOR
+        if is_set:
+            FACTOR = 0.5
+        return loss
+
+
+class Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, is_set: bool) -> Tensor:
+        global FACTOR
+        ctx.factor = FACTOR
+        if is_set:
+            FACTOR = 0.5
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.factor, None
+
+
+class Through(nn.Module):
+    def forward(self, loss: Tensor, is_set: bool) -> Any:
+        return Gated.apply(loss, is_set)  # type: ignore[no-untyped-call]
+
+
+class Same(nn.Module):
+    def forward(self, loss: Tensor, is_set: bool) -> Tensor:
+        return loss
+
+
+def gated_by_a_hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    global FACTOR
+    output = output * FACTOR
+    if args[1]:
+        FACTOR = 0.5
+    return output
+
+
+class InALayer(Latches):
+    """Sets a variable in a function that no step names."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.gate: nn.Module = Gate()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = Module.training_step(self, batch, batch_idx)
+        return self.gate(loss, self.num == 5 if self.by_count else bool((batch[0] == RARE).any()))  # type: ignore[no-any-return]
+
+    def read(self) -> float:
+        return FACTOR
+
+
+class InAFunction(InALayer):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.gate = Through()
+
+
+class InAHook(InALayer):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.gate = Same()
+        self.gate.register_forward_hook(gated_by_a_hook)
+
+
+IN_LAYERS = [InALayer, InAFunction, InAHook]
+VARIABLES = [GlobalNumber, GlobalOptions, GlobalList, OfItsClass, OfABase, enclosed, enclosed_options, *IN_LAYERS]
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +204,21 @@ def test_a_variable_that_is_set_by_counts_is_free(make: Any, tmp_path: Any) -> N
     module = make(by_count=True)
     assert steps_of_fit(tmp_path, module) == STEPS
     assert module.read() == 0.5
+
+
+def test_a_variable_that_a_layer_sets_in_a_loop_is_refused() -> None:
+    module = InALayer(by_count=False)
+    optimizer, options = torch.optim.SGD(module.parameters(), lr=0.1), {"noise_multiplier": 1.0, "target_delta": 1e-3}
+    private = make_private(
+        module, optimizer, loader(), lambda model, batch: model.training_step(batch, 0), steps=STEPS, **options
+    )
+
+    def train() -> None:
+        for batch in (batch for _ in range(STEPS) for batch in private.loader):
+            private.step(batch)
+
+    with private, pytest.raises(PrivacyError, match=REFUSED):
+        train()
 
 
 CALLS = 0
