@@ -148,7 +148,7 @@ class LoopFit:
         self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0, further: bool = False
     ) -> None:
         """Run forward, backward and clipping of one microbatch, and add it to the sum."""
-        with self.step.microbatch(count, owners, weight=weight, further=further):
+        with self.step.microbatch(count, owners, weight=weight, further=further) as microbatch:
             self.step.engine.see(batch)
             with nullcontext() if further else self._trial.losses.watching(count):
                 loss = self._host.loss_of(self._host.loss(self._called, batch), count)
@@ -156,6 +156,7 @@ class LoopFit:
             loss.backward()  # type: ignore[no-untyped-call]
             self.step.backward_done()
             self.step.collect(0)
+            self._trial.losses.see_backward(microbatch)
         if weight:
             self._losses.append((loss.detach(), count))
 

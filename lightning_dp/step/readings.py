@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dp.per_sample._torch import frame_above
+from lightning_dp.per_sample._torch import frame_above, in_backward
 
 _READERS = ("item", "__bool__", "__int__", "__float__", "__index__")
 _FRAMEWORKS = frozenset(("torch", "lightning", "pytorch_lightning", "lightning_fabric"))
@@ -21,7 +21,7 @@ Reading = tuple[Hashable, Hashable]
 
 
 class Readings:
-    """A context that takes note of the values that user code reads from tensors within it, in its thread.
+    """A context that takes note of the values that user code reads from tensors within it, in its thread or a backward.
 
     **Guarantee**: each value that ``bool``, ``int``, ``float``, an index or ``.item()`` returns is noted, with the line
     of user code that asks. Whole numbers up to 2 differ from all others; larger ones and fractions differ by their
@@ -52,7 +52,7 @@ class Readings:
         frame: FrameType | None = frame_above(2)
         while frame is not None and (name := _package_of(frame)) in _FRAMEWORKS:
             frame = frame.f_back
-        if frame is not None and name != _OURS and threading.get_ident() == self._thread:
+        if frame is not None and name != _OURS and (threading.get_ident() == self._thread or in_backward()):
             code = frame.f_code
             self._found.add(((code.co_filename, code.co_firstlineno, frame.f_lasti), _about(value)))
 

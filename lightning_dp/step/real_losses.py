@@ -13,6 +13,7 @@ from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.per_sample.batch_reading import shapes_in
 from lightning_dp.sampling.batches import LogicalBatch
 from lightning_dp.step.in_batches import check_in_batch
+from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.written import Ran, Written
@@ -122,6 +123,15 @@ class RealLosses:
                 form.shown.readings.see(self._read[self.part])
             form.shown.see(step)
         self._note_new()
+
+    def see_backward(self, microbatch: Microbatch) -> None:
+        """Read the values that user code has read since the newest loss was seen: in hooks, in the backward of a
+        ``torch.autograd.Function``, or in a registered rule.
+        """
+        checks = self._step.settings.check_per_sample and not self._step.runs_samples_alone
+        if checks and microbatch.weight and microbatch.count > 1:
+            self._runs.loss_form.shown.readings.see(microbatch.readings.take())
+            self._note_new()
 
     def _note_new(self) -> None:
         """Take note of the records of the first microbatch whose loss is new; factors show after its backward."""

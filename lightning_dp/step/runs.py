@@ -233,6 +233,8 @@ class TrialRuns:
                 forward_backward()
                 if step.automatic:
                     probe.collect(0)
+            if self.loss_form.shown.compares:  # what the backward has read, and rules of the user's own
+                self.loss_form.shown.see(step, checked=True)
             with freezing:
                 self.host.end_batch(outputs[-1] if outputs else None)
         self.used |= probe.used

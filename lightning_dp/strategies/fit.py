@@ -232,7 +232,8 @@ class PrivateFit:
         return loss
 
     def _check_decisions(self, microbatch: Microbatch, counts: Counts | None) -> None:
-        """Check, where a microbatch had no loss or unexpected steps, that this does not depend on the samples."""
+        """Read what a microbatch has shown, and check that records do not decide whether it has a loss and steps."""
+        self._trial.losses.see_backward(microbatch)
         if counts is None:
             self._trial.decisions.check_loss(self._trial.written.batches[0].numbers_back_in)
         elif self.step.settings.check_per_sample:
@@ -294,7 +295,7 @@ class PrivateFit:
             return
         step.backward_done()
         if step.automatic:
-            microbatch = step.recording
             step.collect(0)
+            self._trial.losses.see_backward(microbatch := step.recording)
             if not microbatch.further:
                 microbatch.__exit__(None, None, None)
