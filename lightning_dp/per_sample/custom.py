@@ -20,6 +20,7 @@ from lightning_dp.per_sample.owned import OwnedAxis
 from lightning_dp.per_sample.rules.base import Call, Rule, sum_rows, widen
 from lightning_dp.per_sample.tracker import Tracker
 from lightning_dp.per_sample.uses import Use, tap_output
+from lightning_dp.system.torch_private import num_changes
 
 Gradients = Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]]
 _RULES: dict[Any, _Registered] = {}
@@ -114,11 +115,12 @@ def register_rule(
                 operation.apply = before  # type: ignore[method-assign]
 
         return remove
+    built_in = operations.operation_of(operation)
     operations.add(operation, operations.Operation(run, keeps_rows=True))
 
     def forget() -> None:
         _RULES.pop(operation, None)
-        operations.add(operation, None)
+        operations.add(operation, built_in)
 
     return forget
 
@@ -208,6 +210,8 @@ class _Registered(Rule):
         Raises:
             ValueError: the user's function raises, or returns something else.
         """
+        given = [value for value in (*values.values(), backprop) if isinstance(value, Tensor)]
+        before = [*map(num_changes, given)]
         try:
             found = self._gradients(values, backprop)
         except Exception as error:
@@ -215,6 +219,11 @@ class _Registered(Rule):
                 f"The registered rule for {self.name} raised {type(error).__name__}: {error}. It was given "
                 f"values={sorted(values)} and a backprop of shape {tuple(backprop.shape)}."
             ) from error
+        if [*map(num_changes, given)] != before:
+            raise ValueError(
+                f"The registered rule for {self.name} changed its values or its backprop in place, from which other "
+                "gradients are computed. Compute new tensors."
+            )
         for name, shape in shapes.items():
             expected, got = (len(backprop), *shape), found.get(name) if isinstance(found, Mapping) else found
             if not isinstance(got, Tensor) or got.shape != expected:
@@ -268,8 +277,8 @@ def _run(
     if len(plan.outputs) != 1 or not isinstance(out_axis, AXES):
         raise PrivacyError(f"Expected a result with a batch axis of {func.__name__}, got none. {WAY_OUT}.")
     axes = dict(zip([name for name, value in values.items() if isinstance(value, Tensor)], plan.inputs, strict=True))
-    plain = [values[name].detach() if name in nodes else value for name, value in values.items()]
-    out = func(*plain)
+    plain = {name: value.detach() if name in nodes else value for name, value in values.items()}
+    out = func(*(plain[name] for name in rule.named(args)), **{name: plain[name] for name in kwargs})
     shapes = _Shapes({name: node.shape for name, node in nodes.items()})
     source = tracker.source(rule, shapes, func.__name__, nodes)
     if not in_backward():

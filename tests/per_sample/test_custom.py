@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dp import DPStrategy
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import check_rule, register_rule
+from lightning_dp.per_sample.operations import operation_of
 from tests.helpers import make_trainer
 from tests.per_sample.checks import assert_engine_agrees, make_engine, run_batch
 
@@ -143,6 +144,30 @@ def test_a_rule_for_a_torch_function() -> None:
     assert set(asked) == {torch.Size([4, 4, 5])}
 
 
+def test_named_arguments_and_built_in_rules_stay_as_they_were() -> None:
+    class Angle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.atan2(other=self.layer.bias, input=self.layer(x))
+
+    def angle(values: Any, backprop: Tensor) -> dict[str, Tensor]:
+        return {"other": -backprop * values["input"] / (values["input"].square() + values["other"].square())}
+
+    known = [operation_of(nn.functional.linear), operation_of(torch.atan2)]
+    removes = [
+        register_rule(torch.atan2, angle, arguments=("input", "other"), parameters=("other",)),
+        register_rule(nn.functional.linear, angle, arguments=("input", "other"), parameters=("other",)),
+    ]
+    removes.pop()()
+    module = Angle()
+    assert_engine_agrees(module, lambda x: module(x).square().sum(1), DATA[:, 0], size=4)
+    removes.pop()()
+    assert [operation_of(nn.functional.linear), operation_of(torch.atan2)] == known
+
+
 @pytest.mark.parametrize(
     ("found", "got"), [({}, "nothing"), ({"weight": torch.ones(3, 2), "bias": torch.ones(2)}, r"\(3, 2\)|\(2,\)")]
 )
@@ -184,6 +209,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a factor": (changed(lambda g: {n: 2 * t for n, t in g.items()}), "for 'weight' 2 times that of row 0"),
     "another row": (changed(lambda g: g | {"bias": g["bias"].roll(1, 0)}), "for 'bias' another than that of row 0"),
     "a sum": (changed(lambda g: g | {"bias": g["bias"].sum(0)}), r"'bias' of shape \(5, 4\), got \(4,\)"),
+    "in place": (
+        lambda values, backprop: gradients(values, backprop.mul_(2)),
+        "Affine changed its values or its backprop",
+    ),
     "none": (lambda values, backprop: None, r"'weight' of shape \(5, 2, 4\), got nothing"),
     "a tuple": (changed(lambda g: tuple(g.values())), r"got tuple. The rule for Affine returns a dictionary"),
     "a name": (
