@@ -120,6 +120,8 @@ def load(checkpoint: dict[str, Any], *, current: Ledger, allow_public: bool, one
     if current.num_steps == 0 or current.is_prefix_of(saved):
         return Restored(saved, plan, step, unledgered)
     if saved.is_prefix_of(current):
+        if current.num_steps > saved.num_steps:  # steps are taken again, so their records take part once more
+            current.start_pass()
         return Restored(current, plan, step, unledgered)
     raise PrivacyError(
         f"Expected a checkpoint of this strategy's own run, got one of another ({saved.num_steps} steps), while the "

@@ -87,6 +87,25 @@ def test_a_second_fit_is_a_second_run(tmp_path: Any) -> None:
     assert strategy.ledger.mechanisms() == {(1.0, 1.0, 1): 2}
 
 
+class Save(Stop):
+    """Saves a checkpoint after some epochs."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+
+
+def test_steps_that_are_taken_again_cost_a_second_event(tmp_path: Any) -> None:
+    """Two of four passes, then two again from a checkpoint after the first: the second one has run twice."""
+    strategy, path = make_strategy(), tmp_path / "first.ckpt"
+    for stop, resume in ((2, None), (3, path)):
+        callbacks = [Save(1, path), Stop(stop, tmp_path / "end.ckpt")]
+        trainer = make_trainer(strategy, tmp_path, max_epochs=4, callbacks=callbacks)
+        trainer.fit(Classifier(), make_loader(), ckpt_path=resume, weights_only=True if resume else None)
+    assert strategy.ledger.num_steps == strategy.plan.correlation.steps == 16
+    assert strategy.ledger.mechanisms() == {(1.0, 1.0, 1): 2}
+
+
 @STREAMS
 def test_a_pass_that_is_cut_short_begins_the_stream_again(tmp_path: Any) -> None:
     """2 of 4 batches per pass: a record comes back after 2 steps, and batch 0 after batch 1."""
