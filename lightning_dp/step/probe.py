@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dp.per_sample._torch import real_view
 from lightning_dp.step.foreign import note
@@ -58,14 +58,14 @@ class Probe:
         private = {
             name: parameter
             for name, parameter in self._step.module.named_parameters()
-            if parameter.requires_grad and name not in public and not self._engine
+            # a hook that sees the batch may thaw others
+            if (parameter.requires_grad or (self.rehearses and parameter.is_floating_point()))
+            and name not in public
+            and not self._engine
         }
         self._step.probe = self
         with without_hooks(private.values()):
-            handles = [
-                parameter.register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
-                for name, parameter in private.items()
-            ]
+            handles = [self._take_from(name, parameter) for name, parameter in private.items()]
             try:
                 yield
             except Exception as error:
@@ -78,6 +78,15 @@ class Probe:
                     handle.remove()
                 for parameter in self._step.module.parameters() if self.rehearses else ():
                     parameter.grad = None
+
+    def _take_from(self, name: str, parameter: nn.Parameter) -> Any:
+        """Return the handle of a hook that takes the gradients of a parameter; torch registers none on frozen ones."""
+        trains = parameter.requires_grad
+        try:
+            handle: Any = parameter.requires_grad_().register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
+            return handle
+        finally:
+            parameter.requires_grad_(trains)
 
     def _taker(self, name: str) -> Any:
         def take(parameter: Tensor) -> None:

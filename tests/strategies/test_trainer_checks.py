@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
@@ -181,6 +182,19 @@ def test_layers_thawed_by_a_callback_are_noised_from_then_on(at_epoch: int, tmp_
     )
     assert all(float(seen["network.0.weight"].abs().min()) > 0 for seen in thawed)
     assert strategy.ledger.num_steps == 8
+
+
+class ThawsBeforeABatch(L.Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.network[0].requires_grad_(trainer.global_step >= 2)
+
+
+def test_a_layer_thawed_before_a_batch_is_noised_from_then_on(tmp_path: Any) -> None:
+    recorder, module = Recorder(), Classifier()
+    module.network[0].requires_grad_(False)
+    callbacks = [ThawsBeforeABatch(), recorder]
+    make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, callbacks=callbacks).fit(module, make_loader())
+    assert ["network.0.weight" in seen for seen in recorder.before_step] == [False, False, True, True]
 
 
 @pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode:UserWarning")
