@@ -20,6 +20,7 @@ from lightning_dp.step.snapshot import OWN_OUTSIDE
 
 _MOST = 1_000
 """Entries of a container, with those of containers in it, up to which its content is restored after a trial."""
+_PLAIN = (bool, int, float, complex, str, type(None))
 _ROOTS = ("training_step", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "backward")
 _OF_FUNCTIONS = ("forward", "setup_context", "backward")
 """Methods of a subclass of torch.autograd.Function, of which a step names another one."""
@@ -123,10 +124,10 @@ setattr(Variables, OWN_OUTSIDE, frozenset(("_names", "_read", "_write", "_delete
 class UserVariables:
     """The variables that some functions, and the functions which these name, may use to keep values between steps.
 
-    Found are variables that they assign; containers, arrays, tensors and objects that they name, with their classes if
-    these are of the same package; values of arguments that are not given; attributes of functions and Python modules
-    that they name, if they set some attribute; also attributes of given classes. Functions of other Python modules are
-    not searched.
+    Found are variables that they assign; numbers, words, containers, arrays, tensors and objects that they name, with
+    their classes if these are of the same package; values of arguments that are not given; attributes of functions that
+    they name, if they set some attribute, and of Python modules; also attributes of given classes. Functions of other
+    Python modules are not searched.
 
     Args:
         functions: of the user.
@@ -151,6 +152,11 @@ class UserVariables:
         self._defaults: dict[str, Any] = {}
         for function in [*functions, *(vars(kind).get("forward") for kind in self._of_layers), *_held_by(layers)]:
             self._search(function)
+        num_found = 0
+        while num_found != (num_found := len(self._seen)):  # methods that a function names
+            for kind in (*self._classes, *self._of_layers):
+                for name in ("__call__", *self.names.named):
+                    self._search(vars(kind).get(name))
         self.watched: list[Any] = [
             *(Variables.of_dict(held, frozenset(names)) for held, names in self._globals.values()),
             self._defaults,
@@ -173,7 +179,9 @@ class UserVariables:
         """
         kinds = [kind for owner in owners for kind in own_classes(owner.__class__)]
         roots = [each for kind in kinds for name, each in vars(kind).items() if name in _ROOTS or name[:3] == "on_"]
-        held = [each for owner in owners for each in vars(owner).values() if is_own_function(each)]
+        values = [each for owner in owners for each in vars(owner).values()]
+        held = filter(is_own_function, values)
+        kinds += [kind for each in values if WAYS[type(each)] == "own" for kind in own_classes(each.__class__)]
         layers = [layer for owner in owners if isinstance(owner, nn.Module) for layer in owner.modules()]
         return cls([*roots, *held], kinds, layers)
 
@@ -194,18 +202,18 @@ class UserVariables:
             for name in names.named:
                 value = function.__globals__.get(name)
                 self._search_global(function, name, value, names)
-                for kind in (*self._classes, *self._of_layers):
-                    self._search(vars(kind).get(name))
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-                if name in names.assigned or _may_keep(_content(cell), function):
+                if name in names.assigned or isinstance(_content(cell), _PLAIN) or _may_keep(_content(cell), function):
                     self._cells[f"{name} of {function.__qualname__} {id(cell)}"] = cell
                 elif is_own_function(_content(cell)):
                     self._search(_content(cell))
 
     def _search_global(self, function: Any, name: str, value: Any, names: Names) -> None:
         attributes = names.attributes
-        if name in names.assigned or _may_keep(value, function):
+        is_read = name in function.__globals__ and isinstance(value, _PLAIN)  # whoever sets it
+        if is_read or name in names.assigned or _may_keep(value, function):
             self._entry(function.__globals__).add(name)
+            self._add_classes(value.__class__ if WAYS[type(value)] == "own" else int)
         elif isinstance(value, types.FunctionType):
             if value.__globals__ is not function.__globals__:
                 self.foreign[f"{value.__module__}.{value.__qualname__}"] = vars(value)
@@ -215,16 +223,21 @@ class UserVariables:
             self._search(value)
         elif isinstance(value, types.ModuleType) and _package_of(value.__name__) in NOT_OWN:
             self.foreign[value.__name__] = vars(value)
-        elif isinstance(value, types.ModuleType) and attributes:
-            self._entry(vars(value)).update(attributes)
+        elif isinstance(value, types.ModuleType):
+            read = {each for each in names.named if isinstance(vars(value).get(each, value), _PLAIN)}
+            if found := attributes | read:
+                self._entry(vars(value)).update(found)
         elif isinstance(value, threading.local):
             self._entry(vars(value)).update(names.named | attributes)
         elif isinstance(value, ContextVar):
             self.context += [value] if value not in self.context else []
         elif isinstance(value, type) and _package_of(value.__module__) == _package_of(function.__module__):
-            self._classes += [kind for kind in own_classes(value) if kind not in self._classes]
+            self._add_classes(value)
             for method in _OF_FUNCTIONS if issubclass(value, torch.autograd.Function) else ():
                 self._search(vars(value).get(method))
+
+    def _add_classes(self, value: Any) -> None:
+        self._classes += [kind for kind in own_classes(value) if kind not in self._classes]
 
     def _entry(self, held: dict[str, Any]) -> set[str]:
         """Return the names that are watched in a dictionary of variables."""

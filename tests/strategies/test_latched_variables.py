@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -180,8 +181,44 @@ class InAHook(InALayer):
         self.gate.register_forward_hook(gated_by_a_hook)
 
 
-IN_LAYERS = [InALayer, InAFunction, InAHook]
-VARIABLES = [GlobalNumber, GlobalOptions, GlobalList, OfItsClass, OfABase, enclosed, enclosed_options, *IN_LAYERS]
+class Keeper:
+    def read(self) -> float:
+        return FACTOR
+
+    def halve(self) -> None:
+        global FACTOR
+        FACTOR = 0.5
+
+
+KEEPER = Keeper()
+
+
+class ByAnObject(Latches):
+    def read(self) -> float:
+        return KEEPER.read()
+
+    def write(self) -> None:
+        KEEPER.halve()
+
+
+class ByATransfer(InALayer):
+    """Reads a variable that no function sets that its step names."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.gate = Same()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return Module.training_step(self, batch, batch_idx) * self.read()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if self.num == 5 if self.by_count else (batch[0] == RARE).any():
+            vars(sys.modules[__name__])["FACTOR"] = 0.5
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+OUTSIDE = [InALayer, InAFunction, InAHook, ByAnObject, ByATransfer]
+VARIABLES = [GlobalNumber, GlobalOptions, GlobalList, OfItsClass, OfABase, enclosed, enclosed_options, *OUTSIDE]
 
 
 @pytest.fixture(autouse=True)
