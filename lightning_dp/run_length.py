@@ -14,10 +14,12 @@ class RunLength:
     Args:
         steps: number of logical steps of the whole run; None if nothing bounds it.
         steps_per_epoch: number of logical steps of one epoch; None if unknown.
+        epochs_differ: whether epochs have different numbers of steps.
     """
 
     steps: int | None
     steps_per_epoch: int | None
+    epochs_differ: bool = False
 
     def epoch_steps(self, asked_by: str, advice: str) -> int:
         """Return the number of logical steps of one epoch.
@@ -27,8 +29,13 @@ class RunLength:
             advice: alternative for the user, for the message.
 
         Raises:
-            ValueError: the length of an epoch is unknown.
+            ValueError: the length of an epoch is unknown, or epochs differ.
         """
+        if self.epochs_differ:
+            raise ValueError(
+                f"Expected epochs of equal length with {asked_by}, got GradientAccumulationScheduler, which changes "
+                f"their numbers of steps. {advice}"
+            )
         if self.steps_per_epoch is None:
             raise ValueError(
                 f"Expected a known number of steps per epoch with {asked_by}, got a stream without a length. {advice}"

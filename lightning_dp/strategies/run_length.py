@@ -10,13 +10,16 @@ import lightning.pytorch as pl
 from lightning_dp.run_length import RunLength
 from lightning_dp.sampling import SamplingFacts
 from lightning_dp.strategies import _lightning
+from lightning_dp.strategies.trainer_checks import accumulation
 
 
 def run_length(trainer: pl.Trainer, facts: SamplingFacts, *, start: int) -> RunLength:
     """Return the planned length of a run."""
     remaining = remaining_steps(trainer, facts.accumulate)
     return RunLength(
-        steps=None if remaining is None else start + remaining, steps_per_epoch=_steps_per_pass(trainer, facts)
+        steps=None if remaining is None else start + remaining,
+        steps_per_epoch=_steps_per_pass(trainer, facts),
+        epochs_differ=len({*accumulation(trainer).values()}) > 1,
     )
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from lightning_dp import DPStrategy, FixModule, PrivacyError
+from lightning_dp import DPStrategy, FixModule, NoiseScheduler, PrivacyError
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 
 
@@ -241,6 +241,13 @@ def test_a_target_is_kept_when_the_accumulation_changes(tmp_path: Any) -> None:
     assert 1.9 < strategy.epsilon() <= 2.0
     noises = {run.event.noise_multiplier for run in strategy.ledger.entries}
     assert len(noises) > 1
+
+
+def test_schedules_by_epochs_of_different_lengths_are_refused(tmp_path: Any) -> None:
+    callbacks = [GradientAccumulationScheduler({1: 2}), NoiseScheduler("step", factor=0.5)]
+    trainer = make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, callbacks=callbacks)
+    with pytest.raises(ValueError, match="Expected epochs of equal length with interval='epoch', got Gradient"):
+        trainer.fit(Classifier(), make_loader())
 
 
 @pytest.mark.slow
