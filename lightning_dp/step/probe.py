@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,24 +48,17 @@ class Probe:
         self.drawn: Any = None  # states of the global generators after the forward
         self.seeds: dict[str, Any] = {}  # of the global generators, then
         self._raw: dict[str, Tensor] = {}
+        self._handles: dict[str, Any] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach this probe within the context; keep raw private gradients out of ``p.grad`` and from hooks on
         parameters, so that user code sees none.
         """
-        public = {name for index in self._step.settings.public_optimizers for name in self._step.parameters.of(index)}
-        private = {
-            name: parameter
-            for name, parameter in self._step.module.named_parameters()
-            # a hook that sees the batch may thaw others
-            if (parameter.requires_grad or (self.rehearses and parameter.is_floating_point()))
-            and name not in public
-            and not self._engine
-        }
+        private = {} if self._engine else self._private()
         self._step.probe = self
         with without_hooks(private.values()):
-            handles = [self._take_from(name, parameter) for name, parameter in private.items()]
+            self._take_from(private)
             try:
                 yield
             except Exception as error:
@@ -74,19 +67,24 @@ class Probe:
                 raise
             finally:
                 self._step.probe = None
-                for handle in handles:
+                for handle in self._handles.values():
                     handle.remove()
                 for parameter in self._step.module.parameters() if self.rehearses else ():
                     parameter.grad = None
 
-    def _take_from(self, name: str, parameter: nn.Parameter) -> Any:
-        """Return the handle of a hook that takes the gradients of a parameter; torch registers none on frozen ones."""
-        trains = parameter.requires_grad
-        try:
-            handle: Any = parameter.requires_grad_().register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
-            return handle
-        finally:
-            parameter.requires_grad_(trains)
+    def _private(self) -> dict[str, nn.Parameter]:
+        public = {name for index in self._step.settings.public_optimizers for name in self._step.parameters.of(index)}
+        named = self._step.module.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad and name not in public}
+
+    def _take_from(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name in parameters.keys() - self._handles.keys():
+            take = parameters[name].register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
+            self._handles[name] = take
+
+    def take_thawed(self) -> None:
+        """Take the gradients of parameters, too, that a hook of this run has thawed before the step."""
+        self._take_from(self._private())
 
     def _taker(self, name: str) -> Any:
         def take(parameter: Tensor) -> None:

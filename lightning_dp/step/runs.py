@@ -227,6 +227,7 @@ class TrialRuns:
             if rehearses and step.automatic:
                 with torch.enable_grad(), freezing:
                     self.host.begin(records)
+                probe.take_thawed()
                 self.host.rehearse(forward_backward)
                 probe.keep_raw(0)
             else:
