@@ -202,8 +202,7 @@ class PrivateFit:
         """Run all microbatches except the real call's in the sandbox, each from the same state.
 
         Args:
-            microbatches: microbatches to run. None is a placeholder on ranks with fewer microbatches than another
-                rank; a record of weight 0 runs in its place.
+            microbatches: those to run; None on ranks with fewer than another, where a record of weight 0 runs instead.
         """
         step = self.step
         counts = None if step.automatic else Counts(self._strategy)
