@@ -41,10 +41,15 @@ class Firsts:
 
     def __init__(self) -> None:
         self._known: set[tuple[Hashable, Hashable]] = set()
-        self._num_new: dict[Hashable, int] = {}
+        self._known_at: dict[Hashable, int] = {}
         self._num_checked = self._checked_at = 0
-        self.is_new = False
+        self.num_new = 0
+        """New values that real batches have shown since ``settle``."""
+
+    @property
+    def is_new(self) -> bool:
         """True if real batches have shown a new value since ``settle``."""
+        return self.num_new > 0
 
     def see(self, found: Iterable[tuple[Hashable, Hashable]], *, checked: bool = False) -> None:
         """Read the places and values of a batch.
@@ -56,12 +61,12 @@ class Firsts:
         for place, value in found:
             if (place, value) in self._known:
                 continue
-            number = self._num_new.get(place, 0)
+            number = self._known_at.get(place, 0)
             if checked or number < MOST:
                 self._known.add((place, value))
             if not checked and number < MOST:
-                self._num_new[place] = number + 1
-                self.is_new = True
+                self._known_at[place] = number + 1
+                self.num_new += 1
 
     def is_open(self, place: Hashable) -> bool:
         """Tell whether a new value at a place would count; if not, nothing needs to read it."""
@@ -74,7 +79,7 @@ class Firsts:
     def settle(self, number: int) -> None:
         """Count new values as checked in a logical step."""
         if self.is_new:
-            self._num_checked, self._checked_at, self.is_new = self._num_checked + 1, number, False
+            self._num_checked, self._checked_at, self.num_new = self._num_checked + 1, number, 0
 
 
 class Shown:
@@ -88,9 +93,9 @@ class Shown:
         """True while a batch runs whose records are compared with themselves alone."""
 
     @property
-    def is_new(self) -> bool:
-        """True if real batches have shown anything new since ``settle``."""
-        return any(each.is_new for each in self._all)
+    def num_new(self) -> int:
+        """New values of any kind that real batches have shown since ``settle``."""
+        return sum(each.num_new for each in self._all)
 
     @contextmanager
     def comparing(self) -> Iterator[None]:

@@ -86,6 +86,11 @@ class LossFactors:
                 self._new.add((name, one, of_record))
         return bool(self._new)
 
+    @property
+    def num_new(self) -> int:
+        """Number of factors that are new since ``settle``, as far as they have been read."""
+        return len(self._new)
+
     def are_due(self, number: int) -> bool:
         """Tell whether to check new factors in a logical step: the first ones at once, later ones once in 100 steps."""
         return self.read_new() and (self._num_checked < MOST_AT_ONCE or number - self._checked_at >= 100)

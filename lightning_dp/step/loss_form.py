@@ -173,7 +173,12 @@ class LossForm:
         """True if a real loss had operations that no check has seen, or counted its rows by other factors, or if its
         batch has shown anything for the first time.
         """
-        return self.has_new_operations or self.shown.is_new or self.factors.read_new()
+        return self.num_new > 0 or self.factors.read_new()
+
+    @property
+    def num_new(self) -> int:
+        """Number of things that :attr:`is_new` tells of, without factors, which show after the backward."""
+        return len(self._new) + len(self._new_calls) + self.shown.num_new
 
     @property
     def has_new_calls(self) -> bool:

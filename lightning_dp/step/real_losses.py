@@ -32,11 +32,11 @@ Sizes = dict[tuple[int, int], int]
 class RealLosses:
     """A watch of the losses of real microbatches, and the checks before their gradients are released.
 
-    A loss of a new form makes all checks due. The records of its microbatch then also run alone, because those of a
-    regular check may not be the ones that user code goes by. So do the records of a loss that counts its rows by new
-    factors, and those of a new form in a step that began with regular checks. So do those of a batch whose rows are
-    longer or shorter than all before, because one long record pads the rows of all others, and of one from which user
-    code reads new values (``Readings``), by which it may choose what becomes of all others.
+    A loss of a new form makes all checks due. The records of each microbatch that shows something new then also run
+    alone, because those of a regular check may not be the ones that user code goes by. So do the records of a loss that
+    counts its rows by new factors, and those of a new form in a step that began with regular checks. So do those of a
+    batch whose rows are longer or shorter than all before, because one long record pads the rows of all others, and of
+    one from which user code reads new values (``Readings``), by which it may choose what becomes of all others.
 
     Args:
         runs: run the user's step.
@@ -55,7 +55,8 @@ class RealLosses:
         self._read: list[set[Any]] = []  # values that user code has read before the forward of each microbatch
         self._ranges: dict[tuple[int, int], tuple[int, int]] = {}  # of these sizes so far
         self._seen_in: tuple[list[int], Ran | None] = [], None  # of the newest loss
-        self._new_in: tuple[list[int], Ran | None] | None = None  # of the first one that is new
+        self._new_in: list[tuple[list[int], Ran | None]] = []  # of those that have shown something new
+        self._num_new = 0, 0  # things that are new by now: factors and others
         self.part = -1
         """Number of the microbatch that runs, from the last one."""
 
@@ -110,8 +111,7 @@ class RealLosses:
         recording = step.recording
         if not step.settings.check_per_sample or step.runs_samples_alone or recording is None:
             return
-        if form.factors.read_new():  # those of the loss before
-            self._note_new()
+        self._note_new(factors_only=True)  # those of the loss before
         positions = self._positions[self.part] if -self.part <= len(self._positions) else []
         self._seen_in = positions, self._written.batches[0]
         count = recording.count if recording.weight and recording.count > 1 else 0
@@ -133,10 +133,13 @@ class RealLosses:
             self._runs.loss_form.shown.readings.see(microbatch.readings.take())
             self._note_new()
 
-    def _note_new(self) -> None:
-        """Take note of the records of the first microbatch whose loss is new; factors show after its backward."""
-        if self._new_in is None and self._runs.loss_form.is_new:
-            self._new_in = self._seen_in
+    def _note_new(self, *, factors_only: bool = False) -> None:
+        """Take note of the records of the newest loss if something is new since the loss before."""
+        form, (factors, others) = self._runs.loss_form, self._num_new
+        form.factors.read_new()
+        self._num_new = form.factors.num_new, others if factors_only else form.num_new
+        if (self._num_new[0] > factors or self._num_new[1] > others) and self._seen_in not in self._new_in:
+            self._new_in.append(self._seen_in)
 
     def check(self, *, at_end: bool = False) -> None:
         """Check a loss that is new on any of several processes. Before a release and between accumulated batches, or,
@@ -150,8 +153,8 @@ class RealLosses:
         since = 100 if at_end else number - form.checked_at
         begins = since == 0  # this step began with a check, but of other records
         self._note_new()
-        positions, ran = self._new_in or (self._written.batches[0].positions, None)
-        ran, self._new_in = ran or self._written.batches[0], None
+        (positions, ran), *_ = new_in = self._new_in or [(self._written.batches[0].positions, None)]
+        ran, self._new_in = ran or self._written.batches[0], []
         if not agree(form.is_due(since, number) or (begins and form.is_new)):
             return
         try:
@@ -160,23 +163,33 @@ class RealLosses:
             with ran.numbers_back_in():
                 if everything := agree(form.has_new_calls if begins else form.has_new_operations):
                     self._check_again(number, positions)
-                form.factors.settle(number, checked=self._check_in_batch(positions, number))
+                form.factors.settle(number, checked=self._check_in_batches([each for each, _ in new_in], number))
                 form.shown.settle(number)
                 form.settle(by_check=everything or not begins)
+                self._num_new = 0, form.num_new
         except PrivacyError as error:
             if (step.automatic and not form.was_released) or exchanged:  # before a release, also by manual steps
                 raise
             raise PrivacyError(f"{error} {RELEASED}") from error
 
-    def _check_in_batch(self, positions: list[int], number: int) -> bool:
-        """Compare the records of a microbatch with the same records alone; return whether that was possible."""
-        reduction = self._step.reduction
-        if self._step.runs_samples_alone or reduction.is_sharded or reduction.agree(len(positions) < 2):
+    def _check_in_batches(self, microbatches: list[list[int]], number: int) -> bool:
+        """Compare the records of microbatches with the same records alone; return whether there were any to compare.
+
+        Args:
+            microbatches: positions of their records. Ranks may have different numbers of them; other records run in
+                place of one that is missing, because user code may communicate.
+            number: of the logical step.
+        """
+        reduction, found = self._step.reduction, False
+        if self._step.runs_samples_alone or reduction.is_sharded:
             return False
-        with self._sandbox.enter() as snapshot, self._runs.progress():
-            records = self._runs.host.read(positions)
-            check_in_batch(self._runs, snapshot, records, seed=number, agree=reduction.agree)
-        return True
+        waiting = [positions for positions in microbatches if len(positions) > 1]
+        while reduction.agree(bool(waiting)):
+            found, host = True, self._runs.host
+            with self._sandbox.enter() as snapshot, self._runs.progress():
+                records = host.read(waiting.pop(0)) if waiting else host.records(2, seed=number)
+                check_in_batch(self._runs, snapshot, records, seed=number, agree=reduction.agree)
+        return found
 
 
 def _sizes_of_rows(batch: Any, count: int) -> Sizes:

@@ -91,7 +91,8 @@ def _check(
         return found
 
     most = step.settings.samples_at_once or 0 if together else 1  # the last microbatch alone has effect
-    real = [batch[-most:] for batch in real if not anywhere(not batch)]
+    # others run where this rank has drawn nobody
+    real = [(batch or records)[-most:] for batch in real if anywhere(bool(batch))]
     shared: dict[str, Any] = {"together": together, "anywhere": anywhere, "real": real, "later": later}
     for ends in [each for each in ends_in_turn if not each or host.has_epoch_end]:
         state_check.check_state(partial(run, ends=ends), (records * 3)[:3], copies=host.copies, **shared)

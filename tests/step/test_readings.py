@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_dp import PrivacyError
 from lightning_dp.step.firsts import MOST, MOST_AT_ONCE, Firsts
 from lightning_dp.step.readings import Readings, restore
+from tests.helpers import make_dataset
+from tests.loops import mean_loss, start, train
 
 
 def values_of(read: Callable[[Tensor], Any], *values: float) -> int:
@@ -87,3 +91,24 @@ def test_checks_of_new_values_become_rare() -> None:
         firsts.settle(step)
     firsts.see([(step + 1, 0)])
     assert [firsts.are_due(step + later) for later in (1, 99, 100)] == [False, False, True]
+
+
+def test_each_microbatch_that_shows_something_new_is_checked() -> None:
+    """Records 158 and 77 come with the fifth batch, in different microbatches, and no check has read them before."""
+    features, labels = make_dataset(300, dtype=torch.float64).tensors
+    features[158, 0], features[77, 0] = 7.0, 9.0
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        if (inputs[:, 0] == 7.0).any():
+            inputs = inputs * 1.0
+        if (inputs[:, 0] == 9.0).any():
+            inputs = inputs - inputs.mean(0)
+        return mean_loss(model, [inputs, targets])
+
+    loader = DataLoader(TensorDataset(features, labels), batch_size=8)
+    with start(loader=loader, loss_fn=loss, steps=6, microbatch_size=4, seed=3) as private:
+        train(private, 4)
+        with pytest.raises(PrivacyError, match="when run alone"):
+            train(private, 6)
+        assert private.steps_taken == 4
