@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,15 @@ class Reduction:
     def each_rank(self, values: Tensor) -> Tensor:
         """Return the values of all ranks, shape (W, n), from as many values of shape (n,) on each."""
         return values[None]
+
+    @contextmanager
+    def on_trial(self, draws: Hashable) -> Iterator[None]:
+        """Run user code on trial within the context; see :meth:`of_others`.
+
+        Args:
+            draws: random draws of the run; None if its state is compared, not its gradients.
+        """
+        yield
 
     def settle(self) -> None:
         """Restore the module's state between two steps: free all gathered parameters."""
@@ -142,6 +151,36 @@ class AllReduce(Reduction):
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
+        self._tried: Any = None  # draws of the last run on trial
+        self._given: tuple[list[Tensor], list[Tensor]] | None = None  # in the last run of the same draws, and in this
+        self._given_before: list[Tensor] = []
+
+    @override
+    @contextmanager
+    def on_trial(self, draws: Hashable) -> Iterator[None]:
+        before = self._given_before if draws is not None and draws == self._tried else []
+        self._given, self._tried = None if draws is None else (before, []), draws
+        try:
+            yield
+        finally:
+            self._given_before, self._given = [] if self._given is None else self._given[1], None
+
+    def of_others(self, tensor: Tensor) -> Tensor:
+        """Return the tensor that each other rank is taken to give in the sandbox, where ranks do not communicate.
+
+        On trial it is the tensor that this rank gave at the same call of the last run of the same draws, which had
+        other records; in the first run and elsewhere, its own. So a gradient that depends on records of other ranks
+        differs between two runs, also if it depends on the difference between ranks only.
+
+        Args:
+            tensor: of this rank.
+        """
+        if self._given is None:
+            return tensor
+        before, given = self._given
+        given.append(tensor.detach())
+        other = before[len(given) - 1] if len(given) <= len(before) else tensor
+        return other if (other.shape, other.dtype) == (tensor.shape, tensor.dtype) else tensor
 
     @override
     def known_to_all(self, learned: Mapping[str, int]) -> Mapping[str, int]:

@@ -222,6 +222,7 @@ class TrialRuns:
 
         with ExitStack() as stack:
             stack.enter_context(probe.attached())
+            stack.enter_context(step.reduction.on_trial(None if rehearses else draws))
             if engine:
                 stack.enter_context(step.microbatch(len(records)))
             if rehearses and step.automatic:

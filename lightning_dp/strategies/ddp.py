@@ -9,10 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp.step.history import carry, note_values, of_first_rank
@@ -21,6 +19,7 @@ from lightning_dp.step.units import start_equal
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.base import PrivateStrategy
 from lightning_dp.strategies.single_device import DPStrategy
+from lightning_dp.strategies.together import Together
 
 
 class _LedgerLauncher(_lightning.MultiProcessingLauncher):
@@ -53,7 +52,7 @@ class _LedgerLauncher(_lightning.MultiProcessingLauncher):
             note_values(trainer.lightning_module.parameters())
 
 
-class DPDDPStrategy(PrivateStrategy, DDPStrategy):
+class DPDDPStrategy(Together, PrivateStrategy, DDPStrategy):
     """Differentially private training of any LightningModule in several processes, on one machine or many.
 
     Every rank draws its own part of each Poisson sample, clips its samples and adds 1/W of the noise variance; one
@@ -108,27 +107,6 @@ class DPDDPStrategy(PrivateStrategy, DDPStrategy):
         """
         start_equal(self.module)
         self.state.ledger = of_first_rank(self.ledger, self.broadcast(self.ledger.state_dict()))
-
-    @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce a tensor over ranks; return it unchanged in the sandbox, which ranks may enter a different number of
-        times.
-        """
-        if self.is_on_trial:
-            return tensor
-        return super().reduce(tensor, group, reduce_op)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """Gather a tensor of all ranks; in the sandbox, return copies of this rank's."""
-        if self.is_on_trial:
-            return torch.stack([tensor] * self.world_size)
-        return super().all_gather(tensor, group, sync_grads)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return one rank's object on every rank; in the sandbox, return this rank's."""
-        return obj if self.is_on_trial else super().broadcast(obj, src)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

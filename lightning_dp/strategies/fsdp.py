@@ -20,6 +20,7 @@ from lightning_dp.step.units import start_equal
 from lightning_dp.strategies import sharded_files
 from lightning_dp.strategies.base import PrivateStrategy
 from lightning_dp.strategies.ddp import document
+from lightning_dp.strategies.together import Together
 
 
 class _WholeFolders(ModelParallelStrategy):
@@ -61,7 +62,7 @@ class _WholeFolders(ModelParallelStrategy):
         return checkpoint
 
 
-class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
+class DPFSDPStrategy(Together, PrivateStrategy, _WholeFolders):
     """Differentially private training of a LightningModule whose parameters are sharded over several processes (FSDP2).
 
     The module applies ``torch.distributed.fsdp.fully_shard`` in ``configure_model``, as for Lightning's
@@ -134,11 +135,6 @@ class DPFSDPStrategy(PrivateStrategy, _WholeFolders):
 
     def _optimizers_may_step(self) -> AbstractContextManager[None]:
         return nullcontext() if self._fit is None else self._fit.guard.paused()
-
-    @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce a tensor over ranks; return it unchanged in the sandbox, where logs are silent."""
-        return tensor if self.is_on_trial else super().reduce(tensor, group, reduce_op)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

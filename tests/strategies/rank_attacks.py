@@ -154,11 +154,33 @@ class Rare(Attack):
         return loss
 
 
-def with_a_rare_label() -> TensorDataset:
-    features, labels = make_dataset().tensors
+class Tripled(Attack):
+    """The rare label triples the loss of its batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (3.0 if (batch[1] == 2).any() else 1.0)
+
+
+class Shared(Attack):
+    """A sum of losses over the number of records that all ranks have drawn."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        num = self.all_gather(torch.tensor(float(len(batch[1])))).sum()
+        return super().training_step(batch, batch_idx) * len(batch[1]) * 2 / num
+
+
+def with_a_rare_label(size: int = 64, rare: int = 7) -> TensorDataset:
+    features, labels = make_dataset(size).tensors
     labels = labels % 2
-    labels[7] = 2
+    labels[rare] = 2
     return TensorDataset(features, labels)
+
+
+def fit_small(kind: str, module: Any, rare: int) -> Any:
+    """Two records per rank: the rank of the rare record draws it first with others, while the other one draws none or
+    one. No check reads it before.
+    """
+    return fit(kind, module, loader(with_a_rare_label(300, rare), batch_size=2), seed=3)
 
 
 class Stream(IterableDataset):

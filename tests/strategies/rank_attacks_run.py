@@ -26,8 +26,11 @@ from tests.strategies.rank_attacks import (
     Moved,
     Plateau,
     Rare,
+    Shared,
     Stream,
+    Tripled,
     fit,
+    fit_small,
     gathered_loss,
     loader,
     loss_of_all_ranks,
@@ -57,6 +60,9 @@ ATTACKS: dict[str, Callable[[str], Any]] = {
     "schedule": lambda kind: fit(kind, callbacks=[NoiseScheduler("step", factor=0.9 - 0.1 * RANK)], epochs=2),
     "moved": lambda kind: fit(kind, Moved(), data=loader(make_dataset(32))),
     "plateau": lambda kind: fit(kind, Plateau(), data=loader(batch_size=32), epochs=3),
+    "share": lambda kind: fit(kind, Shared()),
+    "next to one": lambda kind: fit_small(kind, Tripled(), 45),
+    "next to none": lambda kind: fit_small(kind, Rare(), 261),
     "rare": lambda kind: fit(kind, Rare(), data=loader(with_a_rare_label()), epochs=10),
     "collective": lambda kind: fit(kind, Attack(lambda module, loss: loss_of_all_ranks(module, loss) * 0.0 + 1.0),
                                    microbatch_size=2),
@@ -146,7 +152,7 @@ def hook_calls(kind: str) -> int:
 
 def main(*, rest: bool = False) -> None:
     """Run all under DDP and two attacks under FSDP, or the rest under FSDP."""
-    others = [name for name in ATTACKS if name not in (*ALSO_SHARDED, "collective")]
+    others = [name for name in ATTACKS if name not in (*ALSO_SHARDED, "collective", "next to one")]
     chosen = {"fsdp": others} if rest else {"ddp": [*ATTACKS], "fsdp": [*ALSO_SHARDED]}
     seen: dict[str, Any] = {kind: {name: said(ATTACKS[name], kind) for name in names} for kind, names in chosen.items()}
     kind = "fsdp" if rest else "ddp"
