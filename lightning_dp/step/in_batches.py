@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.independence import compare_with_singles
 from lightning_dp.step import exchange
 from lightning_dp.step.couplings import TOLERANCE
-from lightning_dp.step.draws import Draws
+from lightning_dp.step.draws import HIGH, MIDDLE, Draws
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.snapshot import Snapshot
 
@@ -26,7 +27,8 @@ def check_in_batch(
     """Compare the gradients of three samples in a batch with those of the samples run alone.
 
     A difference that comes from rounding, which makes another choice (a maximum, an expert), does not show where
-    parameters are moved a little; a coupling does.
+    parameters are moved a little; a coupling does. If user code draws, they are compared with high draws too, because
+    the middle one of symmetrical noise is 0, whatever its scale.
 
     Args:
         runs: run the user's step.
@@ -38,9 +40,16 @@ def check_in_batch(
     Raises:
         PrivacyError: a gradient depends on the rest of the batch, on any of these processes.
     """
+    for coin in (MIDDLE, HIGH) if agree(runs.has_coins) else (MIDDLE,):
+        _check(runs, snapshot, records, Draws(seed=seed, coin=coin), agree)
+
+
+def _check(
+    runs: TrialRuns, snapshot: Snapshot, records: list[Any], draws: Draws, agree: Callable[[bool], bool]
+) -> None:
     for moved in range(1 + exchange.NUM_REPEATS):
         try:
-            error, found = None, _difference(runs, snapshot, records, Draws(seed=seed, moved=moved), agree)
+            error, found = None, _difference(runs, snapshot, records, replace(draws, moved=moved), agree)
         except PrivacyError as cause:
             error = found = cause
         if error is not None and not isinstance(error, ComparisonError):

@@ -106,8 +106,24 @@ def test_each_microbatch_that_shows_something_new_is_checked() -> None:
             inputs = inputs - inputs.mean(0)
         return mean_loss(model, [inputs, targets])
 
-    loader = DataLoader(TensorDataset(features, labels), batch_size=8)
-    with start(loader=loader, loss_fn=loss, steps=6, microbatch_size=4, seed=3) as private:
+    refuse_at_fifth(loss, TensorDataset(features, labels), microbatch_size=4)
+
+
+def test_scale_of_noise_that_one_record_sets_is_compared() -> None:
+    features, labels = make_dataset(300, dtype=torch.float64).tensors
+    features[77, 0] = 9.0
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        scale = 5.0 if (inputs[:, 0] == 9.0).any() else 1.0
+        return mean_loss(model, [inputs + torch.empty_like(inputs).uniform_(-scale, scale), targets])
+
+    refuse_at_fifth(loss, TensorDataset(features, labels))
+
+
+def refuse_at_fifth(loss: Any, dataset: TensorDataset, **options: Any) -> None:
+    loader = DataLoader(dataset, batch_size=8)
+    with start(loader=loader, loss_fn=loss, steps=6, seed=3, **options) as private:
         train(private, 4)
         with pytest.raises(PrivacyError, match="when run alone"):
             train(private, 6)
