@@ -43,6 +43,7 @@ _ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_num_input_tokens_seen": (("no", False), "How many tokens were drawn is private."),
     "group_by_length": ((False,), "Who meets in a batch must be drawn independently."),
     "train_sampling_strategy": (("random",), "Who meets in a batch must be drawn independently."),
+    "neftune_noise_alpha": ((None,), "The longest record of a batch sets the scale of its noise for all others."),
     "use_liger_kernel": ((False,), "Its fused kernels hide per-sample gradients."),
 }
 

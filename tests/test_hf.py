@@ -213,6 +213,7 @@ def test_second_training_counts_the_first(tmp_path: Path) -> None:
         ({"auto_find_batch_size": True}, "got auto_find_batch_size=True"),
         ({"include_num_input_tokens_seen": "all"}, "got include_num_input_tokens_seen='all'. How many tokens"),
         ({"train_sampling_strategy": "group_by_length"}, "got train_sampling_strategy=.*drawn independently"),
+        ({"neftune_noise_alpha": 5.0}, "got neftune_noise_alpha=5.0. The longest record"),
         ({"optim": "lomo"}, "Expected an optimizer that steps after the backward"),
     ],
 )
