@@ -22,6 +22,8 @@ class Together(RunFacts, Strategy):
     """
 
     _fit: PrivateFit | None
+    global_rank: int
+    world_size: int
 
     def _of_others(self, tensor: Tensor) -> Tensor:
         reduction: Any = None if self._fit is None else self._fit.step.reduction
