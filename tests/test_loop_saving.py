@@ -29,6 +29,10 @@ def test_resumed_run_spends_what_one_run_does(kind: Any, tmp_path: Path) -> None
     loaded = torch.load(tmp_path / "last.pt", weights_only=True)
     model = make_model()
     optimizer = kind(model.parameters(), lr=0.01)
+    with start(copy.deepcopy(model), history=[], **options) as private:  # loads and saves again, without a step
+        private.load_state_dict(loaded["lightning_dp"])
+        again = private.state_dict()
+        assert again["plan"] == loaded["lightning_dp"]["plan"]
     with start(model, optimizer=optimizer, **options) as private:
         private.load_state_dict(loaded["lightning_dp"])
         model.load_state_dict(loaded["model"])

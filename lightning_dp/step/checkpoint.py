@@ -36,14 +36,16 @@ class Restored(NamedTuple):
     unledgered: int
 
 
-def dump(ledger: Ledger, plan: Any, step: int, *, global_step: int, unledgered: int, notes: RunNotes) -> dict[str, Any]:
+def dump(
+    ledger: Ledger, plan: dict[str, Any] | None, step: int, *, global_step: int, unledgered: int, notes: RunNotes
+) -> dict[str, Any]:
     """Return the privacy state as plain values, without the noise generator's state, because reused noise can be
     cancelled.
     """
     return {
         "version": VERSION,
         "ledger": ledger.state_dict(),
-        "plan": None if plan is None else plan.state_dict(),
+        "plan": plan and {name: value for name, value in plan.items() if name != "spent"},  # which ``load`` adds
         "step": step,
         "global_step": global_step,
         "unledgered": unledgered,

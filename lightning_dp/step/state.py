@@ -265,7 +265,7 @@ class PrivacyState:
         """
         return saved.dump(
             self.ledger,
-            self.plan,
+            self.plan.state_dict() if self.plan is not None else self.restored_plan,
             self.steps_taken,
             global_step=global_step,
             unledgered=self.unledgered,
