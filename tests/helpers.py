@@ -110,11 +110,12 @@ class Recorder(L.Callback):
 
 
 class Hidden(torch.autograd.Function):
-    """A product with a weight that reports nothing: no rule can follow it."""
+    """A product with a weight that reports nothing. It draws a number, so it cannot run again for each sample."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        torch.rand(())
         return x @ weight
 
     @staticmethod

@@ -72,8 +72,8 @@ def adds_to_leaves() -> bool:
     return frame is None or frame.f_code is added
 
 
-def custom_call() -> tuple[str, tuple[Any, ...]] | None:
-    """Return the name of the ``torch.autograd.Function`` whose ``forward`` is running, and its arguments; None if there
+def custom_call() -> tuple[Any, tuple[Any, ...]] | None:
+    """Return the ``torch.autograd.Function`` whose ``forward`` is running, and its arguments; None if there
     is none.
     """
     code: Any = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def custom_call() -> tuple[str, tuple[Any, ...]] | None:
     if frame is None:
         return None
     given = frame.f_locals
-    return given["cls"].__name__, (*given["args"], *given["kwargs"].values())
+    return given["cls"], (*given["args"], *given["kwargs"].values())
 
 
 def is_view(tensor: Tensor) -> bool:

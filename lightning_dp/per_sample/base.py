@@ -212,6 +212,12 @@ class GradientEngine(SampleGradients):
         """
         return False
 
+    def replay_functions(self) -> bool:
+        """Run each ``torch.autograd.Function`` that hides uses again for each sample when the layout is learned again;
+        return False if that is not possible or new.
+        """
+        return False
+
     def spread_penalties(self) -> bool:
         """Spread penalties on parameters, which are added to a mean loss, evenly over the samples when the layout is
         learned again; return False if that is not possible or new.

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function
-from typing_extensions import override
 
-from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import operations
-from lightning_dp.per_sample._torch import in_backward
-from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis
-from lightning_dp.per_sample.nodes import Reporting
-from lightning_dp.per_sample.owned import OwnedAxis
-from lightning_dp.per_sample.rules.base import Call, Rule, sum_rows, widen
+from lightning_dp.per_sample.registered import Gradients, Registered, report_apply, run_registered
 from lightning_dp.per_sample.tracker import Tracker
-from lightning_dp.per_sample.uses import Use, tap_output
-from lightning_dp.system.torch_private import num_changes
 
-Gradients = Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]]
-_RULES: dict[Any, _Registered] = {}
+_RULES: dict[Any, Registered] = {}
 """The rules that are registered now, by operation."""
 
 
@@ -33,7 +23,7 @@ def register_rule(
     """Register a function that computes the per-sample gradients of an operation.
 
     An operation without a rule is mapped over the samples if torch can map it. A ``torch.autograd.Function`` without a
-    rule does not report its uses of private parameters.
+    rule runs again for each sample, which a rule saves.
 
     **Guarantee**: none about the rule itself. Test it by :func:`check_rule`. The comparison with single samples at the
     first batch of a run refuses a wrong rule, but only for the inputs of that batch. A sample's norm and its
@@ -85,42 +75,22 @@ def register_rule(
     unknown = set(parameters) - set(arguments)
     if unknown or not parameters:
         raise ValueError(f"Expected parameters among arguments={tuple(arguments)}, got parameters={tuple(parameters)}.")
-    rule = _RULES[operation] = _Registered(operation.__name__, gradients, arguments, parameters)
+    rule = _RULES[operation] = Registered(operation.__name__, gradients, arguments, parameters)
 
     def run(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
         values = rule.named(args) | kwargs
-        return _run(tracker, func, args, kwargs, rule, values, parameters)
+        return run_registered(tracker, func, args, kwargs, rule, values, parameters)
 
     if isinstance(operation, type) and issubclass(operation, torch.autograd.Function):
-        before = operation.__dict__.get("apply")
-        apply: Any = operation.apply
-
-        @functools.wraps(operation.forward)
-        def reporting(*args: Any) -> Any:
-            tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
-            if has_torch_function(tensors):
-                return handle_torch_function(reporting, tensors, *args)
-            return apply(*args)
-
-        reporting.__name__ = operation.__name__
-        operation.apply = staticmethod(reporting)  # type: ignore[method-assign]
-        operations.add(reporting, operations.Operation(run, keeps_rows=True))
-
-        def remove() -> None:
-            _RULES.pop(operation, None)
-            operations.add(reporting, None)
-            if before is None:
-                del operation.apply
-            else:
-                operation.apply = before  # type: ignore[method-assign]
-
-        return remove
-    built_in = operations.operation_of(operation)
-    operations.add(operation, operations.Operation(run, keeps_rows=True))
+        undo = report_apply(operation, run)
+    else:
+        built_in = operations.operation_of(operation)
+        operations.add(operation, operations.Operation(run, keeps_rows=True))
+        undo = functools.partial(operations.add, operation, built_in)
 
     def forget() -> None:
         _RULES.pop(operation, None)
-        operations.add(operation, built_in)
+        undo()
 
     return forget
 
@@ -175,125 +145,3 @@ def check_rule(operation: Any, *arguments: Any) -> None:
 def wrong_rules(message: str) -> list[str]:
     """Return the registered operations of parameters that an error message names."""
     return sorted(rule.name for rule in _RULES.values() if any(f" {name} (" in message for name in rule.met))
-
-
-AXES = (BatchAxis, OwnedAxis)
-
-
-class _Registered(Rule):
-    is_stackable = False
-
-    def __init__(self, name: str, gradients: Gradients, arguments: Sequence[str], parameters: Sequence[str]) -> None:
-        self.name, self._gradients = name, gradients
-        self._arguments, self.parameters = tuple(arguments), tuple(parameters)
-        self.met: set[str] = set()
-        """Qualified names of the parameters that it was used for."""
-
-    def named(self, arguments: Sequence[Any]) -> dict[str, Any]:
-        """Return positional arguments by name.
-
-        Raises:
-            ValueError: there are more of them than names.
-        """
-        if len(arguments) > len(self._arguments):
-            raise ValueError(
-                f"Expected register_rule to name all {len(arguments)} arguments of {self.name}, got "
-                f"arguments={self._arguments}. Name them in order."
-            )
-        return dict(zip(self._arguments, arguments, strict=False))
-
-    def gradients(
-        self, values: Mapping[str, Any], backprop: Tensor, shapes: Mapping[str, torch.Size]
-    ) -> dict[str, Tensor]:
-        """Return the gradients of each row for the parameters whose shapes are given.
-
-        Raises:
-            ValueError: the user's function raises, or returns something else.
-        """
-        given = [value for value in (*values.values(), backprop) if isinstance(value, Tensor)]
-        before = [*map(num_changes, given)]
-        try:
-            found = self._gradients(values, backprop)
-        except Exception as error:
-            raise ValueError(
-                f"The registered rule for {self.name} raised {type(error).__name__}: {error}. It was given "
-                f"values={sorted(values)} and a backprop of shape {tuple(backprop.shape)}."
-            ) from error
-        if [*map(num_changes, given)] != before:
-            raise ValueError(
-                f"The registered rule for {self.name} changed its values or its backprop in place, from which other "
-                "gradients are computed. Compute new tensors."
-            )
-        for name, shape in shapes.items():
-            expected, got = (len(backprop), *shape), found.get(name) if isinstance(found, Mapping) else found
-            if not isinstance(got, Tensor) or got.shape != expected:
-                kind = "nothing" if got is None else type(got).__name__
-                shown = tuple(got.shape) if isinstance(got, Tensor) else kind
-                raise ValueError(
-                    f"Expected a registered rule to return {name!r} of shape {expected}, got {shown}. The rule for "
-                    f"{self.name} returns a dictionary with one gradient per row."
-                )
-        return dict(found)
-
-    @override
-    def per_sample(self, module: Any, calls: Sequence[Call], batch_size: int, names: set[str]) -> dict[str, Tensor]:
-        if batch_size == 0:
-            return {name: widen(calls[0].backprop).new_zeros(0, *module[name]) for name in names}
-        grads: dict[str, Tensor] = {}
-        for call in calls:
-            found = self.gradients(call.kwargs, call.backprop, {name: module[name] for name in sorted(names)})
-            for name in names:
-                grad = sum_rows(widen(found[name]), call.multiplicity)
-                grads[name] = grads[name] + grad if name in grads else grad
-        return grads
-
-
-class _Shapes(dict[str, torch.Size]):
-    """A hashable dictionary of the shapes of parameters by name."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self.items()))
-
-
-def _run(
-    tracker: Tracker,
-    func: Any,
-    args: Any,
-    kwargs: Any,
-    rule: _Registered,
-    values: dict[str, Any],
-    parameters: Sequence[str],
-) -> Any:
-    nodes = {name: node for name in parameters if (node := tracker.node_of(values.get(name))) is not None}
-    others = [value for name, value in values.items() if name not in nodes]
-    if not nodes or any(isinstance(value, Reporting) and tracker.node_of(value) is not None for value in others):
-        return tracker.general(func, args, kwargs)
-    tensors = [value for value in values.values() if isinstance(value, Tensor)]
-    plan = tracker.plan_of(func, next(iter(nodes.values())), tensors)
-    if plan is None:
-        return tracker.general(func, args, kwargs)
-    rule.met |= {name for node in nodes.values() for name in node.names}
-    out_axis = plan.outputs[0]
-    if len(plan.outputs) != 1 or not isinstance(out_axis, AXES):
-        raise PrivacyError(f"Expected a result with a batch axis of {func.__name__}, got none. {WAY_OUT}.")
-    axes = dict(zip([name for name, value in values.items() if isinstance(value, Tensor)], plan.inputs, strict=True))
-    plain = {name: value.detach() if name in nodes else value for name, value in values.items()}
-    out = func(*(plain[name] for name in rule.named(args)), **{name: plain[name] for name in kwargs})
-    shapes = _Shapes({name: node.shape for name, node in nodes.items()})
-    source = tracker.source(rule, shapes, func.__name__, nodes)
-    if not in_backward():
-        source.calls += 1
-    data = {name: values[name] for name, axis in axes.items() if isinstance(axis, AXES)}
-    use = Use(source, data.values(), None, out_axis)
-    held = dict(zip(data, use.inputs, strict=True))
-
-    def in_rows(size: int, laid_out: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
-        given = {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}
-        for name, tensor in held.items():
-            axis = axes[name]
-            assert isinstance(axis, AXES)
-            given[name] = laid_out(*axis.to_front(tensor, size, func.__name__))
-        return given
-
-    use.arguments = in_rows
-    return tap_output(out, use)

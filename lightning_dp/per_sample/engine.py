@@ -22,7 +22,7 @@ from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.learning import Rows
 from lightning_dp.per_sample.parts import Parts
 from lightning_dp.per_sample.tracker import Tracker
-from lightning_dp.per_sample.untracked import cause_of
+from lightning_dp.per_sample.untracked import cause_of, hidden_use
 from lightning_dp.per_sample.uses import Recorder
 from lightning_dp.per_sample.workspace import SHARE, Workspace
 from lightning_dp.system.torch_private import Layers
@@ -174,6 +174,10 @@ class PerSampleEngine(GradientEngine):
         return is_new
 
     @override
+    def replay_functions(self) -> bool:
+        return self._tracker.replays.add_hidden()
+
+    @override
     def spread_penalties(self) -> bool:
         is_new = not self._tracker.spreads_penalties
         self._tracker.spreads_penalties = True
@@ -241,11 +245,8 @@ class PerSampleEngine(GradientEngine):
         if untracked:
             for name in untracked:
                 self._parameters[name].grad = None
-            cause = cause_of(untracked, self._tracker.hidden, self._module)
-            raise PrivacyError(
-                "Expected private parameters to be used in operations that report themselves and see samples, got a "
-                f"gradient of another use for {untracked}: {cause}; {WAY_OUT}."
-            )
+            cause = cause_of(untracked, self._tracker.replays.hidden, self._module)
+            raise hidden_use(untracked, cause)
         with unfollowed():
             for source in self._tracker.sources.values():
                 for use in source.uses:

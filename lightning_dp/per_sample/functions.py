@@ -148,7 +148,7 @@ def within_custom(tracker: Tracker, func: Any, args: Any, kwargs: Any, out: Any)
     own = [node for one in call[1] if (node := tracker.known_node(one)) is not None]
     names = tuple(dict.fromkeys(name for node in own for name in node.names))
     if not all(map(_is_constant, call[1])) or any(node.is_view and node.dtype.is_complex for node in own):
-        tracker.hidden.update(dict.fromkeys(names, call[0]))
+        tracker.replays.hidden.update(dict.fromkeys(names, call[0]))
         return out
     nodes = [node for one in tensors_in(args, kwargs) if (node := tracker.known_node(one)) is not None]
     label = f"{func.__name__}({', '.join(node.name for node in nodes)})"

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_dp.errors import PrivacyError
 
 WAY_OUT = "grad_sample='single' works for any module"
+CUSTOM = "the torch.autograd.Function"
 TWICE = "got create_graph=True through"
 HIDDEN = "a call within torch.vmap or another transform of torch.func, which hides them"
 PENALTY = "Add a penalty on weights to the loss of each sample before their mean, or use the optimizer's weight_decay"

@@ -28,6 +28,7 @@ from lightning_dp.per_sample.padding import PaddingRows
 from lightning_dp.per_sample.plans import Observer
 from lightning_dp.per_sample.recurrent import watch_order
 from lightning_dp.per_sample.repeats import Repeats
+from lightning_dp.per_sample.replaying import Replays
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.sharing import Sharing
 from lightning_dp.per_sample.sources import Source
@@ -57,7 +58,7 @@ class Tracker:
         self.copies: dict[Hashable, Any] = {}
         """Copies of parameters for the samples, which all elementwise operations of a microbatch share."""
         self.blocks: dict[Hashable, set[int]] = {}  # blocks of parameters that were used one by one, see leaves.py
-        self._sharing = Sharing()
+        self._sharing, self.replays = Sharing(), Replays()
         self._counts, self._lineages, self.complex_parameters = dict[Key, int](), dict[Hashable, int](), set[int]()
         self.labels: dict[Hashable, tuple[int, str, tuple[str, ...]]] = {}  # number, label, parameters of lineages
         self._classes: dict[type[Any], type[Any]] = {}
@@ -67,7 +68,6 @@ class Tracker:
         self._started = False
         self.has_custom = False
         """Whether some functions of parameters are results of a ``torch.autograd.Function``."""
-        self.hidden: dict[str, str] = {}  # parameters that such a class took with samples, and its name
         self.follower: Follower | None = None
         self.compares = False
         """Whether owners of rows are compared with what their positions say."""
@@ -109,6 +109,7 @@ class Tracker:
             parameter.__class__ = self._classes[plain]
         self._around.enter_context(uncompiled())  # compiled code does not report its operations
         self._around.enter_context(UnrolledMaps(is_tracked))
+        self._around.enter_context(self.replays.installed())
 
     def follow(self, size: int, constants: list[Tensor]) -> None:
         """Follow the owners of rows through every operation, until :meth:`stop`."""

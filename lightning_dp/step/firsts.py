@@ -70,7 +70,7 @@ class Firsts:
 
     def is_open(self, place: Hashable) -> bool:
         """Tell whether a new value at a place would count; if not, nothing needs to read it."""
-        return self._num_new.get(place, 0) < MOST
+        return self._known_at.get(place, 0) < MOST
 
     def are_due(self, number: int) -> bool:
         """Tell whether to check new values in a logical step."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
-from lightning_dp.per_sample.layout import MISLED, PENALTY, TWICE
+from lightning_dp.per_sample.layout import CUSTOM, MISLED, PENALTY, TWICE
 from lightning_dp.step import chosen_records, exchange
 from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
@@ -86,6 +86,9 @@ class OneByOne:
             return True
         is_twice = step.reduction.agree(TWICE in str(reason)) and not step.reduction.is_sharded
         if is_twice and step.engine.differentiate_twice() and not step.reduction.agree(learn() is not None):
+            return True
+        is_hidden = step.reduction.agree(CUSTOM in str(reason)) and not step.reduction.is_sharded
+        if is_hidden and step.engine.replay_functions() and not step.reduction.agree(learn() is not None):
             return True
         if not step.settings.may_run_alone or step.reduction.is_sharded:
             raise reason
