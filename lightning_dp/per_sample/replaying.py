@@ -144,7 +144,7 @@ def _of_samples(rows: Mapping[str, Tensor], axes: Mapping[str, Any], size: int) 
         axes: of the operation, by name.
         size: number of samples.
     """
-    parts = {name: torch.split(one, len(one) // size) for name, one in rows.items()}
+    parts = {name: one.reshape(size, len(one) // size, *one.shape[1:]) for name, one in rows.items()}
     for sample in range(size):
         yield {name: part[sample].movedim(0, axes[name]) for name, part in parts.items()}
 

@@ -88,7 +88,8 @@ class OneByOne:
         if is_twice and step.engine.differentiate_twice() and not step.reduction.agree(learn() is not None):
             return True
         is_hidden = step.reduction.agree(CUSTOM in str(reason)) and not step.reduction.is_sharded
-        if is_hidden and step.engine.replay_functions() and not step.reduction.agree(learn() is not None):
+        is_new = is_hidden and step.reduction.agree(step.engine.replay_functions())  # on one rank alone, maybe
+        if is_new and not step.reduction.agree(learn() is not None):
             return True
         if not step.settings.may_run_alone or step.reduction.is_sharded:
             raise reason

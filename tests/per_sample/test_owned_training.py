@@ -210,12 +210,12 @@ def test_single_runs_what_rules_refuse() -> None:
 
 
 class _Twice(torch.autograd.Function):
-    """Uses a parameter without a word."""
+    """Uses a parameter without a word, and draws a number, so that it cannot run again for each sample."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return x * weight.sum()
+        return x * weight.sum() + 0 * torch.rand(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
