@@ -14,6 +14,8 @@ from lightning_dp.clipping import Clipping
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.masks import GradientMask
 from lightning_dp.per_sample.leaves import LeafRule
+from lightning_dp.per_sample.registered import Registered
+from lightning_dp.per_sample.replaying import Replayed
 from lightning_dp.per_sample.rules import Rule, registered
 from tests.clipping.table import CONTRACT
 from tests.step.composition.table import BOUNDS, MASKS
@@ -62,8 +64,8 @@ def test_every_bound_is_in_the_table(rig: Rig) -> None:
 
 
 def test_every_rule_is_registered_or_the_one_for_leaves() -> None:
-    """``tests/per_sample/test_rounding.py`` runs its contract over these."""
-    assert concrete(Rule) == {*registered(), LeafRule}
+    """``tests/per_sample/test_rounding.py`` runs its contract over these; others are made for single operations."""
+    assert concrete(Rule) == {*registered(), LeafRule, Registered, Replayed}
 
 
 def test_every_accountant_is_in_the_registry() -> None:
