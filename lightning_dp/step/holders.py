@@ -7,7 +7,7 @@ from collections.abc import Iterator, MutableMapping, MutableSet
 from typing import Any
 
 from lightning_dp.step.object_kinds import WAYS
-from lightning_dp.step.refilling import refill_mapping, refill_sequence, reset_attributes, same_content
+from lightning_dp.step.refilling import Stored, refill_mapping, refill_sequence, reset_attributes, same_content, stored
 from lightning_dp.step.snapshot import NOT_PLAIN
 from lightning_dp.step.variables import Variables
 
@@ -60,7 +60,7 @@ class Holder:
 
     def is_as_it_was(self) -> bool:
         """Tell whether the content is the same as when it was looked at."""
-        live, content = self.live, self.content
+        live, content = stored(self.live), self.content
         if content is None:
             return _length(live) == self.size
         return same_content(live.copy() if type(live) is Variables else live, content)
@@ -99,7 +99,7 @@ class Holder:
             reset_attributes(self.live, plain, NOT_PLAIN)
         elif content is not None:
             is_sequence = isinstance(content, list)
-            (refill_sequence if is_sequence else refill_mapping)(self.live, content)
+            (refill_sequence if is_sequence else refill_mapping)(stored(self.live), content)
         else:
             for _ in range(len(self.live) - self.size):
                 self.live.popitem() if isinstance(self.live, MutableMapping) else self.live.pop()
@@ -107,7 +107,7 @@ class Holder:
 
 def _length(live: Any) -> int:
     try:
-        return len(live)
+        return len(stored(live))
     except Exception:  # it cannot be read, such as a configuration that is None
         return 0
 
@@ -116,6 +116,8 @@ def whole(live: Any) -> Any:
     """Return a copy of all that an object or container holds now."""
     if type(live) is Variables:
         return live.copy()
+    if isinstance(held := stored(live), Stored):
+        return dict(zip(held, held.values(), strict=True))
     kind = dict if isinstance(live, MutableMapping) else set if isinstance(live, MutableSet) else list
     return kind(live)
 

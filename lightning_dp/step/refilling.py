@@ -11,6 +11,7 @@ from typing import Any
 from lightning_dp.step.object_kinds import state_of_class
 
 _ABSENT = object()
+_READING = ("__getitem__", "__iter__", "__len__", "items", "keys", "values")
 
 
 def reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped: frozenset[str]) -> None:
@@ -36,7 +37,7 @@ def same_content(holder: Any, content: Any) -> bool:
 class Stored:
     """The content that a dictionary stores, whatever its class computes in place of it; for :func:`refill_mapping`.
 
-    The mappings of transformers would import all its models if they were asked.
+    The mappings of transformers would import all its models, or make layers of their classes, if they were asked.
 
     Args:
         held: the dictionary.
@@ -49,7 +50,7 @@ class Stored:
     def differs(holder: Any) -> bool:
         """Tell whether the class of a dictionary has methods of its own to read it."""
         kind, base = type(holder), OrderedDict if isinstance(holder, OrderedDict) else dict
-        return any(getattr(kind, name) is not getattr(base, name) for name in ("__iter__", "__len__", "keys", "values"))
+        return any(getattr(kind, name) is not getattr(base, name) for name in _READING)
 
     def __len__(self) -> int:
         return dict.__len__(self._held)
@@ -67,6 +68,11 @@ class Stored:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._kind.__setitem__(self._held, key, value)
+
+
+def stored(holder: Any) -> Any:
+    """Return a container, or the content that it stores if it is a dictionary whose class computes another."""
+    return Stored(holder) if isinstance(holder, dict) and Stored.differs(holder) else holder
 
 
 def refill_mapping(holder: Any, content: Any) -> None:

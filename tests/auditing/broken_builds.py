@@ -20,7 +20,7 @@ from lightning_dp.per_sample.engine import PerSampleEngine
 from lightning_dp.sampling import LogicalBatch, indices
 from lightning_dp.sampling.batches import MicrobatchCollate
 from lightning_dp.sampling.indices import CyclicBatchSampler
-from lightning_dp.step import couplings, real_losses, state_runs
+from lightning_dp.step import couplings, in_batches, real_losses, state_runs
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.couplings import Couplings
 from lightning_dp.step.draws import Draws
@@ -214,6 +214,7 @@ def coins_in_the_middle(patch: pytest.MonkeyPatch) -> None:
     """Low and high coins are the middle one."""
     patch.setattr(couplings, "LOW", couplings.MIDDLE)
     patch.setattr(couplings, "HIGH", couplings.MIDDLE)
+    patch.setattr(in_batches, "HIGH", couplings.MIDDLE)
 
 
 def small_batches_on_trial(patch: pytest.MonkeyPatch) -> None:

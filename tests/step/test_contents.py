@@ -41,6 +41,13 @@ def nested() -> Any:
     return {"one": [types.SimpleNamespace(two=(0, Thing()))]}
 
 
+class Making(OrderedDict[str, Any]):
+    """Makes an object of the class that it stores, as mappings of transformers do."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
 def show(kept: Any) -> Any:
     """Return what something holds, comparable."""
     if isinstance(kept, (torch.Tensor, np.ndarray, set)):
@@ -149,3 +156,15 @@ def test_new_objects_are_reported() -> None:
     one, other = {"kept": 1}, {"kept": 2}
     before = Contents([one], [], ())
     assert written(before, Contents([one, other], [], (), before)) == [("object", 1)]
+
+
+def test_a_mapping_keeps_what_it_stores() -> None:
+    making = Making(one=Thing)
+    holder = {"making": making}
+    before = Contents([holder], [], [])
+    making["one"] = Slotted
+    assert written(before, Contents([holder], [], [])) == [("content", 0, "making")]
+    with before.back_in():
+        assert OrderedDict.__getitem__(making, "one") is Thing
+    assert OrderedDict.__getitem__(making, "one") is Slotted
+    assert written(Contents([holder], [], []), Contents([holder], [], [])) == []
