@@ -135,6 +135,7 @@ def test_shuffled_batches_are_a_random_allocation(capsys: pytest.CaptureFixture[
     assert "exact" in shown
 
 
+@pytest.mark.slow
 def test_cost_for_a_user_is_printed_beside_that_for_a_record(capsys: pytest.CaptureFixture[str]) -> None:
     run = [
         "--dataset-size",

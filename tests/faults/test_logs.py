@@ -93,6 +93,7 @@ def make(name: str, **options: Any) -> Any:
     return strategy(noise_multiplier=1.3, target_delta=1e-5, **options)
 
 
+@pytest.mark.slow
 def test_strict_logging_drops_unnamed_training_figures(tmp_path: Path) -> None:
     shown, trainer = shown_by(tmp_path, make("single", strict_logging=True))
     assert not shown & LEAKS

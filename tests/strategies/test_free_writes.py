@@ -53,7 +53,7 @@ class SetsByCounts(Module):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_writes_and_seeds_by_counts_are_free(accumulate: int) -> None:
     """A seed reaches no later batch."""
     module = SetsByCounts()

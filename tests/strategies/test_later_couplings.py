@@ -87,6 +87,7 @@ def test_coupling_is_refused_before_its_first_step() -> None:
     assert "exchanged for another record" in error
 
 
+@pytest.mark.slow
 def test_coupling_under_manual_steps_is_refused_after_one() -> None:
     steps, error = steps_of_fit(automatic=False, begins=BEGINS)
     assert steps == BEGINS + 1

@@ -12,6 +12,8 @@ import torch
 from tests.processes import run_two_ranks
 from tests.strategies.sharded import ALSO_SHARDED
 
+pytestmark = pytest.mark.slow
+
 COUPLED = "ComparisonError: Expected the gradient of every sample in a batch to be its gradient when run alone"
 SETTINGS = "PrivacyError: Expected the same settings on every rank, got different values of "
 DATA = "PrivacyError: Expected the same dataset in the same order on every rank, got other records at 16 of 16"
@@ -54,7 +56,7 @@ def sharded_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
     return run_two_ranks(Path(__file__).with_name("rank_attacks_fsdp_run.py"), tmp_path_factory)
 
 
-@pytest.fixture(params=["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.fixture(params=["ddp", "fsdp"])
 def of_kind(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What both ranks wrote down under one strategy."""
     found = request.getfixturevalue("ranks" if request.param == "ddp" else "sharded_ranks")
@@ -69,7 +71,6 @@ def test_what_ranks_do_apart_is_refused_on_both(ranks: list[dict[str, Any]], kin
         assert seen[kind][name].startswith(REFUSED[name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in REFUSED if name not in (*ALSO_SHARDED, "next to one")])
 def test_other_attacks_are_refused_under_fsdp(sharded_ranks: list[dict[str, Any]], name: str) -> None:
     for seen in sharded_ranks:
