@@ -4,6 +4,7 @@ saw.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def main() -> None:
     model, optimizer, batches = dp.setup(fabric, original, torch.optim.SGD(original.parameters(), lr=0.1), loader())
     assert model._forward_module is original
     seen["steps"] = []
-    for batch in batches:
+    for batch in itertools.chain(batches, batches, batches, batches):  # so that ranks differ in microbatches somewhere
         weights = {name: p.detach().clone() for name, p in original.named_parameters()}
         records = [part for _, part in batch.microbatches]
         dp.backward(mean_loss, batch)
