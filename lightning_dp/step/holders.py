@@ -117,7 +117,7 @@ def whole(live: Any) -> Any:
     if type(live) is Variables:
         return live.copy()
     if isinstance(held := stored(live), Stored):
-        return dict(zip(held, held.values(), strict=True))
+        return held.whole()
     kind = dict if isinstance(live, MutableMapping) else set if isinstance(live, MutableSet) else list
     return kind(live)
 

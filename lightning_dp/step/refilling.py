@@ -62,6 +62,10 @@ class Stored:
         """Return the values in the order of the keys."""
         return [dict.__getitem__(self._held, key) for key in self]
 
+    def whole(self) -> dict[Any, Any]:
+        """Return all entries."""
+        return dict(zip(self, self.values(), strict=True))
+
     def clear(self) -> None:
         """Remove all entries."""
         self._kind.clear(self._held)

@@ -24,6 +24,7 @@ from lightning_dp.step.refilling import (
     reset_attributes,
     reset_class,
     same_content,
+    stored,
 )
 
 #: Attributes of every module that are not the user's state: hooks, and dictionaries that are followed by themselves.
@@ -195,9 +196,8 @@ class Snapshot:
             self._follow_attributes(value, depth)
 
     def _follow_container(self, value: Any, depth: int) -> None:
-        if isinstance(value, dict) and Stored.differs(value):
-            value = Stored(value)
-            content: Any = dict(zip(value, value.values(), strict=True))
+        if isinstance(value := stored(value), Stored):
+            content: Any = value.whole()
             self._keep(value, content, refill_mapping)
             self._follow_all([*content.values()], depth)
             return
