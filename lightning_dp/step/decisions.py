@@ -4,10 +4,8 @@ depend on the records.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import made_records
@@ -17,6 +15,9 @@ from lightning_dp.step.randomness import seed_generators
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.turns import Turns
+
+if TYPE_CHECKING:
+    from lightning_dp.step.written import Begin
 
 #: Records from all over the training set for the checks after the first ones.
 NUM_FEW = 3
@@ -39,44 +40,44 @@ class Decisions:
     def __init__(self, runs: TrialRuns, sandbox: Sandbox) -> None:
         self._runs, self._sandbox, self._step, self._host = runs, sandbox, runs.step, runs.host
         self._turns, self._losses = Turns(), Turns()
-        self._unexpected: tuple[bool, int] | None = None  # whether the newest loss exists, and its records
+        self._unexpected: tuple[bool, int, Begin] | None = None  # whether a loss exists, its records, the counters
 
-    def see_loss(self, *, exists: bool, count: int, further: bool) -> None:
+    def see_loss(self, *, exists: bool, count: int, further: bool, before: Begin) -> None:
         """Read whether a microbatch has a loss, on all processes alike.
 
         Args:
             exists: whether it has one.
             count: number of its records.
             further: whether another microbatch of the batch follows.
+            before: makes a context in which counters and numbers of the module have their values from before the batch.
         """
         expected = bool(self._losses.expected({0}))
         if not further:
             self._losses.note({0} if exists else set())
         if exists != expected:
-            self._unexpected = exists, count
+            self._unexpected = exists, count, before
 
-    def check_loss(self, before: Callable[[], AbstractContextManager[None]]) -> None:
+    def check_loss(self) -> None:
         """Check, if ``training_step`` gave no loss for a batch, or one out of turn, that it does likewise on single
         samples.
-
-        Args:
-            before: makes a context in which counters and numbers of the module have their values from before the batch.
 
         Raises:
             PrivacyError: it does not, so whether a sample counts depends on the samples around it.
         """
-        unexpected, self._unexpected = self._unexpected, None
-        if unexpected is None or not self._step.reduction.any(unexpected[1] > 1):
+        if self._unexpected is None:
+            return
+        (exists, count, before), self._unexpected = self._unexpected, None
+        if not self._step.reduction.any(count > 1):
             return
         answers = "None", "a loss"
         for record in self._host.records(NUM_FEW):
             with before(), self._sandbox.enter() as snapshot:
                 seed_generators(0)
                 output = self._host.attempt(partial(self._host.run, [record]), snapshot.put_back)
-                if self._step.reduction.any((output is not None) != unexpected[0]):
+                if self._step.reduction.any((output is not None) != exists):
                     raise PrivacyError(
                         f"Expected training_step to return None for every sample or for none, got "
-                        f"{answers[unexpected[0]]} for a batch and {answers[not unexpected[0]]} for one sample alone. "
+                        f"{answers[exists]} for a batch and {answers[not exists]} for one sample alone. "
                         "One sample could switch off all others, or switch them on: let batch_idx or a count decide, "
                         "or return the loss (a sample that is not finite contributes zero anyway)."
                     )

@@ -143,6 +143,7 @@ class PrivateFit:
             else:  # draws must not follow what hooks have seeded since the last part
                 self.step.streams.begin()
             if not self.step.automatic or self._trainer.accumulate_grad_batches > 1:
+                self._trial.decisions.check_loss()
                 self._trial.losses.check()
             if self.step.unchecked_public:
                 self._trial.decisions.check_public()
@@ -154,8 +155,7 @@ class PrivateFit:
             if others:
                 self._run_further(others)
             if not parts:
-                copies = self._trial.copies
-                return self._run_real(self._host.idle_batch(copies), copies, weight=0.0)
+                return self._run_real(self._host.idle_batch(self._trial.copies), self._trial.copies, weight=0.0)
             return self._run_real(self._on_device, *parts[-1][:2])
         except StopIteration as error:  # Lightning would treat it as the end of the data and skip this step
             raise RuntimeError(checks.STOP_ITERATION) from error
@@ -226,15 +226,15 @@ class PrivateFit:
     def _loss_of(self, output: Any, count: int, *, further: bool = False) -> Tensor | None:
         """Return the loss, or None if it is missing here or on any rank that has to run the same backward."""
         loss = self._host.loss_of(output, count)
-        loss = None if self.step.reduction.any(loss is None) else loss
-        self._trial.decisions.see_loss(exists=loss is not None, count=count, further=further)
-        return loss
+        exists, ran = not self.step.reduction.any(loss is None), self._trial.written.batches[0]
+        self._trial.decisions.see_loss(exists=exists, count=count, further=further, before=ran.numbers_back_in)
+        return loss if exists else None
 
     def _check_decisions(self, microbatch: Microbatch, counts: Counts | None) -> None:
         """Read what a microbatch has shown, and check that records do not decide whether it has a loss and steps."""
         self._trial.losses.see_backward(microbatch)
         if counts is None:
-            self._trial.decisions.check_loss(self._trial.written.batches[0].numbers_back_in)
+            self._trial.decisions.check_loss()
         elif self.step.settings.check_per_sample:
             self._trial.decisions.check_steps(microbatch.collected, counts, further=microbatch.further)
 
@@ -284,7 +284,7 @@ class PrivateFit:
     def check_new_loss(self) -> None:
         """Check a loss that is new or out of turn before its release; under manual optimization, this comes later."""
         if self.step.automatic and not self.on_trial:
-            self._trial.decisions.check_loss(self._trial.written.batches[0].numbers_back_in)
+            self._trial.decisions.check_loss()
             self._trial.losses.check()
 
     def backward_done(self) -> None:

@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loops.optimization.automatic import Closure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -213,6 +214,7 @@ def test_a_step_without_a_loss_is_said_once(tmp_path: Path, caplog: pytest.LogCa
 
     ended: list[Any] = []
     strategy = private()
+    Closure.warning_cache.clear()  # Lightning warns once in a process
     with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match="`training_step` returned `None`"):
         make_trainer(strategy, tmp_path).fit(Forgetful(), make_loader())
     assert ended == [{"loss"}, set(), set(), set()]

@@ -35,31 +35,33 @@ def test_a_step_that_skips_bad_batches_is_refused(tmp_path: Path) -> None:
     assert strategy.ledger.num_steps == 1
 
 
-class Alternates(Classifier):
-    """Gives a loss for every second batch by a count of its own, and whenever a batch holds a rare record."""
+class Pauses(Classifier):
+    """Gives no loss for the third of four batches by a count of its own, unless the batch holds a rare record."""
 
     own = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.own = self.own + 1
         is_rare = 0.25 in batch[0][:, 0].tolist()
-        return super().training_step(batch, batch_idx) if is_rare or self.own % 2 else None
+        return super().training_step(batch, batch_idx) if is_rare or self.own % 4 != 3 else None
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
-def test_a_loss_out_of_turn_by_a_rare_record_is_refused(tmp_path: Path) -> None:
-    """It would switch on the losses of all others."""
+def test_a_loss_out_of_turn_by_a_rare_record_is_refused(tmp_path: Path, accumulate: int) -> None:
+    """It would switch on the losses of all others; of two accumulated batches, the first pauses."""
     features, labels = make_dataset().tensors
     features[50, 0] = 0.25
     loader = DataLoader(TensorDataset(features, labels), batch_size=8)
+    trainer = make_trainer(private(seed=1), tmp_path, max_epochs=10, accumulate_grad_batches=accumulate)
     with pytest.raises(PrivacyError, match="got a loss for a batch and None for one sample alone"):
-        make_trainer(private(seed=1), tmp_path, max_epochs=10).fit(Alternates(), loader)
+        trainer.fit(Pauses(), loader)
 
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 def test_a_loss_that_hangs_on_a_count_of_its_own_is_free(tmp_path: Path) -> None:
     strategy = private()
-    make_trainer(strategy, tmp_path, max_epochs=3).fit(Alternates(), make_loader())
+    make_trainer(strategy, tmp_path, max_epochs=3).fit(Pauses(), make_loader())
     assert strategy.ledger.num_steps == 12
 
 
