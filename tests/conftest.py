@@ -1,4 +1,4 @@
-"""Settings for every test: one thread, because a second one waits longer than small tensors take; the same weights each
+"""Settings for every test: one thread, because a second one waits longer than small tensors take; the same draws each
 time; seeds for devices that are there.
 
 A test that needs an optional package which is missing is skipped with the reason.
@@ -19,6 +19,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
 import pytest
+
+from tests.draws import repeat_draws
 
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
 #: Modules of a distribution that has another name, or brings others along.
@@ -169,8 +171,5 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_weights() -> None:
-    """Seeds torch's global generator, which initialises modules; it has no part in sampling or noise."""
-    import torch
-
-    torch.default_generator.manual_seed(0)
+def _same_draws(request: pytest.FixtureRequest) -> None:
+    repeat_draws(request.node.nodeid)

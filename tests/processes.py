@@ -10,7 +10,6 @@ import atexit
 import fcntl
 import json
 import os
-import random
 import runpy
 import signal
 import socket
@@ -22,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+
+from tests.draws import repeat_draws
 
 TIMEOUT = 280.0
 _server: list[socket.socket] = []
@@ -179,10 +179,9 @@ def _live(job: dict[str, Any]) -> int:
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(job["environment"])
-    random.seed()
-    np.random.seed()  # noqa: NPY002
     warnings.simplefilter("ignore")
     script, *_ = sys.argv = job["command"]
+    repeat_draws(f"{Path(script).name} {os.environ.get('LOCAL_RANK', 0)}")
     sys.path.insert(0, str(Path(script).parent))
     try:
         runpy.run_path(script, run_name="__main__")

@@ -22,7 +22,7 @@ from tests.strategies.tasks import NUM_CLASSES, NUM_FEATURES, NUM_SAMPLES, WIDTH
 
 
 @pytest.fixture(autouse=True)
-def _own_weights(_same_weights: None) -> Iterator[None]:
+def _own_weights(_same_draws: None) -> Iterator[None]:
     """Weights for which every gradient of the table has a norm on either side of the bound."""
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(2)
