@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.masks.parameter_mask import ParameterMask
+from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.precision import exact_arithmetic
 
 
@@ -201,6 +202,11 @@ class GradientEngine(SampleGradients):
         the operation. Their values may be data: of a penalty's weight, say, or of a row's number.
         """
         return []
+
+    @property
+    def follower(self) -> Follower | None:
+        """The mode that follows the owners of rows through this microbatch; None if their positions tell these."""
+        return None
 
     def prefer_owners(self) -> bool:
         """Follow the owners of rows when the layout is learned again; return False if that is not possible or new."""

@@ -17,6 +17,7 @@ from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.combining import zero_gradient
+from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.joining import Joining
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.learning import Rows
@@ -142,12 +143,7 @@ class PerSampleEngine(GradientEngine):
 
     @override
     def learn_layout(
-        self,
-        run: Callable[[int], object],
-        sizes: tuple[int, int] = (2, 5),
-        *,
-        more: bool = False,
-        alike: bool = False,
+        self, run: Callable[[int], object], sizes: tuple[int, int] = (2, 5), *, more: bool = False, alike: bool = False
     ) -> None:
         if not (len(sizes) == 2 and min(sizes) >= 2 and sizes[0] != sizes[1]):
             raise ValueError(f"Expected two different sizes of at least 2, got sizes={tuple(sizes)}.")
@@ -162,6 +158,11 @@ class PerSampleEngine(GradientEngine):
     @override
     def constants(self) -> list[tuple[Hashable, Tensor]]:
         return self._recorder.constants
+
+    @property
+    @override
+    def follower(self) -> Follower | None:
+        return self._tracker.follower
 
     @override
     def prefer_owners(self) -> bool:
@@ -291,9 +292,7 @@ class PerSampleEngine(GradientEngine):
             }
 
     def _most_kept(self) -> float:
-        """Return the largest total size of cached gradients in bytes: a share of activations, parameters and
-        gradients.
-        """
+        """Return the most bytes of cached gradients: a share of those of activations, parameters and gradients."""
         if self._num_bytes is None:
             parameters = sum(parameter.nbytes for parameter in self._module.parameters())
             self._num_bytes = parameters + sum(parameter.nbytes for parameter in self._parameters.values())

@@ -113,7 +113,11 @@ class Rows:
         for size in sizes:
             if (self._owners.was_seen or self._prefers_owners) and not self._owners.has_learned(size):
                 self._learning_size = size
-                run(size)
+                try:
+                    run(size)
+                except PrivacyError:  # rows must be followed to their samples, maybe, as below
+                    if not self._owners.has_learned(size):
+                        raise
         self._learning_size, self._tracker.learned = None, None
         self._try_owners(run, sizes)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,7 +24,10 @@ from torch.nn import functional as F
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import is_view, memory_of
 from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.nodes import is_tracked
+from lightning_dp.per_sample.owned import Rows
+from lightning_dp.per_sample.places import Places
 from lightning_dp.per_sample.telling import Telling
 
 _LOSSES = """cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy
@@ -46,7 +49,8 @@ _SELECTIONS = {"masked_select", "nonzero", "argwhere", "unique", "unique_consecu
 class OwnLosses(Telling):
     """A mode in which reductions to a scalar are done for each record by itself.
 
-    Rows belong to records by position: row r of N to record ``r // (N / B)``.
+    Rows belong to records by position, row r of N to record ``r // (N / B)``, or, in a step that follows their owners,
+    to these: ``loss[mask].mean()`` is the mean of what the mask leaves of each record.
 
     **Guarantee**: none by itself. What is computed in another way (``.item()``, rows in another order) stays
     the loss of the batch; a comparison with records run alone must show that this does not happen.
@@ -55,6 +59,7 @@ class OwnLosses(Telling):
         size: records of the batch, B.
         reduction: "mean" or "sum": how the losses of the records are combined.
         constants: parameters and buffers of the module, which hold no records.
+        owners: returns the mode that follows the owners of rows, or None.
 
     Example:
         >>> losses, mask = torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
@@ -64,9 +69,15 @@ class OwnLosses(Telling):
         tensor(3.5000)
     """
 
-    def __init__(self, size: int, reduction: str, constants: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        size: int,
+        reduction: str,
+        constants: Iterable[Tensor],
+        owners: Callable[[], Follower | None] = lambda: None,
+    ) -> None:
         super().__init__()
-        self._size, self._sums = size, reduction == "sum"
+        self._size, self._sums, self._owners = size, reduction == "sum", owners
         self._constants = [*constants]
         self._ids = set(map(id, self._constants))
         self._memory: set[int] | None = None  # addresses of the constants, once they are asked for
@@ -88,7 +99,7 @@ class OwnLosses(Telling):
             if self._rows and len(args) == 1 and not kwargs:
                 rows = self._of_stack(args[0])
         elif kind == "selection":
-            self._check_selection(func.__name__, args)
+            return self._selected(func, args, kwargs)
         else:
             return self._of_scalars(func, args, kwargs)
         return func(*args, **kwargs) if rows is None else self._joined(rows, func, args, kwargs)
@@ -119,11 +130,18 @@ class OwnLosses(Telling):
         finite = torch.where(rows.isfinite(), rows, 0.0)
         return finite.sum(0) if self._sums else finite.mean(0)
 
-    def _has_rows(self, tensor: Any) -> bool:
+    def _places(self, tensor: Any) -> Places | None:
+        """Return which rows of a tensor belong to which records; None if it has none, or nothing tells."""
         if not isinstance(tensor, Tensor) or is_tracked(tensor) or not tensor.dim():
-            return False
+            return None
+        if (follower := self._owners()) is not None:
+            rows = follower.owners_of(tensor)
+            if not isinstance(rows, Rows) or rows.axis != 0 or rows.has_nobody:
+                return None
+            return Places(self._size, len(tensor), rows.index)
         num = tensor.shape[0]
-        return num > 0 and num % self._size == 0 and not self._is_constant(tensor)
+        by_position = num > 0 and num % self._size == 0 and not self._is_constant(tensor)
+        return Places(self._size, num) if by_position else None
 
     def _is_constant(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is a parameter or a buffer, or a view of one."""
@@ -137,34 +155,33 @@ class OwnLosses(Telling):
 
     def _of_reduction(self, func: Any, tensor: Any, kwargs: Any) -> Tensor | None:
         known = self._known(tensor) if isinstance(tensor, Tensor) else None
-        if known is None and not self._has_rows(tensor):
-            return None
-        rows: Tensor = func((tensor if known is None else known).reshape(self._size, -1), dim=1, **kwargs)
-        return rows
+        places = self._places(tensor) if known is None else Places(self._size, self._size)
+        return None if places is None else places.reduced(func, tensor if known is None else known, kwargs)
 
     def _of_stack(self, tensors: Any) -> Tensor | None:
         rows = [self._known(one) for one in tensors]
         known = [one for one in rows if one is not None]
         return torch.stack(known, 1) if len(known) == len(rows) else None
 
-    def _of_loss(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    def _of_loss(self, func: Any, args: Any, kwargs: Any) -> Any:
         defaults = _defaults(func)
         options = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
         reduction = options["reduction"]
         if reduction not in ("mean", "sum", "batchmean") or options.get("reduce") is not None:
             return None
         losses: Tensor = func(**{**options, "reduction": "none"})
-        if not self._has_rows(losses):
+        places = self._places(losses)
+        if places is None:
             return None
-        total: Tensor = losses.reshape(self._size, -1).sum(1)
+        total = places.sums(losses)
         if reduction == "sum":
             return total
         if reduction == "batchmean":
-            return total / (len(losses) // self._size)
+            return total / places.counts
         weights = _weights(options) if "ignore_index" in options else None
-        if weights is None:
-            return total / (losses.numel() // self._size)
-        return total / weights.reshape(self._size, -1).sum(1).to(total.dtype)
+        if weights is not None:
+            return total / places.sums(weights).to(total.dtype)
+        return total / (places.counts * (losses.numel() // max(1, len(losses))))
 
     def _of_scalars(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on scalars of records: on scalars for each record, on rows for the rows of each."""
@@ -176,7 +193,8 @@ class OwnLosses(Telling):
                 self._rows[id(value)] = (weakref.ref(value), rows)
             return value
         plain = [one for one in tensors_in(args, kwargs) if self._known(one) is None and one.dim()]
-        if not any(self._has_rows(one) for one in plain):
+        places = [self._places(one) for one in plain]
+        if not any(places):
             num_axes = max(one.dim() for one in tensors_in(args, kwargs))
             rows = func(*[self._values(one, num_axes) for one in args], **kwargs)
             if not (in_place and rows.is_floating_point()):
@@ -184,38 +202,39 @@ class OwnLosses(Telling):
             value = args[0].copy_(self._combined(rows))
             self._rows[id(value)] = (weakref.ref(value), rows)
             return value
-        alike = all(self._has_rows(one) and len(one) == len(plain[0]) for one in plain)
+        alike = all(one is not None and one.are_those_of(places[0]) for one in places)
         if not alike or any(one.dim() for one in tensors_in(args, kwargs) if self._known(one) is not None):
             return func(*args, **kwargs)
         shape = (len(plain[0]), *[1] * (max(one.dim() for one in plain) - 1))
-        return func(*[self._row(one, shape) for one in args], **kwargs)
+        return func(*[self._row(one, shape, places[0]) for one in args], **kwargs)
 
     def _values(self, one: Any, num_axes: int) -> Any:
         """Return what an argument is for each record, with that many axes after the first one."""
         rows = self._known(one) if isinstance(one, Tensor) else None
         return one if rows is None else rows.clone().reshape(self._size, *[1] * (num_axes - one.dim()), *one.shape)
 
-    def _row(self, one: Any, shape: tuple[int, ...]) -> Any:
+    def _row(self, one: Any, shape: tuple[int, ...], places: Places | None = None) -> Any:
         rows = self._known(one) if isinstance(one, Tensor) else None
         if rows is None:
             return one
-        return rows.repeat_interleave(shape[0] // self._size).reshape(shape) if shape else rows.clone()
+        return rows.clone() if places is None else places.spread(rows).reshape(shape)
 
-    @staticmethod
-    def _check_selection(name: str, args: Any) -> None:
-        """Refuse a selection by values among rows through which a gradient flows: whose they are is unknown then."""
+    def _selected(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Refuse a selection by values among rows through which a gradient flows, if nothing tells whose they are."""
+        name, out = func.__name__, func(*args, **kwargs)
         if not (isinstance(args[0], Tensor) and args[0].requires_grad) or is_tracked(args[0]):
-            return
+            return out
         index = args[1] if name == "__getitem__" else ()
         chosen = index if isinstance(index, tuple) else (index,)
         by_mask = any(
             isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) and one.dim() for one in chosen
         )
-        if name in _SELECTIONS or by_mask:
+        if (name in _SELECTIONS or by_mask) and (self._owners() is None or self._places(out) is None):
             raise PrivacyError(
                 f"Expected rows whose records are known by their positions under per_sample_loss=True, got {name} by "
                 "values. Multiply by a mask instead, or pass grad_sample='single'."
             )
+        return out
 
 
 @functools.lru_cache(4096)  # asked of every operation of a step

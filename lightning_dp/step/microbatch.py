@@ -23,7 +23,8 @@ def own_losses(step: PrivateStep, count: int) -> AbstractContextManager[object]:
     if not step.takes_own_losses or step.runs_samples_alone:
         return nullcontext()
     layers = step.parameters.layers.now()
-    return OwnLosses(count, step.state.loss_reduction, [*layers.parameters(), *layers.buffers()])
+    constants = [*layers.parameters(), *layers.buffers()]
+    return OwnLosses(count, step.state.loss_reduction, constants, lambda: step.engine.follower)
 
 
 class Microbatch:

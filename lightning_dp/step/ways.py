@@ -81,7 +81,8 @@ class OneByOne:
         if not step.reduction.agree(error is not None):
             return False
         reason = self._reason or error or elsewhere()
-        misled = step.reduction.agree(any(each in str(reason) for each in MISLED)) and not step.reduction.is_sharded
+        misled = step.takes_own_losses or any(each in str(reason) for each in MISLED)
+        misled = step.reduction.agree(misled) and not step.reduction.is_sharded
         if misled and step.engine.prefer_owners() and not step.reduction.agree(learn() is not None):
             return True
         is_twice = step.reduction.agree(TWICE in str(reason)) and not step.reduction.is_sharded
