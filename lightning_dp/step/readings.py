@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_dp.per_sample._torch import frame_above, in_backward
@@ -47,9 +48,9 @@ class Readings:
         found, self._found = self._found, set()
         return found
 
-    def note(self, value: Any) -> None:
-        """Take note of a value that was read two frames above, unless it was read by this package."""
-        frame: FrameType | None = frame_above(2)
+    def note(self, value: Any, above: int = 2) -> None:
+        """Take note of a value that was read so many frames above, unless it was read by this package."""
+        frame: FrameType | None = frame_above(above)
         while frame is not None and (name := _package_of(frame)) in _FRAMEWORKS:
             frame = frame.f_back
         if frame is not None and name != _OURS and (threading.get_ident() == self._thread or in_backward()):
@@ -58,6 +59,15 @@ class Readings:
 
 
 _open: list[Readings] = []
+
+
+def note_extremes(tensor: Any) -> None:
+    """Take note of the least and the largest value of a tensor that another process gave, as if the code two frames
+    above had read them: no value of this batch tells what they are.
+    """
+    if _open and isinstance(tensor, Tensor) and tensor.numel() and not tensor.is_complex():
+        for value in torch.stack(tensor.detach().aminmax()).tolist():
+            _open[-1].note(value, above=3)
 
 
 def restore() -> None:

@@ -169,6 +169,22 @@ class Shared(Attack):
         return super().training_step(batch, batch_idx) * len(batch[1]) * 2 / num
 
 
+class Following(Attack):
+    """Scores follow how often ranks have the rare label, and no line of code reads that number."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        own = (batch[1] == 2).float().max()
+        return nn.functional.cross_entropy(self(batch[0]) * (1 + 9 * (self.figure(own) - own)), batch[1])
+
+    def figure(self, own: Tensor) -> Tensor:
+        return self.all_gather(own).mean()
+
+
+class FollowingAMean(Following):
+    def figure(self, own: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(own, reduce_op="mean")
+
+
 def with_a_rare_label(size: int = 64, rare: int = 7) -> TensorDataset:
     features, labels = make_dataset(size).tensors
     labels = labels % 2

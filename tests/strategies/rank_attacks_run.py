@@ -20,6 +20,8 @@ from tests.strategies.rank_attacks import (
     OUT,
     RANK,
     Attack,
+    Following,
+    FollowingAMean,
     Hooked,
     Later,
     Manual,
@@ -40,7 +42,7 @@ from tests.strategies.rank_attacks import (
     users,
     with_a_rare_label,
 )
-from tests.strategies.sharded import ALSO_SHARDED
+from tests.strategies.sharded import ALSO_SHARDED, NOT_SHARDED
 
 ATTACKS: dict[str, Callable[[str], Any]] = {
     "loss of all ranks": lambda kind: fit(kind, Attack(loss_of_all_ranks)),
@@ -62,6 +64,8 @@ ATTACKS: dict[str, Callable[[str], Any]] = {
     "plateau": lambda kind: fit(kind, Plateau(), data=loader(batch_size=32), epochs=3),
     "share": lambda kind: fit(kind, Shared()),
     "next to one": lambda kind: fit_small(kind, Tripled(), 45),
+    "gathered figure": lambda kind: fit_small(kind, Following(), 149),
+    "mean of a figure": lambda kind: fit_small(kind, FollowingAMean(), 149),
     "next to none": lambda kind: fit_small(kind, Rare(), 261),
     "rare": lambda kind: fit(kind, Rare(), data=loader(with_a_rare_label()), epochs=10),
     "collective": lambda kind: fit(kind, Attack(lambda module, loss: loss_of_all_ranks(module, loss) * 0.0 + 1.0),
@@ -152,7 +156,7 @@ def hook_calls(kind: str) -> int:
 
 def main(*, rest: bool = False) -> None:
     """Run all under DDP and two attacks under FSDP, or the rest under FSDP."""
-    others = [name for name in ATTACKS if name not in (*ALSO_SHARDED, "collective", "next to one")]
+    others = [name for name in ATTACKS if name not in (*ALSO_SHARDED, *NOT_SHARDED, "collective")]
     chosen = {"fsdp": others} if rest else {"ddp": [*ATTACKS], "fsdp": [*ALSO_SHARDED]}
     seen: dict[str, Any] = {kind: {name: said(ATTACKS[name], kind) for name in names} for kind, names in chosen.items()}
     kind = "fsdp" if rest else "ddp"

@@ -103,6 +103,8 @@ class Adapter(nn.Module):
 
 #: Attacks of one rank on another that the default tests run under FSDP too; the slow tests run the rest.
 ALSO_SHARDED = ("shuffled", "moved")
+#: attacks that are found where a rank compares its batch with its records alone; with shards all ranks would have to
+NOT_SHARDED = ("next to one", "gathered figure", "mean of a figure")
 #: name -> network, arguments of fully_shard, options of the strategy, callbacks, options of the Trainer
 CASES: dict[
     str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], Callable[[], list[Any]], dict[str, Any]]

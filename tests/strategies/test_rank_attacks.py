@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.processes import run_two_ranks
-from tests.strategies.sharded import ALSO_SHARDED
+from tests.strategies.sharded import ALSO_SHARDED, NOT_SHARDED
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +39,8 @@ REFUSED = {
     "plateau": "PrivacyError: Expected equal replicas, got different values of 'the learning rate of optimizer 0",
     "share": COUPLED,
     "next to one": COUPLED,
+    "gathered figure": COUPLED,
+    "mean of a figure": COUPLED,
     "next to none": "PrivacyError: The gradient of a record changes with what training_step saw before",
     "rare": "PrivacyError: The gradient of a record changes with what training_step saw before",
 }
@@ -71,7 +73,7 @@ def test_what_ranks_do_apart_is_refused_on_both(ranks: list[dict[str, Any]], kin
         assert seen[kind][name].startswith(REFUSED[name])
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if name not in (*ALSO_SHARDED, "next to one")])
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in (*ALSO_SHARDED, *NOT_SHARDED)])
 def test_other_attacks_are_refused_under_fsdp(sharded_ranks: list[dict[str, Any]], name: str) -> None:
     for seen in sharded_ranks:
         assert seen["fsdp"][name].startswith(REFUSED[name])
