@@ -84,8 +84,9 @@ class LoopFit:
             others=others,
         )
         self._records = self._host.training
-        self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext)
+        self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext, kept=self._host.training.kept)
         self._trial = Trial(self.step, self._host, self._sandbox)
+        loader.before_item = self._trial.written.hold
         self._host.see = lambda batch: self.step.engine.see(batch)
         self._host.intercept, self._host.stepping = self.step.intercept, guard.stepping
         self._tried: set[Any] = set()  # code of loss functions

@@ -67,7 +67,7 @@ class LoopHost(Host):
     @override
     def run(self, records: list[Any]) -> Any:
         """Collate records, run the loss function on the batch and return its output."""
-        batch = self.training.batch_of(records)
+        batch = self.training.batch_of(records, on_trial=True)
         self.see(batch)
         return self.loss(self._model, batch)
 

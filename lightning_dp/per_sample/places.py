@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Places:
-    """Which of R rows belong to which of B records.
+    """Rows of B records, and the record that each of R rows belongs to.
 
     Args:
         size: B.
@@ -22,34 +22,34 @@ class Places:
     """
 
     def __init__(self, size: int, num: int, index: Tensor | None = None) -> None:
-        self._size, self._num, self._index = size, num, index
+        self._size, self.num, self.index = size, num, index
 
     def are_those_of(self, other: Places | None) -> bool:
         """Tell whether other rows are as many and belong to the same records."""
-        if other is None or self._num != other._num:
+        if other is None or self.num != other.num:
             return False
-        mine, others = self._index, other._index
+        mine, others = self.index, other.index
         return mine is others or (mine is not None and others is not None and torch.equal(mine, others))
 
     @property
     def counts(self) -> Any:
         """The number of rows of each record."""
-        return self._num // self._size if self._index is None else self._index.bincount(minlength=self._size)
+        return self.num // self._size if self.index is None else self.index.bincount(minlength=self._size)
 
     def spread(self, values: Tensor) -> Tensor:
         """Return for each row the value of its record."""
-        return values.repeat_interleave(self._num // self._size) if self._index is None else values[self._index]
+        return values.repeat_interleave(self.num // self._size) if self.index is None else values[self.index]
 
     def sums(self, rows: Tensor) -> Tensor:
         """Return the sum of the entries of each record."""
-        if self._index is None:
+        if self.index is None:
             return rows.reshape(self._size, -1).sum(1)
-        sums = rows.reshape(self._num, math.prod(rows.shape[1:])).sum(1)
-        return sums.new_zeros(self._size).index_add(0, self._index, sums)
+        sums = rows.reshape(self.num, math.prod(rows.shape[1:])).sum(1)
+        return sums.new_zeros(self._size).index_add(0, self.index, sums)
 
     def reduced(self, func: Any, rows: Tensor, kwargs: Any) -> Tensor:
         """Return the result of a reduction to a scalar for the rows of each record."""
-        if self._index is None:
+        if self.index is None:
             return func(rows.reshape(self._size, -1), dim=1, **kwargs)  # type: ignore[no-any-return]
         name, counted = func.__name__, torch.ones_like(rows, dtype=torch.bool)
         if name.startswith("nan"):

@@ -59,6 +59,8 @@ class PrivateDataLoader(DataLoader[Any]):
         self.__dict__["batch_size"] = batch_size  # torch would keep None with a batch sampler
         self.facts = facts
         self.before_pass: Callable[[], None] | None = None
+        self.before_item: Callable[[], None] | None = None
+        """Called before code of the user's reads the records of an item in this process."""
         self.position = 0  # logical batches handed out so far, where their order matters: a public number
         self._seed = seed
         self._first = 0  # the position at which the assignment of this loader began
@@ -183,6 +185,7 @@ class PrivateDataLoader(DataLoader[Any]):
         dataset, collate = self.dataset, self.collate_fn
         assert isinstance(collate, MicrobatchCollate)
         self._num_passes += 1
+        rows: Gather | None = None
         # The iterator and its workers use these two; the loader's attributes stay the user's own.
         if isinstance(dataset, IterableDataset):
             assert self.batch_size is not None
@@ -198,6 +201,17 @@ class PrivateDataLoader(DataLoader[Any]):
                 else BeforeRecords(rows, collate.replaced(rows.collate), draws=False)
             )
         try:
-            return super().__iter__()
+            items = super().__iter__()
+            return self._noted(items) if self.num_workers == 0 and rows is None else items
         finally:
             self.__dict__["dataset"], self.__dict__["collate_fn"] = dataset, collate
+
+    def _noted(self, items: Iterator[LogicalBatch]) -> Iterator[LogicalBatch]:
+        while True:
+            if self.before_item is not None:
+                self.before_item()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            yield item

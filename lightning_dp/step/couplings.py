@@ -16,7 +16,8 @@ from lightning_dp.per_sample.custom import wrong_rules
 from lightning_dp.per_sample.independence import compare_with_singles
 from lightning_dp.step import chosen_records, exchange, made_records
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
-from lightning_dp.step.loading import Collated, Exchanged
+from lightning_dp.step.given_records import Collated
+from lightning_dp.step.loading import Exchanged
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.snapshot import Snapshot

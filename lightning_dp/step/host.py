@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step.records import TrainingRecords
+from lightning_dp.step.refilling import reset_attributes
+from lightning_dp.step.snapshot import NOT_PLAIN
 
 
 class Host(ABC):
@@ -50,19 +52,35 @@ class Host(ABC):
 
     def records(self, num: int, seed: int = 0) -> list[Any]:
         """Return a few records from all over the training set, the same ones for the same seed."""
-        return self.training.take(num, seed)
+        with self._without_effect():
+            return self.training.take(num, seed)
 
     def read(self, positions: list[int]) -> list[Any]:
         """Return the records at some positions."""
-        return self.training.read(positions)
+        with self._without_effect():
+            return self.training.read(positions)
 
     def check_reading(self, seed: int) -> None:
         """Check that an item of the dataset is the same whatever else is read."""
-        self.training.check_reading(seed)
+        with self._without_effect():
+            self.training.check_reading(seed)
 
     def check_order(self) -> None:
         """Check, at the beginning of a pass, that the records are where they were."""
-        self.training.check_order()
+        with self._without_effect():
+            self.training.check_order()
+
+    @contextmanager
+    def _without_effect(self) -> Iterator[None]:
+        """Give attributes and variables that steps use their values back after records were read, by which the dataset
+        may set them.
+        """
+        held = [(attributes, attributes.copy()) for attributes in self.attributes()]
+        try:
+            yield
+        finally:
+            for attributes, before in held:
+                reset_attributes(attributes, before, NOT_PLAIN)
 
     @abstractmethod
     def run(self, records: list[Any]) -> Any:

@@ -161,19 +161,6 @@ class LoadingWatch:
         return None if repeated.spread() else found
 
 
-class Collated(list[Any]):
-    """Records with the batch that was made of them.
-
-    Args:
-        count: number of records.
-        batch: on the host; a run moves a copy to the device.
-    """
-
-    def __init__(self, count: int, batch: Any) -> None:
-        super().__init__([None] * count)
-        self.batch = batch
-
-
 class KeptState:
     """The state that a collate function keeps: its attributes, closure and globals, and the attributes of its object.
 

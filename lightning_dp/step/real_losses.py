@@ -70,7 +70,7 @@ class RealLosses:
         self._read = batch.read
         self._sizes = [_sizes_of_rows(part, count) for count, _, part in batch.parts]
         self.part, self._step.engine.joined = -1, batch.joined
-        self._written.begin(positions[-1] if positions else [])
+        self._written.begin(positions)
 
     def note_sizes(self, records: list[Any]) -> None:
         """Take note of the sizes of rows that the first checks see.
@@ -160,7 +160,7 @@ class RealLosses:
         try:
             if agree(form.has_written or form.shown.readings.is_new):
                 self._written.check(number, agree)
-            with ran.numbers_back_in():
+            with self._written.watch.aside(), ran.numbers_back_in():
                 if everything := agree(form.has_new_calls if begins else form.has_new_operations):
                     self._check_again(number, positions)
                 form.factors.settle(number, checked=self._check_in_batches([each for each, _ in new_in], number))

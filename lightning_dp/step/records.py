@@ -22,7 +22,8 @@ from lightning_dp.sampling.make import user_collate
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step import checks
 from lightning_dp.step.chosen_records import differing, whole_numbers
-from lightning_dp.step.loading import Collated, KeptState, check_collating, is_own
+from lightning_dp.step.given_records import Collated, Reread
+from lightning_dp.step.loading import KeptState, check_collating, is_own
 from lightning_dp.step.made_records import has_floats
 from lightning_dp.step.partners import check_partners
 from lightning_dp.step.randomness import kept_generators
@@ -152,25 +153,45 @@ class TrainingRecords:
                 if self.axes:
                     break
 
-    def batch_of(self, records: list[Any]) -> Any:
+    def batch_of(self, records: list[Any], *, on_trial: bool = False) -> Any:
         """Return records collated and moved to the device.
+
+        Args:
+            records: of the batch.
+            on_trial: whether what the collate function keeps is left as it is now, until the sandbox puts it back.
 
         Raises:
             PrivacyError: the collate function drops or adds records.
         """
-        batch = self.collated(records)
+        restore = self.kept()
+        try:
+            batch = self._collated(records)
+        finally:
+            if not on_trial:
+                restore()
         checks.check_rows(batch, len(records), self.axes)
         return self.move(batch)
 
     def collated(self, records: list[Any]) -> Any:
         """Return records collated, by a collate function whose state is restored."""
+        restore = self.kept()
+        try:
+            return self._collated(records)
+        finally:
+            restore()
+
+    def _collated(self, records: list[Any]) -> Any:
         if isinstance(records, Collated):
             return copy.deepcopy(records.batch)
-        kept = KeptState(user_collate(self.loader))
-        try:
-            return collate_samples(self.loader, records)
-        finally:
-            kept.put_back()
+        if isinstance(records, Reread):
+            num, found = len(records), self.read(records.positions)
+            parts = [found[max(0, end - num) : end] for end in range(len(found), 0, -num)]
+            return [collate_samples(self.loader, part) for part in reversed(parts)][-1]
+        return collate_samples(self.loader, records)
+
+    def kept(self) -> Callable[[], None]:
+        """Take note of what the collate function keeps, and return a function that puts it back."""
+        return KeptState(user_collate(self.loader)).put_back
 
     def stand_in(self, copies: int = 1) -> Any:
         """Return a batch on the device that replaces an empty one: one record, or copies of it."""

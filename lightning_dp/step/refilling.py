@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning_dp.step.object_kinds import state_of_class
 
-_ABSENT = object()
+ABSENT = object()
+"""Value of an attribute that is missing."""
 _READING = ("__getitem__", "__iter__", "__len__", "items", "keys", "values")
 
 
@@ -19,7 +20,7 @@ def reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped
     for name in [name for name in attributes if name not in before and name not in skipped]:
         del attributes[name]
     for name, value in before.items():
-        if attributes.get(name, _ABSENT) is not value:
+        if attributes.get(name, ABSENT) is not value:
             attributes[name] = value
 
 
@@ -105,7 +106,7 @@ def reset_class(kind: type[Any], before: dict[str, Any]) -> None:
     for name in now.keys() - before.keys():
         delattr(kind, name)
     for name, value in before.items():
-        if now.get(name, _ABSENT) is not value:
+        if now.get(name, ABSENT) is not value:
             setattr(kind, name, value)
 
 

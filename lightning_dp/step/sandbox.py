@@ -130,6 +130,7 @@ class Sandbox:
         others: returns the optimizers and schedulers.
         quiet: context manager that silences logs and progress of the host.
         settle: brings the module into its state between two steps.
+        kept: takes note of what the collate function keeps, and returns a function that puts it back.
     """
 
     def __init__(
@@ -139,9 +140,10 @@ class Sandbox:
         others: Callable[[], Iterable[Any]],
         quiet: Callable[[], Any],
         settle: Callable[[], None] = lambda: None,
+        kept: Callable[[], Callable[[], object]] | None = None,
     ) -> None:
         self._module, self._guard, self._others, self._quiet = module, guard, others, quiet
-        self._settle = settle
+        self._settle, self._kept = settle, kept
         self._last: Snapshot | None = None  # of the last series; the next one takes its memory
         self.aside: Callable[[], AbstractContextManager[None]] = nullcontext
         """Returns a context in which a watch of what user code writes does not look."""
@@ -152,7 +154,7 @@ class Sandbox:
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot of module, optimizers and schedulers."""
-        return Snapshot([self._module, *self._others()], self._settle)
+        return Snapshot([self._module, *self._others()], self._settle, kept=self._kept)
 
     @contextmanager
     def series(self, *, is_trial: bool = False) -> Iterator[Callable[[], AbstractContextManager[None]]]:
@@ -166,7 +168,7 @@ class Sandbox:
             the series puts everything back exactly.
         """
         if self._last is None or not self._last.renew([self._module, *self._others()]):
-            self._last = self.snapshot()
+            self._last = Snapshot([self._module, *self._others()], self._settle)
         with self.enter(self._last, is_trial=is_trial) as snapshot:
             parameters = list(self._module.parameters())
 

@@ -81,6 +81,7 @@ class Snapshot:
         roots: modules, optimizers, schedulers.
         settle: brings modules into their state between two steps; called before values are copied or restored.
         skipped: objects that are not followed.
+        kept: takes note of further state, and returns a function that puts it back.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -94,11 +95,16 @@ class Snapshot:
     """
 
     def __init__(
-        self, roots: Iterable[Any], settle: Callable[[], None] = lambda: None, *, skipped: Iterable[Any] = ()
+        self,
+        roots: Iterable[Any],
+        settle: Callable[[], None] = lambda: None,
+        *,
+        skipped: Iterable[Any] = (),
+        kept: Callable[[], Callable[[], object]] | None = None,
     ) -> None:
         self._settle = settle
         settle()
-        self._restore: list[Callable[[], Any]] = []
+        self._restore: list[Callable[[], Any]] = [] if kept is None else [kept()]
         self._refill: list[Callable[[], Any]] = []  # of the containers below
         self._attributes: list[Mapping[str, Any]] = []  # of objects and classes
         self._readers: list[Callable[[str], Any]] = []  # of the same attributes

@@ -10,6 +10,7 @@ import torch
 
 from lightning_dp.per_sample.frozen_randomness import UnfrozenDrawError
 from lightning_dp.step import state_check
+from lightning_dp.step.given_records import Reread
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.state_check import LATER
@@ -92,7 +93,14 @@ def _check(
 
     most = step.settings.samples_at_once or 0 if together else 1  # the last microbatch alone has effect
     # others run where this rank has drawn nobody
-    real = [(batch or records)[-most:] for batch in real if anywhere(bool(batch))]
+    real = [_last(batch or records, most) for batch in real if anywhere(bool(batch))]
     shared: dict[str, Any] = {"together": together, "anywhere": anywhere, "real": real, "later": later}
     for ends in [each for each in ends_in_turn if not each or host.has_epoch_end]:
         state_check.check_state(partial(run, ends=ends), (records * 3)[:3], copies=host.copies, **shared)
+
+
+def _last(batch: list[Any], most: int) -> list[Any]:
+    """Return the last microbatch of at most so many records; 0 for all of them."""
+    if not most:
+        return batch
+    return batch.last(most) if isinstance(batch, Reread) else batch[-most:]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_dp.step.object_kinds import entries_of, kind_of, own_classes
+from lightning_dp.step.object_kinds import entries_of, kind_of, own_classes, state_of_class
 from lightning_dp.step.process_settings import process_settings
 from lightning_dp.step.refilling import plain_of
 from lightning_dp.step.variables import UserVariables, Variables, is_small
@@ -96,7 +96,8 @@ class Surroundings:
             held = vars(one)
             label = f"{kind.__name__} {number}" if number else kind.__name__
             if _is_of_user(kind):
-                names = (self._named & held.keys() | self._stored) - _KNOWN_OTHERWISE
+                of_class = itertools.chain.from_iterable(map(state_of_class, own_classes(kind)))
+                names = (self._named & {*held, *of_class} | self._stored) - _KNOWN_OTHERWISE
                 yield _Place(label, held, names, only_new=names.isdisjoint(held))
             else:
                 # numbers of schedulers are compared anyway

@@ -6,16 +6,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import state_runs
 from lightning_dp.step.decisions import NUM_FEW
+from lightning_dp.step.given_records import Reread
+from lightning_dp.step.refilling import ABSENT
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.state_check import LATER
 from lightning_dp.step.writes import Look, When, WriteWatch
 
+_PLAIN = (int, float, complex, str)
 Begin = Callable[[], AbstractContextManager[None]]
 
 
@@ -23,19 +27,27 @@ class Ran(NamedTuple):
     """A real batch.
 
     Args:
-        positions: of its records; empty if unknown.
+        parts: positions of the records of each of its microbatches; empty if unknown.
         look: at the state before it.
         counters: makes a context with the public counters of then.
+        undo: makes a context with what reading the records has changed as it was before; None if they changed nothing
+            in a new way.
     """
 
-    positions: list[int]
+    parts: list[list[int]]
     look: Look
     counters: Callable[[], AbstractContextManager[None]]
+    undo: Callable[[], AbstractContextManager[None]] | None = None
+
+    @property
+    def positions(self) -> list[int]:
+        """Of the records of the last microbatch, which alone has an effect; empty if unknown."""
+        return self.parts[-1] if self.parts else []
 
     @contextmanager
     def back_in(self) -> Iterator[None]:
         """Go back to the state and the counters before this batch within the context."""
-        with self.counters(), self.look.back_in():
+        with self.counters(), self.look.back_in(), nullcontext() if self.undo is None else self.undo():
             yield
 
     @contextmanager
@@ -69,19 +81,29 @@ class Written:
         self.batches: deque[Ran] = deque(maxlen=2)
         """The real batch, and the one before it."""
         self._writers: list[Ran] = []  # those of them that have written something new
+        self._held: list[tuple[Any, Any]] = []  # attributes and variables, and their values before records were read
 
     def see(self, keys: Iterable[Any], when: When) -> None:
         """Take note of what the newest batch has written, and when."""
         if self._runs.loss_form.see_writes(keys, when, self._runs.step.state.step):
             self._writers += [*self.batches][:1]
 
-    def begin(self, positions: list[int]) -> None:
+    def begin(self, parts: list[list[int]]) -> None:
         """Begin a real batch.
 
         Args:
-            positions: of its records; empty if unknown.
+            parts: positions of the records of each of its microbatches; empty if unknown.
         """
-        self.batches.appendleft(Ran(positions, self.watch.begin(), self._runs.host.counters()))
+        host, form = self._runs.host, self._runs.loss_form
+        changed, self._held = _changed(self._held), []
+        is_new = form.see_writes(changed, When.FORWARD, self._runs.step.state.step)
+        undo = partial(_with_values, [*changed.values()]) if is_new else None
+        self.batches.appendleft(ran := Ran(parts, self.watch.begin(), host.counters(), undo))
+        self._writers += [ran] if is_new else []
+
+    def hold(self) -> None:
+        """Take note of attributes and variables before records are read in this process."""
+        self._held = [(attributes, attributes.copy()) for attributes in self._runs.host.attributes()]
 
     def check(
         self,
@@ -111,6 +133,7 @@ class Written:
         with self.watch.aside():
             for number, ran in enumerate(batches):
                 real = self._runs.host.read(ran.positions) if ran.positions else []
+                real = Reread(real, [*chain(*ran.parts)]) if real and ran.undo is not None else real
                 if writes[number] or not any(writes):
                     with ran.back_in():
                         self.check_state(seed, [real], anywhere)
@@ -165,3 +188,38 @@ class Written:
                 with begun:
                     snapshot = snapshot if begin is None else self._sandbox.snapshot()
                     host.attempt(partial(compare, *ends), snapshot.put_back)
+
+
+Value = tuple[Any, str, Any]
+"""Attributes or variables, the name of one of them, and its value at some time, or ``ABSENT``."""
+
+
+def _changed(held: list[tuple[Any, Any]]) -> dict[tuple[Any, ...], Value]:
+    """Return by a key the values that have changed since then."""
+    found: dict[tuple[Any, ...], Value] = {}
+    for number, (attributes, before) in enumerate(held):
+        now = attributes.copy()
+        for name in {*now, *before}:
+            one, other = before.get(name, ABSENT), now.get(name, ABSENT)
+            if one is not other and not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other):
+                found["read", number, name] = attributes, name, one
+    return found
+
+
+@contextmanager
+def _with_values(values: list[Value]) -> Iterator[None]:
+    """Give attributes and variables some values within the context."""
+    now = [(attributes, name, attributes.get(name, ABSENT)) for attributes, name, _ in values]
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(now)
+
+
+def _set(values: list[Value]) -> None:
+    for attributes, name, value in values:
+        if value is not ABSENT:
+            attributes[name] = value
+        elif name in attributes:
+            del attributes[name]

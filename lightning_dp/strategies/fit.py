@@ -43,8 +43,7 @@ class PrivateFit:
     def __init__(self, strategy: PrivateStrategy, noise: GaussianNoise) -> None:
         self._strategy = strategy
         module, trainer = strategy.module, strategy.trainer
-        self._trainer = trainer
-        self._device = strategy.root_device
+        self._trainer, self._device = trainer, strategy.root_device
         self._restore_generators = generators_restorer(self._device)
         self._batch: LogicalBatch | None = None
         self._on_device: Any = None
@@ -64,8 +63,9 @@ class PrivateFit:
         self.guard = StepGuard(self.step.parameters.is_private)
         self._host = LightningHost(strategy)
         settle = self._host.settling(self.step.reduction.settle)
-        self._sandbox = Sandbox(module, self.guard, self._host.reachable, self._quiet, settle)
+        self._sandbox = Sandbox(module, self.guard, self._host.reachable, self._quiet, settle, self._host.training.kept)
         self._trial = Trial(self.step, self._host, self._sandbox)
+        self.before_item = self._trial.written.hold
         self._logs = TrainingLogs(trainer, strategy.state.nonprivate_logs, strict=strategy.settings.strict_logging)
         self.patches = Patches(strategy, self.step, self._trial, lambda: self.on_trial)
         self.guard.start()

@@ -129,7 +129,7 @@ class LightningHost(Host):
 
     @override
     def begin(self, records: list[Any]) -> None:
-        self._batch = self.training.batch_of(records)
+        self._batch = self.training.batch_of(records, on_trial=True)
         self._strategy.trainer.should_stop = self._is_ending
         self.skips = self._skips(self._batch)
 

@@ -67,7 +67,7 @@ class TrainingInputs(RunFacts, Strategy):
         for parts in {*trainer_checks.accumulation(trainer).values()}:  # each must be possible before the first step
             self._private(dataloader, parts)
         loader = self._private(dataloader, trainer_checks.parts_now(trainer))
-        loader.before_pass = partial(self._follow_accumulation, dataloader)
+        loader.before_pass, loader.before_item = partial(self._follow_accumulation, dataloader), self._before_item
         checks.check_same_dataset(self._loader, loader)
         if self.state.plan is not None:
             correlation.check_reload(self.state.plan.correlation, self._loader, loader)
@@ -101,6 +101,10 @@ class TrainingInputs(RunFacts, Strategy):
             _messages.info(
                 f"Logical batches hold {self._loader.facts.expected_batch_size} records from here on, as expected."
             )
+
+    def _before_item(self) -> None:
+        if self._fit is not None:
+            self._fit.before_item()
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

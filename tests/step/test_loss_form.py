@@ -172,7 +172,8 @@ def test_ranks_agree_on_a_check_of_a_new_form() -> None:
     step = SimpleNamespace(state=SimpleNamespace(step=5), reduction=reduction, runs_samples_alone=False)
     runs: Any = SimpleNamespace(loss_form=LossForm(), exchanged=None, step=step)
     look: Any = SimpleNamespace(numbers_back_in=nullcontext)
-    written: Any = SimpleNamespace(batches=[Ran([], look, nullcontext)], check=lambda seed, _: asked.append(seed))
+    batches, watch = [Ran([], look, nullcontext)], SimpleNamespace(aside=nullcontext)
+    written: Any = SimpleNamespace(batches=batches, watch=watch, check=lambda seed, _: asked.append(seed))
     losses = RealLosses(runs, written, sandbox=None, check_again=lambda number, _: asked.append(number))  # type: ignore
     losses.check()
     assert asked == [False, False, 5, False, 5, False]

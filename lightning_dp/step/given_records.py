@@ -1,0 +1,36 @@
+"""Records that a trial gets in another way than from the dataset before it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Collated(list[Any]):
+    """Records with the batch that was made of them.
+
+    Args:
+        count: number of records.
+        batch: on the host; a run moves a copy to the device.
+    """
+
+    def __init__(self, count: int, batch: Any) -> None:
+        super().__init__([None] * count)
+        self.batch = batch
+
+
+class Reread(list[Any]):
+    """The last records of a batch. Each run reads all of its records from the dataset again, and collates them in
+    microbatches, since this may write something.
+
+    Args:
+        records: as they were read now.
+        positions: of all records of the batch, in the dataset.
+    """
+
+    def __init__(self, records: list[Any], positions: list[int]) -> None:
+        super().__init__(records)
+        self.positions = positions
+
+    def last(self, most: int) -> Reread:
+        """Return the last microbatch, of that many records at most."""
+        return Reread(self[-most:], self.positions)

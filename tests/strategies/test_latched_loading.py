@@ -1,0 +1,143 @@
+"""Variables and attributes that a collate function or a dataset sets, when certain records come, and a loss reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lightning_dp import DPStrategy, PrivacyError
+from lightning_dp.loop import make_private
+from tests.helpers import make_trainer
+from tests.strategies.test_latched_state import RARE, STEPS, Module, loader
+
+FACTOR, CALLS = 1.0, 0
+LAST: list[Any] = []
+REFUSED = "differs after (the records of a batch|another record)|influence each other|its gradient when run alone"
+
+
+class Reads(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * FACTOR
+
+
+class ReadsTheData(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        data: Any = self.trainer.datamodule
+        return super().training_step(batch, batch_idx) * data.factor
+
+
+def sets_for_good(records: list[Any]) -> Any:
+    global FACTOR
+    FACTOR = 0.5 if any((words == RARE).any() for words, _ in records) else FACTOR
+    return default_collate(records)
+
+
+def sets_each_time(records: list[Any]) -> Any:
+    global FACTOR
+    FACTOR = 0.5 if any((words == RARE).any() for words, _ in records) else 1.0
+    return default_collate(records)
+
+
+class SetsAsItReads(Dataset[Any]):
+    def __init__(self) -> None:
+        self.records: Any = loader().dataset
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        global FACTOR
+        words, label = self.records[index]
+        FACTOR = 0.5 if (words == RARE).any() else FACTOR
+        return words, label
+
+
+class Data(L.LightningDataModule):
+    factor = 1.0
+
+    def collate(self, records: list[Any]) -> Any:
+        if any((words == RARE).any() for words, _ in records):
+            self.factor = 0.5
+        return default_collate(records)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(loader().dataset, batch_size=8, collate_fn=self.collate)
+
+
+class Keeps(Module):
+    """What its loader keeps is read by no step."""
+
+
+def keeps(records: list[Any]) -> Any:
+    global CALLS
+    CALLS += 1
+    LAST[:] = [default_collate(records)]
+    return default_collate(records)
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> None:
+    global FACTOR, CALLS
+    FACTOR, CALLS = 1.0, 0
+    LAST.clear()
+
+
+def collated_by(function: Any) -> Any:
+    return DataLoader(loader().dataset, batch_size=8, collate_fn=function)
+
+
+WAYS = {
+    "collate function, for good": lambda: (Reads(), collated_by(sets_for_good)),
+    "collate function, each time": lambda: (Reads(), collated_by(sets_each_time)),
+    "dataset": lambda: (Reads(), DataLoader(SetsAsItReads(), batch_size=8)),
+    "data module": lambda: (ReadsTheData(), Data()),
+}
+
+
+def fit(module: Any, data: Any, tmp_path: Any, seed: int = 0, **options: Any) -> int:
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, seed=seed, **options)
+    make_trainer(strategy, tmp_path, max_steps=STEPS, max_epochs=-1).fit(module, data)
+    return strategy.ledger.num_steps
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.one_in(2)
+def test_what_loading_sets_for_a_rare_record_is_refused(name: str, seed: int, tmp_path: Any) -> None:
+    with pytest.raises(PrivacyError, match=REFUSED):
+        fit(*WAYS[name](), tmp_path, seed)
+
+
+@pytest.mark.parametrize("options", [{"grad_sample": "single"}, {"microbatch_size": 3}], ids=str)
+@pytest.mark.parametrize("name", ["collate function, for good", "dataset", "data module"])
+@pytest.mark.one_in(2)
+def test_microbatches_count_as_a_batch_for_loading(name: str, options: Any, tmp_path: Any) -> None:
+    with pytest.raises(PrivacyError, match=REFUSED):
+        fit(*WAYS[name](), tmp_path, **options)
+
+
+def test_what_loading_sets_in_a_loop_is_refused() -> None:
+    module = Module()
+    optimizer, options = torch.optim.SGD(module.parameters(), lr=0.1), {"noise_multiplier": 1.0, "target_delta": 1e-3}
+    data = collated_by(sets_for_good)
+    private = make_private(
+        module, optimizer, data, lambda model, batch: model.training_step(batch, 0) * FACTOR, steps=STEPS, **options
+    )
+
+    def train() -> None:
+        for batch in (batch for _ in range(STEPS) for batch in private.loader):
+            private.step(batch)
+
+    with private, pytest.raises(PrivacyError, match=REFUSED):
+        train()
+
+
+def test_what_only_loading_reads_is_free(tmp_path: Any) -> None:
+    assert fit(Keeps(), collated_by(keeps), tmp_path) == STEPS
+    assert CALLS >= STEPS
+    assert len(LAST[0][0]) <= 16  # of a real batch
