@@ -73,9 +73,9 @@ class ForeignCode:
         self._ran_one = copies * len(records) == 1
         try:
             yield chosen
-        except PrivacyError:
-            raise
         except Exception as error:
+            if (cause := cause_of(error)) is not None:
+                raise cause from cause.__cause__
             if len(chosen) == 1 and not self.runs_alone:
                 raise OneAloneError from error
             may_be_size = isinstance(error, (RuntimeError, ValueError))  # as shapes raise
@@ -125,6 +125,13 @@ class ForeignCode:
             f"{'an epoch has one batch.' if self.runs_alone else _SMALL}"
         )
         return check()
+
+
+def cause_of(error: BaseException | None) -> PrivacyError | None:
+    """Return the PrivacyError that user code raised, perhaps as the cause of an exception of its own."""
+    while not (error is None or isinstance(error, PrivacyError)):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def note(error: BaseException, text: str) -> None:

@@ -103,6 +103,24 @@ def test_sparse_functions_of_parameters_run_one_at_a_time(caplog: pytest.LogCapt
     assert "Samples run one at a time" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_errors_that_other_packages_wrap_choose_the_way(caplog: pytest.LogCaptureFixture) -> None:
+    """As einx does, which compiles operations and raises an exception of its own where one of them fails."""
+
+    class Wrapping(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                hidden = F.linear(torch.nested.nested_tensor([*x[:, None]]), self.weight.T)
+            except PrivacyError as error:
+                raise KeyError("the compiled operation failed") from error
+            out: Tensor = self.head(torch.nested.to_padded_tensor(hidden, 0.0)[:, 0].tanh())
+            return out
+
+    with caplog.at_level(logging.INFO):
+        fit(Wrapping())
+    assert "Samples run one at a time" in caplog.text
+
+
 class Records(Dataset[Any]):
     """Records of their own randomness, read in workers."""
 
