@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import is_mapped, is_view, unfollowed, unreported
+from lightning_dp.per_sample._torch import is_mapped, unfollowed, unreported
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.nodes import Function, is_tracked, named
@@ -179,28 +179,6 @@ def rows(table: Any, index: Tensor) -> Tensor:
     flat = table.reshape(table.shape[0], -1)
     rows = F.embedding(index.long().remainder(len(table)), flat)
     return rows if table.dim() == 2 else rows.reshape(*index.shape, *table.shape[1:])
-
-
-def setitem(tracker: Tracker, func: Any, tensor: Any, index: Any, value: Any) -> Any:
-    """Write a function of parameters into a tensor of data, through ``torch.where`` if the index is a boolean mask.
-
-    A mask takes a value for all of its entries, or one row for each entry that is true, in their order.
-    """
-    if is_tracked(tensor) or not is_tracked(value):
-        return tracker.primitive(func, (tensor, index, value), {})
-    if isinstance(index, Tensor) and index.dtype == torch.bool:
-        where = index.reshape(*index.shape, *[1] * (tensor.dim() - index.dim()))
-        if value.dim() > tensor.dim() - index.dim() and value.shape[0] != 1:
-            if not value.shape[0]:
-                return None
-            value = rows(value, (index.flatten().cumsum(0) - 1).clamp(min=0).view(index.shape))
-        tensor.copy_(torch.where(where, value, tensor))
-        return None
-    target = tensor[index]
-    if not is_view(target):
-        return tracker.primitive(func, (tensor, index, value), {})
-    target.copy_(value)
-    return None
 
 
 def like(tracker: Tracker, func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import bags, cells, composites, recurrent
+from lightning_dp.per_sample import assigning, bags, cells, composites, recurrent
 from lightning_dp.per_sample.nodes import is_tracked
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.rules.conv import ConvRule
@@ -249,7 +249,9 @@ _KNOWN: dict[Any, Operation | None] = {
     **dict.fromkeys((torch.rnn_tanh_cell, torch.rnn_relu_cell), _CELL),
     **dict.fromkeys((Tensor.register_hook, Tensor.retain_grad), _composite(composites.watch)),
     Tensor.__getitem__: _composite(composites.getitem),
-    Tensor.__setitem__: _composite(composites.setitem),
+    Tensor.__setitem__: _composite(assigning.setitem),
+    Tensor.index_put_: _composite(assigning.index_put_),
+    **dict.fromkeys((Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill), _composite(assigning.masked_fill)),
     **dict.fromkeys((Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as), _LIKE),
     **dict.fromkeys((Tensor.expand, Tensor.repeat), _composite(composites.sized)),
     torch.broadcast_tensors: _composite(composites.broadcast_tensors),
