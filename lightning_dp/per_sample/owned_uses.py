@@ -6,17 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import leaves, mapping, twice
-from lightning_dp.per_sample.arguments import replaced
+from lightning_dp.per_sample import leaves, twice
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.memo import merged
 from lightning_dp.per_sample.nodes import Node, named
-from lightning_dp.per_sample.operations import ALIGNED, Bound, operation_of
+from lightning_dp.per_sample.operations import ALIGNED, Bound
+from lightning_dp.per_sample.over_rows import axis_of, by_row, over_rows, run
 from lightning_dp.per_sample.owned import Mixed, OwnedAxis, Rows
 from lightning_dp.per_sample.repeats import copy_of, of_constants, one_of, repeated_for_samples
 from lightning_dp.per_sample.rules.base import Rule
@@ -143,7 +142,7 @@ def general(
     if len(one) == 1 and None not in one:  # the whole tensor belongs to one sample
         axis = OwnedAxis(None, owned[0][1].index[:1])
         own = {id(t): copy_of(tracker, t, node, t.detach().view_as(t), axis) for t, node in tracked}
-        return _run(func, args, kwargs, own)
+        return run(func, args, kwargs, own)
     if not isinstance(rows, Rows) or rows.axis is None:
         return tracker.unbatched(func, mine.values())
     if rows.has_nobody:
@@ -155,20 +154,10 @@ def general(
     if func.__name__ in ALIGNED or _joins_along_others(traits, rows.axis, args, kwargs, owned[0][0]):
         copies = _aligned(tracker, tracked, rows, num_axes, [tensor for tensor, _ in owned], repeated)
         if copies is not None:
-            return _run(func, args, kwargs, copies)
+            return run(func, args, kwargs, copies)
     if len(repeated) == len(tracked):
-        return _run(func, args, kwargs, repeated)
-    return _over_rows(tracker, func, args, kwargs, tensors, tracked, found)
-
-
-def _run(func: Any, args: Any, kwargs: Any, own: Mapping[int, Tensor]) -> Any:
-    args, kwargs = replaced(args, kwargs, lambda tensor: own.get(id(tensor), tensor))
-    return func(*args, **kwargs)
-
-
-def _axis(rows: Rows) -> OwnedAxis | BatchAxis:
-    assert rows.axis is not None
-    return BatchAxis(rows.axis) if rows.is_identity else OwnedAxis(rows.axis, rows.index, rows.layout)
+        return run(func, args, kwargs, repeated)
+    return over_rows(tracker, func, args, kwargs, tensors, tracked, found)
 
 
 def _aligned(
@@ -189,12 +178,12 @@ def _aligned(
             continue
         padded = (1,) * (num_axes - tensor.dim()) + tuple(tensor.shape)
         if padded[rows.axis] == rows.num > 1:
-            copies[id(tensor)] = _by_row(tracker, tensor, node, rows.moved(rows.axis - num_axes + tensor.dim()))
+            copies[id(tensor)] = by_row(tracker, tensor, node, rows.moved(rows.axis - num_axes + tensor.dim()))
             continue
         if padded[rows.axis] != 1:
             return None
         made = copy_of(
-            tracker, tensor, node, leaves.along(tensor.detach(), padded, rows.axis, rows.index.shape[0]), _axis(rows)
+            tracker, tensor, node, leaves.along(tensor.detach(), padded, rows.axis, rows.index.shape[0]), axis_of(rows)
         )
         if tensor.dim() == 0 and wide is not None:
             made = made.to(torch.result_type(wide, tensor))
@@ -208,22 +197,6 @@ def _joins_along_others(traits: Traits, axis: int, args: Any, kwargs: Any, data:
     return traits.joins and after is not None and after(data, axis, args, kwargs, data) is not None
 
 
-def _by_row(tracker: Tracker, tensor: Tensor, node: Node, rows: Rows) -> Tensor:
-    """Return a function of parameters that has an entry for each row of the data as data: row r belongs to the sample
-    of row r that it meets, as if it were read from a table.
-    """
-    assert tracker.follower is not None
-    assert rows.axis is not None
-    index = torch.arange(rows.num, device=tensor.device)
-    tracker.follower.note(index, rows.moved(0))
-    table = derive(tracker, torch.movedim, (tensor, rows.axis, 0), {})
-    flat = derive(tracker, torch.reshape, (table, (rows.num, -1)), {})
-    read = operation_of(F.embedding)
-    assert read is not None
-    found: Tensor = read.run(tracker, F.embedding, (index, flat), {})
-    return found.view(table.shape).movedim(0, rows.axis)
-
-
 def _repeated(tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows, num_axes: int) -> dict[int, Tensor]:
     """Return copies of tensors with one entry for all rows, as ``token.expand(B, -1, -1)`` or a type of all tokens."""
     copies: dict[int, Tensor] = {}
@@ -235,46 +208,9 @@ def _repeated(tracker: Tracker, tracked: list[tuple[Tensor, Node]], rows: Rows, 
             node = tracker.node_of(one)
             assert node is not None
             copies[id(tensor)] = copy_of(
-                tracker, one, node, leaves.along(one.detach(), one.shape, axis, num), _axis(rows)
+                tracker, one, node, leaves.along(one.detach(), one.shape, axis, num), axis_of(rows)
             )
     return copies
-
-
-def _over_rows(
-    tracker: Tracker,
-    func: Any,
-    args: Any,
-    kwargs: Any,
-    tensors: Sequence[Tensor],
-    tracked: list[tuple[Tensor, Node]],
-    found: Sequence[tuple[Tensor, Any]],
-) -> Any:
-    """Map an operation over rows, each with copies of the parameters; refuse it where its rows are not those of its
-    data.
-    """
-    follower, nodes = tracker.follower, [node for _, node in tracked]
-    assert follower is not None
-    values = {id(tensor): tensor.detach() for tensor, _ in tracked}
-    for value in values.values():
-        follower.note(value, None)
-    shape, result = follower.result(func, *replaced(args, kwargs, lambda tensor: values.get(id(tensor), tensor)))
-    if not isinstance(result, Rows) or result.axis is None:
-        return tracker.unbatched(func, nodes)
-    of, axes, num = {id(tensor): rows for tensor, rows in found}, [], result.index.shape[0]
-    for tensor in tensors:
-        rows = of.get(id(tensor))
-        if rows is not None and (rows.axis is None or not torch.equal(rows.index, result.index)):
-            return tracker.unbatched(func, nodes)
-        axes.append(None if rows is None else BatchAxis(rows.axis))
-    own = {
-        id(t): copy_of(tracker, t, node, t.detach().expand(num, *t.shape), _axis(result.moved(0)))
-        for t, node in tracked
-    }
-    plan = CallLayout(tuple(axes), (BatchAxis(result.axis),))
-    out = mapping.over_rows(func, args, kwargs, plan, own, tensors, num, nodes)
-    if out.shape != shape:  # a parameter has entries of its own for each row
-        return tracker.unbatched(func, nodes)
-    return out
 
 
 def plan_of(tracker: Tracker, func: Any, node: Node, tensors: Sequence[Tensor]) -> CallLayout | None:
@@ -284,7 +220,7 @@ def plan_of(tracker: Tracker, func: Any, node: Node, tensors: Sequence[Tensor]) 
     for owner in owners:
         if isinstance(owner, Mixed):
             _refuse(func, [node], owner)
-    axes = [_axis(owner) if isinstance(owner, Rows) and owner.axis is not None else None for owner in owners]
+    axes = [axis_of(owner) if isinstance(owner, Rows) and owner.axis is not None else None for owner in owners]
     first = next((axis for axis in axes if axis is not None), None)
     if first is None:
         if any(owner is not None for owner in owners):

@@ -134,3 +134,28 @@ def test_functions_for_each_row_go_to_the_samples_of_these(how: str) -> None:
     torch.manual_seed(0)
     module, data = Tables(how), torch.randn(6, 2, 3, dtype=torch.float64)
     assert assert_agrees(module, module, lambda chosen: data[chosen]).follows_owners
+
+
+class Pooled(nn.Module):
+    """A learned query for each of two rows of a record, which all records share, meets that row in a product."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.query, self.layer = how, nn.Parameter(torch.randn(3)), nn.Linear(3, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        query = self.layer(self.query.expand(len(rows), 3))
+        if self.how == "einsum":
+            met = torch.einsum("rd,rtd->rt", query, self.layer(rows))
+        else:
+            met = torch.bmm(query[:, None], self.layer(rows).transpose(1, 2)).squeeze(1)
+        return met.softmax(1).square().view(len(x), -1).sum(1)
+
+
+@pytest.mark.parametrize("how", ["einsum", "bmm"])
+def test_queries_for_each_row_go_to_the_samples_of_these(how: str) -> None:
+    torch.manual_seed(0)
+    module, data = Pooled(how), torch.randn(6, 2, 4, 3, dtype=torch.float64)
+    assert assert_agrees(module, module, lambda chosen: data[chosen]).follows_owners
