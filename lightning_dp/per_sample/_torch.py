@@ -107,6 +107,11 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_dual() -> bool:
+    """Tell whether a function runs within forward-mode differentiation, which functions of autograd need a rule for."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def own_view(tensor: Tensor) -> Tensor:
     """Return an alias of a tensor that autograd does not count as a view."""
     alone: Tensor = torch.ops.aten._unsafe_view.default(tensor, tensor.shape)

@@ -18,7 +18,7 @@ from lightning_dp.errors import PrivacyError
 WAY_OUT = "grad_sample='single' works for any module"
 CUSTOM = "the torch.autograd.Function"
 TWICE = "got create_graph=True through"
-HIDDEN = "a call within torch.vmap or another transform of torch.func, which hides them"
+HIDDEN = "a call within torch.vmap, forward-mode AD or another transform of torch.func, which hides them"
 PENALTY = "Add a penalty on weights to the loss of each sample before their mean, or use the optimizer's weight_decay"
 #: Part of a message: no run that learned the layout saw such a use.
 UNLEARNED = "in a way that was learned"

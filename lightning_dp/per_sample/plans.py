@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import dense_parts_of, in_backward, is_mapped, unreported
+from lightning_dp.per_sample._torch import dense_parts_of, in_backward, is_dual, is_mapped, unreported
 from lightning_dp.per_sample.arguments import replaced, tensors_in, with_other_values
 from lightning_dp.per_sample.functions import derive
 from lightning_dp.per_sample.layout import (
@@ -65,7 +65,7 @@ class Observer:
             self.recomputes |= bool(known)
             return func(*args, **kwargs)
         self._met |= {name for node, _ in known for name in node.names}
-        if any(map(is_mapped, tensors)):
+        if is_dual() or any(map(is_mapped, tensors)):
             raise PrivacyError(
                 f"Expected {func.__name__} of {named(node for node, _ in known)} to see the samples of the batch, got "
                 f"{HIDDEN}. Call the layer on the batch, outside of the transform; {WAY_OUT}."

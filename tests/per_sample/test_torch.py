@@ -71,6 +71,12 @@ def test_tensors_within_vmap_are_seen() -> None:
     assert not _torch.is_mapped(torch.ones(2))
 
 
+def test_forward_mode_is_seen() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        assert _torch.is_dual()
+    assert not _torch.is_dual()
+
+
 def test_transforms_are_seen_around_any_tensor() -> None:
     seen: list[bool] = []
     torch.vmap(lambda row: (seen.append(_torch.in_transform()), row)[1])(torch.ones(2, 3))
