@@ -122,6 +122,8 @@ def over_rows(
     except PrivacyError:
         raise
     except Exception as error:
+        with torch.no_grad():
+            func(*args, **kwargs)  # an error of the operation itself, such as a wrong index, is none of ours
         raise PrivacyError(
             f"Expected operations that can be computed for every sample by itself, got {func.__name__} of "
             f"{named(nodes)}, which cannot: {error!r}. {WAY_OUT}."

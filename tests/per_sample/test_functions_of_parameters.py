@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
@@ -231,12 +232,19 @@ def test_attention_with_dropout_draws_once_for_all_samples() -> None:
         torch.testing.assert_close(grads[name].sum(0), grad)
 
 
-def test_uses_within_vmap_are_refused() -> None:
+def _tangents(layer: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("mapped", [lambda layer, x: torch.vmap(layer)(x), _tangents], ids=["vmap", "forward mode"])
+def test_uses_within_transforms_are_refused(mapped: Any) -> None:
     layer = nn.Linear(3, 2).double()
     with pytest.raises(
         PrivacyError, match=r"linear of 'weight', 'bias' to see the samples.*within torch.vmap.*any module\.$"
     ) as raised:
-        make_engine(layer, lambda x: torch.vmap(layer)(x).sum(), _data(4, 3))
+        make_engine(layer, lambda x: mapped(layer, x).sum(), _data(4, 3))
     assert "sample_of_row" not in str(raised.value)  # which does not help within a transform
 
 
@@ -267,3 +275,12 @@ def test_later_functions_within_vmap_are_refused() -> None:
     module.mapped = torch.vmap
     with pytest.raises(PrivacyError, match=r"Expected functions of 'w' alone outside of torch\.func"):
         run_batch(engine, _loss(module), _data(4, 3), 4)
+
+
+def test_an_error_of_an_operation_stays_as_it_is() -> None:
+    """An index out of range, as of a record that a check made NaN, is no reason to run samples one at a time."""
+    module, data = Uses(lambda m, x: x * torch.take(m.w, x.abs().long()), w=drawn(3, 2)), _data(4, 3)
+    engine = make_engine(module, _loss(module), data)
+    with pytest.raises(IndexError, match="out of range"):
+        run_batch(engine, _loss(module), data * 1e6, 4)
+    engine.end()
