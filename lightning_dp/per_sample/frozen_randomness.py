@@ -29,6 +29,8 @@ _DROPOUTS = {
 }
 
 
+_NARROW = frozenset({torch.bfloat16, torch.float16})
+
 #: Draws of which the values of one sample decide how many random numbers are left for the others.
 REJECTING = frozenset({"binomial", "poisson", "_standard_gamma", "_sample_dirichlet", "rrelu_with_noise"})
 
@@ -38,18 +40,21 @@ class UnfrozenDrawError(Exception):
 
 
 class _InDropout(TorchFunctionMode):
-    """A mode that counts the running dropout functions and functions that contain a dropout."""
+    """A mode that counts the running dropout functions and functions that contain a dropout, and watches precision."""
 
     def __init__(self) -> None:
         super().__init__()
         self.depth = 0
         self.given: Any = None
         """First argument of the innermost of these functions."""
+        self.is_narrow = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _DROPOUTS:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            self.is_narrow |= isinstance(out, Tensor) and out.dtype in _NARROW and out.requires_grad
+            return out
         before, self.given = self.given, args[0] if args else kwargs.get("input")
         self.depth += 1
         try:
@@ -106,6 +111,11 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.communicated = False
         """Whether this process took part in a collective of ``torch.distributed``."""
         self._dropouts = _InDropout()
+
+    @property
+    def is_narrow(self) -> bool:
+        """True if a gradient flows through numbers of 16 bits, as under the user's own ``torch.autocast``."""
+        return self._dropouts.is_narrow
 
     @override
     def __enter__(self) -> Self:

@@ -73,14 +73,15 @@ class TrialRuns:
         self._draws: bool | None = None  # whether user code has drawn by torch in any run; None before the first
         # seed and coin -> states of the generators of torch, and of those of numpy and Python
         self._seeded: dict[tuple[int, float], tuple[Any, Any]] = {}
-        self.look: Callable[[], Any] = lambda: None
-        """Takes a look at what user code may write, see ``Look``."""
+        self.look: Callable[[], Any] = lambda: None  # at what user code may write, see ``Look``
+        self._is_narrow = False  # whether gradients have flowed through numbers of 16 bits in any run
         self._bar: Any = None
 
     @property
     def narrow(self) -> torch.dtype:
         """Narrowest floating-point dtype in which the step computes."""
-        return torch.bfloat16 if torch.bfloat16 in self.step.engine.dtypes else self.host.narrow
+        is_narrow = self._is_narrow or torch.bfloat16 in self.step.engine.dtypes
+        return torch.bfloat16 if is_narrow else self.host.narrow
 
     def coarsest(self, dtypes: Iterable[torch.dtype]) -> torch.dtype:
         """Return the type by whose rounding gradients are compared: float64 if all have it, else ``narrow``."""
@@ -242,6 +243,7 @@ class TrialRuns:
         self.used |= probe.used
         self.stepped |= probe.stepped
         self._note_draws(frozen.has_draws if freezes else torch_generators() != before[0], were_frozen=freezes)
+        self._is_narrow |= frozen.is_narrow
         if frozen.communicated:
             self._check_communication()
         if self._bar is not None:

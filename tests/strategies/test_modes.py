@@ -93,6 +93,13 @@ def test_precisions(tmp_path: Any, precision: str, dtype: torch.dtype, microbatc
         )
 
 
+def test_the_users_own_autocast_trains(tmp_path: Any) -> None:
+    strategy, module = DPStrategy(noise_multiplier=1.0), Classifier()
+    module.network.forward = torch.autocast("cpu", dtype=torch.bfloat16)(module.network.forward)
+    make_trainer(strategy, tmp_path).fit(module, make_loader())
+    assert strategy.ledger.num_steps == 4
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.one_in(3)
 def test_optimizers_and_a_step_scheduler(tmp_path: Any, optimizer: Any) -> None:
