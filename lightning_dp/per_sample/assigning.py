@@ -93,7 +93,8 @@ def _entries(tracker: Tracker, tensor: Tensor, index: Any, shape: torch.Size) ->
         where, number = where.view(lead), number.view(lead)
     if (follower := tracker.follower) is not None:
         owners = follower.owners_of(tensor)
-        if owners is None or (isinstance(owners, Rows) and owners.axis is not None and owners.axis < len(lead)):
+        is_constant = owners is None and all(follower.owners_of(one) is None for one in arrays)
+        if is_constant or (isinstance(owners, Rows) and owners.axis is not None and owners.axis < len(lead)):
             follower.note(where, owners)
             follower.note(number, owners)
     return where, number if math.prod(own) != 1 else None

@@ -50,7 +50,7 @@ class OneByOne:
 
     def __init__(self, runs: TrialRuns, couplings: Couplings) -> None:
         self._runs, self._couplings = runs, couplings
-        self._cost = 1.0
+        self._cost, self._copies = 1.0, 1  # training would run the record itself alone
         self._reason: PrivacyError | None = None  # why rules could not follow the step as it is
         self.spreads_penalties = False
         """Whether the engine spreads a penalty over the samples, which samples run alone must confirm."""
@@ -98,16 +98,15 @@ class OneByOne:
             self._run_alone()
             _messages.info(f"Each record runs alone: its own loss could not be had from a batch. {_public(reason)}")
             return False
-        coupled: PrivacyError | None = None
-        try:
-            self.check(snapshot, records, seed=0, first=True)
-        except OneAloneError as alone:
-            coupled = PrivacyError(f"{reason} Nor can a record run alone: {alone.__cause__}")
-        except ComparisonError as found:
-            coupled = ComparisonError(f"{reason} {found}")
+        may_help = step.reduction.agree(PENALTY in str(reason))
+        alone, coupled = self._compare_with_singles(snapshot, records, reason)
+        if step.reduction.agree(alone is not None) and may_help:  # samples need not run alone in training then
+            self._copies = 2
+            _, coupled = self._compare_with_singles(snapshot, records, reason)
+        else:
+            coupled = coupled or alone
         if step.reduction.agree(coupled is not None):
             raise (coupled or ComparisonError(f"{reason} {_COUPLED}")) from reason
-        may_help = step.reduction.agree(PENALTY in str(reason))
         if may_help and step.settings.check_per_sample and step.engine.spread_penalties():
             self.spreads_penalties, self._reason = True, reason
             if not step.reduction.agree(learn() is not None):
@@ -117,6 +116,8 @@ class OneByOne:
             if not step.reduction.agree(learn() is not None):
                 return True
         step.takes_own_losses = False
+        if self._copies > 1:  # on every rank
+            raise (alone or reason) from reason
         size = self._runs.host.batch_size
         self._run_alone()
         _messages.info(
@@ -125,6 +126,18 @@ class OneByOne:
             "grad_sample='single' takes this way without a trial, grad_sample='rules' raises an error instead."
         )
         return False
+
+    def _compare_with_singles(
+        self, snapshot: Snapshot, records: list[Any], reason: PrivacyError
+    ) -> tuple[PrivacyError | None, PrivacyError | None]:
+        """Return why a record cannot run alone, and why samples are coupled; None where that is not so."""
+        try:
+            self.check(snapshot, records, seed=0, first=True)
+        except OneAloneError as alone:
+            return PrivacyError(f"{reason} Nor can a record run alone: {alone.__cause__}"), None
+        except ComparisonError as found:
+            return None, ComparisonError(f"{reason} {found}")
+        return None, None
 
     def find_sum(self, snapshot: Snapshot, records: list[Any]) -> bool:
         """Read a scalar loss as a sum over the batch if it proves to be one and ``loss_reduction`` is "auto".
@@ -255,7 +268,7 @@ class OneByOne:
     def _gradient(self, snapshot: Snapshot, records: list[Any], draws: Draws) -> tuple[dict[str, Tensor], float]:
         """Return what the records add up to, by plain autograd, and the seconds that it took."""
         runs, copies = self._runs, self._runs.host.copies
-        runs.host.copies = 1  # training would run the record itself alone
+        runs.host.copies = self._copies
         began = time.perf_counter()
         try:
             found = runs.again(snapshot, records, draws).private

@@ -232,6 +232,20 @@ def test_a_record_that_cannot_run_alone_is_refused() -> None:
         fit(Model(loss=loss))
 
 
+def test_penalties_are_followed_where_a_record_cannot_run_alone() -> None:
+    """As with a ``squeeze`` that drops the batch axis of one record, too."""
+
+    class Penalised(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if len(batch[0]) == 1:
+                raise ValueError("too few dimensions")
+            return F.cross_entropy(self.head(batch[0] @ self.weight), batch[1]) + self.weight.square().sum()
+
+    trainer = fit(Penalised())
+    assert trainer.strategy.ledger.num_steps == 3
+    assert not trainer.strategy.state.runs_alone
+
+
 def test_reason_in_the_log_holds_no_number_of_records() -> None:
     reason = PrivacyError("differ by up to 0.33 of 12 (1e-5), 'network.0.weight', layer1, shape (3, 4).")
     assert _public(reason) == "differ by up to # of # (#), 'network.0.weight', layer1, shape (#, #)."
