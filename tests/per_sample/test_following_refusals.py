@@ -177,8 +177,8 @@ def test_an_index_that_differs_between_columns_is_refused() -> None:
         make(layer, loss, lambda chosen: [bags[i] for i in chosen])
 
 
-def test_entries_of_a_parameter_for_each_sample_are_refused() -> None:
-    """A map over the samples would give each of them all entries."""
+def test_entries_of_a_parameter_for_each_sample_go_to_it() -> None:
+    """A map over the samples would give each of them all entries; that a record alone gets others, checks see."""
     module, bags = Uses(lambda m, x: torch.bmm(m.w[: len(x)] + 0.0, x), w=drawn(9, 2, 4)), bags_of(4, 3)
 
     def loss(batch: list[Tensor]) -> Tensor:
@@ -194,5 +194,16 @@ def test_entries_of_a_parameter_for_each_sample_are_refused() -> None:
         engine.see(batch)
         loss(batch).sum().backward()
 
-    with pytest.raises(PrivacyError, match=r"(keep the samples apart|can be computed for every sample by itself)"):
-        engine.learn_layout(run)
+    engine.learn_layout(run)
+    engine.begin(4)
+    run(4)
+    engine.check_tracked()
+    grads = engine.per_sample_gradients()["w"]
+    engine.end()
+    run(4)
+    whole = module.w.grad
+    assert whole is not None
+    for i in range(4):
+        torch.testing.assert_close(grads[i, i], whole[i])
+        assert not grads[i, i + 1 :].any()
+        assert not grads[i, :i].any()
