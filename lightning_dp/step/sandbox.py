@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class StepGuard:
         if self._expected and optimizer is self._expected[-1]:
             self._closures += given
             return
-        given += [one for wrapped in given if isinstance(wrapped, partial) for one in wrapped.args if callable(one)]
+        given += [one for wrapped in given for one in _held(wrapped) if callable(one)]
         if self._open or (self._expected and any(one is own for one in given for own in self._closures)):
             return  # an optimizer may hand its closure, which makes gradients private, on to another
         if self.in_sandbox:
@@ -115,6 +116,14 @@ class StepGuard:
         if not self._is_private(optimizer):
             return
         raise PrivacyError(f"{kind} stepped private parameters by itself, without a private gradient. {self._advice}")
+
+
+def _held(closure: Any) -> list[Any]:
+    """Return what a closure calls, perhaps: arguments of a partial function, and variables of an enclosing function."""
+    if isinstance(closure, partial):
+        return [*closure.args]
+    cells = closure.__closure__ or () if isinstance(closure, FunctionType) else ()
+    return [cell.cell_contents for cell in cells if cell != CellType()]
 
 
 class Sandbox:

@@ -223,6 +223,8 @@ def test_an_optimizer_may_hand_its_closure_on(bench: Bench) -> None:
     closure = functools.partial(lambda own: own(), lambda: 0.0)  # as Lightning wraps it
     with bench.guard.stepping(outer, closure.args[0]):
         bench.module.own.step(closure)  # of an outer one that torch has not set up, so that nothing sees its step
+    with bench.guard.stepping(outer, closure):
+        bench.module.own.step(lambda: 2 * closure())  # as one that changes the gradient, which is private by then
     with bench.guard.stepping(outer):
         outer.step(lambda: 0.0)
         with pytest.raises(PrivacyError, match="Adam stepped private parameters by itself"):
