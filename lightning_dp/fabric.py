@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -24,6 +24,7 @@ from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.reduction import AllReduce, Reduction
 from lightning_dp.step.units import start_equal
 from lightning_dp.strategies._lightning import in_fabric_backward
+from lightning_dp.strategies.together import Collectives, in_fabric
 
 _UNSUPPORTED_PRECISION = ("16-mixed", "16-true", "transformer-engine", "transformer-engine-float16")
 
@@ -97,9 +98,10 @@ class FabricPrivacy:
             self._loop.close()
         with _unwrapped(fabric):
             wrapped, stepping = fabric.setup(model, optimizer)
-        several = fabric.world_size > 1
-        if several:
+        reduction = Reduction()
+        if fabric.world_size > 1:
             start_equal(model)
+            reduction = AllReduce(fabric.global_rank, fabric.world_size, fabric.device)
         self._loop = PrivateLoop(
             model,
             optimizer,
@@ -108,12 +110,22 @@ class FabricPrivacy:
             settings=self.settings,
             length=self._length,
             history=self._history,
-            reduction=AllReduce(fabric.global_rank, fabric.world_size, fabric.device) if several else Reduction(),
+            reduction=reduction,
             called=wrapped,
             move=fabric.to_device,
-            around=in_fabric_backward,
+            around=lambda: self._around(fabric.strategy, reduction),
         )
         return wrapped, stepping, self._loop.loader
+
+    @contextmanager
+    def _around(self, strategy: Any, reduction: Reduction) -> Iterator[None]:
+        """Let backwards run without Fabric, and ranks not communicate in the sandbox, within a block."""
+
+        def now() -> Collectives:
+            return Collectives(reduction, reduction.rank, reduction.world_size, self.loop.is_on_trial)
+
+        with in_fabric_backward(), in_fabric(strategy, now) if reduction.world_size > 1 else nullcontext():
+            yield
 
     @property
     def loop(self) -> PrivateLoop:

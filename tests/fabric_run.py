@@ -17,6 +17,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_dp import PrivacyError
 from lightning_dp.fabric import FabricPrivacy
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, make_dataset
 
@@ -65,6 +66,27 @@ def main() -> None:
     model, optimizer, batches = dp.setup(fabric, model, torch.optim.SGD(model.parameters(), lr=1.0), data)
     dp.backward(no_signal, next(iter(batches)))
     seen["noise"] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    dp.close()
+
+    def of_other_rank(model: nn.Module, batch: Any) -> Tensor:
+        rare = (batch[0].abs().amax() > 8).double()
+        return mean_loss(model, batch) * (1 - 2 * (fabric.all_gather(rare) - rare).abs().amax())
+
+    def averaged(model: nn.Module, batch: Any) -> Tensor:  # a figure for a log; ranks differ in microbatches
+        loss = mean_loss(model, batch)
+        seen["average"] = float(fabric.all_reduce(loss.detach()))
+        fabric.barrier()
+        return loss
+
+    model = classifier()
+    dp = FabricPrivacy(noise_multiplier=0.0, microbatch_size=3)
+    model, optimizer, batches = dp.setup(fabric, model, torch.optim.SGD(model.parameters(), lr=1.0), loader(300))
+    try:
+        dp.backward(of_other_rank, next(iter(batches)))
+    except PrivacyError as error:
+        seen["refused"] = str(error)
+    for batch in itertools.islice(batches, 8):
+        dp.backward(averaged, batch)
     dp.close()
 
     def start() -> tuple[FabricPrivacy, Any, Any, Any]:

@@ -190,6 +190,13 @@ def test_wrong_use_is_refused_by_name() -> None:
 
 
 @pytest.mark.slow
+def test_losses_that_follow_other_ranks_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    ranks = run_two_ranks(Path(__file__).with_name("fabric_run.py"), tmp_path_factory)
+    assert all("Samples influence each other" in rank["refused"] for rank in ranks)
+    assert ranks[0]["average"] == ranks[1]["average"]
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path_factory: pytest.TempPathFactory) -> None:
     ranks = run_two_ranks(Path(__file__).with_name("fabric_run.py"), tmp_path_factory)
     num_parts = []

@@ -62,12 +62,12 @@ _open: list[Readings] = []
 
 
 def note_extremes(tensor: Any) -> None:
-    """Take note of the least and the largest value of a tensor that another process gave, as if the code two frames
+    """Take note of the least and the largest value of a tensor that another process gave, as if the code three frames
     above had read them: no value of this batch tells what they are.
     """
     if _open and isinstance(tensor, Tensor) and tensor.numel() and not tensor.is_complex():
         for value in torch.stack(tensor.detach().aminmax()).tolist():
-            _open[-1].note(value, above=3)
+            _open[-1].note(value, above=4)
 
 
 def restore() -> None:
