@@ -180,7 +180,9 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Set the parameters' private gradients; return the loss under ``log_loss``, else 0."""
-        model.train()
+        for trained in (model, self.optimizer):  # optimizers without a schedule keep other weights for evaluation
+            if callable(getattr(trained, "train", None)):
+                trained.train()
         self.private.backward(inputs)
         return torch.tensor(self.private.nonprivate_loss if self.log_loss else 0.0, device=self.args.device)
 

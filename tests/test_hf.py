@@ -141,6 +141,38 @@ def test_compute_loss_acts_once_a_step_and_its_logs_are_named(tmp_path: Path) ->
     assert trainer.private.state.nonprivate_logs == {"score", "added"}
 
 
+class WithModes(torch.optim.SGD):
+    """Steps on the weights of training only, as optimizers without a schedule do."""
+
+    trains = False
+
+    def train(self) -> None:
+        self.trains = True
+
+    def eval(self) -> None:
+        self.trains = False
+
+    def step(self, closure: Any = None) -> None:
+        assert self.trains
+        super().step(closure)
+
+
+class Scheduleless(PrivateTrainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = self.optimizer or WithModes(self.model.parameters(), lr=0.1)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.evaluate(self.train_dataset)
+        return super().training_step(*args, **kwargs)
+
+
+def test_an_optimizer_with_modes_trains_after_an_evaluation(tmp_path: Path) -> None:
+    trainer = start(tmp_path, {"noise_multiplier": 1.0}, kind=Scheduleless, save_strategy="no", max_steps=2)
+    trainer.train()
+    assert trainer.private.ledger.num_steps == 2
+
+
 class Stopping(PrivateTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.control.should_training_stop = bool(inputs["labels"][0])
